@@ -3,8 +3,10 @@
 from typing import Any
 
 from autodistill.errors import AutoDistillError, InputError, NothingFitsError
-from autodistill.strategy import Deployment, Strategy
-from autodistill.units import Budget, parse_bytes, parse_duration
+from autodistill.hardware.budget import Budget
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
+from autodistill.units import parse_bytes, parse_duration
 
 __all__ = [
     "AutoDistillError",

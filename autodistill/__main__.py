@@ -2,6 +2,6 @@
 
 import sys
 
-from autodistill.cli import main
+from autodistill.cli.app import main
 
 sys.exit(main())

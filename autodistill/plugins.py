@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Literal, overload
+from typing import Any, Literal
 
-from autodistill.contracts import Evaluator, Exporter
 from autodistill.errors import InputError
 
 Kind = Literal["evaluators", "exporters"]
@@ -18,12 +17,8 @@ def names(kind: Kind) -> tuple[str, ...]:
     return tuple(sorted({entry.name for entry in _entries(kind, tuple(sys.path))}))
 
 
-@overload
-def load(kind: Literal["evaluators"], name: str) -> Evaluator: ...
-@overload
-def load(kind: Literal["exporters"], name: str) -> Exporter: ...
-def load(kind: Kind, name: str) -> Evaluator | Exporter:
-    """Makes the plug-in of a name.
+def load(kind: Kind, name: str) -> Any:
+    """Makes the plug-in of a name, of whatever type: `load_evaluator` and `load_exporter` say which.
 
     Args:
         kind: "evaluators" or "exporters": the entry-point group `autodistill.` followed by it.
@@ -43,8 +38,7 @@ def load(kind: Kind, name: str) -> Evaluator | Exporter:
         plugin = found[0].load()
     except (ImportError, AttributeError) as error:
         raise InputError(f"the {kind[:-1]} {name!r} of {_owner(found[0])} cannot be loaded: {error}") from error
-    made: Evaluator | Exporter = plugin()
-    return made
+    return plugin()
 
 
 # Reading every distribution's metadata takes longer than most evaluations, so it is done once for each search path.

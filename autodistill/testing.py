@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from autodistill.certainty import PARTS
-from autodistill.contracts import Answers, Evaluator, Needs, Parted, Plan, Subject, TokenScores
+from autodistill.distillation.training.plan import Plan
+from autodistill.evaluation.base import Evaluator, Needs, Parted, Subject
+from autodistill.evaluation.early_stopping import PARTS
+from autodistill.inference.outputs import Answers, TokenScores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -127,8 +129,8 @@ def save_tiny_teacher(
 
     Args:
         folder: Made if missing.
-        architecture: transformers' `model_type`, one of `autodistill.families`. Two of three layers of "gemma3_text"
-            have a sliding window of 16 tokens.
+        architecture: transformers' `model_type`, one of `autodistill.models.families`. Two of three layers of
+            "gemma3_text" have a sliding window of 16 tokens.
         layers, width, heads, kv_heads, ffn: Sizes; heads are `width / heads` wide. "gpt_neox" has no `kv_heads`.
         tied: Whether the head is the embedding table.
         seed: Of the weights; torch's own random state is left as it was.
@@ -209,13 +211,13 @@ def tiny_subject(folder: Path, *, artefact: bool = False) -> Subject:
     import numpy as np
     import torch
 
-    from autodistill.distillation.models import load_model
-    from autodistill.distillation.simulated import PackedStudent
-    from autodistill.estimate import spec_from_config
+    from autodistill.data.dataset import TokenSet
     from autodistill.export.gguf import GgufExporter
-    from autodistill.strategy import Deployment
-    from autodistill.token_sets import TokenSet
-    from autodistill.units import Budget
+    from autodistill.hardware.budget import Budget
+    from autodistill.inference.packed_student import PackedStudent
+    from autodistill.models.config import spec_from_config
+    from autodistill.models.loading import load_model
+    from autodistill.strategy.deployment import Deployment
 
     student = save_tiny_teacher(folder / "student", ffn=192)
     model = load_model(student, torch.float32)
@@ -259,7 +261,7 @@ def tiny_subject(folder: Path, *, artefact: bool = False) -> Subject:
 
 
 def _saved(model: Any, teacher: Path, folder: Path) -> None:
-    from autodistill.students import save_student
+    from autodistill.distillation.student.build import save_student
 
     save_student(model, teacher, folder)
 

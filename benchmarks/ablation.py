@@ -31,9 +31,9 @@ from math_search import RECIPE, TOKENS, prepare
 from simulate import TRIALS, Table, Worker, default_rungs, load_table, plan, simulate
 from timed_parts import live, step_seconds
 
-from autodistill.records.store import default_cache
-from autodistill.search.rungs import kept_at_rungs
-from autodistill.strategy import Strategy
+from autodistill.runs.run_folder import default_cache
+from autodistill.search.algorithms.successive_halving import kept_at_rungs
+from autodistill.strategy.strategy import Strategy
 from autodistill.units import parse_duration
 
 CASES: dict[str, dict[str, Any]] = {

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import report
 import trials
 
-from autodistill.space import load_strategy
-from autodistill.strategy import Alignment, Attention, Init, Strategy
+from autodistill.strategy.space import load_strategy
+from autodistill.strategy.strategy import Alignment, Attention, Init, Strategy
 
 STORE = report.REPORTS / "alignments.jsonl"
 HIDDEN = Alignment(layers="even", count=8, weight=10.0)

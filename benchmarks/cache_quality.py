@@ -22,7 +22,7 @@ import over_seeds
 import report
 import trials
 
-from autodistill.strategy import Distillation, Init, Strategy
+from autodistill.strategy.strategy import Distillation, Init, Strategy
 
 STORE = report.REPORTS / "cache-quality.jsonl"
 BASE = "all logits"

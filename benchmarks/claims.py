@@ -27,9 +27,10 @@ import torch
 from math_students import INIT, QUESTIONS, STORE, TOKENS, Bench, Line
 from math_teacher import DEPLOYMENT, LENGTH, MathTeacher, ask, math_teacher
 
-from autodistill.distillation.memory import keep_freed_memory
-from autodistill.distillation.models import load_model
-from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Temperature, serving
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.loading import load_model
+from autodistill.strategy.deployment import Deployment, serving
+from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Temperature
 from autodistill.units import parse_duration
 
 SWEEP_SEED = 100

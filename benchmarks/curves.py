@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from autodistill.records.leaderboard import paired_bootstrap
+from autodistill.evaluation.statistics import paired_bootstrap
 
 # Of the compute of an afternoon's script, as a divisor: the target of a search.
 FIFTH = 5

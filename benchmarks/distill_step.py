@@ -36,25 +36,25 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from autodistill.contracts import Plan
-from autodistill.data import prepare
-from autodistill.distillation.cache_making import ensure_cache
-from autodistill.distillation.divergence import divergence_of
-from autodistill.distillation.logit_loss import logit_loss
-from autodistill.distillation.memory import keep_freed_memory
-from autodistill.distillation.model_folder import tokenizer_fingerprint
-from autodistill.distillation.models import load_model
-from autodistill.distillation.signals import LiveTeacher
-from autodistill.distillation.student import build_student, decoder_layers
-from autodistill.distillation.target import FullTarget, TopTarget
-from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher
-from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
-from autodistill.distillation.trainer import Trainer
-from autodistill.documents import resolve_data
-from autodistill.formats import get_format
-from autodistill.records.store import default_cache
-from autodistill.strategy import Alignment, Distillation, Init, Strategy
-from autodistill.token_sets import TokenSet, load_split
+from autodistill.data.dataset import TokenSet, load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.losses.divergence import divergence_of
+from autodistill.distillation.losses.logits import logit_loss
+from autodistill.distillation.losses.targets import FullTarget, TopTarget
+from autodistill.distillation.student.build import build_student
+from autodistill.distillation.teacher.build_cache import ensure_cache
+from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
+from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
+from autodistill.distillation.teacher.signals import LiveTeacher
+from autodistill.distillation.training.plan import Plan
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.loading import decoder_layers, load_model
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.quantization.formats import get_format
+from autodistill.runs.run_folder import default_cache
+from autodistill.strategy.strategy import Alignment, Distillation, Init, Strategy
 
 DRAWS = 50
 BASE, QAT = "cross-entropy", "top-64, on the grid of Q8_0"

@@ -24,13 +24,13 @@ import numpy as np
 import report
 from math_search import RUNG_QUESTIONS, prepare
 
-from autodistill.certainty import counted, expected
-from autodistill.contracts import Decision
-from autodistill.search.campaign import Campaign
-from autodistill.search.inline_runner import run_inline
-from autodistill.search.sampler import Sampler
-from autodistill.search.trials import Assignment
-from autodistill.trial_data import RungReport
+from autodistill.evaluation.early_stopping import counted, expected
+from autodistill.runs.results.row import Decision
+from autodistill.search.algorithms.sampler import Sampler
+from autodistill.search.campaign.campaign import Campaign
+from autodistill.search.runners.inline import run_inline
+from autodistill.search.worker.attempt import Assignment
+from autodistill.search.worker.messages import RungReport
 
 METRICS = ("kl", "accuracy", "exact_match")
 

@@ -13,9 +13,9 @@ from math_teacher import LENGTH
 from prepared import Costs, learns_from_teacher
 from timed_parts import Parts
 
-from autodistill.applied import student_spec
-from autodistill.contracts import ModelSpec
-from autodistill.strategy import Strategy
+from autodistill.distillation.student.check import student_spec
+from autodistill.models.spec import ModelSpec
+from autodistill.strategy.strategy import Strategy
 
 # Tokens that an evaluation of the table read on the mean: those of the last rung are more.
 TIMED_TOKENS = ((len(RUNGS) - 1) * RUNG_QUESTIONS + QUESTIONS) * LENGTH / len(RUNGS)

@@ -29,14 +29,14 @@ from math_table import RUNGS, Line, Recorder
 from prepared import Prepared
 from simulate import SEED, TRIALS, Remembering, Table, Worker, default_rungs, load_table, plan, points, simulate
 
-from autodistill.applied import student_spec
-from autodistill.evaluation import evaluate
-from autodistill.records.store import default_cache
-from autodistill.search.rungs import kept_at_rungs
-from autodistill.space import Point
-from autodistill.strategy import Strategy
+from autodistill.distillation.student.check import student_spec
+from autodistill.evaluation.evaluate import evaluate
+from autodistill.runs.run_folder import default_cache
+from autodistill.search.algorithms.successive_halving import kept_at_rungs
+from autodistill.search.worker.context import Workbench
+from autodistill.strategy.space import Point
+from autodistill.strategy.strategy import Strategy
 from autodistill.units import parse_duration
-from autodistill.workbench import Workbench
 
 # Shares of the tokens that choosing the shape takes; the distillation has the rest.
 PRUNING = (0.3, 0.5)

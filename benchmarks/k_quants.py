@@ -28,35 +28,26 @@ from latency_roofline import milliseconds
 from model_files import Case
 from qat_step import FINISHINGS, SCALES, measure
 
-from autodistill.codes import deployed, pack
-from autodistill.contracts import ModelSpec
-from autodistill.data import prepare
-from autodistill.described import deployment_named
-from autodistill.distillation import quantization
-from autodistill.distillation.memory import keep_freed_memory
-from autodistill.distillation.model_folder import tokenizer_fingerprint
-from autodistill.distillation.models import load_model
-from autodistill.distillation.scoring import refer, score
-from autodistill.distillation.teacher import materialise, resolve_teacher
-from autodistill.documents import resolve_data
-from autodistill.estimate import spec_from_config
-from autodistill.evaluation import deployed_weights
-from autodistill.formats import weights_bytes
-from autodistill.grids import (
-    Q2_K,
-    Q3_K,
-    Q4_0,
-    Q4_K,
-    Q5_K,
-    Q6_K,
-    Floats,
-    Grid,
-)
-from autodistill.records.json_files import read_json
-from autodistill.records.store import default_cache
-from autodistill.tensors import Role
+from autodistill.advisor.describe import deployment_named
+from autodistill.data.dataset import load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.training import fake_quantize as quantization
+from autodistill.evaluation.evaluate import deployed_weights
+from autodistill.inference.scoring import refer, score
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import Role
+from autodistill.quantization.formats import weights_bytes
+from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_K, Q5_K, Q6_K, Floats, Grid
+from autodistill.quantization.packing import deployed, pack
+from autodistill.runs.run_folder import default_cache
 from autodistill.testing import save_tiny_teacher
-from autodistill.token_sets import load_split
+from autodistill.utils.json_files import read_json
 
 GRIDS = (Q6_K, Q5_K, Q4_K, Q3_K, Q2_K)
 FORMS = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from autodistill.records.store import default_cache
+from autodistill.runs.run_folder import default_cache
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -37,11 +37,11 @@ import psutil
 import report
 import torch
 
-from autodistill.cli import main as main_of_autodistill
-from autodistill.records.event_log import EventLog
-from autodistill.records.row import Row, rows_of
+from autodistill.cli.app import main as main_of_autodistill
+from autodistill.runs.results.row import Row, rows_of
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import parse_duration
+from autodistill.utils.event_log import EventLog
 
 TOKENS = 9216
 # Further events after which a process is killed, at the most; with none, it is killed while it starts.

@@ -20,17 +20,17 @@ import torch
 from memory_estimate import SIZES
 from model_files import Case, write_folder, write_gguf
 
-from autodistill.described import deployment_named, shape, spec_of
-from autodistill.device_files import devices
-from autodistill.device_lookup import find_device
-from autodistill.devices import Device
-from autodistill.hardware import computes_bf16, detect
-from autodistill.llama_cpp import LlamaServer
-from autodistill.local_device import local_device
-from autodistill.python_server import PythonServer
-from autodistill.roofline import speed
-from autodistill.serving_memory import memory
-from autodistill.timing import Server
+from autodistill.advisor.describe import deployment_named, shape, spec_of
+from autodistill.estimates.serving_memory import memory
+from autodistill.estimates.speed import speed
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.device import Device
+from autodistill.hardware.local import local_device
+from autodistill.hardware.lookup import find_device
+from autodistill.hardware.machine import computes_bf16, detect
+from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.serving.python_server import PythonServer
+from autodistill.serving.timing import Server
 from autodistill.units import format_bytes
 
 THREADS = 1

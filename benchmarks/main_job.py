@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import report
 
-from autodistill.records.gains import Gains
+from autodistill.runs.results.gains import Gains
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from math_teacher import LENGTH, TASK, MathTeacher, math_teacher
 from prepared import Prepared, prepared
 
-from autodistill.records.store import default_cache
-from autodistill.search.request import SearchRequest
-from autodistill.space import Space, load_space
-from autodistill.units import Budget
+from autodistill.hardware.budget import Budget
+from autodistill.runs.run_folder import default_cache
+from autodistill.search.request.request import SearchRequest
+from autodistill.strategy.space import Space, load_space
 
 SPACE_FILE = Path(__file__).with_name("math_space.yaml")
 # What three of the teacher's layers need at 4 bits: larger students do not fit, narrow ones do with more bits.

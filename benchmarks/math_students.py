@@ -13,18 +13,19 @@ import report
 import torch
 from math_teacher import DEPLOYMENT, LENGTH, MathTeacher, ask, math_plan
 
-from autodistill.distillation.alignment import layer_map
-from autodistill.distillation.attention import TeacherBlock, teacher_layer
-from autodistill.distillation.cache_making import ensure_cache
-from autodistill.distillation.models import load_model
-from autodistill.distillation.schedule import branch_point
-from autodistill.distillation.signals import LiveTeacher
-from autodistill.distillation.student import build_student, init_spec, kept_layers
-from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
-from autodistill.distillation.trainer import Trainer
-from autodistill.grids import Grid
-from autodistill.records.store import default_cache
-from autodistill.strategy import Deployment, Distillation, Init, Strategy
+from autodistill.distillation.losses.attention import TeacherBlock, teacher_layer
+from autodistill.distillation.losses.hidden_states import layer_map
+from autodistill.distillation.student.build import build_student, init_spec, kept_layers
+from autodistill.distillation.teacher.build_cache import ensure_cache
+from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
+from autodistill.distillation.teacher.signals import LiveTeacher
+from autodistill.distillation.training.learning_rate import branch_point
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.models.loading import load_model
+from autodistill.quantization.grids import Grid
+from autodistill.runs.run_folder import default_cache
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Distillation, Init, Strategy
 
 STORE = report.REPORTS / "claims.jsonl"
 INIT = Init(depth=0.75)

@@ -30,18 +30,20 @@ from math_search import RECIPE, STEP, TOKENS, prepare, space
 from prepared import Prepared
 from safetensors.torch import load_file, save_file
 
-from autodistill.applied import initial_student, probe_deployment, student_spec
-from autodistill.distillation.memory import keep_freed_memory
-from autodistill.distillation.schedule import branch_point
-from autodistill.distillation.trainer import Trainer
-from autodistill.estimate import fits, holdable
-from autodistill.evaluation import evaluate
-from autodistill.grids import Grid
-from autodistill.records.store import default_cache
-from autodistill.space import Point, Space
-from autodistill.strategy import Deployment, Finishing, Strategy
+from autodistill.distillation.student.check import probe_deployment, student_spec
+from autodistill.distillation.training.learning_rate import branch_point
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.estimates.fit import fits, holdable
+from autodistill.evaluation.evaluate import evaluate
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.quantization.grids import Grid
+from autodistill.runs.run_folder import default_cache
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.trial import initial_student
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Point, Space
+from autodistill.strategy.strategy import Finishing, Strategy
 from autodistill.units import parse_duration
-from autodistill.workbench import Workbench
 
 STORE = report.REPORTS / "math-table.jsonl"
 STUDENTS = default_cache() / "math-table"

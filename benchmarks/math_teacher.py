@@ -19,23 +19,25 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from autodistill.contracts import ModelSpec, Plan
-from autodistill.data import prepare
-from autodistill.distillation.memory import keep_freed_memory
-from autodistill.distillation.model_folder import tokenizer_fingerprint
-from autodistill.distillation.models import load_model
-from autodistill.distillation.schedule import branch_point
-from autodistill.distillation.student import build_student
-from autodistill.distillation.trainer import Trainer
-from autodistill.documents import resolve_data
-from autodistill.estimate import spec_from_config
-from autodistill.evaluation import Evaluation, evaluate
-from autodistill.hashes import content_hash
-from autodistill.records.store import default_cache
-from autodistill.strategy import Deployment, Distillation, Init, Strategy
-from autodistill.students import save_student
-from autodistill.token_sets import TokenSet, load_split
-from autodistill.units import Budget, parse_duration
+from autodistill.data.dataset import TokenSet, load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.student.build import build_student, save_student
+from autodistill.distillation.training.learning_rate import branch_point
+from autodistill.distillation.training.plan import Plan
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.evaluation.evaluate import Evaluation, evaluate
+from autodistill.hardware.budget import Budget
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.run_folder import default_cache
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Distillation, Init, Strategy
+from autodistill.units import parse_duration
+from autodistill.utils.hashing import content_hash
 
 TASK = "reasoning-gym:chain_sum?size=150000&seed=11&min_terms=3&max_terms=3&min_digits=2&max_digits=2"
 # The longest record has 39 tokens, so that a sequence holds one.

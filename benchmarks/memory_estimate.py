@@ -23,10 +23,10 @@ import torch
 from model_files import LATENT, STRIDE, Case, write_folder, write_gguf
 from onnx_graphs import onnx_deployment, onnx_peak
 
-from autodistill.described import deployment_named, shape, spec_of
-from autodistill.llama_cpp import LlamaServer
-from autodistill.python_server import PythonServer
-from autodistill.serving_memory import memory
+from autodistill.advisor.describe import deployment_named, shape, spec_of
+from autodistill.estimates.serving_memory import memory
+from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.serving.python_server import PythonServer
 from autodistill.units import format_bytes
 
 SMOL = Case(family="llama", layers=30, width=576, heads=9, kv_heads=3, ffn=1536, vocabulary=49152)
@@ -336,7 +336,7 @@ def llama_table() -> str:
     ]
     told = (
         "Predicted / stated by llama.cpp's log, in MB of 10^6 bytes. The process's overhead is left out: the log does "
-        "not state it (`tests/test_estimate.py` holds it to the resident memory of the real teacher). DeepSeek's "
+        "not state it (`tests/estimates/test_fit.py` holds it to the resident memory of the real teacher). DeepSeek's "
         "attention caches one vector a token and layer, of which no values are stored apart."
     )
     return "\n\n".join([summary, told, report.table(titles, lines)])

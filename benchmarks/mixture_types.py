@@ -18,7 +18,7 @@ from typing import Any
 
 import gguf
 
-from autodistill.described import deployment_named
+from autodistill.advisor.describe import deployment_named
 from autodistill.export.gguf import GgufExporter
 from autodistill.testing import save_tiny_teacher
 

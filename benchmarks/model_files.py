@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import transformers
 
-from autodistill.contracts import ModelSpec
-from autodistill.grids import Grid, Storage
-from autodistill.strategy import Deployment
-from autodistill.tensors import Role, TensorSpec
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import Role, TensorSpec
+from autodistill.quantization.grids import Grid, Storage
+from autodistill.strategy.deployment import Deployment
 
 _GRAPHS = {
     "gemma3_text": "gemma3",

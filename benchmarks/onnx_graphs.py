@@ -11,8 +11,8 @@ import torch
 import transformers
 from model_files import STRIDE, Case
 
-from autodistill.described import deployment_named
-from autodistill.strategy import Deployment
+from autodistill.advisor.describe import deployment_named
+from autodistill.strategy.deployment import Deployment
 
 _ONNX_CHILD = """
 import json, sys

@@ -36,12 +36,12 @@ import psutil
 import report
 from kept import Kept
 
-from autodistill.hardware import detect
-from autodistill.hashes import content_hash
-from autodistill.search import cluster
-from autodistill.search.cluster import LocalRay
-from autodistill.search.ray_runner import drive
+from autodistill.hardware.machine import detect
+from autodistill.search.runners import ray_cluster as cluster
+from autodistill.search.runners.ray import drive
+from autodistill.search.runners.ray_cluster import LocalRay
 from autodistill.units import parse_duration
+from autodistill.utils.hashing import content_hash
 
 
 @dataclass(frozen=True, kw_only=True)

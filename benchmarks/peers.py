@@ -31,17 +31,17 @@ import torch
 from curves import difference
 from kept import Kept
 
-from autodistill.data import prepare
-from autodistill.distillation.model_folder import tokenizer_fingerprint
-from autodistill.distillation.models import load_model
-from autodistill.distillation.scoring import score
-from autodistill.distillation.teacher import materialise, resolve_teacher
-from autodistill.documents import resolve_data
-from autodistill.hashes import content_hash
-from autodistill.records.store import default_cache
-from autodistill.statistics import clustered_mean, per_document
-from autodistill.token_sets import load_split
+from autodistill.data.dataset import load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.evaluation.statistics import clustered_mean, per_document
+from autodistill.inference.scoring import score
+from autodistill.models.loading import load_model
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.runs.run_folder import default_cache
 from autodistill.units import format_bytes, parse_duration
+from autodistill.utils.hashing import content_hash
 
 THREADS, TEST_TOKENS, SEQUENCE = 2, 16384, 256
 PACKAGES = {"modelopt": "nvidia-modelopt", "olive": "olive-ai"}

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch.nn.modules.loss import _Loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autodistill.token_sets import TokenSet
+from autodistill.data.dataset import TokenSet
 
 # Of rows of 576 weights, which the tools' own 128 does not divide.
 GROUP = 64

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import report
 
-from autodistill.contracts import ModelSpec
-from autodistill.described import deployment_named, shape
-from autodistill.estimate import config_of, resized
-from autodistill.records.json_files import write_json
-from autodistill.records.row import Row, to_parquet
-from autodistill.serving_memory import memory
-from autodistill.strategy import Strategy
+from autodistill.advisor.describe import deployment_named, shape
+from autodistill.estimates.serving_memory import memory
+from autodistill.models.config import config_of, resized
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.results.row import Row, to_parquet
+from autodistill.strategy.strategy import Strategy
+from autodistill.utils.json_files import write_json
 
 ROWS = 10_000
 TEACHER = {"layers": 30, "width": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocab": 49152}
@@ -117,7 +117,7 @@ ASKED = (
 
 
 _PROGRAM = (
-    "import sys, time; from autodistill.cli import main; began = time.perf_counter(), time.process_time()\n"
+    "import sys, time; from autodistill.cli.app import main; began = time.perf_counter(), time.process_time()\n"
     "main(sys.argv[1:]); now = time.process_time()\n"
     "print(time.perf_counter() - began[0], now - began[1], now, file=sys.stderr)"
 )
@@ -172,7 +172,7 @@ def main() -> None:
                 print(*lines[-1], flush=True)
     head = (
         f"{ROWS:,} rows in {len(FORMS)} formats ({'; '.join(told)}). The least of {REPEATS} runs of the command, each "
-        "in a process of its own: on the clock and of CPU once `autodistill.cli` is imported, and of CPU from the "
+        "in a process of its own: on the clock and of CPU once `autodistill.cli.app` is imported, and of CPU from the "
         f"process's start. Asked: under 1 s. The load average was {min(loads):.1f} to {max(loads):.1f} meanwhile: the "
         "clock counts other work too where that is more than the cores."
     )

@@ -8,19 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autodistill.applied import student_spec
-from autodistill.contracts import ModelSpec, Plan
-from autodistill.distillation.schedule import branch_point
-from autodistill.records.store import RunFolder
-from autodistill.search.checked import check_request
+from autodistill.distillation.student.check import student_spec
+from autodistill.distillation.training.learning_rate import branch_point
+from autodistill.distillation.training.plan import Plan
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.phase_clock import Clock
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.campaign.observer import Observer
+from autodistill.search.campaign.state import Question
+from autodistill.search.planning.placement import Place
 from autodistill.search.prepare import plan_run, prepare_trials
-from autodistill.search.progress import Clock, Observer
-from autodistill.search.request import SearchRequest
-from autodistill.search.share import Place
-from autodistill.search.trials import Question
-from autodistill.space import Space
-from autodistill.strategy import Strategy
-from autodistill.trial_data import TrialSetting
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.validate import check_request
+from autodistill.search.worker.messages import TrialSetting
+from autodistill.strategy.space import Space
+from autodistill.strategy.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@
 The plain step is a cross-entropy step with the embedding frozen, the cheapest there is, and of several sequences each
 has a pass of its own: no share is larger than that of a step of one.
 CPU time is what is compared, so that other work on the machine counts little. `--eager` takes each step operation by
-operation too, as without numba. `--before` names the module as it was
-(`git show REVISION:autodistill/distillation/quantization.py`), whose steps are taken by turns with those of today's;
-what it imports is today's.
+operation too, as without numba. `--before` names the module as it was (`git show` of
+`autodistill/distillation/training/fake_quantize.py`), whose steps are taken by turns with those of today's; what it
+imports is today's.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ import numpy as np
 import report
 import torch
 
-from autodistill.contracts import Plan
-from autodistill.distillation import grid_values, quantization
-from autodistill.distillation import trainer as training
-from autodistill.distillation.memory import keep_freed_memory
-from autodistill.distillation.student import build_student
-from autodistill.distillation.teacher import materialise, resolve_teacher
-from autodistill.distillation.trainer import Trainer
-from autodistill.estimate import spec_from_config
-from autodistill.grids import Grid
-from autodistill.hardware import detect
-from autodistill.records.store import default_cache
-from autodistill.strategy import Distillation, Finishing, Init, Strategy
-from autodistill.token_sets import TokenSet
+from autodistill.data.dataset import TokenSet
+from autodistill.distillation.student.build import build_student
+from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.training import fake_quantize as quantization
+from autodistill.distillation.training import trainer as training
+from autodistill.distillation.training.plan import Plan
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.hardware.machine import detect
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.config import spec_from_config
+from autodistill.quantization import rounding as grid_values
+from autodistill.quantization.grids import Grid
+from autodistill.runs.run_folder import default_cache
+from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
 
 LENGTH = 256
 BEFORE, EAGER = ", before", ", operation by operation"

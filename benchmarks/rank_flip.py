@@ -27,8 +27,8 @@ from math_table import RUNGS, STORE
 from prepared import Costs
 from simulate import TRIALS, Table, load_table, plan
 
-from autodistill.search.rungs import kept_at_rungs
-from autodistill.strategy import Strategy
+from autodistill.search.algorithms.successive_halving import kept_at_rungs
+from autodistill.strategy.strategy import Strategy
 from autodistill.units import parse_duration
 
 SHARES = {rung: f"1/{round(TOKENS / rung)}" if rung < TOKENS else "1" for rung in RUNGS}

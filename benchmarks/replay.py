@@ -25,8 +25,8 @@ from kept import Kept, mean
 from math_search import TOKENS
 from simulate import Table, default_rungs, load_table, plan, simulate
 
-from autodistill.search.rungs import kept_at_rungs
-from autodistill.search.sampler import SAMPLERS
+from autodistill.search.algorithms.sampler import SAMPLERS
+from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.units import parse_duration
 
 SIZES = (12,)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from autodistill.hardware import detect
+from autodistill.hardware.machine import detect
 from autodistill.units import format_bytes
 
 REPORTS = Path(__file__).parent / "reports"

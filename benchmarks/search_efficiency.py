@@ -38,20 +38,20 @@ from prepared import Prepared
 from search_efficiency_report import Known, Outcome, sections
 from simulate import SEED, TRIALS, Spent, Table, Worker, default_rungs, load_table, plan, simulate
 
-from autodistill.applied import student_spec
-from autodistill.domains import Choices
-from autodistill.evaluation import evaluate
-from autodistill.hashes import content_hash
-from autodistill.records.store import default_cache
-from autodistill.search.campaign import Campaign
-from autodistill.search.inline_runner import run_inline
-from autodistill.search.rungs import kept_at_rungs
-from autodistill.search.sampler import Sampler
-from autodistill.space import Point, Space
-from autodistill.statistics import per_document
-from autodistill.strategy import Strategy
-from autodistill.token_sets import load_split
+from autodistill.data.dataset import load_split
+from autodistill.distillation.student.check import student_spec
+from autodistill.evaluation.evaluate import evaluate
+from autodistill.evaluation.statistics import per_document
+from autodistill.runs.run_folder import default_cache
+from autodistill.search.algorithms.sampler import Sampler
+from autodistill.search.algorithms.successive_halving import kept_at_rungs
+from autodistill.search.campaign.campaign import Campaign
+from autodistill.search.runners.inline import run_inline
+from autodistill.strategy.domains import Choices
+from autodistill.strategy.space import Point, Space
+from autodistill.strategy.strategy import Strategy
 from autodistill.units import parse_duration
+from autodistill.utils.hashing import content_hash
 
 # What a result of this program depends on beside the table: other than this, it is made again.
 VERSION = 2
@@ -292,7 +292,7 @@ def main() -> None:
 
 def teacher_on_test(prepared: Prepared, judge: Judge) -> dict[str, Any]:
     """The unmodified teacher, in 16 bits."""
-    from autodistill.distillation.models import load_model
+    from autodistill.models.loading import load_model
 
     model = load_model(prepared.setting.teacher, torch.float32)
     packing = judge._deployments["huggingface"]

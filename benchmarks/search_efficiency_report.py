@@ -17,8 +17,8 @@ from math_table import RUNGS
 from math_teacher import LENGTH
 from simulate import TRIALS, Table, Worker, plan
 
-from autodistill.strategy import Strategy
-from autodistill.training_fit import CPU_PASS_TOKENS
+from autodistill.estimates.training_fit import CPU_PASS_TOKENS
+from autodistill.strategy.strategy import Strategy
 
 # How far below the best of the table a student counts as near it.
 NEAR = 0.001

@@ -41,26 +41,29 @@ from prepared import Prepared, learns_from_teacher, prepared
 from search_smollm2_report import ARMS, Known, sections
 from simulate import Memory
 
-from autodistill.applied import initial_student, probe_deployment, student_spec, with_own
-from autodistill.distillation.attention import teacher_layer
-from autodistill.distillation.models import load_model
-from autodistill.distillation.trainer import Trainer
-from autodistill.domains import Choices, Range
-from autodistill.evaluation import evaluate
-from autodistill.hashes import content_hash
-from autodistill.plain_yaml import read_yaml
-from autodistill.records.store import default_cache
-from autodistill.search.campaign import Campaign
-from autodistill.search.request import SearchRequest
-from autodistill.search.sampler import Sampler
-from autodistill.search.trials import Assignment, attempt, work
-from autodistill.space import Point, Space
-from autodistill.statistics import per_document
-from autodistill.strategy import Deployment, Strategy
-from autodistill.students import student_folder
-from autodistill.token_sets import load_split
-from autodistill.units import Budget, parse_duration
-from autodistill.workbench import Workbench
+from autodistill.data.dataset import load_split
+from autodistill.distillation.losses.attention import teacher_layer
+from autodistill.distillation.student.check import probe_deployment, student_spec, with_own
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.evaluation.evaluate import evaluate
+from autodistill.evaluation.statistics import per_document
+from autodistill.hardware.budget import Budget
+from autodistill.models.loading import load_model
+from autodistill.runs.run_folder import default_cache
+from autodistill.runs.students import student_folder
+from autodistill.search.algorithms.sampler import Sampler
+from autodistill.search.campaign.campaign import Campaign
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.worker.attempt import Assignment, attempt, work
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.trial import initial_student
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.domains import Choices, Range
+from autodistill.strategy.space import Point, Space
+from autodistill.strategy.strategy import Strategy
+from autodistill.units import parse_duration
+from autodistill.utils.hashing import content_hash
+from autodistill.utils.yaml_files import read_yaml
 
 TRIALS, METRIC, RECIPE = 12, "accuracy", "hand_designed"
 TEST_TOKENS = 8192

@@ -10,7 +10,7 @@ import report
 from curves import at, gap, passes, speedup
 from kept import mean
 
-from autodistill.contracts import Plan
+from autodistill.distillation.training.plan import Plan
 
 ARMS = {
     "a": "(a) this search",

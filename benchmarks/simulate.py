@@ -20,23 +20,28 @@ from math_teacher import LENGTH, SHAPE
 from prepared import Costs
 from timed_parts import Parts
 
-from autodistill.applied import student_spec
-from autodistill.contracts import Decision, Measurement, ModelSpec, Plan
-from autodistill.domains import Value
-from autodistill.estimate import fits, spec_from_config
-from autodistill.evaluation import Evaluation
-from autodistill.hashes import content_hash
-from autodistill.plain_yaml import read_yaml
-from autodistill.records.event_log import EventLog
-from autodistill.search.campaign import Campaign
-from autodistill.search.expected import Speed
-from autodistill.search.rungs import rung_tokens
-from autodistill.search.sampler import Sampler
-from autodistill.search.scheduler import SuccessiveHalving
-from autodistill.search.trials import Assignment, Question, TrialState
-from autodistill.space import Point, Space
-from autodistill.strategy import Deployment, Strategy
-from autodistill.trial_data import RungReport
+from autodistill.distillation.student.check import student_spec
+from autodistill.distillation.training.plan import Plan
+from autodistill.estimates.fit import fits
+from autodistill.evaluation.base import Measurement
+from autodistill.evaluation.evaluate import Evaluation
+from autodistill.models.config import spec_from_config
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.results.row import Decision
+from autodistill.search.algorithms.sampler import Sampler
+from autodistill.search.algorithms.successive_halving import SuccessiveHalving, rung_tokens
+from autodistill.search.campaign.campaign import Campaign
+from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.planning.durations import Speed
+from autodistill.search.worker.attempt import Assignment
+from autodistill.search.worker.messages import RungReport
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.domains import Value
+from autodistill.strategy.space import Point, Space
+from autodistill.strategy.strategy import Strategy
+from autodistill.utils.event_log import EventLog
+from autodistill.utils.hashing import content_hash
+from autodistill.utils.yaml_files import read_yaml
 
 TRIALS = 12
 SEED = 0  # of the recorded students

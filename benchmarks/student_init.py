@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import report
 import trials
 
-from autodistill.space import load_strategy
-from autodistill.strategy import Init, Strategy
+from autodistill.strategy.space import load_strategy
+from autodistill.strategy.strategy import Init, Strategy
 
 STORE = report.REPORTS / "student-init.jsonl"
 RECIPES = {"logits": trials.LOGITS, "narrow": load_strategy("narrow").distillation}

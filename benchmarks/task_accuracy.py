@@ -19,25 +19,25 @@ from typing import Any
 import numpy as np
 import report
 import torch
-from autodistill.evaluators.task import evaluator_of
+from autodistill.evaluators.tasks.task import evaluator_of
 
-from autodistill.contracts import TeacherReference
-from autodistill.data import prepare
-from autodistill.distillation import scoring
-from autodistill.distillation.model_folder import tokenizer_fingerprint
-from autodistill.distillation.models import load_model
-from autodistill.distillation.scoring import refer, score
-from autodistill.distillation.teacher import materialise, resolve_teacher
-from autodistill.documents import resolve_data
-from autodistill.estimate import spec_from_config
-from autodistill.evaluation import deployed_weights, evaluate
-from autodistill.records.json_files import read_json, write_json
-from autodistill.records.store import default_cache
-from autodistill.statistics import paired_bootstrap
-from autodistill.strategy import Deployment
-from autodistill.task_files import TaskFile, read_tasks
-from autodistill.token_sets import load_split
-from autodistill.units import Budget
+from autodistill.data.dataset import load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.data.task_files import TaskFile, read_tasks
+from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.evaluation.evaluate import deployed_weights, evaluate
+from autodistill.evaluation.statistics import paired_bootstrap
+from autodistill.hardware.budget import Budget
+from autodistill.inference import scoring
+from autodistill.inference.outputs import TeacherReference
+from autodistill.inference.scoring import refer, score
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.runs.run_folder import default_cache
+from autodistill.strategy.deployment import Deployment
+from autodistill.utils.json_files import read_json, write_json
 
 PACKED = {
     "teacher": Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0),

@@ -28,15 +28,17 @@ import torch
 from math_search import RECIPE, STEP, TOKENS, prepare
 from prepared import Prepared
 
-from autodistill.applied import initial_student, student_spec
-from autodistill.distillation.cache_making import ensure_cache
-from autodistill.distillation.memory import keep_freed_memory
-from autodistill.distillation.models import load_model
-from autodistill.distillation.trainer import Trainer
-from autodistill.evaluation import evaluate
-from autodistill.records.store import default_cache
-from autodistill.strategy import Deployment, Strategy
-from autodistill.workbench import Workbench
+from autodistill.distillation.student.check import student_spec
+from autodistill.distillation.teacher.build_cache import ensure_cache
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.evaluation.evaluate import evaluate
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.loading import load_model
+from autodistill.runs.run_folder import default_cache
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.trial import initial_student
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
 
 STORE = report.REPORTS / "math-parts.json"
 STEPS = 12

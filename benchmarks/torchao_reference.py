@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
-from autodistill.formats import get_format
+from autodistill.quantization.formats import get_format
 
 FILE = Path(__file__).parents[1] / "tests" / "distillation" / "torchao.safetensors"
 SHAPE = (16, 256)

@@ -2,8 +2,8 @@
 
     python benchmarks/training_memory.py
 
-The arithmetic is that of a search's plan (`autodistill.training_fit`). Its parts are held against the peak of resident
-memory of real training steps of a smaller student, each in a process of its own, on the CPU.
+The arithmetic is that of a search's plan (`autodistill.estimates.training_fit`). Its parts are held against the peak of
+resident memory of real training steps of a smaller student, each in a process of its own, on the CPU.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Any
 
 import report
 
-from autodistill.contracts import HeldType, ModelSpec, Plan
-from autodistill.estimate import spec_from_config
-from autodistill.grids import Grid
-from autodistill.hardware import Gpu, Machine
-from autodistill.strategy import Distillation, Finishing, Init, Lora, Strategy
-from autodistill.teacher_fit import fit_teacher
-from autodistill.training_fit import Training, training_fits
-from autodistill.training_memory import TrainingEstimate, training_memory
+from autodistill.distillation.training.plan import Plan
+from autodistill.estimates.training_fit import Training, fit_teacher, training_fits
+from autodistill.estimates.training_memory import TrainingEstimate, training_memory
+from autodistill.hardware.machine import Gpu, Machine
+from autodistill.models.config import spec_from_config
+from autodistill.models.model_folder import HeldType
+from autodistill.models.spec import ModelSpec
+from autodistill.quantization.grids import Grid
+from autodistill.strategy.strategy import Distillation, Finishing, Init, Lora, Strategy
 from autodistill.units import format_bytes
 
 LIMIT = 24 * 10**9
@@ -137,8 +138,8 @@ def train(mode: Mode, config: dict[str, Any]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from autodistill.distillation.trainer import Trainer
-    from autodistill.token_sets import TokenSet
+    from autodistill.data.dataset import TokenSet
+    from autodistill.distillation.training.trainer import Trainer
 
     torch.set_num_threads(1)
     plan = Plan(

@@ -21,21 +21,23 @@ import over_seeds
 import pyarrow as pa
 import report
 
-from autodistill.applied import probe_deployment, student_spec
-from autodistill.contracts import SEQUENCE_LENGTH
-from autodistill.distillation.teacher_cache import TeacherCache
-from autodistill.records.store import RunFolder
-from autodistill.search.checked import check_request
+from autodistill.data.dataset import SEQUENCE_LENGTH
+from autodistill.distillation.student.check import probe_deployment, student_spec
+from autodistill.distillation.teacher.output_cache import TeacherCache
+from autodistill.hardware.budget import Budget
+from autodistill.runs.checkpoints import open_stages
+from autodistill.runs.phase_clock import Clock
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.campaign.observer import Observer
+from autodistill.search.planning.placement import Place
 from autodistill.search.prepare import plan_run, prepare_trials
-from autodistill.search.progress import Clock, Observer
-from autodistill.search.request import SearchRequest
-from autodistill.search.share import Place
-from autodistill.stages import open_stages
-from autodistill.strategy import Deployment, Distillation, Strategy
-from autodistill.trial import Trial
-from autodistill.trial_data import TrialSetting, TrialTask
-from autodistill.units import Budget
-from autodistill.workbench import Workbench
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.validate import check_request
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.messages import TrialSetting, TrialTask
+from autodistill.search.worker.trial import Trial
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Distillation, Strategy
 
 # What constructions and alignments are compared under: the losses of the default space's start without its alignment.
 LOGITS = Distillation(divergence_weight=0.25, learning_rate=2e-4)

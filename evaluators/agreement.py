@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from autodistill.evaluators.token_share import token_share
 
-from autodistill.contracts import Measurement, Needs, Quantity, Subject
-from autodistill.strategy import Deployment
+from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
+from autodistill.strategy.deployment import Deployment
 
 
 class Agreement:

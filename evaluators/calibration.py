@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.contracts import Measurement, Needs, Quantity, Subject
-from autodistill.statistics import binned_error, clustered_bootstrap
-from autodistill.strategy import Deployment
+from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
+from autodistill.evaluation.statistics import binned_error, clustered_bootstrap
+from autodistill.strategy.deployment import Deployment
 
 BINS = 15
 

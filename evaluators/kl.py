@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from autodistill.contracts import Measurement, Needs, Quantity, Subject
-from autodistill.statistics import clustered_mean, per_document
-from autodistill.strategy import Deployment
+from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
+from autodistill.evaluation.statistics import clustered_mean, per_document
+from autodistill.strategy.deployment import Deployment
 
 
 class Divergence:

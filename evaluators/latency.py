@@ -6,11 +6,11 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 
-from autodistill.budget import DeviceBudget
-from autodistill.contracts import Direction, Measurement, Needs, Quantity, Subject
-from autodistill.hardware import detect
-from autodistill.strategy import Deployment
-from autodistill.timing import Load, time_serving
+from autodistill.evaluation.base import Direction, Measurement, Needs, Quantity, Subject
+from autodistill.hardware.budget import DeviceBudget
+from autodistill.hardware.machine import detect
+from autodistill.serving.timing import Load, time_serving
+from autodistill.strategy.deployment import Deployment
 
 _LIMITED_PROMPT = 512  # of prompts whose first token is limited, as is predicted of them
 

@@ -7,15 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from autodistill.budget import on_gpu
-from autodistill.contracts import Measurement, Needs, Quantity, Source, Subject
-from autodistill.device_lookup import class_of_machine
-from autodistill.devices import DISCRETE
-from autodistill.hardware import detect, machine_name
-from autodistill.llama_cpp import LlamaServer
-from autodistill.python_server import PythonServer
-from autodistill.serving_memory import MemoryEstimate, basis_of, memory
-from autodistill.strategy import Deployment
+from autodistill.estimates.serving_memory import MemoryEstimate, basis_of, memory
+from autodistill.evaluation.base import Measurement, Needs, Quantity, Source, Subject
+from autodistill.hardware.budget import on_gpu
+from autodistill.hardware.device import DISCRETE
+from autodistill.hardware.lookup import class_of_machine
+from autodistill.hardware.machine import detect, machine_name
+from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.serving.python_server import PythonServer
+from autodistill.strategy.deployment import Deployment
 
 _PROMPT = 512  # tokens that llama.cpp reads at once, which fill its compute buffer
 

@@ -10,11 +10,11 @@ import datasets
 import evaluate
 import numpy as np
 import numpy.typing as npt
-from autodistill.evaluators.offline import compute
 
-from autodistill.contracts import Measurement, Needs, Quantity, Subject
-from autodistill.statistics import clustered_mean, per_document
-from autodistill.strategy import Deployment
+from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
+from autodistill.evaluation.offline_metric import compute
+from autodistill.evaluation.statistics import clustered_mean, per_document
+from autodistill.strategy.deployment import Deployment
 
 
 class TokenPerplexity(evaluate.Metric):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from autodistill.contracts import Measurement, Needs, Quantity, Source, Subject
-from autodistill.formats import weights_bytes
-from autodistill.strategy import Deployment
+from autodistill.evaluation.base import Measurement, Needs, Quantity, Source, Subject
+from autodistill.quantization.formats import weights_bytes
+from autodistill.strategy.deployment import Deployment
 
 
 class Size:

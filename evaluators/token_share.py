@@ -8,10 +8,10 @@ import datasets
 import evaluate
 import numpy as np
 import numpy.typing as npt
-from autodistill.evaluators.offline import compute
 
-from autodistill.contracts import Measurement, Subject
-from autodistill.statistics import clustered_mean, per_document
+from autodistill.evaluation.base import Measurement, Subject
+from autodistill.evaluation.offline_metric import compute
+from autodistill.evaluation.statistics import clustered_mean, per_document
 
 
 class TokenShare(evaluate.Metric):

@@ -21,27 +21,27 @@ import pytest
 import torch
 from pyarrow import fs
 
-from autodistill.contracts import Plan
-from autodistill.conversations import Likeliest
-from autodistill.data import prepare
-from autodistill.distillation.attention import TeacherBlock, teacher_layer
-from autodistill.distillation.cache_making import ensure_cache
-from autodistill.distillation.calibration import Calibration
-from autodistill.distillation.models import load_model
-from autodistill.distillation.scoring import refer
-from autodistill.distillation.signals import LiveTeacher
-from autodistill.distillation.student import build_student
-from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
-from autodistill.distillation.trainer import Trainer
-from autodistill.documents import resolve_data
-from autodistill.estimate import spec_from_config
-from autodistill.remote import Board
-from autodistill.storage import Storage
-from autodistill.strategy import Strategy
+from autodistill.data.conversations import Likeliest
+from autodistill.data.dataset import Prepared, TokenSet, load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.losses.attention import TeacherBlock, teacher_layer
+from autodistill.distillation.student.build import build_student
+from autodistill.distillation.teacher.build_cache import ensure_cache
+from autodistill.distillation.teacher.importance import Calibration
+from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
+from autodistill.distillation.teacher.signals import LiveTeacher
+from autodistill.distillation.training.plan import Plan
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.hardware.budget import Budget
+from autodistill.inference.scoring import refer
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.search.worker.messages import TrialSetting
+from autodistill.serving.ssh import Board
+from autodistill.strategy.strategy import Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.token_sets import Prepared, TokenSet, load_split
-from autodistill.trial_data import TrialSetting
-from autodistill.units import Budget
+from autodistill.utils.storage import Storage
 
 LAYERS, WIDTH, VOCABULARY, LENGTH, SEQUENCES, TOP_K, DRAWS = 6, 64, 300, 32, 8, 64, 12
 

@@ -1,151 +1,35 @@
-"""The imports run one way: a file imports only what stands above it in the list of rooms."""
+"""The imports run one way: a package imports only what stands above it in one list, and no files import in a circle."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
-import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the ground up. A folder is one room, whose files may import each other, though never in a circle.
-ROOMS = (
-    "errors",
-    "units",
-    "files",
-    "licences",
-    "markdown",
-    "durable",
-    "reply",
-    "termination",
-    "process_memory",
-    "bench_output",
-    "remote",
-    "json_child",
-    "llama_cpp_child",
-    "llama_cpp",
-    "python_server_child",
-    "python_server",
-    "in_time",
-    "moments",
-    "whole_request",
-    "endpoint",
-    "statistics",
-    "hardware",
-    "quiet",
-    "timing",
-    "tensors",
-    "grids",
-    "formats",
-    "super_blocks",
-    "k_blocks",
-    "codes",
-    "families",
-    "hashes",
-    "checksums",
-    "parts",
-    "kinds",
-    "strategy",
-    "effects",
-    "plain_yaml",
-    "device_names",
-    "devices",
-    "device_files",
-    "device_lookup",
-    "budget",
-    "domains",
-    "space",
-    "contracts",
-    "certainty",
-    "plugins",
-    "storage",
-    "gguf_graphs",
-    "gguf_cuts",
-    "config_fields",
-    "latent",
-    "serving_memory",
-    "roofline",
-    "estimate",
-    "training_memory",
-    "shapes",
-    "training_fit",
-    "teacher_fit",
-    "records",
-    "local_device",
-    "conversations",
-    "tasks",
-    "documents",
-    "task_files",
-    "tokenising",
-    "chat_templates",
-    "rendering",
-    "templates",
-    "packing",
-    "token_sets",
-    "splitting",
-    "data",
-    "distillation",
-    "described",
-    "appraisal",
-    "measure",
-    "needs",
-    "pick",
-    "writing",
-    "stages",
-    "students",
-    "evaluation",
-    "trial_data",
-    "applied",
-    "training_appraisal",
-    "workbench",
-    "trial",
-    "export",
-    "evaluators",
-    "search",
-    "testing",
-    "completion",
-    "options",
-    "help_pages",
-    "console",
-    "live",
-    "summary",
-    "hardware_summary",
-    "streams",
-    "doctor",
-    "calls",
-    "printing",
-    "cli",
-    "__main__",
-    "",  # autodistill/__init__.py: public names
+# From the ground up: the one place that says the order. "" is `autodistill/__init__.py`, the public names.
+PACKAGES = (
+    *("errors", "units", "plugins"),
+    *("utils", "models", "quantization", "strategy", "hardware", "estimates", "data", "serving", "inference"),
+    *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "search"),
+    *("testing", "cli", "__main__", ""),
 )
+MOST_MODULES, MOST_AT_THE_TOP = 14, 8
+
+# What plans, describes and estimates starts in a blink.
 WITHOUT_TORCH = (
-    "errors",
-    "units",
-    "tensors",
-    "grids",
-    "formats",
-    "super_blocks",
-    "k_blocks",
-    "codes",
-    "families",
-    "hashes",
-    "parts",
-    "strategy",
-    "devices",
-    "device_lookup",
-    "space",
-    "contracts",
-    "certainty",
-    "plugins",
-    "gguf_graphs",
-    "serving_memory",
-    "estimate",
-    "shapes",
+    *("errors", "units", "plugins", "utils.hashing", "utils.plain_dataclass"),
+    *("models.tensors", "models.families", "models.spec", "models.config", "models.llama_cpp_graphs"),
+    *("quantization.grids", "quantization.formats", "quantization.k_quants", "quantization.k_quant_bytes"),
+    *("quantization.packing", "strategy.strategy", "strategy.deployment", "strategy.space"),
+    *("hardware.budget", "hardware.device", "hardware.lookup", "estimates.fit", "estimates.serving_memory"),
+    *("evaluation.base", "evaluation.early_stopping", "distillation.student.shapes"),
 )
 
 
@@ -183,53 +67,25 @@ def own(path: Path) -> set[str]:
     return {name.removeprefix("autodistill").removeprefix(".") for name in names}
 
 
-def room(module: str) -> str:
+def package(module: str) -> str:
     return module.split(".")[0]
 
 
-def test_every_file_has_a_room():
-    assert {room(name) for name in SOURCES} <= set(ROOMS)
+def test_every_file_is_in_a_package_of_the_list():
+    assert {package(name) for name in SOURCES} == set(PACKAGES)
 
 
-@pytest.mark.parametrize("module", sorted(SOURCES))
-def test_a_file_imports_only_what_stands_above_it(module):
-    place = ROOMS.index(room(module))
-    for other in own(SOURCES[module]):
-        inside = room(other) == room(module) and module != ""
-        above = room(other) in ROOMS and ROOMS.index(room(other)) < place
-        assert inside or above, f"autodistill.{module} imports autodistill.{other}, which stands below it"
-
-
-def listed():
-    """Modules by the row of ARCHITECTURE's table that names them, from the top; a folder's row names its files."""
-    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    table = text.partition("| room | its one sentence |")[2].partition("\n\n")[0]
-    found = {}
-    for place, line in enumerate(table.splitlines()):
-        names, _, sentence = line.strip("|").partition(" | ")
-        for name in re.findall(r"`([^`]+)`", names):
-            if name.endswith("/"):
-                # Beside files, sentences name what is no file: classes, say.
-                for file in re.findall(r"`([a-z_0-9]+)`", sentence):
-                    found.setdefault(f"{name[:-1]}.{file}", []).append(place)
-                found.setdefault(name[:-1], []).append(place)
-            elif name.endswith(".py"):
-                found.setdefault(name[:-3].removeprefix("__init__"), []).append(place)
-    return found
-
-
-def test_the_architecture_names_every_file_once_and_none_that_is_not_there():
-    rows = listed()
-    assert rows.keys() - SOURCES.keys() == set(), "no such file"
-    assert SOURCES.keys() - rows.keys() == set(), "in no row"
-    assert [name for name, places in rows.items() if len(places) > 1] == []
-
-
-def test_a_file_imports_only_what_stands_above_it_in_the_architecture():
-    place = {name: places[0] for name, places in listed().items()}
-    below = [(module, other) for module in SOURCES for other in own(SOURCES[module]) if place[other] > place[module]]
-    # The version, which stands beside the public names.
-    assert [pair for pair in below if pair[1] != ""] == []
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_imports_only_what_stands_above_it(name):
+    above = set(PACKAGES[: PACKAGES.index(name)])
+    below = [
+        (module, other)
+        for module, path in SOURCES.items()
+        if package(module) == name
+        for other in own(path)
+        if package(other) != name and package(other) not in above
+    ]
+    assert below == []
 
 
 def test_nothing_imports_in_a_circle():
@@ -237,27 +93,48 @@ def test_nothing_imports_in_a_circle():
     tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-def test_evaluators_import_the_contracts_the_estimate_and_what_stands_above_them():
-    # The rooms below the contracts that they may use: `memory` reports what it predicts; what is read in
-    # parts is so by `certainty`; tasks, turns are plain data.
-    allowed = {*ROOMS[: ROOMS.index("certainty") + 1], "serving_memory", "conversations", "task_files", "evaluators"}
+@pytest.mark.parametrize("name", ["distillation", "runs", "search", "evaluators"])
+def test_the_folders_of_a_package_import_in_no_circle(name):
+    """Files that lie beside the folders are a folder each."""
+
+    def inner(module: str) -> str:
+        return module.split(".")[1] if "." in module else ""
+
+    graph: dict[str, set[str]] = {}
     for module, path in SOURCES.items():
-        if room(module) == "evaluators":
-            assert {room(other) for other in own(path)} <= allowed, module
+        if package(module) == name and inner(module):
+            others = {inner(other) for other in own(path) if package(other) == name}
+            graph.setdefault(inner(module), set()).update(others - {inner(module), ""})
+    tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_a_folder_holds_few_files():
+    counts = Counter(path.parent for path in SOURCES.values() if path.name != "__init__.py")
+    assert counts.pop(ROOT / "autodistill") <= MOST_AT_THE_TOP
+    assert {str(folder): count for folder, count in counts.items() if count > MOST_MODULES} == {}
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_a_file_begins_with_one_sentence(module):
+    said = ast.get_docstring(ast.parse(SOURCES[module].read_text(encoding="utf-8")))
+    assert said, module
+    first = said.partition("\n")[0]
+    assert first[0].isupper() or first[0] == "`", first
+    assert first.endswith("."), first
 
 
 @pytest.mark.parametrize(
-    ("package", "files"),
+    ("engine", "files"),
     [
-        ("ray", {"search.bell", "search.cluster", "search.group", "search.kills", "search.ray_runner"}),
-        ("optuna", {"search.study"}),
-        ("typer", {"cli", "help_pages", "options"}),
-        ("xllamacpp", None),
+        ("ray", ("search.runners.",)),
+        ("optuna", ("search.algorithms.optuna_study",)),
+        ("typer", ("cli.app", "cli.help", "cli.options")),
+        ("xllamacpp", ("serving.llama_cpp_child",)),
     ],
 )
-def test_an_engine_is_imported_by_few_files(package, files):
-    users = {module for module, path in SOURCES.items() if any(room(name) == package for name in imports(path))}
-    assert users <= files if files is not None else len(users) <= 1
+def test_an_engine_is_imported_by_few_files(engine, files):
+    users = {module for module, path in SOURCES.items() if any(package(name) == engine for name in imports(path))}
+    assert {module for module in users if not module.startswith(files)} == set()
 
 
 def test_what_plans_and_describes_loads_no_torch():

@@ -50,7 +50,12 @@ def providers(package: str) -> set[str]:
 
 def test_every_package_that_the_code_imports_is_declared() -> None:
     for package, where in imported("autodistill", "evaluators").items():
-        own = {("report.py",): "plots", ("tasks.py",): "tasks", ("eight_bit.py",): "8bit", ("harness.py",): "lm-eval"}
+        own = {
+            ("report.py",): "plots",
+            ("reasoning_gym.py",): "tasks",
+            ("adamw_8bit.py",): "8bit",
+            ("lm_eval.py",): "lm-eval",
+        }
         own[("python_server_child.py",)] = "vllm"
         extra = own.get(tuple(where))
         declared = REQUIRED | EXTRAS[extra] if extra else REQUIRED

@@ -14,20 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autodistill.errors import InputError
-from autodistill.units import (
+from autodistill.hardware.budget import (
     LATENCY,
     MOST_STREAMS,
     Budget,
     LatencyLimit,
     check_streams,
-    format_bytes,
-    format_duration,
-    parse_bytes,
-    parse_duration,
     parse_latency,
     parse_price,
-    written_bytes,
 )
+from autodistill.units import format_bytes, format_duration, parse_bytes, parse_duration, written_bytes
 
 BYTES = {
     "B": 1,

@@ -1,1 +1,1 @@
-"""The engine: how a student is built, trained by its teacher and put on a quantisation grid."""
+"""The engine: the teacher's outputs, the losses, the student, and its training."""

@@ -12,22 +12,15 @@ import numpy.typing as npt
 import torch
 from packaging.version import Version
 
-from autodistill.codes import Arrays, unpack
-from autodistill.contracts import Artefact
 from autodistill.errors import MissingDependencyError, VerificationError
+from autodistill.export.base import Artefact
 from autodistill.export.huggingface import as_bf16
-from autodistill.export.student_files import (
-    WEIGHTS,
-    StudentFiles,
-    bf16_config,
-    read_arrays,
-    read_json,
-    write_folder,
-)
-from autodistill.formats import get_format
-from autodistill.grids import Floats, Grid
-from autodistill.strategy import Deployment
-from autodistill.tensors import Role
+from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, read_json, write_folder
+from autodistill.models.tensors import Role
+from autodistill.quantization.formats import get_format
+from autodistill.quantization.grids import Floats, Grid
+from autodistill.quantization.packing import Arrays, unpack
+from autodistill.strategy.deployment import Deployment
 
 _PACKAGE = "compressed-tensors"
 _DENSE_SINCE = "0.18"

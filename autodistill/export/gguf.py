@@ -13,32 +13,20 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from gguf.utility import size_label
 
-from autodistill.codes import unpack
-from autodistill.contracts import Artefact, ModelSpec
 from autodistill.errors import InputError, VerificationError
-from autodistill.estimate import check_holds
-from autodistill.export.gguf_text import cannot_cut
+from autodistill.estimates.fit import check_holds
+from autodistill.export.base import Artefact
 from autodistill.export.gguf_tokenizer import add_tokenizer
-from autodistill.export.student_files import StudentFiles, read_json, replacing
-from autodistill.families import FAMILIES, GGUF_FAMILIES, get_family
-from autodistill.formats import tensor_bytes
-from autodistill.gguf_graphs import SLIDING, rotary, rotary_dims, row_order, window_period
-from autodistill.grids import (
-    Q2_K,
-    Q3_K,
-    Q4_0,
-    Q4_1,
-    Q4_K,
-    Q5_0,
-    Q5_1,
-    Q5_K,
-    Q6_K,
-    Q8_0,
-    Floats,
-    Storage,
-)
-from autodistill.strategy import Deployment
-from autodistill.tensors import Role
+from autodistill.export.student_reader import StudentFiles, read_json, replacing
+from autodistill.export.tokenizer_check import cannot_cut
+from autodistill.models.families import FAMILIES, GGUF_FAMILIES, get_family
+from autodistill.models.llama_cpp_graphs import SLIDING, rotary, rotary_dims, row_order, window_period
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import Role
+from autodistill.quantization.formats import tensor_bytes
+from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Floats, Storage
+from autodistill.quantization.packing import unpack
+from autodistill.strategy.deployment import Deployment
 
 FILE = "student.gguf"
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
+from autodistill.data.tokenization import beginning, load_tokenizer
 from autodistill.errors import InputError
-from autodistill.export.student_files import read_json
-from autodistill.gguf_cuts import CUTS, Cut, cuts_like
-from autodistill.tokenising import beginning, load_tokenizer
+from autodistill.export.student_reader import read_json
+from autodistill.models.pretokenizers import CUTS, Cut, cuts_like
 
 INHERITED = "gguf_tokenizer.json"
 """A file beside the tokenizer of a teacher that was a GGUF file: that file's scalar `tokenizer.ggml.*` keys, without

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from autodistill.codes import unpack
-from autodistill.contracts import Artefact
-from autodistill.export.student_files import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
-from autodistill.grids import Floats
-from autodistill.strategy import Deployment
+from autodistill.export.base import Artefact
+from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
+from autodistill.quantization.grids import Floats
+from autodistill.quantization.packing import unpack
+from autodistill.strategy.deployment import Deployment
 
 
 class HuggingFaceExporter:

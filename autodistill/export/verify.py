@@ -12,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from autodistill.contracts import Artefact, Exporter
+from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import VerificationError
-from autodistill.export.gguf_text import agreement, comparable
+from autodistill.evaluation.statistics import binomial_interval, binomial_tail
+from autodistill.export.base import Artefact, Exporter
 from autodistill.export.gguf_tokenizer import spaces
-from autodistill.export.student_files import StudentFiles
-from autodistill.grids import Floats
-from autodistill.llama_cpp import LlamaServer
-from autodistill.statistics import binomial_interval, binomial_tail
-from autodistill.strategy import Deployment
-from autodistill.tokenising import load_tokenizer
+from autodistill.export.student_reader import StudentFiles
+from autodistill.export.tokenizer_check import agreement, comparable
+from autodistill.quantization.grids import Floats
+from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.strategy.deployment import Deployment
 
 MIN_AGREEMENT = 0.97
 """Least share of the clear positions at which the runtime must choose the simulation's token."""

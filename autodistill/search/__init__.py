@@ -1,1 +1,1 @@
-"""Proposing, scheduling and running trials under a budget and a time box."""
+"""Proposing, scheduling, running and finishing trials under a budget and a time budget."""

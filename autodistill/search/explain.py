@@ -9,23 +9,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from autodistill.budget import read_budget
-from autodistill.contracts import Plan, Status
+from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError
-from autodistill.estimate import fits, holdable, spec_from_config
-from autodistill.records.choice import chosen, contenders, students_only
-from autodistill.records.gains import Gains, named
-from autodistill.records.leaderboard import DISTILLED, UNTRAINED
-from autodistill.records.objectives import Objective, objectives_of
-from autodistill.records.openings import opened, openings_of
-from autodistill.records.recalibration import corrected, least_beyond
-from autodistill.records.row import DAMAGED, REMOVED, Row, rows_of
-from autodistill.records.saved import Saved, saved
-from autodistill.records.store import RunFolder
-from autodistill.search.study import Importance, Observation, importance
-from autodistill.space import Point, Space
-from autodistill.strategy import Deployment
-from autodistill.units import NO_LIMIT, format_bytes
+from autodistill.estimates.fit import fits, holdable
+from autodistill.hardware.budget import NO_LIMIT, read_budget
+from autodistill.models.config import spec_from_config
+from autodistill.runs.results.gains import Gains, named
+from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
+from autodistill.runs.results.memory_correction import corrected, least_beyond
+from autodistill.runs.results.objectives import Objective, objectives_of
+from autodistill.runs.results.row import DAMAGED, REMOVED, Row, Status, rows_of
+from autodistill.runs.results.savings import Saved, saved
+from autodistill.runs.results.selection import chosen, contenders, students_only
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.test_split_ledger import opened, openings_of
+from autodistill.search.algorithms.optuna_study import Importance, Observation, importance
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Point, Space
+from autodistill.units import format_bytes
 
 # With fewer results a share of the variance is noise.
 _FEWEST_RESULTS = 8

@@ -11,28 +11,31 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from autodistill.contracts import ModelSpec, Plan
+from autodistill.data.dataset import load_split
+from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError, MissingDependencyError
-from autodistill.export.card import NOT_STATED
-from autodistill.kinds import hold
-from autodistill.records.json_files import write_json
-from autodistill.records.openings import already_opened, times_opened
-from autodistill.records.store import RunFolder
-from autodistill.search.asked import moved
-from autodistill.search.checked import Checked
-from autodistill.search.expected import Speed
-from autodistill.search.loading import Loaded, load
-from autodistill.search.measuring import plan_from_measurement
-from autodistill.search.plan import extend, more_trials
-from autodistill.search.progress import Clock, Observer
-from autodistill.search.share import Place
-from autodistill.search.teacher_outputs import check_cache_limit, teacher_phase
-from autodistill.search.trials import Question
-from autodistill.search.warm_start import WarmStart, check_fingerprints, steps_differ, warm_start
-from autodistill.token_sets import load_split
-from autodistill.training_fit import INSTALL_8BIT, has_eight_bit
-from autodistill.trial_data import TrialSetting
-from autodistill.units import CONTEXT
+from autodistill.estimates.training_fit import INSTALL_8BIT, has_eight_bit
+from autodistill.export.model_card import NOT_STATED
+from autodistill.hardware.budget import CONTEXT
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.phase_clock import Clock
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.test_split_ledger import already_opened, times_opened
+from autodistill.search.campaign.observer import Observer
+from autodistill.search.campaign.state import Question
+from autodistill.search.campaign.warm_start import WarmStart, warm_start
+from autodistill.search.planning.durations import Speed
+from autodistill.search.planning.placement import Place
+from autodistill.search.planning.plan import extend, more_trials
+from autodistill.search.request.earlier_runs import check_fingerprints, steps_differ
+from autodistill.search.request.metrics import moved
+from autodistill.search.request.validate import Checked
+from autodistill.search.setup.loading import Loaded, load
+from autodistill.search.setup.measure_plan import plan_from_measurement
+from autodistill.search.setup.teacher_phase import check_cache_limit, teacher_phase
+from autodistill.search.worker.messages import TrialSetting
+from autodistill.utils.json_files import write_json
+from autodistill.utils.typed_data import hold
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,52 +8,57 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from autodistill.contracts import Plan, Status
-from autodistill.distillation.memory import give_back_memory
+from autodistill.distillation.training.plan import Plan
 from autodistill.errors import AutoDistillError, InputError, InterruptedSearchError, LostClusterError, NothingFitsError
-from autodistill.hardware import detect_for_training
-from autodistill.moments import Moment
-from autodistill.records.choice import contenders
-from autodistill.records.differences import differences
-from autodistill.records.gains import named
-from autodistill.records.json_files import read_json, write_json
-from autodistill.records.leaderboard import DISTILLED, rank
-from autodistill.records.lease import Lease
-from autodistill.records.objectives import front
-from autodistill.records.report import write_report
-from autodistill.records.row import Row, rows_of, to_parquet
-from autodistill.records.saved import saved
-from autodistill.records.sessions import SignsOfLife, by_phase, last_ended, lasted
-from autodistill.records.store import RunFolder
-from autodistill.records.stored_run import StoredLog, check_free, keep, pull
-from autodistill.search.campaign import Campaign
-from autodistill.search.checked import Checked, check_request
-from autodistill.search.cost import cost, students_disk
-from autodistill.search.failures import is_disk_broken, is_disk_full
-from autodistill.search.finish import Finish, finish
-from autodistill.search.finisher import Finisher
-from autodistill.search.inline_runner import run_inline
-from autodistill.search.loading import load
-from autodistill.search.means import trainable
-from autodistill.search.measuring import plan_from_measurement
+from autodistill.hardware.machine import detect_for_training
+from autodistill.inference.torch_memory import give_back_memory
+from autodistill.runs.checkpoints import default_limit
+from autodistill.runs.phase_clock import Clock
+from autodistill.runs.remote_copy import Lease, StoredLog, check_free, keep, pull
+from autodistill.runs.report import write_report
+from autodistill.runs.results.differences import differences
+from autodistill.runs.results.gains import named
+from autodistill.runs.results.leaderboard import DISTILLED, rank
+from autodistill.runs.results.objectives import front
+from autodistill.runs.results.row import Row, Status, rows_of, to_parquet
+from autodistill.runs.results.savings import saved
+from autodistill.runs.results.selection import KIND as CONFIRMATION
+from autodistill.runs.results.selection import contenders
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.sessions import SignsOfLife, by_phase, last_ended, lasted
+from autodistill.runs.students import student_bytes
+from autodistill.search.algorithms.sampler import Sampler
+from autodistill.search.algorithms.successive_halving import confirmed
+from autodistill.search.campaign.agenda import REJECTIONS_IN_A_ROW
+from autodistill.search.campaign.campaign import Campaign
+from autodistill.search.campaign.observer import Observer
+from autodistill.search.campaign.state import TrialState
+from autodistill.search.finish.context import Finisher
+from autodistill.search.finish.finish import Finish, finish
+from autodistill.search.planning.placement import Place, check_share
+from autodistill.search.planning.plan import cost, students_disk
 from autodistill.search.prepare import Planned, Ready, plan_run, prepare_trials
-from autodistill.search.progress import Clock, Observer
-from autodistill.search.request import SearchRequest
-from autodistill.search.sampler import Sampler
-from autodistill.search.share import Place, check_share
-from autodistill.search.shortfall import shortfall
-from autodistill.search.supplies import send
-from autodistill.search.teacher_outputs import cache_settings, calibration_file, check_cache_limit
-from autodistill.stages import default_limit
-from autodistill.storage import Storage
-from autodistill.students import student_bytes
-from autodistill.trial_data import TrialSetting
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.validate import Checked, check_request
+from autodistill.search.runners.inline import run_inline
+from autodistill.search.runners.node_files import send
+from autodistill.search.setup.loading import load
+from autodistill.search.setup.measure_plan import plan_from_measurement
+from autodistill.search.setup.teacher_phase import cache_settings, calibration_file, check_cache_limit
+from autodistill.search.setup.training_setup import trainable
+from autodistill.search.worker.failures import is_disk_broken, is_disk_full
+from autodistill.search.worker.messages import TrialSetting
 from autodistill.units import format_duration
+from autodistill.utils.clock import Moment
+from autodistill.utils.json_files import read_json, write_json
+from autodistill.utils.storage import Storage
 
 if TYPE_CHECKING:
-    from autodistill.search.cluster import Cluster
+    from autodistill.search.runners.ray_cluster import Cluster
+
 
 _Runner: TypeAlias = Callable[[Campaign, TrialSetting, Moment | None], None]
 
@@ -225,7 +230,7 @@ def _workplace(checked: Checked) -> Iterator[tuple[Place, Cluster | None]]:
     """Where the search runs, and the cluster that it joined for it; what a trial is to be given is there."""
     request, joined = checked.request, None
     if request.ray_address is not None:
-        from autodistill.search.cluster import join
+        from autodistill.search.runners.ray_cluster import join
 
         # What is kept on a storage is fetched to each node.
         folders = [] if checked.storage else [request.out, request.cache]
@@ -389,8 +394,8 @@ def _runner(
     if request.runner == "inline":
         yield run_inline
         return
-    from autodistill.search.cluster import LocalRay
-    from autodistill.search.ray_runner import run_ray
+    from autodistill.search.runners.ray import run_ray
+    from autodistill.search.runners.ray_cluster import LocalRay
 
     cluster = joined or LocalRay(place.here)
     cluster.to_go_on = to_go_on
@@ -479,3 +484,73 @@ def _short_of_the_end(best: Row, rows: Sequence[Row], request: SearchRequest, ru
         return [note]
     again = "" if request.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
     return [f"{note}; to train on for as long again: {_resuming(request, run)}{again}"]
+
+
+_MORE = "give it more --time"
+
+
+def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
+    """What was left undone of a plan: for want of time where there is a box, or of strategies that fit.
+
+    What failed or did not fit counts as tried, as it does for the agenda; the search says so elsewhere.
+
+    Args:
+        campaign: As it was closed.
+        plan: What it followed.
+    """
+    trials = list(campaign.trials.values())
+    proposed = [trial for trial in trials if trial.number is not None]
+    tried = sum(trial.status is not Status.REJECTED and not _unbegun(trial) for trial in proposed)
+    if campaign.exhausted and tried < plan.trials:
+        return [_exhausted(proposed, tried, plan), *_box(campaign, plan, trials)]
+    if campaign.box.deadline is not None and tried < plan.trials:
+        return [f"the box held {tried} of the {plan.trials} planned trials: {_MORE}", *_box(campaign, plan, trials)]
+    return _box(campaign, plan, trials)
+
+
+def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
+    """Why no more was proposed, though the plan held more."""
+    rejected = sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, reversed(proposed)))
+    held = f"{tried} of the {plan.trials} planned trials"
+    if rejected >= REJECTIONS_IN_A_ROW:
+        training = proposed[-1].training
+        miss = training.miss if training is not None else None
+        if miss is not None:
+            return (
+                f"the last {rejected} strategies that were proposed cannot be trained here or do not fit, so that the "
+                f"search tried {held}; of the last one: {miss.said}"
+            )
+        return (
+            f"the last {rejected} strategies that were proposed did not fit, so that the search tried {held}: raise "
+            "--budget, or name a --space of smaller students"
+        )
+    return f"the space holds no more strategies, so that the search tried {held}: widen it with --space"
+
+
+def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
+    """What the time box ended before."""
+    if campaign.box.deadline is None:
+        return []
+    notes = []
+    students = [trial for trial in trials if trial.kind == "student" and trial.task.length == 1]
+    whole = sum(trial.status is Status.COMPLETED for trial in students)
+    waiting = sum(trial.status is Status.STOPPED and (_unbegun(trial) or trial.value is not None) for trial in students)
+    planned = min(plan.keep[-1] if plan.keep else plan.trials, whole + waiting)
+    if whole < planned:
+        notes.append(f"the box took {whole} of {planned} trials to full fidelity: {_MORE}")
+    notes += [
+        f"the box did not hold the baseline {name}, so that no gain over it is known: {_MORE}"
+        for name in campaign.untrained_baselines()
+    ]
+    completed = [trial.kind for trial in trials if trial.status is Status.COMPLETED]
+    again = [trial for trial in trials if trial.kind == CONFIRMATION and not _unbegun(trial)]
+    few = confirmed(completed.count("student"), (), completed.count("baseline"))
+    wanted = campaign.question.confirm * few
+    if len(again) < wanted:
+        notes.append(f"the box held {len(again)} of the {wanted} trainings on further seeds: {_MORE}")
+    return notes
+
+
+def _unbegun(trial: TrialState) -> bool:
+    """Whether a trial never came to its first rung, though nothing was wrong with it."""
+    return trial.rung < 0 and trial.status in (None, Status.STOPPED)

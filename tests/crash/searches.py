@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from autodistill.cli import main as main_of_autodistill
-from autodistill.hashes import file_hash
-from autodistill.records.event_log import EventLog
-from autodistill.records.row import Row, rows_of
+from autodistill.cli.app import main as main_of_autodistill
+from autodistill.runs.results.row import Row, rows_of
 from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.utils.event_log import EventLog
+from autodistill.utils.hashing import file_hash
 from tests.crash.kernel import Call, Ended, watched
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

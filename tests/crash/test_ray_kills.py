@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autodistill.records.row import rows_of
+from autodistill.runs.results.row import rows_of
 from tests.search.test_kill import command, events, finish, inputs, reports, start
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from autodistill.described import describe
-from autodistill.distillation.models import load_model
-from autodistill.distillation.stored_tensors import stored_type
-from autodistill.distillation.teacher import resolve_teacher
+from autodistill.advisor.describe import describe
+from autodistill.distillation.teacher.resolve import resolve_teacher
 from autodistill.errors import InputError
-from autodistill.families import FAMILIES
+from autodistill.models.families import FAMILIES
+from autodistill.models.loading import load_model
+from autodistill.models.stored_tensors import stored_type
 from autodistill.testing import save_tiny_teacher
 from tests.hostile.folders import Fault, faults
 
@@ -104,7 +104,7 @@ def test_what_transformers_itself_passes_over_is_taken(model: Path, tmp_path: Pa
 def test_what_transformers_reports_is_refused_whatever_was_checked(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autodistill.distillation.models.check_stored", lambda *_: None)
+    monkeypatch.setattr("autodistill.models.loading.check_stored", lambda *_: None)
     weights = load_file(model / "model.safetensors")
     part = weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from autodistill.contracts import Subject
+from autodistill.evaluation.base import Subject
 from autodistill.testing import tiny_subject
 
 

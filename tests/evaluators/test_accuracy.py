@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from autodistill.evaluators.accuracy import Accuracy
 
-from autodistill.contracts import Subject
+from autodistill.evaluation.base import Subject
 
 
 def test_is_the_share_of_correct_tokens_with_an_error_by_document(subject: Subject) -> None:

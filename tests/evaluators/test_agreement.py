@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from autodistill.evaluators.agreement import Agreement
 
-from autodistill.contracts import Subject
+from autodistill.evaluation.base import Subject
 
 
 def test_is_the_share_of_tokens_on_which_both_agree(subject: Subject) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from autodistill.evaluators.calibration import BINS, Calibration
 
-from autodistill.contracts import Subject, TokenScores
+from autodistill.evaluation.base import Subject
+from autodistill.inference.outputs import TokenScores
 
 
 def scores(confidence: np.ndarray, correct: np.ndarray, documents: np.ndarray) -> TokenScores:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from autodistill.evaluators.command import parse_command
-from autodistill.evaluators.task import evaluator_of
+from autodistill.evaluators.tasks.command import parse_command
+from autodistill.evaluators.tasks.task import evaluator_of
 
-from autodistill.contracts import Evaluator, Measurement, Quantity, Subject
+from autodistill.data.task_files import read_tasks
+from autodistill.evaluation.base import Evaluator, Measurement, Quantity, Subject
 from autodistill.plugins import load, names
-from autodistill.strategy import Deployment
-from autodistill.task_files import read_tasks
+from autodistill.serving.timing import Load
+from autodistill.strategy.deployment import Deployment
 from autodistill.testing import EvaluatorConformance
-from autodistill.timing import Load
 
 PACKED = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=64)
 UNITS = {

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from autodistill.evaluators.exact_match import ExactMatch
 
-from autodistill.contracts import Answers, Subject
+from autodistill.evaluation.base import Subject
+from autodistill.inference.outputs import Answers
 
 
 def test_only_full_marks_count_and_the_error_is_that_of_a_share(subject: Subject) -> None:

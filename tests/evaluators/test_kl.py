@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from autodistill.evaluators.kl import Divergence
 
-from autodistill.contracts import Subject
+from autodistill.evaluation.base import Subject
 
 
 def test_is_the_mean_in_nats_with_an_error_by_document(subject: Subject) -> None:

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 from autodistill.evaluators.latency import Latency
 
-from autodistill.budget import DeviceBudget
-from autodistill.contracts import Subject
-from autodistill.device_files import devices
-from autodistill.device_lookup import find_device
-from autodistill.strategy import Deployment
-from autodistill.units import parse_latency
+from autodistill.evaluation.base import Subject
+from autodistill.hardware.budget import DeviceBudget, parse_latency
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.lookup import find_device
+from autodistill.strategy.deployment import Deployment
 
 PLAIN = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
 

@@ -9,15 +9,15 @@ import pytest
 from autodistill.evaluators import memory as evaluator
 from autodistill.evaluators.memory import Memory
 
-from autodistill.budget import DeviceBudget
-from autodistill.contracts import Subject
-from autodistill.device_files import devices
-from autodistill.device_lookup import find_device
 from autodistill.errors import VerificationError
-from autodistill.hardware import detect, machine_name
-from autodistill.llama_cpp import Buffers, LlamaServer
-from autodistill.serving_memory import memory
-from autodistill.strategy import Deployment
+from autodistill.estimates.serving_memory import memory
+from autodistill.evaluation.base import Subject
+from autodistill.hardware.budget import DeviceBudget
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.lookup import find_device
+from autodistill.hardware.machine import detect, machine_name
+from autodistill.serving.llama_cpp import Buffers, LlamaServer
+from autodistill.strategy.deployment import Deployment
 
 
 def test_predicts_before_the_export_and_where_the_runtime_states_nothing(subject: Subject, student: Path) -> None:

@@ -7,7 +7,7 @@ import gguf
 import pytest
 from autodistill.evaluators.size import Size
 
-from autodistill.contracts import Subject
+from autodistill.evaluation.base import Subject
 
 
 def test_predicts_the_bytes_that_gguf_counts_in_the_file(subject: Subject, artefact: Path) -> None:

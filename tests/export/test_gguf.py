@@ -14,14 +14,14 @@ from gguf.metadata import Metadata
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from autodistill.described import deployment_named
+from autodistill.advisor.describe import deployment_named
 from autodistill.errors import InputError, VerificationError
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.verify import verify
-from autodistill.families import get_family
-from autodistill.gguf_graphs import FULL, SLIDING, row_order
-from autodistill.llama_cpp import LlamaServer
-from autodistill.strategy import Deployment
+from autodistill.models.families import get_family
+from autodistill.models.llama_cpp_graphs import FULL, SLIDING, row_order
+from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 
 DEPLOYMENTS = {

@@ -14,13 +14,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from autodistill.distillation.teacher import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.errors import InputError
 from autodistill.export.gguf import GgufExporter
-from autodistill.export.gguf_text import agreement, cannot_cut, comparable
 from autodistill.export.gguf_tokenizer import add_tokenizer, is_certain, refusal, spaces
-from autodistill.llama_cpp import LlamaServer
-from autodistill.strategy import Deployment
+from autodistill.export.tokenizer_check import agreement, cannot_cut, comparable
+from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
 
 F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)

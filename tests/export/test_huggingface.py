@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.export.huggingface import HuggingFaceExporter
-from autodistill.strategy import Deployment
+from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 
 PLAIN = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from autodistill.contracts import Artefact
 from autodistill.errors import VerificationError
+from autodistill.export.base import Artefact
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.huggingface import HuggingFaceExporter
 from autodistill.export.verify import falls_short, verify, verify_runtime
-from autodistill.llama_cpp import LlamaServer
-from autodistill.strategy import Deployment
+from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
 
 CASES = [

@@ -74,7 +74,7 @@ class Kit:
     def gguf(self) -> Path:
         """The same as a GGUF file, its matrices as Q8_0."""
         from autodistill.export.gguf import GgufExporter
-        from autodistill.strategy import Deployment
+        from autodistill.strategy.deployment import Deployment
 
         deployment = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
         GgufExporter().export(self.teacher, deployment, self.folder / "exported")

@@ -114,27 +114,27 @@ def _serve() -> None:
 
 def _import_all() -> None:
     """All that a command may import, so that no child does it again."""
-    from autodistill.streams import quiet_libraries
+    from autodistill.cli.streams import quiet_libraries
 
     quiet_libraries()
     import importlib
 
     for name in (
-        "autodistill.appraisal",
-        "autodistill.cli",
-        "autodistill.described",
-        "autodistill.doctor",
+        "autodistill.advisor.estimate",
+        "autodistill.cli.app",
+        "autodistill.advisor.describe",
+        "autodistill.cli.doctor",
         "autodistill.evaluators.accuracy",
-        "autodistill.hardware_summary",
-        "autodistill.live",
-        "autodistill.measure",
-        "autodistill.pick",
-        "autodistill.records.candidates",
+        "autodistill.cli.hardware_summary",
+        "autodistill.cli.live",
+        "autodistill.advisor.measure",
+        "autodistill.advisor.pick",
+        "autodistill.advisor.candidates",
         "autodistill.search.explain",
-        "autodistill.search.export_run",
+        "autodistill.search.finish.export_run",
         "autodistill.search.search",
-        "autodistill.training_appraisal",
-        "autodistill.writing",
+        "autodistill.advisor.estimate",
+        "autodistill.distillation.teacher.write_data",
         "datasets",
         "evaluate",
         "gguf",
@@ -155,7 +155,7 @@ def _import_all() -> None:
         importlib.import_module(name)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-    from autodistill.cli import main
+    from autodistill.cli.app import main
 
     with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         main(["spaces", "no-such-space"])  # what reads the command line is made only now
@@ -218,7 +218,7 @@ def _become_command(argv: list[str], folder: str, out: Path, err: Path) -> None:
             setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8"))
         sys.stdin = os.fdopen(os.dup(0), encoding="utf-8")
         sys.argv = ["autodistill", *argv]
-        from autodistill.cli import main
+        from autodistill.cli.app import main
 
         before = set(sys.modules)
         code = main()

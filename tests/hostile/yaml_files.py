@@ -127,7 +127,7 @@ def _space(kit: Kit) -> _Maker:
 
 
 def _strategy(kit: Kit) -> _Maker:
-    from autodistill.strategy import Strategy
+    from autodistill.strategy.strategy import Strategy
 
     argv = ("estimate", str(kit.teacher), "--strategy", "./a.yaml")
     return argv, Strategy().to_json(), lambda folder: None

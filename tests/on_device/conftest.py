@@ -10,7 +10,7 @@ backward pass, so tests with it have a process of their own.
 What it cannot show: what CUDA's kernels compute, streams and asynchrony, memory limits, pinned memory, and the branches
 of code that ask for the name "cuda".
 
-`tests/test_on_device.py` runs what is in this folder; elsewhere nothing of it is collected.
+`tests/distillation/test_on_device.py` runs what is in this folder; elsewhere nothing of it is collected.
 """
 
 from __future__ import annotations

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from autodistill.applied import student_spec
-from autodistill.distillation.cache_making import ensure_cache
-from autodistill.distillation.calibration import calibrate
-from autodistill.distillation.models import load_model
-from autodistill.distillation.sharding import Sharding
-from autodistill.distillation.teacher_cache import TeacherCache
-from autodistill.estimate import spec_from_config
-from autodistill.grids import Grid
-from autodistill.search.teacher_outputs import cache_settings
-from autodistill.space import load_space, load_strategy
-from autodistill.strategy import Alignment, Distillation, Finishing, Init, Lora, Strategy
-from autodistill.token_sets import TokenSet
+from autodistill.data.dataset import TokenSet
+from autodistill.distillation.student.check import student_spec
+from autodistill.distillation.teacher.build_cache import ensure_cache
+from autodistill.distillation.teacher.importance import calibrate
+from autodistill.distillation.teacher.output_cache import TeacherCache
+from autodistill.distillation.training.fsdp import Sharding
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.quantization.grids import Grid
+from autodistill.search.setup.teacher_phase import cache_settings
+from autodistill.strategy.space import load_space, load_strategy
+from autodistill.strategy.strategy import Alignment, Distillation, Finishing, Init, Lora, Strategy
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces" / "strategies").glob("*.yaml"))
 STEP = 64

@@ -9,31 +9,32 @@ import numpy as np
 import pytest
 import torch
 
-from autodistill.applied import probe_deployment
-from autodistill.data import prepare
-from autodistill.distillation import parallel
-from autodistill.distillation.cache_making import ensure_cache, writing_rate
-from autodistill.distillation.calibration import calibrate
-from autodistill.distillation.generation import Sampling, write
-from autodistill.distillation.held import load_held
-from autodistill.distillation.likelihood import continuations, rolling
-from autodistill.distillation.models import load_model
-from autodistill.distillation.scoring import choices, refer, score
-from autodistill.distillation.student import cut_student
-from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
-from autodistill.documents import resolve_data
-from autodistill.estimate import spec_from_config
-from autodistill.evaluation import deployed_weights, evaluate
-from autodistill.search import pace
-from autodistill.search.pace import measure_speed
-from autodistill.search.share import Workers
-from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Strategy
+from autodistill.data.dataset import load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.student.build import cut_student
+from autodistill.distillation.student.check import probe_deployment
+from autodistill.distillation.teacher.build_cache import ensure_cache, writing_rate
+from autodistill.distillation.teacher.importance import calibrate
+from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
+from autodistill.evaluation.evaluate import deployed_weights, evaluate
+from autodistill.hardware.budget import Budget
+from autodistill.inference import batching as parallel
+from autodistill.inference.generation import Sampling, write
+from autodistill.inference.half_precision import load_held
+from autodistill.inference.likelihood import continuations, rolling
+from autodistill.inference.scoring import choices, refer, score
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.search.planning.placement import Workers
+from autodistill.search.setup import throughput as pace
+from autodistill.search.setup.throughput import measure_speed
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.messages import TrialSetting, TrialTask
+from autodistill.search.worker.trial import Trial
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.token_sets import load_split
-from autodistill.trial import Trial
-from autodistill.trial_data import TrialSetting, TrialTask
-from autodistill.units import Budget
-from autodistill.workbench import Workbench
 
 LENGTH = 32
 F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from autodistill.cli import main
-from autodistill.records.json_files import write_json
-from autodistill.records.store import RunFolder
-from autodistill.search import export_run
-from autodistill.search.request import SearchRequest
+from autodistill.cli.app import main
+from autodistill.hardware.budget import Budget
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.finish import export_run
+from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.units import Budget
+from autodistill.utils.json_files import write_json
 
 SPACE = """
 name: small
@@ -160,7 +160,7 @@ class Told:
 def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Told:
     # What is packed is the student, whose files have checksums of their own.
     monkeypatch.setattr(export_run, "_pack", _packed)
-    monkeypatch.setattr("autodistill.calls.quiet_libraries", lambda *references: None)
+    monkeypatch.setattr("autodistill.cli.commands.quiet_libraries", lambda *references: None)
     return Told(capsys)
 
 

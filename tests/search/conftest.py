@@ -12,9 +12,9 @@ import pytest
 from autodistill.evaluators.latency import Latency
 from autodistill.evaluators.memory import Memory
 
-from autodistill.contracts import Measurement, Subject
-from autodistill.search import finish
-from autodistill.strategy import Deployment
+from autodistill.evaluation.base import Measurement, Subject
+from autodistill.search.finish import finish
+from autodistill.strategy.deployment import Deployment
 
 _timing = False
 

@@ -18,23 +18,24 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from autodistill.advisor.candidates import stored
+from autodistill.cli.summary import leaderboard_of, search_summary
 from autodistill.errors import InputError
-from autodistill.estimate import fits, spec_from_config
-from autodistill.records.candidates import stored
-from autodistill.records.choice import chosen
-from autodistill.records.json_files import read_json, write_json
-from autodistill.records.leaderboard import DISTILLED
-from autodistill.records.row import rows_of
-from autodistill.records.store import RunFolder
-from autodistill.search.checked import check_request
+from autodistill.estimates.fit import fits
+from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
+from autodistill.runs.results.leaderboard import DISTILLED
+from autodistill.runs.results.row import rows_of
+from autodistill.runs.results.selection import chosen
+from autodistill.runs.run_folder import RunFolder
 from autodistill.search.explain import explain
-from autodistill.search.export_run import export_run
-from autodistill.search.request import SearchRequest
+from autodistill.search.finish.export_run import export_run
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.validate import check_request
 from autodistill.search.search import Outcome, search
-from autodistill.strategy import Deployment
-from autodistill.summary import leaderboard_of, search_summary
+from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.units import Budget
+from autodistill.utils.json_files import read_json, write_json
 
 GGUF = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
 FOLDER = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}

@@ -12,18 +12,18 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from autodistill.codes import deployed
-from autodistill.distillation.lora import Adapters
+from autodistill.distillation.training.lora import Adapters
 from autodistill.errors import InputError
 from autodistill.export.verify import load_in_transformers
-from autodistill.grids import integer_grid
-from autodistill.records.store import RunFolder
-from autodistill.search.export_run import export_run
-from autodistill.search.request import SearchRequest
+from autodistill.hardware.budget import Budget
+from autodistill.quantization.grids import integer_grid
+from autodistill.quantization.packing import deployed
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.finish.export_run import export_run
+from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
-from autodistill.space import load_strategy
+from autodistill.strategy.space import load_strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.units import Budget
 
 
 @pytest.fixture(autouse=True)

@@ -10,21 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from autodistill.budget import DeviceBudget
-from autodistill.device_files import devices
-from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
-from autodistill.estimate import Miss, fits, nearest_miss, spec_from_config
-from autodistill.records.json_files import write_json
-from autodistill.records.row import Row
-from autodistill.records.store import RunFolder
+from autodistill.estimates.fit import Miss, fits, nearest_miss
+from autodistill.estimates.serving_memory import memory
+from autodistill.hardware.budget import NO_LIMIT, Budget, DeviceBudget, parse_latency
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.lookup import find_device
+from autodistill.models.config import spec_from_config
+from autodistill.runs.results.row import Row
+from autodistill.runs.run_folder import RunFolder
 from autodistill.search.explain import explain
-from autodistill.search.trial_memory import TrainingNeed
-from autodistill.serving_memory import memory
-from autodistill.space import Space
-from autodistill.strategy import Deployment, Strategy
+from autodistill.search.planning.trial_memory import TrainingNeed
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Space
+from autodistill.strategy.strategy import Strategy
 from autodistill.testing import small_plan
-from autodistill.units import NO_LIMIT, Budget, format_bytes, parse_latency
+from autodistill.units import format_bytes
+from autodistill.utils.json_files import write_json
 
 PLAN = small_plan()
 SPACE = Space.from_json(

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autodistill.records.event_log import EventLog
-from autodistill.records.row import rows_of
+from autodistill.runs.results.row import rows_of
 from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.utils.event_log import EventLog
 
 Inputs = tuple[Path, Path]
 

@@ -11,16 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from autodistill.distillation.stored_grids import StoredAs
-from autodistill.estimate import cannot_hold, spec_from_config
-from autodistill.export.student_files import StudentFiles
-from autodistill.search import loading
-from autodistill.search.request import SearchRequest
+from autodistill.distillation.teacher.stored_grids import StoredAs
+from autodistill.estimates.fit import cannot_hold
+from autodistill.estimates.serving_memory import memory
+from autodistill.export.student_reader import StudentFiles
+from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
+from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import Outcome, search
-from autodistill.serving_memory import memory
-from autodistill.strategy import Deployment
+from autodistill.search.setup import loading
+from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_config, tiny_text
-from autodistill.units import Budget, format_bytes
+from autodistill.units import format_bytes
 
 OWN = Deployment(runtime="llama.cpp", format="gguf-q4_1", bits=4, group_size=32, symmetric=False)
 SPACE = """

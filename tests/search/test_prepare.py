@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from autodistill.contracts import Plan
-from autodistill.conversations import asked
-from autodistill.data import prepare
-from autodistill.documents import Source
+from autodistill.data.conversations import asked
+from autodistill.data.dataset import load_split
+from autodistill.data.documents import Source
+from autodistill.data.prepare import prepare
+from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError, MissingDependencyError
-from autodistill.estimate import spec_from_config
-from autodistill.search.expected import Speed
-from autodistill.search.plan import extend
+from autodistill.models.config import spec_from_config
+from autodistill.search.algorithms.successive_halving import SuccessiveHalving
+from autodistill.search.planning.durations import Speed
+from autodistill.search.planning.placement import Workers
+from autodistill.search.planning.plan import extend
 from autodistill.search.prepare import _box, _check_fingerprints, _extended, _here, _unasked
-from autodistill.search.scheduler import SuccessiveHalving
-from autodistill.search.share import Workers
 from autodistill.testing import small_plan, tiny_config, tiny_tokenizer
-from autodistill.token_sets import load_split
 
 
 def test_questions_that_no_student_can_be_asked_are_counted_and_all_of_them_refused(tmp_path: Path) -> None:

@@ -21,37 +21,37 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from autodistill import training_fit
-from autodistill.budget import DeviceBudget
-from autodistill.contracts import Decision, Measurement, Subject
-from autodistill.device_files import devices
-from autodistill.device_lookup import find_device
-from autodistill.distillation import trainer
+from autodistill.cli.summary import leaderboard_of, search_summary
+from autodistill.data.dataset import TokenSet, load_split
+from autodistill.distillation.training import trainer
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
-from autodistill.estimate import spec_from_config
-from autodistill.hardware import detect, machine_name
-from autodistill.records.openings import recorded_test_openings
-from autodistill.records.row import Row, read_parquet
-from autodistill.records.sessions import by_phase
-from autodistill.records.store import RunFolder
-from autodistill.roofline import speed
-from autodistill.search import held_out
-from autodistill.search.campaign import Campaign
-from autodistill.search.checked import check_request
+from autodistill.estimates import training_fit
+from autodistill.estimates.serving_memory import memory
+from autodistill.estimates.speed import speed
+from autodistill.evaluation.base import Measurement, Subject
+from autodistill.hardware.budget import Budget, DeviceBudget, parse_latency
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.lookup import find_device
+from autodistill.hardware.machine import detect, machine_name
+from autodistill.models.config import spec_from_config
+from autodistill.runs.results.row import Decision, Row, read_parquet
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.sessions import by_phase
+from autodistill.runs.test_split_ledger import recorded_test_openings
+from autodistill.search.campaign.campaign import Campaign
+from autodistill.search.campaign.observer import Observer
 from autodistill.search.explain import explain
-from autodistill.search.export_run import export_run
-from autodistill.search.progress import Observer
-from autodistill.search.request import SearchRequest
+from autodistill.search.finish import test_split as held_out
+from autodistill.search.finish.export_run import export_run
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.validate import check_request
 from autodistill.search.search import Outcome, plan_search, search
-from autodistill.search.trials import Assignment
-from autodistill.serving_memory import memory
-from autodistill.storage import Storage
-from autodistill.strategy import Deployment
-from autodistill.summary import leaderboard_of, search_summary
+from autodistill.search.worker.attempt import Assignment
+from autodistill.search.worker.messages import RungReport
+from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_config, tiny_text
-from autodistill.token_sets import TokenSet, load_split
-from autodistill.trial_data import RungReport
-from autodistill.units import Budget, parse_bytes, parse_latency
+from autodistill.units import parse_bytes
+from autodistill.utils.storage import Storage
 
 TIMES = ("time", "seconds", "train_seconds", "steps", "latency_ms", "tokens_per_second", "answer_ms")
 TOLD = ("latency_detail", "latency_doubts", "memory_parts")  # of the same measurements
@@ -383,7 +383,7 @@ def test_a_ray_of_its_own_is_left_where_a_search_fails_before_its_trials(
     def interrupt(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autodistill.search.cluster.LocalRay", Local)
+    monkeypatch.setattr("autodistill.search.runners.ray_cluster.LocalRay", Local)
     monkeypatch.setattr("autodistill.search.search.prepare_trials", interrupt)
     with pytest.raises(InterruptedSearchError, match="To go on"):
         search(request(inputs, tmp_path, runner="ray"))
@@ -606,7 +606,9 @@ def test_a_search_that_ends_once_more_with_what_it_had_does_not_open_the_test_sp
     shutil.copytree(outcome[1], out)
     logged = [event for event in events(out) if event["event"] == "test"]
     with monkeypatch.context() as patch:
-        patch.setattr("autodistill.search.held_out.refer", lambda *given, **more: pytest.fail("the teacher was scored"))
+        patch.setattr(
+            "autodistill.search.finish.test_split.refer", lambda *given, **more: pytest.fail("the teacher was scored")
+        )
         said = Said()
         again = search(request(inputs, out, resume=True), said)
     assert not any("it is spent" in line for line in said.lines)
@@ -794,7 +796,7 @@ def test_a_cache_limit_that_holds_nothing_is_refused_before_anything_is_measured
     least = parse_bytes(str(no.value).rpartition("--cache-limit ")[2].removesuffix(" or more"))
     # Nine sequences of 255 predicted tokens, of each at least the 4 bytes of 64 likeliest ones.
     assert 9 * 255 * 64 * 4 < least < 10**8
-    monkeypatch.setattr("autodistill.search.measuring.measure_speed", measured)
+    monkeypatch.setattr("autodistill.search.setup.measure_plan.measure_speed", measured)
     with pytest.raises(AssertionError, match="measured"):
         do(request(inputs, tmp_path, cache_limit_bytes=least), Phases())
 
@@ -842,7 +844,9 @@ def test_a_run_that_is_held_is_not_gone_on_with(
 ) -> None:
     """Nor is a cluster joined for it, or a model loaded."""
     monkeypatch.setattr("autodistill.search.prepare.load", lambda checked, place: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("autodistill.search.cluster.join", lambda *given: pytest.fail("a cluster was joined"))
+    monkeypatch.setattr(
+        "autodistill.search.runners.ray_cluster.join", lambda *given: pytest.fail("a cluster was joined")
+    )
     with (
         RunFolder.open(outcome[1], "run", lock=True),
         pytest.raises(InputError, match=rf"held by the running process {os.getpid()}: wait for it, or stop it"),
@@ -857,7 +861,7 @@ def test_a_cluster_that_is_not_joined_leaves_no_run(
         assert RunFolder(tmp_path, "run").state == "under way"
         raise InputError("nobody answers")
 
-    monkeypatch.setattr("autodistill.search.cluster.join", join)
+    monkeypatch.setattr("autodistill.search.runners.ray_cluster.join", join)
     with pytest.raises(InputError, match="nobody answers"):
         search(request(inputs, tmp_path, ray_address="10.0.0.1:6379", runner="ray"))
     assert list(tmp_path.iterdir()) == []

@@ -12,24 +12,25 @@ from typing import Any
 import pytest
 import torch
 
-from autodistill.contracts import Plan
-from autodistill.distillation.schedule import branch_point
-from autodistill.records.row import rows_of
-from autodistill.records.saved import saved
-from autodistill.records.store import RunFolder
-from autodistill.search.admission import admit
-from autodistill.search.campaign import Campaign
-from autodistill.search.checked import Checked, check_request
+from autodistill.distillation.training.learning_rate import branch_point
+from autodistill.distillation.training.plan import Plan
+from autodistill.hardware.budget import Budget
+from autodistill.runs.checkpoints import open_stages, stage_key
+from autodistill.runs.phase_clock import Clock
+from autodistill.runs.results.row import rows_of
+from autodistill.runs.results.savings import saved
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.algorithms.sampler import Sampler
+from autodistill.search.campaign.admission import admit
+from autodistill.search.campaign.campaign import Campaign
+from autodistill.search.campaign.observer import Observer
 from autodistill.search.explain import explain
-from autodistill.search.inline_runner import run_inline
+from autodistill.search.planning.placement import Place
 from autodistill.search.prepare import plan_run, prepare_trials
-from autodistill.search.progress import Clock, Observer
-from autodistill.search.request import SearchRequest
-from autodistill.search.sampler import Sampler
-from autodistill.search.share import Place
-from autodistill.stages import open_stages, stage_key
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.validate import Checked, check_request
+from autodistill.search.runners.inline import run_inline
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.units import Budget
 
 TIMES = ("time", "seconds", "train_seconds", "steps")
 SPACE = """
@@ -72,7 +73,7 @@ def without_times(value: object) -> object:
 def forks_from_the_first() -> Iterator[None]:
     """Four trials are too few for a fork otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autodistill.search.forks.FROM", 3)
+        patch.setattr("autodistill.search.algorithms.forks.FROM", 3)
         yield
 
 
@@ -131,7 +132,7 @@ def test_trials_that_share_stages_have_the_figures_of_trials_that_train_all_them
     inputs: Path, shared: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same strategies, forks among them: one search goes on from checkpoints, the other finds none."""
-    monkeypatch.setattr("autodistill.stages.StageStore.find", lambda *arguments: None)
+    monkeypatch.setattr("autodistill.runs.checkpoints.StageStore.find", lambda *arguments: None)
     alone = searched(inputs, tmp_path)
     assert shared.rows == alone.rows
     totals = saved(shared.events, shared.plan), saved(alone.events, alone.plan)

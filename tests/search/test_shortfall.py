@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from autodistill.contracts import Status
-from autodistill.search.agenda import REJECTIONS_IN_A_ROW
-from autodistill.search.shortfall import shortfall
+from autodistill.runs.results.row import Status
+from autodistill.search.campaign.agenda import REJECTIONS_IN_A_ROW
+from autodistill.search.search import shortfall
 
 PLAN: Any = SimpleNamespace(trials=9, keep=(5, 2))
 

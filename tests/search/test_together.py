@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from autodistill.records.event_log import EventLog
-from autodistill.records.openings import recorded_test_openings
-from autodistill.records.row import rows_of
-from autodistill.records.store import known_runs
+from autodistill.runs.results.row import rows_of
+from autodistill.runs.run_folder import known_runs
+from autodistill.runs.test_split_ledger import recorded_test_openings
 from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.utils.event_log import EventLog
 
 SEARCHES = 10
 

@@ -1,0 +1,331 @@
+"""What may be picked of a results folder: rows of runs, trained to the end or without any training, and shapes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from autodistill.errors import InputError
+from autodistill.models.config import comparable, spec_from_config
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
+from autodistill.runs.results.memory_correction import Overhead, Place, overheads
+from autodistill.runs.results.row import (
+    Row,
+    arrow_schema,
+    check_documents,
+    finite,
+    is_field,
+    required,
+    rows_of,
+    trained_fully,
+)
+from autodistill.runs.results.selection import students_only
+from autodistill.runs.run_folder import RunFolder, known_runs
+from autodistill.strategy.deployment import Deployment
+from autodistill.utils.json_files import plain_json
+from autodistill.utils.typed_data import hold
+
+T = TypeVar("T")
+_COLUMNS = (
+    *("row_id", "trial", "kind", "name", "deployment", "status", "feasible", "split", "params", "shape"),
+    *("accuracy", "accuracy_stderr", "perplexity", "agreement", "memory_bytes", "memory_source", "size_bytes"),
+    *("latency_ms", "latency_source", "machine", "context", "batch", "fidelity", "other"),
+)
+_NESTED = ("deployment", "other")
+_BESIDE_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
+
+
+class Shape:
+    """A student's shape: one object for all rows of it.
+
+    Attributes:
+        config: What describes the student, as `estimate.config_of` gives it.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        hold(config, dict[str, Any], "a shape")
+        self.config = config
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        """As `estimate.comparable`."""
+        return comparable(self.config)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model; the last few are kept, since ten thousand with all their tensors would be many."""
+        return _spec(self)
+
+
+@lru_cache(256)
+def _spec(shape: Shape) -> ModelSpec:
+    return spec_from_config(shape.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A stored row, of which only what most rows are passed over by is made up at once.
+
+    Attributes:
+        run: Name of its run.
+        cells: The row's fields by name, None left out; the deployment and other figures as JSON text.
+        metric, value: What ranked in its run, and the row's own.
+        direction: "max" or "min": which value is better.
+        shape: The student's; None where the row has none.
+        folder: Of its run; None where it is not stored.
+    """
+
+    run: str
+    cells: Mapping[str, Any]
+    metric: str
+    value: float | None
+    direction: str
+    shape: Shape | None = None
+    folder: RunFolder | None = None
+
+    @classmethod
+    def of(cls, row: Row, run: str, metric: str, direction: str, folder: RunFolder | None = None) -> Candidate:
+        """That of a whole row."""
+        fields = {name: getattr(row, name) for name in _COLUMNS if name != "shape"}
+        cells = {name: value for name, value in fields.items() if value is not None}
+        cells |= {name: json.dumps(cells[name]) for name in _NESTED}
+        shape = None if row.shape is None else Shape(row.shape)
+        return cls(
+            run=run,
+            cells=cells,
+            metric=metric,
+            value=row.figure(metric),
+            direction=direction,
+            shape=shape,
+            folder=folder,
+        )
+
+    @cached_property
+    def row(self) -> Row:
+        """The row, without its documents, strategy and shape."""
+        return _row(self.cells, self.folder)
+
+    @property
+    def worth(self) -> float:
+        """The metric, more being better."""
+        return -math.inf if self.value is None else self.value if self.direction == "max" else -self.value
+
+    @property
+    def score(self) -> str:
+        """What a least accuracy is asked of: the metric where more of it is better, else the accuracy."""
+        return self.metric if self.direction == "max" else "accuracy"
+
+    @property
+    def deployment(self) -> Deployment:
+        """How it is packed and served."""
+        return _deployment(self.cells["deployment"])
+
+    @property
+    def spec(self) -> ModelSpec | None:
+        """The student's shape as a model."""
+        return None if self.shape is None else self.shape.spec
+
+
+@lru_cache(1024)
+def _deployment(text: str) -> Deployment:
+    return Deployment.from_json(plain_json(text))
+
+
+def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
+    """The students of runs that were trained to the end, and what needs no training, of their validation split.
+
+    Args:
+        out: Folder of the runs.
+        runs: Names; all by default.
+
+    Raises:
+        InputError: No such run, none at all, one that does not say what it ranked by, or runs that ranked by different
+            metrics, or on different data.
+    """
+    names = list(dict.fromkeys(runs or known_runs(out)))
+    if not names:
+        raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
+    found: list[Candidate] = []
+    metrics, sources = {}, {}
+    for name in names:
+        run = RunFolder.open(out, name)
+        asked = run.asked()
+        try:
+            metrics[name], sources[name] = (asked["metric"], asked["direction"]), _measured_on(asked)
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{run.search_file} does not say what {name} was ranked by and on which data, as one of another "
+                "version may not: name the runs that are to be picked from"
+            ) from error
+        kinds = DISTILLED if students_only(asked) else (*DISTILLED, *UNTRAINED)
+        found += _candidates(run, kinds, *metrics[name])
+    if len(set(metrics.values())) > 1:
+        told = ", ".join(f"{name} by {metric}" for name, (metric, _) in metrics.items())
+        raise InputError(f"runs that rank by different metrics cannot be compared ({told}): name those of one")
+    if len({tuple(source.values()) for source in sources.values()}) > 1:
+        told = ", ".join(f"{name} on {' of '.join(map(' '.join, source.items()))}" for name, source in sources.items())
+        raise InputError(f"runs that were measured on different data cannot be compared ({told}): name those of one")
+    return found
+
+
+def _measured_on(asked: Mapping[str, Any]) -> dict[str, str]:
+    """Names and fingerprints of what a run's metric was measured on: a task's questions, or the tokens of its data.
+
+    Args:
+        asked: Its `search.json`.
+    """
+    kind, _, task = asked["metric"].partition(":")
+    if kind == "task":
+        return {task: asked["asked"]["fingerprints"][task]}
+    if task:
+        # The questions of an installed task go with its name.
+        return {}
+    parts = ("data", "teacher") if kind in _BESIDE_TEACHER else ("data",)
+    return {asked[part]["name"]: asked[part]["fingerprint"] for part in parts}
+
+
+def with_documents(candidates: Sequence[Candidate]) -> list[Row]:
+    """Their rows, with the scores of single documents where they are stored."""
+    wanted: dict[str, set[str]] = {}
+    folders = {one.run: one.folder for one in candidates}
+    for one in candidates:
+        wanted.setdefault(one.run, set()).add(one.cells["row_id"])
+    found = {run: _documents(folder, wanted[run]) for run, folder in folders.items() if folder is not None}
+    return [replace(one.row, documents=found.get(one.run, {}).get(one.cells["row_id"])) for one in candidates]
+
+
+def _documents(run: RunFolder, ids: set[str]) -> dict[str, Any]:
+    """The scores by document of some rows of a run, by id."""
+    if not run.tabled:
+        return {row.row_id: row.documents for row in rows_of(run.events.read()) if row.row_id in ids}
+    with _table(run) as file:
+        if "documents" not in file.schema_arrow.names:
+            return {}
+        columns = file.read(columns=["row_id", "documents"], use_threads=False)
+        pairs = zip(columns.column("row_id").to_pylist(), columns.column("documents"), strict=True)
+        found = {name: plain_json(text.as_py()) for name, text in pairs if name in ids and text.is_valid}
+        for documents in found.values():
+            check_documents(documents, "documents")
+    return found
+
+
+def recalibrated(out: Path) -> dict[Place, Overhead]:
+    """What predicted memory is changed by, as the measured students of a folder's runs speak for it; often nothing."""
+    return overheads(row for name in known_runs(out) for row in _measured(RunFolder.open(out, name)))
+
+
+def recalibrated_by(candidates: Iterable[Candidate]) -> dict[Place, Overhead]:
+    """The same, as the measured ones of some candidates speak for it."""
+    return overheads(one.row for one in candidates if one.cells.get("memory_source") == "measured")
+
+
+def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: str) -> Iterator[Candidate]:
+    """The rows of a run of these kinds, trained to the end if at all, that have the metric, of its validation split."""
+    if not run.tabled:
+        for row in rows_of(run.events.read()):
+            if row.kind in kinds and row.split != "test" and row.full and row.figure(metric) is not None:
+                yield Candidate.of(row, run.name, metric, direction, run)
+        return
+    columns = _columns(run)
+    count = len(columns["row_id"])
+    with _whole(run):
+        shapes = _parsed(columns.pop("shape", [None] * count), Shape)
+        if is_field(metric):
+            values = columns.get(metric, [None] * count)
+        else:
+            values = [other and other.get(metric) for other in _parsed(columns.get("other", [None] * count), _figures)]
+    names = tuple(columns)
+    for found, shape, *cells in zip(values, shapes, *columns.values(), strict=True):
+        value, fields = finite(found), {key: cell for key, cell in zip(names, cells, strict=True) if cell is not None}
+        if value is None or fields["kind"] not in kinds or fields.get("split") == "test":
+            continue
+        if trained_fully(fields["kind"], fields.get("fidelity")):
+            yield Candidate(
+                run=run.name, cells=fields, metric=metric, value=value, direction=direction, shape=shape, folder=run
+            )
+
+
+def _measured(run: RunFolder) -> Iterator[Row]:
+    """The rows of a run whose memory was measured."""
+    if not run.tabled:
+        yield from (row for row in rows_of(run.events.read()) if row.memory_source == "measured")
+        return
+    columns = _columns(run)
+    for cells in zip(*columns.values(), strict=True):
+        fields = {key: cell for key, cell in zip(columns, cells, strict=True) if cell is not None and key != "shape"}
+        if fields.get("memory_source") == "measured":
+            yield _row(fields, run)
+
+
+def _row(cells: Mapping[str, Any], run: RunFolder | None) -> Row:
+    with _whole(run):
+        nested = {name: _figures(plain_json(cells[name])) for name in _NESTED if name in cells}
+        return Row(**{"other": {}} | dict(cells) | nested)
+
+
+def _figures(data: Any) -> dict[str, Any]:
+    hold(data, dict[str, Any], "a cell")
+    return dict(data)
+
+
+@contextmanager
+def _whole(run: RunFolder | None) -> Iterator[None]:
+    """Names the table of a run whose cells are not what was written."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException, ValueError, InputError) as error:
+        if run is None:
+            raise
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{run.leaderboard_file} is not what a search writes ({said}): remove it, and the rows are read from the "
+            "run's log, or leave that run out"
+        ) from None
+
+
+@contextmanager
+def _table(run: RunFolder) -> Iterator[Any]:
+    """A run's table, of columns as they are written."""
+    import pyarrow.parquet as pq
+
+    # Not `read_table`, which imports pandas where that is installed, and takes longer than all else here.
+    with _whole(run), pq.ParquetFile(run.leaderboard_file) as file:
+        written = arrow_schema()
+        for field in file.schema_arrow:
+            if field.name in written.names and not field.type.equals(written.field(field.name).type):
+                raise InputError(f"the column {field.name} is of {field.type}")
+        missing = [name for name in required() if name not in file.schema_arrow.names]
+        if missing:
+            raise InputError(f"it lacks the column {missing[0]}")
+        yield file
+
+
+def _columns(run: RunFolder) -> dict[str, list[Any]]:
+    """A run's table without what makes up most of it, documents and strategies, and without columns of nothing."""
+    with _table(run) as file:
+        # Runs of earlier versions lack some.
+        names = [name for name in _COLUMNS if name in file.schema_arrow.names]
+        table = file.read(columns=names, use_threads=False)
+        for name in required():
+            if table.column(name).null_count:
+                raise InputError(f"the column {name} has rows without it")
+        for text in table.column("deployment").unique().to_pylist():
+            Deployment.from_json(plain_json(text))
+    columns = {name: table.column(name) for name in names}
+    return {name: one.to_pylist() for name, one in columns.items() if name == "row_id" or one.null_count < len(one)}
+
+
+def _parsed(texts: Sequence[str | None], made: Callable[[Any], T]) -> list[T | None]:
+    """What is made of each JSON text, one of equal ones: parsed as one list, in a tenth of the time of one by one."""
+    distinct = list(dict.fromkeys(text for text in texts if text is not None))
+    found = dict(zip(distinct, map(made, plain_json(f"[{','.join(distinct)}]")), strict=True))
+    return [None if text is None else found[text] for text in texts]

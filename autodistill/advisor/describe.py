@@ -1,0 +1,270 @@
+"""A model to be estimated: a folder, a GGUF file, a hub id or a shape in numbers becomes its description."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autodistill.distillation.teacher.resolve import hub_config, locate
+from autodistill.distillation.teacher.stored_grids import packings, stored_types, storing
+from autodistill.errors import InputError
+from autodistill.models import latent_attention as latent
+from autodistill.models.config import check_config, spec_from_config
+from autodistill.models.families import FAMILIES
+from autodistill.models.gguf_reader import GgufFile, read_gguf
+from autodistill.models.model_folder import check_files, read_config, weight_files
+from autodistill.models.spec import ModelSpec
+from autodistill.models.stored_tensors import check_stored, stored_tensors
+from autodistill.models.tensors import Role, TensorSpec
+from autodistill.quantization.formats import FORMATS, Packing
+from autodistill.strategy.deployment import Deployment, serving
+
+# transformers' names of mixtures: the dense family they are like, and the config's names of their sizes.
+_MIXTURES = {
+    "mixtral": ("llama", "intermediate_size", "num_local_experts"),
+    "qwen3_moe": ("qwen3", "moe_intermediate_size", "num_experts"),
+}
+_SHAPE = ("layers", "width", "heads", "ffn", "vocab")
+_SHAPE_CONTEXT = 2**24  # tokens that a described shape reads: more than any model that is sold
+_MIXTURE = re.compile(r"\b(q[2-6]-k)-(?:s|m|l|xl)\b")  # of llama.cpp's types, as "Q4_K_M"
+_I_QUANT = re.compile(r"\biq[1-4]-")
+_UNTOLD = 0.1  # share of a file's weights, such as biases, of which the sizes in its header or config may say nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """A model of which nothing was loaded.
+
+    Attributes:
+        name: For a person.
+        spec: Its shape.
+        weights_bytes: Of a GGUF file's own tensors; None where a format decides.
+        format_name: The format that a GGUF file's tensors are in, or else most of its bytes, or that a config says its
+            folder is packed in, where it is one that is held here.
+    """
+
+    name: str
+    spec: ModelSpec
+    weights_bytes: int | None = None
+    format_name: str | None = None
+
+
+def describe(reference: str) -> Described:
+    """Describes the model that a reference names; nothing but its config or headers is read.
+
+    Args:
+        reference: A folder with a config.json, a .gguf file, "smollm2", or a hub id.
+
+    Raises:
+        InputError: Nothing is there, it is damaged, or of an architecture that is not known.
+    """
+    kind, path = locate(reference)
+    if kind == "folder":
+        check_files(path)
+    if kind != "gguf":
+        name, config = (path.name, read_config(path)) if kind == "folder" else (reference, hub_config(reference))
+        spec = spec_of(config)
+        if kind == "folder":
+            _check_weights(path, config, spec)
+        return Described(name=name, spec=spec, format_name=_stated_format(config))
+    file = read_gguf(path)
+    spec = spec_of(file.outline())
+    _check_tensors(file, spec)
+    return Described(
+        name=path.stem,
+        spec=spec,
+        weights_bytes=sum(tensor.size for tensor in file.tensors),
+        format_name=_gguf_format(file, spec),
+    )
+
+
+def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
+    """Refuses a file whose header describes another model than its tensors make; biases that no size tells pass."""
+    stored = sum(math.prod(tensor.shape) for tensor in file.tensors)
+    if abs(stored - spec.parameters) > _UNTOLD * spec.parameters:
+        raise InputError(
+            f"{file.path} is damaged: its tensors have {stored:,} weights, where the sizes in its header make "
+            f"{spec.parameters:,}: get the file again"
+        )
+
+
+def _check_weights(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Refuses a folder whose config describes another model than its weights make; one of no weights is described yet.
+
+    Of packed weights, and of models that are described alone, the tensors' names are not known: those are read, and of
+    these the sum is compared.
+    """
+    if not weight_files(folder):
+        return
+    tensors = stored_tensors(folder)
+    if config.get("quantization_config"):
+        return
+    if config["model_type"] in FAMILIES:
+        check_stored(folder, spec)
+        return
+    stored, head = sum(math.prod(tensor.shape) for tensor in tensors.values()), spec.vocabulary * spec.width
+    if not (1 - _UNTOLD) * spec.parameters <= stored <= (1 + _UNTOLD) * spec.parameters + head * spec.tied:
+        raise InputError(
+            f"{folder} has {stored:,} weights in its safetensors, where its config.json makes {spec.parameters:,}: get "
+            "the folder again"
+        )
+
+
+def _gguf_format(file: GgufFile, spec: ModelSpec) -> str | None:
+    """The format that stores each tensor as the file does; where none does, the one that most bytes are in.
+
+    Most bytes of a K-quant may be on the grid that stands in for it, of which no packing made the file. Of the mixtures
+    of types that llama.cpp's tools make some are none of ours.
+    """
+    if packing := storing(stored_types(file, spec)):
+        return packing.name
+    name = f"gguf-{file.main_type().lower()}"
+    return name if name in FORMATS else None
+
+
+def _stated_format(config: Mapping[str, Any]) -> str | None:
+    """What a folder's config says of its packed weights; None where they are not packed, or in no format of ours."""
+    stated = config.get("quantization_config") or {}
+    groups = list((stated.get("config_groups") or {}).values())
+    if stated.get("format") != "pack-quantized" or len(groups) != 1:
+        return None
+    weights = (groups[0] or {}).get("weights") or {}
+    grid = (weights.get("num_bits"), weights.get("group_size") or 0, weights.get("symmetric", True))
+    known = packings().items()
+    held = (name for name, one in known if one.format == "compressed-tensors" and _grid(one) == grid)
+    return next(held, None)
+
+
+def spec_of(config: Mapping[str, Any]) -> ModelSpec:
+    """As `spec_from_config`, and for mixtures of experts and latent attention: estimated, though not distilled.
+
+    Raises:
+        InputError: As `spec_from_config`.
+    """
+    name = str(config.get("model_type"))
+    if name in latent.ARCHITECTURES:
+        return latent.describe_latent(config)
+    if name not in _MIXTURES:
+        if name not in FAMILIES:
+            known = ", ".join([*FAMILIES, *_MIXTURES, *latent.ARCHITECTURES])
+            raise InputError(f"the architecture {name[:60]!r} cannot be estimated; these can: {known}")
+        return spec_from_config(config)
+    check_config(config)
+    like, width, count = _MIXTURES[name]
+    # transformers 5 writes every family's count under one name; files on the hub have the family's own.
+    experts, active = config.get(count, config.get("num_local_experts")), config.get("num_experts_per_tok")
+    if type(experts) is not int or type(active) is not int or not 1 <= active <= experts:
+        raise InputError(f"a config of {name} must give {count} and num_experts_per_tok, at most as many")
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise InputError(f"a {name} whose layers are not all mixtures cannot be estimated")
+    dense = spec_from_config(dict(config) | {"model_type": like, "intermediate_size": config.get(width)})
+    tensors = tuple(_mixed(tensor, experts) for tensor in dense.tensors)
+    # The router stays in the precision of vectors, in GGUF float32.
+    routers = tuple(
+        TensorSpec(name=f"model.layers.{layer}.mlp.router.weight", role=Role.NORM, shape=(experts, dense.width))
+        for layer in range(dense.layers)
+    )
+    return replace(dense, tensors=tensors + routers, experts=experts, active_experts=active)
+
+
+def _mixed(tensor: TensorSpec, experts: int) -> TensorSpec:
+    """The matrices of all experts as one, stacked by rows, which packs to as many bytes."""
+    found = re.fullmatch(r"(model\.layers\.\d+\.mlp)\.(\w+\.weight)", tensor.name)
+    if found is None:
+        return tensor
+    rows, columns = tensor.shape
+    return replace(tensor, name=f"{found[1]}.experts.{found[2]}", shape=(experts * rows, columns))
+
+
+def shape(sizes: Mapping[str, int | None], *, tied: bool = False, family: str = "llama") -> Described:
+    """A model in numbers.
+
+    Args:
+        sizes: "layers", "width", "heads", "ffn" and "vocab"; "kv_heads" is as many as heads, "head_dim" their even
+            share of the width, "experts" and "active_experts" none, and "window" none where they are left out.
+        tied: Whether the head is the embedding table.
+        family: transformers' `model_type` that it is like.
+
+    Raises:
+        InputError: A size that is missing or not positive, or sizes that do not go together.
+    """
+    missing = [f"--{name}" for name in _SHAPE if sizes.get(name) is None]
+    if missing:
+        raise InputError(f"a described shape needs {', '.join(missing)} as well")
+    wrong = next(((name, size) for name, size in sizes.items() if size is not None and size < 1), None)
+    if wrong is not None:
+        raise InputError(f"--{wrong[0].replace('_', '-')} must be at least 1, not {wrong[1]}")
+    experts, active = sizes.get("experts"), sizes.get("active_experts")
+    if active is not None and active > (experts or 0):
+        of = "there are no --experts" if experts is None else f"there are {experts} --experts"
+        raise InputError(f"a token cannot take {active} --active-experts where {of}")
+    config: dict[str, Any] = {
+        "model_type": family,
+        "num_hidden_layers": sizes["layers"],
+        "hidden_size": sizes["width"],
+        "num_attention_heads": sizes["heads"],
+        "num_key_value_heads": sizes.get("kv_heads") or sizes["heads"],
+        "intermediate_size": sizes["ffn"],
+        "vocab_size": sizes["vocab"],
+        "max_position_embeddings": _SHAPE_CONTEXT,
+        "tie_word_embeddings": tied,
+        "sliding_window": sizes.get("window"),
+    }
+    heads, width, kv_heads = (config[name] for name in ("num_attention_heads", "hidden_size", "num_key_value_heads"))
+    if sizes.get("head_dim") is not None:
+        config["head_dim"] = sizes["head_dim"]
+    elif width % heads:
+        raise InputError(f"{heads} heads do not divide a width of {width}: give --head-dim")
+    if heads % kv_heads:
+        raise InputError(f"{kv_heads} --kv-heads do not divide {heads} --heads")
+    if experts:
+        config |= {"model_type": "mixtral", "num_local_experts": experts, "num_experts_per_tok": active or 1}
+    spec = spec_of(config)
+    return Described(name=f"{spec.parameters / 1e9:.3g}B {family}", spec=spec)
+
+
+def deployment_named(name: str, runtime: str | None = None) -> Deployment:
+    """The deployment of a name such as "gguf-q4_0", "compressed-tensors-int4-g64" or "huggingface".
+
+    Raises:
+        InputError: There is none of that name, or it is not served by the runtime; the message lists those that are.
+    """
+    known = packings()
+    if name not in known:
+        raise InputError(f"there is no format {name!r}; {_instead(name, known)}")
+    packing = known[name]
+    return Deployment(
+        runtime=runtime or serving(packing)[0],
+        format=packing.format,
+        bits=packing.bits,
+        group_size=packing.group_size,
+        symmetric=packing.symmetric,
+    )
+
+
+def _instead(name: str, known: Iterable[str]) -> str:
+    """What a person may have meant by a format that there is not."""
+    asked = name.lower().replace("_", "-")
+    plain = {form.lower().replace("_", "-"): form for form in known}
+    if (mixture := _MIXTURE.search(asked)) and f"gguf-{mixture[0]}" not in plain:
+        kind = mixture[1].replace("-", "_")
+        written = " and ".join(form.name for form in FORMATS.values() if form.mixture)
+        return (
+            f"of llama.cpp's mixtures of types {written} are written; gguf-{kind} has all linear layers in "
+            f"{kind.upper()}"
+        )
+    if _I_QUANT.search(asked):
+        return "llama.cpp's I-quants are not supported: its gguf-q4_k, gguf-q4_0 and the like are"
+    ends = [form for text, form in plain.items() if asked and asked in text.split("-", 1)[-1]]
+    close = [plain[text] for text in difflib.get_close_matches(asked, plain, n=3, cutoff=0.6)]
+    meant = list(dict.fromkeys([*ends[:3], *close]))[:3]
+    return f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(plain.values())}"
+
+
+def _grid(packing: Packing) -> tuple[int, int, bool]:
+    return packing.bits, packing.group_size, packing.symmetric

@@ -1,0 +1,294 @@
+"""The best stored row for given hardware, solved anew from what is on file; nothing is trained or loaded."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from operator import le
+from typing import Any, cast
+
+from autodistill.advisor.candidates import Candidate, with_documents
+from autodistill.advisor.requirements import Solved, Wanted, solve
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimates.fit import in_blocks
+from autodistill.estimates.serving_memory import basis_of
+from autodistill.evaluation.base import Direction
+from autodistill.hardware.budget import CONTEXT, check_streams
+from autodistill.hardware.catalog import device_classes
+from autodistill.hardware.device import DISCRETE, Device
+from autodistill.runs.results.leaderboard import rank
+from autodistill.units import count_of, format_bytes, format_duration, written_bytes
+
+TIERS = tuple(size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80))
+"""Classes of GPUs by the memory that they are sold with, in bytes."""
+
+_MOST_TIED = 32  # rows that are looked at for one that is smaller than the best and tied with it
+_CELLS = 256  # contexts that are named where a shorter one would do are multiples of this
+
+
+class _Broken:
+    """Rows that broke a limit: of those on the same grids, one that is no smaller in any size is no nearer to it.
+
+    So most rows that do not fit are passed over without being solved. It holds for needs that follow from the shape,
+    and so for no row of which something was measured.
+    """
+
+    def __init__(self) -> None:
+        self._known: defaultdict[tuple[Any, ...], list[tuple[int, ...]]] = defaultdict(list)
+
+    def implies(self, place: _Place) -> bool:
+        """Whether a row breaks a limit that an earlier one broke, and by no less."""
+        alike, sizes = place
+        known = self._known.get(alike, [])
+        for index, least in enumerate(known):
+            if all(map(le, least, sizes)):
+                # What passed one over is likely to pass the next one over too.
+                known.insert(0, known.pop(index))
+                return True
+        return False
+
+    def add(self, place: _Place, solved: Solved) -> None:
+        """Remembers a row, unless it is accuracy that it lacks most."""
+        excess = solved.excess
+        if max(excess, key=lambda name: excess[name]) != "accuracy":
+            alike, sizes = place
+            self._known[alike].append(sizes)
+
+
+_Place = tuple[tuple[Any, ...], tuple[int, ...]]
+"""What rows must have in common to be compared by size, and their sizes."""
+
+
+def _place(candidate: Candidate) -> _Place | None:
+    """None of a row whose needs do not follow from its shape alone."""
+    cells, shape = candidate.cells, candidate.shape
+    size, need = cells.get("size_bytes"), cells.get("memory_bytes")
+    if shape is None or size is None or need is None:
+        return None
+    if "measured" in (cells.get("memory_source"), cells.get("latency_source")):
+        return None
+    alike, sizes = shape.sizes
+    packed = (cells["deployment"], in_blocks(shape.config, candidate.deployment))
+    return (*packed, cells.get("context"), cells.get("batch"), *alike), (size, need, *sizes)
+
+
+def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
+    """The best row that meets all limits, the runner-up, the margins, and the limit that binds.
+
+    Of rows that are tied with the best, as `leaderboard.rank` has it, the smallest is picked. Rows of runtimes that the
+    device does not have are left out.
+
+    What binds is the limit that the best of the better rows breaks by most; None where no better row was left out.
+
+    Raises:
+        NothingFitsError: None does; the message has the nearest, and the cheapest change that would do.
+        InputError: There are no rows, or more streams are asked for than any machine decodes.
+    """
+    check_streams(wanted.streams, "--streams")
+    ranked = sorted(candidates, key=_order)
+    if not ranked:
+        raise InputError("there is no student that was trained to the end: run autodistill search first")
+    usable = [one for one in ranked if not _lacks(one, wanted)]
+    others = Counter(one.deployment.runtime for one in ranked if _lacks(one, wanted))
+    if not usable:
+        raise NothingFitsError(f"nothing fits: {_lacks(ranked[0], wanted)}; name another --device")
+    left_out: list[Solved] = []
+    chosen: list[Solved] = []
+    unknown = better_unknown = 0
+    broken = _Broken()
+    for one in usable:
+        if len(chosen) >= 2 and (len(chosen) == _MOST_TIED or not _may_tie(chosen[0].candidate, one)):
+            break
+        place = _place(one)
+        if place and broken.implies(place):
+            continue
+        solved = solve(one, wanted)
+        if solved is None:
+            unknown += 1
+            better_unknown += not chosen
+        elif solved.fits:
+            chosen.append(solved)
+        else:
+            if place:
+                broken.add(place, solved)
+            if not chosen:
+                left_out.append(solved)
+    if not chosen:
+        raise NothingFitsError(_nothing(usable, left_out, unknown, wanted))
+    chosen, tied = _smallest_first(chosen)
+    excess = left_out[0].excess if left_out else {}
+    return {
+        "pick": chosen[0].to_json(),
+        "runner_up": chosen[1].to_json() if len(chosen) > 1 else None,
+        "binds": max(excess, key=lambda name: excess[name]) if excess else None,
+        "better_left_out": left_out[0].to_json() if left_out else None,
+        "unknown": unknown,
+        "better_unknown": better_unknown,
+        "tied": tied,
+        "other_runtimes": dict(others),
+        "context": chosen[0].context,
+        "streams": wanted.streams,
+        "device": wanted.device.name if wanted.device else None,
+        "memory_basis": _basis(chosen[0], wanted),
+        "memory_overhead": asdict(wanted.overhead(chosen[0].candidate.row.deployment["runtime"])),
+    }
+
+
+def _basis(solved: Solved, wanted: Wanted) -> str | None:
+    """What the memory of a GPU rests on, where it was not measured there; None of any other."""
+    if not wanted.on_gpu or solved.sources["memory"] == "measured":
+        return None
+    return basis_of(solved.candidate.deployment.runtime, on_gpu=True)
+
+
+def _lacks(candidate: Candidate, wanted: Wanted) -> str:
+    """Why the device does not serve a row at all, or nothing."""
+    return wanted.device.lacks(candidate.deployment.runtime) if wanted.device else ""
+
+
+def _may_tie(best: Candidate, other: Candidate) -> bool:
+    """Whether a paired difference may lie within its error, which is no larger than the sum of both rows' own."""
+    errors = [one.row.figure(f"{best.metric}_stderr") for one in (best, other)]
+    return None not in errors and best.worth - other.worth <= sum(filter(None, errors))
+
+
+def _smallest_first(chosen: list[Solved]) -> tuple[list[Solved], int]:
+    """The rows with the one in front that the leaderboard would put there, and how many it holds to be tied."""
+    one = chosen[0].candidate
+    near = [solved for solved in chosen if _may_tie(one, solved.candidate)]
+    if len(near) < 2:
+        return chosen, 1
+    # By place, since runs may have rows of one id; of a budget each row has its own, and here all fit.
+    rows = [
+        replace(row, row_id=str(place), feasible=True)
+        for place, row in enumerate(with_documents([solved.candidate for solved in near]))
+    ]
+    order = rank(rows, one.metric, cast(Direction, one.direction))
+    first = near[int(order[0].row.row_id)]
+    return [first, *(solved for solved in chosen if solved is not first)], max(1, sum(item.tied for item in order))
+
+
+def _order(candidate: Candidate) -> tuple[float, float, str, str]:
+    cells = candidate.cells
+    return -candidate.worth, cells.get("memory_bytes") or math.inf, candidate.run, cells["row_id"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """A class of GPUs by the memory that they are sold with.
+
+    Attributes:
+        nominal_bytes: That memory.
+        usable_bytes: What every known GPU of it leaves for a student.
+        device: The one that leaves least; None where no GPU of so much is known.
+    """
+
+    nominal_bytes: int
+    usable_bytes: int
+    device: str | None
+
+
+def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
+    """What is usable of each GPU that is sold with so much memory, at the least.
+
+    A maker's GB is between 10^9 and 2^30 bytes, and so is what its driver reports. Where none of so much is known it is
+    10^9 less what the class reserves.
+    """
+    most = nominal_bytes * 2**30 // 10**9
+    alike = [one for one in known if one.discrete and nominal_bytes <= one.memory_bytes <= most]
+    if alike:
+        least = min(alike, key=lambda one: one.usable_bytes)
+        return Tier(nominal_bytes=nominal_bytes, usable_bytes=least.usable_bytes, device=least.name)
+    kind = device_classes()[DISCRETE]
+    left = int(nominal_bytes * kind.share_of(nominal_bytes)) - kind.reserve_bytes
+    return Tier(nominal_bytes=nominal_bytes, usable_bytes=left, device=None)
+
+
+def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[Tier]) -> dict[str, Any]:
+    """The best row for each class of GPUs; None where nothing fits."""
+    rows = []
+    for tier in tiers:
+        limited = replace(wanted, memory_bytes=tier.usable_bytes, device=None, gpu=True)
+        try:
+            answer = pick(candidates, limited)["pick"]
+        except NothingFitsError:
+            answer = None
+        least = {"usable_bytes": tier.usable_bytes, "least_device": tier.device}
+        rows.append({"memory_bytes": tier.nominal_bytes, **least, "pick": answer})
+    runtimes = sorted({one["pick"]["runtime"] for one in rows if one["pick"]})
+    bases = {runtime: basis_of(runtime, on_gpu=True) for runtime in runtimes}
+    return {"tiers": rows, "context": wanted.context, "streams": wanted.streams, "memory_basis": bases}
+
+
+def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
+    """Why nothing fits: the nearest, what it misses most, and what would make it fit."""
+    if not left_out:
+        reads = [one.shape.config["max_position_embeddings"] if one.shape else math.inf for one in ranked]
+        if wanted.context is not None and wanted.context > max(reads):
+            return (
+                f"no student reads a context of {wanted.context} tokens: the longest reads {max(reads)}; "
+                f"give --context {max(reads)} or less"
+            )
+        at = f"context {wanted.context or CONTEXT} and {count_of(wanted.streams, 'stream')}"
+        return (
+            f"of {unknown} rows none can be solved at {at}: their teacher is not where it was, or their context is "
+            "shorter; ask for the context that they were stored at"
+        )
+    nearest = min(left_out, key=lambda one: max(one.excess.values()))
+    name = max(nearest.excess, key=lambda limit: nearest.excess[limit])
+    need, limit = nearest.needs[name], nearest.limits[name]
+    if name == "accuracy":
+        score = nearest.candidate.score
+        known = f"a value of {score} of {need:.4f}" if score != "accuracy" else f"an accuracy of {need:.4f}"
+        misses = f"has no {score}" if nearest.sources[name] == "missing" else f"has {known}, below {limit:g}"
+    elif name == "memory":
+        misses = f"needs {format_bytes(need)} at context {nearest.context}, {format_bytes(need - limit)} over the limit"
+    else:
+        how = "measured" if nearest.sources[name].startswith("measured") else "predicted"
+        times = need / limit
+        misses = f"is {how} {format_duration(need)}, {times:,.{0 if times >= 100 else 2}f} times {name}"
+    row = nearest.candidate.row
+    changes = " or ".join(_changes(nearest, wanted))
+    return f"nothing fits: the nearest, {row.row_id} of {nearest.candidate.run}, {misses}; {changes}"
+
+
+def _changes(nearest: Solved, wanted: Wanted) -> Iterator[str]:
+    """What would make it fit, by how little it changes: fewer streams, a shorter context, other limits."""
+    candidate = nearest.candidate
+    broken = [name for name, excess in nearest.excess.items() if excess > 0]
+    if "accuracy" not in broken:
+        fewer = _most(candidate, wanted.with_streams, wanted.streams - 1)
+        if fewer:
+            # They may have been asked for by --streams or by a limit of latency.
+            yield f"{count_of(fewer, 'stream')} would do"
+        cells = _most(candidate, lambda count: replace(wanted, context=_CELLS * count), (nearest.context - 1) // _CELLS)
+        if cells:
+            yield f"--context {_CELLS * cells} would do"
+    limits = {limit.describe(): limit for limit in wanted.latency}
+    asked = []
+    for name in broken:
+        need = nearest.needs[name]
+        if name == "memory":
+            asked.append(f"a budget of {written_bytes(math.ceil(need))}")
+        elif name == "accuracy" and nearest.sources[name] == "missing":
+            asked.append("no --min-accuracy")
+        elif name == "accuracy":
+            asked.append(f"--min-accuracy {math.floor(1e4 * need) / 1e4:.4f}")
+        else:
+            asked.append(replace(limits[name], seconds=need).typed())
+    yield f"{' and '.join(asked)} would do"
+
+
+def _most(candidate: Candidate, asked: Callable[[int], Wanted], limit: int) -> int:
+    """The largest count up to a limit with which it fits, 0 where none does; its needs only grow with the count."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        solved = solve(candidate, asked(middle))
+        if solved is not None and solved.fits:
+            low = middle
+        else:
+            high = middle - 1
+    return low

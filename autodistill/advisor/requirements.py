@@ -1,0 +1,317 @@
+"""What a stored student needs under a load and on a device: as it was measured there, or predicted and corrected."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from autodistill.advisor.candidates import Candidate
+from autodistill.advisor.measurements import Correction, Measured, correction
+from autodistill.errors import InputError
+from autodistill.estimates.serving_memory import memory
+from autodistill.estimates.speed import PROMPT_TOKENS, limit_seconds
+from autodistill.hardware.budget import CONTEXT, LatencyLimit
+from autodistill.hardware.device import DISCRETE, Device
+from autodistill.hardware.lookup import is_machine
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.results.memory_correction import Overhead, Place, overhead_of
+from autodistill.runs.results.row import Row
+from autodistill.strategy.deployment import Deployment
+
+_FAR = math.log(1e12)  # of a limit is far enough
+_BY_DOUBTFUL = " by doubtful measurements alone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The hardware and the load.
+
+    Attributes:
+        memory_bytes: Limit of memory.
+        context: Tokens of each stream; by default 2048, or what the student reads where that is less.
+        streams: At once; as many as a limit of latency has, where that is more.
+        device: For limits of latency; None where memory alone is limited.
+        latency: The limits.
+        gpu: Whether the limit is of a discrete GPU's memory although no device is named, as of a tier.
+        measured: What was measured of students anywhere; on the device it corrects what is predicted there.
+        overheads: By what predicted memory is changed, by class of devices and runtime.
+        least: The least of the metric that ranks the runs where more of it is better, else of accuracy; None for none.
+    """
+
+    memory_bytes: int
+    context: int | None = None
+    streams: int = 1
+    device: Device | None = None
+    latency: tuple[LatencyLimit, ...] = ()
+    gpu: bool = False
+    measured: tuple[Measured, ...] = ()
+    overheads: Mapping[Place, Overhead] = field(default_factory=dict)
+    least: float | None = None
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("context", "streams"):
+            asked = getattr(self, name)
+            if asked is not None and asked < 1:
+                raise InputError(f"--{name} must be at least 1, not {asked}")
+        if self.least is not None and not 0 <= self.least <= 1:
+            raise InputError(f"--min-accuracy must be between 0 and 1, not {self.least}")
+        object.__setattr__(self, "streams", max([self.streams, *(limit.streams for limit in self.latency)]))
+
+    def with_streams(self, most: int) -> Wanted:
+        """The same with so many streams at most, also those of limits of latency."""
+        limits = tuple(replace(limit, streams=min(limit.streams, most)) for limit in self.latency)
+        return replace(self, streams=min(self.streams, most), latency=limits)
+
+    def context_of(self, candidate: Candidate) -> int:
+        """Tokens of each stream of this student."""
+        if self.context is not None:
+            return self.context
+        shape = candidate.shape
+        return CONTEXT if shape is None else min(CONTEXT, shape.config["max_position_embeddings"])
+
+    def overhead(self, runtime: str) -> Overhead:
+        """What predicted memory is raised by."""
+        kind = self.device.kind.name if self.device else DISCRETE if self.gpu else None
+        return overhead_of(self.overheads, runtime, kind)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the memory is that of a discrete GPU, and not a process's."""
+        return self.device.discrete if self.device else self.gpu
+
+    def is_on(self, machine: str | None) -> bool:
+        """Whether what a machine gave under its own name holds here: on the device, or anywhere where none is asked."""
+        if self.device is None:
+            return True
+        key = (id(self.device), machine)
+        if key not in self._known:
+            self._known[key] = (machine is not None and is_machine(self.device, machine), self.device)
+        return bool(self._known[key][0])
+
+    def correction(self, runtime: str) -> Correction:
+        """What predicted times on the device are scaled by."""
+        key = (id(self.measured), id(self.device), runtime)
+        if key not in self._known:
+            assert self.device is not None
+            # What the ids are of is kept too, so that they stay theirs.
+            self._known[key] = (correction(self.measured, self.device, runtime), self.measured, self.device)
+        found: Correction = self._known[key][0]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A candidate under the load that is asked.
+
+    Attributes:
+        candidate: The row.
+        context: Tokens of each stream.
+        needs: For each limit what it needs, in bytes or seconds; for "accuracy" what it has.
+        limits: The limits under the same names.
+        sources: Of each of these: "measured", "predicted", or "corrected": predicted, and scaled by measurements there,
+            with " by doubtful measurements alone" behind it where there are no others;
+            "assumed": predicted where nothing like it was measured; of a percentile that was not timed, with " at p95,
+            an upper bound" behind it, the higher one that stands in; of an accuracy "simulated", or "missing" where the
+            row has none, which meets no limit.
+    """
+
+    candidate: Candidate
+    context: int
+    needs: Mapping[str, float]
+    limits: Mapping[str, float]
+    sources: Mapping[str, str]
+
+    @property
+    def excess(self) -> dict[str, float]:
+        """log(need / limit) of each limit, above 0 where it is broken."""
+        found = {}
+        for name, limit in self.limits.items():
+            need = self.needs[name]
+            if self.sources[name] == "missing":
+                found[name] = _FAR
+                continue
+            over, under = (limit, need) if name == "accuracy" else (need, limit)
+            # Of nothing any limit asks infinitely more; far beyond is far enough.
+            ratio = over / under if under else (math.inf if over else 1.0)
+            found[name] = math.log(min(max(ratio, 1e-12), 1e12))
+        return found
+
+    @property
+    def fits(self) -> bool:
+        """Whether no limit is broken."""
+        return max(self.excess.values()) <= 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as plain data: the row's figures, needs, limits and margins."""
+        row = self.candidate.row
+        return {
+            "run": self.candidate.run,
+            "row_id": row.row_id,
+            "trial": row.trial,
+            "kind": row.kind,
+            "deployment": row.deployment_name,
+            "runtime": row.deployment["runtime"],
+            "format": row.deployment["format"],
+            "metric": self.candidate.metric,
+            "value": row.figure(self.candidate.metric),
+            "score": self.candidate.score,
+            "stderr": row.figure(f"{self.candidate.metric}_stderr"),
+            "size_bytes": row.size_bytes,
+            "context": self.context,
+            "memory_bytes": int(self.needs["memory"]),
+            "memory_source": self.sources["memory"],
+            "sources": dict(self.sources),
+            "needs": dict(self.needs),
+            "limits": dict(self.limits),
+            "margins": {name: 1 - math.exp(excess) for name, excess in self.excess.items()},
+        }
+
+
+def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
+    """What a row needs under the load that is asked; None where that cannot be told."""
+    row = candidate.row
+    deployment = candidate.deployment
+    context = wanted.context_of(candidate)
+    there = row.memory_source != "measured" and (row.context, row.batch) == (context, wanted.streams)
+    there = there and _of_gpu(row) == wanted.on_gpu
+    spec = None if there and not wanted.latency else candidate.spec
+    found = _memory(row, deployment, spec, wanted, context)
+    if found is None:
+        return None
+    needs, limits = {"memory": float(found[0])}, {"memory": float(wanted.memory_bytes)}
+    sources = {"memory": found[1]}
+    for limit in wanted.latency:
+        time = _latency(row, deployment, spec, wanted, context, limit)
+        if time is None:
+            return None
+        name = limit.describe()
+        (needs[name], sources[name]), limits[name] = time, limit.seconds
+    if wanted.least is not None:
+        score = row.figure(candidate.score)
+        needs["accuracy"], limits["accuracy"] = score or 0.0, wanted.least
+        sources["accuracy"] = "missing" if score is None else "simulated"
+    return Solved(candidate=candidate, context=context, needs=needs, limits=limits, sources=sources)
+
+
+def _memory(
+    row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, context: int
+) -> tuple[int, str] | None:
+    """Bytes, and whether they were measured; what a measurement there differed from the estimate by is kept.
+
+    What was measured on another machine than the device says nothing of it, so that there it is predicted anew.
+    """
+    measured = row.memory_source == "measured" and wanted.is_on(_measured_on(row))
+    if wanted.device is None and wanted.gpu:
+        measured = measured and (row.other.get("memory_parts") or {}).get("device_class") == DISCRETE
+    alike = _of_gpu(row) == wanted.on_gpu
+    if (row.context, row.batch) == (context, wanted.streams):
+        if measured and row.memory_bytes is not None:
+            return row.memory_bytes, "measured"
+        guess = row.figure("memory_bytes_predicted") if row.memory_source == "measured" else row.memory_bytes
+        if not alike and spec is not None:
+            guess = None
+        elif guess is None and spec is None:
+            # Of a row whose shape is not known it is the best that there is.
+            guess = row.memory_bytes
+        if guess is not None:
+            return int(guess) + wanted.overhead(deployment.runtime).total_bytes, "predicted"
+    if spec is None or context > spec.max_context:
+        return None
+    weights = row.size_bytes
+    fixed: dict[str, Any] = {"weights": weights, "on_gpu": wanted.on_gpu}
+    need = memory(spec, deployment, context=context, batch=wanted.streams, **fixed).total_bytes
+    if measured and row.memory_bytes is not None and row.context and row.batch:
+        before = memory(spec, deployment, context=row.context, batch=row.batch, **fixed).total_bytes
+        need += row.memory_bytes - before
+        return need, "predicted"
+    return need + wanted.overhead(deployment.runtime).total_bytes, "predicted"
+
+
+def _of_gpu(row: Row) -> bool:
+    """Whether a row's predicted memory is that of a discrete GPU; those of earlier versions have a process's."""
+    return row.other.get("memory_on") == DISCRETE
+
+
+def _measured_on(row: Row) -> str | None:
+    """The machine that a row's memory was measured on; earlier rows name only what they were timed on."""
+    parts = row.other.get("memory_parts") or {}
+    return parts.get("machine") or (row.machine if row.latency_source == "measured" else None)
+
+
+def _latency(
+    row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, context: int, limit: LatencyLimit
+) -> tuple[float, str] | None:
+    """Seconds, and how they are known.
+
+    A measurement of the row in its runtime on the device itself goes before any other prediction; one of another
+    machine or runtime is never used. Where it is of a shorter prompt, or of less context behind a step, it is scaled by
+    what is predicted of both loads. Of a percentile that was not timed the next higher one stands in, which is no less.
+    """
+    device = wanted.device
+    if device is None:
+        raise InputError("a limit of latency holds on a device: name it with --device")
+    timed = _timed(row, limit) if row.latency_source == "measured" and wanted.is_on(row.machine) else None
+    limited = context if limit.quantity == "tpot" else min(PROMPT_TOKENS, context)
+    bound = "" if timed is None or timed.percentile == limit.percentile else f" at p{timed.percentile}, an upper bound"
+    if timed is not None and timed.tokens == limited:
+        return timed.seconds, f"measured{bound}"
+    if spec is None:
+        return None
+    seconds = limit_seconds(spec, deployment, device, limit, context=context)
+    if timed is not None:
+        before = limit_seconds(spec, deployment, device, limit, context=timed.tokens)
+        return timed.seconds * seconds / before, f"corrected{bound}"
+    known = wanted.correction(deployment.runtime)
+    scale = known.decode if limit.quantity == "tpot" else known.prefill
+    plain = "assumed" if device.shares(deployment.runtime).assumed else "predicted"
+    return seconds * scale, f"corrected{_BY_DOUBTFUL if known.doubtful else ''}" if known.count else plain
+
+
+class _Timed(NamedTuple):
+    """A percentile of a row's own timing, in seconds, and the tokens that it is of.
+
+    Those of the prompt whose first token was timed, or behind a step after it.
+    """
+
+    seconds: float
+    tokens: int
+    percentile: int
+
+
+def _timed(row: Row, limit: LatencyLimit) -> _Timed | None:
+    """What was timed at the limit's streams: its own percentile, or else the next higher one that was stored."""
+    detail = row.other.get("latency_detail") or {}
+    load = next((one for one in detail.get("loads", ()) if one["streams"] == limit.streams), None)
+    if load is None:
+        return None
+    prompt = load["prompt_tokens"]
+    # Rows of earlier versions lack what lay behind a step, which the prompt is most of.
+    tokens = prompt if limit.quantity == "ttft" else load.get("behind_tokens", prompt)
+    named = re.compile(rf"{limit.quantity}_p(\d+)_ms")
+    stored = {int(found[1]): value for name, value in load.items() if (found := named.fullmatch(name))}
+    own = _limited(row, limit, stored)
+    if own is not None:
+        stored[limit.percentile] = own
+    higher = min((percentile for percentile in stored if percentile >= limit.percentile), default=None)
+    return None if higher is None else _Timed(stored[higher] / 1e3, tokens, higher)
+
+
+def _limited(row: Row, limit: LatencyLimit, stored: Mapping[int, float]) -> float | None:
+    """Milliseconds of what the row's own budget limited alike, where it was timed.
+
+    Rows of earlier versions have it beside their figures alone, where what was predicted of another device may stand
+    too: it is one of this timing if it lies between the percentiles that were stored on both sides.
+    """
+    timed = (row.other["latency_detail"].get("limits") or {}).get(limit.name)
+    if timed is not None:
+        return float(timed)
+    beside = row.other.get(limit.name)
+    below = [value for percentile, value in stored.items() if percentile < limit.percentile]
+    above = [value for percentile, value in stored.items() if percentile > limit.percentile]
+    if not isinstance(beside, (int, float)) or not below or not above:
+        return None
+    return float(beside) if max(below) <= beside <= min(above) else None

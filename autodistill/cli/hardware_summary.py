@@ -1,0 +1,260 @@
+"""What a person reads of devices, estimates and picks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from autodistill.cli.summary import table
+from autodistill.hardware.budget import CONTEXT
+from autodistill.hardware.device import PRECISIONS, Device
+from autodistill.units import count_of, format_bytes, format_duration
+
+_PARTS = {"shown_bytes": "rounded copies"}
+_WAYS = {"sixteen_bit_states": "16-bit states", "eight_bit_states": "8-bit states"}
+_REASONS = 2  # that are told of devices one by one
+
+
+def devices_table(known: Sequence[Device]) -> str:
+    """Devices as a table: memory, usable memory, bandwidth, dense rates; of a single one also where they are from."""
+    head = ("device", "class", "memory", "usable", "bandwidth", *PRECISIONS)
+    lines = [
+        (
+            device.name + (" (measured)" if device.measured else ""),
+            device.kind.name,
+            format_bytes(device.memory_bytes),
+            format_bytes(device.usable_bytes),
+            f"{format_bytes(device.bandwidth)}/s",
+            *(f"{device.rates[name] / 1e12:,.4g}" if name in device.rates else "-" for name in PRECISIONS),
+        )
+        for device in known
+    ]
+    note = "Rates are dense, in tera operations a second"
+    if len(known) == 1:
+        (device,) = known
+        told = {"serves with": ", ".join(device.runtimes), "also called": ", ".join(device.aliases), **device.sources}
+        return f"{table([head, *lines], left=2)}\n{note}.\n" + "\n".join(
+            f"{name}: {text}" for name, text in told.items() if text
+        )
+    note += "; autodistill devices NAME tells where a device's figures are from."
+    return f"{table([head, *lines], left=2)}\n{note}"
+
+
+def appraisal_text(document: Mapping[str, Any]) -> str:
+    """What a model takes, its parts and the devices, as lines; everything in them is predicted.
+
+    Args:
+        document: As `appraise` gives it.
+    """
+    parts = ("weights", "kv_cache", "compute", "overhead")
+    lines = [(name.replace("_", " "), format_bytes(document[f"{name}_bytes"])) for name in parts]
+    change = document["memory_overhead"]
+    if change["pairs"]:
+        lines.append(("by measured students", format_bytes(change["correction_bytes"] + change["margin_bytes"])))
+    lines.append(("total", format_bytes(document["total_bytes"])))
+    if document["main_memory_bytes"]:
+        lines.append(("beside, in main memory", format_bytes(document["main_memory_bytes"])))
+    size = f"{document['parameters']:,} parameters, {document['deployment']} in {document['runtime']}"
+    title = f"{document['model']}: {size}, context {document['context']}, batch {document['batch']}, KV cache "
+    not_held = f"\nIt fits nowhere: {document['cannot_hold']}." if document["cannot_hold"] else ""
+    rests = f"Rests on: {document['basis']}.{_overhead(change)}{not_held}"
+    sections = [f"{title}{document['kv_type']}\n{table(lines, left=1)}\n{rests}"]
+    if document["devices"]:
+        head = ("device", "fits", "usable", "tokens/s", "band", "first token", "waits for")
+        rows = [
+            (one["device"], "yes" if one["fits"] else "no", format_bytes(one["usable_bytes"]), *_speed(one))
+            for one in document["devices"]
+        ]
+        sections.append(f"{table([head, *rows], left=2)}\n{_speeds_note(document)}")
+    if document["training"]:
+        sections.append(_training(document["training"]))
+    return "\n\n".join(sections)
+
+
+def _speeds_note(document: Mapping[str, Any]) -> str:
+    """What the speeds are, or why there are none."""
+    prompts = [one["prompt"] for one in document["devices"] if one["prompt"] is not None]
+    assumed = dict.fromkeys(one["assumed"] for one in document["devices"] if one["assumed"])
+    told = (None, document["cannot_hold"])
+    reasons = list(dict.fromkeys(one["reason"] for one in document["devices"] if one["reason"] not in told))
+    notes = [f"{reason}." for reason in reasons[:_REASONS]]
+    if len(reasons) > _REASONS:
+        notes.append(f"{len(reasons) - _REASONS} more devices do not serve students with it.")
+    if prompts:
+        at = f"Speeds are predicted by a roofline at a full context; the first token follows a prompt of {prompts[0]}."
+        notes = [at, *(f"* Assumed, with a wide band: {why}." for why in assumed), *notes]
+    notes = notes or [f"No speed is predicted of {document['runtime']}."]
+    # Of several devices the parts are a process's, and GPUs have a sum of their own.
+    sums = dict.fromkeys(one["memory_basis"] for one in document["devices"] if one["memory_basis"] != document["basis"])
+    return "\n".join([*notes, *(f"What fits a GPU is {basis}." for basis in sums)])
+
+
+def _rate(tokens_per_second: float) -> str:
+    """Three significant digits, without an exponent."""
+    rounded = float(f"{tokens_per_second:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
+
+
+def _speed(one: Mapping[str, Any]) -> tuple[str, ...]:
+    """A device's speed: tokens a second, * where assumed, their band, the first token, and what a token waits for."""
+    if one["tokens_per_second"] is None:
+        return ("-",) * 4
+    return (
+        _rate(one["tokens_per_second"]) + ("*" if one["assumed"] else ""),
+        f"{_rate(one['tokens_per_second_low'])}-{_rate(one['tokens_per_second_high'])}",
+        format_duration(one["time_to_first_token_ms"] / 1e3),
+        one["bound"],
+    )
+
+
+def _training(found: Mapping[str, Any]) -> str:
+    """The memory of training by parts, by the means that make it fit."""
+    ways = {name: parts for name, parts in found.items() if isinstance(parts, Mapping)}
+    told = next(iter(ways.values()))
+    # What a teacher adds is told where it adds anything; the sum comes last.
+    added = [name for name in ("alignment_bytes", "teacher_bytes") if told.get(name)]
+    own = [name for name in told if name not in ("alignment_bytes", "teacher_bytes", "total_bytes")]
+    parts = [*own, *added, "total_bytes"]
+    lines = [
+        (_PARTS.get(name, name.removesuffix("_bytes")), *(format_bytes(way[name]) for way in ways.values()))
+        for name in parts
+    ]
+    head = ("training", *(_WAYS.get(way, way.replace("_", " ")) for way in ways))
+    trained = found.get("trained", "all weights")
+    note = (
+        f"{trained[0].upper()}{trained[1:]}, by AdamW in float32, products in bfloat16, "
+        f"{count_of(found['tokens'], 'token')} a step of one pass.\nWhat was kept is freed as gradients arrive: the "
+        "total has the larger of the two sums. 16-bit and 8-bit states come with checkpointing."
+    )
+    return f"{table([head, *lines], left=1)}\n{note}"
+
+
+def _overhead(change: Mapping[str, Any]) -> str:
+    """A line on what measured students changed predicted memory by; nothing where none was measured."""
+    if not change["pairs"]:
+        return ""
+    more = change["correction_bytes"]
+    if not more and not change["margin_bytes"]:
+        return ""
+    return (
+        f"\nPredicted memory has {format_bytes(abs(more))} {'less' if more < 0 else 'more'} overhead than estimated, "
+        f"and a margin of {format_bytes(change['margin_bytes'])}, by {count_of(change['pairs'], 'measured student')}."
+    )
+
+
+def pick_text(document: Mapping[str, Any]) -> str:
+    """The row for some hardware and its runner-up, or the rows for each tier, as lines.
+
+    Args:
+        document: As `pick` or `pick_tiers` gives it.
+    """
+    head = ("", "run", "row", "metric", "value", "memory", "size")
+    if "tiers" in document:
+        return _tiers_text(document, head)
+    named = (("pick", "pick"), ("runner-up", "runner_up"), ("left out", "better_left_out"))
+    lines = [(title, *_picked(document[key])) for title, key in named if document[key]]
+    margins = document["pick"]["margins"]
+    on_gpu = f"\nMemory is {document['memory_basis']}." if document["memory_basis"] else ""
+    told = ", ".join(f"{name} {margin:.0%} below the limit" for name, margin in margins.items() if name != "accuracy")
+    if "accuracy" in margins:
+        told += f", {_score_above(document['pick'])}"
+    binds = f"What binds is {document['binds']}." if document["binds"] else "Nothing binds: no better row is left out."
+    kept = _overhead(document["memory_overhead"])
+    sources = document["pick"]["sources"]
+    times = [name for name in sources if name not in ("memory", "accuracy")]
+    source = "".join(f"\n{name} is {sources[name]}." for name in times)
+    tied = document["tied"]
+    tie = f"\n{tied} rows are tied with the best; this is the smallest of them." if tied > 1 else ""
+    others = "".join(
+        f"\n{count_of(count, 'row')} of {name} {'is' if count == 1 else 'are'} left out: it does not run on "
+        f"{document['device']}."
+        for name, count in document["other_runtimes"].items()
+    )
+    if document["better_unknown"]:
+        others += f"\nOf {count_of(document['better_unknown'], 'better row')} it cannot be told what this load takes."
+    then = f"\n{document['next']}" if document.get("next") else ""
+    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{tie}{others}{source}{on_gpu}{kept}{then}"
+
+
+def _tiers_text(document: Mapping[str, Any], head: Sequence[str]) -> str:
+    """The rows for classes of GPUs, with what is usable of every one."""
+    lines = [
+        (
+            format_bytes(one["memory_bytes"]),
+            format_bytes(one["usable_bytes"]),
+            one["least_device"] or "-",
+            *_picked(one["pick"]),
+        )
+        for one in document["tiers"]
+    ]
+    context = document["context"] or f"{CONTEXT}, or what a student reads where that is less"
+    rests = "".join(f"\nMemory in {runtime} is {basis}." for runtime, basis in document["memory_basis"].items())
+    return (
+        f"{table([('GPU', 'usable', 'as of', *head[1:]), *lines], left=6)}\n"
+        f"At context {context}; {count_of(document['streams'], 'stream')}. Usable is what every listed GPU of so much "
+        f"memory leaves; where none is listed, 10^9 bytes a GB less what GPUs reserve.{rests}"
+    )
+
+
+def _score_above(picked: Mapping[str, Any]) -> str:
+    """By how much what --min-accuracy is asked of lies above it, in points of the score."""
+    above = picked["needs"]["accuracy"] - picked["limits"]["accuracy"]
+    return f"{picked['score']} {above:.4f} above the limit"
+
+
+def measured_text(document: Mapping[str, Any]) -> str:
+    """What was measured beside what was predicted, or how the script that was written is used.
+
+    Args:
+        document: As `measure` gives it.
+    """
+    if "script" in document:
+        return (
+            f"{document['script']}: copy it and the student to the board, run there\n"
+            f"  sh {PurePath(document['script']).name} student.gguf [llama-bench] > result.txt\n"
+            "and read what it printed with autodistill measure STUDENT --result result.txt"
+        )
+    found, predicted = document["measured"], document["predicted"]
+    board = found["board"]
+
+    def beside(name: str, shown: Callable[[float], str]) -> str:
+        return f"predicted {shown(predicted[name])}" if name in predicted else ""
+
+    def milliseconds(value: float) -> str:
+        return format_duration(value / 1e3)
+
+    lines = [
+        ("tokens/s", f"{found['tokens_per_second']:.4g}", ""),
+        ("a token, median", milliseconds(found["tpot_ms"]), beside("tpot_ms", milliseconds)),
+        ("a token, 95th percentile", milliseconds(found["tpot_p95_ms"]), ""),
+        ("prompt, tokens/s", f"{found['prompt_tokens_per_second']:.4g}", ""),
+        (f"first token, of {found['prompt']}", milliseconds(found["ttft_ms"]), beside("ttft_ms", milliseconds)),
+    ]
+    if found["peak_bytes"]:
+        lines.append(("peak memory", format_bytes(found["peak_bytes"]), beside("memory_bytes", format_bytes)))
+    lines += [
+        (f"{load['streams']} streams, tokens/s", f"{load['tokens_per_second']:.4g}", f"p99 {load['tpot_p99_ms']:.1f}ms")
+        for load in found["loads"][1:]
+    ]
+    told = (("temperature", "{:.0f} C"), ("watts", "{:.1f} W"), ("joules_per_token", "{:.3g} J"), ("power_mode", "{}"))
+    lines += [(name.replace("_", " "), text.format(board[name]), "") for name, text in told if board.get(name)]
+    lines += [("throttled", "yes" if board["throttled"] else "no", "")] if board.get("throttled") is not None else []
+    title = f"{found['name']} on {found['machine']}, {found['threads']} threads, by {found['how']}"
+    doubts = "".join(f"\nDoubtful: {doubt}." for doubt in found["doubts"])
+    left = f"\n{document['left']}." if document["left"] else ""
+    unknown = ""
+    if document["device"] is None:
+        remedy = "" if found["how"] == "autodistill" else ": say which of autodistill devices it is with --device"
+        unknown = f"\nNo known device is called {found['machine']}, so that pick does not use this{remedy}."
+    return f"{title}\n{table(lines, left=1)}\nKept in {document['kept_in']}.{doubts}{unknown}{left}"
+
+
+def _picked(one: Mapping[str, Any] | None) -> tuple[str, ...]:
+    if one is None:
+        return ("-", "nothing fits", "-", "-", "-", "-")
+    error = "" if one["stderr"] is None else f" ± {one['stderr']:.4f}"
+    mark = "~" if one["memory_source"] == "predicted" else ""
+    size = "-" if one["size_bytes"] is None else format_bytes(one["size_bytes"])
+    value = f"{one['value']:.4f}{error}"
+    return (one["run"], one["row_id"], one["metric"], value, mark + format_bytes(one["memory_bytes"]), size)

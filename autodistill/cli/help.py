@@ -1,0 +1,70 @@
+"""How a command reads and shows its options: no empty text, plain usage lines, flags without values, sections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from autodistill.cli.options import SECTIONS
+
+
+class PlainCommand(TyperCommand):
+    """A command whose usage line has NAME for what is needed and [NAME] for what is not."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads a command line.
+
+        Raises:
+            BadParameter: An option or argument is empty or blank, which would be taken for one that was left out.
+        """
+        # As they were typed: what an empty text becomes, the folder "." of a path, is no longer empty.
+        typed, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        for param in self.get_params(ctx):
+            given = typed.get(param.name)
+            texts = given if isinstance(given, list | tuple) else [given]
+            if not ctx.resilient_parsing and any(isinstance(text, str) and not text.strip() for text in texts):
+                raise typer.BadParameter("it is empty: write a value, or leave it out", ctx=ctx, param=param)
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, of which the flags are not shown to take a value."""
+        return _without_values(super().get_params(ctx))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What follows the command's name in its usage line."""
+        arguments = (param for param in self.get_params(ctx) if param.param_type_name == "argument")
+        return ["[OPTIONS]", *map(_usage, arguments)]
+
+
+class SectionedCommand(PlainCommand):
+    """One with so many options that its help shows them in sections."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, each with the section it is shown in."""
+        params = super().get_params(ctx)
+        for param in params:
+            param.rich_help_panel = next((name for name, members in SECTIONS.items() if param.name in members), None)
+        return params
+
+
+class PlainGroup(TyperGroup):
+    """The program, whose commands these are."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, of which the flags are not shown to take a value."""
+        return _without_values(super().get_params(ctx))
+
+
+def _without_values(params: list[Any]) -> list[Any]:
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
+def _usage(argument: Any) -> str:
+    name = argument.metavar or argument.name.upper()
+    shown = name if argument.required else f"[{name}]"
+    return f"{shown}..." if argument.nargs != 1 else shown

@@ -1,0 +1,320 @@
+"""What a person reads at the end: leaderboard, test split, notes, seconds, paths; and a plan before the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from autodistill.cli.tables import leaderboard_table, memory_cell, wrapped
+from autodistill.hardware.budget import Price, read_budget
+from autodistill.quantization.formats import get_format
+from autodistill.runs.results.gains import Gains
+from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rank, rests_on
+from autodistill.runs.results.objectives import objectives_of, with_front
+from autodistill.runs.results.row import Row, rows_of, task_figures
+from autodistill.runs.results.savings import Saved
+from autodistill.runs.results.selection import contenders
+from autodistill.runs.run_folder import RunFolder
+from autodistill.units import format_bytes, format_duration
+
+_SHOWN_ROWS = 15
+_SHOWN_STRATEGIES = 3
+
+
+def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
+    """The ranked rows of a run's validation split, and the metric that ranks them; also of a run that is under way.
+
+    Raises:
+        InputError: Its records cannot be read.
+    """
+    asked = run.asked("metric", "direction")
+    rows = contenders(rows_of(run.events.read()))
+    return with_front(rank(rows, asked["metric"], asked["direction"]), objectives_of(asked)), asked["metric"]
+
+
+def headline(run: RunFolder) -> str:
+    """A run in one line: its name, teacher, data and budget, and whether it is finished.
+
+    Raises:
+        InputError: Its records cannot be read.
+    """
+    asked = run.asked()
+    parts = [run.name]
+    for name in ("teacher", "data"):
+        known = asked.get(name, {})
+        parts += [f"{name} {known.get('name') or known.get('reference')}"] if known else []
+    parts += [read_budget(asked["budget"]).describe()] if "budget" in asked else []
+    return " · ".join([*parts, *_read(asked), run.state])
+
+
+def _read(asked: Mapping[str, Any]) -> list[str]:
+    """How much of validation figures are of: a box decides, and runs that read differently do not compare."""
+    held = (asked.get("data") or {}).get("tokens", {}).get("validation")
+    read = (asked.get("plan") or {}).get("eval_tokens")
+    return [f"{read:,} of {held:,} validation tokens read"] if held and read else []
+
+
+def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric: str, width: int = 120) -> str:
+    """The end of a search in some forty lines, of which the last is what it gained.
+
+    Args:
+        document: The search's JSON document.
+        ranked: Its leaderboard.
+        metric: The figure that ranks.
+        width: Characters of a line of the leaderboard.
+    """
+    more = len(ranked) - _SHOWN_ROWS
+    board = leaderboard_table(ranked[:_SHOWN_ROWS], metric, width, legend=_SHOWN_STRATEGIES)
+    sections = [
+        board
+        + (f"\n{more} more row{'s' * (more > 1)}: autodistill leaderboard {document['name']}" if more > 0 else ""),
+        _confirmed(document, width),
+        _test(document, metric, width),
+        "\n".join(f"{note[:1].upper()}{note[1:]}." for note in document["notes"]),
+        "\n".join(f"{sentence}." for sentence in Saved(**document["saved"]).describe()),
+        _seconds(document["seconds"]),
+        _paths(document),
+        gains.describe() if (gains := Gains.from_json(document)) is not None else "",
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
+    """A plan as lines: trials, rungs, tokens, cache and time.
+
+    Args:
+        document: As `plan_search` gives it.
+        width: Characters of a line.
+    """
+    plan = document["plan"]
+    rungs = [f"{rung:,}" for rung in plan["rungs"]]
+    survivors = [plan["trials"], *plan["keep"]]
+    box = "none" if plan["box_seconds"] is None else format_duration(plan["box_seconds"])
+    memory = {name.removesuffix("_bytes"): count for name, count in document["training_bytes"].items()}
+    total = memory.pop("total")
+    parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in memory.items())
+    means = f"{plan['micro_batch']} sequence{'s' if plan['micro_batch'] > 1 else ''} at a time"
+    means += ", checkpointing" if plan["checkpointing"] else ""
+    means += {"float32": "", "bfloat16": ", 16-bit optimiser states", "int8": ", 8-bit optimiser states"}[
+        plan["optimizer_state"]
+    ]
+    phases = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan["seconds"].items() if seconds)
+    lines = {
+        "budget": read_budget(document["budget"]).describe(),
+        "trials": f"{plan['trials']} proposed, {_beside(document['baselines'])}",
+        "rungs": f"{', '.join(rungs)} tokens, reached by {', '.join(map(str, survivors))} of them",
+        "tokens": f"{plan['tokens']:,} a trial at full fidelity, {plan['batch_tokens']:,} an optimiser step",
+        **_trained_on(plan),
+        "workers": f"{plan['workers']} with {plan['threads']} threads each, {'bf16' if plan['bf16'] else 'float32'}",
+        "memory": f"{format_bytes(total)} to train the largest student, {means}: {parts}; "
+        f"{format_bytes(document['evaluation_bytes'])} to evaluate it",
+        "evaluation": f"{plan['rung_eval_tokens']:,} tokens at a rung, {plan['eval_tokens']:,} at the end, "
+        f"{plan['test_tokens']:,} on the test split",
+        "cache": f"{format_bytes(document['cache_bytes'])} of disk for the teacher's outputs",
+        "students": f"{format_bytes(document['students_bytes'])} of disk at most for {document['students']} of them, "
+        "kept in float32; checkpoints besides, and of both what --checkpoint-limit holds",
+        "time": f"{format_duration(document['expected_seconds'])} expected, time box {box}",
+        "phases": phases,
+        "hours": _hours(document),
+    }
+    column = max(map(len, lines)) + 2
+    told = [f"{name.ljust(column)}{words}" for name, words in lines.items()]
+    said = [f"{note[:1].upper()}{note[1:]}." for note in (*document["notes"], *plan["notes"])]
+    indented = [line for one in told for line in wrapped(one, width, indent=column)]
+    return "\n".join([*indented, *(line for note in said for line in wrapped(note, width))])
+
+
+def _beside(baselines: Sequence[str]) -> str:
+    """What else a plan has trained."""
+    if not baselines:
+        return "and no baseline to beat: neither the space nor --baseline names one"
+    return f"and the baseline{'s' if len(baselines) > 1 else ''} {', '.join(baselines)}"
+
+
+def _trained_on(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What becomes of the best after the trials, where the plan leaves them something."""
+    if plan["longest"] <= 1:
+        return {}
+    threads = f", alone on {plan['alone']} threads" if plan["alone"] else ""
+    time = format_duration(plan["seconds"]["longer"])
+    return {"the best": f"trained on for {time}{threads}, to {plan['longest']:.3g} times those tokens at most"}
+
+
+def _hours(document: Mapping[str, Any]) -> str:
+    """Hours of GPUs or of the machine, of its workers, and what they cost."""
+    gpus, machine = document["gpu_hours"], document["machine_hours"]
+    held = f"{gpus:.2f} GPU-hours" if gpus else f"{machine:.2f} machine-hours"
+    words = f"{held}, {document['worker_hours']:.2f} worker-hours of trials"
+    if "cost" not in document:
+        return words
+    rate = Price(amount=document["price_per_hour"], currency=document["currency"]).of(1)
+    return f"{words}; {document['cost_shown']} at {rate} an hour of a {document['price_of']}"
+
+
+def table(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Cells in aligned columns, the first `left` of them flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def written_summary(counts: Mapping[str, Any]) -> str:
+    """What `write` did: answers, tokens, and what they can teach."""
+    lines = [
+        f"{counts['written']} answers written, {counts['kept']} kept from before, of {counts['prompts']} prompts: "
+        f"{counts['out']}",
+        f"Tokens: {counts['prompt_tokens']:,} of prompts, {counts['answer_tokens']:,} of answers.",
+    ]
+    if counts["others"]:
+        lines.append(
+            f"{counts['others']} more answers stand there, of other prompts or settings: all are learnt; to have one "
+            "kind alone, give another --out."
+        )
+    if counts["unfinished"]:
+        lines.append(f"{counts['unfinished']} answers reached --max-tokens and are not learnt: raise it to use them.")
+    if counts["too_long"]:
+        lines.append(
+            f"{counts['too_long']} prompts are not answered: the teacher does not read them and --max-tokens more."
+        )
+    if counts["blank"]:
+        lines.append(f"{counts['blank']} answers are blank and are not learnt.")
+    if counts["refused"]:
+        first = counts["refused"][0]
+        lines.append(
+            f"{len(counts['refused'])} prompts were refused, and are asked again by the same command. The first, "
+            f'"{first["prompt"]}": {first["said"]}'
+        )
+    if counts["top-k"]:
+        lines.append(f"{counts['top-k']} answers have the teacher's log-probabilities, {counts['text']} text alone.")
+    return "\n".join(lines)
+
+
+def _confirmed(document: Mapping[str, Any], width: int) -> str:
+    """Means over seeds, the chosen strategy first, and below what the trials are."""
+    found = document["confirmation"]
+    if not found:
+        return ""
+    lines = [(f"on {len(found[0]['seeds'])} seeds", "mean", "less best")]
+    for item in found:
+        difference = _figure(item["difference"], item["difference_stderr"])
+        lines.append((item["row_id"], _figure(item["mean"], item["stderr"]), difference))
+    named = [line for item in found for line in wrapped(f"{item['trial']}: {item['name']}", width)]
+    return "\n".join([table(lines, left=1), *named])
+
+
+def _test(document: Mapping[str, Any], metric: str, width: int) -> str:
+    """The test split: found student, also as it was before it was trained on, baseline, undistilled student, teacher
+    and quantised teacher, one of which is exported; and how they do in tasks that do not rank.
+    """
+    rows = [Row.from_json(data) for data in document["test"]]
+    if not rows:
+        return ""
+    best = document["best"]
+    if best.get("memory_source") == "measured":
+        # Scoring runs nothing in its runtime: there the exported student was measured before.
+        known = {"memory_bytes": best["memory_bytes"], "memory_source": "measured"}
+        rows = [replace(row, **known) if _is_exported(row, best) else row for row in rows]
+    ordered = sorted(rows, key=lambda row: (not _is_exported(row, best), _ORDER.index(_title(row, best))))
+    titled = [(_title(row, best) + (", exported" * _untrained(row, best)), row) for row in ordered]
+    header = ("test split", "deployment", "accuracy", "perplexity", "agreement", "memory")
+    cells = [header, *(_cells(title, row) for title, row in titled)]
+    if metric != "accuracy":
+        shown = (_figure(row.figure(metric), row.figure(f"{metric}_stderr")) for _, row in titled)
+        cells = [(*line, figure) for line, figure in zip(cells, (metric, *shown), strict=True)]
+    lines = [table(cells, left=3)]
+    lines += filter(None, [rests_on(rows)])
+    return "\n\n".join(["\n".join(lines), *_tasks(titled, metric, width)])
+
+
+def _tasks(titled: Sequence[tuple[str, Row]], metric: str, width: int) -> list[str]:
+    """Figures of the tasks beside the metric, as many in a table as a line holds; nothing where there are none."""
+    names = task_figures([row for _, row in titled], metric)
+    first = [("tasks", "deployment"), *((title, _packed(row)) for title, row in titled)]
+    columns = [
+        [name, *(_figure(row.figure(name), row.figure(f"{name}_stderr")) for _, row in titled)] for name in names
+    ]
+    tables: list[str] = []
+    while columns:
+        for count in range(len(columns), 0, -1):
+            shown = table([(*start, *cells) for start, *cells in zip(first, *columns[:count], strict=True)], left=2)
+            if count == 1 or len(shown.partition("\n")[0]) <= width:
+                break
+        tables.append(shown)
+        columns = columns[count:]
+    return tables
+
+
+def _packed(row: Row) -> str:
+    return row.deployment_name.replace("compressed-tensors", "ct")
+
+
+_FOUND, _BASELINE, _INITIAL = "found student", "baseline", "undistilled student"
+_BEFORE = "found, at 100%"
+_TEACHER, _QUANTISED = "teacher", "quantised teacher"
+_ORDER = (_FOUND, _BEFORE, _BASELINE, _INITIAL, _TEACHER, _QUANTISED)
+
+
+def _is_exported(row: Row, best: Mapping[str, Any]) -> bool:
+    return (row.kind, row.trial, row.deployment) == (best["kind"], best["trial"], best["deployment"])
+
+
+def _untrained(row: Row, best: Mapping[str, Any]) -> bool:
+    """Whether it is exported, and is no student that was trained, as is said of it then."""
+    return _is_exported(row, best) and row.kind not in DISTILLED
+
+
+def _title(row: Row, best: Mapping[str, Any]) -> str:
+    if row.kind in DISTILLED and row.trial == best["trial"]:
+        return _FOUND
+    if row.kind in DISTILLED:
+        return _BASELINE if row.kind == "baseline" else _BEFORE
+    if row.kind == "teacher":
+        return _TEACHER if row.deployment["bits"] == 16 else _QUANTISED
+    return _INITIAL
+
+
+def _cells(title: str, row: Row) -> tuple[str, ...]:
+    return (
+        title,
+        _packed(row),
+        _figure(row.accuracy, row.accuracy_stderr),
+        "-" if row.perplexity is None else f"{row.perplexity:.2f}",
+        "-" if row.agreement is None else f"{row.agreement:.4f}",
+        memory_cell(row),
+    )
+
+
+def _figure(value: float | None, error: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _seconds(seconds: Mapping[str, float]) -> str:
+    total = seconds["total"]
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
+    return f"Seconds: {phases}; {format_duration(total)} in all."
+
+
+def _paths(document: Mapping[str, Any]) -> str:
+    """Where everything lies, and the line that serves the student."""
+    paths = document["paths"]
+    lines = [table([(name, str(path)) for name, path in paths.items()], left=2)]
+    best = document["best"]
+    container = get_format(best["deployment"]["format"]).container
+    if "gguf" in paths:
+        # Where the found student is no GGUF, another student's may be the best of those.
+        what = best["row_id"] if container == "gguf" else "the GGUF (not the row whose test figures stand above)"
+        lines.append(
+            f"Serve {what} with llama.cpp's server (github.com/ggml-org/llama.cpp, or brew install llama.cpp):"
+        )
+        lines.append(f"  llama-server -m {paths['gguf']} -c {document['budget']['context']}")
+    elif "compressed-tensors" in paths:
+        lines.append(f"Serve {best['row_id']} with vLLM (pip install vllm):")
+        lines.append(f"  vllm serve {paths['compressed-tensors']}")
+    return "\n".join(lines)

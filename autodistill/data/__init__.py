@@ -1,0 +1,1 @@
+"""Text, conversations and tasks become tokens, sequences and splits."""

@@ -1,0 +1,363 @@
+"""Conversations become tokens by a chat template, with a mask of those that belong to answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.data.conversations import ANSWERING, Conversation, Likeliest, Told, Turn, asked
+from autodistill.data.tokenization import beginning, groups, load_tokenizer, tokenised
+from autodistill.errors import InputError
+
+# Where the chat template alone decides it, an answer begins and ends where that of any conversation does: what two of
+# different answers have in common is the template's.
+_PROBE, _OTHER = asked("a", "b"), asked("a", "c")
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """The tokens of a conversation.
+
+    Attributes:
+        tokens: int32 [n].
+        answers: bool [n], True for the tokens of answers and for the one that ends each of them.
+        told: The likeliest tokens in each place, [n, k], as the answer's writer told them; None where nothing was told
+            of any of them.
+        spots: int32 [n, 3], of each answer's token the turn, and where it begins and ends in the turn's content without
+            the blanks around that, in characters; -1 for the turn of other tokens, and where the template rewrites the
+            content. None where it is not known.
+        shared: bool [n], the answers' tokens that every rendering of the conversation has; None where there is but one.
+        dropped: How many of the conversation's answers are not learnt, since the template writes them otherwise once
+            others follow.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    answers: npt.NDArray[np.bool_]
+    told: Likeliest | None = None
+    spots: npt.NDArray[np.int32] | None = None
+    shared: npt.NDArray[np.bool_] | None = None
+    dropped: int = 0
+
+    @property
+    def last_answer(self) -> int:
+        """Number of tokens of the last answer."""
+        return int(self.answers[self.last_start :].sum())
+
+    @property
+    def last_start(self) -> int:
+        """Where the last answer begins."""
+        return int(np.flatnonzero(np.diff(self.answers, prepend=False) & self.answers)[-1])
+
+    def with_told(self, told: Told) -> Rendered:
+        """With what was told of the last answer's tokens, as far as they are, from its first one on, the same tokens.
+
+        A place after the first other token would tell of what follows another text.
+        """
+        start = self.last_start
+        count = min(len(told.tokens), len(self.tokens) - start)
+        differing = np.flatnonzero(self.tokens[start : start + count] != told.tokens[:count])
+        count = int(differing[0]) if len(differing) else count
+        ids, log_p = (part[:count] for part in told.likeliest)
+        if not (ids >= 0).any():
+            return self
+        room = ((start, len(self.tokens) - start - count), (0, 0))
+        return replace(self, told=Likeliest(np.pad(ids, room, constant_values=-1), np.pad(log_p, room)))
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template, and the names that its model has for the tokens which begin and end a text.
+
+    Attributes:
+        text: In Jinja.
+        bos: None where the model has none.
+        eos: Ends a text.
+    """
+
+    text: str
+    bos: str | None
+    eos: str
+
+    @property
+    def name(self) -> str:
+        """Identifies it, and how conversations are rendered by it."""
+        return hashlib.sha256(json.dumps([self.text, self.bos, self.eos]).encode()).hexdigest()[:16]
+
+    def put_on(self, tokenizer: Any) -> None:
+        """Lets a tokenizer, which knows the two tokens, render by it."""
+        tokenizer.chat_template = self.text
+        tokenizer.bos_token, tokenizer.eos_token = self.bos, self.eos
+
+
+class _Span(NamedTuple):
+    """Where in a text a turn's answer begins and ends, and where its content begins; -1 where that is not in it."""
+
+    start: int
+    end: int
+    turn: int
+    content: int
+
+
+class _Frame(NamedTuple):
+    """What a template writes around the last answer.
+
+    Attributes:
+        taken: What ends the prompt where an answer is to be written, and does not stand before one that is there.
+        lead: What stands between prompt and content, as Qwen3's empty thoughts; blanks alone are none.
+        end: What follows the content, without blanks at its end.
+    """
+
+    taken: str
+    lead: str
+    end: str
+
+
+class Renderer:
+    """Renders by the chat template of a tokenizer, or by another one in that tokenizer's tokens.
+
+    Where there is none, each turn stands on its own line, without its role, each answer is ended by EOS, and what the
+    tokenizer begins every text with begins the first; a template says by itself whether anything does.
+    Of an answer that others follow the template may leave out what it puts before the content of the last one, as Qwen3
+    does with empty thoughts. One whose content it writes otherwise, as where there were thoughts, is not learnt.
+
+    Args:
+        folder: A folder that transformers' AutoTokenizer can load.
+        template: In the place of the tokenizer's own.
+
+    Raises:
+        InputError: A tokenizer without EOS, or one that does not know where its tokens stand in the text.
+    """
+
+    def __init__(self, folder: Path, template: Template | None = None) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        if template is not None:
+            template.put_on(self.tokenizer)
+        if self.tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer in {folder} has no EOS token to end an answer with: name one in its files")
+        if not self.tokenizer.is_fast:
+            raise InputError(f"the tokenizer in {folder} cannot tell answers from prompts: save it as tokenizer.json")
+        self._template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
+        self._names = self.tokenizer.special_tokens_map
+        added = self.tokenizer.added_tokens_decoder
+        begun = self._template is None and beginning(self.tokenizer) is not None
+        self._beginning = str(self.tokenizer.bos_token) if begun else ""
+        self._special = {token for token, entry in added.items() if entry.special} | {self.tokenizer.eos_token_id}
+
+    @property
+    def rule(self) -> str:
+        """Identifies how conversations are rendered."""
+        if self._template is None:
+            return f"plain lines after {self._beginning}" if self._beginning else "plain lines"
+        return f"chat template {hashlib.sha256(self._template.encode()).hexdigest()[:16]}{self.further_rule}"
+
+    @cached_property
+    def further_rule(self) -> str:
+        """What is done with some templates alone; what identifies all others does not name it."""
+        if self._template is None:
+            return ""
+        return (", asked as learnt" if self._frame.taken + self._frame.lead else "") + (
+            ", with earlier answers" if self._learns_more else ""
+        )
+
+    @property
+    def vocabulary(self) -> str:
+        """Identifies which token has which number: equal for tokenizers that differ in nothing but their template."""
+        tokens = sorted(self.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+
+    @property
+    def template(self) -> Template | None:
+        """The chat template, if there is one."""
+        if self._template is None:
+            return None
+        return Template(self._template, self.tokenizer.bos_token, self.tokenizer.eos_token)
+
+    @property
+    def end(self) -> int:
+        """Id of the token that the template ends an answer with."""
+        (probe,) = self.render([_PROBE])
+        return int(probe.tokens[probe.answers][-1])
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer."""
+        return tuple(dict.fromkeys((self.end, int(self.tokenizer.eos_token_id))))
+
+    def render(self, conversations: Sequence[Conversation]) -> list[Rendered]:
+        """The tokens of each conversation.
+
+        Raises:
+            InputError: The chat template refuses one of them.
+        """
+        texts, spans = zip(*(self._spans(one.turns) for one in conversations), strict=True)
+        lost = [_answers(one.turns) - len(found) for one, found in zip(conversations, spans, strict=True)]
+        rendered: list[Rendered] = []
+        for group in groups([len(text) for text in texts]):
+            encoded = tokenised(
+                self.tokenizer, list(texts[group]), return_attention_mask=False, return_offsets_mapping=True
+            )
+            rows = zip(encoded["input_ids"], encoded["offset_mapping"], spans[group], strict=True)
+            rendered += (self._masked(ids, np.array(offsets).reshape(-1, 2), found) for ids, offsets, found in rows)
+        rendered = [replace(one, dropped=count) if count else one for one, count in zip(rendered, lost, strict=True)]
+        if all(one.told is None for one in conversations):
+            return rendered
+        own, count = self.vocabulary, len(self.tokenizer)
+        told = [one.told if one.told and one.told.vocabulary == own else None for one in conversations]
+        if any((one.likeliest.ids >= count).any() for one in told if one):
+            raise InputError(f"the data have log-probabilities of tokens beyond the tokenizer's {count}: write anew")
+        return [record.with_told(one) if one else record for record, one in zip(rendered, told, strict=True)]
+
+    def text(self, turns: Sequence[Turn]) -> str:
+        """A conversation's text, before it becomes tokens."""
+        return self._lines(turns)[0] if self._template is None else self._apply(turns)
+
+    def asking(self, turns: Sequence[Turn]) -> str:
+        """The text after which a model is to write its answer."""
+        return self._lines(turns)[0] if self._template is None else self._apply(turns, asking=True)
+
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """The tokens after which a model is to write its answer."""
+        return self._ids(self.asking(turns))
+
+    def question(self, turns: Sequence[Turn], answer: str | None = None) -> str:
+        """The text after which a model that learnt from such data writes its answer.
+
+        That is where the content of an answer begins in training: behind the empty thoughts that a template puts before
+        an answer without any. `asking` leaves it to the model whether it thinks.
+
+        Args:
+            turns: Before the answer.
+            answer: The one expected; with thoughts of its own, it begins where `asking` ends. None for one without.
+        """
+        prompt = self.asking(turns)
+        if self._template is None:
+            return prompt
+        question = prompt.removesuffix(self._frame.taken) + self._frame.lead
+        if answer is None or question == prompt:
+            return question
+        return question if self._apply([*turns, Turn(ANSWERING, answer)]).startswith(question) else prompt
+
+    def question_tokens(self, turns: Sequence[Turn], answer: str | None = None) -> list[int]:
+        """Those of `question`."""
+        return self._ids(self.question(turns, answer))
+
+    @cached_property
+    def _frame(self) -> _Frame:
+        one, other = (self._apply(probe.turns).rstrip() for probe in (_PROBE, _OTHER))
+        prompt = self._apply(_PROBE.prompt, asking=True)
+        begun, end = one[: _alike(one, other)], one[len(one) - _alike(one[::-1], other[::-1]) :]
+        same = _alike(prompt, begun)
+        taken, lead = prompt[same:], begun[same:]
+        return _Frame(taken, lead, end) if (taken + lead).strip() else _Frame("", "", end)
+
+    @cached_property
+    def _learns_more(self) -> bool:
+        """Whether an answer that others follow is found by its content alone."""
+        turns = _PROBE.turns * 2
+        try:
+            whole, after = self._apply(turns), self._apply(turns[:2]).rstrip()
+        except InputError:
+            return False  # and any conversation that long
+        return not whole.startswith(after) and self._earlier(whole, turns, 1) is not None
+
+    def _masked(self, ids: list[int], offsets: npt.NDArray[np.int64], spans: list[_Span]) -> Rendered:
+        answers = np.zeros(len(ids), dtype=bool)
+        spots = np.full((len(ids), 3), -1, dtype=np.int32)
+        for span in spans:
+            inside = (offsets[:, 1] > span.start) & (offsets[:, 0] < span.end)
+            answers |= inside
+            if span.content >= 0:
+                spots[inside, 0] = span.turn
+                spots[inside, 1:] = offsets[inside] - span.content
+        if not answers.any():
+            raise InputError(
+                "the tokenizer and its chat template leave nothing of an answer, so that nothing could be learnt: "
+                "check chat_template.jinja and tokenizer.json"
+            )
+        last = np.flatnonzero(answers)[-1]
+        if ids[last] not in self._special:
+            # The template leaves the end of the answer open; without an end nothing would stop the student.
+            ids, answers = [*ids[: last + 1], self.tokenizer.eos_token_id], np.append(answers[: last + 1], True)
+            spots = np.append(spots[: last + 1], spots[last : last + 1, [0, 2, 2]], axis=0)
+        return Rendered(np.array(ids, dtype=np.int32), answers, spots=spots)
+
+    def _spans(self, turns: Sequence[Turn]) -> tuple[str, list[_Span]]:
+        """The text of a conversation, and where in it answers begin and end."""
+        if self._template is None:
+            return self._lines(turns)
+        whole = self._apply(turns)
+        spans = []
+        for place, turn in enumerate(turns):
+            if turn.role != ANSWERING or place == 0:
+                continue
+            if place < len(turns) - 1:
+                bounds = self._earlier(whole, turns, place)
+            else:
+                before = self._apply(turns[:place], asking=True)
+                bounds = _alike(before, whole), len(whole.rstrip())
+            if bounds is None:
+                continue
+            start, end = bounds
+            lead = len(self._frame.lead) if whole.startswith(self._frame.lead, start) else 0
+            spans.append(_Span(start, end, place, whole.find(turn.content.strip(), start + lead, end)))
+        return whole, spans
+
+    def _earlier(self, whole: str, turns: Sequence[Turn], place: int) -> tuple[int, int] | None:
+        """Where an answer that others follow begins and ends; None where it is not there as it is written."""
+        before, after = self._apply(turns[:place], asking=True), self._apply(turns[: place + 1])
+        if whole.startswith(before) and whole.startswith(after):
+            return len(before), len(after.rstrip())
+        content, end = turns[place].content.strip(), self._frame.end.lstrip()
+        for start in (before, before.removesuffix(self._frame.taken)):
+            rest = whole.removeprefix(start).lstrip()
+            following = rest.removeprefix(content).lstrip()
+            if whole.startswith(start) and rest.startswith(content) and following.startswith(end):
+                return len(start), len(whole) - len(following) + len(end)
+        return None
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = tokenised(self.tokenizer, text)["input_ids"]
+        return ids
+
+    def _lines(self, turns: Sequence[Turn]) -> tuple[str, list[_Span]]:
+        text, spans = self._beginning, []
+        for place, turn in enumerate(turns):
+            if turn.role == ANSWERING and place:
+                blank = len(turn.content) - len(turn.content.lstrip())
+                end = len(text) + len(turn.content + self.tokenizer.eos_token)
+                spans.append(_Span(len(text), end, place, len(text) + blank))
+                text += turn.content + self.tokenizer.eos_token
+            else:
+                text += turn.content + "\n"
+        return text, spans
+
+    def _apply(self, turns: Sequence[Turn], asking: bool = False) -> str:
+        from autodistill.data.template_limits import chat_template
+
+        assert self._template is not None
+        try:
+            template = chat_template(self._template)
+            return template.render([turn._asdict() for turn in turns], asking, self._names)
+        except Exception as error:  # a template is a program, which may raise anything
+            roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
+            why = " ".join(f"{error}".split()) or type(error).__name__
+            raise InputError(f"the tokenizer's chat template refuses a conversation of {roles}: {why}") from error
+
+
+def _alike(one: str, other: str) -> int:
+    """With how many characters in common two texts begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _answers(turns: Sequence[Turn]) -> int:
+    """How many answers are to be learnt: whoever begins by answering was asked nothing."""
+    return sum(turn.role == ANSWERING and place > 0 for place, turn in enumerate(turns))

@@ -1,0 +1,320 @@
+"""A reference to data, read as documents of text or conversations: no model, and no network for local references."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autodistill.data import reasoning_gym as tasks
+from autodistill.data.conversations import (
+    ANSWERS,
+    MESSAGES,
+    PROMPTS,
+    Conversation,
+    Record,
+    Turn,
+    lacking,
+    read_prompt,
+    readers,
+)
+from autodistill.errors import InputError
+from autodistill.models.licenses import stated
+from autodistill.utils.input_files import check_file
+
+_FOLDER_SUFFIXES = (".txt", ".md", ".rst")
+_FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_KINDS = (
+    "pydoc, a folder of .txt, .md or .rst files, a .txt, .jsonl or .parquet file, reasoning-gym:TASK, "
+    "or a hub id like owner/name"
+)
+_TEXTS = ("text", "content")
+_USABLE = f"{', '.join(_TEXTS)}, {'|'.join(PROMPTS)} with {'|'.join(ANSWERS)}, {MESSAGES}"
+# JSON may name one of the two halves that UTF-16 has of a character; alone it is no text, and has no tokens.
+_HALF = re.compile("[\ud800-\udfff]")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+
+Document = str | Conversation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Documents and where they come from.
+
+    Attributes:
+        name: Short name for a person.
+        kind: "pydoc", "folder", "txt", "jsonl", "parquet", "task" or "hub".
+        documents: Texts, or conversations, none of them blank; a .txt file is a single text.
+        licence: Where it is known.
+        fingerprint: Hash of the documents in their order; that of pydoc begins with the version of Python, which has
+            its own text.
+        task: The reference of the task that made the conversations and can mark answers; None elsewhere.
+        blank: How many files or records there are besides, of which nothing can be learnt.
+    """
+
+    name: str
+    kind: str
+    documents: tuple[str, ...] | tuple[Conversation, ...]
+    licence: str | None
+    fingerprint: str
+    task: str | None = None
+    blank: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the documents, in sentences."""
+        if not self.blank:
+            return ()
+        count, of = self.blank, len(self.documents) + self.blank
+        are, they, have = ("are", "they", "have") if count > 1 else ("is", "it", "has")
+        things = "files" if self.kind == "folder" else "records"
+        why = "no prompt, or no answer" if self.conversations else "no text"
+        return (f"{count:,} of {of:,} {things} {are} left out: {they} {have} {why}",)
+
+    @property
+    def conversations(self) -> tuple[Conversation, ...]:
+        """The documents, where they are conversations; else none."""
+        return tuple(document for document in self.documents if isinstance(document, Conversation))
+
+
+def resolve_data(ref: str, field: str | None = None) -> Source:
+    """Finds and reads the documents that `ref` names.
+
+    Args:
+        ref: "pydoc" (Python's language reference, each topic a document), a folder (each .txt, .md or .rst file in it
+            a document), a .txt file (one long text), a .jsonl or .parquet file (each record a document),
+            "reasoning-gym:TASK?option=value&..." (see `tasks.read_task`), or a hub id "owner/name", read whole through
+            `datasets`.
+        field: Name of the field of a record that holds its text. By default the first of these that the records
+            have: text; content; a prompt (or question, or instruction) with an answer (or response, completion,
+            output); messages. The last two make conversations.
+
+    Raises:
+        InputError: Missing or of an unsupported kind, malformed, not UTF-8, without a usable field, without any text.
+    """
+    if ref == "pydoc":
+        return _pydoc()
+    if tasks.is_task(ref):
+        task = tasks.read_task(ref)
+        source = _source(task.name, "task", task.conversations, ref, licence=tasks.LICENCE)
+        return replace(source, task=ref)
+    expanded = os.path.expanduser(ref)  # os.path takes any text for a name, where pathlib raises or reads "" as "."
+    path = Path(expanded)
+    if os.path.isdir(expanded):
+        return _source(path.resolve().name, "folder", _read_folder(path), ref)
+    suffix = path.suffix.lower()
+    if not os.path.exists(expanded):
+        if _is_hub_id(ref):
+            return _hub(ref, field)
+        raise InputError(f"there is no data at {ref!r}: give {_KINDS}")
+    if suffix not in _FILE_SUFFIXES:
+        raise InputError(f"{ref} is a file of an unsupported kind: give {_KINDS}")
+    if suffix == ".txt":
+        return _source(path.stem, "txt", [_read_text(path)], ref)
+    records = read_records(path)
+    return _source(path.stem, suffix[1:], _record_documents(records, field, ref), ref)
+
+
+def resolve_prompts(ref: str) -> tuple[tuple[Turn, ...], ...]:
+    """The prompts that `ref` names, each as turns to be answered, without those that are there a second time.
+
+    Args:
+        ref: A .jsonl file (each record with a prompt, question or instruction, or with messages), a .txt file (each
+            line a prompt), or "reasoning-gym:TASK".
+
+    Raises:
+        InputError: Missing, of another kind, malformed, or without a prompt.
+    """
+    path = Path(os.path.expanduser(ref))
+    if tasks.is_task(ref):
+        prompts = [conversation.prompt for conversation in tasks.read_task(ref).conversations]
+    elif not os.path.exists(os.path.expanduser(ref)):
+        raise InputError(f"there are no prompts at {ref!r}: give a .jsonl or .txt file, or reasoning-gym:TASK")
+    elif path.suffix.lower() == ".jsonl":
+        prompts = [read_prompt(record, f"{where} of {ref}") for where, record in _read_jsonl(path)]
+    elif path.suffix.lower() == ".txt":
+        prompts = [(Turn("user", line.strip()),) for line in _read_text(path).splitlines() if line.strip()]
+    else:
+        raise InputError(f"{ref} is not a file of prompts: give a .jsonl or .txt file, or reasoning-gym:TASK")
+    if not prompts:
+        raise InputError(f"{ref} holds no prompt: give one at least")
+    return tuple(dict.fromkeys(prompts))
+
+
+def read_records(path: Path) -> list[tuple[str, Record]]:
+    """The records of a .jsonl or .parquet file, each with the place it was found at, like "line 3".
+
+    Raises:
+        InputError: Missing, of another kind, or malformed.
+    """
+    check_file(path)
+    if not os.path.isfile(path):
+        raise InputError(f"there is no file {path}: give a .jsonl or .parquet file")
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path)
+    if path.suffix.lower() == ".jsonl":
+        return _read_jsonl(path)
+    raise InputError(f"{path} is a file of an unsupported kind: give a .jsonl or .parquet file")
+
+
+def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, licence: str | None = None) -> Source:
+    documents = tuple(one for one in found if isinstance(one, Conversation) or (one and one.strip()))
+    if not documents:
+        raise InputError(f"{ref} holds no text: give data with some")
+    digest = hashlib.sha256()
+    for document in documents:
+        text = document if isinstance(document, str) else json.dumps(document.turns)
+        encoded = text.encode("utf-8", "surrogatepass")
+        if isinstance(document, Conversation) and document.told is not None:
+            told = document.told
+            encoded += told.vocabulary.encode() + b"".join(part.tobytes() for part in (told.tokens, *told.likeliest))
+        # The length keeps two documents apart from one that joins them.
+        digest.update(f"{len(encoded)}:".encode())
+        digest.update(encoded)
+    fingerprint = digest.hexdigest()[:16]
+    # All are of one kind: each way to read records gives either texts or conversations.
+    return Source(
+        name=name,
+        kind=kind,
+        documents=documents,  # type: ignore[arg-type]
+        licence=licence,
+        fingerprint=fingerprint,
+        blank=len(found) - len(documents),
+    )
+
+
+def _pydoc() -> Source:
+    from pydoc_data.topics import topics
+
+    version = platform.python_version()
+    texts = [topics[topic] for topic in sorted(topics)]
+    source = _source(f"pydoc of Python {version}", "pydoc", texts, "pydoc", licence="PSF-2.0")
+    return replace(source, fingerprint=f"python-{version}-{source.fingerprint}")
+
+
+def _read_text(path: Path) -> str:
+    check_file(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = bytes(error.object[: error.start]).count(b"\n") + 1
+        raise InputError(f"{path} is not UTF-8 text (line {line}, byte {error.start}): convert it to UTF-8") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_folder(folder: Path) -> list[str]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _FOLDER_SUFFIXES and path.is_file())
+    if not files:
+        raise InputError(
+            f"the folder {folder} holds no {', '.join(_FOLDER_SUFFIXES)} file: give a folder with text files"
+        )
+    return [_read_text(path) for path in files]
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, Record]]:
+    records: list[tuple[str, Record]] = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"line {number} of {path} is not JSON ({error}): correct or remove it") from error
+        if not isinstance(record, dict):
+            raise InputError(f'line {number} of {path} is not a JSON object with fields, like {{"text": "..."}}')
+        if "\\ud" in line.lower() and (half := _HALF.search(json.dumps(record, ensure_ascii=False))):
+            raise InputError(
+                f"line {number} of {path} has half of a character, \\u{ord(half[0]):04x}: write the other half too, or "
+                "\\ufffd, or remove the record"
+            )
+        records.append((f"line {number}", record))
+    return records
+
+
+def _read_parquet(path: Path) -> list[tuple[str, Record]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    check_file(path)
+    try:
+        table = pyarrow.parquet.read_table(path)
+        records = table.to_pylist()
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:  # dates beyond Python's among them
+        raise InputError(f"cannot read {path} as Parquet: {str(error).splitlines()[0]}") from error
+    if not table.num_rows:
+        # Nothing would say which fields there are.
+        return [("the schema", dict.fromkeys(table.column_names))] if table.column_names else []
+    return [(f"row {number}", record) for number, record in enumerate(records, start=1)]
+
+
+def _is_hub_id(ref: str) -> bool:
+    """Whether `ref` can only be meant for a hub: "owner/name" that does not look like a path on this machine."""
+    known = (*_FOLDER_SUFFIXES, *_FILE_SUFFIXES, ".json", ".csv", ".arrow", ".gz", ".zip")
+    return bool(_HUB_ID.fullmatch(ref)) and not ref.lower().endswith(known) and not os.path.isdir(Path(ref).parent)
+
+
+def _hub(ref: str, field: str | None) -> Source:
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        # Asked first, because load_dataset tries a dead connection for half a minute. In the hub's offline mode it
+        # opens what was downloaded before.
+        with contextlib.suppress(OfflineModeIsEnabled):
+            huggingface_hub.HfApi().dataset_info(ref, timeout=10)
+        loaded = datasets.load_dataset(ref)
+    except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"there is no data at {ref} here, and the hub did not give the data set {ref}: {reason}; "
+            "check the name and the connection, or give local data"
+        ) from error
+    splits = dict(loaded)
+    split = splits["train"] if "train" in splits else next(iter(splits.values()))
+    records = [(f"record {number}", record) for number, record in enumerate(split, start=1)]
+    return _source(ref, "hub", _record_documents(records, field, ref), ref, stated(split.info.license))
+
+
+def _record_documents(records: list[tuple[str, Record]], field: str | None, ref: str) -> list[Document | None]:
+    """The document of each record, None of one that is blank; one at least is not.
+
+    Args:
+        records: Each with the place it was found at, for error messages.
+    """
+    found = list(dict.fromkeys(name for _, record in records for name in record))
+    if not records:
+        raise InputError(f"{ref} holds no record: give data with some")
+    if field is not None and field not in found:
+        raise InputError(f"{ref} has no field {field}; the fields found are {', '.join(found)}")
+    texts = [name for name in _TEXTS if name in found] if field is None else [field]
+    ways: list[Callable[[Record, str], Document | None]] = [_text_reader(name) for name in texts]
+    if field is None:
+        ways += readers(found)
+    for read in ways:
+        documents = [read(record, f"{where} of {ref}") for where, record in records]
+        if any(documents):
+            return documents
+    if field is not None:
+        raise InputError(f"{ref} holds no text in its field {field}: give data with some")
+    fields = f"the fields found are {', '.join(found)}" if found else "no fields were found"
+    raise InputError(f"{ref} has no field with usable text ({_USABLE}): {fields}")
+
+
+def _text_reader(name: str) -> Callable[[Record, str], str | None]:
+    def read(record: Record, where: str) -> str | None:
+        if name not in record:
+            raise lacking(name, record, where)
+        value = record[name]
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{where} has a field {name} that is not text: write it as text")
+        return value if value and value.strip() else None
+
+    return read

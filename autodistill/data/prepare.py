@@ -1,0 +1,455 @@
+"""Reference to tokenised, packed, fingerprinted train, validation and test sets, kept in Arrow.
+
+Documents are split before they are packed, so no document is in two splits, and no prompt of a conversation. One long
+text is cut into three contiguous parts, with a gap of one sequence between them. Where the tokenizer begins every text
+with a token, so does each sequence of text: it is the first, which nothing predicts, so that it is never scored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.data.chat_template import Rendered, Renderer, Template
+from autodistill.data.conversations import Conversation
+from autodistill.data.dataset import (
+    ENDS,
+    INDEX,
+    SPLITS,
+    TOKENIZER,
+    TOLD,
+    Prepared,
+    Question,
+    RenderingInfo,
+    SplitInfo,
+    Tokens,
+    column_of,
+    file_hashes,
+    open_prepared,
+    questions_file,
+    rendering_folder,
+)
+from autodistill.data.documents import Source
+from autodistill.data.packing import cut, fill, pack
+from autodistill.data.splits import assign, contiguous, first_places, in_a_row, join, set_otherwise
+from autodistill.data.student_template import share, write_text
+from autodistill.data.tokenization import beginning, encode, load_tokenizer, save_tokenizer
+from autodistill.errors import InputError
+from autodistill.utils.durable import make_folder, put
+from autodistill.utils.file_locks import alone
+from autodistill.utils.hashing import content_hash
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_RULE = 1  # part of the fingerprint: to be raised with any change of how data are split, tokenised or packed
+
+
+def prepare(
+    source: Source,
+    tokenizer_folder: Path,
+    tokenizer_fingerprint: str,
+    sequence_length: int,
+    cache: Path,
+    seed: int = 0,
+    templates: Sequence[Template] = (),
+) -> Prepared:
+    """Splits, tokenises and packs the documents, or opens what an earlier call left in `cache`.
+
+    Args:
+        source: The documents.
+        tokenizer_folder: A folder that transformers' AutoTokenizer can load.
+        tokenizer_fingerprint: Identifies the tokenizer in the fingerprint of the data.
+        sequence_length: Tokens of a sequence, at least 2.
+        cache: Folder under which the data are kept; a torn or altered copy in it is made again.
+        seed: Of the choice of documents for the splits, and of the order of the sequences.
+        templates: By which conversations are rendered as well; see `templates.own_template`. Of a conversation whose
+            answers share no token in all renderings nothing is kept.
+
+    Raises:
+        InputError: Too little text for one sequence in each split.
+    """
+    if sequence_length < 2:
+        raise InputError(f"a sequence needs at least 2 tokens to predict one from another, not {sequence_length}")
+    conversations = source.conversations
+    renderer = Renderer(tokenizer_folder) if conversations else None
+    tokenizer = renderer.tokenizer if renderer is not None else load_tokenizer(tokenizer_folder)
+    parts = [source.fingerprint, tokenizer_fingerprint, sequence_length, seed, _RULE]
+    own = {template.name: Renderer(tokenizer_folder, template) for template in templates if conversations}
+    if renderer is not None:
+        names = sorted(name + one.further_rule for name, one in own.items())
+        parts += [renderer.rule, source.task, *([names] if own else [])]
+        parts += _blanks_rule([one.opening for one in conversations])
+    else:
+        parts += _further_rules(_texts(source), tokenizer)
+    fingerprint = content_hash(parts, digits=16)
+    folder = cache / "data" / fingerprint
+    with alone(folder):
+        with contextlib.suppress(InputError):  # missing, torn or altered: made below
+            return open_prepared(folder)
+        if renderer is not None:
+            renderers = {"": renderer} | {name: own[name] for name in sorted(own)}
+            return _prepare_conversations(folder, source, renderers, tokenizer_folder, sequence_length, seed)
+        return _prepare_texts(folder, source, tokenizer, sequence_length, seed)
+
+
+def _texts(source: Source) -> tuple[str, ...]:
+    return tuple(text for text in source.documents if isinstance(text, str))
+
+
+def _is_one_text(places: Sequence[int]) -> bool:
+    """Whether there are too few distinct documents for a split each, by the place of the first equal one."""
+    return len(set(places)) < len(SPLITS)
+
+
+def _further_rules(texts: Sequence[str], tokenizer: Any) -> list[str]:
+    """What is done with some texts and tokenizers alone; the fingerprint of all other data does not name it."""
+    places = first_places(texts)
+    rules = [] if beginning(tokenizer) is None else ["sequences begin as texts do"]
+    if _is_one_text(places):
+        rules += ["sequences in a row are a document", *(["without copies"] if len(set(places)) < len(places) else [])]
+    return rules + _blanks_rule(texts)
+
+
+def _blanks_rule(texts: Sequence[str]) -> list[str]:
+    """The rule of data in which texts are equal but for their blanks, which once were texts of their own."""
+    return ["equal but for blanks is equal"] if set_otherwise(texts) else []
+
+
+def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length: int, seed: int) -> Prepared:
+    """Splits documents of plain text, or one long text into blocks where there are too few."""
+    texts, begin = _texts(source), beginning(tokenizer)
+    documents, places = _tokenise(texts, tokenizer), first_places(texts)
+    length = sequence_length - (begin is not None)
+    one = _is_one_text(places)
+    if one:
+        # A copy of what one block holds would stand in another.
+        packed = contiguous(np.concatenate([documents[place] for place in sorted(set(places))]), length)
+    else:
+        packed = join(documents, places, assign(texts, documents, places, length, seed))
+    tables = {}
+    for split, (tokens, owners) in packed.items():
+        rows, of = _sequences(tokens, length), _sequences(owners, length)
+        if begin is not None:
+            rows, of = np.insert(rows, 0, begin, axis=1), np.concatenate([of[:, :1], of], axis=1)
+        tables[split] = _table({"tokens": rows, "documents": of}, seed)
+    blocks = {split: {"in_a_row": in_a_row(len(table))} for split, table in tables.items()} if one else None
+    copies = len(places) - len(set(places))
+    said = "are left out" if one else "stand in the split of the first one"
+    notes = (f"{copies} of {len(places)} documents are copies of others, blanks aside, and {said}",) if copies else ()
+    return _write(folder, source, sequence_length, tables, counts=blocks, notes=notes)
+
+
+def _prepare_conversations(
+    folder: Path, source: Source, renderers: Mapping[str, Renderer], teacher: Path, length: int, seed: int
+) -> Prepared:
+    """Splits by opening prompt and packs whole records; questions are kept of the splits that are held out.
+
+    Args:
+        renderers: By name; the teacher's, whose name is empty, first.
+        teacher: Folder of its tokenizer.
+    """
+    renderer, conversations = renderers[""], source.conversations
+    whole = {"": renderer.render(conversations)}
+    for name, other in renderers.items():
+        if name:  # what was told of an answer's tokens is read beside the teacher's
+            whole[name] = other.render([replace(one, told=None) for one in conversations])
+    records, notes = _kept(whole, [one.end for one in renderers.values()], length)
+    places = list(records)
+    openings = [conversations[place].opening for place in places]
+    owners = {place: places[first] for place, first in zip(places, first_places(openings), strict=True)}
+    tokens = [record[0].tokens for record in records.values()]
+    texts = {place: conversations[place].opening for place in owners.values()}
+    chosen = assign(texts, tokens, list(owners.values()), length, seed)
+    tables, counts = {}, {}
+    questions: dict[str, dict[str, str]] = {name: {} for name in renderers}
+    for split, firsts in chosen.items():
+        inside = set(firsts)
+        members = [place for place, owner in owners.items() if owner in inside]
+        chunk = [records[place] for place in members]
+        columns, counts[split] = _columns(chunk, [owners[place] for place in members], list(renderers), length)
+        tables[split] = _table(columns, seed)
+        if split != "train":
+            for name, one in renderers.items():
+                entries = [_question(place, conversations[place], whole[name][place], one) for place in sorted(inside)]
+                asking = {"task": source.task, "stops": one.stops, "entries": [asdict(entry) for entry in entries]}
+                questions[name][split] = json.dumps(asking)
+    if any(one.told for one in conversations):
+        learnt, told = counts["train"]["answers"], counts["train"]["told"]
+        notes += (
+            f"of {learnt:,} answer tokens to learn from, {told:,} have their writer's log-probabilities, and "
+            f"{learnt - told:,} their text alone",
+        )
+    infos = {
+        name: _rendering_info([record[number] for record in records.values()], renderer, renderers[name])
+        for number, name in enumerate(renderers)
+        if name
+    }
+    add = partial(_write_texts, teacher, renderers, questions)
+    return _write(folder, source, length, tables, add, notes, counts, infos)
+
+
+def _columns(
+    records: Sequence[Sequence[Rendered]], owners: Sequence[int], names: Sequence[str], length: int
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, int]]:
+    """The sequences of a split by column, those of further renderings under their names, and its counts of answers.
+
+    Args:
+        records: Of the split, each in all renderings.
+        owners: The document that each belongs to.
+        names: Of the renderings; the teacher's, whose name is empty, first.
+        length: Tokens of a sequence.
+    """
+    rows = fill([max(len(one.tokens) for one in record) for record in records], length)
+    columns: dict[str, npt.NDArray[Any]] = {}
+    counts: dict[str, int] = {}
+    for number, name in enumerate(names):
+        packed = pack([record[number] for record in records], owners, length, rows)
+        found: dict[str, npt.NDArray[Any]] = {"tokens": packed.tokens, "documents": packed.documents}
+        # Arrow keeps a bool in a bit, which cannot be mapped.
+        found["answers"] = packed.answers.view(np.uint8)
+        if len(names) > 1:
+            found["shared"] = packed.shared.view(np.uint8)
+        columns |= {f"{name}/{column}" if name else column: values for column, values in found.items()}
+        if not name:
+            counts = {"answers": int(packed.answers[:, 1:].sum()), "told": 0}
+        if not name and packed.told is not None:
+            columns |= {column: part.reshape(len(part), -1) for column, part in zip(TOLD, packed.told, strict=True)}
+            counts["told"] = int((packed.told.ids[:, 1:, 0] >= 0).sum())
+    return columns, counts
+
+
+def _write_texts(
+    teacher: Path, renderers: Mapping[str, Renderer], questions: Mapping[str, Mapping[str, str]], folder: Path
+) -> None:
+    """Writes into a folder of data what is no token: the tokenizer, other renderings' texts and ends, and questions.
+
+    Args:
+        teacher: Folder of its tokenizer.
+        renderers: By name; the teacher's, whose name is empty, first.
+        questions: By name and split, as text.
+        folder: Of the data.
+    """
+    save_tokenizer(renderers[""].tokenizer, folder / TOKENIZER)
+    for name, texts in questions.items():
+        if name:
+            own = rendering_folder(folder, name)
+            write_text(teacher, renderers[name], own)
+            (own / ENDS).write_text(json.dumps([renderers[""].end, renderers[name].end]), encoding="utf-8")
+        for split, text in texts.items():
+            path = questions_file(folder, split, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+
+def _kept(
+    whole: Mapping[str, Sequence[Rendered]], ends: Sequence[int], length: int
+) -> tuple[dict[int, list[Rendered]], tuple[str, ...]]:
+    """The records that can be used, cut to a sequence, by place in the source and each in all renderings, and notes.
+
+    Args:
+        whole: The renderings.
+        ends: The token that each ends an answer with.
+        length: Tokens of a sequence.
+
+    Raises:
+        InputError: There is none.
+    """
+    together = list(zip(*whole.values(), strict=True))
+    records: dict[int, list[Rendered]] = {}
+    for place, renderings in enumerate(together):
+        short = [part for record in renderings if (part := cut(record, length)) is not None]
+        if len(short) == len(renderings):
+            records[place] = short
+    notes = _notes([max(len(record.tokens) for record in one) for one in together], set(records), length)
+    if not records:
+        raise InputError(f"the data cannot be used: {notes[0]}; give shorter prompts")
+    notes += _dropped(together)
+    if len(ends) == 1:
+        return records, notes
+    common = {place: share(short, ends) for place, short in records.items()}
+    records = {place: found for place, found in common.items() if found[0].shared is not None and found[0].shared.any()}
+    if lost := len(common) - len(records):
+        notes += (f"{lost} of {len(together)} records are left out: their answers share no token in all templates",)
+    if not records:
+        raise InputError(
+            f"the data cannot be used: {notes[-1]}; take the chat template out of the pretrained model's folder, so "
+            "that it learns the teacher's"
+        )
+    return records, notes
+
+
+def _rendering_info(records: Sequence[Rendered], teacher: Renderer, renderer: Renderer) -> RenderingInfo:
+    end = renderer.end
+    shared = [record.shared for record in records if record.shared is not None]
+    own = [record.answers & ~found & (record.tokens != end) for record, found in zip(records, shared, strict=True)]
+    names = [str(one.tokenizer.convert_ids_to_tokens(one.end)) for one in (teacher, renderer)]
+    return RenderingInfo(
+        answers=sum(int(record.answers.sum()) for record in records),
+        shared=sum(int(found.sum()) for found in shared),
+        records=len(records),
+        differing=sum(bool(found.any()) for found in own),
+        ends=(names[0], names[1]),
+    )
+
+
+def _notes(sizes: list[int], kept: set[int], length: int) -> tuple[str, ...]:
+    """What became of records that are longer than a sequence."""
+    cut_off = sum(size > length for place, size in enumerate(sizes) if place in kept)
+    lost = len(sizes) - len(kept)
+    notes = []
+    if lost:
+        notes.append(f"{lost} of {len(sizes)} records are left out: their prompt fills a sequence of {length} tokens")
+    if cut_off:
+        notes.append(f"{cut_off} of {len(sizes)} records are longer than {length} tokens and cut at their end")
+    return tuple(notes)
+
+
+def _dropped(together: Sequence[Sequence[Rendered]]) -> tuple[str, ...]:
+    """What became of answers that a template writes otherwise than the data have them."""
+    counts = [sum(record.dropped for record in records) for records in zip(*together, strict=True)]
+    whose = ("the teacher's", *["a pretrained student's"] * (len(counts) - 1))
+    return tuple(
+        f"{count:,} of the answers that others follow are not learnt: {template} chat template writes them otherwise "
+        "than the data have them, as without thoughts; records that end with each of them would teach them"
+        for count, template in zip(counts, whose, strict=True)
+        if count
+    )
+
+
+def _question(place: int, conversation: Conversation, record: Rendered, renderer: Renderer) -> Question:
+    prompt = renderer.question_tokens(conversation.prompt, conversation.answer)
+    # What the template puts before the answer's content is learnt, and given where it is asked.
+    begun = record.tokens[: len(prompt)].tolist() == prompt
+    given = max(0, len(prompt) - record.last_start) if begun else 0
+    return Question(
+        document=place,
+        prompt=tuple(prompt),
+        answer=conversation.answer,
+        answer_tokens=record.last_answer - given,
+        item=conversation.item,
+    )
+
+
+def _tokenise(documents: Sequence[str], tokenizer: Any) -> list[Tokens]:
+    """Token ids of each document, each ended by EOS, or by BOS where the tokenizer has no EOS."""
+    end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if end is None:
+        raise InputError(
+            f"the tokenizer in {tokenizer.name_or_path} has neither an EOS nor a BOS token to put between documents"
+        )
+    return [np.append(ids, np.int32(end)) for ids in encode(tokenizer, documents)]
+
+
+def _sequences(values: Tokens, length: int) -> Tokens:
+    """Whole sequences; what is left over at the end is dropped."""
+    count = len(values) // length
+    return values[: count * length].reshape(count, length)
+
+
+def _table(columns: Mapping[str, npt.NDArray[Any]], seed: int) -> pyarrow.Table:
+    """Sequences, [sequences, length] in each column, in a shuffled order, as Arrow."""
+    import pyarrow
+
+    lists = {}
+    for name, values in columns.items():
+        count, length = values.shape
+        rows = values[np.random.default_rng(seed).permutation(count)]
+        lists[name] = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), length)
+    return pyarrow.table(lists)
+
+
+def _write(
+    folder: Path,
+    source: Source,
+    length: int,
+    tables: dict[str, pyarrow.Table],
+    add: Callable[[Path], None] = lambda temporary: None,
+    notes: tuple[str, ...] = (),
+    counts: Mapping[str, Mapping[str, int]] | None = None,
+    renderings: Mapping[str, RenderingInfo] | None = None,
+) -> Prepared:
+    """Writes all splits under a temporary name, then renames: a folder of the final name is whole or was damaged.
+
+    Args:
+        add: Writes what else belongs there, given the folder.
+        notes: Of `Prepared`.
+        counts: Of each split further fields of `SplitInfo`.
+        renderings: Those beside the teacher's.
+    """
+    import datasets
+
+    fingerprint = folder.name
+    temporary = folder.with_name(f".{fingerprint}-{uuid.uuid4().hex}")
+    make_folder(folder.parent)
+    temporary.mkdir()
+    try:
+        splits = {}
+        for split, table in tables.items():
+            with _quiet():
+                datasets.Dataset(table).save_to_disk(temporary / split)
+            distinct = len(np.unique(column_of(table, "documents")))
+            splits[split] = SplitInfo(
+                sequences=len(table),
+                tokens=len(table) * length,
+                documents=distinct,
+                **(counts[split] if counts else {}),
+            )
+        add(temporary)
+        head = {
+            "fingerprint": fingerprint,
+            "name": source.name,
+            "licence": source.licence,
+            "sequence_length": length,
+            "notes": list(notes),
+            **({"renderings": {name: asdict(info) for name, info in renderings.items()}} if renderings else {}),
+        }
+        index = head | {
+            "splits": {split: asdict(info) for split, info in splits.items()},
+            "files": file_hashes(temporary),
+        }
+        text = json.dumps({"checksum": content_hash(index), **index}, indent=1)
+        (temporary / INDEX).write_text(text, encoding="utf-8")
+        _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return open_prepared(folder)
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    if folder.exists():
+        # Another process may just have finished the same data; keep those unless they are damaged.
+        with contextlib.suppress(InputError):
+            open_prepared(folder)
+            return
+        shutil.rmtree(folder)
+    try:
+        put(temporary, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        open_prepared(folder)  # another process was first; raises if what stands there is not whole
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the progress bars of `datasets` away, and leaves its setting as it was."""
+    import datasets
+
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()

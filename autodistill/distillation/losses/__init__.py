@@ -1,0 +1,1 @@
+"""What a student is trained on: divergences, targets, alignments, and how they change over tokens."""

@@ -1,0 +1,149 @@
+"""Hidden-state alignment: which student layer follows which state of the teacher, through which projection."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autodistill.errors import InputError
+from autodistill.strategy.strategy import Alignment
+
+
+class Pair(NamedTuple):
+    """A student layer and the teacher state it follows.
+
+    Attributes:
+        student_layer: Index of the layer whose output is aligned.
+        teacher_state: Index of the teacher layer whose output is the target.
+    """
+
+    student_layer: int
+    teacher_state: int
+
+
+def aligned_layers(alignment: Alignment, layers: int) -> tuple[int, ...]:
+    """Student layers that are aligned, ascending, the last one always among them."""
+    if alignment.count > layers:
+        raise InputError(f"alignment.count is {alignment.count}, but the student has {layers} layers: lower it")
+    if alignment.layers == "all":
+        return tuple(range(layers))
+    if alignment.layers == "last":
+        return tuple(range(layers - alignment.count, layers))
+    return tuple(-(-(i + 1) * layers // alignment.count) - 1 for i in range(alignment.count))
+
+
+def layer_map(alignment: Alignment, kept: tuple[int, ...], teacher_layers: int) -> tuple[Pair, ...]:
+    """Pairs by inheritance.
+
+    Student layer j is teacher layer kept[j] and feeds the copy of teacher layer kept[j + 1], so its target is what
+    that layer is fed in the teacher: the output of teacher layer kept[j + 1] - 1. The last one's is the last output.
+
+    Args:
+        alignment: What is aligned.
+        kept: Teacher layer that each student layer was copied from.
+        teacher_layers: Number of the teacher's layers.
+    """
+    inputs = [following - 1 for following in kept[1:]] + [teacher_layers - 1]
+    return tuple(Pair(layer, inputs[layer]) for layer in aligned_layers(alignment, len(kept)))
+
+
+def projection(alignment: Alignment, student_width: int, teacher_width: int, seed: int) -> nn.Module:
+    """Map from the student's states [..., student_width] to [..., teacher_width], float32, without biases.
+
+    A linear map starts as the identity where widths agree and as an orthogonal map elsewhere; a low-rank one starts as
+    a projection onto a random subspace of `rank` channels. Two layers start as the linear map A would: since
+    gelu(x) - gelu(-x) = x, they are [A; -A], 2 * teacher_width channels, and [I, -I].
+
+    Raises:
+        InputError: Widths that differ without a projection, or a rank that is no reduction.
+    """
+    check_projection(alignment, student_width, teacher_width)
+    if alignment.projection == "none":
+        return nn.Identity()
+    generator = torch.Generator().manual_seed(seed)
+    if alignment.projection == "low-rank":
+        down, up = _linear(student_width, alignment.rank), _linear(alignment.rank, teacher_width)
+        nn.init.orthogonal_(down.weight, generator=generator)
+        if student_width == teacher_width:
+            with torch.no_grad():
+                up.weight.copy_(down.weight.T)
+        else:
+            nn.init.orthogonal_(up.weight, generator=generator)
+        return nn.Sequential(down, up)
+    linear = _linear(student_width, teacher_width)
+    if student_width == teacher_width:
+        nn.init.eye_(linear.weight)
+    else:
+        nn.init.orthogonal_(linear.weight, generator=generator)
+    if alignment.projection == "linear":
+        return linear
+    first, second = _linear(student_width, 2 * teacher_width), _linear(2 * teacher_width, teacher_width)
+    unit = torch.eye(teacher_width)
+    with torch.no_grad():
+        first.weight.copy_(torch.cat([linear.weight, -linear.weight]))
+        second.weight.copy_(torch.cat([unit, -unit], dim=1))
+    return nn.Sequential(first, nn.GELU(), second)
+
+
+def check_projection(alignment: Alignment, student_width: int, teacher_width: int) -> None:
+    """Refuses a projection that these widths do not allow.
+
+    Raises:
+        InputError: Widths that differ without a projection, or a rank above one of them, which is no reduction.
+    """
+    if alignment.projection == "none" and student_width != teacher_width:
+        raise InputError(
+            f"alignment.projection is none, but the student is {student_width} wide and the teacher "
+            f"{teacher_width}: use a linear projection"
+        )
+    if alignment.rank > min(student_width, teacher_width):
+        raise InputError(
+            f"alignment.rank is {alignment.rank}, but the states are {student_width} and {teacher_width} wide: lower it"
+        )
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    # The default initialisation would draw from the global generator; every weight is set by the caller.
+    with torch.device("meta"):
+        linear = nn.Linear(inputs, outputs, bias=False, dtype=torch.float32)
+    return linear.to_empty(device="cpu")
+
+
+def rms_normalise(states: Tensor) -> Tensor:
+    """States scaled to a root mean square of 1 over the width, so that massive activations do not rule the loss."""
+    work = states if states.dtype == torch.float64 else states.float()
+    return work * torch.rsqrt(work.square().mean(dim=-1, keepdim=True) + 1e-12)
+
+
+def alignment_loss(states: Tensor, target: Tensor, target_size: Tensor | None = None) -> Tensor:
+    """Mean squared difference of states, with both at a root mean square of 1 or both over the teacher's.
+
+    The first is 2 - 2 cos of the angle between them; the second also asks for the teacher's size.
+
+    Args:
+        states: [tokens, teacher_width], of the student after its projection.
+        target: [tokens, teacher_width], of the teacher, already RMS-normalised.
+        target_size: [tokens, 1], root mean squares that the teacher's states had, for the second; None for the first.
+    """
+    scaled = rms_normalise(states) if target_size is None else states / target_size
+    return (scaled - target.to(torch.promote_types(states.dtype, torch.float32))).square().mean()
+
+
+# About what rounding to bfloat16 leaves of a loss whose target is met.
+_MET = 1e-3
+
+
+def balance_factor(loss: float, logit_loss: float) -> float:
+    """What brings a loss to the size of the logit loss: |logit_loss| / max(loss, 0.001).
+
+    The product's gradient is that of logit_loss * log(loss): it asks for the same relative progress however small the
+    loss has become. The floor bounds it: below, a met target's rounding would be blown up to the size of the logit
+    loss.
+
+    Args:
+        loss: At least 0.
+        logit_loss: Of the same tokens.
+    """
+    return abs(logit_loss) / max(loss, _MET)

@@ -1,0 +1,108 @@
+"""A strategy applied to a teacher: the student it makes, the rules it must keep, and how it is judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+
+from autodistill.distillation.losses.attention import check_attention
+from autodistill.distillation.losses.hidden_states import aligned_layers, check_projection
+from autodistill.distillation.student.build import init_spec
+from autodistill.distillation.training.lora import check_lora
+from autodistill.errors import InputError
+from autodistill.estimates.fit import check_holds
+from autodistill.models.spec import ModelSpec
+from autodistill.strategy.deployment import Deployment, serving
+from autodistill.strategy.strategy import Strategy
+
+
+def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...], *, own_first: bool = False) -> Deployment:
+    """The deployment a rung is judged on: the widest, as what a trial is worth is what its best deployment is.
+
+    Of those of as many bits it is the finishing stage's own grid.
+
+    Args:
+        strategy: Of the trial.
+        deployments: Allowed ones, at least one.
+        own_first: Whether the finishing's own grid is taken before wider ones, as where less memory counts too.
+    """
+    widest, finishing = max(deployments, key=_width), strategy.finishing
+    for deployment in deployments:
+        own = finishing is not None and deployment.packing == finishing.packing
+        if own and (own_first or deployment.bits >= widest.bits):
+            return deployment
+    return widest
+
+
+def _width(deployment: Deployment) -> tuple[int, bool, float, str]:
+    return deployment.bits, bool(deployment.keep), -(deployment.group_size or math.inf), deployment.name
+
+
+def own_deployment(strategy: Strategy) -> Deployment | None:
+    """The deployment that a strategy's finishing is for, or None where it finishes on no grid."""
+    if strategy.finishing is None:
+        return None
+    packing = strategy.finishing.packing
+    return Deployment(runtime=serving(packing)[0], **asdict(packing))
+
+
+def with_own(strategy: Strategy, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
+    """The deployments, and that of the strategy's finishing grid where it is none of them."""
+    own = own_deployment(strategy)
+    if own is None or any(deployment.packing == own.packing for deployment in deployments):
+        return deployments
+    return (*deployments, own)
+
+
+def student_spec(strategy: Strategy, teacher: ModelSpec, pretrained: Path | None = None) -> ModelSpec:
+    """Shape of the student that a strategy makes of a teacher.
+
+    Args:
+        strategy: How the student is made.
+        teacher: The teacher's shape.
+        pretrained: As `init_spec` takes it.
+
+    Raises:
+        InputError: The teacher has no student of these proportions.
+    """
+    return init_spec(strategy.init, teacher, pretrained)
+
+
+def check_rendering(strategy: Strategy, renderings: Collection[str]) -> None:
+    """Refuses a strategy that compares what two renderings of a conversation do not have in common.
+
+    Args:
+        strategy: What is to be trained.
+        renderings: References of the pretrained models that have a chat template of their own.
+
+    Raises:
+        InputError: Attention over whole sequences, whose prompts differ.
+    """
+    if strategy.distillation.attention is not None and strategy.init.model in renderings:
+        raise InputError(
+            f"attention is compared between the same tokens, and {strategy.init.model} reads prompts in its own chat "
+            "template: leave distillation.attention out where it is the student, or take the template out of its folder"
+        )
+
+
+def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
+    """Refuses a strategy that this teacher cannot be distilled by, before anything is loaded.
+
+    Raises:
+        InputError: A shape that this teacher cannot be cut to, more aligned layers than the student has, widths that
+            the projection does not allow, attention that cannot be compared, or a finishing grid that cannot hold the
+            student.
+    """
+    spec = student_spec(strategy, teacher)
+    alignment = strategy.distillation.alignment
+    if alignment is not None:
+        aligned_layers(alignment, spec.layers)
+        check_projection(alignment, spec.width, teacher.width)
+    if strategy.distillation.attention is not None:
+        check_attention(strategy.distillation.attention, spec, teacher)
+    if strategy.distillation.lora is not None:
+        check_lora(strategy.distillation.lora, spec)
+    if strategy.finishing is not None:
+        check_holds(spec, strategy.finishing)

@@ -1,0 +1,112 @@
+"""A smaller pretrained model as the student: its shape by reference, its tables in the teacher's order of tokens."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodistill.data.tokenization import load_tokenizer
+from autodistill.distillation.teacher.resolve import resolve_teacher
+from autodistill.errors import InputError
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model, model_from_weights
+from autodistill.models.model_folder import read_config
+from autodistill.models.spec import ModelSpec
+
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@cache
+def pretrained_spec(reference: str) -> ModelSpec:
+    """Shape of a model by its reference, from its config or header alone.
+
+    Raises:
+        InputError: There is no such model, or it is of a family that is not supported.
+    """
+    return spec_from_config(resolve_teacher(reference).config)
+
+
+def token_rows(model: Path, teacher: Path, name: str | None = None) -> Tensor:
+    """For each row of the teacher's embedding table the row of the model's that holds the same token.
+
+    Tokens are the same where their texts are. A table may have more rows than there are tokens, and the teacher special
+    tokens that the model does not know: what has no counterpart is -1.
+
+    Args:
+        model, teacher: Folders of transformers; their configs and tokenizers are read.
+        name: What a person knows the model by; None for its folder.
+
+    Returns:
+        int64 [the teacher's vocabulary].
+
+    Raises:
+        InputError: Ordinary tokens of the teacher that the model does not have: another tokenizer.
+    """
+    wanted, known = load_tokenizer(teacher), load_tokenizer(model)
+    rows = torch.full((spec_from_config(read_config(teacher)).vocabulary,), -1, dtype=torch.int64)
+    held = spec_from_config(read_config(model)).vocabulary
+    own = {text: row for text, row in known.get_vocab().items() if row < held}
+    vocabulary, special = wanted.get_vocab(), wanted.get_added_vocab()
+    missing = [text for text in vocabulary if text not in own and text not in special]
+    if missing:
+        name = name or str(model)
+        raise InputError(
+            f"logit distillation needs one vocabulary: {name} lacks {len(missing)} of the teacher's {len(vocabulary)} "
+            f"tokens, {missing[0]!r} among them; choose a model with the teacher's tokenizer, or train this one on "
+            "text that the teacher writes (sequence-level distillation): `autodistill write --prompts ... --out "
+            f"answers.jsonl`, and then `autodistill distill sequence_level --data answers.jsonl --teacher {name}`"
+        )
+    for text, row in vocabulary.items():
+        if row < len(rows) and text in own:
+            rows[row] = own[text]
+    return rows
+
+
+def load_pretrained(model: Path, teacher: Path) -> Any:
+    """A pretrained model in float32 that takes and gives the teacher's token ids.
+
+    Rows are put in the teacher's order. A row without a counterpart becomes the mean of all rows: its logit is then the
+    mean logit, so that (by Jensen's inequality) n such rows of V together take n / V of the probability at the most.
+
+    Args:
+        model, teacher: Folders of transformers.
+
+    Raises:
+        InputError: As `token_rows`.
+    """
+    rows = token_rows(model, teacher)
+    loaded = load_model(model, torch.float32)
+    tables = {loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight}
+    weights = {}
+    for name, parameter in loaded.named_parameters():  # a tied table once
+        weight = parameter.detach()
+        if any(parameter is table for table in tables):
+            table = weight[rows.clamp(min=0)]
+            table[rows < 0] = weight.mean(dim=0)
+            weight = table
+        weights[name] = weight
+    config = read_config(teacher)
+    changes = {"vocab_size": len(rows)} | {name: config.get(name) for name in _SPECIAL_TOKENS}
+    return model_from_weights(loaded, changes, weights)
+
+
+def describe_tokens(model: Any, text: Path) -> None:
+    """Lets a model's configs name the tokens that begin and end a text as `templates.write_text` wrote them.
+
+    The config of its generation becomes the text's own: one that was changed is not saved where it names a temperature,
+    say, that greedy choice leaves unused.
+
+    Args:
+        model: Of transformers; its weights stay as they are.
+        text: Folder.
+    """
+    from transformers import GenerationConfig
+
+    found = GenerationConfig.from_pretrained(text, local_files_only=True)
+    model.generation_config = found
+    for name in _SPECIAL_TOKENS:
+        setattr(model.config, name, getattr(found, name))

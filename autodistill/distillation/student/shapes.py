@@ -1,0 +1,98 @@
+"""The shape of a student from the teacher's, its fractions rounded to what formats and families can hold."""
+
+from __future__ import annotations
+
+from autodistill.errors import InputError
+from autodistill.models.config import resized
+from autodistill.models.families import get_family
+from autodistill.models.llama_cpp_graphs import cannot_run
+from autodistill.models.spec import ModelSpec
+from autodistill.strategy.strategy import Init
+
+MULTIPLE = 64
+"""Channels and FFN neurons are kept in multiples of this, which every group size that formats have divides.
+
+Super-blocks do not divide it: rows that are no multiples of theirs have a grid of their own (`Grid.fallback`).
+"""
+
+
+def student_depth(init: Init, teacher_layers: int) -> int:
+    """Number of layers kept: the fraction rounded down, at least one."""
+    # 0.7 * 30 is 20.999... in binary; the nudge keeps such products on the side that was meant.
+    return max(1, int(init.depth * teacher_layers + 1e-9))
+
+
+def layer_choices(init: Init, teacher_layers: int) -> tuple[tuple[int, ...], ...]:
+    """The layers of a teacher that a student of its parts may be made of, as far as they are known without data.
+
+    Kept layers ascend, and the first and the last are among them, the last alone where one is kept. "even" spreads them
+    evenly; "contiguous" leaves out one block of late layers, just before the last; "influence" leaves out a block of
+    neighbouring layers, which a calibration chooses: one choice for each layer after which it may begin, in that order;
+    "block-influence" leaves out any layers, of which these are examples: some after the first, the others before the
+    last.
+    """
+    depth = student_depth(init, teacher_layers)
+    if depth == 1 or init.layers == "even":
+        return (spread(depth, teacher_layers),)
+    dropped = teacher_layers - depth
+    if init.layers == "block-influence":
+        middle = range(1, teacher_layers - 1)
+        parts = (middle[late : late + depth - 2] for late in range(dropped + 1))
+        return tuple((0, *part, teacher_layers - 1) for part in parts)
+    starts = range(1, depth) if init.layers == "influence" else (depth - 1,)
+    return tuple((*range(start), *range(start + dropped, teacher_layers)) for start in starts)
+
+
+def spread(depth: int, teacher_layers: int) -> tuple[int, ...]:
+    """So many layers of a teacher, evenly spaced."""
+    if depth == 1:
+        return (teacher_layers - 1,)
+    return tuple(round(i * (teacher_layers - 1) / (depth - 1)) for i in range(depth))
+
+
+def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
+    """Shape of a student that keeps fractions of a teacher, or is made new in these proportions.
+
+    Layers are rounded down; attention heads to whole groups of those that share keys and values, at least one group;
+    channels and neurons to multiples of 64. Where data decide which layers are kept, sliding windows are those of a
+    choice that llama.cpp could not run, if there is one. New layers have those of the teacher's first ones.
+
+    Raises:
+        InputError: A fraction that leaves nothing, or sizes that transformers' model of this family cannot have.
+    """
+    groups = max(1, round(init.heads * teacher.kv_heads))
+    heads = groups * (teacher.heads // teacher.kv_heads)
+    width = _rounded("width", "channels", init.width, teacher.width)
+    family = get_family(teacher.architecture)
+    if family.heads_fill_width and heads * teacher.head_dim != width:
+        raise InputError(
+            f"init.heads {init.heads:g} leaves {heads} heads of {teacher.head_dim} and init.width {init.width:g} "
+            f"{width} channels: in {teacher.architecture} the heads fill the width, so give both the same fraction"
+        )
+    if family.heads_divide_width and width % heads:
+        raise InputError(
+            f"init.heads {init.heads:g} leaves {heads} heads, which do not divide the width of {width}: transformers' "
+            f"{teacher.architecture} needs that"
+        )
+    sizes = {
+        "width": width,
+        "heads": heads,
+        "kv_heads": groups,
+        "ffn_width": _rounded("ffn", "neurons", init.ffn, teacher.ffn_width),
+    }
+    if init.source == "scratch":
+        return resized(teacher, range(student_depth(init, teacher.layers)), **sizes)
+    choices = {tuple(layer in teacher.windowed for layer in kept): kept for kept in layer_choices(init, teacher.layers)}
+    students = [resized(teacher, kept, **sizes) for kept in choices.values()]
+    return next((student for student in students if cannot_run(student)), students[0])
+
+
+def _rounded(field: str, what: str, fraction: float, count: int) -> int:
+    if fraction == 1:
+        return count
+    rounded = round(fraction * count / MULTIPLE) * MULTIPLE
+    if rounded == 0:
+        raise InputError(
+            f"init.{field} {fraction:g} of {count} {what} rounds to none: they are kept in multiples of {MULTIPLE}"
+        )
+    return min(rounded, count)

@@ -1,0 +1,1 @@
+"""The teacher: found, checked, run once, and its outputs kept."""

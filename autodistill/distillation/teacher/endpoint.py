@@ -1,0 +1,348 @@
+"""A model behind an OpenAI-compatible endpoint: asked over HTTP, and asked again where that may help."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import socket
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+from autodistill.errors import EndpointError, InputError, RefusedPromptError
+
+KEY_VARIABLE = "AUTODISTILL_API_KEY"
+
+MOST_LOGPROBS = 20  # that the protocol allows for each token
+
+# Statuses of a server that is busy, restarting or behind a gateway that is.
+_PASSING = (408, 425, 429, 500, 502, 503, 504)
+
+# Statuses that are of what was sent, such as a prompt that is too long or filtered.
+_OF_THE_PROMPT = (400, 413, 422)
+
+_LONGEST_PAUSE = 60.0
+
+_SHOWN = 200  # characters of what a server says
+
+_MOST_SAID = 2**16  # bytes that are read of an error
+
+# Bytes of an answer: for its text and what servers add, and for each token, with the most likely ones in its place.
+_MOST_BYTES, _TOKEN_BYTES = 2**24, 2**10
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token, by the name and, where the server tells it, the id that it has there, and its log-probability."""
+
+    text: str
+    id: int | None
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What an endpoint answered.
+
+    Attributes:
+        text: The answer; empty where the model wrote none, as one that reaches the limit while it still reasons.
+        finished: Whether it ended by itself, not at the limit of tokens.
+        prompt_tokens, answer_tokens: What the server counts, and bills.
+        tokens: The answer's tokens, each with the most likely ones in its place; empty where the server tells none.
+    """
+
+    text: str
+    finished: bool
+    prompt_tokens: int
+    answer_tokens: int
+    tokens: tuple[tuple[Choice, tuple[Choice, ...]], ...]
+
+
+class Endpoint:
+    """Asks one model for chat completions; may be used from several threads.
+
+    A request that fails in a way that may pass (a busy server, a time-out, a torn answer) is repeated after a pause
+    that doubles, or that the server names. The key, if any, is read from AUTODISTILL_API_KEY; it is sent to this
+    endpoint alone, and never shown. Redirections are not followed, and an answer that is longer than one can be is not
+    read to its end.
+
+    Args:
+        url: Base of the API, like "http://localhost:8000/v1".
+        model: Its name there.
+        timeout: Seconds after which an answer is given up, however much of it has come.
+        attempts: Requests made for an answer, at most.
+        pause: Seconds before the second one.
+
+    Raises:
+        InputError: No http(s) URL, or a key that no header can hold.
+    """
+
+    def __init__(self, url: str, model: str, *, timeout: float = 300.0, attempts: int = 6, pause: float = 1.0) -> None:
+        if not _is_base(url):
+            raise InputError("--endpoint is the base of an API, like http://localhost:8000/v1, without key or query")
+        self.url = url.rstrip("/")
+        self.model = model
+        self._timeout, self._attempts, self._pause = timeout, attempts, pause
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise InputError(f"{KEY_VARIABLE} is not one line of printable ASCII: set it to the key alone")
+        # A server that never answered is not there: waiting for it would hide a wrong address.
+        self._reached = threading.Event()
+
+    def ask(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, top_logprobs: int = 0, **options: Any
+    ) -> Reply:
+        """The answer to messages.
+
+        Args:
+            messages: Each with "role" and "content".
+            max_tokens: After which it ends unfinished.
+            top_logprobs: Most likely tokens to ask for in each place; 0 asks for none.
+            options: Further fields of the request, such as temperature, top_p and seed.
+
+        Raises:
+            RefusedPromptError: These messages were refused; others may be answered.
+            EndpointError: Unreachable, refused, or without a proper answer after all attempts.
+        """
+        body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, **options}
+        if top_logprobs:
+            body |= {"logprobs": True, "top_logprobs": top_logprobs}
+        most = _MOST_BYTES + _TOKEN_BYTES * max_tokens * (1 + top_logprobs)
+        trouble = ""
+        for attempt in range(self._attempts):
+            wait = self._pause * 2**attempt
+            try:
+                return _reply(json.loads(self._exchange("/chat/completions", body, most)))
+            except urllib.error.HTTPError as error:
+                self._reached.set()
+                said = self._said(error)
+                if error.code not in _PASSING:
+                    kind = RefusedPromptError if error.code in _OF_THE_PROMPT else EndpointError
+                    raise kind(f"{self.url} refused ({error.code}): {said}{self._advice(error.code)}") from None
+                trouble = f"answered {error.code}: {said}"
+                wait = max(wait, _retry_after(error))
+            except TimeoutError:
+                trouble = f"gave no answer in {self._timeout:g} seconds"
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", error)
+                if isinstance(reason, TimeoutError):
+                    trouble = f"gave no answer in {self._timeout:g} seconds"
+                elif not self._reached.is_set():
+                    raise self._unreachable(reason) from None
+                else:
+                    trouble = f"broke off ({self._shown(reason) or type(error).__name__})"
+            except (ValueError, RecursionError) as error:
+                trouble = f"answered nonsense ({self._shown(error)})"
+            if attempt + 1 < self._attempts:
+                time.sleep(min(wait, _LONGEST_PAUSE))
+        raise EndpointError(f"{self.url} {trouble}, {self._attempts} times: try again later")
+
+    def reach(self) -> None:
+        """Contacts the endpoint, before what would be in vain without it; whatever it answers, it is there.
+
+        Raises:
+            EndpointError: It is not, or it refuses the key.
+        """
+        try:
+            self._exchange("/models")
+        except urllib.error.HTTPError as error:
+            self._reached.set()
+            if advice := self._advice(error.code) if error.code != 404 else "":
+                raise EndpointError(f"{self.url} refused ({error.code}): {self._said(error)}{advice}") from None
+        except (OSError, http.client.HTTPException) as error:
+            if not self._reached.is_set():
+                raise self._unreachable(getattr(error, "reason", error)) from None
+
+    def _unreachable(self, reason: object) -> EndpointError:
+        said = self._shown(reason)
+        return EndpointError(f"{self.url} cannot be reached ({said}): start the server, or correct --endpoint")
+
+    def _exchange(self, path: str, body: Mapping[str, Any] | None = None, most: int = _MOST_BYTES) -> bytes:
+        """What the server answers to a request, to a question where there is a body: no more than so many bytes.
+
+        Raises:
+            EndpointError: It answers more.
+        """
+        request = urllib.request.Request(
+            f"{self.url}{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json", "User-Agent": "autodistill"},
+        )
+        if self._key:
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        with exchange(request, self._timeout) as response:
+            self._reached.set()
+            answer = response.read(most + 1)
+        if len(answer) > most:
+            raise EndpointError(f"{self.url} sent more than {most:,} bytes, which no answer has: correct --endpoint")
+        return answer
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        """What the server says is wrong, or where it would be found."""
+        if 300 <= error.code < 400:
+            return self._shown(f"it redirects to {error.headers.get('Location')}")
+        try:
+            text = error.read(_MOST_SAID).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException):
+            text = ""
+        try:
+            message = json.loads(text)["error"]
+            text = message["message"] if isinstance(message, dict) else str(message)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = text or error.reason
+        return self._shown(text)
+
+    def _shown(self, trouble: object) -> str:
+        """What is wrong in one line, without the key, which some servers repeat."""
+        text = str(trouble)
+        if self._key:
+            text = text.replace(self._key, "***")
+        return " ".join(text.split())[:_SHOWN]
+
+    def _advice(self, status: int) -> str:
+        if status in (401, 403):
+            return f"; set {KEY_VARIABLE} to a key of this endpoint"
+        if 300 <= status < 400:
+            return ", which is not followed: give --endpoint as the address that answers"
+        return "; correct --endpoint or --model" if status == 404 else ""
+
+
+def _is_base(url: str) -> bool:
+    """Whether paths can be put behind it, and nothing in it is secret."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:  # brackets without an end, or a port that is none
+        return False
+    plain = parts.path.isascii() and "@" not in parts.netloc and not parts.query and port != 0
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
+
+
+def _retry_after(error: urllib.error.HTTPError) -> float:
+    try:
+        return max(0.0, float(error.headers.get("Retry-After") or 0))
+    except ValueError:  # a date, which the doubling pause stands in for
+        return 0.0
+
+
+def _reply(answer: Any) -> Reply:
+    """Reads a chat completion.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        (choice, *_) = answer["choices"]
+        text, usage = choice["message"].get("content"), answer.get("usage") or {}
+        if text is None and choice.get("finish_reason"):
+            text = ""  # written by null, or left out: the tokens went into reasoning, or a filter took them
+        if not isinstance(text, str):
+            raise ValueError("no text in its message")
+        # Servers that tell no log-probabilities leave them out, or give null.
+        content = (choice.get("logprobs") or {}).get("content") or ()
+        return Reply(
+            text=_whole(text),
+            finished=choice.get("finish_reason") != "length",
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            answer_tokens=int(usage.get("completion_tokens") or 0),
+            tokens=tuple((_choice(one), tuple(map(_choice, one.get("top_logprobs") or ()))) for one in content),
+        )
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"no chat completion: {type(error).__name__} {error}") from error
+
+
+def _whole(text: str) -> str:
+    """Text without halves of UTF-16 pairs, which JSON can spell and neither a tokenizer nor a file takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _choice(entry: Mapping[str, Any]) -> Choice:
+    given = entry.get("id")
+    return Choice(_whole(str(entry["token"])), int(given) if given is not None else None, float(entry["logprob"]))
+
+
+def exchange(request: urllib.request.Request, seconds: float) -> http.client.HTTPResponse:
+    """The answer's status and headers, and a body that is read until the same deadline.
+
+    A redirection is an error of its status, as any other that is none of success: urllib would turn a POST into a GET
+    of whatever it names, and give that for the answer.
+
+    Args:
+        request: http or https.
+        seconds: After which a read, also of the body, raises TimeoutError, however much has come.
+
+    Raises:
+        TimeoutError, OSError, http.client.HTTPException: As of `urllib.request.urlopen`.
+    """
+    until = time.monotonic() + seconds
+    opener = urllib.request.build_opener(_Http(until), _Https(until), _NoRedirection())
+    return cast(http.client.HTTPResponse, opener.open(request, timeout=seconds))
+
+
+class _NoRedirection(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *arguments: Any, **options: Any) -> None:
+        """See `urllib.request`: no other request is made."""
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, until: float) -> None:
+        super().__init__()
+        self._until = until
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        """See `urllib.request`."""
+        return self.do_open(partial(_connection, http.client.HTTPConnection, self._until), request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, until: float) -> None:
+        super().__init__()
+        self._until = until
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        """See `urllib.request`."""
+        return self.do_open(partial(_connection, http.client.HTTPSConnection, self._until), request)
+
+
+def _connection(kind: type[http.client.HTTPConnection], until: float, host: str, **options: Any) -> Any:
+    connection = kind(host, **options)
+    connection.response_class = partial(_Response, until=until)  # type: ignore[assignment]
+    return connection
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *arguments: Any, until: float, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        self.fp = io.BufferedReader(_Until(self.fp.detach(), sock, until))
+
+
+class _Until(io.RawIOBase):
+    """What a socket reads, each time for as long as is left."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, until: float) -> None:
+        self._raw, self._sock, self._until = raw, sock, until
+
+    def readable(self) -> bool:
+        """See `io`."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """See `io`; raises TimeoutError once the time is over."""
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+        return cast("int | None", self._raw.readinto(buffer))
+
+    def close(self) -> None:
+        """See `io`."""
+        self._raw.close()
+        super().close()

@@ -1,0 +1,154 @@
+"""How much each part of the teacher matters, from its activations on a few training sequences."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from autodistill.data.dataset import TokenSet
+from autodistill.models.config import spec_from_config
+from autodistill.models.families import Axis, get_family
+from autodistill.utils.durable import put
+from autodistill.utils.file_locks import alone
+from autodistill.utils.hashing import content_hash
+
+SEQUENCES = 16
+"""Training sequences that are read, the first of the split: a function of the data and of nothing else."""
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration:
+    """Means over all tokens of the calibration sequences, float64.
+
+    Importances are Minitron's (Muralidharan et al., 2024, arXiv:2407.14679): mean magnitudes of activations.
+
+    Attributes:
+        similarity: [layers + 1, layers + 1], cosine of the state that layer i is fed and the one that layer j is fed;
+            the last is what the last layer gives. 1 - similarity[i, i + 1] is block influence (Men et al., 2024,
+            arXiv:2403.03853).
+        neurons: [layers, ffn width], magnitude of each neuron's activation.
+        groups: [layers, key-value heads], Euclidean norm of each head's output, added over the heads of a group.
+        channels: [width], magnitude of each channel after each norm of the width, added over the norms.
+    """
+
+    similarity: Tensor
+    neurons: Tensor
+    groups: Tensor
+    channels: Tensor
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        partial_file = path.with_name(f".{uuid.uuid4().hex}")
+        try:
+            save_file({item.name: getattr(self, item.name) for item in fields(self)}, partial_file)
+            put(partial_file, path)
+        finally:
+            partial_file.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Reads what `save` wrote."""
+        return cls(**load_file(path))
+
+
+def calibrate(model: Any, data: TokenSet, device: str = "cpu") -> Calibration:
+    """Runs a teacher over the first `SEQUENCES` sequences of `data`.
+
+    Args:
+        model: In float32.
+        data: Training sequences.
+        device: Where it runs; the model is moved there.
+    """
+    model.to(device).eval()
+    spec = spec_from_config(model.config.to_dict())
+    family = get_family(spec.architecture)
+    layers = model.base_model.layers
+    states: list[Tensor] = []
+    neurons = torch.zeros(spec.layers, spec.ffn_width, dtype=torch.float64)
+    groups = torch.zeros(spec.layers, spec.kv_heads, dtype=torch.float64)
+    channels = torch.zeros(spec.width, dtype=torch.float64)
+
+    def add(total: Tensor, magnitudes: Tensor) -> None:
+        total += magnitudes.double().mean(dim=0).cpu()
+
+    def see_state(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        states.append(inputs[0][0])
+
+    def see_last(module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        states.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    def see_neurons(index: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        add(neurons[index], inputs[0][0].abs())
+
+    def see_heads(index: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        heads = inputs[0][0].unflatten(-1, (spec.kv_heads, -1, spec.head_dim))
+        add(groups[index], heads.norm(dim=-1).sum(dim=-1))
+
+    def see_channels(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        add(channels, output[0].abs())
+
+    norms = [layer.get_submodule(name) for layer in layers for name in family.norms]
+    handles = [layer.register_forward_pre_hook(see_state) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(see_last))
+    for index, layer in enumerate(layers):
+        for axis, see in ((Axis.FFN, see_neurons), (Axis.QUERIES, see_heads)):
+            module = layer.get_submodule(family.reading(axis))
+            handles.append(module.register_forward_pre_hook(partial(see, index)))
+    handles += [
+        norm.register_forward_hook(see_channels) for norm in (*norms, model.base_model.get_submodule(family.final_norm))
+    ]
+    sequences = data.tokens[:SEQUENCES]
+    similarity = torch.zeros(spec.layers + 1, spec.layers + 1, dtype=torch.float64)
+    try:
+        for tokens in sequences:
+            states.clear()
+            with torch.no_grad():
+                model.base_model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None].to(device), use_cache=False)
+            directions = torch.nn.functional.normalize(torch.stack(states), dim=-1).flatten(1)
+            similarity += (directions @ directions.T).double().cpu() / len(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    count = len(sequences)
+    return Calibration(
+        similarity=similarity / count, neurons=neurons / count, groups=groups / count, channels=channels / count
+    )
+
+
+def ensure_calibration(
+    load_teacher: Callable[[], Any],
+    *,
+    teacher_fingerprint: str,
+    data_fingerprint: str,
+    data: TokenSet,
+    root: Path,
+    device: str = "cpu",
+) -> Path:
+    """File of the calibration of a teacher on data, computed if it is not on disk.
+
+    Args:
+        load_teacher: Called only when the teacher must run; returns the model in float32 on the CPU.
+        teacher_fingerprint, data_fingerprint: Content hashes.
+        data: The training split.
+        root: Folder of all calibrations.
+        device: Where the teacher runs.
+    """
+    key = content_hash([_VERSION, SEQUENCES, teacher_fingerprint, data_fingerprint], 16)
+    path = root / f"{key}.safetensors"
+    with alone(path):
+        try:
+            Calibration.load(path)
+        except (OSError, SafetensorError, TypeError):  # missing or damaged
+            calibrate(load_teacher(), data, device).save(path)
+    return path

@@ -1,0 +1,206 @@
+"""The teacher's outputs on disk: sparse logits and hidden states, which every trial maps into its memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from autodistill.distillation.losses.schedules import GRID, snap
+from autodistill.distillation.losses.targets import SampledTarget, TopTarget
+from autodistill.errors import InputError
+from autodistill.strategy.strategy import Distillation
+
+FILE = "outputs.arrow"
+META = "meta.json"
+"""File of a cache that a search holds while its workers may open the cache."""
+# What Arrow adds to a sequence's values: the record batch's header, padding, and its place in the footer.
+_BATCH_BYTES = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """What is kept of the teacher for each predicted token.
+
+    Attributes:
+        top_k: Number of likeliest tokens that are kept, 0 for none.
+        draws: Numbers of draws that tokens are sampled by; each is a sample of its own.
+        temperatures: Those of the grid at which the probabilities of sparse tokens can be had.
+        final: Whether the last hidden states after the final norm are kept, in float16.
+        states: Teacher layers whose outputs are kept, RMS-normalised in float16, and their root mean squares.
+        bf16: Whether the teacher computes in bfloat16; the head always computes in float32.
+    """
+
+    top_k: int = 64
+    draws: tuple[int, ...] = ()
+    temperatures: tuple[float, ...] = GRID
+    final: bool = False
+    states: tuple[int, ...] = ()
+    bf16: bool = False
+
+    @classmethod
+    def for_recipes(cls, recipes: Iterable[Distillation], states: Iterable[int], bf16: bool) -> CacheSettings:
+        """All that some recipes may read, and nothing else.
+
+        Args:
+            recipes: The extremes of their temperatures stand for all between them.
+            states: Layers that are aligned to.
+            bf16: See the attributes.
+        """
+        recipes = [recipe for recipe in recipes if recipe.weighs_teacher]
+        sparse = [recipe for recipe in recipes if recipe.signal in ("top-k", "sampled")]
+        ends = [snap(end) for recipe in sparse for end in (recipe.temperature.start, recipe.temperature.end)]
+        draws = {recipe.signal_tokens for recipe in sparse if recipe.signal == "sampled"}
+        if draws:
+            ends.append(1.0)  # that tokens are drawn at
+        return cls(
+            top_k=max((recipe.signal_tokens for recipe in sparse if recipe.signal == "top-k"), default=0),
+            draws=tuple(sorted(draws)),
+            temperatures=tuple(value for value in GRID if ends and min(ends) <= value <= max(ends)),
+            final=any(recipe.signal == "states" for recipe in recipes),
+            states=tuple(sorted(set(states))),
+            bf16=bf16,
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing at all is kept."""
+        return not (self.top_k or self.draws or self.final or self.states)
+
+    def lacks(self, needed: CacheSettings) -> list[str]:
+        """What of `needed` is not kept, for a person to read."""
+        found = []
+        if needed.top_k > self.top_k:
+            found.append(f"the {needed.top_k} likeliest tokens")
+        found += [f"the tokens of {draws} draws" for draws in needed.draws if draws not in self.draws]
+        found += [f"temperature {value:g}" for value in needed.temperatures if value not in self.temperatures]
+        if needed.final and not self.final:
+            found.append("the last hidden states")
+        return found + [f"the states of layer {layer}" for layer in needed.states if layer not in self.states]
+
+    def bytes_of(self, sequences: int, length: int, vocabulary: int, width: int) -> int:
+        """Bytes on disk for sequences of so many tokens, at the most."""
+        return sequences * ((length - 1) * self.bytes_per_token(vocabulary, width) + _BATCH_BYTES)
+
+    def bytes_per_token(self, vocabulary: int, width: int) -> int:
+        """Bytes on disk for one predicted token, at the most: draws may fall on the same token."""
+        entry = 2 + id_type(vocabulary).itemsize
+        drawn = sum(min(draws, vocabulary) * entry + 4 for draws in self.draws)
+        values = min(self.top_k, vocabulary) * entry + drawn + 4 * len(self.temperatures)
+        return values + (2 * width + 4) * len(self.states) + 2 * width * self.final
+
+
+def id_type(vocabulary: int) -> np.dtype[Any]:
+    """What the ids of a vocabulary are kept as."""
+    return np.dtype(np.uint16 if vocabulary <= 65536 else np.uint32)
+
+
+class TeacherCache:
+    """Read access to one cache, memory-mapped.
+
+    A cached sequence of `length` tokens has `length` - 1 predicted tokens: position i predicts token i + 1.
+
+    Args:
+        folder: That of `ensure_cache`.
+        data: Fingerprint of the data that it must be of, which covers tokenizer and sequence length; None for any.
+
+    Raises:
+        InputError: It is of other data. One from before caches said of which they are is known by its folder's name.
+    """
+
+    def __init__(self, folder: Path, data: str | None = None) -> None:
+        meta = json.loads((folder / META).read_text())
+        found = meta.get("data")
+        if data is not None and found is not None and found != data:
+            raise InputError(
+                f"the teacher cache in {folder} is of the data {found}, and these are {data}: of another text, "
+                "tokenizer or sequence length; let the search make the cache of its own data"
+            )
+        self.sequences: int = meta["sequences"]
+        lists = {name: tuple(value) for name, value in meta["settings"].items() if isinstance(value, list)}
+        self.settings = CacheSettings(**(meta["settings"] | lists))
+        self._reader = pa.ipc.open_file(pa.memory_map(str(folder / FILE)))
+
+    def _column(self, name: str, indices: Iterable[int]) -> npt.NDArray[Any]:
+        parts = []
+        for index in indices:
+            column = self._reader.get_batch(int(index)).column(name)
+            flat = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+            parts.append(flat.to_numpy(zero_copy_only=True).reshape(len(column), -1))
+        return np.concatenate(parts)
+
+    def top(self, indices: Iterable[int], temperature: float, count: int) -> TopTarget:
+        """The teacher's likeliest tokens for the sequences `indices`, rows in their order.
+
+        Args:
+            indices: Sequences.
+            temperature: One that the cache holds.
+            count: Number of tokens.
+
+        Raises:
+            ValueError: More tokens than the cache holds, or another temperature.
+        """
+        if count > self.settings.top_k:
+            raise ValueError(f"the cache holds {self.settings.top_k} tokens, not {count}")
+        indices = list(indices)
+        ids = self._column("ids", indices)[:, :count].astype(np.int64)
+        below = self._column("below_maximum", indices)[:, :count].astype(np.float32)
+        log_p = below / np.float32(temperature) - self._log_sum(indices, temperature)
+        return TopTarget(ids=torch.from_numpy(ids), log_p=torch.from_numpy(log_p), temperature=temperature)
+
+    def sampled(self, indices: Iterable[int], temperature: float, draws: int) -> SampledTarget:
+        """The tokens of so many draws for the sequences `indices`, rows in their order, padded to the longest.
+
+        Args:
+            indices: Sequences.
+            temperature: One that the cache holds.
+            draws: One of the numbers that the cache holds.
+
+        Raises:
+            KeyError, ValueError: Other draws than the cache holds, or another temperature.
+        """
+        indices = list(indices)
+        lists = [self._reader.get_batch(int(index)).column(f"drawn_{draws}") for index in indices]
+        counts = np.concatenate([np.diff(column.offsets.to_numpy()) for column in lists])
+        shape = (len(counts), counts.max())
+        filled = np.arange(shape[1]) < counts[:, None]
+        ids, below = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        for values, name in ((ids, "ids"), (below, "below_maximum")):
+            values[filled] = np.concatenate([column.flatten().field(name).to_numpy() for column in lists])
+        drawn_at = below - self._log_sum(indices, 1.0)
+        log_p = below / np.float32(temperature) - self._log_sum(indices, temperature)
+        weights = np.where(filled, 1 / np.minimum(1, draws * np.exp(drawn_at)), 0)
+        return SampledTarget(
+            ids=torch.from_numpy(ids),
+            log_p=torch.from_numpy(log_p),
+            weights=torch.from_numpy(weights.astype(np.float32)),
+            temperature=temperature,
+        )
+
+    def _log_sum(self, indices: list[int], temperature: float) -> npt.NDArray[np.float32]:
+        place = self.settings.temperatures.index(temperature)
+        return self._column("log_sum", indices)[:, place : place + 1]
+
+    def final(self, indices: Iterable[int]) -> Tensor:
+        """Last hidden states after the final norm for the sequences `indices`, float16 [tokens, width]."""
+        return torch.from_numpy(self._column("final", indices))
+
+    def state(self, indices: Iterable[int], layer: int) -> Tensor:
+        """RMS-normalised output of a teacher layer for the sequences `indices`, float16 [tokens, width].
+
+        Raises:
+            KeyError: The cache does not hold this layer.
+        """
+        return torch.from_numpy(self._column(f"state_{layer}", indices))
+
+    def state_size(self, indices: Iterable[int], layer: int) -> Tensor:
+        """Root mean squares that the states of a teacher layer had, float32 [tokens, 1], as `state`."""
+        return torch.from_numpy(self._column(f"size_{layer}", indices))

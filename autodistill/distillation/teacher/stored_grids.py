@@ -1,0 +1,536 @@
+"""Whether a teacher's weights lie on storage grids already, and the packing that keeps its own codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+
+from autodistill.distillation.teacher.resolve import Teacher, TeacherRef
+from autodistill.errors import InputError
+from autodistill.models.families import get_family
+from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
+from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import Role, TensorSpec
+from autodistill.quantization.formats import FORMATS, Packing, weights_bytes
+from autodistill.quantization.grids import Floats, Grid, Scales, Storage
+from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
+from autodistill.quantization.packing import (
+    Arrays,
+    deployed,
+    dequantize,
+    from_bf16_bits,
+    pack,
+    quantize,
+    round_to,
+    to_bf16_bits,
+    unpack,
+    unpack_codes,
+)
+from autodistill.strategy.deployment import Deployment, serving
+from autodistill.utils.file_locks import alone
+from autodistill.utils.json_files import write_json
+
+_VERSION = 1  # of what is kept of a teacher here: to be raised with any change of it
+_ON_GRID = 0.01
+"""Share of the squared error of rounding normal weights below which weights lie on a grid already; what they moved by
+when they were rounded to 16 bits since, as far as that is seen, is added."""
+_CLEARLY_OFF = 0.25
+_ROWS, _SAMPLE = 8, 2**14  # rows of a matrix, and weights, of which is told whether it lies on a grid
+# Codes that a group's largest weight may have, from the largest down. What has 8 bits is made by the rule, or nearly.
+_TRIES, _TRIES_OF_8_BITS = 32, 16
+_AT_ONCE = 2**22  # weights of which a grid's values are in memory at once
+_ROLES = {Role.LINEAR: "matrices", Role.EMBEDDING: "table", Role.HEAD: "head"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_KEEPABLE = ("attention", "embeddings", "head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAs:
+    """How a teacher is stored whose weights are quantised already.
+
+    Attributes:
+        types: In words, what its weights lie on, like "its matrices lie on Q4_1, its table on Q8_0".
+        deployment: The one that stores each tensor so; None where no format here does.
+        exact: Whether weights packed so are the teacher's own, bit for bit.
+        weights_bytes: Of its file's tensors; None where it is no GGUF file.
+    """
+
+    types: str
+    deployment: Deployment | None
+    exact: bool
+    weights_bytes: int | None = None
+
+    @property
+    def note(self) -> str:
+        """What a reader must know of it, in a sentence."""
+        said = f"the teacher is pre-quantised: {self.types}"
+        if self.deployment is None:
+            return f"{said}, and no format here has these types tensor by tensor; {_TWICE}"
+        loss = "without any loss" if self.exact else "with hardly any loss"
+        return f"{said}, which {self.deployment.name} stores {loss}; {_TWICE}"
+
+    @property
+    def name(self) -> str:
+        """Its deployment's, or else its types."""
+        return self.types if self.deployment is None else self.deployment.name
+
+    def among(self, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
+        """Those, and the teacher's own where it is none of them."""
+        own, others = self.deployment, tuple(deployments)
+        held = own is None or any(own.packing == one.packing for one in others)
+        return others if held or own is None else (*others, own)
+
+
+_TWICE = (
+    "the teacher in 16 bits is the dequantised model, not the one that it was quantised from, and in other packings it "
+    "is rounded twice"
+)
+
+
+def stored_as(ref: TeacherRef, teacher: Teacher, spec: ModelSpec, cache: Path) -> tuple[Teacher, StoredAs | None]:
+    """How a teacher is stored, if it is quantised already; what was found is kept beside teachers in the cache.
+
+    A GGUF file says itself what its tensors are. Of a folder some rows of each matrix are put on the grids: weights lie
+    on one if they move far less than normal weights would. Where scales that follow from the weights would not give
+    all of them back, the teacher's own stand in the folder as learned ones do (`grid_scales`).
+
+    Args:
+        ref: What was found.
+        teacher: What was made of it.
+        spec: Its shape.
+        cache: Root of caches.
+
+    Returns:
+        The teacher, in a folder with its own scales where these are needed; and how it is stored, None where its
+        weights are on no grid.
+    """
+    record = cache / "teachers" / f"{teacher.fingerprint}.stored.json"
+    with alone(record):
+        known = _known(record, teacher, record.with_name(teacher.fingerprint))
+        if known is not None:
+            return known
+        file = read_gguf(ref.path) if ref.kind == "gguf" and ref.path is not None else None
+        found = of_gguf(file, spec) if file else of_folder(teacher.folder, spec)
+        deployment, scaled = found and found.deployment, False
+        if found and deployment:
+            own = _own_of_gguf(file, deployment, spec) if file else _own_of_folder(teacher.folder, deployment, spec)
+            found = replace(found, exact=own.exact)
+            if scaled := bool(own.scales):
+                teacher = _with_scales(teacher, deployment, own.scales, record.with_name(teacher.fingerprint))
+        write_json(record, {"version": _VERSION, "scaled": scaled, "stored": found and _to_json(found)})
+    return teacher, found
+
+
+def _to_json(found: StoredAs) -> dict[str, Any]:
+    deployment = found.deployment and found.deployment.to_json()
+    return {**asdict(replace(found, deployment=None)), "deployment": deployment}
+
+
+def _known(record: Path, teacher: Teacher, folder: Path) -> tuple[Teacher, StoredAs | None] | None:
+    """What an earlier search found, where it is all still there."""
+    try:
+        held = json.loads(record.read_text(encoding="utf-8"))
+        if held["version"] != _VERSION or (held["scaled"] and not (folder / SCALES_FILE).is_file()):
+            return None
+        stored = held["stored"]
+        deployment = stored and stored["deployment"] and Deployment.from_json(stored["deployment"])
+        found = stored and StoredAs(**{**stored, "deployment": deployment})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (replace(teacher, folder=folder.resolve()) if held["scaled"] else teacher), found
+
+
+# What stores each tensor as it is.
+
+
+@cache
+def packings() -> Mapping[str, Packing]:
+    """Every packing that a format holds, with nothing kept off its grid, by name."""
+    known = {}
+    for form in FORMATS.values():
+        for storage in form.linears:
+            grid = (16, 0, True) if isinstance(storage, str) else (storage.bits, storage.group_size, storage.symmetric)
+            packing = Packing(format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
+            known[packing.name] = packing
+    return known
+
+
+def stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]]:
+    """Each tensor of a file and ggml's name of its type; none where a matrix, as one of experts, is not told apart."""
+    from gguf import GGMLQuantizationType
+
+    known, family = {tensor.name: tensor for tensor in spec.tensors}, get_family(spec.architecture)
+    found = [(known.get(str(family.from_gguf_name(one.name))), one) for one in file.tensors]
+    if any(tensor is None and len(one.shape) > 1 for tensor, one in found):
+        return []
+    return [(tensor, GGMLQuantizationType(one.type).name) for tensor, one in found if tensor is not None]
+
+
+def storing(types: Sequence[tuple[TensorSpec, str]], *, keeping: bool = False) -> Packing | None:
+    """The packing of GGUF that stores each tensor as that type of ggml's, if there is one.
+
+    Where no row is of whole super-blocks, the stand-in's own format comes before the K-quant that it equals.
+
+    Args:
+        types: Of `stored_types`.
+        keeping: Whether it may keep parts of the model off its grid.
+    """
+    of_gguf = [packing for packing in packings().values() if packing.container == "gguf" and types]
+    if keeping and any(kind == "F16" for _, kind in types):
+        kept = [parts for count in (1, 2, 3) for parts in combinations(_KEEPABLE, count)]
+        of_gguf += [replace(one, keep=parts) for parts in kept for one in of_gguf if isinstance(one.linear, Grid)]
+    return next((packing for packing in of_gguf if _stores(packing, types)), None)
+
+
+def _stores(packing: Packing, types: Iterable[tuple[TensorSpec, str]]) -> bool:
+    try:
+        return all(_type_name(packing.storage(tensor)) == kind for tensor, kind in types)
+    except InputError:  # rows that its groups do not divide
+        return False
+
+
+def _type_name(storage: Storage) -> str:
+    """What a storage is called, where it is GGUF's by ggml's name."""
+    if not isinstance(storage, Grid):
+        return storage.removesuffix("_plus_1").upper()
+    name = storage.name.removeprefix(f"{storage.container}-")
+    return name.upper() if storage.container == "gguf" else name
+
+
+def _in_words(types: Iterable[tuple[TensorSpec, str]]) -> str:
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for tensor, kind in types:
+        if tensor.role in _ROLES:
+            found[_ROLES[tensor.role]][kind] = None
+    return ", ".join(
+        f"its {what} {'lie ' if what == 'matrices' else ''}on {' and '.join(kinds)}" for what, kinds in found.items()
+    )
+
+
+def _served(packing: Packing) -> Deployment:
+    return Deployment(runtime=serving(packing)[0], **asdict(packing))
+
+
+def of_gguf(file: GgufFile, spec: ModelSpec) -> StoredAs | None:
+    """How a GGUF file has its weights, but for whether a packing is exact; None where linear layers are floats."""
+    types = sorted(stored_types(file, spec), key=lambda one: one[0].role is not Role.LINEAR)
+    if all(kind in _FLOATS for tensor, kind in types if tensor.role is Role.LINEAR):
+        return None
+    packing = storing(types, keeping=True)
+    return StoredAs(
+        types=_in_words(types),
+        deployment=_served(packing) if packing else None,
+        exact=False,
+        weights_bytes=sum(tensor.size for tensor in file.tensors),
+    )
+
+
+def of_folder(folder: Path, spec: ModelSpec) -> StoredAs | None:
+    """The same of a transformers folder, by how little some rows of its matrices move when they are packed.
+
+    Of several packings it is the one of fewest bytes.
+    """
+    left = sorted(_gridded(spec), key=lambda packing: weights_bytes(spec.tensors, packing))
+    # Linear layers come first, since tables may be stored in other ways: most teachers are told by one matrix.
+    matrices = sorted((one for one in spec.tensors if len(one.shape) == 2), key=lambda one: one.role is not Role.LINEAR)
+    with _opened(folder, spec) as weights:
+        for tensor in matrices:
+            if not left:
+                return None
+            sample = weights.rows(tensor)
+            grids = {storage for packing in left if isinstance(storage := packing.storage(tensor), Grid)}
+            moved = {grid for grid in grids if not lies_on(sample, grid)}
+            left = [packing for packing in left if packing.storage(tensor) not in moved]
+    if not left:
+        return None
+    types = [(tensor, _type_name(left[0].storage(tensor))) for tensor in matrices]
+    return StoredAs(types=_in_words(types), deployment=_served(left[0]), exact=False)
+
+
+def _gridded(spec: ModelSpec) -> Iterator[Packing]:
+    """The packings of the model in which linear layers are on a grid."""
+    for packing in packings().values():
+        if isinstance(packing.linear, Grid):
+            try:
+                packing.check_model(spec.tensors)
+            except InputError:
+                continue
+            yield packing
+
+
+# Weights on one grid.
+
+
+def lies_on(weights: Floats, grid: Grid) -> bool:
+    """Whether weights move by far less when they are put on a grid than normal weights would.
+
+    Args:
+        weights: float32 [rows, in].
+        grid: One that divides the rows.
+    """
+    # One row, read coarsely, tells normal weights.
+    row = weights[:1]
+    if not _stays(row, grid, own_scales(row, grid, thorough=False), _CLEARLY_OFF):
+        return False
+    return _stays(weights, grid, own_scales(weights, grid))
+
+
+def _stays(weights: Floats, grid: Grid, scales: Scales | None = None, share: float = _ON_GRID) -> bool:
+    """The same under given scales, or those that follow from the weights, by a share of the error of normal weights."""
+    _, rule = quantize(weights, grid)
+    size = grid.group(weights.shape[1])
+    # A weight that lies anywhere between two codes moves by a twelfth of a step squared.
+    steps = np.where(np.abs(weights.reshape(-1, size)).max(axis=1) > 0, np.abs(rule.scales.reshape(-1)), 0)
+    normal = float(np.square(steps, dtype=np.float64).sum()) * size / 12
+    moved = float(np.square(deployed(weights, grid, scales) - weights, dtype=np.float64).sum())
+    if normal == 0:  # zeros lie on every grid
+        return True
+    return bool(np.isfinite(normal) and moved < share * normal + 2 * _rounded_since(weights))
+
+
+def _rounded_since(weights: Floats) -> float:
+    """The squared error of rounding weights to the 16 bits that hold them; 0 where these do not."""
+    if np.array_equal(round_to(weights, "bf16"), weights):
+        digits = 8
+    elif np.array_equal(round_to(weights, "f16"), weights):
+        digits = 11
+    else:
+        return 0.0
+    _, exponents = np.frexp(weights)
+    return float(np.square(np.where(weights == 0, 0.0, np.ldexp(1.0, exponents - digits))).sum()) / 12
+
+
+def own_scales(weights: Floats, grid: Grid, *, thorough: bool = True) -> Scales:
+    """The scales under which weights that lie on a grid move least; those of the rule where none is better.
+
+    The rule takes a group's largest weight for one of the largest code, which it need not have; of super-blocks there
+    is the rule alone, which fits them by least squares.
+
+    Args:
+        weights: float32 [out, in].
+        grid: One that divides the rows.
+        thorough: Whether scales are found to the last digit also where weights are read in bfloat16, which hides it.
+    """
+    _, rule = quantize(weights, grid)
+    if grid.block_size:
+        return rule
+    groups = weights.reshape(-1, grid.group(weights.shape[1]))
+    best = [None if part is None else part.reshape(-1, 1).copy() for part in rule]
+    error = _moved(groups, Scales(*best), grid)  # type: ignore[arg-type]
+    most = max(abs(grid.qmin), grid.qmax) if grid.symmetric else grid.qmax - grid.qmin
+    tries = _TRIES_OF_8_BITS if grid.bits == 8 else _TRIES
+    near = (0, 1, -1) if grid.scale_dtype == "bf16" and (thorough or grid.bits == 8) else (0,)
+    for code in range(most, max(0, most - tries), -1):
+        left = np.flatnonzero(error > 0)
+        if not len(left):
+            break
+        for tried in _tried(groups[left], code, grid, near):
+            found = _moved(groups[left], tried, grid)
+            better = found < error[left]
+            error[left[better]] = found[better]
+            for part, values in zip(best, tried, strict=True):
+                if part is not None and values is not None:
+                    part[left[better]] = values[better]
+    shape = (len(weights), -1)
+    return Scales(*(None if part is None else part.reshape(shape) for part in best))  # type: ignore[arg-type]
+
+
+def _moved(groups: Floats, scales: Scales, grid: Grid) -> npt.NDArray[np.float64]:
+    """The squared error of each group, [groups, group], under scales [groups, 1]."""
+    with np.errstate(all="ignore"):
+        values = dequantize(*quantize(groups, grid, scales), grid)
+        return np.nan_to_num(np.square(values - groups, dtype=np.float64).sum(axis=1), nan=np.inf)
+
+
+def _tried(groups: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterator[Scales]:
+    """Scales by which the largest weight of each group has that code, or the range has so many steps.
+
+    Scales that lie so many places from these too, and zero points: the weights' own rounding may have moved both.
+    """
+    with np.errstate(all="ignore"):
+        if grid.symmetric:
+            largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)
+            of_code = -largest if grid.scale_rule == "signed_absmax" else np.abs(largest)
+            yield from (Scales(one) for one in _stored(of_code, code, grid, near))
+            return
+        low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
+        if grid.offset == "minimum":
+            yield from (Scales(one, round_to(low, "f16")) for one in _stored(high - low, code, grid, near))
+            return
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        for scales in _stored(high - low, code, grid, near):
+            zero_points = np.rint(np.nan_to_num(grid.qmin - low / scales))
+            for step in near:
+                yield Scales(scales, (zero_points + step).clip(grid.qmin, grid.qmax).astype(np.float32))
+
+
+def _stored(extents: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterator[Floats]:
+    """Scales of so many steps in an extent, as a grid stores them, and those so many places from them."""
+    scales: Floats = (extents / np.float32(code)).astype(np.float32)
+    if grid.scale_dtype == "f16":
+        yield round_to(scales, "f16")
+        return
+    bits = to_bf16_bits(scales)
+    for step in near:
+        yield from_bf16_bits((bits.astype(np.int32) + step).clip(0).astype(np.uint16))
+
+
+# The teacher's own codes.
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Own:
+    """The scales, by name, of those tensors that others than follow from the weights give back, and whether all are."""
+
+    scales: dict[str, Scales]
+    exact: bool
+
+
+def _own_of_gguf(file: GgufFile, packing: Packing, spec: ModelSpec) -> _Own:
+    """Those of a file's blocks."""
+    known, own, exact = {tensor.name: tensor for tensor in spec.tensors}, dict[str, Scales](), True
+    for stored in file.tensors:
+        tensor = known[str(file.family.from_gguf_name(stored.name))]
+        storage, values = packing.storage(tensor), file.values(stored)
+        scales = _of_blocks(file, stored, storage) if isinstance(storage, Grid) else None
+        if _returns(values, storage):
+            continue
+        if scales is not None and _returns(values, storage, scales):
+            own[tensor.name] = scales
+        else:
+            exact = False
+    return _Own(scales=own, exact=exact)
+
+
+def _of_blocks(file: GgufFile, tensor: GgufTensor, grid: Grid) -> Scales:
+    arrays: Arrays = {"data": file.blocks(tensor)}
+    return unpack_codes(arrays, grid, tensor.shape)[1]
+
+
+def _own_of_folder(folder: Path, packing: Packing, spec: ModelSpec) -> _Own:
+    """Those under which the weights of a folder move least."""
+    own, exact = dict[str, Scales](), True
+    with _opened(folder, spec) as weights:
+        for tensor in spec.tensors:
+            storage, values = packing.storage(tensor), weights.whole(tensor)
+            if _returns(values, storage):
+                continue
+            if isinstance(storage, Grid) and _worth_trying(values[:_ROWS], storage):
+                parts = [own_scales(values[rows], storage) for rows in _parts(values)]
+                joined = (np.concatenate(part) for part in zip(*parts, strict=True) if part[0] is not None)
+                own[tensor.name] = Scales(*joined)
+            exact = exact and tensor.name in own and _returns(values, storage, own[tensor.name])
+    return _Own(scales=own, exact=exact)
+
+
+def _worth_trying(weights: Floats, grid: Grid) -> bool:
+    """Whether others than the scales of the rule give weights back, or these would move them as they do normal ones.
+
+    Of weights that were rounded since neither is so, and to try each group's scales would take long for nothing.
+    """
+    scales = own_scales(weights, grid)
+    return _returns(weights, grid, scales) or (_stays(weights, grid, scales) and not _stays(weights, grid))
+
+
+def _returns(values: Floats, storage: Storage, scales: Scales | None = None) -> bool:
+    """Whether weights, packed and read again, are what they were."""
+    try:
+        for rows in _parts(values):
+            given = scales and Scales(*(None if part is None else part[rows] for part in scales))  # type: ignore[arg-type]
+            part = values[rows]
+            if not np.array_equal(unpack(pack(part, storage, given), storage, part.shape), part):
+                return False
+    except InputError:  # what float16 does not hold
+        return False
+    return True
+
+
+def _parts(values: Floats) -> Iterator[slice]:
+    rows = max(1, _AT_ONCE // (values.shape[1] if values.ndim == 2 else 1))
+    return (slice(start, start + rows) for start in range(0, len(values), rows))
+
+
+def _with_scales(teacher: Teacher, packing: Packing, scales: Mapping[str, Scales], folder: Path) -> Teacher:
+    """The teacher in `folder` of the cache, with its scales; a person's own folder is not written to but linked."""
+    partial = Path(tempfile.mkdtemp(prefix=".stored-", dir=folder.parent))
+    try:
+        if teacher.folder == folder.resolve():
+            write_scales(partial, packing, scales)
+            os.replace(partial / SCALES_FILE, folder / SCALES_FILE)
+            return teacher
+        shutil.copytree(teacher.folder, partial, dirs_exist_ok=True, copy_function=_linked, ignore=_not_read)
+        write_scales(partial, packing, scales)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return replace(teacher, folder=folder.resolve())
+
+
+def _not_read(folder: str, names: Sequence[str]) -> list[str]:
+    """What of a teacher's folder is not of the model that is read: others beside it, and scales for another packing."""
+    return [
+        name
+        for name in names
+        if name == SCALES_FILE or (name != MORE_TEMPLATES and os.path.isdir(os.path.join(folder, name)))
+    ]
+
+
+def _linked(source: str, target: str) -> str:
+    """The same file at another place, which takes no memory where both are on one file system."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
+
+
+class _Weights:
+    """The tensors of a folder, each read when it is asked for."""
+
+    def __init__(self, files: Mapping[str, tuple[Any, str]]) -> None:
+        self._files = files
+
+    def rows(self, tensor: TensorSpec) -> Floats:
+        """Some rows of a matrix, evenly spread over it, in float32."""
+        file, stored = self._files[tensor.name]
+        matrix, (rows, columns) = file.get_slice(stored), tensor.shape
+        count = max(1, min(_ROWS, _SAMPLE // columns, rows))
+        parts = [matrix[row : row + 1] for row in np.linspace(0, rows - 1, count).astype(int).tolist()]
+        values: Floats = torch.cat(parts).float().numpy()
+        return values
+
+    def whole(self, tensor: TensorSpec) -> Floats:
+        """All of a tensor, in float32."""
+        file, stored = self._files[tensor.name]
+        values: Floats = file.get_tensor(stored).float().numpy()
+        return values
+
+
+@contextmanager
+def _opened(folder: Path, spec: ModelSpec) -> Iterator[_Weights]:
+    head = f"{get_family(spec.architecture).stored_head}.weight"
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
+        held = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        names = {tensor.name: tensor.name if tensor.name in held else head for tensor in spec.tensors}
+        missing = next((name for name, stored in names.items() if stored not in held), None)
+        if missing is not None:
+            raise InputError(f"the weights in {folder} lack {missing}, which its config.json asks for")
+        yield _Weights({name: (held[stored], stored) for name, stored in names.items()})

@@ -1,0 +1,421 @@
+"""Teacher-written data (sequence-level distillation): prompts are answered, and each answer is a line of a JSONL file.
+
+The student then learns the teacher's own words (Kim and Rush, arXiv 1606.07947).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from autodistill.data.chat_template import Renderer
+from autodistill.data.conversations import ANSWERING, TOLD, Told, Turn, told_of, told_record
+from autodistill.data.dataset import SEQUENCE_LENGTH
+from autodistill.data.documents import resolve_prompts
+from autodistill.data.tokenization import check_ids
+from autodistill.distillation.teacher.endpoint import MOST_LOGPROBS, Endpoint, Reply
+from autodistill.distillation.teacher.resolve import materialise, resolve_teacher, text_files
+from autodistill.errors import (
+    EndpointError,
+    InputError,
+    InterruptedWritingError,
+    NotFiniteError,
+    RefusedPromptError,
+    WritingError,
+)
+from autodistill.estimates.training_fit import fit_teacher
+from autodistill.hardware.budget import check_streams
+from autodistill.hardware.machine import detect
+from autodistill.inference.generation import Sampling, write
+from autodistill.inference.half_precision import load_held
+from autodistill.models.config import spec_from_config
+from autodistill.models.model_folder import read_config
+from autodistill.models.stored_tensors import stored_type
+from autodistill.utils.durable import make_folder
+from autodistill.utils.event_log import EventLog
+from autodistill.utils.hashing import content_hash
+from autodistill.utils.input_files import check_file
+from autodistill.utils.plain_dataclass import check_no_blank
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteRequest:
+    """What is to be written.
+
+    Attributes:
+        prompts: Reference to prompts; see `documents.resolve_prompts`.
+        out: JSONL file that answers are appended to; those it has of the same prompts and settings are kept.
+        teacher: Reference to the teacher that writes; with an endpoint, to one whose tokenizer the endpoint's
+            log-probabilities are matched with.
+        endpoint, model: Base of an OpenAI-compatible API and a model's name there, or None.
+        max_tokens: Tokens of an answer, at most.
+        sampling: How tokens are chosen.
+        top_k: Log-probabilities of so many tokens are asked of the endpoint for each place.
+        batch: Answers written at once; None for 8 at an endpoint, and here for what suits the device.
+        cache: Folder of converted teachers.
+        timeout: Seconds after which a request is given up.
+    """
+
+    prompts: str
+    out: Path
+    teacher: str
+    cache: Path
+    endpoint: str | None = None
+    model: str | None = None
+    max_tokens: int = 256
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    top_k: int = 0
+    batch: int | None = None
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        check_no_blank(self)
+
+
+# Requests to an endpoint that are under way together.
+_ASKED_AT_ONCE = 8
+_SHOWN = 60  # characters of a prompt that was not answered
+# What is counted of prompts that have no answer yet, as `write_data` tells it.
+_COUNTED = ("written", "unfinished", "blank", "too_long", "prompt_tokens", "answer_tokens", "top-k", "text")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer as it is kept, with what was told of its tokens where they match."""
+
+    text: str
+    finished: bool
+    prompt_tokens: int
+    answer_tokens: int
+    told: Told | None = None
+
+
+def check(request: WriteRequest) -> None:
+    """Refuses what can be seen to be wrong before anything is read.
+
+    Raises:
+        InputError: Names the option.
+    """
+    sampling = request.sampling
+    if request.max_tokens < 1:
+        raise InputError(f"--max-tokens must be at least 1, not {request.max_tokens}")
+    if request.batch is not None:
+        check_streams(request.batch, "--batch")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise InputError(f"--temperature must be 0 (the most likely token) or more, not {sampling.temperature}")
+    if not 0 < sampling.top_p <= 1:
+        raise InputError(f"--top-p must be above 0 and at most 1, not {sampling.top_p}")
+    if not 0 <= request.top_k <= MOST_LOGPROBS:
+        raise InputError(f"--top-k must be 0 to {MOST_LOGPROBS}, not {request.top_k}")
+    if (request.endpoint is None) != (request.model is None):
+        raise InputError("--endpoint and --model belong together: give both, or neither for a local teacher")
+    if request.top_k and request.endpoint is None:
+        raise InputError("--top-k is asked of an endpoint: a local teacher's outputs are cached when it is distilled")
+    if request.out.suffix.lower() != ".jsonl":
+        raise InputError(f"--out is a .jsonl file, not {request.out}")
+
+
+def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[str, Any]:
+    """Writes an answer to each prompt that the file has none for yet; each is synced to the disk before the next.
+
+    An answer that reached the limit of tokens is kept, so that it is not paid for again, but not as something to learn.
+    A prompt that the endpoint refuses is left out, and is asked again by the same command.
+
+    Args:
+        request: What is to be written.
+        tell: Shows a line to a person; about ten times, however many prompts there are.
+
+    Returns:
+        Counts: prompts, those kept from before, written, unfinished, blank, too long for a local teacher to read with
+        an answer of `max_tokens`, tokens of prompts and answers written, and how many of the answers come with
+        log-probabilities ("top-k") and without ("text"); beside these, the answers that the file had of other prompts
+        or settings ("others"). In "refused" the refused prompts, each with its beginning
+        ("prompt") and the reason ("said").
+
+    Raises:
+        InputError: Bad options, prompts or teacher, or a file that cannot be written or read.
+        EndpointError: The endpoint failed, or refused every prompt; the message says how many answers are kept, and
+            the tokens that this command took for them.
+        WritingError: The local teacher's logits are not finite; the message names the prompt, and says the same.
+        InterruptedWritingError: Ctrl-C at an endpoint, once the answers under way are kept too, with the same said; a
+            second one is a KeyboardInterrupt at once.
+    """
+    check(request)
+    endpoint = None
+    if request.endpoint is not None and request.model is not None:
+        endpoint = Endpoint(request.endpoint, request.model, timeout=request.timeout)
+    prompts = resolve_prompts(request.prompts)
+    log = _log(request.out)
+    known = {record.get("key") for record in log.read()}
+    matcher = None
+    if endpoint and request.top_k:
+        teacher = resolve_teacher(request.teacher)
+        if len(known) < len(prompts):
+            endpoint.reach()
+        with text_files(teacher) as folder:
+            matcher = _Matcher(folder)
+    writer, answers = _from_endpoint(request, endpoint, matcher, tell) if endpoint else _from_teacher(request)
+    settings = {
+        "writer": writer,
+        "max_tokens": request.max_tokens,
+        "top_k": request.top_k,
+        **dataclasses.asdict(request.sampling),
+    }
+    if matcher:
+        # What an answer has kept of its log-probabilities is what these tokens matched.
+        settings["vocabulary"] = matcher.vocabulary
+    keys = [content_hash({"settings": settings, "prompt": prompt}, digits=16) for prompt in prompts]
+    missing = [place for place, key in enumerate(keys) if key not in known]
+    counts = {"prompts": len(prompts), "kept": len(prompts) - len(missing), **dict.fromkeys(_COUNTED, 0)}
+    counts["others"] = len(known - {None, *keys})
+    refused: list[dict[str, str]] = []
+    try:
+        for place, answer in answers([prompts[place] for place in missing]):
+            prompt = prompts[missing[place]]
+            if answer is None:
+                counts["too_long"] += 1
+            elif isinstance(answer, RefusedPromptError):
+                refused.append({"prompt": _beginning(prompt), "said": str(answer)})
+            else:
+                log.append(_record(keys[missing[place]], settings, prompt, answer))
+                _count(counts, answer)
+            done = sum(counts[name] for name in ("kept", "written", "too_long")) + len(refused)
+            if done == len(prompts) or done % max(1, len(prompts) // 10) == 0:
+                tell(f"{done} of {len(prompts)} prompts")
+    except (EndpointError, WritingError, InterruptedWritingError) as error:
+        kept = counts["kept"] + counts["written"]
+        raise type(error)(
+            f"{error}; {kept} of {len(prompts)} answers are in {request.out}, for which this command took "
+            f"{counts['prompt_tokens']:,} tokens of prompts and {counts['answer_tokens']:,} of answers; "
+            "the same command goes on with the rest"
+        ) from error
+    if len(refused) == len(prompts):
+        # It is rather the options, or the model, than each of the prompts.
+        raise EndpointError(f"none of {len(prompts)} prompts was answered: {refused[0]['said']}")
+    return {"out": str(request.out), **counts, "refused": refused}
+
+
+def _log(out: Path) -> EventLog:
+    """The file of answers, whose folder is made.
+
+    Raises:
+        InputError: It cannot be.
+    """
+    check_file(out)
+    try:
+        make_folder(out.parent)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    return EventLog(out)
+
+
+def _count(counts: dict[str, int], answer: _Answer) -> None:
+    """Counts an answer that was written."""
+    counts["written"] += 1
+    counts["unfinished"] += not answer.finished
+    counts["blank"] += answer.finished and not answer.text.strip()
+    counts["prompt_tokens"] += answer.prompt_tokens
+    counts["answer_tokens"] += answer.answer_tokens
+    counts["text" if answer.told is None else "top-k"] += 1
+
+
+def _beginning(prompt: Sequence[Turn]) -> str:
+    """What tells a person which prompt it is."""
+    return " ".join(prompt[-1].content.split())[:_SHOWN]
+
+
+def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answer: _Answer) -> dict[str, Any]:
+    """A line of the file: as data, a record with `messages`; without them where the answer is unfinished."""
+    asked = [turn._asdict() for turn in prompt]
+    messages = [*asked, {"role": ANSWERING, "content": answer.text}]
+    learnt = {"messages": messages} if answer.finished else {"messages": None, "asked": asked, "cut": answer.text}
+    signal = {TOLD: "text"} if answer.told is None else told_record(answer.told)
+    used = {"prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens}
+    return {**learnt, **signal, **used, "key": key, "settings": dict(settings)}
+
+
+# Places of prompts and their answers; None where the model does not read prompt and answer.
+_Answers = Callable[[Sequence[Sequence[Turn]]], Iterator[tuple[int, _Answer | RefusedPromptError | None]]]
+
+
+def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
+    """What the teacher's outputs are known by, and what makes it answer."""
+    teacher = materialise(resolve_teacher(request.teacher), request.cache)
+    spec = spec_from_config(read_config(teacher.folder))
+    fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=detect())
+
+    def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | None]]:
+        """Answers with the places of their prompts, as they are written; first those that get none."""
+        if not prompts:
+            return
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        renderer = Renderer(teacher.folder)
+        ids = {place: renderer.prompt(prompt) for place, prompt in enumerate(prompts)}
+        # What ends an answer fills the room of those that ended before others.
+        largest = max(max(one, default=0) for one in (*ids.values(), renderer.stops))
+        check_ids(largest, spec.vocabulary, teacher.name)
+        if (empty := next((place for place, one in ids.items() if not one), None)) is not None:
+            raise InputError(f"the tokenizer of {teacher.name} makes no token of {_beginning(prompts[empty])!r}")
+        read = [place for place, one in ids.items() if len(one) + request.max_tokens <= spec.max_context]
+        yield from ((place, None) for place in ids.keys() - set(read))
+        if not read:
+            return
+        came = write(
+            load_held(teacher.folder, fit.held, device),
+            [ids[place] for place in read],
+            stops=renderer.stops,
+            max_tokens=request.max_tokens,
+            sampling=request.sampling,
+            batch=request.batch,
+            device=device,
+        )
+        try:
+            for number, written in came:
+                place, text = read[number], str(renderer.tokenizer.decode(written, skip_special_tokens=True))
+                yield place, _Answer(text, written[-1] in renderer.stops, len(ids[place]), len(written))
+        except NotFiniteError as error:
+            raise WritingError(
+                f"{error}, to the prompt {_beginning(prompts[read[error.place]])!r} of {teacher.name}: check the "
+                "teacher's weights, or leave that prompt out"
+            ) from error
+
+    return f"{teacher.name} {fit.of(teacher.fingerprint)}", answers
+
+
+def _from_endpoint(
+    request: WriteRequest, endpoint: Endpoint, matcher: _Matcher | None, tell: Tell
+) -> tuple[str, _Answers]:
+    """The endpoint's name for its model, and what asks it, several prompts at once."""
+    options = {name: getattr(request.sampling, name) for name in ("temperature", "top_p", "seed")}
+
+    def ask(prompt: Sequence[Turn]) -> _Answer:
+        """One answer of the endpoint."""
+        reply = endpoint.ask(
+            [turn._asdict() for turn in prompt],
+            max_tokens=request.max_tokens,
+            top_logprobs=request.top_k,
+            **options,
+        )
+        told = matcher.match(reply) if matcher else None
+        return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, told)
+
+    def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | RefusedPromptError]]:
+        """Answers, or refusals, with the places of their prompts, as they come."""
+        left = deque(enumerate(prompts))
+        came: SimpleQueue[tuple[int, _Answer | RefusedPromptError] | Exception | None] = SimpleQueue()
+
+        def work() -> None:
+            """Asks until nothing is left, which None says."""
+            with suppress(IndexError):
+                while True:
+                    place, prompt = left.popleft()
+                    try:
+                        came.put((place, ask(prompt)))
+                    except RefusedPromptError as error:
+                        came.put((place, error))
+                    except Exception as error:
+                        came.put(error)
+            came.put(None)
+
+        working = min(request.batch or _ASKED_AT_ONCE, len(prompts))
+        failure: Exception | None = None
+        with _first_interrupt(lambda: came.put(InterruptedWritingError("stopped"))):
+            try:
+                for _ in range(working):
+                    # A pool's threads would be waited for at the process's end, also after a second Ctrl-C.
+                    threading.Thread(target=work, name="endpoint", daemon=True).start()
+                while working:
+                    found = came.get()
+                    if found is None:
+                        working -= 1
+                    elif isinstance(found, Exception):
+                        # What is under way has been paid for: it is waited for, and kept.
+                        left.clear()
+                        failure = failure or found
+                        if isinstance(found, InterruptedWritingError):
+                            tell("stopping: the answers under way are waited for; Ctrl-C again ends at once")
+                    else:
+                        yield found
+            finally:
+                left.clear()
+        if failure is not None:
+            raise failure
+
+    return f"{endpoint.model} at {endpoint.url}", answers
+
+
+@contextmanager
+def _first_interrupt(meet: Callable[[], None]) -> Iterator[None]:
+    """Has the first Ctrl-C in the block call `meet`; the next one is a KeyboardInterrupt again.
+
+    Other threads than the main one meet none, and a Ctrl-C that is ignored, or met by another, stays so.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def restore() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def first(*_: object) -> None:
+        restore()
+        meet()
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        restore()
+
+
+class _Matcher:
+    """Finds an endpoint's tokens in a local tokenizer.
+
+    They match where the answer's text has the same tokens here, by name, and by id where the server tells ids.
+
+    Attributes:
+        vocabulary: See `Told`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        renderer = Renderer(folder)
+        self.vocabulary, tokenizer = renderer.vocabulary, renderer.tokenizer
+        self._encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        names: dict[str, list[int]] = {}
+        self._names = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
+        for token, name in enumerate(self._names):
+            names.setdefault(name, []).append(token)
+        # A name that several tokens share, such as that of a torn character, says nothing.
+        self._ids = {name: tokens[0] for name, tokens in names.items() if len(tokens) == 1}
+
+    def match(self, reply: Reply) -> Told | None:
+        """The answer's tokens and the likeliest ones in each place, or nothing where they do not match."""
+        ids = self._encode(reply.text)
+        # The token that ends the answer may be told as well; it has no text.
+        told = reply.tokens[: len(ids)]
+        if not ids or len(told) < len(ids):
+            return None
+        for token, (choice, _) in zip(ids, told, strict=True):
+            if choice.id not in (None, token) or choice.text != self._names[token]:
+                return None
+        by_id = all(choice.id is not None for choice, _ in told)
+        top = []
+        for _, likeliest in told:
+            found = [(one.id if by_id else self._ids.get(one.text), one.logprob) for one in likeliest]
+            known = ((token, logprob) for token, logprob in found if token is not None)
+            top.append([(token, logprob) for token, logprob in known if 0 <= token < len(self._names)])
+        return told_of(self.vocabulary, ids, top)

@@ -1,0 +1,1 @@
+"""One training: steps, learning rate, optimizers, checkpoints, several processes."""

@@ -1,0 +1,111 @@
+"""The checkpoint of a training: trained weights and optimiser states in one safetensors file, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from autodistill.distillation.training.adamw_8bit import own_states, whole_states
+from autodistill.distillation.training.fsdp import like, whole
+from autodistill.errors import TrialFailedError
+from autodistill.estimates.training_memory import OptimizerState
+from autodistill.utils.checksums import seal, unsealed
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+def gathered(trained: Named, optimizer: Any, *, keep: bool) -> dict[str, Tensor]:
+    """Weights and optimiser states by name, whole and on the CPU: of several processes each gives its shards.
+
+    One tensor after the other: all of them whole would take several times what a GPU holds of the shards.
+
+    Args:
+        trained: Names and weights.
+        optimizer: AdamW over them, of torch, `rounded_states` or bitsandbytes.
+        keep: Whether this process is given them; else it gives its shards alone, and has nothing.
+    """
+    tensors = {}
+    for name, tensor in _one_by_one(trained, optimizer):
+        if keep:
+            tensors[name] = tensor.cpu()
+        del tensor  # before the next one is whole
+    return tensors
+
+
+def _one_by_one(trained: Named, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in trained:
+        yield f"weight.{name}", whole(parameter.detach())
+    for name, parameter in trained:
+        for key, value in whole_states(parameter, optimizer.state.get(parameter, {})).items():
+            # Optimisers of 8 and 16 bits count in int; code books are shared, of which safetensors wants one a name.
+            shared = not isinstance(value, Tensor) or key.startswith("qmap")
+            yield f"{key}.{name}", torch.as_tensor(value).clone() if shared else whole(value)
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes under another name, sealed, and renames, so that a kill or a full disk leaves the checkpoint before."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, metadata=unsealed(metadata))
+        seal(temporary)
+        os.replace(temporary, path)
+    finally:
+        # Of a full disk a half-written file would only take what is left.
+        temporary.unlink(missing_ok=True)
+
+
+def restore(
+    path: Path, trained: Named, optimizer: Any, identity: Mapping[str, str], *, optimizer_state: OptimizerState
+) -> dict[str, str]:
+    """Puts what was written back into weights and optimiser, where the weights lie, and gives its metadata.
+
+    Args:
+        path: The file.
+        trained, optimizer: As for `gathered`; of several processes each takes its shards.
+        identity: Metadata that the file must have.
+        optimizer_state: What the optimiser's moments are held in; of an older file it is not known.
+
+    Raises:
+        TrialFailedError: The checkpoint is of another identity, or has other optimiser states.
+    """
+    # Read on the CPU: to safetensors "cuda" is the first GPU, whichever one the weights lie on.
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+        if {name: metadata[name] for name in identity} != dict(identity):
+            raise TrialFailedError("error", f"{path.name} is a checkpoint of other stages or of another seed")
+        written = metadata.get("optimizer_state", optimizer_state)
+        if written != optimizer_state:
+            raise TrialFailedError(
+                "error",
+                f"{path.name} has optimiser states in {written}, and does not go on with {optimizer_state}",
+            )
+        names = sorted(file.keys())  # in one order, since processes cut each of them up together
+        for name, parameter in trained:
+            with torch.no_grad():
+                parameter.copy_(like(file.get_tensor(f"weight.{name}").to(parameter.device), parameter))
+            keys = [key.partition(".")[0] for key in names if key.partition(".")[2] == name]
+            states = {key: file.get_tensor(f"{key}.{name}").to(parameter.device) for key in keys if key != "weight"}
+            if optimizer_state == "int8" and states:
+                # What lies beside the student is whole in every process, and so are its states.
+                cut = name.startswith("student.")
+                processes = int(metadata.get("processes", 1)) if cut else 1
+                optimizer.state[parameter] = own_states(parameter, states, processes)
+            else:
+                optimizer.state[parameter] = {key: like(value, parameter) for key, value in states.items()}
+    return metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What was written of a checkpoint beside its tensors, read from its header alone."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return dict(header["__metadata__"])

@@ -1,0 +1,441 @@
+"""Fake quantisation with straight-through gradients, of scales that follow or are learned, and training under it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from autodistill.distillation.training.fsdp import whole
+from autodistill.errors import InputError
+from autodistill.models.tensors import Role, TensorSpec
+from autodistill.quantization.grids import Grid, Scales, Storage, check_tensor
+from autodistill.quantization.group_scales import Steps, clips, given_steps, in_steps, next_beyond
+from autodistill.quantization.rounding import (
+    buffers_of,
+    chunks,
+    deploy_tensor,
+    fitted_scales,
+    fitted_values,
+    given_values,
+    loops,
+)
+
+# The least scale above 0 that a super-block holds: float16's least unit, once.
+_LEAST_SCALE = 2.0**-24
+
+
+def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values that the runtime will see of `weight`, with a straight-through gradient.
+
+    The gradient passes unchanged where a weight was rounded and is zero where it was clipped: where weight / scale (+
+    zero point) lies above qmax + 1/2, or below qmin - 1/2, which only a rounded zero point brings about.
+    Bengio et al., 2013, arXiv:1308.3432; clipping as in Jacob et al., 2018, arXiv:1712.05877.
+
+    Args:
+        weight: [out, in], `in` a multiple of the group size.
+        grid: The grid.
+        dtype: What the values are given in.
+
+    Returns:
+        [out, in], in float32 on a CPU bit for bit `codes.deployed`.
+    """
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _StraightThrough.apply(weight.float(), grid, dtype)
+    return fitted_values(weight.float(), grid, dtype=dtype)
+
+
+def fake_quantize_learned(
+    weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The values that the runtime will see of `weight` under a scale that is learned with it.
+
+    Let v be weight / scale (+ zero point). Where v lies within qmin to qmax, the gradient of the weight is the incoming
+    one and that of the scale round(v) - v times it; elsewhere they are 0 and the clipped code (less the zero point)
+    times it. The scale's are summed over its group, times 1 / sqrt(N * Q_P): N weights in a group, Q_P levels.
+    Learned step size quantisation (LSQ), Esser et al., 2019, arXiv:1902.08153. That the scale is rounded to the type it
+    is stored in, or to a multiple in its super-block, passes gradients straight through: where it is that of 0, v and
+    the gradients are by the unrounded scale, which so can grow again.
+
+    Args:
+        weight: float32 [out, in], `in` a multiple of the group size.
+        scale: float32 [out, groups].
+        offset: float32 [out, groups], as stored, on an asymmetric grid; it stays as it is.
+        grid: The grid.
+        dtype: What the values are given in.
+
+    Returns:
+        [out, in], in float32 on a CPU bit for bit `codes.deployed` with these scales, rounded, and offsets.
+    """
+    return _LearnedStep.apply(weight, scale, offset, grid, dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+        inside = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if clips(grid) else None
+        values = fitted_values(weight, grid, inside, dtype)
+        ctx.save_for_backward(*(() if inside is None else (inside,)))
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient as it is, and 0 where a weight was clipped."""
+        # Read once: under checkpointing each reading would compute the layer again.
+        saved = ctx.saved_tensors
+        if not saved:
+            return gradient.float(), None, None
+        out = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
+        _stop_clipped(gradient, saved[0], out)
+        return out, None, None
+
+
+def _stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
+    """Writes the gradient of a weight into `out`, which may be the incoming one: 0 where it was clipped."""
+    compiled = loops()
+    if compiled is not None and compiled.fits(gradient, inside, out):
+        compiled.stop_clipped(gradient, inside, out)
+        return
+    # As bytes the mask converts to float several times faster than as booleans.
+    mask = inside.view(torch.int8)
+    size = gradient.shape[1]
+    (buffer,) = buffers_of(gradient, size, 1)
+    for _, arriving, kept, target in chunks(size, gradient, mask, out):
+        target.copy_(arriving)
+        target.mul_(buffer[: len(kept)].copy_(kept))
+
+
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.grid = grid
+        # Codes are computed again in the backward pass: to write and read them back would cost as much, and memory.
+        ctx.save_for_backward(weight, scale, offset)
+        return given_values(weight, given_steps(scale, offset, grid), grid, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Gradients of weights and scales."""
+        weight, scale, offset = ctx.saved_tensors
+        weight_gradient = torch.empty_like(weight)
+        scale_gradient = _learned_gradients(weight, gradient, scale, offset, ctx.grid, weight_gradient)
+        return weight_gradient, scale_gradient, None, None, None
+
+
+def _learned_gradients(
+    weight: Tensor, gradient: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, out: Tensor
+) -> Tensor:
+    """Writes the gradient of a weight into `out`, which may be the incoming one, and gives that of its scales.
+
+    With z the zero point, q the code less z, x the weight in steps, so that v = x + z, g the incoming gradient and h
+    that of the weight (g where v lies within the codes, else 0), a group's scale gets the sum of g q - h x: where h is
+    g that is round(v) - v times g, elsewhere q times g. Some groups at a time.
+    """
+    size = grid.group(weight.shape[1])
+    steps = given_steps(scale, offset, grid)
+    if grid.block_size:
+        steps = steps._replace(factors=_revived(steps, scale, grid))
+    factor = 1 / math.sqrt(size * grid.levels)
+    compiled = loops()
+    if compiled is not None and compiled.fits(weight, gradient, out):
+        of_groups: Tensor = compiled.learned_gradients(weight, gradient, steps, grid, out)
+        return of_groups.mul_(factor).view_as(scale)
+    scale_gradient = torch.empty_like(scale)
+    sums, ones = scale_gradient.view(-1), torch.ones(size, device=weight.device)
+    low, high = next_beyond(grid)
+    buffers = buffers_of(weight, size, 3)
+    for part, groups, incoming, target in chunks(size, weight, gradient, out):
+        step, code, arriving = buffers[:, : len(groups)]
+        own = steps.part(part)
+        arriving.copy_(incoming)
+        in_steps(groups, own, step)
+        torch.ops.aten.hardtanh_backward.grad_input(arriving, step, low, high, grad_input=target)
+        torch.clamp(step, grid.qmin, grid.qmax, out=code).round_()
+        if own.zero_points is not None:
+            code.sub_(own.zero_points)
+            step.sub_(own.zero_points)
+        code.mul_(arriving).addcmul_(target, step, value=-1)
+        # As a product: a sum over groups this short takes a third longer.
+        torch.mv(code, ones, out=sums[part])
+    return scale_gradient.mul_(factor)
+
+
+def _revived(steps: Steps, scale: Tensor, grid: Grid) -> Tensor:
+    """The divisors of groups, [groups, 1], but where the stored scale is 0 the scale itself, or the least there is.
+
+    In steps of infinity every code is 0, and so is the gradient of the scale, which could not leave 0 any more.
+    """
+    unrounded = scale.view(-1, 1)
+    # Below the least a step could be infinite; and only on a symmetric grid a scale has a sign.
+    bounded = unrounded.clamp(min=_LEAST_SCALE)
+    if grid.symmetric:
+        bounded = torch.where(unrounded < 0, unrounded.clamp(max=-_LEAST_SCALE), bounded)
+    return torch.where(steps.scales == 0, bounded, steps.factors)
+
+
+class _Passing(torch.autograd.Function):
+    """Given values, whose gradient arrives at the weight that they stand for as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.float(), None
+
+
+class _Step:
+    """One weight in the passes of a step: put on its grid once, and the sum of its gradients through the grid once.
+
+    What a grid makes of a gradient is linear in it, so that it may be done to the sum.
+
+    Args:
+        weight: What is to be rounded, float32 [out, in]; a leaf, or with the graph of what it was made from.
+        grid: The grid.
+        scale: Learned scales, or None.
+        offset: Stored beside them, on an asymmetric grid.
+    """
+
+    def __init__(self, weight: Tensor, grid: Grid, scale: nn.Parameter | None, offset: Tensor | None) -> None:
+        self._weight = weight
+        # Where the gradients of all passes are added up.
+        self._leaf = weight if weight.is_leaf else weight.detach().requires_grad_()
+        self._grid, self._scale, self._offset = grid, scale, offset
+        self._inside: Tensor | None = None
+        self._values: dict[torch.dtype, Tensor] = {}
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        """The quantised weight, with its gradient on its way to the sum."""
+        if dtype not in self._values:
+            self._values[dtype] = self._rounded(dtype)
+        shown: Tensor = _Passing.apply(self._leaf, self._values[dtype])
+        return shown
+
+    @torch.no_grad()
+    def _rounded(self, dtype: torch.dtype) -> Tensor:
+        leaf, grid = self._leaf, self._grid
+        if self._scale is not None:
+            return given_values(leaf, given_steps(self._scale, self._offset, grid), grid, dtype)
+        if self._inside is None and clips(grid):
+            self._inside = torch.empty(leaf.shape, dtype=torch.bool, device=leaf.device)
+        return fitted_values(leaf, grid, self._inside, dtype)
+
+    def end(self) -> None:
+        """Makes the gradients of the weight, and of what it was made from and its scales, of the sum."""
+        gradient = self._leaf.grad
+        if gradient is None:
+            return
+        with torch.no_grad():
+            if self._scale is not None:
+                self._scale.grad = _learned_gradients(
+                    self._leaf, gradient, self._scale, self._offset, self._grid, gradient
+                )
+            elif self._inside is not None:
+                _stop_clipped(gradient, self._inside, gradient)
+        if self._weight is not self._leaf:
+            self._weight.backward(gradient)
+
+
+class FakeQuantized:
+    """One master weight as its grid shows it; a tied weight has one of these for all the modules that use it.
+
+    Args:
+        master: float32 [out, in], which the optimiser updates.
+        grid: The grid.
+        learned: Whether the scales of a trained master are parameters of their own, which begin as those of its groups.
+        change: Gives the values to be rounded of a frozen master whose change is trained, with their gradient.
+
+    Attributes:
+        scale: float32 [out, groups], or None where scales follow from the weights.
+    """
+
+    def __init__(
+        self,
+        master: nn.Parameter,
+        grid: Grid,
+        *,
+        learned: bool = False,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.master = master
+        self._change = change
+        self.grid = grid
+        self.scale: nn.Parameter | None = None
+        self._offset: Tensor | None = None
+        self._kept: tuple[tuple[int, int], Tensor] | None = None
+        self._held_over = False
+        self._step: _Step | None = None
+        if learned and (master.requires_grad or change is not None):
+            scales, self._offset = fitted_scales(self._values(whole(master.detach())), grid)
+            self.scale = nn.Parameter(scales)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of it is trained."""
+        return not self.master.requires_grad and self._change is None
+
+    def __call__(self, held: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The quantised weight; that of a frozen master is computed once, until the master's values change.
+
+        Args:
+            held: Of a master that is sharded over processes the whole weight, as its module holds it now.
+            dtype: What it is computed with, and so given in.
+        """
+        held = self.master if held is None else held
+        if self._held_over and not self.frozen:
+            if self._step is None:
+                with torch.enable_grad():
+                    self._step = _Step(self._values(held), self.grid, self.scale, self._offset)
+            return self._step(dtype)
+        if self.scale is not None:
+            return fake_quantize_learned(self._values(held), self.scale, self._offset, self.grid, dtype)
+        if not self.frozen:
+            self._kept = None
+            return fake_quantize(self._values(held), self.grid, dtype)
+        if held is not self.master:
+            return deploy_tensor(held, self.grid)
+        state = (self.master._version, self.master.data_ptr())
+        if self._kept is None or self._kept[0] != state:
+            # What inference mode makes, autograd cannot use later.
+            with torch.inference_mode(False):
+                self._kept = (state, deploy_tensor(self.master, self.grid))
+        return self._kept[1]
+
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Within the context, in which master and scales stay as they are, each is quantised and passed through once.
+
+        The gradients of a trained master or change, and of learned scales, are whole when it ends: those of the passes
+        in it, which must be the only ones, nothing being left of a step before. It is not for a master that is sharded.
+        """
+        self._held_over = True
+        try:
+            yield
+            if self._step is not None:
+                self._step.end()
+        finally:
+            self._held_over, self._step = False, None
+
+    def _values(self, held: Tensor) -> Tensor:
+        return held if self._change is None else self._change(held)
+
+    def stored(self) -> Scales | None:
+        """The learned scales and their offsets as a file holds them, or None where none are learned."""
+        if self.scale is None:
+            return None
+        stored = given_steps(self.scale.detach(), None, self.grid).scales
+        offset = None if self._offset is None else self._offset.cpu().numpy()
+        return Scales(stored.view_as(self.scale).cpu().numpy(), offset)
+
+
+@contextmanager
+def one_step(weights: Collection[FakeQuantized]) -> Iterator[None]:
+    """Within the context all of these weights are in the passes of one step: see `FakeQuantized.one_step`."""
+    with ExitStack() as stack:
+        for weight in weights:
+            stack.enter_context(weight.one_step())
+        yield
+
+
+@contextmanager
+def quantized_training(
+    model: nn.Module,
+    storage_of: Callable[[str], Storage | None],
+    *,
+    learned: bool = False,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> Iterator[Mapping[str, FakeQuantized]]:
+    """Within the context the model computes with weights on their grids, while the optimiser moves the float32 masters.
+
+    Each module holds its quantised weight only while it runs, so that parameters, their names in the state dict, and
+    ties are the same objects before, during and after. Weights that `storage_of` gives a float type, or None, are left
+    as they are: a 16-bit type's rounding is far below a grid's.
+
+    Args:
+        model: Its parameters are looked up by name; a tied one has the name it is first met under.
+        storage_of: What the parameter of this name is stored as.
+        learned: Whether scales are learned, which is for the caller to do: they are no parameters of the model.
+        changes: What gives the values of frozen weights whose changes are trained, by name.
+
+    Yields:
+        What is on a grid, by name of its parameter.
+
+    Raises:
+        InputError: A grid for a parameter that is not the weight of a linear or embedding layer, or whose rows the
+            groups do not divide.
+    """
+    shown: dict[str, FakeQuantized] = {}
+    for name, parameter in model.named_parameters():
+        storage = storage_of(name)
+        if isinstance(storage, Grid):
+            check_tensor(TensorSpec(name=name, role=Role.LINEAR, shape=tuple(parameter.shape)), storage)
+            change = (changes or {}).get(name)
+            shown[name] = FakeQuantized(parameter, storage, learned=learned, change=change)
+    quantized = {id(weight.master): weight for weight in shown.values()}
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in quantized:
+                    if not isinstance(module, nn.Linear | nn.Embedding) or name != "weight":
+                        raise InputError(
+                            f"{path}.{name} cannot be trained on a grid: only linear and embedding layers can, "
+                            f"not {type(module).__name__}; leave the finishing stage out"
+                        )
+                    frozen = isinstance(module, nn.Embedding) and quantized[id(parameter)].frozen
+                    (_attach_rows if frozen else _attach)(module, quantized[id(parameter)], hooks)
+        yield shown
+
+
+def _attach_rows(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> None:
+    """Shows a frozen embedding the rows alone that are looked up: groups never cross a row, and a table is large."""
+    parameters: dict[str, Any] = module._parameters
+    held: list[Any] = []
+
+    def show(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Puts a row for each token in the table's place, and numbers them."""
+        held.append((parameters["weight"], module.padding_idx))
+        # One for each token: which of them are the same, nobody could say without waiting for a GPU.
+        ids = inputs[0]
+        places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        parameters["weight"] = deploy_tensor(held[-1][0].detach()[ids.flatten()], weight.grid)
+        # Its row is elsewhere now; it matters to gradients alone.
+        module.padding_idx = None  # type: ignore[assignment]
+        return (places, *inputs[1:])
+
+    def hide(module: nn.Module, inputs: Any, output: Any) -> None:
+        if held:
+            parameters["weight"], module.padding_idx = held.pop()
+
+    hooks.callback(module.register_forward_pre_hook(show).remove)
+    hooks.callback(module.register_forward_hook(hide, always_call=True).remove)
+
+
+def _attach(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> None:
+    parameters: dict[str, Any] = module._parameters
+    held: list[Any] = []
+
+    def show(module: nn.Module, inputs: Any) -> None:
+        held.append(parameters["weight"])
+        kind = held[-1].device.type
+        # A product computes in autocast's type, and would round the weight to it in a pass of its own.
+        cast = isinstance(module, nn.Linear) and torch.is_autocast_enabled(kind)
+        parameters["weight"] = weight(held[-1], torch.get_autocast_dtype(kind) if cast else torch.float32)
+
+    def hide(module: nn.Module, inputs: Any, output: Any) -> None:
+        # A pass that fails before `show` has nothing to put back.
+        if held:
+            parameters["weight"] = held.pop()
+
+    hooks.callback(module.register_forward_pre_hook(show).remove)
+    hooks.callback(module.register_forward_hook(hide, always_call=True).remove)

@@ -1,0 +1,269 @@
+"""What some of a step's sequences cost a student: its outputs held against the text, the teacher and its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autodistill.data.dataset import TokenSet
+from autodistill.distillation.losses.attention import Heads, TeacherBlock, attention_loss, watch
+from autodistill.distillation.losses.divergence import divergence_of
+from autodistill.distillation.losses.hidden_states import Pair, alignment_loss, layer_map, projection
+from autodistill.distillation.losses.logits import logit_loss
+from autodistill.distillation.losses.targets import Target
+from autodistill.distillation.losses.token_selection import Learnt, learnt_tokens, uncertain_logits
+from autodistill.distillation.teacher.output_cache import TeacherCache
+from autodistill.distillation.teacher.signals import LiveTeacher, target_source
+from autodistill.models.loading import decoder_layers
+from autodistill.quantization.grids import Grid
+from autodistill.quantization.rounding import deploy_tensor
+from autodistill.strategy.strategy import Attention, Distillation
+
+RECORDED = ("loss", "divergence", "cross_entropy", "alignment", "attention")
+"""A step's loss, and its terms without their weights."""
+TERMS = (*RECORDED, "logits", "heard", "shared")
+"""And the logit loss; the share of its tokens with a divergence, and of the learnt tokens with an alignment."""
+
+
+class Sizes(NamedTuple):
+    """How many tokens of some sequences the means of the logit loss, of alignments and of attention are over."""
+
+    logits: int
+    learnt: int
+    attended: int
+
+
+class Shares(NamedTuple):
+    """Of a step's `Sizes`, what some of its sequences have."""
+
+    logits: float
+    learnt: float
+    attended: float
+
+
+class Weighing(NamedTuple):
+    """What the schedules say of a step's logit loss.
+
+    Attributes:
+        temperature: Of the divergence.
+        weight: Of the divergence, 0 to 1; cross-entropy has the rest.
+        mixture: Of the divergence, for those that have one.
+        alignment, attention: What their losses are brought to the size of the logit loss by; 1 where they are not.
+    """
+
+    temperature: float
+    weight: float
+    mixture: float
+    alignment: float = 1.0
+    attention: float = 1.0
+
+
+class StepLoss:
+    """From some of a step's sequences to their loss, with its gradient, and its terms.
+
+    Args:
+        model: The student, on `device`.
+        recipe: What is learnt.
+        kept: Teacher layer that each student layer is, or stands for.
+        teacher_layers, teacher_width: The teacher's.
+        data: Training sequences, in the cache's order.
+        cache: The teacher's outputs for them; None where the recipe reads none.
+        teacher_block: The layer of the teacher whose attention is followed; None where the recipe follows none.
+        teacher: For the signals "states" and "online".
+        seed: Of projections.
+        device: Where the student lies.
+        bf16: Whether products are computed in bfloat16.
+        sharded: Whether the student's weights lie in several processes, which gather them in the model's own call.
+
+    Attributes:
+        projections: Of the aligned layers' states, to be trained with the student; empty where none are aligned.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        recipe: Distillation,
+        *,
+        kept: tuple[int, ...],
+        teacher_layers: int,
+        teacher_width: int,
+        data: TokenSet,
+        cache: TeacherCache | None,
+        teacher_block: TeacherBlock | None,
+        teacher: LiveTeacher | None,
+        seed: int,
+        device: str,
+        bf16: bool,
+        sharded: bool,
+    ) -> None:
+        self._model = model
+        self._body = model if sharded else model.base_model
+        self._recipe = recipe
+        self._data = data
+        self._cache = cache
+        self._teacher_block = teacher_block
+        self._target = target_source(recipe, cache, teacher, (data.teacher or data).told)
+        self._device = device
+        self._bf16 = bf16
+        self._sharded = sharded
+        self._frozen_head: Tensor | None = None
+        alignment, width = recipe.alignment, model.config.hidden_size
+        self._pairs: tuple[Pair, ...] = layer_map(alignment, kept, teacher_layers) if alignment else ()
+        self.projections = nn.ModuleList(
+            projection(alignment, width, teacher_width, seed + index) for index in range(len(self._pairs)) if alignment
+        ).to(device)
+
+    def hold_head(self, storage_of: Callable[[str], Grid | None] | None) -> None:
+        """Takes over the head of the steps that follow, on its grid where it has one, and where it is frozen."""
+        self._frozen_head = self._cast_head(storage_of)
+
+    def _cast_head(self, storage_of: Callable[[str], Grid | None] | None) -> Tensor | None:
+        """A frozen head as bfloat16 training sees it, cast once and not in every step; None where it is trained."""
+        weight = self._model.get_output_embeddings().weight
+        if weight.requires_grad or not self._bf16 or self._sharded:
+            return None
+        name = next(name for name, parameter in self._model.named_parameters() if parameter is weight)
+        grid = storage_of(name) if storage_of else None
+        return (weight.detach() if grid is None else deploy_tensor(weight, grid)).bfloat16()
+
+    def sizes(self, indices: list[int]) -> Sizes:
+        """What the means over some sequences' tokens are over, which no pass is needed for."""
+        learnt, recipe = self._learnt(indices, "cpu"), self._recipe
+        chosen = learnt.chosen(recipe.uncertain_share) if recipe.positions == "uncertain" else learnt.size
+        if recipe.attention is None:
+            return Sizes(chosen, learnt.size, 0)
+        text = self._data.documents[indices, :-1] >= 0
+        return Sizes(chosen, learnt.size, text.size if self._data.answers is None else int(text.sum()))
+
+    def _learnt(self, indices: list[int], device: str) -> Learnt:
+        """The predicted tokens that losses are averaged over; of plain text all of them."""
+        return learnt_tokens(self._data, indices, self._recipe.positions == "all", device)
+
+    def of(self, indices: list[int], at: Weighing, step: Sizes) -> tuple[Tensor, Tensor]:
+        """What some sequences add to the loss that is descended, means over the step's tokens, and to its terms.
+
+        Args:
+            indices: Of the sequences.
+            at: The step's place in the schedules.
+            step: Of all of the step's sequences.
+
+        Returns:
+            The loss, and float64 [`TERMS`] on the device, without a gradient.
+        """
+        ids, recipe = self._ids(indices), self._recipe
+        learnt = self._learnt(indices, self._device)
+        shares = Shares(*(own / max(1, all) for own, all in zip(self.sizes(indices), step, strict=True)))
+        states: dict[int, Tensor] = {}
+        with ExitStack() as stack:
+            for pair in self._pairs:
+                layer = decoder_layers(self._model)[pair.student_layer]
+                handle = layer.register_forward_hook(_capture(states, pair.student_layer))
+                stack.callback(handle.remove)
+            heads = stack.enter_context(watch(self._model, recipe.attention)) if recipe.attention else []
+            with self._autocast():
+                hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
+                # As a matrix: for a slice of three dimensions the product would copy the whole head.
+                rows = hidden[:, :-1].flatten(0, 1)[learnt.rows]
+                frozen = self._frozen_head
+                head = self._model.get_output_embeddings()
+                head = head if frozen is None else partial(nn.functional.linear, weight=frozen)
+                chosen, logits = self._logits(rows, head, learnt)
+                projected = [
+                    project(states[pair.student_layer][:, :-1].flatten(0, 1)[learnt.shared])
+                    for pair, project in zip(self._pairs, self.projections, strict=True)
+                ]
+        labels, heard = ids[:, 1:].flatten()[learnt.rows], learnt.heard
+        target = self._advice(indices, ids, at.temperature).take(learnt.teachers) if at.weight > 0 else None
+        if chosen is not None:
+            known = chosen[chosen < heard]
+            labels, heard, target = labels[chosen], len(known), target.take(known) if target else None
+        divergence = divergence_of(recipe.divergence, at.mixture)
+        logit_terms = logit_loss(logits, labels, target, at.weight, divergence, heard=heard)
+        loss = shares.logits * logit_terms.total
+        aligned, attended = (torch.zeros((), device=self._device) for _ in range(2))
+        if alignment := recipe.alignment:
+            aligned = self._alignment_loss(projected, indices, learnt, alignment.distance)
+            loss = loss + shares.learnt * alignment.weight * at.alignment * aligned
+        if attention := recipe.attention:
+            attended = attention_loss(heads, self._teacher_heads(indices, attention), self._text(indices))
+            loss = loss + shares.attended * attention.weight * at.attention * attended
+        terms = [loss.detach().double()]
+        for share, own in (
+            (shares.logits, (logit_terms.divergence, logit_terms.cross_entropy)),
+            (shares.learnt, (aligned,)),
+            (shares.attended, (attended,)),
+            (shares.logits, (logit_terms.total, logit_terms.heard)),
+        ):
+            terms += [share * term.detach().double() for term in own]
+        shared = shares.learnt * learnt.heard / max(1, learnt.size)
+        return loss, torch.stack([*terms, torch.full_like(terms[0], shared)])
+
+    def _logits(self, states: Tensor, head: Callable[[Tensor], Tensor], learnt: Learnt) -> tuple[Tensor | None, Tensor]:
+        """Which of the learnt tokens the logit loss is taken over, None for all, and their logits."""
+        if self._recipe.positions != "uncertain" or len(states) == 0:
+            return None, head(states)
+        return uncertain_logits(states, head, self._frozen_head, self._recipe.uncertain_share, learnt.sequences)
+
+    def of_nothing(self, indices: list[int]) -> Tensor:
+        """A loss of 0 from a pass over sequences of which no token counts, which gathers every block and the head."""
+        with self._autocast():
+            hidden = self._body(input_ids=self._ids(indices), use_cache=False).last_hidden_state
+            logits: Tensor = self._model.get_output_embeddings()(hidden[:, :1])
+        return 0.0 * logits.sum()
+
+    def _text(self, indices: list[int]) -> Tensor | None:
+        """Which tokens are no padding, bool [sequences, tokens]; None for all."""
+        if self._data.answers is None:
+            return None
+        return torch.from_numpy(self._data.documents[indices] >= 0).to(self._device)
+
+    def _ids(self, indices: list[int]) -> Tensor:
+        return torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._bf16)
+
+    def _alignment_loss(self, projected: list[Tensor], indices: list[int], learnt: Learnt, distance: str) -> Tensor:
+        """Mean over the pairs and the learnt tokens, of the student's states after their projections."""
+        assert self._cache is not None
+        if learnt.heard == 0:
+            return torch.stack([0.0 * states.sum() for states in projected]).sum()
+        losses = []
+        for pair, states in zip(self._pairs, projected, strict=True):
+            target = self._cache.state(indices, pair.teacher_state).to(self._device)[learnt.teachers]
+            size = None
+            if distance == "l2":
+                size = self._cache.state_size(indices, pair.teacher_state).to(self._device)[learnt.teachers]
+            losses.append(alignment_loss(states, target, size))
+        return torch.stack(losses).mean() * (learnt.heard / learnt.size)
+
+    def _advice(self, indices: list[int], ids: Tensor, temperature: float) -> Target:
+        """What the teacher supplies for all predicted tokens of its rendering, with the student's end of answers."""
+        if self._data.teacher is None:
+            return self._target(indices, ids, temperature)
+        read = torch.from_numpy(np.asarray(self._data.teacher.tokens[indices], dtype=np.int64)).to(self._device)
+        target = self._target(indices, read, temperature)
+        return target.renamed(*self._data.ends) if self._data.ends else target
+
+    def _teacher_heads(self, indices: list[int], attention: Attention) -> list[Heads]:
+        """What the teacher's attention is compared by, computed from the cached input of its layer."""
+        assert self._teacher_block is not None
+        assert self._cache is not None
+        layer = self._teacher_block.layer - 1
+        states, sizes = (part(indices, layer).to(self._device) for part in (self._cache.state, self._cache.state_size))
+        states = (states.float() * sizes).unflatten(0, (len(indices), -1))
+        with self._autocast():
+            return self._teacher_block.heads(states, attention)
+
+
+def _capture(states: dict[int, Tensor], index: int) -> Callable[..., None]:
+    def hook(module: Any, arguments: Any, output: Any) -> None:
+        states[index] = output[0] if isinstance(output, tuple) else output
+
+    return hook

@@ -1,0 +1,489 @@
+"""Trains one student on a teacher's outputs: a generator of step records that can stop and continue anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autodistill.data.dataset import TokenSet
+from autodistill.distillation.losses.attention import TeacherBlock
+from autodistill.distillation.losses.hidden_states import balance_factor
+from autodistill.distillation.losses.schedules import Interpolation, along, progress, snap, temperature_at
+from autodistill.distillation.teacher.output_cache import TeacherCache
+from autodistill.distillation.teacher.signals import LiveTeacher
+from autodistill.distillation.training.adamw_8bit import eight_bit_adamw
+from autodistill.distillation.training.adamw_bf16 import RoundedAdamW
+from autodistill.distillation.training.checkpoint import gathered, restore, write_checkpoint
+from autodistill.distillation.training.fake_quantize import FakeQuantized, one_step, quantized_training
+from autodistill.distillation.training.fsdp import Sharding, clip_sharded
+from autodistill.distillation.training.learning_rate import decayed, stable_rate
+from autodistill.distillation.training.lora import Adapters
+from autodistill.distillation.training.plan import Plan
+from autodistill.distillation.training.step_loss import RECORDED, TERMS, Sizes, StepLoss, Weighing
+from autodistill.errors import TrialFailedError
+from autodistill.estimates.training_memory import OptimizerState
+from autodistill.inference.torch_memory import TooManyAtOnce, give_back_memory, is_out_of_memory
+from autodistill.models.config import spec_from_config
+from autodistill.quantization.grids import Grid, Scales
+from autodistill.strategy.strategy import Strategy
+
+_CLIP = 1.0
+_BETAS = (0.9, 0.95)
+# A loss that is not finite spoils its step alone; this many in a row end the trial, checkpoints between them or not.
+_PATIENCE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimiser step.
+
+    Attributes:
+        tokens: Trained on so far, this step included.
+        loss, divergence, cross_entropy, alignment, attention: Means over the step's predicted tokens, the logit terms
+            over those of the chosen positions; `loss` is what was descended, the others are its terms without their
+            weights.
+        divergence_weight: Share of the divergence in the logit loss, of the middle of the step's tokens.
+        teacher_share: Of the teacher in the target; below 1 for "taid" alone, as the step before left it.
+        temperature: Of the divergence in the middle of the step's tokens, as snapped.
+        learning_rate: Of the student.
+        gradient_norm: Before clipping.
+        tokens_per_second: Of this step.
+        micro_batch: Sequences of one forward and backward pass.
+    """
+
+    tokens: int
+    loss: float
+    divergence: float
+    cross_entropy: float
+    alignment: float
+    attention: float
+    divergence_weight: float
+    teacher_share: float
+    temperature: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    micro_batch: int
+
+
+class Trainer:
+    """Holds a student, its optimiser and its place in the schedule.
+
+    The schedule is a function of absolute tokens: warm-up and stable rate are common to every target, and a target is
+    reached by a decay that branches off the stable part. Training goes on from a checkpoint taken at the branch.
+
+    Args:
+        model: The student, in float32 on `device`; with a `sharding` on the CPU, where each process takes its shards.
+        kept: Teacher layer that each student layer is, or stands for.
+        teacher_layers, teacher_width: The teacher's.
+        strategy: What is trained.
+        plan: Batch, warm-up, horizon and precision.
+        data: Training sequences, in the cache's order. Where they say which tokens are answers, those alone are
+            learnt, unless the strategy takes all positions, and the head is computed for them alone. Where the student
+            has a rendering of its own, the teacher's outputs are of its own one, and are learnt where the two share a
+            token; the other tokens count as 0 in the divergence and in the alignment of states.
+        cache: The teacher's outputs for them; None where the strategy reads none.
+        teacher_block: The layer of the teacher whose attention is followed; None where the strategy follows none.
+        seed: Of data order and projections.
+        device: Where the student is trained.
+        teacher: For the signals "states" and "online".
+        sharding: The processes that train it together, each of which makes a trainer; None for this one alone.
+
+    Attributes:
+        model: The student.
+        tokens: Trained on so far.
+        scales: What the finishing stage learned, by name of the weight; empty before it, and where scales follow from
+            the weights.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        kept: tuple[int, ...],
+        teacher_layers: int,
+        teacher_width: int,
+        strategy: Strategy,
+        plan: Plan,
+        data: TokenSet,
+        cache: TeacherCache | None,
+        teacher_block: TeacherBlock | None = None,
+        seed: int,
+        device: str = "cpu",
+        teacher: LiveTeacher | None = None,
+        sharding: Sharding | None = None,
+    ) -> None:
+        self.model = model
+        self._sharding = sharding
+        self.tokens = 0
+        self._strategy = strategy
+        self._recipe = strategy.distillation
+        self._plan = plan
+        self._data = data
+        taid = self._recipe.divergence == "taid"
+        self._interpolation = Interpolation(share=self._recipe.mixture) if taid else None
+        self._seed = seed
+        self._device = device
+        self._failures = 0
+        # What brings alignment and attention to the size of the logit loss, from the step before.
+        self._balance: tuple[float, float] | None = None
+        self.scales: dict[str, Scales] = {}
+        self._learned: list[nn.Parameter] = []
+        self._on_grid: Mapping[str, FakeQuantized] = {}
+        lora = self._recipe.lora
+        spec = spec_from_config(model.config.to_dict())
+        self._adapters = Adapters(model, spec, lora, seed).to(device) if lora else None
+        model.get_input_embeddings().weight.requires_grad_(self._recipe.train_embeddings)
+        if sharding is not None:
+            sharding.shard(model)
+        self._loss = StepLoss(
+            model,
+            self._recipe,
+            kept=kept,
+            teacher_layers=teacher_layers,
+            teacher_width=teacher_width,
+            data=data,
+            cache=cache,
+            teacher_block=teacher_block,
+            teacher=teacher,
+            seed=seed,
+            device=device,
+            bf16=plan.bf16,
+            sharded=sharding is not None,
+        )
+        self._projections = self._loss.projections
+        trained = [p for p in model.parameters() if p.requires_grad]
+        trained += [] if self._adapters is None else list(self._adapters.parameters())
+        groups = [{"params": trained, "factor": 1.0}]
+        alignment, projected = self._recipe.alignment, list(self._projections.parameters())
+        if alignment and projected:
+            groups.append({"params": projected, "factor": alignment.projection_rate})
+        self._optimizer = adamw(groups, plan.optimizer_state)
+        self._micro_batch = plan.micro_batch
+        if plan.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def train_stable(self, until: int) -> Iterator[StepRecord]:
+        """Trains at the warm-up's or stable rate until `until` tokens, a whole number of steps."""
+        yield from self._train(until, self._stable_rate, None)
+
+    def train_decay(
+        self,
+        until: int,
+        storage_of: Callable[[str], Grid | None] | None = None,
+        *,
+        on_grid_after: float = 0.0,
+        learned: bool = False,
+    ) -> Iterator[StepRecord]:
+        """Trains with the rate falling to zero at `until`, on the finishing stage's grid where there is one.
+
+        At its end low-rank changes are merged into the model's weights.
+
+        Args:
+            until: Tokens at the end, a whole number of steps.
+            storage_of: The grid of each weight by name, or None for a plain decay.
+            on_grid_after: Share of the decay's steps, 0 to below 1, before the weights go on the grid, where at least
+                one step is trained.
+            learned: Whether the scales of trained weights are learned; `scales` has them afterwards.
+        """
+        start = self.tokens
+
+        def rate(tokens: int) -> float:
+            return self._stable_rate(tokens) * decayed(tokens, start, until)
+
+        if storage_of is None:
+            yield from self._train(until, rate, None)
+            self._merge()
+            return
+        steps = (until - start) // self._plan.batch_tokens
+        before = min(round(steps * on_grid_after), steps - 1)
+        yield from self._train(start + before * self._plan.batch_tokens, rate, None)
+        changes = {name: adapter.merged for name, adapter in self._adapters.by_name.items()} if self._adapters else {}
+        with (
+            quantized_training(self.model, storage_of, learned=learned, changes=changes) as shown,
+            self._learning(shown),
+        ):
+            yield from self._train(until, rate, storage_of, shown)
+        self.scales = {name: scales for name, weight in shown.items() if (scales := weight.stored()) is not None}
+        self._merge()
+
+    def _merge(self) -> None:
+        if self._adapters is not None:
+            self._adapters.merge(self.model)
+
+    @contextmanager
+    def _learning(self, shown: Mapping[str, FakeQuantized]) -> Iterator[None]:
+        """Lets the optimiser move the learned scales, which are part of this branch alone and of no checkpoint.
+
+        LSQ scales gradients so that a step moves scales and weights by equal shares of themselves. AdamW divides a
+        gradient's size out again, so that the rate has to do it: a scale is about 1 / Q_P of its largest weight.
+        """
+        by_levels: dict[int, list[nn.Parameter]] = {}
+        for weight in shown.values():
+            if weight.scale is not None:
+                by_levels.setdefault(weight.grid.levels, []).append(weight.scale)
+        groups = self._optimizer.param_groups
+        count = len(groups)
+        for levels, scales in by_levels.items():
+            self._optimizer.add_param_group({"params": scales, "factor": 1 / levels})
+        self._learned = [scale for scales in by_levels.values() for scale in scales]
+        try:
+            yield
+        finally:
+            self._learned = []
+            for group in groups[count:]:
+                for scale in group["params"]:
+                    self._optimizer.state.pop(scale, None)
+            del groups[count:]
+
+    def _stable_rate(self, tokens: int) -> float:
+        after = tokens + self._plan.batch_tokens
+        return stable_rate(self._recipe.learning_rate, after, self._plan.warmup_tokens)
+
+    def _train(
+        self,
+        until: int,
+        rate: Callable[[int], float],
+        storage_of: Callable[[str], Grid | None] | None,
+        on_grid: Mapping[str, FakeQuantized] | None = None,
+    ) -> Iterator[StepRecord]:
+        """Steps until `until` tokens; the weights that are on a grid are shown with their low-rank changes already."""
+        self.model.train()
+        self._on_grid = on_grid or {}
+        self._loss.hold_head(storage_of)
+        with self._adapters.added(self.model, self._on_grid) if self._adapters else nullcontext():
+            while self.tokens < until:
+                yield self._step(rate(self.tokens))
+
+    def _sequences(self) -> list[int]:
+        """Indices of the next step's sequences: a fresh order for each pass over the data, a function of the seed."""
+        total = len(self._data.tokens)
+        first = self.tokens // self._plan.sequence_length
+        count = self._plan.batch_tokens // self._plan.sequence_length
+        orders: dict[int, Any] = {}
+        indices = []
+        for position in range(first, first + count):
+            epoch, offset = divmod(position, total)
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng((self._seed, epoch)).permutation(total)
+            indices.append(int(orders[epoch][offset]))
+        return indices
+
+    def _step(self, rate: float) -> StepRecord:
+        began = time.perf_counter()
+        recipe = self._recipe
+        # A step stands for all of its tokens: the middle of a line over them is its mean, of steps of any size.
+        middle = self.tokens + self._plan.batch_tokens / 2
+        temperature = snap(temperature_at(recipe.temperature, middle, self._plan.tokens))
+        passed = progress(middle, self._plan.tokens)
+        weight = along(recipe.divergence_weight, recipe.final_divergence_weight, passed)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        mixture = self._interpolation.share if self._interpolation else recipe.mixture
+        indices = self._sequences()
+        step = self._loss.sizes(indices)
+        terms = self._gradients(indices, Weighing(temperature, weight, mixture), step)
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        norm = _clip(parameters) if self._sharding is None else clip_sharded(self._sharding, parameters, _CLIP)
+        if not (math.isfinite(norm) and math.isfinite(terms["loss"])):
+            self._failures += 1
+        elif step.learnt > 0:  # where no token counts nothing is known, and no good step stands between two spoilt ones
+            self._optimizer.step()
+            self._failures = 0
+            self._balance = self._balanced(terms) if self._balancing else None
+        self._optimizer.zero_grad(set_to_none=True)
+        self.tokens += self._plan.batch_tokens
+        if self._failures >= _PATIENCE:
+            raise TrialFailedError("nan", f"loss or gradient was not finite in {_PATIENCE} steps in a row")
+        share = 1.0
+        if self._interpolation is not None:
+            share = self._interpolation.share
+            reached = progress(self.tokens, self._plan.tokens)
+            # Of the tokens heard alone: how many they are says nothing of how far the student has come.
+            heard = terms["divergence"] / terms["heard"] if terms["heard"] > 0 else None
+            self._interpolation = self._interpolation.after(heard, recipe.mixture, reached)
+        return StepRecord(
+            tokens=self.tokens,
+            divergence_weight=weight,
+            teacher_share=share,
+            temperature=temperature,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens_per_second=self._plan.batch_tokens / (time.perf_counter() - began),
+            micro_batch=self._micro_batch,
+            **{name: terms[name] for name in RECORDED},
+        )
+
+    def _gradients(self, indices: list[int], at: Weighing, step: Sizes) -> dict[str, float]:
+        """Gradients of a whole step and the means of its terms, some sequences at a time.
+
+        Where memory runs out the step begins again with half as many at a time: the effective batch stays.
+
+        Raises:
+            TooManyAtOnce: Several processes must begin again for that.
+        """
+        processes = 1 if self._sharding is None else self._sharding.count
+        while True:
+            try:
+                return self._accumulate(indices, self._weighed(indices, at, step), step)
+            except (RuntimeError, MemoryError) as error:
+                fewer = min(self._micro_batch, len(indices) // processes) // 2
+                if not is_out_of_memory(error) or fewer == 0:
+                    raise
+                if self._sharding is not None:
+                    raise TooManyAtOnce(fewer) from error
+            # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
+            self._optimizer.zero_grad(set_to_none=True)
+            self._micro_batch = fewer
+            give_back_memory()
+
+    def _weighed(self, indices: list[int], at: Weighing, step: Sizes) -> Weighing:
+        """With what balances the terms: of the step before, or of this one where there is none before.
+
+        So it is known before any gradient, and is the same however many sequences are read at once.
+        """
+        if not self._balancing:
+            return at
+        if self._balance is None and step.learnt > 0:
+            with torch.no_grad():
+                self._balance = self._balanced(self._accumulate(indices, at, step))
+        alignment, attention = self._balance or (1.0, 1.0)
+        return at._replace(alignment=alignment, attention=attention)
+
+    @property
+    def _balancing(self) -> bool:
+        return any(part is not None and part.balance for part in (self._recipe.alignment, self._recipe.attention))
+
+    def _balanced(self, terms: Mapping[str, float]) -> tuple[float, float] | None:
+        """What brings a step's alignment and attention to its logit loss; what did before, where it has none."""
+        alignment, attention = self._balance or (1.0, 1.0)
+        if not all(map(math.isfinite, terms.values())):
+            return self._balance
+        if self._recipe.alignment and self._recipe.alignment.balance and terms["shared"] > 0:
+            alignment = balance_factor(terms["alignment"] / terms["shared"], terms["logits"])
+        if self._recipe.attention and self._recipe.attention.balance:
+            attention = balance_factor(terms["attention"], terms["logits"])
+        return alignment, attention
+
+    def _accumulate(self, indices: list[int], at: Weighing, step: Sizes) -> dict[str, float]:
+        """Adds up the micro-batches' parts of the step's means, and their gradients where those are enabled."""
+        means = dict.fromkeys(TERMS, 0.0)
+        if step.learnt == 0:
+            return means
+        found: list[Tensor] = []
+        learning = torch.is_grad_enabled()
+        sharding, processes = self._sharding, 1
+        if sharding is not None:
+            indices, processes = sharding.share(indices), sharding.count
+        parts = [indices[start : start + self._micro_batch] for start in range(0, len(indices), self._micro_batch)]
+        # What is uncertain is chosen by the head, a few rows at a time, each of which would put it on its grid anew.
+        repeated = len(parts) > 1 or self._recipe.positions == "uncertain"
+        # Where memory is short, or weights are gathered for each pass, they are not kept from pass to pass.
+        kept = repeated and sharding is None and not self._plan.checkpointing
+        with one_step(self._on_grid.values() if kept else ()):
+            for part in parts:
+                if not any(self._loss.sizes(part)):
+                    # Beside passes that count in other processes: they gather every block together.
+                    if sharding is not None:
+                        nothing = self._loss.of_nothing(part)
+                        if learning:
+                            nothing.backward()
+                    continue
+                loss, terms = self._loss.of(part, at, step)
+                if learning:
+                    # Processes' gradients are averaged, where those of the step's parts add up.
+                    (loss * processes).backward()
+                found.append(terms)
+        # Read once a step: with each reading this process waits for the GPU, which then waits for work.
+        for values in torch.stack(found).tolist() if found else []:
+            for name, value in zip(TERMS, values, strict=True):
+                means[name] += value
+        if sharding is None:
+            return means
+        if learning:
+            changes = [] if self._adapters is None else self._adapters.parameters()
+            sharding.average([*self._projections.parameters(), *changes, *self._learned])
+        return sharding.sum(means)
+
+    def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
+        """Writes a checkpoint, whole or not at all; see `checkpoint`. Of several processes none goes on before."""
+        write = self.checkpoint(notes)
+        try:
+            if write is not None:
+                write(path)
+        finally:
+            if self._sharding is not None:
+                self._sharding.wait()
+
+    def checkpoint(self, notes: Mapping[str, str] | None = None) -> Callable[[Path], None] | None:
+        """Gathers the trained weights, the optimiser and the place in the schedule; gives what writes them to a path.
+
+        `notes` are written beside them, and read by nothing here. It is to be written before the next step.
+
+        Frozen weights are no part of it: they are the teacher's, and the student is built from it before `load`. Of
+        several processes each gives its shards, and the first one alone has what to write: any number of them may go on
+        from it.
+        """
+        first = self._sharding is None or self._sharding.rank == 0
+        tensors = gathered(self._trained(), self._optimizer, keep=first)
+        if not first:
+            return None
+        extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
+        extra |= {} if self._balance is None else {"balance": json.dumps(self._balance)}
+        extra |= {"failures": str(self._failures)} if self._failures else {}
+        extra["optimizer_state"] = self._plan.optimizer_state
+        extra["processes"] = "1" if self._sharding is None else str(self._sharding.count)
+        metadata = {**(notes or {}), **self._identity(), "tokens": str(self.tokens), **extra}
+        return partial(write_checkpoint, tensors=tensors, metadata=metadata)
+
+    def load(self, path: Path) -> None:
+        """Continues from what `save` wrote, to the last bit on the CPU.
+
+        Raises:
+            TrialFailedError: The checkpoint is of other stages or of another seed, or has other optimiser states.
+        """
+        state = self._plan.optimizer_state
+        metadata = restore(path, self._trained(), self._optimizer, self._identity(), optimizer_state=state)
+        self.tokens = int(metadata["tokens"])
+        if self._interpolation is not None:
+            self._interpolation = Interpolation(**json.loads(metadata["interpolation"]))
+        self._balance = tuple(json.loads(metadata["balance"])) if "balance" in metadata else None
+        self._failures = int(metadata.get("failures", 0))
+
+    def _identity(self) -> dict[str, str]:
+        return {"strategy": self._strategy.stable_id, "seed": str(self._seed)}
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        named = [(f"student.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if self._adapters is not None:
+            named += [(f"adapter.{name}", p) for name, p in self._adapters.named()]
+        return named + [(f"projection.{name}", p) for name, p in self._projections.named_parameters()]
+
+
+def adamw(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
+    """AdamW over groups of parameters, at a rate that each step sets, with its moments held in `state`."""
+    if state == "int8":
+        return eight_bit_adamw(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
+    if state == "bfloat16":
+        return RoundedAdamW(groups, lr=0.0, betas=_BETAS)
+    return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=True)
+
+
+def _clip(parameters: list[nn.Parameter]) -> float:
+    """Scales the gradients to a norm of `_CLIP` together, where it is above, and gives the norm they had."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    value = float(norm)
+    if value > _CLIP:
+        torch.nn.utils.clip_grads_with_norm_(parameters, _CLIP, norm)
+    return value

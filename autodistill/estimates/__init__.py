@@ -1,0 +1,1 @@
+"""Memory and speed, predicted from a model's description; nothing is loaded."""

@@ -1,0 +1,408 @@
+"""The memory that serving a described model takes of a process or a GPU, by parts, in each runtime; loads nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from autodistill.errors import InputError
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import Role
+from autodistill.quantization.formats import tensor_bytes, weights_bytes
+from autodistill.quantization.grids import Grid
+from autodistill.strategy.deployment import Deployment
+
+KV_BYTES: Mapping[str, tuple[int, int]] = {"f16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}
+"""Bytes of a block of keys or values, and how many of them it holds, by type."""
+
+_UBATCH = 512  # llama.cpp's n_ubatch: the most tokens that one graph of its works on
+_CACHE_CELLS = 256  # llama.cpp rounds a sequence's context up to a multiple of this
+_INPUT_BYTES = 40  # a token's id, position, cache slots and output index in llama.cpp's graph, padding included
+_VLLM_BLOCK = 16  # tokens of a page of vLLM's KV cache
+_VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a step's activations are made for
+_UNGATED = ("gpt_neox",)  # families whose FFN is one matrix up and one down, and whose projections are fused
+_WINDOWED_IN_LLAMA_CPP = ("gemma3_text",)  # families whose llama.cpp graph knows the sliding window
+_WINDOWED = ("transformers", "vllm")  # runtimes that know the sliding window of every family
+
+LLAMA_CPP_PROCESS_BYTES = 20 * 2**20
+"""Resident code, threads and server of a llama.cpp process beyond its buffers (measured, xllamacpp on Linux x86-64)."""
+LLAMA_CPP_VOCABULARY_BYTES = 512
+"""Resident bytes of llama.cpp's tables for one entry of the vocabulary, merges included (measured, 49,152 entries)."""
+TRANSFORMERS_PROCESS_BYTES = 400 * 10**6
+"""Resident memory of a process that has imported torch and transformers (measured, CPU build of torch 2.13)."""
+TRAINING_PROCESS_BYTES = 540 * 10**6
+"""The same once the loops that put weights on a grid are compiled (measured likewise, numba 0.68)."""
+TRANSFORMERS_SERVING_BYTES = 427 * 10**6
+"""The same once it has loaded and run a model of nearly nothing (measured likewise)."""
+TRANSFORMERS_HOLES = 0.5
+"""What glibc's heap holds beyond what is in use, of the cache and a pass's activations (measured). Keys and values stay
+where they were first put, between activations that were freed, and the next layer's larger ones no longer fit there.
+With a fixed mmap threshold, which gives each tensor pages of its own, the peak is the sum of what is in use."""
+VLLM_GRAPHS_BYTES = 400 * 10**6
+"""vLLM's captured graphs: 0.21 GiB of a model of 1B (vLLM pull 11349), 0.36 GiB of a larger one (gpustack/runner pull
+251); not measured here."""
+VLLM_PROCESS_BYTES = VLLM_GRAPHS_BYTES + 600 * 10**6
+"""The same with CUDA's context and driver, which no device has taken off where none is named."""
+CUBLAS_WORKSPACE_BYTES = 32 * 2**20
+"""Of a GPU, that cuBLAS works in: its documentation has 32 MiB from Hopper on and 4 MiB before, torch takes 8.1 MiB
+there (pytorch pull 120925; discuss.pytorch.org/t/178671)."""
+TORCH_SEGMENT_BYTES = 20 * 2**20
+"""Of a GPU, by which torch's allocator takes memory for tensors of 1 to 10 MiB (c10/cuda/CUDACachingAllocator): up to
+one of them is unused."""
+ONNX_PROCESS_BYTES = 61 * 10**6
+"""Resident memory of a process once ONNX Runtime has run a model of nearly nothing (measured, onnxruntime 1.32)."""
+ONNX_SCORE_BYTES = 17
+"""Of a token's score of another one in a graph of torch's exporter: it replaces what is not a number by nought, in four
+float32 matrices (the scores, both choices and the result) and one of truths."""
+ONNX_READ_ROWS = 11
+"""Rows of all queries in float32 that the arena holds beside the FFN's of a token that is read: turned and scaled
+halves, and what the arena's regions leave unused (measured)."""
+ONNX_UNUSED_ROWS = 0.6
+"""Such rows that the arena's regions leave unused of a token in the context (measured)."""
+
+BASIS: Mapping[str, str] = {
+    "llama.cpp": "buffers as llama.cpp's own log states them on a CPU; the process's overhead measured on Linux x86-64",
+    "transformers": "the peak of a process on a CPU (benchmarks/memory_estimate.py): activations counted by module, "
+    "and the heap's holes",
+    "vllm": "predicted: packed weights, pages of cache and a step's activations by vLLM's defaults; not measured",
+    "onnxruntime": "the peak of a process that reads prompts on a CPU (benchmarks/memory_estimate.py), in float32 or "
+    "with products by weights on a grid",
+}
+"""What the figures of a runtime rest on."""
+
+_NOT_ON_GPUS = "predicted, not measured on a GPU: "
+BASIS_ON_GPU: Mapping[str, str] = {
+    "llama.cpp": f"{_NOT_ON_GPUS}weights but for the table that tokens are looked up in, cache and graph as on a CPU, "
+    "16-bit copies of activations, and cuBLAS's workspace",
+    "transformers": f"{_NOT_ON_GPUS}activations counted by module, cuBLAS's workspace, a segment of torch's allocator",
+    "vllm": f"{_NOT_ON_GPUS}packed weights, pages of cache and a step's activations by vLLM's defaults, graphs and "
+    "cuBLAS's workspace",
+    "onnxruntime": f"{_NOT_ON_GPUS}as on a CPU, in float32, without the process",
+}
+"""The same of the memory of a discrete GPU, of which context and driver are taken off what is usable."""
+
+
+def basis_of(runtime: str, *, on_gpu: bool) -> str:
+    """What figures rest on, of a process's memory or of a discrete GPU's."""
+    return (BASIS_ON_GPU if on_gpu else BASIS)[runtime]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Memory that inference takes, by parts, in bytes: of the process, or of a discrete GPU.
+
+    Attributes:
+        weights_bytes: The packed weights as the runtime holds them.
+        kv_cache_bytes: Keys and values of `batch` sequences of `context` tokens.
+        compute_bytes: Activations and logits.
+        overhead_bytes: What the process takes beyond those; of a GPU, what libraries work in there.
+        runtime: The engine.
+        context, batch: Tokens of each sequence, and sequences at once.
+        on_gpu: Whether these are of a discrete GPU's memory. CUDA's context is not among them, since a device's usable
+            memory is without it.
+        main_memory_bytes: Of a GPU, what the process takes of the machine's memory meanwhile; no limit is held to it.
+    """
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    compute_bytes: int
+    overhead_bytes: int
+    runtime: str
+    context: int
+    batch: int
+    on_gpu: bool = False
+    main_memory_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of the parts, which a memory limit is held against."""
+        return self.weights_bytes + self.kv_cache_bytes + self.compute_bytes + self.overhead_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Serving:
+    """What is served, and how."""
+
+    spec: ModelSpec
+    weights: int
+    dense: bool
+    deployment: Deployment
+    runtime: str
+    context: int
+    batch: int
+    kv_type: str
+    read: int
+    on_gpu: bool
+
+
+class _Parts(NamedTuple):
+    """Bytes of weights, cache, computing and beyond, and on a GPU of main memory."""
+
+    weights: int
+    cache: int
+    compute: int
+    overhead: int
+    main_memory: int = 0
+
+
+def memory(
+    spec: ModelSpec,
+    deployment: Deployment,
+    *,
+    context: int,
+    batch: int,
+    kv_type: str = "f16",
+    weights: int | None = None,
+    runtime: str | None = None,
+    read: int | None = None,
+    on_gpu: bool = False,
+) -> MemoryEstimate:
+    """Predicts the memory that serving a model takes.
+
+    Args:
+        spec: The model's shape.
+        deployment: How it is packed, and by what it is served.
+        context, batch: Tokens of each sequence, and sequences at once.
+        kv_type: What keys and values are held in: "f16", or in llama.cpp "q8_0" or "q4_0".
+        weights: Bytes of the stored tensors where they are known, of a GGUF file say; else as `deployment` packs them.
+        runtime: Another engine than the deployment's, one of `BASIS`.
+        read: Tokens of each sequence that a pass of ONNX Runtime takes, whose graphs are made for a length: the context
+            by default, 1 in a step of decoding.
+        on_gpu: Whether a discrete GPU serves it, whose memory is then told.
+
+    Raises:
+        InputError: A size below 1, a type of cache that the runtime has not or whose blocks do not divide a head, a
+            length that is not its caller's to choose, or a tensor that the format cannot hold.
+    """
+    runtime = runtime or deployment.runtime
+    if context < 1 or batch < 1:
+        raise InputError(f"context and batch must be at least 1, not {context} and {batch}")
+    if runtime not in BASIS:
+        raise InputError(f"there is no runtime {runtime!r}; the runtimes are {', '.join(BASIS)}")
+    if kv_type not in KV_BYTES or (kv_type != "f16" and runtime != "llama.cpp"):
+        known = ", ".join(KV_BYTES) if runtime == "llama.cpp" else "f16"
+        raise InputError(f"{runtime} holds no KV cache in {kv_type!r}; it can be {known}")
+    block, row = KV_BYTES[kv_type][1], spec.latent or spec.head_dim
+    if row % block:
+        raise InputError(
+            f"llama.cpp holds keys and values in {kv_type} by blocks of {block}, which do not divide the {row} of this "
+            "model: leave --kv-type out, or give f16"
+        )
+    if read is not None and (runtime != "onnxruntime" or not 1 <= read <= context):
+        raise InputError(f"{runtime} reads no {read} tokens of {context} in a pass of their own; leave read out")
+    if weights is None:
+        weights = weights_bytes(spec.tensors, deployment)
+    # compressed-tensors weights are decompressed by transformers' first forward pass, so they count as 16 bits there.
+    dense = runtime == "transformers" and deployment.container == "compressed-tensors"
+    serving = _Serving(
+        spec=spec,
+        weights=weights,
+        dense=dense,
+        deployment=deployment,
+        runtime=runtime,
+        context=context,
+        batch=batch,
+        kv_type=kv_type,
+        read=read or context,
+        on_gpu=on_gpu,
+    )
+    parts = {"llama.cpp": _llama_cpp, "transformers": _transformers, "vllm": _vllm, "onnxruntime": _onnxruntime}
+    found = parts[runtime](serving)
+    return MemoryEstimate(
+        weights_bytes=found.weights,
+        kv_cache_bytes=found.cache,
+        compute_bytes=found.compute,
+        overhead_bytes=found.overhead,
+        runtime=runtime,
+        context=context,
+        batch=batch,
+        on_gpu=on_gpu,
+        main_memory_bytes=found.main_memory,
+    )
+
+
+def kv_bytes(spec: ModelSpec, layers: int, tokens: int, kv_type: str) -> int:
+    """Keys and values of `tokens` tokens in some of the layers, or the latents that both are made of."""
+    size, count = KV_BYTES[kv_type]
+    if spec.latent:
+        return layers * tokens * spec.latent * size // count
+    return 2 * layers * tokens * spec.kv_heads * spec.head_dim * size // count
+
+
+def window_in(spec: ModelSpec, runtime: str) -> tuple[int, int]:
+    """The sliding window that a runtime computes with, in tokens, and how many layers have it; (0, 0) for none.
+
+    llama.cpp has windows in the graphs of some families alone, and in all others reads what is behind a token whole, as
+    do graphs of ONNX, whose scores are of all tokens.
+    """
+    known = runtime in _WINDOWED or (runtime == "llama.cpp" and spec.architecture in _WINDOWED_IN_LLAMA_CPP)
+    return (spec.window, spec.windowed_layers) if known and spec.window else (0, 0)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _active_ffn(spec: ModelSpec) -> int:
+    """Neurons that a token passes through, in the layer where these are most."""
+    active = spec.ffn_width * max(1, spec.active_experts + spec.shared_experts)
+    if not (spec.latent and spec.experts):
+        return active
+    # Their first layers have one FFN, wider than an expert.
+    return max([active, *_rows(spec, ".mlp.gate_proj.weight")])
+
+
+def _rows(spec: ModelSpec, suffix: str) -> list[int]:
+    """Rows of the tensors that are called so."""
+    return [tensor.shape[0] for tensor in spec.tensors if tensor.name.endswith(suffix)]
+
+
+def activation_rows(spec: ModelSpec) -> int:
+    """Values of a token in a layer: four rows of the width, and three of the FFN's, two where it has no gate."""
+    return 4 * spec.width + _active_ffn(spec) * (2 if spec.architecture in _UNGATED else 3)
+
+
+def _fused(spec: ModelSpec) -> tuple[int, ...]:
+    return (3 * spec.heads * spec.head_dim,) if spec.architecture in _UNGATED else ()
+
+
+def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
+    """The cache where layers without a window hold `full` tokens in all, and those with one hold `windowed`."""
+    spec, narrow = serving.spec, window_in(serving.spec, serving.runtime)[1]
+    wide = kv_bytes(spec, spec.layers - narrow, full, serving.kv_type)
+    return wide + kv_bytes(spec, narrow, min(full, windowed), serving.kv_type)
+
+
+def _llama_cpp(serving: _Serving) -> _Parts:
+    """Weights, KV, compute and overhead as llama.cpp allocates them on a CPU, flash attention on.
+
+    The graph's peak was read off llama.cpp's own "compute buffer size" lines while one size at a time was varied. In
+    float32 of n = min(n_ubatch, context) tokens it is five rows of the width, and the largest of: gate, up and product
+    of the FFN (of GPT-NeoX, which has no gate, one row, and its fused queries, keys and values); the queries twice, or
+    once with keys and values copied; the logits of one token a sequence. Beside it
+    lies the attention mask, F16 [cells, n]. It is exact for three layers and more, and an upper bound for models whose
+    FFN is narrower than twice the width, or with shared experts. The output buffer holds one token's logits for each
+    sequence.
+
+    On a GPU the table that tokens are looked up in, and the output buffer, stay in main memory (its log's "CUDA_Host");
+    a tied table is there once more, for the head. Products with 16-bit weights copy what goes in and comes out.
+    """
+    spec, batch = serving.spec, serving.batch
+    cells = _round_up(serving.context, _CACHE_CELLS)
+    tokens = min(_UBATCH, serving.context * batch)
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    logits = 4 * batch * spec.vocabulary
+    ffn = _active_ffn(spec) * (1 if spec.architecture in _UNGATED else 3)
+    attention = _latent_attention(spec) if spec.latent else max(2 * queries, queries + 3 * keys)
+    peak = max(4 * tokens * max(ffn, attention, *_fused(spec)), logits)
+    compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
+    overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
+    cache = kv_bytes(spec, spec.layers, cells * batch, serving.kv_type)
+    window, _ = window_in(spec, serving.runtime)
+    if window:
+        windowed = min(cells, _round_up(window + tokens, _CACHE_CELLS))
+        cache = _windowed_cache(serving, cells * batch, windowed * batch)
+        compute += 2 * windowed * tokens
+    if not serving.on_gpu:
+        return _Parts(serving.weights, cache, compute + logits, overhead)
+    table = _table_bytes(serving)
+    copies = 2 * tokens * 2 * max(spec.width, queries, _active_ffn(spec))
+    held = serving.weights if spec.tied else max(0, serving.weights - table)
+    return _Parts(held, cache, compute, CUBLAS_WORKSPACE_BYTES + copies, overhead + table + logits)
+
+
+def _latent_attention(spec: ModelSpec) -> int:
+    """Values of a token in latent attention's graph: queries, the same as long as what is cached, and its outputs."""
+    return spec.heads * (spec.head_dim + spec.latent + max(_rows(spec, ".kv_a_layernorm.weight")))
+
+
+def _table_bytes(serving: _Serving) -> int:
+    """Bytes of the table that tokens are looked up in, as it is stored."""
+    tables = (tensor for tensor in serving.spec.tensors if tensor.role is Role.EMBEDDING)
+    return sum(tensor_bytes(tensor, serving.deployment.storage(tensor)) for tensor in tables)
+
+
+def _transformers(serving: _Serving) -> _Parts:
+    """As transformers holds them in bfloat16 on a CPU, the prompt read in one pass, logits of the last token alone.
+
+    In use at the peak, in the last layer's FFN, are the cache, four tensors at the width (the embeddings, the stream
+    and its norm's input and value) and three at the FFN's, two where it has no gate; attention leaves no more behind.
+    A layer with a window caches a slice of the prompt's keys and values, which keeps all of them, and has a mask, in
+    truths and in their making. Beyond these lies `TRANSFORMERS_HOLES`. Weights are a mapped file's pages, all of which
+    are resident once tokens from all over the table were read. On a GPU there is no heap with holes, and torch's own
+    allocator is not predicted beyond a segment.
+    """
+    spec, batch = serving.spec, serving.batch
+    weights = 2 * spec.parameters if serving.dense else serving.weights
+    tokens = batch * serving.context
+    activations = 2 * tokens * activation_rows(spec)
+    masks = 2 * serving.context**2 if 0 < window_in(spec, serving.runtime)[0] < serving.context else 0
+    logits = (2 + 4) * batch * spec.vocabulary
+    cache = kv_bytes(spec, spec.layers, tokens, serving.kv_type)
+    if serving.on_gpu:
+        overhead = CUBLAS_WORKSPACE_BYTES + TORCH_SEGMENT_BYTES
+        return _Parts(weights, cache, activations + masks + logits, overhead, TRANSFORMERS_SERVING_BYTES)
+    holes = int(TRANSFORMERS_HOLES * (cache + activations))
+    return _Parts(weights, cache, activations + holes + masks + logits, TRANSFORMERS_SERVING_BYTES)
+
+
+def _vllm(serving: _Serving) -> _Parts:
+    """As vLLM needs them at the least: packed weights, paged KV in bfloat16, and the activations of one step.
+
+    vLLM by default takes what is left of the device for more KV cache; `gpu_memory_utilization` is how it is limited.
+    Where no device is named, CUDA's context counts too.
+    """
+    spec, batch = serving.spec, serving.batch
+    paged = _round_up(serving.context, _VLLM_BLOCK) * batch
+    cache = _windowed_cache(serving, paged, (window_in(spec, serving.runtime)[0] + _VLLM_BATCHED_TOKENS) * batch)
+    activations = 2 * _VLLM_BATCHED_TOKENS * (4 * spec.width + 3 * _active_ffn(spec))
+    logits = (2 + 4) * batch * spec.vocabulary
+    if serving.on_gpu:
+        overhead = VLLM_GRAPHS_BYTES + CUBLAS_WORKSPACE_BYTES
+        return _Parts(serving.weights, cache, activations + logits, overhead, TRANSFORMERS_SERVING_BYTES)
+    return _Parts(serving.weights, cache, activations + logits, VLLM_PROCESS_BYTES)
+
+
+def _onnxruntime(serving: _Serving) -> _Parts:
+    """As ONNX Runtime needs them on a CPU, where it computes in float32, for graphs that torch exports.
+
+    A pass takes `read` tokens of each sequence, with the keys and values of those before them among its inputs, and
+    those of all of them and the logits of the tokens among its outputs. Attention is exported as products and a
+    softmax, so that a layer's scores of all tokens with all are held whole.
+    """
+    spec, batch = serving.spec, serving.batch
+    tokens, cells = batch * serving.read, batch * serving.context
+    activations = 4 * tokens * (4 * spec.width + 3 * _active_ffn(spec))
+    # Keys are transposed for the product, and where queries share them copied for each before; the last layer's values
+    # are not appended yet, when its keys are.
+    copies = 1 + (spec.heads > spec.kv_heads) - spec.kv_heads / spec.heads + ONNX_UNUSED_ROWS
+    rows = int(4 * spec.heads * spec.head_dim * (ONNX_READ_ROWS * tokens + copies * cells))
+    logits = 4 * tokens * spec.vocabulary
+    scores = ONNX_SCORE_BYTES * tokens * spec.heads * serving.context
+    mask = 4 * serving.read * serving.context
+    cache = 2 * kv_bytes(spec, spec.layers, 2 * cells - tokens, "f16")
+    compute = activations + rows + scores + mask + logits
+    if serving.on_gpu:
+        return _Parts(_onnx_weights(serving), cache, compute, CUBLAS_WORKSPACE_BYTES, ONNX_PROCESS_BYTES)
+    return _Parts(_onnx_weights(serving), cache, compute, ONNX_PROCESS_BYTES)
+
+
+def _onnx_weights(serving: _Serving) -> int:
+    """Bytes of weights in ONNX Runtime on a CPU.
+
+    16-bit weights are widened when a session begins, and those of products packed anew; a tied table is then held as
+    rows to look up, and once more as the head's matrix, on no grid (`MatMulNBits` is made of products alone). Weights
+    on a grid stay codes, with a scale in float32 for each group.
+    """
+    total = 0.0
+    spec = serving.spec
+    for tensor, times in [(tensor, 1) for tensor in spec.tensors] if serving.deployment.keep else spec.kinds:
+        count = times * math.prod(tensor.shape)
+        storage = serving.deployment.storage(tensor)
+        if tensor.role is Role.LINEAR and isinstance(storage, Grid):
+            total += count * storage.bits / 8 + 4 * count / (storage.group_size or tensor.shape[-1])
+        else:
+            total += 4 * count * (2 if spec.tied and tensor.role is Role.EMBEDDING else 1)
+    return int(total)

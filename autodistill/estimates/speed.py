@@ -1,0 +1,287 @@
+"""How fast a device would serve a model, by its bytes and operations against bandwidth and rate: always predicted."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autodistill.estimates.serving_memory import activation_rows, kv_bytes, window_in
+from autodistill.hardware.budget import LatencyLimit
+from autodistill.hardware.device import Device, Shares
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import Role, TensorSpec, is_expert
+from autodistill.quantization.formats import tensor_bytes, weights_bytes
+from autodistill.quantization.grids import Grid, Storage
+from autodistill.strategy.deployment import Deployment
+
+PROMPT_TOKENS = 512
+"""Of the prompt whose time to the first token is predicted, where none is given."""
+
+# llama.cpp has CPU kernels for them that lay rows out anew, or are as fast (benchmarks/k_quants.py).
+_FAST_KERNELS = ("gguf-q4_0", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k", "gguf-q4_k", "gguf-q3_k", "gguf-q2_k")
+_PLAIN_KERNEL = 0.6  # of the rate of those, where it does not: Q5_0, as measured where the shares were
+_FLOAT32 = ("cpu", "board", "phone")  # classes whose runtimes compute in float32 where no faster 16 bits are stated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """A prediction with its band.
+
+    Attributes:
+        tokens_per_second: Of all streams together.
+        tokens_per_second_low, tokens_per_second_high: The band, from the lowest and highest efficiency of the runtime
+            on such a device.
+        decode_ms, decode_ms_high: Time of a token after the first, typical and at the slow end of the band.
+        time_to_first_token_ms, time_to_first_token_ms_high: Of one prompt, typical and at the slow end.
+        prompt: Tokens of that prompt.
+        bound: What decoding waits for: "bandwidth", "compute" or "launches".
+        source: Always "predicted".
+        assumed: Why the efficiencies are assumed, and the band wide; None where they were measured.
+    """
+
+    tokens_per_second: float
+    tokens_per_second_low: float
+    tokens_per_second_high: float
+    decode_ms: float
+    decode_ms_high: float
+    time_to_first_token_ms: float
+    time_to_first_token_ms_high: float
+    prompt: int
+    bound: str
+    source: str = "predicted"
+    assumed: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The prediction as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a step over some tokens reads and computes.
+
+    Attributes:
+        bytes: Of weights and of keys and values.
+        operations: All of them; a multiply-add is two.
+        attended: Those of the attention alone.
+        plain: Those with linear weights that are on a grid without fast kernels, whatever the format is named after.
+        activations: Bytes of the activations that pass between its products, in 16 bits.
+    """
+
+    bytes: float
+    operations: float
+    attended: float
+    plain: float
+    activations: float
+
+
+def speed(
+    spec: ModelSpec,
+    deployment: Deployment,
+    device: Device,
+    *,
+    context: int,
+    batch: int = 1,
+    prompt: int | None = None,
+    kv_type: str = "f16",
+    weights: int | None = None,
+) -> Speed:
+    """Predicts decoding at a full context, and the time to the first token of a prompt.
+
+    A decoding step takes the longer of reading its bytes and computing, plus a cost for each layer; a prompt likewise
+    (Williams et al. 2009, Roofline); on a CPU unpacking and attention come on top. The shares of bandwidth and rate
+    that are reached are those of the runtime on the device's class.
+
+    Args:
+        spec, deployment: The model and its packing.
+        device: What serves it.
+        context: Tokens that each stream has behind it.
+        batch: Streams decoded at once.
+        prompt: Tokens of the prompt; the lesser of 512 and the context by default.
+        kv_type, weights: As `serving_memory.memory` takes them.
+    """
+    prompt = min(prompt or PROMPT_TOKENS, context)
+    step = _step(spec, deployment, context, batch, kv_type, weights)
+    read = _read(spec, deployment, prompt, kv_type, weights)
+    costs = {end: _step_costs(spec, deployment, device, end, step) for end in ("low", "typical", "high")}
+    slow, typical, fast = (sum(costs[end].values()) for end in ("low", "typical", "high"))
+    first, first_slow = (_prompt_seconds(spec, deployment, device, end, read) for end in ("typical", "low"))
+    return Speed(
+        tokens_per_second=batch / typical,
+        tokens_per_second_low=batch / slow,
+        tokens_per_second_high=batch / fast,
+        decode_ms=1e3 * typical,
+        decode_ms_high=1e3 * slow,
+        time_to_first_token_ms=1e3 * first,
+        time_to_first_token_ms_high=1e3 * first_slow,
+        prompt=prompt,
+        bound=max(costs["typical"], key=lambda name: costs["typical"][name]),
+        assumed=device.shares(deployment.runtime).assumed or None,
+    )
+
+
+def _step(
+    spec: ModelSpec, deployment: Deployment, context: int, batch: int, kv_type: str = "f16", weights: int | None = None
+) -> Work:
+    """Of decoding one token of each stream."""
+    return work(spec, deployment, tokens=batch, sequences=batch, behind=context, kv_type=kv_type, weights=weights)
+
+
+def _read(
+    spec: ModelSpec, deployment: Deployment, prompt: int, kv_type: str = "f16", weights: int | None = None
+) -> Work:
+    """Of a prompt, whose tokens have half of it behind them on average."""
+    return work(spec, deployment, tokens=prompt, sequences=1, behind=prompt / 2, kv_type=kv_type, weights=weights)
+
+
+def _step_costs(spec: ModelSpec, deployment: Deployment, device: Device, end: str, step: Work) -> dict[str, float]:
+    """Seconds of a decoding step by what it waits for, at one end of the runtime's shares.
+
+    A GPU computes while it reads, so that the longer of the two counts. A core that multiplies by weights on a grid
+    unpacks them between its loads: products are added to reading, at the rate of the integer units. So is attention, of
+    one query at a time, which leaves most of a core idle.
+    """
+    shares, rate = device.shares(deployment.runtime), _rate(device)
+    reading = step.bytes / _bandwidth(device, shares, end)
+    products = step.operations if shares.attention is None else step.operations - step.attended
+    plain = _plain(deployment, step, products)
+    # Of many streams the products are a prompt's, which no longer wait for loads.
+    computing = max(0.0, _product_seconds(device, shares, end, products, plain) - reading)
+    if shares.dequantize is not None and deployment.bits < 16:
+        unpacked = rate * getattr(shares.dequantize, end)
+        slowly = rate * _PLAIN_KERNEL * getattr(shares.dequantize, end)
+        computing = max((products - plain) / unpacked + plain / slowly, computing)
+    if shares.attention is not None:
+        computing += step.attended / (rate * getattr(shares.attention, end))
+    launches = _launches(spec, shares, end, reading + computing)
+    return {"bandwidth": reading, "compute": computing, "launches": launches}
+
+
+def _prompt_seconds(spec: ModelSpec, deployment: Deployment, device: Device, end: str, read: Work) -> float:
+    shares = device.shares(deployment.runtime)
+    plain = _plain(deployment, read, read.operations)
+    computing = _product_seconds(device, shares, end, read.operations, plain)
+    if shares.activations is not None:
+        computing += read.activations / (device.bandwidth * getattr(shares.activations, end))
+    working = max(read.bytes / _bandwidth(device, shares, end), computing)
+    return float(working + _launches(spec, shares, end, working))
+
+
+def _launches(spec: ModelSpec, shares: Shares, end: str, working: float) -> float:
+    """Seconds that layers cost beside what they read and compute."""
+    cost = spec.layers * shares.layer(end)
+    return max(0.0, cost - working) if shares.ahead else cost
+
+
+def _bandwidth(device: Device, shares: Shares, end: str) -> float:
+    """Bytes a second that are reached: a measured bandwidth is one that was."""
+    return float(device.bandwidth * getattr(shares.decode_measured if device.measured else shares.decode, end))
+
+
+def _rate(device: Device) -> float:
+    return device.rate(*(("fp32", "fp16") if device.kind.name in _FLOAT32 else ("bf16", "fp16")))
+
+
+def _plain(deployment: Deployment, work: Work, operations: float) -> float:
+    """Of so many operations of some work, those without fast kernels.
+
+    The shares of formats were found with all operations counted alike, as the format's own kernels do them. K-quants
+    alone have linear weights on another grid than the one that they are named after: those count by that one's.
+    """
+    return work.plain if _is_fast(deployment.linear) else operations
+
+
+def _is_fast(stored: Storage) -> bool:
+    return isinstance(stored, Grid) and stored.name in _FAST_KERNELS
+
+
+def _product_seconds(device: Device, shares: Shares, end: str, operations: float, plain: float) -> float:
+    """Of matrix products as a prompt makes them, at one end of the runtime's shares.
+
+    Args:
+        device, shares, end: Which shares, and of what.
+        operations: All of them.
+        plain: Those of them without fast kernels.
+    """
+    rate = device.rates.get(shares.rate) or _rate(device)
+    fast, slow = (rate * getattr(share, end) for share in (shares.prefill_quantized, shares.prefill))
+    return float((operations - plain) / fast + plain / slow)
+
+
+def limit_seconds(
+    spec: ModelSpec, deployment: Deployment, device: Device, limit: LatencyLimit, *, context: int
+) -> float:
+    """Seconds that are held against a limit of latency.
+
+    No percentile can be predicted: one above the median is the slow end of the band. The first token is that of the
+    last of so many prompts that arrive at once.
+
+    Args:
+        spec, deployment, device: As `speed` takes them.
+        limit: Quantity, percentile and streams.
+        context: Tokens that each stream has behind it.
+    """
+    end = "low" if limit.percentile > 50 else "typical"
+    if limit.quantity == "tpot":
+        step = _step(spec, deployment, context, limit.streams)
+        return sum(_step_costs(spec, deployment, device, end, step).values())
+    read = _read(spec, deployment, min(PROMPT_TOKENS, context))
+    return limit.streams * _prompt_seconds(spec, deployment, device, end, read)
+
+
+def work(
+    spec: ModelSpec,
+    deployment: Deployment,
+    *,
+    tokens: int,
+    sequences: int,
+    behind: float,
+    kv_type: str = "f16",
+    weights: int | None = None,
+) -> Work:
+    """Bytes and operations of one pass over `tokens` tokens in all of `sequences`, each with `behind` tokens before it.
+
+    Weights are read once a pass, those of experts as far as the tokens are likely to take them; an embedding table that
+    is not also the head is not read. Logits are of one token a sequence.
+    """
+    dense = deployment.runtime == "transformers" and deployment.container == "compressed-tensors"
+    chosen = spec.active_experts / spec.experts if spec.experts else 1.0
+    met = 1 - (1 - chosen) ** tokens if chosen < 1 else 1.0
+    read = multiplied = head = plain = 0.0
+    # Which tensors are kept off the grid goes by their names; else those of a kind are stored alike.
+    tensors = [(tensor, 1) for tensor in spec.tensors] if deployment.keep else spec.kinds
+    for tensor, times in tensors:
+        table = tensor.role is Role.EMBEDDING
+        if len(tensor.shape) < 2 or (table and not spec.tied):
+            continue
+        expert = is_expert(tensor.name)
+        count = times * _count(tensor)
+        stored: Storage = "bf16" if dense else deployment.storage(tensor)
+        read += times * tensor_bytes(tensor, stored) * (met if expert else 1)
+        if table or tensor.role is Role.HEAD:
+            head += count
+            continue
+        taken = count * (chosen if expert else 1)
+        multiplied += taken
+        if isinstance(stored, Grid) and not _is_fast(stored):
+            plain += taken
+    # What is stored says nothing of weights that are held in 16 bits.
+    if weights is not None and not dense:
+        read *= weights / weights_bytes(spec.tensors, deployment)
+    window, narrow = window_in(spec, deployment.runtime)
+    seen, wide = min(behind, window), spec.layers - narrow
+    cache = sequences * (kv_bytes(spec, wide, int(behind), kv_type) + kv_bytes(spec, narrow, int(seen), kv_type))
+    attended = 4 * tokens * spec.heads * spec.head_dim * (wide * behind + narrow * seen)
+    products = 2 * (tokens * multiplied + sequences * head)
+    return Work(
+        bytes=read + cache,
+        operations=products + attended,
+        attended=attended,
+        plain=2 * tokens * plain,
+        activations=2 * tokens * spec.layers * activation_rows(spec),
+    )
+
+
+def _count(tensor: TensorSpec) -> int:
+    rows, columns = tensor.shape
+    return rows * columns

@@ -1,0 +1,339 @@
+"""How a trial's training is made to fit a machine's memory, and by which means."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from autodistill.errors import InputError, MissingDependencyError
+from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
+from autodistill.estimates.training_memory import OptimizerState, TrainingEstimate, training_memory
+from autodistill.hardware.machine import Machine
+from autodistill.models.model_folder import HeldType
+from autodistill.models.spec import ModelSpec
+from autodistill.strategy.strategy import Alignment, Attention, Lora
+from autodistill.units import format_bytes
+
+Aligned = tuple[Alignment | None, Attention | None]
+
+Means = tuple[bool, OptimizerState]
+"""Whether activations are computed again, and what AdamW's moments are held in."""
+
+MEANS: tuple[Means, ...] = ((False, "float32"), (True, "float32"), (True, "bfloat16"), (True, "int8"))
+"""All of them, from the fastest to the smallest."""
+
+INSTALL_8BIT = "pip install 'autodistill-search[8bit]'"
+
+# What training was measured to take over its prediction at the most, in
+# benchmarks/reports/2026-11-26-training-memory.md: 10% more is held, and on a CPU, where what a step frees is kept for
+# the next, 30% more is taken of the system, which kills who takes too much and raises nothing to halve a step after.
+_SPARE, _CPU_SPARE = 1.10, 1.30
+
+CPU_PASS_TOKENS = 256
+"""Tokens of a pass that only reads on a CPU: a sequence of 40 tokens takes a third to 40% of the time in such company.
+
+Longer ones are read alone. Twice as many tokens would be an eighth faster, but leave threads without a pass.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is trained, in which steps, and where.
+
+    Attributes:
+        spec: The student: the largest of those that are to be trained.
+        sequence_length: Tokens of a sequence.
+        sequences: Of an optimiser step.
+        teacher: The teacher, where there are alignments.
+        alignments: What trials may align to it; the one that takes most counts.
+        lora: Where every trial trains low-rank changes, the largest of them.
+        train_embeddings: Whether a trial may train the embedding table.
+        processes: That train it together, each with its share of the sequences and of the weights.
+        bf16: Whether products are computed in bfloat16.
+        on_grid: Whether a trial may be trained on a grid.
+        device: Where trials run: "cpu", or an accelerator.
+        threads: Of a process; on a CPU each has a pass of its own.
+    """
+
+    spec: ModelSpec
+    sequence_length: int
+    sequences: int
+    teacher: ModelSpec | None = None
+    alignments: Collection[Aligned] = ()
+    lora: Lora | None = None
+    train_embeddings: bool = True
+    processes: int = 1
+    bf16: bool = False
+    on_grid: bool = False
+    device: str = "cpu"
+    threads: int = 1
+
+    def estimate(self, micro_batch: int, means: Means) -> TrainingEstimate:
+        """What one of its processes takes, with so many sequences of a pass and by these means."""
+        checkpointing, state = means
+        estimates = (
+            training_memory(
+                self.spec,
+                tokens=micro_batch * self.sequence_length,
+                checkpointing=checkpointing,
+                optimizer_state=state,
+                teacher=self.teacher,
+                alignment=alignment,
+                attention=attention,
+                lora=self.lora,
+                train_embeddings=self.train_embeddings,
+                bf16=self.bf16,
+                on_grid=self.on_grid,
+                passes=-(-self.sequences // (self.processes * micro_batch)),
+            )
+            for alignment, attention in self.alignments or [(None, None)]
+        )
+        return _sharded(max(estimates, key=lambda estimate: estimate.total_bytes), self.spec, self.processes)
+
+    @property
+    def evaluation_bytes(self) -> int:
+        """What scoring the student under a deployment takes.
+
+        On a CPU its packed values lie beside the float32 weights. On an accelerator these wait in the machine's memory,
+        and one tensor after the other lies there with its packed values.
+        """
+        cpu, spec = self.device == "cpu", self.spec
+        beside = spec.parameters if cpu else max(math.prod(tensor.shape) for tensor in spec.tensors)
+        return 4 * (spec.parameters + beside) + pass_bytes(spec, self.sequence_length, self.threads if cpu else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFit:
+    """How a step is computed, none of which changes what it means but for the rounding of 16-bit and 8-bit states.
+
+    Attributes:
+        micro_batch: Sequences of one forward and backward pass; their gradients add up to the step's.
+        checkpointing: Whether the backward pass computes each layer's activations again instead of keeping them.
+        optimizer_state: What AdamW's two moments are held in.
+        estimate: Memory that this takes.
+        evaluation_bytes: What the trained student then takes while it is scored, whole and in one process.
+    """
+
+    micro_batch: int
+    checkpointing: bool
+    optimizer_state: OptimizerState
+    estimate: TrainingEstimate = field(repr=False)
+    evaluation_bytes: int = field(repr=False)
+
+    @property
+    def total_bytes(self) -> int:
+        """What the memory must hold: of training and evaluation, which come one after the other, the larger."""
+        return max(self.estimate.total_bytes, self.evaluation_bytes)
+
+    def safe_bytes(self, device: str) -> int:
+        """The same where training takes as much more than predicted as it was measured to, at the most."""
+        spare = _CPU_SPARE if device == "cpu" else _SPARE
+        return max(int(spare * self.estimate.total_bytes), self.evaluation_bytes)
+
+
+def training_fits(
+    training: Training, *, means: Sequence[Means] = MEANS, at_once: int | None = None
+) -> Iterator[TrainingFit]:
+    """Ways to compute a step, from the fastest to the smallest, each smaller than those before.
+
+    Halving the micro-batch costs nearly nothing, checkpointing a third more operations; states of 16 bits, and then of
+    8, come last because they alone change the figures. A second pass finds the first one's gradients there, which may
+    be more than half of what a pass keeps: ways that are no smaller are left out.
+
+    Args:
+        training: What is trained.
+        means: That may be taken.
+        at_once: Sequences of a pass at the most; by default all of a process.
+    """
+    sizes = [max(1, min(training.sequences // training.processes, at_once or training.sequences))]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    evaluation_bytes = training.evaluation_bytes
+    least = math.inf
+    for (checkpointing, state), micro_batch in itertools.product(means, sizes):
+        estimate = training.estimate(micro_batch, (checkpointing, state))
+        if estimate.total_bytes < least:
+            least = estimate.total_bytes
+            yield TrainingFit(
+                micro_batch=micro_batch,
+                checkpointing=checkpointing,
+                optimizer_state=state,
+                estimate=estimate,
+                evaluation_bytes=evaluation_bytes,
+            )
+
+
+def has_eight_bit() -> bool:
+    """Whether the package of 8-bit optimiser states is installed."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def pass_bytes(spec: ModelSpec, sequence_length: int, threads: int) -> int:
+    """What running a model takes beside its weights: a pass of a sequence, or some short ones, on each thread."""
+    tokens = max(sequence_length, CPU_PASS_TOKENS)
+    logits = 3 * 4 * tokens * spec.vocabulary
+    activations = 4 * tokens * (4 * spec.width + 3 * spec.ffn_width)
+    return threads * (activations + logits) + TRAINING_PROCESS_BYTES
+
+
+def _sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> TrainingEstimate:
+    """What one of several processes takes: its shards, and the weights and gradients that are whole for a moment.
+
+    Whole are the tables, and of the layers the one at work and the one fetched ahead (FSDP2), and low-rank changes with
+    their gradients and states.
+    """
+    if processes == 1:
+        return estimate
+    tables = sum(math.prod(tensor.shape) for tensor in spec.tensors if spec.vocabulary in tensor.shape)
+    layer = (spec.parameters - tables) // spec.layers
+    changes = estimate.weights_bytes - 4 * spec.parameters
+    states = estimate.optimizer_bytes * changes // max(1, estimate.gradients_bytes)
+    shards = {
+        name: whole + (getattr(estimate, name) - whole) // processes
+        for name, whole in (("weights_bytes", changes), ("gradients_bytes", changes), ("optimizer_bytes", states))
+    }
+    shards["weights_bytes"] += 4 * (2 * tables + 3 * layer)
+    return replace(estimate, **shards)
+
+
+def fit_training(training: Training, limit_bytes: int) -> TrainingFit:
+    """The fastest way to train a student that a memory holds with some to spare, if it holds its evaluation too.
+
+    Where it holds none so, the smallest way that it holds by the prediction alone.
+
+    Args:
+        training: What is trained.
+        limit_bytes: Memory of the device that trains, or of each of them.
+
+    Raises:
+        InputError: None does; says what the smallest takes, or the evaluation.
+        MissingDependencyError: Only 8-bit optimiser states fit, and their package is not installed.
+    """
+    ways = list(training_fits(training))
+    usable = [way for way in ways if way.optimizer_state != "int8" or has_eight_bit()]
+    safe = (way for way in usable if way.safe_bytes(training.device) <= limit_bytes)
+    tight = (way for way in reversed(usable) if way.total_bytes <= limit_bytes)
+    found = next(safe, None) or next(tight, None)
+    if found is not None:
+        return found
+    smallest = ways[-1]
+    if smallest.total_bytes <= limit_bytes:
+        raise MissingDependencyError(
+            f"training a student of {training.spec.layers} layers fits {format_bytes(limit_bytes)} only with 8-bit "
+            f"optimiser states, which need bitsandbytes: {INSTALL_8BIT}"
+        )
+    if smallest.evaluation_bytes > smallest.estimate.total_bytes:
+        what, means = "evaluating", "in one process, as a trained student is"
+    else:
+        what, means = "training", "even one sequence at a time, with checkpointing and 8-bit optimiser states"
+        means += f" over {training.processes} processes" if training.processes > 1 else ""
+    raise InputError(
+        f"{what} a student of {training.spec.layers} layers takes {format_bytes(smallest.total_bytes)} {means}, and "
+        f"this machine has {format_bytes(limit_bytes)} free: choose a smaller teacher, or a space with smaller students"
+    )
+
+
+# float32 values of a matrix that are shown to a product at once, for each thread.
+_SHOWN_BYTES = 4 * 2**25
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFit:
+    """What a teacher's matrices are held in while it runs; it computes in float32 (or where a trial says so bfloat16).
+
+    Attributes:
+        held: Their type.
+        stored: The type of the weights on disk.
+        weights_bytes: Of the weights, and in float32 of their copy as a deployment packs them.
+        pass_bytes: What a pass on each thread takes beside them.
+    """
+
+    held: HeldType
+    stored: HeldType
+    weights_bytes: int
+    pass_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """What the memory must hold."""
+        return self.weights_bytes + self.pass_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the weights alone."""
+        return self.weights_bytes // (2 if self.held == "float32" else 1)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether weights were rounded, so that outputs are not those of the weights on disk."""
+        return self.held not in ("float32", self.stored)
+
+    def of(self, fingerprint: str) -> str:
+        """What a teacher of this fingerprint puts out is known by: another name where weights were rounded."""
+        return f"{fingerprint}-{self.held}" if self.rounded else fingerprint
+
+    @property
+    def note(self) -> str | None:
+        """What a person is told, in a sentence; None for float32."""
+        if self.held == "float32":
+            return None
+        exact = "which rounds them: its outputs differ a little" if self.rounded else "the type of its files"
+        return (
+            f"the teacher's matrices are held in {self.held}, {exact}, and computed with in float32: "
+            f"{format_bytes(self.total_bytes)} of memory"
+        )
+
+
+def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, machine: Machine) -> TeacherFit:
+    """How a teacher is held: in float32 where memory takes that, which is fastest on a CPU, else in 16 bits.
+
+    Float32 needs the weights twice: while the teacher is scored under a deployment, its packed values lie beside them.
+    On a GPU, where the weights wait in the machine's memory meanwhile, that half is room for what runs beside it.
+    In 16 bits matrices are held once, in the type that they are stored in, and cast to float32, or packed, part by
+    part when they are read. Weights stored in float32 are then rounded to bfloat16.
+
+    Args:
+        spec: The teacher.
+        stored: Type of the weights on disk.
+        sequence_length: Tokens of a sequence.
+        machine: What is free of its first GPU's memory is the limit, or of its own where that is less (through it
+            weights are read) or there is no GPU; on a CPU each core runs a pass of its own.
+
+    Raises:
+        InputError: Not even 16 bits fit.
+    """
+    limit_bytes = min([machine.usable_bytes, *(gpu.usable_bytes for gpu in machine.gpus[:1])])
+    threads = 1 if machine.gpus else machine.cpus
+    matrices = sum(math.prod(tensor.shape) for tensor in spec.tensors if len(tensor.shape) == 2)
+    whole = TeacherFit(
+        held="float32",
+        stored=stored,
+        weights_bytes=2 * 4 * spec.parameters,
+        pass_bytes=pass_bytes(spec, sequence_length, threads),
+    )
+    if whole.total_bytes <= limit_bytes:
+        return whole
+    half = TeacherFit(
+        held="bfloat16" if stored == "float32" else stored,
+        stored=stored,
+        weights_bytes=2 * matrices + 4 * (spec.parameters - matrices),
+        pass_bytes=whole.pass_bytes + threads * _SHOWN_BYTES,
+    )
+    if half.total_bytes <= limit_bytes:
+        return half
+    raise InputError(
+        f"running a teacher of {spec.layers} layers takes {format_bytes(half.total_bytes)} even in 16 bits, and "
+        f"{_holder(machine)} has {format_bytes(limit_bytes)} free: choose a smaller teacher, or let it write the text "
+        "to learn from where it is served (autodistill write --endpoint)"
+    )
+
+
+def _holder(machine: Machine) -> str:
+    """What must hold a teacher as a whole."""
+    count = len(machine.gpus)
+    if count > 1 and machine.gpus[0].memory_bytes <= machine.memory_bytes:
+        return f"one GPU of this machine's {count}, over which a teacher is not divided,"
+    return "this machine"

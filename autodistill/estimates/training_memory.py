@@ -1,0 +1,212 @@
+"""The memory that training a described model takes, by parts, at the moment when most is held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
+from autodistill.models.families import Axis, get_family
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import Role, TensorSpec
+from autodistill.strategy.strategy import Alignment, Attention, Distillation, Lora
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingEstimate:
+    """Memory that training takes, by parts, in bytes.
+
+    Attributes:
+        weights_bytes: Master weights in float32.
+        gradients_bytes, optimizer_bytes: Of the trained weights: one float32 number each, and AdamW's two moments.
+        shown_bytes: The weights that products compute with where these are not the masters: rounded to bfloat16, or on
+            a grid.
+        activations_bytes: What the forward pass keeps for the backward one.
+        logits_bytes: Logits, whose place the loss's gradient of them takes.
+        alignment_bytes: What alignments add: projections with their gradients and optimiser states, aligned states, the
+            sides of attention matrices, and the teacher's layer.
+        overhead_bytes: What the process takes beyond those.
+        passes: Forward and backward passes of a step.
+    """
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    shown_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+    alignment_bytes: int
+    overhead_bytes: int
+    passes: int = 1
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts by name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name.endswith("_bytes")}
+
+    @property
+    def total_bytes(self) -> int:
+        """What is held at the moment when it is most.
+
+        A step of several passes holds all gradients beside what its last pass keeps. In a step of one they come as what
+        was kept goes, and the larger of the two counts.
+        """
+        kept = self.shown_bytes + self.activations_bytes + self.logits_bytes + self.alignment_bytes
+        held = kept + self.gradients_bytes if self.passes > 1 else max(kept, self.gradients_bytes)
+        return self.weights_bytes + self.optimizer_bytes + held + self.overhead_bytes
+
+
+class _Kept(NamedTuple):
+    """Bytes that are kept of a token in a layer for each of its width, its queries and keys, and its FFN's width."""
+
+    width: int
+    attended: int
+    ffn: int
+
+
+# By transformers' `model_type`, in float32 and under bfloat16 autocast.
+_KEPT = {
+    "llama": (_Kept(24, 8, 16), _Kept(26, 4, 8)),
+    "qwen3": (_Kept(24, 16, 16), _Kept(26, 10, 8)),  # the norms of queries and keys
+    # These, and input and normalised value of two norms before the residual.
+    "gemma3_text": (_Kept(40, 16, 16), _Kept(42, 12, 8)),
+    # LayerNorm keeps one input for both; fused projections, rotated copies; no gate.
+    "gpt_neox": (_Kept(12, 14, 8), _Kept(8, 7, 4)),
+}
+
+
+def adapted_tensors(spec: ModelSpec, lora: Lora) -> tuple[TensorSpec, ...]:
+    """The weights of a model that low-rank changes are trained of, in the order of its tensors."""
+    family = get_family(spec.architecture)
+    chosen = {"attention": (False,), "ffn": (True,), "all": (False, True)}[lora.layers]
+    return tuple(
+        tensor
+        for tensor in spec.tensors
+        if tensor.role is Role.LINEAR
+        and family.layer_part(tensor.name) is not None
+        and (Axis.FFN in family.axes(tensor.name)) in chosen
+    )
+
+
+def training_memory(
+    spec: ModelSpec,
+    *,
+    tokens: int,
+    train_embeddings: bool = True,
+    checkpointing: bool = False,
+    optimizer_state: OptimizerState = "float32",
+    teacher: ModelSpec | None = None,
+    alignment: Alignment | None = None,
+    attention: Attention | None = None,
+    lora: Lora | None = None,
+    bf16: bool = False,
+    on_grid: bool = False,
+    passes: int = 1,
+) -> TrainingEstimate:
+    """Predicts the memory that a trial's training takes: float32 weights and AdamW.
+
+    Kept of each token in each layer, in float32: both norms' inputs, normalised and scaled values (6 widths); queries,
+    keys and values as the attention takes them, and its output; and gate, its activation, up and product of the FFN
+    (read off the tensors that transformers' modules save for the backward pass). Under bfloat16 autocast the norms
+    keep theirs, and each product has its input and the weight rounded anew. `_KEPT` has what differs by family.
+
+    Args:
+        spec: The student.
+        tokens: Tokens of one forward and backward pass.
+        train_embeddings: Whether the embedding table, and so a tied head, is trained.
+        checkpointing: Whether of each layer its input alone is kept, and one layer at a time is computed again.
+        optimizer_state: What AdamW's two moments are held in: 4, 2 or 1 byte each, and "int8" has a float32 scale for
+            each block of 256.
+        teacher: The teacher, where there is an alignment.
+        alignment, attention: What is aligned to it.
+        lora: Low-rank changes that are trained in place of the weights; what they compute within is kept, and so is
+            what the frozen weights' gradients would have been computed from.
+        bf16: Whether products are computed in bfloat16.
+        on_grid: Whether the weights of products and the table are shown on a grid, at the end of the training.
+        passes: Forward and backward passes of an optimiser step.
+    """
+    teacher = teacher or spec
+    width, attended, ffn = _KEPT.get(spec.architecture, _KEPT["llama"])[bf16]
+    frozen = 0 if train_embeddings else spec.vocabulary * spec.width
+    trained = spec.parameters - frozen
+    adapters = ranks = 0
+    if lora is not None:
+        shapes = [tensor.shape for tensor in adapted_tensors(spec, lora)]
+        adapters, ranks = lora.rank * sum(map(sum, shapes)), lora.rank * len(shapes)
+        trained = adapters + spec.vocabulary * spec.width - frozen
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    layer = width * spec.width + attended * (queries + keys) + ffn * spec.ffn_width
+    layer += (2 if bf16 else 4) * ranks // spec.layers
+    kept = 4 * spec.layers * spec.width + layer if checkpointing else spec.layers * layer
+    # Checkpointed layers show theirs one after another; a head is shown by the loss.
+    table = spec.vocabulary * spec.width
+    linear = sum(math.prod(tensor.shape) for tensor in spec.tensors if tensor.role is Role.LINEAR) // (
+        spec.layers if checkpointing else 1
+    )
+    shown = (2 if bf16 else 4 if on_grid else 0) * (linear + table)
+    if on_grid and bf16 and train_embeddings:
+        # Looked up in float32; of a frozen table the rows alone that are looked up are put on the grid.
+        shown += 4 * table
+    return TrainingEstimate(
+        weights_bytes=4 * (spec.parameters + adapters),
+        gradients_bytes=4 * trained,
+        optimizer_bytes=_moments_bytes(trained, optimizer_state),
+        shown_bytes=shown,
+        activations_bytes=tokens * kept,
+        logits_bytes=(2 if bf16 else 4) * tokens * spec.vocabulary,
+        alignment_bytes=(_states_bytes(spec, teacher, alignment, tokens) if alignment else 0)
+        + (_attention_bytes(spec, teacher, attention, tokens) if attention else 0),
+        overhead_bytes=TRAINING_PROCESS_BYTES,
+        passes=passes,
+    )
+
+
+def beside_bytes(recipes: Iterable[Distillation], teacher: ModelSpec, *, bf16: bool, held_bytes: int) -> int:
+    """What lies of the teacher beside a student that is trained: all of it, its head, or nothing.
+
+    Args:
+        recipes: Of which the one counts that wants most.
+        teacher: Its shape.
+        bf16: Whether products are computed in bfloat16, and its weights held so.
+        held_bytes: Of its weights where they are not.
+    """
+    signals = {recipe.signal for recipe in recipes if recipe.weighs_teacher}
+    if "online" in signals:
+        return 2 * teacher.parameters if bf16 else held_bytes
+    return (2 if bf16 else 4) * teacher.vocabulary * teacher.width if "states" in signals else 0
+
+
+def _moments_bytes(trained: int, optimizer_state: OptimizerState) -> int:
+    values = {"float32": 8, "bfloat16": 4, "int8": 2}[optimizer_state] * trained
+    return values + (2 * 4 * trained // 256 if optimizer_state == "int8" else 0)
+
+
+def _states_bytes(spec: ModelSpec, teacher: ModelSpec, alignment: Alignment, tokens: int) -> int:
+    """Of each aligned layer: its states as a matrix, what the projection keeps, projected states and differences."""
+    layers = spec.layers if alignment.layers == "all" else alignment.count
+    # Channels between the projection's maps, and how many times they are kept.
+    inner, times = {"low-rank": (alignment.rank, 1), "mlp": (2 * teacher.width, 2)}.get(alignment.projection, (0, 0))
+    weights = inner * (spec.width + teacher.width)
+    if alignment.projection == "linear":
+        weights = spec.width * teacher.width
+    return layers * (16 * weights + 4 * tokens * (spec.width + times * inner + 2 * teacher.width))
+
+
+def _attention_bytes(spec: ModelSpec, teacher: ModelSpec, attention: Attention, tokens: int) -> int:
+    """The sides of the matrices, which are never held themselves, the student's gradients of them, and the layer."""
+    queries, keys, theirs, their_keys = (
+        heads * one.head_dim for one in (spec, teacher) for heads in (one.heads, one.kv_heads)
+    )
+    if attention.kind == "maps":
+        # The gradient of the keys is kept for each of the query heads that they serve.
+        sides, gradients, target = queries + keys, 2 * queries, theirs + their_keys
+    else:
+        sides, target = queries + 2 * keys, theirs + 2 * their_keys
+        gradients = 2 * sides
+    layer = sum(math.prod(tensor.shape) for tensor in teacher.tensors if ".layers.0." in tensor.name)
+    return 4 * layer + 4 * tokens * (sides + gradients + target)
+
+
+OptimizerState = Literal["float32", "bfloat16", "int8"]

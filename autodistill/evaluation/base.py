@@ -1,0 +1,206 @@
+"""What an evaluator is: what it needs of a student, and the measurement that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.hardware.budget import Budget
+from autodistill.inference.outputs import Answers, Likelihood, TokenScores
+from autodistill.models.spec import ModelSpec
+from autodistill.plugins import load
+from autodistill.strategy.deployment import Deployment
+
+Source = Literal["measured", "simulated", "predicted"]
+
+Direction = Literal["max", "min"]
+
+# What an evaluator reads of a subject, beside its shape, deployment and budget: a field of it, but for "spec".
+Needs = Literal["spec", "scores", "answers", "student", "artefact"]
+
+
+class Quantity(NamedTuple):
+    """What a measurement's value is in, and whether more ("max") or less ("min") of it is better."""
+
+    unit: str
+    direction: Direction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One measured quantity.
+
+    Attributes:
+        name: The row's field it fills, like "accuracy" or "memory_bytes".
+        value: In `unit`.
+        unit: "fraction", "bytes", "ms", "tokens/s", "perplexity", ...
+        direction: Whether more or less is better.
+        source: `measured` in the serving runtime, `simulated` in torch on the packed weights, or `predicted`.
+        stderr: Standard error in `unit`, or None where there is none.
+        detail: Plain data on how it was obtained: threads, context, parts of a sum.
+        documents: What the value is the mean of, by document, for paired comparisons: as `statistics.per_document`
+            gives it. Empty where it is no mean.
+        bins: The same of a figure that is the sum of sizes of binned sums over all tokens, like "ece": `ids`, `count`
+            and `bins`, the sums of each document by bin. Empty for any other.
+        bound: What no single one of these values can be better than, such as 1 of right or wrong; None for no such.
+    """
+
+    name: str
+    value: float
+    unit: str
+    direction: Direction
+    source: Source
+    stderr: float | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    documents: Mapping[str, Any] = field(default_factory=dict)
+    bins: Mapping[str, Any] = field(default_factory=dict)
+    bound: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The measurement as plain data."""
+        return asdict(self)
+
+
+class SimulatedStudent(Protocol):
+    """A student whose packed weights lie in torch, and what an evaluator may ask of it, in text."""
+
+    @property
+    def model(self) -> Any:
+        """A causal language model of transformers, in float32, whose weights are the packed ones for the time being."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where the model lies."""
+        ...
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of its tokenizer."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """The split that is read: "validation" or "test"."""
+        ...
+
+    @property
+    def share(self) -> float:
+        """Of an evaluator's own examples, how much is to be read: 1 is all of them; less at a rung."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and what follows it may have in all: the budget's, or the model's where that is less."""
+        ...
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        """Of each (prompt, continuation); pairs with the same prompt share its pass through the model."""
+        ...
+
+    def rolling(self, texts: Sequence[str], window: int, stride: int) -> list[npt.NDArray[np.float64]]:
+        """Negative log-likelihood in nats of each text's tokens in strided windows; of the first only after one that
+        the tokenizer begins all texts with.
+        """
+        ...
+
+    def chats(self, prompts: Sequence[str]) -> list[str]:
+        """Each prompt as a user's turn in the tokenizer's chat template, up to where the answer begins."""
+        ...
+
+    def write(self, prompts: Sequence[str], *, max_tokens: int, stops: Sequence[str] = ()) -> list[str]:
+        """What it writes, greedily, after each prompt, up to the first of the texts in `stops`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the packed weights, dequantised, as a folder that transformers loads."""
+        ...
+
+    def examples(self) -> list[dict[str, Any]]:
+        """The split that is read, as plain records: `id`, and `prompt` and `answer`, or `text` and `tokens`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What an evaluator is given; it reads what it needs and no more.
+
+    Attributes:
+        spec: Shape of the student.
+        deployment: How it is packed.
+        budget: Gives context and batch.
+        scores: Of the packed weights simulated in torch, or None where only the artefact is measured.
+        answers: Written by the packed weights simulated in torch; None where no evaluator asks for them.
+        student: The packed weights simulated in torch, to be asked; None after export.
+        artefact: The exported file or folder, or None before export.
+        split: That scores and answers are of.
+        threads: CPU threads a runtime may use.
+    """
+
+    spec: ModelSpec
+    deployment: Deployment
+    budget: Budget
+    scores: TokenScores | None = None
+    answers: Answers | None = None
+    student: SimulatedStudent | None = None
+    artefact: Path | None = None
+    split: str = "validation"
+    threads: int = 1
+
+
+class Evaluator(Protocol):
+    """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments.
+
+    What reads scores or answers is given part of them where a rung's decision is certain by these. What asks the
+    student itself is then asked for all, unless it is `Parted` too.
+    """
+
+    @property
+    def name(self) -> str:
+        """As it is declared."""
+        ...
+
+    @property
+    def needs(self) -> Needs:
+        """What it reads of a subject."""
+        ...
+
+    @property
+    def measures(self) -> Mapping[str, Quantity]:
+        """The measurements it gives, by name; of what needs scores, answers or the student, each may rank a search."""
+        ...
+
+    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+        """Measures; called only where what `needs` names is there and `supports` holds."""
+        ...
+
+    def supports(self, deployment: Deployment) -> bool:
+        """Whether this evaluator can measure a student packed so."""
+        ...
+
+
+@runtime_checkable
+class Parted(Evaluator, Protocol):
+    """An evaluator that asks the student, and can be read in parts: what it is not asked for further is saved."""
+
+    def in_parts(self, subject: Subject) -> Iterator[tuple[Measurement, ...]]:
+        """What `evaluate` gives, over as many questions as are read after each part of `certainty.ends`.
+
+        Each question is asked once, and none before it is due.
+        """
+        ...
+
+
+def load_evaluator(name: str) -> Evaluator:
+    """Makes the installed evaluator of a name.
+
+    Raises:
+        InputError: As `plugins.load`.
+    """
+    made: Evaluator = load("evaluators", name)
+    return made

@@ -1,0 +1,191 @@
+"""The model card of an exported student: what it is, how each of its packings does, and what it is held to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
+
+from autodistill.models.licenses import stated
+from autodistill.quantization.formats import get_format
+from autodistill.runs.markdown import fenced, plain
+from autodistill.runs.results.leaderboard import DISTILLED
+from autodistill.runs.results.row import Row
+from autodistill.runs.students import kept_after
+from autodistill.strategy.deployment import Deployment
+from autodistill.units import format_bytes
+
+NOT_STATED = "not stated: ask its author"
+_UNTRAINED = {"teacher": "teacher", "initial": "undistilled student"}
+_FIGURES = ("split", "accuracy", "retention", "perplexity", "memory", "latency", "size")
+_NO_ROW = "It was not measured in this packing."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a student was made of.
+
+    Attributes:
+        teacher, data: Their names.
+        teacher_licence, data_licence: As SPDX identifiers where they have one, or None where they are unknown.
+        quantised: The format that the teacher's file was quantised in, like "Q4_1", or None.
+    """
+
+    teacher: str
+    data: str
+    teacher_licence: str | None
+    data_licence: str | None
+    quantised: str | None
+
+    @classmethod
+    def of(cls, search: Mapping[str, Any]) -> Origin:
+        """Of a run, by its `search.json`."""
+        teacher, data = search["teacher"]["name"], search["data"]["name"]
+        known = {name: text for name, text in search["licences"].items() if text != NOT_STATED}
+        return cls(
+            teacher=teacher,
+            data=data,
+            teacher_licence=stated(known.get(teacher)),
+            data_licence=stated(known.get(data)),
+            quantised=search["teacher"].get("quantised"),
+        )
+
+    def name_of(self, row: Row) -> str:
+        """What a row's model is called, by programs that list models too."""
+        return self.teacher if row.kind == "teacher" else f"Student of {self.teacher}"
+
+
+def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Origin) -> str:
+    """The README.md of an exported model: a student, or the teacher itself.
+
+    Args:
+        row: A row of the model.
+        deployment: How it is packed here.
+        rows: Of the run, both splits. Those of the same model are its packings; of others, those of the test split
+            are what it is compared with, and the teacher in the same packing.
+        origin: What it was made of.
+    """
+    here = deployment.name
+    own, others = [], []
+    for one in rows:
+        if (one.trial, kept_after(one)) == (row.trial, kept_after(row)):
+            own.append(one)
+        elif one.split == "test" or (one.kind == "teacher" and one.deployment_name == here):
+            others.append(one)
+    own = _as_measured(own)
+    own.sort(key=lambda one: one.deployment_name != here)
+    measured = any(one.deployment_name == here for one in own)
+    container = get_format(deployment.format).container
+    licence = origin.teacher_licence
+    read = "learnt from" if row.kind in DISTILLED else "was measured on"
+    model = "the teacher" if row.kind == "teacher" else "this student"
+    head = {
+        **({"license": " ".join(licence.lower().split())} if licence else {}),
+        "library_name": "gguf" if container == "gguf" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["distillation", "quantization", "autodistill", container],
+    }
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=math.inf).rstrip(),
+            "---",
+            "",
+            f"# {plain(origin.name_of(row))}",
+            "",
+            _made(row, origin),
+            f"It is packed here as {here}.{'' if measured else ' ' + _NO_ROW}",
+            "",
+            f"- Licence of the teacher, which its students inherit: {plain(licence or NOT_STATED)}",
+            f"- Licence of the text it {read} ({plain(origin.data)}): {plain(origin.data_licence or NOT_STATED)}",
+            "",
+            "## Measurements",
+            "",
+            f"Each row is {model} in one packing. Retention is its accuracy over the teacher's on the same tokens.",
+            "",
+            *_table(("packed as",), own, lambda one: (f"**{here}**" if one.deployment_name == here else None,)),
+            *_compared(others),
+            "",
+            *(["## Strategy", "", fenced(json.dumps(row.strategy, indent=2), "json"), ""] if row.strategy else []),
+        ]
+    )
+
+
+def _as_measured(rows: Sequence[Row]) -> list[Row]:
+    """A student's rows, those of the test split with what the same packing was measured to need: scoring runs none."""
+    measured = {row.deployment_name: row for row in rows if row.split != "test" and row.memory_source == "measured"}
+    known = ("memory_bytes", "memory_source", "size_bytes")
+    return [
+        replace(row, **{name: getattr(measured[row.deployment_name], name) for name in known})
+        if row.split == "test" and row.deployment_name in measured
+        else row
+        for row in rows
+    ]
+
+
+def _made(row: Row, origin: Origin) -> str:
+    teacher = plain(origin.teacher)
+    if row.kind == "teacher":
+        made = [f"This is {teacher} itself: AutoDistill packed it, and nothing was distilled or trained."]
+    elif row.kind == "initial":
+        made = [f"Made of {teacher} by AutoDistill, as strategy `{row.strategy_id}` begins: not trained at all."]
+    else:
+        made = [f"Distilled from {teacher} on {plain(origin.data)} by AutoDistill, under strategy `{row.strategy_id}`."]
+    if row.fidelity is not None and not row.full:
+        made.append(f"It was trained for {row.fidelity:.0%} of the tokens that were planned.")
+    if origin.quantised:
+        made.append(f"The teacher was read from a file in {plain(origin.quantised)} and dequantised.")
+    return " ".join(made)
+
+
+def _compared(rows: Sequence[Row]) -> list[str]:
+    """Other models of the run, or nothing where there are none."""
+    if not rows:
+        return []
+    table = _table(("model", "packed as"), rows, lambda one: (_named(one), None))
+    return ["", "## Compared with", "", "Each row is another model of the same run.", "", *table]
+
+
+def _named(row: Row) -> str:
+    if row.kind in _UNTRAINED:
+        return _UNTRAINED[row.kind]
+    trained = "" if row.fidelity is None else f", after {row.fidelity:.0%} of the plan's tokens"
+    return f"{row.kind} {plain(row.name)}{trained}"
+
+
+def _table(titles: Sequence[str], rows: Sequence[Row], first: Callable[[Row], Sequence[str | None]]) -> list[str]:
+    """A table of rows' figures; in `first` None stands for the name of the packing."""
+    lines = [(*titles, *_FIGURES), ["---"] * (len(titles) + len(_FIGURES))]
+    lines += [(*(cell or row.deployment_name for cell in first(row)), *_figures(row)) for row in rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _figures(row: Row) -> tuple[str, ...]:
+    accuracy = _number(row.figure("accuracy"), "{:.4f}")
+    if (error := row.figure("accuracy_stderr")) is not None:
+        accuracy += f" ± {error:.4f}"
+    return (
+        row.split or "-",
+        accuracy,
+        _number(row.figure("retention"), "{:.3f}"),
+        _number(row.figure("perplexity"), "{:.2f}"),
+        _sourced(_bytes(row.memory_bytes), row.memory_source),
+        _sourced(_number(row.figure("latency_ms"), "{:.1f} ms"), row.latency_source),
+        _bytes(row.size_bytes),
+    )
+
+
+def _number(value: float | None, pattern: str) -> str:
+    return "-" if value is None else pattern.format(value)
+
+
+def _bytes(value: int | None) -> str:
+    return "-" if value is None else format_bytes(value)
+
+
+def _sourced(text: str, source: str | None) -> str:
+    return text if text == "-" or source is None else f"{text} ({source})"

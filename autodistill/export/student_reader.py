@@ -1,0 +1,198 @@
+"""Reads a student's folder tensor by tensor, and writes folders of which no file is ever seen half-written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from autodistill.errors import InputError
+from autodistill.export.base import Artefact
+from autodistill.models.config import spec_from_config
+from autodistill.models.families import FAMILIES, get_family
+from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
+from autodistill.models.stored_tensors import check_stored
+from autodistill.quantization.formats import Packing
+from autodistill.quantization.grids import Floats, Scales
+from autodistill.quantization.learned_scales import read_scales
+from autodistill.quantization.packing import Arrays, deployed, pack
+from autodistill.utils.durable import make_folder, sync, sync_below
+
+WEIGHTS = "model.safetensors"
+PARTIAL = ".partial-"
+"""What the name of a folder begins with that is being written."""
+_HEAD = "lm_head.weight"
+_HEADS = {f"{family.stored_head}.weight": _HEAD for family in FAMILIES.values()}
+_COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "gguf_tokenizer.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: Missing, or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}; a student is a folder that transformers saved") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return data
+
+
+class StudentFiles:
+    """The tensors of a student's folder under a packing, each read when asked for. Use it in a `with` statement.
+
+    Args:
+        folder: With config.json and safetensors, in one file or in shards.
+        packing: How it is packed.
+
+    Attributes:
+        config: Content of config.json.
+        spec: The model that it describes.
+        specs: Every stored tensor by name; a tied head is not among them.
+
+    Raises:
+        InputError: Config or weights are missing, unreadable, of an unsupported architecture or not those that the
+            config asks for.
+    """
+
+    def __init__(self, folder: Path, packing: Packing) -> None:
+        self._packing = packing
+        self._scales: dict[str, Scales] = read_scales(folder, packing)
+        self.config = read_json(folder / "config.json")
+        self.spec = spec_from_config(self.config)
+        check_stored(folder, self.spec)
+        self.specs = {tensor.name: tensor for tensor in self.spec.tensors}
+        self._open = ExitStack()
+        self._files: dict[str, tuple[Any, str]] = {}
+        try:
+            for path in weight_files(folder):
+                file = self._open.enter_context(safe_open(path, framework="pt"))
+                self._files |= {_HEADS.get(name, name): (file, name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            self._open.close()
+            raise InputError(f"cannot read the weights in {folder}: {error}") from error
+
+    def __enter__(self) -> StudentFiles:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def pack(self, name: str) -> Arrays:
+        """What stands on disk for one tensor, with the scales that were learned for this packing, if any."""
+        return pack(self._read(name), self._packing.storage(self.specs[name]), self._scales.get(name))
+
+    def deployed(self, name: str) -> Floats:
+        """The float32 values that the runtime will see of it."""
+        return deployed(self._read(name), self._packing.storage(self.specs[name]), self._scales.get(name))
+
+    def _read(self, name: str) -> Floats:
+        file, stored = self._files[name]
+        values: Floats = file.get_tensor(stored).to(torch.float32).numpy()
+        return values
+
+
+def read_arrays(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields each tensor of a safetensors file as it stands, under transformers' name."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            yield _HEADS.get(name, name), file.get_tensor(name)
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Gives an empty folder whose files are moved into `out` when the block ends well, and dropped otherwise.
+
+    The config is moved last: a folder without one is not taken for a model. What a process left that was ended in the
+    middle, or interrupted twice, is removed.
+
+    Raises:
+        InputError: `out` cannot be written.
+    """
+    try:
+        make_folder(out)
+        _remove_left(out)
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=out))
+        held = os.open(partial, os.O_RDONLY)
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}; choose another output folder") from error
+    try:
+        yield partial
+        sync_below(partial)
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+            if file.is_dir():
+                shutil.rmtree(out / file.name, ignore_errors=True)  # a folder replaces none that holds something
+            os.replace(file, out / file.name)
+        sync(out)
+    finally:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            os.close(held)
+
+
+def _remove_left(out: Path) -> None:
+    """Removes the unfinished folders of processes that have ended: one that writes holds a lock on its own."""
+    for left in out.glob(f"{PARTIAL}*"):
+        descriptor = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held, or on a file system without locks
+            continue
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Artefact:
+    """Writes a folder that transformers loads: weights, config, and the student's tokenizer and generation config.
+
+    Raises:
+        InputError: `out` cannot be written.
+    """
+    stored = dict(tensors)
+    if _HEAD in stored:
+        stored[f"{get_family(config['model_type']).stored_head}.weight"] = stored.pop(_HEAD)
+    with replacing(out) as partial:
+        save_file(stored, partial / WEIGHTS, metadata={"format": "pt"})
+        for name in _COMPANIONS:
+            if (student / name).is_file():
+                shutil.copyfile(student / name, partial / name)
+        if (student / MORE_TEMPLATES).is_dir():
+            shutil.copytree(student / MORE_TEMPLATES, partial / MORE_TEMPLATES)
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return Artefact(path=out, size_bytes=(out / WEIGHTS).stat().st_size)
+
+
+def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model stored in bfloat16, without what its source said of quantisation."""
+    dropped = ("quantization_config", "torch_dtype", "_name_or_path", "_model_name_or_path")
+    return {key: value for key, value in config.items() if key not in dropped} | {"dtype": "bfloat16"}

@@ -1,0 +1,193 @@
+"""Whether llama.cpp cuts texts into the tokens that transformers' tokenizer cuts them into: it is asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import struct
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter
+
+from autodistill.data.tokenization import load_tokenizer
+from autodistill.errors import InputError, VerificationError
+from autodistill.export.gguf_tokenizer import Spaces, add_tokenizer, is_certain, refusal, spaces
+from autodistill.serving.llama_cpp import LlamaServer
+
+_WIDTH = 32
+_CONTEXT = 256
+_TEXTS = (
+    "The miller's two mills don't stop; they'LL grind 12345 sacks by 3.14 p.m. (or so)!",
+    " a space before,  two within,   three\tand a tab \n\n\nlines\r\n  of text  \n",
+    "HelloWorld camelCase XMLHttpRequest snake_case x=y+1; // http://a.b/c?d=e#f",
+    "Zürich, naïve café, Привет мир, 你好世界, こんにちは 🤖👍 end",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How alike texts are cut.
+
+    Attributes:
+        same: Tokens that both have in the same order.
+        tokens: Of so many.
+        first: The first difference, in words; empty where there is none.
+    """
+
+    same: int
+    tokens: int
+    first: str
+
+    @property
+    def share(self) -> float:
+        """Of the tokens, those that both have; all of none."""
+        return self.same / self.tokens if self.tokens else 1.0
+
+
+def cannot_cut(folder: Path, vocabulary: int) -> str:
+    """Why a GGUF file cannot have the tokenizer of a folder, or nothing where llama.cpp cuts texts as it does.
+
+    It is written into a file as an export writes it. Where it does not follow from the tokenizer's description how
+    llama.cpp cuts, that cuts sample texts, under a model of a few megabytes.
+
+    Args:
+        folder: Holds the tokenizer's files.
+        vocabulary: Rows of the model's embedding table.
+    """
+    try:
+        reason = refusal(folder) or _cannot_write(folder, vocabulary)
+        if not reason and not is_certain(folder):
+            reason = _cut_otherwise(folder)
+    except (InputError, VerificationError) as error:
+        return str(error)
+    return f"{reason}; export to huggingface or compressed-tensors instead" if reason else ""
+
+
+def agreement(tokenizer: Any, server: LlamaServer, texts: Iterable[str]) -> Agreement:
+    """How alike a tokenizer and llama.cpp cut texts, what begins a text apart.
+
+    Texts are composed (NFC) first, which some tokenizers do and llama.cpp does not.
+
+    Args:
+        tokenizer: Of transformers.
+        server: With a file that has that tokenizer.
+        texts: At least one that is not empty.
+    """
+    same = total = 0
+    first = ""
+    for text in (unicodedata.normalize("NFC", text) for text in texts):
+        # Not verbose: the model does not see it.
+        mine = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        expected, found = (_without(tokenizer.bos_token_id, tokens) for tokens in (mine, server.tokenize(text)))
+        total += max(len(expected), len(found))
+        if found == expected:
+            same += len(found)
+            continue
+        blocks = SequenceMatcher(None, expected, found, autojunk=False).get_matching_blocks()
+        same += sum(block.size for block in blocks)
+        first = first or _difference(tokenizer, expected, found)
+    return Agreement(same=same, tokens=total, first=first)
+
+
+def comparable(text: str, tokenizer: Any, put: Spaces) -> str:
+    """A text without that of which llama.cpp's spaces are known to be others than the tokenizer's (`Spaces.caveat`)."""
+    if put.put == "first" and not put.written:
+        return f"{tokenizer.eos_token or tokenizer.bos_token or ''}{text}"
+    special = "|".join(map(re.escape, tokenizer.all_special_tokens))
+    if put.put == "first":
+        return re.sub(special, "", text).lstrip(" ") if special else text.lstrip(" ")
+    if put.put == "spaceless" and put.written:
+        return re.sub(f"({special}) +", r"\1", text).lstrip(" ") if special else text.lstrip(" ")
+    return text
+
+
+def _without(begin: int | None, tokens: Sequence[int]) -> list[int]:
+    """The tokens behind those that begin a text."""
+    start = next((place for place, token in enumerate(tokens) if token != begin), len(tokens))
+    return list(tokens[start:])
+
+
+def _difference(tokenizer: Any, expected: Sequence[int], found: Sequence[int]) -> str:
+    place = next(
+        (place for place, (one, other) in enumerate(zip(expected, found, strict=False)) if one != other),
+        min(len(expected), len(found)),
+    )
+    before, mine, theirs = (
+        tokenizer.convert_ids_to_tokens(list(tokens))
+        for tokens in (expected[max(0, place - 2) : place], expected[place : place + 4], found[place : place + 4])
+    )
+    return f"behind {before} it has {theirs} instead of {mine}"
+
+
+def _cannot_write(folder: Path, vocabulary: int) -> str:
+    """Why the tokenizer's metadata cannot be written, or nothing.
+
+    Raises:
+        InputError: The tokenizer has more tokens than the table has rows.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        writer = GGUFWriter(Path(place) / "tokenizer.gguf", "llama")
+        try:
+            add_tokenizer(writer, folder, vocabulary)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+        except (ValueError, TypeError, struct.error) as error:
+            return f"GGUF cannot hold the tokenizer in {folder}: {error}"
+        finally:
+            writer.close()
+    return ""
+
+
+def _cut_otherwise(folder: Path) -> str:
+    """What llama.cpp cuts otherwise of the sample texts, or nothing."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        return (
+            f"whether llama.cpp cuts texts as the tokenizer in {folder} does is only known to xllamacpp, which is not "
+            "installed (pip install xllamacpp)"
+        )
+    tokenizer = load_tokenizer(folder)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "tokenizer.gguf"
+        _write_model(path, folder, max(tokenizer.get_vocab().values()) + 1)
+        put = spaces(folder)
+        texts = [comparable(text, tokenizer, put) for text in _samples(tokenizer)]
+        with LlamaServer(path, _CONTEXT, 1) as server:
+            found = agreement(tokenizer, server, texts)
+    where = f"llama.cpp would cut text into other tokens than the tokenizer in {folder} does"
+    return f"{where}: {found.first}" if found.first else ""
+
+
+def _samples(tokenizer: Any) -> list[str]:
+    """Texts to be cut, alone and with special tokens between them, as chat templates write them."""
+    special = dict.fromkeys(filter(None, (tokenizer.eos_token, tokenizer.bos_token)))
+    return [*_TEXTS, *(f"one{token}two {token} three\n{token}\nfour" for token in special)]
+
+
+def _write_model(path: Path, folder: Path, vocabulary: int) -> None:
+    """Writes a model of one layer, all zeros, that has the tokenizer of a folder."""
+    writer = GGUFWriter(path, "llama")
+    try:
+        writer.add_context_length(_CONTEXT)
+        writer.add_embedding_length(_WIDTH)
+        writer.add_block_count(1)
+        writer.add_feed_forward_length(_WIDTH)
+        writer.add_head_count(1)
+        writer.add_layer_norm_rms_eps(1e-5)
+        add_tokenizer(writer, folder, vocabulary)
+        writer.add_tensor("token_embd.weight", np.zeros((vocabulary, _WIDTH), np.float16))
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+            writer.add_tensor(f"blk.0.{name}.weight", np.zeros((_WIDTH, _WIDTH), np.float16))
+        for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+            writer.add_tensor(f"{name}.weight", np.zeros(_WIDTH, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()

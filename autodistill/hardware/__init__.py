@@ -1,0 +1,1 @@
+"""Machines, devices, and the limits of memory and latency that they set."""

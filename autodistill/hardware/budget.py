@@ -1,0 +1,325 @@
+"""The limits of a student on a device: memory, and latency where it is limited."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from autodistill.errors import InputError
+from autodistill.hardware.catalog import device_from_json
+from autodistill.hardware.device import Device
+from autodistill.strategy.deployment import Deployment
+from autodistill.units import _SECONDS, MOST_CONTEXT, _parse, format_bytes, format_duration
+
+CONTEXT = 2048
+"""Tokens of context where nobody says how many, unless a model reads fewer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Hard limits of the deployed student.
+
+    Attributes:
+        memory_bytes: Limit of the memory that inference takes: weights, KV cache, compute buffers and overhead.
+        context: Tokens of context the memory is stated at.
+        batch: Sequences decoded at once, each with its own `context`.
+    """
+
+    memory_bytes: int
+    context: int = CONTEXT
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes < 1:
+            raise InputError(f"a budget of {self.memory_bytes} bytes holds nothing: give an amount like 16GB")
+        if not 1 <= self.context <= MOST_CONTEXT:
+            bound = "at least 1" if self.context < 1 else f"at most {MOST_CONTEXT:,}"
+            raise InputError(f"--context must be {bound}, not {self.context}")
+        check_streams(self.batch, "--batch")
+
+    def describe(self) -> str:
+        """Its memory in words, like "16.0 GB at context 2048, batch 1"."""
+        memory = "no limit of memory" if self.memory_bytes >= NO_LIMIT else format_bytes(self.memory_bytes)
+        return f"{memory} at context {self.context}, batch {self.batch}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The budget as plain data."""
+        return {"memory_bytes": self.memory_bytes, "context": self.context, "batch": self.batch}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceBudget(Budget):
+    """A budget on a device, whose limits of latency are held to it.
+
+    A limit at several streams wants the memory of as many: `batch` is raised to the most that one has.
+
+    Attributes:
+        device: What serves the student.
+        latency: Hard limits beside that of memory; none where the tuple is empty.
+    """
+
+    device: Device
+    latency: tuple[LatencyLimit, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "batch", max([self.batch, *(limit.streams for limit in self.latency)]))
+
+    def describe(self) -> str:
+        """All limits in words."""
+        limits = (limit.describe() for limit in self.latency)
+        return ", ".join([f"{super().describe()}, on {self.device.name}", *limits])
+
+    def to_json(self) -> dict[str, Any]:
+        """The budget as plain data."""
+        limits = [asdict(limit) for limit in self.latency]
+        return super().to_json() | {"device": self.device.to_json(), "latency": limits}
+
+
+def on_gpu(budget: Budget) -> bool:
+    """Whether its memory is that of a discrete GPU, and not that of a process."""
+    return isinstance(budget, DeviceBudget) and budget.device.discrete
+
+
+def served(deployments: Iterable[Deployment], budget: Budget) -> tuple[Deployment, ...]:
+    """Those deployments whose runtime the budget's device has; all where it names no device."""
+    if not isinstance(budget, DeviceBudget):
+        return tuple(deployments)
+    return tuple(one for one in deployments if not budget.device.lacks(one.runtime))
+
+
+def memory_on(device: Device, asked: int | None) -> int:
+    """Bytes that a student may take on a device: what is asked for, or else what is usable of its memory.
+
+    Raises:
+        InputError: The device has less than is asked for.
+    """
+    if asked is not None and asked > device.memory_bytes:
+        raise InputError(
+            f"a budget of {format_bytes(asked)} is more than the {format_bytes(device.memory_bytes)} that "
+            f"{device.name} has, of which {format_bytes(device.usable_bytes)} are usable: lower --budget"
+        )
+    return device.usable_bytes if asked is None else asked
+
+
+def completed(budget: Budget, before: Budget, *, memory: bool, batch: bool, device: bool) -> Budget:
+    """A budget with what nobody asked for as a run stored it.
+
+    Args:
+        budget: As it is asked for now; its context is another's business.
+        before: As the run stored it.
+        memory, batch, device: Whether nobody asked for these.
+    """
+    kept = ({"memory_bytes": before.memory_bytes} if memory and device else {}) | (
+        {"batch": before.batch} if batch else {}
+    )
+    budget = replace(budget, **kept)
+    if not isinstance(before, DeviceBudget):
+        return budget
+    asked = budget if isinstance(budget, DeviceBudget) else None
+    return DeviceBudget(
+        memory_bytes=budget.memory_bytes,
+        context=budget.context,
+        batch=budget.batch,
+        device=asked.device if asked and not device else before.device,
+        latency=(asked.latency if asked else ()) or before.latency,
+    )
+
+
+def with_device_of(budget: Budget, before: Budget, *, by_default: bool = False) -> Budget:
+    """A budget on a stored one's device, with the figures that it had, where it is on the same.
+
+    A device is another as soon as it is measured again, and what a run has predicted must compare with what it will.
+
+    Args:
+        budget: As it is asked for now.
+        before: As the run stored it.
+        by_default: Whether nobody asked for the device, so that it is as before whatever its name.
+    """
+    if not (isinstance(budget, DeviceBudget) and isinstance(before, DeviceBudget)):
+        return budget
+    if not by_default and budget.device.name != before.device.name:
+        return budget
+    taken = budget.memory_bytes == budget.device.usable_bytes
+    memory = before.device.usable_bytes if taken else budget.memory_bytes
+    return replace(budget, device=before.device, memory_bytes=memory)
+
+
+def limits_as(budget: Budget, before: Budget) -> Budget:
+    """A budget as far as it can differ from one that names no device: such a one limits memory alone.
+
+    Runs that were stored before there were limits of latency name none, whatever device they took the memory of.
+    """
+    if isinstance(before, DeviceBudget) or not isinstance(budget, DeviceBudget) or budget.latency:
+        return budget
+    return Budget(memory_bytes=budget.memory_bytes, context=budget.context, batch=budget.batch)
+
+
+def read_budget(data: Mapping[str, Any]) -> Budget:
+    """Reads what `to_json` of either budget wrote; a field that was not there then limits nothing.
+
+    Raises:
+        InputError: Not that.
+    """
+    try:
+        plain = {name: data[name] for name in ("memory_bytes", "context", "batch") if name in data}
+        if data.get("device") is None:
+            return Budget(**plain)
+        limits = tuple(LatencyLimit(**limit) for limit in data["latency"])
+        return DeviceBudget(**plain, device=device_from_json(data["device"]), latency=limits)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"this is no budget as a run stores it ({error}): {dict(data)}") from None
+
+
+MOST_STREAMS = 999_999
+"""Sequences at once; more is a slip, since no machine decodes as many."""
+
+
+def check_streams(count: int, name: str) -> int:
+    """A number of sequences decoded at once, as it was given.
+
+    Args:
+        count: Of sequences.
+        name: Of the option, like "--batch".
+
+    Raises:
+        InputError: None, or more than any machine decodes.
+    """
+    if not 1 <= count <= MOST_STREAMS:
+        wrong = "at least 1" if count < 1 else f"at most {MOST_STREAMS}"
+        raise InputError(f"{name} must be {wrong}, not {count}")
+    return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyLimit:
+    """One limit of latency.
+
+    Attributes:
+        quantity: "tpot", time of a token after the first, or "ttft", time to the first one.
+        percentile: Of the times that must lie within it.
+        seconds: The limit.
+        streams: Sequences decoded at once.
+    """
+
+    quantity: str
+    percentile: int
+    seconds: float
+    streams: int
+
+    def __post_init__(self) -> None:
+        check_streams(self.streams, "the streams of a limit of latency")
+
+    @property
+    def name(self) -> str:
+        """What is limited, like "tpot_p95@streams=1"."""
+        return f"{self.quantity}_p{self.percentile}@streams={self.streams}"
+
+    def describe(self) -> str:
+        """As it would be typed, like "tpot_p95=50.0ms@streams=1"."""
+        return f"{self.quantity}_p{self.percentile}={format_duration(self.seconds)}@streams={self.streams}"
+
+    def typed(self) -> str:
+        """The same with a limit that is no shorter, by a tenth at most, in whole units: "tpot_p95=19ms@streams=1"."""
+        exact = Fraction(self.seconds)
+        unit = next((unit for unit in ("s", "ms") if exact >= 10 * _SECONDS[unit]), "us")
+        return f"{self.quantity}_p{self.percentile}={-(-exact // _SECONDS[unit])}{unit}@streams={self.streams}"
+
+
+LATENCY = LatencyLimit(quantity="tpot", percentile=95, seconds=math.inf, streams=1)
+"""What "latency" means where nothing more is said, without a limit."""
+
+_LATENCY = "50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16"
+
+_LIMIT = re.compile(r"\s*(ttft|tpot)(?:_p([1-9]\d?))?\s*=(.*)", re.ASCII)
+
+_MINUTES = re.compile(r"\s*[\d.]+\s*m\s*", re.ASCII | re.IGNORECASE)
+
+_SHORTEST = 1e-7  # seconds; below it a limit would be written as 0
+
+_STREAMS = re.compile(rf"\s*streams\s*=\s*([1-9]\d{{0,{len(str(MOST_STREAMS)) - 1}}})\s*\Z", re.ASCII)
+
+
+def parse_latency(text: str, streams: int = 1) -> tuple[LatencyLimit, ...]:
+    """Reads limits of latency: "50ms" is the 95th percentile of a token after the first.
+
+    Args:
+        text: A duration, or quantities with their limits, and perhaps "@streams=N" at the end.
+        streams: Where the text does not say.
+
+    Raises:
+        InputError: Another form, a quantity that is not known or limited twice, no positive duration, or streams that
+            cannot be.
+    """
+    check_streams(streams, "--streams")
+    limits, at, load = text.partition("@")
+    if at:
+        found = _STREAMS.match(load)
+        if found is None:
+            raise InputError(f"{text!r} is no limit of latency: after @ comes streams=N; write {_LATENCY}")
+        streams = int(found[1])
+    parsed = []
+    for part in limits.split(","):
+        named = _LIMIT.match(part)
+        if named is None and "=" in part:
+            raise InputError(
+                f"{text!r} is no limit of latency: ttft and tpot have percentiles 1 to 99; write {_LATENCY}"
+            )
+        quantity, percentile, duration = named.groups() if named else ("tpot", None, part)
+        if _MINUTES.fullmatch(duration):
+            raise InputError(f"{text!r} would be minutes: write ms for milliseconds, or min, like {_LATENCY}")
+        seconds = float(_parse(duration, _SECONDS, "a limit of latency", _LATENCY))
+        if seconds < _SHORTEST:
+            raise InputError(f"{text!r} is shorter than any answer: write a limit like {_LATENCY}")
+        parsed.append(
+            LatencyLimit(quantity=quantity, percentile=int(percentile or 95), seconds=seconds, streams=streams)
+        )
+    if len({(limit.quantity, limit.percentile) for limit in parsed}) < len(parsed):
+        raise InputError(f"{text!r} limits one latency twice: write {_LATENCY}")
+    return tuple(parsed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """What an hour costs: of a GPU where a search uses any, else of the machine.
+
+    Attributes:
+        amount: Of money.
+        currency: As it was typed, like "EUR" or "$"; empty where nothing was said.
+    """
+
+    amount: float
+    currency: str = ""
+
+    def of(self, hours: float) -> str:
+        """The cost of so many hours, like "1.25 EUR" or "$1.25"."""
+        cost = f"{self.amount * hours:,.2f}"
+        if not self.currency:
+            return cost
+        return f"{cost} {self.currency}" if self.currency.isalpha() else f"{self.currency}{cost}"
+
+
+_PRICE = re.compile(r"\s*([$€£¥]?)\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]{3})?\s*/\s*h\s*\Z")
+
+
+def parse_price(text: str) -> Price:
+    """Reads a price an hour, like "2.5/h", "$2.5/h" or "2.5 EUR/h".
+
+    Raises:
+        InputError: Another form, two currencies, or an amount that is not above zero.
+    """
+    match = _PRICE.match(text)
+    if match is None or (match[1] and match[3]):
+        raise InputError(f"{text!r} is no price: write an amount an hour, like 2.5/h, $2.5/h or 2.5 EUR/h")
+    amount = float(match[2])
+    if not 0 < amount < 10**9:
+        raise InputError(f"{text!r} is no price: the amount must be above zero, like 2.5/h")
+    return Price(amount=amount, currency=match[1] or (match[3] or "").upper())
+
+
+NO_LIMIT = 10**18
+"""Bytes of a budget that limits no memory: above any, and still a number that every file format holds."""

@@ -1,0 +1,196 @@
+"""This machine as a device: its memory bandwidth and matrix rate are measured once, and kept if it was quiet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from autodistill.errors import InputError
+from autodistill.hardware.background_load import Watch
+from autodistill.hardware.catalog import device_classes, devices
+from autodistill.hardware.device import LOCAL, Device
+from autodistill.hardware.lookup import find_device
+from autodistill.hardware.machine import Machine, computes_bf16, detect, machine_name
+from autodistill.utils.file_locks import alone
+from autodistill.utils.hashing import content_hash
+from autodistill.utils.json_files import read_json, write_json
+
+_doubtful: dict[Path, dict[str, Any]] = {}
+"""What was measured by this process while the machine was busy, by where it would be kept."""
+
+_METHOD = 2  # of measuring: to be raised with any change of it
+_BYTES = 256 * 2**20  # read at once: beyond any cache
+_SECONDS = 0.6  # that one quantity is measured for
+_SQUARE = {"cpu": 1024, "cuda": 8192, "mps": 4096}
+
+
+def local_device(cache: Path, machine: Machine | None = None, *, again: bool = False) -> Device:
+    """This machine: its first GPU where it has one, else its CPU.
+
+    Bandwidth is the best of several sums of a matrix of 256 MiB or products of it and a vector, the rate that of
+    products of square matrices, both with all cores. Where other work shares them, both come out low: then stderr says
+    so, and they are not kept for the next time.
+
+    Args:
+        cache: Folder where the measurement is kept for the next time.
+        machine: As `detect` finds it.
+        again: Whether to measure although a measurement is kept.
+    """
+    machine = machine or detect()
+    kind, name, memory = _identity(machine)
+    key = {"method": _METHOD, "name": name, "cpus": machine.cpus, "kind": kind}
+    path = cache / "devices" / f"{content_hash(key)}.json"
+    # Measured by one search at a time: side by side both would come out low.
+    with alone(path):
+        figures = (None if again else _kept(path) or _doubtful.get(path)) or _fresh(kind, machine.cpus, path)
+    found = device_classes()[{"cpu": "cpu", "cuda": "discrete-gpu", "mps": "unified"}[kind]]
+    usable = max(memory // 2, int(memory * found.share) - found.reserve_bytes)
+    reference = f"the memory, less what is kept for {found.reference}"
+    if kind == "mps":
+        # What the class's share stands for: here Metal itself says it.
+        usable, reference = machine.gpus[0].memory_bytes, "reported by Metal as the working set of a process"
+    text = f"measured on this machine with {machine.cpus} cores, load average {figures['load']:.1f}"
+    text += "".join(f"; {doubt}" for doubt in figures.get("doubts", ()))
+    return Device(
+        name=name,
+        aliases=(LOCAL,),
+        kind=found,
+        memory_bytes=memory,
+        usable_bytes=usable,
+        bandwidth=figures["bandwidth"],
+        rates=figures["rates"],
+        sources={"memory": "reported by the system", "usable": reference, "bandwidth": text, "rates": text},
+        measured=True,
+    )
+
+
+def known_devices(files: Sequence[Path] = (), local: Path | None = None, *, again: bool = False) -> tuple[Device, ...]:
+    """The described devices, and before them this machine where a cache is given to keep its measurement in.
+
+    Args:
+        files: A person's own.
+        local: The cache.
+        again: See `local_device`.
+
+    Raises:
+        InputError: As `devices`.
+    """
+    return (*([local_device(local, again=again)] if local else []), *devices(*files))
+
+
+def choose_device(text: str, cache: Path, files: Sequence[Path] = ()) -> Device:
+    """The device that a person names; "local" is this machine.
+
+    Raises:
+        InputError: As `find_device`.
+    """
+    if text.strip().lower() == LOCAL:
+        return local_device(cache)
+    return find_device(text, devices(*files))
+
+
+def _identity(machine: Machine) -> tuple[str, str, int]:
+    if not machine.gpus:
+        return "cpu", machine_name(machine), machine.memory_bytes
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", machine_name(machine), machine.gpus[0].memory_bytes
+    return "mps", machine_name(machine), machine.memory_bytes
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """What was measured before; a damaged file is measured anew."""
+    if not path.is_file():
+        return None
+    try:
+        data = read_json(path)
+        bandwidth, load = float(data["bandwidth"]), float(data["load"])
+        rates = {str(key): float(rate) for key, rate in data["rates"].items()}
+    except (InputError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+    whole = bandwidth > 0 and rates and min(rates.values()) > 0
+    return {"bandwidth": bandwidth, "rates": rates, "load": load} if whole else None
+
+
+def _fresh(kind: str, cpus: int, path: Path) -> dict[str, Any]:
+    """Measures now; what a busy machine gave is warned of, and kept for this process alone."""
+    figures = _measured(kind, cpus)
+    doubts = figures.pop("doubts", ())
+    if not doubts:
+        _doubtful.pop(path, None)
+        write_json(path, figures)
+        return figures
+    print(
+        f"warning: this machine was busy while it was measured ({'; '.join(doubts)}), so its figures may be too low "
+        "and are not kept: autodistill devices --local --again measures it when it is quiet",
+        file=sys.stderr,
+        flush=True,
+    )
+    _doubtful[path] = figures | {"doubts": doubts}
+    return _doubtful[path]
+
+
+def _measured(kind: str, cpus: int) -> dict[str, Any]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(cpus)
+    try:
+        with Watch(cpus) as watch:
+            figures = {"bandwidth": _bandwidth(kind), "rates": _rates(kind)}
+    finally:
+        torch.set_num_threads(before)
+    # A GPU's figures do not depend on what its machine's cores do.
+    doubts = watch.noise.doubts if kind == "cpu" else ()
+    return {**figures, "load": watch.noise.load_average, "doubts": doubts}
+
+
+def _bandwidth(kind: str) -> float:
+    """Bytes a second that a matrix is read with at best."""
+    import torch
+
+    dtype = torch.float32 if kind == "cpu" else torch.float16
+    columns = 4096
+    matrix = torch.ones(_BYTES // dtype.itemsize // columns, columns, dtype=dtype, device=kind)
+    vector = torch.ones(columns, dtype=dtype, device=kind)
+    # Which of the two comes nearer to what the memory gives depends on the kernel that torch has for it.
+    return _BYTES / min(_best(work, kind) for work in (lambda: torch.mv(matrix, vector), lambda: matrix.sum()))
+
+
+def _rates(kind: str) -> dict[str, float]:
+    """Operations a second of products of square matrices, in what is computed here and not emulated."""
+    import torch
+
+    size = _SQUARE[kind]
+    names = {"fp32": torch.float32}
+    names |= {"bf16": torch.bfloat16} if computes_bf16(kind) else {}
+    names |= {} if kind == "cpu" else {"fp16": torch.float16}
+    rates = {}
+    for name, dtype in names.items():
+        left, right = (torch.ones(size, size, dtype=dtype, device=kind) for _ in range(2))
+        rates[name] = 2 * size**3 / _best(partial(torch.mm, left, right), kind)
+    return rates
+
+
+def _best(work: Callable[[], Any], kind: str) -> float:
+    """Seconds of the fastest run."""
+    import torch
+
+    def wait() -> None:
+        if kind != "cpu":
+            getattr(torch, kind).synchronize()
+
+    work()
+    wait()
+    best, ends = float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < ends:
+        begun = time.perf_counter()
+        work()
+        wait()
+        best = min(best, time.perf_counter() - begun)
+    return best

@@ -1,0 +1,199 @@
+"""A device by what a person writes for it, or by what a machine's system says."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from autodistill.errors import InputError
+from autodistill.hardware.catalog import device_classes, listed, own_first
+from autodistill.hardware.device import ONE_CHIP, Device
+from autodistill.hardware.names import (
+    asks_for_a_kind,
+    bare,
+    built_cores,
+    class_words,
+    distance,
+    has_size,
+    is_amount,
+    is_another_product,
+    joined,
+    name_and_cores,
+    product_words,
+    searched_words,
+    split,
+    without_system_words,
+)
+
+# As alike as a slip of a key leaves a short name; at 0.5 "4O90" is near to "A40".
+_NEAR = 0.6
+# A system reports less than is built in, and more than a maker's GB where those are of 2^30 bytes.
+_REPORTED_MEMORY = (0.75, 1.1)
+
+
+def find_device(text: str, known: Iterable[Device]) -> Device:
+    """Looks a device up by a person's spelling: "4090", "rtx 4060 ti 16gb", "A100-80GB".
+
+    Case, blanks, hyphens and makers' names do not matter, and words may be left out where one device alone has the
+    others, but for those that make another product, as "Ti" does. The amount of memory may be said although a name does
+    not hold it, with or without its unit.
+
+    Raises:
+        InputError: An amount of memory alone, with its unit or as a number of one or two digits; or no device or
+            several are called so, where the message lists the near ones.
+    """
+    known = tuple(known)
+    if not split(text):
+        raise InputError(f"{text!r} names no device: autodistill devices lists them")
+    if asks_for_a_kind(text, device_classes()):
+        raise InputError(
+            f"{text!r} is a kind of devices and no device: name one that autodistill devices lists, or local for this "
+            "machine"
+        )
+    if is_amount(text):
+        raise InputError(
+            f"{text!r} is an amount of memory and no device: give it as --budget, or name a device that autodistill "
+            "devices lists"
+        )
+    named = [(device, name) for device in known for name in device.names]
+    for form in (joined, bare):
+        same = [device for device, name in named if form(name) == form(text)]
+        if same and form(text):
+            return same[0]
+    having, others = _having(text, named, bare_amounts=False)
+    if not having:
+        # A number is another model's before it is an amount of memory: "Pi 4" is no Pi 5 with 4 GB.
+        having, others = _having(text, named, bare_amounts=True)
+    if having:
+        nearest = min(having.values())
+        closest = [device for device in known if having.get(device.name) == nearest]
+        if len(closest) == 1:
+            return closest[0]
+        raise InputError(f"{text!r} can be {', '.join(device.name for device in closest)}: name one of them")
+    names = {joined(name): device.name for device, name in named} | {bare(name): dev.name for dev, name in named}
+    near = difflib.get_close_matches(bare(text) or joined(text), names, n=5, cutoff=_NEAR)
+    shown = ", ".join(list(dict.fromkeys([*others, *(names[key] for key in near)]))[:5])
+    hint = f"near to it are {shown}" if shown else "autodistill devices lists them"
+    raise InputError(f"there is no device {text!r}; {hint}")
+
+
+def _having(
+    text: str, named: Iterable[tuple[Device, str]], *, bare_amounts: bool
+) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """How far the devices are that have all that is asked for, by name, and which are another product of that name."""
+    having: dict[str, tuple[int, int]] = {}
+    others = []
+    for device, name in named:
+        far = distance(text, name, _gigabytes(device), bare_amounts=bare_amounts)
+        if far is None:
+            continue
+        if is_another_product(text, name):
+            others.append(device.name)
+        else:
+            having[device.name] = min(having.get(device.name, far), far)
+    return having, others
+
+
+def _gigabytes(device: Device) -> range:
+    """What a person may say that its memory is: as many GB or GiB, rounded, or what lies between."""
+    return range(round(device.memory_bytes / 2**30), round(device.memory_bytes / 10**9) + 1)
+
+
+def matching(text: str, known: Iterable[Device]) -> tuple[Device, ...]:
+    """The devices whose name, aliases or class have all the words that are asked for: "4090", "raspberry", "apple m3".
+
+    Raises:
+        InputError: None has; the message lists the near ones.
+    """
+    known, asked = tuple(known), set(split(text))
+    found = tuple(
+        device for device in known if asked and asked <= searched_words(" ".join((*device.names, device.kind.name)))
+    )
+    return found or (find_device(text, known),)
+
+
+def device_of_system(
+    name: str,
+    known: Iterable[Device],
+    *,
+    memory_bytes: int | None = None,
+    cores: int | None = None,
+    mode: str = "",
+) -> Device | None:
+    """The device that a machine is, by what its system says; None where that is no known one, or may be several.
+
+    Args:
+        name: Of its board, processor or GPU, like "Raspberry Pi 5 Model B Rev 1.0".
+        known: Devices.
+        memory_bytes: That the system has, which tells boards of one name apart.
+        cores: That the system has: fewer than the processor's name says are a share of it, and another device.
+        mode: Power mode of a Jetson, as nvpmodel has it.
+    """
+    built = built_cores(name)
+    if built is not None and cores is not None and cores < built:
+        return None
+    fitting = list(known) if memory_bytes is None else _of_memory(memory_bytes, known)
+    try:
+        return find_device(without_system_words(name, mode), fitting)
+    except InputError:
+        return None
+
+
+def _of_memory(memory_bytes: int, known: Iterable[Device]) -> list[Device]:
+    """The devices that a system with so much memory may be: of a machine that is sold with several, the nearest."""
+    low, high = _REPORTED_MEMORY
+    found = []
+    nearest: dict[frozenset[str], tuple[float, Device]] = {}
+    for device in known:
+        share = memory_bytes / device.memory_bytes
+        if device.kind.name not in ONE_CHIP:
+            found.append(device)
+        elif low <= share <= high:
+            words = product_words(device.name)
+            far = abs(share - 1)
+            if words not in nearest or far < nearest[words][0]:
+                nearest[words] = (far, device)
+    return [*found, *(device for _, device in nearest.values())]
+
+
+def is_machine(device: Device, machine: str, *, memory_bytes: int | None = None, cores: int | None = None) -> bool:
+    """Whether figures that a machine gave under its own name are the device's.
+
+    Where its memory is not known, those of a machine that is sold with several are of each that is as fast.
+
+    Args:
+        device: A known one, or this machine.
+        machine: The device's name, or the machine's own as `hardware.machine_name` makes it: of a GPU its driver's, of
+            a processor its system's and its cores, like "Raspberry Pi 5 Model B Rev 1.0, 4 cores".
+        memory_bytes, cores: That the machine has, where they are known and its name does not tell the cores.
+    """
+    if machine == device.name:
+        return True
+    name, told = name_and_cores(machine)
+    cores = told or cores
+    found = device_of_system(name, own_first((device,), listed()), memory_bytes=memory_bytes, cores=cores)
+    sized = memory_bytes is not None or has_size(name)
+    if found is None or (found.name != device.name and (sized or not _same_but_size(found, device))):
+        return False
+    # Of a processor whose name does not tell its cores, a share of it cannot be told from the whole.
+    return found.kind.name != "cpu" or built_cores(name) is not None
+
+
+def _same_but_size(one: Device, other: Device) -> bool:
+    """Whether two are one machine with more and less memory, at one speed."""
+    same = one.kind.name == other.kind.name and (one.bandwidth, one.rates) == (other.bandwidth, other.rates)
+    return same and one.kind.name in ONE_CHIP and product_words(one.name) == product_words(other.name)
+
+
+def class_of_machine(machine: str, plain: str) -> str:
+    """The class of devices that a machine belongs to by its own name, or else a plain one.
+
+    Args:
+        machine: As `is_machine` takes it, "Apple GPU" included.
+        plain: Where no known device, or devices of several classes, are called so.
+    """
+    words = class_words(machine)
+    kinds = {
+        device.kind.name for device in listed() for name in device.names if words and words <= searched_words(name)
+    }
+    return kinds.pop() if len(kinds) == 1 else plain

@@ -1,0 +1,255 @@
+"""A model writes: prompts are answered in batches, greedily or by seeded sampling, with keys and values cached."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autodistill.data.dataset import Questions
+from autodistill.data.reasoning_gym import marker
+from autodistill.data.tokenization import load_tokenizer
+from autodistill.errors import NotFiniteError
+from autodistill.inference.batching import map_batches, pass_tokens
+from autodistill.inference.outputs import Answers
+
+_BATCH = 16  # prompts answered at once on a CPU
+BATCH_ON_ACCELERATOR = 64
+"""Prompts answered at once there, where a token of many takes hardly longer than one of few."""
+LOOKED = 8
+"""Tokens that are written between two looks at whether an answer needs no more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Only the most likely tokens that together have this probability may be drawn (nucleus sampling,
+            arXiv 1904.09751).
+        seed: Of the draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+def write(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stops: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    batch: int | None = None,
+    device: str = "cpu",
+    enough: Callable[[list[int]], bool] | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Yields the place of each prompt and the tokens written after it, prompts of like length together.
+
+    What is drawn for a prompt depends on it and on the seed alone, not on the prompts that it is answered with.
+
+    Args:
+        model: Causal language model on `device`.
+        prompts: Token ids, none of them empty.
+        stops: Tokens that end an answer; the one that did is the last of it.
+        max_tokens: Tokens after which an answer ends unfinished.
+        sampling: How tokens are chosen.
+        batch: Prompts answered at once, fewer where an accelerator's memory runs out; None for what suits the device.
+        device: Where the model lies.
+        enough: Whether an answer that begins with these tokens needs no more of them; asked every `LOOKED` tokens, so
+            that the answer ends there.
+
+    Raises:
+        NotFiniteError: Logits that an answer is written by are not finite; of these some token would be the largest all
+            the same. The other answers of its batch come before.
+    """
+    from transformers import GenerationConfig
+
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    chosen = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0], use_cache=True
+    )
+    # A folder may bring settings of its own, such as a penalty on repetition, which would be merged with these.
+    before, model.generation_config = model.generation_config, chosen
+
+    def work(part: range) -> list[tuple[int, list[int] | None]]:
+        """Places and answers of some prompts, padded on the left and written together; None of logits not finite."""
+        places = order[part.start : part.stop]
+        rows = [torch.tensor(prompts[place]) for place in places]
+        # Where the mask hides the padding, and positions do not count it.
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=stops[0], padding_side="left")
+        mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+        look = None if enough is None else _Look(enough, ids.shape[1])
+        finite = _Finite()
+        with torch.inference_mode():
+            output = model.generate(
+                ids.to(device),
+                attention_mask=mask.long().to(device),
+                logits_processor=[finite, *([_Draw(sampling, rows)] if sampling.temperature > 0 else [])],
+                stopping_criteria=[] if look is None else [look],
+            )
+        found = output[:, ids.shape[1] :].tolist()
+        ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in found]
+        if look is not None:
+            # Behind them the row is filled up, until the last of the batch ends.
+            ends = [min(end, look.ends.get(row, end)) for row, end in enumerate(ends)]
+        whole = finite.up_to(ends)
+        return [
+            (place, row[:end] if right else None)
+            for place, row, end, right in zip(places, found, ends, whole, strict=True)
+        ]
+
+    try:
+        if device == "cpu":
+            size = batch or at_once(device)
+            parts = (range(start, min(start + size, len(order))) for start in range(0, len(order), size))
+            for part in parts:
+                yield from _finite_first(work(part))
+        else:
+            rows, lengths = batch or at_once(device), [len(prompts[place]) + max_tokens for place in order]
+            # All that is held of them bounds how many there are, and not what a pass is best made of.
+            tokens = pass_tokens(model, device, most=rows * max(lengths, default=1))
+            for found in map_batches(work, len(order), _at_most(lengths, tokens), rows, device):
+                yield from _finite_first(found)
+    finally:
+        model.generation_config = before
+
+
+def _finite_first(found: Sequence[tuple[int, list[int] | None]]) -> Iterator[tuple[int, list[int]]]:
+    """The answers of a batch; behind them it raises where one is None."""
+    yield from ((place, tokens) for place, tokens in found if tokens is not None)
+    broken = [place for place, tokens in found if tokens is None]
+    if broken:
+        raise NotFiniteError(min(broken))
+
+
+def _at_most(lengths: Sequence[int], tokens: int) -> Callable[[int, int], int]:
+    """What `map_batches` takes: rows up to a number, the shortest first, and up to so many padded tokens."""
+
+    def take(start: int, rows: int) -> int:
+        stop = start + 1
+        while stop < len(lengths) and stop - start < rows and (stop + 1 - start) * lengths[stop] <= tokens:
+            stop += 1
+        return stop
+
+    return take
+
+
+class _Look:
+    """Ends the rows that need no more tokens, as one of transformers' stopping criteria.
+
+    Attributes:
+        ends: Tokens that were written of each such row.
+    """
+
+    def __init__(self, enough: Callable[[list[int]], bool], start: int) -> None:
+        self._enough, self._start = enough, start
+        self.ends: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        written = input_ids.shape[1] - self._start
+        if written % LOOKED == 0:
+            rows = enumerate(input_ids[:, self._start :].tolist())
+            self.ends |= {row: written for row, ids in rows if row not in self.ends and self._enough(ids)}
+        return torch.tensor([row in self.ends for row in range(len(input_ids))], device=input_ids.device)
+
+
+class _Finite:
+    """Whether every token was the largest of numbers, as one of transformers' logits processors.
+
+    Looked at once, behind the last token, since an accelerator would be waited for at each.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: list[Tensor] = []  # of each token, [rows]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # The largest of a row with a NaN is NaN.
+        self._tokens.append(scores.amax(dim=-1).isfinite())
+        return scores
+
+    def up_to(self, ends: Sequence[int]) -> list[bool]:
+        """Of each row, whether as many tokens were: behind them it is only filled up, whatever its logits are."""
+        finite = torch.stack(self._tokens).cpu()
+        return [bool(finite[:end, row].all()) for row, end in enumerate(ends)]
+
+
+class _Draw:
+    """Makes the largest score a draw from softmax(logits / temperature), by adding Gumbel noise.
+
+    The maximum of logits and such noise is distributed as their softmax (Gumbel-max; Maddison et al., arXiv
+    1411.0030). Each row draws from a generator of its own.
+    """
+
+    def __init__(self, sampling: Sampling, prompts: Sequence[Tensor]) -> None:
+        from transformers import TopPLogitsWarper
+
+        self._temperature = sampling.temperature
+        self._nucleus = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+        self._generators = [torch.Generator().manual_seed(_seed(prompt, sampling.seed)) for prompt in prompts]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores / self._temperature
+        if self._nucleus is not None:
+            scores = self._nucleus(input_ids, scores)
+        draws = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self._generators]
+        return scores - torch.stack(draws).log_().to(scores.device)
+
+
+def _seed(prompt: Tensor, seed: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{prompt.tolist()}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def at_once(device: str) -> int:
+    """Prompts that are answered together there."""
+    return _BATCH if device == "cpu" else BATCH_ON_ACCELERATOR
+
+
+def answer(
+    model: Any, questions: Questions, *, context: int, device: str = "cpu", places: Sequence[int] | None = None
+) -> Answers:
+    """What a model writes to questions, greedily, and the marks it gets.
+
+    An answer may be half as long again as the longest one expected, as far as the context has room for it. A question
+    that does not fit the context with the answer expected is not asked, and counts as not answered.
+
+    Args:
+        model: Causal language model on `device`.
+        questions: At least one.
+        context: Tokens that a prompt and its answer may have together.
+        device: Where the model lies.
+        places: Of the questions that are put, ascending; the answers are of these alone. All by default.
+    """
+    fitting = set(questions.within(context))
+    limit = max((questions.entries[place].answer_tokens for place in fitting), default=0) * 3 // 2
+    put = range(len(questions.entries)) if places is None else places
+    entries = [questions.entries[place] for place in put]
+    asked = [number for number, place in enumerate(put) if place in fitting]
+    texts, marks = [""] * len(entries), np.zeros(len(entries))
+    decoder, mark = load_tokenizer(questions.tokenizer), marker(questions.task)
+    prompts = [entries[place].prompt for place in asked]
+    written = write(model, prompts, stops=questions.stops, max_tokens=limit, device=device) if asked else ()
+    for number, tokens in written:
+        place, room = asked[number], context - len(prompts[number])
+        texts[place] = str(decoder.decode(tokens[:room], skip_special_tokens=True))
+        marks[place] = mark(texts[place], entries[place].answer, entries[place].item)
+    return Answers(
+        texts=tuple(texts),
+        marks=marks,
+        documents=np.array([entry.document for entry in entries], dtype=np.int32),
+        unasked=len(entries) - len(asked),
+    )

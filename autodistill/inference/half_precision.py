@@ -1,0 +1,226 @@
+"""A large teacher's weights held in 16 bits, while everything that it computes is still computed in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autodistill.models.loading import load_model
+from autodistill.models.model_folder import HeldType
+from autodistill.quantization.grids import Grid, Scales, Storage
+from autodistill.quantization.group_scales import given_steps, stored_steps
+from autodistill.quantization.k_quants import on_block_grid
+from autodistill.quantization.rounding import deploy_tensor, fitted_scales, given_values
+
+# Weights shown in float32 at once: a table of 150,000 tokens would take gigabytes, for each thread that multiplies.
+_SHOWN = 2**25
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_held(folder: Path, held: HeldType, device: str = "cpu") -> Any:
+    """Loads a model for inference in float32, its matrices held in `held`.
+
+    A matrix is cast to float32, some rows of it at a time, whenever a product reads it, which is exact: where the
+    folder has its weights in that type, logits are those of the model in float32 but for the order of sums in products
+    that are made in parts. Biases and norms are float32 throughout, and so is a table that its module scales.
+
+    Args:
+        folder: Of transformers.
+        held: Type of the matrices; "float32" gives `load_model`'s.
+        device: Where the model goes.
+    """
+    model = load_model(folder, _TYPES[held])
+    if held != "float32":
+        for module in list(model.modules()):
+            if type(module) is nn.Linear:
+                module.__class__ = _HeldLinear
+            elif type(module) is nn.Embedding:
+                module.__class__ = _HeldEmbedding
+        for module in model.modules():
+            _widen(module)
+    return model.to(device)  # type: ignore[arg-type]
+
+
+class _Multiples(NamedTuple):
+    """Scales, or minima less their sign, in the memory that they take in a file.
+
+    Attributes:
+        units: float16 [out, blocks, 1].
+        multipliers: int8 [out, blocks, groups of a block].
+    """
+
+    units: Tensor
+    multipliers: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, grid: Grid) -> _Multiples:
+        """Those of stored values, float32 [out, groups]."""
+        units, multipliers = on_block_grid(values, grid, torch)
+        rows = len(values)
+        return cls(units.half().view(rows, -1, 1), multipliers.to(torch.int8).view(rows, -1, grid.groups_per_block))
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        """The values of some rows, float32 [rows, groups]."""
+        return (self.units[rows].float() * self.multipliers[rows] + 0.0).flatten(1)
+
+
+_Own: TypeAlias = tuple[Tensor, Tensor | None]
+"""Scales and offsets that are given, float32 [out, groups] each."""
+
+
+class _Deployed:
+    """How a matrix is stored in the deployment that is simulated, for all modules that are tied to it.
+
+    Scales of super-blocks take several times as long to find as a product with a few tokens takes: they are searched
+    for once, when a product first reads the matrix.
+    """
+
+    def __init__(self, storage: Storage, own: _Own | None = None) -> None:
+        self._storage = storage
+        self._own = own
+        self._found: tuple[_Multiples, _Multiples | None] | None = None
+        # On a CPU sequences are read by a thread each, and come to a matrix at the same time.
+        self._searching = Lock()
+
+    def search(self, weight: Tensor) -> None:
+        """Finds the scales of the matrix, [out, in], where they have to be searched for and are not known yet."""
+        grid = self._storage
+        if not isinstance(grid, Grid) or not grid.block_size or self._own is not None:
+            return
+        with self._searching:
+            if self._found is None:
+                parts = [fitted_scales(weight[rows].float(), grid) for rows in _parts(weight)]
+                scales, minima = zip(*parts, strict=True)
+                self._found = (
+                    _Multiples.of(torch.cat(scales), grid),
+                    None if grid.symmetric else _Multiples.of(-torch.cat(minima), grid),
+                )
+
+    def values(self, rows: Tensor, which: slice | Tensor) -> Tensor:
+        """Some rows of the matrix, and which they are, in float32 as the runtime will see them."""
+        if self._own is not None:
+            assert isinstance(self._storage, Grid)
+            given, offsets = (None if part is None else part[which] for part in self._own)
+            assert given is not None
+            return given_values(rows.detach().float(), given_steps(given, offsets, self._storage), self._storage)
+        if self._found is None:
+            return deploy_tensor(rows, self._storage)
+        assert isinstance(self._storage, Grid)
+        scales, minima = self._found
+        # 0 less what is stored, as its search gives a minimum: 0 without a sign.
+        steps = stored_steps(scales.read(which), None if minima is None else 0.0 - minima.read(which), self._storage)
+        return given_values(rows.detach().float(), steps, self._storage)
+
+
+def _parts(weight: Tensor) -> Iterator[slice]:
+    """Rows that are shown at once, one part after the other."""
+    rows = max(1, _SHOWN // weight.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(weight), rows))
+
+
+class _Held:
+    """A module's weight in 16 bits, and the deployment that is simulated; None for the weight itself."""
+
+    weight: Tensor
+    deployed_as: _Deployed | None = None
+
+    def shown(self, rows: Tensor, which: slice | Tensor) -> Tensor:
+        """Some rows of the weight, and which they are, in float32 as the runtime will see them."""
+        return rows.float() if self.deployed_as is None else self.deployed_as.values(rows, which)
+
+
+class _HeldLinear(nn.Linear, _Held):
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear`, in float32, or by autocast in its own type."""
+        weight, kind = self.weight, input.device.type
+        if (
+            self.deployed_as is None
+            and torch.is_autocast_enabled(kind)
+            and weight.dtype == torch.get_autocast_dtype(kind)
+        ):
+            # What autocast would round the float32 weight to.
+            return functional.linear(input, weight, self.bias)
+        if self.deployed_as is not None:
+            self.deployed_as.search(weight)
+        parts = [
+            functional.linear(input, self.shown(weight[rows], rows), None if self.bias is None else self.bias[rows])
+            for rows in _parts(weight)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class _HeldEmbedding(nn.Embedding, _Held):
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Embedding`, in float32: of the rows that are read alone, since groups never cross a row."""
+        rows = super().forward(input)
+        # A table is large: its scales are searched for row by row, but where a head is tied to it and has found them.
+        return self.shown(rows.flatten(0, -2), input.flatten()).view_as(rows)
+
+
+def _widen(module: nn.Module) -> None:
+    """Makes float32 of what a module holds but for matrices that are shown when they are read."""
+    held = isinstance(module, _Held)
+    for name, parameter in module.named_parameters(recurse=False):
+        if not (held and name == "weight"):
+            parameter.data = parameter.data.float()
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_floating_point() and name == "embed_scale":
+            # Gemma's scale of its table was rounded with the weights; its exact value stands beside it.
+            module.register_buffer(name, torch.tensor(float(module.scalar_embed_scale)), persistent=False)  # type: ignore[arg-type]
+
+
+def is_held(model: Any) -> bool:
+    """Whether a model's matrices are held in 16 bits."""
+    return any(isinstance(module, _Held) for module in model.modules())
+
+
+def _own_of(scales: Scales | None, weight: Tensor) -> _Own | None:
+    if scales is None:
+        return None
+    first, offsets = (None if part is None else torch.from_numpy(part).to(weight.device) for part in scales)
+    assert first is not None
+    return first, offsets
+
+
+@contextmanager
+def held_as_deployed(
+    model: Any, storages: Mapping[str, Storage], scales: Mapping[str, Scales] | None = None
+) -> Iterator[None]:
+    """Within the context a held model computes with the values that a runtime will see, and keeps its own in 16 bits.
+
+    Args:
+        model: Of `load_held`.
+        storages: How each tensor is stored, by name; a tied head is stored as its table.
+        scales: Of matrices, by name, where others are given than follow from the weights: a teacher's own.
+    """
+    given = scales or {}
+    parameters = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}
+    by_id = {key: storages[name] for key, (name, _) in parameters.items()}
+    deployed = {key: _Deployed(by_id[key], _own_of(given.get(name), one)) for key, (name, one) in parameters.items()}
+    holding = [module for module in model.modules() if isinstance(module, _Held)]
+    # By identity, since a tensor is compared value by value.
+    masters: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    try:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                storage, shown = by_id[id(parameter)], isinstance(module, _Held) and name == "weight"
+                if storage != "f32" and not shown and id(parameter) not in masters:
+                    masters[id(parameter)] = parameter, parameter.data
+                    parameter.data = deploy_tensor(parameter.data, storage, given.get(parameters[id(parameter)][0]))
+        for module in holding:
+            # A head that is tied to a scaled table reads what was packed above, which packed again could move.
+            if id(module.weight) not in masters:
+                module.deployed_as = deployed[id(module.weight)]
+        yield
+    finally:
+        for parameter, master in masters.values():
+            parameter.data = master
+        for module in holding:
+            module.deployed_as = None

@@ -1,0 +1,113 @@
+"""What models say, as plain arrays: scores of tokens, the teacher's reference, answers and likelihoods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.utils.durable import put
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """What one forward pass over a split says of every predicted token.
+
+    Attributes:
+        nll: float64 [n], negative log-likelihood of the true token in nats.
+        correct: bool [n], whether the most likely token is the true one.
+        agrees: bool [n], whether it is the teacher's most likely one.
+        documents: int32 [n], the document each predicted token belongs to.
+        confidence: float64 [n], probability of the most likely token; None where nobody kept it.
+        divergence: float64 [n], KL(teacher || student) in nats over the outcomes of the reference; None without one.
+        window: Tokens of the sequences that were read, each on its own: context and stride of a window are its length.
+        outcomes: Over how many outcomes the divergence goes: the teacher's likeliest tokens, and the rest as one.
+        teacher_correct: bool [n], whether the teacher's most likely token is the true one; None without a reference.
+    """
+
+    nll: npt.NDArray[np.float64]
+    correct: npt.NDArray[np.bool_]
+    agrees: npt.NDArray[np.bool_]
+    documents: npt.NDArray[np.int32]
+    confidence: npt.NDArray[np.float64] | None = None
+    divergence: npt.NDArray[np.float64] | None = None
+    window: int | None = None
+    outcomes: int | None = None
+    teacher_correct: npt.NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TeacherReference:
+    """What a validation pass keeps of the teacher, for each predicted token.
+
+    Attributes:
+        top1: int32 [n], its most likely token.
+        tokens: int32 [n, k], its k most likely ones, in any order.
+        log_probs: float32 [n, k], their log-probabilities over the whole vocabulary, in nats.
+    """
+
+    top1: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+    log_probs: npt.NDArray[np.float32]
+
+    def head(self, count: int) -> TeacherReference:
+        """That of the first `count` predicted tokens."""
+        return self.part(0, count)
+
+    def part(self, start: int, stop: int) -> TeacherReference:
+        """That of some predicted tokens."""
+        return TeacherReference(
+            top1=self.top1[start:stop], tokens=self.tokens[start:stop], log_probs=self.log_probs[start:stop]
+        )
+
+    def renamed(self, first: int, second: int) -> TeacherReference:
+        """With two tokens in each other's place."""
+        top1, tokens = (
+            np.where(ids == first, second, np.where(ids == second, first, ids)).astype(np.int32)
+            for ids in (self.top1, self.tokens)
+        )
+        return TeacherReference(top1=top1, tokens=tokens, log_probs=self.log_probs)
+
+    def save(self, path: Path) -> None:
+        """Writes plain arrays, whole or not at all."""
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, top1=self.top1, tokens=self.tokens, log_probs=self.log_probs)
+            put(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> TeacherReference:
+        """Reads what `save` wrote; no pickle."""
+        with np.load(path, allow_pickle=False) as found:
+            return cls(top1=found["top1"], tokens=found["tokens"], log_probs=found["log_probs"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model wrote, greedily, to the questions of a split.
+
+    Attributes:
+        texts: The answers, in the order of the questions, without special tokens.
+        marks: float64 [n], 1 for a right answer; a task may give a part to a wrong one.
+        documents: int32 [n], the document of each question.
+        unasked: How many of them do not fit the context with the answer expected: their text is "", their mark 0.
+    """
+
+    texts: tuple[str, ...]
+    marks: npt.NDArray[np.float64]
+    documents: npt.NDArray[np.int32]
+    unasked: int = 0
+
+
+class Likelihood(NamedTuple):
+    """How likely a continuation is: its log-likelihood in nats, its tokens, and whether greedy decoding writes it."""
+
+    log_likelihood: float
+    tokens: int
+    greedy: bool

@@ -1,0 +1,218 @@
+"""A student whose packed weights lie in torch, asked in text: likelihoods, long texts, answers, a folder of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.data.chat_template import Renderer
+from autodistill.data.conversations import Turn
+from autodistill.data.dataset import TokenSet
+from autodistill.data.tokenization import beginning, load_tokenizer
+from autodistill.errors import InputError, TrialFailedError
+from autodistill.inference.generation import LOOKED, write
+from autodistill.inference.likelihood import continuations, rolling
+from autodistill.inference.outputs import Likelihood
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedStudent:
+    """What `contracts.SimulatedStudent` promises, of a model that holds packed weights for the time being.
+
+    What its tokenizer begins every text with begins every prompt and window, also where the context is too short for
+    all of it: without, models that learnt it so write nonsense.
+
+    Attributes:
+        model, device, tokenizer, split, share, context: As promised.
+        data: The sequences of the split.
+        saver: Writes the packed weights into a folder.
+        batch_tokens: Tokens of a pass; None for what suits the device.
+    """
+
+    model: Any
+    device: str
+    tokenizer: Path
+    split: str
+    share: float
+    context: int
+    data: TokenSet
+    saver: Callable[[Path], None]
+    batch_tokens: int | None = None
+
+    @property
+    def _tokenizer(self) -> Any:
+        return _tokenizer_of(self.tokenizer)
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.tokenizer)
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        """Of each (prompt, continuation).
+
+        Both are tokenised as one text, of which the prompt's own tokens are the beginning; spaces at the prompt's end
+        go to the continuation. What is longer than the context loses the beginning of its prompt. An empty prompt is
+        the token that begins a text, or ends one.
+        """
+        moved = [(prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + rest) for prompt, rest in pairs]
+        whole = self._encode([prompt + rest for prompt, rest in moved])
+        firsts = list(dict.fromkeys(prompt for prompt, _ in moved))
+        begun = dict(zip(firsts, self._encode(firsts), strict=True))
+        tokens = []
+        for (prompt, rest), ids in zip(moved, whole, strict=True):
+            count = min(len(begun[prompt]), len(ids) - 1)
+            # What begins the text is no part of the continuation, even of an empty one.
+            count = max(count, len(self._begun))
+            before, after = ids[:count] or [self._beginning], ids[count:]
+            if not after or len(after) >= self.context:
+                raise InputError(
+                    f"the continuation {rest[:40]!r} has {len(after)} tokens, with a context of {self.context}: give "
+                    "a larger --context, or shorter ones"
+                )
+            tokens.append((self._shortened(before, self.context - len(after)), after))
+        found = continuations(self.model, tokens, batch_tokens=self.batch_tokens, device=self.device)
+        if not all(math.isfinite(one.log_likelihood) for one in found):
+            raise TrialFailedError("nan", "the student's likelihoods are not finite")
+        return found
+
+    def rolling(self, texts: Sequence[str], window: int, stride: int) -> list[npt.NDArray[np.float64]]:
+        """Negative log-likelihoods in strided windows; see `likelihood.rolling`."""
+        begun = self._begun
+        tokens = [ids[len(begun) :] for ids in self._encode(texts)]
+        begin = begun[0] if begun else None
+        found = rolling(self.model, tokens, window=window, stride=stride, begin=begin, device=self.device)
+        if not all(np.isfinite(part).all() for part in found):
+            raise TrialFailedError("nan", "the student's likelihoods are not finite")
+        return found
+
+    def chats(self, prompts: Sequence[str]) -> list[str]:
+        """Each prompt as a user's turn in the chat template, up to where the content of an answer begins in training;
+        without one, a line of its own.
+        """
+        return [self._renderer.question([Turn("user", prompt)]) for prompt in prompts]
+
+    def write(self, prompts: Sequence[str], *, max_tokens: int, stops: Sequence[str] = ()) -> list[str]:
+        """What it writes, greedily, after each prompt, up to the first stop.
+
+        Writing ends with the first token that has a stop in its text, and a few tokens behind a stop that is made of
+        several.
+        """
+        tokens = [ids or [self._beginning] for ids in self._encode(prompts)]
+        ends = self._renderer.stops if self._tokenizer.chat_template else (self._end,)
+        room = self.context - max_tokens
+        if room < 1:
+            raise InputError(
+                f"an answer of {max_tokens} tokens does not fit a context of {self.context}: give a "
+                "larger --context, or ask for less"
+            )
+        answers: dict[int, str] = {}
+        stopping = dict.fromkeys((*ends, *_holding(self.tokenizer, tuple(stops))))
+        cut = [self._shortened(ids, room) for ids in tokens]
+        written = write(
+            self.model,
+            cut,
+            stops=list(stopping),
+            max_tokens=max_tokens,
+            device=self.device,
+            enough=self._enough(stops) if stops else None,
+        )
+        for place, ids in written:
+            text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
+            answers[place] = text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+        return [answers[place] for place in range(len(prompts))]
+
+    def save(self, folder: Path) -> None:
+        """Writes the packed weights, dequantised, as a folder that transformers loads."""
+        self.saver(folder)
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Questions with `prompt` and `answer`, or where the data have none, sequences with `text` and `tokens`."""
+        questions = self.data.questions
+        if questions is not None:
+            return [
+                {"id": place, "document": one.document, "prompt": self._text(one.prompt), "answer": one.answer}
+                for place, one in enumerate(questions.entries)
+            ]
+        # Whoever tokenises the text will begin it again.
+        return [
+            {"id": place, "text": self._text(tokens[len(self._begun) :]), "tokens": tokens}
+            for place, tokens in enumerate(self.data.tokens.tolist())
+        ]
+
+    def _enough(self, stops: Sequence[str]) -> Callable[[list[int]], bool]:
+        """Whether tokens hold a stop at which the answer will be cut, whatever follows."""
+        # A token with text has a byte of it at least; one more, for what a decoder strips from the first.
+        reach = max(len(stop.encode()) for stop in stops) + LOOKED + 1
+
+        def enough(ids: list[int]) -> bool:
+            tail = self._tokenizer.decode(ids[-reach:], skip_special_tokens=True)
+            return any(stop in tail for stop in stops) and _settled(
+                str(self._tokenizer.decode(ids, skip_special_tokens=True)), stops
+            )
+
+        return enough
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids, begun as the tokenizer begins texts; a chat template may have done so already."""
+        if not texts:
+            return []
+        rows: list[list[int]] = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        begun = self._begun
+        return [row if row[: len(begun)] == begun else [*begun, *row] for row in rows]
+
+    def _shortened(self, tokens: list[int], room: int) -> list[int]:
+        """The last of a text's tokens, as many as there is room for, after what begins it."""
+        begun, kept = self._begun, room - len(self._begun)
+        return [*begun, *tokens[len(begun) :][-kept:]] if kept else begun
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens)))
+
+    @cached_property
+    def _begun(self) -> list[int]:
+        """What the tokenizer begins every text with: a token or none."""
+        begin = beginning(self._tokenizer)
+        return [] if begin is None else [begin]
+
+    @property
+    def _end(self) -> int:
+        end = self._tokenizer.eos_token_id
+        return int(self._tokenizer.bos_token_id if end is None else end)
+
+    @property
+    def _beginning(self) -> int:
+        begin = self._tokenizer.bos_token_id
+        return int(self._end if begin is None else begin)
+
+
+# A worker asks one student after another, all with the teacher's tokenizer.
+@lru_cache(maxsize=4)
+def _tokenizer_of(folder: Path) -> Any:
+    return load_tokenizer(folder)
+
+
+def _settled(text: str, stops: Sequence[str]) -> bool:
+    """Whether a text has a stop, and no other one has begun before it that may still be completed."""
+    cut = min((text.find(stop) for stop in stops if stop in text), default=-1)
+    whole = text.rstrip("\ufffd")  # the last character's bytes may not all be there
+    begun = (whole[start:] for start in range(max(0, len(whole) - max(map(len, stops))), min(cut, len(whole))))
+    return cut >= 0 and not any(stop.startswith(rest) for rest in begun for stop in stops)
+
+
+@lru_cache(maxsize=16)
+def _holding(folder: Path, stops: tuple[str, ...]) -> tuple[int, ...]:
+    """Tokens whose text has one of the stops in it."""
+    if not stops:
+        return ()
+    tokenizer = _tokenizer_of(folder)
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return tuple(token for token, text in enumerate(texts) if any(stop in text for stop in stops))

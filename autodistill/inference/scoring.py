@@ -1,0 +1,191 @@
+"""One forward pass of a model over held-out sequences: what it says of every predicted token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from autodistill.data.dataset import TokenSet
+from autodistill.inference.batching import by_length, logit_rows, map_batches, pass_tokens
+from autodistill.inference.outputs import TeacherReference, TokenScores
+
+# Tokens that are kept of a teacher for each that it predicts: 2 KB, from which a divergence follows in the same pass.
+REFERENCE_TOKENS = 256
+_LEAST_REST = 1e-7
+# Rows of logits held at once on a CPU, so that a vocabulary of 150,000 costs 75 MB and not a multiple of the sequence.
+_CHUNK_ROWS = 128
+
+
+def score(
+    model: Any, data: TokenSet, reference: TeacherReference | None = None, *, device: str = "cpu"
+) -> tuple[TokenScores, npt.NDArray[np.int32]]:
+    """Scores a model in float32.
+
+    Args:
+        model: Causal language model in float32 on `device`.
+        data: Sequences [sequences, length]; position i predicts token i + 1. Where they say which tokens are answers,
+            or which of them all renderings share, only those count.
+        reference: The teacher's, for each of `data.predicted` tokens, in its own rendering and its own end of answers;
+            None scores the teacher itself, which agrees with itself everywhere and diverges nowhere.
+        device: Where the model lies.
+
+    Returns:
+        The scores, and the model's own most likely tokens, int32 [data.predicted].
+    """
+    scores, columns = _score(model, data, reference, device, lambda logits, total, rows: [])
+    return scores, columns[0]
+
+
+def joined(parts: Sequence[TokenScores]) -> TokenScores:
+    """The scores of successive sequences as those of all of them."""
+
+    def column(name: str) -> Any:
+        found = [getattr(part, name) for part in parts]
+        return None if found[0] is None else np.concatenate(found)
+
+    columns = ("nll", "correct", "agrees", "documents", "confidence", "divergence", "teacher_correct")
+    return replace(parts[-1], **{name: column(name) for name in columns})
+
+
+def refer(model: Any, data: TokenSet, *, device: str = "cpu") -> tuple[TokenScores, TeacherReference]:
+    """Scores a teacher, and keeps of it what students are held to.
+
+    Args:
+        model, data, device: As for `score`.
+    """
+
+    def likeliest(logits: Tensor, total: Tensor, rows: slice) -> list[Tensor]:
+        values, tokens = logits.topk(min(REFERENCE_TOKENS, logits.shape[1]), dim=1, sorted=False)
+        return [tokens.int(), values - total[:, None]]
+
+    scores, (top1, tokens, log_probs) = _score(model, data, None, device, likeliest)
+    return scores, TeacherReference(top1=top1, tokens=tokens, log_probs=log_probs)
+
+
+def _score(
+    model: Any,
+    data: TokenSet,
+    reference: TeacherReference | None,
+    device: str,
+    keep: Callable[[Tensor, Tensor, slice], list[Tensor]],
+) -> tuple[TokenScores, list[npt.NDArray[Any]]]:
+    """The scores, the most likely tokens, and what `keep` takes of logits [rows, vocab] and their logsumexp [rows]."""
+
+    def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
+        """Of each row: nats of its label, likeliest token, its probability, divergence in nats, and what is kept."""
+        total = torch.logsumexp(logits, dim=1)
+        chosen = logits.gather(1, labels[:, None])[:, 0]
+        largest, token = logits.max(dim=1)
+        found = [(total - chosen).double(), token.int(), (largest - total).double().exp()]
+        found.append(
+            torch.zeros_like(total, dtype=torch.float64)
+            if reference is None
+            else _divergence(reference, rows, logits, total)
+        )
+        return [*found, *keep(logits, total, rows)]
+
+    if reference is not None and data.ends is not None:
+        reference = reference.renamed(*data.ends)
+    counted = np.ones(data.tokens.shape, dtype=bool) if data.scored is None else data.scored
+    nll, predicted, confidence, divergence, *kept = _over_rows(model, data, counted, device, work)
+    labels_all = data.tokens[:, 1:][counted[:, 1:]]
+    scores = TokenScores(
+        nll=nll,
+        correct=predicted == labels_all,
+        agrees=np.ones(len(predicted), dtype=bool) if reference is None else predicted == reference.top1,
+        documents=np.ascontiguousarray(data.documents[:, 1:][counted[:, 1:]], dtype=np.int32),
+        confidence=confidence,
+        divergence=divergence,
+        window=data.tokens.shape[1],
+        outcomes=None if reference is None else _outcomes(reference, model),
+        teacher_correct=None if reference is None else reference.top1 == labels_all,
+    )
+    return scores, [predicted, *kept]
+
+
+def _outcomes(reference: TeacherReference, model: Any) -> int:
+    tokens = reference.tokens.shape[1]
+    return tokens + (tokens < model.get_output_embeddings().weight.shape[0])
+
+
+def _divergence(reference: TeacherReference, rows: slice, logits: Tensor, total: Tensor) -> Tensor:
+    """KL(teacher || student) in nats, float64 [rows], over the teacher's kept tokens and all others as one outcome."""
+    tokens = torch.from_numpy(reference.tokens[rows].astype(np.int64)).to(logits.device)
+    teacher = torch.from_numpy(reference.log_probs[rows]).to(logits.device).double()
+    student = (logits.gather(1, tokens) - total[:, None]).double()
+    found = (teacher.exp() * (teacher - student)).sum(dim=1)
+    if tokens.shape[1] == logits.shape[1]:
+        return found
+    # Rounded sums of float32 may reach 1: no more is left of either than float32 can tell.
+    rest, others = ((1 - part.exp().sum(dim=1)).clamp_min(_LEAST_REST) for part in (teacher, student))
+    return found + rest * (rest.log() - others.log())
+
+
+def choices(
+    model: Any, data: TokenSet, *, device: str = "cpu"
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """A model's most likely tokens, and by how much each leads, in float32.
+
+    Args:
+        model: Causal language model in float32 on `device`.
+        data: Sequences [sequences, length], every token of which counts.
+        device: Where the model lies.
+
+    Returns:
+        int32 and float32, each [sequences, length - 1]: the tokens, and their logit less the second largest.
+    """
+    shape = (len(data.tokens), -1)
+
+    def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
+        (first, second), tokens = logits.topk(2, dim=1).values.unbind(1), logits.argmax(dim=1)
+        return [tokens.int(), first - second]
+
+    tokens, leads = _over_rows(model, data, np.ones(data.tokens.shape, dtype=bool), device, work)
+    return tokens.reshape(shape), leads.reshape(shape)
+
+
+def _over_rows(
+    model: Any,
+    data: TokenSet,
+    counted: npt.NDArray[np.bool_],
+    device: str,
+    work: Callable[[Tensor, Tensor, slice], list[Tensor]],
+) -> list[npt.NDArray[Any]]:
+    """Applies `work` to logits, float32 [rows, vocab], and true tokens, int64 [rows]; joins what it gives, in order.
+
+    `work` is also told which of all counted tokens its rows are.
+
+    Args:
+        counted: [sequences, length], the tokens that are predicted; no logits are computed for others.
+    """
+    model.eval()
+    head = model.get_output_embeddings()
+    starts = np.cumsum([0, *counted[:, 1:].sum(axis=1)])
+    at_once = _CHUNK_ROWS if device == "cpu" else logit_rows(head.weight.shape[0])
+    sequences, length = data.tokens.shape
+
+    def pass_over(batch: range) -> list[Tensor]:
+        """What `work` gives of the predicted tokens of some sequences, joined: tensors [predicted, ...], on the CPU."""
+        part = slice(batch.start, batch.stop)
+        ids = torch.from_numpy(np.array(data.tokens[part], dtype=np.int64)).to(device)
+        row, column = np.nonzero(counted[part, 1:])
+        chosen = torch.from_numpy(row * length + column).to(device)
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[chosen]
+            parts = zip(hidden.split(at_once), ids.flatten()[chosen + 1].split(at_once), strict=True)
+            found, start = [], int(starts[batch.start])
+            for rows, labels in parts:
+                places = slice(start, start + len(labels))
+                found.append(work(head(rows), labels, places))
+                start = places.stop
+            return [torch.cat(columns).cpu() for columns in zip(*found, strict=True)]
+
+    tokens = pass_tokens(model, device)
+    results = map_batches(pass_over, sequences, by_length([length] * sequences), tokens, device)
+    return [torch.cat(columns).numpy() for columns in zip(*results, strict=True)]

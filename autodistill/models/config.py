@@ -1,0 +1,408 @@
+"""A model's config.json, read: each field held to its kind, and the shape that the fields describe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any
+
+from autodistill.errors import InputError
+from autodistill.models.families import FAMILIES, Axis, get_family
+from autodistill.models.llama_cpp_graphs import FULL, SLIDING, not_computed
+from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
+from autodistill.models.tensors import Entry, Layout, Tensors
+
+MOST_EXPERTS = 10_000
+"""Of a layer: more are a slip or an attack, and no mixture."""
+
+MOST_LABELS = 100_000
+"""Of a classifier, which no teacher is: transformers makes a name for each."""
+
+Check = Callable[[Any], bool]
+
+
+def _whole(least: int, most: int) -> Check:
+    """A whole number; to Python true and false are such, to a person they are not."""
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _number(value: Any) -> bool:
+    # Beyond the largest float, a whole number cannot be computed with.
+    return type(value) in (int, float) and 0 < value < 1e300 and math.isfinite(value)
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and value <= 1
+
+
+def _part(value: Any) -> bool:
+    return (value == 0 and type(value) in (int, float)) or (_share(value) and value < 1)
+
+
+def _token(value: Any) -> bool:
+    # Below 0 some say that there is none.
+    return type(value) is int and -MOST_OF_A_SIZE <= value <= MOST_OF_A_SIZE
+
+
+def _tokens(value: Any) -> bool:
+    return _token(value) or (isinstance(value, list | tuple) and all(map(_token, value)))
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_number, value))
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _switch(value: Any) -> bool:
+    return type(value) is bool or (type(value) is int and value in (0, 1))
+
+
+def _kinds(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+
+
+_SIZE = (_whole(0, MOST_OF_A_SIZE), "a whole number that is not negative")
+
+_SWITCH = (_switch, "true or false")
+
+_TEXT = (_text, "text")
+
+_NUMBER = (_number, "a number above 0")
+
+_SHARE = (_share, "a number above 0, 1 at the most")
+
+_PART = (_part, "a number from 0, below 1")
+
+_TOKEN = (_token, "the number of a token")
+
+_NUMBERS = (_numbers, "a list of numbers above 0")
+
+_ABSENT = (lambda value: False, "nothing")
+
+_MAPPING = (lambda value: isinstance(value, Mapping), "a mapping")
+
+_EXPERTS = (_whole(0, MOST_EXPERTS), f"a whole number, {MOST_EXPERTS:,} at the most")
+
+_TOKENS: Mapping[str, tuple[Check, str]] = {
+    "bos_token_id": _TOKEN,
+    "eos_token_id": (_tokens, "the number of a token, or a list of these"),
+    "pad_token_id": _TOKEN,
+}
+
+_FIELDS: Mapping[str, tuple[Check, str]] = {
+    **_TOKENS,
+    "rms_norm_eps": _NUMBER,
+    "layer_norm_eps": _NUMBER,
+    "query_pre_attn_scalar": _NUMBER,
+    "initializer_range": _PART,
+    "attention_dropout": _PART,
+    "hidden_dropout": _PART,
+    "use_parallel_residual": _SWITCH,
+    "use_cache": _SWITCH,
+    "num_labels": (_whole(0, MOST_LABELS), f"a whole number, {MOST_LABELS:,} at the most"),
+    # What would have transformers read other files, make other modules or give outputs of another kind.
+    "transformers_weights": _ABSENT,
+    "fusion_config": _ABSENT,
+    "per_layer_config": _ABSENT,
+    "return_dict": (lambda value: value is True, "true"),
+    "is_encoder_decoder": (lambda value: value is False, "false"),
+    "output_attentions": (lambda value: value is False, "false"),
+    "sliding_window": _SIZE,
+    "sliding_window_pattern": (_whole(0, MOST_LAYERS), "a whole number of layers"),
+    "max_window_layers": (_whole(0, MOST_LAYERS), "a whole number of layers"),
+    "layer_types": (_kinds, "a list of texts"),
+    "use_sliding_window": _SWITCH,
+    "tie_word_embeddings": _SWITCH,
+    "attention_bias": _SWITCH,
+    "mlp_bias": _SWITCH,
+    "dtype": _TEXT,
+    "torch_dtype": _TEXT,
+    "hidden_act": _TEXT,
+    "hidden_activation": _TEXT,
+    "rope_theta": _NUMBER,
+    "rope_local_base_freq": _NUMBER,
+    "rotary_emb_base": _NUMBER,
+    "rotary_pct": _SHARE,
+    "rope_scaling": _MAPPING,
+    "rope_parameters": _MAPPING,
+    "quantization_config": _MAPPING,
+    "n_routed_experts": _EXPERTS,
+    "n_shared_experts": _EXPERTS,
+    "num_experts_per_tok": _EXPERTS,
+    "num_local_experts": _EXPERTS,
+    "num_experts": _EXPERTS,
+    "q_lora_rank": _SIZE,
+    "first_k_dense_replace": (_whole(0, MOST_LAYERS), "a whole number of layers"),
+}
+
+_ROTARY: Mapping[str, tuple[Check, str]] = {
+    "rope_type": _TEXT,
+    "type": _TEXT,
+    "rope_theta": _NUMBER,
+    "partial_rotary_factor": _SHARE,
+    "original_max_position_embeddings": _NUMBER,
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), _NUMBER),
+    **dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _NUMBER),
+    **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
+}
+
+_PACKED: Mapping[str, tuple[Check, str]] = {"format": _TEXT, "config_groups": _MAPPING}
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuses a config in which a field that is read is of another kind than a model's.
+
+    A field that is missing, or null, has its default; which sizes there must be is the architecture's.
+
+    Args:
+        config: Content of `config.json`.
+
+    Raises:
+        InputError: The field, and what it should be.
+    """
+    _check(config, _FIELDS, "")
+    for name in ("rope_scaling", "rope_parameters"):
+        rotary = config.get(name) or {}
+        _check(rotary, _ROTARY, f"{name}.")
+        # Gemma has those of each kind of layers under its name.
+        for kind in ("full_attention", "sliding_attention"):
+            _check(rotary, {kind: _MAPPING}, f"{name}.")
+            _check(rotary.get(kind) or {}, _ROTARY, f"{name}.{kind}.")
+    packed = config.get("quantization_config") or {}
+    _check(packed, _PACKED, "quantization_config.")
+    for name, group in (packed.get("config_groups") or {}).items():
+        where = "quantization_config.config_groups"
+        _check({name: group}, {name: _MAPPING}, f"{where}.")
+        _check(group or {}, {"weights": _MAPPING}, f"{where}.{name}.")
+
+
+def check_tokens(settings: Mapping[str, Any], file: str) -> None:
+    """Refuses the settings of a model's generation in which a special token is no token.
+
+    Args:
+        settings: Content of a JSON file.
+        file: Its name.
+
+    Raises:
+        InputError: The field, and what it should be.
+    """
+    _check(settings, _TOKENS, "", file)
+
+
+def _check(
+    found: Mapping[str, Any], fields: Mapping[str, tuple[Check, str]], where: str, file: str = "config.json"
+) -> None:
+    for name, (check, kind) in fields.items():
+        value = found.get(name)
+        if value is not None and not check(value):
+            shown = repr(value) if isinstance(value, str | float | bool) else type(value).__name__
+            if type(value) is int:
+                shown = str(value) if abs(value) < 10**12 else "a far larger number"
+            raise InputError(f"the model's config must give {where}{name} as {kind}, not {shown[:60]}: check {file}")
+
+
+ARCHITECTURES = tuple(FAMILIES)
+"""transformers' `model_type`s that can be described."""
+
+_MAX_WINDOW_LAYERS = 28  # transformers' own default for the families that have the field
+
+
+def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
+    """Describes a model by its transformers config, without loading it.
+
+    Names and shapes are those of transformers' own modules for the architecture.
+
+    Args:
+        config: Content of `config.json`, or a config's `to_dict()`.
+
+    Raises:
+        InputError: An architecture that is not supported, or something it can do that is not; a size that is missing
+            or no positive number, or heads that do not divide what they should; or as `check_config`.
+    """
+    check_config(config)
+    architecture = str(config.get("model_type"))
+    family = get_family(architecture)
+    for name in family.off:
+        if config.get(name):
+            raise InputError(f"the model's config sets {name}, which is not supported for {architecture}")
+    width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    kv_heads = heads if family.heads_fill_width else _size(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise InputError(
+            f"the model's config has {kv_heads} heads of keys and values, which do not divide {heads} heads"
+        )
+    own = not family.heads_fill_width and (config.get("head_dim") is not None or family.head_dim)
+    if width % heads and not own:
+        raise InputError(f"the model's config has {heads} heads, which do not divide a width of {width}: check it")
+    spec = ModelSpec(
+        architecture=architecture,
+        layers=_size(config, "num_hidden_layers"),
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads
+        if family.heads_fill_width
+        else _size(config, "head_dim", family.head_dim or width // heads),
+        ffn_width=_size(config, "intermediate_size"),
+        vocabulary=_size(config, "vocab_size"),
+        max_context=_size(config, "max_position_embeddings"),
+        tied=bool(config.get("tie_word_embeddings", family.tied)),
+        tensors=(),
+    )
+    window, windowed = _windows(config, spec.layers)
+    spec = replace(spec, window=window, windowed=windowed, not_in_gguf=_not_in_gguf(config, spec))
+    fields = tuple((name, bool(config.get(name, default))) for name, default in family.conditions)
+    kinds, layout = _layout(architecture, spec.layers, spec.tied, fields)
+    lengths = _lengths(spec)
+    return replace(spec, tensors=Tensors(layout, [tuple(lengths[axis] for axis in axes) for axes in kinds]))
+
+
+def config_of(spec: ModelSpec) -> dict[str, Any]:
+    """The least config that `spec_from_config` describes a model of a family by: what a row keeps of its student.
+
+    Raises:
+        InputError: A mixture of experts, which no family describes.
+    """
+    get_family(spec.architecture)
+    if spec.experts:
+        raise InputError("the shape of a mixture of experts is not kept")
+    names = {name.rpartition(".layers.0.")[2] for tensor in spec.tensors if (name := tensor.name).endswith(".bias")}
+    return {
+        "model_type": spec.architecture,
+        "num_hidden_layers": spec.layers,
+        "hidden_size": spec.width,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate_size": spec.ffn_width,
+        "vocab_size": spec.vocabulary,
+        "max_position_embeddings": spec.max_context,
+        "tie_word_embeddings": spec.tied,
+        "attention_bias": bool(names & {"self_attn.q_proj.bias", "attention.dense.bias"}),
+        "mlp_bias": "mlp.up_proj.bias" in names,
+        "sliding_window": spec.window or None,
+        "layer_types": [SLIDING if layer in spec.windowed else FULL for layer in range(spec.layers)],
+        "not_in_gguf": spec.not_in_gguf or spec.text_not_in_gguf,
+    }
+
+
+_SIZES = itemgetter(
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "vocab_size"),
+)
+
+_ALIKE = itemgetter(
+    *("model_type", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window"),
+)
+
+
+def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """What two models must have in common to be compared by size, and their sizes.
+
+    Of two that are packed alike, one that is no smaller in any size takes no less memory, and no less time, under any
+    load on any device: if the rows of both are `in_blocks` alike. Else a narrower model of K-quants, whose rows are on
+    the grid that stands in for theirs, may take more bytes and more time than a wider one, so that whoever passes over
+    a model by its sizes compares that too.
+
+    Args:
+        config: As `config_of` gives it.
+    """
+    full = config["layer_types"].count(FULL)
+    return _ALIKE(config), (*_SIZES(config), full, config["num_hidden_layers"] - full)
+
+
+def _not_in_gguf(config: Mapping[str, Any], spec: ModelSpec) -> str:
+    """As `not_computed` of a model's config; what a row keeps of a model holds the answer."""
+    known = config.get("not_in_gguf")
+    return not_computed(config, spec.head_dim) if known is None else str(known)
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ...]]:
+    """The sliding window of a config, and the layers that have one, as transformers has them."""
+    family, kinds = get_family(str(config["model_type"])), config.get("layer_types")
+    usual, period = family.windows
+    window = config.get("sliding_window", usual)
+    # What a row keeps of a model tells layers apart, and has no switch.
+    used = _given(config, "use_sliding_window", bool(kinds) or not family.late_windows)
+    if not window or not used:
+        return 0, ()
+    period = config.get("sliding_window_pattern") or period
+    if kinds:
+        windowed = [layer for layer, kind in enumerate(kinds[:layers]) if kind == SLIDING]
+    elif family.late_windows:
+        windowed = list(range(_given(config, "max_window_layers", _MAX_WINDOW_LAYERS), layers))
+    else:
+        windowed = [layer for layer in range(layers) if not period or (layer + 1) % period]
+    return (window, tuple(windowed)) if windowed else (0, ())
+
+
+def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = config.get(name)
+    return default if value is None else value
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
+    if value is None:
+        value = default
+    if type(value) is not int or value < 1:
+        found = "is missing from it" if value is None else f"is {value!r}"
+        raise InputError(f"the model's config must give {name} as a positive whole number, but it {found}")
+    if value > (MOST_LAYERS if name == "num_hidden_layers" else MOST_OF_A_SIZE):
+        raise InputError(f"the model's config gives {name} as {value}, which no model has: check it")
+    return value
+
+
+def _lengths(spec: ModelSpec) -> dict[Axis, int]:
+    return {
+        Axis.VOCABULARY: spec.vocabulary,
+        Axis.WIDTH: spec.width,
+        Axis.FFN: spec.ffn_width,
+        Axis.QUERIES: spec.heads * spec.head_dim,
+        Axis.KEYS: spec.kv_heads * spec.head_dim,
+        Axis.FUSED: 3 * spec.heads * spec.head_dim,
+        Axis.HEAD: spec.head_dim,
+    }
+
+
+@lru_cache(256)
+def _layout(
+    architecture: str, layers: int, tied: bool, fields: tuple[tuple[str, bool], ...]
+) -> tuple[tuple[tuple[Axis, ...], ...], Layout]:
+    """The kinds of axes that tensors run along, and the tensors by them; common to all other sizes."""
+    family, kinds, found = get_family(architecture), dict[tuple[Axis, ...], int](), []
+    for name, role in family.tensors(dict(fields), layers, tied):
+        index = kinds.setdefault(family.axes(name), len(kinds))
+        found.append(Entry(name, role, family.more_bits(name, layers, tied), index))
+    return tuple(kinds), Layout(found)
+
+
+def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int | str) -> ModelSpec:
+    """The same model with other sizes.
+
+    Args:
+        spec: The model.
+        layers: Which of its layers are kept; all by default.
+        sizes: The fields of the description that differ, `layers` apart.
+    """
+    kept = range(spec.layers) if layers is None else layers
+    windowed = tuple(new for new, old in enumerate(kept) if old in set(spec.windowed))
+    changed = replace(spec, layers=len(kept), windowed=windowed, window=spec.window if windowed else 0)
+    changed = replace(changed, **sizes)  # type: ignore[arg-type]
+    family, lengths = get_family(spec.architecture), _lengths(changed)
+    tensors = (
+        replace(
+            tensor,
+            shape=tuple(lengths[axis] for axis in family.axes(tensor.name)),
+            more_bits=family.more_bits(tensor.name, changed.layers, changed.tied),
+        )
+        for tensor in spec.tensors
+        if (part := family.layer_part(tensor.name)) is None or part[0] < changed.layers
+    )
+    return replace(changed, tensors=tuple(tensors))

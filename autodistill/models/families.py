@@ -1,0 +1,307 @@
+"""The supported families of models: what each calls its tensors, along which axes they run, and its own rules.
+
+transformers' modules are the reference for names and shapes. Estimate, pruning and exports all read this table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from autodistill.errors import InputError
+from autodistill.models.tensors import Role, takes_more_bits
+
+
+class Axis(StrEnum):
+    """What a dimension of a tensor counts."""
+
+    VOCABULARY = "vocabulary"
+    WIDTH = "width"  # channels of the residual stream
+    FFN = "ffn"  # neurons
+    QUERIES = "queries"  # heads x head dim
+    KEYS = "keys"  # key-value heads x head dim
+    FUSED = "fused"  # heads x (query, key, value) x head dim
+    HEAD = "head"  # head dim
+
+
+Condition: TypeAlias = bool | tuple[str, bool]
+"""Whether a tensor is there: always, never, or as a field of the config says, which has a default."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer in a block: its name there, what its outputs and inputs count, and whether it has a bias."""
+
+    name: str
+    outputs: Axis
+    inputs: Axis
+    bias: Condition = False
+
+
+Place: TypeAlias = tuple[Role, tuple[Axis, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family.
+
+    Attributes:
+        linears: Of a block.
+        norms: Of a block, over the width.
+        body: Name of the model below the head; its blocks are `layers`.
+        embedding, final_norm: Names in the body.
+        head_norms: Of a block, over each head's queries and keys.
+        stored_head: Name of an untied head in files; transformers' modules call it lm_head in every family.
+        norm_bias: Whether norms have a bias, as LayerNorm has.
+        heads_fill_width: Whether heads x head dim is the width by definition, so that the two shrink together.
+        heads_divide_width: Whether transformers asks the number of heads to divide the width.
+        head_dim: Where a config leaves it out; 0 is the width's even share.
+        tied: Whether the head is the embedding table where a config does not say.
+        scaled_embeddings: Whether the model multiplies embeddings by the root of the width.
+        norm_role: Whether norms multiply by their weights, or by these plus 1.
+        windows: Tokens of a sliding window, and that every so many-th layer has none, where a config does not say.
+        late_windows: Whether a config's window counts only where `use_sliding_window` is true, and where layers are not
+            told apart one by one, from layer `max_window_layers` on.
+        gguf: llama.cpp's name of the graph that computes this family.
+        gguf_names: GGUF's names of a block's tensors that differ from the usual ones.
+        off: Fields of a config that must be false or absent, for what they turn on is not supported.
+    """
+
+    linears: tuple[Linear, ...]
+    norms: tuple[str, ...]
+    body: str = "model"
+    embedding: str = "embed_tokens"
+    final_norm: str = "norm"
+    stored_head: str = "lm_head"
+    head_norms: tuple[str, ...] = ()
+    norm_bias: bool = False
+    heads_fill_width: bool = False
+    heads_divide_width: bool = False
+    head_dim: int = 0
+    tied: bool = False
+    scaled_embeddings: bool = False
+    norm_role: Role = Role.NORM
+    windows: tuple[int, int] = (0, 0)
+    late_windows: bool = False
+    gguf: str
+    gguf_names: Mapping[str, str] = field(default_factory=dict)
+    off: tuple[str, ...] = ()
+
+    def tensors(self, config: Mapping[str, Any], layers: int, tied: bool) -> Iterator[tuple[str, Role]]:
+        """Name and role of every stored tensor of a model, a tied table once."""
+
+        def there(condition: Condition) -> bool:
+            return condition if isinstance(condition, bool) else bool(config.get(*condition))
+
+        yield f"{self.body}.{self.embedding}.weight", Role.EMBEDDING
+        for index in range(layers):
+            block = f"{self.body}.layers.{index}"
+            for linear in self.linears:
+                yield f"{block}.{linear.name}.weight", Role.LINEAR
+                if there(linear.bias):
+                    yield f"{block}.{linear.name}.bias", Role.BIAS
+            for norm in (*self.head_norms, *self.norms):
+                yield from self._norm(f"{block}.{norm}")
+        yield from self._norm(f"{self.body}.{self.final_norm}")
+        if not tied:
+            yield "lm_head.weight", Role.HEAD
+
+    def more_bits(self, name: str, layers: int, tied: bool) -> bool:
+        """Whether llama.cpp's mixtures of types store the tensor `name` of a model in more bits than most matrices.
+
+        They do so with the head, a tied table with it, and in some layers with the matrix that makes attention's
+        values, be it queries and keys as well, and with the one that the FFN ends in.
+        """
+        if (found := self.layer_part(name)) is None:
+            return name == f"{self.body}.{self.embedding}.weight" if tied else name == "lm_head.weight"
+        return found[1] in self._sensitive and takes_more_bits(found[0], layers)
+
+    @cached_property
+    def _sensitive(self) -> frozenset[str]:
+        return frozenset(f"{part}.weight" for part, theirs in self._gguf_parts.items() if theirs in _SENSITIVE)
+
+    @cached_property
+    def conditions(self) -> tuple[tuple[str, bool], ...]:
+        """The fields of a config, and their defaults, by which `tensors` differs."""
+        return tuple(dict.fromkeys(one.bias for one in self.linears if not isinstance(one.bias, bool)))
+
+    def _norm(self, name: str) -> Iterator[tuple[str, Role]]:
+        yield f"{name}.weight", self.norm_role
+        if self.norm_bias:
+            yield f"{name}.bias", Role.BIAS
+
+    def axes(self, name: str) -> tuple[Axis, ...]:
+        """What each dimension of the tensor `name` counts."""
+        found = self.layer_part(name)
+        return self._axes[name if found is None else found[1]]
+
+    def layer_part(self, name: str) -> tuple[int, str] | None:
+        """The block that the tensor `name` is of and its name there, or None for one of no block."""
+        found = re.fullmatch(rf"{self.body}\.layers\.(\d+)\.(.+)", name)
+        return (int(found[1]), found[2]) if found else None
+
+    @cached_property
+    def _axes(self) -> dict[str, tuple[Axis, ...]]:
+        table = (Axis.VOCABULARY, Axis.WIDTH)
+        axes: dict[str, tuple[Axis, ...]] = {f"{self.body}.{self.embedding}.weight": table, "lm_head.weight": table}
+        for linear in self.linears:
+            axes[f"{linear.name}.weight"] = (linear.outputs, linear.inputs)
+            axes[f"{linear.name}.bias"] = (linear.outputs,)
+        widths = dict.fromkeys((*self.norms, f"{self.body}.{self.final_norm}"), Axis.WIDTH)
+        for name, axis in (widths | dict.fromkeys(self.head_norms, Axis.HEAD)).items():
+            axes[f"{name}.weight"] = axes[f"{name}.bias"] = (axis,)
+        return axes
+
+    def gguf_name(self, name: str) -> str:
+        """GGUF's name of the tensor `name`."""
+        stem, _, suffix = name.rpartition(".")
+        if (found := self.layer_part(name)) is None:
+            return f"{self._gguf_tables[stem]}.{suffix}"
+        part = found[1].removesuffix(f".{suffix}")
+        return f"blk.{found[0]}.{self._gguf_parts[part]}.{suffix}"
+
+    def from_gguf_name(self, name: str) -> str | None:
+        """The tensor that GGUF calls `name`, or None if this family has none."""
+        stem, _, suffix = name.rpartition(".")
+        for own, theirs in self._gguf_tables.items():
+            if theirs == stem:
+                return f"{own}.{suffix}"
+        found = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+        part = next((own for own, theirs in self._gguf_parts.items() if found and theirs == found[2]), None)
+        return f"{self.body}.layers.{found[1]}.{part}.{suffix}" if found and part else None
+
+    @cached_property
+    def _gguf_tables(self) -> dict[str, str]:
+        names = (f"{self.body}.{self.embedding}", f"{self.body}.{self.final_norm}", "lm_head")
+        return dict(zip(names, ("token_embd", "output_norm", "output"), strict=True))
+
+    @cached_property
+    def _gguf_parts(self) -> dict[str, str]:
+        names = _GGUF_NAMES | dict(self.gguf_names)
+        return {part: names[part] for part in (*(one.name for one in self.linears), *self.norms, *self.head_norms)}
+
+    def reading(self, axis: Axis) -> str:
+        """Name in a block of the linear layer whose inputs count `axis`: the one that ends attention, or the FFN."""
+        return next(linear.name for linear in self.linears if linear.inputs is axis)
+
+
+def _attention(qkv_bias: Condition, output_bias: Condition) -> tuple[Linear, ...]:
+    return (
+        Linear("self_attn.q_proj", Axis.QUERIES, Axis.WIDTH, qkv_bias),
+        Linear("self_attn.k_proj", Axis.KEYS, Axis.WIDTH, qkv_bias),
+        Linear("self_attn.v_proj", Axis.KEYS, Axis.WIDTH, qkv_bias),
+        Linear("self_attn.o_proj", Axis.WIDTH, Axis.QUERIES, output_bias),
+    )
+
+
+def _gated(bias: Condition) -> tuple[Linear, ...]:
+    return (
+        Linear("mlp.gate_proj", Axis.FFN, Axis.WIDTH, bias),
+        Linear("mlp.up_proj", Axis.FFN, Axis.WIDTH, bias),
+        Linear("mlp.down_proj", Axis.WIDTH, Axis.FFN, bias),
+    )
+
+
+_GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_SENSITIVE = ("attn_v", "attn_qkv", "ffn_down")  # by GGUF's names, as llama.cpp's rule goes
+_PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_ATTENTION_BIAS = ("attention_bias", False)
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        linears=_attention(_ATTENTION_BIAS, _ATTENTION_BIAS) + _gated(("mlp_bias", False)),
+        norms=_PRE_NORMS,
+        heads_divide_width=True,
+        gguf="llama",
+    ),
+    # llama.cpp's own converter writes Mistral as "llama": the same graph.
+    "mistral": Family(linears=_attention(False, False) + _gated(False), norms=_PRE_NORMS, gguf="llama"),
+    "qwen2": Family(
+        linears=_attention(True, False) + _gated(False),
+        norms=_PRE_NORMS,
+        windows=(4096, 0),
+        late_windows=True,
+        gguf="qwen2",
+    ),
+    "qwen3": Family(
+        linears=_attention(_ATTENTION_BIAS, _ATTENTION_BIAS) + _gated(False),
+        norms=_PRE_NORMS,
+        head_norms=_QK_NORMS,
+        head_dim=128,
+        windows=(4096, 0),
+        late_windows=True,
+        gguf="qwen3",
+    ),
+    "gemma3_text": Family(
+        linears=_attention(_ATTENTION_BIAS, _ATTENTION_BIAS) + _gated(False),
+        norms=(*_PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        head_norms=_QK_NORMS,
+        heads_divide_width=True,
+        head_dim=256,
+        tied=True,
+        scaled_embeddings=True,
+        norm_role=Role.NORM_ABOVE_ONE,
+        windows=(4096, 6),
+        gguf="gemma3",
+        gguf_names={
+            "post_attention_layernorm": "post_attention_norm",
+            "pre_feedforward_layernorm": "ffn_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
+        off=("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"),
+    ),
+    "gpt_neox": Family(
+        linears=(
+            Linear("attention.query_key_value", Axis.FUSED, Axis.WIDTH, ("attention_bias", True)),
+            Linear("attention.dense", Axis.WIDTH, Axis.QUERIES, ("attention_bias", True)),
+            Linear("mlp.dense_h_to_4h", Axis.FFN, Axis.WIDTH, True),
+            Linear("mlp.dense_4h_to_h", Axis.WIDTH, Axis.FFN, True),
+        ),
+        norms=_PRE_NORMS,
+        body="gpt_neox",
+        embedding="embed_in",
+        final_norm="final_layer_norm",
+        stored_head="embed_out",
+        norm_bias=True,
+        heads_fill_width=True,
+        gguf="gptneox",
+        gguf_names={
+            "attention.query_key_value": "attn_qkv",
+            "attention.dense": "attn_output",
+            "mlp.dense_h_to_4h": "ffn_up",
+            "mlp.dense_4h_to_h": "ffn_down",
+        },
+    ),
+}
+"""By transformers' `model_type`."""
+
+GGUF_FAMILIES: Mapping[str, str] = {family.gguf: name for name, family in FAMILIES.items() if name != "mistral"}
+"""transformers' `model_type` by the name of llama.cpp's graph, of which Mistral's is Llama's."""
+
+
+def get_family(architecture: str) -> Family:
+    """Looks a family up by transformers' `model_type`.
+
+    Raises:
+        InputError: Not supported; the message lists those that are.
+    """
+    if architecture not in FAMILIES:
+        raise InputError(f"the architecture {architecture[:60]!r} is not supported; these are: {', '.join(FAMILIES)}")
+    return FAMILIES[architecture]

@@ -1,0 +1,395 @@
+"""A teacher's GGUF file, read: header, tensors, and what they are called and shaped in transformers.
+
+The layout is that of the GGUF specification, versions 2 and 3, little-endian. Reading the header takes a fraction of a
+second even for a large vocabulary, and finds a truncated file without touching its tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.errors import InputError
+from autodistill.models.families import GGUF_FAMILIES, Family, get_family
+from autodistill.models.llama_cpp_graphs import FULL, LAYERS_OF_27B, SLIDING, row_order
+from autodistill.models.tensors import Role
+from autodistill.utils.input_files import check_file
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+# GGUF's names of mixtures of experts, and transformers'; Mixtral's graph is Llama's with experts.
+_DIMENSIONS = 4  # that ggml's tensors have at the most
+_MIXTURES = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}
+
+
+class _Cursor:
+    """Reads little-endian values one after the other; a read beyond the end raises `struct.error`."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.position = 0
+
+    def numbers(self, code: str, count: int = 1) -> tuple[Any, ...]:
+        layout = f"<{count}{code}"
+        size = struct.calcsize(layout)
+        if self.position + size > len(self.data):
+            raise struct.error("numbers beyond the end of the file")
+        self.position += size
+        return struct.unpack_from(layout, self.data, self.position - size)
+
+    def text(self) -> str:
+        (length,) = self.numbers("Q")
+        if self.position + length > len(self.data):
+            raise struct.error("text beyond the end of the file")
+        self.position += length
+        return self.data[self.position - length : self.position].decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        """The next value of a type: a number, a text or a list."""
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            kind, count = *self.numbers("I"), *self.numbers("Q")
+            if kind in _SCALARS and count <= len(self.data):
+                return list(self.numbers(_SCALARS[kind], count))
+            if kind == _STRING and 8 * count <= len(self.data) - self.position:
+                return [self.text() for _ in range(count)]
+        if kind not in _SCALARS:  # an array within an array among them, which no writer makes
+            raise struct.error(f"unknown value type {kind}")
+        return self.numbers(_SCALARS[kind])[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufTensor:
+    """One tensor as the file holds it.
+
+    Attributes:
+        name: Under GGUF's name, like "blk.0.attn_q.weight".
+        shape: Rows first, as torch has it.
+        type: ggml's number of the block format.
+        offset, size: Bytes from the start of the file, and number of bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufFile:
+    """The header of a GGUF file.
+
+    Attributes:
+        path: The file.
+        metadata: Its keys and values; floats are float32 widened to Python's.
+        tensors: In the file's order.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: tuple[GgufTensor, ...]
+
+    @property
+    def family(self) -> Family:
+        """The family whose graph this file is for."""
+        return get_family(GGUF_FAMILIES[self.architecture])
+
+    @property
+    def architecture(self) -> str:
+        """GGUF's name of the architecture."""
+        return str(self.metadata.get("general.architecture"))
+
+    def config(self) -> dict[str, Any]:
+        """transformers' configuration of the model in this file, without defaults.
+
+        Raises:
+            InputError: An unsupported architecture, or a property that transformers' model would not reproduce.
+        """
+        self._check_supported()
+        config = self.outline()
+        config.setdefault("rope_parameters", self._rotary(self._number("rope.freq_base", 10000.0)))
+        if self.architecture != "gptneox":
+            config["rms_norm_eps"] = self._number("attention.layer_norm_rms_epsilon")
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+            config[f"{name}_token_id"] = self._token(f"tokenizer.ggml.{key}_token_id", config["vocab_size"])
+        return {key: value for key, value in config.items() if value is not None}
+
+    def outline(self) -> dict[str, Any]:
+        """The same as far as sizes depend on it, and so of mixtures of experts and of any rotary embedding too.
+
+        Raises:
+            InputError: An architecture that is not known, a size that is missing, or no embedding table.
+        """
+        name = self.architecture
+        mixed = name not in GGUF_FAMILIES or self.metadata.get(f"{name}.expert_count", 0)
+        known = _MIXTURES if mixed else GGUF_FAMILIES
+        if name not in known:
+            what = f"{name} with experts" if name in GGUF_FAMILIES else name
+            every = ", ".join(dict.fromkeys((*GGUF_FAMILIES, *_MIXTURES)))
+            raise InputError(f"{self.path} holds the architecture {what}; known are {every}")
+        width, heads = self._size("embedding_length"), self._size("attention.head_count")
+        shapes = {tensor.name: tensor.shape for tensor in self.tensors}
+        if "token_embd.weight" not in shapes:
+            raise InputError(f"{self.path} has no embedding table: give a GGUF file of a whole language model")
+        if self._size("block_count") > len(self.tensors):
+            raise InputError(
+                f"{self.path} is damaged: it has {len(self.tensors)} tensors of {self._size('block_count')} layers: "
+                "get the file again"
+            )
+        head_dim = self._size("attention.key_length", self._size("rope.dimension_count", width // heads))
+        config: dict[str, Any] = {
+            "model_type": known[name],
+            "num_hidden_layers": self._size("block_count"),
+            "hidden_size": width,
+            "intermediate_size": self._size("feed_forward_length"),
+            "num_attention_heads": heads,
+            "max_position_embeddings": self._size("context_length"),
+            "vocab_size": shapes["token_embd.weight"][0],
+            "tie_word_embeddings": "output.weight" not in shapes,
+        }
+        if name == "gptneox":
+            return config | self._neox(width // heads)
+        config |= {"num_key_value_heads": self._size("attention.head_count_kv", heads), "head_dim": head_dim}
+        if mixed:
+            config |= {
+                "num_local_experts": self._size("expert_count"),
+                "num_experts_per_tok": self._size("expert_used_count"),
+                "moe_intermediate_size": self._size("expert_feed_forward_length", config["intermediate_size"]),
+            }
+        if name == "gemma3":
+            config |= self._gemma(width // heads if config["num_hidden_layers"] == LAYERS_OF_27B else head_dim)
+        return config
+
+    def _rotary(self, theta: float) -> dict[str, Any]:
+        found = {"rope_theta": theta, "rope_type": "default"}
+        if self._key("rope.scaling.type", "none") == "linear":
+            found |= {"rope_type": "linear", "factor": self._number("rope.scaling.factor")}
+        return found
+
+    def _neox(self, head_dim: int) -> dict[str, Any]:
+        rotary = self._rotary(self._number("rope.freq_base", 10000.0))
+        return {
+            "layer_norm_eps": self._number("attention.layer_norm_epsilon"),
+            "use_parallel_residual": self._key("use_parallel_residual"),
+            "rope_parameters": rotary
+            | {"partial_rotary_factor": self._size("rope.dimension_count", head_dim) / head_dim},
+        }
+
+    def _gemma(self, scaled_by: int) -> dict[str, Any]:
+        layers = self._size("block_count")
+        window = self._size("attention.sliding_window") if self._key("attention.sliding_window", 0) else 0
+        period = self._size("attention.sliding_window_pattern", 6) if window else 1
+        local = {"rope_theta": self._number("rope.freq_base_swa", 10000.0), "rope_type": "default"}
+        return {
+            "query_pre_attn_scalar": scaled_by,
+            # transformers wants one even where no layer has a window.
+            "sliding_window": window or self._size("context_length"),
+            "layer_types": [SLIDING if (layer + 1) % period else FULL for layer in range(layers)],
+            "rope_parameters": {FULL: self._rotary(self._number("rope.freq_base", 10000.0)), SLIDING: local},
+            "final_logit_softcapping": self._number("final_logit_softcapping")
+            if "gemma3.final_logit_softcapping" in self.metadata
+            else None,
+        }
+
+    def main_type(self) -> str:
+        """ggml's name of the type that most bytes are of, like "Q4_1" or "F16"."""
+        from gguf import GGMLQuantizationType
+
+        sizes: Counter[int] = Counter()
+        for tensor in self.tensors:
+            sizes[tensor.type] += tensor.size
+        return GGMLQuantizationType(sizes.most_common(1)[0][0]).name
+
+    def quantised(self) -> str | None:
+        """The format of blocks that most bytes are of; None where most are floating-point numbers."""
+        kind = self.main_type()
+        return None if kind in ("F16", "BF16", "F32", "F64") else kind
+
+    def values(self, tensor: GgufTensor) -> npt.NDArray[np.float32]:
+        """The tensor in transformers' layout, float32 [shape].
+
+        Raises:
+            InputError: A block format that the gguf package cannot read, or weights that are no numbers.
+        """
+        from gguf import GGMLQuantizationType, quants
+
+        kind = GGMLQuantizationType(tensor.type)
+        try:
+            values = quants.dequantize(self.blocks(tensor), kind).reshape(tensor.shape)
+        except NotImplementedError as error:
+            raise InputError(
+                f"{self.path} holds {kind.name} blocks, which cannot be read: take another file"
+            ) from error
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"{self.path} is damaged: {tensor.name} has weights that are no numbers: get the file again"
+            )
+        if tensor.name.endswith("_norm.weight") and self.family.norm_role is Role.NORM_ABOVE_ONE:
+            values = values - np.float32(1)
+        return np.ascontiguousarray(values, dtype=np.float32)
+
+    def check_tokenizer(self) -> None:
+        """Refuses lists of tokens and merges that are no such lists, and more tokens than the embedding table has.
+
+        Raises:
+            InputError: What is wrong.
+        """
+        prefix = "tokenizer.ggml."
+        lists = {name: self.metadata.get(prefix + name, []) for name in ("tokens", "merges", "token_type", "scores")}
+        for name, found in lists.items():
+            kinds = {"token_type": int, "scores": float}.get(name, str)
+            if not isinstance(found, list) or not all(type(one) is kinds for one in found):
+                raise InputError(
+                    f"{self.path} has {prefix}{name} of another kind than a tokenizer's: get the file again"
+                )
+        tokens, rows = len(lists["tokens"]), {one.name: one.shape for one in self.tensors}["token_embd.weight"][0]
+        if not 0 < tokens <= rows:
+            raise InputError(
+                f"{self.path} has {tokens:,} tokens, and an embedding table of {rows:,} rows: take a file of "
+                "which both are of one model"
+            )
+        for name in ("token_type", "scores"):
+            if len(lists[name]) not in (0, tokens):
+                raise InputError(
+                    f"{self.path} has {len(lists[name]):,} {prefix}{name} of {tokens:,} tokens: take another file"
+                )
+        for name in ("model", "pre"):
+            if not isinstance(self.metadata.get(prefix + name, ""), str):
+                raise InputError(f"{self.path} has no text as {prefix}{name}: take another file")
+
+    def blocks(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes, rows in transformers' order: uint8 [rows, bytes of a row]."""
+        data = np.memmap(self.path, mode="r", dtype=np.uint8, offset=tensor.offset, shape=(tensor.size,))
+        rows = data.reshape(tensor.shape[0], -1)
+        heads = self._size("attention.head_count")
+        order = row_order(self.architecture, tensor.name, heads, self._size("attention.head_count_kv", heads))
+        return rows if order is None else order.to_transformers(rows)
+
+    def tokenizer_metadata(self) -> dict[str, Any]:
+        """The scalar `tokenizer.ggml.*` keys without that prefix: a GGUF export of a student passes them on."""
+        prefix = "tokenizer.ggml."
+        items = ((key.removeprefix(prefix), value) for key, value in self.metadata.items() if key.startswith(prefix))
+        return {key: value for key, value in items if not isinstance(value, list)}
+
+    def _key(self, name: str, default: Any = None) -> Any:
+        value = self.metadata.get(f"{self.architecture}.{name}", default)
+        if value is None:
+            raise InputError(f"{self.path} lacks the key {self.architecture}.{name}: take a complete GGUF file")
+        return value
+
+    def _size(self, name: str, default: int | None = None) -> int:
+        value = self._key(name, default)
+        if type(value) is not int or value < 1:
+            shown = repr(value)[:60] if isinstance(value, int | float | str) else f"a {type(value).__name__}"
+            raise InputError(
+                f"{self.path} has {self.architecture}.{name} {shown}: one size for all layers is supported"
+            )
+        return value
+
+    def _number(self, name: str, default: float | None = None) -> float:
+        value = self._key(name, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            shown = repr(value)[:60] if isinstance(value, int | float | str) else f"a {type(value).__name__}"
+            raise InputError(f"{self.path} has {self.architecture}.{name} {shown}, which must be a number above 0")
+        return float(value)
+
+    def _token(self, name: str, tokens: int) -> int | None:
+        value = self.metadata.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value < tokens):
+            raise InputError(f"{self.path} has a {name} that is none of its {tokens:,} tokens: take another file")
+        return value
+
+    def _check_supported(self) -> None:
+        if self.architecture not in GGUF_FAMILIES:
+            raise InputError(
+                f"{self.path} holds the architecture {self.architecture}; supported are {', '.join(GGUF_FAMILIES)}"
+            )
+        scaling = self._key("rope.scaling.type", "none")
+        if scaling not in ("none", "linear") or any(tensor.name == "rope_freqs.weight" for tensor in self.tensors):
+            raise InputError(f"{self.path} scales its rotary embedding: give the model's Hugging Face folder instead")
+        if self.metadata.get(f"{self.architecture}.expert_count", 0):
+            raise InputError(f"{self.path} is a mixture of experts, which is not supported: give a dense model")
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Reads the header of a GGUF file, and checks that all its tensors lie within the file.
+
+    Raises:
+        InputError: Unreadable, not GGUF, of another version, or truncated.
+    """
+    check_file(path)
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data[:4] != b"GGUF":
+                raise InputError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
+            return _read_header(path, data)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except (struct.error, UnicodeDecodeError, OverflowError, ValueError) as error:
+        # An empty file cannot be mapped, which is a ValueError.
+        raise InputError(f"{path} is truncated or damaged ({error}): get the file again") from error
+
+
+def _read_header(path: Path, data: mmap.mmap) -> GgufFile:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    cursor = _Cursor(data)
+    cursor.position = 4
+    (version,) = cursor.numbers("I")
+    if version not in (2, 3):
+        raise InputError(f"{path} is version {version} of GGUF; versions 2 and 3, little-endian, can be read")
+    tensor_count, key_count = cursor.numbers("Q", 2)
+    metadata = {}
+    for _ in range(key_count):
+        key = cursor.text()
+        if key in metadata:
+            raise struct.error(f"the key {key[:60]} is there twice")
+        metadata[key] = cursor.value(cursor.numbers("I")[0])
+    entries = []
+    for _ in range(tensor_count):
+        name = cursor.text()
+        (dimensions,) = cursor.numbers("I")
+        if not 1 <= dimensions <= _DIMENSIONS:
+            raise struct.error(f"the tensor {name[:60]} has {dimensions} dimensions")
+        shape = tuple(reversed(cursor.numbers("Q", dimensions)))
+        entries.append((name, shape, *cursor.numbers("I"), *cursor.numbers("Q")))
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise struct.error("general.alignment is no number of bytes")
+    start = -(-cursor.position // alignment) * alignment
+    tensors = []
+    for name, shape, kind, offset in entries:
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        if 0 in shape or shape[-1] % block:
+            raise struct.error(f"the tensor {name[:60]} has rows of {shape[-1]} weights in blocks of {block}")
+        size = math.prod(shape) // block * block_bytes
+        if start + offset + size > len(data):
+            raise struct.error(f"tensor {name[:60]} ends beyond the file")
+        if offset % alignment:
+            raise struct.error(f"the tensor {name[:60]} does not begin at a multiple of {alignment} bytes")
+        tensors.append(GgufTensor(name=name, shape=shape, type=kind, offset=start + offset, size=size))
+    _check_apart(tensors)
+    return GgufFile(path=path, metadata=metadata, tensors=tuple(tensors))
+
+
+def _check_apart(tensors: Iterable[GgufTensor]) -> None:
+    """Refuses two tensors of one name, or that share bytes."""
+    names, end, before = set(), 0, ""
+    for tensor in sorted(tensors, key=lambda one: one.offset):
+        if tensor.name in names:
+            raise struct.error(f"the tensor {tensor.name[:60]} is there twice")
+        if tensor.offset < end:
+            raise struct.error(f"the tensors {before[:60]} and {tensor.name[:60]} overlap")
+        names.add(tensor.name)
+        end, before = tensor.offset + tensor.size, tensor.name

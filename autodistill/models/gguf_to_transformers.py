@@ -1,0 +1,204 @@
+"""A GGUF file made a transformers folder of float32 safetensors, equal to what transformers reads from the file.
+
+transformers itself dequantises the whole model in memory, through accelerate, and leaves a configuration that cannot
+be saved. Here only one tensor is held at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autodistill.errors import InputError
+from autodistill.models.gguf_reader import GgufFile
+from autodistill.models.pretokenizers import cut_named
+from autodistill.utils.hashing import file_hash
+
+_INDEX = "teacher.json"
+
+
+def convert(file: GgufFile, folder: Path) -> None:
+    """Writes the folder under a temporary name and renames it; a damaged one in its place is removed.
+
+    Raises:
+        InputError: Tensors missing or of other shapes than the architecture has, blocks or a tokenizer that cannot be
+            read.
+    """
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        convert_text(file, temporary)
+        digests = {"model.safetensors": _write_weights(file, temporary / "model.safetensors")}
+        digests |= {path.name: file_hash(path) for path in temporary.iterdir() if path.name not in digests}
+        (temporary / _INDEX).write_text(json.dumps(digests, indent=1, sort_keys=True), encoding="utf-8")
+        if folder.exists() and not is_whole(folder):
+            shutil.rmtree(folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            # Another process may have been first with the same teacher.
+            if not is_whole(folder):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def convert_text(file: GgufFile, folder: Path) -> None:
+    """Writes what the folder has beside weights: the configuration and the tokenizer.
+
+    Raises:
+        InputError: As `convert`.
+    """
+    _write_config(file, folder)
+    _write_tokenizer(file, folder)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder stands there that `convert` wrote, with every file as it was."""
+    try:
+        digests = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return isinstance(digests, dict) and all(file_hash(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _write_config(file: GgufFile, folder: Path) -> None:
+    """Writes configuration and generation configuration, after checking that the tensors are those of the model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    values = file.config()
+    try:
+        config = AutoConfig.for_model(**values)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever transformers raises of sizes that do not go together
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"transformers makes no model of the header of {file.path} ({said}): take another file"
+        ) from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    found = {str(file.family.from_gguf_name(tensor.name)): tensor.shape for tensor in file.tensors}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise InputError(
+                f"{file.path} has {found.get(name, 'no tensor')} for {name}, where {file.architecture} has "
+                f"{wanted.get(name, 'none')}: take another file"
+            )
+    config.architectures = [type(model).__name__]
+    config.dtype = "float32"
+    config.save_pretrained(folder)
+    tokens = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in values}
+    GenerationConfig(**tokens).save_pretrained(folder)
+
+
+def _write_tokenizer(file: GgufFile, folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    file.check_tokenizer()
+    try:
+        # AutoTokenizer would give the same, after reading the file twice more for a configuration.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    except Exception as error:  # transformers looks up what may not be there, and tokenizers raises this very class
+        raise InputError(f"the tokenizer in {file.path} cannot be read ({error}): give the model's folder") from error
+    tokenizer.save_pretrained(folder)
+    if file.metadata.get("tokenizer.ggml.model") == "gpt2":
+        _keep_whole(file, folder / "tokenizer.json")
+    _cut_as_llama_cpp(file, folder / "tokenizer.json")
+    text = json.dumps(file.tokenizer_metadata(), indent=1, sort_keys=True)
+    (folder / "gguf_tokenizer.json").write_text(text, encoding="utf-8")
+
+
+_USER_DEFINED = 4
+
+
+def _keep_whole(file: GgufFile, path: Path) -> None:
+    """Makes added tokens of those that llama.cpp looks for in texts, as GPT-NeoX's runs of spaces.
+
+    transformers spells their characters as it spells the bytes of all others, and so takes them for pieces.
+    """
+    description = json.loads(path.read_text(encoding="utf-8"))
+    vocab, added = description["model"]["vocab"], description["added_tokens"]
+    known, spelled = {one["id"] for one in added}, {index: name for name, index in vocab.items()}
+    kinds = file.metadata.get("tokenizer.ggml.token_type", ())
+    for index, kind in enumerate(kinds):
+        if kind != _USER_DEFINED or index in known:
+            continue
+        del vocab[spelled[index]]
+        name = file.metadata["tokenizer.ggml.tokens"][index]
+        vocab[name] = index
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        added.append({"id": index, "content": name, **flags})
+    if len(added) > len(known):
+        added.sort(key=lambda one: int(one["id"]))
+        path.write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
+
+
+_SPACE = "\u2581"
+
+
+def _cut_as_llama_cpp(file: GgufFile, path: Path) -> None:
+    """Makes the tokenizer cut text before the merges as llama.cpp does by what the file says.
+
+    transformers goes by the architecture. Of a Llama it takes numbers for words, where SmolLM2's are cut into digits,
+    and begins only the first piece of a text with a space, where llama.cpp so begins each behind a special token.
+    """
+    description = json.loads(path.read_text(encoding="utf-8"))
+    cut = cut_named(file.metadata.get("tokenizer.ggml.pre"))
+    if file.metadata.get("tokenizer.ggml.model") == "llama":
+        steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
+        if file.metadata.get("tokenizer.ggml.add_space_prefix", True):
+            steps.insert(0, {"type": "Prepend", "prepend": _SPACE})
+        description |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    elif cut is not None:
+        description["pre_tokenizer"] = cut.pre_tokenizer
+        description["model"]["ignore_merges"] = cut.whole_words
+    path.write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
+
+
+def _write_weights(file: GgufFile, path: Path) -> str:
+    """Writes the tensors as float32 in a safetensors file: the length of the header, the header, the bytes.
+
+    Returns:
+        The SHA-256 of the file.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in file.tensors:
+        start, end = end, end + 4 * int(np.prod(tensor.shape))
+        header[_stored_name(file, tensor.name)] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the bytes begin at a multiple of 8
+    digest = hashlib.sha256()
+    with path.open("wb") as out:
+        for piece in _pieces(text, file):
+            out.write(piece)
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _stored_name(file: GgufFile, name: str) -> str:
+    """The name of GGUF's tensor `name` in transformers' files, where a head may have another than in the model."""
+    found = str(file.family.from_gguf_name(name))
+    return f"{file.family.stored_head}.weight" if found == "lm_head.weight" else found
+
+
+def _pieces(header: bytes, file: GgufFile) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for tensor in file.tensors:
+        yield file.values(tensor).astype("<f4", copy=False).data.cast("B")

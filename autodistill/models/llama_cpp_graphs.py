@@ -1,0 +1,177 @@
+"""What llama.cpp's graphs compute of a described model, and what they do not, in words; no torch, nothing loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.models.families import get_family
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import Role
+
+_ACTIVATIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+    # The field of a config, its default, and what llama.cpp computes; of GELU only its tanh form, to half precision.
+    "gemma3": ("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh", "gelu_new")),
+    "gptneox": ("hidden_act", "gelu", ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")),
+}
+_SILU = ("hidden_act", "silu", ("silu",))
+LAYERS_OF_27B = 62
+"""By which llama.cpp knows the Gemma 3 whose attention is scaled by its width over its heads."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def rotary(config: Mapping[str, Any], layers: str = FULL) -> dict[str, Any]:
+    """The rotary parameters that a config gives one kind of layer, whichever way it is written.
+
+    Args:
+        config: transformers' config.
+        layers: `FULL` or `SLIDING`, which differ in Gemma 3 alone.
+
+    Returns:
+        `rope_type`, `rope_theta` and `partial_rotary_factor`, and what that type has besides.
+    """
+    found = config.get("rope_parameters") or {}
+    if get_family(str(config["model_type"])).windows[1]:
+        # Each kind has its own; once they were fields, and the scaling was that of full attention.
+        own = dict(found.get(layers) or {})
+        if layers == FULL and not own:
+            own = dict(config.get("rope_scaling") or {})
+        theta = config.get("rope_theta", 1e6) if layers == FULL else config.get("rope_local_base_freq", 1e4)
+    else:
+        own = dict(found or config.get("rope_scaling") or {})
+        theta = config.get("rope_theta", config.get("rotary_emb_base", 10000.0))
+    own = {name: value for name, value in own.items() if value is not None}
+    own.setdefault("rope_type", own.get("type", "default"))
+    own.setdefault("rope_theta", theta)
+    turned = config.get("rotary_pct")
+    if turned is None:
+        turned = 0.25 if config["model_type"] == "gpt_neox" else 1
+    own.setdefault("partial_rotary_factor", turned)
+    return own
+
+
+def not_computed(config: Mapping[str, Any], head_dim: int) -> str:
+    """What a config asks for that llama.cpp's graph of its family does not compute, or nothing.
+
+    Args:
+        config: transformers' config, of a supported family.
+        head_dim: Of the model.
+    """
+    name = str(config["model_type"])
+    graph = get_family(name).gguf
+    known = ("default", "linear", "llama3") if graph == "llama" else ("default", "linear")
+    kind = rotary(config)["rope_type"]
+    if kind not in known:
+        return f"the rotary scaling {kind!r} is none of {', '.join(known)}"
+    field, default, computed = _ACTIVATIONS.get(graph, _SILU)
+    activation = config.get(field) or default
+    if activation not in computed:
+        return f"llama.cpp computes {name} with {computed[0]}, not with {activation!r}"
+    if graph == "gemma3":
+        local = rotary(config, SLIDING)["rope_type"]
+        if local != "default":
+            return f"the rotary scaling {local!r} of layers with a sliding window is not computed"
+        scalar = config.get("query_pre_attn_scalar", 256)
+        if scalar != head_dim:
+            return (
+                f"llama.cpp scales attention by the head dim of {head_dim}, not by a query_pre_attn_scalar of {scalar}"
+            )
+    if graph == "gptneox" and rotary_dims(config, head_dim) % 2:
+        return f"it would rotate {rotary_dims(config, head_dim)} channels of a head, which must be pairs"
+    return ""
+
+
+def rotary_dims(config: Mapping[str, Any], head_dim: int) -> int:
+    """The channels of a head that are rotated."""
+    return int(head_dim * rotary(config)["partial_rotary_factor"])
+
+
+def cannot_run(spec: ModelSpec) -> str:
+    """Why llama.cpp cannot run a model of this shape and its tokenizer, or nothing where it can."""
+    if spec.not_in_gguf or spec.text_not_in_gguf:
+        return spec.not_in_gguf or spec.text_not_in_gguf
+    graph = get_family(spec.architecture).gguf
+    biases = any(tensor.role is Role.BIAS and ".attention." in tensor.name for tensor in spec.tensors)
+    if graph == "gptneox":
+        if spec.tied:
+            return "llama.cpp has no tied head for gpt_neox"
+        return "" if biases else "llama.cpp has no gpt_neox without biases in its attention"
+    if graph == "gemma3":
+        if any(tensor.role is Role.BIAS for tensor in spec.tensors):
+            return "llama.cpp has no biases for gemma3_text"
+        if spec.layers == LAYERS_OF_27B and spec.width // spec.heads != spec.head_dim:
+            return f"llama.cpp takes {spec.layers} layers for those of the 27B model, and scales attention by its width"
+        return "" if window_period(spec) else _broken_pattern(spec)
+    if spec.window and spec.window < spec.max_context:
+        return (
+            f"llama.cpp has no sliding window of {spec.window} tokens for {spec.architecture}: set sliding_window to "
+            f"null and max_position_embeddings to {spec.window} in the model's config.json"
+        )
+    return ""
+
+
+def window_period(spec: ModelSpec) -> int | None:
+    """The n for which every n-th layer has full attention and all others a sliding window, or None if there is none."""
+    full = [layer for layer in range(spec.layers) if layer not in set(spec.windowed)]
+    period = full[0] + 1 if full else spec.layers + 1
+    return period if full == list(range(period - 1, spec.layers, period)) else None
+
+
+def _broken_pattern(spec: ModelSpec) -> str:
+    full = [str(layer + 1) for layer in range(spec.layers) if layer not in set(spec.windowed)]
+    return (
+        f"llama.cpp gives every n-th layer of {spec.architecture} full attention, and of these {spec.layers} it is "
+        f"{', '.join(full)}: keep all layers, or leave out one block (init.layers contiguous or influence) of as many "
+        "as lie from one full attention to the next, or several times as many"
+    )
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """How rows that lie in blocks of blocks in transformers change places in a graph.
+
+    Attributes:
+        shape: Rows of transformers as blocks, parts of each, and rows of a part; -1 for one of them follows.
+        axes: The two of these that change places.
+    """
+
+    shape: tuple[int, int, int]
+    axes: tuple[int, int]
+
+    def to_graph(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Rows in the graph's order: [rows, ...], weights, their packed bytes or a bias."""
+        return self._swapped(rows, self.shape)
+
+    def to_transformers(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The inverse of `to_graph`."""
+        shape, (one, other) = list(self.shape), self.axes
+        shape[one], shape[other] = shape[other], shape[one]
+        return self._swapped(rows, shape)
+
+    def _swapped(self, rows: npt.NDArray[Any], shape: Sequence[int]) -> npt.NDArray[Any]:
+        return np.ascontiguousarray(rows.reshape(*shape, *rows.shape[1:]).swapaxes(*self.axes)).reshape(rows.shape)
+
+
+def row_order(graph: str, name: str, heads: int, kv_heads: int) -> RowOrder | None:
+    """The order of a tensor's rows where a graph's is another than transformers', or None.
+
+    In a head, transformers rotates row i together with row i + half, llama.cpp's "llama" rows 2i and 2i + 1. Queries,
+    keys and values of GPT-NeoX lie in transformers head by head, in llama.cpp's "gptneox" those of all heads together.
+
+    Args:
+        graph: llama.cpp's name.
+        name: GGUF's name of the tensor, like "blk.0.attn_q.weight".
+        heads, kv_heads: Of the model.
+    """
+    found = re.fullmatch(r"blk\.\d+\.attn_(q|k|qkv)\.(?:weight|bias)", name)
+    if found and graph == "llama":
+        return RowOrder((heads if found[1] == "q" else kv_heads, 2, -1), (1, 2))
+    if found and graph == "gptneox":
+        return RowOrder((heads, 3, -1), (0, 1))
+    return None

@@ -1,0 +1,234 @@
+"""Causal language models of transformers in memory: loaded from a folder, or made of another one and other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from autodistill.errors import InputError
+from autodistill.models.config import check_tokens, spec_from_config
+from autodistill.models.families import FAMILIES, get_family
+from autodistill.models.model_folder import check_files, read_config, read_json, weight_files
+from autodistill.models.spec import ModelSpec
+from autodistill.models.stored_tensors import check_stored
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+_GENERATION = "generation_config.json"
+
+
+def check_model(folder: Path) -> None:
+    """Refuses a folder of which transformers would make no model, or another one than its files describe.
+
+    Args:
+        folder: Of transformers, of one of the families.
+
+    Raises:
+        InputError: As `check_files`, `spec_from_config` and `check_stored`; or what transformers says of its configs.
+    """
+    check_files(folder)
+    config = read_config(folder)
+    spec = spec_from_config(config)
+    check_stored(folder, spec)
+    _check_made(folder, config, spec)
+    if (folder / _GENERATION).is_file():
+        check_tokens(read_json(folder / _GENERATION), _GENERATION)
+        _check_generation(folder)
+
+
+def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Has transformers make the model of a folder's config, without memory for weights, and read two tokens with it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = folder / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        taken = [name for name in content if callable(getattr(type(config), name, None))]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+            made = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
+    except Exception as error:  # whatever transformers and torch raise over a field that they cannot use
+        raise InputError(
+            f"transformers cannot make the model that {path} describes ({one_line(error)}): check that file"
+        ) from error
+    if taken:
+        raise InputError(f"{path} sets {taken[0]}, which is no field of a model's config: remove it")
+    if made != {tensor.name: tensor.shape for tensor in spec.tensors} or logits.shape != (1, 2, spec.vocabulary):
+        raise InputError(f"{path} describes no plain {spec.architecture}: take out what makes it another model")
+
+
+def _check_generation(folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True).validate()
+    except Exception as error:  # whatever transformers raises over a field that it cannot use
+        raise InputError(
+            f"transformers cannot read {folder / _GENERATION} ({one_line(error)}): check or remove that file"
+        ) from error
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """Loads a causal language model for inference: safetensors only, no code of the folder's, no network.
+
+    Args:
+        folder: Of transformers.
+        dtype: Of the weights, whatever the file has.
+        device: Where the model goes.
+
+    Raises:
+        InputError: Weights that are not those of the model that the folder's config describes.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    check_stored(folder, spec_from_config(read_config(folder)))
+    with _no_progress_bar():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"transformers cannot load {folder} ({one_line(error)}): get the folder again") from error
+    model, report = loaded
+    _check_report(report, folder)
+    model.to(device)
+    model.eval()
+    return cast("PreTrainedModel", model)
+
+
+def _check_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a model of which transformers filled in, or left out, a weight: the last word after `check_stored`."""
+    faults = {what.removesuffix("_keys"): found for what, found in report.items() if what.endswith("_keys") and found}
+    if faults:
+        what, found = next(iter(faults.items()))
+        named = ", ".join(sorted(map(str, found))[:3])
+        raise InputError(f"{folder} does not hold the weights of its model ({what}: {named}): get the folder again")
+
+
+def one_line(error: Exception) -> str:
+    """What an error of a library says, as part of a line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def load_head(folder: Path) -> torch.Tensor:
+    """The table [vocab, width] that a model's logits are products with, in its stored type, and nothing else of it.
+
+    Args:
+        folder: Of transformers.
+
+    Raises:
+        InputError: None of its files has it.
+    """
+    from safetensors import safe_open
+
+    spec = spec_from_config(read_config(folder))
+    family = get_family(spec.architecture)
+    name = f"{family.body}.{family.embedding}" if spec.tied else family.stored_head
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            if f"{name}.weight" in file.keys():  # noqa: SIM118 - the file is no mapping
+                return cast("torch.Tensor", file.get_tensor(f"{name}.weight"))
+    raise InputError(f"{folder} has no {name}.weight: get its safetensors files again")
+
+
+def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
+    """A model of the class of `model` in float32, as transformers makes it of another config and other weights.
+
+    Args:
+        model: Gives class, config and generation config; it is not changed.
+        changes: Fields of the config that differ.
+        weights: By name, a tied head left out; the tensors themselves become the parameters.
+    """
+    import torch
+
+    config = type(model.config).from_dict(model.config.to_dict() | dict(changes))
+    stored = dict(weights)
+    if "lm_head.weight" in stored:
+        # Under the name in files, or transformers would save it under another one than it read.
+        stored[f"{FAMILIES[config.model_type].stored_head}.weight"] = stored.pop("lm_head.weight")
+    with _no_progress_bar():
+        made = type(model).from_pretrained(
+            None, config=config, state_dict=stored, dtype=torch.float32, attn_implementation=ATTENTION
+        )
+    made.generation_config = model.generation_config
+    made.config._name_or_path = model.config._name_or_path
+    return made.eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+ATTENTION = "sdpa_of_equal_heads"
+"""The implementation's name to transformers; no folder that is written has it."""
+
+
+def attention_forward(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Any]:
+    """transformers' SDPA, with a head of keys for each of queries where a GPU computes in float32.
+
+    Where keys have fewer heads, only kernels of 16-bit types take them as they are on CUDA: in float32 torch would
+    compute [heads, tokens, tokens], at a third of the speed of the kernel that takes equal heads
+    (pytorch/pytorch#181528).
+    """
+    groups, kind = query.shape[1] // key.shape[1], query.device.type
+    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    if groups > 1 and query.shape[2] > 1 and computed == torch.float32 and kind != "cpu":
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+        # Without the number of groups, by which it would repeat them again.
+        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    found: tuple[Tensor, Any] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return found
+
+
+def register(name: str, function: Any) -> None:
+    """Makes a function known to transformers as an attention that takes SDPA's masks."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+register(ATTENTION, attention_forward)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The model's list of transformer blocks.
+
+    Raises:
+        InputError: A model without one, as of a family that is not supported.
+    """
+    layers = getattr(getattr(model, "base_model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise InputError(f"{type(model).__name__} has no list of layers: this family is not supported")
+    return layers

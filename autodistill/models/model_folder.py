@@ -1,0 +1,184 @@
+"""What the files of a model's folder say of it before any weight is loaded, and the hashes by which it is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from autodistill.errors import InputError
+from autodistill.utils.hashing import content_hash, file_hash
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_TEXT_FILES = (".json", ".model", ".txt", ".jinja")
+
+_LONGEST_TEXT = 2**28  # bytes of a JSON file: the largest tokenizers have a tenth of it
+
+# transformers would load these beside, or instead of, the weights that are checked here.
+_ADAPTER, _SHARDS_OF_A_GROUP = "adapter_config.json", re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+
+def check_files(folder: Path) -> None:
+    """Refuses a folder of which a file is none, or lies elsewhere: what is read of it is copied into students.
+
+    The hub's cache keeps the files of a model beside its snapshots, in `blobs`, and links to them.
+
+    Raises:
+        InputError: A link that leaves the folder, a device or pipe, or files by which transformers would load other
+            weights.
+    """
+    here = folder.resolve()
+    for path in _entries(here):
+        if path.is_symlink() and not _stays(path, here):
+            raise InputError(
+                f"{path} is a link to {os.readlink(path)}, outside of the model's folder: put a copy of the file in "
+                "its place, or remove it"
+            )
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # a link to nothing, which no one reads
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"cannot read {path}: {error}") from error
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{path} is a pipe or device where a model's folder has files: remove it")
+        if path.name == _ADAPTER:
+            raise InputError(f"{folder} holds an adapter ({_ADAPTER}): merge it into the model's weights first")
+        if _SHARDS_OF_A_GROUP.fullmatch(path.name):
+            raise InputError(f"{folder} holds a checkpoint of distributed training ({path.name}): save the model whole")
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What a folder holds, and that part of it whose files are read as well."""
+    try:
+        yield from folder.iterdir()
+        if (folder / MORE_TEMPLATES).is_dir():
+            yield from (folder / MORE_TEMPLATES).rglob("*")
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from error
+
+
+def _stays(link: Path, folder: Path) -> bool:
+    """Whether a link ends in the folder, or in the blobs of the hub's cache whose snapshot the folder is."""
+    try:
+        target = link.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+    cached = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    return cached or target.is_relative_to(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a model's folder.
+
+    Raises:
+        InputError: Missing or unreadable.
+    """
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One of the JSON objects of a model's folder.
+
+    Raises:
+        InputError: Missing, unreadable, or no object.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path} is no file: give a folder that transformers can load")
+        if found.st_size > _LONGEST_TEXT:
+            raise InputError(f"{path} has {found.st_size:,} bytes, which is no description of a model: get it again")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path.parent} has no {path.name}: give a folder that transformers can load") from error
+    except RecursionError:
+        raise InputError(f"cannot read {path}: it is nested too deep") from None
+    except (OSError, ValueError, MemoryError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is not a JSON object: give a folder that transformers can load")
+    return data
+
+
+def shards(folder: Path) -> dict[str, str] | None:
+    """The safetensors file that each tensor is in by a folder's index; None of a folder without an index.
+
+    Raises:
+        InputError: An index that cannot be read, names no files, or files that are not in the folder.
+    """
+    path = folder / _INDEX
+    if not path.is_file():
+        return None
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"{path} is damaged: it has no weight_map of tensors to files: get the file again")
+    for name in places.values():
+        # A name alone, so that it leads out of the folder on no system.
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+            raise InputError(
+                f"{path} is damaged: it names {str(name)[:60]!r}, which is no safetensors file of the folder: get the "
+                "file again"
+            )
+    missing = sorted(name for name in set(places.values()) if not _is_file(folder / name))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(f"{folder} lacks {', '.join(missing[:3])}{more}, which its index names: complete the folder")
+    return places
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads; some models have the same weights a second time, in another.
+
+    Raises:
+        InputError: As `shards`.
+    """
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
+    return [folder / name for name in sorted(set((shards(folder) or {}).values()))]
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Hash of the files that transformers may read from a model's folder."""
+    text = [path for path in folder.iterdir() if path.is_file() and path.suffix in _TEXT_FILES]
+    files = sorted([*text, *weight_files(folder)])
+    return content_hash([[path.name, file_hash(path)] for path in files], digits=16)
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Hash of what decides the tokens of a text: the tokenizer's files and its special tokens.
+
+    Raises:
+        InputError: No tokenizer in the folder.
+    """
+    files = [[name, file_hash(folder / name)] for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
+        raise InputError(f"{folder} holds no tokenizer: give a folder with a tokenizer.json")
+    special: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            data = read_json(folder / name)
+            special |= {key: data[key] for key in ("bos_token", "eos_token") if data.get(key) is not None}
+    return content_hash([files, special], digits=16)
+
+
+# What a teacher's matrices are held in; it computes in float32 whatever that is.
+HeldType = Literal["float32", "bfloat16", "float16"]
+
+# What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of a tokenizer's chat templates beside its default one, which is what conversations are rendered by."""

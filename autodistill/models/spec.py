@@ -1,0 +1,82 @@
+"""The shape of a decoder-only transformer, as far as memory and speed depend on it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from autodistill.models.tensors import Role, Tensors, TensorSpec, is_expert
+
+MOST_LAYERS = 10_000
+"""Beyond it a config is a slip or an attack, and not a model."""
+
+MOST_OF_A_SIZE = 2**31 - 1
+"""The same of any other size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The shape of a decoder-only transformer, as far as memory and speed depend on it; no weights.
+
+    Attributes:
+        architecture: transformers' `model_type`, like "llama".
+        layers, width, heads, kv_heads, head_dim, ffn_width, vocabulary, max_context: Sizes.
+        tied: Whether the head is the embedding table.
+        tensors: Every stored tensor once, under transformers' name; a tied head is not among them. The experts' share
+            of a mixture is one matrix each of gates, ups and downs in a layer.
+        window, windowed: Tokens that a sliding window sees, 0 where there is none, and the layers that have one.
+        experts, active_experts: Of a mixture of experts, each of `ffn_width`, and those that a token takes; 0 where
+            there is one FFN.
+        shared_experts: Those beside them that every token takes.
+        latent: Values of a token and layer that latent attention caches for all heads; 0 where keys and values are.
+        not_in_gguf: What the config asks for that llama.cpp's graph of the architecture does not compute, in words.
+        text_not_in_gguf: Why llama.cpp would not cut text as the model's tokenizer does, where that is known, in words.
+    """
+
+    architecture: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_width: int
+    vocabulary: int
+    max_context: int
+    tied: bool
+    tensors: Sequence[TensorSpec]
+    window: int = 0
+    windowed: tuple[int, ...] = ()
+    experts: int = 0
+    active_experts: int = 0
+    shared_experts: int = 0
+    latent: int = 0
+    not_in_gguf: str = ""
+    text_not_in_gguf: str = ""
+
+    @property
+    def windowed_layers(self) -> int:
+        """How many layers have a sliding window."""
+        return len(self.windowed)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of weights, a tied embedding counted once."""
+        return sum(count * math.prod(tensor.shape) for tensor, count in self.kinds)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[TensorSpec, int], ...]:
+        """One tensor of those that differ in nothing but the name, and how many: what packings see that keep no parts.
+
+        Experts' are apart from others.
+        """
+        counts: Counter[tuple[Role, tuple[int, ...], bool, bool]] = Counter()
+        first: dict[tuple[Role, tuple[int, ...], bool, bool], TensorSpec] = {}
+        tensors = self.tensors
+        for tensor, count in tensors.kinds if isinstance(tensors, Tensors) else ((one, 1) for one in tensors):
+            key = (tensor.role, tensor.shape, tensor.more_bits, is_expert(tensor.name))
+            counts[key] += count
+            first.setdefault(key, tensor)
+        return tuple((first[key], count) for key, count in counts.items())

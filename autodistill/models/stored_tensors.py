@@ -1,0 +1,187 @@
+"""The tensors that a model's safetensors hold, by their headers, held against those that its config asks for.
+
+transformers gives random values to what a folder lacks, and passes over what it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from autodistill.errors import InputError
+from autodistill.models.families import get_family
+from autodistill.models.model_folder import HeldType, shards, weight_files
+from autodistill.models.spec import ModelSpec
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_HEAD = "lm_head.weight"
+# Constants that older versions of transformers saved with a model, and that it computes by itself.
+_CONSTANTS = re.compile(r".*\.rotary_emb\.inv_freq|gpt_neox\.layers\.\d+\.attention\.(masked_)?bias")
+_NAMED = 3  # tensors that a message names
+_COMPARED = 2**24  # bytes at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor in a safetensors file.
+
+    Attributes:
+        path: The file.
+        name: There.
+        shape: Its sizes.
+        dtype: The format's name of its type, as "BF16".
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder's model by its name in the file; none of a folder without weights.
+
+    Raises:
+        InputError: A file that is truncated, damaged or unreadable, a tensor that two files have, or one that is not
+            where the index says.
+    """
+    found: dict[str, Stored] = {}
+    for path in weight_files(folder):
+        for tensor in _header(path):
+            if tensor.name in found:
+                other = found[tensor.name].path.name
+                raise InputError(f"{folder} has {tensor.name} twice, in {other} and {path.name}: get the folder again")
+            found[tensor.name] = tensor
+    files = {tensor.path for tensor in found.values()}
+    for name, file in (shards(folder) or {}).items():
+        if folder / file in files and (name not in found or found[name].path.name != file):
+            raise InputError(f"{folder / file} lacks {name}, which the folder's index has there: get the folder again")
+    return found
+
+
+def _header(path: Path) -> list[Stored]:
+    """The tensors of one file; the format's own library checks that each lies in the file, and where no other does."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path} is no file: get the file again")
+        with safe_open(path, framework="numpy") as file:
+            parts = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118 - the file is no mapping
+            tensors = [
+                Stored(path=path, name=name, shape=tuple(part.get_shape()), dtype=part.get_dtype())
+                for name, part in parts
+            ]
+        repeated = _repeated(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        said = " ".join(str(error).removeprefix("Error while deserializing header: ").split())
+        raise InputError(f"{path} is truncated or damaged ({said[:160]}): get the file again") from error
+    if repeated is not None:
+        raise InputError(f"{path} is damaged: its header has {repeated!r} twice: get the file again")
+    return tensors
+
+
+def _repeated(path: Path) -> str | None:
+    """A name that a readable header has twice, of which readers take the one or the other."""
+    twice: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> None:
+        names = [name for name, _ in items]
+        if len(set(names)) < len(names):
+            twice.append(next(name for place, name in enumerate(names) if name in names[:place]))
+
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        json.loads(file.read(length), object_pairs_hook=pairs)
+    return twice[-1] if twice else None
+
+
+def check_stored(folder: Path, spec: ModelSpec) -> None:
+    """Refuses a folder whose weights are not those of its model: each one's name, shape and type is looked at.
+
+    Args:
+        folder: Of transformers, of one of the families.
+        spec: What its config describes.
+
+    Raises:
+        InputError: The first tensors that are missing, not expected, of another shape or of no 16- or 32-bit type; no
+            weights; or as `stored_tensors`.
+    """
+    stored = stored_tensors(folder)
+    if not stored:
+        raise InputError(f"{folder} holds no model.safetensors, nor an index of several: give a folder with weights")
+    wanted = {tensor.name: tensor.shape for tensor in spec.tensors}
+    family = get_family(spec.architecture)
+    found = {name: tensor for name, tensor in stored.items() if not _CONSTANTS.fullmatch(name)}
+    head = f"{family.stored_head}.weight"
+    if head in found and _HEAD not in found:
+        found[_HEAD] = found.pop(head)
+    table = f"{family.body}.{family.embedding}.weight"
+    if spec.tied and _HEAD in found and table in found:
+        _check_tied(folder, found.pop(_HEAD), found[table])
+    faults = []
+    if missing := [name for name in wanted if name not in found]:
+        faults.append(f"lacks {_named(missing)}")
+    if unexpected := [name for name in found if name not in wanted]:
+        faults.append(f"has {_named(unexpected)}, for which it has no place")
+    known = [name for name in wanted if name in found]
+    if shaped := [
+        f"{name} of {list(found[name].shape)} in place of {list(wanted[name])}"
+        for name in known
+        if found[name].shape != wanted[name]
+    ]:
+        faults.append(f"has {_named(shaped)}")
+    if faults:
+        raise InputError(
+            f"{folder} does not hold the weights of the {spec.architecture} that its config.json describes: it "
+            f"{', and '.join(faults)}: get the folder again, or mend its config.json"
+        )
+    if typed := [f"{name} as {found[name].dtype}" for name in known if found[name].dtype not in _FLOATS]:
+        raise InputError(
+            f"{folder} stores {_named(typed)}: give the model in 16- or 32-bit floats ({', '.join(_FLOATS[:3])}), or "
+            "as a GGUF file"
+        )
+
+
+def _named(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _check_tied(folder: Path, head: Stored, table: Stored) -> None:
+    """Refuses a head that is stored beside the table that it is tied to, and is another.
+
+    transformers would take the two for different, whatever the config says.
+    """
+    alike = (head.shape, head.dtype) == (table.shape, table.dtype)
+    if not alike or any(not np.array_equal(a, b) for a, b in zip(_bytes(head), _bytes(table), strict=True)):
+        raise InputError(
+            f"{folder} holds {head.name} and {table.name}, which its config.json has tied, and the two differ: set "
+            "tie_word_embeddings to false in it, or get the folder again"
+        )
+
+
+def _bytes(tensor: Stored) -> Iterable[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """A tensor's bytes, some at a time."""
+    with tensor.path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        start, end = json.loads(file.read(length))[tensor.name]["data_offsets"]
+        whole = np.memmap(file, np.uint8, "r", offset=8 + length + start, shape=(end - start,))
+    return (whole[place : place + _COMPARED] for place in range(0, end - start, _COMPARED))
+
+
+def stored_type(folder: Path) -> HeldType:
+    """The 16-bit type that every weight of a folder has, or float32 where they have another, or several."""
+    types = {tensor.dtype for name, tensor in stored_tensors(folder).items() if not _CONSTANTS.fullmatch(name)}
+    names: Mapping[str, HeldType] = {"BF16": "bfloat16", "F16": "float16"}
+    return names.get(types.pop(), "float32") if len(types) == 1 else "float32"

@@ -1,0 +1,1 @@
+"""How weights are stored: grids, formats, rounding and bit packing."""

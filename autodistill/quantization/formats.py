@@ -1,0 +1,318 @@
+"""The one truth on packing, free of torch: what grids a format holds, what each tensor is stored as, and bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+from autodistill.errors import InputError
+from autodistill.models.tensors import Role, TensorSpec
+from autodistill.quantization.grids import (
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Grid,
+    Storage,
+    check_tensor,
+    integer_grid,
+    integer_suffix,
+)
+
+_Key: TypeAlias = tuple[int, int, bool]
+
+
+def _key(storage: Storage) -> _Key:
+    return (storage.bits, storage.group_size, storage.symmetric) if isinstance(storage, Grid) else (16, 0, True)
+
+
+def _describe(keys: Iterable[_Key]) -> str:
+    """The keys in words; a format holds every combination of the values that it holds."""
+    bits, groups, symmetric = (list(dict.fromkeys(values)) for values in zip(*keys, strict=True))
+    if bits == [16]:
+        return "16 bits without groups"
+    sizes = [str(size) for size in groups if size]
+    cut = [f"in groups of {_either(sizes)}"] if sizes else []
+    if 0 in groups:
+        cut.append("in whole rows")
+    kinds = ["symmetric" if kind else "asymmetric" for kind in symmetric]
+    return f"{_either(map(str, bits))} bits {_either(cut)}, {_either(kinds)}"
+
+
+def _either(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A way to pack a model, and the rule that says what each of its tensors is stored as.
+
+    Attributes:
+        name: Its name in strategies, deployments and on the command line.
+        container: "gguf", "compressed-tensors" or "huggingface".
+        runtimes: The engines that serve it, the usual one first.
+        linears: What the weights of linear layers may be stored as; a packing picks one.
+        tables: What the embedding and an untied head are stored as; in a mixture, the matrices that take more bits.
+        mixture: Whether it is one of llama.cpp's mixtures of types, in which it goes by tensor what takes more bits
+            (`TensorSpec.more_bits`): some layers' attention values and ends of FFNs too, and no untied embedding.
+        kept: What weights are stored as that a packing keeps off its grid.
+        vectors: What norms and biases are stored as.
+    """
+
+    name: str
+    container: Literal["gguf", "compressed-tensors", "huggingface"]
+    runtimes: tuple[str, ...]
+    linears: tuple[Storage, ...]
+    tables: Storage
+    kept: Literal["f16", "bf16"]
+    vectors: Literal["f32", "bf16"]
+    mixture: bool = False
+
+    def linear(self, bits: int, group_size: int, symmetric: bool) -> Storage:
+        """What linear layers are stored as at this choice.
+
+        Raises:
+            InputError: It cannot hold that; the message lists what it can.
+        """
+        asked = (bits, group_size, symmetric)
+        if asked not in self._held:
+            raise InputError(f"{self.name} cannot hold {_describe([asked])}; it holds {_describe(self._held)}")
+        return self._held[asked]
+
+    @cached_property
+    def _held(self) -> Mapping[_Key, Storage]:
+        return {_key(storage): storage for storage in self.linears}
+
+
+_KEEP = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How the weights of a model are stored: a format, one of the grids that it holds, and what stays off the grid.
+
+    Attributes:
+        format: Name of a format.
+        bits: Bit-width of the linear layers; 16 where they are not quantised.
+        group_size: Weights of a row that share a scale; 0 where the whole row does, or nothing is quantised.
+        symmetric: Whether a group has a scale alone, and no offset.
+        keep: What stays in 16 bits (mixed precision): "attention", "embeddings", "head", or part of a weight's dotted
+            name in transformers, like "layers.0", "down_proj" or "layers.0.mlp.down_proj". In alphabetical order.
+    """
+
+    format: str
+    bits: int
+    group_size: int
+    symmetric: bool = True
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        linear = self.linear  # held by the format, or refused
+        if self.keep and not isinstance(linear, Grid):
+            raise InputError(f"{self.format} holds all weights in 16 bits: leave keep out")
+        for part in self.keep:
+            if not _KEEP.fullmatch(part):
+                raise InputError(
+                    f"keep holds {part!r}: it can be attention, embeddings, head, or part of a weight's name such as "
+                    "layers.0 or mlp.down_proj"
+                )
+        object.__setattr__(self, "keep", tuple(sorted(set(self.keep))))
+
+    @property
+    def packing(self) -> Packing:
+        """The fields of this class alone, whatever else the object says: equal where weights are stored equally."""
+        return Packing(**{field.name: getattr(self, field.name) for field in fields(Packing)})
+
+    @property
+    def linear(self) -> Storage:
+        """What linear layers are stored as; in a mixture of types, those that do not take more bits.
+
+        Raises:
+            InputError: The format cannot hold it.
+        """
+        return get_format(self.format).linear(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def container(self) -> str:
+        """The container of its format."""
+        return get_format(self.format).container
+
+    @property
+    def name(self) -> str:
+        """Short readable name, like "gguf-q4_0", "compressed-tensors-int4-g64-asym" or "gguf-q4_0+attention"."""
+        choices = len(get_format(self.format).linears)
+        suffix = integer_suffix(self.bits, self.group_size, self.symmetric) if choices > 1 else ""
+        return "+".join([self.format + suffix, *self.keep])
+
+    def storage(self, tensor: TensorSpec) -> Storage:
+        """What `tensor` is stored as: where super-blocks do not divide its rows, on the grid that stands in for theirs.
+
+        Raises:
+            InputError: The tensor cannot be cut into the groups.
+        """
+        held = get_format(self.format)
+        if tensor.role is Role.NORM_ABOVE_ONE and held.container == "gguf":
+            return "f32_plus_1"
+        if tensor.role in (Role.NORM, Role.NORM_ABOVE_ONE, Role.BIAS):
+            return held.vectors
+        if any(_is_part(part, tensor) for part in self.keep):
+            return held.kept
+        table = tensor.more_bits if held.mixture else tensor.role is not Role.LINEAR
+        storage = held.tables if table else self.linear
+        if isinstance(storage, Grid) and storage.fallback and not storage.divides(tensor.shape[-1]):
+            # Where that does not divide them either, the grid that was asked for is named.
+            storage = storage.fallback if storage.fallback.divides(tensor.shape[-1]) else storage
+        check_tensor(tensor, storage)
+        return storage
+
+    def check_model(self, tensors: Iterable[TensorSpec]) -> None:
+        """Refuses a model that cannot be packed so.
+
+        Raises:
+            InputError: A tensor that cannot be cut into the groups, a part to keep that would be on no grid, or linear
+                layers of which none can be cut into the format's super-blocks.
+        """
+        storages = {tensor: self.storage(tensor) for tensor in tensors}
+        if isinstance(self.linear, Grid) and self.linear.fallback:
+            self._check_blocks(self.linear, storages)
+        if not self.keep:
+            return
+        if not any(isinstance(storage, Grid) for storage in storages.values()):
+            raise InputError(f"keep leaves no weight on the grid of {self.format}: name fewer parts")
+        plain = replace(self, keep=())
+        gridded = [tensor for tensor in storages if isinstance(plain.storage(tensor), Grid)]
+        unused = [part for part in self.keep if not any(_is_part(part, tensor) for tensor in gridded)]
+        if unused:
+            raise InputError(
+                f"keep names {', '.join(unused)}, but no weight of this model that {self.format} would quantise "
+                "is called so: leave it out (a tied head is the embeddings)"
+            )
+
+    def _check_blocks(self, grid: Grid, storages: Mapping[TensorSpec, Storage]) -> None:
+        """Refuses linear layers of which none is on a grid of super-blocks, but some on what stands in for it."""
+        linear = {tensor: storage for tensor, storage in storages.items() if tensor.role is Role.LINEAR}
+        grids = {storage for storage in linear.values() if isinstance(storage, Grid)}
+        if not grids or any(one.block_size for one in grids):
+            return
+        if any(grid.divides(tensor.shape[-1]) for tensor in linear):
+            raise InputError(f"keep leaves no linear layer on the grid of {grid.name}: name fewer parts")
+        raise InputError(
+            f"rows in {grid.name} are of whole blocks of {grid.block_size} weights, and those of none of this model's "
+            f"linear layers are: all would be stored as {_either(sorted(one.name for one in grids))}, so choose "
+            f"{'that format' if len(grids) == 1 else 'one of these'}"
+        )
+
+
+_ROLES = {"embeddings": Role.EMBEDDING, "head": Role.HEAD}
+
+
+def _is_part(part: str, tensor: TensorSpec) -> bool:
+    if part in _ROLES:
+        return tensor.role is _ROLES[part]
+    names = ("self_attn", "attention") if part == "attention" else (part,)
+    return any(f".{name}." in f".{tensor.name}." for name in names)
+
+
+def _gguf(name: str, linears: Storage, tables: Storage, *, mixture: bool = False) -> Format:
+    return Format(
+        name=name,
+        container="gguf",
+        runtimes=("llama.cpp",),
+        linears=(linears,),
+        tables=tables,
+        kept="f16",
+        vectors="f32",
+        mixture=mixture,
+    )
+
+
+FORMATS: Mapping[str, Format] = {
+    packing.name: packing
+    for packing in (
+        _gguf("gguf-f16", "f16", "f16"),
+        _gguf("gguf-q8_0", Q8_0, Q8_0),
+        # The table stays at 8 bits: tied, it is also the output head, and llama.cpp's own Q4_0 files keep it above 4.
+        *(_gguf(grid.name, grid, Q8_0) for grid in (Q5_1, Q5_0, Q4_1, Q4_0)),
+        # One grid for all linear layers, where llama.cpp's types that end in _S, _M and _L mix some; the tables as the
+        # heads of its files.
+        *(_gguf(grid.name, grid, Q6_K) for grid in (Q6_K, Q5_K, Q4_K, Q3_K, Q2_K)),
+        # Its _M of these two, in which one other grid holds all that takes more bits: that of Q3_K has two.
+        *(_gguf(f"{grid.name}_m", grid, Q6_K, mixture=True) for grid in (Q5_K, Q4_K)),
+        Format(
+            name="compressed-tensors",
+            container="compressed-tensors",
+            runtimes=("vllm", "transformers"),
+            linears=tuple(
+                integer_grid(bits, group_size, symmetric)
+                for bits in (8, 6, 4, 3, 2)
+                for group_size in (32, 64, 128, 0)
+                for symmetric in (True, False)
+            ),
+            tables="bf16",
+            kept="bf16",
+            vectors="bf16",
+        ),
+        Format(
+            name="huggingface",
+            container="huggingface",
+            runtimes=("transformers", "vllm"),
+            linears=("bf16",),
+            tables="bf16",
+            kept="bf16",
+            vectors="bf16",
+        ),
+    )
+}
+
+
+def get_format(name: str) -> Format:
+    """Looks a format up by name.
+
+    Raises:
+        InputError: Unknown; the message lists the known ones.
+    """
+    if name not in FORMATS:
+        raise InputError(f"there is no format {name!r}; the formats are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
+    """Bytes that one tensor takes, scales included: what `pack` writes, no padding."""
+    count = math.prod(tensor.shape)
+    if not isinstance(storage, Grid):
+        return count * (4 if storage in ("f32", "f32_plus_1") else 2)
+    rows, columns = tensor.shape
+    groups = columns // storage.group(columns)
+    if storage.container == "gguf":
+        values = 1 if storage.symmetric else 2
+        if storage.block_size:
+            blocks = count // storage.block_size
+            return count * storage.bits // 8 + values * (2 * blocks + rows * groups * storage.multiplier_bits // 8)
+        return count * storage.bits // 8 + rows * groups * 2 * values
+    zero_points = 0 if storage.symmetric else _words(rows, storage.bits) * groups
+    return rows * (_words(columns, storage.bits) + 2 * groups) + zero_points + 16
+
+
+def _words(codes: int, bits: int) -> int:
+    """Bytes of a row of codes in whole words of 32 bits."""
+    return -(-codes * bits // 32) * 4
+
+
+def weights_bytes(tensors: Iterable[TensorSpec], packing: Packing) -> int:
+    """Bytes that all of a model's tensors take in a packing.
+
+    Raises:
+        InputError: As `Packing.storage`.
+    """
+    return sum(tensor_bytes(tensor, packing.storage(tensor)) for tensor in tensors)

@@ -1,0 +1,223 @@
+"""The grids that weights are quantised on: how a group of them becomes integer codes, a scale and perhaps an offset.
+
+A grid says so precisely enough that codes and scales equal, bit for bit, those of the format's own tools: `gguf.quants`
+(and so llama.cpp) and the `compressed-tensors` package. `codes` does that arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.errors import InputError
+from autodistill.models.tensors import TensorSpec
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How the consecutive weights of a row that make a group become integer codes, one scale and perhaps one offset.
+
+    The scale is m / `divisor`, stored in `scale_dtype`; m is the group's largest magnitude ("absmax"), the first value
+    that has it, with its sign ("signed_absmax"), or the largest weight less the smallest one ("range"). A symmetric
+    grid has no offset. Else it is the smallest weight, stored as the scale is ("minimum"), or the code that 0 is read
+    from ("zero_point"), for which 0 counts among the group's weights.
+
+    Of a grid of super-blocks scales and minima lie on a second grid: each block has a unit in `scale_dtype` for its
+    scales, and one for its minima, and each group small whole multiples of them. Its scales, of the rule
+    "least_squares", are searched for (`super_blocks`); minima are at most 0, and stored without that sign.
+
+    - "gguf": a code is the rounded product of weight (less its minimum) and 1/scale, in float32 and with scale and
+      minimum *before* their rounding to `scale_dtype`; a weight is read as code * stored scale (+ stored minimum) in
+      float32.
+    - "compressed-tensors": a code is the rounded quotient of weight and *stored* scale in float32 (+ zero point), where
+      a stored scale of 0 becomes bfloat16's epsilon; a weight is read as (code - zero point) * stored scale rounded to
+      bfloat16. Quantising what was read again would move it (the largest weight lies half a step off the codes):
+      weights are quantised once.
+
+    Where scales are given and not derived (`Scales`), and in super-blocks, a code is in both the quotient by the stored
+    scale (+ zero point), rounded with ties to the even neighbour.
+
+    Attributes:
+        name: Like "gguf-q4_0" or "compressed-tensors-int4-g64".
+        container: The container whose arithmetic and layout it follows.
+        bits: Width of a code.
+        group_size: Weights that share a scale; 0 where a whole row does.
+        qmin, qmax: The codes used; what rounds beyond them is clipped.
+        scale_dtype: Of the stored scale.
+        scale_rule, divisor: How the scale follows from the group.
+        rounding: Where a tie goes under a scale that is derived: "half_up" (to the larger), "half_away" (from zero) or
+            "half_even".
+        offset: What is stored beside the scale.
+        block_size: Weights of a super-block; 0 where each group's scale is stored by itself.
+        multiplier_bits: Width of a scale, and of a minimum, in units of its super-block; those of a symmetric grid have
+            a sign.
+        cuts: By how many steps the least and the largest code are moved inwards from the ends of a group (of a
+            symmetric grid from its largest magnitude, the second number alone) in each of the tries of
+            "least_squares". Chosen greedily among some hundred by the squared error that the best of them leaves of
+            normal weights, of Student's t with four degrees of freedom and of a trained model's; but for one of Q4_K
+            and Q5_K, by which weights that lie on a grid of as many levels, or one fewer, stay where they are.
+        fallback: The grid of a matrix whose rows the super-blocks do not divide; as llama.cpp chooses it, but that
+            what it puts on IQ4_NL goes on Q4_0.
+    """
+
+    name: str
+    container: Literal["gguf", "compressed-tensors"]
+    bits: int
+    group_size: int
+    qmin: int
+    qmax: int
+    scale_dtype: Literal["f16", "bf16"]
+    scale_rule: Literal["absmax", "signed_absmax", "range", "least_squares"]
+    divisor: float
+    rounding: Literal["half_up", "half_away", "half_even"]
+    offset: Literal["none", "minimum", "zero_point"] = "none"
+    block_size: int = 0
+    multiplier_bits: int = 0
+    cuts: tuple[tuple[float, float], ...] = ()
+    fallback: Grid | None = None
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether 0 is read from the code 0."""
+        return self.offset == "none"
+
+    @property
+    def levels(self) -> int:
+        """Steps of the longer side of 0, or of the whole range where it is asymmetric: LSQ's Q_P."""
+        return self.qmax if self.symmetric else self.qmax - self.qmin
+
+    def group(self, columns: int) -> int:
+        """Weights that share a scale in a row of `columns`."""
+        return self.group_size or columns
+
+    @property
+    def groups_per_block(self) -> int:
+        """Groups whose scales have a unit in common."""
+        return self.block_size // self.group_size if self.block_size else 1
+
+    @property
+    def largest_multiplier(self) -> int:
+        """Of units of a super-block."""
+        return int(2 ** (self.multiplier_bits - self.symmetric)) - 1
+
+    def divides(self, columns: int) -> bool:
+        """Whether a row of so many weights can be cut into its groups and super-blocks."""
+        return columns % (self.block_size or self.group(columns)) == 0
+
+
+FloatType: TypeAlias = Literal["f32", "f32_plus_1", "f16", "bf16"]
+"""How values are stored one by one; "f32_plus_1" is float32 of the value plus 1, which a runtime uses as it is."""
+
+
+Storage: TypeAlias = Grid | FloatType
+
+
+class Scales(NamedTuple):
+    """What stands beside the codes of a matrix.
+
+    Attributes:
+        scales: float32 [out, groups], values of the grid's scale dtype, or multiples of them that a super-block holds.
+        offsets: float32 [out, groups], minima or zero points; None on a symmetric grid.
+    """
+
+    scales: Floats
+    offsets: Floats | None = None
+
+
+def _gguf_grid(kind: str, bits: int, **rule: Any) -> Grid:
+    return Grid(name=f"gguf-{kind}", container="gguf", bits=bits, group_size=32, scale_dtype="f16", **rule)
+
+
+_SIGNED: Mapping[str, Any] = {"scale_rule": "signed_absmax", "rounding": "half_up"}
+_MINIMUM: Mapping[str, Any] = {"scale_rule": "range", "rounding": "half_up", "offset": "minimum"}
+Q4_0 = _gguf_grid("q4_0", 4, qmin=-8, qmax=7, divisor=-8.0, **_SIGNED)
+Q4_1 = _gguf_grid("q4_1", 4, qmin=0, qmax=15, divisor=15.0, **_MINIMUM)
+Q5_0 = _gguf_grid("q5_0", 5, qmin=-16, qmax=15, divisor=-16.0, **_SIGNED)
+Q5_1 = _gguf_grid("q5_1", 5, qmin=0, qmax=31, divisor=31.0, **_MINIMUM)
+Q8_0 = _gguf_grid("q8_0", 8, qmin=-127, qmax=127, divisor=127.0, scale_rule="absmax", rounding="half_away")
+
+
+def _k_grid(kind: str, bits: int, group_size: int, multiplier_bits: int, fallback: Grid, **rule: Any) -> Grid:
+    """One of llama.cpp's K-quants, symmetric where no offset is named."""
+    lowest = -(2 ** (bits - 1)) if rule.get("offset", "none") == "none" else 0
+    return Grid(
+        name=f"gguf-{kind}",
+        container="gguf",
+        bits=bits,
+        group_size=group_size,
+        qmin=lowest,
+        qmax=lowest + 2**bits - 1,
+        scale_dtype="f16",
+        scale_rule="least_squares",
+        divisor=float(lowest or 2**bits - 1),
+        rounding="half_even",
+        block_size=256,
+        multiplier_bits=multiplier_bits,
+        fallback=fallback,
+        **rule,
+    )
+
+
+def _cuts(fourth: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+    return ((0.0, 0.2), (0.4, 0.0), (-0.2, 0.4), fourth, (0.3, 0.3))
+
+
+def _one_code_fewer(divisor: int) -> tuple[float, float]:
+    """The cut that gives codes from the least to the one before the largest: that of weights on such a grid already."""
+    return (0.0, -divisor / (divisor - 1))
+
+
+Q2_K = _k_grid("q2_k", 2, 16, 4, Q4_0, offset="minimum", cuts=_cuts((0.4, -0.2)))
+Q3_K = _k_grid("q3_k", 3, 16, 6, Q4_0, cuts=((0, -0.125), (0, -0.625), (0, 0.75), (0, 0.25)))
+Q4_K = _k_grid("q4_k", 4, 32, 6, Q5_0, offset="minimum", cuts=_cuts(_one_code_fewer(15)))
+Q5_K = _k_grid("q5_k", 5, 32, 6, Q5_1, offset="minimum", cuts=_cuts(_one_code_fewer(31)))
+Q6_K = _k_grid("q6_k", 6, 16, 8, Q8_0, cuts=((0, 0), (0, 1), (0, 2), (0, 3)))
+
+
+def integer_grid(bits: int, group_size: int, symmetric: bool) -> Grid:
+    """The grid of compressed-tensors with codes of so many bits; a group of 0 is a whole row."""
+    # As its `calculate_qparams`: absmax / ((qmax - qmin) / 2), or the range / (qmax - qmin).
+    levels = 2**bits
+    return Grid(
+        name=f"compressed-tensors{integer_suffix(bits, group_size, symmetric)}",
+        container="compressed-tensors",
+        bits=bits,
+        group_size=group_size,
+        qmin=-levels // 2,
+        qmax=levels // 2 - 1,
+        scale_dtype="bf16",
+        scale_rule="absmax" if symmetric else "range",
+        divisor=(levels - 1) / 2 if symmetric else levels - 1,
+        rounding="half_even",
+        offset="none" if symmetric else "zero_point",
+    )
+
+
+def integer_suffix(bits: int, group_size: int, symmetric: bool) -> str:
+    """What the name of such a grid ends in, like "-int4-g64-asym"."""
+    return f"-int{bits}-{f'g{group_size}' if group_size else 'row'}{'' if symmetric else '-asym'}"
+
+
+def check_tensor(tensor: TensorSpec, storage: Storage) -> None:
+    """Refuses a tensor whose rows the grid's groups do not divide, so that training it is never begun.
+
+    Raises:
+        InputError: Not two-dimensional, or a row that is no multiple of the group or super-block.
+    """
+    if not isinstance(storage, Grid):
+        return
+    if len(tensor.shape) != 2:
+        raise InputError(f"{tensor.name} of shape {list(tensor.shape)} is no matrix: {storage.name} cannot hold it")
+    if not storage.divides(tensor.shape[1]):
+        cut = f"blocks of {storage.block_size}" if storage.block_size else f"groups of {storage.group_size}"
+        instead = storage.fallback and f", nor the groups of {storage.fallback.group_size} that stand in for them,"
+        raise InputError(
+            f"{tensor.name} has rows of {tensor.shape[1]} weights, which the {cut} of {storage.name}{instead or ''} do "
+            f"not divide: choose {'' if instead else 'a smaller group, or '}a format without groups"
+        )

@@ -1,0 +1,177 @@
+"""The scales of super-blocks, in numpy and torch: found by least squares, and put on the grid of their block.
+
+Each function is given the module whose arrays it works on, and uses what numpy and torch do alike: single operations on
+float32, elementwise, in an order that is written down. Sums are of halves, and of halves of these. So both give the
+same bits, on any device: a student is trained with the scales that its file will have.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from autodistill.quantization.grids import Grid
+
+# Weights handled at once: of powers of two the least at which the beginning of an operation costs little beside it.
+AT_ONCE = 2**18
+
+
+class _Sums(NamedTuple):
+    """Of the codes q and weights x of groups, [groups] each: what a least-squares fit of them needs."""
+
+    codes: Any
+    squares: Any
+    products: Any
+
+
+def on_block_grid(values: Any, grid: Grid, xp: ModuleType) -> tuple[Any, Any]:
+    """Scales, or minima less their sign, as their super-blocks hold them: each block has a unit and small multipliers.
+
+    The value of largest magnitude has the largest multiplier, so that what was read is held again as it is. Where
+    multipliers have no sign, a value below 0 becomes 0.
+
+    Args:
+        values: float32, as many as there are groups, rows after rows.
+        grid: One of super-blocks.
+        xp: numpy or torch.
+
+    Returns:
+        Units, values of float16 in float32 [blocks, 1], and multipliers, whole numbers in float32 [blocks, groups of a
+        block]. Products of the two are exact in float32.
+    """
+    blocks = values.reshape(-1, grid.groups_per_block)
+    if not grid.symmetric:
+        blocks = xp.clip(blocks, 0, None)
+    largest = xp.amax(xp.abs(blocks), -1, keepdims=True)
+    shares = blocks / xp.where(largest == 0, 1.0, largest)
+    # A product, since CUDA makes one of a division by a number: what it is off by is lost in float16.
+    units = xp.asarray(xp.asarray(largest * (1 / grid.largest_multiplier), dtype=xp.float16), dtype=xp.float32)
+    return units, xp.round(shares * grid.largest_multiplier)
+
+
+def stored(values: Any, grid: Grid, xp: ModuleType) -> Any:
+    """Scales, or minima less their sign, of the shape that was given, as a runtime reads them from `on_block_grid`."""
+    units, multipliers = on_block_grid(values, grid, xp)
+    # A multiplier of 0 has no sign in a file.
+    return (units * multipliers + 0.0).reshape(values.shape)
+
+
+def fitted(groups: Any, grid: Grid, xp: ModuleType, at_once: int = AT_ONCE) -> tuple[Any, Any]:
+    """The scales, and minima, with which codes come nearest to the weights, of those that are tried.
+
+    Each of the grid's `cuts` gives codes, these their best scale and minimum by least squares, and the nearest of all
+    is taken; minima are put on their blocks' grid, scales fitted once more to what became of them, and put there too.
+
+    Args:
+        groups: float32 [groups, group], of whole super-blocks.
+        grid: One of super-blocks.
+        xp: numpy or torch.
+        at_once: Weights that are handled at once.
+
+    Returns:
+        Scales and minima as they are stored, float32 [groups] each; None for minima on a symmetric grid.
+    """
+    rows = max(1, at_once // grid.block_size) * grid.groups_per_block
+    fit = _fit_symmetric if grid.symmetric else _fit_minimum
+    parts = [fit(_columns(groups[start : start + rows], xp), grid, xp) for start in range(0, len(groups), rows)]
+    scales, minima = zip(*parts, strict=True)
+    return xp.concatenate(scales), None if grid.symmetric else xp.concatenate(minima)
+
+
+def _columns(groups: Any, xp: ModuleType) -> Any:
+    """Groups [groups, group] side by side, [group, groups], so that what is done to all of them runs along memory."""
+    columns = xp.empty_like(groups).reshape(groups.shape[1], groups.shape[0])
+    columns[:] = groups.T
+    return columns
+
+
+def _fit_minimum(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, Any]:
+    codes, buffer = xp.empty_like(weights), xp.empty_like(weights)
+    count = float(len(weights))
+    total = _halves(weights, xp.add, buffer)
+    squared = _halves(xp.multiply(weights, weights, out=codes), xp.add, codes)
+    # 0 is read from a code too: a minimum is subtracted, and has no sign.
+    low = xp.clip(_halves(weights, xp.minimum, buffer), None, 0)
+    step = (_halves(weights, xp.maximum, buffer) - low) * (1 / grid.divisor)
+    best: tuple[Any, ...] | None = None
+    for below, above in grid.cuts:
+        _codes(weights, step * (1 - (below + above) / grid.divisor), low + step * below, grid, xp, codes)
+        tried = _sums(weights, codes, xp, buffer)
+        spread = tried.squares * count - tried.codes * tried.codes
+        scale = (tried.products * count - tried.codes * total) / _positive(spread, xp)
+        minimum = (total - scale * tried.codes) * (1 / count)
+        bounded = minimum > 0
+        scale = xp.where(bounded, tried.products / _positive(tried.squares, xp), scale)
+        minimum = xp.where(bounded, 0.0, minimum)
+        # The sum of squares of what is left, by the normal equations.
+        left = squared - scale * tried.products - minimum * total
+        best = _nearer((left, minimum, *tried), best, xp)
+    assert best is not None
+    _, minima, *kept = best
+    sums = _Sums(*kept)
+    minima = 0.0 - stored(-minima, grid, xp)
+    scales = (sums.products - minima * sums.codes) / _positive(sums.squares, xp)
+    return stored(scales, grid, xp), minima
+
+
+def _fit_symmetric(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, None]:
+    codes, buffer = xp.empty_like(weights), xp.empty_like(weights)
+    high, low = _halves(weights, xp.maximum, buffer), _halves(weights, xp.minimum, buffer)
+    # As a product, for which see `on_block_grid`.
+    step = xp.where(high > -low, high, low) * (1 / grid.divisor)
+    best: tuple[Any, ...] | None = None
+    for _, above in grid.cuts:
+        _codes(weights, step * (grid.divisor / (grid.divisor + above)), None, grid, xp, codes)
+        tried = _sums(weights, codes, xp, buffer)
+        scale = tried.products / _positive(tried.squares, xp)
+        # What is left of the sum of squares is smaller by this.
+        best = _nearer((-(scale * tried.products), scale), best, xp)
+    assert best is not None
+    return stored(best[1], grid, xp), None
+
+
+def _nearer(tried: tuple[Any, ...], best: tuple[Any, ...] | None, xp: ModuleType) -> tuple[Any, ...]:
+    """Of two fits of each group that whose first value is smaller."""
+    if best is None:
+        return tried
+    better = tried[0] < best[0]
+    return tuple(xp.where(better, new, old) for new, old in zip(tried, best, strict=True))
+
+
+def _codes(weights: Any, scales: Any, minima: Any, grid: Grid, xp: ModuleType, out: Any) -> None:
+    """Writes the codes of columns of weights under scales, and minima, into `out`."""
+    divisors = xp.where(scales == 0, math.inf, scales)
+    if minima is None:
+        xp.divide(weights, divisors, out=out)
+    else:
+        xp.subtract(weights, minima, out=out)
+        xp.divide(out, divisors, out=out)
+    xp.round(out, out=out)
+    xp.clip(out, grid.qmin, grid.qmax, out=out)
+
+
+def _sums(weights: Any, codes: Any, xp: ModuleType, buffer: Any) -> _Sums:
+    products = _halves(xp.multiply(codes, weights, out=buffer), xp.add, buffer)
+    sums = _halves(codes, xp.add, buffer)
+    # The codes are not needed any more.
+    return _Sums(sums, _halves(xp.multiply(codes, codes, out=codes), xp.add, codes), products)
+
+
+def _halves(columns: Any, join: Any, buffer: Any) -> Any:
+    """What `join` makes of each column's halves, of the halves of that, and so on: a row of its own.
+
+    Args:
+        columns: [a power of two, groups].
+        join: A function of two arrays, with `out`.
+        buffer: Working memory as large, which may be the columns.
+    """
+    while len(columns) > 1:
+        half = len(columns) // 2
+        columns = join(columns[:half], columns[half:], out=buffer[:half])
+    return columns[0] + 0.0
+
+
+def _positive(values: Any, xp: ModuleType) -> Any:
+    """A divisor: what is 0 or below, where everything that is divided by it is 0 too, becomes 1."""
+    return xp.where(values > 0, values, 1.0)

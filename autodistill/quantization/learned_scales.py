@@ -1,0 +1,51 @@
+"""The scales that a finishing stage learned, or a teacher's own, in a file beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from autodistill.quantization.formats import Packing
+from autodistill.quantization.grids import Scales
+
+SCALES_FILE = "grid_scales.safetensors"
+
+
+def write_scales(folder: Path, packing: Packing, scales: Mapping[str, Scales]) -> None:
+    """Writes what was learned for `packing`, by name of the weight; nothing where nothing was."""
+    if not scales:
+        return
+    arrays = {
+        f"{name}.{part}": np.ascontiguousarray(values)  # else the file would have them in another order
+        for name, pair in scales.items()
+        for part, values in pair._asdict().items()
+        if values is not None
+    }
+    save_file(arrays, folder / SCALES_FILE, metadata={"packing": _text(packing)})
+
+
+def read_scales(folder: Path, packing: Packing) -> dict[str, Scales]:
+    """What was learned for `packing`; empty where scales follow from the weights, as under any other packing."""
+    if not (folder / SCALES_FILE).is_file():
+        return {}
+    with safe_open(folder / SCALES_FILE, framework="numpy") as file:
+        if file.metadata()["packing"] != _text(packing):
+            return {}
+        names = set(file.keys())
+        return {
+            name: Scales(
+                file.get_tensor(f"{name}.scales"),
+                file.get_tensor(f"{name}.offsets") if f"{name}.offsets" in names else None,
+            )
+            for name in sorted(key.removesuffix(".scales") for key in names if key.endswith(".scales"))
+        }
+
+
+def _text(packing: Packing) -> str:
+    return json.dumps(asdict(packing.packing), sort_keys=True)

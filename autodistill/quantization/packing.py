@@ -1,0 +1,338 @@
+"""Weights to integer codes, scales and stored bytes and back, free of torch, by the grids of `formats`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.errors import InputError
+from autodistill.quantization.grids import Floats, FloatType, Grid, Scales, Storage
+from autodistill.quantization.k_quant_bytes import Block, from_bytes, to_bytes
+from autodistill.quantization.k_quants import fitted, on_block_grid
+
+Codes: TypeAlias = npt.NDArray[np.int8]
+Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
+
+BF16_EPSILON = 2.0**-7
+"""bfloat16's epsilon: the scale that compressed-tensors gives to a group whose own would be 0."""
+
+
+def to_bf16_bits(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:
+    """Rounds float32 to bfloat16, to nearest with ties to even, and gives its bits; NaN stays NaN."""
+    array = np.ascontiguousarray(values, dtype=np.float32)
+    bits = array.view(np.uint32)
+    # Half a unit of the last kept place, less one where that place is even: a carry is the rounding. A NaN could carry
+    # into infinity, so it gets the quiet bit instead.
+    rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(
+        np.uint16
+    )
+    return np.where(np.isnan(array), ((bits >> np.uint32(16)) | np.uint32(0x40)).astype(np.uint16), rounded)
+
+
+def from_bf16_bits(bits: npt.NDArray[np.uint16]) -> Floats:
+    """The float32 values of bfloat16 bits."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def round_to(values: Floats, dtype: FloatType) -> Floats:
+    """Values as `dtype` holds them, in float32; beyond float16's range they become infinite."""
+    if dtype == "bf16":
+        return from_bf16_bits(to_bf16_bits(values))
+    if dtype == "f32_plus_1":
+        # Taking 1 off again is exact, and so is adding it once more: a model computes the same from both.
+        return (values.astype(np.float32) + np.float32(1)) - np.float32(1)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
+
+
+def quantize(weights: Floats, grid: Grid, scales: Scales | None = None) -> tuple[Codes, Scales]:
+    """Puts weights on a grid.
+
+    A scale that float16 cannot hold becomes infinite, as in llama.cpp; `pack` refuses it.
+
+    Args:
+        weights: float32 [out, in], `in` a multiple of the group size.
+        grid: The grid.
+        scales: Scales and offsets to use, learned ones say, as they are stored; by default they follow from the
+            weights. A scale of 0 reads every weight of its group as 0, or as the minimum.
+
+    Returns:
+        Codes, int8 [out, in], and what is stored beside them.
+    """
+    columns = weights.shape[1]
+    groups = np.asarray(weights, dtype=np.float32).reshape(weights.shape[0], -1, grid.group(columns))
+    with np.errstate(all="ignore"):
+        if scales is None:
+            scales, steps = _fitted(groups, grid)
+            rounded = _round(steps, grid)
+        else:
+            rounded = np.rint(_steps(groups, scales, grid))
+        codes = rounded.clip(grid.qmin, grid.qmax).astype(np.int8)
+    return codes.reshape(weights.shape), scales
+
+
+def _fitted(groups: Floats, grid: Grid) -> tuple[Scales, Floats]:
+    """The scales and offsets of groups [out, groups, group], and the weights in steps of them."""
+    offsets = None
+    if grid.block_size:
+        found, minima = fitted(groups.reshape(-1, groups.shape[-1]), grid, np)
+        shape = groups.shape[:2]
+        given = Scales(found.reshape(shape), None if minima is None else minima.reshape(shape))
+        return given, _steps(groups, given, grid)
+    if grid.scale_rule == "range":
+        low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
+        if grid.offset == "zero_point":
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
+        extent = high - low
+    elif grid.scale_rule == "signed_absmax":
+        extent = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)
+    else:
+        extent = np.abs(groups).max(axis=-1, keepdims=True)
+    scales = extent / np.float32(grid.divisor)
+    stored = round_to(scales, grid.scale_dtype)
+    if grid.container == "gguf":
+        inverse = np.float32(1) / scales
+        # A scale of 0 or so small that its reciprocal overflows: every weight is read as 0 whatever its code.
+        inverse[np.isinf(inverse)] = 0
+        if grid.offset == "minimum":
+            offsets = round_to(low, grid.scale_dtype)[..., 0]
+            steps = (groups - low) * inverse
+        else:
+            steps = groups * inverse
+        return Scales(stored[..., 0], offsets), steps
+    stored[stored == 0] = BF16_EPSILON
+    if grid.offset == "zero_point":
+        # Of a group of zeros the quotient is NaN, and its zero point 0.
+        zero_points = np.rint(np.nan_to_num(np.float32(grid.qmin) - low / scales).clip(grid.qmin, grid.qmax))
+        offsets = zero_points[..., 0]
+    given = Scales(stored[..., 0], offsets)
+    return given, _steps(groups, given, grid)
+
+
+def _steps(groups: Floats, given: Scales, grid: Grid) -> Floats:
+    """Groups [out, groups, group] in steps of the stored scales."""
+    scales = given.scales[..., None]
+    scales = np.where(scales == 0, np.float32(np.inf), scales)
+    if given.offsets is None:
+        return groups / scales
+    offsets = given.offsets[..., None]
+    return (groups - offsets) / scales if grid.offset == "minimum" else groups / scales + offsets
+
+
+def _round(steps: Floats, grid: Grid) -> Floats:
+    if grid.rounding == "half_even":
+        return np.rint(steps)
+    if grid.rounding == "half_up":
+        # llama.cpp truncates the sum of step, offset and a half, and that sum is rounded to float32 first.
+        offset = np.float32(-grid.qmin)
+        return np.trunc(steps + (offset + np.float32(0.5))) - offset
+    whole = np.trunc(steps)
+    return whole + np.trunc(2 * (steps - whole))
+
+
+def dequantize(codes: Codes, scales: Scales, grid: Grid) -> Floats:
+    """The float32 weights [out, in] that the runtime computes from codes [out, in] and what is stored beside them."""
+    groups = codes.reshape(codes.shape[0], -1, grid.group(codes.shape[1])).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        if scales.offsets is not None and grid.offset == "zero_point":
+            groups -= scales.offsets[..., None]
+        groups *= scales.scales[..., None]
+        if scales.offsets is not None and grid.offset == "minimum":
+            groups += scales.offsets[..., None]
+    if grid.container == "compressed-tensors":
+        groups = round_to(groups, "bf16")
+    return groups.reshape(codes.shape)
+
+
+def deployed(weights: Floats, storage: Storage, scales: Scales | None = None) -> Floats:
+    """The float32 values that the runtime will see of `weights`; `scales` as for `quantize`."""
+    if isinstance(storage, Grid):
+        return dequantize(*quantize(weights, storage, scales), storage)
+    return round_to(weights, storage)
+
+
+def pack(weights: Floats, storage: Storage, scales: Scales | None = None) -> Arrays:
+    """The arrays that stand on disk for `weights`.
+
+    Args:
+        weights: float32, [out, in] for a grid.
+        storage: A grid or a float type.
+        scales: As for `quantize`.
+
+    Returns:
+        GGUF: `data`, uint8 [out, bytes per row], in blocks of a float16 scale, perhaps a float16 minimum, and codes; or
+        in super-blocks, for which see `k_blocks`.
+        compressed-tensors: `weight_packed` int32 [out, words], `weight_scale` [out, groups], `weight_shape` int64 [2],
+        and of an asymmetric grid `weight_zero_point` int32 [words, groups]. Floats: `data`. bfloat16 stands as its bits
+        in uint16.
+
+    Raises:
+        InputError: A weight or a given scale is not finite, or it or its own scale is beyond float16.
+    """
+    if isinstance(storage, Grid):
+        if scales is not None and not np.isfinite(scales.scales).all():
+            _finite(weights, weights, storage.name)
+            raise InputError(
+                f"a learned scale is not finite, or beyond float16, and cannot be packed as {storage.name}: train the "
+                "student again with a lower learning rate, or with finishing.scales absmax"
+            )
+        codes, scales = quantize(weights, storage, scales)
+        _finite(scales.scales, weights, storage.name)
+        if storage.offset == "minimum" and scales.offsets is not None:
+            _finite(scales.offsets, weights, storage.name)
+        return _pack_codes(codes, scales, storage)
+    _finite(round_to(weights, storage), weights, storage)
+    if storage == "bf16":
+        return {"data": to_bf16_bits(weights)}
+    if storage == "f32_plus_1":
+        return {"data": weights.astype(np.float32) + np.float32(1)}
+    return {"data": weights.astype(np.float16 if storage == "f16" else np.float32)}
+
+
+def _finite(stored: Floats, weights: Floats, name: str) -> None:
+    if not np.isfinite(weights).all():
+        raise InputError(f"weights that are not finite cannot be packed as {name}: train the student again")
+    if not np.isfinite(stored).all():
+        largest = np.abs(weights).max()
+        raise InputError(f"{name} cannot hold a weight of {largest:.4g}: choose a format without float16")
+
+
+def _pack_codes(codes: Codes, scales: Scales, grid: Grid) -> Arrays:
+    rows, columns = codes.shape
+    if grid.block_size:
+        return {"data": _pack_blocks(codes, scales, grid)}
+    if grid.container == "gguf":
+        blocks = codes.reshape(rows, -1, grid.group_size)
+        head = [values.astype("<f2")[..., None].view(np.uint8) for values in scales if values is not None]
+        return {"data": np.concatenate([*head, *_gguf_codes(blocks, grid)], axis=-1).reshape(rows, -1)}
+    arrays: Arrays = {
+        "weight_packed": _pack_words(codes, grid),
+        "weight_scale": to_bf16_bits(scales.scales),
+        "weight_shape": np.array([rows, columns], dtype=np.int64),
+    }
+    if scales.offsets is not None:
+        # Packed along the rows of the matrix, not along its groups.
+        arrays["weight_zero_point"] = np.ascontiguousarray(_pack_words(scales.offsets.T.astype(np.int8), grid).T)
+    return arrays
+
+
+def _pack_blocks(codes: Codes, scales: Scales, grid: Grid) -> npt.NDArray[np.uint8]:
+    """Super-blocks of codes [out, in] under stored scales, uint8 [out, bytes per row]."""
+    units, multipliers = on_block_grid(scales.scales, grid, np)
+    minima = None
+    if scales.offsets is not None:
+        unit, of_minima = on_block_grid(-scales.offsets, grid, np)
+        units, minima = np.concatenate([units, unit], axis=-1), of_minima.astype(np.uint8)
+    unsigned = (codes - np.int8(grid.qmin)).view(np.uint8).reshape(-1, grid.block_size)
+    block = Block(unsigned, units.astype(np.float16), multipliers.astype(np.int8), minima)
+    return to_bytes(block, grid).reshape(len(codes), -1)
+
+
+def _unpack_blocks(data: npt.NDArray[np.uint8], grid: Grid, shape: tuple[int, ...]) -> tuple[Codes, Scales]:
+    """The inverse of `_pack_blocks`."""
+    block = from_bytes(data.reshape(shape[0] * shape[1] // grid.block_size, -1), grid)
+    units = block.units.astype(np.float32)
+    codes = (block.codes.view(np.int8) + np.int8(grid.qmin)).reshape(shape)
+    with np.errstate(invalid="ignore"):
+        scales = (units[:, :1] * block.scales).reshape(shape[0], -1)
+        if block.minima is None:
+            return codes, Scales(scales)
+        return codes, Scales(scales, -(units[:, 1:] * block.minima).reshape(shape[0], -1))
+
+
+def _gguf_codes(blocks: Codes, grid: Grid) -> list[npt.NDArray[np.uint8]]:
+    """The bytes of codes [out, blocks, 32]."""
+    if grid.bits == 8:
+        return [blocks.view(np.uint8)]
+    unsigned = (blocks - np.int8(grid.qmin)).view(np.uint8)
+    # A block's first half lies in the low nibbles, its second half in the high ones, and fifth bits before them.
+    low, high = np.split(unsigned & np.uint8(15), 2, axis=-1)
+    nibbles = low | (high << np.uint8(4))
+    return [np.packbits(unsigned >> np.uint8(4), axis=-1, bitorder="little"), nibbles] if grid.bits == 5 else [nibbles]
+
+
+def _pack_words(codes: Codes, grid: Grid) -> npt.NDArray[np.int32]:
+    """Codes [rows, columns] as a stream of bits in little-endian words, int32 [rows, words]."""
+    # Codes are stored above their least, the first one in the lowest bits.
+    unsigned = (codes.astype(np.int16) - grid.qmin).astype(np.uint8)
+    if grid.bits == 4 and unsigned.shape[1] % 2 == 0:
+        packed = unsigned[:, 0::2] | (unsigned[:, 1::2] << np.uint8(4))
+    elif grid.bits == 8:
+        packed = unsigned
+    else:
+        rows = max(1, _BIT_CHUNK // unsigned.shape[1])
+        packed = np.concatenate(
+            [_pack_bits(unsigned[start : start + rows], grid.bits) for start in range(0, len(unsigned), rows)]
+        )
+    padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
+    return np.ascontiguousarray(padded).view("<i4")
+
+
+# Weights whose single bits, a byte each, are in memory at once.
+_BIT_CHUNK = 2**20
+
+
+def _pack_bits(unsigned: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    single = np.unpackbits(unsigned[..., None], axis=-1, bitorder="little", count=bits)
+    return np.packbits(single.reshape(len(unsigned), -1), axis=-1, bitorder="little")
+
+
+def _unpack_words(words: npt.NDArray[np.int32], columns: int, grid: Grid) -> Codes:
+    """The inverse of `_pack_words`."""
+    packed = np.ascontiguousarray(words, dtype="<i4").view(np.uint8)
+    if grid.bits == 4:
+        unsigned = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1).reshape(len(packed), -1)
+    elif grid.bits == 8:
+        unsigned = packed
+    else:
+        rows = max(1, _BIT_CHUNK // columns)
+        unsigned = np.concatenate(
+            [_unpack_bits(packed[start : start + rows], columns, grid.bits) for start in range(0, len(packed), rows)]
+        )
+    return (unsigned[:, :columns].astype(np.int16) + grid.qmin).astype(np.int8)
+
+
+def _unpack_bits(packed: npt.NDArray[np.uint8], columns: int, bits: int) -> npt.NDArray[np.uint8]:
+    single = np.unpackbits(packed, axis=-1, bitorder="little", count=columns * bits)
+    return np.packbits(single.reshape(len(packed), columns, bits), axis=-1, bitorder="little")[..., 0]
+
+
+def unpack(arrays: Mapping[str, npt.NDArray[Any]], storage: Storage, shape: tuple[int, ...]) -> Floats:
+    """The float32 weights of `shape` that a runtime reads from the arrays of `pack`."""
+    if isinstance(storage, Grid):
+        return dequantize(*unpack_codes(arrays, storage, shape), storage)
+    data = arrays["data"].reshape(shape)
+    if storage == "f32_plus_1":
+        return data - np.float32(1)
+    return from_bf16_bits(data) if storage == "bf16" else data.astype(np.float32)
+
+
+def unpack_codes(arrays: Mapping[str, npt.NDArray[Any]], grid: Grid, shape: tuple[int, ...]) -> tuple[Codes, Scales]:
+    """The codes in the arrays of `pack` and what is stored beside them, as `quantize` gives both."""
+    if grid.block_size:
+        return _unpack_blocks(arrays["data"], grid, shape)
+    if grid.container == "gguf":
+        blocks = arrays["data"].reshape(shape[0], shape[1] // grid.group_size, -1)
+        count = 1 if grid.symmetric else 2
+        head = np.ascontiguousarray(blocks[..., : 2 * count]).view("<f2").astype(np.float32)
+        codes = _gguf_blocks(np.ascontiguousarray(blocks[..., 2 * count :]), grid)
+        return codes.reshape(shape), Scales(*np.moveaxis(head, -1, 0))
+    scales = from_bf16_bits(arrays["weight_scale"])
+    offsets = None
+    if not grid.symmetric:
+        offsets = _unpack_words(arrays["weight_zero_point"].T, shape[0], grid).T.astype(np.float32)
+    return _unpack_words(arrays["weight_packed"], shape[1], grid), Scales(scales, offsets)
+
+
+def _gguf_blocks(packed: npt.NDArray[np.uint8], grid: Grid) -> Codes:
+    """The codes [out, blocks, 32] of the bytes of `_gguf_codes`."""
+    if grid.bits == 8:
+        return packed.view(np.int8)
+    nibbles = packed[..., -grid.group_size // 2 :]
+    unsigned = np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], axis=-1)
+    if grid.bits == 5:
+        unsigned |= np.unpackbits(packed[..., :4], axis=-1, bitorder="little") << np.uint8(4)
+    return unsigned.astype(np.int8) + np.int8(grid.qmin)

@@ -1,0 +1,190 @@
+"""Weights as a runtime will see them on the grids of `formats`, and the scales that follow from them, in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodistill.quantization import k_quants as super_blocks
+from autodistill.quantization.grids import Grid, Scales, Storage
+from autodistill.quantization.group_scales import Steps, extremes, fitted_steps, given_steps, in_steps, stored_steps
+
+# Weights handled at once, operation by operation: on a CPU a chunk and its buffers stay in cache, so that each of the
+# six or so passes costs a tenth of a nanosecond a weight, and memory is read and written once; of powers of two around
+# it this was the fastest. Elsewhere a buffer has 128 MB at the most, which a table of 150,000 tokens would take several
+# times.
+_CPU_CHUNK, _CHUNK = 2**18, 2**25
+# The same for scales that are searched for, in many short operations, to begin which takes torch longer than numpy.
+_SEARCHED = 2**19
+# The largest float32 below a half: x + this, with the sign of x, cut to an integer rounds halves away from 0. With 0.5
+# the sum itself could be rounded up.
+_BELOW_HALF = 0.5 - 2.0**-25
+
+
+@cache
+def loops() -> ModuleType | None:
+    """The compiled loops, or None where there is no numba for this machine; imported when first asked for."""
+    try:
+        from autodistill.quantization import rounding_numba as grid_loops
+    except ImportError:
+        return None
+    return grid_loops
+
+
+def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None) -> Tensor:
+    """The values that the runtime will see of `weight`, as float32 without gradient.
+
+    Args:
+        weight: Of any shape; [out, in] for a grid.
+        storage: A grid or a float type; "f32" gives the weight's own memory.
+        scales: Scales and offsets to use, learned ones say; by default they follow from the weights.
+    """
+    weight = weight.detach().float()
+    if isinstance(storage, Grid):
+        if scales is None:
+            return fitted_values(weight, storage)
+        learned, offsets = (None if part is None else torch.from_numpy(part).to(weight.device) for part in scales)
+        assert learned is not None
+        return given_values(weight, given_steps(learned, offsets, storage), storage)
+    if storage == "f32":
+        return weight
+    if storage == "f32_plus_1":
+        return (weight + 1) - 1
+    return weight.to(torch.float16 if storage == "f16" else torch.bfloat16).float()
+
+
+@torch.no_grad()
+def fitted_scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """The stored scales, and offsets, that follow from the weights: float32 [out, groups] each."""
+    shape = (len(weight), -1)
+    if grid.block_size:
+        groups = weight.contiguous().view(-1, grid.group_size)
+        at_once = _SEARCHED if weight.device.type == "cpu" else _CHUNK
+        searched, minima = super_blocks.fitted(groups, grid, torch, at_once)
+        return searched.view(shape), None if minima is None else minima.view(shape)
+    size = grid.group(weight.shape[1])
+    found = [fitted_steps(groups, grid, _extremes) for _, groups in chunks(size, weight)]
+    offsets = [steps.bases if grid.offset == "minimum" else steps.zero_points for steps in found]
+    return (
+        torch.cat([steps.scales for steps in found]).view(shape),
+        None if grid.symmetric else torch.cat([part for part in offsets if part is not None]).view(shape),
+    )
+
+
+@torch.no_grad()
+def fitted_values(
+    weight: Tensor, grid: Grid, inside: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Values on the grid under scales that follow from the weights.
+
+    Args:
+        weight: float32 [out, in].
+        grid: The grid.
+        inside: bool [out, in], which is filled with whether each weight was not clipped; or None.
+        dtype: What the values are rounded to at last, as autocast would round them: one pass over them instead of two.
+    """
+    if grid.block_size:
+        return given_values(weight, stored_steps(*fitted_scales(weight, grid), grid), grid, dtype, inside)
+    return _values(weight, lambda groups, part: fitted_steps(groups, grid, _extremes), grid, dtype, inside)
+
+
+@torch.no_grad()
+def given_values(
+    weight: Tensor, steps: Steps, grid: Grid, dtype: torch.dtype = torch.float32, inside: Tensor | None = None
+) -> Tensor:
+    """Values on the grid under scales that are known; otherwise as `fitted_values`."""
+    return _values(weight, lambda groups, part: steps.part(part), grid, dtype, inside)
+
+
+def _extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
+    compiled = loops()
+    if compiled is not None and compiled.fits(groups):
+        found: tuple[Tensor, Tensor] = compiled.extremes(groups)
+        return found
+    return extremes(groups)
+
+
+def _values(
+    weight: Tensor,
+    steps_of: Callable[[Tensor, slice], Steps],
+    grid: Grid,
+    dtype: torch.dtype,
+    inside: Tensor | None,
+) -> Tensor:
+    """Values under the steps that some groups, and which they are, have."""
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    size = grid.group(weight.shape[1])
+    exact = dtype == torch.float32
+    # What compressed-tensors holds is bfloat16, in float32 as well.
+    rounded = exact and grid.container == "compressed-tensors"
+    compiled = loops()
+    if compiled is not None and compiled.fits(weight, out, inside):
+        steps = steps_of(weight.view(-1, size), slice(None))
+        compiled.values(weight, steps, grid, rounded=rounded, out=out, inside=inside)
+        return out
+    (buffer,) = buffers_of(weight, size, 1)
+    mask = None if inside is None else inside.view(torch.int8).view(-1, size)
+    brief = torch.empty_like(buffer, dtype=torch.bfloat16) if rounded else None
+    for part, groups, values in chunks(size, weight, out):
+        # Each pass in place: one that reads one memory and writes another takes twice as long.
+        step, steps = values if exact else buffer[: len(groups)], steps_of(groups, part)
+        in_steps(groups, steps, step)
+        if mask is not None:
+            # A comparison written as floats is vectorised, one written as booleans is not.
+            mask[part].copy_(step.clamp(grid.qmin - 0.5, grid.qmax + 0.5).eq_(step))
+        _round(step, steps, grid)
+        _scaled(step, steps, exact)
+        if brief is not None:
+            values.copy_(brief[: len(groups)].copy_(step))
+        elif not exact:
+            values.copy_(step)
+    return out
+
+
+def chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Some groups at a time: which, and those of each tensor, [groups, size]; all tensors have one shape."""
+    rows = _rows(tensors[0], size)
+    matrices = [tensor.reshape(-1, size) for tensor in tensors]
+    starts = range(0, len(matrices[0]), rows)
+    for start, *parts in zip(starts, *(matrix.split(rows) for matrix in matrices), strict=True):
+        yield slice(start, start + rows), *parts
+
+
+def buffers_of(tensor: Tensor, size: int, count: int) -> Tensor:
+    """Working memory for the groups of a tensor that `chunks` gives at once, float32 [count, groups, size]."""
+    return torch.empty((count, _rows(tensor, size), size), device=tensor.device)
+
+
+def _rows(tensor: Tensor, size: int) -> int:
+    """Groups handled at once: of chunks about equally large."""
+    groups = max(1, tensor.numel() // size)
+    parts = -(-tensor.numel() // (_CPU_CHUNK if tensor.device.type == "cpu" else _CHUNK))
+    return -(-groups // max(1, min(parts, groups)))
+
+
+def _round(step: Tensor, steps: Steps, grid: Grid) -> None:
+    """Steps become codes, in place, as by `codes.quantize`, but that a code of 0 may be -0."""
+    if steps.rounding == "half_up":
+        step.add_(0.5 - grid.qmin).floor_().clamp_(0, grid.qmax - grid.qmin).add_(grid.qmin)
+    elif steps.rounding == "half_even":
+        step.clamp_(grid.qmin, grid.qmax).round_()
+    else:
+        step.add_(torch.sign(step), alpha=_BELOW_HALF).clamp_(-grid.qmax, grid.qmax)
+        # What is left of a number as an integer: by far faster than trunc.
+        step.copy_(step.to(torch.int8))
+
+
+def _scaled(codes: Tensor, steps: Steps, exact: bool) -> None:
+    """Codes become the values that are read from them, in place."""
+    if exact:
+        codes.add_(0.0)  # a code of 0 is never -0
+    if steps.zero_points is not None:
+        codes.sub_(steps.zero_points)
+    codes.mul_(steps.scales)
+    if steps.bases is not None:
+        codes.add_(steps.bases)

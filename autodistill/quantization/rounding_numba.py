@@ -1,0 +1,354 @@
+"""What fake quantisation does to a matrix on a CPU, each in one pass over memory: loops that numba compiles.
+
+They do the arithmetic of `grid_values` and `quantization`, which do it operation by operation wherever this cannot be
+imported or the weights are not on a CPU. Every loop is over the weights of one group, which stay in the nearest cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeAlias
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from autodistill.quantization.grids import Grid
+from autodistill.quantization.group_scales import Steps
+
+Array: TypeAlias = npt.NDArray[Any]
+
+# The ways of rounding, as numbers: within compiled loops there are no names.
+_HALF_UP, _HALF_AWAY, _HALF_EVEN = range(3)
+_ROUNDINGS = {"half_up": _HALF_UP, "half_away": _HALF_AWAY, "half_even": _HALF_EVEN}
+# Of a float32's bits: the upper half, which is a bfloat16; what is added to round them; all but the sign; those of
+# infinity; and of a bfloat16 that is no number.
+_UPPER, _HALF_ULP, _ONE = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
+_SIZE, _INFINITY, _NAN = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000), np.uint32(0x7FC0)
+# The largest number of 32 bits, and where its sign lies.
+_MOST, _SIGN = np.int32(0x7FFFFFFF), np.int32(31)
+_ZERO, _HALF = np.float32(0.0), np.float32(0.5)
+_BELOW_HALF = np.float32(0.5 - 2.0**-25)
+# Weights below which further threads are not worth waking.
+_LEAST_PART = 2**16
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles a function when it is first called, and keeps the machine code on disk where there is a place for it."""
+
+    def made(function: Callable[..., Any]) -> Callable[..., Any]:
+        # Divisions by 0 give what IEEE 754 says.
+        settings: dict[str, Any] = {"nogil": True, "error_model": "numpy"} | options
+        try:
+            return numba.njit(cache=True, **settings)(function)
+        except RuntimeError:
+            return numba.njit(**settings)(function)
+
+    return made
+
+
+@_compiled()
+def _extremes(weights: Array, lowest: Array, highest: Array) -> None:
+    for group in range(len(weights)):
+        # As integers of the same order, of which the extremes are found several at once: below 0 that of floats is the
+        # other way round.
+        least, most = _MOST, -_MOST
+        for i in range(weights.shape[1]):
+            number = weights[group, i]
+            number = number ^ ((number >> _SIGN) & _MOST)
+            least = min(least, number)
+            most = max(most, number)
+        lowest[group] = least ^ ((least >> _SIGN) & _MOST)
+        highest[group] = most ^ ((most >> _SIGN) & _MOST)
+
+
+@_compiled()
+def _upper_half(bits: np.uint32) -> np.uint32:
+    """What bfloat16 keeps of a float32, rounded to the nearest with ties to the even one."""
+    if (bits & _SIZE) > _INFINITY:
+        return _NAN
+    return (bits + _HALF_ULP + ((bits >> _UPPER) & _ONE)) >> _UPPER
+
+
+@_compiled()
+def _values(
+    weights: Array,
+    factors: Array,
+    scales: Array,
+    minima: Array | None,
+    zero_points: Array | None,
+    bases: Array | None,
+    inside: Array | None,
+    out: Array | None,
+    short: Array | None,
+    inverse: bool,
+    rounding: int,
+    low: np.float32,
+    high: np.float32,
+    rounded: bool,
+) -> None:
+    count, size = weights.shape
+    steps = np.empty(size, np.float32)
+    bits = steps.view(np.uint32)
+    for group in range(count):
+        factor, scale = factors[group], scales[group]
+        if minima is None:
+            for i in range(size):
+                steps[i] = weights[group, i]
+        else:
+            for i in range(size):
+                steps[i] = weights[group, i] - minima[group]
+        if inverse:
+            for i in range(size):
+                steps[i] = steps[i] * factor
+        else:
+            for i in range(size):
+                steps[i] = steps[i] / factor
+        if zero_points is not None:
+            for i in range(size):
+                steps[i] = steps[i] + zero_points[group]
+        if inside is not None:
+            for i in range(size):
+                inside[group, i] = (steps[i] >= low - _HALF) & (steps[i] <= high + _HALF)
+        # Comparisons are such that what is no number stays none.
+        if rounding == _HALF_UP:
+            span = high - low
+            for i in range(size):
+                code = np.floor(steps[i] + (_HALF - low))
+                code = _ZERO if code < _ZERO else code
+                steps[i] = (span if code > span else code) + low
+        elif rounding == _HALF_AWAY:
+            for i in range(size):
+                code = steps[i] + (_BELOW_HALF if steps[i] > _ZERO else -_BELOW_HALF)
+                code = -high if code < -high else code
+                steps[i] = np.trunc(high if code > high else code)
+        else:
+            for i in range(size):
+                code = low if steps[i] < low else steps[i]
+                steps[i] = np.rint(high if code > high else code)
+        if zero_points is not None:
+            for i in range(size):
+                steps[i] = steps[i] - zero_points[group]
+        for i in range(size):
+            # A code of 0 is never -0.
+            steps[i] = (steps[i] + _ZERO) * scale
+        if bases is not None:
+            for i in range(size):
+                steps[i] = steps[i] + bases[group]
+        if short is not None:
+            for i in range(size):
+                short[group, i] = np.uint16(_upper_half(bits[i]))
+        if out is not None:
+            if rounded:
+                for i in range(size):
+                    bits[i] = _upper_half(bits[i]) << _UPPER
+            for i in range(size):
+                out[group, i] = steps[i]
+
+
+# The order of a sum is free.
+@_compiled(fastmath={"reassoc", "nsz"})
+def _learned_gradients(
+    weights: Array,
+    incoming: Array | None,
+    short: Array | None,
+    divisors: Array,
+    minima: Array | None,
+    zero_points: Array | None,
+    out: Array,
+    sums: Array,
+    low: np.float32,
+    high: np.float32,
+) -> None:
+    count, size = weights.shape
+    arriving, steps = np.empty(size, np.float32), np.empty(size, np.float32)
+    bits = arriving.view(np.uint32)
+    for group in range(count):
+        divisor = divisors[group]
+        zero_point = _ZERO if zero_points is None else zero_points[group]
+        # `out` may be what arrives.
+        if incoming is not None:
+            for i in range(size):
+                arriving[i] = incoming[group, i]
+        if short is not None:
+            for i in range(size):
+                bits[i] = np.uint32(short[group, i]) << _UPPER
+        if minima is None:
+            for i in range(size):
+                steps[i] = weights[group, i] / divisor
+        else:
+            for i in range(size):
+                steps[i] = (weights[group, i] - minima[group]) / divisor
+        total = _ZERO
+        for i in range(size):
+            step = steps[i] + zero_point
+            passed = _ZERO if (step < low) | (step > high) else arriving[i]
+            code = low if step < low else step
+            code = np.rint(high if code > high else code) - zero_point
+            out[group, i] = passed
+            total += code * arriving[i] - passed * (step - zero_point)
+        sums[group] = total
+
+
+@_compiled()
+def _stop_clipped(incoming: Array | None, short: Array | None, inside: Array, out: Array) -> None:
+    count, size = out.shape
+    arriving = np.empty(size, np.float32)
+    bits = arriving.view(np.uint32)
+    for group in range(count):
+        if incoming is not None:
+            for i in range(size):
+                arriving[i] = incoming[group, i]
+        if short is not None:
+            for i in range(size):
+                bits[i] = np.uint32(short[group, i]) << _UPPER
+        for i in range(size):
+            out[group, i] = arriving[i] * np.float32(inside[group, i])
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether the loops take these: on a CPU, in float32 or bfloat16, or bytes, and in one piece of memory each."""
+    return all(
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and tensor.dtype in (torch.float32, torch.bfloat16, torch.bool)
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest weight of each group, [groups, 1], of float32 [groups, size]."""
+    found = torch.empty((2, len(groups), 1))
+    lowest, highest = _array(found.view(torch.int32))[..., 0]
+    _over_threads(_extremes, _groups(groups, groups.shape[1]).view(np.int32), lowest, highest)
+    return found[0], found[1]
+
+
+def values(weight: Tensor, steps: Steps, grid: Grid, *, rounded: bool, out: Tensor, inside: Tensor | None) -> None:
+    """Writes into `out` the values that are read from the codes of `weight`.
+
+    Args:
+        weight: float32 [out, in].
+        steps: Of all its groups.
+        grid: The grid.
+        rounded: Whether values in float32 are those of bfloat16.
+        out: float32 or bfloat16 [out, in].
+        inside: bool [out, in], which is filled with whether each weight was not clipped; or None.
+    """
+    size = grid.group(weight.shape[1])
+    _over_threads(
+        _values,
+        _groups(weight, size),
+        _flat(steps.factors),
+        _flat(steps.scales),
+        _flat(steps.minima),
+        _flat(steps.zero_points),
+        _flat(steps.bases),
+        None if inside is None else _groups(inside.view(torch.uint8), size),
+        *_by_type(out, size),
+        constants=(steps.inverse, _ROUNDINGS[steps.rounding], np.float32(grid.qmin), np.float32(grid.qmax), rounded),
+    )
+
+
+def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid, out: Tensor) -> Tensor:
+    """Writes the gradient of a weight into `out`, which may be the incoming one, and gives the sum of each group.
+
+    Args:
+        weight: float32 [out, in].
+        gradient: What arrives, float32 or bfloat16 [out, in].
+        steps: Of all groups, whose factors are divisors.
+        grid: The grid.
+        out: float32 [out, in].
+
+    Returns:
+        float32 [groups]: of what arrives times the code less the zero point, less what passes times the weight in
+        steps.
+    """
+    size = grid.group(weight.shape[1])
+    sums = torch.empty(steps.factors.numel())
+    _over_threads(
+        _learned_gradients,
+        _groups(weight, size),
+        *_by_type(gradient, size),
+        _flat(steps.factors),
+        _flat(steps.minima),
+        _flat(steps.zero_points),
+        _groups(out, size),
+        _array(sums),
+        constants=(np.float32(grid.qmin), np.float32(grid.qmax)),
+    )
+    return sums
+
+
+def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
+    """Writes into `out`, float32, what arrives in float32 or bfloat16: 0 where a weight is not `inside`, bool.
+
+    All are [out, in]; `out` may be what arrives.
+    """
+    size = gradient.shape[-1]
+    _over_threads(_stop_clipped, *_by_type(gradient, size), _groups(inside.view(torch.uint8), size), _groups(out, size))
+
+
+class _Memory:
+    """A tensor's own memory, as numpy asks for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor  # which lives as long as what is made of it
+        kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "typestr": kind.str,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(kind.itemsize * step for step in tensor.stride()),
+        }
+
+
+def _array(tensor: Tensor) -> Array:
+    """The array that a tensor is; `Tensor.numpy` would forbid for good to free it, as shards' whole weights are."""
+    return np.asarray(_Memory(tensor))
+
+
+def _groups(tensor: Tensor, size: int) -> Array:
+    return _array(tensor.detach().view(-1, size))
+
+
+def _flat(tensor: Tensor | None) -> Array | None:
+    return None if tensor is None else _array(tensor.detach().reshape(-1))
+
+
+def _by_type(tensor: Tensor, size: int) -> tuple[Array | None, Array | None]:
+    """The groups of a tensor as float32, or those in bfloat16 as the 16 bits that they are."""
+    if tensor.dtype == torch.bfloat16:
+        return None, _groups(tensor.view(torch.uint16), size)
+    return _groups(tensor, size), None
+
+
+def _over_threads(loop: Callable[..., None], *arrays: Array | None, constants: tuple[Any, ...] = ()) -> None:
+    """Runs a loop over groups, which are the first dimension of all arrays, in as many threads as torch uses."""
+    count = max(len(array) for array in arrays if array is not None)
+    weights = max(array.size for array in arrays if array is not None)
+    parts = min(torch.get_num_threads(), count, max(1, weights // _LEAST_PART))
+    if parts < 2:
+        loop(*arrays, *constants)
+        return
+    length = math.ceil(count / parts)
+    running = [
+        _threads(parts).submit(
+            loop, *(None if array is None else array[start : start + length] for array in arrays), *constants
+        )
+        for start in range(0, count, length)
+    ]
+    for part in running:
+        part.result()
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="grid-loops")

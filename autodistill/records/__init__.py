@@ -1,1 +1,0 @@
-"""What a search leaves behind: events, rows, the leaderboard and its pages."""

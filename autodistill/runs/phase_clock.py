@@ -1,0 +1,65 @@
+"""How long the phases of a search took, counted by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from autodistill.utils.clock import now
+
+_PHASES = ("load", "cache", "train", "evaluate", "export")
+
+
+class Clock:
+    """Adds up wall-clock seconds by phase.
+
+    Args:
+        started: `time.monotonic()` at which this session began.
+        notify: Told of each phase.
+
+    Attributes:
+        started_at: The same, as `moments.now()`.
+        earlier: Seconds by phase of the sessions before this one.
+    """
+
+    def __init__(self, started: float, notify: Callable[[str], None]) -> None:
+        self.started = started
+        self.started_at = now() - (time.monotonic() - started)
+        self.seconds: dict[str, float] = {}
+        self.earlier: Mapping[str, float] = {}
+        self._notify = notify
+        self._running: Callable[[], Mapping[str, float]] = dict
+
+    @contextmanager
+    def phase(self, name: str, shown: str) -> Iterator[None]:
+        """Times the block, whatever ends it."""
+        self._notify(shown)
+        began = time.monotonic()
+        with self.counting(lambda: {name: time.monotonic() - began}):
+            yield
+
+    @contextmanager
+    def counting(self, seconds: Callable[[], Mapping[str, float]]) -> Iterator[None]:
+        """Adds what `seconds` gives after the block; meanwhile it counts as it stands."""
+        before, self._running = self._running, seconds
+        try:
+            yield
+        finally:
+            self._running = before
+            for name, spent in seconds().items():
+                self.add(name, spent)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Adds seconds to a phase."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def session(self) -> dict[str, float]:
+        """Seconds of this session by phase; what is in none of them is overhead."""
+        total, running = time.monotonic() - self.started, self._running()
+        known = {name: self.seconds.get(name, 0.0) + running.get(name, 0.0) for name in _PHASES}
+        return {**known, "overhead": max(0.0, total - sum(known.values())), "total": total}
+
+    def summary(self) -> dict[str, float]:
+        """Seconds of all sessions by phase."""
+        return {name: seconds + self.earlier.get(name, 0.0) for name, seconds in self.session().items()}

@@ -1,0 +1,432 @@
+"""One page about a run: what was asked, what was found, at which cost, and how to do it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from autodistill.errors import MissingDependencyError
+from autodistill.evaluation.base import Direction
+from autodistill.hardware.budget import read_budget
+from autodistill.runs.markdown import fenced, paragraph, plain
+from autodistill.runs.results.differences import differences, shown
+from autodistill.runs.results.gains import Gains, named
+from autodistill.runs.results.leaderboard import UNTRAINED, Ranked, limits_of, nearest, pareto, rank, rests_on
+from autodistill.runs.results.objectives import Objective, front, objectives_of
+from autodistill.runs.results.row import Row, rows_of, task_figures
+from autodistill.runs.results.savings import Saved
+from autodistill.runs.results.selection import KIND, Confirmation, chosen, confirmations, contenders, students_only
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.test_split_ledger import opened, openings_of
+from autodistill.units import format_bytes, format_duration
+from autodistill.utils.json_files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INSTALL_PLOTS = "pip install 'autodistill-search[plots]'"
+_PICTURE = "report.png"
+_TITLES = {"student": "found student", "baseline": "baseline to beat", "initial": "undistilled student"}
+
+
+def report_markdown(
+    search: Mapping[str, Any],
+    ranked: Sequence[Ranked],
+    events: Iterable[Mapping[str, Any]],
+    *,
+    picture: str | None = None,
+    openings: Mapping[str, int] | None = None,
+) -> str:
+    """The page as Markdown; what was not recorded is left out.
+
+    Args:
+        search: `search.json`: `name`, `command`, `budget` (as `Budget.to_json`), `metric`, `direction`, and where
+            known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `runtime`, `licences` (name to
+            licence), `versions`, `notes`. A mapping under `teacher` or `data` is written as its fields.
+        ranked: The leaderboard.
+        events: The log. Of it are read "status" events (`trial`, `status`, `reason`), and the rows of the test split
+            and of further seeds.
+        picture: Path of the plot beside the page, or None where it could not be drawn.
+        openings: How often each run beside this one opened the test split of the same data; none by default.
+    """
+    events = list(events)
+    metric, direction = str(search.get("metric", "accuracy")), search.get("direction", "max")
+    further = [row for row in rows_of(events) if row.kind == KIND and row.split != "test"]
+    rows = [*(one.row for one in ranked), *further]
+    confirmed = confirmations(rows, metric, direction)
+    gains = Gains.from_json(search)
+    sections = [
+        f"# {plain(search.get('name', 'A search'))}",
+        plain(gains.describe()) if gains is not None else "",
+        _asked(search),
+        _answer(search, rows, ranked, confirmed),
+        "## Leaderboard\n\n" + _leaderboard(ranked, metric),
+        f"![{plain(metric)} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
+        _confirmed(confirmed, ranked),
+        _front(search, ranked),
+        _lost(events),
+        _spared(search),
+        _verified(search.get("runtime", {})),
+        _test(_tested(events, search.get("test")), metric, openings or {}, gains.exported if gains else None),
+        _pairs("Seconds by phase", {k: f"{v:.1f}" for k, v in search.get("seconds", {}).items()}),
+        _command(search),
+        _pairs("Versions", search.get("versions", {})),
+        _pairs("Licences", search.get("licences", {})),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def write_report(run: RunFolder) -> tuple[str, ...]:
+    """Writes `report.md` into the run's folder and, where matplotlib is installed, `report.png`.
+
+    Returns:
+        The names of the files written.
+
+    Raises:
+        InputError: `search.json` or the log cannot be read.
+    """
+    search = run.asked()
+    events = run.events.read()
+    metric, direction = search.get("metric", "accuracy"), search.get("direction", "max")
+    ranked = rank(contenders(rows_of(events)), metric, direction)
+    try:
+        drawing = figure(ranked, metric, direction)
+    except MissingDependencyError:
+        written: tuple[str, ...] = ("report.md",)  # the page itself names the package
+    else:
+        with replacing(run.path / _PICTURE) as temporary:
+            drawing.savefig(temporary, format="png", dpi=150)
+        written = ("report.md", _PICTURE)
+    openings = openings_of(run.path.parent, search)
+    text = report_markdown(search, ranked, events, picture=_PICTURE if _PICTURE in written else None, openings=openings)
+    with replacing(run.path / "report.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return written
+
+
+def figure(ranked: Sequence[Ranked], metric: str = "accuracy", direction: str = "max") -> Figure:
+    """The metric against memory in MB, with standard errors and the Pareto front of feasible rows of full fidelity.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(f"plots need matplotlib: {INSTALL_PLOTS}") from error
+    drawing = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = drawing.subplots()
+    rows = [one.row for one in ranked if one.row.full and one.row.memory_bytes and one.row.figure(metric) is not None]
+    for feasible, colour, label in ((True, "tab:blue", "fits"), (False, "tab:grey", "over the budget")):
+        group = [row for row in rows if row.feasible == feasible]
+        if group:
+            axes.errorbar(
+                [_megabytes(row) for row in group],
+                [row.figure(metric) or 0.0 for row in group],
+                yerr=[row.figure(f"{metric}_stderr") or 0.0 for row in group],
+                fmt="o",
+                color=colour,
+                label=label,
+            )
+    best = pareto(
+        [row for row in rows if row.feasible],
+        {"memory_bytes": "min", metric: "min" if direction == "min" else "max"},
+    )
+    if best:
+        points = [_megabytes(row) for row in best], [row.figure(metric) or 0.0 for row in best]
+        axes.step(*points, where="post", color="tab:red", label="Pareto front")
+    for row in best:
+        point = (_megabytes(row), row.figure(metric) or 0.0)
+        axes.annotate(row.row_id, point, textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set_xlabel("memory [MB]")
+    axes.set_ylabel(metric)
+    if rows:
+        axes.legend(loc="best", fontsize=8)
+    return drawing
+
+
+def _megabytes(row: Row) -> float:
+    return (row.memory_bytes or 0) / 1e6
+
+
+def _asked(search: Mapping[str, Any]) -> str:
+    facts = {name: search[name] for name in ("teacher", "data", "space") if name in search}
+    if search.get("warm_start", {}).get("runs"):
+        facts["learnt from"] = search["warm_start"]["runs"]
+    if "budget" in search:
+        facts["budget"] = read_budget(search["budget"]).describe()
+    plan = search.get("plan") or {}
+    facts |= {name: plan[name] for name in ("trials", "tokens", "rungs", "workers", "threads", "seed") if name in plan}
+    facts |= _training(plan) | _evaluation(plan, search)
+    if plan.get("box_seconds"):
+        facts["time box"] = format_duration(plan["box_seconds"])
+    # A search that has ended has the plan's notes among its own.
+    notes = dict.fromkeys([*plan.get("notes", ()), *search.get("notes", ())])
+    return "\n\n".join([_pairs("What was asked", facts), *(f"- {paragraph(note)}" for note in notes)])
+
+
+def _training(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What a training is besides its strategy, as far as the plan says it."""
+    if "batch_tokens" not in plan:
+        return {}
+    return {
+        "a step": f"{plan['batch_tokens']:,} tokens in sequences of {plan['sequence_length']:,}",
+        "schedule": f"{plan['warmup_tokens']:,} tokens of warm-up, the last {plan['decay']:.0%} of decay",
+        "precision": "bf16" if plan["bf16"] else "float32",
+    }
+
+
+def _evaluation(plan: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str, str]:
+    """How much figures are of: two runs on the same data compare where this is the same."""
+    if "eval_tokens" not in plan:
+        return {}
+    held = (search.get("data") or {}).get("tokens") or {}
+    read = {"validation": plan["eval_tokens"], "test": plan["test_tokens"]}
+    shares = [
+        f"{count:,}{f' of {held[name]:,}' if name in held else ''} tokens of {name}" for name, count in read.items()
+    ]
+    return {"figures are of": f"{', '.join(shares)}; at a rung {plan['rung_eval_tokens']:,} of validation"}
+
+
+def _answer(
+    search: Mapping[str, Any], rows: Sequence[Row], ranked: Sequence[Ranked], confirmed: Sequence[Confirmation]
+) -> str:
+    """What is chosen, and what it is where that was not trained; what comes nearest where nothing fits.
+
+    Args:
+        search: `search.json`.
+        rows: Of the validation split, those of further seeds among them.
+        ranked: The leaderboard.
+        confirmed: Means over seeds.
+    """
+    metric, direction, only = search.get("metric", "accuracy"), search.get("direction", "max"), students_only(search)
+    best = chosen(rows, metric, direction, students_only=only)
+    if best is None:
+        limits = limits_of(read_budget(search["budget"])) if "budget" in search else {}
+        needs = {f"{row.name} as {row.deployment_name}": {n: row.figure(n) for n in limits} for row in contenders(rows)}
+        closest = nearest(needs, limits)
+        reason = f" The nearest, {plain(closest.candidate)}, {closest.describe()}." if closest else ""
+        whatever = chosen(rows, metric, direction, students_only=False)
+        what = "No trained student fits the budget." if whatever is not None else "Nothing fits the budget."
+        return f"## Answer\n\n{what}{reason}"
+    parts = [f"**{plain(best.name)}** ({best.kind}) as {best.deployment_name}: {plain(metric)} {_figure(best, metric)}"]
+    if best.retention is not None:
+        parts.append(f"{best.retention:.1%} of the teacher's")
+    if best.memory_bytes is not None:
+        parts.append(f"{format_bytes(best.memory_bytes)} of memory ({best.memory_source or 'source not recorded'})")
+    if short := _short(best):
+        parts.append(short)
+    tied = sum(one.tied for one in ranked) if ranked[0].row == best else 0
+    why = f" It is the smallest of {tied} rows that {plain(metric)} cannot tell apart." if tied else ""
+    if confirmed and best.trial == confirmed[0].trial:
+        why = f" It was chosen by its mean on {len(confirmed[0].seeds)} seeds."
+    return "## Answer\n\n" + ", ".join(parts) + "." + why + _beside(best, rows, metric, direction)
+
+
+def _beside(best: Row, rows: Sequence[Row], metric: str, direction: Direction) -> str:
+    """Of what needs no training the best student; of a student what needs no training and is before it."""
+    student = chosen(rows, metric, direction, students_only=True)
+    if best.kind in UNTRAINED:
+        said = f" It is {plain(named(best))}: nothing was trained that does better"
+        if student is None:
+            return f"{said}, and no trained student fits."
+        return f"{said}. The first trained student is {_told(student, metric)}."
+    whatever = chosen(rows, metric, direction, students_only=False)
+    if whatever is None or whatever.kind not in UNTRAINED:
+        return ""
+    return f" Only trained students were chosen among: before it is {_told(whatever, metric)}, which needs no training."
+
+
+def _told(row: Row, metric: str) -> str:
+    parts = [plain(named(row)), f"{plain(metric)} {_figure(row, metric)}", _short(row)]
+    return ", ".join(filter(None, parts))
+
+
+def _confirmed(confirmed: Sequence[Confirmation], ranked: Sequence[Ranked]) -> str:
+    """Means over seeds, the chosen strategy first."""
+    if not confirmed:
+        return ""
+    packed = {one.row.row_id: one.row.deployment_name for one in ranked}
+    lines = [
+        [
+            item.trial,
+            item.name,
+            packed.get(item.row_id, "-"),
+            _with_error("{:.4f}", item.mean, item.stderr),
+            _with_error("{:+.4f}", item.difference, item.difference_stderr),
+        ]
+        for item in confirmed
+    ]
+    note = (
+        f"Means over the seeds {', '.join(map(str, confirmed[0].seeds))}, of which the first was chosen: the best, or "
+        "the smallest of those within one standard error of it, paired by seed."
+    )
+    return (
+        "## On further seeds\n\n" + _table(["trial", "name", "deployment", "mean", "less best"], lines) + "\n\n" + note
+    )
+
+
+def _short(row: Row) -> str:
+    """How much of the plan a row was trained for, where that is not all of it."""
+    return "" if row.full else f"after {row.figure('fidelity') or 0:.0%} of the plan's tokens only"
+
+
+def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
+    titles = ["#", "row", "name", metric, "retention", "perplexity", "agreement", "memory", "size", "latency"]
+    lines = [
+        [
+            f"{one.place}{' =' if one.tied else ''}",
+            one.row.row_id,
+            one.row.name,
+            _figure(one.row, metric) + (f" ({one.row.partly})" if one.row.partly else ""),
+            _shown(one.row.retention, "{:.1%}"),
+            _shown(one.row.perplexity, "{:.2f}"),
+            _shown(one.row.agreement, "{:.3f}"),
+            _sourced(one.row.memory_bytes, one.row.memory_source, format_bytes),
+            _sourced(one.row.size_bytes, None, format_bytes),
+            _sourced(one.row.latency_ms, one.row.latency_source, lambda ms: format_duration(ms / 1e3)),
+            _shown(1.0 if one.row.fidelity is None and one.row.full else one.row.fidelity, "{:.0%}"),
+            "" if one.row.feasible else one.row.reason or "over the budget",
+        ]
+        for one in ranked
+    ]
+    note = "`=`: tied with the best by the metric, within one standard error of the difference paired by document."
+    rest = rests_on([one.row for one in ranked])
+    if any(one.row.partly for one in ranked):
+        note += (
+            " Where not all was read, the trial was certain to fall short at its rung: figures are of what was "
+            "read, and the row stands where that puts it over all."
+        )
+    return _table([*titles, "fidelity", "limits"], lines) + "\n\n" + " ".join(filter(None, [note, rest]))
+
+
+def _front(search: Mapping[str, Any], ranked: Sequence[Ranked]) -> str:
+    """The rows among which a person chooses, where there are several objectives."""
+    objectives = objectives_of(search)
+    if len(objectives) < 2:
+        return ""
+    lines = [
+        [row.row_id, row.name, *(_objective(row, objective) for objective in objectives)]
+        for row in front([one.row for one in ranked], objectives)
+    ]
+    titles = [f"{one.name} ({'more' if one.direction == 'max' else 'less'} is better)" for one in objectives]
+    device = f" Latencies are predicted for {plain(search['device']['name'])}." if search.get("device") else ""
+    note = "No other row beats one of these in one objective without losing in another." + device
+    return "## Pareto front\n\n" + _table(["row", "name", *titles], lines) + "\n\n" + note
+
+
+def _objective(row: Row, objective: Objective) -> str:
+    value = row.figure(objective.figure) or 0.0
+    if objective.trained:
+        return _figure(row, objective.figure)
+    return format_bytes(value) if objective.figure.endswith("_bytes") else format_duration(value / 1e3)
+
+
+def _lost(events: Iterable[Mapping[str, Any]]) -> str:
+    last = {event["trial"]: event for event in events if event.get("event") == "status" and "trial" in event}
+    lines = [
+        [trial, event["status"], event.get("reason") or event.get("cause") or "not recorded"]
+        for trial, event in last.items()
+        if event.get("status") in ("rejected", "failed")
+    ]
+    return "## Rejected and failed trials\n\n" + _table(["trial", "status", "reason"], lines) if lines else ""
+
+
+def _spared(search: Mapping[str, Any]) -> str:
+    said = Saved(**search["saved"]).describe() if "saved" in search else ()
+    return "## Compute saved\n\n" + "\n".join(f"- {sentence}." for sentence in said) if said else ""
+
+
+def _verified(checks: Mapping[str, Mapping[str, Any]]) -> str:
+    """How far the exported files did in their runtimes what was evaluated."""
+    if not checks:
+        return ""
+    lines = [
+        [
+            container,
+            f"{check['agreement']:.1%} of {check['positions']:,}",
+            " to ".join(f"{end:.1%}" for end in check["interval"]),
+            f"{check['raw_agreement']:.1%}",
+            f"{check['same_cut']:.1%}",
+        ]
+        for container, check in checks.items()
+    ]
+    titles = ["file", "same token at clear positions", "95% interval", "at all positions", "text cut alike"]
+    return "## In the runtime\n\n" + _table(titles, lines)
+
+
+def _tested(events: Iterable[Mapping[str, Any]], ids: Sequence[str] | None) -> list[Row]:
+    """The rows of the test split that a search ended with, in its order: one that went on has others from before."""
+    rows = {row.row_id: row for row in rows_of(events, ("row", "test")) if row.split == "test"}
+    return list(rows.values()) if ids is None else [rows[name] for name in ids if name in rows]
+
+
+def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int], exported: str | None) -> str:
+    tasks = task_figures(rows, metric)
+    lines = [
+        [
+            _TITLES.get(row.kind, row.kind) + (", exported" if row.row_id == f"{exported}-test" else ""),
+            row.row_id,
+            row.name,
+            _shown(row.fidelity, "{:.0%}"),
+            _figure(row, metric),
+            _shown(row.retention, "{:.1%}"),
+            _shown(row.perplexity, "{:.2f}"),
+            *(_figure(row, name) for name in tasks),
+        ]
+        for row in rows
+    ]
+    titles = ["what", "row", "name", "fidelity", metric, "retention", "perplexity", *tasks]
+    if not lines:
+        return ""
+    compared = shown(differences(rows, exported))
+    note = (
+        "\n\nPaired by document, each with its bootstrapped standard error; of a perplexity, that of its logarithm:\n\n"
+    )
+    more = note + _table(compared[0], compared[1:]) if compared else ""
+    more = "\n\n".join(filter(None, [more, rests_on(rows)]))
+    ledger = f"\n\n{plain(opened(openings))}" if openings else ""
+    return "## Test split\n\n" + _table(titles, lines) + more + ledger
+
+
+def _command(search: Mapping[str, Any]) -> str:
+    if "command" not in search:
+        return ""
+    return f"## To do it again\n\n{fenced(search['command'])}"
+
+
+def _figure(row: Row, metric: str) -> str:
+    return _with_error("{:.4f}", row.figure(metric), row.figure(f"{metric}_stderr"))
+
+
+def _with_error(form: str, value: float | None, error: float | None) -> str:
+    return _shown(value, form) + ("" if value is None or error is None else f" ± {error:.4f}")
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _sourced(value: float | None, source: str | None, write: Any) -> str:
+    return "-" if value is None else f"{write(value)}{f' ({source})' if source else ''}"
+
+
+def _pairs(title: str, pairs: Mapping[str, Any]) -> str:
+    if not pairs:
+        return ""
+    return f"## {title}\n\n" + _table(["", ""], [[name, _value(value)] for name, value in pairs.items()])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        # What is zero, false or unknown would tell a reader nothing.
+        shown = ((name.replace("_", " "), _value(item)) for name, item in value.items() if item)
+        return ", ".join(f"{name} {text}" for name, text in shown if text)
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(item) for item in value)
+    return str(value)
+
+
+def _table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    rows = [titles, ["---"] * len(titles), *lines]
+    return "\n".join("| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows)

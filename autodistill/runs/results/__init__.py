@@ -1,0 +1,1 @@
+"""The rows of a run: how they are made, ranked, compared and chosen from."""

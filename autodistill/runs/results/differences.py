@@ -1,0 +1,138 @@
+"""Differences of what a search exports to teacher and baseline in every figure, paired by document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from autodistill.evaluation.statistics import binned_difference, paired_bootstrap
+from autodistill.runs.results.leaderboard import DISTILLED
+from autodistill.runs.results.row import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How much more of a figure the exported row has than another row on the same examples.
+
+    Attributes:
+        metric: The figure.
+        to: What the other row is: "teacher", "quantised teacher", "baseline" or "undistilled student"; one of other
+            tokens than the exported student's says its share of a trial's, like "baseline at 100%", and where two would
+            have one name each says its deployment, like "teacher as gguf-f16".
+        difference, stderr: In `unit`; the error is bootstrapped by document, and None for a single document.
+        unit: "" is the figure's own; of a perplexity it is that of its logarithm, nats.
+        documents: Number of them.
+    """
+
+    metric: str
+    to: str
+    difference: float
+    stderr: float | None
+    unit: str
+    documents: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The difference as plain data."""
+        return asdict(self)
+
+
+def paired(row: Row, metric: str) -> Mapping[str, Any] | None:
+    """Ids, counts and sums by document of any of a row's figures; None where the row has none.
+
+    Of a mean these are `sum`, and of the test split's "ece" `bins`, as `contracts.Measurement` has them.
+    """
+    data = row.documents
+    if data is None:
+        return None
+    found: Mapping[str, Any] | None = data if data.get("metric", "accuracy") == metric else None
+    return found or data.get("others", {}).get(metric)
+
+
+def differences(rows: Sequence[Row], exported: str | None = None) -> list[Difference]:
+    """Of the exported row to every other row, in every figure that both have by document.
+
+    Args:
+        rows: Of the test split, the exported one among them.
+        exported: Id of its row of the validation split; by default it is the first "student", or else the first
+            "baseline".
+    """
+    found = next((row for kind in DISTILLED for row in rows if row.kind == kind), None)
+    if exported is not None:
+        found = next((row for row in rows if row.row_id == f"{exported}-test"), None)
+    if found is None or found.documents is None:
+        return []
+    metrics = [found.documents.get("metric", "accuracy"), *found.documents.get("others", {})]
+    others = _titled([row for row in rows if row is not found], found)
+    made = (_difference(metric, title, found, row) for metric in metrics for title, row in others)
+    return [item for item in made if item is not None]
+
+
+def paired_difference(
+    mine: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
+) -> tuple[float, float | None] | None:
+    """By how much a figure of two rows differs, and its standard error; None where they have none of the same tokens.
+
+    None too where one row has the mean of a figure by document and the other its bins.
+
+    Args:
+        mine, theirs: As `paired` gives them; the difference is the former's less the latter's.
+    """
+    if not mine or not theirs or mine["ids"] != theirs["ids"] or mine["count"] != theirs["count"]:
+        return None
+    if ("bins" in mine) != ("bins" in theirs):
+        return None
+    counts = np.asarray(mine["count"], np.float64)
+    if "bins" in mine:
+        return binned_difference(np.asarray(mine["bins"], np.float64), np.asarray(theirs["bins"], np.float64), counts)
+    gaps = np.asarray(mine["sum"], np.float64) - np.asarray(theirs["sum"], np.float64)
+    values, errors = paired_bootstrap(gaps[None], counts)
+    return float(values[0]), float(errors[0]) if len(counts) > 1 else None
+
+
+def _difference(metric: str, title: str, found: Row, other: Row) -> Difference | None:
+    mine = paired(found, metric)
+    made = paired_difference(mine, paired(other, metric))
+    if mine is None or made is None:
+        return None
+    value, stderr = made
+    return Difference(
+        metric=metric,
+        to=title,
+        difference=value,
+        stderr=stderr,
+        unit=str(mine.get("unit", "")),
+        documents=len(mine["count"]),
+    )
+
+
+def _titled(rows: Sequence[Row], found: Row) -> list[tuple[str, Row]]:
+    """Rows with what each is, told apart by their deployments where two are the same."""
+    titles = [_title(row, found) for row in rows]
+    return [
+        (f"{title} as {row.deployment_name}" if titles.count(title) > 1 else title, row)
+        for title, row in zip(titles, rows, strict=True)
+    ]
+
+
+def _title(row: Row, found: Row) -> str:
+    if row.kind == "teacher":
+        return "teacher" if row.deployment["bits"] == 16 else "quantised teacher"
+    if row.kind == "initial":
+        return "undistilled student"
+    return row.kind if row.train_tokens == found.train_tokens else f"{row.kind} at {row.fidelity or 0.0:.0%}"
+
+
+def shown(items: Iterable[Difference]) -> list[list[str]]:
+    """Rows of a table: figure, and for each row compared to, the difference with its error."""
+    table: dict[str, dict[str, str]] = {}
+    titles: dict[str, None] = {}
+    for item in items:
+        error = "" if item.stderr is None else f" ± {item.stderr:.4f}"
+        titles[item.to] = None
+        name = f"{item.metric} [{item.unit}]" if item.unit else item.metric
+        table.setdefault(name, {})[item.to] = f"{item.difference:+.4f}{error}"
+    lines = [[name, *(cells.get(title, "-") for title in titles)] for name, cells in table.items()]
+    return [["exported less", *titles], *lines] if lines else []

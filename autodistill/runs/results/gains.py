@@ -1,0 +1,121 @@
+"""By how much an exported row beats the best that needs no training, and the baseline, in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autodistill.evaluation.base import Direction
+from autodistill.runs.results.differences import paired, paired_difference
+from autodistill.runs.results.row import Row
+
+
+def named(row: Row) -> str:
+    """What a row is, in words, and how it is packed."""
+    what = "the teacher itself" if row.kind == "teacher" else row.name
+    return f"{what} as {row.deployment_name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """By how much one row is better than another one on the test split.
+
+    Attributes:
+        over: Id of the other row.
+        named: What that is, in words.
+        value, stderr: Paired by document, above 0 where the other one is worse; the value is None where nothing can be
+            paired, and the error for a single document.
+    """
+
+    over: str
+    named: str
+    value: float | None
+    stderr: float | None
+
+    @classmethod
+    def of(cls, row: Row, other: Row, metric: str, direction: Direction) -> Gain:
+        """Of one row over another one, on the same examples."""
+        found = paired_difference(paired(row, metric), paired(other, metric))
+        value, stderr = found or (None, None)
+        signed = -value if value is not None and direction == "min" else value
+        return cls(over=other.row_id, named=named(other), value=signed, stderr=stderr)
+
+    def shown(self, unit: str = "") -> str:
+        """The figure with its error, and where it is asked for what it is of."""
+        if self.value is None:
+            return "unknown, since it is not kept by document"
+        error = "" if self.stderr is None else f" ± {self.stderr:.4f}"
+        return f"{self.value:+.4f}{error}{f' of {unit}' if unit else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gains:
+    """What a search found, held to what costs no training and to the baseline, on the test split.
+
+    Attributes:
+        exported: Id of the row that is exported.
+        named: What that is, in words.
+        trained: Whether it was trained.
+        untrained: Over the best row that needs no training and keeps to the budget; None where that is what is
+            exported, or where there is none.
+        baseline: Over the baseline, of students of as many tokens; None without one, and where that is what is
+            exported.
+        unit: What the gains are of: the metric, and its unit where it has one.
+    """
+
+    exported: str
+    named: str
+    trained: bool
+    untrained: Gain | None
+    baseline: Gain | None
+    unit: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The gains as fields of a search's document."""
+        return {
+            "exported": {"row_id": self.exported, "named": self.named, "trained": self.trained},
+            "gain_over_untrained": self.untrained and asdict(self.untrained),
+            "gain_over_baseline": self.baseline and asdict(self.baseline),
+            "gain_unit": self.unit,
+        }
+
+    @classmethod
+    def from_json(cls, search: Mapping[str, Any]) -> Gains | None:
+        """Those of a search's document, or of its `search.json`; None where there are none yet."""
+        if "exported" not in search:
+            return None
+        over = (search[name] and Gain(**search[name]) for name in ("gain_over_untrained", "gain_over_baseline"))
+        exported, unit = search["exported"], search["gain_unit"]
+        untrained, baseline = over
+        return cls(
+            exported=exported["row_id"],
+            named=exported["named"],
+            trained=exported["trained"],
+            untrained=untrained,
+            baseline=baseline,
+            unit=unit,
+        )
+
+    def describe(self) -> str:
+        """The gains in one line."""
+        if not self.trained:
+            said = f"Nothing that was trained does better than {self.named}, which is exported as it is"
+        elif self.untrained is None:
+            said = "Nothing that needs no training fits the budget"
+        else:
+            said = (
+                f"Gain on test over the best that needs no training ({self.untrained.named}), paired: "
+                f"{self.untrained.shown(self.unit)}"
+            )
+        if self.baseline is None:
+            return f"{said}."
+        if self.untrained is not None:
+            return f"{said}; over the baseline: {self.baseline.shown()}."
+        return f"{said}. Gain on test over the baseline, paired: {self.baseline.shown(self.unit)}."
+
+
+def unit_of(row: Row, metric: str) -> str:
+    """What a gain in a metric is of."""
+    unit = (row.documents or {}).get("unit")
+    return f"{metric}, in {unit}" if unit else metric

@@ -1,0 +1,161 @@
+"""An evaluation of a trial becomes a row of the leaderboard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from autodistill.distillation.training.plan import Plan
+from autodistill.estimates.fit import latencies, too_late
+from autodistill.estimates.speed import limit_seconds
+from autodistill.evaluation.evaluate import Evaluation
+from autodistill.hardware.budget import LATENCY, Budget, DeviceBudget, on_gpu
+from autodistill.hardware.device import DISCRETE, Device
+from autodistill.models.config import config_of
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.results.objectives import PREDICTED_LATENCY
+from autodistill.runs.results.row import Row, Status
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
+
+_FIELDS = ("accuracy", "perplexity", "agreement", "memory_bytes", "latency_ms", "tokens_per_second", "size_bytes")
+_COUNTS = ("memory_bytes", "size_bytes")
+
+
+def make_row(
+    evaluation: Evaluation,
+    *,
+    trial: str,
+    kind: str,
+    name: str,
+    strategy: Strategy | None,
+    spec: ModelSpec,
+    status: Status,
+    split: str,
+    budget: Budget,
+    plan: Plan,
+    train_tokens: int,
+    train_seconds: float,
+    seed: int,
+    device: Device | None = None,
+) -> Row:
+    """The row of one deployment of one trial.
+
+    Args:
+        evaluation: Measurements on the packed weights.
+        trial, kind, name: See `Row`.
+        strategy: What was trained, or None for the teacher.
+        spec: Shape of the student.
+        status: Of the trial at this moment.
+        split: What was read.
+        budget: Limits it is held to; on a device its latency is predicted.
+        plan: Gives the fidelity.
+        train_tokens, train_seconds: What training took so far.
+        seed: Of the trial.
+        device: Where a latency is predicted, if it is to be: as every 95th percentile, at the slow end of the band. A
+            budget's own goes before it.
+    """
+    times = latencies(spec, evaluation.deployment, budget)
+    reason = _over(evaluation, budget) or "; ".join(too_late(times, "predicted")) or None
+    figures = {name: measurement.value for name, measurement in evaluation.measurements.items()}
+    figures |= {limit.name: 1e3 * seconds for limit, seconds in times.items()}
+    figures |= _latency(spec, evaluation.deployment, budget, device)
+    fields, others = _by_field(figures)
+    errors, theirs = _errors(evaluation), evaluation.teacher_accuracy
+    accuracy, memory = fields.get("accuracy"), evaluation.measurements.get("memory_bytes")
+    return Row(
+        row_id=f"{trial}-{evaluation.deployment.name}" + ("" if split == "validation" else f"-{split}"),
+        trial=trial,
+        kind=kind,
+        name=name,
+        deployment=evaluation.deployment.to_json(),
+        status=status.value,
+        feasible=reason is None,
+        reason=reason,
+        strategy_id=strategy.id if strategy else None,
+        strategy=strategy.to_json() if strategy else None,
+        split=split,
+        accuracy_stderr=errors.pop("accuracy_stderr", None),
+        retention=accuracy / theirs if accuracy is not None and theirs else None,
+        memory_source=memory.source if memory else None,
+        latency_source="predicted" if "latency_ms" in fields else None,
+        machine=budget.device.name if isinstance(budget, DeviceBudget) else None,
+        shape=config_of(spec),
+        params=spec.parameters,
+        context=budget.context,
+        batch=budget.batch,
+        train_tokens=train_tokens,
+        train_seconds=train_seconds,
+        fidelity=train_tokens / plan.tokens if kind not in ("teacher", "initial") else None,
+        seed=seed,
+        documents=evaluation.documents,
+        cut_short=_cut_short(evaluation),
+        other=others | errors | _remarks(strategy, spec) | _assumed(evaluation.deployment, budget) | _memory_on(budget),
+        **fields,
+    )
+
+
+def _cut_short(evaluation: Evaluation) -> dict[str, Any] | None:
+    """What was read of an evaluation that ended early, and what it says of the whole."""
+    reading = evaluation.reading
+    if reading is None or reading.bar is None:
+        return None
+    said = {"metric": evaluation.documents["metric"], "estimate": reading.estimate, "bar": reading.bar}
+    return {"read": reading.read, "of": reading.of, "unit": reading.unit, **said}
+
+
+def _over(evaluation: Evaluation, budget: Budget) -> str | None:
+    """Why the memory breaks the budget; what a student needs must be known before it can be said to fit."""
+    memory = evaluation.measurements.get("memory_bytes")
+    if memory is None or not math.isfinite(memory.value):
+        return "memory: it was not measured"
+    if memory.value <= budget.memory_bytes:
+        return None
+    over = int(memory.value) - budget.memory_bytes
+    return f"memory: {int(memory.value)} bytes, {over} over the budget of {budget.memory_bytes}"
+
+
+def _latency(spec: ModelSpec, deployment: Deployment, budget: Budget, device: Device | None) -> dict[str, float]:
+    """What is predicted on the device that the latency is for; of a budget on a device it is the row's own latency."""
+    own = budget.device if isinstance(budget, DeviceBudget) else None
+    served_on = own or device
+    if served_on is None:
+        return {}
+    seconds = limit_seconds(spec, deployment, served_on, LATENCY, context=budget.context)
+    return dict.fromkeys((PREDICTED_LATENCY, *(["latency_ms"] if own else [])), 1000.0 * seconds)
+
+
+def _by_field(figures: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Figures that a row has fields for, bytes as whole numbers, and all others."""
+    fields: dict[str, Any] = {name: figures[name] for name in _FIELDS if name in figures}
+    others = {name: value for name, value in figures.items() if name not in fields}
+    for name in _COUNTS:
+        if name in fields and math.isfinite(fields[name]):
+            fields[name] = int(fields[name])
+        elif name in fields:
+            others[name] = fields.pop(name)
+    return fields, others
+
+
+def _errors(evaluation: Evaluation) -> dict[str, float]:
+    """Standard errors, where there are any."""
+    found = {f"{name}_stderr": measurement.stderr for name, measurement in evaluation.measurements.items()}
+    return {name: error for name, error in found.items() if error is not None}
+
+
+def _memory_on(budget: Budget) -> dict[str, str]:
+    """That the memory is a discrete GPU's, and not a process's, where it is."""
+    return {"memory_on": DISCRETE} if on_gpu(budget) else {}
+
+
+def _assumed(deployment: Deployment, budget: Budget) -> dict[str, str]:
+    """Why the row's own latency is assumed, where nothing of its runtime was measured on such a device."""
+    why = budget.device.shares(deployment.runtime).assumed if isinstance(budget, DeviceBudget) else ""
+    return {"latency_assumed": why} if why else {}
+
+
+def _remarks(strategy: Strategy | None, spec: ModelSpec) -> dict[str, str]:
+    """What a reader of the row must know of how it was trained; the student has the teacher's vocabulary."""
+    approximation = strategy.distillation.approximation(spec.vocabulary) if strategy else None
+    return {"approximate": approximation} if approximation else {}

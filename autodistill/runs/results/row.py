@@ -1,0 +1,355 @@
+"""A row of the leaderboard: one trial under one deployment, as a value, as JSON and as Parquet."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+
+from autodistill.errors import InputError
+from autodistill.strategy.deployment import Deployment
+from autodistill.utils.json_files import replacing, strict_json
+from autodistill.utils.typed_data import hold
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+SCHEMA_VERSION = 1
+
+KINDS = ("student", "baseline", "confirmation", "teacher", "initial")
+
+REMOVED = "its student was removed before it might have been exported"
+"""The reason of a row that would be chosen, were its student there."""
+
+DAMAGED = "its student was changed or damaged after it was trained"
+"""Likewise, were it as it was written."""
+
+
+class _Paired(TypedDict):
+    """A figure by document."""
+
+    ids: tuple[Any, ...]
+    count: tuple[float, ...]
+    sum: NotRequired[tuple[float | None, ...]]
+    bins: NotRequired[tuple[Any, ...]]
+    metric: NotRequired[str]
+    unit: NotRequired[str]
+
+
+class _Documents(_Paired):
+    """The metric by document, and further figures by their names."""
+
+    others: NotRequired[Mapping[str, _Paired]]
+
+
+class _CutShort(TypedDict):
+    """What an evaluation that ended early read."""
+
+    read: int
+    of: int
+    unit: str
+    metric: str
+    estimate: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Trial x deployment: one line of the leaderboard. Fields are None where nothing was measured.
+
+    Attributes:
+        row_id: Unique in a run; a later row of the same id supersedes an earlier one.
+        trial: Id of the trial, like "t003".
+        kind: "student" (proposed), "baseline" (to be beaten), "confirmation" (one of these on a further seed),
+            "teacher" (unmodified), "initial" (a student without its training).
+        name: For people: the baseline's name, or the trial's.
+        deployment: `Deployment` as plain data.
+        status: A `Status`.
+        feasible: Whether it meets every limit of the budget.
+        reason: Why it is not feasible or did not finish.
+        strategy_id, strategy: `Strategy` as plain data and its hash; None for the teacher.
+        split: "validation" or "test".
+        accuracy, accuracy_stderr: Fraction of tokens (or answers) that are right, and its standard error.
+        perplexity: exp of the mean negative log-likelihood.
+        agreement: Fraction of tokens whose most likely one is also the teacher's.
+        retention: Accuracy over the teacher's on the same examples.
+        memory_bytes, memory_source: Inference memory at `context` and `batch`; measured or predicted.
+        latency_ms, tokens_per_second, latency_source: Decode time per token (95th percentile) and rate at one stream.
+        machine: What those were measured on, or predicted for. With the deployment's runtime it says which rows'
+            latencies may be compared.
+        size_bytes: Packed weights on disk.
+        shape: A config that describes the student, as `estimate.config_of` gives it.
+        params: Weights, a tied embedding counted once.
+        train_tokens, train_seconds, fidelity: What training took; `fidelity` is the fraction of the plan's tokens.
+        documents: Paired data for ties: `ids`, `count` (tokens) and `sum` (of the metric) of each document, and
+            optionally `metric`, the figure the sums are of ("accuracy" where absent).
+        cut_short: Of an evaluation that ended early, as its trial was certain to fall short at the rung: `read` of `of`
+            in `unit` ("tokens" or "questions"), of which all figures are that need them; the `bar`, a trial; and the
+            `estimate` of `metric` over all, which the trial is judged by.
+        other: Figures of further evaluators by name, their standard errors under `<name>_stderr`;
+            `approximate` says what the loss was where it was not the divergence that the strategy names, and
+            `latency_assumed` why a predicted latency rests on nothing that was measured; `memory_on` is "discrete-gpu"
+            where the memory is a GPU's and not a process's.
+    """
+
+    row_id: str
+    trial: str
+    kind: str
+    name: str
+    deployment: Mapping[str, Any]
+    status: str
+    feasible: bool
+    reason: str | None = None
+    strategy_id: str | None = None
+    strategy: Mapping[str, Any] | None = None
+    split: str | None = None
+    accuracy: float | None = None
+    accuracy_stderr: float | None = None
+    perplexity: float | None = None
+    agreement: float | None = None
+    retention: float | None = None
+    memory_bytes: int | None = None
+    memory_source: str | None = None
+    latency_ms: float | None = None
+    tokens_per_second: float | None = None
+    latency_source: str | None = None
+    machine: str | None = None
+    size_bytes: int | None = None
+    shape: Mapping[str, Any] | None = None
+    params: int | None = None
+    context: int | None = None
+    batch: int | None = None
+    train_tokens: int | None = None
+    train_seconds: float | None = None
+    fidelity: float | None = None
+    seed: int | None = None
+    documents: Mapping[str, Any] | None = None
+    cut_short: Mapping[str, Any] | None = None
+    other: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def short_id(self) -> str:
+        """Its id as tables have it, which `export --row` reads as well."""
+        return self.row_id.replace("-compressed-tensors-", "-ct-")
+
+    @property
+    def full(self) -> bool:
+        """Whether its measurements were taken after all of the plan's tokens, or it needs no training at all."""
+        return trained_fully(self.kind, self.fidelity)
+
+    @property
+    def deployment_name(self) -> str:
+        """Short readable name, like "gguf-q4_0"."""
+        return Deployment.from_json(self.deployment).name
+
+    def figure(self, name: str) -> float | None:
+        """A measured figure by name, or None where it is missing or not finite."""
+        return finite(getattr(self, name) if is_field(name) else self.other.get(name))
+
+    def standing(self, name: str) -> float | None:
+        """The figure that a row stands by among others: where not all was read, what it is taken to be over all.
+
+        None of another figure than the one that the reading ended by, which is of that part alone.
+        """
+        cut = self.cut_short
+        if cut is None:
+            return self.figure(name)
+        return finite(cut["estimate"]) if cut["metric"] == name else None
+
+    @property
+    def partly(self) -> str:
+        """How much was read where not all was, like "256 of 1,024 tokens read"; else empty."""
+        cut = self.cut_short
+        return f"{cut['read']:,} of {cut['of']:,} {cut['unit']} read" if cut is not None else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as plain data, every field written out."""
+        return {name: getattr(self, name) for name in _types()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Row:
+        """Reads what `to_json` wrote; fields this version does not know are left out.
+
+        Raises:
+            InputError: A newer schema, a missing field, or a value of another type.
+        """
+        version = data.get("schema_version", SCHEMA_VERSION)
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise InputError(
+                f"a row has schema version {version}, this version of autodistill reads up to {SCHEMA_VERSION}: "
+                "upgrade autodistill to read it"
+            )
+        missing = [name for name in required() if data.get(name) is None]
+        if missing:
+            raise InputError(f"row {data.get('row_id')!r} lacks the field {', '.join(missing)}")
+        hold(data.get("schema_version", SCHEMA_VERSION), int, "schema_version")
+        row = cls(**{name: _convert(data[name], name) for name in _types() if data.get(name) is not None})
+        row._check()
+        return row
+
+    def _check(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"row {self.row_id!r} is of kind {self.kind!r}; it can be {', '.join(KINDS)}")
+        name = f"row {self.row_id!r}"
+        hold(self.status, Status, f"the status of {name}")
+        hold(self.split, Literal["validation", "test"] | None, f"the split of {name}")
+        hold(dict(self.other), dict[str, Any], f"the figures of {name}")
+        Deployment.from_json(self.deployment)
+        if self.cut_short is not None:
+            hold(dict(self.cut_short), _CutShort, f"cut_short of {name}")
+        if self.documents is not None:
+            check_documents(dict(self.documents), f"the documents of {name}")
+
+
+def check_documents(documents: Any, where: str) -> None:
+    """Holds a row's paired data to what they must be.
+
+    Raises:
+        InputError: Says what is wrong.
+    """
+    hold(documents, _Documents, where)
+    for data in (documents, *documents.get("others", {}).values()):
+        lengths = [len(data.get(part, ())) for part in ("ids", "count", "bins" if "bins" in data else "sum")]
+        if len(set(lengths)) > 1:
+            raise InputError(f"{where} have {lengths} ids, counts and sums, not as many")
+
+
+def trained_fully(kind: str, fidelity: float | None) -> bool:
+    """As `Row.full`, of a row's fields."""
+    return kind in ("teacher", "initial") or (fidelity is not None and fidelity > 1 - 1e-9)
+
+
+def task_figures(rows: Iterable[Row], metric: str) -> list[str]:
+    """Names of the tasks' figures that rows have beside the metric, in the order in which they were asked for."""
+    names = dict.fromkeys(name for row in rows for name in row.other if name.startswith("task:"))
+    return [name for name in names if name != metric and not name.endswith("_stderr")]
+
+
+def is_field(figure: str) -> bool:
+    """Whether a figure is a field of a row, not one of its `other` figures."""
+    return _types().get(figure) in (int, float)
+
+
+def finite(value: Any) -> float | None:
+    """A value that is a finite number, else None."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+@cache
+def _types() -> dict[str, type]:
+    """Type of each field of `Row`, None and the parameters of a mapping left out."""
+    types_ = {}
+    for name, hint in typing.get_type_hints(Row).items():
+        if isinstance(hint, types.UnionType):
+            (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
+        types_[name] = typing.get_origin(hint) or hint
+    return types_
+
+
+@cache
+def required() -> tuple[str, ...]:
+    """Names of the fields that every row has."""
+    missing = dataclasses.MISSING
+    return tuple(f.name for f in dataclasses.fields(Row) if f.default is missing and f.default_factory is missing)
+
+
+def _convert(value: Any, name: str) -> Any:
+    kind = _types()[name]
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    # A bool is an int to Python, never to a reader of a row.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"the row's field {name} must be of type {kind.__name__}, not {value!r}")
+    return value
+
+
+def rows_of(events: Iterable[Mapping[str, Any]], kinds: Sequence[str] = ("row",)) -> list[Row]:
+    """The rows in a run's events, a later one in the place of an earlier one with the same id.
+
+    Args:
+        events: The log.
+        kinds: Values of `event` under which a `row` is read.
+
+    Raises:
+        InputError: See `Row.from_json`.
+    """
+    latest: dict[str, Mapping[str, Any]] = {}
+    for event in events:
+        if event.get("event") in kinds and isinstance(event.get("row"), Mapping):
+            latest[str(event["row"].get("row_id"))] = event["row"]
+    return [Row.from_json(row) for row in latest.values()]
+
+
+def to_parquet(rows: Sequence[Row], path: Path) -> None:
+    """Writes rows as a Parquet file, atomically; a mapping is one column of JSON text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {name: [_cell(getattr(row, name)) for row in rows] for name in _types()}
+    with replacing(path) as temporary:
+        pq.write_table(pa.table(columns, schema=arrow_schema()), temporary)
+
+
+@cache
+def arrow_schema() -> pa.Schema:
+    """The columns of a table of rows."""
+    import pyarrow as pa
+
+    arrow = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+    return pa.schema([(name, arrow.get(kind, pa.string())) for name, kind in _types().items()])
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:  # a value that is not finite; looking for one in every row would take longer than writing
+        return json.dumps(strict_json(value), allow_nan=False)
+
+
+def read_parquet(path: Path) -> list[Row]:
+    """Reads what `to_parquet` wrote.
+
+    Raises:
+        InputError: The file is missing or no Parquet file, or see `Row.from_json`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"cannot read {path} as a leaderboard: {str(error).splitlines()[0]}") from error
+    nested = {name for name, kind in _types().items() if kind not in (str, bool, int, float)}
+    return [
+        Row.from_json({k: json.loads(v) if k in nested and v is not None else v for k, v in record.items()})
+        for record in table.to_pylist()
+    ]
+
+
+class Status(StrEnum):
+    """What became of a trial."""
+
+    COMPLETED = "completed"  # trained to the plan's tokens and evaluated
+    STOPPED = "stopped"  # judged at a rung and not taken further
+    REJECTED = "rejected"  # no deployment can fit: never trained
+    FAILED = "failed"
+
+
+class Decision(StrEnum):
+    """A scheduler's answer to a report."""
+
+    PAUSE = "pause"
+    STOP = "stop"

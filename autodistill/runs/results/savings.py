@@ -1,0 +1,137 @@
+"""Compute that a search did not spend: stages that another trial had trained, what was rejected, what was not read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from autodistill.distillation.training.plan import Plan
+from autodistill.runs.results.row import Status
+from autodistill.units import format_duration
+
+# Operations of training a weight on a token: two forward, four backward (Kaplan et al., 2020, arXiv:2001.08361).
+_FLOPS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What was trained, and what was not.
+
+    Operations are estimated as six a weight and token; seconds of one worker, at the rate of what the run trained.
+
+    Attributes:
+        trained_tokens, trained_flops: Of all trials, decays included, and what failed or was interrupted as far as it
+            told, or left a checkpoint.
+        trained_seconds: Of what came to a result; of a trial that had the threads of all workers, those of each.
+        sharing: Trials that went on from what another one had trained.
+        shared_tokens, shared_flops, shared_seconds: Of training that was not done for that reason.
+        rejected: Proposals of which no deployment fits, whose training does not, or that contradict the teacher.
+        rejected_tokens, rejected_flops, rejected_seconds: Of training those to the first rung that have a student.
+        without_student: How many have none: the teacher has no such shape, and there is nothing to train.
+        cut_short: Evaluations at rungs that ended early, as their trials were certain to fall short.
+        unread: What these did not read, by its unit: "tokens" or "questions".
+        to_read: What all evaluations at rungs were to read, of those that are read in parts.
+    """
+
+    trained_tokens: int
+    trained_flops: float
+    trained_seconds: float
+    sharing: int
+    shared_tokens: int
+    shared_flops: float
+    shared_seconds: float
+    rejected: int
+    rejected_tokens: int
+    rejected_flops: float
+    rejected_seconds: float
+    without_student: int = 0
+    cut_short: int = 0
+    unread: Mapping[str, int] = field(default_factory=dict)
+    to_read: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def describe(self) -> tuple[str, ...]:
+        """A sentence for each thing that saved anything."""
+        said = []
+        if self.shared_tokens:
+            said.append(
+                f"{self.sharing} trial{'s' if self.sharing > 1 else ''} went on from stages that others had trained: "
+                f"{_amount(self.shared_tokens, self.shared_flops, self.shared_seconds)} saved, "
+                f"{self.trained_tokens:,} tokens trained, decays at rungs among them"
+            )
+        if self.rejected:
+            what = "proposals were" if self.rejected > 1 else "proposal was"
+            sentence = f"{self.rejected} {what} rejected without training"
+            if self.rejected > self.without_student:
+                amount = _amount(self.rejected_tokens, self.rejected_flops, self.rejected_seconds)
+                sentence += f": up to the first rung {amount} saved"
+            if self.without_student == self.rejected:
+                sentence += ", the teacher having no such student: nothing is counted as saved"
+            elif self.without_student:
+                sentence += f"; {self.without_student} of them count nothing, as the teacher has no such student"
+            said.append(sentence)
+        if self.cut_short:
+            amounts = (f"{count:,} of {self.to_read[unit]:,} {unit}" for unit, count in self.unread.items() if count)
+            said.append(
+                f"{self.cut_short} evaluation{'s' if self.cut_short > 1 else ''} at rungs ended early, as it was "
+                f"certain who falls short: {' and '.join(amounts)} of all such evaluations not read"
+            )
+        return tuple(said)
+
+
+def _amount(tokens: int, flops: float, seconds: float) -> str:
+    return f"{tokens:,} tokens (about {flops:.2g} FLOPs, {format_duration(seconds)} of a worker)"
+
+
+def saved(events: Sequence[Mapping[str, Any]], plan: Plan) -> Saved:
+    """Adds up what the log of a run says.
+
+    Args:
+        events: The log.
+        plan: Has the first rung.
+    """
+    weights = {event["trial"]: event.get("parameters") or 0 for event in events if event["event"] == "trial"}
+    rungs = [event for event in events if event["event"] == "rung"]
+    ends = {event["trial"]: event["status"] for event in events if event["event"] == "status"}
+    rejected = [trial for trial, status in ends.items() if status == Status.REJECTED]
+    described = [trial for trial in rejected if weights.get(trial)]
+
+    results = [*rungs, *(event for event in events if event["event"] == "kept")]
+    lost = [event for event in events if event["event"] == "lost"]
+
+    def flops(key: str, among: Sequence[Mapping[str, Any]]) -> float:
+        return _FLOPS * float(sum(event.get(key, 0) * weights.get(event["trial"], 0) for event in among))
+
+    timed = flops("trained", results)
+    trained = timed + flops("resumed", rungs) + flops("trained", lost)
+    seconds = sum(event.get("workers", 1) * event.get("seconds", {}).get("train", 0.0) for event in results)
+    rate = seconds / timed if timed else 0.0
+    shared = flops("shared", rungs)
+    readings = [event["reading"] for event in rungs if "reading" in event]
+    to_read, read = Counter[str](), Counter[str]()
+    for reading in readings:
+        to_read[reading["unit"]] += reading["of"]
+        read[reading["unit"]] += reading["read"]
+    avoided = _FLOPS * float(plan.rungs[0]) * sum(weights[trial] for trial in described)
+    return Saved(
+        trained_tokens=sum(event.get("trained", 0) + event.get("resumed", 0) for event in (*results, *lost)),
+        trained_flops=trained,
+        trained_seconds=seconds,
+        sharing=len({event["trial"] for event in rungs if event.get("shared", 0)}),
+        shared_tokens=sum(event.get("shared", 0) for event in rungs),
+        shared_flops=shared,
+        shared_seconds=shared * rate,
+        rejected=len(rejected),
+        rejected_tokens=plan.rungs[0] * len(described),
+        rejected_flops=avoided,
+        rejected_seconds=avoided * rate,
+        without_student=len(rejected) - len(described),
+        cut_short=sum(reading["bar"] is not None for reading in readings),
+        unread={unit: count - read[unit] for unit, count in to_read.items()},
+        to_read=dict(to_read),
+    )

@@ -1,0 +1,287 @@
+"""The folder of a run, held by one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import socket
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from autodistill.errors import InputError
+from autodistill.runs.schema import check_event, check_log, read_search
+from autodistill.utils.durable import make_folder
+from autodistill.utils.event_log import EventLog
+from autodistill.utils.json_files import unwritable
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\Z", re.ASCII)
+_LOCK = "lock"
+_SEARCH = "search.json"
+_COPYING_SECONDS = 10
+
+
+class _TakenError(InputError):
+    """A run of this name is there, or another process holds it."""
+
+
+class RunFolder:
+    """The folder of one run: `search.json`, `trials.jsonl`, `leaderboard.parquet`, `checkpoints/`, `student/`.
+
+    A context manager; leaving it gives up the lock.
+
+    Attributes:
+        name: The run's name.
+        path: `<out>/<name>`.
+    """
+
+    def __init__(self, out: Path, name: str) -> None:
+        _check_name(name)
+        self.name = name
+        self.path = out / name
+        self._lock: int | None = None
+        self._log = EventLog(self.path / "trials.jsonl", check_event)
+        self._held: list[int] = []
+
+    @classmethod
+    def create(cls, out: Path, name: str) -> RunFolder:
+        """Makes the folder of a new run and locks it.
+
+        Raises:
+            InputError: No plain name, the folder cannot be written, a run of this name exists or another process
+                holds it, or the folder holds something that is not a run.
+        """
+        run = cls(out, name)
+        run.check_free()
+        try:
+            make_folder(run.path)
+        except OSError as error:
+            raise unwritable(out, error) from error
+        run._acquire()
+        try:
+            # Another process may have made the run and ended between the first look and the lock.
+            run.check_free()
+        except InputError:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def create_free(cls, out: Path, stem: str) -> RunFolder:
+        """As `create`, under the first of the names `stem`, `stem-2`, `stem-3`, ... that is free.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
+        for number in count(1):
+            try:
+                return cls.create(out, stem if number == 1 else f"{stem}-{number}")
+            except _TakenError:
+                continue
+        raise AssertionError("numbers do not end")
+
+    @classmethod
+    def open(cls, out: Path, name: str, *, lock: bool = False) -> RunFolder:
+        """An existing run: to read it, or with `lock` to go on with it.
+
+        Raises:
+            InputError: No plain name, no such run (the known ones are listed), or another process holds it.
+        """
+        run = cls(out, name)
+        if not run.search_file.is_file():
+            known = known_runs(out)
+            listed = f"the runs there are {', '.join(known)}" if known else "there are no runs there"
+            raise InputError(f"there is no run {name!r} in {out}: {listed}")
+        if lock:
+            run._acquire()
+        return run
+
+    @property
+    def search_file(self) -> Path:
+        """All that is needed to run the search again."""
+        return self.path / _SEARCH
+
+    def asked(self, *needed: str) -> dict[str, Any]:
+        """What `search_file` holds.
+
+        Args:
+            needed: As of `schema.read_search`.
+
+        Raises:
+            InputError: It is not what a search writes.
+        """
+        return read_search(self.search_file, *needed)
+
+    def check_together(self, events: Iterable[Mapping[str, Any]], rungs: int, *, whole: bool = False) -> None:
+        """Holds the events of the log to each other, as `schema.check_log` does.
+
+        Raises:
+            InputError: Names the log, and what does not fit together.
+        """
+        try:
+            check_log(events, rungs, whole=whole)
+        except InputError as error:
+            raise InputError(f"{self._log.path} is not whole: {error}; restore it from a copy") from None
+
+    @property
+    def events(self) -> EventLog:
+        """The log of the trials."""
+        return self._log
+
+    def use(self, log: EventLog) -> None:
+        """Appends to another log, which keeps this one."""
+        self._log = log
+
+    @property
+    def leaderboard_file(self) -> Path:
+        """The rows, derived from the log."""
+        return self.path / "leaderboard.parquet"
+
+    @property
+    def tabled(self) -> bool:
+        """Whether `leaderboard_file` has all that the log has: not in a run that is under way, or was gone on with."""
+        if not self.leaderboard_file.is_file():
+            return False
+        log = self._log.path
+        return not log.is_file() or log.stat().st_mtime_ns <= self.leaderboard_file.stat().st_mtime_ns
+
+    @property
+    def state(self) -> str:
+        """ "finished", "under way", or "stopped", from where it can be resumed."""
+        try:
+            descriptor = os.open(self.path / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return self._ended_as()
+        try:
+            # Given up at once; a run takes its own lock for itself alone.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "under way"
+        except OSError:
+            pass
+        finally:
+            os.close(descriptor)
+        return self._ended_as()
+
+    def _ended_as(self) -> str:
+        table, log = self.leaderboard_file, self._log.path
+        if not table.is_file():
+            return "stopped"
+        # The table is written last; a copy of both may have their times the other way round.
+        later = log.stat().st_mtime - table.stat().st_mtime if log.is_file() else 0.0
+        return "finished" if later < _COPYING_SECONDS else "stopped"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of trained weights."""
+        return self.path / "checkpoints"
+
+    def student(self, container: str) -> Path:
+        """Folder of the exported student in one container, like "gguf"."""
+        return self.path / "student" / container
+
+    def close(self) -> None:
+        """Gives up the lock, if it is held, and what is held with it."""
+        while self._held:
+            os.close(self._held.pop())
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def hold(self, path: Path) -> bool:
+        """Keeps other runs from removing a shared file (see `claimed`) until this one is closed; False if it is gone.
+
+        Args:
+            path: The file.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        self._held.append(descriptor)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        # Another run may have been removing it just before.
+        return path.exists()
+
+    def discard(self) -> None:
+        """Removes the folder of a run that was made and ended before anything was planned, so that nothing is left."""
+        if self.search_file.exists():
+            return
+        for path in self.path.iterdir():
+            if self._left_over(path):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # something else is in it
+            self.path.rmdir()
+
+    @staticmethod
+    def _left_over(path: Path) -> bool:
+        """Whether a file is what a run leaves that was killed before anything was planned."""
+        return path.name == _LOCK or (path.name.startswith(".search.") and path.suffix == ".json")
+
+    def check_free(self) -> None:
+        """Refuses a name that a run, or anything else, has already."""
+        if self.search_file.exists():
+            raise _TakenError(
+                f"the run {self.name!r} exists in {self.path.parent}: go on with it by --resume, or choose another "
+                "name with --name"
+            )
+        if self.path.exists() and (not self.path.is_dir() or not all(map(self._left_over, self.path.iterdir()))):
+            raise _TakenError(f"{self.path} exists and is not a run: choose another name with --name")
+
+    def _acquire(self) -> None:
+        """Locks the run for this process; the kernel frees the lock however the process ends."""
+        try:
+            descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            process, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
+            os.close(descriptor)
+            where = f" on {host}" if host not in ("", socket.gethostname()) else ""
+            raise _TakenError(
+                f"the run {self.name!r} is held by the running process {process or '(unknown)'}{where}: wait for it, "
+                f"or stop it{where} (kill {process or 'PID'}) and go on with --resume; a new run takes another --name"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise InputError(f"{self.path} cannot be locked ({error.strerror}): put --out on a local disk") from error
+        self._lock = descriptor
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            self.close()
+            raise unwritable(self.path, error) from error
+
+
+def default_cache() -> Path:
+    """Where teachers, prepared data, teacher outputs and this machine's measurement are kept for all runs."""
+    return Path.home() / ".cache" / "autodistill"
+
+
+def known_runs(out: Path) -> list[str]:
+    """Names of the runs in a folder, sorted."""
+    return sorted(path.parent.name for path in out.glob(f"*/{_SEARCH}") if _NAME.match(path.parent.name))
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.match(name):
+        raise InputError(
+            f"{name!r} is not a plain run name: use up to 100 letters, digits, '.', '_' and '-', beginning with a "
+            "letter, a digit or '_'"
+        )

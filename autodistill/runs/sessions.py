@@ -1,0 +1,137 @@
+"""How long the sessions of a run lasted, and by which phases, those that were killed among them.
+
+A session's start is in the log. While it lasts, a sign of life beside the log says until when it was seen to run; the
+next session writes that into the log as the end of the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from autodistill.errors import InputError
+from autodistill.runs.schema import Ended
+from autodistill.utils.clock import now
+from autodistill.utils.json_files import plain_json, read_json, write_json
+from autodistill.utils.storage import Storage
+from autodistill.utils.typed_data import hold
+
+_FILE = "alive.json"
+_BEAT_SECONDS = 20.0
+
+
+class SignsOfLife:
+    """Says of a session, every 20 s and at its end, how long it has lasted; a context manager.
+
+    Args:
+        folder: Of the run.
+        storage: Of the run, or None.
+        started: `moments.now()` at which the session began, as its event has it.
+        seconds: By phase, as they stand when it is called.
+    """
+
+    def __init__(
+        self, folder: Path, storage: Storage | None, started: float, seconds: Callable[[], Mapping[str, float]]
+    ) -> None:
+        self._folder = folder
+        self._storage = storage
+        self._started = started
+        self._seconds = seconds
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="alive", daemon=True)
+
+    def __enter__(self) -> SignsOfLife:
+        self.give()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self.give()
+
+    def give(self) -> None:
+        """Writes one; where that is impossible, the one before stands, and costs the next session's box some time."""
+        data = {"session": self._started, "time": now(), "seconds": dict(self._seconds())}
+        try:
+            write_json(self._folder / _FILE, data)
+            if self._storage is not None:
+                self._storage.write(_FILE, json.dumps(data).encode())
+        except (OSError, InputError):
+            return
+
+    def _beat(self) -> None:
+        while not self._over.wait(_BEAT_SECONDS):
+            self.give()
+
+
+def last_ended(events: Sequence[Mapping[str, Any]], folder: Path, storage: Storage | None) -> dict[str, Any] | None:
+    """The event by which the log knows when its last session ended; None where it does, or nothing tells.
+
+    Args:
+        events: The log.
+        folder, storage: As of `SignsOfLife`.
+    """
+    last = next((event for event in reversed(events) if event["event"] in ("session", "ended")), None)
+    if last is None or last["event"] == "ended":
+        return None
+    signs = [sign for sign in _signs(folder, storage) if sign["session"] == last["time"]]
+    if not signs:
+        return None
+    latest = max(signs, key=lambda sign: sign["time"])
+    return {"event": "ended", "session": last["time"], "time": latest["time"], "seconds": latest["seconds"]}
+
+
+def _signs(folder: Path, storage: Storage | None) -> Iterable[Mapping[str, Any]]:
+    """Of this machine and of the storage: whichever went on with the run last wrote the later one.
+
+    One that is not as it was written is passed over: it only says how long something took.
+    """
+    found = []
+    if (folder / _FILE).is_file():
+        with suppress(InputError):
+            found.append(read_json(folder / _FILE))
+    if storage is not None:
+        with suppress(OSError, ValueError):
+            found.append(plain_json(storage.read(_FILE)))
+    for sign in found:
+        with suppress(InputError):
+            hold(sign, Ended, _FILE)
+            yield sign
+
+
+def lasted(events: Sequence[Mapping[str, Any]], since: float = 0.0) -> float:
+    """Seconds that the sessions of a log lasted, each from its start to its last event.
+
+    Args:
+        events: The log.
+        since: When a session began: those before it in the log are left out, whatever the clocks said then. Of one that
+            the log does not have, those that began earlier.
+    """
+    starts = [index for index, event in enumerate(events) if event["event"] == "session"]
+    begun = [events[index]["time"] for index in starts]
+    first = begun.index(since) if since in begun else 0
+    total = 0.0
+    for number, (start, end) in enumerate(pairwise([*starts, len(events)])):
+        times = [event["time"] for event in events[start:end] if "time" in event]
+        if number >= first and (since in begun or times[0] >= since):
+            total += max(times) - times[0]
+    return total
+
+
+def by_phase(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of ended sessions by phase, added up."""
+    total: Counter[str] = Counter()
+    for event in events:
+        if event["event"] == "ended":
+            total.update(event["seconds"])
+    return dict(total)

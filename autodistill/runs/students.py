@@ -1,0 +1,125 @@
+"""Trained students on disk: float32 folders that transformers loads, kept by trial."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from autodistill.errors import DamagedError
+from autodistill.runs.results.row import Row
+from autodistill.utils.checksums import check_list
+from autodistill.utils.storage import Storage
+
+
+def kept_after(row: Row) -> int | None:
+    """The tokens after which the student of a row would have been kept; None at full fidelity."""
+    return None if row.full else row.train_tokens
+
+
+def student_folder(trial: Path, tokens: int | None = None) -> Path:
+    """Where a trial keeps its float32 student: of full fidelity, or as a rung judged it after so many tokens."""
+    return trial / ("student" if tokens is None else f"student-{tokens}")
+
+
+def student_key(trial: Path, tokens: int | None = None) -> str:
+    """Where a storage keeps it."""
+    return f"students/{trial.name}" + ("" if tokens is None else f"-{tokens}")
+
+
+def send_student(trial: Path, storage: Storage, tokens: int | None = None) -> None:
+    """Sends a trial's student in the place of one that another try of it sent, which may be of other tokens or bits.
+
+    Args:
+        trial: The trial's folder.
+        storage: Of the run.
+        tokens: See `student_folder`.
+    """
+    storage.replace_folder(student_folder(trial, tokens), student_key(trial, tokens))
+
+
+def listed(events: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int | None], str]:
+    """Hashes of the lists of students' files, as a run's log has them, by trial and the tokens of `student_folder`."""
+    found: dict[tuple[str, int | None], str] = {}
+    for event in events:
+        if event["event"] in ("rung", "kept") and event.get("student") is not None:
+            found[event["trial"], event["tokens"] if event["event"] == "kept" else None] = event["student"]
+    return found
+
+
+def trained_student(trial: Path, storage: Storage | None, tokens: int | None = None, known: str | None = None) -> Path:
+    """The folder of a student, fetched where another node trained it, or trained it again; it may not be there.
+
+    Its files are held to their checksums, where it has any; a copy that is damaged is fetched once more.
+
+    Args:
+        trial: The trial's folder.
+        storage: Of the run, or None.
+        tokens: See `student_folder`.
+        known: Of `listed`, or None.
+
+    Raises:
+        DamagedError: It is not as it was written.
+    """
+    folder, key = student_folder(trial, tokens), student_key(trial, tokens)
+    stored = storage is not None and storage.has_folder(key)
+    for last in (False, True):
+        if storage is not None and stored:
+            storage.fetch_folder(key, folder)
+        if not folder.is_dir():
+            return folder
+        try:
+            check_list(folder, known)
+        except DamagedError:
+            if last or not stored:
+                raise
+            shutil.rmtree(folder)
+        else:
+            break
+    return folder
+
+
+def has_student(trial: Path, storage: Storage | None, tokens: int | None = None) -> bool:
+    """Whether a trial's student was kept, here or on the storage."""
+    if student_folder(trial, tokens).is_dir():
+        return True
+    return storage is not None and storage.has_folder(student_key(trial, tokens))
+
+
+def student_bytes(checkpoints: Path, storage: Storage | None) -> dict[str, int]:
+    """Bytes of each student of full fidelity in a run, by trial; those of its storage, where it has one.
+
+    Args:
+        checkpoints: The run's folder of trained weights.
+        storage: Of the run, or None.
+    """
+    if storage is not None:
+        found: Counter[str] = Counter()
+        for key, size in storage.list("students").items():
+            trial = key.split("/")[1]
+            # A student that was kept short of the end has its tokens behind a dash.
+            if "-" not in trial:
+                found[trial] += size
+        return dict(found)
+    folders = [folder for folder in checkpoints.glob("*/student") if folder.is_dir()]
+    return {folder.parent.name: sum(file.stat().st_size for file in folder.iterdir()) for folder in sorted(folders)}
+
+
+def remove_student(trial: Path, storage: Storage | None) -> None:
+    """Removes a trial's student of full fidelity, here and from the storage; half of one is never there.
+
+    Args:
+        trial: The trial's folder.
+        storage: Of the run, or None.
+    """
+    if storage is not None:
+        storage.remove_folder(student_key(trial))
+    folder, gone = student_folder(trial), trial / ".student.removed"
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)

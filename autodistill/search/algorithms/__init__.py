@@ -1,0 +1,1 @@
+"""Which strategy to try next, and which trial to stop, pause or continue."""

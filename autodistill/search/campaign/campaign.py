@@ -1,0 +1,604 @@
+"""A search in progress: what is given out, what a report means for its trial, and what is written down of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from autodistill.distillation.student.check import student_spec
+from autodistill.errors import AutoDistillError
+from autodistill.evaluation.early_stopping import Reading
+from autodistill.hardware.process_memory import killed_for_memory
+from autodistill.runs.checkpoints import open_stages
+from autodistill.runs.results.make_row import make_row
+from autodistill.runs.results.row import Decision, Row, Status, rows_of
+from autodistill.runs.results.selection import KIND as CONFIRMATION
+from autodistill.search.algorithms.sampler import Sampler
+from autodistill.search.algorithms.successive_halving import SuccessiveHalving
+from autodistill.search.campaign.admission import admit, training_need
+from autodistill.search.campaign.agenda import Agenda, Bars
+from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper, stage_facts
+from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.campaign.time_budget import TimeBox
+from autodistill.search.planning.trial_memory import TrainingNeed
+from autodistill.search.worker.attempt import Assignment
+from autodistill.search.worker.failures import KILLED, OUT_OF_MEMORY, RETRIED, WORKER_DIED
+from autodistill.search.worker.messages import RungReport
+from autodistill.strategy.strategy import Strategy
+from autodistill.utils.clock import now
+from autodistill.utils.event_log import EventLog
+from autodistill.utils.storage import Storage
+
+# How often work is begun that the search is killed with: where the kernel did it for want of memory, and where it may
+# have been anybody, which must change nothing of what a search finds.
+_TRIES_IN_MEMORY, _TRIES = 2, 5
+# Of a piece of work that keeps a student short of the end, among those that failed once.
+_KEPT = "kept"
+
+
+def _work(assignment: Assignment) -> tuple[int, str | None]:
+    """Which of a trial's pieces of work an assignment is, as `TrialState.retried` has them."""
+    name = assignment.deployment.name if assignment.deployment is not None else None
+    return assignment.rung, _KEPT if assignment.keep else name
+
+
+def _for_log(assignment: Assignment) -> dict[str, Any]:
+    """The same as fields of an event."""
+    rung, work = _work(assignment)
+    return {"trial": assignment.task.id, "rung": rung, "work": work}
+
+
+class Campaign:
+    """Proposes, schedules, judges and records; knows neither processes nor models, and is driven by a runner.
+
+    Args:
+        question: What is searched for.
+        sampler: Proposes points.
+        log: Where every event goes before it takes effect.
+        checkpoints: Folder that holds a folder for each trial, and the store of their stages.
+        storage: The run's, where it has one, which holds the stages then.
+        checkpoint_limit: Bytes that the store and the trained students may take, what is in use and of the best aside;
+            None for no limit.
+        deadline: `time.monotonic()` after which no trial may run, or None.
+        notify: Called after each event with a line for a person.
+        halving: Makes the scheduler; another one is for studies of schedulers.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        *,
+        sampler: Sampler,
+        log: EventLog,
+        checkpoints: Path,
+        storage: Storage | None = None,
+        checkpoint_limit: int | None = None,
+        deadline: float | None = None,
+        notify: Callable[[str], None] = lambda line: None,
+        halving: Callable[..., SuccessiveHalving] = SuccessiveHalving,
+    ) -> None:
+        self.question = question
+        self.trials: dict[str, TrialState] = {}
+        self.stopping = False
+        self.broken: AutoDistillError | None = None
+        self.box = TimeBox(question, deadline)
+        self._log = log
+        self._notify = notify
+        self.watch: Callable[[], None] = lambda: None
+        # While a log is replayed: the deployment of each trial's latest row, and kills when work was last begun.
+        self._judged: dict[str, str] = {}
+        self._kills = 0
+        self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
+        plan = question.plan
+        self._stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.direction)
+        self._scheduler = halving(
+            trials=plan.trials,
+            rungs=plan.rungs,
+            keep=plan.keep,
+            direction=question.direction,
+            further=[objective.direction for objective in question.further],
+        )
+        self._bars = Bars(question, self._scheduler)
+        self._agenda = Agenda(
+            question,
+            trials=self.trials,
+            box=self.box,
+            sampler=sampler,
+            scheduler=self._scheduler,
+            stages=self._stages,
+            enter=self._enter,
+            evaluating=self._evaluating,
+            notify=notify,
+        )
+        self._collector = Collector(
+            self._stages,
+            StudentKeeper(checkpoints, storage, question),
+            self.trials,
+            log=log,
+            write=self._write,
+            notify=notify,
+        )
+
+    # What a runner asks.
+
+    def next(self) -> Assignment | None:
+        """The next piece of work, or None while there is none; taken as under way from here on."""
+        if self.stopping:
+            return None
+        assignment = self._agenda.next()
+        if assignment is not None:
+            trial = self.trials[assignment.task.id]
+            if assignment.deployment is None:
+                trial.running = True
+                assignment = replace(assignment, bar=self._bars.of(assignment))
+            else:
+                trial.settled.add(assignment.deployment.name)
+                trial.evaluating += 1
+        self.watch()
+        return assignment
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing runs and nothing will."""
+        busy = self._evaluating() or any(trial.running for trial in self.trials.values())
+        return not busy and (self.stopping or self._agenda.idle())
+
+    def _evaluating(self) -> bool:
+        return any(trial.evaluating for trial in self.trials.values())
+
+    def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
+        """Takes what became of an assignment back, as `attempted` gives it, or a group of processes."""
+        if "report" in outcome:
+            if outcome.get("lost"):
+                # The group began again in between, from the last checkpoint.
+                self._lose(assignment, outcome["lost"])
+            self.report(assignment, outcome["report"])
+            return
+        trained = outcome.get("trained", 0)
+        if "failure" in outcome:
+            self.fail(assignment, *outcome["failure"], trained=trained)
+        else:
+            self.abandon(assignment, trained=trained)
+
+    def begin(self, assignment: Assignment, kills: int) -> None:
+        """Writes down that work begins, for a runner that ends with it: what ends it twice is not begun again.
+
+        Args:
+            assignment: The work.
+            kills: Processes that the kernel has ended so far for want of memory.
+        """
+        self._write({"event": "begun", **_for_log(assignment), "kills": kills})
+        self.trials[assignment.task.id].begun[_work(assignment)] += 1
+
+    def report(self, assignment: Assignment, report: RungReport) -> Decision:
+        """Records what a worker found and says what becomes of the trial."""
+        trial, plan = self.trials[assignment.task.id], self.question.plan
+        # Beside one that has all threads no other worker does anything.
+        share = plan.workers if assignment.threads else 1
+        self._count_seconds(assignment, report, share)
+        if report.damaged is not None:
+            self._notify(f"{trial.task.id}: {report.damaged}")
+        # What was lost is in the log already, as is what a student that is kept branches off from; of what was
+        # interrupted without a word nothing is.
+        resumed = 0 if assignment.keep else max(0, report.resumed - trial.lost)
+        trial.begun.clear()
+        trial.train_seconds += report.seconds["train"]
+        trial.trained_tokens += report.trained + resumed
+        row = self._row(trial, report, Status.COMPLETED if self._is_last(report.rung) else Status.STOPPED)
+        self._write({"event": "row", "row": row.to_json()})
+        if assignment.deployment is not None:
+            return self._evaluated(trial, row)
+        trial.running = False
+        if assignment.keep:
+            return self._kept(trial, row, report)
+        return self._reached(trial, row, report, resumed, share)
+
+    def _count_seconds(self, assignment: Assignment, report: RungReport, share: int) -> None:
+        """Takes note of how long work took, on so many workers: for what is expected of others, and of all by phase."""
+        if not assignment.keep:
+            part = report.evaluation.reading
+            read = part.read / part.of if part is not None else 1.0
+            rung = self.trials[assignment.task.id].rung
+            work = report.seconds["train"] + report.seconds["evaluate"]
+            beside = sum(report.seconds.values()) - work
+            self.box.learn(assignment, rung, work, report.trained, read, beside)
+        for phase in self._worker_seconds:
+            self._worker_seconds[phase] += share * report.seconds[phase]
+
+    def _is_last(self, rung: int) -> bool:
+        return rung == len(self.question.plan.rungs) - 1
+
+    def _shown(self, row: Row) -> str:
+        """The metric of a row, for a person."""
+        value = row.standing(self.question.metric)
+        return "no value" if value is None else f"{self.question.metric} {value:.4f}"
+
+    def _evaluated(self, trial: TrialState, row: Row) -> Decision:
+        """A trained student was evaluated under one more deployment."""
+        trial.evaluating -= 1
+        self._notify(f"{trial.task.id} as {row.deployment_name}: {self._shown(row)}")
+        self._collector.students()
+        return Decision.STOP
+
+    def _kept(self, trial: TrialState, row: Row, report: RungReport) -> Decision:
+        """The student of a rung short of the end was kept, and is its trial's if it may be exported."""
+        trial.kept = row.feasible and row.standing(self.question.metric) is not None
+        done = {"trained": report.trained, "seconds": report.seconds}
+        done |= {"tokens": report.tokens, "student": report.student}
+        self._write({"event": "kept", "trial": trial.task.id, "kept": trial.kept, **done})
+        self._notify(
+            f"no trial has reached the end: {trial.task.id} is kept as it is after {report.tokens:,} tokens, "
+            f"{self._shown(row)}"
+        )
+        return Decision.STOP
+
+    def _reached(self, trial: TrialState, row: Row, report: RungReport, resumed: int, share: int) -> Decision:
+        """A trial reached a rung, and is judged there.
+
+        Args:
+            trial: Which one.
+            row: Of its student under the deployment that it is judged by.
+            report: Of the rung.
+            resumed: Tokens of the stretch that it had trained before, when it was interrupted without a word.
+            share: Workers whose time it took.
+        """
+        trial.rung = report.rung
+        self._ended_at(trial, report.tokens)
+        trial.value = row.standing(self.question.metric) if row.feasible else None
+        trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
+        trial.settled = {row.deployment_name}
+        reading = report.evaluation.reading
+        self._bars.note(trial, reading)
+        decision = self._judge(trial)
+        steps = [asdict(step) for step in report.steps]
+        self._hold(trial, steps)
+        # The row came before the rung it belongs to: killed in between, the stretch runs again and supersedes it.
+        self._write(
+            {
+                "event": "rung",
+                "trial": trial.task.id,
+                "rung": report.rung,
+                "tokens": report.tokens,
+                "value": trial.value,
+                "further": list(trial.further),
+                "decision": decision.value,
+                "seconds": report.seconds,
+                "steps": steps,
+                **stage_facts(report),
+                **({"resumed": resumed} if resumed else {}),
+                **({"workers": share} if share > 1 else {}),
+                **({"student": report.student} if report.student is not None else {}),
+                **({"reading": reading.to_json()} if reading is not None else {}),
+            }
+        )
+        trial.lost = 0
+        self._stages.learn(trial, report.unsaved)
+        short = f", an estimate by {row.partly}" if row.partly else ""
+        reused = f", {report.shared:,} of them from a shared stage" if report.shared else ""
+        self._notify(f"{trial.task.id} {trial.name}: {self._shown(row)} after {report.tokens:,} tokens{reused}{short}")
+        if report.unsaved is not None:
+            self._notify(f"{trial.task.id}: {report.unsaved}")
+        if self._is_last(report.rung):
+            self._end(trial, Status.COMPLETED)
+        self._collector.between(self._promotable())
+        return decision
+
+    def _promotable(self) -> set[str]:
+        return self._scheduler.promotable(self._agenda.in_flight())
+
+    def _keep_none(self) -> None:
+        """Which student is the best short of the end is open again, once one was trained further."""
+        for trial in self.trials.values():
+            trial.kept = None
+
+    def _judge(self, trial: TrialState) -> Decision:
+        # A baseline runs straight to the end and takes nobody's place at a rung.
+        if trial.task.straight:
+            return Decision.STOP
+        return self._scheduler.report(trial.task.id, trial.rung, trial.value, further=trial.further)
+
+    def _ended_at(self, trial: TrialState, tokens: int) -> None:
+        """What was trained on for as long as the box had time is as long as it became."""
+        if trial.task.length > 1:
+            trial.task = replace(trial.task, length=tokens / self.question.plan.tokens)
+
+    def _hold(self, trial: TrialState, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Where memory ran out, the trial goes on with as many sequences at once as its last step had."""
+        most = self.question.plan.micro_batch
+        if steps and (held := steps[-1].get("micro_batch", most)) < most:
+            trial.task = replace(trial.task, micro_batch=held)
+
+    def fail(self, assignment: Assignment, cause: str, message: str, *, trained: int = 0) -> None:
+        """Records work that ended without a result after so many tokens, or gives it out once more; the search goes on.
+
+        Where memory was short twice, it is the trial that takes too much.
+        """
+        trial = self.trials[assignment.task.id]
+        self._lose(assignment, trained)
+        name = assignment.deployment.name if assignment.deployment is not None else None
+        if name is None:
+            trial.running = False
+        else:
+            trial.evaluating -= 1
+        if assignment.keep:
+            # Where it stands as it did, it may be tried once more, or another be kept.
+            again = cause in RETRIED and (assignment.rung, _KEPT) not in trial.retried
+            trial.retried.add((assignment.rung, _KEPT))
+            trial.kept = None if again else False
+            self._notify(f"{trial.task.id} could not be kept ({cause}): {message}")
+            return
+        if cause in RETRIED and (assignment.rung, name) not in trial.retried:
+            event = {"event": "retry", "trial": trial.task.id, "rung": assignment.rung, "deployment": name}
+            self._write({**event, "cause": cause, "reason": message})
+            self._retry(trial, assignment.rung, name)
+            self._notify(f"{trial.task.id} is tried once more ({cause}): {message}")
+            return
+        cause = OUT_OF_MEMORY if cause == KILLED else cause
+        if name is not None:
+            # The student is trained, and stands with the deployments it was evaluated under.
+            self._write(
+                {
+                    "event": "unevaluated",
+                    "trial": trial.task.id,
+                    "deployment": name,
+                    "reason": f"{cause}: {message}",
+                }
+            )
+            self._notify(f"{trial.task.id} could not be evaluated as {name} ({cause}): {message}")
+            return
+        self._scheduler.discard(trial.task.id)
+        self._end(trial, Status.FAILED, f"{cause}: {message}", cause)
+        self._notify(f"{trial.task.id} failed ({cause}): {message}")
+
+    def _retry(self, trial: TrialState, rung: int, deployment: str | None) -> None:
+        """Takes note of a first failure; the work is then as undone as it was."""
+        trial.retried.add((rung, deployment))
+        if deployment is not None:
+            trial.settled.discard(deployment)
+
+    def _lose(self, assignment: Assignment, trained: int) -> None:
+        """Writes down what an attempt without a result had trained, and that it has ended."""
+        trial = self.trials[assignment.task.id]
+        if trained or trial.begun:
+            self._write({"event": "lost", **_for_log(assignment), "trained": trained})
+        self._lost(trial, trained)
+
+    def _lost(self, trial: TrialState, trained: int) -> None:
+        trial.begun.clear()
+        trial.lost += trained
+        trial.trained_tokens += trained
+
+    def abandon(self, assignment: Assignment, *, trained: int = 0) -> None:
+        """A worker gave work back undone, because the search is stopping or out of time."""
+        trial = self.trials[assignment.task.id]
+        self._lose(assignment, trained)
+        if assignment.deployment is None:
+            trial.running = False
+        else:
+            trial.evaluating -= 1
+            trial.settled.discard(assignment.deployment.name)
+        if assignment.keep:
+            trial.kept = False
+        self.box.close()
+
+    def close(self) -> None:
+        """Ends every trial that was left at a rung. Called once nothing runs and the search is not to be resumed."""
+        for trial in self.trials.values():
+            if trial.status is None:
+                reason = f"stopped at rung {trial.rung + 1} of {len(self.question.plan.rungs)}"
+                self._end(
+                    trial, Status.STOPPED, reason if trial.rung >= 0 else "the time box ended before its first rung"
+                )
+        self._collector.at_the_end()
+
+    # What a person is shown.
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the space has nothing left to propose."""
+        return self._agenda.exhausted
+
+    def untrained_baselines(self) -> list[str]:
+        """Names of the baselines that the time box ended before."""
+        return self._agenda.untrained_baselines()
+
+    def standing(self) -> tuple[float | None, float | None]:
+        """The metric of the best student at full fidelity so far, and of the best baseline."""
+        best = self.question.best
+        values: dict[str, list[float]] = {"student": [], "baseline": [], CONFIRMATION: []}
+        for trial in self.trials.values():
+            if trial.status is Status.COMPLETED and trial.value is not None:
+                values[trial.kind].append(trial.value)
+        found, baseline = (best(values[kind]) if values[kind] else None for kind in ("student", "baseline"))
+        return found, baseline
+
+    def worker_seconds(self) -> dict[str, float]:
+        """Seconds that workers spent training, evaluating, and loading or saving students, added over all of them."""
+        return dict(self._worker_seconds)
+
+    # What a resumed search replays.
+
+    def replay(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Takes up the state that earlier events left; what a kill left undone of the last one is done now."""
+        self._agenda.resumed = bool(events)
+        replayed: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
+            "trial": self._replay_trial,
+            "row": self._replay_row,
+            "rung": self._replay_rung,
+            "status": self._replay_status,
+            "begun": self._replay_begun,
+            "lost": lambda event: self._lost(self.trials[event["trial"]], event["trained"]),
+            "kept": lambda event: setattr(self.trials[event["trial"]], "kept", event["kept"]),
+            "unevaluated": lambda event: self.trials[event["trial"]].settled.add(event["deployment"]),
+            "retry": lambda event: self._retry(self.trials[event["trial"]], event["rung"], event["deployment"]),
+            "collected": lambda event: self._stages.forget(event["gone"]),
+            "students-collected": self._replay_collection,
+        }
+        for event in events:
+            if event["event"] in replayed:
+                replayed[event["event"]](event)
+        for trial in self.trials.values():
+            self._end_after_kill(trial)
+        self._give_up_killers()
+        if events:
+            self._collector.between(self._promotable())
+
+    def _replay_trial(self, event: Mapping[str, Any]) -> None:
+        self._admit(
+            Strategy.from_json(event["strategy"]),
+            trial_id=event["trial"],
+            number=event["number"],
+            kind=event["kind"],
+            name=event["name"],
+            point=event["point"],
+            seed=event["seed"],
+            length=event.get("length", 1.0),
+            # As it was then: what was admitted on another machine stays so.
+            training=TrainingNeed.from_json(event.get("training")),
+        )
+
+    def _replay_row(self, event: Mapping[str, Any]) -> None:
+        trial = self.trials.get(event["row"]["trial"])
+        if trial is None:
+            return
+        (row,) = rows_of([event])
+        if row.split != "validation":
+            return
+        self._judged[row.trial] = row.deployment_name
+        trial.settled.add(row.deployment_name)
+        # A training's is followed by its rung; all other work has ended with it.
+        for piece in [piece for piece in trial.begun if piece[1] is not None]:
+            del trial.begun[piece]
+
+    def _replay_rung(self, event: Mapping[str, Any]) -> None:
+        trial = self.trials[event["trial"]]
+        trial.rung, trial.value, trial.further = event["rung"], event["value"], tuple(event.get("further", ()))
+        self._ended_at(trial, event["tokens"])
+        trial.train_seconds += event["seconds"]["train"]
+        trial.trained_tokens += event.get("trained", 0) + event.get("resumed", 0)
+        trial.begun.clear()
+        trial.lost = 0
+        trial.settled = {self._judged[trial.task.id]} if trial.task.id in self._judged else set()
+        self._keep_none()
+        self._stages.learn(trial, event.get("unsaved"))
+        self._hold(trial, event.get("steps", ()))
+        self._bars.note(trial, Reading.from_json(event["reading"]) if "reading" in event else None)
+        self._judge(trial)
+
+    def _replay_status(self, event: Mapping[str, Any]) -> None:
+        trial = self.trials[event["trial"]]
+        trial.status, trial.reason, trial.cause = Status(event["status"]), event["reason"], event.get("cause")
+        if trial.status is Status.FAILED:
+            self._scheduler.discard(trial.task.id)
+
+    def _replay_begun(self, event: Mapping[str, Any]) -> None:
+        self.trials[event["trial"]].begun[event["rung"], event["work"]] += 1
+        self._kills = event["kills"]
+
+    def _replay_collection(self, event: Mapping[str, Any]) -> None:
+        for name in event["trials"]:
+            self.trials[name].collected = True
+
+    def _end_after_kill(self, trial: TrialState) -> None:
+        """Ends a trial that a kill left unended, and opens one again that a closed search had left at a rung."""
+        # Between a trial and its rejection. What was begun had been admitted, by whatever estimate.
+        if trial.status is None and trial.reason is not None and trial.rung < 0 and not trial.begun:
+            self._end(trial, Status.REJECTED, trial.reason)
+        # Between the last rung and its status.
+        if trial.status is None and self._is_last(trial.rung):
+            self._end(trial, Status.COMPLETED)
+        # A longer search may take it further.
+        if trial.status is Status.STOPPED:
+            trial.status = None
+
+    def _give_up_killers(self) -> None:
+        """Ends work that the search has been killed with too often."""
+        memory = killed_for_memory() > self._kills
+        for trial in self.trials.values():
+            for (rung, work), times in list(trial.begun.items()):
+                over = times >= (_TRIES_IN_MEMORY if memory else _TRIES)
+                if over and (trial.status is None or work is not None):
+                    self._give_up(trial, rung, work, times, memory=memory)
+
+    def _give_up(self, trial: TrialState, rung: int, work: str | None, times: int, *, memory: bool) -> None:
+        """Ends work that the search was ended with so many times; `memory` says whether the kernel did it for that."""
+        named = next((one for one in trial.task.deployments if one.name == work), None)
+        if named is None and work not in (None, _KEPT):
+            return
+        assignment = Assignment(task=trial.task, rung=rung, deployment=named, keep=work == _KEPT)
+        trial.retried.add((rung, work))
+        if named is not None:
+            # As when it was given out.
+            trial.evaluating += 1
+            trial.settled.add(named.name)
+        cause = KILLED if memory else WORKER_DIED
+        self.fail(assignment, cause, f"the search was killed {times} times while it was under way")
+
+    # Trials.
+
+    def _enter(self, strategy: Strategy, **fields: Any) -> TrialState:
+        """Writes a new trial down, and its rejection where no deployment, or its training, can fit."""
+        # What goes on from another one's stage is trained as that one is.
+        same = next((one for one in self.trials.values() if one.task.strategy.id == strategy.id), None)
+        training = same.training if same is not None else training_need(self.question, strategy)
+        trial = self._admit(strategy, **fields, training=training)
+        self._write(
+            {
+                "event": "trial",
+                "trial": trial.task.id,
+                "number": trial.number,
+                "kind": trial.kind,
+                "name": trial.name,
+                "point": trial.point,
+                "strategy_id": strategy.id,
+                "parameters": trial.parameters,
+                "strategy": strategy.to_json(),
+                "seed": trial.task.seed,
+                "length": trial.task.length,
+                "training": training and training.to_json(),
+            }
+        )
+        if trial.reason is not None:
+            self._end(trial, Status.REJECTED, trial.reason)
+        return trial
+
+    def _admit(self, strategy: Strategy, **fields: Any) -> TrialState:
+        trial = admit(self.question, strategy, **fields)
+        self.trials[trial.task.id] = trial
+        return trial
+
+    def _end(self, trial: TrialState, status: Status, reason: str | None = None, cause: str | None = None) -> None:
+        trial.status, trial.reason, trial.cause = status, reason, cause
+        event: dict[str, Any] = {"event": "status", "trial": trial.task.id, "status": status.value, "reason": reason}
+        if cause:
+            event["cause"] = cause
+        if status is Status.REJECTED and trial.miss is not None:
+            event["miss"] = {"limit": trial.miss.limit, "slack": trial.miss.slack}
+        self._write(event)
+
+    def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
+        return make_row(
+            report.evaluation,
+            trial=trial.task.id,
+            kind=trial.kind,
+            name=trial.name,
+            strategy=trial.task.strategy,
+            spec=student_spec(trial.task.strategy, self.question.teacher_spec),
+            status=status,
+            split="validation",
+            budget=self.question.budget,
+            plan=self.question.plan,
+            train_tokens=report.tokens,
+            train_seconds=trial.train_seconds,
+            seed=trial.task.seed,
+            device=self.question.served_on,
+        )
+
+    def _write(self, event: Mapping[str, Any]) -> None:
+        try:
+            self._log.append({**event, "time": now()})
+        except AutoDistillError as error:
+            self.broken, self.stopping = error, True
+            raise

@@ -1,0 +1,158 @@
+"""Longer budgets: the best trials, trained on to multiples of the plan's tokens, or for what the time box has left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from autodistill.distillation.training.learning_rate import end_of
+from autodistill.runs.results.row import Status
+from autodistill.runs.results.selection import KIND as CONFIRMATION
+from autodistill.search.algorithms.forks import FEW
+from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.campaign.time_budget import TimeBox
+from autodistill.search.planning.plan import FURTHER, WORTHWHILE
+from autodistill.search.worker.attempt import Assignment
+from autodistill.search.worker.messages import TrialTask
+
+
+def lengthened(trial: str, length: float) -> str:
+    """Name of the trial that trains `trial`'s strategy to so many times the plan's tokens."""
+    return f"{trial}x{length:g}"
+
+
+def next_longer(
+    trained: Sequence[TrialState], lengths: Sequence[float], begun: Collection[str]
+) -> tuple[TrialState, float] | None:
+    """The trial to train on next, and how far; None where all are begun.
+
+    The baseline is among them, so that what is longer is compared with a baseline of as many tokens.
+
+    Args:
+        trained: Trials at full fidelity, the best first.
+        lengths: Multiples of the plan's tokens.
+        begun: Ids of the trials there are.
+    """
+    plain = [trial for trial in trained if trial.task.length == 1]
+    students = [trial for trial in plain if trial.kind == "student"][:FEW]
+    baselines = [trial for trial in plain if trial.kind == "baseline"][:1]
+    for length in sorted(length for length in lengths if length > 1):
+        for trial in (*students, *baselines) if students else ():
+            if lengthened(trial.task.id, length) not in begun:
+                return trial, length
+    return None
+
+
+def trained_on(trial: str) -> str:
+    """Name of the trial that trains `trial`'s strategy on for as long as the box has time."""
+    return f"{trial}x"
+
+
+class TrainingOn:
+    """The best trained on for what the time box has left, where the plan sets some of it aside.
+
+    Where a finished search goes on without a box, its best trial alone is trained on, as far as another was before it,
+    so that the two can be compared.
+
+    Args:
+        question: Its plan says how far at most.
+        trials: Of the campaign, by id, as they are at any moment.
+        box: The time that is left.
+        checkpoints: Tokens of those of a trial's stage, the furthest first.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        trials: Mapping[str, TrialState],
+        box: TimeBox,
+        checkpoints: Callable[[TrialState], Sequence[int]],
+    ) -> None:
+        self._question = question
+        self._trials = trials
+        self._box = box
+        self._checkpoints = checkpoints
+
+    def is_one(self, task: TrialTask) -> bool:
+        """Whether a trial is trained on for as long as the box has time."""
+        return self._question.plan.longest > 1 and task.length > 1
+
+    def threads(self, task: TrialTask) -> int:
+        """CPU threads of a trial that trains with nothing beside it; 0 for one that does not."""
+        return self._question.plan.alone if self.is_one(task) else 0
+
+    def sets_aside(self, trained: Sequence[TrialState]) -> bool:
+        """Whether some of the box is to be left, since a trial is worth training on, or will be once it has ended.
+
+        Args:
+            trained: Trials at full fidelity, the best first.
+        """
+        plan = self._question.plan
+        if plan.longest <= 1:
+            return False
+        lengths = [trial.task.length for trial in self._candidates(trained)]
+        if not any(trial.kind == "student" for trial in trained):
+            lengths = [1.0]
+        held = self._box.trained_in(self.rows(), alone=plan.alone > 0) / plan.tokens
+        # From where its decay branched off.
+        return any((WORTHWHILE - 1 + plan.decay) * length <= held for length in lengths)
+
+    def next(self, trained: Sequence[TrialState], busy: Collection[str]) -> tuple[TrialState, Assignment] | None:
+        """The trial to go on from, the best first, and what is to be done; None where none is worth it.
+
+        Args:
+            trained: Trials at full fidelity, the best first.
+            busy: Stages that are being trained, which are gone on from later.
+        """
+        rung = len(self._question.plan.rungs) - 1
+        for original in self._candidates(trained):
+            length = None if original.task.stage in busy else self._length(original)
+            if length is not None:
+                task = replace(original.task, length=length, straight=True)
+                until = self._box.until(self._box.evaluation() + self.rows())
+                return original, Assignment(task=task, rung=rung, until=until, threads=self.threads(task))
+        return None
+
+    def _candidates(self, trained: Sequence[TrialState]) -> Iterator[TrialState]:
+        """The best few, what they were trained on to, and the best baseline, as far as nobody goes on from them yet."""
+        plain = [trial for trial in trained if trial.task.length == 1 and trial.kind != CONFIRMATION]
+        if self._box.deadline is None:
+            # Nothing would bound the others' training.
+            plain = trained = plain[:1]
+        few = {trial.task.id for trial in (*plain[:FEW], *[one for one in plain if one.kind == "baseline"][:1])}
+        for trial in trained:
+            further = self._trials.get(trained_on(trial.task.id))
+            begun = further is not None and (further.running or further.status is not None)
+            far = WORTHWHILE * trial.task.length > self._question.plan.longest
+            if not (begun or far) and (
+                trial.task.id in few or (self.is_one(trial.task) and trial.kind != CONFIRMATION)
+            ):
+                yield trial
+
+    def _length(self, original: TrialState) -> float | None:
+        """How many times the plan's tokens a trial is trained on to; None where that is not worth it.
+
+        From the furthest checkpoint of its stage whose decay the box holds: to what it is expected to hold, and as much
+        again, since the trial is told when to end.
+        """
+        plan = self._question.plan
+        if self._box.deadline is None:
+            before = [trial for trial in self._trials.values() if self.is_one(trial.task)]
+            ended = [trial.task.length for trial in before if trial.status is Status.COMPLETED]
+            return max(ended, default=plan.longest / FURTHER)
+        trained = self._box.trained_in(self.rows(), alone=plan.alone > 0)
+        most = plan.longest
+        for start in (*self._checkpoints(original), 0):
+            held = start + trained
+            end = end_of(start, plan.decay, plan.batch_tokens)
+            if held >= max(end, WORTHWHILE * original.task.length * plan.tokens):
+                return min(most, FURTHER * held / plan.tokens)
+            # Then it must not go on from this one, of which the decay alone takes too long.
+            most = min(most, (end - plan.batch_tokens) / plan.tokens)
+        return None
+
+    def rows(self) -> float:
+        """Expected seconds, all workers at it, of the best student's other rows, each under one deployment."""
+        count = max((len(trial.task.deployments) for trial in self._trials.values()), default=1) - 1
+        return math.ceil(count / self._question.plan.workers) * self._box.evaluation()

@@ -1,0 +1,124 @@
+"""What a search is asked, and where each of its trials stands."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from autodistill.distillation.training.plan import Plan
+from autodistill.estimates.fit import Fit, Miss
+from autodistill.evaluation.base import Direction
+from autodistill.hardware.budget import Budget
+from autodistill.hardware.device import Device
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.results.objectives import Objective
+from autodistill.runs.results.row import Status
+from autodistill.search.planning.durations import Speed
+from autodistill.search.planning.trial_memory import TrainingNeed, TrialMemory
+from autodistill.search.worker.messages import TrialTask
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Point, Space
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a campaign searches for; all of it fixed by `search.json`. `confirm` counts further seeds for the best.
+
+    `explore` is the share of the time for training that goes to trials; in the rest the best are trained on.
+    `further` are objectives beside the metric; latencies are predicted on `served_on`, where one of them is a latency.
+    `sharing` is off where it is to be measured what sharing stages is worth: every trial then trains all of its own.
+    `students_only` is on where what needs no training is not chosen, however good it is.
+    `memory` is what a trial has where it runs, which is this session's alone; None where nobody asks for it.
+    """
+
+    space: Space
+    deployments: tuple[Deployment, ...]
+    budget: Budget
+    plan: Plan
+    speed: Speed
+    teacher_spec: ModelSpec
+    teacher_accuracy: float
+    metric: str
+    direction: Direction
+    explore: float = 1.0
+    confirm: int = 0
+    further: tuple[Objective, ...] = ()
+    served_on: Device | None = None
+    device: str = "cpu"
+    sharing: bool = True
+    students_only: bool = False
+    memory: TrialMemory | None = None
+
+    @property
+    def best(self) -> Callable[..., float]:
+        """`max` or `min`, as the metric asks."""
+        return max if self.direction == "max" else min
+
+
+@dataclass
+class TrialState:
+    """Where one trial stands.
+
+    Attributes:
+        task: What runs; for a rejected trial its strategy alone counts.
+        number: Of the proposal; baselines have none.
+        kind, name: As on its rows.
+        point: Of the space, or None for a baseline outside of it.
+        fits: Of each deployment.
+        rung: Last rung reported, -1 before the first.
+        value, further: Of the metric there, and of the further objectives; before, what is predicted of these.
+        running: Whether a worker trains it.
+        status, reason, cause: Once it has ended; the cause is that of a failure.
+        miss: The limit for which it is rejected; None of one that is not, or that contradicts its teacher.
+        settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
+        retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name, or "kept"
+            where a student was to be kept.
+        begun: How often work was begun, by a runner that ends with it, that has not ended since; by what `retried` has.
+        lost: Tokens that attempts which failed, or were given back, trained on since the last rung.
+        trained_tokens, train_seconds: What its own training took so far.
+        parameters: Weights of its student; None where the teacher has no such student.
+        kept: Whether its student was kept short of the end, and may be exported; None where nobody tried.
+        evaluating: Evaluations of its trained student that are under way.
+        collected: Whether its student was removed, to hold the disk limit.
+        training: What its training takes of the memory that a trial has, as it was asked when it was proposed.
+    """
+
+    task: TrialTask
+    number: int | None
+    kind: str
+    name: str
+    point: Point | None
+    fits: tuple[Fit, ...]
+    rung: int = -1
+    value: float | None = None
+    further: tuple[float | None, ...] = ()
+    train_seconds: float = 0.0
+    trained_tokens: int = 0
+    running: bool = False
+    status: Status | None = None
+    reason: str | None = None
+    cause: str | None = None
+    miss: Miss | None = None
+    settled: set[str] = field(default_factory=set)
+    retried: set[tuple[int, str | None]] = field(default_factory=set)
+    parameters: int | None = None
+    kept: bool | None = None
+    begun: Counter[tuple[int, str | None]] = field(default_factory=Counter)
+    lost: int = 0
+    training: TrainingNeed | None = None
+    evaluating: int = 0
+    collected: bool = False
+
+    @property
+    def slack(self) -> float:
+        """The largest log(need / limit), of the deployment that needs least and of training; 0 where none is known."""
+        deployed = min((fit.slack for fit in self.fits), default=0.0)
+        return deployed if self.training is None else max(deployed, self.training.slack)
+
+    @property
+    def unseen(self) -> list[Deployment]:
+        """Deployments of the trained student that nobody has evaluated or is evaluating."""
+        if self.status is not Status.COMPLETED or self.collected:
+            return []
+        return [deployment for deployment in self.task.deployments if deployment.name not in self.settled]

@@ -1,0 +1,174 @@
+"""How long a piece of work is expected to take, by the speed measured and the slowness since, and whether that fits."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+from autodistill.distillation.training.learning_rate import branch_point
+from autodistill.search.campaign.state import Question
+from autodistill.search.planning.durations import evaluation_seconds, trained_in, trial_seconds
+from autodistill.search.worker.attempt import Assignment
+from autodistill.search.worker.messages import TrialTask
+from autodistill.utils.clock import Moment
+
+
+class TimeBox:
+    """The time that is left for trials.
+
+    Some of it is set aside for training the best on, and nothing else takes it; less than planned where less is left
+    when the trials begin than was expected.
+
+    Args:
+        question: Has the plan and the measured speed.
+        deadline: `time.monotonic()` after which no trial may run, or None.
+    """
+
+    def __init__(self, question: Question, deadline: float | None) -> None:
+        self.deadline = deadline
+        self._aside = 0.0
+        if deadline is not None and question.plan.longest > 1:
+            share = (1 - question.explore) * max(0.0, deadline - time.monotonic())
+            self._aside = min(question.plan.seconds["longer"], share)
+        self._question = question
+        self._slowness = 1.0
+        # Seconds that work took, and was expected to take, of late.
+        self._took = self._expected = 0.0
+        # Seconds that a piece of work took beside training and reading of late: a process that begins, a student made.
+        self._beside = 0.0
+        self._closed = False
+
+    def holds(self, seconds: float, *, whole: bool = False) -> bool:
+        """Whether work that is expected to take so many seconds still ends in time.
+
+        Args:
+            seconds: Of a worker.
+            whole: Whether it may take what is set aside.
+        """
+        return seconds <= self.left(whole=whole)
+
+    def left(self, *, whole: bool = False) -> float:
+        """Seconds of work, as it is expected, that still end in time; infinite without a box."""
+        if self._closed:
+            return -math.inf
+        if self.deadline is None:
+            return math.inf
+        aside = 0.0 if whole else self._aside
+        return (self._end() - aside - time.monotonic()) / self._slowness
+
+    def trained_in(self, after: float, *, alone: bool) -> int:
+        """Tokens that a worker may train on before an evaluation and `after` seconds more, in all that is left.
+
+        0 without a box, or where nothing is to start any more.
+
+        Args:
+            after: Seconds of work that is to follow.
+            alone: Whether it trains on all threads.
+        """
+        question, speed = self._question, self._question.speed
+        rate = speed.train_on if alone else speed.worker_train
+        if self._closed or self.deadline is None:
+            return 0
+        seconds = (self._end() - time.monotonic()) / self._usual() - after
+        return max(0, trained_in(seconds, question.plan.eval_tokens, question.teacher_spec.parameters, rate, speed))
+
+    def until(self, seconds: float) -> Moment | None:
+        """When so many seconds of work, as expected, no longer end in time; None without a box."""
+        return None if self.deadline is None else Moment(self._end() - seconds * self._usual())
+
+    def _end(self) -> float:
+        """`time.monotonic()` at which the training and reading of a piece of work that begins now must have ended."""
+        assert self.deadline is not None, "there is no box"
+        return self.deadline - self._after() - self._beside
+
+    def _after(self) -> float:
+        """Seconds that what follows the trials is expected to take longer than planned, being as slow as they are."""
+        planned = self._question.plan.seconds
+        after = sum(planned.get(phase, 0.0) for phase in ("export", "test"))
+        return after * (self._usual() - 1)
+
+    def _usual(self) -> float:
+        """How many times as long as expected work took of late, all of it together: short work is often far slower."""
+        return max(1.0, self._took / self._expected) if self._expected else 1.0
+
+    def close(self) -> None:
+        """Nothing is to start any more."""
+        self._closed = True
+
+    def expected(self, work: Assignment, reached: int) -> float:
+        """Seconds that `work` is expected to take a worker, on a trial that stands at rung `reached`, -1 before any."""
+        plan = self._question.plan
+        if work.deployment is not None:
+            return self.evaluation()
+        last = work.rung == len(plan.rungs) - 1
+        target, length = plan.rungs[work.rung], work.task.length
+        # It goes on from where the decay to that rung branched off.
+        start = branch_point(plan.rungs[reached], plan.decay, plan.batch_tokens) if reached >= 0 else 0
+        if length > 1:
+            # Likewise of the plan's tokens, if it shares that stage.
+            start = branch_point(target, plan.decay, plan.batch_tokens) if work.task.stage else 0
+            target = plan.tokens_of(length)
+        return self._stretch(target - start, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads))
+
+    def up_to(self, task: TrialTask, reached: int, rung: int) -> float:
+        """Seconds that a trial, which stands at rung `reached`, is expected to take a worker up to another rung."""
+        steps = range(reached + 1, rung + 1)
+        return sum(self.expected(Assignment(task=task, rung=step), step - 1) for step in steps)
+
+    def _expected_of(self, work: Assignment, reached: int, trained: int, read: float) -> float:
+        if not trained or work.deployment is not None:
+            return self.expected(work, reached)
+        plan = self._question.plan
+        last = work.rung == len(plan.rungs) - 1
+        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads), read)
+
+    def first_stretch(self) -> float:
+        """Expected seconds of a new trial up to its first rung."""
+        plan = self._question.plan
+        return self._stretch(plan.rungs[0], plan.rung_eval_tokens)
+
+    def whole(self) -> float:
+        """Expected seconds of a trial that goes straight to the plan's end, as a baseline does."""
+        plan = self._question.plan
+        return self._stretch(plan.tokens, plan.eval_tokens)
+
+    def evaluation(self) -> float:
+        """Expected seconds of one deployment of a trained student."""
+        question = self._question
+        return evaluation_seconds(question.plan.eval_tokens, question.teacher_spec.parameters, question.speed)
+
+    def learn(
+        self,
+        work: Assignment,
+        reached: int,
+        seconds: float,
+        trained: int = 0,
+        read: float = 1.0,
+        beside: float = 0.0,
+    ) -> None:
+        """Follows how much longer than measured at first work takes: upwards at once, downwards slowly.
+
+        What follows the trials, and is of another kind, is told by all of it together.
+
+        Args:
+            work: What was done.
+            reached: Rung at which its trial stood before.
+            seconds: What its training and reading took.
+            trained: Tokens that it trained on, fewer than expected where a stage was shared; 0 where that is unknown.
+            read: Share of what an evaluation at a rung reads that was read.
+            beside: Seconds that it took beside these, which say nothing of how fast the machine is.
+        """
+        expected = self._expected_of(work, reached, trained, read)
+        ratio = seconds / expected
+        self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
+        self._took = 0.8 * self._took + seconds
+        self._expected = 0.8 * self._expected + expected
+        self._beside = max(beside, 0.5 * (self._beside + beside))
+
+    def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False, read: float = 1.0) -> float:
+        question, speed = self._question, self._question.speed
+        if alone:
+            speed = replace(speed, worker_train=speed.train_on)
+        # What asks the student itself may be read whole beside a metric that is not.
+        return trial_seconds(tokens, int(read * eval_tokens), question.teacher_spec.parameters, speed, judged=False)

@@ -1,0 +1,178 @@
+"""What earlier runs of the same space found: observations for the sampler of a new one, and what it proposes first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autodistill.distillation.student.check import probe_deployment, student_spec
+from autodistill.runs.results.objectives import Objective
+from autodistill.runs.results.row import Row, Status
+from autodistill.runs.results.selection import KIND as CONFIRMATION
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.algorithms.optuna_study import Observation
+from autodistill.search.campaign.admission import admit, training_need, untrained_figure
+from autodistill.search.campaign.state import Question, TrialState
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Point
+from autodistill.strategy.strategy import Strategy
+from autodistill.utils.typed_data import hold
+
+# A value after so many times this plan's tokens counts as one at its end: tokens follow from a timing of seconds, and
+# two runs of one command hardly ever plan the same.
+_SAME = (0.8, 1.25)
+
+_KNOWN_BY = ("reference", "fingerprint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """What a search begins with.
+
+    Attributes:
+        runs: Names of the earlier runs.
+        observations: Of their strategies, under this search's budget and plan. Those at full fidelity are not proposed
+            again; the others may be.
+        first: Points that are proposed first: the best of each run, whose weights this one does not have.
+    """
+
+    runs: tuple[str, ...] = ()
+    observations: tuple[Observation, ...] = ()
+    first: tuple[Point, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The warm start as plain data."""
+        return {
+            "runs": list(self.runs),
+            "observations": [asdict(item) | {"further": list(item.further)} for item in self.observations],
+            "first": [dict(point) for point in self.first],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> WarmStart:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            InputError: Not that.
+        """
+        hold(data, cls, "warm_start of search.json")
+        return cls(
+            runs=tuple(data["runs"]),
+            observations=tuple(
+                Observation(**item | {"state": Status(item["state"]), "further": tuple(item["further"])})
+                for item in data["observations"]
+            ),
+            first=tuple(data["first"]),
+        )
+
+
+def warm_start(out: Path, runs: Sequence[str], question: Question) -> WarmStart:
+    """Reads the logs of earlier runs, finished or not, as this search would have seen their trials.
+
+    A trial's value is that of the rung nearest to this plan's end, which counts as finished within 0.8 to 1.25 of its
+    tokens; of a trial without one there, that of the last rung before, with the fraction of this plan's tokens as its
+    fidelity. It is under a deployment that this budget allows; memory, size and latency are worked out anew. A trial
+    that went beyond this plan without a rung within it counts as finished. What cannot fit is told as rejected.
+
+    Args:
+        out, runs: As checked by `check_space` and `check_fingerprints`.
+        question: Of this search.
+    """
+    sign = 1.0 if question.direction == "max" else -1.0
+    found: dict[str, Observation] = {}
+    first: list[Point] = []
+    for name in runs:
+        mine = dict(_observations(RunFolder.open(out, name).events.read(), question))
+        for strategy_id, item in mine.items():
+            if strategy_id not in found or found[strategy_id].fidelity <= item.fidelity:
+                found[strategy_id] = item
+        valued = [(item.fidelity, sign * item.values[0], item.point) for item in mine.values() if item.values]
+        if valued:
+            point = dict(max(valued, key=lambda one: one[:2])[2])
+            first += [point] if point not in first else []
+    return WarmStart(runs=tuple(runs), observations=tuple(found.values()), first=tuple(first))
+
+
+def _observations(events: Sequence[Mapping[str, Any]], question: Question) -> Iterable[tuple[str, Observation]]:
+    """Each strategy of a run that lies in the space, by its id; baselines run here as well and are left out."""
+    rows: dict[str, list[Row]] = {}
+    for event in events:
+        if event["event"] == "row" and event["row"]["split"] == "validation":
+            rows.setdefault(event["row"]["trial"], []).append(Row.from_json(event["row"]))
+    causes = {event["trial"]: event.get("cause") for event in events if event["event"] == "status"}
+    baselines = {strategy.id for strategy in question.space.baselines.values()}
+    for event in events:
+        # What was trained on beyond its plan is known at the plan's tokens already.
+        if event["event"] != "trial" or event["kind"] == CONFIRMATION or event.get("length", 1.0) > 1:
+            continue
+        strategy = Strategy.from_json(event["strategy"])
+        point = question.space.point(strategy)
+        if point is None or strategy.id in baselines:
+            continue
+        trial = admit(
+            question,
+            strategy,
+            trial_id=event["trial"],
+            number=None,
+            kind="student",
+            name=event["name"],
+            point=point,
+            training=training_need(question, strategy),
+        )
+        item = _observation(question, trial, rows.get(event["trial"], ()), causes.get(event["trial"]))
+        if item is not None:
+            yield strategy.id, item
+
+
+def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cause: str | None) -> Observation | None:
+    assert trial.point is not None
+    slack = trial.slack
+    if trial.reason is not None:
+        return Observation(point=trial.point, state=Status.REJECTED, constraint=max(1e-9, slack), further=trial.further)
+    if cause in ("nan", "out-of-memory"):
+        # What came of the strategy would come of it again; a worker's death would not.
+        return Observation(point=trial.point, state=Status.FAILED, constraint=slack, further=trial.further)
+    usable = [
+        (row.train_tokens, Deployment.from_json(row.deployment), row)
+        for row in rows
+        if row.train_tokens and row.standing(question.metric) is not None
+    ]
+    usable = [item for item in usable if item[1] in trial.task.deployments]
+    if not usable:
+        return None
+    tokens = question.plan.tokens
+    level = _level([item[0] for item in usable], tokens)
+    whole = level >= _SAME[0] * tokens
+    seen = {deployment: row for reached, deployment, row in usable if reached == level}
+    strategy = trial.task.strategy
+    deployment = trial.task.probe if trial.task.probe in seen else probe_deployment(strategy, tuple(seen))
+    return Observation(
+        point=trial.point,
+        state=Status.COMPLETED if whole else Status.STOPPED,
+        value=seen[deployment].standing(question.metric),
+        fidelity=min(1.0, level / tokens),
+        constraint=slack,
+        further=tuple(_further(item, strategy, deployment, seen[deployment], question) for item in question.further),
+        repeatable=not whole,
+    )
+
+
+def _level(levels: Sequence[int], tokens: int) -> int:
+    """The training tokens whose value says most of a plan of so many."""
+    low, high = (share * tokens for share in _SAME)
+    near = [level for level in levels if low <= level <= high]
+    if near:
+        return min(near, key=lambda level: abs(math.log(level / tokens)))
+    return max((level for level in levels if level < tokens), default=min(levels))
+
+
+def _further(
+    objective: Objective, strategy: Strategy, deployment: Deployment, row: Row, question: Question
+) -> float | None:
+    """What is known of a trained student alone is the row's; the rest is worked out for this search's budget."""
+    if objective.trained:
+        return row.standing(objective.figure)
+    return untrained_figure(objective, student_spec(strategy, question.teacher_spec), deployment, question)

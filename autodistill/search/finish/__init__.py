@@ -1,0 +1,1 @@
+"""The end of a search: the best student exported, verified, and scored on the test split."""

@@ -1,0 +1,156 @@
+"""Students read once more at the end of a search: as they began, and whole where a rung read a part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from autodistill.data.dataset import load_split
+from autodistill.distillation.student.check import student_spec
+from autodistill.errors import TrialFailedError
+from autodistill.evaluation.evaluate import Evaluation, evaluate
+from autodistill.inference.outputs import TeacherReference
+from autodistill.inference.torch_memory import give_back_memory
+from autodistill.quantization.learned_scales import read_scales
+from autodistill.runs.results.beginnings import beginning_of, beginning_trial, worsened
+from autodistill.runs.results.leaderboard import DISTILLED
+from autodistill.runs.results.make_row import make_row
+from autodistill.runs.results.row import Row, Status
+from autodistill.search.finish.context import Finisher
+from autodistill.search.finish.export_choice import next_candidate
+from autodistill.search.worker.trial import initial_student
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
+
+
+def settled_candidate(
+    rows: list[Row], rejected: Sequence[Row], finisher: Finisher, container: str | None = None
+) -> Row | None:
+    """The row to export, once all is known that its choice rests on.
+
+    A student that would be chosen is held to its own beginning in the same deployment, and read whole where it is one
+    of a rung; whatever is new among the rows may choose another one.
+
+    Args:
+        rows, rejected, container: As `next_candidate` takes them; what is evaluated here is added to the rows.
+        finisher: What the steps of the end share.
+    """
+    while True:
+        candidate = next_candidate(rows, rejected, finisher.question, container)
+        if candidate is None or not settle(candidate, rows, finisher):
+            return candidate
+
+
+def settle(row: Row, rows: list[Row], finisher: Finisher) -> bool:
+    """Whether something was evaluated that a row's choice rests on, and is among the rows now."""
+    if row.kind not in DISTILLED or row.strategy is None:
+        return False
+    whole = {_read(one) for one in rows if one.kind == "teacher" and one.documents is not None}
+    if not row.full and whole and _read(row) not in whole:
+        made = _whole(row, finisher)
+    elif beginning_of(row, rows) is None:
+        made = _beginning(row, finisher)
+    else:
+        return False
+    finisher.write("row", made)
+    rows[:] = [*(one for one in rows if one.row_id != made.row_id), made]
+    if made.kind == "initial" and worsened([row, made], finisher.question.metric, finisher.question.direction):
+        # Kept, since it may be exported now or later.
+        finisher.student(made)
+    return True
+
+
+def _read(row: Row) -> int:
+    """Tokens, or questions, that a row is of."""
+    return sum(row.documents["count"]) if row.documents is not None else 0
+
+
+def _whole(row: Row, finisher: Finisher) -> Row:
+    """A row of a rung, of which all of the validation split is read that the end reads."""
+    with finisher.phases.phase("evaluate", f"{row.name} as {row.deployment_name}, read whole"):
+        evaluation = _evaluate(finisher.load(row), row, finisher, trained=True)
+    return _row(evaluation, row, finisher)
+
+
+def _beginning(row: Row, finisher: Finisher) -> Row:
+    """The row of a student as it began, packed as the student is; one without figures where it cannot be measured."""
+    strategy, seed = Strategy.from_json(row.strategy), row.seed or 0
+    begun = replace(
+        row,
+        row_id=f"{beginning_trial(row.trial)}-{row.deployment_name}",
+        trial=beginning_trial(row.trial),
+        kind="initial",
+        name=f"{row.trial} without training",
+        train_tokens=0,
+        train_seconds=0.0,
+    )
+    with finisher.phases.phase("evaluate", f"{begun.name} as {begun.deployment_name}"):
+        model, _ = initial_student(finisher.setting, strategy.init, seed)
+        try:
+            evaluation = _evaluate(model.to(finisher.setting.device), row, finisher, trained=False)
+        except TrialFailedError as error:
+            reason = f"it cannot be measured ({error.cause}): {error}"
+            return replace(
+                begun,
+                status=Status.FAILED.value,
+                feasible=False,
+                reason=reason,
+                accuracy=None,
+                accuracy_stderr=None,
+                perplexity=None,
+                agreement=None,
+                retention=None,
+                documents=None,
+                other={},
+            )
+        finally:
+            del model
+            give_back_memory()
+    return _row(evaluation, begun, finisher)
+
+
+def _evaluate(model: Any, row: Row, finisher: Finisher, *, trained: bool) -> Evaluation:
+    """A model of a row's strategy, packed as the row says, on all of the validation split that the end reads."""
+    setting, plan = finisher.setting, finisher.question.plan
+    init, deployment = Strategy.from_json(row.strategy).init, Deployment.from_json(row.deployment)
+    data = load_split(setting.data, "validation", setting.rendering(init)).head(plan.eval_tokens)
+    return evaluate(
+        model,
+        _spec(row, finisher),
+        deployment,
+        data,
+        TeacherReference.load(setting.teacher_reference).head(data.predicted),
+        budget=setting.budget,
+        evaluators=setting.evaluators,
+        metric=setting.metric,
+        device=setting.device,
+        scales=read_scales(finisher.student(row), deployment) if trained else None,
+        share=plan.example_share,
+        tokenizer=setting.text(init),
+    )[0]
+
+
+def _spec(row: Row, finisher: Finisher) -> Any:
+    setting, strategy = finisher.setting, Strategy.from_json(row.strategy)
+    return student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model))
+
+
+def _row(evaluation: Evaluation, row: Row, finisher: Finisher) -> Row:
+    question = finisher.question
+    return make_row(
+        evaluation,
+        trial=row.trial,
+        kind=row.kind,
+        name=row.name,
+        strategy=Strategy.from_json(row.strategy),
+        spec=_spec(row, finisher),
+        status=Status(row.status),
+        split="validation",
+        budget=question.budget,
+        plan=question.plan,
+        train_tokens=row.train_tokens or 0,
+        train_seconds=row.train_seconds or 0.0,
+        seed=row.seed or 0,
+        device=question.served_on,
+    )

@@ -1,0 +1,110 @@
+"""What the steps at the end of a search share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from autodistill.data.dataset import Prepared
+from autodistill.distillation.student.build import save_student
+from autodistill.distillation.teacher.resolve import Teacher
+from autodistill.errors import DamagedError
+from autodistill.inference.half_precision import load_held
+from autodistill.models.loading import load_model
+from autodistill.runs.results.leaderboard import UNTRAINED
+from autodistill.runs.results.row import Row
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.students import has_student, kept_after, listed, trained_student
+from autodistill.search.campaign.state import Question
+from autodistill.search.worker.messages import TrialSetting
+from autodistill.search.worker.trial import initial_student
+from autodistill.strategy.strategy import Strategy
+from autodistill.utils.checksums import LIST, write_list
+from autodistill.utils.clock import now
+
+
+class Phases(Protocol):
+    """Times the phases of a search."""
+
+    def phase(self, name: str, shown: str) -> AbstractContextManager[None]:
+        """Times the block."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finisher:
+    """Everything that the steps of the end share."""
+
+    question: Question
+    setting: TrialSetting
+    run: RunFolder
+    teacher: Teacher
+    data: Prepared
+    threads: int
+    phases: Phases
+    line: Callable[[str], None]
+    _students: dict[tuple[str, int | None], Path] = field(default_factory=dict, init=False, repr=False)
+
+    def student(self, row: Row) -> Path:
+        """Folder of a row's model: the teacher's own, a student made anew where it needs no training, or a trained one.
+
+        The files of a trained one are held to their checksums, once.
+
+        Raises:
+            DamagedError: They are not as they were written.
+        """
+        if row.kind == "teacher":
+            return self.teacher.folder
+        key = row.trial, kept_after(row)
+        if key not in self._students:
+            known = listed(self.run.events.read()).get(key)
+            folder = trained_student(self.run.checkpoints / row.trial, self.setting.storage, key[1], known)
+            if row.kind == "initial" and not folder.is_dir():
+                self._begin(row, folder)
+            elif folder.is_dir() and not (folder / LIST).exists():
+                self.line(f"the student of {row.trial} is taken as it lies there: an earlier version kept no checksums")
+            self._students[key] = folder
+        return self._students[key]
+
+    def _begin(self, row: Row, folder: Path) -> None:
+        """Writes a student as it begins, whole or not at all."""
+        init = Strategy.from_json(row.strategy).init
+        model, _ = initial_student(self.setting, init, row.seed or 0)
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        save_student(model, self.setting.text(init), partial)
+        write_list(partial)
+        os.replace(partial, folder)
+
+    def whole(self, row: Row) -> bool:
+        """Whether a row's student is as it was written; says so where it is not."""
+        try:
+            self.student(row)
+        except DamagedError as error:
+            self.line(f"the student of {row.trial} is passed over: {error}")
+            return False
+        return True
+
+    def has(self, row: Row) -> bool:
+        """Whether its model is there: what was trained may not have been kept."""
+        if row.kind in UNTRAINED:
+            return True
+        return has_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
+
+    def load(self, row: Row) -> Any:
+        """The model of a row, in float32; the teacher as it is held."""
+        if row.kind == "teacher":
+            return load_held(self.teacher.folder, self.setting.held, self.setting.device)
+        return load_model(self.student(row), torch.float32, self.setting.device)
+
+    def write(self, kind: str, row: Row) -> None:
+        """Appends a row to the log."""
+        self.run.events.append({"event": kind, "row": row.to_json(), "time": now()})

@@ -1,0 +1,433 @@
+"""The end of a search: the best row is exported, verified, measured in its runtime and scored on test."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autodistill import plugins
+from autodistill.data.dataset import load_split
+from autodistill.data.student_template import copy_licence
+from autodistill.distillation.student.check import student_spec
+from autodistill.errors import InputError, NothingFitsError, VerificationError
+from autodistill.estimates.fit import fits, holdable, too_late
+from autodistill.evaluation.base import Measurement, Subject, load_evaluator
+from autodistill.evaluation.evaluate import deployed_weights
+from autodistill.export.base import Artefact, load_exporter
+from autodistill.export.model_card import Origin, model_card
+from autodistill.export.verify import POSITIONS, RuntimeCheck, verify, verify_runtime
+from autodistill.hardware.background_load import free_cores
+from autodistill.hardware.budget import Budget, DeviceBudget, on_gpu
+from autodistill.hardware.device import DISCRETE
+from autodistill.hardware.lookup import is_machine
+from autodistill.inference.scoring import choices
+from autodistill.inference.torch_memory import give_back_memory
+from autodistill.quantization.formats import get_format
+from autodistill.quantization.learned_scales import read_scales
+from autodistill.runs.results.beginnings import worsened
+from autodistill.runs.results.gains import Gains, named
+from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, limits_of, nearest
+from autodistill.runs.results.row import DAMAGED, REMOVED, Row, rows_of
+from autodistill.runs.results.selection import Confirmation, confirmations, in_order, untrained_in_order
+from autodistill.search.finish.beginnings import settle, settled_candidate
+from autodistill.search.finish.context import Finisher
+from autodistill.search.finish.export_choice import candidates, container_of, passed_over
+from autodistill.search.finish.test_split import best_untrained, gains_on_test, score_on_test, spent
+from autodistill.strategy.deployment import IN_16_BITS, Deployment
+from autodistill.strategy.strategy import Strategy
+from autodistill.units import format_bytes, format_duration
+from autodistill.utils.durable import sync_below
+from autodistill.utils.json_files import read_json
+
+# Measured in the runtime, a student may turn out above the budget; this many are exported before giving up.
+_CANDIDATES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """What the end of a search produced.
+
+    Attributes:
+        best: The exported row, with what its runtime measured.
+        paths: Exported students by container.
+        checks: Agreement of runtime and simulation by container.
+        test: Rows on the test split.
+        confirmed: What was trained on further seeds, the chosen one first.
+        gains: By how much it is better on test than what needs no training, and than the baseline.
+        notes: What a reader must know, in sentences.
+    """
+
+    best: Row
+    paths: Mapping[str, Path]
+    checks: Mapping[str, RuntimeCheck]
+    test: tuple[Row, ...]
+    gains: Gains
+    confirmed: tuple[Confirmation, ...]
+    notes: tuple[str, ...]
+
+
+def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
+    """Exports the best row and everything that proves it.
+
+    Args:
+        rows: Of the validation split.
+        finisher: What the steps share.
+
+    Raises:
+        NothingFitsError: Nothing that may be exported fits the budget.
+        VerificationError: An artefact is not what was evaluated.
+    """
+    question, phases, run = finisher.question, finisher.phases, finisher.run
+    torch.set_num_threads(finisher.threads)
+    students = candidates(rows, question.metric, finisher.has)
+    confirmed = confirmations(rows, question.metric, question.direction)
+    choice = [*students, *(row for row in rows if row.kind not in DISTILLED)]
+    first = next(iter(in_order(choice, question.metric, question.direction, students_only=True)), None)
+    while first is not None and settle(first, choice, finisher):
+        # What distilling came to is known by what it began with, whatever is exported.
+        first = next((row for row in choice if row.row_id == first.row_id), None)
+    paths: dict[str, Path] = {}
+    checks: dict[str, RuntimeCheck] = {}
+    rejected: list[Row] = []
+    best = _first_that_fits(choice, rejected, finisher, paths, checks)
+    for row in passed_over(choice, rejected, question.budget.memory_bytes):
+        finisher.write("row", row)
+    if best is None:
+        judged = any(row.kind in DISTILLED for row in rows)
+        distilled = [row for row in rows if row.kind in DISTILLED]
+        # Students of which none fits are removed first where disk is short.
+        missing = [] if any(row.feasible for row in distilled) else distilled
+        raise NothingFitsError(_nothing(rejected or students or missing, judged, finisher))
+    _leave_out_removed(best, finisher)
+    packed = {container: (best, Deployment.from_json(best.deployment)) for container in paths}
+    notes: tuple[str, ...] = ()
+    if "gguf" not in paths:
+        beside, notes = _gguf_beside(choice, rejected, finisher, paths, checks)
+        if beside is not None:
+            packed["gguf"] = (beside, Deployment.from_json(beside.deployment))
+    if "huggingface" not in paths:
+        with phases.phase("export", "exporting the 16-bit folder"):
+            paths["huggingface"] = _pack(best, IN_16_BITS, finisher)[0].path
+        packed["huggingface"] = (best, IN_16_BITS)
+    for container in set(plugins.names("exporters")) - set(paths):
+        # Of the best student that this run had before it went on, perhaps.
+        shutil.rmtree(run.student(container), ignore_errors=True)
+    rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
+    untrained = best_untrained(rows, finisher)
+    with phases.phase("evaluate", "test split"):
+        test = score_on_test(best, untrained, rows, finisher)
+    _describe(packed, test, finisher)
+    return Finish(
+        best=best,
+        paths=paths,
+        checks=checks,
+        test=test,
+        gains=gains_on_test(best, untrained, test, question.metric, question.direction),
+        confirmed=tuple(confirmed),
+        notes=(*notes, *_notes(best, rows, finisher), *spent(finisher)),
+    )
+
+
+def _leave_out_removed(best: Row, finisher: Finisher) -> None:
+    """Writes down that rows which would be chosen before the best are not to be had, since their student is gone.
+
+    Whoever reads the log later then chooses what was exported. It takes several students that turned out too large, or
+    one that a person removed.
+    """
+    rows, question = rows_of(finisher.run.events.read()), finisher.question
+    order = in_order(rows, question.metric, question.direction, students_only=question.students_only)
+    for row in takewhile(lambda one: one.row_id != best.row_id, order):
+        if row.full and not finisher.has(row):
+            finisher.write("row", replace(row, feasible=False, reason=REMOVED))
+
+
+def _describe(packed: Mapping[str, tuple[Row, Deployment]], test: Sequence[Row], finisher: Finisher) -> None:
+    """Lays a model card beside each exported student, and the text of the licence that the teacher's folder has."""
+    run = finisher.run
+    rows = [row for row in rows_of(run.events.read()) if row.split != "test"]
+    origin = Origin.of(read_json(run.search_file))
+    for container, (row, deployment) in packed.items():
+        folder = run.student(container)
+        (folder / "README.md").write_text(model_card(row, deployment, [*rows, *test], origin), encoding="utf-8")
+        copy_licence(finisher.student(row), folder)
+        sync_below(folder)
+
+
+def _first_that_fits(
+    rows: list[Row],
+    rejected: list[Row],
+    finisher: Finisher,
+    paths: dict[str, Path],
+    checks: dict[str, RuntimeCheck],
+    container: str | None = None,
+) -> Row | None:
+    """Exports the best row that keeps to the budget when its runtime is measured; those that do not are `rejected`,
+    and those whose student was damaged.
+    """
+    for _ in range(_CANDIDATES):
+        candidate = settled_candidate(rows, rejected, finisher, container)
+        while candidate is not None and not finisher.whole(candidate):
+            rejected.append(replace(candidate, feasible=False, reason=DAMAGED))
+            finisher.write("row", rejected[-1])
+            candidate = settled_candidate(rows, rejected, finisher, container)
+        if candidate is None:
+            return None
+        found = _export(candidate, finisher, paths, checks)
+        if found.feasible:
+            return found
+        rejected.append(found)
+        written = container_of(found)
+        # Nobody is to serve what breaks the budget.
+        del paths[written], checks[written]
+        shutil.rmtree(finisher.run.student(written))
+        finisher.line(f"{found.name} as {found.deployment_name} does not fit once measured: {found.reason}")
+    return None
+
+
+def _gguf_beside(
+    choice: list[Row],
+    rejected: list[Row],
+    finisher: Finisher,
+    paths: dict[str, Path],
+    checks: dict[str, RuntimeCheck],
+) -> tuple[Row | None, tuple[str, ...]]:
+    """Exports the best GGUF file beside a best student of another kind, which stands whatever becomes of it.
+
+    Returns:
+        Its row, if any fits, and why there is no such file where it could not be written or was not what was evaluated.
+    """
+    try:
+        return _first_that_fits(choice, rejected, finisher, paths, checks, "gguf"), ()
+    except (InputError, VerificationError) as error:
+        for kept in (paths, checks):
+            kept.pop("gguf", None)
+        shutil.rmtree(finisher.run.student("gguf"), ignore_errors=True)
+        return None, (f"there is no GGUF file beside the best student: {error}",)
+
+
+def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:
+    """Writes one deployment of a row's model and holds the bytes on disk to the evaluated weights."""
+    container = get_format(deployment.format).container
+    exporter = load_exporter(container)
+    origin = Origin.of(read_json(finisher.run.search_file))
+    artefact = exporter.export(
+        finisher.student(row),
+        deployment,
+        finisher.run.student(container),
+        teacher=origin.teacher,
+        licence=origin.teacher_licence,
+        name=origin.name_of(row),
+    )
+    verify(exporter, artefact, finisher.student(row), deployment)
+    return artefact, container
+
+
+def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[str, RuntimeCheck]) -> Row:
+    """Exports a row's model, verifies it in its runtime, and gives the row with what was measured there."""
+    deployment = Deployment.from_json(row.deployment)
+    strategy = Strategy.from_json(row.strategy) if row.strategy else None
+    spec = student_spec(strategy, finisher.setting.teacher_spec) if strategy else finisher.setting.teacher_spec
+    with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
+        artefact, container = _pack(row, deployment, finisher)
+        length = finisher.question.plan.sequence_length
+        sequences = math.ceil(POSITIONS / (length - 1))
+        rendering = finisher.setting.rendering(strategy.init if strategy else None)
+        data = load_split(finisher.data.folder, "validation", rendering).head(sequences * length)
+        model = finisher.load(row)
+        with deployed_weights(model, spec, deployment, read_scales(finisher.student(row), deployment)):
+            simulated = choices(model, data, device=finisher.setting.device)
+        # The runtime may take all that a GPU has.
+        del model
+        give_back_memory()
+        threads = free_cores(finisher.threads)
+        checks[container] = verify_runtime(
+            artefact, deployment, simulated, data.tokens[:, :-1], threads, finisher.student(row)
+        )
+        paths[container] = artefact.path
+    subject = Subject(
+        spec=spec,
+        deployment=deployment,
+        budget=finisher.question.budget,
+        artefact=artefact.path,
+        threads=finisher.threads,
+    )
+    measured: dict[str, Measurement] = {}
+    for name in ("memory", "size", "latency"):
+        evaluator = load_evaluator(name)
+        if evaluator.supports(deployment):
+            with finisher.phases.phase("evaluate", f"{name} of the {deployment.name} student"):
+                measured |= {item.name: item for item in evaluator.evaluate(subject)}
+    updated = _with_measured(row, measured, finisher)
+    finisher.write("row", updated)
+    return updated
+
+
+def _with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finisher) -> Row:
+    """The row with the runtime's figures; the memory and size that were predicted stay beside the measured ones."""
+    fields: dict[str, Any] = {"other": dict(row.other)}
+    for name, item in measured.items():
+        if name in ("memory_bytes", "size_bytes"):
+            fields[name] = int(item.value)
+        elif name in ("latency_ms", "tokens_per_second"):
+            fields[name] = item.value
+        elif "@" not in name:
+            fields["other"][name] = item.value
+    if "memory_bytes" in measured:
+        fields["memory_source"] = measured["memory_bytes"].source
+        if row.memory_source != "measured":
+            fields["other"] |= {"memory_bytes_predicted": row.memory_bytes, "size_bytes_predicted": row.size_bytes}
+        detail = measured["memory_bytes"].detail
+        fields["other"]["memory_parts"] = dict(detail)
+        if "predicted_bytes" in detail:
+            # Of where it was measured: of a GPU it is another figure than of the process that was budgeted for.
+            fields["other"]["memory_bytes_predicted"] = detail["predicted_bytes"]
+            fields["other"].pop("memory_on", None)
+            fields["other"] |= {"memory_on": DISCRETE} if detail["on_gpu"] else {}
+    late: tuple[str, ...] = ()
+    if "latency_ms" in measured:
+        detail = measured["latency_ms"].detail
+        fields |= {"latency_source": "measured", "machine": detail["machine"]}
+        fields["other"].pop("latency_assumed", None)
+        fields["other"] |= {"latency_detail": dict(detail), "latency_doubts": "; ".join(detail["doubts"]) or None}
+        late = _too_late(measured, fields, finisher)
+    updated = replace(row, **fields)
+    limit = finisher.question.budget.memory_bytes
+    over = (updated.memory_bytes or 0) - limit
+    broken = [f"memory: {updated.memory_bytes} bytes, {over} over {limit}"] if over > 0 else [*late]
+    return replace(updated, feasible=False, reason="; ".join(broken)) if broken else updated
+
+
+def _too_late(measured: Mapping[str, Measurement], fields: Mapping[str, Any], finisher: Finisher) -> tuple[str, ...]:
+    """The limits of latency that are broken, where it was measured on what they hold on.
+
+    Elsewhere they stay predicted: what another machine does says nothing of them.
+    """
+    budget = finisher.question.budget
+    if not isinstance(budget, DeviceBudget) or not is_machine(budget.device, fields["machine"]):
+        return ()
+    times = {limit: measured[limit.name].value / 1e3 for limit in budget.latency}
+    fields["other"].update({limit.name: 1e3 * seconds for limit, seconds in times.items()})
+    return too_late(times, "measured")
+
+
+def _nothing(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
+    limits = limits_of(finisher.question.budget)
+    needs = {f"{row.name} as {row.deployment_name}": {name: row.figure(name) for name in limits} for row in rows}
+    closest = nearest(needs, limits)
+    if closest is None and judged:
+        return "no student that was judged is there to be exported: go on with --resume and more --time"
+    if closest is None:
+        return "nothing was trained as far as a rung: go on with --resume and more --time, or start with fewer --tokens"
+    return f"nothing fits the budget: the nearest, {closest.candidate}, {closest.describe()}; raise --budget"
+
+
+def _on_device(best: Row, budget: Budget) -> list[str]:
+    """How the best stands to limits of latency, by what they are known, and why its latency is doubtful if it is."""
+    notes = []
+    if isinstance(budget, DeviceBudget) and budget.latency:
+        here = best.latency_source == "measured" and is_machine(budget.device, best.machine or "")
+        source = "measured" if here else "predicted"
+        told = ", ".join(
+            f"{limit.name} {format_duration((best.figure(limit.name) or 0) / 1e3)} of {format_duration(limit.seconds)}"
+            for limit in budget.latency
+        )
+        notes.append(f"on {budget.device.name} the best student has, {source}: {told}")
+        if best.other.get("latency_assumed"):
+            notes.append(f"these are assumed, at the slow end of a wide band: {best.other['latency_assumed']}")
+        if not here:
+            notes.append("its limits of latency are met by prediction only: measure it on the device itself")
+    if best.figure("latency_ms") is not None and best.other.get("latency_doubts"):
+        notes.append(f"the measured latency is doubtful: {best.other['latency_doubts']}")
+    return notes
+
+
+def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...]:
+    """Whether the budget binds, what is the tightest that the best meets, and what training came to.
+
+    Args:
+        best: What is exported.
+        rows: Of the validation split, as they are at the end.
+        finisher: What the steps of the end share.
+    """
+    question = finisher.question
+    limit = question.budget.memory_bytes
+    notes = []
+    spec = finisher.setting.teacher_spec
+    fitting = fits(spec, holdable(spec, question.deployments), question.budget)
+    if fitting and max(fit.slack for fit in fitting) <= 0:
+        most = max(fitting, key=lambda fit: fit.need)
+        notes.append(
+            f"the budget of {format_bytes(limit)} does not bind: the teacher fits in every packing, of which "
+            f"{most.deployment.name} needs most, {format_bytes(most.need)}"
+        )
+    memory = best.memory_bytes or 0
+    if not question.space.dimensions:
+        # One strategy alone was trained: there was no budget to search under.
+        notes = []
+    what = named(best) if best.kind in UNTRAINED else "the best student"
+    notes.append(
+        f"the tightest budget that {what} still meets is {format_bytes(memory)} ({memory} bytes, "
+        f"{best.memory_source}), at context {question.budget.context} and batch {question.budget.batch}"
+    )
+    if on_gpu(question.budget) and best.memory_source != "measured":
+        notes.append("its memory is that of the GPU: predicted, not measured on a GPU")
+    notes += _on_device(best, question.budget)
+    notes += _without_training(best, rows, finisher)
+    notes += _worsened(rows, finisher)
+    if best.fidelity is not None and best.fidelity > 1 + 1e-9:
+        further = f"the best student was trained for {best.fidelity:.0%} of a trial's tokens ({best.train_tokens:,})"
+        if any(row.kind == "baseline" for row in rows):
+            further += "; the gain over the baseline is of students of equal tokens where both were trained to as many"
+        notes.append(further)
+    if best.kind == "baseline" and best.full and question.space.dimensions:
+        notes.append("no searched strategy beat the baseline")
+    return tuple(notes)
+
+
+def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[str]:
+    """That what is exported was not trained, or is no better than what needs no training, where that is so."""
+    metric, direction = finisher.question.metric, finisher.question.direction
+
+    def told(row: Row) -> str:
+        return f"{metric} {row.figure(metric) or 0.0:.4f} in {format_bytes(row.memory_bytes or 0)}"
+
+    ties = "of what is equal within one standard error, the smaller is better"
+    if best.kind in UNTRAINED:
+        students = in_order([row for row in rows if row.kind not in UNTRAINED], metric, direction, students_only=True)
+        said = f"{named(best)} is exported, {told(best)}: nothing was trained that does better"
+        if not students:
+            return [f"{said}, and no trained student fits"]
+        return [f"{said}; the best trained student, {named(students[0])}, has {told(students[0])}; {ties}"]
+    # A student short of the plan's end is one for a person to judge by its metric, as any other.
+    beside = [best if best.full else replace(best, fidelity=1.0), *untrained_in_order(rows, metric, direction)]
+    first = in_order(beside, metric, direction, students_only=False)[0]
+    if first.kind not in UNTRAINED:
+        return []
+    whole = first.kind == "teacher" and first.deployment["bits"] == 16
+    beats = "the teacher is better here as it is" if whole else "quantising the teacher beats distilling it here"
+    beats = beats if first.kind == "teacher" else "a student without training is better here"
+    return [f"{beats}: {named(first)} has {told(first)}, the best student {told(best)}; {ties}"]
+
+
+def _worsened(rows: Sequence[Row], finisher: Finisher) -> list[str]:
+    """Whose training ended below its own beginning, with both figures, the best such student first."""
+    metric, direction = finisher.question.metric, finisher.question.direction
+    pairs = [(row, before) for row, before in worsened(rows, metric, direction) if row.full and row.kind in DISTILLED]
+    if not pairs:
+        return []
+    best = in_order([row for row, _ in pairs], metric, direction, students_only=True)
+    row, before = next((pair for pair in pairs if best and pair[0] == best[0]), pairs[0])
+    others = len({one.trial for one, _ in pairs} - {row.trial})
+    more = f", and so did that of {others} other trial{'s' * (others > 1)}" if others else ""
+    passed = "" if finisher.question.students_only else ", which is why it was passed over"
+    return [
+        f"the training of {named(row)} ended below its own untrained beginning: {metric} {row.figure(metric):.4f} "
+        f"after it, {before.figure(metric):.4f} before ({named(before)}){passed}{more}"
+    ]

@@ -1,0 +1,279 @@
+"""The test split: opened once at the end of a search, for what is exported and what that is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from autodistill.data.dataset import load_split
+from autodistill.distillation.student.check import student_spec
+from autodistill.evaluation.base import Direction
+from autodistill.evaluation.evaluate import Evaluation, evaluate
+from autodistill.inference.half_precision import load_held
+from autodistill.inference.scoring import refer
+from autodistill.models.spec import ModelSpec
+from autodistill.quantization.learned_scales import read_scales
+from autodistill.runs.results.gains import Gain, Gains, named, unit_of
+from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, rank
+from autodistill.runs.results.make_row import make_row
+from autodistill.runs.results.row import Row, Status, rows_of
+from autodistill.runs.results.selection import untrained_in_order
+from autodistill.runs.test_split_ledger import already_opened, record_test_opening, times_opened
+from autodistill.search.finish.context import Finisher
+from autodistill.search.finish.export_choice import trained_rows
+from autodistill.search.worker.messages import TrialSetting
+from autodistill.search.worker.trial import initial_student
+from autodistill.strategy.deployment import IN_16_BITS, Deployment
+from autodistill.strategy.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scored:
+    """One model under one deployment, to be scored on test.
+
+    Attributes:
+        kind, trial, name: As its row has them.
+        packing: The deployment.
+        row: Of the validation split: what was trained, or the student whose beginning this is; None of the teacher.
+    """
+
+    kind: str
+    trial: str
+    name: str
+    packing: Deployment
+    row: Row | None = None
+
+    @property
+    def tokens(self) -> int:
+        """What it was trained on."""
+        return self.row.train_tokens or 0 if self.row is not None and self.kind in DISTILLED else 0
+
+    @property
+    def strategy(self) -> Any:
+        """As its row has it; None of the teacher."""
+        return self.row.strategy if self.row is not None else None
+
+
+def best_untrained(rows: Sequence[Row], finisher: Finisher) -> Row | None:
+    """The row of the validation split that would be exported without any training; None where none of these fits."""
+    question = finisher.question
+    return next(iter(untrained_in_order(rows, question.metric, question.direction)), None)
+
+
+def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, Deployment]]) -> list[_Scored]:
+    """What is scored on test, in the order of its rows, each once."""
+    deployment = Deployment.from_json(best.deployment)
+    packings = [IN_16_BITS, deployment]
+    if untrained is not None and untrained.kind == "teacher":
+        packings.append(Deployment.from_json(untrained.deployment))
+    # A folder of 16 bits has one name, whichever runtime serves it.
+    named = {one.name: one for one in packings}.values()
+    found = [_Scored(kind="teacher", trial="teacher", name="teacher", packing=one) for one in named]
+    if best.kind in DISTILLED:
+        begun = _Scored(kind="initial", trial="initial", name="undistilled student", packing=deployment, row=best)
+        found.append(begun)
+    others = [best, *([untrained] if untrained is not None and not _is_among(untrained, found) else [])]
+    students = [*((one, Deployment.from_json(one.deployment)) for one in others if one.kind != "teacher"), *compared]
+    for row, packing in students:
+        found.append(_Scored(kind=row.kind, trial=row.trial, name=row.name, packing=packing, row=row))
+    return found
+
+
+def _is_among(untrained: Row, scored: Sequence[_Scored]) -> bool:
+    """Whether a student without training is the beginning of what is scored in the same deployment."""
+    return any(
+        one.kind == untrained.kind == "initial"
+        and one.packing.name == untrained.deployment_name
+        and _begins_alike(one.strategy, untrained.strategy)
+        for one in scored
+    )
+
+
+def _begins_alike(one: Any, other: Any) -> bool:
+    return bool(one and other and one.get("init") == other.get("init"))
+
+
+def on_test(row: Row, test: Sequence[Row]) -> Row | None:
+    """The row of the test split that is of the same model in the same deployment, or None."""
+    for one in test:
+        packed = one.deployment_name == row.deployment_name and one.kind == row.kind
+        if packed and (one.trial == row.trial or (row.kind == "initial" and _begins_alike(one.strategy, row.strategy))):
+            return one
+    return None
+
+
+def known_on_test(
+    best: Row, untrained: Row | None, compared: Sequence[tuple[Row, Deployment]], finisher: Finisher
+) -> tuple[Row, ...] | None:
+    """The rows of an earlier opening of the test split, in its order, where they are of all that would be scored.
+
+    The plan, and with it what is read of the split, never changes within a run.
+    """
+    logged = {(row.kind, row.trial, row.deployment_name): row for row in rows_of(finisher.run.events.read(), ("test",))}
+    found = []
+    for one in _to_score(best, untrained, compared):
+        row = logged.get((one.kind, one.trial, one.packing.name))
+        if row is None or (row.strategy, row.train_tokens or 0) != (one.strategy, one.tokens):
+            return None
+        found.append(row)
+    return tuple(found)
+
+
+def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]:
+    """Opens the test split, once, for what is exported, what needs no training, the baseline and the teacher.
+
+    A search that ends once more with what it had takes their rows from its log, and opens nothing.
+
+    Args:
+        best: What is exported.
+        untrained: See `best_untrained`.
+        rows: Of the validation split.
+        finisher: What the steps of the end share.
+    """
+    question, setting = finisher.question, finisher.setting
+    compared = compared_with(best, rows, finisher)
+    known = known_on_test(best, untrained, compared, finisher)
+    if known is not None:
+        finisher.line("the test split is not opened again: what is exported has been scored on it")
+        return known
+    record_test_opening(finisher.run.path.parent, run=finisher.run.name, data=finisher.data.fingerprint)
+    data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
+    teacher = load_held(finisher.teacher.folder, setting.held, setting.device)
+    _, reference = refer(teacher, data, device=setting.device)
+    results: list[Row] = []
+
+    def evaluated(model: Any, one: _Scored) -> Evaluation:
+        """What one model is on test, under its deployment."""
+        init = Strategy.from_json(one.strategy).init if one.strategy else None
+        trained = one.row if one.kind in DISTILLED else None
+        # The teacher's own scales may lie beside it, as a student's do; what is not trained yet has none.
+        folder = finisher.student(trained) if trained else setting.teacher if one.kind == "teacher" else None
+        return evaluate(
+            model,
+            _spec(one, setting),
+            one.packing,
+            load_split(finisher.data.folder, "test", setting.rendering(init)).head(question.plan.test_tokens),
+            reference,
+            budget=question.budget,
+            evaluators=setting.evaluators,
+            metric=setting.metric,
+            device=setting.device,
+            scales=read_scales(folder, one.packing) if folder else None,
+            split="test",
+            share=setting.plan.example_share,
+            tokenizer=setting.text(init),
+        )[0]
+
+    def write(evaluation: Evaluation, one: _Scored) -> None:
+        """Makes a row of it, and writes that down."""
+        made = make_row(
+            evaluation,
+            trial=one.trial,
+            kind=one.kind,
+            name=one.name,
+            strategy=Strategy.from_json(one.strategy) if one.strategy else None,
+            spec=_spec(one, setting),
+            status=Status.COMPLETED,
+            split="test",
+            budget=question.budget,
+            plan=question.plan,
+            train_tokens=one.tokens,
+            train_seconds=one.row.train_seconds or 0.0 if one.row is not None and one.kind in DISTILLED else 0.0,
+            seed=question.plan.seed,
+        )
+        finisher.write("test", made)
+        results.append(made)
+
+    scored = _to_score(best, untrained, compared)
+    of_teacher = {one.packing: evaluated(teacher, one) for one in scored if one.kind == "teacher"}
+    del teacher
+    for one in scored:
+        if one.kind == "teacher" or (one.packing in of_teacher and _begins_as_teacher(one, setting)):
+            write(of_teacher[one.packing], one)
+        elif one.kind == "initial":
+            init = Strategy.from_json(one.strategy).init
+            write(evaluated(initial_student(setting, init, question.plan.seed)[0].to(setting.device), one), one)
+        elif one.row is not None:
+            write(evaluated(finisher.load(one.row), one), one)
+    return tuple(results)
+
+
+def _spec(one: _Scored, setting: TrialSetting) -> ModelSpec:
+    if not one.strategy:
+        return setting.teacher_spec
+    return student_spec(Strategy.from_json(one.strategy), setting.teacher_spec)
+
+
+def _begins_as_teacher(one: _Scored, setting: TrialSetting) -> bool:
+    """Whether it is a student without training that is the teacher itself."""
+    begins = one.kind == "initial" and Strategy.from_json(one.strategy).init.source == "teacher"
+    return begins and _spec(one, setting) == setting.teacher_spec
+
+
+def spent(finisher: Finisher) -> tuple[str, ...]:
+    """Says so where this run was scored on test before."""
+    earlier = times_opened(finisher.run, finisher.data.fingerprint) - 1
+    if earlier < 1:
+        return ()
+    return (f"{already_opened(earlier)}, and its figures no longer say how well a choice does on unseen documents",)
+
+
+def compared_with(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tuple[Row, Deployment]]:
+    """What the best student is held to: the best baseline of as many tokens, under the deployment that suits it best.
+
+    Where there is none, as the best was trained on, the best of those that had as many as it had before: and the best
+    student as it was then, packed as it is now.
+    """
+    question = finisher.question
+    trained = trained_rows(rows, question.metric, finisher.has)
+    if best.kind == "baseline":
+        return []
+
+    def first(tokens: int | None = None) -> list[tuple[Row, Deployment]]:
+        """The best baseline, of so many tokens."""
+        found = [row for row in trained if row.kind == "baseline" and tokens in (None, row.train_tokens)]
+        ranked = (one.row for one in rank(found, question.metric, question.direction))
+        return [(row, Deployment.from_json(row.deployment)) for row in islice(filter(finisher.whole, ranked), 1)]
+
+    if baseline := first(best.train_tokens):
+        return baseline
+    same = [row for row in trained if row.kind == best.kind and (row.strategy, row.seed) == (best.strategy, best.seed)]
+    for row in sorted(same, key=lambda row: row.train_tokens or 0, reverse=True):
+        if row.train_tokens != best.train_tokens and finisher.whole(row) and (baseline := first(row.train_tokens)):
+            return [*baseline, (row, Deployment.from_json(best.deployment))]
+    return first()
+
+
+def gains_on_test(best: Row, untrained: Row | None, test: Sequence[Row], metric: str, direction: Direction) -> Gains:
+    """By how much what is exported is better on test than what needs no training, and than the baseline.
+
+    Where a student was trained on further than the baseline, it is the one of as many tokens that is compared with it.
+
+    Args:
+        best: What is exported, of the validation split.
+        untrained: See `best_untrained`.
+        test: Rows of the test split, those of both among them.
+        metric, direction: What ranks.
+    """
+    found = on_test(best, test)
+    rival = on_test(untrained, test) if untrained is not None and best.kind in DISTILLED else None
+    return Gains(
+        exported=best.row_id,
+        named=named(best),
+        trained=best.kind not in UNTRAINED,
+        untrained=Gain.of(found, rival, metric, direction) if found is not None and rival is not None else None,
+        baseline=_over_baseline(best, test, metric, direction),
+        unit=unit_of(found or best, metric),
+    )
+
+
+def _over_baseline(best: Row, test: Sequence[Row], metric: str, direction: Direction) -> Gain | None:
+    """Over the baseline of as many tokens, or what there is of these where nothing is trained; None without one."""
+    found = on_test(best, test)
+    baselines = [row for row in test if row.kind == "baseline"] if best.kind != "baseline" else []
+    students = [row for row in test if row.kind == "student"] if best.kind == "student" else [found]
+    pairs = [(one, other) for one in students for other in baselines if one is not None]
+    equal = [pair for pair in pairs if pair[0].train_tokens == pair[1].train_tokens]
+    return next((Gain.of(one, other, metric, direction) for one, other in equal or pairs), None)

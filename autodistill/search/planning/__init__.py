@@ -1,0 +1,1 @@
+"""What a search will spend: trials, tokens, workers, memory and time."""

@@ -1,0 +1,208 @@
+"""How long each part of a search is expected to take, from the speed that was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from autodistill.data.dataset import SEQUENCE_LENGTH
+from autodistill.search.algorithms.successive_halving import DECAY, confirmed, kept_at_rungs, rung_tokens
+from autodistill.search.planning.placement import Workers
+
+_LEAST_EVALUATED = 1024  # tokens: the standard error of an accuracy of one half is then about 0.016
+CACHING, TRAINING = 1.4, 1.1
+"""What caching and training take beyond what was timed: writing, the optimiser, reading."""
+# Seconds a weight of the teacher, of a core of the two servers that this was read off: a trained student is loaded and
+# packed; beside that, one is built, restored and saved for each stretch of training.
+_PACKED, _BUILT = 1.5e-8, 2.5e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What the short measurement found, in tokens per second.
+
+    Attributes:
+        cache: Teacher forward in the cache's precision, on all threads.
+        score: Teacher forward in float32, on all threads.
+        worker_train: A training step of the largest student, as large as the plan's are, on one of all busy workers.
+        worker_score: Its forward in float32, likewise.
+        alone: A training step of one worker on all threads, with nothing beside it; 0 where that was not timed.
+        asked: Seconds, not a rate: what is measured beside the scores takes so long for each evaluation, on a worker.
+    """
+
+    cache: float
+    score: float
+    worker_train: float
+    worker_score: float
+    asked: float = 0.0
+    alone: float = 0.0
+
+    @property
+    def train_on(self) -> float:
+        """Of a worker that trains the best on."""
+        return max(self.alone, self.worker_train)
+
+    def with_steps_longer(self, seconds: float, tokens: int) -> Speed:
+        """The speed of training whose steps, of so many tokens, take so many seconds more than was timed."""
+        rates = (timed / (1 + timed * seconds / tokens) for timed in (self.worker_train, self.alone))
+        return replace(self, **dict(zip(("worker_train", "alone"), rates, strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a plan is made for.
+
+    Attributes:
+        box_seconds: Time box, or None.
+        spent_seconds: Of the box, before planning.
+        trials, tokens: Fixed by the user, or None.
+        baselines: Strategies that run first, to the full plan.
+        teacher_deployments: That the teacher is evaluated under.
+        deployments: That a student at full fidelity is evaluated under, at most.
+        train_tokens, validation_tokens, test_tokens: Tokens there are.
+        cached_tokens: Training tokens of which the teacher's outputs may be kept, as many as of a trial at least.
+        parameters: Of the teacher.
+        seed: Of the search.
+        ray: Whether workers are processes of their own.
+        sequence_length: Tokens of a sequence.
+        step_tokens: Of an optimiser step, whole sequences.
+        confirm: Further seeds that the best few and the best baseline are trained on.
+        longest: How many times a trial's tokens the best are trained on to, as the space asks for; their time is what
+            the box has left.
+        explore: Share of the time for training that goes to trials; in the rest the best are trained on.
+        exports: Kinds of files that are written and measured: of the best student, and as GGUF where it is another.
+    """
+
+    box_seconds: float | None
+    spent_seconds: float
+    trials: int | None
+    tokens: int | None
+    baselines: int
+    teacher_deployments: int
+    deployments: int
+    train_tokens: int
+    validation_tokens: int
+    test_tokens: int
+    parameters: int
+    seed: int
+    ray: bool
+    sequence_length: int = SEQUENCE_LENGTH
+    step_tokens: int = SEQUENCE_LENGTH
+    confirm: int = 0
+    longest: float = 1.0
+    explore: float = 1.0
+    cached_tokens: float = math.inf
+    exports: int = 1
+
+
+def evaluated_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
+    """Tokens read at a rung, at full fidelity and on test: what the box can pay, at least 4 sequences and 1,024."""
+    if demand.box_seconds is None:
+        return min(demand.validation_tokens, 2048), min(demand.validation_tokens, 4096), min(demand.test_tokens, 8192)
+    # One forward over the validation tokens by the teacher takes this share of the box, whole sequences of it.
+    length = demand.sequence_length
+    affordable = int(0.007 * demand.box_seconds * speed.score) // length * length
+    least = max(4 * length, -(-_LEAST_EVALUATED // length) * length)
+    full = max(least, affordable)
+    rung = max(least, affordable // 2 // length * length)
+    return (
+        min(demand.validation_tokens, rung),
+        min(demand.validation_tokens, full),
+        min(demand.test_tokens, 2 * full),
+    )
+
+
+def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, float]:
+    """Expected seconds of all phases but training, with the teacher's outputs for so many tokens."""
+    _, full_eval, test = evaluated_tokens(demand, speed)
+    # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server.
+    # Two thirds of them go into 2,000 positions in the runtime, each with a pass of its own.
+    per_weight = 3.2e-7
+    return {
+        "load": demand.spent_seconds,
+        "cache": min(cached, demand.train_tokens) / speed.cache * CACHING + full_eval / speed.score,
+        "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
+        "workers": 15.0 if demand.ray else 0.0,
+        "export": demand.exports * (12.0 + per_weight * demand.parameters),
+        # The teacher up to three times, the best that needs no training, the undistilled student, the found one, that
+        # as it was after a trial's tokens if it was trained on, and the baseline; each is loaded and packed. And before
+        # that, on validation, the student as it began.
+        "test": (7 if demand.explore == 1 else 8) * (test / speed.score + 3e-8 * demand.parameters + speed.asked)
+        + full_eval / speed.score
+        + 3e-8 * demand.parameters
+        + speed.asked,
+    }
+
+
+def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, *, judged: bool) -> float:
+    """Expected seconds on one worker of a stretch of training and the evaluation of one deployment at its end.
+
+    Args:
+        tokens: Training tokens of the stretch.
+        eval_tokens: Tokens that the evaluation reads.
+        parameters: Of the teacher.
+        speed: As measured.
+        judged: Whether the stretch ends at a rung that trains on afterwards, so that its decay is extra work.
+    """
+    train = tokens * (1 + (DECAY if judged else 0)) / speed.worker_train
+    return TRAINING * train + beside_seconds(eval_tokens, parameters, speed)
+
+
+def trained_in(seconds: float, eval_tokens: int, parameters: int, rate: float, speed: Speed) -> int:
+    """Tokens that a worker trains on in so many seconds, of `rate` a second as timed, with an evaluation at the end."""
+    return int((seconds - beside_seconds(eval_tokens, parameters, speed)) * rate / TRAINING)
+
+
+def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
+    """Expected seconds on one worker of one deployment: the student is loaded, packed and scored."""
+    return eval_tokens / speed.worker_score + _PACKED * parameters + speed.asked
+
+
+def beside_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
+    """Expected seconds of a stretch of training but for its steps."""
+    return evaluation_seconds(eval_tokens, parameters, speed) + _BUILT * parameters
+
+
+def trials_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
+    """Expected seconds of all trials, and of the best one's other deployments.
+
+    Shared out over the workers, but never less than one trial takes to the end, and what follows it.
+    """
+    rows = _rows(demand, speed) / workers.count
+    return max(
+        shared_seconds(demand, speed, trials, tokens) / workers.count,
+        path_seconds(demand, speed, trials, tokens) + rows,
+    )
+
+
+def _rows(demand: Demand, speed: Speed) -> float:
+    """Expected seconds of the best one's other deployments, one after another."""
+    _, full_eval, _ = evaluated_tokens(demand, speed)
+    return (demand.deployments - 1) * evaluation_seconds(full_eval, demand.parameters, speed)
+
+
+def path_seconds(demand: Demand, speed: Speed, trials: int, tokens: int) -> float:
+    """Expected seconds of one trial that passes every rung, or of a baseline where nothing else is trained."""
+    rungs = rung_tokens(tokens, demand.step_tokens) if trials else (tokens,)
+    rung_eval, full_eval, _ = evaluated_tokens(demand, speed)
+    stretches = [(rung - reached, rung == tokens) for rung, reached in zip(rungs, (0, *rungs), strict=False)]
+    return sum(
+        trial_seconds(stretch, full_eval if last else rung_eval, demand.parameters, speed, judged=not last)
+        for stretch, last in stretches
+    )
+
+
+def shared_seconds(demand: Demand, speed: Speed, trials: int, tokens: int) -> float:
+    """Expected seconds of all trials, and of the best one's other deployments, one after another."""
+    rungs = rung_tokens(tokens, demand.step_tokens)
+    keep = kept_at_rungs(trials, len(rungs))
+    rung_eval, full_eval, _ = evaluated_tokens(demand, speed)
+    straight = trial_seconds(tokens, full_eval, demand.parameters, speed, judged=False)
+    further = demand.confirm * confirmed(trials, keep, demand.baselines)
+    total = (demand.baselines + further) * straight
+    for rung, reached, count in zip(rungs, (0, *rungs), (trials, *keep), strict=False):
+        last = rung == tokens
+        eval_tokens = full_eval if last else rung_eval
+        total += count * trial_seconds(rung - reached, eval_tokens, demand.parameters, speed, judged=not last)
+    return total + _rows(demand, speed)

@@ -1,0 +1,397 @@
+"""What a search will spend: trials, rungs and tokens from a short measurement and the time box."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from autodistill.distillation.training.learning_rate import branch_point
+from autodistill.distillation.training.plan import Plan
+from autodistill.errors import InputError
+from autodistill.hardware.budget import Price
+from autodistill.hardware.machine import Machine
+from autodistill.search.algorithms.forks import FEW
+from autodistill.search.algorithms.successive_halving import DECAY, REDUCTION, confirmed, kept_at_rungs, rung_tokens
+from autodistill.search.planning.durations import (
+    CACHING,
+    TRAINING,
+    Demand,
+    Speed,
+    beside_seconds,
+    evaluated_tokens,
+    fixed_seconds,
+    path_seconds,
+    shared_seconds,
+    trained_in,
+    trial_seconds,
+    trials_seconds,
+)
+from autodistill.search.planning.placement import Workers
+from autodistill.units import format_duration
+
+# With fewer optimiser steps than this at full fidelity, strategies cannot be told apart.
+_FEWEST_STEPS = 24
+
+# The first rung, a ninth of these, then still has those.
+ENOUGH_STEPS = _FEWEST_STEPS * REDUCTION**2
+"""Optimiser steps that a trial at full fidelity must keep where steps are made larger for speed."""
+
+WORTH = 1.15
+"""A step of twice as many sequences is worth it where it trains so many times the tokens in a second."""
+
+_LEAST_STEPS = 3
+
+_TRIALS, _FEWEST_TRIALS = 12, 3
+
+# Share of the box that is planned; the rest absorbs a machine that slows down.
+_PLANNED_SHARE = 0.93
+
+EXPLORE = 0.5
+"""Share of the time for training that goes to trials, by default; in the rest the best are trained on."""
+
+WORTHWHILE = 1.25
+"""Nothing is trained on to fewer than so many times the plan's tokens: more than half would go into a second decay."""
+
+# Passes over the data up to which repeating it teaches about as much as new text (Muennighoff et al., 2023,
+# arXiv:2305.16264).
+_PASSES = 4
+
+FURTHER = 2.0
+"""So many times as far as planned the best may be trained on, where trials leave more of the box than was expected."""
+
+
+def step_sequences(rates: Mapping[int, float], steps: Callable[[int], int]) -> int:
+    """How many sequences an optimiser step has, for each process of a trial: one, or more where that is faster.
+
+    The fewest of which twice as many would not be worth it; but no more than leave a trial at full fidelity
+    `ENOUGH_STEPS` steps, so that a rate bought with few steps does not cost what is learnt.
+
+    Args:
+        rates: Training tokens per second by number of sequences, each twice the one before.
+        steps: Optimiser steps of a trial at full fidelity where they have so many sequences.
+    """
+    sizes = sorted(rates)
+    worth = sizes[:1]
+    for small, large in pairwise(sizes):
+        if rates[large] < WORTH * rates[small]:
+            break
+        worth.append(large)
+    return next((size for size in reversed(worth) if steps(size) >= ENOUGH_STEPS), sizes[0])
+
+
+def fewest_tokens(step_tokens: int, asked: int | None = None) -> int:
+    """Training tokens of a trial, in whole steps, where so many are asked for, or else the fewest that are planned."""
+    return max(step_tokens * _LEAST_STEPS, (asked or 0) // step_tokens * step_tokens)
+
+
+def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
+    """Refuses a time box that does not hold the training of the baselines, or of one trial, and all that it needs.
+
+    Raises:
+        InputError: The message has the least time that would do, with a tenth to spare.
+    """
+
+    def holds(box: float) -> bool:
+        asked = replace(demand, box_seconds=box)
+        tokens = fewest_tokens(demand.step_tokens, demand.tokens)
+        _, evaluated, _ = evaluated_tokens(asked, speed)
+        rounds = max(1, math.ceil(demand.baselines / workers.count))
+        training = rounds * trial_seconds(tokens, evaluated, demand.parameters, speed, judged=False)
+        return sum(fixed_seconds(asked, speed, int(demand.longest * tokens)).values()) + training <= box
+
+    if demand.box_seconds is None or holds(demand.box_seconds):
+        return
+    low, high = demand.box_seconds, 2 * demand.box_seconds
+    # What is evaluated grows with the box, but slower, and no further than there are tokens.
+    while not holds(high):
+        low, high = high, 2 * high
+    # A float cannot tell seconds apart beyond 2^53 of them.
+    while high - low > max(1.0, 1e-9 * high):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    least = math.ceil(1.1 * high)
+    remedy = f"--time {least}s" if least < 600 else f"--time {math.ceil(least / 60)}m"
+    less = "" if demand.tokens is None else ", or fewer --tokens"
+    raise InputError(
+        f"a time box of {format_duration(demand.box_seconds)} does not hold the training of "
+        f"{'the baseline' if demand.baselines else 'one trial'} and what goes with it: give {remedy} or more{less}"
+    )
+
+
+def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
+    """Fixes trials, rungs and tokens; `Plan.notes` says what the box could not hold.
+
+    Baseline, evaluation and export are reserved first, and of what is left a share for training the best on. The rest
+    goes to trials: as many tokens at full fidelity as it holds for a dozen trials, at most one pass over the data; then
+    more trials.
+    """
+    notes = []
+    batch = demand.step_tokens
+    most = max(batch, demand.train_tokens // batch * batch)
+    trials = _TRIALS if demand.trials is None else demand.trials
+    if demand.tokens is not None:
+        tokens = fewest_tokens(batch, demand.tokens)
+        if tokens != demand.tokens:
+            notes.append(
+                f"a trial has {tokens:,} tokens and not the {demand.tokens:,} that were asked for: whole optimiser "
+                f"steps of {batch:,}, and {_LEAST_STEPS} of them at least"
+            )
+        if demand.box_seconds is not None and demand.trials is None:
+            trials = _most_trials(demand, speed, workers, tokens)
+    elif demand.box_seconds is None:
+        tokens = min(most, 64 * batch)
+    else:
+        # Trials too short to choose by would leave nothing that is worth training on.
+        least = _FEWEST_STEPS // 2 * batch
+        trials, tokens = _held(demand, speed, workers)
+        if tokens < least:
+            tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
+        # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
+        path, shared = path_seconds(demand, speed, trials, tokens), shared_seconds(demand, speed, trials, tokens)
+        if demand.trials is None and (tokens > most or path > shared / workers.count):
+            trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
+        tokens = max(fewest_tokens(batch), min(tokens, most))
+        if trials < _TRIALS and demand.trials is None:
+            notes.append(f"the box holds {trials} trials; {_TRIALS} are usual: give it more --time")
+        if tokens < _FEWEST_STEPS * batch:
+            notes.append(f"{tokens // batch} optimiser steps a trial hardly tell strategies apart: give it more --time")
+    plan = _build(demand, speed, workers, trials, tokens, tuple(notes))
+    if demand.explore < 1 and plan.longest == 1:
+        # What would be set aside is of no use to the best: trials have all of it.
+        return make_plan(replace(demand, explore=1.0), speed, workers)
+    expected = sum(plan.seconds.values())
+    if demand.box_seconds is not None and expected > demand.box_seconds:
+        short = format_duration(expected - demand.box_seconds)
+        extra = f"the plan is expected to take {short} longer than the box; trials that do not fit will not start"
+        plan = _build(demand, speed, workers, trials, tokens, (*notes, extra))
+    return plan
+
+
+def extend(plan: Plan, trials: int, passed: Sequence[int] = ()) -> Plan:
+    """The plan with another number of trials; tokens and rungs stay, so that all of its trials can be compared.
+
+    Of as many trials it is the very plan, whatever share of them another version let pass its rungs. Trials that went
+    on in time that was left over take no place from those that are added, however good these turn out to be.
+
+    Args:
+        plan: As it was.
+        trials: Of it and what is added to it.
+        passed: How many have gone past each rung but the last; none by default.
+    """
+    if trials == plan.trials:
+        return plan
+    keep = kept_at_rungs(trials, len(plan.rungs))
+    if trials > plan.trials and passed:
+        added = kept_at_rungs(trials - plan.trials, len(plan.rungs))
+        keep = tuple(max(kept, gone + more) for kept, gone, more in zip(keep, passed, added, strict=True))
+    return replace(plan, trials=trials, keep=keep)
+
+
+def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float, explore: float = 1.0) -> int:
+    """How many more trials so many further seconds hold, export and test left out.
+
+    What is not their share goes to training the best on, as long as was planned at most.
+    """
+    usable = seconds * _PLANNED_SHARE - sum(plan.seconds.get(phase, 0.0) for phase in ("workers", "export", "test"))
+    usable -= min((1 - explore) * usable, plan.seconds.get("longer", 0.0))
+    per_trial = 0.0
+    # Of a good many trials the shares that go past each rung are those of `kept_at_rungs`.
+    shares = (1.0, *(kept / 900 for kept in kept_at_rungs(900, len(plan.rungs))))
+    for rung, reached, share in zip(plan.rungs, (0, *plan.rungs), shares, strict=False):
+        last = rung == plan.tokens
+        eval_tokens = plan.eval_tokens if last else plan.rung_eval_tokens
+        per_trial += share * trial_seconds(rung - reached, eval_tokens, parameters, speed, judged=not last)
+    return max(0, int(usable * plan.workers / per_trial))
+
+
+def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int, notes: tuple[str, ...]) -> Plan:
+    rungs = rung_tokens(tokens, demand.step_tokens)
+    rung_eval, full_eval, test = evaluated_tokens(demand, speed)
+    longest, longer = _rest(demand, speed, workers, trials, tokens)
+    data = _data_tokens(demand, tokens, longest)
+    fixed = fixed_seconds(demand, speed, data)
+    seconds = {**fixed, "trials": trials_seconds(demand, speed, workers, trials, tokens)}
+    return Plan(
+        trials=trials,
+        tokens=tokens,
+        rungs=rungs,
+        keep=kept_at_rungs(trials, len(rungs)),
+        sequence_length=demand.sequence_length,
+        batch_tokens=demand.step_tokens,
+        warmup_tokens=min(8 * demand.step_tokens, tokens // 8),
+        decay=DECAY,
+        rung_eval_tokens=rung_eval,
+        eval_tokens=full_eval,
+        test_tokens=test,
+        workers=workers.count,
+        threads=workers.threads,
+        processes=workers.processes,
+        gpus=workers.gpus,
+        bf16=workers.bf16,
+        seed=demand.seed,
+        box_seconds=demand.box_seconds,
+        seconds=seconds | ({"longer": longer} if longer else {}),
+        notes=notes,
+        longest=min(FURTHER * longest, _most_passes(demand)) / tokens if longer else 1.0,
+        alone=workers.alone if longer and speed.alone > speed.worker_train else 0,
+        data_tokens=data if longer else 0,
+    )
+
+
+def _longer(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> tuple[int, float]:
+    """Tokens that the best is trained on to in its share of the time for training, and expected seconds of that."""
+    if demand.box_seconds is None or demand.explore == 1:
+        return tokens, 0.0
+    share = (1 - demand.explore) / demand.explore
+    return _trained_on(demand, speed, tokens, share * trials_seconds(demand, speed, workers, trials, tokens))
+
+
+def _rest(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> tuple[int, float]:
+    """The same in all that a plan of these trials leaves of the box, as they and their tokens are whole numbers."""
+    if demand.box_seconds is None or demand.explore == 1:
+        return tokens, 0.0
+    fixed = sum(fixed_seconds(demand, speed, tokens).values())
+    free = demand.box_seconds * _PLANNED_SHARE - fixed - trials_seconds(demand, speed, workers, trials, tokens)
+    # Every further token is cached as well, once, as far as there are any.
+    caching, training = CACHING / speed.cache, TRAINING / speed.train_on
+    most, seconds = _trained_on(demand, speed, tokens, free * training / (training + caching))
+    data = _data_tokens(demand, tokens, most)
+    if most <= data:
+        return most, seconds
+    return _trained_on(demand, speed, tokens, free - caching * (data - tokens))
+
+
+def _data_tokens(demand: Demand, tokens: int, longest: int) -> int:
+    """Training tokens of the text of a search whose trials have `tokens`, and whose best is trained on to `longest`."""
+    held = int(min(longest, demand.train_tokens, demand.cached_tokens)) // demand.step_tokens * demand.step_tokens
+    return max(tokens, int(demand.longest * tokens), held)
+
+
+def _most_passes(demand: Demand) -> int:
+    """Training tokens beyond which the text has been seen as often as is of use, in whole steps."""
+    text = min(demand.train_tokens, max(demand.tokens or 0, demand.cached_tokens))
+    return int(_PASSES * text) // demand.step_tokens * demand.step_tokens
+
+
+def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tuple[int, float]:
+    """Tokens that a student of so many is trained on to in so many seconds of a worker, and what that takes.
+
+    Its own tokens and 0.0 where that is not worth it.
+    """
+    _, evaluated, _ = evaluated_tokens(demand, speed)
+    branch = branch_point(tokens, DECAY, demand.step_tokens)
+    held = branch + trained_in(seconds, evaluated, demand.parameters, speed.train_on, speed)
+    held = min(held // demand.step_tokens * demand.step_tokens, _most_passes(demand))
+    if held < WORTHWHILE * tokens:
+        return tokens, 0.0
+    return held, TRAINING * (held - branch) / speed.train_on + beside_seconds(evaluated, demand.parameters, speed)
+
+
+def _held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
+    """How many trials the box holds, a dozen at most, and their tokens.
+
+    As many as can be told apart; where not even the fewest trials can, as many as have half of the steps for it.
+    """
+    if demand.trials is not None:
+        return demand.trials, _most_tokens(demand, speed, workers, demand.trials)
+    held = [(trials, _most_tokens(demand, speed, workers, trials)) for trials in range(_TRIALS, _FEWEST_TRIALS - 1, -1)]
+    for steps in (_FEWEST_STEPS, _FEWEST_STEPS // 2):
+        enough = [item for item in held if item[1] >= steps * demand.step_tokens]
+        if enough:
+            return enough[0]
+    return held[-1]
+
+
+def _left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
+    assert demand.box_seconds is not None
+    longest, longer = _longer(demand, speed, workers, trials, tokens)
+    fixed = sum(fixed_seconds(demand, speed, _data_tokens(demand, tokens, longest)).values())
+    training = trials_seconds(demand, speed, workers, trials, tokens) + longer
+    return demand.box_seconds * _PLANNED_SHARE - fixed - training
+
+
+def _most_tokens(demand: Demand, speed: Speed, workers: Workers, trials: int) -> int:
+    """Most tokens at full fidelity that the box holds for so many trials, in whole steps, at least one."""
+    steps = 1
+    ceiling = max(2, demand.train_tokens // demand.step_tokens + 1)
+    low, high = 1, ceiling
+    while low <= high:
+        middle = (low + high) // 2
+        if _left(demand, speed, workers, trials, middle * demand.step_tokens) >= 0:
+            steps, low = middle, middle + 1
+        else:
+            high = middle - 1
+    return steps * demand.step_tokens
+
+
+def _most_trials(demand: Demand, speed: Speed, workers: Workers, tokens: int) -> int:
+    """Most trials that the box holds at so many tokens, at least one and at most a thousand."""
+    low, high, most = 1, 1000, 1
+    while low <= high:
+        middle = (low + high) // 2
+        if _left(demand, speed, workers, middle, tokens) >= 0:
+            most, low = middle, middle + 1
+        else:
+            high = middle - 1
+    return most
+
+
+_FLOAT32 = 4
+
+
+def cost(plan: Plan, machines: Sequence[Machine], price: Price | None) -> dict[str, Any]:
+    """Hours and money as plain data.
+
+    Args:
+        plan: Has the expected seconds by phase.
+        machines: That trials run on, each held from the start to the end; where any has GPUs, those without have none.
+        price: Of an hour of a GPU, or of a machine where there is none; None where no cost is asked for.
+
+    Returns:
+        "machine_hours", of the whole search on all of its machines; "worker_hours", of trials, added over the workers;
+        "gpu_hours", 0 without GPUs; and with a price "price_per_hour", "price_of" ("GPU" or "machine"), "cost",
+        "currency" and "cost_shown".
+    """
+    whole = sum(plan.seconds.values()) / 3600
+    gpus = sum(len(machine.gpus) for machine in machines)
+    held = [machine for machine in machines if machine.gpus] if gpus else machines
+    hours = {
+        "machine_hours": len(held) * whole,
+        "worker_hours": plan.workers * sum(plan.seconds.get(phase, 0.0) for phase in ("trials", "longer")) / 3600,
+        "gpu_hours": gpus * whole,
+    }
+    if price is None:
+        return hours
+    paid = hours["gpu_hours" if gpus else "machine_hours"]
+    return hours | {
+        "price_per_hour": price.amount,
+        "price_of": "GPU" if gpus else "machine",
+        "cost": price.amount * paid,
+        "currency": price.currency,
+        "cost_shown": price.of(paid),
+    }
+
+
+def students_disk(plan: Plan, parameters: int, *, baselines: int, confirm: int) -> dict[str, int]:
+    """What the students that are trained to the end take, each of which is kept in float32.
+
+    Args:
+        plan: How many there are.
+        parameters: Weights of the largest; smaller ones take less.
+        baselines: Strategies that run first.
+        confirm: Further seeds of the best.
+
+    Returns:
+        "students", at most so many, and "students_bytes".
+    """
+    few = min(FEW, plan.keep[-1] if plan.keep else plan.trials) + min(1, baselines)
+    longer = (len(plan.lengths) - 1) * few
+    if plan.longest > 1:
+        # The best alone on the cores of one machine; elsewhere the next best, and the baseline, beside it.
+        longer += 1 if plan.alone else few
+    count = (plan.keep[-1] if plan.keep else plan.trials) + baselines + longer
+    count += confirm * confirmed(plan.trials, plan.keep, baselines)
+    return {"students": count, "students_bytes": count * parameters * _FLOAT32}

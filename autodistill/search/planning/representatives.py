@@ -1,0 +1,67 @@
+"""Few strategies that stand for all of a space in what a search needs for it: outputs of the teacher, or memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from autodistill.strategy.domains import Value
+from autodistill.strategy.space import Dimension, Space
+from autodistill.strategy.strategy import Alignment, Attention, Distillation, Init, Strategy
+
+# What decides the layers that a student has or stands for.
+_LAYERS = ("init", "init.depth", "init.layers", "init.source", "init.model")
+# What decides which outputs of the teacher a strategy reads.
+_SIGNAL = (
+    "distillation",
+    "distillation.signal",
+    "distillation.signal_tokens",
+    "distillation.divergence_weight",
+    "distillation.final_divergence_weight",
+    "distillation.temperature",
+    "distillation.temperature.shape",
+    "distillation.temperature.start",
+    "distillation.temperature.end",
+)
+
+
+def cases(space: Space, paths: Collection[str], teacher_layers: int) -> Iterator[Strategy]:
+    """Strategies with all that `paths` may be, and the baselines; a continuous range is taken layer by layer."""
+    return space.varied(paths, lambda dimension: dimension.domain.grid or _depths(dimension, teacher_layers))
+
+
+def _depths(dimension: Dimension, teacher_layers: int) -> tuple[Value, ...]:
+    """One depth of a continuous range for each number of layers that it can leave."""
+    low, high = (float(value) for value in dimension.domain.corners)
+    inner = (min(max((count + 0.5) / teacher_layers, low), high) for count in range(teacher_layers + 1))
+    return tuple(sorted({low, high, *inner}))
+
+
+def alignment_cases(space: Space, teacher_layers: int) -> tuple[tuple[Init, Alignment], ...]:
+    """Every way of keeping layers and choosing aligned ones that a space and its baselines hold.
+
+    The teacher's hidden states that a search may need follow from it. Other fields of both parts are examples.
+    """
+    aligned = (f"distillation.alignment{name}" for name in ("", ".layers", ".count"))
+    found: dict[tuple[str, str, float, str, str, int], tuple[Init, Alignment]] = {}
+    for strategy in cases(space, {*_LAYERS, *aligned, "distillation"}, teacher_layers):
+        init, alignment = strategy.init, strategy.distillation.alignment
+        if alignment is not None:
+            key = (init.source, init.model, init.depth, init.layers, alignment.layers, alignment.count)
+            found.setdefault(key, (init, alignment))
+    return tuple(found[key] for key in sorted(found))
+
+
+def attention_cases(space: Space, teacher_layers: int) -> tuple[Attention, ...]:
+    """Every choice of the teacher's layer whose attention is followed; other fields are examples."""
+    paths = {"distillation", "distillation.attention", "distillation.attention.teacher_depth"}
+    followed = (strategy.distillation.attention for strategy in cases(space, paths, teacher_layers))
+    found = {attention.teacher_depth: attention for attention in followed if attention is not None}
+    return tuple(found[depth] for depth in sorted(found))
+
+
+def signal_cases(space: Space) -> tuple[Distillation, ...]:
+    """Every source of the teacher's outputs that a space and its baselines hold, at the temperatures' extremes.
+
+    The teacher's outputs that a search may need follow from it. Other fields are examples.
+    """
+    return tuple(dict.fromkeys(strategy.distillation for strategy in space.varied(_SIGNAL)))

@@ -1,0 +1,124 @@
+"""What a teacher allows: sequences, a context, and a budget that some student of a space meets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autodistill.distillation.student.check import check_strategy, student_spec
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimates.fit import cannot_hold, fits, holdable, nearest_miss
+from autodistill.hardware.budget import Budget, DeviceBudget, served
+from autodistill.models.spec import ModelSpec
+from autodistill.strategy.space import Space
+from autodistill.strategy.strategy import Strategy
+
+
+def check_teacher(spec: ModelSpec, space: Space, budget: Budget, sequence_length: int) -> None:
+    """Refuses sequences and a context that the teacher cannot read, and a budget that no student of it meets.
+
+    Args:
+        spec: The teacher's shape.
+        space: Of the students.
+        budget: Of one.
+        sequence_length: Tokens of a training or evaluated sequence.
+
+    Raises:
+        InputError: One of the former two; or no deployment of the space can hold any student.
+        NothingFitsError: Not even the student that needs least fits the budget.
+    """
+    if sequence_length > spec.max_context:
+        raise InputError(
+            f"the teacher reads at most {spec.max_context} tokens at once, and sequences have "
+            f"{sequence_length}: give --sequence-length {spec.max_context} or less"
+        )
+    _check_context(spec, space, budget.context)
+    _check_budget(spec, space, budget)
+
+
+def on_its_device(space: Space, budget: Budget) -> Space:
+    """The space without the deployments whose runtime the budget's device does not have.
+
+    Raises:
+        InputError: None is left.
+    """
+    left = served(space.deployments, budget)
+    if not left and isinstance(budget, DeviceBudget):
+        runtime = space.deployments[0].runtime
+        raise InputError(
+            f"no deployment of the space {space.name} is for this device: {budget.device.lacks(runtime)}; name another "
+            "--device, or give a --space with other deployments"
+        )
+    return space if left == space.deployments else replace(space, deployments=left)
+
+
+def narrowed(space: Space, spec: ModelSpec, budget: Budget) -> Space:
+    """The space without its optional choices, where no student of them fits the budget.
+
+    Args:
+        space: As it was read.
+        spec: The teacher's shape.
+        budget: Of a student.
+    """
+    required = space.required()
+    always = set(required.extremes())
+    added = [student for strategy, student in by_size(space, spec) if strategy not in always]
+    held = (fit.slack for student in added for fit in fits(student, holdable(student, space.deployments), budget))
+    return space if any(slack <= 0 for slack in held) else required
+
+
+def shortest_context(spec: ModelSpec, space: Space) -> tuple[int, str]:
+    """Tokens that the teacher and every pretrained model of a space read, and which of them reads fewest."""
+    models = {strategy.init.model: student for strategy, student in by_size(space, spec) if strategy.init.model}
+    named = [(spec.max_context, "the teacher")]
+    named += [(student.max_context, f"the pretrained {model}") for model, student in models.items()]
+    return min(named, key=lambda one: one[0])
+
+
+def _check_context(spec: ModelSpec, space: Space, context: int) -> None:
+    """Refuses a budget at a context that some student could not be served at."""
+    read, which = shortest_context(spec, space)
+    if context > read:
+        raise InputError(
+            f"{which} has a context of {read} tokens, and the budget is stated at {context}: give --context {read} or "
+            "less, or leave it out"
+        )
+
+
+def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
+    """Refuses a budget that no student meets, not even that which needs least."""
+    students = by_size(space, spec)
+    fitting = {strategy: fits(student, holdable(student, space.deployments), budget) for strategy, student in students}
+    held = {strategy: found for strategy, found in fitting.items() if found}
+    if not held:
+        cause = cannot_hold(students[0][1], space.deployments[0])
+        raise InputError(f"no deployment of the space {space.name} can hold the smallest student: {cause}")
+    # Fewer weights are not always less memory: the KV cache goes with the layers.
+    least = min(held, key=lambda strategy: min(fit.slack for fit in held[strategy]))
+    miss = nearest_miss(held[least], budget)
+    if miss is not None:
+        remedy = (
+            "--latency, or name a faster --device"
+            if miss.limit == "latency"
+            else "--budget, or lower --context" + (" or the streams (--batch, @streams)" if budget.batch > 1 else "")
+        )
+        raise NothingFitsError(
+            f"nothing fits: of the student that needs least ({least.init.describe()}), {miss.said}; raise {remedy}"
+        )
+
+
+def by_size(space: Space, teacher: ModelSpec) -> list[tuple[Strategy, ModelSpec]]:
+    """The extremes of the space that this teacher can be distilled by, and their shapes, the smallest student first.
+
+    Raises:
+        InputError: There is none; the message is that of the first.
+    """
+    found, refused = [], None
+    for strategy in space.extremes():
+        try:
+            check_strategy(strategy, teacher)
+            found.append((strategy, student_spec(strategy, teacher)))
+        except InputError as error:
+            refused = refused or error
+    if not found and refused is not None:
+        raise refused
+    return sorted(found, key=lambda item: item[1].parameters)

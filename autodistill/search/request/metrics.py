@@ -1,0 +1,150 @@
+"""What a request wants measured, and what its search is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autodistill import plugins
+from autodistill.data.task_files import read_tasks
+from autodistill.errors import InputError
+from autodistill.evaluation.base import Evaluator, load_evaluator
+from autodistill.evaluators.tasks.command import NAME as COMMAND
+from autodistill.evaluators.tasks.command import Command, parse_command
+from autodistill.evaluators.tasks.lm_eval import PREFIX, Harness, find_task
+from autodistill.evaluators.tasks.task import evaluator_of
+from autodistill.runs.results.objectives import OBJECTIVES, Objective, objectives_of, parse_objectives
+from autodistill.search.request.request import DEFAULT_METRIC, SearchRequest
+
+# What may rank is measured at every rung, so it must come from the simulated student alone.
+_RANKING = ("scores", "answers", "student")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is measured beside the usual, because a request asks for it.
+
+    Attributes:
+        evaluators: Names of installed ones, and evaluators that a request made.
+        written: The objective for which questions are answered in writing, or "".
+        record: For `search.json`: what they were made from.
+    """
+
+    evaluators: tuple[str | Evaluator, ...]
+    written: str
+    record: Mapping[str, Any]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that whatever evaluates a student reads, or runs, by their paths on this machine."""
+        return tuple(file for item in self.evaluators if isinstance(item, Command | Harness) for file in item.files)
+
+
+def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[Objective, ...]]:
+    """Finds what a request wants measured, and what a search is judged by: what is asked, on resuming what was asked
+    before, or the default metric.
+
+    Args:
+        request: What is asked.
+        known: `search.json` of the run that is resumed; else empty.
+
+    Raises:
+        InputError: A task file, a command, a metric or an objective that cannot be used.
+    """
+    own, record = _own(request, known.get("asked", {}))
+    metric = request.metric
+    if request.objectives is None:
+        before = [one.name for one in objectives_of(known)] if known else []
+        default = COMMAND if record["command"] is not None else DEFAULT_METRIC
+        text = metric if metric is not None else ",".join(before) or default
+    else:
+        text = request.objectives
+    names = [name.strip() for name in text.split(",")]
+    if request.objectives is not None and metric not in (None, names[0]):
+        raise InputError(
+            f"--metric {metric} contradicts --objectives {request.objectives}, whose first one ranks: leave --metric "
+            "out"
+        )
+    own += [find_task(name) for name in names if name.startswith(PREFIX)]
+    made = {name: quantity.direction for item in own for name, quantity in item.measures.items()}
+    installed = _installed([name for name in names if name not in made and not _follows(name)])
+    ways = made | {name: quantity.direction for item in installed for name, quantity in item.measures.items()}
+    if metric is not None and metric not in ways:
+        known_ones = ", ".join(sorted({*made, *(name for item in _ranking() for name in item.measures)}))
+        raise InputError(
+            f"{metric!r} is no metric that can rank; the metrics are {known_ones}, task:NAME of a --task, and "
+            "lm-eval:TASK"
+        )
+    asked = Asked(
+        evaluators=(*(item.name for item in installed), *own),
+        written=next((item.name for item in installed if item.needs == "answers"), ""),
+        record=record,
+    )
+    return asked, parse_objectives(text, ways)
+
+
+def content(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an `Asked.record` measures, wherever its task files lie: the same ones may have moved."""
+    return {name: value for name, value in record.items() if name != "tasks"}
+
+
+def moved(record: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line where the same task files lie elsewhere than before.
+
+    Args:
+        record: As `Asked` has it.
+        before: As the run's `search.json` had it.
+    """
+    now, then = record["tasks"], before.get("tasks", record["tasks"])
+    return () if now == then else (f"the task files are read from {', '.join(now)}; before, from {', '.join(then)}",)
+
+
+def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evaluator], dict[str, Any]]:
+    """The evaluators of task files and of a command, and what they were made from, as `search.json` has it."""
+    files = request.tasks if request.tasks is not None else tuple(map(Path, before.get("tasks", ())))
+    command = request.metric_command or before.get("command")
+    direction = request.metric_direction or before.get("command_direction") or "max"
+    seconds = request.metric_seconds or before.get("command_seconds") or 600.0
+    if command is None and (request.metric_direction or request.metric_seconds):
+        raise InputError("--metric-direction and --metric-timeout are those of a command: give --metric-command")
+    gone = [file for file in files if request.tasks is None and not file.exists()]
+    if gone:
+        raise InputError(
+            f"the run's task file {gone[0]} is not on this machine: give it by --task, wherever it lies now"
+        )
+    tasks = [task for file in files for task in read_tasks(file)]
+    doubled = next((task.name for task in tasks if sum(other.name == task.name for other in tasks) > 1), None)
+    if doubled is not None:
+        raise InputError(f"two of the task files have a task {doubled}: rename one")
+    own: list[Evaluator] = [evaluator_of(task) for task in tasks]
+    if command is not None:
+        own.append(parse_command(command, direction, seconds))
+    return own, {
+        "tasks": [str(file.resolve()) for file in files],
+        "fingerprints": {task.name: task.fingerprint for task in tasks},
+        "command": command,
+        "command_direction": direction,
+        "command_seconds": seconds,
+    }
+
+
+def _follows(name: str) -> bool:
+    """Whether an objective follows from shape and packing, so that no evaluator of students measures it."""
+    return name in OBJECTIVES and not OBJECTIVES[name].trained
+
+
+def _ranking() -> Iterator[Evaluator]:
+    """Every installed evaluator that may rank."""
+    found = (load_evaluator(name) for name in plugins.names("evaluators"))
+    return (item for item in found if item.needs in _RANKING)
+
+
+def _installed(metrics: Sequence[str]) -> list[Evaluator]:
+    """The installed evaluators that measure these; most measure one of their own name. Unknown ones are left out."""
+    names = plugins.names("evaluators")
+    found = [load_evaluator(name) for name in metrics if name in names]
+    found = [item for item in found if item.needs in _RANKING and item.name in item.measures]
+    left = set(metrics) - {name for item in found for name in item.measures}
+    return [*found, *(item for item in (_ranking() if left else ()) if left & set(item.measures))]

@@ -1,0 +1,1 @@
+"""What stands before the first trial: teacher and data loaded, the machine measured."""

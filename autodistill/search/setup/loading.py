@@ -1,0 +1,333 @@
+"""Teacher, data and pretrained models on this machine's disk, and what is known once they are there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.data.chat_template import Template
+from autodistill.data.dataset import Prepared, RenderingInfo, load_split
+from autodistill.data.prepare import prepare
+from autodistill.data.student_template import own_template
+from autodistill.data.tokenization import check_ids, load_tokenizer
+from autodistill.distillation.student.check import check_rendering
+from autodistill.distillation.student.pretrained import token_rows
+from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher, text_files
+from autodistill.distillation.teacher.signals import check_told
+from autodistill.distillation.teacher.stored_grids import StoredAs, stored_as
+from autodistill.errors import InputError
+from autodistill.estimates.fit import cannot_hold, holdable
+from autodistill.estimates.serving_memory import memory
+from autodistill.estimates.training_fit import TeacherFit, TrainingFit, fit_teacher
+from autodistill.export.gguf_tokenizer import spaces
+from autodistill.export.tokenizer_check import cannot_cut
+from autodistill.export.verify import CLEAR_SHARE, ENOUGH_POSITIONS
+from autodistill.hardware.budget import Budget, on_gpu, served
+from autodistill.inference.half_precision import load_held
+from autodistill.models.config import spec_from_config
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.models.spec import ModelSpec
+from autodistill.models.stored_tensors import stored_type
+from autodistill.quantization.formats import get_format
+from autodistill.search.planning.placement import Place, Workers, process_bytes, share_out
+from autodistill.search.planning.representatives import cases, signal_cases
+from autodistill.search.planning.trial_memory import TrialMemory
+from autodistill.search.request.validate import Checked, check_students
+from autodistill.search.setup.training_setup import main_memory, memory_of_trials, planned_for, tokens_of_step
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
+from autodistill.units import format_bytes
+from autodistill.utils.json_files import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Teacher, data and the pretrained models that students may start from, on this machine's disk.
+
+    `renderings` are as `TrialSetting` has them; `templates` says of each model that has a chat template of its own what
+    becomes of it, by the model's reference. `device` is where this process runs models, which of a cluster may be
+    another than its trials' one, and `bf16` whether that computes in bfloat16 itself. `fit_step` says of tokens how an
+    optimiser step of them is trained, and `fit` that of `step_tokens`: what was asked for, is stored, or is the least,
+    until a measurement chooses. `largest` is the student, with its strategy, that a plan is made for: of the space, or
+    where its training fits no machine here, of what can be trained, and `untrained` says so; no student that is trained
+    has more weights than `most_parameters`. `memory` is a trial's. `stored` is of a teacher that is quantised already,
+    and `ranked` says whether its own codes are among the rows.
+    """
+
+    teacher: Teacher
+    data: Prepared
+    spec: ModelSpec
+    workers: Workers
+    device: str
+    bf16: bool
+    threads: int
+    step_tokens: int
+    fit: TrainingFit
+    fit_step: Callable[[int], TrainingFit] = field(repr=False)
+    largest: tuple[Strategy, ModelSpec]
+    most_parameters: int
+    memory: TrialMemory
+    untrained: str
+    teacher_fit: TeacherFit
+    pretrained_models: Mapping[str, Teacher]
+    renderings: Mapping[str, str]
+    templates: Mapping[str, str]
+    caveat: str = ""
+    stored: StoredAs | None = None
+    ranked: str = ""
+
+    @property
+    def pretrained(self) -> Mapping[str, Path]:
+        """The folder of each pretrained model, by its reference."""
+        return {model: found.folder for model, found in self.pretrained_models.items()}
+
+    @property
+    def outputs_of(self) -> str:
+        """What the teacher's outputs are known by."""
+        return self.teacher_fit.of(self.teacher.fingerprint)
+
+    @property
+    def of_teacher(self) -> tuple[str, ...]:
+        """What the figures of a teacher mean that is quantised already, in sentences."""
+        return tuple(filter(None, (self.stored.note, self.ranked))) if self.stored else ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of data, text and templates, in sentences."""
+        caveat = (self.caveat,) if self.caveat else ()
+        return (*self.data.notes, *few_positions(self.data), *caveat, *self.templates.values())
+
+    def teacher_deployments(self, checked: Checked) -> tuple[Deployment, ...]:
+        """Those that the teacher is evaluated under: of the space, and the one that has its own codes."""
+        deployments = checked.space.deployments
+        if self.stored is not None:
+            deployments = served(self.stored.among(deployments), checked.request.budget)
+        return holdable(self.spec, deployments)
+
+    def stepping(self, tokens: int) -> Loaded:
+        """The same with optimiser steps of so many tokens."""
+        return replace(self, step_tokens=tokens, fit=self.fit_step(tokens))
+
+    def load_teacher(self, device: str = "cpu") -> Any:
+        """The teacher, held as it fits and computing in float32."""
+        return load_held(self.teacher.folder, self.teacher_fit.held, device)
+
+
+def load(checked: Checked, place: Place) -> Loaded:
+    """Teacher and data on this machine's disk, and how the machines are shared out.
+
+    Raises:
+        InputError: Data too short, a pretrained model of other tokens, nothing of the space whose training can be made
+            to fit, or no deployment that can hold a student with the teacher's tokenizer.
+        NothingFitsError: None of those that can fits the budget.
+    """
+    request = checked.request
+    _compare_tokens(checked)
+    teacher = materialise(checked.teacher, request.cache)
+    spec = spec_from_config(read_json(teacher.folder / "config.json"))
+    # A run of an earlier version goes on without the row of a teacher's own codes.
+    if checked.stored is None or "stored_as" in checked.stored["teacher"]:
+        teacher, stored = stored_as(checked.teacher, teacher, spec, request.cache)
+    else:
+        stored = None
+    if reason := cannot_cut(teacher.folder, spec.vocabulary):
+        spec = replace(spec, text_not_in_gguf=reason)
+        check_students(checked, spec)
+    length = checked.sequence_length
+    models = {model: materialise(resolve_teacher(model), request.cache) for model in checked.space.models}
+    pretrained = {model: found.folder for model, found in models.items()}
+    rows = {model: token_rows(folder, teacher.folder).numpy() for model, folder in pretrained.items()}
+    own, refused = _own_templates(checked, teacher.folder, pretrained)
+    renderings = {model: template.name for model, template in own.items()}
+    data = prepare(
+        checked.source,
+        teacher.folder,
+        tokenizer_fingerprint(teacher.folder),
+        length,
+        request.cache,
+        templates=tuple(own.values()),
+    )
+    data = replace(data, notes=(*checked.source.notes, *data.notes))
+    for split in data.splits:
+        check_ids(int(load_split(data.folder, split).tokens.max(initial=0)), spec.vocabulary, teacher.name)
+    check_told(signal_cases(checked.space), data.splits["train"].told > 0)
+    _check_sayable(checked, teacher.folder, data, rows, renderings)
+    teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
+    whole = memory_of_trials(place, spec, teacher_fit)
+    step_tokens = tokens_of_step(checked, place)
+    largest, most, fit_step, untrained = planned_for(checked, whole, step_tokens)
+    fit = fit_step(step_tokens)
+    main_bytes = main_memory(checked.space, whole, most, teacher_fit, fit)
+    return Loaded(
+        teacher=teacher,
+        data=data,
+        spec=spec,
+        workers=share_out(place.machines, main_bytes, request.runner, place.share),
+        device="cuda" if place.here.gpus else "cpu",
+        bf16=place.here.bf16,
+        threads=place.here.cpus,
+        step_tokens=step_tokens,
+        fit=fit,
+        fit_step=fit_step,
+        largest=largest,
+        most_parameters=most,
+        memory=replace(
+            whole, share_bytes=process_bytes(place.machines, whole.limit_bytes, main_bytes, request.runner, place.share)
+        ),
+        untrained=untrained,
+        teacher_fit=teacher_fit,
+        pretrained_models=models,
+        renderings=renderings,
+        templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
+        caveat=_caveat(checked, reason, teacher.folder),
+        stored=stored,
+        ranked=_ranked(stored, spec, request.budget),
+    )
+
+
+def _compare_tokens(checked: Checked) -> None:
+    """Refuses pretrained models of another tokenizer before any weight is obtained.
+
+    Raises:
+        InputError: As `token_rows`.
+    """
+    models = checked.space.models
+    if not models:
+        return
+    with text_files(checked.teacher) as teacher:
+        for model in models:
+            with text_files(resolve_teacher(model)) as folder:
+                token_rows(folder, teacher, model)
+
+
+def _own_templates(
+    checked: Checked, teacher: Path, pretrained: Mapping[str, Path]
+) -> tuple[dict[str, Template], dict[str, str]]:
+    """The chat templates of pretrained models that render the data otherwise than the teacher's, and why others are
+    not used, both by the models' references.
+
+    Raises:
+        InputError: A strategy compares what renderings do not have in common.
+    """
+    own, refused = {}, {}
+    conversations = checked.source.conversations
+    for model, folder in pretrained.items() if conversations else ():
+        template, reason = own_template(folder, teacher, conversations)
+        if template is not None:
+            own[model] = template
+        elif reason is not None:
+            refused[model] = (
+                f"{model} learns and is served in the teacher's chat template, as its own cannot be used: {reason}"
+            )
+    if own:
+        paths = {"init", "init.model", "distillation", "distillation.attention"}
+        for strategy in cases(checked.space, paths, 1):
+            check_rendering(strategy, own)
+    return own, refused
+
+
+def _check_sayable(
+    checked: Checked,
+    teacher: Path,
+    data: Prepared,
+    rows: Mapping[str, npt.NDArray[np.int64]],
+    renderings: Mapping[str, str],
+) -> None:
+    """Refuses a pretrained student that is to learn answers with tokens that its frozen table has no rows of.
+
+    Args:
+        checked: Has the space.
+        teacher: Folder of the teacher, whose tokens all are.
+        data: Its answers are learnt.
+        rows: Of each model its row of each of the teacher's tokens, -1 for none.
+        renderings: Of the models that read another one.
+
+    Raises:
+        InputError: Names such a token.
+    """
+    paths = {"init", "init.model", "distillation", "distillation.train_embeddings"}
+    strategies = cases(checked.space, paths, 1)
+    frozen = {one.init.model for one in strategies if one.init.model and not one.distillation.train_embeddings}
+    for model in sorted(frozen):
+        train = load_split(data.folder, "train", renderings.get(model, ""))
+        if train.answers is None or (rows[model] >= 0).all():
+            continue
+        learnt = np.bincount(train.tokens[train.answers], minlength=len(rows[model]))
+        lacking = np.flatnonzero((rows[model] < 0) & (learnt > 0))
+        if len(lacking):
+            token = load_tokenizer(teacher).convert_ids_to_tokens(int(lacking[0]))
+            raise InputError(
+                f"{model} has no {token!r}, which the answers to learn hold {learnt[lacking[0]]:,} times, and with a "
+                "frozen table it could never say it: set distillation.train_embeddings, or choose a model that has it"
+            )
+
+
+def few_positions(data: Prepared) -> tuple[str, ...]:
+    """That an export will be compared with its runtime at fewer positions than are wanted, where data is small."""
+    positions = data.splits["validation"].sequences * (data.sequence_length - 1)
+    clear = math.ceil(CLEAR_SHARE * positions)
+    if clear >= ENOUGH_POSITIONS:
+        return ()
+    return (
+        f"the validation split is small: an export is compared with its runtime at about {clear} clear positions "
+        f"instead of {ENOUGH_POSITIONS} or more, which finds gross faults alone",
+    )
+
+
+def _caveat(checked: Checked, reason: str, teacher: Path) -> str:
+    """What a person must know of GGUF files of this teacher's text, or nothing where the space has none.
+
+    Args:
+        checked: Has the space.
+        reason: Why there can be no such file, if so.
+        teacher: Its folder.
+    """
+    if not any(get_format(one.format).container == "gguf" for one in checked.space.deployments):
+        return ""
+    return f"the space's GGUF deployments are left out: {reason}" if reason else spaces(teacher).caveat
+
+
+def _ranked(stored: StoredAs | None, spec: ModelSpec, budget: Budget) -> str:
+    """Whether a teacher's own codes are ranked beside students; what is predicted of a file that no format stores."""
+    if stored is None:
+        return ""
+    if stored.deployment is not None:
+        name = stored.deployment.name
+        if why := cannot_hold(spec, stored.deployment):
+            return f"the teacher's own codes are not ranked here: {why}"
+        if not served((stored.deployment,), budget):
+            return f"the teacher's own codes are not ranked here: the device has no {stored.deployment.runtime}"
+        return f"the teacher's own codes are ranked beside the students, as teacher-{name}, and need no training"
+    if stored.weights_bytes is None:
+        return ""
+    # Of a file's own bytes the format decides nothing but the runtime.
+    need = memory(
+        spec,
+        Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32),
+        context=budget.context,
+        batch=budget.batch,
+        weights=stored.weights_bytes,
+        on_gpu=on_gpu(budget),
+    ).total_bytes
+    fits = "fits the budget and is a rival" if need <= budget.memory_bytes else "does not fit the budget"
+    return (
+        f"the teacher's file as it is takes {format_bytes(need)} in llama.cpp, as predicted: it {fits}, but is not "
+        "ranked here"
+    )
+
+
+def _told_of(model: str, info: RenderingInfo) -> str:
+    note = (
+        f"{model} reads, and is served in, its own chat template: of its {info.answers:,} answer tokens "
+        f"{info.shared:,} are those of every template in this search, learnt from the teacher and scored; the others "
+        f"are learnt from the text alone; up to their ends, the answers of {info.differing:,} of {info.records:,} "
+        "records are cut into tokens otherwise"
+    )
+    theirs, own = info.ends
+    return note if theirs == own else f"{note}; where the teacher ends an answer with {theirs}, it does with {own}"

@@ -1,0 +1,377 @@
+"""The plan of a search from a short measurement of this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from autodistill.data.dataset import load_split
+from autodistill.distillation.student.build import cut_student
+from autodistill.distillation.teacher.build_cache import writing_rate
+from autodistill.distillation.training.plan import Plan
+from autodistill.errors import InputError, TrialFailedError
+from autodistill.estimates.fit import cannot_hold, fits, holdable
+from autodistill.evaluation.base import Measurement
+from autodistill.evaluation.evaluate import evaluate
+from autodistill.inference.batching import PASS_TOKENS, pass_tokens
+from autodistill.inference.generation import BATCH_ON_ACCELERATOR, answer
+from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
+from autodistill.models.loading import load_model
+from autodistill.models.spec import ModelSpec
+from autodistill.quantization.formats import get_format
+from autodistill.search.planning.durations import Demand, Speed
+from autodistill.search.planning.plan import ENOUGH_STEPS, check_box, make_plan, step_sequences
+from autodistill.search.request.feasibility import by_size
+from autodistill.search.request.validate import Checked
+from autodistill.search.setup.loading import Loaded
+from autodistill.search.setup.teacher_phase import cache_settings, most_cached
+from autodistill.search.setup.throughput import measure_speed, moving_seconds
+from autodistill.strategy.deployment import IN_16_BITS
+from autodistill.strategy.strategy import Strategy
+from autodistill.units import format_bytes
+
+# Share of the time box that one evaluation's tasks may take on a worker, beside the scores of its tokens.
+_ASKED_SHARE = 0.02
+
+# Seconds of the time box where none is given.
+BOX_CPU, BOX_GPU = 600.0, 1800.0
+
+
+def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
+    """Measures this machine for a few seconds and plans for it; `spent` seconds of the box are gone.
+
+    On an accelerator an optimiser step has as many sequences as `step_sequences` finds, unless its size was asked for.
+
+    Raises:
+        InputError: A time box that holds no training at all, a task or command that cannot be used, or memory that
+            holds no pass of the teacher, or no step of the largest student.
+    """
+    request = checked.request
+    all_tokens = loaded.data.splits["train"].sequences * checked.sequence_length
+    # How many tokens a trial may have is not asked where that is fixed and nothing is trained on.
+    cached = all_tokens if request.tokens and checked.explore == 1 else most_cached(checked, loaded)
+    train_tokens = all_tokens if request.tokens else min(all_tokens, cached)
+    students = by_size(checked.space, loaded.spec)
+    init = loaded.largest[0].init
+    box = request.time_seconds
+    if box is None and not ((request.trials or request.strategy) and request.tokens):
+        box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
+
+    def largest(model: Any) -> Any:
+        if init.model:
+            return load_model(loaded.pretrained[init.model], torch.float32)
+        # Which layers and neurons are kept does not bear on speed.
+        return cut_student(model, replace(init, layers="even"), None)[0]
+
+    with _enough_memory(loaded):
+        teacher = loaded.load_teacher()
+        outputs = None if loaded.device == "cpu" else time_outputs(checked, loaded, teacher)
+        speed, rates = measure_speed(
+            teacher,
+            loaded.spec,
+            largest,
+            replace(loaded.workers, bf16=loaded.workers.bf16 and loaded.bf16),
+            loaded.threads,
+            device=loaded.device,
+            sequence_length=checked.sequence_length,
+            checkpointing=loaded.fit.checkpointing,
+            sizes=_sizes(checked, loaded, train_tokens),
+            alone=checked.explore < 1,
+        )
+        if outputs is not None:
+            speed = outputs.into(speed)
+        elif checked.asked.written:
+            # Answering the questions of so many tokens takes about as long again as scoring them.
+            speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
+        speed, share, notes = _time_asked(checked, loaded, teacher, speed, box)
+    demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
+    demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
+    fit = loaded.fit_step(demand.step_tokens)
+    moving = moving_seconds(fit.optimizer_state, loaded.device, loaded.workers.threads)
+    # Each process moves the weights that it has gradients of.
+    speed = speed.with_steps_longer(moving * fit.estimate.gradients_bytes / 4, demand.step_tokens)
+    check_box(demand, speed, loaded.workers)
+    plan = make_plan(demand, speed, loaded.workers)
+    if train_tokens < all_tokens and plan.tokens > train_tokens - demand.step_tokens:
+        notes = (*notes, "the teacher's outputs for more tokens of a trial would not fit --cache-limit")
+    models = (loaded.spec, *(student for _, student in students))
+    left_out = [cannot_hold(model, deployment) for model in models for deployment in checked.space.deployments]
+    plan = replace(
+        plan,
+        notes=(
+            *plan.notes,
+            *([loaded.untrained] if loaded.untrained else []),
+            *_planned_elsewhere(loaded),
+            *stepped,
+            *notes,
+            *filter(None, dict.fromkeys([loaded.teacher_fit.note, *left_out])),
+        ),
+        example_share=share,
+        micro_batch=fit.micro_batch,
+        checkpointing=fit.checkpointing,
+        optimizer_state=fit.optimizer_state,
+        lengths=checked.space.lengths,
+    )
+    return plan, speed
+
+
+@contextmanager
+def _enough_memory(loaded: Loaded) -> Iterator[None]:
+    """Says what teacher and training take, where memory runs out in either.
+
+    Raises:
+        InputError: It has.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        where, more = ("memory", "") if loaded.device == "cpu" else ("the GPU's memory", "a larger --gpus-per-trial, ")
+        raise InputError(
+            f"{where} ran out when this machine was measured: by prediction the teacher takes "
+            f"{format_bytes(loaded.teacher_fit.total_bytes)}, and training the largest student then "
+            f"{format_bytes(loaded.fit.estimate.total_bytes)}: end what else uses it, or choose {more}a lower "
+            "--sequence-length, a smaller teacher, or a space with smaller students"
+        ) from error
+
+
+def _planned_elsewhere(loaded: Loaded) -> tuple[str, ...]:
+    """That the plan, and the teacher, are of another kind of device than trials train on, if that is so."""
+    if loaded.device == loaded.workers.device:
+        return ()
+    here, there = ("CPU", "GPUs") if loaded.device == "cpu" else ("GPU", "CPUs")
+    return (
+        f"trials train on the {there} of other machines, but were planned at the speed of this one's {here}, which "
+        "runs the teacher too: start the search on a machine that has what they have, or fix --trials and --tokens",
+    )
+
+
+def _demand(
+    checked: Checked,
+    loaded: Loaded,
+    students: Sequence[tuple[Strategy, ModelSpec]],
+    *,
+    box_seconds: float | None,
+    spent: float,
+    train_tokens: int,
+    cached: int,
+) -> Demand:
+    """What a plan is made for.
+
+    Args:
+        checked: The request.
+        loaded: Teacher and data.
+        students: Of the space, with their shapes.
+        box_seconds: Time box, or None.
+        spent: Seconds of it that are gone.
+        train_tokens: That a trial may have.
+        cached: Training tokens of which the teacher's outputs may be kept.
+    """
+    splits = loaded.data.splits
+    allowed = [
+        [
+            fit.deployment
+            for fit in fits(student, holdable(student, checked.space.deployments), checked.request.budget)
+            if fit.slack <= 0
+        ]
+        for _, student in students
+    ]
+    return Demand(
+        box_seconds=box_seconds,
+        spent_seconds=spent,
+        trials=0 if checked.request.strategy else checked.request.trials,
+        tokens=checked.request.tokens,
+        baselines=len(checked.space.baselines),
+        teacher_deployments=len(loaded.teacher_deployments(checked)),
+        deployments=max(map(len, allowed)),
+        train_tokens=train_tokens,
+        validation_tokens=splits["validation"].sequences * checked.sequence_length,
+        test_tokens=splits["test"].sequences * checked.sequence_length,
+        parameters=loaded.spec.parameters,
+        seed=checked.seed,
+        ray=checked.request.runner == "ray",
+        sequence_length=checked.sequence_length,
+        step_tokens=loaded.step_tokens,
+        confirm=checked.confirm,
+        longest=max(checked.space.lengths),
+        explore=checked.explore,
+        cached_tokens=cached,
+        exports=max(1, len({get_format(one.format).container == "gguf" for every in allowed for one in every})),
+    )
+
+
+def _sizes(checked: Checked, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:
+    """Sequences of the training steps that are timed: 1 alone on a CPU, where more train no faster.
+
+    On an accelerator, up to as many as memory holds in a pass with what a fit leaves to spare, and as can leave a trial
+    enough steps of so many training tokens.
+    """
+    if "cpu" in (loaded.device, loaded.workers.device):
+        return (1,)
+    if checked.request.step_tokens:
+        # Past the size from which more is not worth it, the rate is that of all.
+        return tuple(sorted({*_doubled(loaded.fit.micro_batch), loaded.fit.micro_batch}))
+    tokens = checked.request.tokens or train_tokens
+    most = min(PASS_TOKENS // checked.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
+
+    def held(size: int) -> bool:
+        try:
+            return loaded.fit_step(size * loaded.step_tokens).micro_batch == size
+        except InputError:
+            # A step of several passes has gradients beside what its last one keeps.
+            return False
+
+    return tuple(size for size in _doubled(max(1, most)) if size == 1 or held(size))
+
+
+def _doubled(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`."""
+    return [2**power for power in range(most.bit_length())]
+
+
+def _with_step(
+    checked: Checked, loaded: Loaded, demand: Demand, speed: Speed, rates: Mapping[int, float]
+) -> tuple[Demand, Speed, tuple[str, ...]]:
+    """The demand with the tokens of an optimiser step, the speed of such steps, and a note where they were chosen."""
+    if len(rates) == 1:
+        return demand, speed, ()
+    if checked.request.step_tokens:
+        return demand, replace(speed, worker_train=rates[max(rates)]), ()
+
+    def stepping(size: int) -> tuple[Demand, Speed]:
+        return replace(demand, step_tokens=size * demand.step_tokens), replace(speed, worker_train=rates[size])
+
+    def steps(size: int) -> int:
+        plan = make_plan(*stepping(size), loaded.workers)
+        return plan.tokens // plan.batch_tokens
+
+    size = step_sequences(rates, steps)
+    measured = ", ".join(f"{rate:,.0f} tokens a second with {count}" for count, rate in rates.items())
+    few = size < step_sequences(rates, lambda _: ENOUGH_STEPS)
+    why = ", and a trial has too few tokens for larger ones" if few else ""
+    note = (
+        f"an optimiser step has {size} sequence{'s' if size > 1 else ''} for each process of a trial: training ran at "
+        f"{measured}{why}; --step-tokens sets another size"
+    )
+    return *stepping(size), (note,)
+
+
+def _time_asked(
+    checked: Checked, loaded: Loaded, teacher: Any, speed: Speed, box: float | None
+) -> tuple[Speed, float, tuple[str, ...]]:
+    """Asks the teacher a few examples of each task, and says how many of them the box pays for at an evaluation.
+
+    Returns:
+        The speed with the seconds of an evaluation; the share of the examples that is read; notes.
+
+    Raises:
+        InputError: A task, or a command, that cannot be used even on the teacher.
+    """
+    asking = [item for item in checked.asked.evaluators if not isinstance(item, str)]
+    if not asking:
+        return speed, 1.0, ()
+    give_back_memory()
+    model = teacher.to(loaded.device)
+    data = load_split(loaded.data.folder, "validation").head(checked.sequence_length)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(loaded.workers.threads)
+    fixed = scaled = 0.0
+    notes = []
+
+    def timed(item: Any, share: float) -> tuple[float, list[Measurement]]:
+        """Seconds that it takes on so much of its examples, and what it finds."""
+        began = time.perf_counter()
+        evaluation, _ = evaluate(
+            model,
+            loaded.spec,
+            IN_16_BITS,
+            data,
+            None,
+            budget=checked.request.budget,
+            evaluators=(item,),
+            device=loaded.device,
+            share=share,
+            tokenizer=loaded.teacher.folder,
+        )
+        return time.perf_counter() - began, list(evaluation.measurements.values())
+
+    try:
+        for item in asking:
+            seconds, found = timed(item, 0.0)
+            counts = [one.detail["of"] for one in found if "of" in one.detail]
+            if counts and loaded.device != "cpu":
+                # There a whole batch takes about as long as the few.
+                seconds, found = timed(item, min(1.0, BATCH_ON_ACCELERATOR / max(counts)))
+            for measurement in found:
+                read, all_of = measurement.detail.get("examples"), measurement.detail.get("of")
+                if all_of is None:
+                    fixed += seconds
+                else:
+                    scaled += seconds * all_of / read
+    except TrialFailedError as error:
+        raise InputError(f"the metric command does not work on the teacher: {error}") from error
+    finally:
+        torch.set_num_threads(threads)
+    share = 1.0 if box is None or not scaled else min(1.0, max(0.0, _ASKED_SHARE * box - fixed) / scaled)
+    if share < 1:
+        notes.append(
+            f"an evaluation reads {share:.0%} of the tasks' examples, 8 at least of each: the box pays for no more; "
+            "give it more --time"
+        )
+    return replace(speed, asked=fixed + scaled * share), share, tuple(notes)
+
+
+# Sequences whose questions are answered: enough of them for a batch, in most data.
+_ANSWERED = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputsPace:
+    """What was timed.
+
+    Attributes:
+        cache: Tokens of the cache per second; None where nothing is cached.
+        answering: Seconds for each validation token whose questions are answered; 0 where none are.
+    """
+
+    cache: float | None
+    answering: float
+
+    def into(self, speed: Speed) -> Speed:
+        """The speed with this in place of what a forward pass alone takes."""
+        return replace(
+            speed,
+            cache=self.cache or speed.cache,
+            score=1 / (1 / speed.score + self.answering),
+            worker_score=1 / (1 / speed.worker_score + self.answering),
+        )
+
+
+def time_outputs(checked: Checked, loaded: Loaded, teacher: Any) -> OutputsPace:
+    """Times both on the first sequences of the data, of which no more is kept than the figures.
+
+    Args:
+        checked: What is asked.
+        loaded: Teacher and data; `loaded.device` is an accelerator.
+        teacher: The model, which is left on that device.
+    """
+    teacher.to(loaded.device)
+    settings = cache_settings(checked.space, loaded.spec, loaded.workers.bf16 and loaded.bf16, None)
+    cache, answering = None, 0.0
+    if not settings.empty:
+        some = load_split(loaded.data.folder, "train").head(pass_tokens(teacher, loaded.device))
+        root = checked.request.cache / "teacher-outputs"
+        cache = writing_rate(teacher, some, settings, root, loaded.device)
+    if checked.asked.written:
+        asked = load_split(loaded.data.folder, "validation").head(_ANSWERED * checked.sequence_length)
+        if asked.questions is not None:
+            began = time.perf_counter()
+            answer(teacher, asked.questions, context=checked.request.budget.context, device=loaded.device)
+            answering = (time.perf_counter() - began) / asked.tokens.size
+    return OutputsPace(cache=cache, answering=answering)

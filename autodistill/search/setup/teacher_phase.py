@@ -1,0 +1,283 @@
+"""The teacher's part of a search: its calibration, cached outputs, scores and rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from autodistill.data.dataset import TokenSet, load_split
+from autodistill.distillation.losses.attention import teacher_layer
+from autodistill.distillation.losses.hidden_states import layer_map
+from autodistill.distillation.student.build import kept_layers
+from autodistill.distillation.teacher.build_cache import ensure_cache
+from autodistill.distillation.teacher.importance import Calibration, ensure_calibration
+from autodistill.distillation.teacher.output_cache import META, CacheSettings
+from autodistill.distillation.training.plan import Plan
+from autodistill.errors import InputError, TrialFailedError
+from autodistill.evaluation.base import Evaluator
+from autodistill.evaluation.evaluate import evaluate
+from autodistill.evaluators.tasks.command import NAME as COMMAND
+from autodistill.evaluators.tasks.command import Command
+from autodistill.hardware.device import Device
+from autodistill.inference.outputs import TeacherReference
+from autodistill.inference.scoring import refer
+from autodistill.models.spec import ModelSpec
+from autodistill.quantization.learned_scales import read_scales
+from autodistill.runs.phase_clock import Clock
+from autodistill.runs.results.differences import paired
+from autodistill.runs.results.make_row import make_row
+from autodistill.runs.results.row import Row, Status, rows_of
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.planning.plan import fewest_tokens
+from autodistill.search.planning.representatives import alignment_cases, attention_cases, signal_cases
+from autodistill.search.request.metrics import Asked
+from autodistill.search.request.validate import Checked
+from autodistill.search.setup.loading import Loaded
+from autodistill.search.worker.messages import TrialSetting
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Space
+from autodistill.units import format_bytes, written_bytes
+from autodistill.utils.clock import now
+
+EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
+
+
+def calibration_file(checked: Checked, loaded: Loaded) -> Path | None:
+    """File of the teacher's calibration, made if a strategy of the space chooses by it."""
+    if not any(strategy.init.selective for strategy in checked.space.extremes()):
+        return None
+    return ensure_calibration(
+        loaded.load_teacher,
+        teacher_fingerprint=loaded.outputs_of,
+        data_fingerprint=loaded.data.fingerprint,
+        data=load_split(loaded.data.folder, "train"),
+        root=checked.request.cache / "calibrations",
+        device=loaded.device,
+    )
+
+
+def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path | None) -> CacheSettings:
+    """What the trials of a space may ask of the teacher's cache, but for what layers are chosen by a calibration that
+    is not there yet.
+    """
+    importance = Calibration.load(calibration) if calibration else None
+    cases = [
+        (kept_layers(init, spec.layers, importance), item)
+        for init, item in alignment_cases(space, spec.layers)
+        if importance is not None or not init.by_influence
+    ]
+    states = {
+        pair.teacher_state
+        for kept, alignment in cases
+        if alignment.count <= len(kept)
+        for pair in layer_map(alignment, kept, spec.layers)
+    }
+    # A layer's attention is computed from its input, the output of the layer before.
+    followed = {teacher_layer(attention, spec.layers) for attention in attention_cases(space, spec.layers)}
+    states |= {layer - 1 for layer in followed if layer > 0}
+    return CacheSettings.for_recipes(signal_cases(space), states, bf16)
+
+
+def check_cache_limit(checked: Checked, loaded: Loaded) -> None:
+    """Refuses a limit that does not hold the outputs for the shortest trials, before anything is measured.
+
+    Raises:
+        InputError: The message has the least that would do.
+    """
+    request, longest = checked.request, max(checked.space.lengths)
+    tokens = fewest_tokens(loaded.step_tokens, request.tokens)
+    length = checked.sequence_length
+    sequences = min(int(longest * tokens) // length, loaded.data.splits["train"].sequences)
+    settings = cache_settings(checked.space, loaded.spec, False, None)
+    need = settings.bytes_of(sequences, length, loaded.spec.vocabulary, loaded.spec.width)
+    if need > request.cache_limit_bytes and not settings.empty:
+        raise InputError(
+            f"the teacher cache needs at least {format_bytes(need)} for trials of {tokens:,} tokens, above its limit "
+            f"of {format_bytes(request.cache_limit_bytes)}: give --cache-limit {written_bytes(need)} or more"
+        )
+
+
+def most_cached(checked: Checked, loaded: Loaded) -> int:
+    """Training tokens of a trial of which the limit holds the teacher's outputs; all there are where none are cached.
+
+    On an accelerator, whose trials may read so many, layers that a calibration chooses are counted too: it is made here
+    where the states of all layers would not do. Elsewhere those are found missing, if ever, once the cache is made.
+    """
+    request, space, spec = checked.request, checked.space, loaded.spec
+    length, sequences = checked.sequence_length, loaded.data.splits["train"].sequences
+    settings = cache_settings(space, spec, loaded.workers.bf16, None)
+    if settings.empty:
+        return sequences * length
+
+    def held(settings: CacheSettings) -> int:
+        one = settings.bytes_of(1, length, spec.vocabulary, spec.width)
+        return min(sequences, request.cache_limit_bytes // one)
+
+    if settings.states and "cpu" not in (loaded.device, loaded.workers.device):
+        every = replace(settings, states=tuple(range(spec.layers)))
+        known = held(every) == sequences
+        settings = every if known else cache_settings(space, spec, settings.bf16, calibration_file(checked, loaded))
+    return int(held(settings) * length / max(space.lengths))
+
+
+def teacher_phase(
+    checked: Checked,
+    loaded: Loaded,
+    plan: Plan,
+    run: RunFolder,
+    clock: Clock,
+    earlier: list[dict[str, Any]],
+) -> TrialSetting:
+    """Caches the teacher's outputs, scores it, and writes its rows under each deployment and in its own codes."""
+    with clock.phase("cache", "calibration"):
+        calibration = calibration_file(checked, loaded)
+    # A machine that only emulates bfloat16, which may take many times as long, makes them in float32 for any trials.
+    settings = cache_settings(checked.space, loaded.spec, plan.bf16 and loaded.bf16, calibration)
+    cache = None if settings.empty else _cache(checked, loaded, settings, plan, run, clock)
+    validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
+    # Only where something is to be scored, and once.
+    teacher = functools.cache(partial(loaded.load_teacher, loaded.device))
+    reference = run.path / "teacher_reference.npz"
+    setting = TrialSetting(
+        teacher=loaded.teacher.folder,
+        teacher_spec=loaded.spec,
+        teacher_reference=reference,
+        teacher_accuracy=_accuracy(teacher, reference, validation, loaded.device, run, clock, earlier),
+        data=loaded.data.folder,
+        cache=cache,
+        checkpoints=run.checkpoints,
+        budget=checked.request.budget,
+        plan=plan,
+        evaluators=_evaluators(checked.asked),
+        metric=checked.metric,
+        direction=checked.direction,
+        device=loaded.device,
+        calibration=calibration,
+        pretrained=loaded.pretrained,
+        held=loaded.teacher_fit.held,
+        renderings=loaded.renderings,
+    )
+    rows = [row for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"]
+    setting = replace(setting, evaluators=_expecting(setting.evaluators, rows, validation))
+    done = {row.deployment_name for row in rows}
+    for deployment in loaded.teacher_deployments(checked):
+        if deployment.name in done:
+            continue
+        with clock.phase("evaluate", f"teacher as {deployment.name}"):
+            row = _teacher_row(teacher(), deployment, setting, validation, checked.device)
+            run.events.append({"event": "row", "row": row.to_json(), "time": now()})
+            setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
+    return setting
+
+
+def _cache(checked: Checked, loaded: Loaded, settings: CacheSettings, plan: Plan, run: RunFolder, clock: Clock) -> Path:
+    """Folder of the teacher's outputs, made if it is not there, which the run holds from then on."""
+    with clock.phase("cache", "teacher cache"):
+        make = partial(
+            ensure_cache,
+            loaded.load_teacher,
+            teacher_fingerprint=loaded.outputs_of,
+            data_fingerprint=loaded.data.fingerprint,
+            data=load_split(loaded.data.folder, "train").head(plan.most_tokens),
+            vocabulary=loaded.spec.vocabulary,
+            width=loaded.spec.width,
+            settings=settings,
+            root=checked.request.cache / "teacher-outputs",
+            limit_bytes=checked.request.cache_limit_bytes,
+            device=loaded.device,
+        )
+        # Another search may make room just between the two.
+        while not run.hold((cache := make()) / META):
+            pass
+    return cache
+
+
+def _accuracy(
+    teacher: Callable[[], Any],
+    reference_file: Path,
+    validation: TokenSet,
+    device: str,
+    run: RunFolder,
+    clock: Clock,
+    earlier: Sequence[Mapping[str, Any]],
+) -> float:
+    """The teacher's accuracy, as it is or as it was scored before; a file has what is kept of it for comparisons."""
+    found = next((event["teacher_accuracy"] for event in earlier if event["event"] == "teacher"), None)
+    if found is not None and reference_file.exists():
+        return float(found)
+    with clock.phase("evaluate", "scoring the teacher"):
+        scores, reference = refer(teacher(), validation, device=device)
+        reference.save(reference_file)
+        accuracy = float(scores.correct.mean())
+        said = {"teacher_accuracy": accuracy, "tokens": len(reference.top1)}
+        run.events.append({"event": "teacher", **said, "time": now()})
+    return accuracy
+
+
+def _evaluators(asked: Asked) -> tuple[str | Evaluator, ...]:
+    return (*EVALUATORS, *(item for item in asked.evaluators if item not in EVALUATORS))
+
+
+def _expecting(
+    evaluators: tuple[str | Evaluator, ...], rows: Sequence[Row], data: TokenSet
+) -> tuple[str | Evaluator, ...]:
+    """The evaluators, of which a command is held to as many scores as it printed for the teacher, in its rows."""
+    found = [paired(row, COMMAND) for row in rows]
+    given = len(data.tokens) if data.questions is None else len(data.questions.entries)
+    counts = [sum(documents["count"]) for documents in found if documents]
+    if not counts:
+        return evaluators
+    return tuple(
+        replace(item, expected=(given, counts[0])) if isinstance(item, Command) else item for item in evaluators
+    )
+
+
+def _teacher_row(
+    model: Any,
+    deployment: Deployment,
+    setting: TrialSetting,
+    validation: TokenSet,
+    served_on: Device | None,
+) -> Row:
+    """The unmodified teacher under one deployment.
+
+    Raises:
+        InputError: It cannot be measured so, by a person's command say.
+    """
+    try:
+        evaluation, _ = evaluate(
+            model,
+            setting.teacher_spec,
+            deployment,
+            validation,
+            TeacherReference.load(setting.teacher_reference),
+            budget=setting.budget,
+            evaluators=setting.evaluators,
+            metric=setting.metric,
+            device=setting.device,
+            scales=read_scales(setting.teacher, deployment),
+            share=setting.plan.example_share,
+            tokenizer=setting.teacher,
+        )
+    except TrialFailedError as error:
+        raise InputError(f"the teacher as {deployment.name} cannot be measured ({error.cause}): {error}") from error
+    return make_row(
+        evaluation,
+        trial="teacher",
+        kind="teacher",
+        name="teacher",
+        strategy=None,
+        spec=setting.teacher_spec,
+        status=Status.COMPLETED,
+        split="validation",
+        budget=setting.budget,
+        plan=setting.plan,
+        train_tokens=0,
+        train_seconds=0.0,
+        seed=setting.plan.seed,
+        device=served_on,
+    )

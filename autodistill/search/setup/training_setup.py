@@ -1,0 +1,172 @@
+"""By which means the trials of a space are trained where they run: one choice for all, made for its largest student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+from autodistill.errors import InputError
+from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
+from autodistill.estimates.training_fit import TeacherFit, Training, TrainingFit, fit_teacher, fit_training
+from autodistill.estimates.training_memory import adapted_tensors
+from autodistill.inference.torch_memory import share_bytes
+from autodistill.models.spec import ModelSpec
+from autodistill.search.planning.placement import Place, train_in_bf16
+from autodistill.search.planning.representatives import cases, signal_cases
+from autodistill.search.planning.trial_memory import TrialMemory, most_demanding
+from autodistill.search.request.feasibility import by_size
+from autodistill.search.request.validate import Checked
+from autodistill.strategy.space import Space
+from autodistill.strategy.strategy import Alignment, Attention, Distillation, Lora, Strategy
+
+
+def memory_of_trials(place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> TrialMemory:
+    """The memory of a process of a trial while no other is beside it on a machine's cores."""
+    limit = _limit_bytes(place)
+    return TrialMemory(
+        limit_bytes=limit,
+        share_bytes=limit,
+        device="cuda" if any(machine.gpus for machine in place.machines) else "cpu",
+        threads=place.share.threads or 1,
+        processes=place.share.processes,
+        bf16=train_in_bf16(place.machines),
+        teacher=spec,
+        held_bytes=teacher_fit.held_bytes,
+    )
+
+
+def _limit_bytes(place: Place) -> int:
+    """Bytes that a process of a trial may take of what is free: of a machine, or its share of a GPU."""
+    gpus = [(gpu.memory_bytes, gpu.usable_bytes) for machine in place.machines for gpu in machine.gpus]
+    if not gpus:
+        return min(machine.usable_bytes for machine in place.machines)
+    return min(share_bytes(total, place.share.gpus, free) for total, free in gpus)
+
+
+def tokens_of_step(checked: Checked, place: Place) -> int:
+    """Tokens of an optimiser step: asked for, stored, or else a sequence for each process, the least there can be.
+
+    Raises:
+        InputError: They do not divide over the processes of a trial.
+    """
+    length, processes = checked.sequence_length, place.share.processes
+    tokens = checked.request.step_tokens or processes * length
+    if checked.stored:
+        tokens = checked.stored["plan"]["batch_tokens"]
+    if tokens % (processes * length):
+        raise InputError(
+            f"a step of {tokens} tokens does not divide over the {processes} processes of a trial: give --step-tokens "
+            f"a multiple of {processes * length}"
+        )
+    return tokens
+
+
+def trainable(checked: Checked, place: Place, line: Callable[[str], None]) -> Checked:
+    """The request without its space's optional choices, where training their students fits no machine here.
+
+    Args:
+        checked: What is asked; of a run that is resumed the choices stay as they were.
+        place: Where it runs.
+        line: Is told of it.
+    """
+    required = checked.space.required()
+    if required is checked.space or checked.stored is not None:
+        return checked
+    length = checked.sequence_length
+    teacher_fit = fit_teacher(checked.spec, stored="float32", sequence_length=length, machine=place.here)
+    memory, step_tokens = memory_of_trials(place, checked.spec, teacher_fit), tokens_of_step(checked, place)
+    try:
+        _training(checked, memory, by_size(checked.space, checked.spec)[-1][1], step_tokens)
+    except InputError as error:
+        line(f"the largest students are left out: {error}")
+        return replace(checked, space=required)
+    return checked
+
+
+def planned_for(
+    checked: Checked, memory: TrialMemory, step_tokens: int
+) -> tuple[tuple[Strategy, ModelSpec], int, Callable[[int], TrainingFit], str]:
+    """The student that a plan is made for, the most weights of any that is trained, how steps of so many tokens train
+    it, and why others are not trained.
+
+    It is the largest, with all that a trial may train it by; where that fits no machine here, it is what takes most of
+    what does, and each strategy is asked for itself once it is proposed.
+
+    Raises:
+        InputError: Nothing of the space can be trained.
+    """
+    length, largest = checked.sequence_length, by_size(checked.space, memory.teacher)[-1]
+    every = partial(_training, checked, memory, largest[1])
+    try:
+        every(step_tokens)
+    except InputError as error:
+        strategy, student, most = most_demanding(checked.space, memory, length, step_tokens // length)
+
+        def one(tokens: int) -> TrainingFit:
+            return memory.fit(strategy, student, length, tokens // length)
+
+        return (strategy, student), most, one, f"what cannot be trained here is rejected when it is proposed: {error}"
+    return largest, largest[1].parameters, every, ""
+
+
+def main_memory(space: Space, memory: TrialMemory, most: int, teacher_fit: TeacherFit, fit: TrainingFit) -> int:
+    """Main memory of a process of a trial: of training and a teacher in it, or by a GPU of teacher and student.
+
+    A student has no more weights than `most`.
+    """
+    if memory.device == "cpu":
+        return fit.total_bytes + memory.beside_bytes(signal_cases(space))
+    stored = (4 if teacher_fit.stored == "float32" else 2) * memory.teacher.parameters
+    return stored + 4 * most + TRAINING_PROCESS_BYTES
+
+
+def _training(checked: Checked, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:
+    """How the largest student of the space is trained where trials run, in steps of so many tokens.
+
+    Raises:
+        InputError: It cannot be.
+    """
+    space, spec, length = checked.space, memory.teacher, checked.sequence_length
+    training = Training(
+        spec=largest,
+        sequence_length=length,
+        sequences=step_tokens // length,
+        teacher=spec,
+        alignments=_alignments(space, spec),
+        lora=_lora(space, spec, largest),
+        train_embeddings=any(recipe.train_embeddings for recipe in _recipes(space, spec, "train_embeddings")),
+        processes=memory.processes,
+        bf16=memory.bf16,
+        on_grid=_on_grid(space, spec),
+        device=memory.device,
+        threads=memory.threads,
+    )
+    return fit_training(training, memory.limit_bytes - memory.beside_bytes(signal_cases(space)))
+
+
+def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillation]:
+    """Of the space, with all that these fields may be."""
+    paths = {"distillation", *(f"distillation.{name}" for name in fields)}
+    return (strategy.distillation for strategy in cases(space, paths, spec.layers))
+
+
+def _on_grid(space: Space, spec: ModelSpec) -> bool:
+    """Whether a trial of the space may be trained on a grid."""
+    return any(strategy.finishing is not None for strategy in cases(space, {"finishing"}, spec.layers))
+
+
+def _lora(space: Space, spec: ModelSpec, student: ModelSpec) -> Lora | None:
+    """The low-rank changes of a trial that take most memory; None where a trial trains the weights themselves."""
+    found = {recipe.lora for recipe in _recipes(space, spec, "lora", "lora.rank", "lora.layers")}
+    changes = [lora for lora in found if lora is not None]
+    if len(changes) < len(found):
+        return None
+    return max(changes, key=lambda lora: lora.rank * sum(sum(item.shape) for item in adapted_tensors(student, lora)))
+
+
+def _alignments(space: Space, spec: ModelSpec) -> set[tuple[Alignment | None, Attention | None]]:
+    """All that a trial of the space may align, as far as its memory depends on it."""
+    fields = ("", ".layers", ".count", ".projection", ".rank", ".kind")
+    recipes = _recipes(space, spec, *(f"{part}{name}" for part in ("alignment", "attention") for name in fields))
+    return {(recipe.alignment, recipe.attention) for recipe in recipes}

@@ -1,0 +1,131 @@
+"""One piece of work of a trial on a worker: what it is given, and how it may end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autodistill.distillation.training.fsdp import Sharding
+from autodistill.distillation.training.trainer import StepRecord
+from autodistill.errors import TrialFailedError
+from autodistill.evaluation.early_stopping import Bar
+from autodistill.inference.torch_memory import TooManyAtOnce
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.failures import explained
+from autodistill.search.worker.messages import RungReport, TrialTask
+from autodistill.search.worker.trial import Trial
+from autodistill.strategy.deployment import Deployment
+from autodistill.utils.clock import Moment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Work for one worker: take a trial to a rung, or evaluate its trained student under one more deployment.
+
+    Attributes:
+        task: Which trial.
+        rung: To be reached, or that the student stands at.
+        deployment: To be evaluated; None where the trial is trained.
+        keep: Whether the student is kept as this rung judges it, which is done where no trial reaches the end.
+        until: When a trial that is trained on past the plan is to be trained: it then ends short of
+            its length. None for all of its length.
+        threads: CPU threads that the worker has for this, where nothing else runs; 0 for as many as ever.
+        bar: What the trial must reach at the rung to go on, as those before it stand there; None for no such.
+    """
+
+    task: TrialTask
+    rung: int
+    deployment: Deployment | None = None
+    keep: bool = False
+    until: Moment | None = None
+    threads: int = 0
+    bar: Bar | None = None
+
+
+def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport | None:
+    """Does what a worker was assigned; of several processes the first one has the report.
+
+    Raises:
+        TrialFailedError: Whatever went wrong in this trial.
+        OutOfTime: As `on_step` raises it.
+        TooManyAtOnce: Several processes are to begin again with fewer sequences at once.
+    """
+    try:
+        # What is kept at the end of a time box is all that there is, and is not given back for its end.
+        trial = Trial(bench, assignment.task, (lambda _: None) if assignment.keep else on_step)
+        if assignment.deployment is not None:
+            first = bench.sharding is None or bench.sharding.rank == 0
+            return trial.evaluate(assignment.deployment) if first else None
+        with _threads(assignment.threads):
+            return trial.run(assignment.rung, keep=assignment.keep, until=assignment.until, bar=assignment.bar)
+    except (OutOfTime, TooManyAtOnce):
+        raise
+    except Exception as error:  # a fault of one trial never ends a search
+        raise explained(error) from error
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many CPU threads in this process, for a while; as many as before where that is 0."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def attempt(work: Callable[[], RungReport | None]) -> dict[str, Any]:
+    """The outcome of some work as plain data: "report", or "failure" with its cause and what it said.
+
+    Work that ran out of time has neither; that of several processes, which are to begin again, has "fewer": with how
+    many sequences at once.
+    """
+    try:
+        return {"report": work()}
+    except OutOfTime:
+        return {}
+    except TooManyAtOnce as error:
+        return {"fewer": error.fewer}
+    except TrialFailedError as error:
+        return {"failure": (error.cause, str(error))}
+
+
+def attempted(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> dict[str, Any]:
+    """The outcome of an assignment, as `attempt` gives it; without a report also "trained": on so many tokens."""
+    steps = 0
+
+    def count(record: StepRecord) -> None:
+        nonlocal steps
+        steps += 1
+        on_step(record)
+
+    outcome = attempt(lambda: work(bench, assignment, count))
+    return outcome if "report" in outcome else outcome | {"trained": steps * bench.setting.plan.batch_tokens}
+
+
+class OutOfTime(Exception):
+    """The time box ended while a trial trained; the trial is given back, not failed."""
+
+
+def step_guard(deadline: Moment | None, sharding: Sharding | None = None) -> Callable[[StepRecord], None]:
+    """A callback for `Trial` that raises `OutOfTime` after the first step past `deadline`, if there is one.
+
+    Of several processes all raise after the same step, whatever their clocks say.
+    """
+
+    def guard(record: StepRecord) -> None:
+        """Raises `OutOfTime` where this step, or that of any process, ended past the deadline."""
+        if deadline is None:
+            return
+        late = deadline.left < 0
+        if sharding is not None:
+            late = sharding.sum({"late": float(late)})["late"] > 0
+        if late:
+            raise OutOfTime
+
+    return guard

@@ -1,0 +1,100 @@
+"""What a warm worker keeps from trial to trial, and whether it has what a strategy needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from autodistill.data.dataset import TokenSet, fingerprint_of, load_split
+from autodistill.distillation.losses.attention import TeacherBlock, teacher_layer
+from autodistill.distillation.losses.hidden_states import layer_map
+from autodistill.distillation.student.check import check_rendering
+from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
+from autodistill.distillation.teacher.signals import LiveTeacher, check_told
+from autodistill.distillation.training.fsdp import Sharding
+from autodistill.errors import InputError
+from autodistill.inference.half_precision import load_held
+from autodistill.inference.outputs import TeacherReference
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.search.worker.messages import TrialSetting
+from autodistill.strategy.strategy import Init, Strategy
+
+
+@dataclass
+class Workbench:
+    """What a warm worker keeps from trial to trial: data and cache, mapped into memory, what validation is held to, and
+    what of the teacher its trials have needed: it, or layers of it. `sharding` is of the processes
+    that train one trial together, each at a bench of its own.
+    """
+
+    setting: TrialSetting
+    sharding: Sharding | None = None
+    train: TokenSet = field(init=False)
+    validation: TokenSet = field(init=False)
+    cache: TeacherCache | None = field(init=False)
+    teacher: LiveTeacher = field(init=False)
+    reference: TeacherReference = field(init=False)
+    _blocks: dict[int, TeacherBlock] = field(init=False, default_factory=dict)
+    _splits: dict[tuple[str, str], TokenSet] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        torch.set_num_threads(self.setting.plan.threads)
+        keep_freed_memory()
+        setting = self.setting
+        self.cache = TeacherCache(setting.cache, fingerprint_of(setting.data)) if setting.cache else None
+        self.teacher = LiveTeacher(setting.teacher, setting.device, setting.plan.bf16, setting.held)
+        # A cache over more sequences may be shared; this search trains on what its own plan needs.
+        self.train = self.read("train").head(self.setting.plan.most_tokens)
+        self.validation = self.read("validation")
+        self.reference = TeacherReference.load(self.setting.teacher_reference)
+
+    def read(self, split: str, init: Init | None = None) -> TokenSet:
+        """A split as a student reads it, or without one the teacher."""
+        key = split, self.setting.rendering(init)
+        if key not in self._splits:
+            self._splits[key] = load_split(self.setting.data, *key)
+        return self._splits[key]
+
+    def teacher_block(self, layer: int) -> TeacherBlock:
+        """One layer of the teacher, in float32 on the trials' device."""
+        if layer not in self._blocks:
+            model = load_held(self.setting.teacher, self.setting.held)
+            self._blocks[layer] = TeacherBlock(model, layer, self.setting.device)
+        return self._blocks[layer]
+
+    def check(self, strategy: Strategy, kept: tuple[int, ...]) -> None:
+        """Refuses a strategy that needs what the cache, or the data, lack.
+
+        Args:
+            strategy: What is to be trained.
+            kept: Teacher layer that each layer of its student is, or stands for.
+
+        Raises:
+            InputError: Says what is lacking.
+        """
+        recipe, layers = strategy.distillation, self.setting.teacher_spec.layers
+        check_rendering(strategy, self.setting.renderings)
+        check_told([recipe], self.train.told is not None)
+        pairs = layer_map(recipe.alignment, kept, layers) if recipe.alignment else ()
+        states = {pair.teacher_state for pair in pairs}
+        if recipe.attention:
+            states.add(teacher_layer(recipe.attention, layers) - 1)
+        needed = CacheSettings.for_recipes([recipe], states, self.setting.plan.bf16)
+        held = self.cache.settings if self.cache else CacheSettings(top_k=0, temperatures=())
+        lacking = held.lacks(needed)
+        if lacking:
+            raise InputError(
+                f"the teacher cache lacks {', '.join(lacking)}, which the strategy reads: make the cache of a space "
+                "that holds this strategy"
+            )
+
+    def held_out(self, tokens: int, init: Init | None = None) -> tuple[TokenSet, TeacherReference]:
+        """The first validation sequences that hold `tokens` tokens, and what is kept of the teacher for them.
+
+        Args:
+            tokens: Of the sequences.
+            init: Of the student that is to read them; None for one that reads what the teacher does.
+        """
+        data = self.read("validation", init).head(tokens)
+        return data, self.reference.head(data.predicted)

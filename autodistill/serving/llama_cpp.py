@@ -1,0 +1,273 @@
+"""Runs an exported GGUF file in llama.cpp, in a process of its own, and reads what its log says of memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from autodistill.errors import InputError, MissingDependencyError, VerificationError
+from autodistill.hardware.process_memory import peak_memory
+from autodistill.serving.json_child import JsonChild
+
+_CHILD = Path(__file__).with_name("llama_cpp_child.py")
+_BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
+# The last of them.
+_COMPUTED = re.compile(r"compute buffer size")
+_TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)", re.MULTILINE)
+_LOG_SECONDS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What llama.cpp wrote after a prompt.
+
+    Attributes:
+        tokens: Ids of the tokens written, an end token included.
+        text: The same as text, without special tokens.
+        prompt_tokens: Tokens of the prompt that were computed, those already in the context left out.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buffers:
+    """Bytes that llama.cpp says it took, over all devices; it states them to a hundredth of a MiB."""
+
+    model_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    output_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Their sum."""
+        return self.model_bytes + self.kv_bytes + self.compute_bytes + self.output_bytes
+
+
+class LlamaServer:
+    """A GGUF file loaded in llama.cpp, for use in a `with` statement.
+
+    llama.cpp runs in a child process: it cannot take the caller down, gives its memory back, and its log is read whole.
+    The child ends with the `with` block, or with the caller, whatever the caller's end. Its threads spin while they
+    wait for each other: a latency is measured alone, on as many cores as threads; beside other work one thread is the
+    fastest.
+
+    Args:
+        path: The file.
+        context: Tokens of context of each sequence; llama.cpp rounds it up to a multiple of 256.
+        threads: CPU threads.
+        parallel: Sequences that it makes room for.
+        kv_type: What keys and values are held in: "f16", "q8_0" or "q4_0".
+        whole_cache: Whether layers with a sliding window keep all tokens' keys and values. Otherwise a prompt that goes
+            on from the one before is read from its beginning while it is shorter than the window.
+
+    Raises:
+        MissingDependencyError: xllamacpp is not installed.
+        VerificationError: On entry, the file could not be loaded; later, the runtime died or refused a request. The
+            message has llama.cpp's own words.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        context: int,
+        threads: int,
+        parallel: int = 1,
+        kv_type: str = "f16",
+        *,
+        whole_cache: bool = False,
+    ) -> None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise MissingDependencyError("running a GGUF file needs xllamacpp: pip install xllamacpp")
+        for name, value in (("context", context), ("threads", threads), ("parallel", parallel)):
+            if value < 1:
+                raise InputError(f"llama.cpp needs {name} of at least 1, not {value}")
+        self._path = path
+        self._settings = {
+            "path": str(path.resolve()),
+            "context": context,
+            "threads": threads,
+            "parallel": parallel,
+            "kv_type": kv_type,
+            "whole_cache": whole_cache,
+        }
+
+    def __enter__(self) -> Self:
+        # OpenMP settings are those of the caller's torch, or of its scheduler.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+        failure = f"llama.cpp could not load {self._path.name}"
+        self._child = JsonChild(_CHILD, self._settings, environment, failure, _last_words)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._child.stop()
+
+    def complete(
+        self, tokens: Sequence[int], max_tokens: int, *, reuse: bool = False, ignore_end: bool = False
+    ) -> Completion:
+        """Continues a prompt with the most likely tokens.
+
+        Args:
+            tokens: The prompt's ids.
+            max_tokens: Tokens to write at most; an end token stops earlier.
+            reuse: Whether what the context already holds of the prompt may be kept, and the rest alone be computed.
+            ignore_end: Whether end tokens are never chosen.
+        """
+        (result,) = self._ask(tokens, max_tokens, cache_prompt=reuse, ignore_eos=ignore_end, return_tokens=True)
+        written, computed = result["__verbose"], result["timings"]["prompt_n"]
+        return Completion(tokens=tuple(written["tokens"]), text=written["content"], prompt_tokens=computed)
+
+    def next_token(self, tokens: Sequence[int]) -> int:
+        """The most likely token after a prompt.
+
+        Of a prompt that begins like the one before, only the rest is computed.
+        """
+        return self.complete(tokens, 1, reuse=True).tokens[0]
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """The ids that llama.cpp cuts a text into, what begins every text included; names of special tokens count."""
+        (answer,) = self._exchange({"prompt": text, "text": text})
+        return tuple(answer["tokens"])
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> float:
+        """Reads prompts that arrive at once, with nothing of them in the context before.
+
+        Args:
+            prompts: As many as are served in parallel, at most.
+
+        Returns:
+            Seconds until the last of them has its first token.
+        """
+        self._streams = [[int(token) for token in prompt] for prompt in prompts]
+        began = time.perf_counter()
+        self._post(max_tokens=1, cache_prompt=False)
+        return time.perf_counter() - began
+
+    def step(self) -> float:
+        """Adds a token to each of the streams that were begun; which one does not matter to the time.
+
+        A request that goes on from the context by one token costs what a decoding step costs. (A stream of tokens would
+        state the same times, but ends at one that is no valid text.)
+
+        Returns:
+            Seconds that the step took, by llama.cpp's own clock.
+        """
+        for stream in self._streams:
+            stream.append(stream[-1])
+        return float(self._post(max_tokens=1, cache_prompt=True)["timings"]["prompt_ms"]) / 1e3
+
+    def _post(self, **options: Any) -> dict[str, Any]:
+        """All streams in one request, each in a slot of its own."""
+        prompts = self._streams if len(self._streams) > 1 else self._streams[0]
+        (result,) = self._exchange({"prompt": prompts, "temperature": 0, "ignore_eos": True, **options})
+        return result
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether a GPU holds weights."""
+        devices = {device for device, kind, _ in _BUFFER.findall(self._child.log()) if kind == "model"}
+        return any(map(_of_gpu, devices))
+
+    def used_seconds(self) -> float:
+        """CPU seconds that llama.cpp and this process have used."""
+        return self._child.used_seconds()
+
+    def peak_bytes(self) -> int:
+        """The most memory that llama.cpp took at a time: of its process, less what its interpreter held before."""
+        return peak_memory(self._child.pid) - int(self._child.ready["interpreter_bytes"])
+
+    def buffers(self, *, on_gpu: bool | None = None) -> Buffers:
+        """The memory that the log states.
+
+        Args:
+            on_gpu: As `parse_buffers` takes it.
+
+        Raises:
+            VerificationError: The log names no model or compute buffer.
+        """
+        # llama.cpp writes its log in a thread of its own, which may lag behind the model.
+        ends, before = time.monotonic() + _LOG_SECONDS, ""
+        while (log := self._child.log()) != before or not _COMPUTED.search(log):
+            if time.monotonic() > ends:
+                break
+            before = log
+            time.sleep(0.05)
+        found = parse_buffers(log, on_gpu=on_gpu)
+        if found.compute_bytes == 0:
+            raise VerificationError(f"llama.cpp's log names no compute buffer for {self._path.name}")
+        return found
+
+    def _ask(self, tokens: Sequence[int], max_tokens: int, **options: Any) -> list[dict[str, Any]]:
+        prompt = [int(token) for token in tokens]
+        return self._exchange({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options})
+
+    def _exchange(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        chunks: list[dict[str, Any]] = self._child.ask(request, f"llama.cpp died while it ran {self._path.name}")
+        for chunk in chunks:
+            if "error" in chunk:
+                count = len(request["prompt"])
+                raise VerificationError(f"llama.cpp refused a prompt of {count}: {chunk['error']['message']}")
+        return chunks
+
+
+def _of_gpu(device: str) -> bool:
+    """Whether a buffer lies in a GPU's memory; what a GPU reads in the machine's is called CUDA_Host and so on."""
+    return not device.startswith(("CPU", "AMX")) and not device.endswith("_Host")
+
+
+def parse_buffers(log: str, *, on_gpu: bool | None = None) -> Buffers:
+    """Reads the buffers from llama.cpp's log.
+
+    A model may have several model and KV buffers, which add up. Compute and output buffers may be reserved again, so
+    that the last line of each device holds.
+
+    Args:
+        log: All of it.
+        on_gpu: Whether those of GPUs alone count, or those of main memory alone; all do by default.
+
+    Raises:
+        VerificationError: The log states no model buffer.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    last: dict[tuple[str, str], float] = {}
+    stated = _BUFFER.findall(log)
+    for device, kind, size in stated:
+        if on_gpu is not None and _of_gpu(device) != on_gpu:
+            continue
+        if kind in ("model", "KV"):
+            sums[kind] += float(size)
+        else:
+            last[kind, device] = float(size)
+    if not any(kind == "model" for _, kind, _ in stated):
+        raise VerificationError("llama.cpp's log states no buffer sizes: install the xllamacpp version that this needs")
+    for (kind, _), size in last.items():
+        sums[kind] += size
+    sizes = {kind: round(sums[kind] * 2**20) for kind in ("model", "KV", "compute", "output")}
+    return Buffers(
+        model_bytes=sizes["model"],
+        kv_bytes=sizes["KV"],
+        compute_bytes=sizes["compute"],
+        output_bytes=sizes["output"],
+    )
+
+
+def _last_words(log: str) -> str:
+    """The errors that llama.cpp logged, or else the log's last line."""
+    errors = [(match["said"] or match["abort"]).strip() for match in _TROUBLE.finditer(log)]
+    if errors:
+        return "; ".join(errors[:2])
+    lines = log.strip().splitlines()
+    return lines[-1].strip() if lines else "it left no log"

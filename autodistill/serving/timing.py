@@ -1,0 +1,273 @@
+"""How long a served student takes: first tokens by prompt, later ones by streams, and what disturbed the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from autodistill.errors import InputError
+from autodistill.hardware.background_load import Noise, Watch
+from autodistill.hardware.budget import LatencyLimit
+from autodistill.hardware.machine import detect, machine_name
+from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.serving.python_server import PythonServer
+from autodistill.units import count_of
+
+# By how much the medians of rounds may differ, relative to their median, before their figures are doubted.
+_SPREAD = 0.15
+_WARM_STEPS = 4
+
+
+class Server(Protocol):
+    """A student in its runtime, as far as it is timed."""
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether a GPU runs it."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> float:
+        """Seconds until each of the prompts has its first token."""
+        ...
+
+    def step(self) -> float:
+        """Seconds of one more token in each stream."""
+        ...
+
+    def used_seconds(self) -> float:
+        """CPU seconds used so far."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """The most memory at a time."""
+        ...
+
+
+def serve(path: Path, runtime: str, *, context: int, threads: int, parallel: int) -> Server:
+    """The artefact in its runtime, for use in a `with` statement.
+
+    Raises:
+        MissingDependencyError: The runtime is not installed.
+        InputError: No runtime of that name is known here.
+    """
+    if runtime == "llama.cpp":
+        return LlamaServer(path, context, threads, parallel, whole_cache=True)
+    return PythonServer(path, runtime, context, threads, parallel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is timed.
+
+    Attributes:
+        prompts: Lengths whose first token is timed at one stream.
+        prompt: Of answers.
+        decoded: Tokens of an answer, the first included.
+        streams: Numbers of sequences at once, the first being 1.
+        rounds: Answers that count, after a short one that warms up.
+    """
+
+    prompts: tuple[int, ...] = (16, 64, 256)
+    prompt: int = 64
+    decoded: int = 48
+    streams: tuple[int, ...] = (1,)
+    rounds: int = 3
+
+    def within(self, context: int) -> Load:
+        """The same as far as a context holds it."""
+        decoded = min(self.decoded, max(2, context // 2))
+        room = max(1, context - decoded)
+        prompts = tuple(dict.fromkeys(min(prompt, room) for prompt in self.prompts))
+        return replace(self, prompts=prompts, prompt=min(self.prompt, room), decoded=decoded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streams:
+    """Times at one number of streams.
+
+    Attributes:
+        streams: Sequences at once, whose prompts arrive together.
+        prompt: Tokens of each prompt.
+        first_ms: Time until the last stream has its first token, of each round.
+        step_ms: Of each decoding step of all rounds.
+        spread: Largest less smallest median step of a round, over their median.
+    """
+
+    streams: int
+    prompt: int
+    first_ms: tuple[float, ...]
+    step_ms: tuple[float, ...]
+    spread: float
+
+    def tpot_ms(self, percentile: float) -> float:
+        """A percentile of the time of a token after the first."""
+        return float(np.percentile(self.step_ms, percentile))
+
+    def ttft_ms(self, percentile: float) -> float:
+        """A percentile of the time to the first token."""
+        return float(np.percentile(self.first_ms, percentile))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all streams together, in decoding."""
+        return self.streams * 1e3 / float(np.mean(self.step_ms))
+
+    @property
+    def behind(self) -> int:
+        """Tokens that a decoding step has behind it on average: the prompt, and half of the answer."""
+        return self.prompt + len(self.step_ms) // len(self.first_ms) // 2
+
+    @property
+    def answer_ms(self) -> float:
+        """Median time of a whole answer: its first token and all that follow in its round."""
+        steps = np.array(self.step_ms).reshape(len(self.first_ms), -1).sum(axis=1)
+        return float(np.median(np.array(self.first_ms) + steps))
+
+    def to_json(self) -> dict[str, Any]:
+        """Percentiles and rates as plain data."""
+        figures = {f"tpot_p{one}_ms": self.tpot_ms(one) for one in (50, 95, 99)}
+        figures |= {f"ttft_p{one}_ms": self.ttft_ms(one) for one in (50, 95)}
+        return {
+            "streams": self.streams,
+            "prompt_tokens": self.prompt,
+            "decoded_tokens": len(self.step_ms),
+            "behind_tokens": self.behind,
+            "tokens_per_second": self.tokens_per_second,
+            "answer_ms": self.answer_ms,
+            "spread": self.spread,
+            **figures,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What was timed, where and how.
+
+    Attributes:
+        runtime, machine: The engine, and what ran it.
+        threads, context: CPU threads, and the context that the runtime made room for.
+        first_ms: Time to the first token of each round, by tokens of the prompt, at one stream.
+        loads: Times by number of streams, the first of one stream.
+        noise: What disturbed it.
+        peak_bytes: The most memory that the runtime had at a time.
+    """
+
+    runtime: str
+    machine: str
+    threads: int
+    context: int
+    first_ms: Mapping[int, tuple[float, ...]]
+    loads: tuple[Streams, ...]
+    noise: Noise
+    peak_bytes: int
+
+    @property
+    def alone(self) -> Streams:
+        """The times at one stream."""
+        return self.loads[0]
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the figures are doubtful, in words: a busy machine, or rounds that differ."""
+        wide = [
+            f"rounds at {count_of(one.streams, 'stream')} differ by {one.spread:.0%}"
+            for one in self.loads
+            if one.spread > _SPREAD
+        ]
+        return (*self.noise.doubts, *wide)
+
+    def seconds(self, limit: LatencyLimit) -> float:
+        """What is held against a limit: its percentile of the times at its number of streams.
+
+        Raises:
+            InputError: That number was not timed.
+        """
+        for load in self.loads:
+            if load.streams == limit.streams:
+                found = load.tpot_ms if limit.quantity == "tpot" else load.ttft_ms
+                return found(limit.percentile) / 1e3
+        raise InputError(f"{limit.streams} streams were not timed, so {limit.name} is not known")
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return {
+            "runtime": self.runtime,
+            "machine": self.machine,
+            "threads": self.threads,
+            "context": self.context,
+            "ttft_ms": {str(prompt): float(np.median(times)) for prompt, times in self.first_ms.items()},
+            "loads": [load.to_json() for load in self.loads],
+            **asdict(self.noise),
+            "doubts": list(self.doubts),
+        }
+
+
+def time_serving(path: Path, runtime: str, load: Load, *, vocabulary: int, context: int, threads: int) -> Timed:
+    """Times an artefact in its runtime, after warming up.
+
+    Args:
+        path: A GGUF file, or a folder.
+        runtime: "llama.cpp", "transformers" or "vllm".
+        load: What is timed; prompts that the context does not hold are shortened.
+        vocabulary: Entries of it: prompts are its first ids in turn, since times do not depend on them.
+        context: Tokens of each sequence.
+        threads: CPU threads.
+
+    Raises:
+        VerificationError: The runtime cannot load the artefact.
+    """
+    load = load.within(context)
+    server = serve(path, runtime, context=context, threads=threads, parallel=max(load.streams))
+    with server:
+        server.begin([_prompt(load.prompts[0], vocabulary, 0)])
+        server.step()
+        with Watch(threads, server.used_seconds) as watch:
+            first = {
+                length: tuple(1e3 * server.begin([_prompt(length, vocabulary, 0)]) for _ in range(load.rounds))
+                for length in load.prompts
+            }
+            loads = tuple(_rounds(server, load, streams, vocabulary) for streams in load.streams)
+        accelerated, peak = server.accelerated, server.peak_bytes()
+    return Timed(
+        runtime=runtime,
+        machine=machine_name(detect(), accelerated=accelerated),
+        threads=threads,
+        context=context,
+        first_ms=first,
+        loads=loads,
+        noise=watch.noise,
+        peak_bytes=peak,
+    )
+
+
+def _rounds(server: Server, load: Load, streams: int, vocabulary: int) -> Streams:
+    """A few tokens that warm up, and the rounds that count."""
+    prompts = [_prompt(load.prompt, vocabulary, stream) for stream in range(streams)]
+    first, steps = [], []
+    server.begin(prompts)
+    for _ in range(_WARM_STEPS):
+        server.step()
+    for _ in range(load.rounds):
+        first.append(1e3 * server.begin(prompts))
+        steps.append([1e3 * server.step() for _ in range(load.decoded - 1)])
+    medians = [float(np.median(times)) for times in steps]
+    return Streams(
+        streams=streams,
+        prompt=load.prompt,
+        first_ms=tuple(first),
+        step_ms=tuple(time for times in steps for time in times),
+        spread=(max(medians) - min(medians)) / float(np.median(medians)),
+    )
+
+
+def _prompt(length: int, vocabulary: int, stream: int) -> list[int]:
+    """Ids that differ between streams from the first on, so that none finds another's in the context."""
+    return [(stream + 7 * index) % vocabulary for index in range(length)]

@@ -1,0 +1,1 @@
+"""What is searched: strategies, deployments, and the spaces that hold them."""

@@ -1,0 +1,64 @@
+"""How a student is stored and served: a packing, and the runtime that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from autodistill.models.tensors import TensorSpec
+from autodistill.quantization.formats import Packing, get_format
+from autodistill.utils.plain_dataclass import Part, check, check_choice
+
+# vLLM computes each of these sets of layers as one matrix, which has one storage.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment(Packing, Part):
+    """How a trained student is packed and served.
+
+    The fields of `Packing` say how it is packed.
+
+    Attributes:
+        runtime: The engine that serves it: "llama.cpp", "vllm" or "transformers".
+    """
+
+    runtime: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(f"the runtime of {self.name}", self.runtime, serving(self))
+
+    def check_model(self, tensors: Iterable[TensorSpec]) -> None:
+        """Refuses a model that cannot be packed, or not be served so.
+
+        Raises:
+            InputError: As `Packing.check_model`; or vLLM would compute kept and quantised layers as one matrix.
+        """
+        tensors = tuple(tensors)
+        super().check_model(tensors)
+        if self.runtime != "vllm" or not self.keep:
+            return
+        storages = {tensor.name: self.storage(tensor) for tensor in tensors}
+        for first, *others in _FUSED:
+            for name in storages:
+                for other in others:
+                    twin = name.replace(f".{first}.weight", f".{other}.weight")
+                    check(
+                        storages[name] == storages[twin],
+                        f"vLLM computes {', '.join((first, *others))} as one: keep all of them or none",
+                    )
+
+
+def serving(packing: Packing) -> tuple[str, ...]:
+    """The engines that serve a packing, the usual one first.
+
+    Any engine reads a format, but vLLM has had kernels for 4 and 8 bits only, with zero points for 4 bits.
+    """
+    runtimes = get_format(packing.format).runtimes
+    kernels = packing.bits in (4, 16) or (packing.bits == 8 and packing.symmetric)
+    return runtimes if kernels or packing.container != "compressed-tensors" else ("transformers",)
+
+
+IN_16_BITS = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+"""What holds any student, and what a teacher is always scored under beside the student's own."""

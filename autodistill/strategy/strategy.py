@@ -1,0 +1,468 @@
+"""`Strategy` and its parts: how one student is made, what each field means, and which may stand together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+from autodistill.quantization.formats import Packing
+from autodistill.utils.hashing import content_hash
+from autodistill.utils.plain_dataclass import Part, check, check_choice
+
+# Choices of layers that a calibration of the teacher makes.
+_BY_INFLUENCE = ("influence", "block-influence")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init(Part):
+    """How the student's weights begin.
+
+    Fractions are of the teacher's sizes; `autodistill.distillation.student.shapes` rounds them.
+
+    Attributes:
+        source: "teacher" copies parts of the teacher; "scratch" draws new weights in these proportions of the teacher;
+            "pretrained" takes `model` as it is, and its own chat template where that differs from the teacher's.
+        model: Reference of a smaller pretrained model with the teacher's tokens, as for a teacher; else empty.
+        depth: Fraction of the teacher's layers that are kept, rounded down, at least one layer.
+        layers: "even" keeps layers spread evenly from the first to the last; "contiguous" keeps the first ones and the
+            last, dropping one block of late layers; "influence" drops the block of neighbouring layers that turns the
+            hidden states least (Gromov et al., arXiv 2403.17887); "block-influence" drops, wherever they stand between
+            the first and the last, the layers each of which turns them least (Men et al., arXiv 2403.03853). The last
+            three are for the teacher's own layers alone.
+        ffn: Fraction of each layer's FFN neurons.
+        heads: Fraction of each layer's attention heads, in whole groups that share keys and values.
+        width: Fraction of the hidden channels.
+    """
+
+    source: str = "teacher"
+    model: str = ""
+    depth: float = 0.8
+    layers: str = "even"
+    ffn: float = 1.0
+    heads: float = 1.0
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("init.source", self.source, ("teacher", "scratch", "pretrained"))
+        check_choice("init.layers", self.layers, ("even", "contiguous", *_BY_INFLUENCE))
+        check(0 < self.depth <= 1, f"init.depth is a fraction of the teacher's layers above 0, not {self.depth}")
+        for name in ("ffn", "heads", "width"):
+            value = getattr(self, name)
+            check(0 < value <= 1, f"init.{name} is a fraction of the teacher's above 0, not {value}")
+        pretrained = self.source == "pretrained"
+        check(pretrained == (self.model != ""), "init.model names a model where init.source is pretrained, else none")
+        whole = (self.depth, self.ffn, self.heads, self.width) == (1, 1, 1, 1)
+        check(whole or not pretrained, "a pretrained model is taken whole: set init.depth (and every fraction) to 1")
+        chosen = self.layers != "even"
+        check(self.source == "teacher" or not chosen, 'init.layers is "even" where they are not the teacher\'s')
+
+    @property
+    def by_influence(self) -> bool:
+        """Whether it depends on the teacher's activations which layers are kept."""
+        return self.layers in _BY_INFLUENCE
+
+    @property
+    def selective(self) -> bool:
+        """Whether it depends on the teacher's activations what is kept."""
+        whole = (self.ffn, self.heads, self.width) == (1, 1, 1)
+        return self.source == "teacher" and (not whole or self.by_influence)
+
+    def describe(self) -> str:
+        """The init in a few words, for a table."""
+        if self.source == "pretrained":
+            return f"from {self.model}"
+        kept = f"{_percent(self.depth)} {self.layers if self.source == 'teacher' else 'from scratch'}"
+        fractions = {name: getattr(self, name) for name in ("ffn", "heads", "width")}
+        return " ".join([kept, *(f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1)])
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.4g}%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temperature(Part):
+    """The temperature of the divergence over the plan's tokens.
+
+    A step has that of the middle of its tokens: of N steps the first and the last are 1/(2N) of the way from the ends.
+
+    Attributes:
+        shape: "constant" (at `start`), "linear", "cosine" or "exponential" from `start` to `end`.
+        start: Temperature before the first token.
+        end: Temperature at the plan's last token, and beyond; equal to `start` where the shape is constant.
+    """
+
+    shape: str = "constant"
+    start: float = 1.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("temperature.shape", self.shape, ("constant", "linear", "cosine", "exponential"))
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            check(0.5 <= value <= 8, f"temperature.{name} must lie in 0.5 to 8, not {value}")
+        constant = self.shape == "constant"
+        check(
+            not constant or self.start == self.end,
+            "a constant temperature has temperature.end equal to its start: leave the end out, in a space by "
+            "`when: {distillation.temperature.shape: [linear, cosine, exponential]}`",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment(Part):
+    """Which hidden states of the student follow which of the teacher, and how.
+
+    A student layer copied from teacher layer g(j) aims at what the teacher feeds its layer g(j+1); the last student
+    layer aims at the teacher's last state. In a student that was not copied from the teacher, a layer aims at the state
+    of the same relative depth.
+
+    Attributes:
+        layers: "last" for the last `count` student layers, "even" for `count` of them spread evenly, the last one
+            included, or "all".
+        count: Number of aligned student layers; 1 where `layers` is "all".
+        distance: "cosine", 2 - 2 cos of the angle, which is the mean squared difference of states that both have a root
+            mean square of 1; or "l2", the mean squared difference over the mean square of the teacher's state, which
+            asks for the teacher's size as well.
+        projection: Map from the student's states to the teacher's width: "none" (equal widths only), "linear" (what
+            is also called a 1x1 convolution over the sequence), "low-rank" (two linear maps through `rank` channels),
+            "mlp" (linear, GELU, linear).
+        rank: Inner width of the low-rank projection; 0 for the others.
+        weight: Factor of the alignment loss, which is of the size of 1 at the start.
+        balance: Whether the alignment loss is first brought to the size of the logit loss, by both of the step before.
+        projection_rate: Learning rate of the projections over that of the student.
+    """
+
+    layers: str = "last"
+    count: int = 1
+    distance: str = "cosine"
+    projection: str = "none"
+    rank: int = 0
+    weight: float = 1.0
+    balance: bool = False
+    projection_rate: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_choice("alignment.layers", self.layers, ("last", "even", "all"))
+        check_choice("alignment.distance", self.distance, ("cosine", "l2"))
+        check_choice("alignment.projection", self.projection, ("none", "linear", "low-rank", "mlp"))
+        check(self.count >= 1, f"alignment.count must be at least 1, not {self.count}")
+        check(self.layers != "all" or self.count == 1, 'alignment.layers "all" counts by itself: leave count at 1')
+        low_rank = self.projection == "low-rank"
+        check(low_rank == (self.rank > 0), "alignment.rank is above 0 for the low-rank projection and 0 for others")
+        check(self.weight > 0, f"alignment.weight must be above 0, not {self.weight}: for none, leave alignment out")
+        check(self.projection_rate > 0, f"alignment.projection_rate must be above 0, not {self.projection_rate}")
+
+    @property
+    def name(self) -> str:
+        """Short readable name of the layers, like "last", "last-2", "even-4" or "all"."""
+        return self.layers if self.count == 1 and self.layers != "even" else f"{self.layers}-{self.count}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Part):
+    """How the attention of the student's last layer follows that of one layer of the teacher.
+
+    Attributes:
+        kind: "maps" compares where each head attends to, head by head (equal head counts only); "relations" compares
+            queries with queries, keys with keys and values with values (MiniLMv2, arXiv 2012.15828; any head counts).
+        relation_heads: Heads that the relations are taken in, which divide the widths of queries, keys and values of
+            both models; 0 for maps.
+        teacher_depth: Which layer of the teacher: the last one within this fraction of its depth. The paper takes the
+            last one of 12, and 19 or 21 of 24 (0.8 or 0.88).
+        weight: Factor of the attention loss.
+        balance: Whether the attention loss is first brought to the size of the logit loss, by both of the step before.
+    """
+
+    kind: str = "maps"
+    relation_heads: int = 0
+    teacher_depth: float = 1.0
+    weight: float = 1.0
+    balance: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("attention.kind", self.kind, ("maps", "relations"))
+        relations = self.kind == "relations"
+        check(
+            relations == (self.relation_heads > 0), "attention.relation_heads is above 0 for relations and 0 for maps"
+        )
+        depth = self.teacher_depth
+        check(0 < depth <= 1, f"attention.teacher_depth is a fraction of the teacher's layers above 0, not {depth}")
+        check(self.weight > 0, f"attention.weight must be above 0, not {self.weight}: for none, leave attention out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Part):
+    """Low-rank changes that are trained in place of the student's weights, and merged into them (arXiv:2106.09685).
+
+    Weights W [out, in] are frozen; W + (alpha / rank) B A is what the student computes with. Nothing else is trained
+    but the embedding table where `train_embeddings` says so. In a finishing the merged weight is what is rounded.
+
+    Attributes:
+        rank: Of B [out, rank] and A [rank, in], below the smaller side of every adapted matrix.
+        alpha: The change's factor, times the rank.
+        layers: Adapted matrices of each block: "attention", "ffn" or "all".
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    layers: str = "all"
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, f"lora.rank must be at least 1, not {self.rank}: to train all weights, leave lora out")
+        check(self.alpha > 0, f"lora.alpha must be above 0, not {self.alpha}")
+        check_choice("lora.layers", self.layers, ("attention", "ffn", "all"))
+
+
+_PLAIN_DIVERGENCES = ("forward_kl", "reverse_kl")
+
+_MIXED_DIVERGENCES = ("jsd", "skew_forward_kl", "skew_reverse_kl", "taid")
+
+_SPARSE_SIGNALS = ("top-k", "sampled")
+
+_FULL_SIGNALS = ("states", "online")
+
+_WRITTEN = "written"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Part):
+    """How the student learns from the teacher.
+
+    Attributes:
+        divergence: "forward_kl" or "reverse_kl" between teacher and student; "jsd", the generalised Jensen-Shannon
+            divergence; "skew_forward_kl" or "skew_reverse_kl", to a mixture that keeps the divergence finite; "taid",
+            forward KL from a target that moves from the student to the teacher.
+        mixture: Between 0 and 1 for those that mix, 0 for plain KL: beta of "jsd", the teacher's share in the mixture;
+            alpha of a skew KL, the share of its first distribution; where "taid" starts, the teacher's share.
+        divergence_weight: Share of the divergence in the logit loss, 0 to 1; cross-entropy has the rest.
+        final_divergence_weight: The share at the plan's last token, reached linearly, of which a step has that in the
+            middle of its tokens; None where it stays.
+        temperature: Its schedule.
+        standardise: Whether each row of logits is divided by its standard deviation before the temperature.
+        signal: Where the teacher's outputs come from: "top-k", its `signal_tokens` likeliest tokens from the cache;
+            "sampled", tokens from the cache found by `signal_tokens` draws, up to temperature 1; "states", all tokens,
+            from the cached last hidden states and the teacher's head; "online", all tokens, from the teacher run
+            beside the student; "written", the likeliest tokens that whoever wrote the answers told with them
+            (`autodistill write --top-k`), at temperature 1 alone, and cross-entropy where nothing was told.
+        signal_tokens: Above 0 for "top-k", where as many as the teacher has, or more, are all of them, and "sampled"; 0
+            for the others.
+        positions: Predicted tokens that are learnt: "answers", those that the data mark as such, or all where they mark
+            none; "all"; or "uncertain", the share of the first whose predictions by the student have the most entropy
+            (alignments take all of the first).
+        uncertain_share: Share of each sequence's tokens that are "uncertain", below 1; 1 for other positions.
+        alignment: Hidden-state alignment, or None.
+        attention: Attention alignment, or None.
+        learning_rate: Peak rate of AdamW.
+        train_embeddings: Whether the embedding table is trained; a frozen one keeps the teacher's and trains faster.
+        lora: Low-rank changes that are trained in place of the weights, or None.
+    """
+
+    divergence: str = "forward_kl"
+    mixture: float = 0.0
+    divergence_weight: float = 0.5
+    final_divergence_weight: float | None = None
+    temperature: Temperature = Temperature()
+    standardise: bool = False
+    signal: str = "top-k"
+    signal_tokens: int = 64
+    positions: str = "answers"
+    uncertain_share: float = 1.0
+    alignment: Alignment | None = None
+    attention: Attention | None = None
+    learning_rate: float = 3e-4
+    train_embeddings: bool = False
+    lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("distillation.divergence", self.divergence, _PLAIN_DIVERGENCES + _MIXED_DIVERGENCES)
+        mixes = self.divergence in _MIXED_DIVERGENCES
+        check(
+            0 < self.mixture < 1 if mixes else self.mixture == 0,
+            f"distillation.mixture must lie between 0 and 1 for {', '.join(_MIXED_DIVERGENCES)} and be 0 for "
+            f"{' and '.join(_PLAIN_DIVERGENCES)}, not {self.mixture} for {self.divergence}",
+        )
+        for name in ("divergence_weight", "final_divergence_weight"):
+            weight = getattr(self, name)
+            check(weight is None or 0 <= weight <= 1, f"distillation.{name} must lie in 0 to 1, not {weight}")
+        rate = self.learning_rate
+        check(0 < rate < 1, f"distillation.learning_rate must lie between 0 and 1, not {rate}")
+        self._check_signal()
+        check_choice("distillation.positions", self.positions, ("all", "answers", "uncertain"))
+        share, uncertain = self.uncertain_share, self.positions == "uncertain"
+        check(
+            0 < share < 1 if uncertain else share == 1,
+            f"distillation.uncertain_share must lie between 0 and 1 for uncertain positions and be 1 for others, "
+            f"not {share}",
+        )
+
+    def _check_signal(self) -> None:
+        check_choice("distillation.signal", self.signal, (*_SPARSE_SIGNALS, *_FULL_SIGNALS, _WRITTEN))
+        sparse, tokens = self.signal in _SPARSE_SIGNALS, self.signal_tokens
+        check(
+            tokens > 0 if sparse else tokens == 0,
+            f"distillation.signal_tokens must be above 0 for {' and '.join(_SPARSE_SIGNALS)} and 0 for "
+            f"{' and '.join(_FULL_SIGNALS)}, which have all tokens, and {_WRITTEN}, which has those that were told, "
+            f"not {tokens} for {self.signal}",
+        )
+        full = f"use the signal {' or '.join(_FULL_SIGNALS)}"
+        check(
+            self.signal != "sampled" or self.divergence == "forward_kl",
+            f"distillation.divergence is {self.divergence}, of which sampled tokens give no unbiased estimate: {full}",
+        )
+        coldest, hottest = sorted((self.temperature.start, self.temperature.end))
+        check(
+            self.signal != _WRITTEN or coldest == hottest == 1,
+            f"distillation.temperature goes from {self.temperature.start:g} to {self.temperature.end:g}, but writers "
+            f"tell their log-probabilities at 1, and the share of the tokens left out at no other: leave it at 1, or "
+            f"{full}",
+        )
+        check(
+            self.signal != "sampled" or hottest <= 1,
+            f"distillation.temperature goes up to {hottest:g}, but tokens are drawn at 1, and above it their weights "
+            f"have no bound: {full}, or a temperature of at most 1",
+        )
+        check(
+            not self.standardise or self.signal in _FULL_SIGNALS,
+            f"distillation.standardise needs the deviation of all logits, which {self.signal} lacks: {full}",
+        )
+
+    @property
+    def weighs_teacher(self) -> bool:
+        """Whether the divergence has a weight above 0 at any time."""
+        return max(self.divergence_weight, self.final_divergence_weight or 0.0) > 0
+
+    def approximation(self, vocabulary: int) -> str | None:
+        """What the logit loss is in place of the divergence that is named, or None where it is that divergence.
+
+        That is so of all tokens, and of draws in the mean. Of fewer of the likeliest tokens it never is, at any
+        temperature: with 64 of them forward KL at 1 cost students of SmolLM2-135M 1.49 ± 0.34% of perplexity, where 50
+        draws cost 0.52 ± 0.12% (benchmarks/reports/2026-11-26-cache-quality.md).
+
+        Args:
+            vocabulary: Tokens of teacher and student. Those that writers told are taken to be fewer: how many they are
+                differs from place to place.
+        """
+        if not self.weighs_teacher or self.signal not in ("top-k", _WRITTEN):
+            return None
+        if self.signal == "top-k" and self.signal_tokens >= vocabulary:
+            return None
+        tokens = "the tokens told" if self.signal == _WRITTEN else f"{self.signal_tokens} tokens"
+        return f"{self.divergence} of {tokens} and the rest as one outcome: a lower bound"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finishing(Packing, Part):
+    """The grid on which the last stage trains, with weights rounded to it in the forward pass (QAT).
+
+    The fields of `Packing` say which grid, and which weights stay off it.
+
+    Attributes:
+        scales: "absmax" derives a group's scale from its weights in every step, as its container's own tools do, or for
+            K-quants by least squares; "learned" trains it (LSQ, arXiv:1902.08153), and the export packs with what was
+            learned.
+        start: Share of the decay, 0 to below 1, after which the weights go on the grid.
+    """
+
+    scales: str = "absmax"
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.bits < 16, "finishing trains on a quantised grid: for a 16-bit student, leave finishing out")
+        check_choice("finishing.scales", self.scales, ("absmax", "learned"))
+        check(0 <= self.start < 1, f"finishing.start is a share of the decay, 0 to below 1, not {self.start}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy(Part):
+    """How one student is made: init, distillation, optional finishing. No deployment, no token count, no seed."""
+
+    init: Init = Init()
+    distillation: Distillation = Distillation()
+    finishing: Finishing | None = None
+
+    def __post_init__(self) -> None:
+        check(
+            self.init.source != "scratch" or self.distillation.train_embeddings,
+            "a student from scratch has an embedding table that means nothing yet: set distillation.train_embeddings",
+        )
+        check(
+            self.init.source != "scratch" or self.distillation.lora is None,
+            "a student from scratch has weights that mean nothing yet, and lora changes weights a little: leave it out",
+        )
+
+    def describe(self) -> str:
+        """The strategy in one line, for a table: strategies that differ have different lines."""
+        return ", ".join(
+            [
+                self.init.describe(),
+                *_of_outputs(self.distillation),
+                *_of_states(self.distillation),
+                *([f"QAT {self.finishing.name}", *_besides(self.finishing, _IN_NAMES)] if self.finishing else []),
+            ]
+        )
+
+    @cached_property
+    def id(self) -> str:
+        """Content hash, the same wherever the same strategy is written."""
+        return content_hash(self.to_json())
+
+    @cached_property
+    def stable_id(self) -> str:
+        """Content hash of the stages before finishing, whose checkpoint strategies may share."""
+        return content_hash({"init": self.init.to_json(), "distillation": self.distillation.to_json()})
+
+
+def _of_outputs(recipe: Distillation) -> list[str]:
+    """How the outputs are learnt; forward KL is called KD, of which most recipes consist."""
+    temperature = recipe.temperature
+    heat = f"T{temperature.start:g}"
+    if temperature.shape != "constant":
+        heat += f">{temperature.end:g} {temperature.shape}"
+    loss = "KD" if recipe.divergence == "forward_kl" else recipe.divergence.replace("_", " ")
+    loss += f"({recipe.mixture:g})" if recipe.mixture else ""
+    words = [f"{loss} {_share(recipe.divergence_weight)}"]
+    if recipe.final_divergence_weight is not None:
+        words[0] += f">{_share(recipe.final_divergence_weight)}"
+    words[0] += f" {heat}"
+    if (recipe.signal, recipe.signal_tokens) != (Distillation.signal, Distillation.signal_tokens):
+        words.append(f"signal {recipe.signal}" + (f" {recipe.signal_tokens}" if recipe.signal_tokens else ""))
+    told = ("divergence", "mixture", "divergence_weight", "final_divergence_weight", "temperature", "signal")
+    beside = ("signal_tokens", "learning_rate", "alignment", "attention", "lora")
+    return [*words, f"lr {recipe.learning_rate:g}", *_besides(recipe, (*told, *beside))]
+
+
+def _of_states(recipe: Distillation) -> list[str]:
+    """Which states and attention are followed, and whether by low-rank changes."""
+    words = []
+    if one := recipe.alignment:
+        words.append(" ".join([f"{one.name} {one.projection} x{one.weight:g}", *_besides(one, _IN_ALIGNMENT)]))
+    if other := recipe.attention:
+        words.append(" ".join([f"attention {other.kind} x{other.weight:g}", *_besides(other, ("kind", "weight"))]))
+    if recipe.lora:
+        lora = recipe.lora
+        words.append(" ".join([f"LoRA {lora.rank}", *_besides(lora, ("rank",))]))
+    return words
+
+
+_IN_ALIGNMENT = ("layers", "count", "projection", "weight")
+
+_IN_NAMES = tuple(field.name for field in fields(Packing))
+
+
+def _share(value: float) -> str:
+    """A share with two digits, or as many as it has."""
+    return max(f"{value:.2f}", f"{value:g}", key=len)
+
+
+def _besides(part: Part, told: Collection[str]) -> list[str]:
+    """What nothing else tells of a part: its fields that are not as they are by default."""
+    words = []
+    for field in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, field.name)
+        if field.name not in told and value != field.default:
+            name = field.name.replace("_", " ")
+            words.append(name if value is True else f"{name} {value if isinstance(value, str) else format(value, 'g')}")
+    return words

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of models: JSON and YAML files, event log, locks, hashes, storage, timeouts."""

@@ -1,0 +1,125 @@
+"""An append-only log of events, readable after a kill at any byte."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from autodistill.errors import AutoDistillError, InputError
+from autodistill.utils.durable import sync
+from autodistill.utils.json_files import plain_json, read_plain, strict_json
+
+
+class EventLog:
+    """An append-only file of events, one line of strict JSON each.
+
+    Reading never changes the file. Appending locks the file for that moment, so several processes may append.
+
+    Args:
+        path: The file; made by the first `append`.
+        check: Holds each event that is read to what it must have; raises `InputError`.
+    """
+
+    def __init__(self, path: Path, check: Callable[[Mapping[str, Any]], None] = lambda event: None) -> None:
+        self.path = path
+        self._holds = check
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Writes one event and syncs it to the disk; returns once it will outlive a crash.
+
+        A torn last line, left by a writer that was killed, is removed first; a whole one that lacks only its newline
+        is given it.
+
+        Raises:
+            AutoDistillError: The line could not be written whole; the log then ends with the event before it.
+        """
+        line = json.dumps(strict_json(event), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        created = not self.path.exists()
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _repair(descriptor)
+                _write_whole(descriptor, line)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if created:
+                sync(self.path.parent)
+        except OSError as error:
+            raise AutoDistillError(
+                f"cannot write to {self.path}: {error.strerror}; what it held is kept: make room for it, and go on "
+                "with --resume"
+            ) from error
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole events, oldest first; none where there is no file yet.
+
+        Raises:
+            InputError: The file is unreadable, or a line other than a torn last one is no JSON object, or not what it
+                must be.
+        """
+        try:
+            data = read_plain(self.path)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror}") from error
+        *lines, tail = data.split(b"\n")
+        events = [self._whole(number, line) for number, line in enumerate(lines, start=1)]
+        # A proper beginning of a JSON object is never one itself, so a tail that parses lacks nothing but its newline.
+        last = _event(tail)
+        events += [] if last is None else [last]
+        for number, event in enumerate(events, start=1):
+            try:
+                self._holds(event)
+            except (InputError, ValueError, OverflowError) as error:
+                raise InputError(
+                    f"line {number} of {self.path} is not what was written: {error}; restore the file from a copy, or "
+                    "remove that line to go on without it"
+                ) from None
+        return events
+
+    def _whole(self, number: int, line: bytes) -> dict[str, Any]:
+        event = _event(line)
+        if event is None:
+            raise InputError(
+                f"line {number} of {self.path} is corrupt (no JSON object): restore the file from a copy, or remove "
+                "that line to go on without its event"
+            )
+        return event
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = plain_json(line)
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8, or nested deeper than anything written here
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _repair(descriptor: int) -> None:
+    """Makes the file end with a newline: truncates a torn last line, completes a whole one."""
+    size = os.fstat(descriptor).st_size
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return
+    with open(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        data = file.read()
+    start = data.rfind(b"\n") + 1
+    if _event(data[start:]) is None:
+        os.ftruncate(descriptor, start)
+    else:
+        _write_whole(descriptor, b"\n")
+
+
+def _write_whole(descriptor: int, line: bytes) -> None:
+    before = os.fstat(descriptor).st_size
+    if os.write(descriptor, line) != len(line):
+        os.ftruncate(descriptor, before)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,0 +1,56 @@
+"""Files that several processes of a machine make or use: one at a time makes them, and none removes what others use."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from autodistill.utils.durable import make_folder
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Lets one process, and one thread, at a time make what is to lie at `path`; others wait, and find it made.
+
+    The lock ends with its holder, however that ends. Where a file system has no locks nobody waits: what is made twice
+    is renamed into place whole by each.
+    """
+    make_folder(path.parent)
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # The holder before removed the file that was waited for; another one may have made the next by now.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Gives whether no run holds a file (see `RunFolder.hold`); none can take hold of it within the block."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        free = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            free = error.errno not in (errno.EAGAIN, errno.EACCES)  # else a file system without locks
+        yield free
+    finally:
+        os.close(descriptor)

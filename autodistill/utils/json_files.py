@@ -1,0 +1,128 @@
+"""Strict JSON in files: nothing that would read back as something else, and a file is whole or the one before."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from autodistill.errors import InputError
+from autodistill.utils.durable import make_folder, put
+
+
+def strict_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data in which every NaN or infinity, which JSON cannot hold, has become None.
+
+    What each was is kept under the key `non_finite`: the dotted path of the value to "nan", "inf" or "-inf".
+
+    Raises:
+        TypeError: A key is not a string, so that the data would not read back as written.
+    """
+    found: dict[str, str] = {}
+    plain = {key: _finite(value, str(key), found) for key, value in data.items()}
+    _check_keys(data)
+    return plain | {"non_finite": found} if found else plain
+
+
+def _finite(value: Any, where: str, found: dict[str, str]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        found[where] = str(float(value))
+        return None
+    if isinstance(value, Mapping):
+        _check_keys(value)
+        return {key: _finite(item, f"{where}.{key}", found) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item, f"{where}.{index}", found) for index, item in enumerate(value)]
+    return value
+
+
+def _check_keys(data: Mapping[Any, Any]) -> None:
+    wrong = [key for key in data if not isinstance(key, str)]
+    if wrong:
+        raise TypeError(f"keys of a record are text, not {wrong[0]!r}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the folder of `path`; at the end it is synced and renamed to `path`.
+
+    A reader sees the old file or the whole new one. After an exception nothing is left behind.
+
+    Raises:
+        InputError: The folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        make_folder(path.parent)
+        temporary.touch()
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    try:
+        yield temporary
+        put(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes data as strict JSON, atomically; see `strict_json` on values that are not finite."""
+    text = json.dumps(strict_json(data), indent=2, allow_nan=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        InputError: The file is missing, unreadable, or not a JSON object.
+    """
+    try:
+        data = plain_json(read_plain(path))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}): restore it from a copy, or start a new run") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds no JSON object: restore it from a copy, or start a new run")
+    return data
+
+
+def read_plain(path: Path) -> bytes:
+    """The bytes of a plain file; nothing waits for the writer of a pipe, or reads a device without end.
+
+    Raises:
+        OSError: It cannot be read, or is no plain file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        return file.read()
+
+
+def plain_json(text: bytes | str) -> Any:
+    """What strict JSON text holds.
+
+    Raises:
+        ValueError: It is no JSON, has a number that is not finite, or is nested too deep.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"JSON has no {name}")
+
+
+def unwritable(folder: Path, error: OSError) -> InputError:
+    """What a person is told of a folder that cannot be written."""
+    return InputError(f"cannot write into {folder}: {error.strerror}; choose another folder with --out")

@@ -1,0 +1,222 @@
+"""Tasks of lm-eval, run in process on the packed student."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from autodistill.evaluators.tasks.scoring import asked
+
+from autodistill.errors import InputError, MissingDependencyError
+from autodistill.evaluation.base import Direction, Measurement, Needs, Quantity, SimulatedStudent, Subject
+from autodistill.evaluation.statistics import clustered_mean, per_document
+from autodistill.strategy.deployment import Deployment
+
+PREFIX = "lm-eval:"
+_INSTALL = "pip install 'autodistill-search[lm-eval]'"
+# Of a task's metrics, the first of these that it has for each example ranks.
+_PREFERRED = ("acc_norm", "acc", "exact_match", "f1", "em", "bleu")
+_MAX_TOKENS = 256
+_ROLLING = "reads whole texts, for a perplexity: use a task file with the metric perplexity"
+
+
+def find_task(reference: str) -> Harness:
+    """The evaluator of "lm-eval:TASK" or "lm-eval:TASK:METRIC", where TASK is known to lm-eval, or a YAML file of it.
+
+    Raises:
+        MissingDependencyError: lm-eval is not installed.
+        InputError: It knows no such task, or the task is a group or gives no such metric.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingDependencyError(f"--metric {reference} needs lm-eval: {_INSTALL}")
+    task, _, metric = reference.removeprefix(PREFIX).partition(":")
+    if _is_file(task):
+        task = str(Path(task).absolute())  # a worker may run in another folder
+    directions = _metrics(task, reference)
+    chosen = metric or next((name for name in _PREFERRED if name in directions), next(iter(directions), ""))
+    if chosen not in directions:
+        raise InputError(f"{reference} gives no metric {chosen!r}; its metrics are {', '.join(directions) or 'none'}")
+    return Harness(task=task, metric=chosen, direction=directions[chosen], name=reference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Harness:
+    """Measures "lm-eval:TASK", the mean over examples of one of the task's metrics.
+
+    lm-eval builds prompts and marks answers; likelihoods and answers are the packed student's. Its validation and test
+    documents are its own: both splits of a search read the documents that the task evaluates, the even ones for
+    validation and the odd ones for test.
+
+    Attributes:
+        task: Its name, or the path of a YAML file of it.
+        metric: Of the task.
+        direction: Of the metric.
+        name: As it was asked for.
+    """
+
+    task: str
+    metric: str
+    direction: Direction
+    name: str
+    needs: Needs = "student"
+    measures: Mapping[str, Quantity] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "measures", {self.name: Quantity("score", self.direction)})
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The YAML file, which each machine that evaluates must have there, with what it names."""
+        return (Path(self.task),) if _is_file(self.task) else ()
+
+    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+        """Runs the task's documents of the split.
+
+        Raises:
+            InputError: The task cannot be made, or gives the metric for no single example.
+        """
+        student = asked(subject, self.name)
+        import lm_eval
+
+        with _quiet():
+            (task,) = _load(self.task, self.name).values()
+            count = len(task.eval_docs)
+            places = list(range(student.split == "test", count, 2))
+            places = places[: max(8, math.ceil(len(places) * student.share))]
+            results = lm_eval.simple_evaluate(
+                model=_adapter(student),
+                tasks=[task],
+                samples={task.config.task: places},
+                bootstrap_iters=0,
+                # It would seed every generator there is; greedy answers and likelihoods need none.
+                random_seed=None,  # type: ignore[arg-type, unused-ignore]
+                numpy_random_seed=None,  # type: ignore[arg-type, unused-ignore]
+                torch_random_seed=None,  # type: ignore[arg-type, unused-ignore]
+            )
+        (samples,) = results["samples"].values()
+        marks = [(sample["doc_id"], sample.get(self.metric)) for sample in samples]
+        wrong = next((mark for _, mark in marks if not isinstance(mark, int | float | np.number)), None)
+        if not marks or wrong is not None:
+            raise InputError(f"{self.name} gives {self.metric} for no single example: choose another metric of it")
+        scores = np.array([float(mark) for _, mark in marks])
+        documents = np.array([place for place, _ in marks], dtype=np.int32)
+        value, stderr = clustered_mean(scores, documents)
+        return (
+            Measurement(
+                name=self.name,
+                value=value,
+                unit="score",
+                direction=self.direction,
+                source="simulated",
+                stderr=stderr,
+                detail={
+                    "metric": self.metric,
+                    "split": student.split,
+                    "examples": scores.size,
+                    "of": len(range(student.split == "test", count, 2)),
+                    "context": student.context,
+                    "lm-eval": lm_eval.__version__,
+                },
+                documents=per_document(scores, documents),
+            ),
+        )
+
+    def supports(self, deployment: Deployment) -> bool:
+        """Every deployment can be simulated."""
+        return True
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _metrics(task: str, reference: str) -> dict[str, Direction]:
+    """The metrics of a task and their directions."""
+    found = _load(task, reference)
+    if len(found) != 1:
+        one = next(iter(found), "")
+        raise InputError(f"{reference} is a group of {len(found)} tasks: name one of them, like {one}")
+    (made,) = found.values()
+    if made.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise InputError(f"{reference} {_ROLLING}")
+    return {str(name): "max" if higher else "min" for name, higher in made.higher_is_better().items()}
+
+
+@lru_cache(maxsize=4)
+def _load(task: str, reference: str) -> dict[str, Any]:
+    """The tasks of a name or of a YAML file, with their documents."""
+    with _quiet():
+        from lm_eval.tasks import TaskManager
+
+        own = _is_file(task)
+        if own and not Path(task).is_file():
+            raise InputError(f"{reference}: there is no file {task}")
+        manager = TaskManager(include_defaults=not own)
+        if not own and task not in manager.all_tasks:
+            near = difflib.get_close_matches(task, manager.all_tasks, 3)
+            similar = f"similar ones are {', '.join(near)}" if near else "none has a similar name"
+            raise InputError(f"lm-eval knows no task {task!r}; {similar}")
+        try:
+            found: dict[str, Any] = manager.load(task)["tasks"]
+        except Exception as error:  # whatever a task's own file, its data set, and the hub's client below it raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"lm-eval cannot make the task {task}: {reason[:300]}") from error
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps lm-eval's log, progress bars and tables away."""
+    logger, level = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _adapter(student: SimulatedStudent) -> Any:
+    """The student as lm-eval asks a model. Made here, since its base class comes with lm-eval."""
+    from lm_eval.api.model import LM
+
+    class Adapter(LM):
+        """Answers in text, by the student's own means."""
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            found = student.likelihoods([request.args for request in requests])
+            return [(one.log_likelihood, one.greedy) for one in found]
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            raise InputError(f"the task {_ROLLING}")
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            """Greedy answers in the order of the requests; raises `InputError` for a task that draws its answers."""
+            answers: dict[int, str] = {}
+            groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+            for place, request in enumerate(requests):
+                options = request.args[1]
+                until = options.get("until") or []
+                stops = (until,) if isinstance(until, str) else tuple(until)
+                if options.get("do_sample") or options.get("temperature"):
+                    raise InputError("the task draws its answers: only greedy ones can be compared")
+                groups.setdefault((int(options.get("max_gen_toks", _MAX_TOKENS)), stops), []).append(place)
+            for (most, stops), places in groups.items():
+                prompts = [requests[place].args[0] for place in places]
+                answers.update(zip(places, student.write(prompts, max_tokens=most, stops=stops), strict=True))
+            return [answers[place] for place in range(len(requests))]
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            raise InputError("prompts are put to the student as the task writes them, without a chat template")
+
+    return Adapter()

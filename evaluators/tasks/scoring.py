@@ -1,0 +1,134 @@
+"""What evaluators of tasks share: the student that is asked, its questions, and the measurement of marks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.data.task_files import Example, TaskFile
+from autodistill.evaluation.base import Measurement, Needs, Quantity, SimulatedStudent, Subject
+from autodistill.evaluation.early_stopping import ends, order
+from autodistill.evaluation.statistics import clustered_mean, per_document
+from autodistill.strategy.deployment import Deployment
+
+# Questions that a student is asked together at the least, as far as there are so many.
+_AT_ONCE = 16
+
+
+def asked(subject: Subject, name: str) -> SimulatedStudent:
+    """The simulated student of a subject.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if subject.student is None:
+        raise ValueError(f"{name} is asked of the simulated student, and the subject has none")
+    return subject.student
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluator:
+    """Measures "task:NAME" of a task file's task; a subclass says what is asked, and how that is scored.
+
+    Attributes:
+        task: The task.
+    """
+
+    task: TaskFile
+    needs: Needs = "student"
+    quantity: ClassVar[Quantity] = Quantity("fraction", "max")
+
+    @property
+    def name(self) -> str:
+        """That of its measurement."""
+        return f"task:{self.task.name}"
+
+    @property
+    def measures(self) -> Mapping[str, Quantity]:
+        """One figure."""
+        return {self.name: self.quantity}
+
+    def supports(self, deployment: Deployment) -> bool:
+        """Every deployment can be simulated."""
+        return True
+
+    def questions(self, subject: Subject) -> tuple[SimulatedStudent, tuple[Example, ...], list[str]]:
+        """The student, the examples of its split, and their prompts as the task puts them.
+
+        Raises:
+            ValueError: The subject has no student.
+        """
+        student = asked(subject, self.name)
+        examples = self.task.examples(student.split, student.share)
+        prompts = [example.prompt for example in examples]
+        return student, examples, student.chats(prompts) if self.task.chat else prompts
+
+    def read(self, student: SimulatedStudent, examples: Sequence[Example]) -> dict[str, Any]:
+        """What a measurement's detail says of the examples that were read."""
+        return {
+            "split": student.split,
+            "examples": len(examples),
+            "of": len(self.task.examples(student.split)),
+            "context": student.context,
+            "task": self.task.fingerprint,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkedTask(TaskEvaluator, ABC):
+    """Measures the share of a task's questions that are answered rightly, of some of them as well as of all."""
+
+    @abstractmethod
+    def marks(
+        self, student: SimulatedStudent, examples: Sequence[Example], prompts: Sequence[str]
+    ) -> npt.NDArray[np.bool_]:
+        """bool [n, marks], what each answer is marked with; the first says whether it is right."""
+
+    @abstractmethod
+    def detail(self, marks: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        """What the measurement's detail says beside what was read."""
+
+    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+        """Asks all questions."""
+        student, examples, prompts = self.questions(subject)
+        return self._marked(student, examples, self.marks(student, examples, prompts))
+
+    def in_parts(self, subject: Subject) -> Iterator[tuple[Measurement, ...]]:
+        """As `contracts.Parted` says, in an order at random."""
+        student, examples, prompts = self.questions(subject)
+        drawn, read = order(len(examples)), 0
+        marks: dict[int, npt.NDArray[np.bool_]] = {}
+        for stop in ends(len(examples), _AT_ONCE):
+            if stop > read:
+                places = sorted(drawn[read:stop].tolist())
+                part = self.marks(student, [examples[one] for one in places], [prompts[one] for one in places])
+                marks |= dict(zip(places, part, strict=True))
+                read = stop
+            asked = sorted(marks)
+            yield self._marked(student, [examples[one] for one in asked], np.array([marks[one] for one in asked]))
+
+    def _marked(
+        self, student: SimulatedStudent, examples: Sequence[Example], marks: npt.NDArray[np.bool_]
+    ) -> tuple[Measurement, ...]:
+        """The share of right answers, with the standard error of `statistics.clustered_mean`, by prompt."""
+        right = marks[:, 0]
+        documents = np.array([example.document for example in examples], dtype=np.int32)
+        value, stderr = clustered_mean(right, documents)
+        return (
+            Measurement(
+                name=self.name,
+                value=value,
+                unit="fraction",
+                direction="max",
+                source="simulated",
+                stderr=stderr,
+                detail={**self.read(student, examples), "metric": self.task.metric, **self.detail(marks)},
+                documents=per_document(right, documents),
+                bound=1.0,
+            ),
+        )

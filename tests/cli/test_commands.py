@@ -1,0 +1,96 @@
+"""From a command line to a request: what a hub is asked for, decided before a library that would ask is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from autodistill.cli.app import app
+from autodistill.cli.commands import _budget, search_request
+
+SPACE = """
+dimensions:
+  init.depth: {{low: 0.5, high: 0.75}}
+deployments:
+  - {{runtime: llama.cpp, format: gguf-f16, bits: 16, group_size: 0}}
+baselines: [{baseline}]
+"""
+SMALLER = """
+dimensions:
+  init.source: {choices: [teacher, pretrained]}
+  init.model: {choices: [owner/name], when: {init.source: [pretrained]}}
+  init.depth: {choices: [1.0]}
+deployments:
+  - {runtime: llama.cpp, format: gguf-f16, bits: 16, group_size: 0}
+"""
+PRETRAINED = "init: {{source: pretrained, model: {model}, depth: 1.0}}"
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Spaces and strategies that begin from a model on a hub, and from none, as files of the working folder."""
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    texts = {
+        "local.yaml": PRETRAINED.format(model="models/small"),
+        "hub.yaml": PRETRAINED.format(model="owner/name"),
+        "plain.yaml": SPACE.format(baseline="hand_designed"),
+        "baseline.yaml": SPACE.format(baseline="./hub.yaml"),
+        "smaller.yaml": SMALLER,
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "offline"),
+    [
+        ("search", True),
+        ("search --metric accuracy", True),
+        ("search --objectives accuracy,memory --space plain.yaml --baseline local.yaml", True),
+        ("distill local.yaml", True),
+        ("search --metric lm-eval:arc_easy", False),
+        ("search --metric lm-eval:own.yaml:acc", False),
+        ("search --objectives accuracy,\tlm-eval:arc_easy", False),
+        ("search --space smaller.yaml", False),
+        ("search --space baseline.yaml", False),
+        ("search --baseline hand_designed --baseline hub.yaml", False),
+        ("distill hub.yaml", False),
+        ("distill logit_kd --metric lm-eval:arc_easy", False),
+        ("search --data owner/name", False),
+    ],
+)
+def test_a_hub_is_reached_where_anything_of_the_request_lies_on_one(
+    files: Path, command: str, offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    monkeypatch.setattr(os, "environ", environ)
+    verb, *words = command.split(" ")
+    group = typer.main.get_command(app)
+    context = group.commands[verb].make_context(verb, [*words, "--budget", "1GB"])  # type: ignore[attr-defined]
+    search_request(context.params, verb, command, time.monotonic())
+    assert [environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")] == ["1" if offline else None] * 2
+
+
+def test_what_a_request_names_is_known_before_a_library_that_asks_hubs_is_imported(files: Path) -> None:
+    given = {"metric": "lm-eval:arc_easy", "space": "smaller.yaml", "baseline": ["hub.yaml"]}
+    program = (
+        f"import sys\nfrom autodistill.cli.commands import _further\nprint(*_further({given}))\n"
+        "print({'datasets', 'huggingface_hub', 'lm_eval', 'transformers'} & set(sys.modules))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], cwd=files, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == ["lm-eval:arc_easy owner/name owner/name", "set()"]
+
+
+@pytest.mark.parametrize(("batch", "most"), [(None, 16), (16, 16), (32, 32)])
+def test_streams_of_a_latency_are_held_in_memory_whatever_batch_allows_them(batch: int | None, most: int) -> None:
+    typed = {"budget": None, "device": "t4", "context": None, "batch": batch, "resume": False, "own": None}
+    budget = _budget({**typed, "latency": "50ms@streams=16", "cache": None}, "search")
+    assert budget.batch == most

@@ -1,0 +1,78 @@
+"""What a shell is offered for a word, asked for as bash asks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autodistill.cli.completion import devices, formats, runs
+from autodistill.hardware.catalog import devices as known
+from autodistill.hardware.lookup import find_device
+from autodistill.quantization.formats import FORMATS
+from autodistill.runs.run_folder import known_runs
+
+
+class Given:
+    """The context of a command whose options are these."""
+
+    def __init__(self, **params: object) -> None:
+        self.params = params
+
+
+def _offered(folder: Path, line: str) -> list[str]:
+    words = line.split(" ")
+    environment = {"_AUTODISTILL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    call = [sys.executable, "-m", "autodistill"]
+    found = subprocess.run(call, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=True)
+    return found.stdout.split()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for run in ("results/runs/first", "results/runs/second", "other/third", "other/no run"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "search.json").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("autodistill ex", ["explain", "export"]),
+        ("autodistill explain ", ["first", "second"]),
+        ("autodistill leaderboard s", ["second"]),
+        ("autodistill search --out other --warm-start ", ["third"]),
+        ("autodistill search --device 409", ["4090"]),
+        ("autodistill distill logit", ["logit_kd"]),
+        ("autodistill search --space de", ["default"]),
+        ("autodistill estimate --format-name gguf-q8", ["gguf-q8_0"]),
+    ],
+)
+def test_bash_is_offered_what_there_is(folder, line, expected):
+    assert _offered(folder, line) == expected
+
+
+def test_every_device_that_is_offered_is_found():
+    offered = devices(Given(), "")
+    assert {"local", "4090", "raspberry-pi-5", "CM5"} <= set(offered)
+    assert not any(" " in name for name in offered)
+    for name in offered:
+        assert name == "local" or find_device(name, known())
+
+
+def test_own_devices_are_offered_and_a_file_that_cannot_be_read_is_no_complaint(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("devices: {My board: {class: board, memory: 8GB, bandwidth: 50GB, rates: {fp16: 1}}}")
+    assert devices(Given(own=[own]), "MY") == ["my-board"]
+    assert devices(Given(own=[tmp_path / "none.yaml"]), "4090") == []
+
+
+def test_names_begin_like_the_word_whatever_its_case(folder):
+    assert runs(Given(out=str(folder / "results" / "runs")), "F") == ["first"]
+    assert runs(Given(runs=folder / "results" / "runs"), "") == known_runs(folder / "results" / "runs")
+    assert runs(Given(), "f") == []
+    assert set(formats(Given(), "")) == set(FORMATS)

@@ -1,0 +1,42 @@
+"""What a person reads of devices."""
+
+from __future__ import annotations
+
+from autodistill.advisor.describe import deployment_named, shape
+from autodistill.advisor.estimate import appraise
+from autodistill.cli.hardware_summary import _rate, appraisal_text, devices_table
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.lookup import find_device
+
+
+def test_a_device_is_a_line_with_its_figures() -> None:
+    known = devices()
+    head, line, _, note = devices_table([find_device("4090", known), find_device("t4", known)]).splitlines()
+    figures = ["25.8", "GB", "25.2", "GB", "1.01", "TB/s", "-", "165", "165", "661", "330"]
+    assert line.split() == ["NVIDIA", "GeForce", "RTX", "4090", "discrete-gpu", *figures]
+    assert head.split()[:2] == ["device", "class"]
+    assert "autodistill devices NAME" in note
+
+
+def test_of_a_single_device_it_is_told_where_its_figures_are_from() -> None:
+    device = find_device("4090", devices())
+    text = devices_table([device])
+    assert f"serves with: {', '.join(device.runtimes)}" in text
+    assert all(source in text for source in device.sources.values())
+
+
+def test_a_speed_that_rests_on_no_measurement_is_marked_and_told_why() -> None:
+    known, model = devices(), shape({"layers": 4, "width": 256, "heads": 4, "ffn": 512, "vocab": 1000})
+    chosen = (find_device("4090", known),)
+    texts = [
+        appraisal_text(appraise(model, deployment_named(form), devices=chosen)) for form in ("gguf-f16", "huggingface")
+    ]
+    why = chosen[0].shares("transformers").assumed
+    assert [f"* Assumed, with a wide band: {why}." in text for text in texts] == [False, True]
+    cells = [next(line for line in text.splitlines() if "RTX 4090" in line).split() for text in texts]
+    assert [any(cell.endswith("*") for cell in line) for line in cells] == [False, True]
+
+
+def test_a_rate_has_three_digits_and_no_exponent() -> None:
+    rates = {1653.2: "1,650", 123456.0: "123,000", 785.4: "785", 99.96: "100", 12.345: "12.3", 0.0456: "0.0456"}
+    assert {rate: _rate(rate) for rate in rates} == rates

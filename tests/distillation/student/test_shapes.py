@@ -1,0 +1,126 @@
+"""Fractions become sizes by the stated rules, and sizes that cannot be are refused with the rule."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autodistill.distillation.student.shapes import cut_spec, layer_choices
+from autodistill.errors import InputError
+from autodistill.estimates.fit import cannot_hold
+from autodistill.models.config import spec_from_config
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Init
+
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+NEOX = LLAMA | {"model_type": "gpt_neox", "hidden_size": 512, "num_attention_heads": 8, "tie_word_embeddings": False}
+
+
+def sizes(init: Init, config: dict[str, object] = LLAMA) -> tuple[int, ...]:
+    spec = cut_spec(init, spec_from_config(config))
+    return spec.layers, spec.width, spec.heads, spec.kv_heads, spec.head_dim, spec.ffn_width
+
+
+@pytest.mark.parametrize(
+    ("fractions", "expected"),
+    [
+        ({}, (24, 576, 9, 3, 64, 1536)),
+        ({"ffn": 0.7}, (24, 576, 9, 3, 64, 1088)),  # 1075.2: 16.8 times 64
+        ({"heads": 0.7}, (24, 576, 6, 2, 64, 1536)),  # 2.1 groups of 3
+        ({"heads": 0.01}, (24, 576, 3, 1, 64, 1536)),
+        ({"width": 0.67, "heads": 0.7}, (24, 384, 6, 2, 64, 1536)),
+        ({"ffn": 0.99, "width": 0.99}, (24, 576, 9, 3, 64, 1536)),
+    ],
+)
+def test_sizes_by_hand(fractions: dict[str, float], expected: tuple[int, ...]) -> None:
+    assert sizes(Init(**fractions)) == expected  # type: ignore[arg-type]
+
+
+def test_neox_heads_fill_the_width() -> None:
+    assert sizes(Init(heads=0.5, width=0.5), NEOX) == (24, 256, 4, 4, 64, 1536)
+    for fractions in ({"heads": 0.5}, {"width": 0.5}, {"heads": 0.5, "width": 0.75}):
+        with pytest.raises(InputError, match="the heads fill the width, so give both the same fraction"):
+            sizes(Init(**fractions), NEOX)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fractions", "message"),
+    [
+        ({"ffn": 0.02}, "init.ffn 0.02 of 1536 neurons rounds to none: they are kept in multiples of 64"),
+        ({"width": 0.05}, "init.width 0.05 of 576 channels rounds to none"),
+        ({"width": 0.67}, "9 heads, which do not divide the width of 384"),
+    ],
+)
+def test_impossible_sizes_are_refused_with_their_rule(fractions: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        sizes(Init(**fractions))  # type: ignore[arg-type]
+
+
+fractions = st.floats(0.05, 1)
+
+
+@given(fractions, fractions, fractions)
+def test_a_shape_is_that_of_transformers_for_its_sizes(depth: float, ffn: float, heads: float) -> None:
+    spec = cut_spec(Init(depth=depth, ffn=ffn, heads=heads), spec_from_config(LLAMA))
+    changes = {
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": 64,
+        "intermediate_size": spec.ffn_width,
+    }
+    assert spec == spec_from_config(json.loads(json.dumps(LLAMA | changes)))
+    assert spec.ffn_width % 64 == 0
+    assert spec.heads % spec.kv_heads == 0
+
+
+GEMMA = NEOX | {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 16,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("init", "holds"),
+    [
+        (Init(depth=1.0), True),
+        (Init(depth=1.0, ffn=0.5, width=0.5, heads=0.5), True),
+        (Init(depth=2 / 3, layers="contiguous"), True),  # six layers fewer, from one full attention to the next
+        (Init(depth=2 / 3, layers="influence"), True),  # wherever the six are left out
+        (Init(depth=13 / 18, layers="contiguous"), False),
+        (Init(depth=13 / 18, layers="influence"), False),  # for some places at least
+        (Init(depth=2 / 3, layers="block-influence"), False),  # six of which none need be neighbours
+        (Init(depth=2 / 3), True),  # every fourth then
+        (Init(depth=13 / 18), False),
+        (Init(depth=5 / 18), True),  # 1, 5, 10, 14 and 18: the last alone has full attention
+        (Init(depth=13 / 18, source="scratch"), True),
+    ],
+    ids=str,
+)
+def test_a_cut_that_breaks_the_pattern_of_windows_is_known_before_training(init: Init, holds: bool) -> None:
+    deployment = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
+    assert (cannot_hold(cut_spec(init, spec_from_config(GEMMA)), deployment) == "") == holds
+
+
+def test_windows_are_those_of_the_layers_that_are_kept() -> None:
+    teacher = spec_from_config(GEMMA)
+    assert [layer for layer in range(18) if layer not in teacher.windowed] == [5, 11, 17]
+    student = cut_spec(Init(depth=2 / 3), teacher)
+    kept = layer_choices(Init(depth=2 / 3), 18)[0]
+    assert student.windowed == tuple(new for new, old in enumerate(kept) if (old + 1) % 6)

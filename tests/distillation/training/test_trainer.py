@@ -1,0 +1,707 @@
+"""Steps, schedule, checkpoints and failures of the trainer, to the last bit where it promises so."""
+
+import copy
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from autodistill.distillation.training import trainer as trainer_module
+from autodistill.distillation.training.checkpoint import read_metadata
+from autodistill.distillation.training.learning_rate import branch_point, decayed, end_of, stable_rate
+from autodistill.distillation.training.step_loss import StepLoss
+from autodistill.errors import TrialFailedError
+from autodistill.inference.torch_memory import TooManyAtOnce
+from autodistill.quantization.grids import Q4_0, Q8_0
+from autodistill.quantization.packing import deployed
+from autodistill.strategy.strategy import Alignment, Attention, Distillation, Init, Lora, Strategy, Temperature
+
+PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))
+ALIGNED = Strategy(
+    distillation=Distillation(
+        divergence_weight=0.5,
+        learning_rate=1e-3,
+        alignment=Alignment(layers="even", count=2, projection="low-rank", rank=8, weight=0.3),
+    )
+)
+UNCERTAIN = replace(ALIGNED, distillation=replace(ALIGNED.distillation, positions="uncertain", uncertain_share=0.2))
+BALANCED = replace(
+    ALIGNED,
+    distillation=replace(
+        ALIGNED.distillation,
+        alignment=replace(ALIGNED.distillation.alignment, balance=True),
+        attention=Attention(kind="relations", relation_heads=4, balance=True),
+    ),
+)
+LORA = Strategy(init=Init(depth=1.0), distillation=Distillation(learning_rate=1e-2, lora=Lora(rank=4, alpha=8.0)))
+STEP = 64
+
+
+def _weights(trainer):
+    """Every weight, projections included, and the optimiser's state."""
+    parameters = [*trainer.model.named_parameters(), *trainer._projections.named_parameters(prefix="projection")]
+    found = {name: parameter.detach().clone() for name, parameter in parameters}
+    for name, parameter in parameters:
+        for key, value in trainer._optimizer.state.get(parameter, {}).items():
+            found[f"{name}.{key}"] = torch.as_tensor(value).clone()
+    return found
+
+
+def _same(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def _grid(name):
+    return Q8_0 if "embed" in name else Q4_0 if name.endswith("proj.weight") else None
+
+
+def test_rates_by_hand():
+    assert [stable_rate(2.0, tokens, 400) for tokens in (100, 200, 400, 800)] == [0.5, 1.0, 2.0, 2.0]
+    assert stable_rate(2.0, 64, 0) == 2.0
+    assert [decayed(tokens, 100, 300) for tokens in (100, 150, 200, 300)] == [1.0, 0.75, 0.5, 0.0]
+    assert [branch_point(target, 0.25, 64) for target in (512, 640, 128, 64)] == [384, 512, 64, 0]
+    # From any step a decay may branch off, of as large a share as a step allows.
+    for steps in range(1, 200):
+        end = end_of(steps * 64, 0.2, 64)
+        assert branch_point(end, 0.2, 64) == steps * 64
+        assert abs((end - steps * 64) - 0.2 * end) <= 64
+
+
+def test_the_schedule_is_a_function_of_absolute_tokens(workshop):
+    trainer = workshop.trainer(PLAIN, warmup_tokens=128)
+    records = [*trainer.train_stable(256), *trainer.train_decay(512)]
+    assert [record.tokens for record in records] == [64 * step for step in range(1, 9)]
+    factors = [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    np.testing.assert_allclose([record.learning_rate for record in records], np.array(factors) * 1e-3, rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_a_step_has_the_schedules_value_in_the_middle_of_its_tokens(workshop, steps):
+    """So lines over the plan's tokens have their mean in a plan of any number of steps, and end where its tokens do."""
+    recipe = replace(
+        PLAIN.distillation,
+        divergence_weight=0.2,
+        final_divergence_weight=0.8,
+        temperature=Temperature(shape="linear", start=5.0, end=1.0),
+    )
+    trainer = workshop.trainer(replace(PLAIN, distillation=recipe), tokens=steps * STEP)
+    records = list(trainer.train_stable((steps + 2) * STEP))
+    weights = [record.divergence_weight for record in records]
+    assert weights[:steps] == pytest.approx([0.2 + 0.6 * (2 * step + 1) / (2 * steps) for step in range(steps)])
+    assert np.mean(weights[:steps]) == pytest.approx(0.5)
+    # Of the nearest stored ones: 3; 13/3, 3 and 5/3; 14/3, 4, 10/3, 8/3, 2 and 4/3. Beyond the plan the end stays.
+    snapped = {1: [3.0], 3: [4.0, 3.0, 1.5], 6: [5.0, 4.0, 3.0, 3.0, 2.0, 1.5]}[steps]
+    assert [record.temperature for record in records] == [*snapped, 1.0, 1.0]
+    assert weights[steps:] == [0.8, 0.8]
+
+
+def test_terms_add_up(workshop):
+    for record in workshop.trainer(ALIGNED).train_stable(128):
+        logits = 0.5 * record.divergence + 0.5 * record.cross_entropy
+        assert record.loss == pytest.approx(logits + 0.3 * record.alignment, rel=1e-6)
+        assert min(record.divergence, record.cross_entropy, record.alignment, record.gradient_norm) > 0
+        assert record.tokens_per_second > 0
+    (record,) = workshop.trainer(PLAIN).train_stable(64)
+    assert record.alignment == 0
+
+
+def test_it_learns(workshop):
+    records = list(workshop.trainer(PLAIN, tokens=2560).train_stable(2560))
+    first, last = (np.mean([r.loss for r in part]) for part in (records[:4], records[-4:]))
+    assert last < 0.75 * first
+
+
+def test_a_step_is_adamws_with_memories_of_nine_tenths_and_nineteen_twentieths(workshop):
+    """By the published recurrence (arXiv:1711.05101) in float64, without decay, over gradients as they were clipped."""
+    trainer, gradients, rates = workshop.trainer(PLAIN, tokens=4 * STEP), [], []
+    name, weight = next((n, w) for n, w in trainer.model.named_parameters() if n.endswith("q_proj.weight"))
+    value = weight.detach().double().numpy().copy()
+    group = next(group for group in trainer._optimizer.param_groups if any(w is weight for w in group["params"]))
+
+    def note(*_):
+        gradients.append(weight.grad.double().numpy().copy())
+        rates.append(float(group["lr"]))
+
+    trainer._optimizer.register_step_pre_hook(note)
+    list(trainer.train_stable(4 * STEP))
+    assert len(gradients) == 4, name
+    mean = square = 0.0
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.95 * square + 0.05 * gradient**2
+        value -= rate * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.95**step)) + 1e-8)
+    np.testing.assert_allclose(weight.detach().double().numpy(), value, rtol=0, atol=1e-6)
+
+
+def test_two_targets_share_their_beginning_to_the_last_bit(workshop):
+    """A run to 256 tokens and a run to 512 are the same run until the first of them decays."""
+    near, far = workshop.trainer(ALIGNED), workshop.trainer(ALIGNED)
+    list(near.train_stable(branch_point(256, 0.25, STEP)))
+    records = far.train_stable(branch_point(512, 0.25, STEP))
+    for _ in range(3):
+        next(records)
+    assert near.tokens == far.tokens == 192
+    _same(_weights(near), _weights(far))
+
+
+@pytest.mark.parametrize("strategy", [PLAIN, ALIGNED, BALANCED], ids=["plain", "with projections", "balanced"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"bf16": False},
+        {"bf16": True},
+        {"checkpointing": True, "micro_batch": 1},
+        {"optimizer_state": "bfloat16"},
+        {"optimizer_state": "int8"},
+    ],
+    ids=str,
+)
+def test_continues_to_the_last_bit(workshop, tmp_path, strategy, plan):
+    whole, first = workshop.trainer(strategy, **plan), workshop.trainer(strategy, **plan)
+    records = list(whole.train_stable(384))
+    list(first.train_stable(192))
+    first.save(tmp_path / "checkpoint")
+    second = workshop.trainer(strategy, **plan)
+    second.load(tmp_path / "checkpoint")
+    assert second.tokens == int(read_metadata(tmp_path / "checkpoint")["tokens"]) == 192
+    _same(_weights(second), _weights(first))
+    rest = list(second.train_stable(384))
+    assert [(r.tokens, r.loss, r.gradient_norm) for r in rest] == [
+        (r.tokens, r.loss, r.gradient_norm) for r in records[3:]
+    ]
+    _same(_weights(second), _weights(whole))
+
+
+def _gradients(trainer, grid=None, learned=False):
+    """The gradients of the first step, before clipping, and its record's terms."""
+    kept = {}
+
+    def keep(*arguments):
+        kept.update({name: p.grad.clone() for name, p in trainer._trained()})
+        kept.update({f"scale {index}": scale.grad.clone() for index, scale in enumerate(trainer._learned)})
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "_clip", keep)
+        (record,) = trainer.train_decay(64, grid, learned=learned) if grid else trainer.train_stable(64)
+    return kept, record
+
+
+@pytest.mark.parametrize("strategy", [ALIGNED, UNCERTAIN, BALANCED], ids=["aligned", "uncertain", "balanced"])
+@pytest.mark.parametrize(
+    ("grid", "learned"), [(None, False), (_grid, False), (_grid, True)], ids=["plain", "on a grid", "learned scales"]
+)
+def test_sequences_one_by_one_add_up_to_the_step(workshop, strategy, grid, learned):
+    whole, parts = workshop.trainer(strategy), workshop.trainer(strategy, micro_batch=1)
+    (expected, one), (found, other) = _gradients(whole, grid, learned), _gradients(parts, grid, learned)
+    assert learned == any(name.startswith("scale") for name in found)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=5e-7)
+    for term in ("loss", "divergence", "cross_entropy", "alignment"):
+        assert getattr(other, term) == pytest.approx(getattr(one, term), rel=1e-5)
+    assert (one.micro_batch, other.micro_batch) == (2, 1)
+
+
+def test_choosing_uncertain_positions_puts_the_head_on_its_grid_once(workshop, monkeypatch):
+    from autodistill.distillation.losses import token_selection as positions
+    from autodistill.distillation.training import fake_quantize as quantization
+
+    monkeypatch.setattr(positions, "_CPU_CHUNK_ROWS", 8)
+    distillation = replace(PLAIN.distillation, positions="uncertain", uncertain_share=0.5, train_embeddings=True)
+    trainer = workshop.trainer(replace(PLAIN, distillation=distillation))
+    rounded = []
+    values = quantization.fitted_values
+    monkeypatch.setattr(
+        quantization, "fitted_values", lambda weight, *rest: rounded.append(weight.shape) or values(weight, *rest)
+    )
+    _gradients(trainer, _grid)
+    table = trainer.model.get_output_embeddings().weight.shape
+    assert rounded.count(table) == 1
+
+
+@pytest.mark.parametrize("grid", [None, _grid], ids=["plain", "on a grid"])
+@pytest.mark.parametrize("attention", [None, Attention(), Attention(kind="relations", relation_heads=4)])
+def test_checkpointing_changes_no_gradient(workshop, grid, attention):
+    strategy = replace(ALIGNED, distillation=replace(ALIGNED.distillation, attention=attention))
+    expected, _ = _gradients(workshop.trainer(strategy), grid)
+    found, _ = _gradients(workshop.trainer(strategy, checkpointing=True), grid)
+    _same(found, expected)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: you")]
+)
+def test_out_of_memory_halves_the_micro_batch_and_the_step_is_the_same(workshop, error):
+    small, large = workshop.trainer(PLAIN, micro_batch=1), workshop.trainer(PLAIN, micro_batch=2)
+    loss = large._loss.of
+    large._loss.of = lambda indices, *rest: loss(indices, *rest) if len(indices) == 1 else _raise(error)
+    expected = [(record.loss, record.gradient_norm, 1) for record in small.train_stable(192)]
+    assert [(record.loss, record.gradient_norm, record.micro_batch) for record in large.train_stable(192)] == expected
+    _same(_weights(large), _weights(small))
+
+
+@pytest.mark.parametrize("recipe", [UNCERTAIN, BALANCED], ids=["uncertain", "balanced"])
+def test_steps_are_the_same_however_many_sequences_are_read_at_once(workshop, recipe):
+    """Of records of unequal length, of which one is all prompt."""
+    answers = np.random.default_rng(5).random(workshop.data.tokens.shape) < 0.4
+    documents = workshop.data.documents.copy()
+    for place in range(len(documents)):
+        answers[place, 32 - 3 * place :], documents[place, 32 - 3 * place :] = False, -1
+    answers[3] = False
+    bench = replace(workshop, data=replace(workshop.data, answers=answers, documents=documents))
+    whole, parts = (bench.trainer(recipe, micro_batch=count, batch_tokens=128) for count in (4, 1))
+    for one, other in zip(whole.train_stable(512), parts.train_stable(512), strict=True):
+        for term in ("loss", "divergence", "cross_entropy", "alignment", "attention", "gradient_norm"):
+            assert getattr(other, term) == pytest.approx(getattr(one, term), rel=2e-4), term
+
+
+def test_a_balanced_loss_has_the_size_of_the_logit_loss_of_the_step_before(workshop):
+    first, second = workshop.trainer(BALANCED).train_stable(128)
+    logits = [0.5 * record.divergence + 0.5 * record.cross_entropy for record in (first, second)]
+    parts = [(0.3, first.alignment, second.alignment), (1.0, first.attention, second.attention)]
+    # Of the first step its own sizes are known, from a pass without gradients.
+    assert first.loss == pytest.approx(logits[0] * 2.3, rel=1e-5)
+    assert second.loss == pytest.approx(logits[1] + sum(w * logits[0] / a * b for w, a, b in parts), rel=1e-5)
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_out_of_memory_with_a_single_sequence_ends_the_trial(workshop, sequences):
+    trainer = workshop.trainer(PLAIN, batch_tokens=32 * sequences, micro_batch=4)
+    trainer._loss.of = lambda *arguments: _raise(MemoryError())
+    with pytest.raises(MemoryError):
+        next(trainer.train_stable(64))
+
+
+@pytest.mark.parametrize(("at_once", "fewer"), [(8, 2), (3, 1), (2, 1)])
+def test_out_of_memory_in_one_of_several_processes_says_with_how_many_all_begin_again(workshop, at_once, fewer):
+    """Of eight sequences each of two processes has four."""
+    trainer = workshop.trainer(PLAIN, batch_tokens=256, micro_batch=at_once, sharding=_Second())
+    trainer._loss.of = lambda *arguments: _raise(MemoryError())
+    with pytest.raises(TooManyAtOnce) as caught:
+        next(trainer.train_stable(256))
+    assert caught.value.fewer == fewer
+    alone = workshop.trainer(PLAIN, batch_tokens=64, micro_batch=at_once, sharding=_Second())
+    alone._loss.of = trainer._loss.of
+    with pytest.raises(MemoryError):
+        next(alone.train_stable(64))
+
+
+class _Second:
+    """The second of two processes, as far as a failed pass asks."""
+
+    rank, count = 1, 2
+
+    def shard(self, model):
+        """The weights stay whole."""
+
+    def share(self, indices):
+        return indices[1::2]
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize("strategy", [ALIGNED, LORA], ids=["all weights", "low-rank changes"])
+def test_bfloat16_states_take_half_and_descend_as_adamw_does(workshop, strategy):
+    exact, half = workshop.trainer(strategy), workshop.trainer(strategy, optimizer_state="bfloat16")
+    trained = {name: p.detach().clone() for name, p in exact._trained()}
+    losses = [[step.loss for step in trainer.train_stable(512)] for trainer in (exact, half)]
+    # A step's rounding is of 1.1% of it (tests/distillation/training/test_adamw_bf16.py), and the first has none.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    assert losses[1][0] == losses[0][0]
+    ends = [dict(trainer._trained()) for trainer in (exact, half)]
+    moved = sum(float((ends[0][name] - start).detach().square().sum()) for name, start in trained.items())
+    apart = sum(float((ends[0][name] - ends[1][name]).detach().square().sum()) for name in trained)
+    assert apart < 0.011**2 * moved
+    sizes = []
+    for trainer in (exact, half):
+        states = [trainer._optimizer.state[p] for _, p in trainer._trained()]
+        sizes.append(sum(value.nbytes for state in states for key, value in state.items() if key != "step"))
+    assert sizes[0] == 2 * sizes[1] == 8 * sum(start.numel() for start in trained.values())
+
+
+def test_eight_bit_states_take_a_quarter_and_descend_as_adamw_does(workshop):
+    exact, rounded = workshop.trainer(PLAIN), workshop.trainer(PLAIN, optimizer_state="int8")
+    start = _weights(exact)
+    list(exact.train_stable(512))
+    list(rounded.train_stable(512))
+    found, expected = _weights(rounded), _weights(exact)
+    moved = sum(float((expected[name] - start[name]).square().sum()) for name in start)
+    apart = sum(float((expected[name] - found[name]).square().sum()) for name in start)
+    assert apart < 0.05 * moved
+    moments = {name: found[f"{name}.state1"] for name in start if f"{name}.state1" in found}
+    eight_bit = {name for name, moment in moments.items() if moment.dtype == torch.uint8}
+    assert {name for name in moments if start[name].numel() >= 4096} == eight_bit
+    assert all(moments[name].nbytes * 4 == start[name].nbytes for name in eight_bit)
+
+
+def test_a_decay_leaves_what_was_saved_before_it(workshop, tmp_path):
+    whole, branched = workshop.trainer(PLAIN), workshop.trainer(PLAIN)
+    list(whole.train_stable(256))
+    list(branched.train_stable(128))
+    branched.save(tmp_path / "checkpoint")
+    list(branched.train_decay(192, _grid))
+    continued = workshop.trainer(PLAIN)
+    continued.load(tmp_path / "checkpoint")
+    list(continued.train_stable(256))
+    _same(_weights(continued), _weights(whole))
+
+
+def test_a_checkpoint_before_the_first_step(workshop, tmp_path):
+    workshop.trainer(PLAIN).save(tmp_path / "checkpoint")
+    loaded, fresh = workshop.trainer(PLAIN), workshop.trainer(PLAIN)
+    loaded.load(tmp_path / "checkpoint")
+    list(loaded.train_stable(128))
+    list(fresh.train_stable(128))
+    _same(_weights(loaded), _weights(fresh))
+
+
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(workshop, tmp_path):
+    trainer = workshop.trainer(ALIGNED)
+    list(trainer.train_stable(64))
+    trainer.save(tmp_path / "checkpoint")
+    with safe_open(tmp_path / "checkpoint", framework="pt") as file:
+        names = list(file.keys())
+    trained = [name for name, p in trainer.model.named_parameters() if name != "model.embed_tokens.weight"]
+    owners = [f"student.{name}" for name in trained] + [f"projection.{i}.{j}.weight" for i in (0, 1) for j in (0, 1)]
+    expected = {f"{key}.{owner}" for key in ("weight", "exp_avg", "exp_avg_sq", "step") for owner in owners}
+    assert set(names) == expected
+
+
+@pytest.mark.parametrize("other", [{"strategy": ALIGNED}, {"seed": 1}])
+def test_a_checkpoint_of_something_else_is_refused(workshop, tmp_path, other):
+    workshop.trainer(PLAIN).save(tmp_path / "checkpoint")
+    with pytest.raises(TrialFailedError, match="other stages or of another seed") as caught:
+        workshop.trainer(**({"strategy": PLAIN} | other)).load(tmp_path / "checkpoint")
+    assert caught.value.cause == "error"
+
+
+STATES = ("float32", "bfloat16", "int8")
+
+
+@pytest.mark.parametrize("written", STATES)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_checkpoint_with_other_optimiser_states_is_refused(workshop, tmp_path, written, steps):
+    trainer = workshop.trainer(PLAIN, optimizer_state=written)
+    list(trainer.train_stable(steps * STEP))
+    trainer.save(tmp_path / "checkpoint")
+    for other in STATES:
+        going_on = workshop.trainer(PLAIN, optimizer_state=other)
+        if other == written:
+            going_on.load(tmp_path / "checkpoint")
+            continue
+        with pytest.raises(TrialFailedError, match=f"states in {written}, and does not go on with {other}") as caught:
+            going_on.load(tmp_path / "checkpoint")
+        assert caught.value.cause == "error"
+
+
+def test_an_older_checkpoint_says_nothing_of_its_states(workshop, tmp_path):
+    trainer = workshop.trainer(PLAIN)
+    list(trainer.train_stable(STEP))
+    write = trainer.checkpoint()
+    del write.keywords["metadata"]["optimizer_state"]
+    write(tmp_path / "checkpoint")
+    again = workshop.trainer(PLAIN)
+    again.load(tmp_path / "checkpoint")
+    _same(_weights(again), _weights(trainer))
+
+
+def test_finishing_does_not_make_it_another_checkpoint(workshop, tmp_path):
+    from autodistill.strategy.strategy import Finishing
+
+    workshop.trainer(PLAIN).save(tmp_path / "checkpoint")
+    finished = Strategy(distillation=PLAIN.distillation, finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32))
+    workshop.trainer(finished).load(tmp_path / "checkpoint")
+
+
+KILLED = """
+import os, sys, pathlib
+from safetensors.torch import save_file
+import numpy as np
+from autodistill.token_sets import TokenSet
+from autodistill.distillation import checkpoint
+
+def dies(tensors, path, metadata):
+    save_file(tensors, path, metadata=metadata)
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(data[: len(data) // 2])
+    os._exit(9)
+
+checkpoint.save_file = dies
+sys.path.insert(0, {tests!r})
+from conftest import Workshop
+from autodistill.strategy import Distillation, Strategy
+data = TokenSet(tokens=np.zeros((1, 32), np.int32), documents=np.zeros((1, 32), np.int32))
+shop = Workshop(pathlib.Path({teacher!r}), data, None)
+made = shop.trainer(Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3)), cache=object())
+made.tokens = 640
+made.save(pathlib.Path({path!r}))
+"""
+
+
+def test_killed_while_saving_the_earlier_checkpoint_stands(workshop, tmp_path):
+    path = tmp_path / "checkpoint"
+    trainer = workshop.trainer(PLAIN)
+    list(trainer.train_stable(64))
+    trainer.save(path)
+    content = path.read_bytes()
+    tests = os.path.dirname(os.path.dirname(__file__))
+    program = KILLED.format(tests=tests, teacher=str(workshop.teacher), path=str(path))
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 9, ended.stderr
+    assert len(list(tmp_path.iterdir())) == 2, "the torn file stands beside it"
+    assert path.read_bytes() == content
+    again = workshop.trainer(PLAIN)
+    again.load(path)
+    _same(_weights(again), _weights(trainer))
+    again.save(path)
+    assert [found.name for found in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_gradients_are_clipped_together(workshop, tmp_path):
+    trainer = workshop.trainer(ALIGNED)
+    (record,) = trainer.train_stable(64)
+    assert record.gradient_norm > 1
+    # AdamW's first moment after one step is a tenth of the gradient it was given.
+    squares = [(v.double() * 10).square().sum() for k, v in _weights(trainer).items() if k.endswith("exp_avg")]
+    assert float(torch.stack(squares).sum().sqrt()) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("part", [0.99, 1.01])
+def test_only_gradients_above_the_limit_are_scaled(workshop, monkeypatch, part):
+    (record,) = workshop.trainer(ALIGNED).train_stable(64)
+    monkeypatch.setattr(trainer_module, "_CLIP", part * record.gradient_norm)
+    trainer = workshop.trainer(ALIGNED)
+    list(trainer.train_stable(64))
+    squares = [(v.double() * 10).square().sum() for k, v in _weights(trainer).items() if k.endswith("exp_avg")]
+    expected = min(part, 1) * record.gradient_norm
+    assert float(torch.stack(squares).sum().sqrt()) == pytest.approx(expected, rel=1e-5)
+
+
+class Poisoned:
+    """A cache that gives NaN in the steps named, counted from 0."""
+
+    def __init__(self, cache, steps):
+        self._cache, self._steps, self._step = cache, steps, -1
+
+    def top(self, indices, temperature, count):
+        self._step += 1
+        target = self._cache.top(indices, temperature, count)
+        return replace(target, log_p=target.log_p * float("nan")) if self._step in self._steps else target
+
+
+def test_one_spoilt_step_changes_nothing_and_two_good_ones_follow(workshop):
+    trainer = workshop.trainer(PLAIN, cache=Poisoned(workshop.cache, {1, 2, 4}))
+    steps = trainer.train_stable(384)
+    next(steps)
+    before = _weights(trainer)
+    for tokens in (128, 192):
+        record = next(steps)
+        assert record.tokens == tokens
+        assert not np.isfinite(record.loss)
+        _same(_weights(trainer), before)
+    assert [np.isfinite(record.loss) for record in steps] == [True, False, True]
+    assert all(value.isfinite().all() for value in _weights(trainer).values())
+
+
+def test_three_spoilt_steps_in_a_row_end_the_trial(workshop):
+    trainer = workshop.trainer(PLAIN, cache=Poisoned(workshop.cache, {1, 2, 3}))
+    seen = []
+    with pytest.raises(TrialFailedError, match="not finite in 3 steps in a row") as caught:
+        seen.extend(record.tokens for record in trainer.train_stable(512))
+    assert caught.value.cause == "nan"
+    assert trainer.tokens == 256
+
+
+@pytest.mark.parametrize(("spoilt", "ends"), [({1, 2, 3}, True), ({1, 3, 4}, False)], ids=["in a row", "two of them"])
+@pytest.mark.parametrize("until", [128, 192])
+def test_three_in_a_row_are_counted_over_a_checkpoint(workshop, tmp_path, spoilt, ends, until):
+    first = workshop.trainer(PLAIN, cache=Poisoned(workshop.cache, spoilt))
+    list(first.train_stable(until))
+    first.save(tmp_path / "checkpoint")
+    rest = {step - until // STEP for step in spoilt}
+    second = workshop.trainer(PLAIN, cache=Poisoned(workshop.cache, rest))
+    second.load(tmp_path / "checkpoint")
+    with pytest.raises(TrialFailedError, match="in 3 steps in a row") if ends else nullcontext():
+        list(second.train_stable(384))
+    assert second.tokens == (256 if ends else 384)
+
+
+def test_what_was_spoilt_in_a_decay_is_no_part_of_the_stable_training(workshop, tmp_path):
+    trainer = workshop.trainer(PLAIN, cache=Poisoned(workshop.cache, {2, 3, 4}))
+    list(trainer.train_stable(128))
+    trainer.save(tmp_path / "checkpoint")
+    list(trainer.train_decay(256))
+    trainer.load(tmp_path / "checkpoint")
+    assert [np.isfinite(record.loss) for record in trainer.train_stable(256)] == [False, True]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_decay_on_a_grid_trains_float32_masters(workshop, bf16):
+    trainer = workshop.trainer(PLAIN, bf16=bf16)
+    list(trainer.train_stable(128))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    shown = {}
+
+    def look(name):
+        def hook(module, arguments):
+            shown[name] = module.weight.detach().clone()
+
+        return hook
+
+    records = trainer.train_decay(256, _grid)
+    next(records)
+    handles = [
+        module.register_forward_pre_hook(look(f"{name}.weight"))
+        for name, module in trainer.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    masters = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    next(records)
+    for handle in handles:
+        handle.remove()
+    assert len(shown) == 4 * 7
+    for name, weight in shown.items():
+        expected = torch.from_numpy(deployed(masters[name].numpy(), Q4_0))
+        # In bfloat16 training a product gets them as autocast would cast them.
+        assert torch.equal(weight, expected.bfloat16() if bf16 else expected)
+        assert weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    records.close()
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        if name != "model.embed_tokens.weight":
+            assert not torch.equal(parameter, before[name])
+            if _grid(name):
+                assert not np.array_equal(parameter.detach().numpy(), deployed(parameter.detach().numpy(), Q4_0))
+    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_frozen_head_computes_what_autocast_would(workshop, quantised, monkeypatch):
+    """In bfloat16 a frozen head is cast once; losses and gradients are those of casting it in every step."""
+
+    def run():
+        trainer = workshop.trainer(PLAIN, bf16=True)
+        records = list(trainer.train_stable(64)) + list(trainer.train_decay(256, _grid if quantised else None))
+        return _weights(trainer), [record.loss for record in records]
+
+    fast = run()
+    monkeypatch.setattr(StepLoss, "hold_head", lambda self, storage_of: None)
+    slow = run()
+    _same(fast[0], slow[0])
+    assert fast[1] == slow[1]
+
+
+@pytest.mark.parametrize("parts", [1, 2], ids=["one pass", "two passes"])
+def test_kept_logits_of_uncertain_positions_train_as_logits_made_again(workshop, monkeypatch, parts):
+    """In bfloat16 with a frozen tied head, on no grid and on its own: the two differ by how products are rounded."""
+    from autodistill.distillation.losses import token_selection as positions
+
+    recipe = replace(PLAIN.distillation, positions="uncertain", uncertain_share=0.4)
+    strategy = Strategy(distillation=recipe)
+    known, kept = positions._Known.apply, []
+    monkeypatch.setattr(positions._Known, "apply", lambda *given: kept.append(given[1]) or known(*given))
+
+    def first(grid):
+        return _gradients(workshop.trainer(strategy, bf16=True, micro_batch=2 // parts), grid)
+
+    for grid in (None, _grid):
+        kept.clear()
+        (found, record), heads = first(grid), list(kept)
+        assert len(heads) == parts
+        table = workshop.trainer(strategy).model.get_output_embeddings().weight.detach()
+        shown = table if grid is None else torch.from_numpy(deployed(table.numpy(), Q8_0))
+        assert all(torch.equal(head, shown.bfloat16()) for head in heads)
+        kept.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(positions, "_KEPT_BYTES", 0)
+            expected, again = first(grid)
+        assert not kept
+        for term in ("loss", "divergence", "cross_entropy"):
+            assert getattr(record, term) == pytest.approx(getattr(again, term), rel=1e-3)
+        assert found.keys() == expected.keys()
+        apart = sum(float((found[name] - gradient).square().sum()) for name, gradient in expected.items())
+        size = sum(float(gradient.square().sum()) for gradient in expected.values())
+        assert size > 0
+        assert apart <= 1e-4 * size
+
+
+def test_the_table_is_frozen_unless_it_is_trained(workshop):
+    frozen = workshop.trainer(PLAIN)
+    table = frozen.model.model.embed_tokens.weight.detach().clone()
+    list(frozen.train_stable(64))
+    list(frozen.train_decay(192, _grid))
+    assert torch.equal(frozen.model.model.embed_tokens.weight, table)
+    assert frozen.model.lm_head.weight is frozen.model.model.embed_tokens.weight
+    recipe = Distillation(divergence_weight=0.5, learning_rate=1e-3, train_embeddings=True)
+    trained = workshop.trainer(Strategy(distillation=recipe), bf16=True)
+    list(trained.train_stable(64))
+    assert not torch.equal(trained.model.model.embed_tokens.weight, table)
+
+
+class Recorder:
+    """Notes which sequences each step asks for."""
+
+    def __init__(self, cache):
+        self._cache, self.steps = cache, []
+
+    def top(self, indices, temperature, count):
+        self.steps.append(list(indices))
+        return self._cache.top(indices, temperature, count)
+
+
+def _order(workshop, seed, steps=8):
+    recorder = Recorder(workshop.cache)
+    list(workshop.trainer(PLAIN, seed=seed, cache=recorder).train_stable(steps * STEP))
+    return recorder.steps
+
+
+def test_each_pass_over_the_data_has_its_own_order_by_the_seed(workshop):
+    steps = _order(workshop, 0)
+    flat = [index for step in steps for index in step]
+    first, second = flat[:8], flat[8:]
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second
+    assert _order(workshop, 0) == steps
+    assert _order(workshop, 1, 4) != steps[:4]
+
+
+def test_a_step_may_cross_into_the_next_pass(workshop):
+    recorder = Recorder(workshop.cache)
+    trainer = workshop.trainer(PLAIN, cache=recorder, batch_tokens=96, tokens=960)
+    list(trainer.train_stable(6 * 96))
+    flat = [index for step in recorder.steps for index in step]
+    assert sorted(flat[:8]) == sorted(flat[8:16]) == list(range(8))
+
+
+def test_a_strategy_without_divergence_reads_no_targets(workshop):
+    strategy = Strategy(distillation=Distillation(divergence_weight=0.0))
+    (record,) = workshop.trainer(strategy, cache=object()).train_stable(64)
+    assert record.divergence == 0
+    assert record.loss == record.cross_entropy
+
+
+def test_hooks_are_gone_after_a_step(workshop):
+    trainer = workshop.trainer(ALIGNED)
+    list(trainer.train_stable(64))
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+    copy.deepcopy(trainer.model)
+
+
+def test_the_models_state_is_that_of_training_in_any_order_of_trainers(workshop):
+    """Nothing global is drawn from: a trainer beside another one trains as if alone."""
+    alone = workshop.trainer(ALIGNED)
+    list(alone.train_stable(128))
+    torch.manual_seed(123)
+    first, second = workshop.trainer(ALIGNED), workshop.trainer(PLAIN)
+    for _ in zip(first.train_stable(128), second.train_stable(128), strict=True):
+        torch.rand(3)
+    _same(_weights(first), _weights(alone))

@@ -1,0 +1,273 @@
+"""The memory of serving, against llama.cpp's own log and by hand."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodistill.advisor.describe import deployment_named, describe, shape, spec_of
+from autodistill.errors import InputError
+from autodistill.estimates.serving_memory import BASIS, KV_BYTES, basis_of, memory
+from autodistill.serving.llama_cpp import LlamaServer
+
+SIZES = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "ffn": 256, "vocab": 1000}
+SMALL = {"layers": 6, "width": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 512, "vocabulary": 512}
+Q8 = deployment_named("gguf-q8_0")
+F16 = deployment_named("huggingface")
+
+
+@pytest.fixture(scope="module")
+def written() -> Any:
+    """The benchmarks' writer of GGUF files, which knows more graphs than the exporter does."""
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("model_files")
+    finally:
+        sys.path.remove(folder)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"family": "llama", "kv_type": "q8_0", "context": 1024},
+        {"family": "llama", "kv_type": "q4_0", "context": 1024, "form": "gguf-q4_0"},
+        {"family": "llama", "context": 512, "form": "gguf-q4_k"},
+        {"family": "llama", "width": 256, "context": 1024, "form": "gguf-q6_k"},
+        {"family": "llama", "width": 256, "context": 512, "tied": False, "form": "gguf-q4_k_m"},
+        {"family": "gpt_neox", "kv_heads": 4, "tied": False, "context": 512, "form": "gguf-q5_k_m"},
+        {"family": "gemma3_text", "context": 2048, "more": {"sliding_window": 256, "sliding_window_pattern": 6}},
+        {
+            "family": "qwen3_moe",
+            "context": 512,
+            "more": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
+        },
+        {"family": "mixtral", "context": 512, "more": {"num_local_experts": 4, "num_experts_per_tok": 2}},
+        {"family": "gpt_neox", "kv_heads": 4, "tied": False, "context": 512},
+    ],
+    ids=lambda case: f"{case['family']}-{case.get('kv_type', 'f16')}",
+)
+def test_buffers_are_what_llama_cpp_allocates(case: dict[str, Any], written: Any, tmp_path: Path) -> None:
+    asked = written.Case(**(SMALL | case))
+    spec, deployment = spec_of(asked.config()), deployment_named(asked.form)
+    written.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
+    with LlamaServer(tmp_path / "model.gguf", asked.context, 1, 1, asked.kv_type) as server:
+        found = server.buffers()
+    guess = memory(spec, deployment, context=asked.context, batch=1, kv_type=asked.kv_type)
+    assert guess.weights_bytes == pytest.approx(found.model_bytes, rel=0.01, abs=20_000)
+    assert guess.kv_cache_bytes == pytest.approx(found.kv_bytes, rel=0.001, abs=20_000)
+    assert guess.total_bytes - guess.overhead_bytes == pytest.approx(found.total_bytes, rel=0.02)
+    file = describe(str(tmp_path / "model.gguf"))
+    assert file.weights_bytes == pytest.approx(found.model_bytes, rel=0.01, abs=20_000)
+    read = memory(file.spec, deployment, context=asked.context, batch=1, kv_type=asked.kv_type)
+    assert read.total_bytes - read.overhead_bytes == pytest.approx(found.total_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("rank", [64, 256])
+def test_of_latent_attention_llama_cpp_caches_one_vector_a_token_and_layer(
+    kv_type: str, routed: bool, rank: int, written: Any, tmp_path: Path
+) -> None:
+    """A tiny DeepSeek: llama.cpp's own log has no values beside the latents, and the graph by heads in their space."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 128}
+    more = written.LATENT | {"kv_lora_rank": rank} | (experts | {"first_k_dense_replace": 1} if routed else {})
+    sizes = SMALL | {"tied": False, "kv_type": kv_type, "context": 1024, "more": more}
+    asked = written.Case(family="deepseek_v2", **sizes)
+    spec, deployment = spec_of(asked.config()), deployment_named(asked.form)
+    written.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
+    with LlamaServer(tmp_path / "model.gguf", asked.context, 1, 1, kv_type) as server:
+        found = server.buffers()
+        assert server.complete([3, 4, 5, 6], 2, ignore_end=True).tokens  # and computes with it
+    guess = memory(spec, deployment, context=asked.context, batch=1, kv_type=kv_type)
+    size, count = KV_BYTES[kv_type]
+    assert guess.kv_cache_bytes == asked.layers * 1024 * (rank + 32) * size // count
+    assert guess.kv_cache_bytes == pytest.approx(found.kv_bytes, rel=0.001, abs=20_000)
+    assert guess.weights_bytes == pytest.approx(found.model_bytes, rel=0.01, abs=20_000)
+    assert guess.compute_bytes == pytest.approx(found.compute_bytes + found.output_bytes, rel=0.1)
+    assert guess.total_bytes - guess.overhead_bytes == pytest.approx(found.total_bytes, rel=0.05)
+
+
+def test_a_cache_in_fewer_bits_is_smaller_by_the_blocks() -> None:
+    spec = shape(SIZES).spec
+    values = 2 * 4 * 2 * 32 * 1024
+    sizes = {kv_type: memory(spec, Q8, context=1024, batch=1, kv_type=kv_type).kv_cache_bytes for kv_type in KV_BYTES}
+    assert sizes == {"f16": 2 * values, "q8_0": values * 34 // 32, "q4_0": values * 18 // 32}
+
+
+def test_a_window_s_cache_keeps_the_whole_prompt_in_transformers_and_no_more_than_itself_in_vllm() -> None:
+    config = {"layers": 4, "window": 100} | {key: value for key, value in SIZES.items() if key != "layers"}
+    spec, wide = shape(config, family="mistral").spec, shape(SIZES).spec
+
+    def cache(spec: Any, runtime: str) -> int:
+        return memory(spec, Q8, context=8000, batch=2, runtime=runtime).kv_cache_bytes
+
+    assert cache(spec, "transformers") == cache(wide, "transformers")
+    assert cache(spec, "vllm") < cache(wide, "vllm")
+
+
+def test_what_a_window_caches_in_transformers_is_a_view_of_the_whole_prompt() -> None:
+    """What the estimate of a windowed cache rests on, of transformers itself."""
+    torch = pytest.importorskip("torch")
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    layer, given = DynamicSlidingWindowLayer(sliding_window=10), torch.zeros(1, 2, 500, 32)
+    layer.update(given, given)
+    assert layer.keys.shape[-2] < 10
+    assert layer.keys.untyped_storage().nbytes() == 500 * 2 * 32 * 4
+
+
+def test_of_activations_and_cache_a_half_more_is_held_in_transformers() -> None:
+    """By hand, of one token in four layers of 128, FFNs of 256, keys and values of 64."""
+    spec = shape(SIZES).spec
+    parts = [memory(spec, Q8, context=tokens, batch=1, runtime="transformers") for tokens in (1000, 1001)]
+    assert parts[1].kv_cache_bytes - parts[0].kv_cache_bytes == 4 * 2 * 64 * 2
+    activations = 2 * (4 * 128 + 3 * 256)
+    assert parts[1].compute_bytes - parts[0].compute_bytes == activations + (activations + 4 * 2 * 64 * 2) // 2
+
+
+def test_a_step_of_onnx_runtime_reads_one_token_with_the_rest_as_inputs() -> None:
+    spec = shape(SIZES, tied=True).spec
+    prompt, step = (memory(spec, F16, context=512, batch=2, runtime="onnxruntime", read=read) for read in (None, 1))
+    assert step.weights_bytes == prompt.weights_bytes == 4 * (spec.parameters + 1000 * 128)
+    cell = 4 * 4 * 2 * 64  # float32 of four layers' keys and values
+    assert prompt.kv_cache_bytes == 2 * 512 * cell
+    assert step.kv_cache_bytes == 2 * (511 + 512) * cell
+    assert prompt.compute_bytes - step.compute_bytes > 17 * 2 * 4 * 511 * 512  # the scores
+
+
+@pytest.mark.parametrize(("kv_heads", "copies"), [(4, 0.6), (2, 2.1), (1, 2.35)])
+def test_of_a_cell_onnx_runtime_turns_the_keys_and_copies_shared_ones_before(kv_heads: int, copies: int) -> None:
+    """By hand, of a token more behind a step: inputs and outputs of four layers, copies of one, scores and mask."""
+    spec = shape(SIZES | {"kv_heads": kv_heads}).spec
+    one, more = (memory(spec, F16, context=size, batch=1, runtime="onnxruntime", read=1) for size in (512, 513))
+    assert more.kv_cache_bytes - one.kv_cache_bytes == 2 * 4 * 4 * 2 * kv_heads * 32
+    assert more.compute_bytes - one.compute_bytes == pytest.approx(4 * copies * 128 + 17 * 4 + 4, abs=1)
+
+
+def test_of_onnx_runtime_s_weights_on_a_grid_the_table_stays_wide() -> None:
+    spec = shape(SIZES, tied=True).spec
+    four, eight = (
+        memory(spec, deployment_named(f"compressed-tensors-int{bits}-g32"), context=8, batch=1, runtime="onnxruntime")
+        for bits in (4, 8)
+    )
+    linears = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
+    assert eight.weights_bytes - four.weights_bytes == linears // 2
+    table, norms = 2 * 4 * 1000 * 128, 4 * 9 * 128
+    assert four.weights_bytes == table + norms + linears // 2 + 4 * linears // 32
+
+
+def test_all_experts_are_stored_and_the_active_ones_computed() -> None:
+    experts = shape(SIZES | {"experts": 8, "active_experts": 2}).spec
+    one = shape(SIZES).spec
+    many, few = (memory(spec, Q8, context=512, batch=1) for spec in (experts, one))
+    matrices = 4 * 3 * 128 * 256 * 34 // 32
+    assert many.weights_bytes - few.weights_bytes == 7 * matrices + 4 * 8 * 128 * 4  # and routers in float32
+    assert many.compute_bytes - few.compute_bytes == 4 * 512 * 3 * 256  # one more expert at once
+
+
+def test_a_file_s_own_weights_take_the_place_of_the_format_s() -> None:
+    assert memory(shape(SIZES).spec, Q8, context=512, batch=1, weights=12345).weights_bytes == 12345
+
+
+TABLE = 1000 * 128 * 34 // 32  # of the vocabulary's rows, by blocks of 32 in Q8_0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_on_a_gpu_llama_cpp_keeps_the_table_and_the_process_in_main_memory(tied: bool) -> None:
+    """By hand: 512 tokens at once, of which products copy 16 bits of the FFN's 256 in and out; two rows of logits."""
+    spec = shape(SIZES, tied=tied).spec
+    process, on_gpu = (memory(spec, Q8, context=512, batch=2, on_gpu=gpu) for gpu in (False, True))
+    assert (process.on_gpu, on_gpu.on_gpu, process.main_memory_bytes) == (False, True, 0)
+    assert process.weights_bytes - on_gpu.weights_bytes == (0 if tied else TABLE)
+    assert on_gpu.kv_cache_bytes == process.kv_cache_bytes
+    assert process.compute_bytes - on_gpu.compute_bytes == 2 * 4 * 1000
+    assert on_gpu.overhead_bytes == 32 * 2**20 + 512 * 2 * 2 * 256
+    assert on_gpu.main_memory_bytes == process.overhead_bytes + TABLE + 2 * 4 * 1000
+
+
+def test_on_a_gpu_neither_python_nor_cuda_s_context_counts() -> None:
+    spec = shape(SIZES).spec
+    for runtime, overhead in (("transformers", 52 * 2**20), ("vllm", 400_000_000 + 32 * 2**20)):
+        process, on_gpu = (
+            memory(spec, deployment_named("huggingface"), context=512, batch=2, runtime=runtime, on_gpu=gpu)
+            for gpu in (False, True)
+        )
+        assert on_gpu.overhead_bytes == overhead < process.overhead_bytes
+        assert on_gpu.weights_bytes == process.weights_bytes
+        assert on_gpu.kv_cache_bytes == process.kv_cache_bytes
+    # The holes of a heap are no GPU's: by hand, what the last layer's FFN holds of 1024 tokens, and two rows of logits.
+    held = memory(spec, deployment_named("huggingface"), context=512, batch=2, on_gpu=True).compute_bytes
+    assert held == 2 * 1024 * (4 * 128 + 3 * 256) + 2 * 6 * 1000
+
+
+@pytest.mark.parametrize("runtime", BASIS)
+def test_what_is_told_of_a_gpu_says_that_it_was_measured_on_none(runtime: str) -> None:
+    estimate = memory(shape(SIZES).spec, Q8, context=512, batch=1, runtime=runtime, on_gpu=True)
+    assert min(estimate.weights_bytes, estimate.kv_cache_bytes, estimate.compute_bytes, estimate.overhead_bytes) > 0
+    assert basis_of(runtime, on_gpu=True).startswith("predicted, not measured on a GPU: ")
+    assert basis_of(runtime, on_gpu=False) == BASIS[runtime]
+
+
+@pytest.mark.parametrize("runtime", BASIS)
+def test_every_runtime_says_what_it_rests_on(runtime: str) -> None:
+    estimate = memory(shape(SIZES).spec, Q8, context=512, batch=1, runtime=runtime)
+    parts = (estimate.weights_bytes, estimate.kv_cache_bytes, estimate.compute_bytes, estimate.overhead_bytes)
+    assert min(parts) > 0
+    assert sum(parts) == estimate.total_bytes
+    assert ("not measured" in BASIS[runtime]) == (runtime == "vllm")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kv_type": "q5_0"}, "llama.cpp holds no KV cache in 'q5_0'; it can be f16, q8_0, q4_0"),
+        ({"kv_type": "q8_0", "spec": shape(SIZES | {"head_dim": 16}).spec}, "by blocks of 32, .* the 16 of this model"),
+        ({"kv_type": "q8_0", "runtime": "vllm"}, "vllm holds no KV cache in 'q8_0'; it can be f16"),
+        ({"runtime": "tgi"}, "the runtimes are llama.cpp"),
+        ({"context": 0}, "at least 1"),
+        ({"read": 64}, "llama.cpp reads no 64 tokens"),
+        ({"read": 513, "runtime": "onnxruntime"}, "onnxruntime reads no 513 tokens of 512"),
+    ],
+)
+def test_what_no_runtime_does_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        memory(**({"spec": shape(SIZES).spec, "deployment": Q8, "context": 512, "batch": 1} | options))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    runtime=st.sampled_from(sorted(BASIS)),
+    context=st.integers(1, 4000),
+    batch=st.integers(1, 16),
+    more=st.integers(1, 300),
+    window=st.sampled_from([None, 64]),
+)
+def test_memory_grows_with_context_and_streams(
+    runtime: str, context: int, batch: int, more: int, window: int | None
+) -> None:
+    spec = shape(SIZES | {"window": window}, family="mistral").spec
+
+    def total(context: int, batch: int) -> int:
+        return memory(spec, Q8, context=context, batch=batch, runtime=runtime).total_bytes
+
+    assert total(context, batch) <= total(context + more, batch)
+    assert total(context, batch) < total(context, batch + more)
+
+
+@settings(deadline=None, max_examples=40)
+@given(context=st.integers(1, 4000), batch=st.integers(1, 8), tied=st.booleans())
+def test_memory_grows_with_the_bits_of_weights_and_cache(context: int, batch: int, tied: bool) -> None:
+    spec = shape(SIZES, tied=tied).spec
+    forms = ("gguf-q4_0", "gguf-q4_1", "gguf-q5_1", "gguf-q8_0", "gguf-f16")
+    by_weights = [memory(spec, deployment_named(form), context=context, batch=batch).total_bytes for form in forms]
+    assert by_weights == sorted(set(by_weights))
+    kinds = ("q4_0", "q8_0", "f16")
+    by_cache = [memory(spec, Q8, context=context, batch=batch, kv_type=kind).total_bytes for kind in kinds]
+    assert by_cache == sorted(set(by_cache))

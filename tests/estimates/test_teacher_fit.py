@@ -1,0 +1,75 @@
+"""A teacher is held in float32 where memory takes that, and else in 16 bits."""
+
+from __future__ import annotations
+
+import pytest
+
+from autodistill.errors import InputError
+from autodistill.estimates.training_fit import fit_teacher
+from autodistill.hardware.machine import Gpu, Machine
+from autodistill.models.config import spec_from_config
+from autodistill.models.model_folder import HeldType
+from tests.estimates.test_training_fit import QWEN_1_5B
+
+QWEN_7_6B = QWEN_1_5B | {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+
+
+def _machine(memory: float, *gpus: float) -> Machine:
+    found = tuple(Gpu(name="", memory_bytes=int(gpu)) for gpu in gpus)
+    return Machine(cpus=2, memory_bytes=int(memory), gpus=found)
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "machine", "held", "rounded"),
+    [
+        (QWEN_1_5B, "bfloat16", _machine(24e9), "float32", False),
+        (QWEN_7_6B, "bfloat16", _machine(24e9), "bfloat16", False),
+        (QWEN_7_6B, "float16", _machine(24e9), "float16", False),
+        (QWEN_7_6B, "float32", _machine(24e9), "bfloat16", True),
+        (QWEN_7_6B, "bfloat16", _machine(128e9, 24e9), "bfloat16", False),
+        (QWEN_7_6B, "bfloat16", _machine(24e9, 80e9), "bfloat16", False),
+        (QWEN_7_6B, "bfloat16", _machine(128e9, 80e9), "float32", False),
+    ],
+)
+def test_a_teacher_is_held_in_float32_where_that_fits_twice(
+    config: dict[str, object], stored: HeldType, machine: Machine, held: str, rounded: bool
+) -> None:
+    fit = fit_teacher(spec_from_config(config), stored=stored, sequence_length=256, machine=machine)
+    assert (fit.held, fit.rounded) == (held, rounded)
+    assert fit.of("abc") == ("abc-bfloat16" if rounded else "abc")
+    assert (fit.note is None) == (held == "float32")
+
+
+def test_a_7_6b_teachers_bytes_by_hand() -> None:
+    spec = spec_from_config(QWEN_7_6B)
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
+    matrices = 2 * 152064 * 3584 + 28 * layer
+    vectors = 57 * 3584 + 28 * (3584 + 2 * 512)
+    assert spec.parameters == matrices + vectors == 7_615_616_512
+    fit = fit_teacher(spec, stored="bfloat16", sequence_length=256, machine=_machine(24e9))
+    assert fit.weights_bytes == fit.held_bytes == 2 * matrices + 4 * vectors
+    with pytest.raises(InputError, match="even in 16 bits"):
+        fit_teacher(spec, stored="bfloat16", sequence_length=256, machine=_machine(16e9))
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        (_machine(16e9), "and this machine has 16"),
+        (_machine(128e9, 8e9), "and this machine has 8"),
+        (_machine(128e9, *[8e9] * 4), "and one GPU of this machine's 4, over which a teacher is not divided, has 8"),
+        (_machine(4e9, *[8e9] * 4), "and this machine has 4"),
+    ],
+)
+def test_a_teacher_that_several_gpus_could_hold_together_is_refused_for_what_one_holds(
+    machine: Machine, said: str
+) -> None:
+    with pytest.raises(InputError, match=f"{said}.*choose a smaller teacher, or let it write"):
+        fit_teacher(spec_from_config(QWEN_7_6B), stored="bfloat16", sequence_length=256, machine=machine)

@@ -1,0 +1,265 @@
+"""The memory of training by parts, against what torch keeps for the backward pass and what AdamW holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from autodistill.distillation.losses.attention import TeacherBlock, attention_loss, watch
+from autodistill.distillation.losses.hidden_states import alignment_loss, projection
+from autodistill.distillation.training.trainer import adamw
+from autodistill.estimates.training_memory import beside_bytes, training_memory
+from autodistill.models.config import ARCHITECTURES, spec_from_config
+from autodistill.models.loading import decoder_layers
+from autodistill.strategy.strategy import Alignment, Attention, Distillation, Lora
+from autodistill.testing import tiny_config as config
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_keeps_what_torch_keeps(architecture: str, bf16: bool) -> None:
+    # A number of tokens that no matrix has for a size.
+    described, tokens = config(architecture), 250
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described))
+    model.float()
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, tuple[torch.UntypedStorage, torch.Size]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved.setdefault(storage.data_ptr(), (storage, tensor.shape))
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        logits = model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).logits
+    kept = {address: found for address, found in saved.items() if address not in owned}
+    shown = sum(storage.nbytes() for storage, shape in kept.values() if len(shape) == 2 and tokens not in shape)
+    estimate = training_memory(spec_from_config(described), tokens=tokens, bf16=bf16)
+    assert estimate.shown_bytes == pytest.approx(shown, rel=1e-6)
+    total = sum(storage.nbytes() for storage, _ in kept.values())
+    assert estimate.activations_bytes == pytest.approx(total - shown, rel=0.1)
+    assert estimate.logits_bytes == logits.nbytes
+    assert estimate.weights_bytes == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "gpt_neox"])
+def test_two_more_layers_keep_what_torch_keeps_of_two_more(architecture: str, bf16: bool) -> None:
+    """Their difference has nothing of what stands around the layers, and so each figure of a family shows."""
+    tokens, kept, told = 250, [], []
+    for layers in (2, 4):
+        described = config(architecture, num_hidden_layers=layers)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).float()
+        owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        shapes: dict[int, tuple[int, torch.Size]] = {}
+
+        def keep(tensor: torch.Tensor, shapes: dict[int, tuple[int, torch.Size]] = shapes) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            # A weight that was rounded anew counts with what is shown.
+            shapes.setdefault(storage.data_ptr(), (storage.nbytes(), tensor.shape))
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        kept.append(
+            sum(
+                nbytes
+                for address, (nbytes, shape) in shapes.items()
+                if address not in owned and not (len(shape) == 2 and tokens not in shape)
+            )
+        )
+        told.append(training_memory(spec_from_config(described), tokens=tokens, bf16=bf16).activations_bytes)
+    assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.015)
+
+
+def test_gradients_come_as_what_was_kept_goes_in_a_step_of_one_pass() -> None:
+    spec = spec_from_config(config())
+    one, several = (training_memory(spec, tokens=256, passes=passes) for passes in (1, 4))
+    kept = one.activations_bytes + one.logits_bytes
+    fixed = one.weights_bytes + one.optimizer_bytes + one.overhead_bytes
+    assert one.total_bytes == fixed + max(kept, one.gradients_bytes)
+    assert several.total_bytes == fixed + kept + one.gradients_bytes
+    assert sum(one.parts.values()) == several.total_bytes
+    on_grid = training_memory(spec, tokens=256, on_grid=True)
+    matrices = sum(math.prod(tensor.shape) for tensor in spec.tensors if len(tensor.shape) == 2)
+    tied = not any("lm_head" in tensor.name for tensor in spec.tensors)
+    assert on_grid.shown_bytes == 4 * matrices - (0 if tied else 4 * spec.vocabulary * spec.width)
+
+
+def _kept(run: Callable[[], object]) -> dict[int, int]:
+    """Bytes by address of the storages that autograd keeps of `run`."""
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return {address: storage.nbytes() for address, storage in saved.items()}
+
+
+@pytest.mark.parametrize("kind", ["linear", "low-rank", "mlp"])
+def test_alignment_keeps_what_torch_keeps(kind: str) -> None:
+    tokens, student, teacher = 256, spec_from_config(config(hidden_size=128)), spec_from_config(config())
+    alignment = Alignment(layers="even", count=2, projection=kind, rank=24 if kind == "low-rank" else 0)
+    projections = [projection(alignment, 128, teacher.width, seed) for seed in (0, 1)]
+    weights = {p.data_ptr(): p.nbytes for project in projections for p in project.parameters()}
+    target = torch.zeros(tokens, teacher.width, dtype=torch.float16)
+    states = [torch.randn(tokens, 128).requires_grad_() for _ in projections]
+
+    def run() -> list[torch.Tensor]:
+        pairs = zip(projections, states, strict=True)
+        return [alignment_loss(project(rows), target) for project, rows in pairs]
+
+    kept = sum(nbytes for address, nbytes in _kept(run).items() if address not in weights)
+    estimate = training_memory(student, tokens=tokens, teacher=teacher, alignment=alignment)
+    # Weight, gradient and two moments of each projection.
+    assert estimate.alignment_bytes == pytest.approx(kept + 4 * sum(weights.values()), rel=0.05)
+    assert training_memory(student, tokens=tokens).alignment_bytes == 0
+    everywhere = training_memory(
+        student, tokens=tokens, teacher=teacher, alignment=replace(alignment, layers="all", count=1)
+    )
+    assert everywhere.alignment_bytes == student.layers / 2 * estimate.alignment_bytes
+
+
+@pytest.mark.parametrize("attention", [Attention(), Attention(kind="relations", relation_heads=8)])
+def test_attention_keeps_its_sides_their_gradients_and_a_layer(attention: Attention) -> None:
+    tokens, described = 256, config()
+    spec = spec_from_config(described)
+    make = transformers.AutoConfig.for_model
+    model, teacher = (transformers.AutoModelForCausalLM.from_config(make(**described)) for _ in range(2))
+    with watch(model, attention) as ours:
+        model.model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    block = TeacherBlock(teacher, 1)
+    target = block.heads(torch.randn(1, tokens, spec.width), attention)
+    gradients = sum(_kept(lambda: attention_loss(ours, target)).values())
+    sides = {
+        side.untyped_storage().data_ptr(): side.untyped_storage().nbytes()
+        for heads in (*ours, *target)
+        for side in (heads.left, heads.right)
+    }
+    layer = sum(p.nbytes for p in decoder_layers(block._model)[0].parameters())
+    estimate = training_memory(spec, tokens=tokens, teacher=spec, attention=attention)
+    assert estimate.alignment_bytes == pytest.approx(gradients + sum(sides.values()) + layer, rel=0.01)
+
+
+def test_adamw_takes_sixteen_bytes_a_weight_and_four_where_frozen() -> None:
+    sizes = {"num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+    spec = spec_from_config(config(**sizes, head_dim=64, intermediate_size=1536, vocab_size=49152))
+    table = 49152 * 576
+
+    def held(train_embeddings: bool) -> int:
+        estimate = training_memory(spec, tokens=1024, train_embeddings=train_embeddings)
+        return estimate.weights_bytes + estimate.gradients_bytes + estimate.optimizer_bytes
+
+    assert held(True) == 16 * spec.parameters
+    assert held(False) == 16 * spec.parameters - 12 * table
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "int8"])
+def test_moments_take_what_the_optimisers_hold(state: Any) -> None:
+    """The tensors that each AdamW holds of weights of the shapes of a model, but for its counts of steps."""
+    spec = spec_from_config(config(hidden_size=256, intermediate_size=512))
+    weights = [torch.nn.Parameter(torch.randn(tensor.shape)) for tensor in spec.tensors if len(tensor.shape) == 2]
+    optimiser = adamw([{"params": weights}], state)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimiser.step()
+    held = 0
+    for weight in weights:
+        moments = {name: part for name, part in optimiser.state[weight].items() if torch.is_tensor(part)}
+        # bitsandbytes' table of 8-bit values is one for all.
+        held += sum(part.nbytes for name, part in moments.items() if part.numel() > 1 and "qmap" not in name)
+    trained = sum(weight.numel() for weight in weights)
+    left_out = spec.parameters - trained
+    estimate = training_memory(spec, tokens=64, optimizer_state=state)
+    per_value = {"float32": 8.0, "bfloat16": 4.0, "int8": 2 + 8 / 256}[state]
+    assert estimate.optimizer_bytes == pytest.approx(held + per_value * left_out, rel=1e-3)
+
+
+def test_a_checkpointed_model_keeps_what_torch_keeps() -> None:
+    """Outside of its layers: each one's input. Within, one layer at a time has what all have without."""
+    described, tokens = config(num_hidden_layers=4), 250
+    spec = spec_from_config(described)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).float()
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs: list[int] = []
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(lambda module, given: inputs.append(given[0].nbytes))
+    model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    whole, kept = (training_memory(spec, tokens=tokens, checkpointing=on).activations_bytes for on in (False, True))
+    assert inputs == [4 * spec.width * tokens] * 4
+    assert kept == sum(inputs) + whole / 4
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ("attention", "q_proj k_proj v_proj o_proj"),
+        ("ffn", "gate_proj up_proj down_proj"),
+        ("all", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+    ],
+)
+def test_low_rank_changes_are_those_of_the_matrices_that_are_named(layers: str, names: str) -> None:
+    described = config(num_hidden_layers=3)
+    spec, rank = spec_from_config(described), 4
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described))
+    adapted = [m.weight for name, m in model.named_modules() if name.rpartition(".")[2] in names.split()]
+    assert len(adapted) == 3 * len(names.split())
+    changes = sum(rank * sum(weight.shape) for weight in adapted)
+    changed = training_memory(spec, tokens=64, lora=Lora(rank=rank, layers=layers), train_embeddings=False)
+    assert changed.weights_bytes == 4 * (spec.parameters + changes)
+    assert changed.gradients_bytes == 4 * changes
+    assert changed.optimizer_bytes == 8 * changes
+    table = spec.vocabulary * spec.width
+    with_table = training_memory(spec, tokens=64, lora=Lora(rank=rank, layers=layers))
+    assert with_table.gradients_bytes == 4 * (changes + table)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shown_are_the_matrices_of_one_layer_or_of_all_and_the_table(bf16: bool, checkpointing: bool) -> None:
+    spec = spec_from_config(config(num_hidden_layers=4))
+    matrices = sum(math.prod(t.shape) for t in spec.tensors if len(t.shape) == 2 and ".layers." in t.name)
+    table, size = spec.vocabulary * spec.width, 2 if bf16 else 4
+    shares = {"bf16": bf16, "checkpointing": checkpointing, "tokens": 64}
+    shown = size * (matrices // (4 if checkpointing else 1) + table)
+    assert training_memory(spec, **shares).shown_bytes == (shown if bf16 else 0)
+    on_grid = training_memory(spec, **shares, on_grid=True)
+    # A table that is trained is looked up in float32.
+    assert on_grid.shown_bytes == shown + (4 * table if bf16 else 0)
+    frozen = training_memory(spec, **shares, on_grid=True, train_embeddings=False)
+    assert frozen.shown_bytes == shown
+
+
+def test_what_lies_of_the_teacher_beside_a_student() -> None:
+    teacher = spec_from_config(config())
+    head = teacher.vocabulary * teacher.width
+    recipes = {
+        signal: Distillation(signal=signal, signal_tokens=0 if signal in ("online", "states", "written") else 12)
+        for signal in ("online", "states", "top-k", "sampled")
+    }
+
+    def beside(*signals: str, bf16: bool = False) -> int:
+        return beside_bytes([recipes[signal] for signal in signals], teacher, bf16=bf16, held_bytes=12345)
+
+    assert beside("top-k", "sampled") == beside() == 0
+    assert (beside("states", "top-k"), beside("states", bf16=True)) == (4 * head, 2 * head)
+    assert (beside("online", "states"), beside("online", bf16=True)) == (12345, 2 * teacher.parameters)
+    # What is not weighed is not needed.
+    nothing = Distillation(signal="online", signal_tokens=0, divergence_weight=0.0)
+    assert beside_bytes([nothing], teacher, bf16=False, held_bytes=12345) == 0

@@ -1,0 +1,99 @@
+"""A budget on a device: as plain data, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodistill.advisor.describe import deployment_named, shape
+from autodistill.errors import InputError
+from autodistill.estimates.fit import fits, latencies, nearest_miss
+from autodistill.estimates.speed import limit_seconds, speed
+from autodistill.hardware.budget import Budget, DeviceBudget, memory_on, parse_latency, read_budget
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.lookup import find_device
+
+PI = find_device("pi 4", devices())
+SPEC = shape({"layers": 12, "width": 512, "heads": 8, "kv_heads": 4, "ffn": 1024, "vocab": 8000}).spec
+FORMS = tuple(deployment_named(name) for name in ("gguf-f16", "gguf-q8_0", "gguf-q4_0"))
+
+
+def test_both_budgets_read_back_as_they_were_written() -> None:
+    plain = Budget(memory_bytes=10**9, context=100, batch=2)
+    for budget in (plain, DeviceBudget(**plain.to_json(), device=PI, latency=parse_latency("ttft_p50=1s,50ms"))):
+        assert read_budget(json.loads(json.dumps(budget.to_json()))) == budget
+
+
+@pytest.mark.parametrize("data", [{}, {"memory_bytes": 1, "device": {}}, {"memory_bytes": 1, "device": {"name": "x"}}])
+def test_what_is_no_budget_is_refused(data: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="no budget as a run stores it"):
+        read_budget(data)
+
+
+def test_a_budget_without_limits_of_latency_is_one_of_memory() -> None:
+    plain = Budget(memory_bytes=10**8)
+    placed = DeviceBudget(memory_bytes=10**8, device=PI)
+    assert fits(SPEC, FORMS, placed) == fits(SPEC, FORMS, plain)
+    assert latencies(SPEC, FORMS[0], placed) == latencies(SPEC, FORMS[0], plain) == {}
+
+
+def test_the_memory_is_that_of_as_many_streams_as_a_limit_has() -> None:
+    budget = DeviceBudget(memory_bytes=10**9, device=PI, batch=2, latency=parse_latency("ttft_p95=9s,9s@streams=16"))
+    assert budget.batch == 16
+    assert "batch 16" in budget.describe()
+    # A key and a value of 16 bits, 4 heads of 64 of 12 layers, for 2048 tokens of each stream.
+    assert fits(SPEC, FORMS[:1], budget)[0].estimate.kv_cache_bytes == 16 * 2048 * 12 * 2 * 4 * 64 * 2
+    assert replace(budget, batch=20).batch == 20
+    assert DeviceBudget(memory_bytes=10**9, device=PI, batch=2).batch == 2
+
+
+def test_a_device_holds_no_more_than_it_has() -> None:
+    assert memory_on(PI, None) == PI.usable_bytes < PI.memory_bytes
+    assert memory_on(PI, PI.memory_bytes) == PI.memory_bytes
+    with pytest.raises(InputError, match=r"24\.0 GB is more than the 8\.59 GB that Raspberry Pi 4B 8GB has"):
+        memory_on(PI, 24 * 10**9)
+
+
+def test_of_a_jetson_s_memory_what_is_left_beside_its_system_is_the_budget() -> None:
+    """5.2 of 8 GB are free for a model on an Orin Nano, whose processor and GPU share them, in each of its modes."""
+    nanos = [one for one in devices() if one.name.startswith("Jetson Orin Nano") and one.memory_bytes == 8 * 10**9]
+    assert len(nanos) == 5
+    assert {memory_on(one, None) for one in nanos} == {5_200_000_000}
+
+
+def test_the_first_token_at_several_streams_is_that_of_the_last_prompt() -> None:
+    (alone,), (four,) = (parse_latency(f"ttft_p95=1s@streams={count}") for count in (1, 4))
+    one = limit_seconds(SPEC, FORMS[1], PI, alone, context=1024)
+    assert one == speed(SPEC, FORMS[1], PI, context=1024).time_to_first_token_ms_high / 1e3
+    assert limit_seconds(SPEC, FORMS[1], PI, four, context=1024) == 4 * one
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    memory=st.integers(10**7, 10**9),
+    milliseconds=st.integers(1, 400),
+    quantity=st.sampled_from(["tpot", "ttft"]),
+    streams=st.integers(1, 8),
+    device=st.sampled_from(devices()),
+)
+def test_what_fits_exceeds_no_limit_and_what_does_not_exceeds_one(memory, milliseconds, quantity, streams, device):
+    limits = parse_latency(f"{quantity}_p95={milliseconds}ms@streams={streams}")
+    budget = DeviceBudget(memory_bytes=memory, device=device, latency=limits)
+    found = fits(SPEC, FORMS, budget)
+    for fit in found:
+        (seconds,) = latencies(SPEC, fit.deployment, budget).values()
+        assert (fit.slack <= 0) == (fit.need <= memory and seconds <= limits[0].seconds)
+        assert bool(fit.late) == (seconds > limits[0].seconds)
+        assert fit.slack == pytest.approx(math.log(max(fit.need / memory, seconds / limits[0].seconds)))
+    miss = nearest_miss(found, budget)
+    assert (miss is None) == any(fit.slack <= 0 for fit in found)
+    if miss is not None:
+        nearest = min(found, key=lambda fit: fit.slack)
+        assert (miss.limit, miss.slack) == ("latency" if nearest.late else "memory", nearest.slack)
+    wider = replace(budget, memory_bytes=2 * memory)
+    assert all(a.slack <= b.slack for a, b in zip(fits(SPEC, FORMS, wider), found, strict=True))

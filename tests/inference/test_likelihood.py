@@ -1,0 +1,133 @@
+"""Likelihoods of continuations and strided windows, against transformers' own logits and loss, whatever the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from autodistill.inference.likelihood import continuations, rolling, windows
+from autodistill.testing import save_tiny_teacher
+
+
+@pytest.fixture(scope="module")
+def model(workshop):
+    return AutoModelForCausalLM.from_pretrained(workshop.teacher, dtype=torch.float32).eval()
+
+
+def pairs(count=24, seed=0):
+    """Prompts, some of them shared and of equal length, each with continuations of several lengths."""
+    dice = np.random.default_rng(seed)
+    prompts = [dice.integers(3, 300, size).tolist() for size in (1, 5, 5, 17, 40)]
+    return [
+        (prompts[int(dice.integers(5))], dice.integers(3, 300, int(dice.integers(1, 9))).tolist()) for _ in range(count)
+    ]
+
+
+def alone(model, prompt, rest):
+    ids = torch.tensor([prompt + rest])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prompt) - 1 : -1].double()
+    labels = torch.tensor(rest)
+    chosen = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    return float(chosen.sum()), bool((logits.argmax(-1) == labels).all())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "gpt_neox"])
+def test_each_is_that_of_the_whole_sequence_alone(tmp_path, architecture):
+    folder = save_tiny_teacher(tmp_path, architecture=architecture, layers=3)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    given = pairs()
+    for (prompt, rest), found in zip(given, continuations(model, given), strict=True):
+        expected, greedy = alone(model, prompt, rest)
+        assert found.log_likelihood == pytest.approx(expected, rel=1e-5, abs=1e-4)
+        assert (found.tokens, found.greedy) == (len(rest), greedy)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_does_not_depend_on_the_batch(model, threads):
+    given = pairs(40, seed=1)
+    torch.set_num_threads(threads)
+    try:
+        found = [continuations(model, given, batch_tokens=size) for size in (1, 64, 100_000)]
+        turned = continuations(model, given[::-1])[::-1]
+    finally:
+        torch.set_num_threads(1)
+    for other in (*found[1:], turned):
+        np.testing.assert_allclose(
+            [one.log_likelihood for one in other], [one.log_likelihood for one in found[0]], rtol=0, atol=1e-4
+        )
+        assert [one.greedy for one in other] == [one.greedy for one in found[0]]
+
+
+def test_what_greedy_decoding_writes_is_greedy(model):
+    prompt = [5, 9, 11]
+    written = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, eos_token_id=None)
+    rest = written[0, 3:].tolist()
+    (right, wrong) = continuations(model, [(prompt, rest), (prompt, [*rest[:-1], rest[-1] ^ 1])])
+    assert (right.greedy, wrong.greedy) == (True, False)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 8), (16, 1), (16, 5), (200, 200), (64, 63)])
+def test_windows_are_those_of_hugging_faces_guide(model, window, stride):
+    """As Hugging Face's guide has it: all but a window's new tokens are masked, and transformers computes the loss."""
+    tokens = np.random.default_rng(2).integers(3, 300, 100).tolist()
+    total, counted, before = 0.0, 0, 0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + window, len(tokens))
+        ids = torch.tensor([tokens[begin:end]])
+        labels = ids.clone()
+        labels[:, : -(end - before)] = -100
+        valid = int((labels[0, 1:] != -100).sum())
+        if valid:
+            with torch.no_grad():
+                total += float(model(ids, labels=labels).loss) * valid
+            counted += valid
+        before = end
+        if end == len(tokens):
+            break
+    (found,) = rolling(model, [tokens], window=window, stride=stride)
+    assert len(found) == counted
+    assert found.mean() == pytest.approx(total / counted, rel=1e-5)
+    if stride < window:
+        assert counted == len(tokens) - 1  # every token but the first, once
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 15), (16, 8), (16, 1), (200, 200), (2, 1), (34, 33)])
+def test_what_begins_texts_begins_every_window(model, window, stride):
+    """Each token of the text once, after BOS and the window's own before it, by transformers' loss."""
+    tokens, nll = np.random.default_rng(2).integers(3, 300, 100).tolist(), []
+    for begin in range(0, len(tokens), min(stride, window - 1)):
+        end = min(begin + window - 1, len(tokens))
+        ids = torch.tensor([[0, *tokens[begin:end]]])
+        with torch.no_grad():
+            losses = -model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        nll += losses[len(nll) - begin :].tolist()
+        if end == len(tokens):
+            break
+    found, single = rolling(model, [tokens, tokens[:1]], window=window, stride=stride, begin=0)
+    assert len(found) == len(tokens)
+    np.testing.assert_allclose(found, nll, rtol=0, atol=1e-4)
+    assert single == pytest.approx(nll[:1], abs=1e-4)
+
+
+def test_more_context_of_a_window_is_the_whole_texts(model):
+    texts = [np.random.default_rng(seed).integers(3, 300, size).tolist() for seed, size in ((0, 50), (1, 2), (2, 1))]
+    whole, pair, single = rolling(model, texts, window=64, stride=32)
+    ids = torch.tensor([texts[0]])
+    with torch.no_grad():
+        assert whole.mean() == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-5)
+    assert (len(pair), len(single)) == (1, 0)
+
+
+def test_windows_cover_a_text_once():
+    for length in range(40):
+        for window in (2, 7, 40):
+            for stride in (1, 3, 7):
+                if stride <= window:
+                    found = list(windows(length, window, stride))
+                    assert all(end - start <= window for start, end, _ in found)
+                    covered = sum(new for *_, new in found)
+
+                    assert covered in (length, length - 1, 0)

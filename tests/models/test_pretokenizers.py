@@ -1,0 +1,105 @@
+"""Each way to cut text in the table is llama.cpp's of that name: its tokenizers are asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from autodistill.export.gguf import GgufExporter
+from autodistill.export.gguf_tokenizer import is_certain, refusal
+from autodistill.models.pretokenizers import CUTS, Cut, cut_named, cuts_like
+from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.strategy.deployment import Deployment
+from autodistill.testing import tiny_config
+
+TEXTS = (
+    "don't HelloWorld 12345  \n\n x",
+    "I'll WE'RE they'd 'sup 'tis O'Neil's XMLHttpRequest snake_case",
+    "Zürich naïve Привет 日本語。한국어 你好",
+    "1\u00bd\u00b2 \u0663\u0664 \u2167 3.14 1,000,000 x=1;y=22;zzz=333333",
+    "a\u00a0b\u2003c\u200bd \U0001f916\U0001f44d end",
+    "...!!!\n\n\n foo/bar//\n /\n // comment",
+    "\ttabs\t\t x   42 A  B   C    D     ",
+    "\r\n\r\nx\r y",
+)
+VOCABULARY = 600
+IDS = [cut.names[0] for cut in CUTS]
+
+
+def tokenizer_of(cut: Cut, folder: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of so many merges that each difference in the cut shows, saved in a folder."""
+    learning = Tokenizer(models.BPE())
+    learning.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    learning.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<eos>", "<bos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Of whole lines: merges go across every border that a cut might have.
+    learning.train_from_iterator([*TEXTS, *TEXTS], trainer)
+    description = json.loads(learning.to_str())
+    description["pre_tokenizer"] = cut.pre_tokenizer
+    description["model"]["ignore_merges"] = cut.whole_words
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(description)),
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=IDS)
+def test_llama_cpp_cuts_text_so_under_that_name(cut: Cut, tmp_path: Path) -> None:
+    config = LlamaConfig(**tiny_config(vocab_size=VOCABULARY, num_hidden_layers=1))
+    teacher = tmp_path / "teacher"
+    LlamaForCausalLM(config).save_pretrained(teacher)
+    tokenizer = tokenizer_of(cut, teacher)
+    assert (refusal(teacher), is_certain(teacher)) == ("", True)
+    deployment = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+    artefact = GgufExporter().export(teacher, deployment, tmp_path / "out")
+    with LlamaServer(artefact.path, 64, 1) as server:
+        for text in TEXTS:
+            assert list(server.tokenize(text)) == tokenizer(text)["input_ids"], text
+
+
+def test_the_texts_tell_the_cuts_apart(tmp_path: Path) -> None:
+    """But for what the merges do to whole words, which these texts need not show."""
+    cut_so = {}
+    for cut in CUTS:
+        tokenizer = tokenizer_of(cut, tmp_path / cut.names[0])
+        cut_so[cut.names[0]] = tuple(tuple(tokenizer(text)["input_ids"]) for text in TEXTS)
+    assert len(set(cut_so.values())) >= len(CUTS) - 1
+
+
+def test_a_name_is_one_cuts() -> None:
+    names = [name for cut in CUTS for name in cut.names]
+    assert len(set(names)) == len(names)
+    assert cut_named("starcoder") is cut_named("smollm") is not None
+    assert cut_named("default") is cut_named(None) is None
+
+
+def test_ways_to_write_a_cut_are_one() -> None:
+    (gpt2,) = cuts_like([{"type": "ByteLevel", "add_prefix_space": False}])
+    assert gpt2.names[0] == "gpt-2"
+    (qwen2,) = (cut for cut in CUTS if cut.names[0] == "qwen2")
+    split, level = (dict(step) for step in qwen2.steps)
+    assert cuts_like([split, level | {"trim_offsets": False}]) == (qwen2,)
+    assert cuts_like([split | {"behavior": "Removed", "invert": True}, level]) == (qwen2,)
+    assert cuts_like([split | {"behavior": "Removed"}, level]) == ()
+    assert cuts_like([split, level | {"use_regex": True}]) == ()
+    assert cuts_like([split]) == ()
+    pattern = split["pattern"]["Regex"]
+    assert cuts_like([split | {"pattern": {"Regex": pattern.replace(r"\p{N}", r"\p{N}{1,2}", 1)}}, level]) == ()
+
+
+def test_llama_3s_pattern_has_a_name_for_either_way_to_take_words() -> None:
+    (llama3,) = (cut for cut in CUTS if cut.names[0] == "llama-bpe")
+    assert {cut.names[0]: cut.whole_words for cut in cuts_like(llama3.steps)} == {"llama-bpe": True, "dbrx": False}

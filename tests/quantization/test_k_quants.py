@@ -1,0 +1,150 @@
+"""Scales of super-blocks: the same bits by numpy and torch, held again as they are, and near to the weights."""
+
+import ctypes
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import xllamacpp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from autodistill.quantization.formats import FORMATS
+from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_K, Q5_K, Q6_K
+from autodistill.quantization.k_quants import fitted, on_block_grid, stored
+from autodistill.quantization.packing import deployed
+
+GRIDS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
+by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
+
+
+def _bits(values):
+    return np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+
+
+def _weights():
+    random = np.random.default_rng(0)
+    normal = random.standard_normal((24, 512)).astype(np.float32)
+    return {
+        "normal": normal,
+        "heavy-tailed": normal**9,
+        "tied magnitudes": random.integers(-4, 5, (24, 512)).astype(np.float32),
+        "all above zero": np.abs(normal) + 1,
+        "all below zero": -np.abs(normal) - 1,
+        "constant": np.full((2, 256), -0.3, np.float32),
+        "zero": np.zeros((4, 256), np.float32),
+        "negative zero": -np.zeros((4, 256), np.float32),
+        "one zero group": normal * (np.arange(512) >= 32),
+        "small": normal * np.float32(1e-6),
+        "subnormal": normal * np.float32(1e-39),
+    }
+
+
+WEIGHTS = _weights()
+
+
+@by_grid
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("at_once", [256, 2**18])
+def test_torch_finds_the_scales_of_numpy(grid, weights, at_once):
+    groups = weights.reshape(-1, grid.group_size)
+    theirs = fitted(torch.from_numpy(groups), grid, torch)
+    for mine, other in zip(fitted(groups, grid, np, at_once), theirs, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            assert mine.dtype == np.float32
+            np.testing.assert_array_equal(_bits(mine), _bits(other.numpy()))
+
+
+def _values(grid):
+    # Up to where float16 still holds the unit.
+    largest = 6e4 * grid.largest_multiplier
+    return npst.arrays(np.float32, (4, 2 * grid.groups_per_block), elements=st.floats(-largest, largest, width=32))
+
+
+@by_grid
+def test_what_a_block_holds_it_holds_again_and_each_value_within_half_a_unit(grid):
+    @settings(max_examples=200, deadline=None)
+    @given(_values(grid), st.floats(1e-9, 1))
+    def check(values, factor):
+        values = values * np.float32(factor)  # down to units that float16 holds coarsely, or not at all
+        units, multipliers = on_block_grid(values, grid, np)
+        read = stored(values, grid, np)
+        np.testing.assert_array_equal(_bits(stored(read, grid, np)), _bits(read))
+        np.testing.assert_array_equal(_bits(stored(torch.from_numpy(values), grid, torch).numpy()), _bits(read))
+        again, those_again = on_block_grid(read, grid, np)
+        np.testing.assert_array_equal(again, units)
+        np.testing.assert_array_equal(those_again, np.where(units > 0, multipliers, 0))
+        least = -grid.largest_multiplier if grid.symmetric else 0
+        assert ((multipliers >= least) & (multipliers <= grid.largest_multiplier)).all()
+        assert (np.float16(units) == units).all()
+        possible = values if grid.symmetric else values.clip(0, None)
+        error = np.abs(read - possible).reshape(multipliers.shape)
+        # Half a multiple, and what the unit's own rounding adds: relative, or half of float16's least step.
+        allowed = 0.501 * units + np.abs(multipliers) * np.maximum(2**-11 * units, 2.0**-25) + 2.0**-24
+        assert (error <= allowed).all()
+
+    check()
+
+
+def _plain(weights, grid):
+    """What the ends of each group give by the rule of Q4_1, or of Q4_0, in float64 and on no second grid."""
+    groups = weights.astype(np.float64).reshape(-1, grid.group_size)
+    if grid.symmetric:
+        first = np.abs(groups).argmax(-1)[:, None]
+        scale = np.take_along_axis(groups, first, -1) / grid.qmin
+        return (np.rint(groups / scale).clip(grid.qmin, grid.qmax) * scale).reshape(weights.shape)
+    low = groups.min(-1, keepdims=True).clip(None, 0)
+    scale = (groups.max(-1, keepdims=True) - low) / grid.qmax
+    return (np.rint((groups - low) / scale) * scale + low).reshape(weights.shape)
+
+
+def _llama_cpp(weights, grid):
+    """What llama.cpp's own quantiser makes of the weights, or None where the package does not show it."""
+    library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
+    try:
+        quantise = library.ggml_quantize_chunk
+    except AttributeError:
+        return None
+    quantise.restype = ctypes.c_size_t
+    quantise.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    kind = gguf.GGMLQuantizationType[grid.name.removeprefix("gguf-").upper()]
+    size, count = gguf.GGML_QUANT_SIZES[kind]
+    packed = np.empty((len(weights), weights.shape[1] // size * count), np.uint8)
+    quantise(int(kind), weights.ctypes.data, packed.ctypes.data, 0, *weights.shape, None)
+    return gguf.quants.dequantize(packed, kind)
+
+
+@by_grid
+def test_weights_lose_less_than_by_plain_scales_and_by_llama_cpp(grid):
+    random = np.random.default_rng(7)
+    for draw in (random.standard_normal((64, 1024)), random.standard_t(4, (64, 1024))):
+        weights = draw.astype(np.float32)
+        lost = np.square(deployed(weights, grid) - weights).mean()
+        assert lost < 0.95 * np.square(_plain(weights, grid) - weights).mean()
+        theirs = _llama_cpp(weights, grid)
+        if theirs is not None:
+            assert lost < np.square(theirs - weights).mean()
+
+
+@pytest.mark.parametrize("grid", [Q4_K, Q5_K], ids=lambda grid: grid.name)
+def test_weights_that_lie_on_a_grid_of_no_more_levels_stay_near_it(grid):
+    """As those of a file that was quantised before: llama.cpp loses no less there either."""
+    normal = np.random.default_rng(5).standard_normal((64, 1024)).astype(np.float32)
+    on_fewer = deployed(normal, Q4_0)
+    lost = np.square(deployed(on_fewer, grid) - on_fewer).mean()
+    theirs = _llama_cpp(on_fewer, grid)
+    if theirs is not None:
+        assert lost < np.square(theirs - on_fewer).mean()
+    # The largest multiples of powers of two are held exactly, and so are codes of all levels but one.
+    codes = np.random.default_rng(6).integers(0, grid.qmax, (256, 32)).astype(np.float32)
+    codes[:, :2] = 0, grid.qmax - 1
+    exact = ((codes - 2) * np.float32(63 / 256)).reshape(16, 512)
+    np.testing.assert_array_equal(deployed(exact, grid), exact)
+
+
+def test_every_grid_of_super_blocks_is_tested():
+    assert set(GRIDS) == {s for held in FORMATS.values() for s in held.linears if getattr(s, "block_size", 0)}

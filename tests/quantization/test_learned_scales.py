@@ -1,0 +1,43 @@
+"""Learned scales beside a student's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autodistill.quantization.formats import Packing
+from autodistill.quantization.grids import Scales
+from autodistill.quantization.learned_scales import read_scales, write_scales
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Finishing
+
+INT4 = {"format": "compressed-tensors", "bits": 4, "group_size": 32, "symmetric": False}
+
+
+def test_scales_are_read_under_their_own_packing_alone(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    scales = {
+        "a.weight": Scales(random.random((4, 2), np.float32), np.float32([[0, 1], [2, 3], [-8, 7], [5, -5]])),
+        "b.weight": Scales(random.random((3, 1), np.float32)),
+    }
+    write_scales(tmp_path, Finishing(**INT4, scales="learned", keep=("head", "attention")), scales)
+    same = Deployment(runtime="vllm", **INT4, keep=("attention", "head"))
+    found = read_scales(tmp_path, same)
+    assert set(found) == set(scales)
+    for name, (values, offsets) in scales.items():
+        np.testing.assert_array_equal(found[name].scales, values)
+        if offsets is None:
+            assert found[name].offsets is None
+        else:
+            np.testing.assert_array_equal(found[name].offsets, offsets)
+    for other in (Deployment(runtime="vllm", **INT4), Packing(**INT4 | {"bits": 3}, keep=("attention", "head"))):
+        assert read_scales(tmp_path, other) == {}
+
+
+@pytest.mark.parametrize("packing", [Packing(**INT4), Packing(format="gguf-q4_0", bits=4, group_size=32)])
+def test_a_student_without_learned_scales_has_no_file(tmp_path: Path, packing: Packing) -> None:
+    write_scales(tmp_path, packing, {})
+    assert list(tmp_path.iterdir()) == []
+    assert read_scales(tmp_path, packing) == {}

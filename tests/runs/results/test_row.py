@@ -1,0 +1,175 @@
+"""Rows through JSON and Parquet, and what is refused."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from autodistill.errors import InputError
+from autodistill.runs.results.row import SCHEMA_VERSION, Row, read_parquet, rows_of, to_parquet
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
+
+DEPLOYMENT = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+LEAST: dict[str, Any] = {
+    "row_id": "t001-gguf-q4_0",
+    "trial": "t001",
+    "kind": "student",
+    "name": "t001",
+    "deployment": DEPLOYMENT.to_json(),
+    "status": "completed",
+    "feasible": True,
+}
+FULL: dict[str, Any] = LEAST | {
+    "reason": None,
+    "strategy_id": Strategy().id,
+    "strategy": Strategy().to_json(),
+    "split": "validation",
+    "accuracy": 0.5,
+    "accuracy_stderr": 0.01,
+    "perplexity": 12.5,
+    "agreement": 0.75,
+    "retention": 0.9,
+    "memory_bytes": 2**40 + 1,
+    "memory_source": "predicted",
+    "latency_ms": 1.5,
+    "tokens_per_second": 640.0,
+    "latency_source": "measured",
+    "machine": "Raspberry Pi 5 8GB",
+    "size_bytes": 98_000_000,
+    "shape": {"model_type": "llama", "num_hidden_layers": 30},
+    "params": 134_515_008,
+    "context": 2048,
+    "batch": 1,
+    "train_tokens": 4096,
+    "train_seconds": 12.25,
+    "fidelity": 1.0,
+    "seed": 0,
+    "documents": {"ids": [3, 9], "count": [10, 20], "sum": [4.0, 11.0]},
+    "cut_short": {"read": 256, "of": 1024, "unit": "tokens", "metric": "accuracy", "estimate": 0.45, "bar": "t000"},
+    "other": {"speed": 2.0, "speed_stderr": 0.5},
+    "schema_version": 1,
+}
+ISSUE_FIELDS = [
+    "row_id",
+    "schema_version",
+    "strategy_id",
+    "strategy",
+    "deployment",
+    "status",
+    "split",
+    "accuracy",
+    "accuracy_stderr",
+    "perplexity",
+    "agreement",
+    "retention",
+    "memory_bytes",
+    "memory_source",
+    "latency_ms",
+    "tokens_per_second",
+    "latency_source",
+    "size_bytes",
+    "params",
+    "context",
+    "batch",
+    "train_tokens",
+    "train_seconds",
+    "fidelity",
+    "seed",
+    "feasible",
+    "reason",
+]
+
+
+def test_a_row_has_the_promised_fields_and_reads_back_through_json() -> None:
+    row = Row.from_json(FULL)
+    assert row.to_json() == FULL
+    assert set(ISSUE_FIELDS) <= set(row.to_json())
+    assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
+    assert row.deployment_name == "gguf-q4_0"
+
+
+def test_what_was_not_measured_is_null() -> None:
+    data = Row.from_json(LEAST).to_json()
+    assert {data[name] for name in ("accuracy", "memory_bytes", "retention", "strategy_id")} == {None}
+
+
+def test_fields_of_an_unknown_name_are_left_out_but_a_newer_schema_is_refused() -> None:
+    assert Row.from_json(LEAST | {"colour": "red"}) == Row.from_json(LEAST)
+    with pytest.raises(InputError, match="upgrade"):
+        Row.from_json(LEAST | {"schema_version": SCHEMA_VERSION + 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "pupil"}, "pupil"),
+        ({"accuracy": "0.5"}, "accuracy must be of type float"),
+        ({"memory_bytes": 1.5}, "memory_bytes must be of type int"),
+        ({"memory_bytes": True}, "memory_bytes must be of type int"),
+        ({"feasible": 1}, "feasible must be of type bool"),
+        ({"strategy": "x"}, "strategy must be of type Mapping"),
+        ({"trial": None}, "lacks the field trial"),
+        ({"documents": {"ids": [1], "count": [1, 2], "sum": [1]}}, "documents"),
+    ],
+)
+def test_a_malformed_row_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Row.from_json(LEAST | change)
+
+
+def test_whole_numbers_may_come_as_floats_and_the_reverse() -> None:
+    row = Row.from_json(LEAST | {"memory_bytes": 5e9, "accuracy": 1})
+    assert (row.memory_bytes, type(row.memory_bytes), type(row.accuracy)) == (5_000_000_000, int, float)
+
+
+def test_a_figure_is_missing_where_it_is_not_finite() -> None:
+    row = dataclasses.replace(Row.from_json(FULL), accuracy=math.nan)
+    assert row.figure("accuracy") is None
+    assert row.figure("speed") == 2.0
+    assert row.figure("nonsense") is None
+    assert row.figure("name") is None
+
+
+def test_a_later_row_supersedes_an_earlier_one() -> None:
+    events = [
+        {"event": "row", "row": LEAST | {"accuracy": 0.1}},
+        {"event": "status", "trial": "t001", "status": "completed"},
+        {"event": "row", "row": LEAST | {"row_id": "other"}},
+        {"event": "row", "row": LEAST | {"accuracy": 0.2}},
+    ]
+    assert [(row.row_id, row.accuracy) for row in rows_of(events)] == [("t001-gguf-q4_0", 0.2), ("other", None)]
+
+
+def test_parquet_holds_the_rows_under_an_explicit_schema(tmp_path: Path) -> None:
+    rows = [Row.from_json(FULL), Row.from_json(LEAST)]
+    path = tmp_path / "leaderboard.parquet"
+    to_parquet(rows, path)
+    assert read_parquet(path) == rows
+    table = pq.read_table(path)
+    assert table.schema.field("memory_bytes").type == pa.int64()
+    assert table.schema.field("accuracy").type == pa.float64()
+    assert table.schema.field("feasible").type == pa.bool_()
+    assert table["memory_bytes"].to_pylist() == [2**40 + 1, None]
+    assert json.loads(table["strategy"][0].as_py()) == Strategy().to_json()
+    assert [p.name for p in tmp_path.iterdir()] == ["leaderboard.parquet"]
+
+
+def test_an_empty_leaderboard_keeps_its_schema(tmp_path: Path) -> None:
+    to_parquet([], tmp_path / "empty.parquet")
+    assert read_parquet(tmp_path / "empty.parquet") == []
+    assert pq.read_schema(tmp_path / "empty.parquet").field("retention").type == pa.float64()
+
+
+@pytest.mark.parametrize("content", [None, b"PAR1 no"])
+def test_a_file_that_is_no_leaderboard_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "leaderboard.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"leaderboard\.parquet"):
+        read_parquet(path)

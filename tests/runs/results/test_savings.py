@@ -1,0 +1,99 @@
+"""Compute that was saved, counted by hand from a log."""
+
+from __future__ import annotations
+
+import pytest
+
+from autodistill.runs.results.savings import Saved, saved
+from autodistill.testing import small_plan
+
+PLAN = small_plan()  # first rung at 1,024 tokens
+
+
+def rung(trial: str, trained: int, shared: int, seconds: float) -> dict[str, object]:
+    return {"event": "rung", "trial": trial, "trained": trained, "shared": shared, "seconds": {"train": seconds}}
+
+
+EVENTS = [
+    {"event": "session"},
+    {"event": "trial", "trial": "t000", "parameters": 1000},
+    {"event": "trial", "trial": "t001", "parameters": 1000},
+    {"event": "trial", "trial": "t002", "parameters": 4000},
+    {"event": "trial", "trial": "t003", "parameters": None},  # contradicts the teacher
+    rung("t000", 1024, 0, 10.0),
+    rung("t001", 256, 768, 3.0),
+    rung("t001", 512, 1792, 7.0),
+    {"event": "status", "trial": "t002", "status": "rejected", "reason": "too large"},
+    {"event": "status", "trial": "t003", "status": "rejected", "reason": "no such student"},
+    {"event": "status", "trial": "t000", "status": "stopped", "reason": None},
+]
+
+
+def test_what_was_saved_is_what_the_log_says() -> None:
+    found = saved(EVENTS, PLAN)
+    assert (found.trained_tokens, found.shared_tokens, found.sharing) == (1792, 2560, 1)
+    assert found.trained_flops == 6 * 1000 * 1792
+    assert found.shared_flops == 6 * 1000 * 2560
+    assert found.shared_seconds == pytest.approx(20.0 * 2560 / 1792)
+    # Of one there is no student, and nothing that could have been trained.
+    assert (found.rejected, found.without_student, found.rejected_tokens) == (2, 1, 1024)
+    assert found.rejected_flops == 6 * 4000 * 1024
+    assert found.rejected_seconds == pytest.approx(20.0 * 4 * 1024 / 1792)
+    shared, rejected = found.describe()
+    assert shared == (
+        "1 trial went on from stages that others had trained: 2,560 tokens (about 1.5e+07 FLOPs, 28.6s of a worker) "
+        "saved, 1,792 tokens trained, decays at rungs among them"
+    )
+    amount = "1,024 tokens (about 2.5e+07 FLOPs, 45.7s of a worker)"
+    assert rejected == (
+        f"2 proposals were rejected without training: up to the first rung {amount} saved; 1 of them count nothing, as "
+        "the teacher has no such student"
+    )
+    alone = [event for event in EVENTS if event.get("trial") in (None, "t003")]
+    assert saved(alone, PLAN).describe() == (
+        "1 proposal was rejected without training, the teacher having no such student: nothing is counted as saved",
+    )
+
+
+def test_nothing_saved_says_nothing() -> None:
+    assert saved(EVENTS[:2], PLAN).describe() == ()
+    old = {"event": "rung", "trial": "t000", "tokens": 1024, "seconds": {"train": 5.0}}  # before stages were shared
+    assert saved([*EVENTS[:2], old], PLAN).shared_seconds == 0.0
+
+
+def test_what_failed_was_interrupted_or_had_all_threads_counts() -> None:
+    """Rates are of what came to a result, whose seconds are known; a worker on all threads takes those of four."""
+    events: list[dict[str, object]] = [
+        *EVENTS[:2],
+        {"event": "lost", "trial": "t000", "trained": 300},
+        rung("t000", 1000, 500, 10.0) | {"resumed": 200},
+        rung("t000", 1000, 0, 10.0) | {"workers": 4},
+        {"event": "kept", "trial": "t000", "kept": True, "trained": 500, "seconds": {"train": 5.0}},
+    ]
+    found = saved(events, PLAN)
+    assert found.trained_tokens == 300 + 1000 + 200 + 1000 + 500
+    assert found.trained_flops == 6 * 1000 * 3000
+    assert found.trained_seconds == 10 + 40 + 5
+    assert found.shared_seconds == pytest.approx(55 * 500 / 2500)
+
+
+def test_what_evaluations_at_rungs_did_not_read_is_counted_by_its_unit() -> None:
+    def reading(read: int, unit: str = "tokens", of: int = 1024) -> dict[str, object]:
+        return {"reading": {"read": read, "of": of, "unit": unit, "bar": "t000" if read < of else None}}
+
+    events = [
+        *EVENTS[:2],
+        rung("t000", 1024, 0, 10.0) | reading(1024),
+        rung("t001", 1024, 0, 10.0) | reading(256),
+        rung("t002", 1024, 0, 10.0) | reading(768),
+        rung("t003", 1024, 0, 10.0) | reading(1024),
+        rung("t000", 1024, 0, 10.0),  # at the last rung
+    ]
+    found = saved(events, PLAN)
+    assert (found.cut_short, found.unread, found.to_read) == (2, {"tokens": 1024}, {"tokens": 4096})
+    assert found.describe() == (
+        "2 evaluations at rungs ended early, as it was certain who falls short: 1,024 of 4,096 tokens of all such "
+        "evaluations not read",
+    )
+    assert saved(events[:3], PLAN).describe() == ()
+    assert Saved(**found.to_json()) == found

@@ -1,0 +1,47 @@
+"""The tracked leaderboards are read by this version, hold what they say, and a student is chosen from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from autodistill.cli.app import app
+
+REFERENCE = Path(__file__).parents[2] / "results" / "reference"
+RUNS = sorted(path.parent.name for path in REFERENCE.glob("*/search.json"))
+
+
+def call(*words: str) -> Any:
+    result = CliRunner().invoke(app, [*words, "--out", str(REFERENCE), "--format", "json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_there_is_one():
+    assert RUNS
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_table_and_the_log_tell_of_the_same_rows(run: str):
+    logged = {row["row_id"] for row in call("leaderboard", run)}
+    table = pq.read_table(REFERENCE / run / "leaderboard.parquet", columns=["row_id", "split"]).to_pylist()
+    assert logged == {row["row_id"] for row in table if row["split"] != "test"}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_nothing_of_the_machine_that_made_it_is_told(run: str):
+    for path in (REFERENCE / run).iterdir():
+        for place in (b"/root", b"/home/", b"/tmp/", b"/work/"):
+            assert place not in path.read_bytes(), f"{path.name} names {place.decode()}"
+
+
+def test_a_student_is_picked_for_each_tier():
+    tiers = call("pick", "--tiers")["tiers"]
+    assert [tier["memory_bytes"] for tier in tiers] == [size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80)]
+    # Of what every GPU of the tier leaves, which is less than what it is sold with.
+    assert all(tier["pick"]["needs"]["memory"] <= tier["usable_bytes"] < tier["memory_bytes"] * 1.074 for tier in tiers)

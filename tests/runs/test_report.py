@@ -1,0 +1,270 @@
+"""The page and the plot hold what the run recorded, and nothing breaks the page's tables."""
+
+import builtins
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autodistill.hardware.budget import DeviceBudget, parse_latency
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.lookup import find_device
+from autodistill.runs import report
+from autodistill.runs.results.leaderboard import rank
+from autodistill.runs.results.row import Row
+from autodistill.runs.results.savings import saved
+from autodistill.runs.run_folder import RunFolder
+from autodistill.testing import small_plan
+from autodistill.utils.json_files import write_json
+
+BUDGET = DeviceBudget(memory_bytes=80_000_000, device=find_device("pi 5", devices()), latency=parse_latency("50ms"))
+Q4 = {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32}
+SEARCH: dict[str, Any] = {
+    "name": "small",
+    "command": "autodistill search --budget 80MB --seed 3",
+    "teacher": {"reference": "smollm2", "parameters": 134515008},
+    "data": "pydoc",
+    "budget": BUDGET.to_json(),
+    "plan": {"trials": 12, "tokens": 8192, "rungs": [2048, 8192], "notes": ["The box held 12 trials of 20."]},
+    "metric": "accuracy",
+    "seconds": {"load": 17.25, "total": 590.0},
+    "licences": {"SmolLM2-135M-Instruct": "Apache-2.0"},
+}
+
+
+def row(name: str, **fields: Any) -> Row:
+    least: dict[str, Any] = {
+        "row_id": name,
+        "trial": name,
+        "kind": "student",
+        "name": name,
+        "deployment": Q4,
+        "status": "completed",
+        "feasible": True,
+        "fidelity": 1.0,
+        "split": "validation",
+    }
+    return Row(**least | fields)
+
+
+ROWS = [
+    row("t001", accuracy=0.41, accuracy_stderr=0.01, retention=0.9, memory_bytes=70_000_000, memory_source="measured"),
+    row("t002", accuracy=0.30, memory_bytes=50_000_000, memory_source="predicted"),
+    row("t003", accuracy=0.29, memory_bytes=60_000_000),
+    row("t004", accuracy=0.44, memory_bytes=100_000_000, feasible=False, reason="memory 1.25 times | the limit"),
+    row("t005", accuracy=0.50, memory_bytes=40_000_000, fidelity=0.25),
+]
+EVENTS: list[dict[str, Any]] = [
+    {"event": "status", "trial": "t006", "status": "rejected", "reason": "no deployment fits"},
+    {"event": "status", "trial": "t007", "status": "failed", "reason": "nan\nin <step> 3"},
+    {"event": "status", "trial": "t001", "status": "completed"},
+    {"event": "test", "row": row("t001", accuracy=0.40, split="test", retention=0.88).to_json()},
+    {"event": "test", "row": row("teacher", kind="teacher", accuracy=0.455, split="test").to_json()},
+]
+
+
+def test_the_page_says_what_sharing_stages_and_rejecting_saved() -> None:
+    spared = saved([], small_plan()).to_json() | {"sharing": 2, "shared_tokens": 5120, "rejected": 1}
+    page = report.report_markdown(SEARCH | {"saved": spared}, rank(ROWS), EVENTS)
+    assert "## Compute saved\n\n- 2 trials went on from stages that others had trained: 5,120 tokens (about" in page
+    assert "- 1 proposal was rejected without training" in page
+    assert "Compute saved" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+
+
+def test_of_a_run_that_went_on_the_test_table_is_that_of_its_end() -> None:
+    later = [row("t009", accuracy=0.45, split="test"), row("teacher", kind="teacher", accuracy=0.455, split="test")]
+    events = [*EVENTS, {"event": "test", "row": later[0].to_json()}]
+    page = report.report_markdown(SEARCH | {"test": [one.row_id for one in later]}, rank(ROWS), events)
+    shown = page.split("## Test split")[1].split("##")[0]
+    assert "0.4500" in shown
+    assert "0.4000" not in shown
+    assert shown.index("0.4500") < shown.index("0.4550")
+
+
+def test_tasks_that_do_not_rank_stand_beside_the_metric_of_the_test_split() -> None:
+    other = {"task:sums": 0.25, "task:sums_stderr": 0.0625, "kl": 0.5}
+    events = [{"event": "test", "row": row("t001", accuracy=0.40, split="test", other=other).to_json()}]
+    (table,) = tables(report.report_markdown(SEARCH, rank(ROWS), events).split("## Test split")[1].split("##")[0])
+    assert (table[0][-1], table[2][-1]) == ("task:sums", "0.2500 ± 0.0625")
+    assert "task:sums" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """The page's tables as cells, read as Markdown reads them: an escaped bar is no border."""
+    found: list[list[list[str]]] = [[]]
+    for line in page.split("\n"):
+        if line.startswith("| "):
+            cells = line.replace("\\|", "\0").strip("| ").split(" | ")
+            found[-1].append([cell.replace("\0", "|") for cell in cells])
+        elif found[-1]:
+            found.append([])
+    return [table for table in found if table]
+
+
+def test_the_page_says_what_was_asked_found_and_lost() -> None:
+    page = report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+    assert page.startswith("# small\n")
+    for text in (
+        "80.0 MB at context 2048, batch 1, on Raspberry Pi 5 8GB, tpot_p95=50.0ms@streams=1",
+        "reference smollm2, parameters 134515008",
+        "The box held 12 trials of 20.",
+        "**t001** (student) as gguf-q4_0: accuracy 0.4100 ± 0.0100, 90.0% of the teacher's, 70.0 MB of memory (",
+        "autodistill search --budget 80MB --seed 3",
+        "Apache-2.0",
+        "17.2",
+        report.INSTALL_PLOTS,
+    ):
+        assert text in page
+    by_title = {table[0][0] or table[2][0]: table for table in tables(page)}
+    assert [line[2] for line in by_title["#"][2:]] == ["t001", "t002", "t003", "t005", "t004"]
+    assert [line[1] for line in by_title["#"][2:]] == [one.row.row_id for one in rank(ROWS)]  # as export --row asks
+    assert by_title["#"][-1][-1] == "memory 1.25 times | the limit"
+    assert by_title["trial"][2:] == [
+        ["t006", "rejected", "no deployment fits"],
+        ["t007", "failed", "nan in &lt;step> 3"],
+    ]
+    assert [line[:3:2] for line in by_title["what"][2:]] == [["found student", "t001"], ["teacher", "teacher"]]
+
+
+def test_what_is_zero_or_unknown_is_left_out_and_no_note_is_told_twice() -> None:
+    teacher = {"name": "big", "rounded": False, "quantised": None, "held_in": "float32"}
+    data = {"name": "text", "answers": {"train": {"tokens": 0}}}
+    plan = {"notes": ["The box is small."]}
+    search = SEARCH | {"teacher": teacher, "data": data, "plan": plan, "notes": ["The box is small.", "It is done."]}
+    page = report.report_markdown(search, rank(ROWS), EVENTS)
+    assert "| teacher | name big, held in float32 |" in page
+    assert "| data | name text |" in page
+    assert page.count("The box is small.") == 1
+    assert "- It is done." in page
+
+
+def test_every_line_of_a_table_has_as_many_cells_as_its_head() -> None:
+    page = report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+    blocks = [block.split("\n") for block in page.strip().split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 6
+    for block in blocks:
+        borders = [len(re.findall(r"(?<!\\)\|", line)) for line in block]
+        assert borders == [borders[0]] * len(block)
+
+
+def test_a_winning_teacher_is_said_plainly() -> None:
+    rows = [*ROWS, row("teacher", kind="teacher", accuracy=0.5, memory_bytes=10)]
+    page = report.report_markdown(SEARCH | {"students_only": False}, rank(rows), [])
+    assert "It is the teacher itself as gguf-q4_0: nothing was trained that does better. The first trained" in page
+    assert "student is t001 as gguf-q4_0, accuracy 0.4100" in page
+    page = report.report_markdown(SEARCH | {"students_only": True}, rank(rows[3:4] + rows[-1:]), [])
+    assert "No trained student fits the budget." in page
+
+
+def test_the_first_line_of_the_page_is_the_gain_over_what_needs_no_training_and_then_over_the_baseline() -> None:
+    gains = {
+        "exported": {"row_id": "t001", "named": "t001 as gguf-q4_0", "trained": True},
+        "gain_over_untrained": {
+            "over": "teacher-test",
+            "named": "the teacher itself",
+            "value": 0.0123,
+            "stderr": 0.004,
+        },
+        "gain_over_baseline": {"over": "b000-test", "named": "even", "value": 0.002, "stderr": None},
+        "gain_unit": "accuracy",
+    }
+    page = report.report_markdown(SEARCH | gains, rank(ROWS), EVENTS)
+    assert page.splitlines()[2] == (
+        "Gain on test over the best that needs no training (the teacher itself), paired: +0.0123 ± 0.0040 of accuracy; "
+        "over the baseline: +0.0020."
+    )
+
+
+def test_where_nothing_fits_the_nearest_and_its_limit_are_named() -> None:
+    rows = [row("a", accuracy=0.4, memory_bytes=160_000_000, feasible=False), ROWS[3]]
+    page = report.report_markdown(SEARCH, rank(rows), [])
+    assert (
+        "Nothing fits the budget. The nearest, t004 as gguf-q4_0, needs 100 MB of memory, 1.25 times the limit of "
+        "80.0 MB." in page
+    )
+
+
+def test_the_page_says_of_how_many_documents_its_errors_are() -> None:
+    documents = {"ids": [1, 2, 3], "count": [5, 5, 5], "sum": [1, 2, 3]}
+    rows = [row("t001", accuracy=0.4, documents=documents)]
+    events = [{"event": "test", "row": row("t001", split="test", documents=documents).to_json()}]
+    page = report.report_markdown(SEARCH, rank(rows), events)
+    board, test = page.split("## Test split")
+    assert "± is of 3 documents: fewer than 10" in board
+    assert "± is of 3 documents: fewer than 10" in test
+
+
+def test_an_empty_run_has_a_page() -> None:
+    assert "Nothing fits the budget." in report.report_markdown({"name": "empty"}, [], [])
+
+
+def test_the_plot_shows_rows_of_full_fidelity_and_the_front() -> None:
+    axes = report.figure(rank(ROWS)).axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    front = lines["Pareto front"]
+    # t003 is dominated by t002, t004 does not fit and t005 was stopped early.
+    assert list(zip(front.get_xdata(), front.get_ydata(), strict=True)) == [(50.0, 0.30), (70.0, 0.41)]
+    shown = {label: container[0].get_xdata() for container in axes.containers if (label := container.get_label())}
+    assert sorted(shown["fits"]) == [50.0, 60.0, 70.0]
+    assert list(shown["over the budget"]) == [100.0]
+
+
+def written_run(out: Path) -> RunFolder:
+    with RunFolder.create(out, "small") as run:
+        write_json(run.search_file, SEARCH | {"data": {"reference": "pydoc"}})
+        for one in ROWS:
+            run.events.append({"event": "row", "row": one.to_json()})
+    return run
+
+
+def test_the_report_lies_in_the_folder_with_its_plot(tmp_path: Path) -> None:
+    run = written_run(tmp_path)
+    assert report.write_report(run) == ("report.md", "report.png")
+    assert (run.path / "report.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert "![accuracy against memory](report.png)" in (run.path / "report.md").read_text()
+
+
+def test_without_matplotlib_the_page_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    run = written_run(tmp_path)
+    assert report.write_report(run) == ("report.md",)
+    page = (run.path / "report.md").read_text()
+    assert report.INSTALL_PLOTS in page
+    assert "report.png" not in page
+
+
+def test_a_row_of_which_not_all_was_read_says_so() -> None:
+    cut = {"read": 256, "of": 1024, "unit": "tokens", "metric": "accuracy", "estimate": 0.31, "bar": "t001"}
+    early = row("t009", accuracy=0.35, accuracy_stderr=0.02, fidelity=0.25, cut_short=cut)
+    page = report.report_markdown(SEARCH, rank([*ROWS, early]), EVENTS)
+    assert "| 0.3500 ± 0.0200 (256 of 1,024 tokens read) |" in page
+    assert "Where not all was read, the trial was certain to fall short at its rung" in page
+    assert "Where not all was read" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+
+
+def test_the_page_says_what_a_training_was_and_what_its_figures_are_of() -> None:
+    data = {"name": "text", "tokens": {"train": 70_000, "validation": 8704, "test": 7936}}
+    plan = small_plan(eval_tokens=6400, bf16=True).to_json()
+    page = report.report_markdown(SEARCH | {"data": data, "plan": plan}, rank(ROWS), EVENTS)
+    assert "| a step | 256 tokens in sequences of 256 |" in page
+    assert "| schedule | 512 tokens of warm-up, the last 20% of decay |" in page
+    assert "| precision | bf16 |" in page
+    assert (
+        "| figures are of | 6,400 of 8,704 tokens of validation, 2,048 of 7,936 tokens of test; "
+        "at a rung 1,024 of validation |"
+    ) in page
+
+
+def test_what_runtimes_did_is_told_with_how_sure_that_is() -> None:
+    check = {"agreement": 0.985, "raw_agreement": 0.941, "positions": 204, "interval": [0.957, 0.997], "same_cut": 1.0}
+    page = report.report_markdown(SEARCH | {"runtime": {"gguf": check}}, rank(ROWS), EVENTS)
+    assert "| gguf | 98.5% of 204 | 95.7% to 99.7% | 94.1% | 100.0% |" in page
+    assert "In the runtime" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)

@@ -1,0 +1,487 @@
+"""The sampler: the same proposals everywhere, never one twice, and what it is told moves them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import optuna
+import pytest
+
+from autodistill.errors import InputError
+from autodistill.runs.results.objectives import OBJECTIVES
+from autodistill.runs.results.row import Status
+from autodistill.search.algorithms.optuna_study import Observation
+from autodistill.search.algorithms.sampler import Sampler
+from autodistill.strategy.space import Space, load_space
+
+HUGGINGFACE = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
+
+
+def space_of(**dimensions) -> Space:
+    return Space.from_json({"dimensions": dimensions, "deployments": [HUGGINGFACE]})
+
+
+def history(space: Space, count: int = 12) -> list[Observation]:
+    """Completed, paused, rejected, failed and running observations at random points."""
+    sampler = Sampler(space, name="random", seed=11)
+    observations = []
+    for number in range(count):
+        point = sampler.propose(number)
+        kinds = (
+            {"state": Status.COMPLETED, "value": number / 10, "fidelity": 1.0, "constraint": -0.5},
+            {"state": "paused", "value": number / 20, "fidelity": 0.25},
+            {"state": Status.STOPPED, "value": float("nan"), "fidelity": 0.25},
+            {"state": Status.REJECTED, "constraint": 0.3},
+            {"state": Status.FAILED},
+            {"state": "running"},
+        )
+        observations.append(Observation(point=point, **kinds[number % len(kinds)]))
+    return observations
+
+
+PROGRAM = """
+import json, sys
+sys.path.insert(0, "tests/search")
+from test_sampler import history, load_space, Sampler
+space = load_space("default")
+print(json.dumps([Sampler(space, name=name, seed=3).propose(number, history(space))
+                  for name in ("tpe", "gp", "nsga2", "random") for number in (2, 14)]))
+"""
+
+
+def test_another_process_proposes_the_same():
+    space = load_space("default")
+    here = [
+        Sampler(space, name=name, seed=3).propose(number, history(space))
+        for name in ("tpe", "gp", "nsga2", "random")
+        for number in (2, 14)
+    ]
+    environment = os.environ | {"PYTHONHASHSEED": "77"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout) == here
+
+
+def test_one_sampler_keeps_nothing_between_calls():
+    space = load_space("default")
+    sampler = Sampler(space, seed=5)
+    first = sampler.propose(9, history(space))
+    sampler.propose(10, history(space))
+    assert sampler.propose(9, history(space)) == first
+    assert Sampler(space, seed=6).propose(9, history(space)) != first
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_proposals_lie_in_the_space_and_differ(name):
+    space = load_space("default")
+    observations = history(space)
+    ids = {space.strategy(observation.point).id for observation in observations}
+    for number in range(len(observations), len(observations) + 8):
+        point = Sampler(space, name=name).propose(number, observations)
+        ids.add(space.strategy(point).id)  # raises outside of the space
+        observations.append(Observation(point=point, state="running"))  # asked again before anything is known of it
+    assert len(ids) == len(observations)
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_a_finite_space_is_used_up_and_then_ends(name):
+    space = space_of(
+        **{
+            "init.layers": {"choices": ["even", "contiguous"]},
+            "distillation.temperature.shape": {"choices": ["constant", "linear"]},
+            "distillation.temperature.end": {
+                "low": 2.0,
+                "high": 4.0,
+                "step": 1.0,
+                "when": {"distillation.temperature.shape": ["linear"]},
+            },
+        }
+    )
+    observations: list[Observation] = []
+    while (point := Sampler(space, name=name).propose(len(observations), observations)) is not None:
+        value = float(len(observations))
+        observations.append(Observation(point=point, state=Status.COMPLETED, value=value, fidelity=1.0))
+    assert len(observations) == 2 * (1 + 3)
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
+@pytest.mark.parametrize("starts", [0, 1, 2])
+def test_what_is_spread_of_the_first_proposals_visits_each_part_of_a_domain_once(name: str, starts: int) -> None:
+    """Of six, without starts and neighbours: a Latin hypercube of as many rows as are left."""
+    space = space_of(
+        **{
+            "init.depth": {"low": 0.2, "high": 0.8},
+            "distillation.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+        }
+    )
+    first = [
+        space.strategy({"init.depth": 0.3 + 0.1 * start, "distillation.learning_rate": 1e-3}) for start in range(2)
+    ]
+    space = replace(space, starts={str(place): first[place] for place in range(starts)})
+    observations = [observed(0.5, point={"init.depth": 0.5, "distillation.learning_rate": 1e-4}, value=0.5)]
+    points = []
+    for number in range(6):
+        point = Sampler(space, name=name, seed=1).propose(number, observations)
+        assert point is not None
+        observations.append(Observation(point=point, state="running"))
+        points.append(point)
+    drawn = [point for point in points[starts:] if len(set(point.items()) & set(observations[0].point.items())) == 0]
+    assert len(drawn) == ((6 - starts) // 2 if name == "tpe" else 6 - starts)
+    rates = [(math.log10(point["distillation.learning_rate"]) + 5) / 3 for point in drawn]
+    for shares in ([(point["init.depth"] - 0.2) / 0.6 for point in drawn], rates):
+        assert sorted(int(share * len(drawn)) for share in shares) == list(range(len(drawn)))
+
+
+def test_of_a_dozen_trials_one_changes_the_shape_of_the_best_and_one_its_finishing() -> None:
+    """Whichever kind of shape is best: what a default search tries is more than rates and temperatures."""
+    space = load_space("default")
+    for start in space.starts.values():
+        best = Observation(point=space.point(start) or {}, state=Status.COMPLETED, value=0.5, fidelity=1.0)
+        observations, changed = [best], []
+        for number in range(2, 12):
+            point = Sampler(space, seed=3).propose(number, observations)
+            assert point is not None
+            if number % 2 == 0:
+                differs = [path for path in {*point, *best.point} if point.get(path) != best.point.get(path)]
+                changed.append({path.split(".")[0] for path in differs})
+            observations.append(Observation(point=point, state=Status.STOPPED, value=0.1, fidelity=0.1))
+        assert [{"init"}, {"distillation"}, {"finishing"}] == changed[:3]
+
+
+def test_every_other_proposal_changes_one_dimension_of_the_best_in_turn():
+    space = load_space("default")
+    known = space.point(space.baselines["hand_designed"])
+    worse = Sampler(space, name="random").propose(5)
+    other = worse | {"distillation.learning_rate": 7e-4}
+    observations = [
+        Observation(point=space.point(space.starts["narrow"]), state=Status.FAILED),
+        Observation(point=worse, state="paused", value=0.35, fidelity=0.1),
+        Observation(point=known, state=Status.COMPLETED, value=0.4, fidelity=1.0),
+        Observation(point=other, state=Status.COMPLETED, value=0.3, fidelity=1.0),
+    ]
+    paths = [
+        "init",
+        "distillation.learning_rate",
+        "finishing",
+        "init.depth",
+        "distillation.divergence_weight",
+        "init.layers",
+        "distillation.temperature.shape",
+        "distillation.temperature.start",
+        "distillation.temperature.end",
+        "distillation.alignment",
+        "distillation.alignment.projection",
+        "distillation.alignment.weight",
+    ]
+    assert sorted(paths) == sorted(known)
+    for turn, path in enumerate(paths):
+        # The first two are the space's own starts.
+        point = Sampler(space).propose(2 + 2 * turn, observations)
+        strange = {other for other in point if other in known and point[other] != known[other]}
+        assert strange == {path}
+        gone = {other for other in known if other not in point}
+        new = {other for other in point if other not in known}
+        # What the changed dimension makes count, or no longer count.
+        assert all(path in dict(d.when) or gone | new for d in space.dimensions if d.path in gone | new)
+    falling = Sampler(space, direction="min").propose(2, observations)
+    assert falling["distillation.learning_rate"] == 7e-4
+
+
+WEIGHT = "distillation.divergence_weight"
+RATE = {"distillation.divergence_weight": {"low": 0.0, "high": 1.0}}
+
+
+def proposals(observations, direction="max", count=20, name="tpe") -> list[float]:
+    """Weights proposed by samplers that differ in seed only."""
+    samplers = [Sampler(space_of(**RATE), seed=seed, direction=direction, name=name) for seed in range(count)]
+    # With TPE one of two proposals is a neighbour of the best, the other the model's.
+    points = [sampler.propose(number, observations) for sampler in samplers for number in (50, 51)]
+    return [point["distillation.divergence_weight"] for point in points]
+
+
+def observed(weight: float, **fields) -> Observation:
+    fields = {"state": Status.COMPLETED, "fidelity": 1.0, "point": {"distillation.divergence_weight": weight}} | fields
+    return Observation(**fields)
+
+
+def mean(values) -> float:
+    return sum(values) / len(values)
+
+
+WEIGHTS = [index / 20 for index in range(21)]
+
+
+@pytest.mark.parametrize(("direction", "low", "high"), [("max", 0.7, 1.0), ("min", 0.0, 0.3)])
+def test_it_goes_where_values_are_better(direction, low, high):
+    proposed = proposals([observed(weight, value=weight) for weight in WEIGHTS], direction)
+    assert low < mean(proposed) < high
+
+
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[optuna.trial.FrozenTrial]:
+    """The trials that studies are told of from here on."""
+    told: list[optuna.trial.FrozenTrial] = []
+    real = optuna.study.Study.add_trials
+    monkeypatch.setattr(
+        optuna.study.Study, "add_trials", lambda self, trials: told.extend(trials := list(trials)) or real(self, trials)
+    )
+    return told
+
+
+def pulled(weight: float) -> dict:
+    """What is known at a weight where the metric pulls upwards, but nothing above a half fits the budget."""
+    if weight > 0.5:
+        return {"state": Status.REJECTED, "value": None, "fidelity": 0.0, "constraint": weight}
+    return {"value": weight, "constraint": -0.1}
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp"])
+def test_rejected_proposals_drive_it_away(name):
+    weights = WEIGHTS if name == "tpe" else WEIGHTS[:-1:2]  # the Gaussian process would propose the end itself
+    count = 20 if name == "tpe" else 4
+    observations = [observed(weight, **pulled(weight)) for weight in weights]
+    found = proposals(observations, name=name, count=count)
+    assert mean(found) < 0.6
+    assert mean(proposals([observed(weight, value=weight) for weight in weights], name=name, count=count)) > 0.7
+    # What ran out of memory is rejected by the machine instead of by the estimate.
+    failed = [item if item.values else replace(item, state=Status.FAILED) for item in observations]
+    assert proposals(failed, name=name, count=count) == found
+
+
+def test_rejected_proposals_drive_the_genetic_sampler_away():
+    """It mutates one dimension of several, so that there are some; half of its first generation does not fit."""
+    others = {f"distillation.temperature.{end}": {"low": 1.0, "high": 4.0} for end in ("start", "end")}
+    shape = {"distillation.temperature.shape": {"choices": ["linear", "cosine"]}}
+    space = space_of(**RATE, **shape, **others, **{"init.depth": {"low": 0.2, "high": 0.9}})
+    source = Sampler(space, name="random", seed=4)
+
+    def known(number: int) -> Observation:
+        point = source.propose(number)
+        return Observation(point=point, **{"state": Status.COMPLETED, "fidelity": 1.0} | pulled(point[WEIGHT]))
+
+    def drawn(observations: list[Observation]) -> list[float]:
+        return [Sampler(space, name="nsga2", seed=seed).propose(50, observations)[WEIGHT] for seed in range(40)]
+
+    observations = [known(number) for number in range(60)]
+    feasible = [item for item in observations if item.state == Status.COMPLETED][:4]
+    rejected = [item for item in observations if item.state == Status.REJECTED][:12]
+    assert mean(drawn(feasible + rejected)) < 0.45
+    assert mean(drawn(feasible)) > 0.45  # of no whole generation, so at random
+    # Rejections alone are nothing to breed from, however many they are.
+    assert drawn(rejected) == drawn([])
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
+def test_where_nothing_fits_yet_a_proposal_is_made_all_the_same(name):
+    observations = [observed(weight, **pulled(weight)) for weight in WEIGHTS if weight > 0.5]
+    found = proposals(observations, name=name)
+    assert len(found) == 40
+    if name == "gp":  # the limit itself is modelled, and what misses it by less is nearer
+        assert mean(found) < 0.4
+
+
+def test_a_generation_is_half_of_rejections_at_most_and_of_those_that_miss_by_least(monkeypatch):
+    told = heard(monkeypatch)
+    constraints = [0.5, 0.1, 0.4, 0.2, 0.3, 0.15]
+    rejections = [
+        observed(0.6 + constraint / 2, state=Status.REJECTED, value=None, fidelity=0.0, constraint=constraint)
+        for constraint in constraints
+    ]
+    fitting = [observed(weight, value=weight, constraint=-0.1) for weight in WEIGHTS[:6]]
+    Sampler(space_of(**RATE), name="nsga2").propose(20, [*rejections, *fitting, rejections[0]])
+    key = optuna.samplers.NSGAIISampler._get_generation_key()
+    assert [trial.system_attrs.get(key) for trial in told] == [None, 0, None, 0, 0, 0, *[0] * 4, 1, 1, 1]
+    left_out = [trial.state.name for trial in told if key not in trial.system_attrs]
+    assert left_out == ["PRUNED", "PRUNED"]
+
+
+def test_values_of_low_fidelity_do_not_outrank_complete_ones():
+    # Paused early with higher numbers, as where the metric falls with training.
+    early = [observed(weight, state="paused", value=10 + weight, fidelity=0.1) for weight in WEIGHTS if weight > 0.5]
+    complete = [observed(weight, value=1 - weight) for weight in WEIGHTS if weight <= 0.5]
+    assert mean(proposals(complete + early)) < 0.4
+
+
+def test_bad_use():
+    with pytest.raises(InputError, match="tpe, gp, nsga2, random"):
+        Sampler(space_of(**RATE), name="annealing")
+    with pytest.raises(ValueError, match="above 0"):
+        observed(0.5, state=Status.REJECTED, constraint=-0.1)
+
+
+def test_it_is_quiet(caplog):
+    with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):
+        warnings.simplefilter("error")
+        Sampler(load_space("default")).propose(12, history(load_space("default")))
+    assert not caplog.records
+
+
+def test_a_strategy_is_worked_out_once_for_all_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = load_space("default")
+    observations = history(space, 12)
+    sampler = Sampler(space, seed=5)
+    expected = [sampler.propose(number, observations) for number in (12, 13)]
+    asked: list[dict] = []
+    real = Space.strategy
+    monkeypatch.setattr(Space, "strategy", lambda self, point: asked.append(dict(point)) or real(self, point))
+    assert [sampler.propose(number, observations) for number in (12, 13)] == expected
+    assert not [point for point in asked if point in [item.point for item in observations]]
+
+
+def test_the_starts_of_a_space_are_proposed_first_and_once():
+    space = load_space("default")
+    first = space.point(space.starts["narrow"])
+    for name in ("tpe", "random"):
+        sampler = Sampler(space, name=name, seed=5)
+        assert sampler.propose(0) == first
+        seen = [Observation(point=first, state="running")]
+        assert sampler.propose(0, seen) != first
+        assert sampler.propose(1, seen) != first
+
+
+def test_neighbours_follow_the_best_value_whatever_its_fidelity():
+    """A baseline is the first to reach full fidelity; one that beats it at an early rung is the better place."""
+    space = space_of(**{"init.depth": {"low": 0.1, "high": 0.9}})
+    observations = [
+        Observation(point={"init.depth": 0.2}, state=Status.COMPLETED, value=0.4, fidelity=1.0),
+        Observation(point={"init.depth": 0.8}, state="paused", value=0.5, fidelity=0.1),
+    ]
+    # Turn after turn, the nearest of four draws: nearer to the better one.
+    proposals = [Sampler(space, seed=seed).propose(8, observations)["init.depth"] for seed in range(12)]
+    assert sum(abs(value - 0.8) < abs(value - 0.2) for value in proposals) >= 10
+
+
+def test_a_neighbour_of_another_shape_keeps_the_most_that_the_shape_can():
+    space = space_of(
+        **{
+            "init": {"choices": {"shallow": {"ffn": 1.0}, "narrow": {"depth": 1.0}}},
+            "init.depth": {"low": 0.5, "high": 0.8, "step": 0.1, "when": {"init": ["shallow"]}},
+            "init.ffn": {"low": 0.2, "high": 0.6, "step": 0.1, "when": {"init": ["narrow"]}},
+        }
+    )
+    for kind, size, most in (("shallow", "init.ffn", 0.6), ("narrow", "init.depth", 0.8)):
+        own = "init.depth" if kind == "shallow" else "init.ffn"
+        best = Observation(point={"init": kind, own: 0.5}, state=Status.COMPLETED, value=0.4, fidelity=1.0)
+        for seed in range(8):
+            found = Sampler(space, seed=seed).propose(0, [best])  # the first turn is that of the first dimension
+            assert found["init"] != kind
+            assert found[size] == pytest.approx(most)
+
+
+def test_the_gaussian_process_learns_from_results_and_from_trials_that_were_stopped():
+    """On a slope proposals rise above chance; a stopped trial's early value counts as no better than the worst."""
+    space = space_of(**{"distillation.divergence_weight": {"low": 0.0, "high": 1.0}})
+    path = "distillation.divergence_weight"
+
+    def observed(weight: float, index: int) -> Observation:
+        if index % 3 == 2:  # stopped early, with a value that would look best beside late ones
+            return Observation(point={path: weight}, state=Status.STOPPED, value=9.0, fidelity=0.1)
+        return Observation(point={path: weight}, state=Status.COMPLETED, value=weight, fidelity=1.0)
+
+    weights = [index / 24 for index in range(24)]
+    observations = [observed(weight, index) for index, weight in enumerate(weights)]
+    proposals = [Sampler(space, name="gp", seed=seed).propose(24, observations)[path] for seed in range(10)]
+    assert sum(proposals) / len(proposals) > 0.6
+
+
+def test_the_genetic_sampler_breeds_from_what_it_was_told(monkeypatch):
+    """Children of parents that agree in a dimension agree in it too, mutations apart."""
+    space = space_of(
+        **{"init.depth": {"low": 0.1, "high": 0.9}, "distillation.divergence_weight": {"low": 0.0, "high": 1.0}}
+    )
+    observations = [
+        Observation(
+            point={"init.depth": 0.5, "distillation.divergence_weight": index / 16},
+            state=Status.COMPLETED,
+            value=index / 16,
+            fidelity=1.0,
+        )
+        for index in range(16)
+    ]
+    depths = [Sampler(space, name="nsga2", seed=seed).propose(16, observations)["init.depth"] for seed in range(12)]
+    assert depths.count(0.5) > len(depths) / 4
+
+
+MEMORY = OBJECTIVES["memory"]
+PERPLEXITY = OBJECTIVES["perplexity"]
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2", "random"])
+def test_several_objectives_suit_every_sampler(name):
+    """Of trials in every state, some without a value; the proposal is the same when it is asked for again."""
+    space = load_space("default")
+    observations = [
+        replace(item, further=(None if item.value is None else 1e6 * (7 - place % 5), 10.0))
+        for place, item in enumerate(history(space, 24))
+    ]
+    observations[0] = replace(observations[0], further=(float("nan"), 10.0))
+    sampler = Sampler(space, name=name, seed=3, further=(MEMORY, PERPLEXITY))
+    point = sampler.propose(25, observations)
+    assert sampler.propose(25, observations) == point
+    space.strategy(point)  # raises outside of the space
+    assert sampler.propose(24, observations) is not None  # a neighbour of the front, with TPE
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
+def test_each_model_is_told_the_values_of_all_objectives(name, monkeypatch):
+    told = heard(monkeypatch)
+    known = {"state": Status.COMPLETED, "fidelity": 1.0}
+    observations = [
+        observed(0.1, value=0.5, further=(100.0, 9.0), **known),
+        observed(0.2, value=0.4, further=(50.0, 12.0), **known),
+        observed(0.3, value=0.9, further=(10.0, 5.0), state="paused", fidelity=0.1),
+        observed(0.4, value=0.9, further=(None, 5.0), **known),
+        observed(0.5, value=0.9, further=(10.0, 5.0), state="running", fidelity=0.1),
+        observed(0.6, value=None, further=(70.0, None), state=Status.REJECTED, fidelity=0.0, constraint=0.2),
+        observed(0.7, value=0.6, further=(None, 8.0), state=Status.FAILED, fidelity=0.1, constraint=0.1),
+        observed(0.8, value=None, further=(60.0, None), state=Status.FAILED, fidelity=0.0, constraint=-0.3),
+    ]
+    Sampler(space_of(**RATE), name=name, further=(MEMORY, PERPLEXITY)).propose(9, observations)
+    # The genetic one and the Gaussian process know finished trials only.
+    limit = "PRUNED" if name == "tpe" else "COMPLETE"
+    assert [trial.state.name for trial in told] == ["COMPLETE"] * 3 + ["FAIL", "RUNNING", limit, limit, "FAIL"]
+    assert [trial.constraints["budget"] for trial in told[5:7]] == [0.2, 0.1]
+    if name != "tpe":
+        # The worst of what is known, but for what follows from the shape.
+        assert told[5].values == [0.4, 70.0, 12.0]
+        assert told[6].values == [0.4, 100.0, 12.0]
+    # A stopped trial lost to those at the end in what training decides; its memory is what it is.
+    assert told[2].values == [0.4, 10.0, 12.0]
+    assert told[0].values == [0.5, 100.0, 9.0]
+
+
+def test_proposals_of_several_objectives_lie_on_both_ends_of_the_front():
+    """Accuracy is best at one end of the range, memory at the other; between them is what neither wants."""
+    space = space_of(**RATE)
+    path = "distillation.divergence_weight"
+    observations = [
+        observed(weight, value=abs(weight - 0.5) if weight > 0.5 else 0.0, further=(weight if weight < 0.5 else 1.0,))
+        for weight in (index / 24 for index in range(24))
+    ]
+    proposed = [Sampler(space, seed=seed, further=(MEMORY,)).propose(25, observations)[path] for seed in range(24)]
+    assert sum(weight < 0.3 or weight > 0.7 for weight in proposed) > 0.7 * len(proposed)
+
+
+def test_neighbours_of_several_objectives_take_the_front_in_turn():
+    space = space_of(**{"init.depth": {"low": 0.1, "high": 0.9}})
+    known = {"state": Status.COMPLETED, "fidelity": 1.0}
+    observations = [
+        Observation(point={"init.depth": 0.2}, value=0.4, further=(10.0,), **known),
+        Observation(point={"init.depth": 0.5}, value=0.3, further=(90.0,), **known),  # beaten by both
+        Observation(point={"init.depth": 0.8}, value=0.5, further=(80.0,), **known),
+    ]
+    for turn, low in ((4, False), (5, True)):
+        samplers = [Sampler(space, seed=seed, further=(MEMORY,)) for seed in range(12)]
+        depths = [sampler.propose(2 * turn, observations)["init.depth"] for sampler in samplers]
+        assert sum((depth < 0.5) == low for depth in depths) >= 10
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2", "random"])
+def test_a_space_without_dimensions_has_nothing_to_propose(name: str) -> None:
+    """What `distill` trains is a baseline; the default strategy is none that anybody asked for."""
+    assert Sampler(replace(space_of(**RATE), dimensions=()), name=name).propose(0) is None

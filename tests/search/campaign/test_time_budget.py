@@ -1,0 +1,249 @@
+"""The time box: what it holds by arithmetic, and that it follows a machine that turns out slower than measured."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
+from autodistill.search.campaign.state import Question
+from autodistill.search.campaign.time_budget import TimeBox
+from autodistill.search.planning.durations import Speed
+from autodistill.search.worker.attempt import Assignment, OutOfTime, step_guard
+from autodistill.search.worker.messages import TrialTask
+from autodistill.strategy.space import load_space
+from autodistill.strategy.strategy import Strategy
+from autodistill.testing import small_plan
+from autodistill.utils import clock as moments
+from autodistill.utils.clock import Moment, now
+
+SPACE = load_space("default")
+SPEC = spec_from_config(
+    {
+        "model_type": "llama",
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "vocab_size": 100,
+        "max_position_embeddings": 512,
+    }
+)
+PLAN = small_plan(
+    tokens=9000,
+    rungs=(1000, 3000, 9000),
+    keep=(2, 1),
+    rung_eval_tokens=500,
+    eval_tokens=1000,
+    seconds={"export": 20.0, "test": 10.0},
+)
+# 100 tokens a second in training and in scoring; so small a model adds less than a millisecond.
+SPEED = Speed(cache=100.0, score=100.0, worker_train=100.0, worker_score=100.0)
+QUESTION = Question(
+    space=SPACE,
+    deployments=SPACE.deployments,
+    budget=Budget(memory_bytes=10**9),
+    plan=PLAN,
+    speed=SPEED,
+    teacher_spec=SPEC,
+    teacher_accuracy=0.5,
+    metric="accuracy",
+    direction="max",
+)
+TASK = TrialTask(id="t000", strategy=Strategy(), seed=0, deployments=SPACE.deployments[:2], probe=SPACE.deployments[0])
+
+
+def box(seconds: float) -> TimeBox:
+    return TimeBox(QUESTION, time.monotonic() + seconds)
+
+
+def test_what_work_is_expected_to_take() -> None:
+    found = box(1000)
+    # A tenth more than the tokens, from where the decay to the rung before branched off, and the evaluation.
+    assert found.expected(Assignment(task=TASK, rung=0), -1) == pytest.approx(1.1 * 10 + 5, rel=1e-3)
+    assert found.expected(Assignment(task=TASK, rung=1), 0) == pytest.approx(1.1 * (30 - 5.12) + 5, rel=1e-3)
+    assert found.expected(Assignment(task=TASK, rung=2), 1) == pytest.approx(1.1 * (90 - 23.04) + 10, rel=1e-3)
+    assert found.expected(Assignment(task=TASK, rung=2), -1) == pytest.approx(1.1 * 90 + 10, rel=1e-3)
+    later = Assignment(task=TASK, rung=2, deployment=TASK.deployments[1])
+    assert found.expected(later, 2) == found.evaluation() == pytest.approx(10, rel=1e-3)
+    assert found.first_stretch() == found.expected(Assignment(task=TASK, rung=0), -1)
+
+
+def test_the_way_to_a_rung_is_its_stretches() -> None:
+    found = box(1000)
+    stretches = [found.expected(Assignment(task=TASK, rung=rung), rung - 1) for rung in range(3)]
+    assert found.up_to(TASK, -1, 2) == pytest.approx(sum(stretches))
+    assert found.up_to(TASK, 0, 1) == stretches[1]
+    assert found.up_to(TASK, 1, 1) == 0
+
+
+def test_a_longer_trial_is_expected_to_go_on_from_its_stage() -> None:
+    found = box(1000)
+    own = replace(TASK, straight=True, length=2.0)
+    shared = replace(own, stage="stage")
+    # To 18,000 tokens, in steps of 256: 17,920; the decay to 9,000 branches off at 28 of its 35 steps.
+    assert found.expected(Assignment(task=own, rung=2), -1) == pytest.approx(1.1 * 179.2 + 10, rel=1e-3)
+    assert found.expected(Assignment(task=shared, rung=2), -1) == pytest.approx(1.1 * (179.2 - 71.68) + 10, rel=1e-3)
+
+
+def test_work_is_compared_with_what_was_expected_of_the_tokens_it_trained_on() -> None:
+    found = box(100)
+    # A fork took 3 s for 200 tokens and 500 to be read, where 7.2 s were expected: it says nothing of a fast machine.
+    found.learn(Assignment(task=TASK, rung=0), -1, 1.1 * 2 + 5, trained=200)
+    assert found.holds(99)
+    assert not found.holds(101)
+
+
+def test_what_was_not_read_was_not_expected_to_take_time() -> None:
+    """Twice as slow is twice as slow, however much was read; what asks the student may have been read whole."""
+    for read in (1.0, 0.25):
+        found = TimeBox(replace(QUESTION, speed=replace(SPEED, asked=8.0)), time.monotonic() + 100)
+        found.learn(Assignment(task=TASK, rung=0), -1, 2 * (1.1 * 10 + read * 5 + 8), trained=1000, read=read)
+        assert found.holds(34)
+        assert not found.holds(36)
+
+
+def test_a_worker_that_was_slow_to_begin_makes_no_slow_machine() -> None:
+    found = box(100)
+    work = Assignment(task=TASK, rung=0)
+    found.learn(work, -1, found.expected(work, -1), beside=20.0)
+    # The next piece may take as long to begin, and what is trained and read takes as long as was measured.
+    assert found.holds(79)
+    assert not found.holds(81)
+    until = found.until(10.0)
+    assert until is not None
+    assert until.left == pytest.approx(70, abs=1)
+    rest = found.trained_in(0.0, alone=False)
+    assert rest == pytest.approx(box(80).trained_in(0.0, alone=False), rel=0.02)
+    # Once they begin at once, that is soon forgotten.
+    for _ in range(4):
+        found.learn(work, -1, found.expected(work, -1), beside=0.0)
+    assert found.holds(98)
+
+
+def test_a_box_holds_what_ends_in_time_and_nothing_once_closed() -> None:
+    found = box(100)
+    assert found.holds(99)
+    assert not found.holds(101)
+    found.close()
+    assert not found.holds(1)
+    assert TimeBox(QUESTION, None).holds(1e9)
+
+
+def test_a_slower_machine_holds_less_and_what_follows_the_trials_takes_longer_too() -> None:
+    found = box(100)
+    work = Assignment(task=TASK, rung=0)
+    found.learn(work, -1, 2 * found.expected(work, -1))
+    # Twice as slow: 30 s of export and test will be 60, which leaves 70 of the 100.
+    assert found.holds(34)
+    assert not found.holds(36)
+
+
+def test_a_box_recovers_slowly() -> None:
+    found = box(100)
+    work = Assignment(task=TASK, rung=0)
+    found.learn(work, -1, 2 * found.expected(work, -1))
+    found.learn(work, -1, found.expected(work, -1))
+    # Trials are 0.8 x 2 + 0.2 x 1 times as slow; what follows them (0.8 x 2 + 1) / (0.8 + 1) times: 30 s become 43.3.
+    assert found.holds(86.7 / 1.8 - 0.5)
+    assert not found.holds(86.7 / 1.8 + 0.5)
+
+
+def test_what_follows_the_trials_is_not_told_by_the_shortest_of_them() -> None:
+    """A stretch of a few seconds is often far slower than expected, for reasons that longer work has not."""
+    found = box(1000)
+    short, long = Assignment(task=TASK, rung=0), Assignment(task=replace(TASK, straight=True), rung=2)
+    found.learn(long, -1, 1.1 * found.expected(long, -1))
+    found.learn(short, -1, 2 * found.expected(short, -1))
+    # 109 s took 120, and later 16 s took 32: (0.8 x 120 + 32) / (0.8 x 109 + 16) = 1.24.
+    until = found.until(50.0)
+    assert until is not None
+    assert until.left == pytest.approx(1000 - 30 * 0.24 - 50 * 1.24, abs=0.6)
+    assert found.left() == pytest.approx((1000 - 30 * 0.24) / 2, abs=0.6)
+
+
+def test_the_best_metric_is_the_largest_or_the_smallest() -> None:
+    assert QUESTION.best([1, 2]) == 2
+    assert replace(QUESTION, direction="min").best([1, 2]) == 1
+
+
+def sharing(seconds: float, **changes: Any) -> TimeBox:
+    """A box of which 60 s are planned for the best, and half of what is left at most is set aside for it."""
+    plan = replace(PLAN, longest=4.0, alone=2, seconds={"export": 20.0, "test": 10.0, "longer": 60.0})
+    asked = replace(QUESTION, plan=plan, explore=0.5, speed=replace(SPEED, alone=160.0), **changes)
+    return TimeBox(asked, time.monotonic() + seconds)
+
+
+def test_what_is_set_aside_for_the_best_is_for_nothing_else() -> None:
+    found = sharing(200)
+    assert found.left(whole=True) == pytest.approx(200, abs=0.1)
+    assert found.left() == pytest.approx(140, abs=0.1)
+    assert not found.holds(150)
+    assert found.holds(150, whole=True)
+    # Less is left than was planned: both get less.
+    assert sharing(80).left() == pytest.approx(40, abs=0.1)
+    # Work takes twice as long as expected; what is set aside is time, whatever is done in it.
+    found.learn(Assignment(task=TASK, rung=0), -1, 32.0)
+    assert found.left() == pytest.approx((140 - 30) / 2, abs=0.1)
+    assert found.left(whole=True) == pytest.approx((200 - 30) / 2, abs=0.1)
+    assert box(200).left() == pytest.approx(200, abs=0.1)
+
+
+def test_when_training_must_end_leaves_time_for_what_follows_it_as_slow_as_it_is() -> None:
+    def left(box: TimeBox) -> float:
+        until = box.until(25.0)
+        assert until is not None
+        return until.left
+
+    found = sharing(200)
+    assert left(found) == pytest.approx(175, abs=0.1)
+    found.learn(Assignment(task=TASK, rung=0), -1, 32.0)
+    assert left(found) == pytest.approx(200 - 30 - 50, abs=0.1)
+    assert TimeBox(QUESTION, None).until(25.0) is None
+
+
+def test_one_that_has_all_threads_is_expected_to_train_as_fast_as_was_measured_of_one() -> None:
+    found = sharing(1000)
+    work = Assignment(task=replace(TASK, straight=True, length=2.0), rung=2)
+    assert found.expected(work, -1) == pytest.approx(1.1 * 179.2 + 10, rel=1e-3)
+    assert found.expected(replace(work, threads=2), -1) == pytest.approx(1.1 * 112 + 10, rel=1e-3)
+    found.learn(replace(work, threads=2), -1, 1.1 * 80 + 10, trained=12_800)
+    assert found.left(whole=True) == pytest.approx(1000, abs=0.1)
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_a_system_clock_that_is_set_neither_ends_a_search_nor_makes_it_longer(
+    monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    found, clock = box(100), time.time
+    began = now()
+    until, guard, late = found.until(10.0), step_guard(Moment.after(60.0)), step_guard(Moment.after(-1.0))
+    assert until is not None
+    monkeypatch.setattr(time, "time", lambda: clock() + jump)
+    assert found.left() == pytest.approx(100, abs=1)
+    assert until.left == pytest.approx(90, abs=1)
+    assert pickle.loads(pickle.dumps(until)).left == pytest.approx(90, abs=1)
+    step: Any = None
+    guard(step)
+    with pytest.raises(OutOfTime):
+        late(step)
+    # What events say of when they were is later than what those before them say, and by as much as has passed.
+    assert 0 <= now() - began < 5
+    again = found.until(10.0)
+    assert again is not None
+    assert again.left == pytest.approx(90, abs=1)
+
+
+def test_a_moment_is_as_far_off_on_another_node_whose_clock_runs_from_another_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent = pickle.dumps(Moment.after(100.0))
+    runs = time.monotonic
+    monkeypatch.setattr(moments, "_machine", lambda: "another")
+    monkeypatch.setattr(time, "monotonic", lambda: runs() + 5000)
+    assert pickle.loads(sent).left == pytest.approx(100, abs=1)

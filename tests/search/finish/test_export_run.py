@@ -1,0 +1,253 @@
+"""Which student is exported and how it is packed; what cannot be is refused before anything is written."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from safetensors.torch import load_file
+
+from autodistill.errors import DamagedError, InputError, VerificationError
+from autodistill.export.gguf import GgufExporter
+from autodistill.runs.results.row import Row
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.finish.export_run import export_run
+from autodistill.strategy.deployment import Deployment
+from autodistill.testing import save_tiny_teacher
+from autodistill.utils.checksums import write_list
+from autodistill.utils.json_files import write_json
+
+DEPLOYMENTS = {
+    "f16": Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0),
+    "q8_0": Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32),
+    "q4_0": Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32),
+    "q4_k": Deployment(runtime="llama.cpp", format="gguf-q4_k", bits=4, group_size=32, symmetric=False),
+    "int8": Deployment(runtime="vllm", format="compressed-tensors", bits=8, group_size=64),
+}
+
+
+def row(trial: str, packing: str, accuracy: float, kind: str = "student", **fields: Any) -> Row:
+    least: dict[str, Any] = {
+        "row_id": f"{trial}-{packing}",
+        "trial": trial,
+        "kind": kind,
+        "name": trial,
+        "deployment": DEPLOYMENTS[packing].to_json(),
+        "status": "completed",
+        "feasible": True,
+        "split": "validation",
+        "fidelity": 1.0,
+        "accuracy": accuracy,
+    }
+    return Row(**least | fields)
+
+
+SEARCH = {
+    "metric": "accuracy",
+    "direction": "max",
+    "teacher": {"name": "big", "reference": "models/big one"},
+    "data": {"name": "text", "reference": "text"},
+    "plan": {"batch_tokens": 512, "sequence_length": 256},
+    "licences": {"big": "MIT", "text": "CC0-1.0"},
+    "space_definition": {"deployments": [DEPLOYMENTS[packing].to_json() for packing in ("f16", "int8")]},
+}
+ROWS = [
+    row("t000", "f16", 0.30),
+    row("t000", "q8_0", 0.31),
+    row("t000", "int8", 0.32),
+    row("t001", "q4_0", 0.40),
+    row("t001", "f16", 0.45, feasible=False),
+    row("t002", "f16", 0.20, fidelity=0.5),
+    row("t003", "f16", 0.10),
+    row("t004", "f16", 0.15, train_tokens=9216, seed=7),
+    row("teacher", "f16", 0.50, "teacher"),
+    row("t000", "f16", 0.99, row_id="t000-f16-test", split="test"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of which the students of t000 and t001 are on disk, different ones."""
+    with RunFolder.create(tmp_path_factory.mktemp("runs"), "small") as made:
+        write_json(made.search_file, SEARCH)
+        for one in ROWS:
+            made.events.append({"event": "test" if one.split == "test" else "row", "row": one.to_json()})
+        made.events.append({"event": "students-collected", "trials": ["t004"], "bytes": 1})
+        for seed, trial in enumerate(("t000", "t001")):
+            save_tiny_teacher(made.checkpoints / trial / "student", layers=2, ffn=128, seed=seed)
+            (made.checkpoints / trial / "student" / "LICENSE").write_text("Do as you please.")
+    return made
+
+
+def weights(run: RunFolder, trial: str) -> np.ndarray[Any, Any]:
+    """A row of one layer, whose order GGUF does not change."""
+    files = load_file(run.checkpoints / trial / "student" / "model.safetensors")
+    return files["model.layers.0.mlp.up_proj.weight"].numpy()
+
+
+def stored(path: Path) -> tuple[str, np.ndarray[Any, Any]]:
+    """Type and bytes of the same layer in a GGUF file."""
+    tensor = next(one for one in GGUFReader(path).tensors if one.name == "blk.0.ffn_up.weight")
+    return tensor.tensor_type.name, np.array(tensor.data)
+
+
+def test_by_default_the_best_student_that_fits_is_packed_on_its_own_grid(run: RunFolder, tmp_path: Path) -> None:
+    paths = export_run(run, None, ["gguf"], tmp_path)
+    assert paths == {"gguf": tmp_path / "gguf" / "student.gguf"}
+    assert stored(paths["gguf"])[0] == "Q4_0"
+
+
+def test_a_student_that_was_evaluated_in_super_blocks_is_exported_so(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "runs", "wide") as made:
+        write_json(made.search_file, SEARCH)
+        for packing, accuracy in (("f16", 0.3), ("q4_k", 0.2)):
+            made.events.append({"event": "row", "row": row("t000", packing, accuracy).to_json()})
+        save_tiny_teacher(made.checkpoints / "t000" / "student", layers=2, width=256)
+    paths = export_run(made, "t000-q4_k", ["gguf"], tmp_path)
+    assert stored(paths["gguf"])[0] == "Q4_K"
+
+
+def test_a_container_other_than_the_rows_takes_the_best_deployment_of_its_trial(run: RunFolder, tmp_path: Path) -> None:
+    paths = export_run(run, "t000-int8", ["huggingface", "gguf", "compressed-tensors"], tmp_path)
+    assert list(paths) == ["huggingface", "gguf", "compressed-tensors"]
+    assert stored(paths["gguf"])[0] == "Q8_0"
+    kept = load_file(paths["huggingface"] / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    # bfloat16 keeps 8 significant bits.
+    np.testing.assert_allclose(kept.float().numpy(), weights(run, "t000"), rtol=2**-8)
+    assert "model.layers.0.mlp.up_proj.weight_packed" in load_file(paths["compressed-tensors"] / "model.safetensors")
+
+
+def test_a_gguf_file_says_of_whom_it_is_a_student_and_under_which_licence(run: RunFolder, tmp_path: Path) -> None:
+    """As llama.cpp's converter says it of a model's origin; the file may be served where its card is not."""
+    fields = GGUFReader(export_run(run, None, ["gguf"], tmp_path)["gguf"]).fields
+    said = {key: fields[key].contents() for key in fields if key.startswith("general.")}
+    assert (said["general.name"], said["general.license"]) == ("Student of big", "mit")
+    assert (said["general.base_model.count"], said["general.base_model.0.name"]) == (1, "big")
+
+
+def test_a_card_and_the_licence_lie_beside_each(run: RunFolder, tmp_path: Path) -> None:
+    for container, path in export_run(run, "t000-q8_0", ["gguf", "huggingface"], tmp_path).items():
+        folder = tmp_path / container
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert f"packed here as {'gguf-q8_0' if container == 'gguf' else 'huggingface'}." in card
+        assert "0.3200" in card, "another packing of it"
+        assert "inherit: MIT" in card
+        assert "(text): CC0-1.0" in card
+        assert (folder / "LICENSE").read_text() == "Do as you please."
+        assert path.exists()
+
+
+def test_a_student_that_was_changed_is_not_exported_under_the_old_figures(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "runs", "small") as made:
+        write_json(made.search_file, SEARCH)
+        made.events.append({"event": "row", "row": row("t000", "f16", 0.3).to_json()})
+        folder = made.checkpoints / "t000" / "student"
+        save_tiny_teacher(folder, layers=2)
+        reached = {"event": "rung", "trial": "t000", "rung": 0, "tokens": 64, "value": 0.3}
+        made.events.append({**reached, "student": write_list(folder)})
+    lines: list[str] = []
+    export_run(made, None, ["huggingface"], tmp_path / "first", lines.append)
+    assert lines == []
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1000] ^= 1
+    weights.write_bytes(data)
+    said = r"t000-f16 .*model\.safetensors has changed .*: choose another row, or make one like it with `autodistill d"
+    with pytest.raises(DamagedError, match=said) as caught:
+        export_run(made, None, ["huggingface"], tmp_path / "second")
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "second").exists()
+    # Nor is one whose list was made anew.
+    write_list(folder)
+    with pytest.raises(DamagedError, match="is not what the run's log names"):
+        export_run(made, None, ["huggingface"], tmp_path / "second")
+
+
+def test_a_student_of_an_earlier_version_is_exported_and_that_is_said(run: RunFolder, tmp_path: Path) -> None:
+    lines: list[str] = []
+    export_run(run, "t000-q8_0", ["huggingface"], tmp_path, lines.append)
+    (line,) = lines
+    assert "kept no checksums" in line
+
+
+def test_a_row_that_is_asked_for_is_the_one_that_is_exported(run: RunFolder, tmp_path: Path) -> None:
+    paths = export_run(run, "t000-f16", ["gguf"], tmp_path)
+    kind, data = stored(paths["gguf"])
+    assert kind == "F16"
+    np.testing.assert_array_equal(data, weights(run, "t000").astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("row_id", "containers", "words"),
+    [
+        ("t009-f16", ["gguf"], ["t009-f16", "t000-int8", "t001-q4_0"]),
+        ("t000-f16-test", ["gguf"], ["no row"]),
+        ("t003-f16", ["gguf"], ["t003-f16", "removed"]),
+        (
+            "t004-f16",
+            ["gguf"],
+            [
+                "removed by the search, to hold --checkpoint-limit",
+                "autodistill distill FILE --teacher 'models/big one' --data text --tokens 9216 --step-tokens 512",
+                "--sequence-length 256 --seed 7",
+                "strategy of t004",
+            ],
+        ),
+        ("t002-f16", ["gguf"], ["t002-f16", "not trained to the end"]),
+        ("teacher-f16", ["gguf"], ["there is no model", "models/big one"]),
+        ("t001-q4_0", ["compressed-tensors"], ["t001", "no compressed-tensors deployment", "larger --budget"]),
+        (None, ["onion"], ["onion", "compressed-tensors, gguf, huggingface"]),
+        (None, [], ["--to", "gguf"]),
+        (None, ["gguf", "gguf"], ["twice"]),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
+    row_id: str | None, containers: list[str], words: list[str], run: RunFolder, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as caught:
+        export_run(run, row_id, containers, tmp_path / "out")
+    for word in words:
+        assert word in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_container_that_the_space_never_had_is_asked_of_another_space(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "runs", "small") as made:
+        write_json(made.search_file, SEARCH | {"space_definition": {"deployments": [DEPLOYMENTS["q4_0"].to_json()]}})
+        made.events.append({"event": "row", "row": row("t001", "q4_0", 0.40).to_json()})
+        save_tiny_teacher(made.checkpoints / "t001" / "student", layers=2)
+    with pytest.raises(InputError, match="the space has none; search a --space with one, or choose another container"):
+        export_run(made, None, ["compressed-tensors"], tmp_path / "out")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "student.gguf").write_text("mine")
+    with pytest.raises(InputError, match="not an empty folder"):
+        export_run(run, None, ["huggingface", "gguf"], tmp_path)
+    assert (tmp_path / "gguf" / "student.gguf").read_text() == "mine"
+    assert not (tmp_path / "huggingface").exists()
+
+
+def test_an_export_that_was_interrupted_twice_can_be_given_again(run: RunFolder, tmp_path: Path) -> None:
+    left = tmp_path / "out" / "huggingface" / ".partial-abc"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    paths = export_run(run, None, ["huggingface"], tmp_path / "out")
+    assert not left.exists()
+    assert (paths["huggingface"] / "model.safetensors").is_file()
+
+
+def test_what_is_on_disk_is_held_to_the_student(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = GgufExporter.export
+
+    def careless(self: GgufExporter, student: Path, deployment: Deployment, out: Path, **origin: Any) -> Any:
+        return export(self, run.checkpoints / "t000" / "student", deployment, out)
+
+    monkeypatch.setattr(GgufExporter, "export", careless)
+    with pytest.raises(VerificationError, match="differs from the evaluated weights"):
+        export_run(run, "t001-q4_0", ["gguf"], tmp_path)

@@ -1,0 +1,407 @@
+"""What may be exported, and in which order: never what was not measured, whichever way the metric is better."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autodistill.errors import InputError, VerificationError
+from autodistill.evaluation.base import Direction, Measurement
+from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
+from autodistill.runs.results.row import DAMAGED, Row, rows_of
+from autodistill.runs.results.selection import in_order
+from autodistill.search.campaign.state import Question
+from autodistill.search.finish import finish
+from autodistill.search.finish.export_choice import candidates, next_candidate, passed_over, trained_rows
+from autodistill.search.finish.finish import _first_that_fits, _gguf_beside, _leave_out_removed, _notes, _with_measured
+from autodistill.search.finish.test_split import compared_with, gains_on_test, known_on_test
+from autodistill.search.planning.durations import Speed
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import load_space
+from autodistill.testing import small_plan
+
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+}
+FORMATS = {
+    "f16": {"runtime": "llama.cpp", "format": "gguf-f16", "bits": 16, "group_size": 0},
+    "q8_0": {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32},
+    "vllm": {"runtime": "vllm", "format": "huggingface", "bits": 16, "group_size": 0},
+}
+
+
+def question(metric: str, direction: Direction) -> Question:
+    space = load_space("default")
+    return Question(
+        space=space,
+        deployments=space.deployments,
+        budget=Budget(memory_bytes=10**9),
+        plan=small_plan(),
+        speed=Speed(cache=1.0, score=1.0, worker_train=1.0, worker_score=1.0),
+        teacher_spec=spec_from_config(CONFIG),
+        teacher_accuracy=0.5,
+        metric=metric,
+        direction=direction,
+    )
+
+
+def row(trial: str, metric: str, value: float | None, packing: str = "f16", **fields: Any) -> Row:
+    least: dict[str, Any] = {
+        "row_id": f"{trial}-{packing}",
+        "trial": trial,
+        "kind": "student",
+        "name": trial,
+        "deployment": FORMATS[packing],
+        "status": "completed",
+        "feasible": True,
+        "split": "validation",
+        "fidelity": 1.0,
+        "memory_bytes": 100,
+        "seed": 0,
+        metric: value,
+    }
+    return Row(**least | fields)
+
+
+@pytest.mark.parametrize(("metric", "direction"), [("accuracy", "max"), ("perplexity", "min")])
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
+def test_what_was_not_measured_is_never_exported(metric: str, direction: Direction, missing: float | None) -> None:
+    rows = [row("t000", metric, 0.5), row("t001", metric, missing), row("t002", metric, 0.4)]
+    found = in_order(trained_rows(rows, metric, lambda _: True), metric, direction, students_only=True)
+    assert [one.trial for one in found] == (["t000", "t002"] if direction == "max" else ["t002", "t000"])
+    assert trained_rows(rows[1:2], metric, lambda _: True) == []
+    assert in_order(rows[1:2], metric, direction, students_only=True) == []
+
+
+def test_only_students_at_full_fidelity_that_are_on_disk_and_fit() -> None:
+    rows = [
+        row("gone", "accuracy", 0.9),
+        row("early", "accuracy", 0.9, fidelity=0.5),
+        row("teacher", "accuracy", 0.9, kind="teacher"),
+        row("over", "accuracy", 0.9, feasible=False),
+        row("b000", "accuracy", 0.3, kind="baseline"),
+    ]
+    students = trained_rows(rows, "accuracy", lambda one: one.trial != "gone")
+    assert [one.trial for one in students] == ["over", "b000"]
+    assert [one.trial for one in in_order(students, "accuracy", "max", students_only=True)] == ["b000"]
+
+
+def test_where_none_that_reached_the_end_fits_those_that_came_furthest_are_exported() -> None:
+    rows = [
+        row("t000", "accuracy", 0.9, fidelity=1 / 9),
+        row("t001", "accuracy", 0.3, fidelity=1 / 3),
+        row("t002", "accuracy", 0.4, fidelity=1 / 3),
+        row("t003", "accuracy", 0.5, fidelity=1 / 3, feasible=False),
+        row("gone", "accuracy", 0.6, fidelity=1 / 3),
+        row("t004", "accuracy", None, fidelity=1 / 3),
+        row("over", "accuracy", 0.9, feasible=False),
+        row("teacher", "accuracy", 0.9, kind="teacher", fidelity=None),
+    ]
+
+    def found(rows: list[Row]) -> list[str]:
+        students = candidates(rows, "accuracy", lambda one: one.trial != "gone")
+        others = [one for one in rows if one.kind == "teacher"]
+        return [one.trial for one in in_order([*students, *others], "accuracy", "max", students_only=True)]
+
+    assert found(rows) == ["t002", "t001", "t000"]
+    assert found([*rows, row("b000", "accuracy", 0.1, kind="baseline")]) == ["b000"]
+    assert found(rows[-2:]) == []
+
+
+def measured(one: Row, more: int) -> Row:
+    """The row as its runtime was found to take so much more than was predicted."""
+    other = {**one.other, "memory_bytes_predicted": one.memory_bytes}
+    need = (one.memory_bytes or 0) + more
+    return replace(one, memory_bytes=need, memory_source="measured", other=other, feasible=need <= LIMIT)
+
+
+LIMIT = 1000
+
+
+def test_a_row_that_would_break_the_limit_as_those_before_it_did_is_passed_over() -> None:
+    ranked = [
+        row("t000", "accuracy", 0.5, memory_bytes=990),
+        row("t001", "accuracy", 0.4, memory_bytes=960),
+        row("t002", "accuracy", 0.3, memory_bytes=949),
+        row("t003", "accuracy", 0.2, memory_bytes=980, deployment=FORMATS["vllm"]),
+    ]
+    asked = replace(question("accuracy", "max"), budget=Budget(memory_bytes=LIMIT))
+    assert next_candidate(ranked, [], asked) == ranked[0]
+    # In llama.cpp it took 50 bytes more than predicted, and 999 are the most that would do.
+    rejected = [measured(ranked[0], 50)]
+    assert next_candidate(ranked, rejected, asked) == ranked[2]
+    rejected.append(measured(ranked[2], 60))
+    (over,) = passed_over(ranked, rejected[:1], LIMIT)
+    assert (over.trial, over.feasible, over.memory_bytes) == ("t001", False, 960)
+    assert over.reason == (
+        "memory: 960 bytes predicted, 1010 with what llama.cpp took beyond that for another student, 10 over the "
+        "budget of 1000"
+    )
+    # What llama.cpp takes says nothing of another runtime.
+    assert next_candidate(ranked, rejected, asked) == ranked[3]
+    rejected.append(measured(ranked[3], 21))
+    assert next_candidate(ranked, rejected, asked) is None
+    # A row that was measured itself is known, and not predicted.
+    known = measured(row("t004", "accuracy", 0.1, memory_bytes=900), 90)
+    assert next_candidate([*ranked, known], rejected, asked) == known
+
+
+def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five students the runtime takes 50 bytes more than predicted: the fifth alone fits, and is the second made."""
+    students = [row(f"t{number:03d}", "accuracy", 0.5 - number / 10, memory_bytes=960) for number in range(4)]
+    students.append(row("t004", "accuracy", 0.05, memory_bytes=940))
+    made, lines = [], []
+
+    def export(one: Row, _: object, paths: dict[str, Path], checks: dict[str, object]) -> Row:
+        made.append(one.trial)
+        folder = tmp_path / "gguf"
+        folder.mkdir()
+        paths["gguf"], checks["gguf"] = folder / "student.gguf", None
+        return measured(one, 50)
+
+    monkeypatch.setattr("autodistill.search.finish.finish._export", export)
+    finisher = SimpleNamespace(
+        question=replace(question("accuracy", "max"), budget=Budget(memory_bytes=LIMIT)),
+        run=SimpleNamespace(student=lambda container: tmp_path / container),
+        line=lines.append,
+        whole=lambda row: True,
+    )
+    paths: dict[str, Path] = {}
+    found = _first_that_fits(students, [], finisher, paths, {})  # type: ignore[arg-type]
+    assert (found and found.trial, made, list(paths)) == ("t004", ["t000", "t004"], ["gguf"])
+    assert len(lines) == 1
+    assert (tmp_path / "gguf").is_dir()
+    (tmp_path / "gguf").rmdir()
+    paths.clear()
+    written: list[tuple[str, Row]] = []
+    made.clear()
+    finisher.whole, finisher.write = (lambda row: row.trial != "t004"), (lambda kind, row: written.append((kind, row)))
+    assert _first_that_fits(students, [], finisher, paths, {}) is None  # type: ignore[arg-type]
+    assert "t004" not in made
+    assert [(kind, row.trial, row.feasible, row.reason) for kind, row in written] == [("row", "t004", False, DAMAGED)]
+    finisher.whole = lambda row: True
+    paths.clear()
+    assert _first_that_fits(students[:4], [], finisher, paths, {}) is None  # type: ignore[arg-type]
+    assert (paths, list(tmp_path.iterdir())) == ({}, [])
+
+
+@pytest.mark.parametrize("failure", [InputError("no such cut"), VerificationError("another weight")])
+def test_a_gguf_file_that_fails_does_not_end_what_has_a_verified_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    folder = tmp_path / "gguf"
+    finisher = SimpleNamespace(
+        question=question("accuracy", "max"), run=SimpleNamespace(student=lambda name: folder), whole=lambda row: True
+    )
+    paths, checks = {"compressed-tensors": tmp_path}, {"compressed-tensors": "verified"}
+
+    def export(row: Row, finisher: object, paths: dict[str, Any], checks: dict[str, Any]) -> Row:
+        folder.mkdir()
+        paths["gguf"] = checks["gguf"] = folder
+        raise failure
+
+    monkeypatch.setattr(finish, "_export", export)
+    beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher, paths, checks)  # type: ignore[arg-type]
+    assert beside is None
+    assert notes == (f"there is no GGUF file beside the best student: {failure}",)
+    assert list(paths) == list(checks) == ["compressed-tensors"]
+    assert not folder.exists()
+
+
+def test_what_was_predicted_stays_beside_a_measurement_that_is_made_again() -> None:
+    finisher = SimpleNamespace(question=question("accuracy", "max"))
+    once, twice = (
+        {"memory_bytes": Measurement(name="memory_bytes", value=need, unit="bytes", direction="min", source="measured")}
+        for need in (150, 155)
+    )
+    first = _with_measured(row("t000", "accuracy", 0.5), once, finisher)  # type: ignore[arg-type]
+    again = _with_measured(first, twice, finisher)  # type: ignore[arg-type]
+    assert (first.figure("memory_bytes_predicted"), first.memory_bytes) == (100, 150)
+    assert (again.figure("memory_bytes_predicted"), again.memory_bytes) == (100, 155)
+
+
+@pytest.mark.parametrize(("on_gpu", "before"), [(True, {}), (False, {"memory_on": "discrete-gpu"})])
+def test_a_measurement_says_whose_memory_it_is_of_and_what_was_predicted_there(
+    on_gpu: bool, before: dict[str, str]
+) -> None:
+    finisher = SimpleNamespace(question=question("accuracy", "max"))
+    detail = {"on_gpu": on_gpu, "predicted_bytes": 140}
+    made = {"name": "memory_bytes", "value": 150, "unit": "bytes", "direction": "min", "source": "measured"}
+    measured = {"memory_bytes": Measurement(**made, detail=detail)}  # type: ignore[arg-type]
+    found = _with_measured(row("t000", "accuracy", 0.5, other=before), measured, finisher)  # type: ignore[arg-type]
+    assert (found.memory_bytes, found.figure("memory_bytes_predicted")) == (150, 140)
+    assert found.other.get("memory_on") == ("discrete-gpu" if on_gpu else None)
+
+
+def test_rows_whose_student_is_gone_are_not_chosen_by_who_reads_the_log() -> None:
+    rows = [
+        row("t000", "accuracy", 0.9),
+        row("t001", "accuracy", 0.8, packing="q8_0"),
+        row("t002", "accuracy", 0.7),
+        row("t003", "accuracy", 0.6),
+        row("early", "accuracy", 0.95, fidelity=0.5),
+        row("t004", "accuracy", 0.99, feasible=False),
+    ]
+    events: list[dict[str, Any]] = [{"event": "row", "row": one.to_json()} for one in rows]
+    finisher: Any = SimpleNamespace(
+        question=question("accuracy", "max"),
+        run=SimpleNamespace(events=SimpleNamespace(read=lambda: events)),
+        has=lambda one: one.trial in ("t000", "t002"),
+        write=lambda kind, one: events.append({"event": kind, "row": one.to_json()}),
+    )
+    _leave_out_removed(rows[0], finisher)
+    assert len(events) == len(rows)
+    _leave_out_removed(rows[2], finisher)
+    (written,) = rows_of(events[len(rows) :])
+    assert (written.trial, written.feasible, written.accuracy) == ("t001", False, 0.8)
+    assert "removed" in str(written.reason)
+    # Of what is left of the log the exported one is chosen, beside one that is there and ranked before it.
+    assert [one.trial for one in in_order(rows_of(events), "accuracy", "max", students_only=True)][:2] == [
+        "t000",
+        "t002",
+    ]
+
+
+def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be_scored() -> None:
+    strategy, other = {"name": "a"}, {"name": "b"}
+    best = row("t000", "accuracy", 0.5, "q8_0", strategy=strategy, train_tokens=100)
+    baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy=other, train_tokens=100)
+    compared = [(baseline, Deployment.from_json(baseline.deployment))]
+    plain = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
+    expected = [
+        row("teacher", "accuracy", 0.6, kind="teacher", deployment=plain, row_id="teacher-huggingface", train_tokens=0),
+        row("teacher", "accuracy", 0.6, "q8_0", kind="teacher", train_tokens=0),
+        row("initial", "accuracy", 0.1, "q8_0", kind="initial", strategy=strategy, train_tokens=0),
+        best,
+        baseline,
+    ]
+    expected = [replace(one, split="test", row_id=f"{one.row_id}-test") for one in expected]
+
+    def known(rows: list[Row], of: Row = best, untrained: Row | None = None) -> tuple[Row, ...] | None:
+        events = [{"event": "test", "row": one.to_json()} for one in rows]
+        finisher: Any = SimpleNamespace(run=SimpleNamespace(events=SimpleNamespace(read=lambda: events)))
+        return known_on_test(of, untrained, compared, finisher)
+
+    assert known(expected) == tuple(expected)
+    # Whatever else was scored in between.
+    assert known([*expected, replace(expected[3], trial="t001", row_id="t001-q8_0-test")]) == tuple(expected)
+    for missing in range(5):
+        assert known(expected[:missing] + expected[missing + 1 :]) is None, "that opening was killed"
+    assert known(expected, of=replace(best, deployment=FORMATS["f16"])) is None
+    assert known(expected, of=replace(best, trial="t001")) is None
+    assert known(expected, of=replace(best, train_tokens=200)) is None, "it was trained on since"
+    assert known(expected, of=replace(best, strategy=other)) is None
+    beside = replace(expected[1], split="validation", row_id="teacher-gguf-q8_0")
+    assert known(expected, untrained=beside) == tuple(expected), "it is scored as the teacher of that deployment"
+    assert known(expected, untrained=replace(beside, deployment=FORMATS["f16"])) is None
+    begun = replace(expected[2], trial="t000i", split="validation", row_id="t000i-gguf-q8_0")
+    assert known(expected, untrained=begun) == tuple(expected), "it is the beginning of what is exported"
+    assert known(expected, untrained=replace(begun, strategy={"init": {"depth": 0.5}})) is None
+    without = (*expected[:2], expected[4])
+    assert known(list(without), of=beside) == without, "a teacher that is exported has no beginning"
+
+
+def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_after_as_many_tokens() -> None:
+    """The gain is one of equal tokens; where the baseline was trained as far, it is of those."""
+    strategy = {"name": "a"}
+    plain = row("t000", "accuracy", 0.5, "q8_0", strategy=strategy, train_tokens=100)
+    other = row("t001", "accuracy", 0.6, strategy={"name": "b"}, train_tokens=100)
+    best = row("t000x", "accuracy", 0.7, strategy=strategy, train_tokens=400)
+    baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy={"name": "c"}, train_tokens=100)
+    worse = row("b001", "accuracy", 0.3, kind="baseline", strategy={"name": "d"}, train_tokens=100)
+    further = row("b000x", "accuracy", 0.45, kind="baseline", strategy={"name": "c"}, train_tokens=350)
+    as_far = replace(further, row_id="far", train_tokens=400)
+    finisher = SimpleNamespace(
+        question=question("accuracy", "max"), has=lambda row: True, whole=lambda row: row.trial not in damaged
+    )
+    damaged: list[str] = []
+
+    def compared(*rows: Row, of: Row = best) -> list[tuple[str, str]]:
+        return [(one.trial, packing.name) for one, packing in compared_with(of, rows, finisher)]  # type: ignore[arg-type]
+
+    # Packed as the best is, under which nobody has looked at it so far.
+    pair = [("b000", "gguf-f16"), ("t000", "gguf-f16")]
+    assert compared(plain, other, best, baseline, worse) == pair
+    assert compared(plain, other, best, baseline, further) == pair, "that one has neither as many tokens nor a pair"
+    assert compared(plain, other, best, baseline, as_far) == [("b000x", "gguf-f16")]
+    assert compared(best, baseline) == [("b000", "gguf-f16")]
+    assert compared(plain, best) == []
+    assert compared(baseline, further, of=further) == []
+    assert compared(plain, other, baseline, of=other) == [("b000", "gguf-f16")]
+    assert compared(plain, other, best, baseline, worse, of=other) == [("b000", "gguf-f16")]
+    damaged.append("b000")
+    assert compared(plain, other, best, baseline, worse, of=other) == [("b001", "gguf-f16")], "the next one is whole"
+    damaged.clear()
+
+    def tested(one: Row, right: list[int]) -> Row:
+        return replace(one, documents={"ids": [1, 2], "count": [100, 100], "sum": right})
+
+    def over_baseline(rows: list[Row], metric: str = "accuracy", direction: Direction = "max") -> Any:
+        return gains_on_test(best, None, rows, metric, direction).baseline
+
+    rows = [tested(best, [70, 72]), tested(baseline, [40, 41]), tested(plain, [50, 50])]
+    assert over_baseline(rows).value == pytest.approx(0.095)
+    assert over_baseline([rows[0], tested(as_far, [60, 60]), rows[2]]).value == pytest.approx(0.11)
+    single = [replace(one, documents={"ids": [1], "count": [100], "sum": [50 + n]}) for n, one in enumerate(rows[:2])]
+    one = over_baseline(single)
+    assert (one.value, one.stderr) == (pytest.approx(-0.01), None), "of one document nobody knows the error"
+    assert over_baseline([rows[0], rows[2]]) is None
+    unpaired = over_baseline(rows, "ece", "min")
+    assert unpaired.value is None, "these are sums of accuracy, of which fewer are not better"
+    assert "unknown" in unpaired.shown()
+    # What needs no training is held to what is exported, and not to that as it was before.
+    teacher = tested(row("teacher", "accuracy", 0.6, kind="teacher"), [60, 62])
+    gains = gains_on_test(best, teacher, [*rows, teacher], "accuracy", "max")
+    assert gains.untrained is not None
+    assert gains.untrained.value == pytest.approx(0.1)
+    assert gains.describe().startswith(
+        "Gain on test over the best that needs no training (the teacher itself as gguf-f16), paired: +0.1000 ± "
+    )
+    exported = gains_on_test(teacher, teacher, [*rows, teacher], "accuracy", "max")
+    assert exported.untrained is None
+    assert exported.describe().startswith("Nothing that was trained does better than the teacher itself as gguf-f16")
+    assert exported.baseline is not None
+    assert exported.baseline.value == pytest.approx(0.205)
+
+
+@pytest.mark.parametrize(
+    ("packing", "said"),
+    [
+        ("q8_0", "quantising the teacher beats distilling it here: the teacher itself as gguf-q8_0 has accuracy 0.6"),
+        ("f16", "the teacher is better here as it is: the teacher itself as gguf-f16 has accuracy 0.6"),
+    ],
+)
+def test_a_teacher_that_is_not_quantised_is_not_said_to_be(packing: str, said: str) -> None:
+    finisher: Any = SimpleNamespace(
+        question=question("accuracy", "max"), setting=SimpleNamespace(teacher_spec=spec_from_config(CONFIG))
+    )
+    best = row("t000", "accuracy", 0.5, memory_source="predicted")
+    teacher = row("teacher", "accuracy", 0.6, packing, kind="teacher", fidelity=None)
+    (note,) = (note for note in _notes(best, [best, teacher], finisher) if "has accuracy" in note)
+    assert note.startswith(said)
+
+
+def test_a_gain_over_a_baseline_is_told_where_there_is_one() -> None:
+    finisher: Any = SimpleNamespace(
+        question=question("accuracy", "max"), setting=SimpleNamespace(teacher_spec=spec_from_config(CONFIG))
+    )
+    best = row("t000x", "accuracy", 0.5, memory_source="predicted", fidelity=3.0, train_tokens=300)
+    (note,) = (note for note in _notes(best, [best], finisher) if "300%" in note)
+    assert note == "the best student was trained for 300% of a trial's tokens (300)"
+    baseline = row("b000", "accuracy", 0.4, kind="baseline")
+    (note,) = (note for note in _notes(best, [best, baseline], finisher) if "300%" in note)
+    assert "gain over the baseline" in note

@@ -1,0 +1,234 @@
+"""What a budget, a tokenizer and a machine leave of a space, as of students of the teacher's own shape."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autodistill.distillation.student.check import student_spec
+from autodistill.errors import InputError, MissingDependencyError, NothingFitsError
+from autodistill.estimates.fit import fits, holdable
+from autodistill.hardware.budget import Budget
+from autodistill.hardware.machine import Machine
+from autodistill.models.config import config_of, spec_from_config
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.planning.placement import Place, Share
+from autodistill.search.request.feasibility import narrowed
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.validate import Checked, _check_kind, check_request
+from autodistill.search.setup.loading import load
+from autodistill.search.setup.training_setup import trainable
+from autodistill.strategy.space import Space, load_space
+from autodistill.strategy.strategy import Init
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.utils.json_files import write_json
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+SEVEN = SMALL | {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+SPACE = load_space("default")
+
+
+def whole(space: Space) -> bool:
+    """Whether a student may have the teacher's own shape."""
+    return any(strategy.init.depth == strategy.init.ffn == 1.0 for strategy in space.extremes())
+
+
+def needs(spec: ModelSpec) -> dict[str, int]:
+    """Bytes of the teacher itself under each deployment."""
+    return {fit.deployment.name: fit.need for fit in fits(spec, SPACE.deployments, Budget(memory_bytes=10**12))}
+
+
+def test_a_student_of_the_teachers_shape_is_for_a_budget_that_holds_it_in_some_deployment() -> None:
+    spec = spec_from_config(SMALL)
+    narrowest = min(needs(spec).values())
+    for limit, kept in ((narrowest - 1, False), (narrowest, True), (16 * 10**9, True)):
+        assert whole(narrowed(SPACE, spec, Budget(memory_bytes=limit))) == kept
+    assert list(narrowed(SPACE, spec, Budget(memory_bytes=narrowest - 1)).starts) == ["narrow"]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
+    folder = tmp_path_factory.mktemp("inputs")
+    return SearchRequest(
+        budget=Budget(memory_bytes=10**12, context=256),
+        teacher=str(save_tiny_teacher(folder / "teacher", layers=5)),
+        data=str(tiny_text(folder / "text")),
+        out=folder / "runs",
+        cache=folder / "cache",
+        runner="inline",
+    )
+
+
+def checked_below(asked: SearchRequest) -> Checked:
+    """The request under a budget that its teacher exceeds in every deployment."""
+    spec = check_request(asked).spec
+    need = min(fit.need for fit in fits(spec, SPACE.deployments, asked.budget))
+    return check_request(replace(asked, budget=replace(asked.budget, memory_bytes=need - 1)))
+
+
+def test_a_resumed_run_keeps_the_space_that_it_was_searched_in(asked: SearchRequest, tmp_path: Path) -> None:
+    tight, wide = checked_below(asked), check_request(asked)
+    assert (whole(tight.space), whole(wide.space)) == (False, True)
+    for checked in (tight, wide):
+        name = f"run-{whole(checked.space)}"
+        stored = {
+            "teacher": {"reference": asked.teacher},
+            "data": {"reference": asked.data},
+            "space": "default",
+            "space_hash": checked.space.hash,
+            "space_definition": checked.space.to_json(),
+            "metric": "accuracy",
+            "sampler": "tpe",
+            "seed": 0,
+            "budget": checked.request.budget.to_json(),
+            "plan": {"trials": 3},
+        }
+        with RunFolder.create(tmp_path, name) as run:
+            write_json(run.search_file, stored)
+        again = check_request(replace(checked.request, out=tmp_path, name=name, resume=True))
+        assert again.space.dimensions == checked.space.dimensions
+        # And warm-starts a search under either budget.
+        for other in (tight, wide):
+            warmed = replace(other.request, out=tmp_path, warm_start=name)
+            assert check_request(warmed).space.dimensions == other.space.dimensions
+
+
+def test_it_is_left_out_where_its_training_fits_no_machine(asked: SearchRequest) -> None:
+    checked = replace(check_request(asked), spec=spec_from_config(SEVEN))
+    said: list[str] = []
+
+    def place(memory: int) -> Place:
+        machine = Machine(cpus=8, memory_bytes=memory, gpus=())
+        return Place(here=machine, machines=(machine,), share=Share())
+
+    assert trainable(checked, place(10**12), said.append) is checked
+    assert not said
+    assert not whole(trainable(checked, place(64 * 10**9), said.append).space)
+    (line,) = said
+    assert "left out" in line
+    assert "64.0 GB" in line
+    tight = checked_below(asked)
+    assert trainable(tight, place(10**9), said.append) is tight
+
+
+UNKNOWN = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated", "invert": False}
+LISTED = {
+    "gguf": {"runtime": "llama.cpp", "format": "gguf-f16", "bits": 16, "group_size": 0},
+    "folder": {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0},
+}
+
+
+def uncut(tmp_path: Path, *deployments: str, **changes: object) -> Checked:
+    """A request for a teacher whose text llama.cpp would cut otherwise, in a space of such deployments."""
+    teacher = save_tiny_teacher(tmp_path / "teacher", layers=4)
+    path = teacher / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": UNKNOWN}))
+    space = SPACE.to_json() | {"deployments": [LISTED[name] for name in deployments]}
+    write_json(tmp_path / "space.yaml", space)
+    fields = {
+        "budget": Budget(memory_bytes=16 * 10**9, context=256),
+        "teacher": str(teacher),
+        "data": str(tiny_text(tmp_path / "text", documents=30, sentences=24)),
+        "space": str(tmp_path / "space.yaml"),
+        "out": tmp_path / "runs",
+        "cache": tmp_path / "cache",
+    }
+    return check_request(SearchRequest(**(fields | changes)))  # type: ignore[arg-type]
+
+
+def test_a_baseline_that_a_teacher_does_not_allow_is_named(asked: SearchRequest) -> None:
+    with pytest.raises(InputError, match=r"the strategy narrow does not suit this teacher: alignment\.count is 8"):
+        check_request(replace(asked, baselines=("hand_designed", "narrow")))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dimensions", "said"),
+    [
+        (None, {}, "'mine' trained one strategy: resume it with autodistill distill STRATEGY --resume --name mine"),
+        ("lora", {"init.depth": {}}, "'mine' is a search: resume it with autodistill search --resume --name mine"),
+        (None, {"init.depth": {}}, None),
+        ("lora", {}, None),
+    ],
+)
+def test_a_run_is_resumed_by_the_command_that_made_it(
+    strategy: str | None, dimensions: dict[str, Any], said: str | None
+) -> None:
+    checked: Any = SimpleNamespace(name="mine", request=SimpleNamespace(strategy=strategy))
+    with pytest.raises(InputError, match=re.escape(said)) if said else nullcontext():
+        _check_kind(checked, {"space_definition": {"dimensions": dimensions}})
+
+
+def test_a_tokenizer_that_llama_cpp_lacks_leaves_gguf_out_before_anything_is_trained(tmp_path: Path) -> None:
+    checked = uncut(tmp_path, "gguf", "folder")
+    loaded = load(checked, Place.alone())
+    assert "its pre_tokenizer is none of those that are known there" in loaded.spec.text_not_in_gguf
+    (told,) = (note for note in loaded.notes if "GGUF" in note)
+    assert told == f"the space's GGUF deployments are left out: {loaded.spec.text_not_in_gguf}"
+    for strategy in checked.space.baselines.values():
+        if strategy.finishing is None:
+            student = student_spec(strategy, loaded.spec)
+            held = holdable(student, checked.space.deployments)
+            assert [deployment.format for deployment in held] == ["huggingface"]
+            # And so says what a row keeps of it.
+            assert holdable(spec_from_config(config_of(student)), checked.space.deployments) == held
+
+
+def test_a_pretrained_student_has_the_teachers_tokenizer(tmp_path: Path) -> None:
+    teacher = replace(spec_from_config(SMALL), text_not_in_gguf="no such cut", not_in_gguf="no such scaling")
+    small = save_tiny_teacher(tmp_path / "small", layers=1)
+    strategy = next(iter(SPACE.baselines.values()))
+    strategy = replace(strategy, init=Init(source="pretrained", model=str(small), depth=1.0))
+    student = student_spec(strategy, teacher)
+    assert (student.text_not_in_gguf, student.not_in_gguf) == ("no such cut", "")
+    assert {deployment.container for deployment in holdable(student, SPACE.deployments)} == {
+        "compressed-tensors",
+        "huggingface",
+    }
+
+
+def test_a_space_of_gguf_alone_is_refused_for_such_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="would cut text into other tokens"):
+        load(uncut(tmp_path, "gguf"), Place.alone())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_left_must_fit_the_budget(tmp_path: Path) -> None:
+    narrow = Budget(memory_bytes=40 * 10**6, context=256)
+    with pytest.raises(NothingFitsError, match="nothing fits"):
+        load(uncut(tmp_path, "gguf", "folder", budget=narrow), Place.alone())
+
+
+def test_a_packing_that_the_installed_package_does_not_know_is_refused_before_any_work(
+    asked: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = {"runtime": "transformers", "format": "compressed-tensors", "bits": 3, "group_size": 32}
+    write_json(tmp_path / "space.yaml", SPACE.to_json() | {"deployments": [LISTED["folder"], narrow]})
+    check_request(replace(asked, space=str(tmp_path / "space.yaml")))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.17.0")
+    with pytest.raises(MissingDependencyError, match=r"int3-g32 is packed as compressed-tensors 0\.18"):
+        check_request(replace(asked, space=str(tmp_path / "space.yaml")))
+    check_request(asked)

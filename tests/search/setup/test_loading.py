@@ -1,0 +1,40 @@
+"""What is said of a teacher once it is loaded, and what is refused before."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autodistill.distillation.teacher.resolve import resolve_teacher
+from autodistill.errors import InputError
+from autodistill.hardware.machine import Machine
+from autodistill.search.planning.placement import Place, Share
+from autodistill.search.setup import loading
+from autodistill.search.setup.loading import few_positions, load
+from autodistill.testing import save_tiny_teacher
+
+
+@pytest.mark.parametrize(("sequences", "few"), [(1, True), (9, True), (10, False)])
+def test_small_validation_data_is_known_before_anything_is_trained(sequences: int, few: bool) -> None:
+    """Four fifths of 63 positions a sequence: 500 clear ones take ten of them."""
+    data: Any = SimpleNamespace(splits={"validation": SimpleNamespace(sequences=sequences)}, sequence_length=64)
+    notes = few_positions(data)
+    assert bool(notes) is few
+    if few:
+        assert f"at about {math.ceil(0.8 * 63 * sequences)} clear positions instead of 500" in notes[0]
+
+
+def test_a_model_of_another_tokenizer_is_refused_before_any_weights_are_obtained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, model = (save_tiny_teacher(tmp_path / str(size), vocabulary=size) for size in (300, 280))
+    monkeypatch.setattr(loading, "materialise", lambda *_: pytest.fail("weights were obtained"))
+    checked: Any = SimpleNamespace(
+        teacher=resolve_teacher(str(teacher)), request=None, space=SimpleNamespace(models=(str(model),))
+    )
+    with pytest.raises(InputError, match=f"needs one vocabulary: {model} lacks"):
+        load(checked, Place(here=Machine(cpus=1, memory_bytes=1), machines=(), share=Share()))

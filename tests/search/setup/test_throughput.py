@@ -1,0 +1,156 @@
+"""Which sizes of a step are timed: doubled while that is worth it and memory holds it; and with which layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autodistill.distillation.student.build import cut_student
+from autodistill.distillation.training.adamw_bf16 import RoundedAdamW
+from autodistill.estimates.training_memory import OptimizerState
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import decoder_layers, load_model
+from autodistill.search.planning.durations import Speed
+from autodistill.search.planning.placement import Workers
+from autodistill.search.setup import throughput as pace
+from autodistill.search.setup.throughput import _growing, _Passes, measure_speed, moving_seconds
+from autodistill.strategy.strategy import Init
+from autodistill.testing import save_tiny_teacher
+
+LAYERS = 5
+
+
+@pytest.mark.parametrize(
+    ("rates", "timed"),
+    [
+        ({1: 100.0}, [1]),
+        ({1: 100.0, 2: 190.0, 4: 350.0}, [1, 2, 4]),
+        # The second is not worth it: what would come after it is not looked at.
+        ({1: 100.0, 2: 114.0, 4: 300.0}, [1, 2]),
+        ({1: 100.0, 2: 116.0, 4: 120.0, 8: 400.0}, [1, 2, 4]),
+        # Memory runs out at 4.
+        ({1: 100.0, 2: 190.0, 4: None, 8: 700.0}, [1, 2]),
+    ],
+)
+def test_sizes_are_timed_while_they_are_worth_it(rates: dict[int, float | None], timed: list[int]) -> None:
+    def rate(size: int) -> float:
+        found = rates[size]
+        if found is None:
+            raise torch.OutOfMemoryError("out of memory")
+        return found
+
+    assert _growing(rate, list(rates)) == {size: rates[size] for size in timed}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("a bug")])
+def test_a_first_step_that_fails_is_told(error: RuntimeError) -> None:
+    def fail(size: int) -> float:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        _growing(fail, (1, 2))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt_neox", "gemma3_text"])
+def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_teacher(tmp_path_factory.mktemp("teacher"), layers=LAYERS, architecture=request.param)
+
+
+def _workers(processes: int) -> Workers:
+    return Workers(count=1, threads=1, bf16=False, device="cpu", processes=processes)
+
+
+@pytest.mark.parametrize(("processes", "held"), [(1, 5), (2, 3), (4, 2), (8, 1)])
+def test_of_a_student_that_several_processes_share_no_more_layers_are_run_than_lie_in_one(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, processes: int, held: int
+) -> None:
+    model = load_model(teacher, torch.float32)
+    block, run = type(decoder_layers(model)[0]), 0
+    forward, passes = block.forward, []
+
+    def counting(*given: object, **options: object) -> object:
+        nonlocal run
+        run += 1
+        return forward(*given, **options)
+
+    body = type(model.base_model)
+    whole = body.forward
+
+    def counted(*given: object, **options: object) -> object:
+        nonlocal run
+        run = 0
+        found = whole(*given, **options)
+        passes.append((run, torch.is_grad_enabled()))
+        return found
+
+    monkeypatch.setattr(block, "forward", counting)
+    monkeypatch.setattr(body, "forward", counted)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    speed, rates = measure_speed(
+        model,
+        spec_from_config(model.config.to_dict()),
+        lambda given: cut_student(given, Init(depth=1.0), None)[0],
+        _workers(processes),
+        1,
+        device="cpu",
+        sequence_length=8,
+    )
+    assert {count for count, training in passes if training} == ({held} if processes == 1 else {held, 0})
+    assert min(speed.worker_train, speed.worker_score, *rates.values()) > 0
+    # The teacher is as it was, and can be asked.
+    assert len(decoder_layers(model)) == LAYERS
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_layers_that_are_left_out_take_as_long_as_those_that_are_there(tmp_path: Path, processes: int) -> None:
+    model = load_model(save_tiny_teacher(tmp_path, layers=LAYERS), torch.float32)
+    passes = _Passes(model, torch.zeros(1, 8, dtype=torch.long), 1, "cpu", _workers(processes))
+    passes.take(model)
+    # 30 ms for the head, and 10 for each layer.
+    taken = passes.of_all_layers(lambda: 0.03 + 0.01 * len(decoder_layers(model)))
+    assert taken == pytest.approx(0.03 + 0.01 * LAYERS)
+    assert 1 <= len(decoder_layers(model)) <= LAYERS
+    # Noise by which nothing takes longer than something is not taken for speed.
+    assert passes.of_all_layers(lambda: 0.03 - 0.001 * len(decoder_layers(model))) > 0
+
+
+def test_what_moving_weights_takes_is_that_of_their_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only optimisers move: the first step, which makes the states, does not count."""
+    clock, steps = [0.0], iter((9.0, 3.0, 2.0, 4.0))
+    make, made = pace.adamw, []
+
+    def slow(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
+        optimizer = make(groups, state)
+        made.append(type(optimizer))
+        step = optimizer.step
+
+        def timed() -> None:
+            step()
+            clock[0] += next(steps)
+
+        optimizer.step = timed
+        return optimizer
+
+    monkeypatch.setattr(pace, "adamw", slow)
+    monkeypatch.setattr(pace, "_MOVED", 1000)
+    monkeypatch.setattr("autodistill.search.setup.throughput.time.perf_counter", lambda: clock[0])
+    threads = torch.get_num_threads()
+    assert moving_seconds("float32", "cpu", threads + 1) == 0
+    assert moving_seconds("bfloat16", "cpu", threads + 1) == 2.0 / 1000
+    assert made == [RoundedAdamW]
+    assert torch.get_num_threads() == threads
+
+
+def test_longer_steps_train_fewer_tokens_a_second() -> None:
+    timed = Speed(cache=1.0, score=1.0, worker_train=100.0, worker_score=1.0)
+    # A step of 50 tokens took half a second, and takes a whole one.
+    assert timed.with_steps_longer(0.5, 50) == replace(timed, worker_train=50.0)
+    alone = replace(timed, alone=200.0)
+    assert alone.with_steps_longer(0.5, 50).alone == pytest.approx(50 / 0.75)
+    assert alone.with_steps_longer(0.0, 50) == alone

@@ -1,0 +1,1332 @@
+"""A trial from rung to rung on a tiny teacher: what it reports, leaves on disk and restores, and how it fails."""
+
+import gc
+import itertools
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import multiprocessing
+from torch.distributed.fsdp import FSDPModule
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autodistill import plugins
+from autodistill.data.dataset import load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.student.build import build_student, save_student
+from autodistill.distillation.student.check import check_strategy, probe_deployment, student_spec, with_own
+from autodistill.distillation.student.pretrained import pretrained_spec
+from autodistill.distillation.teacher import signals
+from autodistill.distillation.teacher.build_cache import ensure_cache
+from autodistill.distillation.teacher.output_cache import CacheSettings
+from autodistill.distillation.training.fake_quantize import fake_quantize_learned
+from autodistill.distillation.training.fsdp import Sharding
+from autodistill.distillation.training.learning_rate import branch_point, end_of
+from autodistill.errors import DamagedError, InputError, TrialFailedError
+from autodistill.estimates.fit import holdable
+from autodistill.evaluation import evaluate as evaluation_module
+from autodistill.evaluation.base import Measurement, Quantity
+from autodistill.evaluation.early_stopping import Bar
+from autodistill.evaluation.evaluate import deployed_weights, evaluate
+from autodistill.evaluation.statistics import per_document
+from autodistill.export.verify import verify
+from autodistill.hardware.budget import Budget
+from autodistill.inference import batching as parallel
+from autodistill.inference.half_precision import load_held
+from autodistill.inference.outputs import Answers, TeacherReference
+from autodistill.inference.scoring import refer, score
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.plugins import load
+from autodistill.quantization.formats import get_format
+from autodistill.quantization.grids import Grid
+from autodistill.quantization.learned_scales import read_scales
+from autodistill.quantization.packing import deployed
+from autodistill.runs.checkpoints import open_stages
+from autodistill.runs.results.leaderboard import rank
+from autodistill.runs.results.row import Row
+from autodistill.runs.students import student_folder, trained_student
+from autodistill.search.worker import trial as trial_module
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.messages import TrialTask
+from autodistill.search.worker.trial import Trial
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import load_strategy
+from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Init, Lora, Strategy
+from autodistill.testing import save_tiny_teacher
+from autodistill.utils.clock import Moment
+from autodistill.utils.storage import Storage
+from tests.crash.kernel import why_not
+from tests.utils.test_durable import lost
+
+LENGTH = 32
+F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+Q8 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
+Q4 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+INT4 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=32)
+INT4_64 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=64)
+BF16 = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+ALL = (F16, Q8, Q4, INT4, INT4_64, BF16)
+RECIPE = Distillation(
+    divergence_weight=0.5, learning_rate=1e-3, alignment=Alignment(projection="linear", layers="last", weight=0.1)
+)
+STRATEGY = Strategy(
+    init=Init(depth=0.5), distillation=RECIPE, finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32)
+)
+
+
+def _task(strategy=STRATEGY, **changes):
+    task = TrialTask(
+        id="t000",
+        strategy=strategy,
+        seed=0,
+        deployments=ALL,
+        probe=probe_deployment(strategy, ALL, own_first=True),
+        straight=False,
+    )
+    return replace(task, **changes)
+
+
+def _facts(report):
+    """All that a report says but for times."""
+    steps = [replace(step, tokens_per_second=0.0) for step in report.steps]
+    return report.rung, report.tokens, report.params, report.evaluation, steps
+
+
+def _kept(folder, stage):
+    """Tokens of the checkpoints of a stage."""
+    return [checkpoint.tokens for checkpoint in open_stages(folder).checkpoints(stage)]
+
+
+def test_probe_is_the_widest_and_of_those_the_finishing_grid():
+    plain = replace(STRATEGY, finishing=None)
+    assert probe_deployment(STRATEGY, (Q4, INT4, INT4_64)) == probe_deployment(STRATEGY, (INT4_64, INT4, Q4)) == Q4
+    assert probe_deployment(STRATEGY, ALL) == probe_deployment(plain, ALL)
+    assert probe_deployment(STRATEGY, ALL).bits > Q4.bits
+    assert probe_deployment(STRATEGY, ALL, own_first=True) == Q4
+    assert probe_deployment(STRATEGY, (Q8, INT4)) == Q8
+    assert probe_deployment(plain, (INT4_64, Q4, Q8)) == Q8
+    assert probe_deployment(plain, (INT4_64, INT4)) == INT4
+    assert probe_deployment(plain, ALL) == probe_deployment(plain, ALL[::-1])
+    grouped = replace(STRATEGY, finishing=Finishing(format="compressed-tensors", bits=4, group_size=64))
+    assert probe_deployment(grouped, (Q4, INT4, INT4_64)) == INT4_64
+
+
+def test_what_a_teacher_cannot_be_distilled_by_is_refused_before_loading(lab):
+    spec = lab.setting(Path()).teacher_spec
+
+    def strategy(**changes):
+        return replace(STRATEGY, distillation=replace(RECIPE, **changes))
+
+    check_strategy(STRATEGY, spec)
+    with pytest.raises(InputError, match=r"alignment.count is 4, but the student has 3 layers"):
+        check_strategy(strategy(alignment=Alignment(layers="even", count=4)), spec)
+    with pytest.raises(InputError, match=r"attention.relation_heads is 3, which does not divide the student's 64"):
+        check_strategy(strategy(attention=Attention(kind="relations", relation_heads=3)), spec)
+    with pytest.raises(InputError, match=r"attention.teacher_depth is 0.2, the first of the teacher's 6 layers"):
+        check_strategy(strategy(attention=Attention(teacher_depth=0.2)), spec)
+    with pytest.raises(InputError, match=r"alignment.rank is 65"):
+        check_strategy(strategy(alignment=Alignment(projection="low-rank", rank=65)), spec)
+    narrow = spec_from_config(json.loads((lab.teacher / "config.json").read_text()) | {"hidden_size": 48})
+    with pytest.raises(InputError, match="rows of 48 weights, which the groups of 32"):
+        check_strategy(STRATEGY, narrow)
+    with pytest.raises(InputError, match="rows of 48 weights, which the groups of 64"):
+        Deployment(runtime="vllm", format="compressed-tensors", bits=8, group_size=64).check_model(narrow.tensors)
+
+
+def test_spec_is_that_of_the_built_student(lab):
+    spec = student_spec(STRATEGY, lab.setting(Path()).teacher_spec)
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    assert {t.name: t.shape for t in spec.tensors} == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert spec.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("deployment", ALL, ids=lambda deployment: deployment.name)
+def test_an_evaluation_is_that_of_the_unpacked_weights(lab, deployment):
+    setting = lab.setting(Path())
+    spec = student_spec(STRATEGY, setting.teacher_spec)
+    storages = {t.name: deployment.storage(t) for t in spec.tensors}
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    data = load_split(lab.data.folder, "validation")
+    reference = TeacherReference.load(lab.reference)
+    evaluation, scores = evaluate(
+        model, spec, deployment, data, reference, budget=setting.budget, evaluators=setting.evaluators
+    )
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+    replaced, _ = build_student(lab.teacher, STRATEGY.init)
+    with torch.no_grad():
+        for name, p in replaced.named_parameters():
+            p.copy_(torch.from_numpy(deployed(p.numpy().copy(), storages[name])))
+        ids = torch.from_numpy(data.tokens.astype(np.int64))
+        logits = replaced(ids).logits[:, :-1].double().flatten(0, 1)
+    labels = ids[:, 1:].flatten()
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none").numpy()
+    np.testing.assert_allclose(scores.nll, nll, rtol=1e-4, atol=1e-4)
+    found = {name: measurement.value for name, measurement in evaluation.measurements.items()}
+    chosen = logits.argmax(-1)
+    assert found["accuracy"] == pytest.approx(float((chosen == labels).double().mean()), abs=2e-3)
+    assert found["agreement"] == pytest.approx((chosen.numpy() == reference.top1).mean(), abs=2e-3)
+    assert found["perplexity"] == pytest.approx(np.exp(nll.mean()), rel=1e-4)
+    assert evaluation.deployment == deployment
+    assert sum(evaluation.documents["count"]) == len(nll)
+    assert sum(evaluation.documents["sum"]) == scores.correct.sum()
+
+
+@pytest.mark.parametrize("deployment", ALL, ids=lambda deployment: deployment.name)
+def test_masters_come_back_whatever_happens(lab, deployment):
+    spec = student_spec(STRATEGY, lab.setting(Path()).teacher_spec)
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    before = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    changed = []
+
+    def interrupted():
+        with deployed_weights(model, spec, deployment):
+            changed.extend(name for name, p in model.named_parameters() if not torch.equal(p, before[name][2]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(changed) >= 3 * 7
+    for name, p in model.named_parameters():
+        parameter, memory, values = before[name]
+        assert p is parameter
+        assert p.data_ptr() == memory
+        assert torch.equal(p, values)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_on_an_accelerator_packed_values_take_the_place_of_the_masters(lab, monkeypatch):
+    """A copy in the place of `cpu` is what it is there: the model's own memory is then free."""
+    spec = student_spec(STRATEGY, lab.setting(Path()).teacher_spec)
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    packed = {t.name for t in spec.tensors if Q4.storage(t) != "f32"}
+    memory = {name: StorageWeakRef(p.untyped_storage()) for name, p in model.named_parameters()}
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+    with deployed_weights(model, spec, Q4):
+        assert {name for name, storage in memory.items() if storage.expired()} == packed
+        for name, p in model.named_parameters():
+            storage = next(Q4.storage(t) for t in spec.tensors if t.name == name)
+            assert np.array_equal(p.detach().numpy(), deployed(before[name].numpy().copy(), storage))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_masters_come_back_where_packing_fails_half_way(lab, monkeypatch):
+    spec = student_spec(STRATEGY, lab.setting(Path()).teacher_spec)
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    original, calls = evaluation_module.deploy_tensor, []
+
+    def fails(weight, storage, scales):
+        calls.append(storage)
+        if len(calls) == 9:
+            raise MemoryError
+        return original(weight, storage, scales)
+
+    monkeypatch.setattr(evaluation_module, "deploy_tensor", fails)
+    with pytest.raises(MemoryError), deployed_weights(model, spec, Q4):
+        pass
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("context", [8, 512, 10**6])
+def test_the_student_is_asked_in_the_budgets_context(lab, context):
+    """A prompt beyond it counts for nothing, as where the student is deployed."""
+    setting, seen = lab.setting(Path()), []
+
+    class Asking:
+        name, needs = "asking", "student"
+
+        def supports(self, deployment):
+            return True
+
+        def evaluate(self, subject):
+            student = subject.student
+            seen.append(student.context)
+            long, short = (student.likelihoods([("the river " * count, "boat")])[0] for count in (20, 12))
+            assert (long.log_likelihood == short.log_likelihood) == (context == 8)
+            return ()
+
+    evaluate(
+        load_model(lab.teacher, torch.float32),
+        setting.teacher_spec,
+        F16,
+        load_split(lab.data.folder, "validation"),
+        None,
+        budget=replace(setting.budget, context=context),
+        evaluators=(Asking(),),
+        tokenizer=lab.teacher,
+    )
+    assert seen == [min(context, setting.teacher_spec.max_context)]
+
+
+def test_a_metric_that_is_no_mean_ranks_by_its_figure_alone(lab):
+    """The documents of such an evaluation are those of accuracy, of which fewer right tokens are not a better ECE."""
+    setting = lab.setting(Path())
+    evaluation, scores = evaluate(
+        load_model(lab.teacher, torch.float32),
+        setting.teacher_spec,
+        F16,
+        load_split(lab.data.folder, "validation"),
+        TeacherReference.load(lab.reference),
+        budget=setting.budget,
+        evaluators=("accuracy", "perplexity", "calibration"),
+        metric="ece",
+    )
+    means = per_document(scores.correct, scores.documents)
+    documents = evaluation.documents
+    assert documents == means | {"metric": "accuracy", "others": {"perplexity": documents["others"]["perplexity"]}}
+    better, worse = (
+        Row(
+            row_id=deployment.name,
+            trial="t000",
+            kind="student",
+            name="a",
+            deployment=deployment.to_json(),
+            status="completed",
+            feasible=True,
+            fidelity=1.0,
+            memory_bytes=deployment.bits,
+            documents=documents | {"sum": [right * count for count in documents["count"]]},
+            other={"ece": ece},
+        )
+        for deployment, right, ece in ((F16, 1, 0.02), (Q4, 0, 0.30))
+    )
+    assert [(one.row, one.tied) for one in rank([worse, better], "ece", "min")] == [(better, False), (worse, False)]
+
+
+def test_documents_count_tokens_and_hits(lab):
+    data = load_split(lab.data.folder, "validation")
+    model = load_model(lab.teacher, torch.float32)
+    scores, _ = score(model, data)
+    documents = per_document(scores.correct, scores.documents)
+    for document, count, hits in zip(documents["ids"], documents["count"], documents["sum"], strict=True):
+        own = scores.documents == document
+        assert (count, hits) == (own.sum(), scores.correct[own].sum())
+    assert json.loads(json.dumps(documents)) == documents
+
+
+def test_from_rung_to_rung(lab, tmp_path):
+    trial = Trial(Workbench(lab.setting(tmp_path)), _task())
+    reports = []
+    for rung, tokens in enumerate((256, 512, 768)):
+        reports.append(trial.run(rung))
+        assert (reports[-1].rung, reports[-1].tokens) == (rung, tokens)
+        # Checkpoints are of the stable part; the last rung, after which nothing follows, leaves those before.
+        branches = [branch_point(target, 0.25, 64) for target in (256, 512) if target <= tokens]
+        assert _kept(tmp_path, "t000") == branches
+        assert student_folder(tmp_path / "t000").exists() == (rung == 2)
+    assert [report.evaluation.deployment for report in reports] == [Q4] * 3
+    assert reports[0].evaluation.measurements["accuracy"].detail["tokens"] == 256 // LENGTH * (LENGTH - 1)
+    assert reports[2].evaluation.measurements["accuracy"].detail["tokens"] == 512 // LENGTH * (LENGTH - 1)
+    assert [step.tokens for step in reports[0].steps] == [64, 128, 192, 256]
+    assert [step.tokens for step in reports[1].steps] == [256, 320, 384, 448, 512]
+    for report in reports:
+        assert set(report.seconds) == {"train", "evaluate", "other"}
+        assert min(report.seconds.values()) > 0
+        assert report.params == student_spec(STRATEGY, lab.setting(Path()).teacher_spec).parameters
+    assert [path.name for path in (tmp_path / "t000").iterdir()] == ["student"]
+
+
+OTHER_PROCESS = """
+import pickle, sys
+from autodistill.trial import Trial
+from autodistill.workbench import Workbench
+setting, task, rung = pickle.load(open(sys.argv[1], "rb"))
+pickle.dump(Trial(Workbench(setting), task).run(rung), open(sys.argv[2], "wb"))
+"""
+
+
+def test_a_fresh_process_continues_to_the_same_figures(lab, tmp_path):
+    setting = lab.setting(tmp_path / "here")
+    bench = Workbench(setting)
+    trial = Trial(bench, _task())
+    expected = [_facts(trial.run(rung)) for rung in (0, 1)]
+
+    elsewhere = replace(setting, checkpoints=tmp_path / "there")
+    assert _facts(Trial(Workbench(elsewhere), _task()).run(0)) == expected[0]
+    (tmp_path / "in").write_bytes(pickle.dumps((elsewhere, _task(), 1)))
+    command = [sys.executable, "-c", OTHER_PROCESS, str(tmp_path / "in"), str(tmp_path / "out")]
+    subprocess.run(command, check=True, timeout=120)
+    assert _facts(pickle.loads((tmp_path / "out").read_bytes())) == expected[1]
+
+
+def test_a_rung_told_again_after_a_kill_is_the_same(lab, tmp_path):
+    trial = Trial(Workbench(lab.setting(tmp_path)), _task())
+    trial.run(0)
+    first = trial.run(1)
+    again = trial.run(1)  # its checkpoint is already that of this rung
+    assert again.evaluation == first.evaluation
+    assert [step.tokens for step in again.steps] == [448, 512]
+
+
+def test_what_a_rung_judged_is_kept_where_that_is_asked_for_until_the_end_is_reached(lab, tmp_path):
+    setting = lab.setting(tmp_path)
+    trial = Trial(Workbench(setting), _task())
+    for rung in (0, 1):
+        judged = trial.run(rung)
+    before = _kept(tmp_path, "t000")
+    kept = trial.run(1, keep=True)
+    assert kept.evaluation == judged.evaluation
+    assert kept.trained == 128, "its decay alone is trained again"
+    assert _kept(tmp_path, "t000") == before
+    folder = student_folder(tmp_path / "t000", 512)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    data = load_split(lab.data.folder, "validation").head(256)
+    reference = TeacherReference.load(lab.reference).head(data.tokens[:, 1:].size)
+    spec = student_spec(STRATEGY, setting.teacher_spec)
+    again, _ = evaluate(model, spec, Q4, data, reference, budget=setting.budget, evaluators=setting.evaluators)
+    assert again == replace(judged.evaluation, reading=None)
+    trial.run(2)
+    assert [path.name for path in (tmp_path / "t000").iterdir()] == ["student"]
+
+
+def test_a_pretrained_student_is_trained_where_nothing_lies_at_its_reference(lab, tmp_path, monkeypatch):
+    """As on a node that has a copy of the storage's: the reference was relative to a folder of another machine."""
+    small, model = save_tiny_teacher(tmp_path / "small", layers=2, seed=5), "./small"
+    strategy = replace(STRATEGY, init=Init(source="pretrained", model=model, depth=1.0))
+
+    def run(folder):
+        setting = lab.setting(tmp_path / folder, pretrained={model: small})
+        return Trial(Workbench(setting), _task(strategy)).run(0)
+
+    monkeypatch.chdir(tmp_path)
+    expected = run("here")
+    pretrained_spec.cache_clear()
+    monkeypatch.chdir(tmp_path / "here")
+    assert _facts(run("there")) == _facts(expected)
+    assert expected.params == sum(tensor.numel() for tensor in load_file(small / "model.safetensors").values())
+
+
+def test_of_two_tries_of_a_trial_the_second_ones_student_is_that_of_the_search(lab, tmp_path):
+    """The first one's node died in the evaluation, after it had sent its student; the second decayed otherwise."""
+    storage = Storage(f"file://{tmp_path}/there")
+    first, second = (
+        Trial(Workbench(lab.setting(tmp_path / name, storage=storage)), _task(strategy, straight=True, probe=Q4))
+        for name, strategy in (("first", STRATEGY), ("second", replace(STRATEGY, finishing=None)))
+    )
+    first.run(2)
+    report = second.run(2)
+    own = load_file(student_folder(tmp_path / "second" / "t000") / "model.safetensors")
+    found = load_file(trained_student(tmp_path / "driver" / "t000", storage) / "model.safetensors")
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    assert first.evaluate(report.evaluation.deployment).evaluation == report.evaluation
+
+
+def test_straight_to_the_last_rung_is_the_same_student(lab, tmp_path):
+    bench = Workbench(lab.setting(tmp_path))
+    straight = Trial(bench, _task(id="straight", straight=True)).run(2)
+    stepwise = Trial(bench, _task(id="stepwise"))
+    for rung in range(2):
+        stepwise.run(rung)
+    assert stepwise.run(2).evaluation == straight.evaluation
+    students = [load_file(student_folder(tmp_path / name) / "model.safetensors") for name in ("straight", "stepwise")]
+    assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
+    # Where the decays of the rungs that it passed branch off: where its time ends, it is judged at one of them.
+    assert _kept(tmp_path, "straight") == [branch_point(target, 0.25, 64) for target in (256, 512)]
+
+
+def test_a_bench_binds_no_process_to_a_share_of_a_gpu(lab, tmp_path, monkeypatch):
+    """It may be the search's own, which exports and opens the test split there too."""
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda share: pytest.fail("bound"))
+    setting = lab.setting(tmp_path)
+    Workbench(replace(setting, device="cuda", plan=replace(setting.plan, gpus=0.5)))
+
+
+def test_the_saved_student_is_what_was_evaluated(lab, tmp_path):
+    setting = lab.setting(tmp_path)
+    trial = Trial(Workbench(setting), _task(straight=True))
+    report = trial.run(2)
+    folder = student_folder(tmp_path / "t000")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    data = load_split(lab.data.folder, "validation").head(512)
+    reference = TeacherReference.load(lab.reference).head(data.tokens[:, 1:].size)
+    spec = student_spec(STRATEGY, setting.teacher_spec)
+    for deployment in ALL:
+        again, _ = evaluate(
+            model, spec, deployment, data, reference, budget=setting.budget, evaluators=setting.evaluators
+        )
+        later = trial.evaluate(deployment)
+        assert again == later.evaluation
+        assert (later.rung, later.tokens, later.steps) == (2, report.tokens, ())
+        if deployment == report.evaluation.deployment:
+            assert again == report.evaluation
+    weights = load_file(folder / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    text = "The miller paints a silver lamp."
+    mine, theirs = (AutoTokenizer.from_pretrained(path)(text).input_ids for path in (folder, lab.teacher))
+    assert mine == theirs
+
+
+def test_the_student_and_the_checkpoints_of_a_trial_outlive_a_power_failure(lab, tmp_path):
+    if why := why_not():
+        pytest.skip(why)
+    assert lost(lambda folder: Trial(Workbench(lab.setting(folder)), _task()).run(2), tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("attention", [Attention(), Attention(kind="relations", relation_heads=4)])
+def test_nothing_of_the_alignments_leaves_the_training(lab, tmp_path, attention):
+    """Neither the student's folder nor any export holds a projection or a layer of the teacher."""
+    alignment = Alignment(layers="all", projection="mlp", distance="l2", balance=True)
+    strategy = replace(STRATEGY, distillation=replace(RECIPE, alignment=alignment, attention=attention))
+    setting = lab.setting(tmp_path)
+    bench = Workbench(setting)
+    for rung in range(3):
+        report = Trial(bench, _task(strategy)).run(rung)
+    assert report.steps[-1].alignment > 0
+    assert report.steps[-1].attention > 0
+    straight = Trial(bench, _task(strategy, id="t001", straight=True)).run(2)
+    assert straight.evaluation == report.evaluation
+    folder = student_folder(tmp_path / "t000")
+    expected = {tensor.name for tensor in student_spec(strategy, setting.teacher_spec).tensors}
+    assert set(load_file(folder / "model.safetensors")) == expected
+    written = json.loads((folder / "config.json").read_text())
+    assert "watched" not in json.dumps(written)
+    for deployment in (BF16, Q8, INT4):
+        exporter = load("exporters", get_format(deployment.format).container)
+        artefact = exporter.export(folder, deployment, tmp_path / deployment.name)
+        assert {name for name, _ in exporter.unpack(artefact.path)} == expected
+
+
+LEARNED = {
+    name: Finishing(format=name, bits=bits, group_size=group, symmetric=symmetric, scales="learned", **more)
+    for name, bits, group, symmetric, more in (
+        ("gguf-q4_0", 4, 32, True, {"keep": ("layers.1",)}),
+        ("gguf-q4_1", 4, 32, False, {}),
+        ("gguf-q4_k", 4, 32, False, {"keep": ("layers.1",)}),
+        ("gguf-q6_k", 6, 16, True, {}),
+        ("gguf-q4_k_m", 4, 32, False, {"keep": ("layers.1",)}),
+        ("compressed-tensors", 3, 64, False, {"keep": ("attention",), "start": 0.5}),
+    )
+}
+
+
+@pytest.mark.parametrize("finishing", LEARNED.values(), ids=LEARNED)
+def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(request, tmp_path, finishing):
+    lab = request.getfixturevalue("wide_lab" if "_k" in finishing.format else "lab")
+    setting = lab.setting(tmp_path)
+    # A rate at which scales move within a few steps.
+    strategy = replace(STRATEGY, finishing=finishing, distillation=replace(RECIPE, learning_rate=5e-3))
+    deployments = with_own(strategy, ALL)
+    assert deployments[: len(ALL)] == ALL
+    own = deployments[-1]
+    probe = probe_deployment(strategy, deployments, own_first=True)
+    assert probe.packing == finishing.packing
+    task = _task(strategy, deployments=deployments, probe=probe, straight=True)
+    shown = {}
+    trial = Trial(Workbench(setting), task)
+    trainer = trial._trainer()
+    trial._trainer = lambda: trainer
+    report = trial.run(2)
+    folder = student_folder(tmp_path / "t000")
+    spec = student_spec(strategy, setting.teacher_spec)
+    scales = read_scales(folder, own)
+    assert set(scales) == {t.name for t in spec.tensors if "proj" in t.name and isinstance(own.storage(t), Grid)}
+
+    # What the training's own forward pass computes with after its last step, under the scales that were stored.
+    grids = {t.name: own.storage(t) for t in spec.tensors if isinstance(own.storage(t), Grid)}
+    masters = {name: p.detach().numpy().copy() for name, p in trainer.model.named_parameters()}
+    for name, (values, offsets) in scales.items():
+        scale = torch.from_numpy(values)
+        offset = None if offsets is None else torch.from_numpy(offsets)
+        shown[name] = fake_quantize_learned(torch.from_numpy(masters[name]), scale, offset, grids[name]).numpy()
+        # Learned, and not those that the weights would give.
+        assert not np.array_equal(shown[name], deployed(masters[name], grids[name]))
+
+    container = get_format(own.format).container
+    exporter = plugins.load("exporters", container)
+    artefact = exporter.export(folder, own, tmp_path / "out")
+    verify(exporter, artefact, folder, own)
+    for name, values in exporter.unpack(artefact.path):
+        expected = shown.get(
+            name, deployed(masters[name], own.storage(next(t for t in spec.tensors if t.name == name)))
+        )
+        np.testing.assert_array_equal(values, expected, err_msg=name)
+
+    # The student is evaluated with them under its own grid, as the saved folder is, and without them under others.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    data = load_split(lab.data.folder, "validation").head(512)
+    reference = TeacherReference.load(lab.reference).head(data.tokens[:, 1:].size)
+    for deployment in (own, F16):
+        again, _ = evaluate(
+            model,
+            spec,
+            deployment,
+            data,
+            reference,
+            budget=setting.budget,
+            evaluators=setting.evaluators,
+            scales=read_scales(folder, deployment),
+        )
+        assert again == trial.evaluate(deployment).evaluation
+    plain, _ = evaluate(model, spec, own, data, reference, budget=setting.budget, evaluators=setting.evaluators)
+    assert report.evaluation == trial.evaluate(own).evaluation != plain
+
+
+@pytest.mark.parametrize("name", ["qat_int4", "qat_int2", "qat_q4_mixed"])
+def test_named_finishings_run(lab, tmp_path, name):
+    strategy = load_strategy(name)
+    setting = lab.setting(tmp_path)
+    check_strategy(strategy, setting.teacher_spec)
+    deployments = holdable(student_spec(strategy, setting.teacher_spec), with_own(strategy, ALL))
+    probe = probe_deployment(strategy, deployments, own_first=True)
+    assert strategy.finishing is not None
+    assert probe.packing == strategy.finishing.packing
+    report = Trial(Workbench(setting), _task(strategy, deployments=deployments, probe=probe, straight=True)).run(2)
+    assert report.evaluation.deployment == probe
+    assert 0 < report.evaluation.measurements["accuracy"].value < 1
+
+
+def test_a_student_takes_the_teachers_texts_but_not_its_weights(lab, tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    kept = {"tokenizer.json": "{}", "chat_template.jinja": "x", "merges.txt": "y", "tokenizer.model": "z"}
+    left = {"teacher.json": "{}", "model.safetensors.index.json": "{}", "pytorch_model.bin": "p", "a.gguf": "g"}
+    for name, text in (kept | left | {"config.json": "not the student's", "model-00001.safetensors": "w"}).items():
+        (teacher / name).write_text(text)
+    (teacher / "onnx").mkdir()
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    save_student(model, teacher, tmp_path / "student")
+    names = {path.name for path in (tmp_path / "student").iterdir()}
+    assert names == {*kept, "config.json", "generation_config.json", "model.safetensors"}
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["num_hidden_layers"] == 3
+
+
+def test_the_metric_of_training_gets_better(lab, tmp_path):
+    plan = replace(lab.plan, tokens=1024, rungs=(64, 1024), keep=(1,))
+    strategy = Strategy(init=Init(depth=0.8), distillation=Distillation(divergence_weight=0.0, learning_rate=5e-3))
+    trial = Trial(Workbench(lab.setting(tmp_path, plan=plan)), _task(strategy))
+    first, last = trial.run(0), trial.run(1)
+    before, after = (report.evaluation.measurements["perplexity"].value for report in (first, last))
+    assert last.evaluation.deployment == probe_deployment(strategy, ALL, own_first=True)
+    assert after < before
+
+
+def test_steps_are_thinned_to_twenty_with_the_last_among_them(lab, tmp_path):
+    plan = replace(lab.plan, tokens=1024, rungs=(1024,), keep=(), batch_tokens=32)
+    seen = []
+    report = Trial(Workbench(lab.setting(tmp_path, plan=plan)), _task(straight=True), seen.append).run(0)
+    assert len(seen) == 32
+    assert len(report.steps) == 16
+    assert report.steps[-1] == seen[-1]
+    assert [step.tokens for step in report.steps] == [64 * (i + 1) for i in range(16)]
+
+
+OUT_OF_MEMORY = {
+    "accelerator": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has ..."),
+    "python": MemoryError(),
+    "torch on a CPU": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_out_of_memory(lab, tmp_path, error):
+    def fails(record):
+        raise error
+
+    with pytest.raises(TrialFailedError) as caught:
+        Trial(Workbench(lab.setting(tmp_path)), _task(), fails).run(0)
+    assert caught.value.cause == "out-of-memory"
+    assert "\n" not in str(caught.value)
+    assert str(caught.value)
+
+
+def test_torchs_own_refusal_is_out_of_memory(lab, tmp_path):
+    with pytest.raises(TrialFailedError) as caught:
+        Trial(Workbench(lab.setting(tmp_path)), _task(), lambda record: torch.empty(2**50)).run(0)
+    assert caught.value.cause == "out-of-memory"
+
+
+def test_other_errors_are_not_called_so(lab, tmp_path):
+    def fails(record):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        Trial(Workbench(lab.setting(tmp_path)), _task(), fails).run(0)
+
+
+def test_nan(lab, tmp_path):
+    broken = replace(STRATEGY, distillation=replace(RECIPE, learning_rate=0.99))
+    bench = Workbench(lab.setting(tmp_path))
+    trial = Trial(bench, _task(broken))
+
+    class Spoilt:
+        settings = bench.cache.settings
+
+        def top(self, indices, temperature, count):
+            target = bench_cache.top(indices, temperature, count)
+            return replace(target, log_p=target.log_p * float("nan"))
+
+        def state(self, indices, layer):
+            return bench_cache.state(indices, layer)
+
+    bench_cache, bench.cache = bench.cache, Spoilt()
+    with pytest.raises(TrialFailedError) as caught:
+        trial.run(2)
+    assert caught.value.cause == "nan"
+
+
+def test_a_cache_of_other_data_is_refused(lab, workshop, tmp_path):
+    """That of another tokenizer's tokens, which would be read as these."""
+    with pytest.raises(InputError, match=f"is of the data data, and these are {lab.data.fingerprint}: of another text"):
+        Workbench(lab.setting(tmp_path, cache=workshop.folder))
+    old = shutil.copytree(lab.cache, tmp_path / "old")
+    meta = json.loads((old / "meta.json").read_text())
+    assert meta.pop("data") == lab.data.fingerprint
+    (old / "meta.json").write_text(json.dumps(meta))
+    assert Workbench(lab.setting(tmp_path, cache=old)).cache is not None
+
+
+def test_what_the_cache_lacks_is_refused_before_anything_is_trained(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial_module, "Trainer", lambda *arguments, **more: pytest.fail("a trainer was built"))
+    bench = Workbench(lab.setting(tmp_path))
+    many = replace(RECIPE, signal_tokens=65)
+    with pytest.raises(InputError, match=r"the teacher cache lacks the 65 likeliest tokens, which the strategy reads"):
+        Trial(bench, _task(replace(STRATEGY, distillation=many))).run(0)
+    bench = Workbench(lab.setting(tmp_path, cache=None))
+    with pytest.raises(InputError, match=r"lacks the 64 likeliest tokens, temperature 1, the states of layer 5"):
+        Trial(bench, _task()).run(0)
+
+
+def test_an_online_teacher_needs_no_cache_and_is_shared_by_trials(lab, tmp_path, monkeypatch):
+    loads = []
+    monkeypatch.setattr(signals, "load_held", lambda *arguments: loads.append(1) or load_held(*arguments))
+    bench = Workbench(lab.setting(tmp_path, cache=None))
+    online = Distillation(
+        divergence="reverse_kl", divergence_weight=1.0, signal="online", signal_tokens=0, learning_rate=1e-3
+    )
+    strategy = Strategy(init=Init(depth=0.5), distillation=online)
+    first = Trial(bench, _task(strategy)).run(0)
+    second = Trial(bench, _task(strategy, id="t001")).run(0)
+    assert loads == [1]
+    assert _facts(first) == _facts(second)
+    assert first.steps[-1].divergence < first.steps[0].divergence
+
+
+def test_stopped_in_a_step_it_goes_on_from_the_last_rung(lab, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stops(record):
+        if record.tokens == 384:
+            raise Stop
+
+    bench = Workbench(lab.setting(tmp_path))
+    Trial(bench, _task()).run(0)
+    with pytest.raises(Stop):
+        Trial(bench, _task(), stops).run(1)
+    assert _kept(tmp_path, "t000") == [192]
+    expected = Trial(bench, _task(id="other"))
+    expected.run(0)
+    assert _facts(Trial(bench, _task()).run(1)) == _facts(expected.run(1))
+
+
+FINISHINGS = (
+    None,
+    Finishing(format="gguf-q8_0", bits=8, group_size=32),
+    Finishing(format="compressed-tensors", bits=4, group_size=32, scales="learned", start=0.5),
+)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE,
+        replace(RECIPE, divergence="taid", mixture=0.3, train_embeddings=True, signal="states", signal_tokens=0),
+        replace(RECIPE, lora=Lora(rank=4)),
+    ],
+    ids=["alignment", "taid", "lora"],
+)
+@pytest.mark.parametrize("finishing", FINISHINGS, ids=["plain", "q8", "learned"])
+def test_a_trial_that_shares_a_stage_is_the_trial_that_trained_all_of_it(lab, tmp_path, recipe, finishing):
+    """Two trials differ in their finishing; the second goes on from the first one's checkpoints at every rung."""
+    first = replace(STRATEGY, distillation=recipe)
+    second = replace(first, finishing=finishing)
+    assert first.id != second.id
+    results = {}
+    for folder, stage in (("apart", ""), ("shared", "stage")):
+        bench = Workbench(lab.setting(tmp_path / folder))
+        for strategy, name in ((first, "t000"), (second, "t001")):
+            trial = Trial(bench, _task(strategy, id=name, stage=stage))
+            results[folder, name] = [trial.run(rung) for rung in range(3)]
+    for name in ("t000", "t001"):
+        apart, shared = results["apart", name], results["shared", name]
+        assert [(one.evaluation, one.params) for one in shared] == [(one.evaluation, one.params) for one in apart]
+        students = [
+            load_file(student_folder(tmp_path / folder / name) / "model.safetensors") for folder in ("apart", "shared")
+        ]
+        assert all(torch.equal(students[0][key], students[1][key]) for key in students[0])
+    decays = [tokens - branch_point(tokens, 0.25, 64) for tokens in (256, 512, 768)]
+    assert [one.trained for one in results["shared", "t001"]] == decays
+    assert [one.shared for one in results["shared", "t001"]] == [192, 192, 192]
+    for other in (("apart", "t000"), ("apart", "t001"), ("shared", "t000")):
+        assert [one.shared for one in results[other]] == [0, 0, 0]
+        assert [one.trained for one in results[other]] == [256, 512 - 192, 768 - 384]
+    assert _kept(tmp_path / "shared", "stage") == [192, 384, 576]
+
+
+def test_a_longer_trial_goes_on_past_the_plan_and_is_that_which_trained_all_of_it(lab, tmp_path):
+    plan = replace(lab.plan, lengths=(1.0, 1.25))
+    results = []
+    for folder, stage in (("shared", "stage"), ("apart", "")):
+        bench = Workbench(lab.setting(tmp_path / folder, plan=plan))
+        parent = Trial(bench, _task(straight=True, stage=stage)).run(2)
+        longer = Trial(bench, _task(id="t000x1.25", straight=True, length=1.25, stage=stage))
+        report = longer.run(2)
+        assert longer.evaluate(F16).tokens == 960
+        results.append((parent, report))
+    (parent, shared), (_, apart) = results
+    assert (shared.tokens, shared.evaluation) == (apart.tokens, apart.evaluation)
+    assert shared.tokens == 960
+    assert (shared.shared, shared.trained) == (576, 960 - 576)
+    assert apart.trained == 960
+    assert shared.evaluation != parent.evaluation
+    # Its decay branches off a quarter before its own end, and its schedules keep the values of the plan's.
+    assert _kept(tmp_path / "shared", "stage") == [192, 384, 576, 704]
+    ends = {step.tokens: step for step in shared.steps}
+    assert ends[704].learning_rate == RECIPE.learning_rate
+    assert ends[960].learning_rate < RECIPE.learning_rate / 2
+
+
+def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_there(lab, tmp_path, monkeypatch):
+    """On a clock whose second is a step, the decay, a quarter of all steps, begins so that it ends in time."""
+    plan = replace(lab.plan, longest=4.0, data_tokens=960)
+    steps, ticks = [], itertools.count()
+
+    def run(folder, length, until):
+        bench = Workbench(lab.setting(tmp_path / folder, plan=plan))
+        Trial(bench, _task(straight=True, stage="stage")).run(2)
+        steps.clear()
+        task = _task(id="t000x", straight=True, length=length, stage="stage")
+        return Trial(bench, task, steps.append).run(2, until=until)
+
+    class Late(Exception):
+        pass
+
+    def late(record):
+        raise Late
+
+    with monkeypatch.context() as patch:
+        patch.setattr("autodistill.search.worker.trial.time", SimpleNamespace(perf_counter=lambda: 0.0))
+        patch.setattr("autodistill.utils.clock.time", SimpleNamespace(monotonic=lambda: float(len(steps))))
+        patch.setattr(
+            "autodistill.distillation.training.trainer.time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+        )
+        cut = run("cut", 4.0, Moment(18.0))
+        # Too late from the start: it goes on past the plan's tokens, and for the steps that tell how long one takes.
+        least = run("least", 4.0, Moment(0.0))
+    # By hand, from the parent's branch at step 9: at step 17 another step and the 6 of its decay would end at
+    # 8 + 1.1 * 1.25 * 7 < 18, as steps on a grid are slower; at step 18 they would end at 9 + 1.1 * 1.25 * 7 > 18.
+    assert (cut.tokens, cut.trained) == (24 * 64, (24 - 9) * 64)
+    assert _kept(tmp_path / "cut", "stage") == [192, 384, 576, 18 * 64]
+    assert least.tokens == end_of((9 + 4) * 64, 0.25, 64) > plan.tokens
+    planned = run("planned", cut.tokens / plan.tokens, None)
+    assert (planned.tokens, planned.trained, planned.evaluation) == (cut.tokens, cut.trained, cut.evaluation)
+    # The end of the box interrupts what is trained until it, but no decay that has begun: nothing would be left of it.
+    with pytest.raises(Late):
+        Trial(Workbench(lab.setting(tmp_path / "late", plan=plan)), _task(straight=True, length=2.0), late).run(2)
+    bench = Workbench(lab.setting(tmp_path / "least", plan=plan))
+    again = Trial(bench, _task(id="t000x", straight=True, length=least.tokens / plan.tokens, stage="stage"), late)
+    assert again.run(2, until=Moment(0.0)).evaluation == least.evaluation
+
+
+def test_a_long_stretch_is_saved_now_and_then_and_a_kill_costs_no_more(lab, tmp_path, monkeypatch):
+    expected = Trial(Workbench(lab.setting(tmp_path / "whole")), _task()).run(0)
+    monkeypatch.setattr(trial_module, "_SAVED_EVERY", 0.0)
+
+    class Killed(Exception):
+        pass
+
+    def kill(record):
+        if record.tokens == 192:
+            raise Killed
+
+    bench = Workbench(lab.setting(tmp_path / "cut"))
+    with pytest.raises(Killed):
+        Trial(bench, _task(), kill).run(0)
+    # The last one took the place of the one before it.
+    assert _kept(tmp_path / "cut", "t000") == [128]
+    trained = []
+    report = Trial(bench, _task(), trained.append).run(0)
+    assert [record.tokens for record in trained] == [192, 256]
+    assert (report.evaluation, report.trained) == (expected.evaluation, 128)
+    assert _kept(tmp_path / "cut", "t000") == [192]
+
+
+def test_a_trial_that_passes_rungs_leaves_a_checkpoint_at_each_for_others(lab, tmp_path):
+    bench = Workbench(lab.setting(tmp_path))
+    Trial(bench, _task(id="b000", straight=True, stage="stage")).run(2)
+    assert _kept(tmp_path, "stage") == [192, 384, 576]
+    report = Trial(bench, _task(replace(STRATEGY, finishing=None), stage="stage")).run(0)
+    assert (report.shared, report.trained) == (192, 64)
+
+
+def test_what_a_killed_stretch_had_reused_is_known_when_it_is_run_again(lab, tmp_path):
+    """Between its checkpoint and its report: the tokens are those of others, as before, and not its own."""
+    bench = Workbench(lab.setting(tmp_path))
+    Trial(bench, _task(id="t000", stage="stage")).run(0)
+    other = Trial(bench, _task(replace(STRATEGY, finishing=None), id="b001", straight=True, stage="stage"))
+    once, again = other.run(2), other.run(2)
+    assert (once.shared, once.trained) == (192, 768 - 192)
+    assert (again.shared, again.trained) == (192, 768 - 576)
+    assert (once.resumed, again.resumed) == (0, 576 - 192), "what it had trained itself, which nobody was told"
+    assert again.evaluation == once.evaluation
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_training_and_nothing_else(lab, tmp_path):
+    """The file system refuses files of that size, as a full disk would."""
+    expected = [Trial(Workbench(lab.setting(tmp_path / "whole")), _task()).run(rung) for rung in (0, 1)]
+    bench = Workbench(lab.setting(tmp_path / "full"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    reports = []
+    for rung in (0, 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            reports.append(Trial(bench, _task()).run(rung))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [one.evaluation for one in reports] == [one.evaluation for one in expected]
+    assert _kept(tmp_path / "full", "t000") == []
+    assert [one.trained for one in reports] == [256, 512]
+    assert "checkpoint at 192 tokens could not be written: " in str(reports[0].unsaved)
+    assert expected[0].unsaved is None
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_checkpoint_with_one_changed_bit_is_trained_again(lab, tmp_path, stored):
+    """The bit is of an optimiser's moments or of a weight, so that the file is as sound as before to who reads it."""
+    storage = Storage(f"file://{tmp_path}/there") if stored else None
+    setting = lab.setting(tmp_path / "here", storage=storage)
+    expected = Trial(Workbench(lab.setting(tmp_path / "whole")), _task(straight=True)).run(2)
+    Trial(Workbench(setting), _task()).run(1)
+    places = [tmp_path / "here" / "stages", *([tmp_path / "there" / "stages"] if stored else [])]
+    paths = [next(iter(sorted(place.glob("t000.*.safetensors"))[::-1])) for place in places]
+    for path in paths:
+        _flip(path, path.stat().st_size - 1000)
+    report = Trial(Workbench(setting), _task()).run(2)
+    assert report.evaluation == expected.evaluation
+    assert "its checksum differs" in report.damaged
+    assert str(paths[0].name) in report.damaged
+
+
+def test_of_a_damaged_copy_of_a_stored_checkpoint_another_one_is_fetched(lab, tmp_path):
+    setting = lab.setting(tmp_path / "here", storage=Storage(f"file://{tmp_path}/there"))
+    Trial(Workbench(setting), _task()).run(1)
+    path = max((tmp_path / "here" / "stages").glob("t000.*.safetensors"))
+    _flip(path, path.stat().st_size - 1000)
+    report = Trial(Workbench(setting), _task()).run(2)
+    assert (report.damaged, report.trained) == (None, report.tokens - int(path.name.split(".")[1]))
+
+
+def test_of_a_damaged_copy_of_a_stored_student_another_one_is_fetched(lab, tmp_path):
+    setting = lab.setting(tmp_path / "here", storage=Storage(f"file://{tmp_path}/there"))
+    trial = Trial(Workbench(setting), _task(straight=True))
+    report = trial.run(2)
+    weights = student_folder(tmp_path / "here" / "t000") / "model.safetensors"
+    before = weights.read_bytes()
+    _flip(weights, weights.stat().st_size - 1000)
+    assert trial.evaluate(report.evaluation.deployment).evaluation == report.evaluation
+    assert weights.read_bytes() == before
+    for place in (weights, tmp_path / "there" / "students" / "t000" / "model.safetensors"):
+        _flip(place, place.stat().st_size - 1000)
+    with pytest.raises(DamagedError, match=r"model\.safetensors has changed"):
+        trial.evaluate(report.evaluation.deployment)
+
+
+def test_scales_that_were_changed_or_laid_beside_a_student_are_not_evaluated(lab, tmp_path):
+    trial = Trial(Workbench(lab.setting(tmp_path)), _task(straight=True, probe=Q4))
+    report = trial.run(2)
+    (student_folder(tmp_path / "t000") / "grid_scales.safetensors").write_bytes(b"of another student")
+    with pytest.raises(DamagedError, match="grid_scales"):
+        trial.evaluate(report.evaluation.deployment)
+
+
+def _flip(path: Path, place: int) -> None:
+    """Changes one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_a_damaged_checkpoint_is_trained_again(lab, tmp_path):
+    bench = Workbench(lab.setting(tmp_path))
+    trial = Trial(bench, _task())
+    trial.run(0)
+    expected = trial.run(1)
+    for tokens in (192, 384):
+        path, _ = open_stages(tmp_path).find("t000", tokens)
+        path.write_bytes(path.read_bytes()[:5000])
+    again = trial.run(1)
+    assert again.evaluation == expected.evaluation
+    assert again.trained == 512
+    assert _kept(tmp_path, "t000") == [384]
+
+
+def _member(rank, port, setting, task, folder):
+    """One of two processes of a trial; writes its report, and how many sharded modules were left whenever one looks."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    gc.disable()  # so that nothing is collected by chance
+    bench, evaluating, left = Workbench(setting, Sharding("cpu")), trial_module.evaluate, []
+
+    def look():
+        left.append(sum(issubclass(type(one), FSDPModule) for one in gc.get_objects()))
+
+    def evaluate_and_look(*args, **more):
+        look()
+        return evaluating(*args, **more)
+
+    trial_module.evaluate = evaluate_and_look
+    report = Trial(bench, task).run(0)
+    look()
+    (folder / str(rank)).write_bytes(pickle.dumps((report, left)))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_go_on_where_the_first_cannot_write_a_checkpoint_and_leave_no_shards(lab, tmp_path):
+    plan = replace(lab.plan, tokens=1024, rungs=(512, 1024), keep=(1,), batch_tokens=128, micro_batch=2)
+    expected = Trial(Workbench(lab.setting(tmp_path / "alone", plan=plan)), _task()).run(0)
+    setting = lab.setting(tmp_path / "together", plan=replace(plan, processes=2))
+    # A file where the first process makes the folder that it writes in.
+    (setting.checkpoints / "stages").mkdir(parents=True)
+    (setting.checkpoints / "stages" / ".partial").touch()
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    processes = multiprocessing.spawn(_member, (port, setting, _task(), tmp_path), nprocs=2, join=False)
+    ends = time.monotonic() + 400
+    try:
+        while not processes.join(timeout=5):
+            assert time.monotonic() < ends, "one waits for the other"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    (report, left), (nothing, others) = (pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in (0, 1))
+    assert nothing is None
+    assert "checkpoint at 384 tokens could not be written: " in report.unsaved
+    perplexities = [one.evaluation.measurements["perplexity"].value for one in (report, expected)]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-3)
+    assert (left, others) == ([0, 0], [0])
+
+
+def test_processes_take_their_shards_of_a_student_on_the_cpu(lab, tmp_path, monkeypatch):
+    given = []
+
+    class Made(Exception):
+        pass
+
+    def make(model, **more):
+        given.append({parameter.device.type for parameter in model.parameters()})
+        raise Made
+
+    monkeypatch.setattr(trial_module, "Trainer", make)
+    for sharding in (None, SimpleNamespace(rank=0, count=2)):
+        with pytest.raises(Made):
+            Trial(Workbench(lab.setting(tmp_path, device="meta"), sharding), _task()).run(0)
+    assert given == [{"meta"}, {"cpu"}]
+
+
+@pytest.fixture(scope="module")
+def quiz(lab, tmp_path_factory):
+    """The lab with questions of a task in the place of text, and what the teacher scores and answers there."""
+    folder = tmp_path_factory.mktemp("quiz")
+    source = resolve_data("reasoning-gym:chain_sum?size=150&max_terms=3&max_digits=1&worked=false")
+    data = prepare(source, lab.teacher, "tokenizer", 128, folder)
+    teacher = load_model(lab.teacher, torch.float32)
+    cache = ensure_cache(
+        lambda: load_model(lab.teacher, torch.float32),
+        teacher_fingerprint="t",
+        data_fingerprint=data.fingerprint,
+        data=load_split(data.folder, "train").head(1024),
+        vocabulary=300,
+        width=64,
+        settings=CacheSettings(states=tuple(range(6))),
+        root=folder / "cache",
+        limit_bytes=10**8,
+    )
+    _, reference = refer(teacher, load_split(data.folder, "validation"))
+    reference.save(folder / "reference.npz")
+    plan = replace(lab.plan, sequence_length=128, batch_tokens=256, tokens=768, rungs=(256, 768), keep=(1,))
+    return replace(lab, data=data, cache=cache, reference=folder / "reference.npz", plan=plan)
+
+
+def test_a_trial_answers_questions_in_writing_where_that_is_asked_for(quiz, tmp_path):
+    setting = quiz.setting(tmp_path, evaluators=("accuracy", "exact_match"), metric="exact_match")
+    bench = Workbench(setting)
+    report = Trial(bench, _task()).run(0)
+    evaluation = report.evaluation
+    data, reference = bench.held_out(quiz.plan.rung_eval_tokens)
+    assert len(reference.top1) == data.predicted < data.tokens[:, 1:].size
+    measured = evaluation.measurements["exact_match"]
+    assert measured.detail["questions"] == len(data.questions.entries) == len(evaluation.documents["ids"])
+    assert evaluation.documents["metric"] == "exact_match"
+    assert evaluation.documents["ids"] == sorted(entry.document for entry in data.questions.entries)
+    assert sum(evaluation.documents["sum"]) / sum(evaluation.documents["count"]) == measured.value
+    assert evaluation.measurements["accuracy"].detail["tokens"] == data.predicted
+
+
+def test_a_packed_model_answers_with_its_packed_weights(quiz, tmp_path, monkeypatch):
+    """Every answer is asked for while the weights are the deployment's."""
+    spec = quiz.setting(tmp_path).teacher_spec
+    model, seen = load_model(quiz.teacher, torch.float32), []
+    right = {}
+
+    def answering(given, questions, *, context, device):
+        assert context == 300  # the budget's, and not the 512 tokens that the model reads
+        seen.append(given.model.layers[0].mlp.up_proj.weight.detach().clone())
+        right.update({entry.document: entry.answer for entry in questions.entries})
+        marks = np.arange(len(questions.entries)) % 2 == 0
+        documents = np.array([entry.document for entry in questions.entries], np.int32)
+        return Answers(texts=tuple(right.values()), marks=marks.astype(float), documents=documents)
+
+    monkeypatch.setattr(evaluation_module, "answer", answering)
+    data = load_split(quiz.data.folder, "validation").head(512)
+    budget = Budget(memory_bytes=10**9, context=300)
+    evaluation, _ = evaluate(model, spec, Q4, data, None, budget=budget, evaluators=("exact_match",))
+    master = load_file(quiz.teacher / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    storage = Q4.storage(next(tensor for tensor in spec.tensors if tensor.name == "model.layers.0.mlp.up_proj.weight"))
+    np.testing.assert_array_equal(seen[0].numpy(), deployed(master.numpy(), storage))
+    assert evaluation.measurements["exact_match"].value == pytest.approx(0.5, abs=0.1)
+    assert all(re.fullmatch(r"-?\d+", answer) for answer in right.values())
+
+
+def test_answers_need_questions(lab, tmp_path):
+    setting = lab.setting(tmp_path)
+    data = load_split(lab.data.folder, "validation").head(64)
+    with pytest.raises(InputError, match=r"exact_match needs questions with answers: give --data"):
+        evaluate(
+            load_model(lab.teacher, torch.float32),
+            setting.teacher_spec,
+            F16,
+            data,
+            None,
+            budget=setting.budget,
+            evaluators=("exact_match",),
+        )
+
+
+def _given(asked, monkeypatch):
+    """Counts what is asked of the model: the sequences scored and the questions answered, in order."""
+    scored, answered = evaluation_module.score, evaluation_module.answer
+
+    def score(model, data, *more, **options):
+        asked.append(len(data.tokens))
+        return scored(model, data, *more, **options)
+
+    def answer(model, questions, **options):
+        asked.append([questions.entries[place].document for place in options["places"]])
+        return answered(model, questions, **options)
+
+    monkeypatch.setattr(evaluation_module, "score", score)
+    monkeypatch.setattr(evaluation_module, "answer", answer)
+
+
+def _raised(reading, gain=1):
+    """The bar of a student that is right wherever it could be; `gain` is the share of what was wrong that it is not."""
+    looks = tuple(
+        look | {"sum": [s + round(gain * (c - s)) for s, c in zip(look["sum"], look["count"], strict=True)]}
+        for look in reading.looks
+    )
+    return Bar(trial="t009", value=sum(looks[-1]["sum"]) / sum(looks[-1]["count"]), looks=looks)
+
+
+def _read(lab, setting, **options):
+    data = load_split(lab.data.folder, "validation").head(512)
+    reference = TeacherReference.load(lab.reference).head(data.predicted)
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    spec = student_spec(STRATEGY, setting.teacher_spec)
+    metric = options.pop("metric", "accuracy")
+    evaluators = options.pop("evaluators", setting.evaluators)
+    found, scores = evaluate(
+        model,
+        spec,
+        Q4,
+        data,
+        reference,
+        budget=setting.budget,
+        evaluators=evaluators,
+        metric=metric,
+        tokenizer=lab.teacher,
+        **options,
+    )
+    return found, scores, data, model
+
+
+@pytest.fixture
+def in_passes_of_two(lab, monkeypatch):
+    """Sequences are read two at a time."""
+    monkeypatch.setattr(parallel, "CPU_PASS_TOKENS", 2 * lab.plan.sequence_length)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "perplexity", "kl"])
+@pytest.mark.usefixtures("in_passes_of_two")
+def test_what_is_read_in_parts_is_the_same_to_the_last_bit_and_is_read_once(lab, metric, monkeypatch):
+    setting, asked = lab.setting(Path()), []
+    evaluators = (*setting.evaluators, "kl", "calibration")
+    whole, scores, data, _ = _read(lab, setting, metric=metric, evaluators=evaluators)
+    _given(asked, monkeypatch)
+    found, again, _, _ = _read(lab, setting, metric=metric, evaluators=evaluators, in_parts=True)
+    assert asked == [4, 4, 4, 4]
+    assert replace(found, reading=None) == whole
+    assert all(np.array_equal(value, getattr(again, name)) for name, value in vars(scores).items())
+    assert (found.reading.unit, found.reading.read, found.reading.of) == ("tokens", data.predicted, data.predicted)
+    own = {key: whole.documents[key] for key in ("ids", "count", "sum")}
+    assert {key: found.reading.looks[-1][key] for key in own} == own
+    # After a part the documents are those of the sequences up to there.
+    half = {key: value for key, value in vars(scores).items() if key in ("correct", "nll", "divergence", "documents")}
+    count = data.part(0, 8).predicted
+    values = half[{"accuracy": "correct", "perplexity": "nll", "kl": "divergence"}[metric]][:count]
+    expected = per_document(values, half["documents"][:count])
+    assert {key: found.reading.looks[1][key] for key in expected} == expected
+
+
+@pytest.mark.usefixtures("in_passes_of_two")
+def test_an_evaluation_ends_once_it_is_certain_to_fall_short_and_says_what_it_read(lab, monkeypatch):
+    setting, asked = lab.setting(Path()), []
+    whole, scores, data, model = _read(lab, setting, in_parts=True)
+    bar = _raised(whole.reading)
+    _given(asked, monkeypatch)
+    found, again, _, model = _read(lab, setting, in_parts=True, bar=bar)
+    end = sum(asked)
+    assert 4 <= end < 16
+    right = scores.correct[: data.part(0, end).predicted]
+    # No part before could have done: all that was unread together with what was right there reached the bar.
+    unread = data.predicted - right.size
+    assert right.sum() + unread < sum(bar.looks[-1]["sum"])
+    before = scores.correct[: data.part(0, end - 4).predicted]
+    assert end == 4 or before.sum() + data.predicted - before.size >= sum(bar.looks[-1]["sum"])
+    assert found.measurements["accuracy"].value == right.mean()
+    assert found.measurements["perplexity"].detail["tokens"] == again.correct.size == right.size
+    reading = found.reading
+    assert (reading.read, reading.of, reading.bar, reading.looks) == (right.size, data.predicted, "t009", ())
+    theirs = sum(bar.looks[end // 4 - 1]["sum"])
+    assert reading.estimate == pytest.approx(bar.value + (right.sum() - theirs) / right.size)
+    assert found.teacher_accuracy == scores.teacher_correct[: right.size].mean()
+    fresh, _ = build_student(lab.teacher, STRATEGY.init)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
+    # A bar that is no better is not certain to be missed, and one of other tokens says nothing.
+    for other in (_raised(whole.reading, gain=0), replace(bar, looks=tuple({**one, "ids": []} for one in bar.looks))):
+        assert _read(lab, setting, in_parts=True, bar=other)[0] == whole
+
+
+@pytest.mark.usefixtures("in_passes_of_two")
+def test_a_trial_is_held_to_the_bar_at_a_rung_and_read_whole_at_the_last(lab, tmp_path):
+    setting = lab.setting(tmp_path)
+    trial = Trial(Workbench(setting), _task())
+    judged = trial.run(0)
+    bar = _raised(judged.evaluation.reading)
+    short = trial.run(0, bar=bar)
+    assert short.evaluation.reading.bar == "t009"
+    assert short.evaluation.reading.read < judged.evaluation.reading.read == short.evaluation.reading.of
+    trial.run(1)
+    assert trial.run(2, bar=bar).evaluation.reading is None
+
+
+class _Asked:
+    """Asks the student; one that is read in parts is so by its own count."""
+
+    name, needs, measures = "asked", "student", {"asked": Quantity("fraction", "max")}
+    right = 0.0
+
+    def __init__(self):
+        self.read = []
+
+    def supports(self, deployment):
+        return True
+
+    def _found(self, count):
+        self.read.append(count)
+        documents = {"ids": [*range(count)], "count": [1] * count, "sum": [round(self.right)] * count}
+        return (
+            Measurement(
+                name="asked",
+                value=self.right,
+                unit="fraction",
+                direction="max",
+                source="simulated",
+                documents=documents,
+                bound=1.0,
+            ),
+        )
+
+    def evaluate(self, subject):
+        assert subject.student is not None
+        return self._found(40)
+
+
+class _AskedInParts(_Asked):
+    def in_parts(self, subject):
+        assert subject.student is not None
+        return (self._found(count) for count in (10, 20, 30, 40))
+
+
+@pytest.mark.usefixtures("in_passes_of_two")
+def test_an_evaluator_that_asks_the_student_is_read_in_parts_where_it_says_so(lab):
+    """A person's command, or a task of lm-eval, is not, be it the metric or beside it."""
+    setting = lab.setting(Path())
+    bar = Bar(
+        trial="t009",
+        value=1.0,
+        looks=tuple({"ids": [*range(n)], "count": [1] * n, "sum": [1] * n} for n in (10, 20, 30, 40)),
+    )
+    plain, parted = _Asked(), _AskedInParts()
+    found, scores, data, _ = _read(lab, setting, metric="asked", evaluators=(plain,), in_parts=True, bar=bar)
+    assert plain.read == [40]
+    assert found.reading is None
+    assert scores.correct.size == data.predicted
+    found, scores, _, _ = _read(lab, setting, metric="asked", evaluators=(parted, "accuracy"), in_parts=True, bar=bar)
+    assert parted.read == [10]
+    assert (found.reading.unit, found.reading.read, found.reading.of) == ("questions", 10, 40)
+    assert scores.correct.size == data.part(0, 4).predicted == found.measurements["accuracy"].detail["tokens"]
+    parted, plain = _AskedInParts(), _Asked()
+    accuracy = _raised(_read(lab, setting, in_parts=True)[0].reading)
+    plain.name, plain.measures = "plain", {}
+    found, scores, _, _ = _read(lab, setting, evaluators=("accuracy", parted, plain), in_parts=True, bar=accuracy)
+    looks = round(scores.correct.size / data.part(0, 4).predicted)
+    assert parted.read == [10, 20, 30, 40][:looks]
+    assert plain.read == [40]
+    assert found.reading.unit == "tokens"
+
+
+def test_questions_are_answered_in_parts_each_once_and_no_more_once_it_is_certain(quiz, monkeypatch):
+    setting, asked = quiz.setting(Path(), evaluators=("exact_match",), metric="exact_match"), []
+    monkeypatch.setattr(evaluation_module, "at_once", lambda device: 2)
+    _given(asked, monkeypatch)
+    found, _, data, _ = _read(quiz, setting, metric="exact_match", in_parts=True)
+    count = len(data.questions.entries)
+    parts = [part for part in asked if isinstance(part, list)]
+    assert len(parts) == 4
+    assert sorted(document for part in parts for document in part) == sorted(
+        entry.document for entry in data.questions.entries
+    )
+    assert (found.reading.unit, found.reading.read) == ("questions", count)
+    assert sum(found.reading.looks[0]["count"]) == len(parts[0]) < count
+    asked.clear()
+    short, _, _, _ = _read(quiz, setting, metric="exact_match", in_parts=True, bar=_raised(found.reading))
+    read = [document for part in asked if isinstance(part, list) for document in part]
+    assert short.measurements["exact_match"].detail["questions"] == len(read) == short.reading.read < count
+    assert short.documents["ids"] == sorted(set(read))

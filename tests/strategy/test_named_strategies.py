@@ -1,0 +1,69 @@
+"""Every named strategy trains a tiny student on the cache that it asks for, through its decay and grid, and learns."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autodistill.distillation.student.check import check_strategy, student_spec
+from autodistill.distillation.teacher.build_cache import ensure_cache
+from autodistill.distillation.teacher.importance import calibrate
+from autodistill.distillation.teacher.output_cache import TeacherCache
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.quantization.grids import Grid
+from autodistill.search.setup.teacher_phase import cache_settings
+from autodistill.strategy.space import load_space, load_strategy
+
+NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces" / "strategies").glob("*.yaml"))
+STEP = 64
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains(workshop, tmp_path, name):
+    strategy = load_strategy(name)
+    spec = spec_from_config(json.loads((workshop.teacher / "config.json").read_text()))
+    alignment, layers = strategy.distillation.alignment, student_spec(strategy, spec).layers
+    if alignment is not None and alignment.count > layers:
+        # Made for models of more layers than the tiny one has.
+        recipe = dataclasses.replace(strategy.distillation, alignment=dataclasses.replace(alignment, count=layers))
+        strategy = dataclasses.replace(strategy, distillation=recipe)
+    check_strategy(strategy, spec)
+    space = dataclasses.replace(load_space("default"), dimensions=(), baselines={name: strategy})
+    calibration = None
+    if strategy.init.selective:
+        calibration = tmp_path / "calibration.safetensors"
+        calibrate(load_model(workshop.teacher, torch.float32), workshop.data).save(calibration)
+    settings = cache_settings(space, spec, bf16=False, calibration=calibration)
+    cache = None
+    if not settings.empty:
+        folder = ensure_cache(
+            lambda: load_model(workshop.teacher, torch.float32),
+            teacher_fingerprint="t",
+            data_fingerprint="d",
+            data=workshop.data,
+            vocabulary=spec.vocabulary,
+            width=spec.width,
+            settings=settings,
+            root=tmp_path,
+            limit_bytes=10**8,
+        )
+        cache = TeacherCache(folder)
+    storage_of = None
+    if strategy.finishing is not None:
+        storages = {t.name: strategy.finishing.storage(t) for t in student_spec(strategy, spec).tensors}
+        storage_of = {tensor: storage for tensor, storage in storages.items() if isinstance(storage, Grid)}.get
+    bench = dataclasses.replace(workshop, cache=cache)
+    if name == "written":
+        bench = bench.told(workshop.cache)
+        # In every other place there is text alone.
+        bench.data.told.ids[:, ::2] = -1
+    trainer = bench.trainer(strategy, calibration=calibration, tokens=40 * STEP)
+    records = [*trainer.train_stable(32 * STEP), *trainer.train_decay(40 * STEP, storage_of)]
+    # Losses of one kind: TAID's target moves, and a temperature scales what it is a divergence of.
+    first, last = (np.mean([record.cross_entropy for record in part]) for part in (records[:8], records[-8:]))
+    assert np.isfinite([record.loss for record in records]).all()
+    assert last < first

@@ -1,0 +1,28 @@
+"""JSON files are replaced whole or not at all, and a damaged one is named."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from autodistill.errors import InputError
+from autodistill.utils.json_files import read_json, replacing, write_json
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    with contextlib.suppress(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert read_json(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["search.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
+def test_a_broken_json_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "search.json").write_text(text)
+    with pytest.raises(InputError, match=r"search\.json"):
+        read_json(tmp_path / "search.json")

@@ -1,0 +1,48 @@
+"""Calls with a deadline: results and errors as without one, and what never ends is left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from autodistill.utils.timeouts import NotInTimeError, calls_left, in_time
+
+
+def fail() -> None:
+    raise OSError("gone")
+
+
+def test_results_and_errors_come_as_without_a_deadline() -> None:
+    assert in_time(lambda: 3, 60.0, "three") == 3
+    assert in_time(lambda: None, 60.0, "nothing") is None
+    with pytest.raises(OSError, match="gone"):
+        in_time(fail, 60.0, "failing")
+
+
+def test_what_does_not_end_is_left_alone_and_known_until_it_ends() -> None:
+    goes_on = threading.Event()
+    with pytest.raises(NotInTimeError):
+        in_time(goes_on.wait, 0.05, "endless")
+    assert calls_left()
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "endless")
+    assert thread.daemon
+    goes_on.set()
+    thread.join(60.0)
+    assert thread not in threading.enumerate()
+
+
+def test_an_interrupt_ends_the_wait_and_the_call_counts_as_left() -> None:
+    """As Ctrl-C does, which reaches the main thread alone."""
+    goes_on = threading.Event()
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        goes_on.wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        in_time(interrupt, 600.0, "interrupting")
+    assert calls_left()
+    goes_on.set()
