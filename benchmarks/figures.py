@@ -3,8 +3,9 @@
     python benchmarks/figures.py [--write]
 
 Each quote in `figures.yaml` names a document, a sentence of it with `{}` for each figure, a report in `reports/`, and a
-passage of that with `{}` for the same figures. A figure may be rounded to fewer digits than the report has. Without
-`--write` the first line that differs ends the program with 1.
+passage of that with `{}` for the same figures. A figure may be rounded to fewer digits than the report has. A code block
+behind a line like `<!-- leaderboard NAME ROWS -->` has the first rows of a reference run, and what that gained on test.
+Without `--write` whatever differs is named, and the program ends with 1.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import yaml
 
+from autodistill.cli.summary import leaderboard_of
+from autodistill.cli.tables import leaderboard_table
+from autodistill.runs.results.gains import Gains
+from autodistill.runs.run_folder import RunFolder
+
 ROOT = Path(__file__).parents[1]
 QUOTES = Path(__file__).with_name("figures.yaml")
+_BOARD = re.compile(r"<!-- leaderboard (\S+) (\d+) -->\n```\n(.*?)```", re.DOTALL)
 _FIGURE = r"([+-]?\d[\d,]*(?:\.\d+)?)"
 
 
@@ -102,13 +110,39 @@ def check(found: list[Quote], write: bool = False) -> Iterator[str]:
             path.write_text(text, encoding="utf-8")
 
 
+def boards(documents: Iterable[str] = ("README.md",), write: bool = False) -> Iterator[str]:
+    """Sentences on each leaderboard that a document shows otherwise than the run has it; with `write` it is mended."""
+    for document in documents:
+        path = ROOT / document
+        text = path.read_text(encoding="utf-8")
+        for place in reversed([*_BOARD.finditer(text)]):
+            name, rows, shown = place.groups()
+            exact = board(name, int(rows))
+            if shown == exact:
+                continue
+            if write:
+                text = text[: place.start(3)] + exact + text[place.end(3) :]
+                path.write_text(text, encoding="utf-8")
+            else:
+                yield f"{document} shows another leaderboard than the run {name} in results/reference has"
+
+
+def board(name: str, rows: int) -> str:
+    """The first rows of a reference run's leaderboard, and what it gained on the test split."""
+    run = RunFolder.open(ROOT / "results" / "reference", name)
+    ranked, metric = leaderboard_of(run)
+    lines = leaderboard_table(ranked[:rows], metric, 110, legend=0).splitlines()[: rows + 1]
+    gains = Gains.from_json(run.asked())
+    return "\n".join([*lines, *(["...", *textwrap.wrap(gains.describe(), 110)] if gains is not None else [])]) + "\n"
+
+
 def main() -> None:
     """Checks, or writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the reports' figures into the documents")
     arguments = parser.parse_args()
     found = quotes()
-    faults = [*check(found, arguments.write)]
+    faults = [*check(found, arguments.write), *boards(write=arguments.write)]
     if faults:
         sys.exit("\n".join(faults))
     print(
