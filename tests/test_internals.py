@@ -50,7 +50,7 @@ def test_of_ray_a_node_can_be_kept_to_the_loopback_and_its_token_to_the_environm
 
 
 def test_of_tune_searcher_and_scheduler_are_asked_as_they_are_written() -> None:
-    """`search/ray_runner.py` hands work out by a searcher, and reads a failed trial's error file."""
+    """`search/runners/ray.py` hands work out by a searcher, and reads a failed trial's error file."""
     from ray.tune.experiment import Trial
     from ray.tune.schedulers import FIFOScheduler
     from ray.tune.search import Searcher

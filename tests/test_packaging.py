@@ -29,7 +29,7 @@ REQUIRED = distributions(PROJECT["project"]["dependencies"])
 EXTRAS = {name: distributions(texts) for name, texts in PROJECT["project"]["optional-dependencies"].items()}
 
 
-OWN = {*sys.stdlib_module_names, "autodistill", "tests"}
+OWN = {*sys.stdlib_module_names, "autodistill", "tests", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
 
 
 def imported(*folders: str) -> dict[str, set[str]]:
@@ -225,4 +225,4 @@ def test_the_readme_holds_the_test_command_where_ci_looks_for_it() -> None:
 
 def test_slow_tests_run_only_when_asked_for() -> None:
     assert "not slow" in PROJECT["tool"]["pytest"]["ini_options"]["addopts"]
-    assert '-m ""' in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "test-all: test slow hostile crash mutants" in (ROOT / "Makefile").read_text(encoding="utf-8")

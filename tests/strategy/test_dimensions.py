@@ -54,7 +54,7 @@ def test_every_dimension_has_its_test():
     }
     # Which parts are kept is held to float64 there, for every family.
     elsewhere = {"init": "test_cut.py", "init.ffn": "test_cut.py"}
-    assert all((Path(__file__).parent / "distillation" / name).is_file() for name in elsewhere.values())
+    assert all((Path(__file__).parents[1] / "distillation" / "student" / name).is_file() for name in elsewhere.values())
     assert set(space["dimensions"]) == set(tested) | set(elsewhere)
 
 

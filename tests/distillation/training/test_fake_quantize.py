@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autodistill import distillation
+from autodistill import quantization as package
 from autodistill.distillation.training import fake_quantize as quantization
 from autodistill.distillation.training.fake_quantize import (
     FakeQuantized,
@@ -172,7 +172,7 @@ def test_a_machine_without_numba_does_without_loops(monkeypatch):
     assert loops() is not None
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "autodistill.quantization.rounding_numba")
-    monkeypatch.delattr(distillation, "grid_loops")
+    monkeypatch.delattr(package, "rounding_numba")
     assert loops() is None
 
 

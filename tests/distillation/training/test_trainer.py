@@ -426,8 +426,8 @@ KILLED = """
 import os, sys, pathlib
 from safetensors.torch import save_file
 import numpy as np
-from autodistill.token_sets import TokenSet
-from autodistill.distillation import checkpoint
+from autodistill.data.dataset import TokenSet
+from autodistill.distillation.training import checkpoint
 
 def dies(tensors, path, metadata):
     save_file(tensors, path, metadata=metadata)
@@ -438,7 +438,7 @@ def dies(tensors, path, metadata):
 checkpoint.save_file = dies
 sys.path.insert(0, {tests!r})
 from conftest import Workshop
-from autodistill.strategy import Distillation, Strategy
+from autodistill.strategy.strategy import Distillation, Strategy
 data = TokenSet(tokens=np.zeros((1, 32), np.int32), documents=np.zeros((1, 32), np.int32))
 shop = Workshop(pathlib.Path({teacher!r}), data, None)
 made = shop.trainer(Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3)), cache=object())

@@ -76,8 +76,8 @@ def test_workers_that_share_a_gpu_keep_to_their_shares_and_the_search_itself_doe
     kept: list[float] = []
     monkeypatch.setattr("autodistill.search.runners.ray.keep_to_share", kept.append)
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", kept.append)
-    for runner in ("ray_runner", "inline_runner"):
-        monkeypatch.setattr(f"autodistill.search.{runner}.Workbench", lambda setting: None)
+    for runner in ("ray", "inline"):
+        monkeypatch.setattr(f"autodistill.search.runners.{runner}.Workbench", lambda setting: None)
     monkeypatch.setattr("autodistill.search.runners.ray.fetch", lambda setting: setting)
     plan = SimpleNamespace(gpus=gpus, processes=processes)
     setting: Any = SimpleNamespace(device=device, plan=plan)
