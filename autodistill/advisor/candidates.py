@@ -20,6 +20,7 @@ from autodistill.runs.results.row import (
     Row,
     arrow_schema,
     check_documents,
+    check_kind,
     finite,
     is_field,
     required,
@@ -233,7 +234,7 @@ def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: st
             if row.kind in kinds and row.split != "test" and row.full and row.figure(metric) is not None:
                 yield Candidate.of(row, run.name, metric, direction, run)
         return
-    columns = _columns(run)
+    columns = _columns(run, *filter(is_field, [metric]))
     count = len(columns["row_id"])
     with _whole(run):
         shapes = _parsed(columns.pop("shape", [None] * count), Shape)
@@ -293,8 +294,8 @@ def _whole(run: RunFolder | None) -> Iterator[None]:
 
 
 @contextmanager
-def _table(run: RunFolder) -> Iterator[Any]:
-    """A run's table, of columns as they are written."""
+def _table(run: RunFolder, *needed: str) -> Iterator[Any]:
+    """A run's table, of columns as they are written; those that are needed beside the required ones are there."""
     import pyarrow.parquet as pq
 
     # Not `read_table`, which imports pandas where that is installed, and takes longer than all else here.
@@ -303,21 +304,23 @@ def _table(run: RunFolder) -> Iterator[Any]:
         for field in file.schema_arrow:
             if field.name in written.names and not field.type.equals(written.field(field.name).type):
                 raise InputError(f"the column {field.name} is of {field.type}")
-        missing = [name for name in required() if name not in file.schema_arrow.names]
+        missing = [name for name in (*required(), *needed) if name not in file.schema_arrow.names]
         if missing:
             raise InputError(f"it lacks the column {missing[0]}")
         yield file
 
 
-def _columns(run: RunFolder) -> dict[str, list[Any]]:
+def _columns(run: RunFolder, *needed: str) -> dict[str, list[Any]]:
     """A run's table without what makes up most of it, documents and strategies, and without columns of nothing."""
-    with _table(run) as file:
+    with _table(run, *needed) as file:
         # Runs of earlier versions lack some.
         names = [name for name in _COLUMNS if name in file.schema_arrow.names]
         table = file.read(columns=names, use_threads=False)
         for name in required():
             if table.column(name).null_count:
                 raise InputError(f"the column {name} has rows without it")
+        for kind in table.column("kind").unique().to_pylist():
+            check_kind(kind)
         for text in table.column("deployment").unique().to_pylist():
             Deployment.from_json(plain_json(text))
     columns = {name: table.column(name) for name in names}

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill.data.conversations import ANSWERING, Conversation, Likeliest, Told, Turn, asked
-from autodistill.data.tokenization import beginning, groups, load_tokenizer, tokenised
+from autodistill.data.tokenization import beginning, chat_template_of, groups, load_tokenizer, tokenised
 from autodistill.errors import InputError
 
 # Where the chat template alone decides it, an answer begins and ends where that of any conversation does: what two of
@@ -134,7 +134,8 @@ class Renderer:
         template: In the place of the tokenizer's own.
 
     Raises:
-        InputError: A tokenizer without EOS, or one that does not know where its tokens stand in the text.
+        InputError: A tokenizer without EOS, one that does not know where its tokens stand in the text, or one of whose
+            chat templates none is the default.
     """
 
     def __init__(self, folder: Path, template: Template | None = None) -> None:
@@ -145,7 +146,12 @@ class Renderer:
             raise InputError(f"the tokenizer in {folder} has no EOS token to end an answer with: name one in its files")
         if not self.tokenizer.is_fast:
             raise InputError(f"the tokenizer in {folder} cannot tell answers from prompts: save it as tokenizer.json")
-        self._template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
+        self._template = chat_template_of(self.tokenizer)
+        if self.tokenizer.chat_template and self._template is None:
+            raise InputError(
+                f"the tokenizer in {folder} has chat templates by name, and none is the default: name the one to use "
+                "default in its files"
+            )
         self._names = self.tokenizer.special_tokens_map
         added = self.tokenizer.added_tokens_decoder
         begun = self._template is None and beginning(self.tokenizer) is not None

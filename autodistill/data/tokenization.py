@@ -34,12 +34,25 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if tokenizer.chat_template:
-            tokenizer.get_chat_template()
         tokenizer("a b", add_special_tokens=False)
     except BaseException as error:
-        raise _failed(error, f"the tokenizer in {folder} cannot be read") from error
+        what = f"the tokenizer in {folder} cannot be read"
+        raise _failed(error, what, "get its files again, tokenizer.json among them") from error
     return tokenizer
+
+
+def chat_template_of(tokenizer: Any) -> str | None:
+    """The template that conversations are rendered by: its only one, or the default of several.
+
+    Args:
+        tokenizer: Of transformers.
+
+    Returns:
+        None where it has none, or several by name of which none is the default.
+    """
+    found = tokenizer.chat_template
+    chosen = found.get("default") if isinstance(found, dict) else found
+    return chosen if chosen and isinstance(chosen, str) else None
 
 
 def tokenised(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
@@ -57,10 +70,10 @@ def tokenised(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
         # Not verbose: the model never sees a text longer than a sequence.
         return tokenizer(texts, add_special_tokens=False, verbose=False, **options)
     except BaseException as error:
-        raise _failed(error, "the tokenizer fails on these texts") from error
+        raise _failed(error, "the tokenizer fails on these texts", "get its files again") from error
 
 
-def _failed(error: BaseException, what: str) -> BaseException:
+def _failed(error: BaseException, what: str, remedy: str) -> BaseException:
     """An `InputError` of what a tokenizer raised; of what it did not raise, that itself.
 
     transformers looks up what may not be there, tokenizers raises Exception itself, and its panics are no Exception.
@@ -68,7 +81,7 @@ def _failed(error: BaseException, what: str) -> BaseException:
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return error
     said = " ".join(str(error).split()) or type(error).__name__
-    return InputError(f"{what} ({said}): get its files again")
+    return InputError(f"{what} ({said}): {remedy}")
 
 
 def check_ids(largest: int, vocabulary: int, name: str) -> None:

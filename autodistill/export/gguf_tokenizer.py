@@ -19,7 +19,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
-from autodistill.data.tokenization import beginning, load_tokenizer
+from autodistill.data.tokenization import beginning, chat_template_of, load_tokenizer
 from autodistill.errors import InputError
 from autodistill.export.student_reader import read_json
 from autodistill.models.pretokenizers import CUTS, Cut, cuts_like
@@ -60,9 +60,9 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
     writer.add_token_types(types)
     for key, value in (own | _scalars(tokenizer) | _inherited(folder)).items():
         _add_scalar(writer, f"tokenizer.ggml.{key}", value)
-    templates = tokenizer.chat_template
-    if templates and (isinstance(templates, str) or "default" in templates):
-        writer.add_chat_template(tokenizer.get_chat_template())
+    template = chat_template_of(tokenizer)
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def refusal(folder: Path) -> str:
@@ -157,8 +157,8 @@ def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
     Added tokens are those of the file: some classes bring one of their own, for which a model has no row.
     """
     path = folder / "tokenizer.json"
+    tokenizer = load_tokenizer(folder)
     try:
-        tokenizer = load_tokenizer(folder)
         description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise InputError(

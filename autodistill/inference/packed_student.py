@@ -15,7 +15,7 @@ import numpy.typing as npt
 from autodistill.data.chat_template import Renderer
 from autodistill.data.conversations import Turn
 from autodistill.data.dataset import TokenSet
-from autodistill.data.tokenization import beginning, load_tokenizer
+from autodistill.data.tokenization import beginning, chat_template_of, load_tokenizer
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.inference.generation import LOOKED, write
 from autodistill.inference.likelihood import continuations, rolling
@@ -24,7 +24,7 @@ from autodistill.inference.outputs import Likelihood
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedStudent:
-    """What `contracts.SimulatedStudent` promises, of a model that holds packed weights for the time being.
+    """What `evaluation.base.SimulatedStudent` promises, of a model that holds packed weights for the time being.
 
     What its tokenizer begins every text with begins every prompt and window, also where the context is too short for
     all of it: without, models that learnt it so write nonsense.
@@ -105,7 +105,7 @@ class PackedStudent:
         several.
         """
         tokens = [ids or [self._beginning] for ids in self._encode(prompts)]
-        ends = self._renderer.stops if self._tokenizer.chat_template else (self._end,)
+        ends = (self._end,) if chat_template_of(self._tokenizer) is None else self._renderer.stops
         room = self.context - max_tokens
         if room < 1:
             raise InputError(

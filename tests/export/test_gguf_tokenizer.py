@@ -14,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
+from autodistill.data.chat_template import Renderer
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.errors import InputError
 from autodistill.export.gguf import GgufExporter
@@ -98,6 +99,9 @@ def test_of_several_chat_templates_the_one_that_training_uses_is_taken(folder: P
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").unlink()
     assert "tokenizer.chat_template" not in written(folder, tmp_path / "u.gguf")
+    # Text needs no template, conversations do.
+    with pytest.raises(InputError, match="has chat templates by name, and none is the default"):
+        Renderer(folder)
 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:

@@ -12,7 +12,7 @@ from autodistill.inference import torch_memory as memory
 PROGRAM = """
 import resource, sys
 import torch
-from autodistill.distillation.memory import keep_freed_memory
+from autodistill.inference.torch_memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

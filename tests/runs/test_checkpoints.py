@@ -116,7 +116,7 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> 
 WRITER = """
 import sys
 from pathlib import Path
-from autodistill.stages import open_stages
+from autodistill.runs.checkpoints import open_stages
 store = open_stages(Path(sys.argv[1]))
 for turn in range(60):
     for tokens in (100, 200):

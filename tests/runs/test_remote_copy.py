@@ -63,8 +63,8 @@ def test_one_that_is_not_heard_of_is_taken_over_whatever_its_clock_said(tmp_path
 
 KILLED = """
 import os, signal, sys
-from autodistill.records import lease
-from autodistill.storage import Storage
+from autodistill.runs import remote_copy as lease
+from autodistill.utils.storage import Storage
 lease._SETTLE_SECONDS = 0.0
 with lease.Lease(Storage(sys.argv[1])):
     os.kill(os.getpid(), signal.SIGKILL)

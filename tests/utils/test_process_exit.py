@@ -19,9 +19,9 @@ from autodistill.utils.process_exit import end_process
 # A search whose main thread is stuck in a call to a Ray that has ended, as far as `show` and the watch know.
 STUCK = """
 import sys, threading
-from autodistill.options import Format
-from autodistill.printing import show
-from autodistill.search import cluster
+from autodistill.cli.options import Format
+from autodistill.cli.printing import show
+from autodistill.search.runners import ray_cluster as cluster
 
 cluster._STUCK_SECONDS = 0.05
 
@@ -45,9 +45,9 @@ show(Format(sys.argv[1]), work, dict, str)
 RACE = """
 import sys, threading
 from autodistill.errors import InputError
-from autodistill.options import Format
-from autodistill.printing import show
-from autodistill.reply import end_process
+from autodistill.cli.options import Format
+from autodistill.cli.printing import show
+from autodistill.utils.process_exit import end_process
 
 start = threading.Barrier(2)
 

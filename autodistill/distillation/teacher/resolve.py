@@ -20,7 +20,7 @@ from autodistill.models.families import FAMILIES
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.gguf_to_transformers import convert, convert_text, is_whole
 from autodistill.models.licenses import stated
-from autodistill.models.loading import check_model, one_line
+from autodistill.models.loading import check_model
 from autodistill.models.model_folder import MORE_TEMPLATES, check_files, folder_fingerprint, read_config, read_json
 from autodistill.utils.file_locks import alone
 from autodistill.utils.hashing import content_hash, file_hash
@@ -234,7 +234,7 @@ def _folder_ref(folder: Path) -> TeacherRef:
     _check_config(config, str(folder))
     _check_names([path.name for path in folder.iterdir()], str(folder))
     check_model(folder)
-    _check_tokenizer(folder)
+    load_tokenizer(folder)
     return TeacherRef(name=folder.name, kind="folder", path=folder, config=config, licence=_licence(folder, config))
 
 
@@ -275,15 +275,6 @@ def _check_names(names: Iterable[str], where: str) -> None:
         raise InputError(f"{where} holds no *.safetensors file: give a folder with weights")
     if not ({"tokenizer.json", "tokenizer.model"} & names or {"vocab.json", "merges.txt"} <= names):
         raise InputError(f"{where} holds no tokenizer.json: save the model's tokenizer there")
-
-
-def _check_tokenizer(folder: Path) -> None:
-    try:
-        load_tokenizer(folder)
-    except Exception as error:  # whatever transformers and tokenizers raise over a field that they cannot use
-        raise InputError(
-            f"the tokenizer in {folder} cannot be read ({one_line(error)}): save the model's tokenizer there again"
-        ) from error
 
 
 def _hub_ref(ref: str) -> TeacherRef:

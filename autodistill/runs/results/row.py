@@ -197,9 +197,8 @@ class Row:
         return row
 
     def _check(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"row {self.row_id!r} is of kind {self.kind!r}; it can be {', '.join(KINDS)}")
         name = f"row {self.row_id!r}"
+        check_kind(self.kind, name)
         hold(self.status, Status, f"the status of {name}")
         hold(self.split, Literal["validation", "test"] | None, f"the split of {name}")
         hold(dict(self.other), dict[str, Any], f"the figures of {name}")
@@ -208,6 +207,16 @@ class Row:
             hold(dict(self.cut_short), _CutShort, f"cut_short of {name}")
         if self.documents is not None:
             check_documents(dict(self.documents), f"the documents of {name}")
+
+
+def check_kind(kind: str, name: str = "a row") -> None:
+    """Holds a row's kind to those that there are.
+
+    Raises:
+        InputError: It is none of them.
+    """
+    if kind not in KINDS:
+        raise InputError(f"{name} is of kind {kind!r}; it can be {', '.join(KINDS)}")
 
 
 def check_documents(documents: Any, where: str) -> None:

@@ -82,8 +82,8 @@ def test_what_changed_is_sent_anew(setting: TrialSetting, tmp_path: Path, monkey
 
 FETCH = """
 import sys
-from autodistill.search.node_copies import hold_copy
-from autodistill.storage import Storage
+from autodistill.search.runners.node_files import hold_copy
+from autodistill.utils.storage import Storage
 storage, name = Storage(sys.argv[1]), sys.argv[2]
 print(storage.fetch_folder(name, hold_copy(storage, name)), flush=True)
 sys.stdin.read()
