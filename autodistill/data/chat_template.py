@@ -149,8 +149,8 @@ class Renderer:
         self._template = chat_template_of(self.tokenizer)
         if self.tokenizer.chat_template and self._template is None:
             raise InputError(
-                f"the tokenizer in {folder} has chat templates by name, and none is the default: name the one to use "
-                "default in its files"
+                f"the tokenizer in {folder} has no chat template that is a text, or several by name and none is the "
+                "default: name the one to use default in its files"
             )
         self._names = self.tokenizer.special_tokens_map
         added = self.tokenizer.added_tokens_decoder

@@ -100,7 +100,7 @@ def test_of_several_chat_templates_the_one_that_training_uses_is_taken(folder: P
     (folder / "chat_template.jinja").unlink()
     assert "tokenizer.chat_template" not in written(folder, tmp_path / "u.gguf")
     # Text needs no template, conversations do.
-    with pytest.raises(InputError, match="has chat templates by name, and none is the default"):
+    with pytest.raises(InputError, match="several by name and none is the default"):
         Renderer(folder)
 
 
