@@ -48,7 +48,7 @@ def history(space: Space, count: int = 12) -> list[Observation]:
 
 PROGRAM = """
 import json, sys
-sys.path.insert(0, "tests/search")
+sys.path.insert(0, "tests/search/algorithms")
 from test_sampler import history, load_space, Sampler
 space = load_space("default")
 print(json.dumps([Sampler(space, name=name, seed=3).propose(number, history(space))

@@ -1020,7 +1020,7 @@ def lasting(clock: Slow, folder: Path) -> Worker:
             report = replace(report, evaluation=found)
         if assignment.until is None:
             return report
-        trained = int((assignment.until - clock.now) / clock.slowness * 100 / 1.1) // 256 * 256
+        trained = int((assignment.until.at - clock.now) / clock.slowness * 100 / 1.1) // 256 * 256
         parent = branch_point(PLAN.tokens, PLAN.decay, PLAN.batch_tokens)
         tokens = min(parent + trained, PLAN.tokens * 4)
         return replace(report, tokens=tokens, trained=tokens - parent)
@@ -1184,7 +1184,7 @@ def test_what_was_being_trained_on_goes_on_for_what_is_left(tmp_path: Path, monk
     assert found is not None
     assert (found.task.id, found.threads, found.task.stage) == (killed.task.id, 2, killed.task.stage)
     assert found.until is not None
-    assert found.until < 200.0
+    assert found.until.at < 200.0
     assert resumed(30.0) is None
     # It had a checkpoint after 2.5 times the plan's tokens: its decay, a quarter of as many again, takes 64 seconds, in
     # which nobody would get from the plan's end to a quarter more.

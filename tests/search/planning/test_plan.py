@@ -254,10 +254,10 @@ def test_repeated_data_are_read_four_times_at_most() -> None:
 
 
 def test_where_not_even_three_trials_have_enough_steps_as_many_run_as_have_half_of_them() -> None:
-    plan, _ = shared(440.0)
+    plan, _ = shared(520.0)
     assert 12 <= plan.tokens // 256 < 24
     assert 3 < plan.trials < 12
-    three, _ = shared(440.0, trials=3)
+    three, _ = shared(520.0, trials=3)
     assert plan.tokens < three.tokens < 24 * 256
     assert any("hardly tell strategies apart" in note for note in plan.notes)
 
