@@ -3,8 +3,8 @@
     python benchmarks/figures.py [--write]
 
 Each quote in `figures.yaml` names a document, a sentence of it with `{}` for each figure, a report in `reports/`, and a
-passage of that with `{}` for the same figures. A figure may be rounded to fewer digits than the report has. A code block
-behind a line like `<!-- leaderboard NAME ROWS -->` has the first rows of a reference run, and what that gained on test.
+passage of that with `{}` for the same figures. A figure may be rounded to fewer digits than the report has. A code
+block behind a line like `<!-- leaderboard NAME ROWS -->` has the first rows of a reference run, and its gain on test.
 Without `--write` whatever differs is named, and the program ends with 1.
 """
 

@@ -79,7 +79,8 @@ def searches(name: str, inputs: Path) -> Iterator[tuple[str, list[str]]]:
         trials = ["--trials", "3", "--tokens", "10240", "--step-tokens", "1280", "--explore", "1"]
         yield "sums", ["search", "--budget", "16GB", *options, *trials]
         return
-    teacher, text = tiny_inputs(inputs)
+    # Some strategies align eight layers.
+    teacher, text = tiny_inputs(inputs, "tiny", 5) if name == "tiny" else tiny_inputs(inputs, "deep", 12)
     options = ["--teacher", str(teacher), "--data", str(text), "--context", "256"]
     if name == "tiny":
         yield "tiny", ["search", "--budget", "16GB", *options, "--trials", "4", "--tokens", "4608", "--explore", "1"]
@@ -89,13 +90,14 @@ def searches(name: str, inputs: Path) -> Iterator[tuple[str, list[str]]]:
         yield f"distil {strategy}", ["distill", strategy, *options, "--tokens", "1024"]
 
 
-def tiny_inputs(inputs: Path) -> tuple[Path, Path]:
-    """A tiny random teacher and a tiny text."""
+def tiny_inputs(inputs: Path, name: str, layers: int) -> tuple[Path, Path]:
+    """A tiny random teacher of so many layers, and a tiny text."""
     from autodistill.testing import save_tiny_teacher, tiny_text
 
-    teacher, text = inputs / "tiny", inputs / "text"
+    teacher, text = inputs / name, inputs / "text"
+    if not teacher.exists():
+        save_tiny_teacher(teacher, layers=layers)
     if not text.exists():
-        save_tiny_teacher(teacher, layers=5)
         tiny_text(text, documents=30, sentences=24)
     return teacher, text
 

@@ -1,4 +1,4 @@
-"""Writes what torchao makes of some weights, a reference for integer grids: tests/distillation/training/torchao.safetensors.
+"""Writes what torchao makes of some weights: a reference for integer grids, torchao.safetensors beside their tests.
 
     pip install --no-deps --target FOLDER torchao && PYTHONPATH=FOLDER python benchmarks/torchao_reference.py
 

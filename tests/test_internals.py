@@ -30,7 +30,7 @@ def test_packages_whose_internals_are_used_have_an_upper_bound(package: str) -> 
 
 
 def test_of_ray_a_jobs_working_folder_can_be_kept_off_the_import_path() -> None:
-    """`search/cluster.py` replaces the method by one of its own."""
+    """`search/runners/ray_cluster.py` replaces the method by one of its own."""
     from ray.job_config import JobConfig
 
     assert list(inspect.signature(JobConfig()._runtime_env_has_working_dir).parameters) == []
@@ -39,7 +39,7 @@ def test_of_ray_a_jobs_working_folder_can_be_kept_off_the_import_path() -> None:
 
 
 def test_of_ray_a_node_can_be_kept_to_the_loopback_and_its_token_to_the_environment() -> None:
-    """`search/cluster.py` says that there is no cluster, and has a token read anew."""
+    """`search/runners/ray_cluster.py` says that there is no cluster, and has a token read anew."""
     from ray._private import ray_constants, services
     from ray._raylet import AuthenticationTokenLoader
 
@@ -63,7 +63,7 @@ def test_of_tune_searcher_and_scheduler_are_asked_as_they_are_written() -> None:
 
 
 def test_of_accelerate_fsdp2_is_prepared_without_an_accelerator() -> None:
-    """`distillation/sharding.py` names the type of a CPU's processes by hand, and prepares the model itself."""
+    """`distillation/training/fsdp.py` names the type of a CPU's processes by hand, and prepares the model itself."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
@@ -80,7 +80,7 @@ def test_of_accelerate_fsdp2_is_prepared_without_an_accelerator() -> None:
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_of_bitsandbytes_the_optimizer_s_steps_are_overridden() -> None:
-    """`distillation/eight_bit.py` wraps these three, and reads states by their names."""
+    """`distillation/training/adamw_8bit.py` wraps these three, and reads states by their names."""
     from bitsandbytes.functional import quantize_blockwise
     from bitsandbytes.optim.adamw import AdamW8bit
 
@@ -98,7 +98,7 @@ def test_of_bitsandbytes_the_optimizer_s_steps_are_overridden() -> None:
 
 
 def test_of_transformers_attention_and_names_are_where_they_are_looked_for() -> None:
-    """`distillation/attention.py` puts its own in the place of a model's attention, `models.py` keeps a name."""
+    """`losses/attention.py` puts its own in the place of a model's attention, `models/loading.py` keeps a name."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -111,7 +111,7 @@ def test_of_transformers_attention_and_names_are_where_they_are_looked_for() -> 
 
 
 def test_of_torch_parameters_have_a_version_and_modules_a_dictionary() -> None:
-    """`distillation/quantization.py` keeps rounded weights while their version is the same."""
+    """`distillation/training/fake_quantize.py` keeps rounded weights while their version is the same."""
     module = torch.nn.Linear(2, 2)
     before = module.weight._version
     with torch.no_grad():

@@ -189,7 +189,7 @@ class Parted(Evaluator, Protocol):
     """An evaluator that asks the student, and can be read in parts: what it is not asked for further is saved."""
 
     def in_parts(self, subject: Subject) -> Iterator[tuple[Measurement, ...]]:
-        """What `evaluate` gives, over as many questions as are read after each part of `certainty.ends`.
+        """What `evaluate` gives, over as many questions as are read after each part of `early_stopping.ends`.
 
         Each question is asked once, and none before it is due.
         """

@@ -197,7 +197,7 @@ def evaluate(
         scales: As for `deployed_weights`.
         split: That the data are of.
         share: Of the evaluators' own examples, how much is read.
-        tokenizer: Folder whose files describe the model's text: the teacher's, or `token_sets.rendering_folder` of
+        tokenizer: Folder whose files describe the model's text: the teacher's, or `dataset.rendering_folder` of
             a student that learnt another template; None where no evaluator asks in text.
         in_parts: Whether the data are read part by part, where the evaluator of the metric can be.
         bar: What the metric is held to after each part: once it is certain to fall short, no more is read.

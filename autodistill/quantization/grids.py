@@ -30,7 +30,7 @@ class Grid:
 
     Of a grid of super-blocks scales and minima lie on a second grid: each block has a unit in `scale_dtype` for its
     scales, and one for its minima, and each group small whole multiples of them. Its scales, of the rule
-    "least_squares", are searched for (`super_blocks`); minima are at most 0, and stored without that sign.
+    "least_squares", are searched for (`k_quants`); minima are at most 0, and stored without that sign.
 
     - "gguf": a code is the rounded product of weight (less its minimum) and 1/scale, in float32 and with scale and
       minimum *before* their rounding to `scale_dtype`; a weight is read as code * stored scale (+ stored minimum) in

@@ -164,7 +164,7 @@ def pack(weights: Floats, storage: Storage, scales: Scales | None = None) -> Arr
 
     Returns:
         GGUF: `data`, uint8 [out, bytes per row], in blocks of a float16 scale, perhaps a float16 minimum, and codes; or
-        in super-blocks, for which see `k_blocks`.
+        in super-blocks, for which see `k_quant_bytes`.
         compressed-tensors: `weight_packed` int32 [out, words], `weight_scale` [out, groups], `weight_shape` int64 [2],
         and of an asymmetric grid `weight_zero_point` int32 [words, groups]. Floats: `data`. bfloat16 stands as its bits
         in uint16.

@@ -1,6 +1,6 @@
 """What fake quantisation does to a matrix on a CPU, each in one pass over memory: loops that numba compiles.
 
-They do the arithmetic of `grid_values` and `quantization`, which do it operation by operation wherever this cannot be
+They do the arithmetic of `rounding` and `fake_quantize`, which do it operation by operation wherever this cannot be
 imported or the weights are not on a CPU. Every loop is over the weights of one group, which stay in the nearest cache.
 """
 

@@ -99,7 +99,7 @@ class MarkedTask(TaskEvaluator, ABC):
         return self._marked(student, examples, self.marks(student, examples, prompts))
 
     def in_parts(self, subject: Subject) -> Iterator[tuple[Measurement, ...]]:
-        """As `contracts.Parted` says, in an order at random."""
+        """As `evaluation.base.Parted` says, in an order at random."""
         student, examples, prompts = self.questions(subject)
         drawn, read = order(len(examples)), 0
         marks: dict[int, npt.NDArray[np.bool_]] = {}

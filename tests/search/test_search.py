@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,14 @@ def request(inputs: tuple[Path, Path, Path], out: Path, **changes: object) -> Se
         "cache": cache,
     }
     return SearchRequest(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory() -> Iterator[None]:
+    """The same at all times, since searches plan by it and write it down: other processes come and go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autodistill.hardware.machine._free", lambda cgroup: 4 * 10**9)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -253,7 +253,7 @@ def save_student(model: Any, text: Path, folder: Path) -> None:
 
     Args:
         model: Of transformers.
-        text: The teacher's folder, or `token_sets.rendering_folder` of a student that learnt another template.
+        text: The teacher's folder, or `dataset.rendering_folder` of a student that learnt another template.
         folder: To be written.
     """
     model.save_pretrained(folder)

@@ -108,7 +108,7 @@ def stored_as(ref: TeacherRef, teacher: Teacher, spec: ModelSpec, cache: Path) -
 
     A GGUF file says itself what its tensors are. Of a folder some rows of each matrix are put on the grids: weights lie
     on one if they move far less than normal weights would. Where scales that follow from the weights would not give
-    all of them back, the teacher's own stand in the folder as learned ones do (`grid_scales`).
+    all of them back, the teacher's own stand in the folder as learned ones do (`learned_scales`).
 
     Args:
         ref: What was found.

@@ -42,7 +42,7 @@ class Difference:
 def paired(row: Row, metric: str) -> Mapping[str, Any] | None:
     """Ids, counts and sums by document of any of a row's figures; None where the row has none.
 
-    Of a mean these are `sum`, and of the test split's "ece" `bins`, as `contracts.Measurement` has them.
+    Of a mean these are `sum`, and of the test split's "ece" `bins`, as `evaluation.base.Measurement` has them.
     """
     data = row.documents
     if data is None:

@@ -63,7 +63,7 @@ class TrialSetting:
     renderings: Mapping[str, str] = field(default_factory=dict)
 
     def rendering(self, init: Init | None) -> str:
-        """Name of the rendering that a student reads, as `token_sets.load_split` takes it; empty for the teacher's."""
+        """Name of the rendering that a student reads, as `dataset.load_split` takes it; empty for the teacher's."""
         return self.renderings.get(init.model, "") if init else ""
 
     def text(self, init: Init | None) -> Path:

@@ -28,7 +28,7 @@ from autodistill.search.setup.loading import load
 from autodistill.search.setup.training_setup import trainable
 from autodistill.strategy.space import Space, load_space
 from autodistill.strategy.strategy import Init
-from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.utils.json_files import write_json
 
 SMALL = {
@@ -96,16 +96,18 @@ def test_a_resumed_run_keeps_the_space_that_it_was_searched_in(asked: SearchRequ
     for checked in (tight, wide):
         name = f"run-{whole(checked.space)}"
         stored = {
-            "teacher": {"reference": asked.teacher},
-            "data": {"reference": asked.data},
+            "teacher": {"reference": asked.teacher, "fingerprint": "made-up"},
+            "data": {"reference": asked.data, "fingerprint": "made-up"},
             "space": "default",
             "space_hash": checked.space.hash,
             "space_definition": checked.space.to_json(),
             "metric": "accuracy",
+            "direction": "max",
+            "speed": {"cache": 1.0, "score": 1.0, "worker_train": 1.0, "worker_score": 1.0},
             "sampler": "tpe",
             "seed": 0,
             "budget": checked.request.budget.to_json(),
-            "plan": {"trials": 3},
+            "plan": small_plan().to_json(),
         }
         with RunFolder.create(tmp_path, name) as run:
             write_json(run.search_file, stored)

@@ -231,8 +231,8 @@ def test_a_command_that_fails_on_the_teacher_ends_the_search_before_its_trials(b
 
 
 THIRD = """
-from autodistill.contracts import Measurement, Quantity
-from autodistill.statistics import clustered_mean, per_document
+from autodistill.evaluation.base import Measurement, Quantity
+from autodistill.evaluation.statistics import clustered_mean, per_document
 
 class Surprise:
     name = "surprise"

@@ -349,8 +349,8 @@ def test_from_rung_to_rung(lab, tmp_path):
 
 OTHER_PROCESS = """
 import pickle, sys
-from autodistill.trial import Trial
-from autodistill.workbench import Workbench
+from autodistill.search.worker.trial import Trial
+from autodistill.search.worker.context import Workbench
 setting, task, rung = pickle.load(open(sys.argv[1], "rb"))
 pickle.dump(Trial(Workbench(setting), task).run(rung), open(sys.argv[2], "wb"))
 """
