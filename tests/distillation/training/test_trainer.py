@@ -1,11 +1,11 @@
 """Steps, schedule, checkpoints and failures of the trainer, to the last bit where it promises so."""
 
 import copy
-import os
 import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -453,7 +453,7 @@ def test_killed_while_saving_the_earlier_checkpoint_stands(workshop, tmp_path):
     list(trainer.train_stable(64))
     trainer.save(path)
     content = path.read_bytes()
-    tests = os.path.dirname(os.path.dirname(__file__))
+    tests = str(Path(__file__).parents[2])
     program = KILLED.format(tests=tests, teacher=str(workshop.teacher), path=str(path))
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 9, ended.stderr
