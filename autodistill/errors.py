@@ -109,4 +109,4 @@ class RemoteError(AutoDistillError):
 
 
 class VerificationError(AutoDistillError):
-    """An exported artefact, loaded again, is not what was evaluated."""
+    """An exported artifact, loaded again, is not what was evaluated."""

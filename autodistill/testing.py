@@ -201,12 +201,12 @@ def small_plan(**changes: Any) -> Plan:
     return replace(plan, **changes)
 
 
-def tiny_subject(folder: Path, *, artefact: bool = False) -> Subject:
+def tiny_subject(folder: Path, *, artifact: bool = False) -> Subject:
     """A tiny student in every form that an evaluator may ask for, made-up scores and answers among them.
 
     Args:
-        folder: Receives the student as a transformers folder, and the artefact.
-        artefact: Whether it is exported too, as GGUF Q4_0.
+        folder: Receives the student as a transformers folder, and the artifact.
+        artifact: Whether it is exported too, as GGUF Q4_0.
     """
     import numpy as np
     import torch
@@ -256,7 +256,7 @@ def tiny_subject(folder: Path, *, artefact: bool = False) -> Subject:
             data=TokenSet(tokens=tokens, documents=np.repeat(np.arange(6, dtype=np.int32), 32).reshape(6, 32)),
             saver=partial(_saved, model, student),
         ),
-        artefact=GgufExporter().export(student, deployment, folder / "gguf").path if artefact else None,
+        artifact=GgufExporter().export(student, deployment, folder / "gguf").path if artifact else None,
     )
 
 
@@ -284,8 +284,8 @@ class EvaluatorConformance:
         raise NotImplementedError
 
     def subject(self, folder: Path) -> Subject:
-        """What it is given; by default a tiny student in every form, exported only for those that need an artefact."""
-        return tiny_subject(folder, artefact=self.evaluator().needs == "artefact")
+        """What it is given; by default a tiny student in every form, exported only for those that need an artifact."""
+        return tiny_subject(folder, artifact=self.evaluator().needs == "artifact")
 
     def test_it_says_what_it_measures_and_needs(self) -> None:
         """Name, needs, and for each figure a unit and a direction."""
@@ -409,10 +409,10 @@ class EvaluatorConformance:
             for parameter in subject.student.model.parameters():
                 parameter.data.fill_(torch.nan)
             _refused(self.evaluator(), subject, "weights that are not numbers")
-        elif needs == "artefact":
+        elif needs == "artifact":
             broken = tmp_path / "broken.gguf"
             broken.write_bytes(b"GGUF\x03\x00\x00\x00")
-            _refused(self.evaluator(), replace(subject, artefact=broken), "a file without a model")
+            _refused(self.evaluator(), replace(subject, artifact=broken), "a file without a model")
 
 
 _SOURCES = {
@@ -420,7 +420,7 @@ _SOURCES = {
     "scores": ("simulated",),
     "answers": ("simulated",),
     "student": ("simulated",),
-    "artefact": ("measured",),
+    "artifact": ("measured",),
 }
 
 

@@ -73,7 +73,7 @@ def sweep_cases() -> dict[str, Distillation]:
     return found
 
 
-def quantised(bits: int, group: int) -> Deployment:
+def quantized(bits: int, group: int) -> Deployment:
     """Symmetric integers as compressed-tensors packs them; the tied table of tokens stays in 16 bits."""
     finishing = Finishing(format="compressed-tensors", bits=bits, group_size=group)
     return Deployment(runtime=serving(finishing)[0], format="compressed-tensors", bits=bits, group_size=group)
@@ -112,7 +112,7 @@ class Findings:
 
     def retained(self, bits: int, group: int) -> tuple[list[float], list[float]]:
         """Retention of the teacher's exact match on a grid, without and with training on it, by seed."""
-        name = quantised(bits, group).name
+        name = quantized(bits, group).name
         sides = self.of(QUANTISED, name), self.of(QUANTISED, name, True)
         both = sorted(sides[0].keys() & sides[1].keys())
         without, with_it = ([side[seed].exact_match / self.exact for seed in both] for side in sides)
@@ -167,13 +167,13 @@ class Findings:
         titles = ["recipe", "seeds", "exact match, %", "lost, points", f"less {base}", "next token, %", "lost, points"]
         return report.table(titles, rows)
 
-    def quantisation(self) -> str:
+    def quantization(self) -> str:
         """Retention of the teacher's exact match without and with the grid in training, by bits and groups."""
         plain = self.of(QUANTISED)
         kept = [line.exact_match / self.exact for line in plain.values()]
         rows = [["16", "", len(kept), mean(kept), "", "", "", ""]]
         for bits, group in sorted(GRIDS, key=lambda grid: (-grid[0], grid[1] or math.inf)):
-            name = quantised(bits, group).name
+            name = quantized(bits, group).name
             without, with_it = self.retained(bits, group)
             if not without:
                 continue
@@ -221,7 +221,7 @@ def write_report(bench: Bench, teacher: MathTeacher) -> Path:
             "## Quantisation\n\nOften quoted: retention after INT8 rises from 72% to 89% by quantisation-aware "
             f'distillation. Students of the recipe "{QUANTISED}", symmetric integers with absmax scales; with it, the '
             "decay (the last fifth of the same tokens) was trained on the grid.",
-            found.quantisation(),
+            found.quantization(),
             "## The sweep\n\nOn validation questions, one seed that is none of the above. The full recipe, which has "
             "weights of its own, was given twice as many variants to choose from.",
             report.table(["variant", "exact match", "next token"], sweep),
@@ -235,7 +235,7 @@ def make(bench: Bench, seeds: Sequence[int]) -> None:
     for seed, case in itertools.product(seeds, CLAIMED):
         bench.judge("claims", case, RECIPES[case], seed)
     for (bits, group), seed, aware in itertools.product(GRIDS, seeds, (False, True)):
-        bench.judge("claims", QUANTISED, RECIPES[QUANTISED], seed, quantised(bits, group), aware)
+        bench.judge("claims", QUANTISED, RECIPES[QUANTISED], seed, quantized(bits, group), aware)
     for seed, case in itertools.product(seeds, RECIPES):
         bench.judge("claims", case, RECIPES[case], seed)
 

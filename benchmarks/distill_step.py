@@ -160,7 +160,7 @@ def q8_0(model: Any) -> Callable[[str], Any]:
     return (grids | {"model.embed_tokens.weight": packing.tables}).get
 
 
-def quantised_seconds(trainer: Trainer, grids: Callable[[str], Any], tokens: int) -> Taken:
+def quantized_seconds(trainer: Trainer, grids: Callable[[str], Any], tokens: int) -> Taken:
     """Of one step on a grid; one before it prepares the head, once a stretch as in a search."""
     steps = trainer.train_decay(trainer.tokens + 2 * tokens, grids)
     next(steps)
@@ -311,7 +311,7 @@ def arms(shop: Workshop, length: int, tokens: int, threads: int) -> dict[str, Ca
     runs: dict[str, Callable[[], Taken]] = {
         name: lambda own=own: seconds(lambda: next(own)) for name, own in steps.items() if name != QAT
     }
-    runs[QAT] = lambda: quantised_seconds(trainers[QAT], grids, tokens)
+    runs[QAT] = lambda: quantized_seconds(trainers[QAT], grids, tokens)
     runs[PLAIN] = lambda: seconds(lambda: plain_step(shop.model, optimizer, ids))
     runs[EXPERIMENTAL] = lambda: seconds(lambda: experimental_step(shop.model, wanted, optimizer, ids))
     runs[STABLE] = lambda: seconds(lambda: stable_step(shop.model, wanted, optimizer, ids))

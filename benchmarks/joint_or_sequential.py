@@ -76,7 +76,7 @@ class Turns:
         shape = self._best(known)["init"]
         used += self._train(self._shuffled(self._of(shape), dice), whole - used, known)
         best = self._best({name: value for name, value in known.items() if self._point(name)["init"] == shape})
-        return self._quantise(best, used)
+        return self._quantize(best, used)
 
     def searched(self, tokens: int, pruning: float, seed: int) -> dict[str, Any]:
         """This search in each step, with as many trials as the tokens hold."""
@@ -86,7 +86,7 @@ class Turns:
         further, found = self._search(self._of(shape), whole - used, seed)
         point = self._table.space.point(found)
         assert point is not None
-        return self._quantise(point, used + further)
+        return self._quantize(point, used + further)
 
     def _of(self, shape: Any = None) -> list[Point]:
         """Points without a grid: of the recipe's distillation in any shape, or of one shape."""
@@ -147,7 +147,7 @@ class Turns:
         assert best is not None
         return best
 
-    def _quantise(self, point: Point, used: int) -> dict[str, Any]:
+    def _quantize(self, point: Point, used: int) -> dict[str, Any]:
         lines = [self._line(point), self._line({**point, "finishing": "int4"})]
         best = max(lines, key=fitting)
         return {"tokens": used + self._finish, "best": fitting(best), "strategy": best.id}
@@ -161,7 +161,7 @@ def fitting(line: Line) -> float:
     return max(line.rows.values())
 
 
-def unquantised(table: Table, prepared: Prepared, kept: Kept) -> dict[str, float]:
+def unquantized(table: Table, prepared: Prepared, kept: Kept) -> dict[str, float]:
     """Validation accuracy of each recorded student without a grid, in 16 bits, whether that fits or not."""
     bench, setting, recorder = Workbench(prepared.setting), prepared.setting, Recorder(prepared)
     wide = next(one for one in table.deployments if one.bits == 16)
@@ -189,7 +189,7 @@ def main() -> None:
     kept = Kept("joint-or-sequential", table.digest, arguments.time)
     seeds = range(arguments.seeds)
     with prepare(default_cache() / "benchmarks" / "runs", f"table-{RUNGS[-1]}") as prepared:
-        turns = Turns(table, unquantised(table, prepared, kept))
+        turns = Turns(table, unquantized(table, prepared, kept))
     found = {"joint": [kept.get(f"joint {seed}", lambda seed=seed: joint(table, seed)) for seed in seeds]}
     for pruning in PRUNING:
         for name, way in (("in turn, trials to the end", turns.by_hand), ("in turn, each searched", turns.searched)):

@@ -72,7 +72,7 @@ SERVED = {"layers": 12, "width": 1024, "heads": 16, "kv_heads": 4, "ffn": 2816, 
 _WORK = Path(tempfile.gettempdir()) / "autodistill-k-quants"
 
 
-def _quantiser() -> Callable[..., int]:
+def _quantizer() -> Callable[..., int]:
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
     found = library.ggml_quantize_chunk
     found.restype = ctypes.c_size_t
@@ -86,7 +86,7 @@ def packed_by_llama_cpp(weights: Floats, grid: Grid) -> tuple[npt.NDArray[np.uin
     size, count = gguf.GGML_QUANT_SIZES[kind]
     packed = np.empty((len(weights), weights.shape[1] // size * count), np.uint8)
     weights = np.ascontiguousarray(weights)
-    _quantiser()(int(kind), weights.ctypes.data, packed.ctypes.data, 0, *weights.shape, None)
+    _quantizer()(int(kind), weights.ctypes.data, packed.ctypes.data, 0, *weights.shape, None)
     return packed, kind
 
 

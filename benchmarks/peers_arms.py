@@ -191,19 +191,19 @@ def _train(
 ) -> int:
     """Steps of one sequence until the processor time is over, as its share decides the rate; the tokens of them."""
     trained = [one for one in model.parameters() if one.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     model.train()
     began, tokens = time.process_time(), 0
     for row in _forever(train.tokens):
         passed = (time.process_time() - began) / max(seconds - began, 1e-9)
         if passed >= 1:
             break
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate * _share(passed)
         loss(_ids(row)).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         tokens += len(row)
     return tokens
 

@@ -27,7 +27,7 @@ class Latency:
     """
 
     name = "latency"
-    needs: Needs = "artefact"
+    needs: Needs = "artifact"
     measures: Mapping[str, Quantity] = {
         "latency_ms": Quantity("ms", "min"),
         "ttft_ms": Quantity("ms", "min"),
@@ -36,19 +36,19 @@ class Latency:
     }
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Times the artefact.
+        """Times the artifact.
 
         Raises:
-            VerificationError: The runtime cannot load the artefact.
+            VerificationError: The runtime cannot load the artifact.
         """
-        if subject.artefact is None:
-            raise ValueError("latency is measured on an artefact, and the subject has none")
+        if subject.artifact is None:
+            raise ValueError("latency is measured on an artifact, and the subject has none")
         limits = subject.budget.latency if isinstance(subject.budget, DeviceBudget) else ()
         load = Load(streams=tuple(sorted({1, *(limit.streams for limit in limits)})))
         if any(limit.quantity == "ttft" for limit in limits):
             load = replace(load, prompt=_LIMITED_PROMPT)
         timed = time_serving(
-            subject.artefact,
+            subject.artifact,
             subject.deployment.runtime,
             load,
             vocabulary=subject.spec.vocabulary,

@@ -23,7 +23,7 @@ _PROMPT = 512  # tokens that llama.cpp reads at once, which fill its compute buf
 class Memory:
     """Measures "memory_bytes" at the budget's context and batch, with its parts as detail.
 
-    It is predicted, unless there is an artefact whose runtime states it. llama.cpp loads a GGUF file and reads a
+    It is predicted, unless there is an artifact whose runtime states it. llama.cpp loads a GGUF file and reads a
     prompt: weights, KV cache and compute buffers are those of its log, and the overhead is what its process had at its
     peak beyond them. Of a discrete GPU they are the buffers there, and the overhead stays predicted, since neither the
     log nor the process says what libraries hold on it. transformers loads a folder and reads prompts that fill the
@@ -37,17 +37,17 @@ class Memory:
     measures: Mapping[str, Quantity] = {"memory_bytes": Quantity("bytes", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Predicts, or loads the artefact.
+        """Predicts, or loads the artifact.
 
         Raises:
             InputError: The format cannot hold one of the tensors.
-            VerificationError: The runtime cannot load the artefact.
+            VerificationError: The runtime cannot load the artifact.
         """
         measured = {"llama.cpp": _in_llama_cpp, "transformers": _in_transformers}.get(subject.deployment.runtime)
         of_gpu = on_gpu(subject.budget)
-        if subject.artefact is None or measured is None or (of_gpu and not detect().accelerator):
+        if subject.artifact is None or measured is None or (of_gpu and not detect().accelerator):
             return (_measurement(_estimate(subject, of_gpu), "predicted"),)
-        found, where = measured(subject, subject.artefact)
+        found, where = measured(subject, subject.artifact)
         if of_gpu and not found.on_gpu:
             return (_measurement(_estimate(subject, of_gpu), "predicted"),)
         predicted = {"predicted_bytes": _estimate(subject, found.on_gpu).total_bytes}
@@ -63,10 +63,10 @@ def _estimate(subject: Subject, of_gpu: bool) -> MemoryEstimate:
     return memory(subject.spec, subject.deployment, context=budget.context, batch=budget.batch, on_gpu=of_gpu)
 
 
-def _in_llama_cpp(subject: Subject, artefact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
+def _in_llama_cpp(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
     """What llama.cpp takes for a file, and where."""
     context, batch = subject.budget.context, subject.budget.batch
-    with LlamaServer(artefact, context, subject.threads, batch) as server:
+    with LlamaServer(artifact, context, subject.threads, batch) as server:
         server.begin([_prompt(subject, min(_PROMPT, _read(subject) - 1))])
         where = _where(server.accelerated)
         of_gpu = where["device_class"] == DISCRETE
@@ -82,10 +82,10 @@ def _in_llama_cpp(subject: Subject, artefact: Path) -> tuple[MemoryEstimate, dic
     return replace(stated, overhead_bytes=max(0, peak - buffers.total_bytes)), where
 
 
-def _in_transformers(subject: Subject, artefact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
+def _in_transformers(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
     """What transformers takes for a folder, and where."""
     context, batch = subject.budget.context, subject.budget.batch
-    with PythonServer(artefact, "transformers", context, subject.threads, batch) as folder:
+    with PythonServer(artifact, "transformers", context, subject.threads, batch) as folder:
         folder.begin([_prompt(subject, _read(subject) - 1)] * batch)
         folder.step()
         peak, where = folder.peak_bytes(), _where(folder.accelerated)

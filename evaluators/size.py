@@ -11,16 +11,16 @@ from autodistill.strategy.deployment import Deployment
 
 
 class Size:
-    """Measures "size_bytes": of the artefact's files that hold weights where there is one, else of the tensors."""
+    """Measures "size_bytes": of the artifact's files that hold weights where there is one, else of the tensors."""
 
     name = "size"
     needs: Needs = "spec"
     measures: Mapping[str, Quantity] = {"size_bytes": Quantity("bytes", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Counts the artefact's bytes, or adds up those of each tensor in the deployment's format."""
-        source: Source = "predicted" if subject.artefact is None else "measured"
-        value = _predicted(subject) if subject.artefact is None else _on_disk(subject.artefact)
+        """Counts the artifact's bytes, or adds up those of each tensor in the deployment's format."""
+        source: Source = "predicted" if subject.artifact is None else "measured"
+        value = _predicted(subject) if subject.artifact is None else _on_disk(subject.artifact)
         return (Measurement(name="size_bytes", value=float(value), unit="bytes", direction="min", source=source),)
 
     def supports(self, deployment: Deployment) -> bool:
@@ -32,10 +32,10 @@ def _predicted(subject: Subject) -> int:
     return weights_bytes(subject.spec.tensors, subject.deployment)
 
 
-def _on_disk(artefact: Path) -> int:
-    if artefact.is_file():
-        return artefact.stat().st_size
-    files = list(artefact.glob("*.safetensors"))
+def _on_disk(artifact: Path) -> int:
+    if artifact.is_file():
+        return artifact.stat().st_size
+    files = list(artifact.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{artefact} holds no weights: neither a GGUF file nor a folder with safetensors")
+        raise ValueError(f"{artifact} holds no weights: neither a GGUF file nor a folder with safetensors")
     return sum(file.stat().st_size for file in files)

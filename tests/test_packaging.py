@@ -207,7 +207,7 @@ def test_data_files_are_found_by_the_patterns_of_the_package_data() -> None:
     assert files("autodistill.search_spaces").joinpath("strategies/hand_designed.yaml").is_file()
 
 
-def test_the_licence_that_is_named_is_the_licence_that_is_there() -> None:
+def test_the_license_that_is_named_is_the_license_that_is_there() -> None:
     assert PROJECT["project"]["license"] == "Apache-2.0"
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     for words in ("Apache License", "Version 2.0, January 2004", "END OF TERMS AND CONDITIONS"):

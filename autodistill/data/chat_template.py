@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill.data.conversations import ANSWERING, Conversation, Likeliest, Told, Turn, asked
-from autodistill.data.tokenization import beginning, chat_template_of, groups, load_tokenizer, tokenised
+from autodistill.data.tokenization import beginning, chat_template_of, groups, load_tokenizer, tokenized
 from autodistill.errors import InputError
 
 # Where the chat template alone decides it, an answer begins and ends where that of any conversation does: what two of
@@ -208,7 +208,7 @@ class Renderer:
         lost = [_answers(one.turns) - len(found) for one, found in zip(conversations, spans, strict=True)]
         rendered: list[Rendered] = []
         for group in groups([len(text) for text in texts]):
-            encoded = tokenised(
+            encoded = tokenized(
                 self.tokenizer, list(texts[group]), return_attention_mask=False, return_offsets_mapping=True
             )
             rows = zip(encoded["input_ids"], encoded["offset_mapping"], spans[group], strict=True)
@@ -331,7 +331,7 @@ class Renderer:
         return None
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = tokenised(self.tokenizer, text)["input_ids"]
+        ids: list[int] = tokenized(self.tokenizer, text)["input_ids"]
         return ids
 
     def _lines(self, turns: Sequence[Turn]) -> tuple[str, list[_Span]]:

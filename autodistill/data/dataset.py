@@ -85,7 +85,7 @@ class Prepared:
         folder: Where they lie; `open_prepared` needs no more.
         fingerprint: Hash of text, tokenizer, sequence length, seed and split rule, and of what renders conversations.
         name: That of the source.
-        licence: Of the text, where it is known.
+        license: Of the text, where it is known.
         sequence_length: Tokens of a sequence.
         splits: "train", "validation" and "test".
         notes: What a person must know of the data, in sentences.
@@ -95,7 +95,7 @@ class Prepared:
     folder: Path
     fingerprint: str
     name: str
-    licence: str | None
+    license: str | None
     sequence_length: int
     splits: dict[str, SplitInfo]
     notes: tuple[str, ...] = ()
@@ -249,9 +249,10 @@ def open_prepared(folder: Path) -> Prepared:
         raise InputError(f"the prepared data in {folder} cannot be read ({error}): delete the folder") from error
     if not whole:
         raise InputError(f"the prepared data in {folder} have been altered: delete the folder")
-    fields = {name: index[name] for name in ("fingerprint", "name", "licence", "sequence_length")}
+    fields = {name: index[name] for name in ("fingerprint", "name", "sequence_length")}
     notes = tuple(index.get("notes", ()))
-    return Prepared(folder=folder, splits=splits, notes=notes, renderings=renderings, **fields)
+    license = index["licence"]
+    return Prepared(folder=folder, splits=splits, notes=notes, renderings=renderings, license=license, **fields)
 
 
 def fingerprint_of(folder: Path) -> str:

@@ -51,7 +51,7 @@ class Source:
         name: Short name for a person.
         kind: "pydoc", "folder", "txt", "jsonl", "parquet", "task" or "hub".
         documents: Texts, or conversations, none of them blank; a .txt file is a single text.
-        licence: Where it is known.
+        license: Where it is known.
         fingerprint: Hash of the documents in their order; that of pydoc begins with the version of Python, which has
             its own text.
         task: The reference of the task that made the conversations and can mark answers; None elsewhere.
@@ -61,7 +61,7 @@ class Source:
     name: str
     kind: str
     documents: tuple[str, ...] | tuple[Conversation, ...]
-    licence: str | None
+    license: str | None
     fingerprint: str
     task: str | None = None
     blank: int = 0
@@ -102,7 +102,7 @@ def resolve_data(ref: str, field: str | None = None) -> Source:
         return _pydoc()
     if tasks.is_task(ref):
         task = tasks.read_task(ref)
-        source = _source(task.name, "task", task.conversations, ref, licence=tasks.LICENCE)
+        source = _source(task.name, "task", task.conversations, ref, license=tasks.LICENSE)
         return replace(source, task=ref)
     expanded = os.path.expanduser(ref)  # os.path takes any text for a name, where pathlib raises or reads "" as "."
     path = Path(expanded)
@@ -163,7 +163,7 @@ def read_records(path: Path) -> list[tuple[str, Record]]:
     raise InputError(f"{path} is a file of an unsupported kind: give a .jsonl or .parquet file")
 
 
-def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, licence: str | None = None) -> Source:
+def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, license: str | None = None) -> Source:
     documents = tuple(one for one in found if isinstance(one, Conversation) or (one and one.strip()))
     if not documents:
         raise InputError(f"{ref} holds no text: give data with some")
@@ -183,7 +183,7 @@ def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, li
         name=name,
         kind=kind,
         documents=documents,  # type: ignore[arg-type]
-        licence=licence,
+        license=license,
         fingerprint=fingerprint,
         blank=len(found) - len(documents),
     )
@@ -194,7 +194,7 @@ def _pydoc() -> Source:
 
     version = platform.python_version()
     texts = [topics[topic] for topic in sorted(topics)]
-    source = _source(f"pydoc of Python {version}", "pydoc", texts, "pydoc", licence="PSF-2.0")
+    source = _source(f"pydoc of Python {version}", "pydoc", texts, "pydoc", license="PSF-2.0")
     return replace(source, fingerprint=f"python-{version}-{source.fingerprint}")
 
 

@@ -129,7 +129,7 @@ def _blanks_rule(texts: Sequence[str]) -> list[str]:
 def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length: int, seed: int) -> Prepared:
     """Splits documents of plain text, or one long text into blocks where there are too few."""
     texts, begin = _texts(source), beginning(tokenizer)
-    documents, places = _tokenise(texts, tokenizer), first_places(texts)
+    documents, places = _tokenize(texts, tokenizer), first_places(texts)
     length = sequence_length - (begin is not None)
     one = _is_one_text(places)
     if one:
@@ -341,7 +341,7 @@ def _question(place: int, conversation: Conversation, record: Rendered, renderer
     )
 
 
-def _tokenise(documents: Sequence[str], tokenizer: Any) -> list[Tokens]:
+def _tokenize(documents: Sequence[str], tokenizer: Any) -> list[Tokens]:
     """Token ids of each document, each ended by EOS, or by BOS where the tokenizer has no EOS."""
     end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if end is None:
@@ -409,7 +409,7 @@ def _write(
         head = {
             "fingerprint": fingerprint,
             "name": source.name,
-            "licence": source.licence,
+            "licence": source.license,
             "sequence_length": length,
             "notes": list(notes),
             **({"renderings": {name: asdict(info) for name, info in renderings.items()}} if renderings else {}),

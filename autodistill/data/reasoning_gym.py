@@ -13,7 +13,7 @@ from autodistill.data.conversations import Conversation, asked, without_thoughts
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.utils.yaml_files import parse_yaml
 
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 # What stands behind it is the final answer (the convention of GSM8K, arXiv 2110.14168).
 FINAL = "####"
 _PREFIX = "reasoning-gym:"

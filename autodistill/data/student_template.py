@@ -29,7 +29,7 @@ _TEXT_FILES = (".json", ".jinja", ".model", ".txt")
 
 _OWN_FILES = ("config.json", "model.safetensors.index.json", "teacher.json")
 
-_LICENCE_FILES = ("license", "licence", "copying", "notice")  # as these names begin, in small letters
+_LICENSE_FILES = ("license", "licence", "copying", "notice")  # as these names begin, in small letters
 
 # Of those the ones that say what a template of the student's own says otherwise.
 _GENERATION, _GGUF = "generation_config.json", "gguf_tokenizer.json"
@@ -50,13 +50,13 @@ def copy_text(teacher: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
     if (teacher / MORE_TEMPLATES).is_dir():
         shutil.copytree(teacher / MORE_TEMPLATES, folder / MORE_TEMPLATES, dirs_exist_ok=True)
-    copy_licence(teacher, folder)
+    copy_license(teacher, folder)
 
 
-def copy_licence(model: Path, folder: Path) -> None:
+def copy_license(model: Path, folder: Path) -> None:
     """Copies the text of a model's licence, and the notices beside it, which go wherever the model does."""
     for path in model.iterdir():
-        if path.is_file() and path.name.lower().startswith(_LICENCE_FILES):
+        if path.is_file() and path.name.lower().startswith(_LICENSE_FILES):
             shutil.copyfile(path, folder / path.name)
 
 

@@ -231,7 +231,7 @@ def _maker(
             if isinstance(choices, list)
             else _listed(texts["choices"], record, place, labels)
         )
-        plain = tuple(_unlabelled(one) if labels else one.strip() for one in found)
+        plain = tuple(_unlabeled(one) if labels else one.strip() for one in found)
         if len(plain) < 2 or not all(plain):
             raise InputError(f"{place} has {len(plain)} choices, or a blank one: give two or more")
         return _Asked(place=place, raw=_value(texts["answer"], record, place), found=found, plain=plain)
@@ -380,7 +380,7 @@ def _listed(template: _Template, record: Mapping[str, Any], place: str, labels: 
     return found
 
 
-def _unlabelled(choice: str) -> str:
+def _unlabeled(choice: str) -> str:
     return _LABEL.sub("", choice, count=1).strip() if _LABEL.match(choice) else choice.strip()
 
 
@@ -391,7 +391,7 @@ def _gold(raw: Any, found: Sequence[str], plain: Sequence[str], labels: bool) ->
     if not isinstance(raw, str):
         return None
     whole = [choice.strip() for choice in found]
-    for wanted, among in ((raw.strip(), whole), (_unlabelled(raw) if labels else raw.strip(), list(plain))):
+    for wanted, among in ((raw.strip(), whole), (_unlabeled(raw) if labels else raw.strip(), list(plain))):
         if wanted in among:
             return among.index(wanted)
     label = raw.strip().rstrip(".):").lstrip("(")

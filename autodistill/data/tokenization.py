@@ -55,7 +55,7 @@ def chat_template_of(tokenizer: Any) -> str | None:
     return chosen if chosen and isinstance(chosen, str) else None
 
 
-def tokenised(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
+def tokenized(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
     """What a tokenizer makes of texts, without what it would begin or end them with.
 
     Args:
@@ -197,5 +197,5 @@ def _changes_nothing(tokenizer: Any, text: str, cut: int) -> bool:
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    found: list[list[int]] = tokenised(tokenizer, texts, return_attention_mask=False)["input_ids"]
+    found: list[list[int]] = tokenized(tokenizer, texts, return_attention_mask=False)["input_ids"]
     return found

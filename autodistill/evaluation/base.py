@@ -21,7 +21,7 @@ Source = Literal["measured", "simulated", "predicted"]
 Direction = Literal["max", "min"]
 
 # What an evaluator reads of a subject, beside its shape, deployment and budget: a field of it, but for "spec".
-Needs = Literal["spec", "scores", "answers", "student", "artefact"]
+Needs = Literal["spec", "scores", "answers", "student", "artifact"]
 
 
 class Quantity(NamedTuple):
@@ -134,10 +134,10 @@ class Subject:
         spec: Shape of the student.
         deployment: How it is packed.
         budget: Gives context and batch.
-        scores: Of the packed weights simulated in torch, or None where only the artefact is measured.
+        scores: Of the packed weights simulated in torch, or None where only the artifact is measured.
         answers: Written by the packed weights simulated in torch; None where no evaluator asks for them.
         student: The packed weights simulated in torch, to be asked; None after export.
-        artefact: The exported file or folder, or None before export.
+        artifact: The exported file or folder, or None before export.
         split: That scores and answers are of.
         threads: CPU threads a runtime may use.
     """
@@ -148,7 +148,7 @@ class Subject:
     scores: TokenScores | None = None
     answers: Answers | None = None
     student: SimulatedStudent | None = None
-    artefact: Path | None = None
+    artifact: Path | None = None
     split: str = "validation"
     threads: int = 1
 

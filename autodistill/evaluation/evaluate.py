@@ -206,7 +206,7 @@ def evaluate(
         InputError: An evaluator needs answers, and the data have no questions.
     """
     loaded = (load_evaluator(item) if isinstance(item, str) else item for item in evaluators)
-    chosen = [item for item in loaded if item.needs != "artefact" and item.supports(deployment)]
+    chosen = [item for item in loaded if item.needs != "artifact" and item.supports(deployment)]
     with deployed_weights(model, spec, deployment, scales):
         student = tokenizer and PackedStudent(
             model=model,

@@ -15,7 +15,7 @@ from autodistill.strategy.deployment import Deployment
 
 
 @dataclass(frozen=True, kw_only=True)
-class Artefact:
+class Artifact:
     """An exported student on disk.
 
     Attributes:
@@ -40,9 +40,9 @@ class Exporter(Protocol):
         out: Path,
         *,
         teacher: str | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         name: str | None = None,
-    ) -> Artefact:
+    ) -> Artifact:
         """Packs `student`, a folder of transformers, into the folder `out`: a student's, or the teacher's own.
 
         What the model is called, what it is of, and the licence that it inherits, are written down where the container
@@ -50,7 +50,7 @@ class Exporter(Protocol):
         """
         ...
 
-    def unpack(self, artefact: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    def unpack(self, artifact: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Yields each stored tensor by transformers' name, dequantised from the bytes on disk."""
         ...
 

@@ -13,7 +13,7 @@ import torch
 from packaging.version import Version
 
 from autodistill.errors import MissingDependencyError, VerificationError
-from autodistill.export.base import Artefact
+from autodistill.export.base import Artifact
 from autodistill.export.huggingface import as_bf16
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, read_json, write_folder
 from autodistill.models.tensors import Role
@@ -40,9 +40,9 @@ class CompressedTensorsExporter:
         out: Path,
         *,
         teacher: str | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         name: str | None = None,
-    ) -> Artefact:
+    ) -> Artifact:
         """Packs the student into the folder `out`, where the model card alone names its teacher and licence.
 
         Raises:
@@ -60,16 +60,16 @@ class CompressedTensorsExporter:
             config = bf16_config(files.config) | {"quantization_config": quantization}
             return write_folder(out, student, config, tensors)
 
-    def unpack(self, artefact: Path) -> Iterator[tuple[str, Floats]]:
+    def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
         """Yields each stored tensor, dequantised from the grid that the folder's config states.
 
         Raises:
             VerificationError: A packed tensor lacks one of its parts.
         """
-        grid = _stated_grid(artefact)
+        grid = _stated_grid(artifact)
         names = _PARTS[:3] if grid.symmetric else _PARTS
         parts: dict[str, Arrays] = defaultdict(dict)
-        for name, tensor in read_arrays(artefact / WEIGHTS):
+        for name, tensor in read_arrays(artifact / WEIGHTS):
             prefix, _, part = name.rpartition(".")
             if part not in names:
                 yield name, unpack({"data": _bits(tensor)}, "bf16", tuple(tensor.shape))
@@ -144,8 +144,8 @@ def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _stated_grid(artefact: Path) -> Grid:
-    weights = read_json(artefact / "config.json")["quantization_config"]["config_groups"]["group_0"]["weights"]
+def _stated_grid(artifact: Path) -> Grid:
+    weights = read_json(artifact / "config.json")["quantization_config"]["config_groups"]["group_0"]["weights"]
     held = get_format("compressed-tensors")
     storage = held.linear(weights["num_bits"], weights["group_size"] or 0, weights["symmetric"])
     assert isinstance(storage, Grid)

@@ -15,7 +15,7 @@ from gguf.utility import size_label
 
 from autodistill.errors import InputError, VerificationError
 from autodistill.estimates.fit import check_holds
-from autodistill.export.base import Artefact
+from autodistill.export.base import Artifact
 from autodistill.export.gguf_tokenizer import add_tokenizer
 from autodistill.export.student_reader import StudentFiles, read_json, replacing
 from autodistill.export.tokenizer_check import cannot_cut
@@ -78,9 +78,9 @@ class GgufExporter:
         out: Path,
         *,
         teacher: str | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         name: str | None = None,
-    ) -> Artefact:
+    ) -> Artifact:
         """Packs the student into `out/student.gguf`, one tensor in memory at a time.
 
         Raises:
@@ -93,21 +93,21 @@ class GgufExporter:
                 if reason := cannot_cut(student, files.spec.vocabulary):
                     raise InputError(reason)
                 add_metadata(writer, files.spec, files.config, _FILE_TYPES[deployment.format])
-                _add_general(writer, files.spec, teacher, licence, name)
+                _add_general(writer, files.spec, teacher, license, name)
                 _add_sampling(writer, student)
                 add_tokenizer(writer, student, files.spec.vocabulary)
                 _write_tensors(writer, files, deployment)
             finally:
                 writer.close()
-        return Artefact(path=out / FILE, size_bytes=(out / FILE).stat().st_size)
+        return Artifact(path=out / FILE, size_bytes=(out / FILE).stat().st_size)
 
-    def unpack(self, artefact: Path) -> Iterator[tuple[str, Floats]]:
+    def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
         """Yields each stored tensor, in transformers' names and row order.
 
         Raises:
             VerificationError: The file holds a tensor that no export writes.
         """
-        reader = GGUFReader(artefact)
+        reader = GGUFReader(artifact)
         graph = _field(reader, "general.architecture")
         family = FAMILIES[GGUF_FAMILIES[graph]]
         heads = _field(reader, f"{graph}.attention.head_count")
@@ -117,7 +117,7 @@ class GgufExporter:
                 continue  # follows from the config
             name = family.from_gguf_name(tensor.name)
             if name is None or tensor.tensor_type not in _STORAGES:
-                raise VerificationError(f"{artefact} holds {tensor.name} as {tensor.tensor_type.name}: not an export")
+                raise VerificationError(f"{artifact} holds {tensor.name} as {tensor.tensor_type.name}: not an export")
             shape = tuple(int(size) for size in reversed(tensor.shape))
             storage = _STORAGES[tensor.tensor_type]
             if storage == "f32" and family.norm_role is Role.NORM_ABOVE_ONE:
@@ -185,7 +185,7 @@ def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any],
 
 
 def _add_general(
-    writer: GGUFWriter, spec: ModelSpec, teacher: str | None, licence: str | None, name: str | None
+    writer: GGUFWriter, spec: ModelSpec, teacher: str | None, license: str | None, name: str | None
 ) -> None:
     """Writes what programs that list models show of one, as llama.cpp's own converter does."""
     writer.add_size_label(size_label(spec.parameters, 0, 0, 0))
@@ -198,8 +198,8 @@ def _add_general(
             # Of the hub.
             writer.add_base_model_organization(0, teacher.partition("/")[0])
             writer.add_base_model_repo_url(0, f"https://huggingface.co/{teacher}")
-    if licence is not None:
-        writer.add_license(licence.lower())
+    if license is not None:
+        writer.add_license(license.lower())
 
 
 def _add_sampling(writer: GGUFWriter, folder: Path) -> None:

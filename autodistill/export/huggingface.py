@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from autodistill.export.base import Artefact
+from autodistill.export.base import Artifact
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
 from autodistill.quantization.grids import Floats
 from autodistill.quantization.packing import unpack
@@ -28,9 +28,9 @@ class HuggingFaceExporter:
         out: Path,
         *,
         teacher: str | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         name: str | None = None,
-    ) -> Artefact:
+    ) -> Artifact:
         """Packs the student into the folder `out`, where the model card alone names its teacher and licence.
 
         Raises:
@@ -40,9 +40,9 @@ class HuggingFaceExporter:
             tensors = {name: as_bf16(files.pack(name)) for name in files.specs}
             return write_folder(out, student, bf16_config(files.config), tensors)
 
-    def unpack(self, artefact: Path) -> Iterator[tuple[str, Floats]]:
+    def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
         """Yields each stored tensor, widened to float32."""
-        for name, tensor in read_arrays(artefact / WEIGHTS):
+        for name, tensor in read_arrays(artifact / WEIGHTS):
             yield name, unpack({"data": tensor.view(torch.uint16).numpy()}, "bf16", tuple(tensor.shape))
 
 

@@ -31,15 +31,15 @@ class Origin:
 
     Attributes:
         teacher, data: Their names.
-        teacher_licence, data_licence: As SPDX identifiers where they have one, or None where they are unknown.
-        quantised: The format that the teacher's file was quantised in, like "Q4_1", or None.
+        teacher_license, data_license: As SPDX identifiers where they have one, or None where they are unknown.
+        quantized: The format that the teacher's file was quantised in, like "Q4_1", or None.
     """
 
     teacher: str
     data: str
-    teacher_licence: str | None
-    data_licence: str | None
-    quantised: str | None
+    teacher_license: str | None
+    data_license: str | None
+    quantized: str | None
 
     @classmethod
     def of(cls, search: Mapping[str, Any]) -> Origin:
@@ -49,9 +49,9 @@ class Origin:
         return cls(
             teacher=teacher,
             data=data,
-            teacher_licence=stated(known.get(teacher)),
-            data_licence=stated(known.get(data)),
-            quantised=search["teacher"].get("quantised"),
+            teacher_license=stated(known.get(teacher)),
+            data_license=stated(known.get(data)),
+            quantized=search["teacher"].get("quantised"),
         )
 
     def name_of(self, row: Row) -> str:
@@ -80,11 +80,11 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
     own.sort(key=lambda one: one.deployment_name != here)
     measured = any(one.deployment_name == here for one in own)
     container = get_format(deployment.format).container
-    licence = origin.teacher_licence
+    license = origin.teacher_license
     read = "learnt from" if row.kind in DISTILLED else "was measured on"
     model = "the teacher" if row.kind == "teacher" else "this student"
     head = {
-        **({"license": " ".join(licence.lower().split())} if licence else {}),
+        **({"license": " ".join(license.lower().split())} if license else {}),
         "library_name": "gguf" if container == "gguf" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["distillation", "quantization", "autodistill", container],
@@ -100,8 +100,8 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             _made(row, origin),
             f"It is packed here as {here}.{'' if measured else ' ' + _NO_ROW}",
             "",
-            f"- Licence of the teacher, which its students inherit: {plain(licence or NOT_STATED)}",
-            f"- Licence of the text it {read} ({plain(origin.data)}): {plain(origin.data_licence or NOT_STATED)}",
+            f"- Licence of the teacher, which its students inherit: {plain(license or NOT_STATED)}",
+            f"- Licence of the text it {read} ({plain(origin.data)}): {plain(origin.data_license or NOT_STATED)}",
             "",
             "## Measurements",
             "",
@@ -137,8 +137,8 @@ def _made(row: Row, origin: Origin) -> str:
         made = [f"Distilled from {teacher} on {plain(origin.data)} by AutoDistill, under strategy `{row.strategy_id}`."]
     if row.fidelity is not None and not row.full:
         made.append(f"It was trained for {row.fidelity:.0%} of the tokens that were planned.")
-    if origin.quantised:
-        made.append(f"The teacher was read from a file in {plain(origin.quantised)} and dequantised.")
+    if origin.quantized:
+        made.append(f"The teacher was read from a file in {plain(origin.quantized)} and dequantised.")
     return " ".join(made)
 
 

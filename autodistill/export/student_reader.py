@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from autodistill.errors import InputError
-from autodistill.export.base import Artefact
+from autodistill.export.base import Artifact
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import FAMILIES, get_family
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
@@ -172,7 +172,7 @@ def _remove_left(out: Path) -> None:
             os.close(descriptor)
 
 
-def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Artefact:
+def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Artifact:
     """Writes a folder that transformers loads: weights, config, and the student's tokenizer and generation config.
 
     Raises:
@@ -189,7 +189,7 @@ def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: M
         if (student / MORE_TEMPLATES).is_dir():
             shutil.copytree(student / MORE_TEMPLATES, partial / MORE_TEMPLATES)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return Artefact(path=out, size_bytes=(out / WEIGHTS).stat().st_size)
+    return Artifact(path=out, size_bytes=(out / WEIGHTS).stat().st_size)
 
 
 def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import VerificationError
 from autodistill.evaluation.statistics import binomial_interval, binomial_tail
-from autodistill.export.base import Artefact, Exporter
+from autodistill.export.base import Artifact, Exporter
 from autodistill.export.gguf_tokenizer import spaces
 from autodistill.export.student_reader import StudentFiles
 from autodistill.export.tokenizer_check import agreement, comparable
@@ -78,12 +78,12 @@ class RuntimeCheck:
     same_cut: float = 1.0
 
 
-def verify(exporter: Exporter, artefact: Artefact, student: Path, deployment: Deployment) -> Verification:
-    """Compares every weight read back from an artefact with the weights that were evaluated.
+def verify(exporter: Exporter, artifact: Artifact, student: Path, deployment: Deployment) -> Verification:
+    """Compares every weight read back from an artifact with the weights that were evaluated.
 
     Args:
-        exporter: The one that wrote the artefact.
-        artefact: What it wrote.
+        exporter: The one that wrote the artifact.
+        artifact: What it wrote.
         student: The folder of float32 weights that it was made of.
         deployment: How it was to be packed.
 
@@ -92,15 +92,15 @@ def verify(exporter: Exporter, artefact: Artefact, student: Path, deployment: De
     """
     weights, seen = 0, set()
     with StudentFiles(student, deployment) as files:
-        for name, found in exporter.unpack(artefact.path):
+        for name, found in exporter.unpack(artifact.path):
             if name not in files.specs or name in seen:
-                raise VerificationError(f"{artefact.path} holds a tensor too many: {name}")
+                raise VerificationError(f"{artifact.path} holds a tensor too many: {name}")
             _compare(name, found, files.deployed(name))
             seen.add(name)
             weights += found.size
         missing = sorted(set(files.specs) - seen)
     if missing:
-        raise VerificationError(f"{artefact.path} lacks {len(missing)} tensors, {missing[0]} among them")
+        raise VerificationError(f"{artifact.path} lacks {len(missing)} tensors, {missing[0]} among them")
     return Verification(tensors=len(seen), weights=weights)
 
 
@@ -116,14 +116,14 @@ def _compare(name: str, found: Floats, expected: Floats) -> None:
 
 
 def verify_runtime(
-    artefact: Artefact,
+    artifact: Artifact,
     deployment: Deployment,
     simulated: tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.floating[Any]]],
     sequences: npt.NDArray[np.integer[Any]],
     threads: int,
     student: Path,
 ) -> RuntimeCheck:
-    """Loads an artefact in its runtime, compares its choices with the simulation's, and lets it write.
+    """Loads an artifact in its runtime, compares its choices with the simulation's, and lets it write.
 
     Its weights were compared one by one already (`verify`): what is asked here is whether the runtime computes with
     them what was evaluated, which a wrong layout, rotation or norm spoils at most positions. Small data gives few
@@ -132,13 +132,13 @@ def verify_runtime(
     that the record has their count and interval.
 
     Args:
-        artefact: The exported file or folder.
+        artifact: The exported file or folder.
         deployment: llama.cpp runs GGUF; folders are run by transformers, also where vLLM will serve them.
         simulated: int and float [sequences, tokens], the most likely next token after each token of each sequence and
             the lead of its logit, computed in float32 from the packed weights.
         sequences: int [sequences, tokens].
         threads: CPU threads of the runtime. Beside other work, one is the fastest in llama.cpp.
-        student: The folder that the artefact was made of; it has the tokenizer.
+        student: The folder that the artifact was made of; it has the tokenizer.
 
     Raises:
         VerificationError: Less than 97% agreement at the clear positions, a runtime that does not load the student or
@@ -150,12 +150,12 @@ def verify_runtime(
         raise ValueError(f"{list(sequences.shape)} tokens, and choices of {list(expected.shape)}")
     clear = leads >= np.quantile(leads, 1 - CLEAR_SHARE)
     run = _run_llama_cpp if deployment.runtime == "llama.cpp" else _run_transformers
-    top1, text, same_cut = run(artefact.path, sequences, threads, student)
+    top1, text, same_cut = run(artifact.path, sequences, threads, student)
     same = top1 == expected
     alike, positions = int(same[clear].sum()), int(clear.sum())
     if falls_short(alike, positions, MIN_AGREEMENT):
         raise VerificationError(
-            f"{artefact.path} chose the evaluated student's token in {alike / positions:.1%} of {positions} clear "
+            f"{artifact.path} chose the evaluated student's token in {alike / positions:.1%} of {positions} clear "
             f"positions in {deployment.runtime}; {MIN_AGREEMENT:.0%} is the least"
         )
     return RuntimeCheck(

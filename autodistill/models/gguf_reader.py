@@ -211,7 +211,7 @@ class GgufFile:
             sizes[tensor.type] += tensor.size
         return GGMLQuantizationType(sizes.most_common(1)[0][0]).name
 
-    def quantised(self) -> str | None:
+    def quantized(self) -> str | None:
         """The format of blocks that most bytes are of; None where most are floating-point numbers."""
         kind = self.main_type()
         return None if kind in ("F16", "BF16", "F32", "F64") else kind

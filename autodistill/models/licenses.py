@@ -5,17 +5,17 @@ from __future__ import annotations
 _LONGEST = 200  # characters: identifiers and names are short, and what is longer is a licence's text
 
 
-def stated(licence: object) -> str | None:
+def stated(license: object) -> str | None:
     """The licence in one line, or None where nothing legible is said of it.
 
     Model cards have an identifier or a list of these; GGUF files may have a value of any kind under its key.
 
     Args:
-        licence: As it was read.
+        license: As it was read.
     """
-    if isinstance(licence, list | tuple):
-        return ", ".join(filter(None, map(stated, licence))) or None
-    if not isinstance(licence, str):
+    if isinstance(license, list | tuple):
+        return ", ".join(filter(None, map(stated, license))) or None
+    if not isinstance(license, str):
         return None
-    line = " ".join("".join(sign if sign.isprintable() else " " for sign in licence).split())
+    line = " ".join("".join(sign if sign.isprintable() else " " for sign in license).split())
     return line[:_LONGEST] or None

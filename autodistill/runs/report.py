@@ -41,7 +41,7 @@ def report_markdown(
 
     Args:
         search: `search.json`: `name`, `command`, `budget` (as `Budget.to_json`), `metric`, `direction`, and where
-            known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `runtime`, `licences` (name to
+            known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `runtime`, `licenses` (name to
             licence), `versions`, `notes`. A mapping under `teacher` or `data` is written as its fields.
         ranked: The leaderboard.
         events: The log. Of it are read "status" events (`trial`, `status`, `reason`), and the rows of the test split
@@ -117,7 +117,7 @@ def figure(ranked: Sequence[Ranked], metric: str = "accuracy", direction: str = 
     drawing = Figure(figsize=(7, 4.5), layout="constrained")
     axes = drawing.subplots()
     rows = [one.row for one in ranked if one.row.full and one.row.memory_bytes and one.row.figure(metric) is not None]
-    for feasible, colour, label in ((True, "tab:blue", "fits"), (False, "tab:grey", "over the budget")):
+    for feasible, color, label in ((True, "tab:blue", "fits"), (False, "tab:grey", "over the budget")):
         group = [row for row in rows if row.feasible == feasible]
         if group:
             axes.errorbar(
@@ -125,7 +125,7 @@ def figure(ranked: Sequence[Ranked], metric: str = "accuracy", direction: str = 
                 [row.figure(metric) or 0.0 for row in group],
                 yerr=[row.figure(f"{metric}_stderr") or 0.0 for row in group],
                 fmt="o",
-                color=colour,
+                color=color,
                 label=label,
             )
     best = pareto(

@@ -288,7 +288,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
             "name": loaded.teacher.name,
             "fingerprint": loaded.teacher.fingerprint,
             "revision": loaded.teacher.revision,
-            "quantised": loaded.teacher.quantised,
+            "quantised": loaded.teacher.quantized,
             "stored_as": loaded.stored.name if loaded.stored else None,
             "parameters": loaded.spec.parameters,
             "layers": loaded.spec.layers,
@@ -332,7 +332,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "forking": checked.request.forking,
         "plan": plan.to_json(),
         "speed": asdict(speed),
-        "licences": _licences(loaded),
+        "licences": _licenses(loaded),
         "versions": _versions(),
     }
 
@@ -346,6 +346,6 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | found
 
 
-def _licences(loaded: Loaded) -> dict[str, str]:
-    named = {loaded.teacher.name: loaded.teacher.licence, loaded.data.name: loaded.data.licence}
-    return {name: licence or NOT_STATED for name, licence in named.items()}
+def _licenses(loaded: Loaded) -> dict[str, str]:
+    named = {loaded.teacher.name: loaded.teacher.license, loaded.data.name: loaded.data.license}
+    return {name: license or NOT_STATED for name, license in named.items()}

@@ -52,7 +52,7 @@ class Server(Protocol):
 
 
 def serve(path: Path, runtime: str, *, context: int, threads: int, parallel: int) -> Server:
-    """The artefact in its runtime, for use in a `with` statement.
+    """The artifact in its runtime, for use in a `with` statement.
 
     Raises:
         MissingDependencyError: The runtime is not installed.
@@ -211,7 +211,7 @@ class Timed:
 
 
 def time_serving(path: Path, runtime: str, load: Load, *, vocabulary: int, context: int, threads: int) -> Timed:
-    """Times an artefact in its runtime, after warming up.
+    """Times an artifact in its runtime, after warming up.
 
     Args:
         path: A GGUF file, or a folder.
@@ -222,7 +222,7 @@ def time_serving(path: Path, runtime: str, load: Load, *, vocabulary: int, conte
         threads: CPU threads.
 
     Raises:
-        VerificationError: The runtime cannot load the artefact.
+        VerificationError: The runtime cannot load the artifact.
     """
     load = load.within(context)
     server = serve(path, runtime, context=context, threads=threads, parallel=max(load.streams))

@@ -40,7 +40,7 @@ class WrittenMatch(MarkedTask):
         """Lets the student write an answer to every question."""
         written = student.write(prompts, max_tokens=self.task.max_tokens, stops=self.task.stop)
         right = [
-            normalised(without_thoughts(text)) in {normalised(answer) for answer in example.answers}
+            normalized(without_thoughts(text)) in {normalized(answer) for answer in example.answers}
             for text, example in zip(written, examples, strict=True)
         ]
         return np.array(right)[:, None]
@@ -50,7 +50,7 @@ class WrittenMatch(MarkedTask):
         return {"max_tokens": self.task.max_tokens, "normalisation": "case, articles, punctuation, spaces"}
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """The text without case, articles, further spaces, and punctuation but for what belongs to a number or a name.
 
     After SQuAD's evaluation (Rajpurkar et al., 2016, arXiv 1606.05250), whose removal of all punctuation would make

@@ -150,8 +150,8 @@ def test_a_file_whose_experts_are_of_another_type_is_told_by_the_one_of_most_byt
     }
     for shapes, kind in ((matrices, "Q8_0"), (experts, "Q4_0")):
         for name, sizes in shapes.items():
-            quantised = gguf.quants.quantize(np.zeros(sizes, np.float32), gguf.GGMLQuantizationType[kind])
-            writer.add_tensor(f"{name}.weight", quantised, raw_dtype=gguf.GGMLQuantizationType[kind])
+            quantized = gguf.quants.quantize(np.zeros(sizes, np.float32), gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(f"{name}.weight", quantized, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

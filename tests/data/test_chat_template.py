@@ -126,7 +126,7 @@ def test_lines_begin_as_the_tokenizer_begins_texts_and_templates_by_themselves(t
         assert expected.count(encode.bos_token_id) == len(one.turns) + (name == "with")
 
 
-def test_conversations_are_tokenised_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversations_are_tokenized_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     renderer, many = _renderer(tmp_path, TEMPLATE), [asked(f"question {n}", "answer " * n) for n in range(1, 30)]
     expected, given, genuine = renderer.render(many), [], renderer.tokenizer
 

@@ -34,7 +34,7 @@ def test_pydoc_has_each_topic_and_states_the_version_of_python() -> None:
     source = resolve_data("pydoc")
     assert sorted(source.documents) == sorted(topics.values())
     assert source.fingerprint.startswith(f"python-{platform.python_version()}-")
-    assert source.licence == "PSF-2.0"
+    assert source.license == "PSF-2.0"
 
 
 def test_a_folder_gives_its_text_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
@@ -105,11 +105,11 @@ def test_records_without_prompt_or_answer_are_left_out(tmp_path: Path) -> None:
     assert resolve_data(_jsonl(tmp_path / "d.jsonl", *records)).documents == (asked("p", "a"), asked("p", "b"))
 
 
-def test_a_task_is_data_with_a_licence_and_a_fingerprint_by_its_content() -> None:
+def test_a_task_is_data_with_a_license_and_a_fingerprint_by_its_content() -> None:
     first, again, other = (
         resolve_data(f"reasoning-gym:chain_sum?size=8&seed={seed}") for seed in ("0", "0&worked=true", "100")
     )
-    assert (first.kind, first.name, first.licence) == ("task", "chain_sum", "Apache-2.0")
+    assert (first.kind, first.name, first.license) == ("task", "chain_sum", "Apache-2.0")
     assert first.task == "reasoning-gym:chain_sum?size=8&seed=0"
     assert len(first.conversations) == 8
     assert first.fingerprint == again.fingerprint != other.fingerprint

@@ -160,7 +160,7 @@ def test_documents_of_their_own_are_no_sequences_in_a_row(prepared: Prepared) ->
     assert {load_split(prepared.folder, split).in_a_row for split in SPLITS} == {0}
 
 
-def test_errors_of_sequences_in_a_row_are_those_of_a_text_whose_neighbours_are_alike() -> None:
+def test_errors_of_sequences_in_a_row_are_those_of_a_text_whose_neighbors_are_alike() -> None:
     """Of many drawn texts the mean scatters by what blocks say, and by far more than single sequences would."""
     dice, sequences = np.random.default_rng(0), 200
     # What is true of a sequence carries over to the next one in part.
@@ -315,7 +315,7 @@ def _chats(count: int, words: int = 3) -> tuple[Conversation, ...]:
 
 
 def _source(documents: tuple[Conversation, ...], **changes: object) -> Source:
-    fields = {"name": "chats", "kind": "jsonl", "licence": None, "fingerprint": str(hash(documents))}
+    fields = {"name": "chats", "kind": "jsonl", "license": None, "fingerprint": str(hash(documents))}
     return Source(documents=documents, **(fields | changes))  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from autodistill.data import tokenization as tokenising
+from autodistill.data import tokenization as tokenizing
 from autodistill.data.tokenization import beginning, encode, groups, load_tokenizer, save_tokenizer
 from autodistill.errors import InputError
 from autodistill.testing import tiny_tokenizer
@@ -75,8 +75,8 @@ def test_in_parts_every_text_has_the_tokens_of_the_whole(name: str, texts: list[
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama 3", "gemma"])
-def test_a_long_text_is_never_tokenised_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenising, "_AROUND", 100)
+def test_a_long_text_is_never_tokenized_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizing, "_AROUND", 100)
     text = "".join(f"The miller carries {place} apples.\nA fox runs\n\n  near the river:\n" for place in range(400))
     counting = _Counting(TOKENIZERS[name])
     texts = [text, "short", text[:5000]]
@@ -90,7 +90,7 @@ def test_a_text_that_cannot_be_cut_is_read_whole_where_memory_holds_it(monkeypat
     counting = _Counting(tokenizer)
     assert [ids.tolist() for ids in encode(counting, [text], 200)] == _whole(tokenizer, [text])
     assert counting.longest == len(text)
-    monkeypatch.setattr(tokenising, "memory_bytes", lambda: 100_000)
+    monkeypatch.setattr(tokenizing, "memory_bytes", lambda: 100_000)
     with pytest.raises(InputError, match=r"1,700 characters takes 170 kB of memory .*, of 100 kB,.*several documents"):
         encode(tokenizer, [text], 200)
     encode(tokenizer, [text], 1700)  # as any text that is not too long

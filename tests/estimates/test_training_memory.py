@@ -170,17 +170,17 @@ def test_adamw_takes_sixteen_bytes_a_weight_and_four_where_frozen() -> None:
 
 
 @pytest.mark.parametrize("state", ["float32", "bfloat16", "int8"])
-def test_moments_take_what_the_optimisers_hold(state: Any) -> None:
+def test_moments_take_what_the_optimizers_hold(state: Any) -> None:
     """The tensors that each AdamW holds of weights of the shapes of a model, but for its counts of steps."""
     spec = spec_from_config(config(hidden_size=256, intermediate_size=512))
     weights = [torch.nn.Parameter(torch.randn(tensor.shape)) for tensor in spec.tensors if len(tensor.shape) == 2]
-    optimiser = adamw([{"params": weights}], state)
+    optimizer = adamw([{"params": weights}], state)
     for weight in weights:
         weight.grad = torch.randn_like(weight)
-    optimiser.step()
+    optimizer.step()
     held = 0
     for weight in weights:
-        moments = {name: part for name, part in optimiser.state[weight].items() if torch.is_tensor(part)}
+        moments = {name: part for name, part in optimizer.state[weight].items() if torch.is_tensor(part)}
         # bitsandbytes' table of 8-bit values is one for all.
         held += sum(part.nbytes for name, part in moments.items() if part.numel() > 1 and "qmap" not in name)
     trained = sum(weight.numel() for weight in weights)

@@ -12,7 +12,7 @@ from autodistill.testing import tiny_subject
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Subject]:
     folder = tmp_path_factory.mktemp("subject")
-    return folder, tiny_subject(folder, artefact=True)
+    return folder, tiny_subject(folder, artifact=True)
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +23,10 @@ def student(made: tuple[Path, Subject]) -> Path:
 @pytest.fixture(scope="session")
 def subject(made: tuple[Path, Subject]) -> Subject:
     """A tiny student before its export, with scores on made-up tokens of 40 documents."""
-    return replace(made[1], artefact=None)
+    return replace(made[1], artifact=None)
 
 
 @pytest.fixture(scope="session")
-def artefact(made: tuple[Path, Subject]) -> Path:
-    assert made[1].artefact is not None
-    return made[1].artefact
+def artifact(made: tuple[Path, Subject]) -> Path:
+    assert made[1].artifact is not None
+    return made[1].artifact

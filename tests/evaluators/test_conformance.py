@@ -198,6 +198,6 @@ def test_nothing_is_fetched_or_left_behind(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path / "cache"))
-    if load("evaluators", name).needs != "artefact":
+    if load("evaluators", name).needs != "artifact":
         load("evaluators", name).evaluate(subject)
     assert list(tmp_path.iterdir()) == []

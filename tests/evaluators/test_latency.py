@@ -17,8 +17,8 @@ PLAIN = Deployment(runtime="transformers", format="huggingface", bits=16, group_
 
 
 @pytest.mark.parametrize("runtime", ["llama.cpp", "transformers"])
-def test_states_what_it_measured_and_how(subject: Subject, student: Path, artefact: Path, runtime: str) -> None:
-    given: dict[str, Any] = {"artefact": artefact} if runtime == "llama.cpp" else {"artefact": student}
+def test_states_what_it_measured_and_how(subject: Subject, student: Path, artifact: Path, runtime: str) -> None:
+    given: dict[str, Any] = {"artifact": artifact} if runtime == "llama.cpp" else {"artifact": student}
     if runtime == "transformers":
         given["deployment"] = PLAIN
     measurements = {item.name: item for item in Latency().evaluate(replace(subject, threads=1, **given))}
@@ -33,10 +33,10 @@ def test_states_what_it_measured_and_how(subject: Subject, student: Path, artefa
     assert measurements["answer_ms"].value > measurements["ttft_ms"].value
 
 
-def test_what_a_budget_limits_is_timed_at_its_streams(subject: Subject, artefact: Path) -> None:
+def test_what_a_budget_limits_is_timed_at_its_streams(subject: Subject, artifact: Path) -> None:
     limits = parse_latency("ttft_p95=9s,tpot_p99=9s@streams=3")
     budget = DeviceBudget(memory_bytes=10**9, context=600, device=find_device("pi 4", devices()), latency=limits)
-    found = {item.name: item for item in Latency().evaluate(replace(subject, artefact=artefact, budget=budget))}
+    found = {item.name: item for item in Latency().evaluate(replace(subject, artifact=artifact, budget=budget))}
     assert {limit.name for limit in limits} <= set(found)
     loads = found["latency_ms"].detail["loads"]
     # Of 512 tokens those that the model's context holds beside the answer.
@@ -48,8 +48,8 @@ def test_what_a_budget_limits_is_timed_at_its_streams(subject: Subject, artefact
     assert kept == {limit.name: found[limit.name].value for limit in limits}
 
 
-def test_a_shorter_context_than_the_prompts_has_shorter_ones(subject: Subject, artefact: Path) -> None:
-    short = replace(subject, artefact=artefact, budget=replace(subject.budget, context=16))
+def test_a_shorter_context_than_the_prompts_has_shorter_ones(subject: Subject, artifact: Path) -> None:
+    short = replace(subject, artifact=artifact, budget=replace(subject.budget, context=16))
     assert all(measurement.value > 0 for measurement in Latency().evaluate(short))
 
 

@@ -22,7 +22,7 @@ from autodistill.strategy.deployment import Deployment
 
 def test_predicts_before_the_export_and_where_the_runtime_states_nothing(subject: Subject, student: Path) -> None:
     vllm = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=64)
-    for changes in ({}, {"artefact": student, "deployment": vllm}):
+    for changes in ({}, {"artifact": student, "deployment": vllm}):
         (measurement,) = Memory().evaluate(replace(subject, **changes))
         assert measurement.source == "predicted"
         assert measurement.detail["context"] == 512
@@ -31,11 +31,11 @@ def test_predicts_before_the_export_and_where_the_runtime_states_nothing(subject
         assert measurement.value == sum(parts)
 
 
-def test_measures_the_file_in_llama_cpp(subject: Subject, artefact: Path) -> None:
+def test_measures_the_file_in_llama_cpp(subject: Subject, artifact: Path) -> None:
     (predicted,) = Memory().evaluate(subject)
-    (measured,) = Memory().evaluate(replace(subject, artefact=artefact))
+    (measured,) = Memory().evaluate(replace(subject, artifact=artifact))
     assert measured.source == "measured"
-    with LlamaServer(artefact, 512, 1, 2) as server:
+    with LlamaServer(artifact, 512, 1, 2) as server:
         buffers = server.buffers()
         resident = psutil.Process(server._child.pid).memory_info().rss
         interpreter = server._child.ready["interpreter_bytes"]
@@ -49,7 +49,7 @@ def test_measures_the_file_in_llama_cpp(subject: Subject, artefact: Path) -> Non
 
 def test_measures_a_folder_as_the_peak_of_its_process(subject: Subject, student: Path) -> None:
     plain = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
-    loaded = replace(subject, deployment=plain, artefact=student)
+    loaded = replace(subject, deployment=plain, artifact=student)
     (measured,) = Memory().evaluate(loaded)
     assert measured.source == "measured"
     parts = [measured.detail[f"{part}_bytes"] for part in ("weights", "kv_cache", "compute", "overhead")]
@@ -82,11 +82,11 @@ class _OnGpu:
 
 
 def test_of_a_gpu_the_process_s_memory_is_no_part_of_what_llama_cpp_takes(
-    subject: Subject, artefact: Path, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluator, "LlamaServer", _OnGpu)
     monkeypatch.setattr(evaluator, "machine_name", lambda *_, **__: "Tesla T4")
-    (measured,) = Memory().evaluate(replace(subject, artefact=artefact))
+    (measured,) = Memory().evaluate(replace(subject, artifact=artifact))
     guess = memory(subject.spec, subject.deployment, context=512, batch=2, on_gpu=True)
     assert (measured.source, measured.detail["device_class"]) == ("measured", "discrete-gpu")
     # What libraries hold there is in no log: it stays predicted, and is no process's.
@@ -95,10 +95,10 @@ def test_of_a_gpu_the_process_s_memory_is_no_part_of_what_llama_cpp_takes(
     assert measured.detail["predicted_bytes"] == guess.total_bytes
 
 
-def test_a_process_here_does_not_stand_for_the_gpu_that_a_budget_is_of(subject: Subject, artefact: Path) -> None:
+def test_a_process_here_does_not_stand_for_the_gpu_that_a_budget_is_of(subject: Subject, artifact: Path) -> None:
     device = find_device("4090", devices())
     budget = DeviceBudget(memory_bytes=10**9, context=512, batch=2, device=device)
-    (found,) = Memory().evaluate(replace(subject, artefact=artefact, budget=budget))
+    (found,) = Memory().evaluate(replace(subject, artifact=artifact, budget=budget))
     guess = memory(subject.spec, subject.deployment, context=512, batch=2, on_gpu=True)
     assert (found.source, found.value) == ("predicted", guess.total_bytes)
     assert "not measured on a GPU" in found.detail["basis"]
@@ -108,4 +108,4 @@ def test_a_file_that_llama_cpp_cannot_load_is_an_error(subject: Subject, tmp_pat
     broken = tmp_path / "student.gguf"
     broken.write_bytes(b"GGUF\x03\x00\x00\x00")
     with pytest.raises(VerificationError, match="could not load"):
-        Memory().evaluate(replace(subject, artefact=broken))
+        Memory().evaluate(replace(subject, artifact=broken))

@@ -29,7 +29,7 @@ def deployment(bits: int, group_size: int, symmetric: bool = True, keep: tuple[s
     )
 
 
-def dequantised(folder: Path) -> dict[str, torch.Tensor]:
+def dequantized(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of an exported folder, unpacked by the compressed-tensors package."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
@@ -70,7 +70,7 @@ def dequantised(folder: Path) -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
-def test_transformers_loads_it_with_the_logits_of_the_dequantised_model(
+def test_transformers_loads_it_with_the_logits_of_the_dequantized_model(
     tmp_path: Path, architecture: str, tied: bool, held: Deployment
 ) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=tied, width=128, layers=3)
@@ -81,7 +81,7 @@ def test_transformers_loads_it_with_the_logits_of_the_dequantised_model(
         assert (len(packed), kept) == (3 * 3 - 1, 0)
     else:
         assert len(packed) == 7 * (3 - len(held.keep))
-    weights = dequantised(out)
+    weights = dequantized(out)
     reference = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16)
     lacking = reference.load_state_dict(weights, strict=False)
     assert not lacking.unexpected_keys
@@ -105,18 +105,18 @@ def test_transformers_loads_it_with_the_logits_of_the_dequantised_model(
 
 def test_the_folder_holds_all_that_serving_needs(tmp_path: Path) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=2)
-    artefact = CompressedTensorsExporter().export(teacher, deployment(4, 32), tmp_path / "out")
-    names = {file.name for file in artefact.path.iterdir()}
+    artifact = CompressedTensorsExporter().export(teacher, deployment(4, 32), tmp_path / "out")
+    names = {file.name for file in artifact.path.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
     assert not any(name.startswith(".") for name in names)
-    config = json.loads((artefact.path / "config.json").read_text())
+    config = json.loads((artifact.path / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert config["quantization_config"]["quantization_status"] == "compressed"
-    stored = load_file(artefact.path / "model.safetensors")
+    stored = load_file(artifact.path / "model.safetensors")
     assert "lm_head.weight" not in stored
     assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert stored["model.layers.0.mlp.up_proj.weight_packed"].dtype == torch.int32
-    assert artefact.size_bytes == (artefact.path / "model.safetensors").stat().st_size
+    assert artifact.size_bytes == (artifact.path / "model.safetensors").stat().st_size
 
 
 def test_a_lost_scale_is_noticed(tmp_path: Path) -> None:

@@ -74,13 +74,13 @@ def served(path: Path, tokens: list[int]) -> np.ndarray:
 )
 def test_llama_cpp_chooses_the_tokens_of_transformers(tmp_path: Path, architecture: str, tied: bool) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=tied)
-    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    artifact = GgufExporter().export(teacher, F16, tmp_path / "out")
     tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
     weights = {
         name: values.half().float() if values.ndim == 2 else values
         for name, values in load_file(teacher / "model.safetensors").items()
     }
-    assert np.mean(served(artefact.path, tokens) == choices(teacher, weights, tokens)) >= 0.97
+    assert np.mean(served(artifact.path, tokens) == choices(teacher, weights, tokens)) >= 0.97
 
 
 CASES = [("llama", name, keep) for keep in ((), KEEP) for name in DEPLOYMENTS if name != "gguf-f16"] + [
@@ -92,14 +92,14 @@ CASES = [("llama", name, keep) for keep in ((), KEEP) for name in DEPLOYMENTS if
 
 
 @pytest.mark.parametrize(("architecture", "name", "keep"), CASES)
-def test_quantised_files_hold_what_gguf_quants_makes_and_run(
+def test_quantized_files_hold_what_gguf_quants_makes_and_run(
     tmp_path: Path, architecture: str, name: str, keep: tuple[str, ...]
 ) -> None:
     neox = architecture == "gpt_neox"
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, width=128, layers=2, tied=not neox)
     deployment = replace(DEPLOYMENTS[name], keep=keep)
-    artefact = GgufExporter().export(teacher, deployment, tmp_path / "out")
-    assert verify(GgufExporter(), artefact, teacher, deployment).tensors > 0
+    artifact = GgufExporter().export(teacher, deployment, tmp_path / "out")
+    assert verify(GgufExporter(), artifact, teacher, deployment).tensors > 0
     low = gguf.GGMLQuantizationType[name.removeprefix("gguf-").upper()]
     kept = (".self_attn.", ".attention.", "embed_tokens", "embed_in", keep[-1]) if keep else ()
     expected = {}
@@ -107,29 +107,29 @@ def test_quantised_files_hold_what_gguf_quants_makes_and_run(
         kind = gguf.GGMLQuantizationType.Q8_0 if "embed_" in key else low
         if any(part in f".{key}" for part in kept):
             kind = gguf.GGMLQuantizationType.F16
-        quantised = values.ndim == 2
-        expected[key] = gguf.dequantize(gguf.quantize(values.numpy(), kind), kind) if quantised else values.numpy()
-        if architecture == "gemma3_text" and not quantised:
+        quantized = values.ndim == 2
+        expected[key] = gguf.dequantize(gguf.quantize(values.numpy(), kind), kind) if quantized else values.numpy()
+        if architecture == "gemma3_text" and not quantized:
             expected[key] = (values + 1).numpy() - 1  # as the file has it
     expected = {key.replace("embed_out", "lm_head"): values for key, values in expected.items()}
-    found = dict(GgufExporter().unpack(artefact.path))
+    found = dict(GgufExporter().unpack(artifact.path))
     assert set(found) == set(expected)
     for key in expected:
         np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
     tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
     weights = {key: torch.from_numpy(np.array(values)) for key, values in expected.items()}
     # llama.cpp quantises activations too, which moves near-equal logits of random weights.
-    assert np.mean(served(artefact.path, tokens) == choices(teacher, weights, tokens)) >= 0.9
+    assert np.mean(served(artifact.path, tokens) == choices(teacher, weights, tokens)) >= 0.9
 
 
 def test_metadata_says_what_the_config_says(tmp_path: Path) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=3)
-    artefact = GgufExporter().export(teacher, DEPLOYMENTS["gguf-q4_0"], tmp_path / "out")
-    assert artefact.path == tmp_path / "out" / "student.gguf"
-    assert artefact.size_bytes == artefact.path.stat().st_size
+    artifact = GgufExporter().export(teacher, DEPLOYMENTS["gguf-q4_0"], tmp_path / "out")
+    assert artifact.path == tmp_path / "out" / "student.gguf"
+    assert artifact.size_bytes == artifact.path.stat().st_size
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["student.gguf"]
     config = json.loads((teacher / "config.json").read_text())
-    keys = metadata(artefact.path)
+    keys = metadata(artifact.path)
     expected = {
         "general.architecture": "llama",
         "general.file_type": 2,
@@ -152,7 +152,7 @@ def test_metadata_says_what_the_config_says(tmp_path: Path) -> None:
     assert {key: keys.get(key) for key in expected} == expected
     assert keys["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(config["rms_norm_eps"])
     assert "llama.attention.key_length" not in keys
-    names = [tensor.name for tensor in gguf.GGUFReader(artefact.path).tensors]
+    names = [tensor.name for tensor in gguf.GGUFReader(artifact.path).tensors]
     assert "output.weight" not in names  # tied: the table once
     assert len(names) == len(set(names)) == 2 + 3 * 9
 
@@ -161,7 +161,7 @@ def test_general_metadata_is_what_the_gguf_package_makes_of_the_same_folder(tmp_
     teacher = save_tiny_teacher(tmp_path / "teacher")
     settings = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0, "repetition_penalty": 1.05}
     (teacher / "generation_config.json").write_text(json.dumps(settings))
-    path = GgufExporter().export(teacher, F16, tmp_path / "out", teacher="maker/big", licence="Apache-2.0").path
+    path = GgufExporter().export(teacher, F16, tmp_path / "out", teacher="maker/big", license="Apache-2.0").path
     weights = sum(values.numel() for values in load_file(teacher / "model.safetensors").values())
     expected = Metadata.load(None, teacher)
     found = {key: value for key, value in metadata(path).items() if key.startswith("general.")}
@@ -195,12 +195,12 @@ def test_head_dim_that_is_not_the_even_share_is_stated_and_runs(tmp_path: Path) 
             weights[f"model.layers.{layer}.self_attn.{part}_proj.weight"] = torch.randn(shape) * 0.1
     save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
     edit_config(teacher, head_dim=32)
-    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
-    keys = metadata(artefact.path)
+    artifact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    keys = metadata(artifact.path)
     assert (keys["llama.attention.key_length"], keys["llama.attention.value_length"]) == (32, 32)
     tokens = np.random.default_rng(0).integers(3, 300, 60).tolist()
     halves = {key: values.half().float() if values.ndim == 2 else values for key, values in weights.items()}
-    assert np.mean(served(artefact.path, tokens) == choices(teacher, halves, tokens)) >= 0.97
+    assert np.mean(served(artifact.path, tokens) == choices(teacher, halves, tokens)) >= 0.97
 
 
 @pytest.mark.parametrize(
@@ -226,11 +226,11 @@ def test_scaled_rotary_embeddings_run_as_in_transformers(tmp_path: Path, rope: d
     }
     unscaled = choices(teacher, weights, tokens)
     edit_config(teacher, rope_parameters=rope)
-    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    artifact = GgufExporter().export(teacher, F16, tmp_path / "out")
     scaled = choices(teacher, weights, tokens)
     assert np.mean(scaled == unscaled) < 0.9  # or the test would show nothing
-    assert np.mean(served(artefact.path, tokens) == scaled) >= 0.97
-    assert set(dict(GgufExporter().unpack(artefact.path))) == set(weights)
+    assert np.mean(served(artifact.path, tokens) == scaled) >= 0.97
+    assert set(dict(GgufExporter().unpack(artifact.path))) == set(weights)
 
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
@@ -283,11 +283,11 @@ def test_sliding_windows_are_where_and_as_wide_as_in_transformers(tmp_path: Path
         edit_config(teacher, layer_types=other, sliding_window=window, rope_parameters=rope)
         found[window, other is kinds] = choices(teacher, weights, tokens)
     edit_config(teacher, layer_types=kinds, sliding_window=7)
-    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    artifact = GgufExporter().export(teacher, F16, tmp_path / "out")
     expected = found.pop((7, True))
     if SLIDING in kinds:  # or the test would show nothing
         assert all(np.mean(one == expected) < 0.9 for one in found.values())
-    assert np.mean(served(artefact.path, tokens) == expected) >= 0.97
+    assert np.mean(served(artifact.path, tokens) == expected) >= 0.97
 
 
 @pytest.mark.parametrize(
@@ -305,10 +305,10 @@ def test_neox_runs_as_its_config_says(tmp_path: Path, changes: dict[str, object]
     tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
     before = choices(teacher, weights, tokens)
     edit_config(teacher, **changes)
-    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    artifact = GgufExporter().export(teacher, F16, tmp_path / "out")
     after = choices(teacher, weights, tokens)
     assert np.mean(before == after) < 0.9  # or the test would show nothing
-    assert np.mean(served(artefact.path, tokens) == after) >= 0.97
+    assert np.mean(served(artifact.path, tokens) == after) >= 0.97
 
 
 def test_rows_are_ordered_as_llama_cpp_wants_them() -> None:
@@ -376,13 +376,13 @@ def test_k_quants_are_in_the_file_where_rows_allow_and_run(
 ) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", width=width, ffn=ffn, layers=2)
     deployment = k_quant(name, keep)
-    artefact = GgufExporter().export(teacher, deployment, tmp_path / "out")
-    assert verify(GgufExporter(), artefact, teacher, deployment).tensors == 2 + 2 * 9
+    artifact = GgufExporter().export(teacher, deployment, tmp_path / "out")
+    assert verify(GgufExporter(), artifact, teacher, deployment).tensors == 2 + 2 * 9
     *_, fallback, file_type = K_QUANTS[name]
-    assert metadata(artefact.path)["general.file_type"] == file_type
+    assert metadata(artifact.path)["general.file_type"] == file_type
     wide = width % 256 == 0
     weights = {}
-    for tensor in gguf.GGUFReader(artefact.path).tensors:
+    for tensor in gguf.GGUFReader(artifact.path).tensors:
         kind = name.removeprefix("gguf-").upper()
         if tensor.name == "token_embd.weight":
             kind = "Q6_K" if wide else "Q8_0"
@@ -395,7 +395,7 @@ def test_k_quants_are_in_the_file_where_rows_allow_and_run(
         assert tensor.tensor_type.name == kind, tensor.name
         weights[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     family = get_family("llama")
-    found = dict(GgufExporter().unpack(artefact.path))
+    found = dict(GgufExporter().unpack(artifact.path))
     for key, values in weights.items():
         order = row_order("llama", key, 4, 2)
         read = order.to_transformers(values) if order else values
@@ -403,7 +403,7 @@ def test_k_quants_are_in_the_file_where_rows_allow_and_run(
     tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
     expected = choices(teacher, {key: torch.from_numpy(np.array(values)) for key, values in found.items()}, tokens)
     # llama.cpp quantises activations too, which moves near-equal logits of random weights: of 120 tokens a tenth or so.
-    assert np.mean(served(artefact.path, tokens) == expected) >= 0.8
+    assert np.mean(served(artifact.path, tokens) == expected) >= 0.8
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "gpt_neox"])
@@ -411,13 +411,13 @@ def test_k_quants_of_other_families_run(tmp_path: Path, architecture: str) -> No
     tied = architecture != "gpt_neox"
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, width=256, layers=3, tied=tied)
     deployment = k_quant("gguf-q5_k")
-    artefact = GgufExporter().export(teacher, deployment, tmp_path / "out")
-    verify(GgufExporter(), artefact, teacher, deployment)
-    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(artefact.path).tensors if len(tensor.shape) > 1}
+    artifact = GgufExporter().export(teacher, deployment, tmp_path / "out")
+    verify(GgufExporter(), artifact, teacher, deployment)
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(artifact.path).tensors if len(tensor.shape) > 1}
     assert kinds == {"Q5_K", "Q6_K", "Q5_1"}  # the FFN of 128 falls back
-    found = {name: torch.from_numpy(np.array(values)) for name, values in GgufExporter().unpack(artefact.path)}
+    found = {name: torch.from_numpy(np.array(values)) for name, values in GgufExporter().unpack(artifact.path)}
     tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
-    assert np.mean(served(artefact.path, tokens) == choices(teacher, found, tokens)) >= 0.8
+    assert np.mean(served(artifact.path, tokens) == choices(teacher, found, tokens)) >= 0.8
 
 
 @pytest.mark.parametrize(
@@ -435,10 +435,10 @@ def test_mixtures_have_more_bits_where_llama_cpps_have_and_run(
     sizes = {"width": 256, "ffn": 256, "layers": 4, "tied": tied}
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, **sizes)
     deployment = deployment_named(name)
-    artefact = GgufExporter().export(teacher, deployment, tmp_path / "out")
-    verify(GgufExporter(), artefact, teacher, deployment)
-    assert metadata(artefact.path)["general.file_type"] == file_type
-    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(artefact.path).tensors}
+    artifact = GgufExporter().export(teacher, deployment, tmp_path / "out")
+    verify(GgufExporter(), artifact, teacher, deployment)
+    assert metadata(artifact.path)["general.file_type"] == file_type
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(artifact.path).tensors}
     base = name.removeprefix("gguf-").removesuffix("_m").upper()
     # Of four layers the third, as every third one, and the last one.
     values = "attn_qkv" if architecture == "gpt_neox" else "attn_v"
@@ -446,9 +446,9 @@ def test_mixtures_have_more_bits_where_llama_cpps_have_and_run(
     wide.add("token_embd.weight" if tied else "output.weight")
     assert {key for key, kind in types.items() if kind == "Q6_K"} == wide
     assert {kind for key, kind in types.items() if key not in wide} == {base, "F32"}
-    found = {key: torch.from_numpy(np.array(values)) for key, values in GgufExporter().unpack(artefact.path)}
+    found = {key: torch.from_numpy(np.array(values)) for key, values in GgufExporter().unpack(artifact.path)}
     tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
-    assert np.mean(served(artefact.path, tokens) == choices(teacher, found, tokens)) >= 0.8
+    assert np.mean(served(artifact.path, tokens) == choices(teacher, found, tokens)) >= 0.8
 
 
 def test_a_model_without_rows_of_whole_super_blocks_is_refused(tmp_path: Path) -> None:

@@ -264,12 +264,12 @@ def test_llama_cpp_cuts_texts_as_transformers_does(tmp_path: Path, architecture:
         (teacher / name).unlink()
     made(teacher)  # type: ignore[operator]
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
-    with LlamaServer(artefact.path, 64, 1) as server:
+    artifact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    with LlamaServer(artifact.path, 64, 1) as server:
         for text in TEXTS:
             assert list(server.tokenize(text)) == tokenizer(text)["input_ids"], text
     # And so does the tokenizer that is read from the file again.
-    again = AutoTokenizer.from_pretrained(materialise(resolve_teacher(str(artefact.path)), tmp_path / "cache").folder)
+    again = AutoTokenizer.from_pretrained(materialise(resolve_teacher(str(artifact.path)), tmp_path / "cache").folder)
     plain = [text for text in TEXTS if "\u2581" not in text]
     assert [again(text)["input_ids"] for text in plain] == [tokenizer(text)["input_ids"] for text in plain]
 
@@ -358,8 +358,8 @@ def test_where_llama_cpp_knows_no_such_space_the_most_usual_texts_are_right_and_
     assert (is_certain(teacher), cannot_cut(teacher, 400)) == (False, "")
     assert caveat in spaces(teacher).caveat
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
-    with LlamaServer(artefact.path, 64, 1) as server:
+    artifact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    with LlamaServer(artifact.path, 64, 1) as server:
 
         def same(text: str) -> bool:
             mine = tokenizer(text, add_special_tokens=text.startswith("<bos>") is False)["input_ids"]

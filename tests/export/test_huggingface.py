@@ -20,18 +20,18 @@ PLAIN = Deployment(runtime="transformers", format="huggingface", bits=16, group_
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_the_students_rounded_to_bfloat16(tmp_path: Path, tied: bool) -> None:
     student = save_tiny_teacher(tmp_path / "student", tied=tied)
-    artefact = HuggingFaceExporter().export(student, PLAIN, tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(artefact.path)
+    artifact = HuggingFaceExporter().export(student, PLAIN, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(artifact.path)
     assert model.dtype == torch.bfloat16
     expected = load_file(student / "model.safetensors")
     assert ("lm_head.weight" in expected) is not tied
     for name, values in expected.items():
         assert torch.equal(model.state_dict()[name], values.bfloat16()), name
-    found = dict(HuggingFaceExporter().unpack(artefact.path))
+    found = dict(HuggingFaceExporter().unpack(artifact.path))
     assert set(found) == set(expected)
     for name, values in found.items():
         assert torch.equal(torch.from_numpy(values), expected[name].bfloat16().float()), name
-    assert artefact.size_bytes == (artefact.path / "model.safetensors").stat().st_size
+    assert artifact.size_bytes == (artifact.path / "model.safetensors").stat().st_size
 
 
 def test_config_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ PLAIN = Deployment(runtime="transformers", format="huggingface", bits=16, group_
 ORIGIN = Origin(
     teacher="SmolLM2-135M-Instruct",
     data="pydoc",
-    teacher_licence="Apache-2.0",
-    data_licence="PSF-2.0",
-    quantised="Q4_1",
+    teacher_license="Apache-2.0",
+    data_license="PSF-2.0",
+    quantized="Q4_1",
 )
 
 
@@ -124,7 +124,7 @@ def test_a_card_says_what_the_student_was_made_of_and_how() -> None:
 
 
 def test_what_is_not_known_is_not_claimed() -> None:
-    unknown = replace(ORIGIN, teacher_licence=None, data_licence=None, quantised=None)
+    unknown = replace(ORIGIN, teacher_license=None, data_license=None, quantized=None)
     card = model_card(ROWS[3], PLAIN, [*ROWS[:2], ROWS[3]], unknown)
     assert "license:" not in card
     assert card.count(NOT_STATED) == 2
@@ -135,14 +135,14 @@ def test_what_is_not_known_is_not_claimed() -> None:
     assert "Compared with" not in card
 
 
-@pytest.mark.parametrize("licence", ["MIT", None])
-def test_a_runs_document_tells_the_origin(licence: str | None) -> None:
+@pytest.mark.parametrize("license", ["MIT", None])
+def test_a_runs_document_tells_the_origin(license: str | None) -> None:
     search = {
         "teacher": {"name": "big", "quantised": "Q8_0"},
         "data": {"name": "text"},
-        "licences": {"big": licence or NOT_STATED, "text": NOT_STATED},
+        "licences": {"big": license or NOT_STATED, "text": NOT_STATED},
     }
-    expected = Origin(teacher="big", data="text", teacher_licence=licence, data_licence=None, quantised="Q8_0")
+    expected = Origin(teacher="big", data="text", teacher_license=license, data_license=None, quantized="Q8_0")
     assert Origin.of(search) == expected
 
 
@@ -163,9 +163,9 @@ def text_of(page: str) -> list[tuple[str, str]]:
     return kinds
 
 
-def test_names_and_licences_of_others_are_text_and_nothing_else() -> None:
+def test_names_and_licenses_of_others_are_text_and_nothing_else() -> None:
     """Lines of their own in the head, HTML, links and headings all stay letters of a name."""
-    origin = replace(ORIGIN, teacher=HOSTILE, data=HOSTILE, teacher_licence=HOSTILE, data_licence=HOSTILE)
+    origin = replace(ORIGIN, teacher=HOSTILE, data=HOSTILE, teacher_license=HOSTILE, data_license=HOSTILE)
     rows = [replace(one, name=HOSTILE) for one in ROWS]
     card = model_card(BEST, Q4, rows, origin)
     _, header, body = card.split("---\n", 2)
@@ -181,13 +181,13 @@ def test_names_and_licences_of_others_are_text_and_nothing_else() -> None:
     assert "".join(text for kind, text in text_of(body) if kind == "text").count("<script>alert(1)</script>") >= 5
 
 
-@pytest.mark.parametrize("licence", [7, ["mit", "apache-2.0"], {"a": 1}, "", None, True])
-def test_a_licence_of_another_kind_makes_a_card(licence: Any) -> None:
+@pytest.mark.parametrize("license", [7, ["mit", "apache-2.0"], {"a": 1}, "", None, True])
+def test_a_license_of_another_kind_makes_a_card(license: Any) -> None:
     search = {
         "teacher": {"name": "big", "quantised": None},
         "data": {"name": "text"},
-        "licences": {"big": licence, "text": licence},
+        "licences": {"big": license, "text": license},
     }
     card = model_card(BEST, Q4, ROWS, Origin.of(search))
-    expected = "mit, apache-2.0" if isinstance(licence, list) else None
+    expected = "mit, apache-2.0" if isinstance(license, list) else None
     assert yaml.safe_load(card.split("---\n", 2)[1]).get("license") == expected

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from autodistill.errors import VerificationError
-from autodistill.export.base import Artefact
+from autodistill.export.base import Artifact
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.huggingface import HuggingFaceExporter
@@ -58,18 +58,18 @@ def simulated(
 
 @pytest.mark.parametrize(("exporter", "deployment"), CASES, ids=IDS)
 def test_an_export_is_what_was_evaluated(tmp_path: Path, student: Path, exporter, deployment) -> None:
-    artefact = exporter.export(student, deployment, tmp_path)
+    artifact = exporter.export(student, deployment, tmp_path)
     stored = load_file(student / "model.safetensors")
-    found = verify(exporter, artefact, student, deployment)
+    found = verify(exporter, artifact, student, deployment)
     assert (found.tensors, found.weights) == (len(stored), sum(values.numel() for values in stored.values()))
 
 
 @pytest.mark.parametrize(("exporter", "deployment"), CASES, ids=IDS)
 def test_one_flipped_byte_of_a_weight_is_found(tmp_path: Path, student: Path, exporter, deployment) -> None:
-    artefact = exporter.export(student, deployment, tmp_path)
-    file = artefact.path if artefact.path.is_file() else artefact.path / "model.safetensors"
+    artifact = exporter.export(student, deployment, tmp_path)
+    file = artifact.path if artifact.path.is_file() else artifact.path / "model.safetensors"
     data = bytearray(file.read_bytes())
-    if artefact.path.is_file():
+    if artifact.path.is_file():
         (tensor,) = (item for item in gguf.GGUFReader(file).tensors if item.name == "blk.1.ffn_up.weight")
         position = int(tensor.data_offset) + 7
     else:
@@ -77,33 +77,33 @@ def test_one_flipped_byte_of_a_weight_is_found(tmp_path: Path, student: Path, ex
     data[position] ^= 0x15
     file.write_bytes(data)
     with pytest.raises(VerificationError, match=r"model\.\S+ differs .* in \d+ of \d+, by up to") as failure:
-        verify(exporter, artefact, student, deployment)
-    if artefact.path.is_file():
+        verify(exporter, artifact, student, deployment)
+    if artifact.path.is_file():
         assert "model.layers.1.mlp.up_proj.weight differs" in str(failure.value)
 
 
 def test_missing_and_surplus_tensors_are_named(tmp_path: Path, student: Path) -> None:
     exporter, deployment = CASES[-1]
-    artefact = exporter.export(student, deployment, tmp_path / "out")
-    file = artefact.path / "model.safetensors"
+    artifact = exporter.export(student, deployment, tmp_path / "out")
+    file = artifact.path / "model.safetensors"
     stored = load_file(file)
     save_file({name: values for name, values in stored.items() if name != "model.norm.weight"}, file)
     with pytest.raises(VerificationError, match=r"lacks 1 tensors, model\.norm\.weight"):
-        verify(exporter, artefact, student, deployment)
+        verify(exporter, artifact, student, deployment)
     save_file(stored | {"projector.weight": torch.zeros(2, 2, dtype=torch.bfloat16)}, file)
     with pytest.raises(VerificationError, match=r"too many: projector\.weight"):
-        verify(exporter, artefact, student, deployment)
+        verify(exporter, artifact, student, deployment)
     save_file(stored | {"model.norm.weight": torch.zeros(3, dtype=torch.bfloat16)}, file)
     with pytest.raises(VerificationError, match=r"exported as \[3\], not as \[256\]"):
-        verify(exporter, artefact, student, deployment)
+        verify(exporter, artifact, student, deployment)
 
 
 @pytest.mark.parametrize(("exporter", "deployment"), CASES, ids=IDS)
 def test_the_runtime_chooses_the_simulations_tokens(tmp_path: Path, student: Path, exporter, deployment) -> None:
-    artefact = exporter.export(student, deployment, tmp_path)
-    top1, leads = simulated(student, dict(exporter.unpack(artefact.path)))
+    artifact = exporter.export(student, deployment, tmp_path)
+    top1, leads = simulated(student, dict(exporter.unpack(artifact.path)))
     threads = torch.get_num_threads()
-    check = verify_runtime(artefact, deployment, (top1, leads), SEQUENCES, 1, student)
+    check = verify_runtime(artifact, deployment, (top1, leads), SEQUENCES, 1, student)
     assert check.positions == pytest.approx(0.8 * 6 * 128, abs=1)
     assert check.agreement >= 0.97
     assert check.raw_agreement <= check.agreement
@@ -113,46 +113,46 @@ def test_the_runtime_chooses_the_simulations_tokens(tmp_path: Path, student: Pat
     wrong = top1.copy()
     wrong[leads > np.quantile(leads, 15 / 16)] += 1
     with pytest.raises(VerificationError, match=r"(89|9[0-4])\.\d% of 61[45] clear positions"):
-        verify_runtime(artefact, deployment, (wrong, leads), SEQUENCES, 1, student)
+        verify_runtime(artifact, deployment, (wrong, leads), SEQUENCES, 1, student)
     # and wrong ones at the narrowest sixteenth, which are near-ties, must not.
     wrong = top1.copy()
     wrong[leads < np.quantile(leads, 1 / 16)] += 1
-    assert verify_runtime(artefact, deployment, (wrong, leads), SEQUENCES, 1, student).agreement == check.agreement
+    assert verify_runtime(artifact, deployment, (wrong, leads), SEQUENCES, 1, student).agreement == check.agreement
 
 
 def test_a_runtime_that_cuts_text_otherwise_is_found(tmp_path: Path, student: Path) -> None:
     exporter, deployment = CASES[0]
-    artefact = exporter.export(student, deployment, tmp_path / "out")
-    expected = simulated(student, dict(exporter.unpack(artefact.path)))
-    assert verify_runtime(artefact, deployment, expected, SEQUENCES, 1, student).same_cut == 1
+    artifact = exporter.export(student, deployment, tmp_path / "out")
+    expected = simulated(student, dict(exporter.unpack(artifact.path)))
+    assert verify_runtime(artifact, deployment, expected, SEQUENCES, 1, student).same_cut == 1
     other = shutil.copytree(student, tmp_path / "other")
     description = json.loads((other / "tokenizer.json").read_text())
     description["model"]["merges"] = description["model"]["merges"][:20]
     (other / "tokenizer.json").write_text(json.dumps(description))
     with pytest.raises(VerificationError, match=r"only [4-9]\d\.\d% are the same: behind .* it has .* instead of"):
-        verify_runtime(artefact, deployment, expected, SEQUENCES, 1, other)
+        verify_runtime(artifact, deployment, expected, SEQUENCES, 1, other)
 
 
 def test_few_positions_are_verified_on_what_there_is(tmp_path: Path, student: Path) -> None:
     """One misread near-tie of 20 is 5%, and tells nothing; a runtime that computes something else is still found."""
     exporter, deployment = CASES[0]
-    artefact = exporter.export(student, deployment, tmp_path)
+    artifact = exporter.export(student, deployment, tmp_path)
     few = SEQUENCES[:1, :25]
-    top1, leads = simulated(student, dict(exporter.unpack(artefact.path)), few)
-    check = verify_runtime(artefact, deployment, (top1, leads), few, 1, student)
+    top1, leads = simulated(student, dict(exporter.unpack(artifact.path)), few)
+    check = verify_runtime(artifact, deployment, (top1, leads), few, 1, student)
     assert (check.positions, check.agreement) == (20, 1)
     assert check.interval == (pytest.approx(0.025 ** (1 / 20)), 1)
     clearest = np.argsort(-leads[0])
     wrong = top1.copy()
     wrong[0, clearest[:3]] += 1
-    check = verify_runtime(artefact, deployment, (wrong, leads), few, 1, student)
+    check = verify_runtime(artifact, deployment, (wrong, leads), few, 1, student)
     assert (check.agreement, check.interval) == (
         0.85,
         (pytest.approx(0.6211, abs=1e-4), pytest.approx(0.9679, abs=1e-4)),
     )
     wrong[0, clearest[3]] += 1
     with pytest.raises(VerificationError, match=r"80\.0% of 20 clear positions"):
-        verify_runtime(artefact, deployment, (wrong, leads), few, 1, student)
+        verify_runtime(artifact, deployment, (wrong, leads), few, 1, student)
 
 
 def test_of_many_positions_the_share_itself_is_required() -> None:
@@ -166,25 +166,25 @@ def test_of_many_positions_the_share_itself_is_required() -> None:
 
 
 def test_choices_of_other_sequences_are_refused(tmp_path: Path) -> None:
-    artefact = Artefact(path=tmp_path, size_bytes=0)
+    artifact = Artifact(path=tmp_path, size_bytes=0)
     with pytest.raises(ValueError, match="choices of"):
-        verify_runtime(artefact, CASES[0][1], ANYTHING, SEQUENCES[:, 1:], 1, tmp_path)
+        verify_runtime(artifact, CASES[0][1], ANYTHING, SEQUENCES[:, 1:], 1, tmp_path)
     with pytest.raises(ValueError, match="choices of"):
-        verify_runtime(artefact, CASES[0][1], (SEQUENCES[:0], ANYTHING[1][:0]), SEQUENCES[:0], 1, tmp_path)
+        verify_runtime(artifact, CASES[0][1], (SEQUENCES[:0], ANYTHING[1][:0]), SEQUENCES[:0], 1, tmp_path)
 
 
 def test_a_folder_that_does_not_load_says_so(tmp_path: Path, student: Path) -> None:
     exporter, deployment = CASES[-1]
-    artefact = exporter.export(student, deployment, tmp_path / "out")
-    broken = shutil.copytree(artefact.path, tmp_path / "broken")
+    artifact = exporter.export(student, deployment, tmp_path / "out")
+    broken = shutil.copytree(artifact.path, tmp_path / "broken")
     stored = load_file(broken / "model.safetensors")
     del stored["model.norm.weight"]
     save_file(stored, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match="missing_keys"):
-        verify_runtime(Artefact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1, student)
+        verify_runtime(Artifact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1, student)
     (broken / "model.safetensors").unlink()
     with pytest.raises(VerificationError, match="could not load"):
-        verify_runtime(Artefact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1, student)
+        verify_runtime(Artifact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1, student)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
@@ -193,10 +193,10 @@ def test_sequences_that_begin_with_bos_are_read_as_they_are(tmp_path: Path, arch
     folder = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, layers=3)
     tiny_tokenizer(begins=True).save_pretrained(folder)
     exporter, deployment = CASES[0]
-    artefact = exporter.export(folder, deployment, tmp_path / "out")
+    artifact = exporter.export(folder, deployment, tmp_path / "out")
     sequences = np.insert(SEQUENCES[:, 1:], 0, tiny_tokenizer().bos_token_id, axis=1)
-    expected = simulated(folder, dict(exporter.unpack(artefact.path)), sequences)
-    check = verify_runtime(artefact, deployment, expected, sequences, 1, folder)
+    expected = simulated(folder, dict(exporter.unpack(artifact.path)), sequences)
+    check = verify_runtime(artifact, deployment, expected, sequences, 1, folder)
     assert check.agreement >= 0.97
-    with LlamaServer(artefact.path, 64, 1) as server:
+    with LlamaServer(artifact.path, 64, 1) as server:
         assert list(server.tokenize("two apples")) == tiny_tokenizer(begins=True)("two apples")["input_ids"]

@@ -79,7 +79,7 @@ def test_agreement(workshop, model):
     np.testing.assert_array_equal(differing.correct, itself.correct)
 
 
-def test_a_sequences_scores_do_not_depend_on_its_neighbours(workshop, model):
+def test_a_sequences_scores_do_not_depend_on_its_neighbors(workshop, model):
     alone, _ = score(model, workshop.data.head(1))
     together, _ = score(model, workshop.data)
     np.testing.assert_array_equal(together.nll[: len(alone.nll)], alone.nll)

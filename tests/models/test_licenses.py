@@ -8,7 +8,7 @@ from autodistill.models.licenses import stated
 
 
 @pytest.mark.parametrize(
-    ("licence", "said"),
+    ("license", "said"),
     [
         ("Apache-2.0", "Apache-2.0"),
         (" mit\n---\ntags: [a]\t\x1b[31m", "mit --- tags: [a] [31m"),
@@ -18,5 +18,5 @@ from autodistill.models.licenses import stated
         *((nothing, None) for nothing in (None, "", " \n", 3, 2.5, True, {"name": "mit"}, [], [3], b"mit")),
     ],
 )
-def test_what_is_legible_is_kept_in_one_line(licence: object, said: str | None) -> None:
-    assert stated(licence) == said
+def test_what_is_legible_is_kept_in_one_line(license: object, said: str | None) -> None:
+    assert stated(license) == said

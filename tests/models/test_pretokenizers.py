@@ -64,8 +64,8 @@ def test_llama_cpp_cuts_text_so_under_that_name(cut: Cut, tmp_path: Path) -> Non
     tokenizer = tokenizer_of(cut, teacher)
     assert (refusal(teacher), is_certain(teacher)) == ("", True)
     deployment = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
-    artefact = GgufExporter().export(teacher, deployment, tmp_path / "out")
-    with LlamaServer(artefact.path, 64, 1) as server:
+    artifact = GgufExporter().export(teacher, deployment, tmp_path / "out")
+    with LlamaServer(artifact.path, 64, 1) as server:
         for text in TEXTS:
             assert list(server.tokenize(text)) == tokenizer(text)["input_ids"], text
 

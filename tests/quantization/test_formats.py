@@ -167,7 +167,7 @@ def _by_llama_cpp(case):
 
 
 @pytest.mark.parametrize("case", QUANTISED, ids=_named)
-def test_a_mixture_stores_each_matrix_as_llama_cpps_quantiser(case):
+def test_a_mixture_stores_each_matrix_as_llama_cpps_quantizer(case):
     spec, packing = _described(case), _mixture(case["format"])
     assert _stored(spec, packing) == _by_llama_cpp(case)
     # Bytes are counted by what differs, and the layers of a student are its own.

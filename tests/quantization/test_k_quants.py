@@ -106,15 +106,15 @@ def _llama_cpp(weights, grid):
     """What llama.cpp's own quantiser makes of the weights, or None where the package does not show it."""
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
     try:
-        quantise = library.ggml_quantize_chunk
+        quantize = library.ggml_quantize_chunk
     except AttributeError:
         return None
-    quantise.restype = ctypes.c_size_t
-    quantise.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    quantize.restype = ctypes.c_size_t
+    quantize.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     kind = gguf.GGMLQuantizationType[grid.name.removeprefix("gguf-").upper()]
     size, count = gguf.GGML_QUANT_SIZES[kind]
     packed = np.empty((len(weights), weights.shape[1] // size * count), np.uint8)
-    quantise(int(kind), weights.ctypes.data, packed.ctypes.data, 0, *weights.shape, None)
+    quantize(int(kind), weights.ctypes.data, packed.ctypes.data, 0, *weights.shape, None)
     return gguf.quants.dequantize(packed, kind)
 
 

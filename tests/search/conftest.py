@@ -28,7 +28,7 @@ def unless_timed() -> Iterator[None]:
         return _timing and supports(self, deployment)
 
     def predicted(self: Memory, subject: Subject) -> tuple[Measurement, ...]:
-        return evaluate(self, subject if _timing else replace(subject, artefact=None))
+        return evaluate(self, subject if _timing else replace(subject, artifact=None))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Latency, "supports", timed)

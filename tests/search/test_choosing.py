@@ -110,7 +110,7 @@ def page(run: RunFolder) -> str:
     return (run.path / "report.md").read_text(encoding="utf-8")
 
 
-def test_a_quantised_teacher_that_does_better_than_all_that_was_trained_is_exported_as_what_it_is(
+def test_a_quantized_teacher_that_does_better_than_all_that_was_trained_is_exported_as_what_it_is(
     ruined: tuple[Outcome, RunFolder],
 ) -> None:
     outcome, run = ruined

@@ -27,7 +27,7 @@ from autodistill.testing import small_plan, tiny_config, tiny_tokenizer
 def test_questions_that_no_student_can_be_asked_are_counted_and_all_of_them_refused(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     chats = tuple(asked(f"Question {number}: " + "which? " * (number % 2 * 40), "Yes.") for number in range(80))
-    source = Source(name="chats", kind="jsonl", documents=chats, licence=None, fingerprint="chats")
+    source = Source(name="chats", kind="jsonl", documents=chats, license=None, fingerprint="chats")
     data = prepare(source, tmp_path / "tokenizer", "tiny", 512, tmp_path)
     questions = load_split(data.folder, "validation").questions
     assert questions is not None

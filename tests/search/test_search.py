@@ -416,7 +416,7 @@ def test_what_was_trained_is_reported_where_nothing_fits_once_measured(
 
     def large(self: Memory, subject: Subject) -> tuple[Measurement, ...]:
         (found,) = evaluate(self, subject)
-        if subject.artefact is None:
+        if subject.artifact is None:
             return (found,)
         return (replace(found, value=100 * subject.budget.memory_bytes, source="measured"),)
 
@@ -456,10 +456,10 @@ def test_a_student_that_begins_as_the_teacher_is_not_scored_again_undistilled(
         (tmp_path / "space.yaml").write_text(WITHOUT_BASELINE.replace("{low: 0.5, high: 0.75, step: 0.25}", shape))
         out = tmp_path / depth
         outcome = search(request(inputs, out, space=str(tmp_path / "space.yaml"), trials=1))
-        _, quantised, initial, student = outcome.finish.test
-        assert initial.deployment == quantised.deployment == student.deployment
+        _, quantized, initial, student = outcome.finish.test
+        assert initial.deployment == quantized.deployment == student.deployment
         assert initial.strategy == student.strategy
-        found[depth] = [(row.accuracy, row.perplexity, row.agreement) for row in (initial, quantised)]
+        found[depth] = [(row.accuracy, row.perplexity, row.agreement) for row in (initial, quantized)]
     whole, cut = found.values()
     assert whole[0] == whole[1]
     assert cut[0] != cut[1]

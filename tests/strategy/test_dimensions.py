@@ -497,7 +497,7 @@ def _q4_0(weights):
 
 
 def _integers(bits, group):
-    def quantise(weights):
+    def quantize(weights):
         groups = weights.astype(np.float64).reshape(len(weights), -1, group)
         scales = np.abs(groups).max(axis=-1, keepdims=True) / ((2**bits - 1) / 2)
         scales = torch.from_numpy(scales).float().bfloat16().double().numpy()
@@ -505,7 +505,7 @@ def _integers(bits, group):
         highest = 2 ** (bits - 1) - 1
         return np.clip(np.rint(steps), -highest - 1, highest), scales, steps, highest
 
-    return quantise
+    return quantize
 
 
 GRIDS = {
@@ -523,7 +523,7 @@ GRIDS = {
 
 
 @pytest.mark.parametrize(("finishing", "quantise"), GRIDS.values(), ids=GRIDS)
-def test_finishing(workshop, truth, tmp_path, finishing, quantise):
+def test_finishing(workshop, truth, tmp_path, finishing, quantize):
     """The first step on a grid: loss and gradient of the float64 model whose weights are on it, and packed bytes."""
     packing = formats.get_format(finishing.format)
     grid = packing.linear(finishing.bits, finishing.group_size, finishing.symmetric)
@@ -537,7 +537,7 @@ def test_finishing(workshop, truth, tmp_path, finishing, quantise):
     source = load_file(truth.folder / "model.safetensors")
     shown, passes = {}, {}
     for name, tensor in source.items():
-        rule = quantise if name.endswith("proj.weight") else _q8_0 if storage_of(name) else None
+        rule = quantize if name.endswith("proj.weight") else _q8_0 if storage_of(name) else None
         if rule is None:
             shown[name] = tensor.double()
             continue
@@ -565,7 +565,7 @@ def test_finishing(workshop, truth, tmp_path, finishing, quantise):
     for name, parameter in trainer.model.named_parameters():
         if name.endswith("proj.weight"):
             weight = parameter.detach().numpy()
-            codes, scales, steps, _ = quantise(weight)
+            codes, scales, steps, _ = quantize(weight)
             packed = pack(weight, grid)
             # float32 may put a step that is this close to half-way on the other side.
             clear = (np.abs(steps - np.floor(steps) - 0.5) > 1e-5).reshape(weight.shape)

@@ -111,7 +111,7 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     return linear.to_empty(device="cpu")
 
 
-def rms_normalise(states: Tensor) -> Tensor:
+def rms_normalize(states: Tensor) -> Tensor:
     """States scaled to a root mean square of 1 over the width, so that massive activations do not rule the loss."""
     work = states if states.dtype == torch.float64 else states.float()
     return work * torch.rsqrt(work.square().mean(dim=-1, keepdim=True) + 1e-12)
@@ -127,7 +127,7 @@ def alignment_loss(states: Tensor, target: Tensor, target_size: Tensor | None = 
         target: [tokens, teacher_width], of the teacher, already RMS-normalised.
         target_size: [tokens, 1], root mean squares that the teacher's states had, for the second; None for the first.
     """
-    scaled = rms_normalise(states) if target_size is None else states / target_size
+    scaled = rms_normalize(states) if target_size is None else states / target_size
     return (scaled - target.to(torch.promote_types(states.dtype, torch.float32))).square().mean()
 
 

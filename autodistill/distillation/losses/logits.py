@@ -173,7 +173,7 @@ def _distance(
     With standardised logits the divisor of a row is T s with s = std(row), and ds / dx_i = (x_i - mean) / ((V - 1) s).
     """
     t = target.temperature
-    if not target.standardised:
+    if not target.standardized:
         value, gradient = outputs.compare(shifted / t, divergence)
         return value * t * t, gradient.mul_(t * factor)
     deviation, mean = torch.std_mean(shifted, dim=1, keepdim=True)

@@ -40,13 +40,13 @@ class Target(Protocol):
 
     Attributes:
         temperature: That logits are divided by.
-        standardised: Whether each row of logits, teacher's and student's, is first divided by its standard deviation.
+        standardized: Whether each row of logits, teacher's and student's, is first divided by its standard deviation.
     """
 
     @property
     def temperature(self) -> float: ...
     @property
-    def standardised(self) -> bool: ...
+    def standardized(self) -> bool: ...
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
         """The rows in order, `step` of them at a time."""
@@ -150,7 +150,7 @@ class TopTarget(_TokenRows):
     """
 
     temperature: float
-    standardised: bool = field(default=False, init=False)
+    standardized: bool = field(default=False, init=False)
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
         """See `Outputs`."""
@@ -200,7 +200,7 @@ class SampledTarget(_TokenRows):
 
     weights: Tensor
     temperature: float
-    standardised: bool = field(default=False, init=False)
+    standardized: bool = field(default=False, init=False)
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
         """See `Outputs`."""
@@ -230,7 +230,7 @@ class WrittenTarget(_TokenRows):
     """
 
     temperature: float = field(default=1.0, init=False)
-    standardised: bool = field(default=False, init=False)
+    standardized: bool = field(default=False, init=False)
 
     @property
     def heard(self) -> Tensor:
@@ -259,14 +259,14 @@ class FullTarget:
     Attributes:
         states: [n, width], the teacher's last hidden states after its final norm.
         head: [vocab, width], in the type that the product is computed in.
-        temperature, standardised: See `Target`. The latter is logit standardisation (arXiv 2403.01427).
+        temperature, standardized: See `Target`. The latter is logit standardisation (arXiv 2403.01427).
         exchanged: Two tokens that stand in each other's place; None where all keep theirs.
     """
 
     states: Tensor
     head: Tensor
     temperature: float
-    standardised: bool = False
+    standardized: bool = False
     exchanged: tuple[int, int] | None = None
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
@@ -280,7 +280,7 @@ class FullTarget:
             if self.exchanged:
                 logits[:, list(self.exchanged)] = logits[:, list(reversed(self.exchanged))]
             for part in parts_of(len(logits), step):
-                outputs = FullOutputs(logits[part], self.temperature, self.standardised)
+                outputs = FullOutputs(logits[part], self.temperature, self.standardized)
                 yield slice(block.start + part.start, block.start + part.stop), outputs
 
     def take(self, rows: Tensor | slice) -> FullTarget:
@@ -301,7 +301,7 @@ class FullOutputs(NamedTuple):
 
     logits: Tensor
     temperature: float
-    standardised: bool
+    standardized: bool
 
     @property
     def heard(self) -> None:
@@ -312,7 +312,7 @@ class FullOutputs(NamedTuple):
         """See `Outputs`. With g the slopes and G their sum, the derivative by logit j is g_j - q_j G."""
         logits = self.logits.to(scaled.dtype)
         divisor: Tensor | float = self.temperature
-        if self.standardised:
+        if self.standardized:
             divisor = divisor * logits.std(dim=1, keepdim=True)
         log_p = torch.log_softmax(logits / divisor, dim=1)
         log_q = scaled.sub_(scaled.exp().sum(dim=1, keepdim=True).log_())

@@ -27,7 +27,7 @@ def layer_choices(init: Init, teacher_layers: int) -> tuple[tuple[int, ...], ...
 
     Kept layers ascend, and the first and the last are among them, the last alone where one is kept. "even" spreads them
     evenly; "contiguous" leaves out one block of late layers, just before the last; "influence" leaves out a block of
-    neighbouring layers, which a calibration chooses: one choice for each layer after which it may begin, in that order;
+    neighboring layers, which a calibration chooses: one choice for each layer after which it may begin, in that order;
     "block-influence" leaves out any layers, of which these are examples: some after the first, the others before the
     last.
     """

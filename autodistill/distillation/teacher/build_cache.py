@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
-from autodistill.distillation.losses.hidden_states import rms_normalise
+from autodistill.distillation.losses.hidden_states import rms_normalize
 from autodistill.distillation.teacher.output_cache import FILE, META, CacheSettings, id_type
 from autodistill.errors import InputError
 from autodistill.inference.batching import by_length, logit_rows, map_batches, pass_tokens
@@ -215,7 +215,7 @@ def _teacher_batches(
             states = {f"state_{layer}": local.states[layer][:, :-1].float() for layer in settings.states}
             kept = {"final": rows.half()} if settings.final else {}
             for name, state in states.items():
-                kept[name] = rms_normalise(state).half()
+                kept[name] = rms_normalize(state).half()
                 kept[name.replace("state", "size")] = state.square().mean(dim=2).sqrt()
         for name, values in kept.items():
             for own, one in zip(columns, values.cpu().numpy(), strict=True):

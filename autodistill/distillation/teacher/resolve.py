@@ -32,11 +32,11 @@ _KINDS = (
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-_LICENCE_NAMES = [f"{name}{end}" for name in ("LICENSE", "NOTICE") for end in ("", ".txt", ".md")]
+_LICENSE_NAMES = [f"{name}{end}" for name in ("LICENSE", "NOTICE") for end in ("", ".txt", ".md")]
 
 _HUB_TEXTS = ["*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", f"{MORE_TEMPLATES}/*.jinja"]
 
-_HUB_FILES = [*_HUB_TEXTS, "model*.safetensors", *_LICENCE_NAMES]
+_HUB_FILES = [*_HUB_TEXTS, "model*.safetensors", *_LICENSE_NAMES]
 
 # The hub's patterns match across folders: checkpoints, other precisions and runtimes lie there.
 _HUB_FOLDERS = ["*/*.json", "*/*.safetensors"]
@@ -61,8 +61,8 @@ class TeacherRef:
         kind: "gguf" (a file), "folder" (of transformers) or "hub" (not downloaded yet).
         path: The file or folder; None on a hub.
         config: transformers' configuration; of a GGUF file only what its header says.
-        licence: Where it is known.
-        quantised: The format of a GGUF file's blocks, like "Q4_1"; None where weights are stored as they are.
+        license: Where it is known.
+        quantized: The format of a GGUF file's blocks, like "Q4_1"; None where weights are stored as they are.
         revision: The commit of a hub model that was looked at, where the hub names it; None of what lies here.
     """
 
@@ -70,8 +70,8 @@ class TeacherRef:
     kind: Literal["gguf", "folder", "hub"]
     path: Path | None
     config: Mapping[str, Any]
-    licence: str | None
-    quantised: str | None = None
+    license: str | None
+    quantized: str | None = None
     revision: str | None = None
 
 
@@ -84,15 +84,15 @@ class Teacher:
             tokenizer keys of that file.
         fingerprint: Hash of the bytes it was made of.
         name: Short name for a person.
-        licence: Where it is known.
-        quantised, revision: See `TeacherRef`.
+        license: Where it is known.
+        quantized, revision: See `TeacherRef`.
     """
 
     folder: Path
     fingerprint: str
     name: str
-    licence: str | None
-    quantised: str | None = None
+    license: str | None
+    quantized: str | None = None
     revision: str | None = None
 
 
@@ -221,10 +221,10 @@ def _gguf_ref(path: Path) -> TeacherRef:
     unknown = [tensor.name for tensor in file.tensors if file.family.from_gguf_name(tensor.name) is None]
     if unknown:
         raise InputError(f"{path} holds the tensor {unknown[0]}, for which {file.architecture} has no place")
-    licence = stated(file.metadata.get("general.license"))
-    licence = "Apache-2.0" if licence == "apache-2.0" else licence
+    license = stated(file.metadata.get("general.license"))
+    license = "Apache-2.0" if license == "apache-2.0" else license
     name = _SMOLLM2 if path.name.startswith(_SMOLLM2) else path.stem
-    return TeacherRef(name=name, kind="gguf", path=path, config=config, licence=licence, quantised=file.quantised())
+    return TeacherRef(name=name, kind="gguf", path=path, config=config, license=license, quantized=file.quantized())
 
 
 def _folder_ref(folder: Path) -> TeacherRef:
@@ -235,24 +235,24 @@ def _folder_ref(folder: Path) -> TeacherRef:
     _check_names([path.name for path in folder.iterdir()], str(folder))
     check_model(folder)
     load_tokenizer(folder)
-    return TeacherRef(name=folder.name, kind="folder", path=folder, config=config, licence=_licence(folder, config))
+    return TeacherRef(name=folder.name, kind="folder", path=folder, config=config, license=_license(folder, config))
 
 
-def _licence(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _license(folder: Path, config: Mapping[str, Any]) -> str | None:
     """What a folder says of its licence: its configuration, or else the head of its model card."""
     import yaml
     from huggingface_hub.repocard import metadata_load
 
-    licence = config.get("license")
-    if licence is None:
+    license = config.get("license")
+    if license is None:
         try:
             card = metadata_load(folder / "README.md") or {}
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return None  # without a card, or with one that is not for programs, it is not known
-        licence = card.get("license")
-        if licence == "other":
-            licence = card.get("license_name", licence)
-    return stated(licence)
+        license = card.get("license")
+        if license == "other":
+            license = card.get("license_name", license)
+    return stated(license)
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
@@ -295,13 +295,13 @@ def _hub_ref(ref: str) -> TeacherRef:
         found = _folder_ref(folder)
         revision = folder.name if _COMMIT.fullmatch(folder.name) else asked
         return TeacherRef(
-            name=name, kind="hub", path=None, config=found.config, licence=found.licence, revision=revision
+            name=name, kind="hub", path=None, config=found.config, license=found.license, revision=revision
         )
     config = read_json(Path(path))
     _check_config(config, ref)
     _check_names([file.rfilename for file in info.siblings or ()], ref)
-    licence = stated(info.card_data.get("license") if info.card_data else None)
-    return TeacherRef(name=name, kind="hub", path=None, config=config, licence=licence, revision=revision)
+    license = stated(info.card_data.get("license") if info.card_data else None)
+    return TeacherRef(name=name, kind="hub", path=None, config=config, license=license, revision=revision)
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str], **options: Any) -> Path:
@@ -351,19 +351,19 @@ def materialise(ref: TeacherRef, cache: Path) -> Teacher:
             folder=folder,
             fingerprint=folder_fingerprint(folder),
             name=ref.name,
-            licence=ref.licence,
+            license=ref.license,
             revision=ref.revision,
         )
     if ref.path is None:
         raise ValueError(f"a teacher of kind {ref.kind} has a path")
     if ref.kind == "folder":
-        return Teacher(folder=ref.path, fingerprint=folder_fingerprint(ref.path), name=ref.name, licence=ref.licence)
+        return Teacher(folder=ref.path, fingerprint=folder_fingerprint(ref.path), name=ref.name, license=ref.license)
     fingerprint = content_hash(["gguf", _CONVERSION, file_hash(ref.path)], digits=16)
     folder = (cache / "teachers" / fingerprint).resolve()
     with alone(folder):
         if not is_whole(folder):
             convert(read_gguf(ref.path), folder)
-    return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, licence=ref.licence, quantised=ref.quantised)
+    return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, license=ref.license, quantized=ref.quantized)
 
 
 @contextmanager

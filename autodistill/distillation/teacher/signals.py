@@ -99,7 +99,7 @@ def target_source(
         if recipe.signal == "online":
             assert teacher is not None
             states, head = teacher.final(ids), teacher.head
-            return FullTarget(states=states, head=head, temperature=temperature, standardised=recipe.standardise)
+            return FullTarget(states=states, head=head, temperature=temperature, standardized=recipe.standardise)
         if recipe.signal == "written":
             assert told is not None
             # A place's tokens are what may stand there: those of the next one are predicted here.
@@ -109,7 +109,7 @@ def target_source(
         if recipe.signal == "states":
             assert teacher is not None
             states, head = cache.final(indices).to(ids.device), teacher.head
-            return FullTarget(states=states, head=head, temperature=temperature, standardised=recipe.standardise)
+            return FullTarget(states=states, head=head, temperature=temperature, standardized=recipe.standardise)
         if recipe.signal == "sampled":
             return cache.sampled(indices, temperature, recipe.signal_tokens).to(str(ids.device))
         return cache.top(indices, temperature, recipe.signal_tokens).to(str(ids.device))

@@ -85,7 +85,7 @@ def _nsga2(seed: int, startup: int) -> BaseSampler:
 MODELS: Mapping[str, Callable[[int, int], BaseSampler]] = {"tpe": _tpe, "gp": _gp, "nsga2": _nsga2}
 
 
-def modelled(
+def modeled(
     name: str,
     seed: int,
     space: Space,

@@ -13,7 +13,7 @@ from autodistill.evaluation.base import Direction
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.results.row import Status
 from autodistill.search.algorithms.forks import forks, is_fork
-from autodistill.search.algorithms.optuna_study import MODELS, Observation, modelled
+from autodistill.search.algorithms.optuna_study import MODELS, Observation, modeled
 from autodistill.search.algorithms.pareto import fronts, spread
 from autodistill.strategy.domains import Range, Value
 from autodistill.strategy.space import Dimension, Point, Space
@@ -113,13 +113,13 @@ class Sampler:
             yield from forks(self.space, observations, self.direction, random.Random(f"{self.seed}/{number}/fork"))
         if self.name in MODELS:
             if self._changes_best(own):
-                yield from self._neighbours(own // 2, source, observations)
+                yield from self._neighbors(own // 2, source, observations)
             known = sum(item.values is not None for item in self.earlier) >= _STARTUP
             if own in self._spreads() and not known:
                 yield self._spread(own)
             else:
                 seed = source.getrandbits(32)
-                model = modelled(
+                model = modeled(
                     self.name, seed, self.space, observations, self.direction, self.further, startup=_STARTUP
                 )
                 yield from islice(model, _ASKS)
@@ -156,7 +156,7 @@ class Sampler:
 
         return self._draw(quantile)
 
-    def _neighbours(self, turn: int, source: random.Random, observations: Sequence[Observation]) -> Iterator[Point]:
+    def _neighbors(self, turn: int, source: random.Random, observations: Sequence[Observation]) -> Iterator[Point]:
         """The best point so far with one dimension drawn anew, each in its turn, as `_by_turns` orders them.
 
         A dozen trials tell a model little, and a hand-designed baseline is where they begin well.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill import plugins
-from autodistill.data.student_template import copy_licence
+from autodistill.data.student_template import copy_license
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import DamagedError, InputError
@@ -88,7 +88,7 @@ def export_run(
     for name, deployment in deployments.items():
         card = model_card(row, deployment, every, origin)
         (out / name / "README.md").write_text(card, encoding="utf-8")
-        copy_licence(student, out / name)
+        copy_license(student, out / name)
     return paths
 
 
@@ -223,7 +223,7 @@ def _deployment(container: str, row: Row, ranked: Sequence[Row], asked: Mapping[
 
 def _pack(student: Path, row: Row, deployment: Deployment, out: Path, origin: Origin) -> Path:
     exporter = load_exporter(get_format(deployment.format).container)
-    named = {"teacher": origin.teacher, "licence": origin.teacher_licence, "name": origin.name_of(row)}
-    artefact = exporter.export(student, deployment, out, **named)
-    verify(exporter, artefact, student, deployment)
-    return artefact.path
+    named = {"teacher": origin.teacher, "license": origin.teacher_license, "name": origin.name_of(row)}
+    artifact = exporter.export(student, deployment, out, **named)
+    verify(exporter, artifact, student, deployment)
+    return artifact.path

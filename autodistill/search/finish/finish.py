@@ -14,13 +14,13 @@ import torch
 
 from autodistill import plugins
 from autodistill.data.dataset import load_split
-from autodistill.data.student_template import copy_licence
+from autodistill.data.student_template import copy_license
 from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError, NothingFitsError, VerificationError
 from autodistill.estimates.fit import fits, holdable, too_late
 from autodistill.evaluation.base import Measurement, Subject, load_evaluator
 from autodistill.evaluation.evaluate import deployed_weights
-from autodistill.export.base import Artefact, load_exporter
+from autodistill.export.base import Artifact, load_exporter
 from autodistill.export.model_card import Origin, model_card
 from autodistill.export.verify import POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.hardware.background_load import free_cores
@@ -82,7 +82,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
 
     Raises:
         NothingFitsError: Nothing that may be exported fits the budget.
-        VerificationError: An artefact is not what was evaluated.
+        VerificationError: An artifact is not what was evaluated.
     """
     question, phases, run = finisher.question, finisher.phases, finisher.run
     torch.set_num_threads(finisher.threads)
@@ -156,7 +156,7 @@ def _describe(packed: Mapping[str, tuple[Row, Deployment]], test: Sequence[Row],
     for container, (row, deployment) in packed.items():
         folder = run.student(container)
         (folder / "README.md").write_text(model_card(row, deployment, [*rows, *test], origin), encoding="utf-8")
-        copy_licence(finisher.student(row), folder)
+        copy_license(finisher.student(row), folder)
         sync_below(folder)
 
 
@@ -212,21 +212,21 @@ def _gguf_beside(
         return None, (f"there is no GGUF file beside the best student: {error}",)
 
 
-def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:
+def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artifact, str]:
     """Writes one deployment of a row's model and holds the bytes on disk to the evaluated weights."""
     container = get_format(deployment.format).container
     exporter = load_exporter(container)
     origin = Origin.of(read_json(finisher.run.search_file))
-    artefact = exporter.export(
+    artifact = exporter.export(
         finisher.student(row),
         deployment,
         finisher.run.student(container),
         teacher=origin.teacher,
-        licence=origin.teacher_licence,
+        license=origin.teacher_license,
         name=origin.name_of(row),
     )
-    verify(exporter, artefact, finisher.student(row), deployment)
-    return artefact, container
+    verify(exporter, artifact, finisher.student(row), deployment)
+    return artifact, container
 
 
 def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[str, RuntimeCheck]) -> Row:
@@ -235,7 +235,7 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
     strategy = Strategy.from_json(row.strategy) if row.strategy else None
     spec = student_spec(strategy, finisher.setting.teacher_spec) if strategy else finisher.setting.teacher_spec
     with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
-        artefact, container = _pack(row, deployment, finisher)
+        artifact, container = _pack(row, deployment, finisher)
         length = finisher.question.plan.sequence_length
         sequences = math.ceil(POSITIONS / (length - 1))
         rendering = finisher.setting.rendering(strategy.init if strategy else None)
@@ -248,14 +248,14 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
         give_back_memory()
         threads = free_cores(finisher.threads)
         checks[container] = verify_runtime(
-            artefact, deployment, simulated, data.tokens[:, :-1], threads, finisher.student(row)
+            artifact, deployment, simulated, data.tokens[:, :-1], threads, finisher.student(row)
         )
-        paths[container] = artefact.path
+        paths[container] = artifact.path
     subject = Subject(
         spec=spec,
         deployment=deployment,
         budget=finisher.question.budget,
-        artefact=artefact.path,
+        artifact=artifact.path,
         threads=finisher.threads,
     )
     measured: dict[str, Measurement] = {}

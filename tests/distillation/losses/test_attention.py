@@ -106,7 +106,7 @@ def test_watched_maps_carry_the_gradient(folder, ids):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_watched_relations_are_the_projections_of_the_normalised_input(folder, ids):
+def test_watched_relations_are_the_projections_of_the_normalized_input(folder, ids):
     model = load_model(folder, torch.float32)
     layer = model.model.layers[-1]
     with torch.no_grad(), watch(model, RELATIONS) as found:

@@ -13,7 +13,7 @@ from autodistill.distillation.losses.hidden_states import (
     check_projection,
     layer_map,
     projection,
-    rms_normalise,
+    rms_normalize,
 )
 from autodistill.errors import InputError
 from autodistill.strategy.strategy import Alignment
@@ -140,14 +140,14 @@ def test_projections_are_a_function_of_the_seed_alone(alignment):
     assert not torch.equal(first[0], weights(1)[0])
 
 
-def test_normalised_states_have_a_root_mean_square_of_one():
+def test_normalized_states_have_a_root_mean_square_of_one():
     states = np.random.default_rng(0).standard_normal((7, 64)) * np.logspace(-3, 4, 7)[:, None]
     states[0, 5] = 1e4  # a massive activation
     expected = states / np.sqrt((states**2).mean(axis=1, keepdims=True))
-    actual = rms_normalise(torch.from_numpy(states.astype(np.float32)))
+    actual = rms_normalize(torch.from_numpy(states.astype(np.float32)))
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-6)
-    assert rms_normalise(torch.zeros(2, 8)).abs().max() == 0
-    assert rms_normalise(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.float32
+    assert rms_normalize(torch.zeros(2, 8)).abs().max() == 0
+    assert rms_normalize(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_loss_is_two_less_two_cosines():
@@ -156,7 +156,7 @@ def test_loss_is_two_less_two_cosines():
     norms = np.linalg.norm(student, axis=1) * np.linalg.norm(teacher, axis=1)
     cosines = (student * teacher).sum(axis=1) / norms
     states = torch.from_numpy(student).requires_grad_()
-    loss = alignment_loss(states, rms_normalise(torch.from_numpy(teacher)))
+    loss = alignment_loss(states, rms_normalize(torch.from_numpy(teacher)))
     loss.backward()
     assert float(loss.detach()) == pytest.approx((2 - 2 * cosines).mean(), rel=1e-10)
     # d cos / d s = (t / |t| - cos s / |s|) / |s|
@@ -167,7 +167,7 @@ def test_loss_is_two_less_two_cosines():
 
 
 def test_loss_does_not_depend_on_the_scale_of_the_student():
-    states, target = torch.randn(4, 16), rms_normalise(torch.randn(4, 16)).half()
+    states, target = torch.randn(4, 16), rms_normalize(torch.randn(4, 16)).half()
     first, second = alignment_loss(states, target), alignment_loss(states * 100, target)
     torch.testing.assert_close(first, second)
     assert first.dtype == torch.float32

@@ -274,22 +274,22 @@ def test_what_was_told_of_some_places_and_text_alone_in_others(monkeypatch, name
     torch.testing.assert_close(logits.grad, reference.grad, rtol=1e-9, atol=1e-12)
 
 
-def _full(temperature, standardised=False, dtype=torch.float64, width=12):
+def _full(temperature, standardized=False, dtype=torch.float64, width=12):
     """A teacher given by states and a head, and a student that is near to it."""
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(ROWS, width, generator=generator, dtype=torch.float64)
     head = torch.randn(VOCABULARY, width, generator=generator, dtype=torch.float64)
     student = (states @ head.T + torch.randn(ROWS, VOCABULARY, generator=generator, dtype=torch.float64)).to(dtype)
     labels = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
-    target = FullTarget(states=states, head=head, temperature=temperature, standardised=standardised)
+    target = FullTarget(states=states, head=head, temperature=temperature, standardized=standardized)
     return student, states @ head.T, labels, target
 
 
-def _full_reference(student, teacher, labels, definition, temperature, weight, standardised):
+def _full_reference(student, teacher, labels, definition, temperature, weight, standardized):
     student = student.double().detach().requires_grad_()
 
     def probabilities(logits):
-        if standardised:
+        if standardized:
             logits = (logits - logits.mean(dim=1, keepdim=True)) / logits.std(dim=1, keepdim=True)
         return functional.softmax(logits / temperature, dim=1)
 
@@ -301,11 +301,11 @@ def _full_reference(student, teacher, labels, definition, temperature, weight, s
 
 @pytest.mark.parametrize(("name", "mixture"), DEFINITIONS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("standardised", [False, True])
+@pytest.mark.parametrize("standardized", [False, True])
 @pytest.mark.parametrize("weight", [0.4, 1.0])
-def test_every_divergence_of_all_tokens(name, mixture, temperature, standardised, weight):
-    student, teacher, labels, target = _full(temperature, standardised)
-    expected = _full_reference(student, teacher, labels, DEFINITIONS[name, mixture], temperature, weight, standardised)
+def test_every_divergence_of_all_tokens(name, mixture, temperature, standardized, weight):
+    student, teacher, labels, target = _full(temperature, standardized)
+    expected = _full_reference(student, teacher, labels, DEFINITIONS[name, mixture], temperature, weight, standardized)
     logits = student.clone().requires_grad_()
     loss = logit_loss(logits, labels, target, weight, divergence_of(name, mixture))
     loss.total.backward()
@@ -330,7 +330,7 @@ def test_every_divergence_in_the_types_of_training(name, mixture, dtype):
 
 
 @pytest.mark.parametrize("beta", [0.2, 0.5])
-def test_jsd_is_the_published_generalised_one(beta):
+def test_jsd_is_the_published_generalized_one(beta):
     """As TRL's GKD states it: means over tokens of beta KL(teacher, m) + (1 - beta) KL(student, m), by `kl_div`."""
     student, teacher, labels, target = _full(1.0)
     log_q, log_p = functional.log_softmax(student, dim=1), functional.log_softmax(teacher, dim=1)
@@ -426,7 +426,7 @@ def test_all_tokens_take_no_more_memory_than_some_rows(monkeypatch):
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_trls_generalised_jsd(beta, temperature):
+def test_trls_generalized_jsd(beta, temperature):
     """TRL's own function, which leaves out the factor T^2; its ends are forward and reverse KL."""
     from trl.experimental.gkd import GKDTrainer
 

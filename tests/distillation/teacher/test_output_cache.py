@@ -164,7 +164,7 @@ def test_final_states_give_the_teachers_logits(workshop, dense):
     assert (np.abs(states.double().numpy() @ head.double().numpy().T - logits) <= slack).all()
 
 
-def test_states_are_raw_layer_outputs_normalised(workshop, dense):
+def test_states_are_raw_layer_outputs_normalized(workshop, dense):
     for layer, raw in enumerate(dense[1]):
         raw = raw.reshape(-1, 64)
         expected = raw / np.sqrt((raw**2).mean(axis=1, keepdims=True))

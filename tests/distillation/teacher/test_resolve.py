@@ -136,7 +136,7 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(
     source = save_tiny_teacher(tmp_path / "source", architecture=architecture, tied=tied, layers=2)
     path = write_gguf(source, tmp_path / "tiny.gguf", kind)
     teacher = materialise(resolve_teacher(str(path)), tmp_path / "cache")
-    assert teacher.quantised == (None if kind in (Kind.F32, Kind.F16) else kind.name)
+    assert teacher.quantized == (None if kind in (Kind.F32, Kind.F16) else kind.name)
     ours = load_model(teacher.folder, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).eval()
     expected = theirs.state_dict()
@@ -269,7 +269,7 @@ def test_a_folder_is_used_where_it_stands_and_known_by_its_bytes(folder: Path, t
 
 
 @pytest.mark.parametrize(
-    ("card", "stated", "licence"),
+    ("card", "stated", "license"),
     [
         ("---\nlicense: mit\n---\n# A model\n", None, "mit"),
         ("---\nlicense: other\nlicense_name: my-terms\n---\n", None, "my-terms"),
@@ -283,15 +283,15 @@ def test_a_folder_is_used_where_it_stands_and_known_by_its_bytes(folder: Path, t
         (None, None, None),
     ],
 )
-def test_a_folders_licence_is_that_of_its_configuration_or_its_model_card(
-    folder: Path, tmp_path: Path, card: str | None, stated: str | None, licence: str | None
+def test_a_folders_license_is_that_of_its_configuration_or_its_model_card(
+    folder: Path, tmp_path: Path, card: str | None, stated: str | None, license: str | None
 ) -> None:
     own = tmp_path / "teacher"
     shutil.copytree(folder, own)
     if card is not None:
         (own / "README.md").write_text(card)
     _changed(own, {} if stated is None else {"license": stated})
-    assert resolve_teacher(str(own)).licence == licence
+    assert resolve_teacher(str(own)).license == license
 
 
 def _changed(folder: Path, change: dict[str, Any]) -> None:
@@ -509,7 +509,7 @@ def test_a_hub_model_is_downloaded_as_safetensors_only(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda ref, name, revision: str(folder / name))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     teacher = materialise(resolve_teacher("somebody/model"), tmp_path)
-    assert (teacher.name, teacher.licence, teacher.folder) == ("somebody/model", "mit", folder)
+    assert (teacher.name, teacher.license, teacher.folder) == ("somebody/model", "mit", folder)
     assert not any(pattern.endswith(("bin", "pt", "pth", "*")) for pattern in asked)
 
 
@@ -625,20 +625,20 @@ def test_a_gguf_files_text_is_cut_as_llama_cpp_cuts_it(
     description["model"]["merges"] = [*merges[:-2], ["3", "4"], ["Ġ", "34"]]
     description["pre_tokenizer"] = next(cut.pre_tokenizer for cut in CUTS if pre in cut.names)
     (teacher / "tokenizer.json").write_text(json.dumps(description))
-    artefact = GgufExporter().export(
+    artifact = GgufExporter().export(
         teacher, Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0), tmp_path / "out"
     )
-    read = AutoTokenizer.from_pretrained(materialise(resolve_teacher(str(artefact.path)), tmp_path / "cache").folder)
+    read = AutoTokenizer.from_pretrained(materialise(resolve_teacher(str(artifact.path)), tmp_path / "cache").folder)
     assert read.tokenize(" 34") == pieces
-    with LlamaServer(artefact.path, 64, 1) as server:
+    with LlamaServer(artifact.path, 64, 1) as server:
         assert list(server.tokenize(" 34")) == read(" 34")["input_ids"]
 
 
 @pytest.mark.slow
 def test_smollm2_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     ref = resolve_teacher("smollm2")
-    assert (ref.name, ref.licence, ref.config["num_hidden_layers"]) == ("SmolLM2-135M-Instruct", "Apache-2.0", 30)
-    assert ref.quantised == "Q4_1"
+    assert (ref.name, ref.license, ref.config["num_hidden_layers"]) == ("SmolLM2-135M-Instruct", "Apache-2.0", 30)
+    assert ref.quantized == "Q4_1"
     assert ref.path is not None
     teacher = materialise(ref, tmp_path)
     expected = AutoModelForCausalLM.from_pretrained(ref.path.parent, gguf_file=ref.path.name, dtype=torch.float32)

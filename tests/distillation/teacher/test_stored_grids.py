@@ -70,7 +70,7 @@ def _changed(source: Path, out: Path, change: Callable[[str, torch.Tensor], torc
     return out
 
 
-def _dequantised(source: Path, deployment: Deployment, out: Path) -> Path:
+def _dequantized(source: Path, deployment: Deployment, out: Path) -> Path:
     """A copy of a folder whose weights are what a runtime reads of it in a packing."""
     with StudentFiles(source, deployment) as files:
         return _changed(source, out, lambda name, _: torch.from_numpy(files.deployed(name).copy()))
@@ -105,11 +105,11 @@ def test_a_gguf_file_is_found_on_its_grid_and_packs_again_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("name", SIMPLE)
-def test_a_folder_of_dequantised_weights_is_found_on_the_grid_and_packs_to_the_same_bytes(
+def test_a_folder_of_dequantized_weights_is_found_on_the_grid_and_packs_to_the_same_bytes(
     normal: Path, tmp_path: Path, name: str
 ) -> None:
     deployment = _deployment(name)
-    source = _dequantised(normal, deployment, tmp_path / "source")
+    source = _dequantized(normal, deployment, tmp_path / "source")
     teacher, found, _ = _found(str(source), tmp_path / "cache")
     assert found is not None
     assert (found.deployment, found.exact) == (deployment, True)
@@ -121,7 +121,7 @@ def test_a_folder_on_an_integer_grid_is_packed_without_loss_though_its_scales_do
     normal: Path, tmp_path: Path, bits: int, group: int, symmetric: bool
 ) -> None:
     deployment = _deployment("compressed-tensors", bits, group, symmetric)
-    source = _dequantised(normal, deployment, tmp_path / "source")
+    source = _dequantized(normal, deployment, tmp_path / "source")
     before = sorted(path.name for path in source.iterdir())
     teacher, found, _ = _found(str(source), tmp_path / "cache")
     assert found is not None
@@ -131,10 +131,10 @@ def test_a_folder_on_an_integer_grid_is_packed_without_loss_though_its_scales_do
     # A grid of fewer bits, or of larger groups, is among those of more.
     assert found.deployment.bits <= bits
     exporter = CompressedTensorsExporter()
-    artefact = exporter.export(teacher.folder, found.deployment, tmp_path / "out")
-    verify(exporter, artefact, teacher.folder, found.deployment)
+    artifact = exporter.export(teacher.folder, found.deployment, tmp_path / "out")
+    verify(exporter, artifact, teacher.folder, found.deployment)
     own = load_file(source / "model.safetensors")
-    for name, values in exporter.unpack(artefact.path):
+    for name, values in exporter.unpack(artifact.path):
         if found.exact:
             assert np.array_equal(values, own[name].numpy()), name
     assert sorted(path.name for path in source.iterdir()) == before  # nothing is written to a person's folder
@@ -151,7 +151,7 @@ def test_weights_that_were_rounded_since_are_told_apart_by_how_far_that_moved_th
     normal: Path, tmp_path: Path
 ) -> None:
     def rounded(name: str, kind: torch.dtype) -> StoredAs | None:
-        source = _dequantised(normal, _deployment(name), tmp_path / f"{name}-{kind}" / "source")
+        source = _dequantized(normal, _deployment(name), tmp_path / f"{name}-{kind}" / "source")
         copy = _changed(source, tmp_path / f"{name}-{kind}" / "copy", lambda _, tensor: tensor.to(kind))
         return _found(str(copy), tmp_path / f"{name}-{kind}" / "cache")[1]
 

@@ -609,12 +609,12 @@ def llama_url(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """llama.cpp's own server on loopback, with the tiny teacher in float16."""
     folder = tmp_path_factory.mktemp("gguf")
     f16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
-    artefact = GgufExporter().export(teacher, f16, folder)
+    artifact = GgufExporter().export(teacher, f16, folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-    command = [sys.executable, "-c", SERVER, str(artefact.path), str(port)]
+    command = [sys.executable, "-c", SERVER, str(artifact.path), str(port)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True

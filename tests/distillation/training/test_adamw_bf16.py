@@ -11,7 +11,7 @@ from autodistill.distillation.training.adamw_bf16 import RoundedAdamW, rounded
 BETAS = (0.9, 0.95)
 
 
-def _neighbours(value):
+def _neighbors(value):
     """The two bfloat16 values about a float32 one that bfloat16 does not hold, found by torch's own rounding."""
     nearest = torch.tensor(value).bfloat16()
     other = torch.nextafter(nearest, torch.tensor(np.copysign(np.inf, value - nearest.item())).bfloat16())
@@ -19,7 +19,7 @@ def _neighbours(value):
 
 
 @given(st.floats(2.0**-100, 2.0**100, width=32), st.sampled_from([-1.0, 1.0]))
-def test_of_two_neighbours_each_is_met_as_often_as_the_value_lies_near_it(size, sign):
+def test_of_two_neighbors_each_is_met_as_often_as_the_value_lies_near_it(size, sign):
     value = float(np.float32(sign * size))
     # All draws there are, each once: the mean is exact.
     draws = torch.arange(2**16, dtype=torch.int32)
@@ -28,7 +28,7 @@ def test_of_two_neighbours_each_is_met_as_often_as_the_value_lies_near_it(size, 
     if float(torch.tensor(value).bfloat16()) == value:
         assert (found == value).all()
     else:
-        assert sorted(set(found.tolist())) == _neighbours(value)
+        assert sorted(set(found.tolist())) == _neighbors(value)
     assert float(found.double().mean()) == pytest.approx(value, rel=1e-12)
 
 
@@ -41,7 +41,7 @@ def test_draws_are_even():
     for name, exact in (("exp_avg", 0.1 * 1.003), ("exp_avg_sq", 0.05 * 1.003**2)):
         moments = optimizer.state[weight][name]
         assert moments.dtype == torch.bfloat16
-        low, high = _neighbours(float(np.float32(exact)))
+        low, high = _neighbors(float(np.float32(exact)))
         assert set(moments.double().tolist()) == {low, high}
         share = (exact - low) / (high - low)
         error = (share * (1 - share) / len(weight)) ** 0.5

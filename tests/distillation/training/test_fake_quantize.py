@@ -368,12 +368,12 @@ def test_a_learned_scale_whose_multiplier_is_0_comes_back(grid, share):
         shown.scale[:, 1] = share * unit
     assert not shown.stored().scales[:, 1].any()
     lost = (shown() - master).detach()[:, dead].square().sum()
-    optimiser = torch.optim.Adam([shown.scale], lr=float(shown.scale.detach().abs().mean()) / 30)
+    optimizer = torch.optim.Adam([shown.scale], lr=float(shown.scale.detach().abs().mean()) / 30)
     for _ in range(100):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (shown() - master.detach()).square().sum().backward()
         assert shown.scale.grad.isfinite().all()
-        optimiser.step()
+        optimizer.step()
     assert shown.stored().scales[:, 1].all()
     assert (shown() - master).detach()[:, dead].square().sum() < 0.1 * lost
 
@@ -480,7 +480,7 @@ def test_a_tied_model_computes_with_the_packed_weights_and_trains_its_masters(mo
     model.get_input_embeddings().weight.requires_grad_(not frozen)
     parameters = dict(model.named_parameters())
     names = list(model.state_dict())
-    optimiser = torch.optim.AdamW([p for p in parameters.values() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in parameters.values() if p.requires_grad], lr=1e-2)
     plain = model(TOKENS).logits
     with quantized_training(model, _storage_of):
         for _ in range(3):
@@ -489,8 +489,8 @@ def test_a_tied_model_computes_with_the_packed_weights_and_trains_its_masters(mo
             output = model(TOKENS, labels=TOKENS)
             torch.testing.assert_close(output.logits, expected, rtol=0, atol=0)
             output.loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             assert list(model.state_dict()) == names
             for name, parameter in model.named_parameters():
                 assert parameter is parameters[name]
@@ -519,7 +519,7 @@ def test_a_tied_tables_gradient_is_the_sum_over_its_two_uses():
     np.testing.assert_allclose(model[0].weight.grad.numpy(), expected, atol=1e-6)
 
 
-def test_a_frozen_weight_is_quantised_again_only_when_it_changes(monkeypatch):
+def test_a_frozen_weight_is_quantized_again_only_when_it_changes(monkeypatch):
     calls = []
     monkeypatch.setattr(quantization, "deploy_tensor", lambda *args: calls.append(args) or deploy_tensor(*args))
     weight = nn.Parameter(torch.randn(4, 32), requires_grad=False)
@@ -571,7 +571,7 @@ def test_several_passes_of_a_step_have_the_gradients_of_one_over_all(grid, learn
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["absmax", "learned"])
-def test_a_tied_weight_is_quantised_once_a_step_for_each_type_it_is_read_in(learned, model, monkeypatch):
+def test_a_tied_weight_is_quantized_once_a_step_for_each_type_it_is_read_in(learned, model, monkeypatch):
     calls = []
     for name in ("fitted_values", "given_values"):
         made = getattr(grid_values, name)

@@ -389,7 +389,7 @@ STATES = ("float32", "bfloat16", "int8")
 
 @pytest.mark.parametrize("written", STATES)
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_checkpoint_with_other_optimiser_states_is_refused(workshop, tmp_path, written, steps):
+def test_a_checkpoint_with_other_optimizer_states_is_refused(workshop, tmp_path, written, steps):
     trainer = workshop.trainer(PLAIN, optimizer_state=written)
     list(trainer.train_stable(steps * STEP))
     trainer.save(tmp_path / "checkpoint")
@@ -584,13 +584,13 @@ def test_decay_on_a_grid_trains_float32_masters(workshop, bf16):
     assert not any(module._forward_pre_hooks for module in trainer.model.modules())
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_a_frozen_head_computes_what_autocast_would(workshop, quantised, monkeypatch):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_frozen_head_computes_what_autocast_would(workshop, quantized, monkeypatch):
     """In bfloat16 a frozen head is cast once; losses and gradients are those of casting it in every step."""
 
     def run():
         trainer = workshop.trainer(PLAIN, bf16=True)
-        records = list(trainer.train_stable(64)) + list(trainer.train_decay(256, _grid if quantised else None))
+        records = list(trainer.train_stable(64)) + list(trainer.train_decay(256, _grid if quantized else None))
         return _weights(trainer), [record.loss for record in records]
 
     fast = run()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from autodistill.evaluators.tasks.generated_answer import normalised
+from autodistill.evaluators.tasks.generated_answer import normalized
 from autodistill.evaluators.tasks.task import evaluator_of
 from transformers import AutoTokenizer
 
@@ -140,7 +140,7 @@ def test_written_answers_are_those_of_greedy_decoding(tmp_path: Path, subject: S
     usable = [
         {"question": prompt, "answer": answer}
         for prompt, answer in zip(prompts, answers, strict=True)
-        if normalised(answer)
+        if normalized(answer)
     ]
     assert len(usable) > 20
     template = {"prompt": "{question}", "answer": "{answer}"}
@@ -228,8 +228,8 @@ def test_a_perplexity_is_the_exponential_of_its_windows_mean(tmp_path: Path, sub
         ("5%", "5", True),
     ],
 )
-def test_normalisation(one: str, other: str, same: bool) -> None:
-    assert (normalised(one) == normalised(other)) == same
+def test_normalization(one: str, other: str, same: bool) -> None:
+    assert (normalized(one) == normalized(other)) == same
 
 
 @pytest.mark.parametrize(
@@ -246,10 +246,10 @@ def test_normalisation(one: str, other: str, same: bool) -> None:
         "What? Nobody; nothing: none.",
     ],
 )
-def test_words_are_normalised_as_by_squad(text: str) -> None:
+def test_words_are_normalized_as_by_squad(text: str) -> None:
     """Its evaluation script, version 1.1: lower case, no punctuation, no articles, single spaces."""
     bare = "".join(letter for letter in text.lower() if letter not in set(string.punctuation))
-    assert normalised(text) == " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+    assert normalized(text) == " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 @pytest.mark.parametrize(("gold", "written", "share"), [("A", "", 0.0), ("A", "a.", 1.0), ("...", "", 0.0)])

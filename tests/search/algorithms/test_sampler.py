@@ -344,7 +344,7 @@ def test_the_starts_of_a_space_are_proposed_first_and_once():
         assert sampler.propose(1, seen) != first
 
 
-def test_neighbours_follow_the_best_value_whatever_its_fidelity():
+def test_neighbors_follow_the_best_value_whatever_its_fidelity():
     """A baseline is the first to reach full fidelity; one that beats it at an early rung is the better place."""
     space = space_of(**{"init.depth": {"low": 0.1, "high": 0.9}})
     observations = [
@@ -356,7 +356,7 @@ def test_neighbours_follow_the_best_value_whatever_its_fidelity():
     assert sum(abs(value - 0.8) < abs(value - 0.2) for value in proposals) >= 10
 
 
-def test_a_neighbour_of_another_shape_keeps_the_most_that_the_shape_can():
+def test_a_neighbor_of_another_shape_keeps_the_most_that_the_shape_can():
     space = space_of(
         **{
             "init": {"choices": {"shallow": {"ffn": 1.0}, "narrow": {"depth": 1.0}}},
@@ -467,7 +467,7 @@ def test_proposals_of_several_objectives_lie_on_both_ends_of_the_front():
     assert sum(weight < 0.3 or weight > 0.7 for weight in proposed) > 0.7 * len(proposed)
 
 
-def test_neighbours_of_several_objectives_take_the_front_in_turn():
+def test_neighbors_of_several_objectives_take_the_front_in_turn():
     space = space_of(**{"init.depth": {"low": 0.1, "high": 0.9}})
     known = {"state": Status.COMPLETED, "fidelity": 1.0}
     observations = [

@@ -118,7 +118,7 @@ def test_a_container_other_than_the_rows_takes_the_best_deployment_of_its_trial(
     assert "model.layers.0.mlp.up_proj.weight_packed" in load_file(paths["compressed-tensors"] / "model.safetensors")
 
 
-def test_a_gguf_file_says_of_whom_it_is_a_student_and_under_which_licence(run: RunFolder, tmp_path: Path) -> None:
+def test_a_gguf_file_says_of_whom_it_is_a_student_and_under_which_license(run: RunFolder, tmp_path: Path) -> None:
     """As llama.cpp's converter says it of a model's origin; the file may be served where its card is not."""
     fields = GGUFReader(export_run(run, None, ["gguf"], tmp_path)["gguf"]).fields
     said = {key: fields[key].contents() for key in fields if key.startswith("general.")}
@@ -126,7 +126,7 @@ def test_a_gguf_file_says_of_whom_it_is_a_student_and_under_which_licence(run: R
     assert (said["general.base_model.count"], said["general.base_model.0.name"]) == (1, "big")
 
 
-def test_a_card_and_the_licence_lie_beside_each(run: RunFolder, tmp_path: Path) -> None:
+def test_a_card_and_the_license_lie_beside_each(run: RunFolder, tmp_path: Path) -> None:
     for container, path in export_run(run, "t000-q8_0", ["gguf", "huggingface"], tmp_path).items():
         folder = tmp_path / container
         card = (folder / "README.md").read_text(encoding="utf-8")

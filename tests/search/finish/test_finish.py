@@ -385,7 +385,7 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
         ("f16", "the teacher is better here as it is: the teacher itself as gguf-f16 has accuracy 0.6"),
     ],
 )
-def test_a_teacher_that_is_not_quantised_is_not_said_to_be(packing: str, said: str) -> None:
+def test_a_teacher_that_is_not_quantized_is_not_said_to_be(packing: str, said: str) -> None:
     finisher: Any = SimpleNamespace(
         question=question("accuracy", "max"), setting=SimpleNamespace(teacher_spec=spec_from_config(CONFIG))
     )

@@ -503,8 +503,8 @@ def test_nothing_of_the_alignments_leaves_the_training(lab, tmp_path, attention)
     assert "watched" not in json.dumps(written)
     for deployment in (BF16, Q8, INT4):
         exporter = load("exporters", get_format(deployment.format).container)
-        artefact = exporter.export(folder, deployment, tmp_path / deployment.name)
-        assert {name for name, _ in exporter.unpack(artefact.path)} == expected
+        artifact = exporter.export(folder, deployment, tmp_path / deployment.name)
+        assert {name for name, _ in exporter.unpack(artifact.path)} == expected
 
 
 LEARNED = {
@@ -554,9 +554,9 @@ def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(request
 
     container = get_format(own.format).container
     exporter = plugins.load("exporters", container)
-    artefact = exporter.export(folder, own, tmp_path / "out")
-    verify(exporter, artefact, folder, own)
-    for name, values in exporter.unpack(artefact.path):
+    artifact = exporter.export(folder, own, tmp_path / "out")
+    verify(exporter, artifact, folder, own)
+    for name, values in exporter.unpack(artifact.path):
         expected = shown.get(
             name, deployed(masters[name], own.storage(next(t for t in spec.tensors if t.name == name)))
         )
