@@ -1,4 +1,4 @@
-"""The best stored row for given hardware, solved anew from what is on file; nothing is trained or loaded."""
+"""The best stored row for given hardware, computed from what is on file; nothing is trained or loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CELLS = 256  # contexts that are named where a shorter one would do are multipl
 
 
 class _Broken:
-    """Rows that broke a limit: of those on the same grids, one that is no smaller in any size is no nearer to it.
+    """Rows that exceeded a limit; a row on the same grids that is no smaller in any size exceeds it too.
 
     So most rows that do not fit are passed over without being solved. It holds for needs that follow from the shape,
     and so for no row of which something was measured.
@@ -39,7 +39,7 @@ class _Broken:
         self._known: defaultdict[tuple[Any, ...], list[tuple[int, ...]]] = defaultdict(list)
 
     def implies(self, place: _Place) -> bool:
-        """Whether a row breaks a limit that an earlier one broke, and by no less."""
+        """Return whether a row exceeds a limit at least as much as an earlier row did."""
         alike, sizes = place
         known = self._known.get(alike, [])
         for index, least in enumerate(known):
@@ -50,7 +50,7 @@ class _Broken:
         return False
 
     def add(self, place: _Place, solved: Solved) -> None:
-        """Remembers a row, unless it is accuracy that it lacks most."""
+        """Remember a row, unless accuracy is what it lacks most."""
         excess = solved.excess
         if max(excess, key=lambda name: excess[name]) != "accuracy":
             alike, sizes = place
@@ -62,7 +62,7 @@ _Place = tuple[tuple[Any, ...], tuple[int, ...]]
 
 
 def _place(candidate: Candidate) -> _Place | None:
-    """None of a row whose needs do not follow from its shape alone."""
+    """Return the group in which rows are compared; None if a row's requirements do not follow from its shape alone."""
     cells, shape = candidate.cells, candidate.shape
     size, need = cells.get("size_bytes"), cells.get("memory_bytes")
     if shape is None or size is None or need is None:
@@ -75,7 +75,7 @@ def _place(candidate: Candidate) -> _Place | None:
 
 
 def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
-    """The best row that meets all limits, the runner-up, the margins, and the limit that binds.
+    """Return the best row within all limits, the runner-up, the margins, and the limit that excludes better rows.
 
     Of rows that are tied with the best, as `leaderboard.rank` has it, the smallest is picked. Rows of runtimes that the
     device does not have are left out.
@@ -137,25 +137,25 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
 
 
 def _basis(solved: Solved, wanted: Wanted) -> str | None:
-    """What the memory of a GPU rests on, where it was not measured there; None of any other."""
+    """Return what GPU memory is based on, if it was not measured there; None for other memory."""
     if not wanted.on_gpu or solved.sources["memory"] == "measured":
         return None
     return basis_of(solved.candidate.deployment.runtime, on_gpu=True)
 
 
 def _lacks(candidate: Candidate, wanted: Wanted) -> str:
-    """Why the device does not serve a row at all, or nothing."""
+    """Return why the device cannot serve a row at all, or ""."""
     return wanted.device.lacks(candidate.deployment.runtime) if wanted.device else ""
 
 
 def _may_tie(best: Candidate, other: Candidate) -> bool:
-    """Whether a paired difference may lie within its error, which is no larger than the sum of both rows' own."""
+    """Return whether a paired difference may lie within its error, which is at most the sum of both rows' errors."""
     errors = [one.row.figure(f"{best.metric}_stderr") for one in (best, other)]
     return None not in errors and best.worth - other.worth <= sum(filter(None, errors))
 
 
 def _smallest_first(chosen: list[Solved]) -> tuple[list[Solved], int]:
-    """The rows with the one in front that the leaderboard would put there, and how many it holds to be tied."""
+    """Return the rows with the leaderboard's choice in front, and the number of rows tied with it."""
     one = chosen[0].candidate
     near = [solved for solved in chosen if _may_tie(one, solved.candidate)]
     if len(near) < 2:
@@ -177,7 +177,7 @@ def _order(candidate: Candidate) -> tuple[float, float, str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Tier:
-    """A class of GPUs by the memory that they are sold with.
+    """A class of GPUs with the same amount of memory.
 
     Attributes:
         nominal_bytes: That memory.
@@ -191,7 +191,7 @@ class Tier:
 
 
 def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
-    """What is usable of each GPU that is sold with so much memory, at the least.
+    """Return the memory that every GPU of a class leaves usable.
 
     A maker's GB is between 10^9 and 2^30 bytes, and so is what its driver reports. Where none of so much is known it is
     10^9 less what the class reserves.
@@ -207,7 +207,7 @@ def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
 
 
 def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[Tier]) -> dict[str, Any]:
-    """The best row for each class of GPUs; None where nothing fits."""
+    """Return the best row for each class of GPUs; None where nothing fits."""
     rows = []
     for tier in tiers:
         limited = replace(wanted, memory_bytes=tier.usable_bytes, device=None, gpu=True)
@@ -223,7 +223,7 @@ def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[
 
 
 def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
-    """Why nothing fits: the nearest, what it misses most, and what would make it fit."""
+    """Return why nothing fits: the nearest row, what it misses most, and what would make it fit."""
     if not left_out:
         reads = [one.shape.config["max_position_embeddings"] if one.shape else math.inf for one in ranked]
         if wanted.context is not None and wanted.context > max(reads):
@@ -255,7 +255,7 @@ def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Solved], unknown: i
 
 
 def _changes(nearest: Solved, wanted: Wanted) -> Iterator[str]:
-    """What would make it fit, by how little it changes: fewer streams, a shorter context, other limits."""
+    """Yield what would make it fit, the smallest change first: fewer streams, a shorter context, other limits."""
     candidate = nearest.candidate
     broken = [name for name, excess in nearest.excess.items() if excess > 0]
     if "accuracy" not in broken:
@@ -282,7 +282,7 @@ def _changes(nearest: Solved, wanted: Wanted) -> Iterator[str]:
 
 
 def _most(candidate: Candidate, asked: Callable[[int], Wanted], limit: int) -> int:
-    """The largest count up to a limit with which it fits, 0 where none does; its needs only grow with the count."""
+    """Return the largest count up to a limit with which it fits, or 0; requirements only grow with the count."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

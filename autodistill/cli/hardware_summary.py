@@ -159,7 +159,11 @@ def pick_text(document: Mapping[str, Any]) -> str:
     told = ", ".join(f"{name} {margin:.0%} below the limit" for name, margin in margins.items() if name != "accuracy")
     if "accuracy" in margins:
         told += f", {_score_above(document['pick'])}"
-    binds = f"What binds is {document['binds']}." if document["binds"] else "Nothing binds: no better row is left out."
+    binds = (
+        f"The limit that excludes better rows is {document['binds']}."
+        if document["binds"]
+        else "No limit excludes a better row."
+    )
     kept = _overhead(document["memory_overhead"])
     sources = document["pick"]["sources"]
     times = [name for name in sources if name not in ("memory", "accuracy")]

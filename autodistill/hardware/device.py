@@ -1,4 +1,4 @@
-"""What a device is that a student may be served on: its class, its figures, and what runtimes reach of these."""
+"""Devices that can serve a student: their class, their figures, and the share of these that runtimes reach."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """What a runtime reaches of a device's bandwidth and rates, and what its layers cost beside that.
+    """The shares of a device's bandwidth and rates that a runtime reaches, and the extra cost of its layers.
 
     Attributes:
         decode: Share of the stated bandwidth that decoding reaches.
@@ -63,16 +63,16 @@ class Shares:
     assumed: str = ""
 
     def layer(self, end: str) -> float:
-        """Seconds of a layer at the slow end ("low"), the typical one or the fast one ("high") of the band."""
+        """Return the seconds of a layer at one end of the band: slow ("low"), typical, or fast ("high")."""
         cost = self.layer_seconds
         return {"low": cost.high, "typical": cost.typical, "high": cost.low}[end]
 
     def assumed_since(self, why: str) -> Shares:
-        """The same where nothing like it was measured: the slow end twice as slow, the fast one faster by a quarter."""
+        """Return the shares as assumed: the slow end is twice as slow, the fast end a quarter faster."""
         return _assumed(self, why)
 
     def unlike(self, device: Device) -> str:
-        """In what a device differs from those that the shares were found on, or nothing."""
+        """Return how a device differs from those on which the shares were measured, or ""."""
         if self.rate and self.rate not in device.rates:
             return f"it was measured where processors compute in {self.rate}"
         if self.measured_alone and not device.measured:
@@ -99,7 +99,7 @@ def _assumed(shares: Shares, why: str) -> Shares:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceClass:
-    """What devices of a kind have in common.
+    """The properties that devices of one kind share.
 
     Attributes:
         name: "discrete-gpu", "unified", "board", "phone" or "cpu".
@@ -120,7 +120,7 @@ class DeviceClass:
     reference: str
 
     def share_of(self, memory_bytes: int) -> float:
-        """The share of so much memory that is usable."""
+        """Return the usable share of an amount of memory."""
         return self.small_share if memory_bytes <= self.small_bytes else self.share
 
 
@@ -153,33 +153,33 @@ class Device:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that it is called: its name first, then the others."""
+        """All names of the device: its main name first, then its aliases."""
         return (self.name, *self.aliases)
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """The engines that serve a student on it."""
+        """The runtimes that can serve a student on it."""
         return self.own_runtimes or self.kind.runtimes
 
     @property
     def discrete(self) -> bool:
-        """Whether it has memory of its own, beside the machine's."""
+        """Whether it has its own memory, beside the machine's."""
         return self.kind.name == DISCRETE
 
     def lacks(self, runtime: str) -> str:
-        """Why a student of this engine is none for the device, or nothing where it has the engine."""
+        """Return why the device cannot serve with this runtime, or "" if it can."""
         if runtime in self.runtimes:
             return ""
         return f"{self.name} serves students with {' or '.join(self.runtimes)}, not {runtime}"
 
     def shares(self, runtime: str) -> Shares:
-        """What a runtime reaches here: assumed, with a wide band, where it was measured on nothing like this device."""
+        """Return what a runtime reaches on this device: assumed, with a wide band, if nothing similar was measured."""
         found = self.kind.speeds[runtime]
         why = "" if found.assumed else found.unlike(self)
         return found.assumed_since(f"of {runtime} nothing was measured on such a device: {why}") if why else found
 
     def rate(self, *precisions: str) -> float:
-        """Operations a second in the first of these precisions that it has, else in the fastest that is no 8 bits."""
+        """Return operations per second in the first of these precisions it has, else the fastest above 8 bits."""
         for precision in precisions:
             if precision in self.rates:
                 return self.rates[precision]
@@ -187,7 +187,7 @@ class Device:
         return max(wide or self.rates.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The device as plain data."""
+        """Return the device as plain data."""
         return {
             "name": self.name,
             "aliases": list(self.aliases),

@@ -1,4 +1,4 @@
-"""How byte-level tokenizers cut text before the merges: llama.cpp's names of it, and tokenizer.json's steps."""
+"""How byte-level tokenizers split text before the merges: llama.cpp's names for it, and the steps in tokenizer.json."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _split(pattern: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """A way to cut text.
+    """A way to split text before the merges.
 
     Attributes:
         names: llama.cpp's, the one to be written first.
@@ -47,7 +47,7 @@ class Cut:
 
     @property
     def pre_tokenizer(self) -> dict[str, Any]:
-        """As tokenizer.json has it."""
+        """The same as an entry of tokenizer.json."""
         return {"type": "Sequence", "pretokenizers": [dict(step) for step in self.steps]}
 
 
@@ -73,18 +73,18 @@ to the other. Of tekken and gpt-4o llama.cpp knows case in ASCII alone, and no c
 
 
 def cut_named(name: object) -> Cut | None:
-    """The cut that llama.cpp knows by a name, or None for one that is not in the table."""
+    """Return the way to split text that llama.cpp knows by a name, or None if the table lacks it."""
     return next((cut for cut in CUTS if name in cut.names), None)
 
 
 def cuts_like(steps: Sequence[Mapping[str, Any]]) -> tuple[Cut, ...]:
-    """The cuts of the table that do what the steps of a tokenizer.json's `pre_tokenizer` do."""
+    """Return the entries of the table that do the same as a `pre_tokenizer` of tokenizer.json."""
     wanted = _essence(steps)
     return tuple(cut for cut in CUTS if _essence(cut.steps) == wanted)
 
 
 def _essence(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The steps without what changes no token, and written one way where there are two."""
+    """Return the steps without those that change no token, in one canonical form."""
     found: list[dict[str, Any]] = []
     for step in steps:
         own = {key: value for key, value in step.items() if key != "trim_offsets"}

@@ -1,4 +1,4 @@
-"""The one truth on packing, free of torch: what grids a format holds, what each tensor is stored as, and bytes."""
+"""The formats of quantised weights, without torch: their grids, how each tensor is stored, and its bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _key(storage: Storage) -> _Key:
 
 
 def _describe(keys: Iterable[_Key]) -> str:
-    """The keys in words; a format holds every combination of the values that it holds."""
+    """Describe keys in words; a format holds every combination of the values that it holds."""
     bits, groups, symmetric = (list(dict.fromkeys(values)) for values in zip(*keys, strict=True))
     if bits == [16]:
         return "16 bits without groups"
@@ -56,7 +56,7 @@ def _either(words: Iterable[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A way to pack a model, and the rule that says what each of its tensors is stored as.
+    """A file format for quantised weights, with the rule for how each tensor is stored.
 
     Attributes:
         name: Its name in strategies, deployments and on the command line.
@@ -80,7 +80,7 @@ class Format:
     mixture: bool = False
 
     def linear(self, bits: int, group_size: int, symmetric: bool) -> Storage:
-        """What linear layers are stored as at this choice.
+        """Return how linear layers are stored under this choice.
 
         Raises:
             InputError: It cannot hold that; the message lists what it can.
@@ -100,7 +100,7 @@ _KEEP = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How the weights of a model are stored: a format, one of the grids that it holds, and what stays off the grid.
+    """A quantisation scheme: a format, one of its grids, and the parts that stay off the grid.
 
     Attributes:
         format: Name of a format.
@@ -131,12 +131,12 @@ class Packing:
 
     @property
     def packing(self) -> Packing:
-        """The fields of this class alone, whatever else the object says: equal where weights are stored equally."""
+        """The fields of this class only, also of a subclass: equal if weights are stored equally."""
         return Packing(**{field.name: getattr(self, field.name) for field in fields(Packing)})
 
     @property
     def linear(self) -> Storage:
-        """What linear layers are stored as; in a mixture of types, those that do not take more bits.
+        """How linear layers are stored; in a mixture of types, those that do not get more bits.
 
         Raises:
             InputError: The format cannot hold it.
@@ -145,7 +145,7 @@ class Packing:
 
     @property
     def container(self) -> str:
-        """The container of its format."""
+        """The container of the format."""
         return get_format(self.format).container
 
     @property
@@ -156,7 +156,7 @@ class Packing:
         return "+".join([self.format + suffix, *self.keep])
 
     def storage(self, tensor: TensorSpec) -> Storage:
-        """What `tensor` is stored as: where super-blocks do not divide its rows, on the grid that stands in for theirs.
+        """Return how `tensor` is stored; if super-blocks do not divide its rows, this is the fallback grid.
 
         Raises:
             InputError: The tensor cannot be cut into the groups.
@@ -177,7 +177,7 @@ class Packing:
         return storage
 
     def check_model(self, tensors: Iterable[TensorSpec]) -> None:
-        """Refuses a model that cannot be packed so.
+        """Refuse a model that cannot be stored under this scheme.
 
         Raises:
             InputError: A tensor that cannot be cut into the groups, a part to keep that would be on no grid, or linear
@@ -200,7 +200,7 @@ class Packing:
             )
 
     def _check_blocks(self, grid: Grid, storages: Mapping[TensorSpec, Storage]) -> None:
-        """Refuses linear layers of which none is on a grid of super-blocks, but some on what stands in for it."""
+        """Refuse a model in which no linear layer is on the super-block grid and some are on its fallback."""
         linear = {tensor: storage for tensor, storage in storages.items() if tensor.role is Role.LINEAR}
         grids = {storage for storage in linear.values() if isinstance(storage, Grid)}
         if not grids or any(one.block_size for one in grids):
@@ -277,7 +277,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 def get_format(name: str) -> Format:
-    """Looks a format up by name.
+    """Look up a format by name.
 
     Raises:
         InputError: Unknown; the message lists the known ones.
@@ -288,7 +288,7 @@ def get_format(name: str) -> Format:
 
 
 def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
-    """Bytes that one tensor takes, scales included: what `pack` writes, no padding."""
+    """Return the bytes that one tensor takes, scales included: what `pack` writes, without padding."""
     count = math.prod(tensor.shape)
     if not isinstance(storage, Grid):
         return count * (4 if storage in ("f32", "f32_plus_1") else 2)
@@ -305,12 +305,12 @@ def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
 
 
 def _words(codes: int, bits: int) -> int:
-    """Bytes of a row of codes in whole words of 32 bits."""
+    """Return the bytes of a row of codes in whole 32-bit words."""
     return -(-codes * bits // 32) * 4
 
 
 def weights_bytes(tensors: Iterable[TensorSpec], packing: Packing) -> int:
-    """Bytes that all of a model's tensors take in a packing.
+    """Return the bytes that all tensors of a model take under a quantisation scheme.
 
     Raises:
         InputError: As `Packing.storage`.

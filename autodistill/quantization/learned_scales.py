@@ -1,4 +1,4 @@
-"""The scales that a finishing stage learned, or a teacher's own, in a file beside the weights."""
+"""File of the scales that a finishing stage learned, or of a teacher's own scales, beside the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALES_FILE = "grid_scales.safetensors"
 
 
 def write_scales(folder: Path, packing: Packing, scales: Mapping[str, Scales]) -> None:
-    """Writes what was learned for `packing`, by name of the weight; nothing where nothing was."""
+    """Write the learned scales of a quantisation scheme by weight name; writes nothing if there are none."""
     if not scales:
         return
     arrays = {
@@ -31,7 +31,7 @@ def write_scales(folder: Path, packing: Packing, scales: Mapping[str, Scales]) -
 
 
 def read_scales(folder: Path, packing: Packing) -> dict[str, Scales]:
-    """What was learned for `packing`; empty where scales follow from the weights, as under any other packing."""
+    """Read the learned scales of a quantisation scheme; empty if its scales follow from the weights."""
     if not (folder / SCALES_FILE).is_file():
         return {}
     with safe_open(folder / SCALES_FILE, framework="numpy") as file:

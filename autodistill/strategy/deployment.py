@@ -1,4 +1,4 @@
-"""How a student is stored and served: a packing, and the runtime that serves it."""
+"""How a student is stored and served: a quantisation scheme, and the runtime that serves it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment(Packing, Part):
-    """How a trained student is packed and served.
+    """How a trained student is quantised and served.
 
     The fields of `Packing` say how it is packed.
 
@@ -30,7 +30,7 @@ class Deployment(Packing, Part):
         check_choice(f"the runtime of {self.name}", self.runtime, serving(self))
 
     def check_model(self, tensors: Iterable[TensorSpec]) -> None:
-        """Refuses a model that cannot be packed, or not be served so.
+        """Refuse a model that cannot be quantised or served in this way.
 
         Raises:
             InputError: As `Packing.check_model`; or vLLM would compute kept and quantised layers as one matrix.
@@ -51,7 +51,7 @@ class Deployment(Packing, Part):
 
 
 def serving(packing: Packing) -> tuple[str, ...]:
-    """The engines that serve a packing, the usual one first.
+    """Return the runtimes that serve a quantisation scheme, the usual one first.
 
     Any engine reads a format, but vLLM has had kernels for 4 and 8 bits only, with zero points for 4 bits.
     """

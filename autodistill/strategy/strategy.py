@@ -1,4 +1,4 @@
-"""`Strategy` and its parts: how one student is made, what each field means, and which may stand together."""
+"""`Strategy` and its parts: how one student is made, what each field means, and which values may be combined."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ class Init(Part):
 
     @property
     def by_influence(self) -> bool:
-        """Whether it depends on the teacher's activations which layers are kept."""
+        """Whether the choice of layers depends on the teacher's activations."""
         return self.layers in _BY_INFLUENCE
 
     @property
     def selective(self) -> bool:
-        """Whether it depends on the teacher's activations what is kept."""
+        """Whether the choice of any parts depends on the teacher's activations."""
         whole = (self.ffn, self.heads, self.width) == (1, 1, 1)
         return self.source == "teacher" and (not whole or self.by_influence)
 
     def describe(self) -> str:
-        """The init in a few words, for a table."""
+        """Return the init in a few words, for a table."""
         if self.source == "pretrained":
             return f"from {self.model}"
         kept = f"{_percent(self.depth)} {self.layers if self.source == 'teacher' else 'from scratch'}"
@@ -112,7 +112,7 @@ class Temperature(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment(Part):
-    """Which hidden states of the student follow which of the teacher, and how.
+    """Which hidden states of the student are compared with which of the teacher, and how.
 
     A student layer copied from teacher layer g(j) aims at what the teacher feeds its layer g(j+1); the last student
     layer aims at the teacher's last state. In a student that was not copied from the teacher, a layer aims at the state
@@ -162,7 +162,7 @@ class Alignment(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Part):
-    """How the attention of the student's last layer follows that of one layer of the teacher.
+    """How the attention of the student's last layer is compared with that of one layer of the teacher.
 
     Attributes:
         kind: "maps" compares where each head attends to, head by head (equal head counts only); "relations" compares
@@ -194,7 +194,7 @@ class Attention(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(Part):
-    """Low-rank changes that are trained in place of the student's weights, and merged into them (arXiv:2106.09685).
+    """Low-rank changes that are trained instead of the student's weights, and merged into them (arXiv:2106.09685).
 
     Weights W [out, in] are frozen; W + (alpha / rank) B A is what the student computes with. Nothing else is trained
     but the embedding table where `train_embeddings` says so. In a finishing the merged weight is what is rounded.
@@ -334,7 +334,7 @@ class Distillation(Part):
         return max(self.divergence_weight, self.final_divergence_weight or 0.0) > 0
 
     def approximation(self, vocabulary: int) -> str | None:
-        """What the logit loss is in place of the divergence that is named, or None where it is that divergence.
+        """What the logit loss computes instead of the named divergence, or None if it is exactly that.
 
         That is so of all tokens, and of draws in the mean. Of fewer of the likeliest tokens it never is, at any
         temperature: with 64 of them forward KL at 1 cost students of SmolLM2-135M 1.49 ± 0.34% of perplexity, where 50
@@ -394,7 +394,7 @@ class Strategy(Part):
         )
 
     def describe(self) -> str:
-        """The strategy in one line, for a table: strategies that differ have different lines."""
+        """Return the strategy in one line, for a table; different strategies have different lines."""
         return ", ".join(
             [
                 self.init.describe(),
@@ -416,7 +416,7 @@ class Strategy(Part):
 
 
 def _of_outputs(recipe: Distillation) -> list[str]:
-    """How the outputs are learnt; forward KL is called KD, of which most recipes consist."""
+    """Describe how the outputs are learnt; forward KL is called KD, as in most recipes."""
     temperature = recipe.temperature
     heat = f"T{temperature.start:g}"
     if temperature.shape != "constant":
@@ -435,7 +435,7 @@ def _of_outputs(recipe: Distillation) -> list[str]:
 
 
 def _of_states(recipe: Distillation) -> list[str]:
-    """Which states and attention are followed, and whether by low-rank changes."""
+    """Describe which states and attention are compared, and whether low-rank changes are trained."""
     words = []
     if one := recipe.alignment:
         words.append(" ".join([f"{one.name} {one.projection} x{one.weight:g}", *_besides(one, _IN_ALIGNMENT)]))
@@ -453,12 +453,12 @@ _IN_NAMES = tuple(field.name for field in fields(Packing))
 
 
 def _share(value: float) -> str:
-    """A share with two digits, or as many as it has."""
+    """Format a share with two digits, or as many as it has."""
     return max(f"{value:.2f}", f"{value:g}", key=len)
 
 
 def _besides(part: Part, told: Collection[str]) -> list[str]:
-    """What nothing else tells of a part: its fields that are not as they are by default."""
+    """Describe the fields of a part that no other word covers and that differ from their defaults."""
     words = []
     for field in fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)

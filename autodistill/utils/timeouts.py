@@ -1,4 +1,4 @@
-"""A call that has so long to come to an end: one of a library that never does is left alone, in a thread of its own."""
+"""A call with a deadline: a library call that never returns is abandoned in a thread of its own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _left: list[threading.Event] = []
 
 
 class NotInTimeError(Exception):
-    """A call did not come to an end in its time; nobody knows what it is doing."""
+    """A call did not end in time; its state is unknown."""
 
 
 def in_time(call: Callable[[], _Result], seconds: float | None, name: str) -> _Result:
-    """What a call returns, or raises. Meanwhile an interrupt or SIGTERM reaches this thread, which waits in Python.
+    """Return or raise what a call does; an interrupt or SIGTERM reaches this thread while it waits.
 
     Args:
         call: Made in a daemon thread.
@@ -53,5 +53,5 @@ def in_time(call: Callable[[], _Result], seconds: float | None, name: str) -> _R
 
 
 def calls_left() -> bool:
-    """Whether a call that was left alone still goes on: what a library cleans up at exit may wait for it."""
+    """Return whether an abandoned call is still running; what a library cleans up at exit may wait for it."""
     return not all(ended.is_set() for ended in _left)

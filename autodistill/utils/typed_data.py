@@ -1,4 +1,4 @@
-"""Plain data held to the kinds that annotations name: what is read back is what was written, or is refused by name."""
+"""Check of plain data against type annotations, when it is read back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LISTS: tuple[Any, ...] = (Sequence, tuple, list)
 
 
 def hold(value: Any, kind: Any, where: str, *, whole: bool = True) -> None:
-    """Checks plain data, as JSON gives them, against an annotation; lists stand for tuples.
+    """Check plain data, as JSON gives them, against an annotation; lists stand for tuples.
 
     A `TypedDict` may have keys that it does not name, which a later version may have written; a dataclass may not.
 
@@ -82,7 +82,7 @@ def _hold_fields(value: Any, kind: Any, where: str, *, whole: bool) -> None:
 
 @cache
 def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str], bool]:
-    """The annotations of a dataclass or `TypedDict`, the names that must be there, and whether others must not."""
+    """Return the annotations of a dataclass or `TypedDict`, the required names, and whether others are forbidden."""
     hints = typing.get_type_hints(kind)
     if typing.is_typeddict(kind):
         # `__required_keys__` knows nothing of what stands in an annotation that is text.

@@ -1,4 +1,4 @@
-"""Whether a teacher's weights lie on storage grids already, and the packing that keeps its own codes."""
+"""Detection of teachers whose weights lie on quantisation grids already, and the scheme that keeps their own codes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _KEEPABLE = ("attention", "embeddings", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class StoredAs:
-    """How a teacher is stored whose weights are quantised already.
+    """How the weights of an already quantised teacher are stored.
 
     Attributes:
         types: In words, what its weights lie on, like "its matrices lie on Q4_1, its table on Q8_0".
@@ -78,7 +78,7 @@ class StoredAs:
 
     @property
     def note(self) -> str:
-        """What a reader must know of it, in a sentence."""
+        """Return what the user must know about it, in a sentence."""
         said = f"the teacher is pre-quantised: {self.types}"
         if self.deployment is None:
             return f"{said}, and no format here has these types tensor by tensor; {_TWICE}"
@@ -87,11 +87,11 @@ class StoredAs:
 
     @property
     def name(self) -> str:
-        """Its deployment's, or else its types."""
+        """The name of its deployment, or else its types."""
         return self.types if self.deployment is None else self.deployment.name
 
     def among(self, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
-        """Those, and the teacher's own where it is none of them."""
+        """Return the deployments, plus the teacher's own if it is not among them."""
         own, others = self.deployment, tuple(deployments)
         held = own is None or any(own.packing == one.packing for one in others)
         return others if held or own is None else (*others, own)
@@ -104,7 +104,7 @@ _TWICE = (
 
 
 def stored_as(ref: TeacherRef, teacher: Teacher, spec: ModelSpec, cache: Path) -> tuple[Teacher, StoredAs | None]:
-    """How a teacher is stored, if it is quantised already; what was found is kept beside teachers in the cache.
+    """Return how a teacher is stored, if it is quantised already; results are kept beside teachers in the cache.
 
     A GGUF file says itself what its tensors are. Of a folder some rows of each matrix are put on the grids: weights lie
     on one if they move far less than normal weights would. Where scales that follow from the weights would not give
@@ -143,7 +143,7 @@ def _to_json(found: StoredAs) -> dict[str, Any]:
 
 
 def _known(record: Path, teacher: Teacher, folder: Path) -> tuple[Teacher, StoredAs | None] | None:
-    """What an earlier search found, where it is all still there."""
+    """Return what an earlier search found, if it is complete."""
     try:
         held = json.loads(record.read_text(encoding="utf-8"))
         if held["version"] != _VERSION or (held["scaled"] and not (folder / SCALES_FILE).is_file()):
@@ -161,7 +161,7 @@ def _known(record: Path, teacher: Teacher, folder: Path) -> tuple[Teacher, Store
 
 @cache
 def packings() -> Mapping[str, Packing]:
-    """Every packing that a format holds, with nothing kept off its grid, by name."""
+    """Return every quantisation scheme of every format, with all weights on the grid, by name."""
     known = {}
     for form in FORMATS.values():
         for storage in form.linears:
@@ -172,7 +172,7 @@ def packings() -> Mapping[str, Packing]:
 
 
 def stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]]:
-    """Each tensor of a file and ggml's name of its type; none where a matrix, as one of experts, is not told apart."""
+    """Return ggml's type of each tensor of a file; empty if a matrix, such as one of experts, cannot be told apart."""
     from gguf import GGMLQuantizationType
 
     known, family = {tensor.name: tensor for tensor in spec.tensors}, get_family(spec.architecture)
@@ -183,7 +183,7 @@ def stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]
 
 
 def storing(types: Sequence[tuple[TensorSpec, str]], *, keeping: bool = False) -> Packing | None:
-    """The packing of GGUF that stores each tensor as that type of ggml's, if there is one.
+    """Return the GGUF scheme that stores each tensor as that ggml type, or None.
 
     Where no row is of whole super-blocks, the stand-in's own format comes before the K-quant that it equals.
 
@@ -206,7 +206,7 @@ def _stores(packing: Packing, types: Iterable[tuple[TensorSpec, str]]) -> bool:
 
 
 def _type_name(storage: Storage) -> str:
-    """What a storage is called, where it is GGUF's by ggml's name."""
+    """Return the name of a storage, which is ggml's name for GGUF."""
     if not isinstance(storage, Grid):
         return storage.removesuffix("_plus_1").upper()
     name = storage.name.removeprefix(f"{storage.container}-")
@@ -228,7 +228,7 @@ def _served(packing: Packing) -> Deployment:
 
 
 def of_gguf(file: GgufFile, spec: ModelSpec) -> StoredAs | None:
-    """How a GGUF file has its weights, but for whether a packing is exact; None where linear layers are floats."""
+    """Return how a GGUF file stores its weights; None if linear layers are floating-point."""
     types = sorted(stored_types(file, spec), key=lambda one: one[0].role is not Role.LINEAR)
     if all(kind in _FLOATS for tensor, kind in types if tensor.role is Role.LINEAR):
         return None
@@ -242,7 +242,7 @@ def of_gguf(file: GgufFile, spec: ModelSpec) -> StoredAs | None:
 
 
 def of_folder(folder: Path, spec: ModelSpec) -> StoredAs | None:
-    """The same of a transformers folder, by how little some rows of its matrices move when they are packed.
+    """Return how a folder stores its weights, judged by how little some rows change when they are quantised.
 
     Of several packings it is the one of fewest bytes.
     """
@@ -264,7 +264,7 @@ def of_folder(folder: Path, spec: ModelSpec) -> StoredAs | None:
 
 
 def _gridded(spec: ModelSpec) -> Iterator[Packing]:
-    """The packings of the model in which linear layers are on a grid."""
+    """Yield the schemes of the model in which linear layers are on a grid."""
     for packing in packings().values():
         if isinstance(packing.linear, Grid):
             try:
@@ -278,7 +278,7 @@ def _gridded(spec: ModelSpec) -> Iterator[Packing]:
 
 
 def lies_on(weights: Floats, grid: Grid) -> bool:
-    """Whether weights move by far less when they are put on a grid than normal weights would.
+    """Return whether weights change far less than normal weights would when they are put on a grid.
 
     Args:
         weights: float32 [rows, in].
@@ -292,7 +292,7 @@ def lies_on(weights: Floats, grid: Grid) -> bool:
 
 
 def _stays(weights: Floats, grid: Grid, scales: Scales | None = None, share: float = _ON_GRID) -> bool:
-    """The same under given scales, or those that follow from the weights, by a share of the error of normal weights."""
+    """Return the same for given scales, or for scales from the weights, relative to the error of normal weights."""
     _, rule = quantize(weights, grid)
     size = grid.group(weights.shape[1])
     # A weight that lies anywhere between two codes moves by a twelfth of a step squared.
@@ -305,7 +305,7 @@ def _stays(weights: Floats, grid: Grid, scales: Scales | None = None, share: flo
 
 
 def _rounded_since(weights: Floats) -> float:
-    """The squared error of rounding weights to the 16 bits that hold them; 0 where these do not."""
+    """Return the squared error of rounding weights to the 16 bits that hold them; 0 if they were not rounded."""
     if np.array_equal(round_to(weights, "bf16"), weights):
         digits = 8
     elif np.array_equal(round_to(weights, "f16"), weights):
@@ -317,7 +317,7 @@ def _rounded_since(weights: Floats) -> float:
 
 
 def own_scales(weights: Floats, grid: Grid, *, thorough: bool = True) -> Scales:
-    """The scales under which weights that lie on a grid move least; those of the rule where none is better.
+    """Return the scales under which weights on a grid change least; the default ones if none is better.
 
     The rule takes a group's largest weight for one of the largest code, which it need not have; of super-blocks there
     is the rule alone, which fits them by least squares.
@@ -352,14 +352,14 @@ def own_scales(weights: Floats, grid: Grid, *, thorough: bool = True) -> Scales:
 
 
 def _moved(groups: Floats, scales: Scales, grid: Grid) -> npt.NDArray[np.float64]:
-    """The squared error of each group, [groups, group], under scales [groups, 1]."""
+    """Return the squared error of each group, [groups, group], under scales [groups, 1]."""
     with np.errstate(all="ignore"):
         values = dequantize(*quantize(groups, grid, scales), grid)
         return np.nan_to_num(np.square(values - groups, dtype=np.float64).sum(axis=1), nan=np.inf)
 
 
 def _tried(groups: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterator[Scales]:
-    """Scales by which the largest weight of each group has that code, or the range has so many steps.
+    """Yield scales that give a group's largest weight this code, or its range so many steps.
 
     Scales that lie so many places from these too, and zero points: the weights' own rounding may have moved both.
     """
@@ -381,7 +381,7 @@ def _tried(groups: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterat
 
 
 def _stored(extents: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterator[Floats]:
-    """Scales of so many steps in an extent, as a grid stores them, and those so many places from them."""
+    """Yield scales of so many steps in an extent, as a grid stores them, and their neighbours."""
     scales: Floats = (extents / np.float32(code)).astype(np.float32)
     if grid.scale_dtype == "f16":
         yield round_to(scales, "f16")
@@ -396,14 +396,14 @@ def _stored(extents: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iter
 
 @dataclass(frozen=True, kw_only=True)
 class _Own:
-    """The scales, by name, of those tensors that others than follow from the weights give back, and whether all are."""
+    """The scales, by name, of tensors that default scales do not restore, and whether all are restored."""
 
     scales: dict[str, Scales]
     exact: bool
 
 
 def _own_of_gguf(file: GgufFile, packing: Packing, spec: ModelSpec) -> _Own:
-    """Those of a file's blocks."""
+    """Return the scales of a file's blocks."""
     known, own, exact = {tensor.name: tensor for tensor in spec.tensors}, dict[str, Scales](), True
     for stored in file.tensors:
         tensor = known[str(file.family.from_gguf_name(stored.name))]
@@ -424,7 +424,7 @@ def _of_blocks(file: GgufFile, tensor: GgufTensor, grid: Grid) -> Scales:
 
 
 def _own_of_folder(folder: Path, packing: Packing, spec: ModelSpec) -> _Own:
-    """Those under which the weights of a folder move least."""
+    """Return the scales under which the weights of a folder change least."""
     own, exact = dict[str, Scales](), True
     with _opened(folder, spec) as weights:
         for tensor in spec.tensors:
@@ -440,7 +440,7 @@ def _own_of_folder(folder: Path, packing: Packing, spec: ModelSpec) -> _Own:
 
 
 def _worth_trying(weights: Floats, grid: Grid) -> bool:
-    """Whether others than the scales of the rule give weights back, or these would move them as they do normal ones.
+    """Return whether other scales than the default could restore weights, or would treat them as normal ones.
 
     Of weights that were rounded since neither is so, and to try each group's scales would take long for nothing.
     """
@@ -449,7 +449,7 @@ def _worth_trying(weights: Floats, grid: Grid) -> bool:
 
 
 def _returns(values: Floats, storage: Storage, scales: Scales | None = None) -> bool:
-    """Whether weights, packed and read again, are what they were."""
+    """Return whether weights that are quantised and read again stay the same."""
     try:
         for rows in _parts(values):
             given = scales and Scales(*(None if part is None else part[rows] for part in scales))  # type: ignore[arg-type]
@@ -467,7 +467,7 @@ def _parts(values: Floats) -> Iterator[slice]:
 
 
 def _with_scales(teacher: Teacher, packing: Packing, scales: Mapping[str, Scales], folder: Path) -> Teacher:
-    """The teacher in `folder` of the cache, with its scales; a person's own folder is not written to but linked."""
+    """Return the teacher with its scales, in a folder of the cache; a user's folder is linked, not written to."""
     partial = Path(tempfile.mkdtemp(prefix=".stored-", dir=folder.parent))
     try:
         if teacher.folder == folder.resolve():
@@ -484,7 +484,7 @@ def _with_scales(teacher: Teacher, packing: Packing, scales: Mapping[str, Scales
 
 
 def _not_read(folder: str, names: Sequence[str]) -> list[str]:
-    """What of a teacher's folder is not of the model that is read: others beside it, and scales for another packing."""
+    """Return files of a teacher's folder that the model does not use: other weights, and scales of another scheme."""
     return [
         name
         for name in names
@@ -493,7 +493,7 @@ def _not_read(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def _linked(source: str, target: str) -> str:
-    """The same file at another place, which takes no memory where both are on one file system."""
+    """Link a file to another place, which takes no space on the same file system."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:
@@ -502,13 +502,13 @@ def _linked(source: str, target: str) -> str:
 
 
 class _Weights:
-    """The tensors of a folder, each read when it is asked for."""
+    """The tensors of a folder, each read on demand."""
 
     def __init__(self, files: Mapping[str, tuple[Any, str]]) -> None:
         self._files = files
 
     def rows(self, tensor: TensorSpec) -> Floats:
-        """Some rows of a matrix, evenly spread over it, in float32."""
+        """Return some rows of a matrix, evenly spread over it, in float32."""
         file, stored = self._files[tensor.name]
         matrix, (rows, columns) = file.get_slice(stored), tensor.shape
         count = max(1, min(_ROWS, _SAMPLE // columns, rows))
@@ -517,7 +517,7 @@ class _Weights:
         return values
 
     def whole(self, tensor: TensorSpec) -> Floats:
-        """All of a tensor, in float32."""
+        """Return a whole tensor in float32."""
         file, stored = self._files[tensor.name]
         values: Floats = file.get_tensor(stored).float().numpy()
         return values

@@ -1,4 +1,4 @@
-"""What a search will spend, as the trials of it are told: tokens, rungs, workers, seed."""
+"""The plan of a search as its trials get it: tokens, rungs, workers, seed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Plan:
     data_tokens: int = 0
 
     def tokens_of(self, length: float) -> int:
-        """Training tokens of a trial of so many times the plan's, in whole steps."""
+        """Return the training tokens of a trial with so many times the plan's tokens, in whole steps."""
         return round(self.tokens * length / self.batch_tokens) * self.batch_tokens if length > 1 else self.tokens
 
     @property
@@ -82,11 +82,11 @@ class Plan:
         return self.data_tokens or self.tokens_of(max(self.lengths))
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain data."""
+        """Return the plan as plain data."""
         return asdict(self) | {name: list(getattr(self, name)) for name in ("rungs", "keep", "notes", "lengths")}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """Reads what `to_json` wrote."""
+        """Read what `to_json` wrote."""
         lists = ("rungs", "keep", "notes", *(("lengths",) if "lengths" in data else ()))
         return cls(**(dict(data) | {name: tuple(data[name]) for name in lists}))

@@ -136,7 +136,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
     compared = compared_with(best, rows, finisher)
     known = known_on_test(best, untrained, compared, finisher)
     if known is not None:
-        finisher.line("the test split is not opened again: what is exported has been scored on it")
+        finisher.line("the test split is not used again: what is exported has been scored on it")
         return known
     record_test_opening(finisher.run.path.parent, run=finisher.run.name, data=finisher.data.fingerprint)
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)

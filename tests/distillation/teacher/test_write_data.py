@@ -154,7 +154,7 @@ def test_what_the_teacher_does_not_read_is_counted_and_the_rest_written(request_
     assert (fewer["written"], fewer["too_long"]) == (3, 0)
     # What was written with other settings is learnt too, which is not to be a surprise.
     assert (again["others"], fewer["others"]) == (0, 2)
-    assert "2 more answers stand there, of other prompts or settings" in written_summary(fewer)
+    assert "2 more answers are in the file, from other prompts or settings" in written_summary(fewer)
 
 
 def test_a_prompt_that_the_teacher_has_no_numbers_for_is_named_and_the_others_kept(
@@ -338,8 +338,8 @@ def test_a_prompt_that_is_refused_stops_no_other_and_is_told(
     # The others are not asked again; what was refused is, since a server may be given more room.
     assert main(line.removesuffix(" --format json").split()) == 0
     printed = capfd.readouterr().out
-    assert "0 answers written, 28 kept from before, of 30 prompts" in printed
-    assert '2 prompts were refused, and are asked again by the same command. The first, "p' in printed
+    assert "0 answers written, 28 from before, of 30 prompts" in printed
+    assert '2 prompts were refused; the same command asks them again. The first, "p' in printed
     assert sorted(seen[30:]) == ["p03", "p11"]
     del wrong["p03"]
     assert write_data(replace(request_, endpoint=url, model="big", max_tokens=256))["written"] == 1
@@ -791,7 +791,7 @@ def test_the_command_line_says_what_was_done(
     line = f"write --prompts {request_.prompts} --out {request_.out} --teacher {teacher} --max-tokens 4"
     assert main([*line.split(), "--temperature", "0.9", "--cache", str(request_.cache)]) == 0
     printed = capfd.readouterr()
-    assert f"3 answers written, 0 kept from before, of 3 prompts: {request_.out}" in printed.out
+    assert f"3 answers written, 0 from before, of 3 prompts: {request_.out}" in printed.out
     assert "12 of answers" in printed.out
     assert "3 answers reached --max-tokens and are not learnt" in printed.out
     assert main([*line.split(), "--top-p", "2"]) == 2
