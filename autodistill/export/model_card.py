@@ -22,7 +22,7 @@ from autodistill.units import format_bytes
 NOT_STATED = "not stated: ask its author"
 _UNTRAINED = {"teacher": "teacher", "initial": "undistilled student"}
 _FIGURES = ("split", "accuracy", "retention", "perplexity", "memory", "latency", "size")
-_NO_ROW = "It was not measured in this packing."
+_NO_ROW = "It was not measured under this quantisation scheme."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +98,15 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             f"# {plain(origin.name_of(row))}",
             "",
             _made(row, origin),
-            f"It is packed here as {here}.{'' if measured else ' ' + _NO_ROW}",
+            f"It is stored here as {here}.{'' if measured else ' ' + _NO_ROW}",
             "",
             f"- Licence of the teacher, which its students inherit: {plain(license or NOT_STATED)}",
             f"- Licence of the text it {read} ({plain(origin.data)}): {plain(origin.data_license or NOT_STATED)}",
             "",
             "## Measurements",
             "",
-            f"Each row is {model} in one packing. Retention is its accuracy over the teacher's on the same tokens.",
+            f"Each row is {model} under one quantisation scheme. Retention is its accuracy over the teacher's on the "
+            "same tokens.",
             "",
             *_table(("packed as",), own, lambda one: (f"**{here}**" if one.deployment_name == here else None,)),
             *_compared(others),
@@ -130,9 +131,11 @@ def _as_measured(rows: Sequence[Row]) -> list[Row]:
 def _made(row: Row, origin: Origin) -> str:
     teacher = plain(origin.teacher)
     if row.kind == "teacher":
-        made = [f"This is {teacher} itself: AutoDistill packed it, and nothing was distilled or trained."]
+        made = [f"This is {teacher} itself: AutoDistill quantised it, and nothing was distilled or trained."]
     elif row.kind == "initial":
-        made = [f"Made of {teacher} by AutoDistill, as strategy `{row.strategy_id}` begins: not trained at all."]
+        made = [
+            f"Made from {teacher} by AutoDistill: the initial student of strategy `{row.strategy_id}`, not trained."
+        ]
     else:
         made = [f"Distilled from {teacher} on {plain(origin.data)} by AutoDistill, under strategy `{row.strategy_id}`."]
     if row.fidelity is not None and not row.full:

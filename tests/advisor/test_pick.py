@@ -143,7 +143,7 @@ def test_a_row_whose_shape_is_not_known_holds_at_its_own_load_alone() -> None:
     assert "cannot be told" not in pick_text(answer)
     answer = pick(board, Wanted(memory_bytes=10**9, context=1024))
     assert (answer["pick"]["row_id"], answer["unknown"]) == ("b", 1)
-    assert "\nOf 1 better row it cannot be told what this load takes." in pick_text(answer)
+    assert "\nFor 1 better row the memory or time under this load is unknown." in pick_text(answer)
     with pytest.raises(NothingFitsError, match="of 1 rows none can be solved at context 1024"):
         pick(board[:1], Wanted(memory_bytes=10**9, context=1024))
     with pytest.raises(NothingFitsError, match="none can be solved"):
@@ -360,7 +360,7 @@ def test_a_pick_for_a_tier_fits_each_gpu_of_it_and_says_what_is_usable() -> None
     with pytest.raises(NothingFitsError):
         pick([large], Wanted(memory_bytes=l4.usable_bytes, device=l4))
     head, line, *notes = pick_text(answer).splitlines()
-    assert head.split()[:3] == ["GPU", "usable", "as"]
+    assert head.split()[:3] == ["GPU", "usable", "least"]
     assert line.startswith("24.0 GB")
     assert format_bytes(found["usable_bytes"]) in line
     assert "NVIDIA A10" in line

@@ -120,7 +120,9 @@ def test_a_quantized_teacher_that_does_better_than_all_that_was_trained_is_expor
     fields = GGUFReader(outcome.finish.paths["gguf"]).fields
     assert fields["general.name"].contents() == "teacher"
     card = (run.student("gguf") / "README.md").read_text(encoding="utf-8")
-    assert "\n# teacher\n\nThis is teacher itself: AutoDistill packed it, and nothing was distilled or trained." in card
+    assert (
+        "\n# teacher\n\nThis is teacher itself: AutoDistill quantised it, and nothing was distilled or trained." in card
+    )
     assert "## Strategy" not in card
     said = "No trained student is better than the teacher itself as gguf-q8_0, which is exported as it is"
     text = summary_of(outcome, run)

@@ -98,8 +98,8 @@ class StoredAs:
 
 
 _TWICE = (
-    "the teacher in 16 bits is the dequantised model, not the one that it was quantised from, and in other packings it "
-    "is rounded twice"
+    "the teacher in 16 bits is the dequantised model, not the one that it was quantised from, and other quantisation "
+    "schemes round it a second time"
 )
 
 
