@@ -180,7 +180,7 @@ def test_where_nothing_fits_the_nearest_and_its_limit_are_named() -> None:
     rows = [row("a", accuracy=0.4, memory_bytes=160_000_000, feasible=False), ROWS[3]]
     page = report.report_markdown(SEARCH, rank(rows), [])
     assert (
-        "Nothing fits the budget. The nearest, t004 as gguf-q4_0, needs 100 MB of memory, 1.25 times the limit of "
+        "Nothing fits the budget. The nearest candidate, t004 as gguf-q4_0, needs 100 MB of memory, 1.25 times the limit of "
         "80.0 MB." in page
     )
 
@@ -254,7 +254,7 @@ def test_the_page_says_what_a_training_was_and_what_its_figures_are_of() -> None
     data = {"name": "text", "tokens": {"train": 70_000, "validation": 8704, "test": 7936}}
     plan = small_plan(eval_tokens=6400, bf16=True).to_json()
     page = report.report_markdown(SEARCH | {"data": data, "plan": plan}, rank(ROWS), EVENTS)
-    assert "| a step | 256 tokens in sequences of 256 |" in page
+    assert "| optimiser step | 256 tokens in sequences of 256 |" in page
     assert "| schedule | 512 tokens of warm-up, the last 20% of decay |" in page
     assert "| precision | bf16 |" in page
     assert (

@@ -160,7 +160,7 @@ def test_a_teacher_that_is_better_than_the_chosen_student_is_the_answer() -> Non
     # Of a run that asked for students alone, and of earlier versions, it is told beside the student.
     page = report.report_markdown({"name": "run"}, rank(contenders(rows)), events)
     assert "**t002** (student)" in page
-    assert "before it is the teacher itself as gguf-f16, accuracy 0.5400, which needs no training" in page
+    assert "Better is the teacher itself as gguf-f16, accuracy 0.5400, which needs no training" in page
 
 
 def begun(trial: str, accuracy: float, **fields: Any) -> Row:
