@@ -135,7 +135,7 @@ BAD = [
         ["vllm holds no KV cache in 'q8_0'"],
     ),
     ("estimate @/teacher --device t4 --all-devices", ["give one of the two"]),
-    ("estimate @/teacher --prompt 100", ["--prompt is of the first token's time", "--device"]),
+    ("estimate @/teacher --prompt 100", ["--prompt sets the time to the first token", "--device"]),
     ("estimate @/teacher --devices @/none.yaml", ["only describes devices", "--device"]),
     ("estimate @/teacher --device t4 --devices @/none.yaml", ["none.yaml"]),
     ("search --budget 1GB --devices @/none.yaml", ["only describes devices", "--device"]),
