@@ -31,7 +31,7 @@ from autodistill.runs.results.selection import students_only
 from autodistill.runs.run_folder import RunFolder, known_runs
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.json_files import plain_json
-from autodistill.utils.typed_data import hold
+from autodistill.utils.typed_data import check_typed
 
 T = TypeVar("T")
 _COLUMNS = (
@@ -51,7 +51,7 @@ class Shape:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        hold(config, dict[str, Any], "a shape")
+        check_typed(config, dict[str, Any], "a shape")
         self.config = config
 
     @cached_property
@@ -272,7 +272,7 @@ def _row(cells: Mapping[str, Any], run: RunFolder | None) -> Row:
 
 
 def _figures(data: Any) -> dict[str, Any]:
-    hold(data, dict[str, Any], "a cell")
+    check_typed(data, dict[str, Any], "a cell")
     return dict(data)
 
 

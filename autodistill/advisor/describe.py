@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.distillation.teacher.resolve import hub_config, locate
-from autodistill.distillation.teacher.stored_grids import packings, stored_types, storing
+from autodistill.distillation.teacher.stored_grids import quantization_schemes, stored_types, storing
 from autodistill.errors import InputError
 from autodistill.models import latent_attention as latent
 from autodistill.models.config import check_config, spec_from_config
@@ -21,7 +21,7 @@ from autodistill.models.model_folder import check_files, read_config, weight_fil
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import check_stored, stored_tensors
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import FORMATS, Packing
+from autodistill.quantization.formats import FORMATS, QuantizationScheme
 from autodistill.strategy.deployment import Deployment, serving
 
 # transformers' names of mixtures: the dense family they are like, and the config's names of their sizes.
@@ -121,8 +121,8 @@ def _gguf_format(file: GgufFile, spec: ModelSpec) -> str | None:
     Most bytes of a K-quant may be on the grid that stands in for it, of which no packing made the file. Of the mixtures
     of types that llama.cpp's tools make some are none of ours.
     """
-    if packing := storing(stored_types(file, spec)):
-        return packing.name
+    if scheme := storing(stored_types(file, spec)):
+        return scheme.name
     name = f"gguf-{file.main_type().lower()}"
     return name if name in FORMATS else None
 
@@ -135,7 +135,7 @@ def _stated_format(config: Mapping[str, Any]) -> str | None:
         return None
     weights = (groups[0] or {}).get("weights") or {}
     grid = (weights.get("num_bits"), weights.get("group_size") or 0, weights.get("symmetric", True))
-    known = packings().items()
+    known = quantization_schemes().items()
     held = (name for name, one in known if one.format == "compressed-tensors" and _grid(one) == grid)
     return next(held, None)
 
@@ -234,16 +234,16 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
     Raises:
         InputError: There is none of that name, or it is not served by the runtime; the message lists those that are.
     """
-    known = packings()
+    known = quantization_schemes()
     if name not in known:
         raise InputError(f"there is no format {name!r}; {_instead(name, known)}")
-    packing = known[name]
+    scheme = known[name]
     return Deployment(
-        runtime=runtime or serving(packing)[0],
-        format=packing.format,
-        bits=packing.bits,
-        group_size=packing.group_size,
-        symmetric=packing.symmetric,
+        runtime=runtime or serving(scheme)[0],
+        format=scheme.format,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
     )
 
 
@@ -266,5 +266,5 @@ def _instead(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(plain.values())}"
 
 
-def _grid(packing: Packing) -> tuple[int, int, bool]:
-    return packing.bits, packing.group_size, packing.symmetric
+def _grid(scheme: QuantizationScheme) -> tuple[int, int, bool]:
+    return scheme.bits, scheme.group_size, scheme.symmetric

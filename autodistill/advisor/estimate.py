@@ -12,7 +12,7 @@ from autodistill.distillation.student.check import check_strategy, student_spec
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import MemoryEstimate, basis_of, memory
-from autodistill.estimates.speed import Speed, speed
+from autodistill.estimates.speed import SpeedEstimate, speed
 from autodistill.estimates.training_fit import MEANS
 from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.hardware.budget import CONTEXT, check_streams
@@ -28,7 +28,7 @@ WAYS = ("all_kept", "checkpointing", "sixteen_bit_states", "eight_bit_states")
 
 _MEMORY_ALONE = "onnxruntime"  # takes graphs that are exported from any packing; how fast it runs them is not predicted
 
-_NO_SPEED: Mapping[str, None] = dict.fromkeys(field.name for field in fields(Speed))
+_NO_SPEED: Mapping[str, None] = dict.fromkeys(field.name for field in fields(SpeedEstimate))
 
 
 def appraise(
@@ -157,7 +157,7 @@ class _Served:
             **(_NO_SPEED if memory_alone or lacks else self._speed(device).to_json()),
         }
 
-    def _speed(self, device: Device) -> Speed:
+    def _speed(self, device: Device) -> SpeedEstimate:
         return speed(
             self.model.spec,
             self.deployment,

@@ -16,7 +16,7 @@ from autodistill.advisor.measurements import Measured, store_measured
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import memory
 from autodistill.estimates.speed import speed
-from autodistill.hardware.background_load import look
+from autodistill.hardware.background_load import current_load
 from autodistill.hardware.budget import CONTEXT, check_streams
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.device import ONE_CHIP
@@ -214,7 +214,7 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
     if request.threads > cores:
         raise InputError(f"--threads {request.threads} is more than the cores here, {cores}: give {cores} or less")
     threads = request.threads or cores
-    seen = look(threads)
+    seen = current_load(threads)
     if seen.doubts and not request.busy:
         raise InputError(f"this machine is busy ({seen.doubts[0]}): stop other work, or accept it with --busy")
     timed = time_serving(

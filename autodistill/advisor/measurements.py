@@ -16,7 +16,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.durable import make_folder
 from autodistill.utils.event_log import EventLog
-from autodistill.utils.typed_data import hold
+from autodistill.utils.typed_data import check_typed
 
 FILE = "measurements.jsonl"
 
@@ -108,7 +108,7 @@ def read_measured(out: Path) -> list[Measured]:
     for event in EventLog(path).read():
         fields = {name: event[name] for name in Measured.__dataclass_fields__ if name in event}
         try:
-            hold(fields, Measured, "it")
+            check_typed(fields, Measured, "it")
             Deployment.from_json(fields["deployment"])
             spec_from_config(fields["shape"])
         except InputError as error:

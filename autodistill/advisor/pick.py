@@ -10,7 +10,7 @@ from operator import le
 from typing import Any, cast
 
 from autodistill.advisor.candidates import Candidate, with_documents
-from autodistill.advisor.requirements import Solved, Wanted, solve
+from autodistill.advisor.requirements import Requirements, Wanted, requirements_of
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.fit import in_blocks
 from autodistill.estimates.serving_memory import basis_of
@@ -49,7 +49,7 @@ class _Broken:
                 return True
         return False
 
-    def add(self, place: _Place, solved: Solved) -> None:
+    def add(self, place: _Place, solved: Requirements) -> None:
         """Remember a row, unless accuracy is what it lacks most."""
         excess = solved.excess
         if max(excess, key=lambda name: excess[name]) != "accuracy":
@@ -62,7 +62,7 @@ _Place = tuple[tuple[Any, ...], tuple[int, ...]]
 
 
 def _place(candidate: Candidate) -> _Place | None:
-    """Return the group in which rows are compared; None if a row's requirements do not follow from its shape alone."""
+    """Return a row's group and its sizes; None if its requirements do not follow from its shape alone."""
     cells, shape = candidate.cells, candidate.shape
     size, need = cells.get("size_bytes"), cells.get("memory_bytes")
     if shape is None or size is None or need is None:
@@ -94,8 +94,8 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
     others = Counter(one.deployment.runtime for one in ranked if _lacks(one, wanted))
     if not usable:
         raise NothingFitsError(f"nothing fits: {_lacks(ranked[0], wanted)}; name another --device")
-    left_out: list[Solved] = []
-    chosen: list[Solved] = []
+    left_out: list[Requirements] = []
+    chosen: list[Requirements] = []
     unknown = better_unknown = 0
     broken = _Broken()
     for one in usable:
@@ -104,7 +104,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         place = _place(one)
         if place and broken.implies(place):
             continue
-        solved = solve(one, wanted)
+        solved = requirements_of(one, wanted)
         if solved is None:
             unknown += 1
             better_unknown += not chosen
@@ -136,7 +136,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def _basis(solved: Solved, wanted: Wanted) -> str | None:
+def _basis(solved: Requirements, wanted: Wanted) -> str | None:
     """Return what GPU memory is based on, if it was not measured there; None for other memory."""
     if not wanted.on_gpu or solved.sources["memory"] == "measured":
         return None
@@ -154,7 +154,7 @@ def _may_tie(best: Candidate, other: Candidate) -> bool:
     return None not in errors and best.worth - other.worth <= sum(filter(None, errors))
 
 
-def _smallest_first(chosen: list[Solved]) -> tuple[list[Solved], int]:
+def _smallest_first(chosen: list[Requirements]) -> tuple[list[Requirements], int]:
     """Return the rows with the leaderboard's choice in front, and the number of rows tied with it."""
     one = chosen[0].candidate
     near = [solved for solved in chosen if _may_tie(one, solved.candidate)]
@@ -222,7 +222,7 @@ def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[
     return {"tiers": rows, "context": wanted.context, "streams": wanted.streams, "memory_basis": bases}
 
 
-def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
+def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Requirements], unknown: int, wanted: Wanted) -> str:
     """Return why nothing fits: the nearest row, what it misses most, and what would make it fit."""
     if not left_out:
         reads = [one.shape.config["max_position_embeddings"] if one.shape else math.inf for one in ranked]
@@ -254,7 +254,7 @@ def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Solved], unknown: i
     return f"nothing fits: the nearest, {row.row_id} of {nearest.candidate.run}, {misses}; {changes}"
 
 
-def _changes(nearest: Solved, wanted: Wanted) -> Iterator[str]:
+def _changes(nearest: Requirements, wanted: Wanted) -> Iterator[str]:
     """Yield what would make it fit, the smallest change first: fewer streams, a shorter context, other limits."""
     candidate = nearest.candidate
     broken = [name for name, excess in nearest.excess.items() if excess > 0]
@@ -286,7 +286,7 @@ def _most(candidate: Candidate, asked: Callable[[int], Wanted], limit: int) -> i
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        solved = solve(candidate, asked(middle))
+        solved = requirements_of(candidate, asked(middle))
         if solved is not None and solved.fits:
             low = middle
         else:

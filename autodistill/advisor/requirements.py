@@ -104,7 +104,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solved:
+class Requirements:
     """A candidate with its requirements under the requested load.
 
     Attributes:
@@ -171,7 +171,7 @@ class Solved:
         }
 
 
-def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
+def requirements_of(candidate: Candidate, wanted: Wanted) -> Requirements | None:
     """Return what a row needs under the requested load; None if that is unknown."""
     row = candidate.row
     deployment = candidate.deployment
@@ -194,7 +194,7 @@ def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
         score = row.figure(candidate.score)
         needs["accuracy"], limits["accuracy"] = score or 0.0, wanted.least
         sources["accuracy"] = "missing" if score is None else "simulated"
-    return Solved(candidate=candidate, context=context, needs=needs, limits=limits, sources=sources)
+    return Requirements(candidate=candidate, context=context, needs=needs, limits=limits, sources=sources)
 
 
 def _memory(

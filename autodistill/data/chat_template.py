@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.data.conversations import ANSWERING, Conversation, Likeliest, Told, Turn, asked
+from autodistill.data.conversations import ANSWERING, Conversation, Likeliest, Turn, WriterLogprobs, single_turn
 from autodistill.data.tokenization import beginning, chat_template_of, groups, load_tokenizer, tokenized
 from autodistill.errors import InputError
 
 # Where the chat template alone decides it, an answer begins and ends where that of any conversation does: what two of
 # different answers have in common is the template's.
-_PROBE, _OTHER = asked("a", "b"), asked("a", "c")
+_PROBE, _OTHER = single_turn("a", "b"), single_turn("a", "c")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Rendered:
         """Position at which the last answer begins."""
         return int(np.flatnonzero(np.diff(self.answers, prepend=False) & self.answers)[-1])
 
-    def with_told(self, told: Told) -> Rendered:
+    def with_logprobs(self, told: WriterLogprobs) -> Rendered:
         """Return the tokens with the log-probabilities of the last answer, up to the first token that differs.
 
         A place after the first other token would tell of what follows another text.
@@ -222,7 +222,7 @@ class Renderer:
             raise InputError(
                 f"the data have log-probabilities of tokens beyond the tokenizer's {count}: run autodistill write again"
             )
-        return [record.with_told(one) if one else record for record, one in zip(rendered, told, strict=True)]
+        return [record.with_logprobs(one) if one else record for record, one in zip(rendered, told, strict=True)]
 
     def text(self, turns: Sequence[Turn]) -> str:
         """Return the text of a conversation, before tokenization."""

@@ -50,7 +50,7 @@ class Likeliest(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Told:
+class WriterLogprobs:
     """What a writer reported about the tokens of an answer, beside its text.
 
     Attributes:
@@ -82,7 +82,7 @@ class Conversation:
 
     turns: tuple[Turn, ...]
     item: int | None = None
-    told: Told | None = field(default=None, compare=False)
+    told: WriterLogprobs | None = field(default=None, compare=False)
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
@@ -101,7 +101,7 @@ class Conversation:
         return "\n".join(turn.content for turn in self.turns[:first]).strip()
 
 
-def asked(prompt: str, answer: str, item: int | None = None) -> Conversation:
+def single_turn(prompt: str, answer: str, item: int | None = None) -> Conversation:
     """Return the conversation of a user's prompt and its answer."""
     return Conversation((Turn("user", prompt), Turn(ANSWERING, answer)), item)
 
@@ -150,7 +150,7 @@ def _pair_reader(prompt: str, answer: str) -> Reader:
         for name in (prompt, answer):
             _text(name, record, where)
         question, reply = _with_context(prompt, record, where), _text(answer, record, where)
-        return asked(question, reply) if question.strip() and reply.strip() else None
+        return single_turn(question, reply) if question.strip() and reply.strip() else None
 
     return read
 
@@ -196,7 +196,7 @@ def _answered(record: Record, where: str) -> Conversation | None:
     return Conversation(answered, told=_told(record, where) if last == len(turns) - 1 else None)
 
 
-def told_record(told: Told) -> dict[str, Any]:
+def logprobs_record(told: WriterLogprobs) -> dict[str, Any]:
     """Return the fields of a record from which `readers` read it again."""
     top = [
         [(int(token), float(log_p)) for token, log_p in zip(*place, strict=True) if token >= 0]
@@ -205,13 +205,13 @@ def told_record(told: Told) -> dict[str, Any]:
     return {TOLD: "top-k", "vocabulary": told.vocabulary, "tokens": told.tokens.tolist(), "top": top}
 
 
-def told_of(vocabulary: str, tokens: Sequence[int], top: Sequence[Sequence[tuple[int, float]]]) -> Told:
+def logprobs_of(vocabulary: str, tokens: Sequence[int], top: Sequence[Sequence[tuple[int, float]]]) -> WriterLogprobs:
     """Return what was reported about the tokens of an answer.
 
     A token of probability 0, or as good as 0, is one of the rest: what servers write there is no measure of it.
 
     Args:
-        vocabulary: See `Told`.
+        vocabulary: See `WriterLogprobs`.
         tokens: The answer's, n of them.
         top: Of each of the n places, ids and log-probabilities.
 
@@ -228,14 +228,14 @@ def told_of(vocabulary: str, tokens: Sequence[int], top: Sequence[Sequence[tuple
     ids, log_p = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
     for row, place in enumerate(places):
         ids[row, : len(place)], log_p[row, : len(place)] = list(place), list(place.values())
-    return Told(vocabulary=vocabulary, tokens=np.array(tokens, np.int32), likeliest=Likeliest(ids, log_p))
+    return WriterLogprobs(vocabulary=vocabulary, tokens=np.array(tokens, np.int32), likeliest=Likeliest(ids, log_p))
 
 
-def _told(record: Record, where: str) -> Told | None:
+def _told(record: Record, where: str) -> WriterLogprobs | None:
     if record.get(TOLD) != "top-k" or not isinstance(record.get("vocabulary"), str):
         return None
     try:
-        return told_of(record["vocabulary"], record["tokens"], record["top"])
+        return logprobs_of(record["vocabulary"], record["tokens"], record["top"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{where} has log-probabilities that cannot be read ({error}): write it again, or take out its {TOLD}"

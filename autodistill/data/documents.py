@@ -44,7 +44,7 @@ Document = str | Conversation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class DataSource:
     """Documents and where they come from.
 
     Attributes:
@@ -83,7 +83,7 @@ class Source:
         return tuple(document for document in self.documents if isinstance(document, Conversation))
 
 
-def resolve_data(ref: str, field: str | None = None) -> Source:
+def resolve_data(ref: str, field: str | None = None) -> DataSource:
     """Find and read the documents that `ref` names.
 
     Args:
@@ -163,7 +163,7 @@ def read_records(path: Path) -> list[tuple[str, Record]]:
     raise InputError(f"{path} is a file of an unsupported kind: give a .jsonl or .parquet file")
 
 
-def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, license: str | None = None) -> Source:
+def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, license: str | None = None) -> DataSource:
     documents = tuple(one for one in found if isinstance(one, Conversation) or (one and one.strip()))
     if not documents:
         raise InputError(f"{ref} holds no text: give data with some")
@@ -179,7 +179,7 @@ def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, li
         digest.update(encoded)
     fingerprint = digest.hexdigest()[:16]
     # All are of one kind: each way to read records gives either texts or conversations.
-    return Source(
+    return DataSource(
         name=name,
         kind=kind,
         documents=documents,  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, li
     )
 
 
-def _pydoc() -> Source:
+def _pydoc() -> DataSource:
     from pydoc_data.topics import topics
 
     version = platform.python_version()
@@ -260,7 +260,7 @@ def _is_hub_id(ref: str) -> bool:
     return bool(_HUB_ID.fullmatch(ref)) and not ref.lower().endswith(known) and not os.path.isdir(Path(ref).parent)
 
 
-def _hub(ref: str, field: str | None) -> Source:
+def _hub(ref: str, field: str | None) -> DataSource:
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled

@@ -39,9 +39,9 @@ from autodistill.data.dataset import (
     questions_file,
     rendering_folder,
 )
-from autodistill.data.documents import Source
+from autodistill.data.documents import DataSource
 from autodistill.data.packing import cut, fill, pack
-from autodistill.data.splits import assign, contiguous, first_places, in_a_row, join, set_otherwise
+from autodistill.data.splits import assign, contiguous, differ_in_blanks, first_occurrences, in_a_row, join
 from autodistill.data.student_template import share, write_text
 from autodistill.data.tokenization import beginning, encode, load_tokenizer, save_tokenizer
 from autodistill.errors import InputError
@@ -56,7 +56,7 @@ _RULE = 1  # part of the fingerprint: to be raised with any change of how data a
 
 
 def prepare(
-    source: Source,
+    source: DataSource,
     tokenizer_folder: Path,
     tokenizer_fingerprint: str,
     sequence_length: int,
@@ -103,7 +103,7 @@ def prepare(
         return _prepare_texts(folder, source, tokenizer, sequence_length, seed)
 
 
-def _texts(source: Source) -> tuple[str, ...]:
+def _texts(source: DataSource) -> tuple[str, ...]:
     return tuple(text for text in source.documents if isinstance(text, str))
 
 
@@ -114,7 +114,7 @@ def _is_one_text(places: Sequence[int]) -> bool:
 
 def _further_rules(texts: Sequence[str], tokenizer: Any) -> list[str]:
     """Return special handling of some texts and tokenizers; the fingerprint of all other data does not name it."""
-    places = first_places(texts)
+    places = first_occurrences(texts)
     rules = [] if beginning(tokenizer) is None else ["sequences begin as texts do"]
     if _is_one_text(places):
         rules += ["sequences in a row are a document", *(["without copies"] if len(set(places)) < len(places) else [])]
@@ -123,13 +123,13 @@ def _further_rules(texts: Sequence[str], tokenizer: Any) -> list[str]:
 
 def _blanks_rule(texts: Sequence[str]) -> list[str]:
     """Return the rule for data with texts that are equal except for blanks; earlier versions kept these apart."""
-    return ["equal but for blanks is equal"] if set_otherwise(texts) else []
+    return ["equal but for blanks is equal"] if differ_in_blanks(texts) else []
 
 
-def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length: int, seed: int) -> Prepared:
+def _prepare_texts(folder: Path, source: DataSource, tokenizer: Any, sequence_length: int, seed: int) -> Prepared:
     """Split documents of plain text, or one long text into blocks if there are too few documents."""
     texts, begin = _texts(source), beginning(tokenizer)
-    documents, places = _tokenize(texts, tokenizer), first_places(texts)
+    documents, places = _tokenize(texts, tokenizer), first_occurrences(texts)
     length = sequence_length - (begin is not None)
     one = _is_one_text(places)
     if one:
@@ -151,7 +151,7 @@ def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length
 
 
 def _prepare_conversations(
-    folder: Path, source: Source, renderers: Mapping[str, Renderer], teacher: Path, length: int, seed: int
+    folder: Path, source: DataSource, renderers: Mapping[str, Renderer], teacher: Path, length: int, seed: int
 ) -> Prepared:
     """Split by opening prompt and pack whole records; keep the questions of the held-out splits.
 
@@ -167,7 +167,7 @@ def _prepare_conversations(
     records, notes = _kept(whole, [one.end for one in renderers.values()], length)
     places = list(records)
     openings = [conversations[place].opening for place in places]
-    owners = {place: places[first] for place, first in zip(places, first_places(openings), strict=True)}
+    owners = {place: places[first] for place, first in zip(places, first_occurrences(openings), strict=True)}
     tokens = [record[0].tokens for record in records.values()]
     texts = {place: conversations[place].opening for place in owners.values()}
     chosen = assign(texts, tokens, list(owners.values()), length, seed)
@@ -371,7 +371,7 @@ def _table(columns: Mapping[str, npt.NDArray[Any]], seed: int) -> pyarrow.Table:
 
 def _write(
     folder: Path,
-    source: Source,
+    source: DataSource,
     length: int,
     tables: dict[str, pyarrow.Table],
     add: Callable[[Path], None] = lambda temporary: None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
-from autodistill.data.conversations import Conversation, asked, without_thoughts
+from autodistill.data.conversations import Conversation, single_turn, without_thoughts
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.utils.yaml_files import parse_yaml
 
@@ -67,7 +67,7 @@ def read_task(ref: str) -> Task:
         except Exception as error:  # each task makes its items in its own way, by options that it did not check
             raise InputError(f"the task {ref} makes no item number {number} ({error}): choose other options") from error
         question = item["question"].strip()
-        found.setdefault(question, asked(question, _answer(item, worked), number))
+        found.setdefault(question, single_turn(question, _answer(item, worked), number))
     conversations = tuple(one for one in found.values() if one.answer.strip())
     if not conversations:
         raise InputError(f"the task {ref} has no item with an answer: choose another")

@@ -14,15 +14,15 @@ from autodistill.errors import InputError
 _HELD_OUT = 0.1  # share of the tokens that validation gets, and test
 
 
-def first_places(documents: Sequence[str]) -> list[int]:
+def first_occurrences(documents: Sequence[str]) -> list[int]:
     """Return, for each document, the place of the first one with the same text; blanks between words do not count."""
     first: dict[str, int] = {}
     return [first.setdefault(" ".join(text.split()), place) for place, text in enumerate(documents)]
 
 
-def set_otherwise(documents: Sequence[str]) -> bool:
+def differ_in_blanks(documents: Sequence[str]) -> bool:
     """Return whether some documents differ only in the blanks between their words."""
-    return len({text.strip() for text in documents}) > len(set(first_places(documents)))
+    return len({text.strip() for text in documents}) > len(set(first_occurrences(documents)))
 
 
 def in_a_row(sequences: int) -> int:

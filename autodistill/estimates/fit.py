@@ -13,20 +13,20 @@ from autodistill.estimates.speed import limit_seconds
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
 from autodistill.models.llama_cpp_graphs import cannot_run
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import Packing
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, format_duration
 
 
-def in_blocks(config: Mapping[str, Any], packing: Packing) -> tuple[bool, ...]:
+def in_blocks(config: Mapping[str, Any], scheme: QuantizationScheme) -> tuple[bool, ...]:
     """Return, for each row length of a model's matrices, whether super-blocks divide it; empty without super-blocks.
 
     Args:
         config: As `config_of` gives it.
-        packing: What the model is packed in.
+        scheme: What the model is packed in.
     """
-    grid = packing.linear
+    grid = scheme.linear
     if not isinstance(grid, Grid) or not grid.fallback:
         return ()
     queries = config["num_attention_heads"] * config["head_dim"]
@@ -137,15 +137,15 @@ def nearest_miss(fitting: Sequence[Fit], budget: Budget) -> Miss | None:
     return Miss(limit="memory", slack=fit.slack, said=said)
 
 
-def check_holds(spec: ModelSpec, packing: Packing) -> None:
+def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
     """Refuse a quantisation scheme that cannot hold a model at all, whatever the memory.
 
     Raises:
-        InputError: What llama.cpp would not compute of it, or as `Packing.check_model`.
+        InputError: What llama.cpp would not compute of it, or as `QuantizationScheme.check_model`.
     """
-    if packing.container == "gguf" and (reason := cannot_run(spec)):
+    if scheme.container == "gguf" and (reason := cannot_run(spec)):
         raise InputError(f"GGUF cannot hold this {spec.architecture}: {reason}")
-    packing.check_model(spec.tensors)
+    scheme.check_model(spec.tensors)
 
 
 def holdable(spec: ModelSpec, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:

@@ -24,7 +24,7 @@ _FLOAT32 = ("cpu", "board", "phone")  # classes whose runtimes compute in float3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
+class SpeedEstimate:
     """A predicted speed with its band.
 
     Attributes:
@@ -85,7 +85,7 @@ def speed(
     prompt: int | None = None,
     kv_type: str = "f16",
     weights: int | None = None,
-) -> Speed:
+) -> SpeedEstimate:
     """Predict decoding at a full context, and the time to the first token of a prompt.
 
     A decoding step takes the longer of reading its bytes and computing, plus a cost for each layer; a prompt likewise
@@ -106,7 +106,7 @@ def speed(
     costs = {end: _step_costs(spec, deployment, device, end, step) for end in ("low", "typical", "high")}
     slow, typical, fast = (sum(costs[end].values()) for end in ("low", "typical", "high"))
     first, first_slow = (_prompt_seconds(spec, deployment, device, end, read) for end in ("typical", "low"))
-    return Speed(
+    return SpeedEstimate(
         tokens_per_second=batch / typical,
         tokens_per_second_low=batch / slow,
         tokens_per_second_high=batch / fast,

@@ -22,7 +22,7 @@ from gguf import GGUFWriter, TokenType
 from autodistill.data.tokenization import beginning, chat_template_of, load_tokenizer
 from autodistill.errors import InputError
 from autodistill.export.student_reader import read_json
-from autodistill.models.pretokenizers import CUTS, Cut, cuts_like
+from autodistill.models.pretokenizers import PRETOKENIZERS, Pretokenizer, pretokenizers_like
 
 INHERITED = "gguf_tokenizer.json"
 """A file beside the tokenizer of a teacher that was a GGUF file: that file's scalar `tokenizer.ggml.*` keys, without
@@ -207,7 +207,7 @@ def _no_byte_level(description: Mapping[str, Any], inherited: Mapping[str, Any])
     cut = _cut(description)
     if cut is None:
         # What a GGUF teacher's file names is known to llama.cpp, which can be asked.
-        known = ", ".join(cut.names[0] for cut in CUTS)
+        known = ", ".join(cut.names[0] for cut in PRETOKENIZERS)
         return "" if "pre" in inherited else f"its pre_tokenizer is none of those that are known there ({known})"
     if cut.whole_words != bool(description["model"].get("ignore_merges")):
         unmade = _unmade(description)
@@ -216,9 +216,11 @@ def _no_byte_level(description: Mapping[str, Any], inherited: Mapping[str, Any])
     return ""
 
 
-def _cut(description: Mapping[str, Any]) -> Cut | None:
-    """Return the tokenizer's way to split text if llama.cpp knows it, preferably one that treats whole words alike."""
-    found = cuts_like(_parts(description.get("pre_tokenizer")))
+def _cut(description: Mapping[str, Any]) -> Pretokenizer | None:
+    """Return the tokenizer's way to split text, if llama.cpp knows it; preferably one that handles whole words
+    alike.
+    """
+    found = pretokenizers_like(_parts(description.get("pre_tokenizer")))
     whole_words = bool(description["model"].get("ignore_merges"))
     return next((cut for cut in found if cut.whole_words == whole_words), found[0] if found else None)
 

@@ -22,7 +22,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.families import FAMILIES, get_family
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.stored_tensors import check_stored
-from autodistill.quantization.formats import Packing
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Floats, Scales
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.packing import Arrays, deployed, pack
@@ -68,7 +68,7 @@ class StudentFiles:
 
     Args:
         folder: With config.json and safetensors, in one file or in shards.
-        packing: How it is packed.
+        scheme: Its quantisation scheme.
 
     Attributes:
         config: Content of config.json.
@@ -80,9 +80,9 @@ class StudentFiles:
             config asks for.
     """
 
-    def __init__(self, folder: Path, packing: Packing) -> None:
-        self._packing = packing
-        self._scales: dict[str, Scales] = read_scales(folder, packing)
+    def __init__(self, folder: Path, scheme: QuantizationScheme) -> None:
+        self._packing = scheme
+        self._scales: dict[str, Scales] = read_scales(folder, scheme)
         self.config = read_json(folder / "config.json")
         self.spec = spec_from_config(self.config)
         check_stored(folder, self.spec)

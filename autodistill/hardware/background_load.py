@@ -75,7 +75,7 @@ def noise(*, load_average: float, others: float, steal: float, threads: int, cor
     return Noise(load_average=load_average, others=others, steal=steal, doubts=tuple(doubts))
 
 
-def look(threads: int) -> Noise:
+def current_load(threads: int) -> Noise:
     """Return what the machine is busy with now, before anything is timed."""
     with Watch(threads) as watch:
         time.sleep(_LOOK_SECONDS)
@@ -88,7 +88,7 @@ def free_cores(most: int) -> int:
     For runtimes whose threads spin while they wait for each other: with fewer cores than threads, most of their time
     goes by in waiting.
     """
-    return max(1, min(most, int((psutil.cpu_count() or 1) - look(0).others + _IDLE_CORES)))
+    return max(1, min(most, int((psutil.cpu_count() or 1) - current_load(0).others + _IDLE_CORES)))
 
 
 def _busy(times: Any) -> tuple[float, float]:

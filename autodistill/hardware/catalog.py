@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.hardware.device import LOCAL, PRECISIONS, Device, DeviceClass, Range, Shares
+from autodistill.hardware.device import LOCAL, PRECISIONS, Band, Device, DeviceClass, Shares
 from autodistill.hardware.names import asks_for_a_kind, is_amount, joined, size_in_name
 from autodistill.units import parse_bytes
 from autodistill.utils.yaml_files import read_yaml
@@ -139,11 +139,11 @@ def _classes(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, DeviceClass]
 
 
 def _shares(entry: Mapping[str, Any]) -> Shares:
-    def ranged(values: list[float], unit: float = 1.0) -> Range:
+    def ranged(values: list[float], unit: float = 1.0) -> Band:
         low, typical, high = (unit * value for value in values)
-        return Range(low=low, typical=typical, high=high)
+        return Band(low=low, typical=typical, high=high)
 
-    def perhaps(name: str) -> Range | None:
+    def perhaps(name: str) -> Band | None:
         return ranged(entry[name]) if name in entry else None
 
     layer = entry["layer_us"]

@@ -17,7 +17,7 @@ ONE_CHIP = ("unified", "board", "phone")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Range:
+class Band:
     """A low, typical and high value."""
 
     low: float
@@ -48,14 +48,14 @@ class Shares:
         assumed: Why they are assumed and not measured, and the band wide; "" where they were measured.
     """
 
-    decode: Range
-    decode_measured: Range
-    prefill: Range
-    prefill_quantized: Range
-    dequantize: Range | None
-    attention: Range | None
-    activations: Range | None
-    layer_seconds: Range
+    decode: Band
+    decode_measured: Band
+    prefill: Band
+    prefill_quantized: Band
+    dequantize: Band | None
+    attention: Band | None
+    activations: Band | None
+    layer_seconds: Band
     ahead: bool
     rate: str
     measured_alone: bool
@@ -82,7 +82,7 @@ class Shares:
 
 @cache
 def _assumed(shares: Shares, why: str) -> Shares:
-    def wide(share: Range) -> Range:
+    def wide(share: Band) -> Band:
         # No more than all of it, unless that was reached.
         return replace(share, low=0.5 * share.low, high=max(share.high, min(1.0, 1.25 * share.high)))
 

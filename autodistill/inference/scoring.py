@@ -53,7 +53,7 @@ def joined(parts: Sequence[TokenScores]) -> TokenScores:
     return replace(parts[-1], **{name: column(name) for name in columns})
 
 
-def refer(model: Any, data: TokenSet, *, device: str = "cpu") -> tuple[TokenScores, TeacherReference]:
+def score_teacher(model: Any, data: TokenSet, *, device: str = "cpu") -> tuple[TokenScores, TeacherReference]:
     """Score a teacher, and keep the reference that students are compared with.
 
     Args:

@@ -19,7 +19,7 @@ import numpy as np
 
 from autodistill.errors import InputError
 from autodistill.models.gguf_reader import GgufFile
-from autodistill.models.pretokenizers import cut_named
+from autodistill.models.pretokenizers import pretokenizer_named
 from autodistill.utils.hashing import file_hash
 
 _INDEX = "teacher.json"
@@ -154,7 +154,7 @@ def _cut_as_llama_cpp(file: GgufFile, path: Path) -> None:
     and begins only the first piece of a text with a space, where llama.cpp so begins each behind a special token.
     """
     description = json.loads(path.read_text(encoding="utf-8"))
-    cut = cut_named(file.metadata.get("tokenizer.ggml.pre"))
+    cut = pretokenizer_named(file.metadata.get("tokenizer.ggml.pre"))
     if file.metadata.get("tokenizer.ggml.model") == "llama":
         steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
         if file.metadata.get("tokenizer.ggml.add_space_prefix", True):

@@ -32,7 +32,7 @@ def _split(pattern: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Pretokenizer:
     """A way to split text before the merges.
 
     Attributes:
@@ -51,15 +51,19 @@ class Cut:
         return {"type": "Sequence", "pretokenizers": [dict(step) for step in self.steps]}
 
 
-CUTS = (
-    Cut(names=("gpt-2", "phi-2", "mpt", "olmo"), steps=(_split(_GPT2), _BYTES)),
-    Cut(names=("smollm", "starcoder", "refact", "command-r", "codeshell"), steps=(_DIGITS, _split(_GPT2), _BYTES)),
-    Cut(names=("llama-bpe", "llama3", "llama-v3", "falcon3"), steps=(_split(_LLAMA3), _BYTES), whole_words=True),
-    Cut(names=("dbrx", "smaug-bpe"), steps=(_split(_LLAMA3), _BYTES)),
-    Cut(names=("qwen2", "deepseek-r1-qwen", "megrez"), steps=(_split(_QWEN2), _BYTES)),
-    Cut(names=("tekken",), steps=(_split(_TEKKEN), _BYTES), whole_words=True),
-    Cut(names=("gpt-4o", "llama4"), steps=(_split(_GPT4O), _BYTES)),
-    Cut(
+PRETOKENIZERS = (
+    Pretokenizer(names=("gpt-2", "phi-2", "mpt", "olmo"), steps=(_split(_GPT2), _BYTES)),
+    Pretokenizer(
+        names=("smollm", "starcoder", "refact", "command-r", "codeshell"), steps=(_DIGITS, _split(_GPT2), _BYTES)
+    ),
+    Pretokenizer(
+        names=("llama-bpe", "llama3", "llama-v3", "falcon3"), steps=(_split(_LLAMA3), _BYTES), whole_words=True
+    ),
+    Pretokenizer(names=("dbrx", "smaug-bpe"), steps=(_split(_LLAMA3), _BYTES)),
+    Pretokenizer(names=("qwen2", "deepseek-r1-qwen", "megrez"), steps=(_split(_QWEN2), _BYTES)),
+    Pretokenizer(names=("tekken",), steps=(_split(_TEKKEN), _BYTES), whole_words=True),
+    Pretokenizer(names=("gpt-4o", "llama4"), steps=(_split(_GPT4O), _BYTES)),
+    Pretokenizer(
         names=("deepseek-coder",),
         steps=(
             *map(_split, ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+")),
@@ -72,15 +76,15 @@ CUTS = (
 to the other. Of tekken and gpt-4o llama.cpp knows case in ASCII alone, and no combining marks."""
 
 
-def cut_named(name: object) -> Cut | None:
+def pretokenizer_named(name: object) -> Pretokenizer | None:
     """Return the way to split text that llama.cpp knows by a name, or None if the table lacks it."""
-    return next((cut for cut in CUTS if name in cut.names), None)
+    return next((cut for cut in PRETOKENIZERS if name in cut.names), None)
 
 
-def cuts_like(steps: Sequence[Mapping[str, Any]]) -> tuple[Cut, ...]:
+def pretokenizers_like(steps: Sequence[Mapping[str, Any]]) -> tuple[Pretokenizer, ...]:
     """Return the entries of the table that do the same as a `pre_tokenizer` of tokenizer.json."""
     wanted = _essence(steps)
-    return tuple(cut for cut in CUTS if _essence(cut.steps) == wanted)
+    return tuple(cut for cut in PRETOKENIZERS if _essence(cut.steps) == wanted)
 
 
 def _essence(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

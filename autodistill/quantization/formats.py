@@ -99,7 +99,7 @@ _KEEP = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packing:
+class QuantizationScheme:
     """A quantisation scheme: a format, one of its grids, and the parts that stay off the grid.
 
     Attributes:
@@ -130,9 +130,9 @@ class Packing:
         object.__setattr__(self, "keep", tuple(sorted(set(self.keep))))
 
     @property
-    def packing(self) -> Packing:
+    def scheme(self) -> QuantizationScheme:
         """The fields of this class only, also of a subclass: equal if weights are stored equally."""
-        return Packing(**{field.name: getattr(self, field.name) for field in fields(Packing)})
+        return QuantizationScheme(**{field.name: getattr(self, field.name) for field in fields(QuantizationScheme)})
 
     @property
     def linear(self) -> Storage:
@@ -238,8 +238,8 @@ def _gguf(name: str, linears: Storage, tables: Storage, *, mixture: bool = False
 
 
 FORMATS: Mapping[str, Format] = {
-    packing.name: packing
-    for packing in (
+    scheme.name: scheme
+    for scheme in (
         _gguf("gguf-f16", "f16", "f16"),
         _gguf("gguf-q8_0", Q8_0, Q8_0),
         # The table stays at 8 bits: tied, it is also the output head, and llama.cpp's own Q4_0 files keep it above 4.
@@ -309,10 +309,10 @@ def _words(codes: int, bits: int) -> int:
     return -(-codes * bits // 32) * 4
 
 
-def weights_bytes(tensors: Iterable[TensorSpec], packing: Packing) -> int:
+def weights_bytes(tensors: Iterable[TensorSpec], scheme: QuantizationScheme) -> int:
     """Return the bytes that all tensors of a model take under a quantisation scheme.
 
     Raises:
-        InputError: As `Packing.storage`.
+        InputError: As `QuantizationScheme.storage`.
     """
-    return sum(tensor_bytes(tensor, packing.storage(tensor)) for tensor in tensors)
+    return sum(tensor_bytes(tensor, scheme.storage(tensor)) for tensor in tensors)

@@ -6,18 +6,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autodistill.models.tensors import TensorSpec
-from autodistill.quantization.formats import Packing, get_format
-from autodistill.utils.plain_dataclass import Part, check, check_choice
+from autodistill.quantization.formats import QuantizationScheme, get_format
+from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice
 
 # vLLM computes each of these sets of layers as one matrix, which has one storage.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployment(Packing, Part):
+class Deployment(QuantizationScheme, PlainDataclass):
     """How a trained student is quantised and served.
 
-    The fields of `Packing` say how it is packed.
+    The fields of `QuantizationScheme` say how it is packed.
 
     Attributes:
         runtime: The engine that serves it: "llama.cpp", "vllm" or "transformers".
@@ -33,7 +33,7 @@ class Deployment(Packing, Part):
         """Refuse a model that cannot be quantised or served in this way.
 
         Raises:
-            InputError: As `Packing.check_model`; or vLLM would compute kept and quantised layers as one matrix.
+            InputError: As `QuantizationScheme.check_model`; or vLLM would fuse kept and quantised layers.
         """
         tensors = tuple(tensors)
         super().check_model(tensors)
@@ -50,14 +50,14 @@ class Deployment(Packing, Part):
                     )
 
 
-def serving(packing: Packing) -> tuple[str, ...]:
+def serving(scheme: QuantizationScheme) -> tuple[str, ...]:
     """Return the runtimes that serve a quantisation scheme, the usual one first.
 
     Any engine reads a format, but vLLM has had kernels for 4 and 8 bits only, with zero points for 4 bits.
     """
-    runtimes = get_format(packing.format).runtimes
-    kernels = packing.bits in (4, 16) or (packing.bits == 8 and packing.symmetric)
-    return runtimes if kernels or packing.container != "compressed-tensors" else ("transformers",)
+    runtimes = get_format(scheme.format).runtimes
+    kernels = scheme.bits in (4, 16) or (scheme.bits == 8 and scheme.symmetric)
+    return runtimes if kernels or scheme.container != "compressed-tensors" else ("transformers",)
 
 
 IN_16_BITS = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)

@@ -17,7 +17,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.domains import Choices, Range, Value, check_fields, near, read_choices, read_range
 from autodistill.strategy.strategy import Alignment, Distillation, Init, Strategy
 from autodistill.utils.hashing import content_hash
-from autodistill.utils.plain_dataclass import Part, check
+from autodistill.utils.plain_dataclass import PlainDataclass, check
 from autodistill.utils.yaml_files import read_yaml
 
 Point = dict[str, Value]
@@ -29,14 +29,14 @@ _NO_DIMENSION = "dimensions must be a mapping with an entry"
 _SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines", "starts", "optional", "lengths")
 
 
-def _strategy_paths(part: type[Part] = Strategy, prefix: str = "") -> dict[str, type]:
+def _strategy_paths(part: type[PlainDataclass] = Strategy, prefix: str = "") -> dict[str, type]:
     """Return every dotted path of a strategy with its type."""
     paths: dict[str, type] = {}
     for name, hint in typing.get_type_hints(part).items():
         if isinstance(hint, types.UnionType):
             (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
         paths[prefix + name] = hint
-        if isinstance(hint, type) and issubclass(hint, Part):
+        if isinstance(hint, type) and issubclass(hint, PlainDataclass):
             paths |= _strategy_paths(hint, f"{prefix}{name}.")
     return paths
 
@@ -368,7 +368,7 @@ def _check_corners(space: Space) -> None:
 
 def _part_of(path: str) -> str:
     hint = PATHS[path]
-    return path if isinstance(hint, type) and issubclass(hint, Part) else path.rpartition(".")[0]
+    return path if isinstance(hint, type) and issubclass(hint, PlainDataclass) else path.rpartition(".")[0]
 
 
 def _deployments(data: Any) -> tuple[Deployment, ...]:

@@ -6,16 +6,16 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from autodistill.quantization.formats import Packing
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.utils.hashing import content_hash
-from autodistill.utils.plain_dataclass import Part, check, check_choice
+from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice
 
 # Choices of layers that a calibration of the teacher makes.
 _BY_INFLUENCE = ("influence", "block-influence")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Init(Part):
+class Init(PlainDataclass):
     """How the student's weights begin.
 
     Fractions are of the teacher's sizes; `autodistill.distillation.student.shapes` rounds them.
@@ -82,7 +82,7 @@ def _percent(fraction: float) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Temperature(Part):
+class Temperature(PlainDataclass):
     """The temperature of the divergence over the plan's tokens.
 
     A step has that of the middle of its tokens: of N steps the first and the last are 1/(2N) of the way from the ends.
@@ -111,7 +111,7 @@ class Temperature(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alignment(Part):
+class Alignment(PlainDataclass):
     """Which hidden states of the student are compared with which of the teacher, and how.
 
     A student layer copied from teacher layer g(j) aims at what the teacher feeds its layer g(j+1); the last student
@@ -161,7 +161,7 @@ class Alignment(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention(Part):
+class Attention(PlainDataclass):
     """How the attention of the student's last layer is compared with that of one layer of the teacher.
 
     Attributes:
@@ -193,7 +193,7 @@ class Attention(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(Part):
+class Lora(PlainDataclass):
     """Low-rank changes that are trained instead of the student's weights, and merged into them (arXiv:2106.09685).
 
     Weights W [out, in] are frozen; W + (alpha / rank) B A is what the student computes with. Nothing else is trained
@@ -227,7 +227,7 @@ _WRITTEN = "written"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distillation(Part):
+class Distillation(PlainDataclass):
     """How the student learns from the teacher.
 
     Attributes:
@@ -353,10 +353,10 @@ class Distillation(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finishing(Packing, Part):
+class Finishing(QuantizationScheme, PlainDataclass):
     """The grid on which the last stage trains, with weights rounded to it in the forward pass (QAT).
 
-    The fields of `Packing` say which grid, and which weights stay off it.
+    The fields of `QuantizationScheme` say which grid, and which weights stay off it.
 
     Attributes:
         scales: "absmax" derives a group's scale from its weights in every step, as its container's own tools do, or for
@@ -376,7 +376,7 @@ class Finishing(Packing, Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strategy(Part):
+class Strategy(PlainDataclass):
     """How one student is made: init, distillation, optional finishing. No deployment, no token count, no seed."""
 
     init: Init = Init()
@@ -449,7 +449,7 @@ def _of_states(recipe: Distillation) -> list[str]:
 
 _IN_ALIGNMENT = ("layers", "count", "projection", "weight")
 
-_IN_NAMES = tuple(field.name for field in fields(Packing))
+_IN_NAMES = tuple(field.name for field in fields(QuantizationScheme))
 
 
 def _share(value: float) -> str:
@@ -457,7 +457,7 @@ def _share(value: float) -> str:
     return max(f"{value:.2f}", f"{value:g}", key=len)
 
 
-def _besides(part: Part, told: Collection[str]) -> list[str]:
+def _besides(part: PlainDataclass, told: Collection[str]) -> list[str]:
     """Describe the fields of a part that no other word covers and that differ from their defaults."""
     words = []
     for field in fields(part):  # type: ignore[arg-type]

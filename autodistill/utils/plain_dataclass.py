@@ -40,7 +40,7 @@ def check_no_blank(request: Any) -> None:
         check(not blank, f"{field.name} is empty: give it a text, or leave it out")
 
 
-class Part:
+class PlainDataclass:
     """A frozen dataclass that reads and writes plain data, with each field checked by name and type."""
 
     @classmethod
@@ -70,7 +70,7 @@ class Part:
 
 
 @cache
-def _hints(part: type[Part]) -> dict[str, Any]:
+def _hints(part: type[PlainDataclass]) -> dict[str, Any]:
     """Return the types of a part's fields, cached: Python evaluates annotations anew each time."""
     return typing.get_type_hints(part)
 
@@ -89,7 +89,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value is None and type(None) in hint.__args__:
             return None
         (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
-    if isinstance(hint, type) and issubclass(hint, Part):
+    if isinstance(hint, type) and issubclass(hint, PlainDataclass):
         return hint.from_json(value, where)
     if typing.get_origin(hint) is tuple:
         check(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}")

@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from autodistill.errors import InputError
 from autodistill.utils.durable import make_folder, put
-from autodistill.utils.timeouts import NotInTimeError, in_time
+from autodistill.utils.timeouts import CallTimeoutError, call_with_timeout
 
 # Objects that are read at once: each costs a round trip.
 _READERS = 16
@@ -254,7 +254,7 @@ class Storage:
         if self.local:
             send()
         else:
-            in_time(send, None, "storage")
+            call_with_timeout(send, None, "storage")
 
     @contextmanager
     def _writing(self, key: str) -> Iterator[Any]:
@@ -454,8 +454,8 @@ def _answered(call: Callable[[], _Result], uri: str) -> _Result:
     if uri.startswith("file:"):
         return call()
     try:
-        return in_time(call, _ANSWER_SECONDS, "storage")
-    except NotInTimeError:
+        return call_with_timeout(call, _ANSWER_SECONDS, "storage")
+    except CallTimeoutError:
         raise InputError(
             f"the storage {uri} did not answer within {_ANSWER_SECONDS:.0f} s: check its address, and that this "
             "machine reaches it, or choose another --storage"

@@ -12,11 +12,11 @@ _Result = TypeVar("_Result")
 _left: list[threading.Event] = []
 
 
-class NotInTimeError(Exception):
+class CallTimeoutError(Exception):
     """A call did not end in time; its state is unknown."""
 
 
-def in_time(call: Callable[[], _Result], seconds: float | None, name: str) -> _Result:
+def call_with_timeout(call: Callable[[], _Result], seconds: float | None, name: str) -> _Result:
     """Return or raise what a call does; an interrupt or SIGTERM reaches this thread while it waits.
 
     Args:
@@ -25,7 +25,7 @@ def in_time(call: Callable[[], _Result], seconds: float | None, name: str) -> _R
         name: Of the thread.
 
     Raises:
-        NotInTimeError: It takes longer, and goes on.
+        CallTimeoutError: It takes longer, and goes on.
     """
     results: list[_Result] = []
     errors: list[BaseException] = []
@@ -48,7 +48,7 @@ def in_time(call: Callable[[], _Result], seconds: float | None, name: str) -> _R
     if errors:
         raise errors[0]
     if not results:
-        raise NotInTimeError
+        raise CallTimeoutError
     return results[0]
 
 

@@ -180,8 +180,8 @@ def test_where_nothing_fits_the_nearest_and_its_limit_are_named() -> None:
     rows = [row("a", accuracy=0.4, memory_bytes=160_000_000, feasible=False), ROWS[3]]
     page = report.report_markdown(SEARCH, rank(rows), [])
     assert (
-        "Nothing fits the budget. The nearest candidate, t004 as gguf-q4_0, needs 100 MB of memory, 1.25 times the limit "
-        "of 80.0 MB." in page
+        "Nothing fits the budget. The nearest candidate, t004 as gguf-q4_0, needs 100 MB of memory, 1.25 times the "
+        "limit of 80.0 MB." in page
     )
 
 

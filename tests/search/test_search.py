@@ -617,7 +617,8 @@ def test_a_search_that_ends_once_more_with_what_it_had_does_not_open_the_test_sp
     logged = [event for event in events(out) if event["event"] == "test"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "autodistill.search.finish.test_split.refer", lambda *given, **more: pytest.fail("the teacher was scored")
+            "autodistill.search.finish.test_split.score_teacher",
+            lambda *given, **more: pytest.fail("the teacher was scored"),
         )
         said = Said()
         again = search(request(inputs, out, resume=True), said)

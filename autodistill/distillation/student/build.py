@@ -12,7 +12,7 @@ from torch import Tensor
 from autodistill.data.student_template import copy_text
 from autodistill.distillation.student.pretrained import load_pretrained, pretrained_spec
 from autodistill.distillation.student.shapes import cut_spec, layer_choices, student_depth
-from autodistill.distillation.teacher.importance import Calibration
+from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import resized, spec_from_config
 from autodistill.models.families import Axis, get_family
 from autodistill.models.loading import ATTENTION, load_model, model_from_weights
@@ -40,7 +40,7 @@ def init_spec(init: Init, teacher: ModelSpec, pretrained: Path | None = None) ->
     return cut_spec(init, teacher)
 
 
-def kept_layers(init: Init, teacher_layers: int, calibration: Calibration | None = None) -> tuple[int, ...]:
+def kept_layers(init: Init, teacher_layers: int, calibration: PartImportance | None = None) -> tuple[int, ...]:
     """Return the teacher layer that each student layer is copied from, or corresponds to; the last layer is among them.
 
     Those of `shapes.layer_choices`; "influence" leaves out the block between whose input and output the hidden state
@@ -94,7 +94,9 @@ class Selection(NamedTuple):
     groups: Tensor | None
 
 
-def select(spec: ModelSpec, teacher: ModelSpec, layers: tuple[int, ...], calibration: Calibration | None) -> Selection:
+def select(
+    spec: ModelSpec, teacher: ModelSpec, layers: tuple[int, ...], calibration: PartImportance | None
+) -> Selection:
     """Keep the most important channels, neurons and groups of heads, each in the teacher's order.
 
     Args:
@@ -211,7 +213,7 @@ def build_student(
     init: Init,
     *,
     seed: int = 0,
-    calibration: Calibration | None = None,
+    calibration: PartImportance | None = None,
     pretrained: Path | None = None,
 ) -> tuple[Any, tuple[int, ...]]:
     """Return the initial student, in float32 on the CPU, and the teacher layer for each of its layers.
@@ -240,7 +242,7 @@ def build_student(
     return load_pretrained(pretrained, teacher), same_depth(layers, teacher_layers)
 
 
-def cut_student(model: Any, init: Init, calibration: Calibration | None) -> tuple[Any, tuple[int, ...]]:
+def cut_student(model: Any, init: Init, calibration: PartImportance | None) -> tuple[Any, tuple[int, ...]]:
     """Return the parts of a teacher that `init` keeps, and the kept layers."""
     whole = spec_from_config(model.config.to_dict())
     spec = cut_spec(init, whole)

@@ -30,7 +30,7 @@ def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...], *,
     """
     widest, finishing = max(deployments, key=_width), strategy.finishing
     for deployment in deployments:
-        own = finishing is not None and deployment.packing == finishing.packing
+        own = finishing is not None and deployment.scheme == finishing.scheme
         if own and (own_first or deployment.bits >= widest.bits):
             return deployment
     return widest
@@ -44,14 +44,14 @@ def own_deployment(strategy: Strategy) -> Deployment | None:
     """Return the deployment of a strategy's finishing grid, or None without finishing."""
     if strategy.finishing is None:
         return None
-    packing = strategy.finishing.packing
-    return Deployment(runtime=serving(packing)[0], **asdict(packing))
+    scheme = strategy.finishing.scheme
+    return Deployment(runtime=serving(scheme)[0], **asdict(scheme))
 
 
 def with_own(strategy: Strategy, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
     """Return the deployments, plus that of the strategy's finishing grid if it is not among them."""
     own = own_deployment(strategy)
-    if own is None or any(deployment.packing == own.packing for deployment in deployments):
+    if own is None or any(deployment.scheme == own.scheme for deployment in deployments):
         return deployments
     return (*deployments, own)
 

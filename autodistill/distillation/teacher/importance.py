@@ -28,7 +28,7 @@ _VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Calibration:
+class PartImportance:
     """Mean activations over all tokens of the calibration sequences, float64.
 
     Importances are Minitron's (Muralidharan et al., 2024, arXiv:2407.14679): mean magnitudes of activations.
@@ -57,12 +57,12 @@ class Calibration:
             partial_file.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
+    def load(cls, path: Path) -> PartImportance:
         """Read what `save` wrote."""
         return cls(**load_file(path))
 
 
-def calibrate(model: Any, data: TokenSet, device: str = "cpu") -> Calibration:
+def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartImportance:
     """Run a teacher over the first `SEQUENCES` sequences of `data`.
 
     Args:
@@ -121,12 +121,12 @@ def calibrate(model: Any, data: TokenSet, device: str = "cpu") -> Calibration:
         for handle in handles:
             handle.remove()
     count = len(sequences)
-    return Calibration(
+    return PartImportance(
         similarity=similarity / count, neurons=neurons / count, groups=groups / count, channels=channels / count
     )
 
 
-def ensure_calibration(
+def ensure_importance(
     load_teacher: Callable[[], Any],
     *,
     teacher_fingerprint: str,
@@ -148,7 +148,7 @@ def ensure_calibration(
     path = root / f"{key}.safetensors"
     with alone(path):
         try:
-            Calibration.load(path)
+            PartImportance.load(path)
         except (OSError, SafetensorError, TypeError):  # missing or damaged
-            calibrate(load_teacher(), data, device).save(path)
+            measure_importance(load_teacher(), data, device).save(path)
     return path

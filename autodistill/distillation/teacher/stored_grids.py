@@ -27,7 +27,7 @@ from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import FORMATS, Packing, weights_bytes
+from autodistill.quantization.formats import FORMATS, QuantizationScheme, weights_bytes
 from autodistill.quantization.grids import Floats, Grid, Scales, Storage
 from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
 from autodistill.quantization.packing import (
@@ -93,7 +93,7 @@ class StoredAs:
     def among(self, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
         """Return the deployments, plus the teacher's own if it is not among them."""
         own, others = self.deployment, tuple(deployments)
-        held = own is None or any(own.packing == one.packing for one in others)
+        held = own is None or any(own.scheme == one.scheme for one in others)
         return others if held or own is None else (*others, own)
 
 
@@ -160,14 +160,14 @@ def _known(record: Path, teacher: Teacher, folder: Path) -> tuple[Teacher, Store
 
 
 @cache
-def packings() -> Mapping[str, Packing]:
+def quantization_schemes() -> Mapping[str, QuantizationScheme]:
     """Return every quantisation scheme of every format, with all weights on the grid, by name."""
     known = {}
     for form in FORMATS.values():
         for storage in form.linears:
             grid = (16, 0, True) if isinstance(storage, str) else (storage.bits, storage.group_size, storage.symmetric)
-            packing = Packing(format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
-            known[packing.name] = packing
+            scheme = QuantizationScheme(format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
+            known[scheme.name] = scheme
     return known
 
 
@@ -182,7 +182,7 @@ def stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]
     return [(tensor, GGMLQuantizationType(one.type).name) for tensor, one in found if tensor is not None]
 
 
-def storing(types: Sequence[tuple[TensorSpec, str]], *, keeping: bool = False) -> Packing | None:
+def storing(types: Sequence[tuple[TensorSpec, str]], *, keeping: bool = False) -> QuantizationScheme | None:
     """Return the GGUF scheme that stores each tensor as that ggml type, or None.
 
     Where no row is of whole super-blocks, the stand-in's own format comes before the K-quant that it equals.
@@ -191,16 +191,16 @@ def storing(types: Sequence[tuple[TensorSpec, str]], *, keeping: bool = False) -
         types: Of `stored_types`.
         keeping: Whether it may keep parts of the model off its grid.
     """
-    of_gguf = [packing for packing in packings().values() if packing.container == "gguf" and types]
+    of_gguf = [scheme for scheme in quantization_schemes().values() if scheme.container == "gguf" and types]
     if keeping and any(kind == "F16" for _, kind in types):
         kept = [parts for count in (1, 2, 3) for parts in combinations(_KEEPABLE, count)]
         of_gguf += [replace(one, keep=parts) for parts in kept for one in of_gguf if isinstance(one.linear, Grid)]
-    return next((packing for packing in of_gguf if _stores(packing, types)), None)
+    return next((scheme for scheme in of_gguf if _stores(scheme, types)), None)
 
 
-def _stores(packing: Packing, types: Iterable[tuple[TensorSpec, str]]) -> bool:
+def _stores(scheme: QuantizationScheme, types: Iterable[tuple[TensorSpec, str]]) -> bool:
     try:
-        return all(_type_name(packing.storage(tensor)) == kind for tensor, kind in types)
+        return all(_type_name(scheme.storage(tensor)) == kind for tensor, kind in types)
     except InputError:  # rows that its groups do not divide
         return False
 
@@ -223,8 +223,8 @@ def _in_words(types: Iterable[tuple[TensorSpec, str]]) -> str:
     )
 
 
-def _served(packing: Packing) -> Deployment:
-    return Deployment(runtime=serving(packing)[0], **asdict(packing))
+def _served(scheme: QuantizationScheme) -> Deployment:
+    return Deployment(runtime=serving(scheme)[0], **asdict(scheme))
 
 
 def of_gguf(file: GgufFile, spec: ModelSpec) -> StoredAs | None:
@@ -232,10 +232,10 @@ def of_gguf(file: GgufFile, spec: ModelSpec) -> StoredAs | None:
     types = sorted(stored_types(file, spec), key=lambda one: one[0].role is not Role.LINEAR)
     if all(kind in _FLOATS for tensor, kind in types if tensor.role is Role.LINEAR):
         return None
-    packing = storing(types, keeping=True)
+    scheme = storing(types, keeping=True)
     return StoredAs(
         types=_in_words(types),
-        deployment=_served(packing) if packing else None,
+        deployment=_served(scheme) if scheme else None,
         exact=False,
         weights_bytes=sum(tensor.size for tensor in file.tensors),
     )
@@ -246,7 +246,7 @@ def of_folder(folder: Path, spec: ModelSpec) -> StoredAs | None:
 
     Of several packings it is the one of fewest bytes.
     """
-    left = sorted(_gridded(spec), key=lambda packing: weights_bytes(spec.tensors, packing))
+    left = sorted(_gridded(spec), key=lambda scheme: weights_bytes(spec.tensors, scheme))
     # Linear layers come first, since tables may be stored in other ways: most teachers are told by one matrix.
     matrices = sorted((one for one in spec.tensors if len(one.shape) == 2), key=lambda one: one.role is not Role.LINEAR)
     with _opened(folder, spec) as weights:
@@ -254,24 +254,24 @@ def of_folder(folder: Path, spec: ModelSpec) -> StoredAs | None:
             if not left:
                 return None
             sample = weights.rows(tensor)
-            grids = {storage for packing in left if isinstance(storage := packing.storage(tensor), Grid)}
+            grids = {storage for scheme in left if isinstance(storage := scheme.storage(tensor), Grid)}
             moved = {grid for grid in grids if not lies_on(sample, grid)}
-            left = [packing for packing in left if packing.storage(tensor) not in moved]
+            left = [scheme for scheme in left if scheme.storage(tensor) not in moved]
     if not left:
         return None
     types = [(tensor, _type_name(left[0].storage(tensor))) for tensor in matrices]
     return StoredAs(types=_in_words(types), deployment=_served(left[0]), exact=False)
 
 
-def _gridded(spec: ModelSpec) -> Iterator[Packing]:
+def _gridded(spec: ModelSpec) -> Iterator[QuantizationScheme]:
     """Yield the schemes of the model in which linear layers are on a grid."""
-    for packing in packings().values():
-        if isinstance(packing.linear, Grid):
+    for scheme in quantization_schemes().values():
+        if isinstance(scheme.linear, Grid):
             try:
-                packing.check_model(spec.tensors)
+                scheme.check_model(spec.tensors)
             except InputError:
                 continue
-            yield packing
+            yield scheme
 
 
 # Weights on one grid.
@@ -402,12 +402,12 @@ class _Own:
     exact: bool
 
 
-def _own_of_gguf(file: GgufFile, packing: Packing, spec: ModelSpec) -> _Own:
+def _own_of_gguf(file: GgufFile, scheme: QuantizationScheme, spec: ModelSpec) -> _Own:
     """Return the scales of a file's blocks."""
     known, own, exact = {tensor.name: tensor for tensor in spec.tensors}, dict[str, Scales](), True
     for stored in file.tensors:
         tensor = known[str(file.family.from_gguf_name(stored.name))]
-        storage, values = packing.storage(tensor), file.values(stored)
+        storage, values = scheme.storage(tensor), file.values(stored)
         scales = _of_blocks(file, stored, storage) if isinstance(storage, Grid) else None
         if _returns(values, storage):
             continue
@@ -423,12 +423,12 @@ def _of_blocks(file: GgufFile, tensor: GgufTensor, grid: Grid) -> Scales:
     return unpack_codes(arrays, grid, tensor.shape)[1]
 
 
-def _own_of_folder(folder: Path, packing: Packing, spec: ModelSpec) -> _Own:
+def _own_of_folder(folder: Path, scheme: QuantizationScheme, spec: ModelSpec) -> _Own:
     """Return the scales under which the weights of a folder change least."""
     own, exact = dict[str, Scales](), True
     with _opened(folder, spec) as weights:
         for tensor in spec.tensors:
-            storage, values = packing.storage(tensor), weights.whole(tensor)
+            storage, values = scheme.storage(tensor), weights.whole(tensor)
             if _returns(values, storage):
                 continue
             if isinstance(storage, Grid) and _worth_trying(values[:_ROWS], storage):
@@ -440,7 +440,7 @@ def _own_of_folder(folder: Path, packing: Packing, spec: ModelSpec) -> _Own:
 
 
 def _worth_trying(weights: Floats, grid: Grid) -> bool:
-    """Return whether other scales than the default could restore weights, or would treat them as normal ones.
+    """Return whether other scales than the default are worth trying: they restore the weights, or fit them alone.
 
     Of weights that were rounded since neither is so, and to try each group's scales would take long for nothing.
     """
@@ -466,16 +466,16 @@ def _parts(values: Floats) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(values), rows))
 
 
-def _with_scales(teacher: Teacher, packing: Packing, scales: Mapping[str, Scales], folder: Path) -> Teacher:
+def _with_scales(teacher: Teacher, scheme: QuantizationScheme, scales: Mapping[str, Scales], folder: Path) -> Teacher:
     """Return the teacher with its scales, in a folder of the cache; a user's folder is linked, not written to."""
     partial = Path(tempfile.mkdtemp(prefix=".stored-", dir=folder.parent))
     try:
         if teacher.folder == folder.resolve():
-            write_scales(partial, packing, scales)
+            write_scales(partial, scheme, scales)
             os.replace(partial / SCALES_FILE, folder / SCALES_FILE)
             return teacher
         shutil.copytree(teacher.folder, partial, dirs_exist_ok=True, copy_function=_linked, ignore=_not_read)
-        write_scales(partial, packing, scales)
+        write_scales(partial, scheme, scales)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
     finally:
@@ -484,7 +484,7 @@ def _with_scales(teacher: Teacher, packing: Packing, scales: Mapping[str, Scales
 
 
 def _not_read(folder: str, names: Sequence[str]) -> list[str]:
-    """Return files of a teacher's folder that the model does not use: other weights, and scales of another scheme."""
+    """Return entries of a teacher's folder that the model does not read: subfolders, and scales of another scheme."""
     return [
         name
         for name in names

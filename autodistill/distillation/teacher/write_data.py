@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from autodistill.data.chat_template import Renderer
-from autodistill.data.conversations import ANSWERING, TOLD, Told, Turn, told_of, told_record
+from autodistill.data.conversations import ANSWERING, TOLD, Turn, WriterLogprobs, logprobs_of, logprobs_record
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.data.documents import resolve_prompts
 from autodistill.data.tokenization import check_ids
@@ -98,7 +98,7 @@ class _Answer:
     finished: bool
     prompt_tokens: int
     answer_tokens: int
-    told: Told | None = None
+    told: WriterLogprobs | None = None
 
 
 def check(request: WriteRequest) -> None:
@@ -240,7 +240,7 @@ def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answe
     asked = [turn._asdict() for turn in prompt]
     messages = [*asked, {"role": ANSWERING, "content": answer.text}]
     learnt = {"messages": messages} if answer.finished else {"messages": None, "asked": asked, "cut": answer.text}
-    signal = {TOLD: "text"} if answer.told is None else told_record(answer.told)
+    signal = {TOLD: "text"} if answer.told is None else logprobs_record(answer.told)
     used = {"prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens}
     return {**learnt, **signal, **used, "key": key, "settings": dict(settings)}
 
@@ -388,7 +388,7 @@ class _Matcher:
     They match where the answer's text has the same tokens here, by name, and by id where the server tells ids.
 
     Attributes:
-        vocabulary: See `Told`.
+        vocabulary: See `WriterLogprobs`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -402,7 +402,7 @@ class _Matcher:
         # A name that several tokens share, such as that of a torn character, says nothing.
         self._ids = {name: tokens[0] for name, tokens in names.items() if len(tokens) == 1}
 
-    def match(self, reply: Reply) -> Told | None:
+    def match(self, reply: Reply) -> WriterLogprobs | None:
         """Return the answer's tokens and the likeliest ones at each position, or None if they do not match."""
         ids = self._encode(reply.text)
         # The token that ends the answer may be told as well; it has no text.
@@ -418,4 +418,4 @@ class _Matcher:
             found = [(one.id if by_id else self._ids.get(one.text), one.logprob) for one in likeliest]
             known = ((token, logprob) for token, logprob in found if token is not None)
             top.append([(token, logprob) for token, logprob in known if 0 <= token < len(self._names)])
-        return told_of(self.vocabulary, ids, top)
+        return logprobs_of(self.vocabulary, ids, top)

@@ -19,7 +19,7 @@ from autodistill.distillation.losses.logits import logit_loss
 from autodistill.distillation.losses.targets import Target
 from autodistill.distillation.losses.token_selection import Learnt, learnt_tokens, uncertain_logits
 from autodistill.distillation.teacher.output_cache import TeacherCache
-from autodistill.distillation.teacher.signals import LiveTeacher, target_source
+from autodistill.distillation.teacher.target_sources import LiveTeacher, target_source
 from autodistill.models.loading import decoder_layers
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.rounding import deploy_tensor

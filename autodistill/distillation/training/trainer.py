@@ -21,7 +21,7 @@ from autodistill.distillation.losses.attention import TeacherBlock
 from autodistill.distillation.losses.hidden_states import balance_factor
 from autodistill.distillation.losses.schedules import Interpolation, along, progress, snap, temperature_at
 from autodistill.distillation.teacher.output_cache import TeacherCache
-from autodistill.distillation.teacher.signals import LiveTeacher
+from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.adamw_8bit import eight_bit_adamw
 from autodistill.distillation.training.adamw_bf16 import RoundedAdamW
 from autodistill.distillation.training.checkpoint import gathered, restore, write_checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.data.dataset import SEQUENCE_LENGTH
-from autodistill.data.documents import Source, resolve_data
+from autodistill.data.documents import DataSource, resolve_data
 from autodistill.distillation.student.check import check_strategy
 from autodistill.distillation.teacher.resolve import TeacherRef, resolve_teacher
 from autodistill.distillation.training.plan import Plan
@@ -71,7 +71,7 @@ class Checked:
     name: str
     teacher: TeacherRef
     teacher_reference: str
-    source: Source
+    source: DataSource
     data_reference: str
     space: Space
     space_reference: str

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from autodistill.cli.app import main
 from autodistill.cli.summary import written_summary
 from autodistill.data.chat_template import Renderer
-from autodistill.data.conversations import asked, told_of
+from autodistill.data.conversations import logprobs_of, single_turn
 from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
@@ -203,7 +203,7 @@ def test_answers_are_data_and_cut_ones_are_not(request_: WriteRequest, monkeypat
     assert (counts["written"], counts["unfinished"], counts["prompt_tokens"], counts["answer_tokens"]) == (3, 1, 15, 12)
     documents = resolve_data(str(request_.out)).documents
     assert sorted(documents, key=str) == sorted(
-        [asked(PROMPTS[0], "paints"), asked(PROMPTS[2], "repairs\nit")], key=str
+        [single_turn(PROMPTS[0], "paints"), single_turn(PROMPTS[2], "repairs\nit")], key=str
     )
     options = {"max_tokens": 8, "top_logprobs": 0, "temperature": 0.7, "top_p": 0.9, "seed": 3}
     assert all(options.items() <= one.items() for one in seen)
@@ -365,7 +365,7 @@ def test_an_answer_without_a_word_is_kept_and_not_asked_for_again(
     assert "3 answers written" in printed
     assert "1 answers reached --max-tokens and are not learnt" in printed
     assert "1 answers are blank and are not learnt" in printed
-    assert list(resolve_data(str(request_.out)).documents) == [asked(PROMPTS[2], "repairs")]
+    assert list(resolve_data(str(request_.out)).documents) == [single_turn(PROMPTS[2], "repairs")]
     assert main(line.split()) == 0
     assert "0 answers written, 3 kept" in capfd.readouterr().out
     assert sorted(seen) == sorted(PROMPTS)
@@ -540,7 +540,7 @@ def test_log_probabilities_come_through_to_the_token_sets(
 
 
 def test_what_is_as_good_as_impossible_is_one_of_the_rest() -> None:
-    told = told_of("v", [7, 8, 9], [[(7, -0.1), (3, -9999.0)], [(8, math.nan)], [(9, 1e-9), (4, -math.inf)]])
+    told = logprobs_of("v", [7, 8, 9], [[(7, -0.1), (3, -9999.0)], [(8, math.nan)], [(9, 1e-9), (4, -math.inf)]])
     assert told.likeliest.ids.tolist() == [[7], [-1], [9]]
     assert told.likeliest.log_p.tolist() == [[pytest.approx(-0.1)], [0.0], [0.0]]
 

@@ -60,7 +60,7 @@ class LiveTeacher:
         return hidden[:, :-1].flatten(0, 1)
 
 
-def check_told(recipes: Iterable[Distillation], told: bool) -> None:
+def check_logprobs(recipes: Iterable[Distillation], told: bool) -> None:
     """Refuse recipes that learn from reported log-probabilities if the data have none.
 
     Args:
