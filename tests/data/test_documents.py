@@ -210,7 +210,7 @@ def _bad(tmp_path: Path) -> None:
         ("nulls.jsonl", ["no field with usable text", "text"]),
         ("chat.jsonl", ["line 1", "role"]),
         ("chats.jsonl", ["line 1", "messages"]),
-        ("monologue.jsonl", ["line 1", "no message of the assistant"]),
+        ("monologue.jsonl", ["line 1", "no assistant message"]),
         ("unanswered.jsonl", ["no field with usable text", "prompt, score"]),
         ("answers.jsonl", ["line 2", "lacks the field answer"]),
         ("choices.jsonl", ["line 1", "answer that is not text"]),
