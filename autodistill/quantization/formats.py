@@ -61,13 +61,14 @@ class Format:
     Attributes:
         name: Its name in strategies, deployments and on the command line.
         container: "gguf", "compressed-tensors" or "huggingface".
-        runtimes: The engines that serve it, the usual one first.
-        linears: What the weights of linear layers may be stored as; a packing picks one.
-        tables: What the embedding and an untied head are stored as; in a mixture, the matrices that take more bits.
-        mixture: Whether it is one of llama.cpp's mixtures of types, in which it goes by tensor what takes more bits
-            (`TensorSpec.more_bits`): some layers' attention values and ends of FFNs too, and no untied embedding.
-        kept: What weights are stored as that a packing keeps off its grid.
-        vectors: What norms and biases are stored as.
+        runtimes: The runtimes that serve it, the usual one first.
+        linears: Possible storage of linear layers; a quantisation scheme chooses one.
+        tables: Storage of the embedding table and an untied head; in a mixture, of the matrices that get more bits.
+        mixture: Whether it is one of llama.cpp's mixtures of types, in which each tensor says whether it gets more bits
+            (`TensorSpec.more_bits`): also attention values and last FFN matrices of some layers, but no untied
+            embedding table.
+        kept: Storage of weights that a scheme keeps off its grid.
+        vectors: Storage of norms and biases.
     """
 
     name: str
@@ -104,9 +105,9 @@ class QuantizationScheme:
 
     Attributes:
         format: Name of a format.
-        bits: Bit-width of the linear layers; 16 where they are not quantised.
-        group_size: Weights of a row that share a scale; 0 where the whole row does, or nothing is quantised.
-        symmetric: Whether a group has a scale alone, and no offset.
+        bits: Bit width of the linear layers; 16 if they are not quantised.
+        group_size: Number of weights in a row that share a scale; 0 if the whole row does, or nothing is quantised.
+        symmetric: Whether a group has only a scale, and no offset.
         keep: What stays in 16 bits (mixed precision): "attention", "embeddings", "head", or part of a weight's dotted
             name in transformers, like "layers.0", "down_proj" or "layers.0.mlp.down_proj". In alphabetical order.
     """

@@ -9,7 +9,7 @@ from autodistill.models.tensors import TensorSpec
 from autodistill.quantization.formats import QuantizationScheme, get_format
 from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice
 
-# vLLM computes each of these sets of layers as one matrix, which has one storage.
+# vLLM fuses each of these sets of layers to one matrix, which has one storage.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -17,10 +17,10 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class Deployment(QuantizationScheme, PlainDataclass):
     """How a trained student is quantised and served.
 
-    The fields of `QuantizationScheme` say how it is packed.
+    The fields of `QuantizationScheme` say how its weights are stored.
 
     Attributes:
-        runtime: The engine that serves it: "llama.cpp", "vllm" or "transformers".
+        runtime: The runtime that serves it: "llama.cpp", "vllm" or "transformers".
     """
 
     runtime: str
@@ -53,7 +53,7 @@ class Deployment(QuantizationScheme, PlainDataclass):
 def serving(scheme: QuantizationScheme) -> tuple[str, ...]:
     """Return the runtimes that serve a quantisation scheme, the usual one first.
 
-    Any engine reads a format, but vLLM has had kernels for 4 and 8 bits only, with zero points for 4 bits.
+    Every runtime reads the whole format, but vLLM has kernels for 4 and 8 bits only, and zero points for 4 bits only.
     """
     runtimes = get_format(scheme.format).runtimes
     kernels = scheme.bits in (4, 16) or (scheme.bits == 8 and scheme.symmetric)

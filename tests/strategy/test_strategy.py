@@ -237,11 +237,11 @@ RULES = [
     ("distillation", {"divergence": "taid", "mixture": 1.0}, "mixture must lie between 0 and 1"),
     ("distillation", {"mixture": 0.5}, "be 0 for forward_kl and reverse_kl, not 0.5 for forward_kl"),
     ("distillation.signal", "cloud", "top-k, sampled, states, online, written"),
-    ("distillation", {"signal": "written"}, "and written, which has those that were told, not 64 for written"),
+    ("distillation", {"signal": "written"}, "and written, which has those that were reported, not 64 for written"),
     (
         "distillation",
         {"signal": "written", "signal_tokens": 0, "temperature": {"start": 2.0, "end": 2.0}},
-        "goes from 2 to 2, but writers tell their log-probabilities at 1",
+        "goes from 2 to 2, but reported log-probabilities are for 1",
     ),
     (
         "distillation",
