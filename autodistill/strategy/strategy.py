@@ -307,8 +307,8 @@ class Distillation(PlainDataclass):
         check(
             tokens > 0 if sparse else tokens == 0,
             f"distillation.signal_tokens must be above 0 for {' and '.join(_SPARSE_SIGNALS)} and 0 for "
-            f"{' and '.join(_FULL_SIGNALS)}, which have all tokens, and {_WRITTEN}, which has those that were reported, "
-            f"not {tokens} for {self.signal}",
+            f"{' and '.join(_FULL_SIGNALS)}, which have all tokens, and {_WRITTEN}, which has those that were "
+            f"reported, not {tokens} for {self.signal}",
         )
         full = f"use the signal {' or '.join(_FULL_SIGNALS)}"
         check(
