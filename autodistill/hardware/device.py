@@ -31,21 +31,20 @@ class Shares:
 
     Attributes:
         decode: Share of the stated bandwidth that decoding reaches.
-        decode_measured: The same of a bandwidth that was measured on the device itself.
+        decode_measured: Share of a bandwidth that was measured on the device itself.
         prefill: Share of the matrix rate that reading a prompt reaches.
-        prefill_quantized: The same in llama.cpp with weights whose rows it interleaves for products of integers.
-        dequantize: Share of the matrix rate at which a decoding step multiplies by weights on a grid, which comes on
-            top of reading them; None where it is hidden behind that.
-        attention: Share of the matrix rate at which a decoding step attends; None where that is hidden too.
-        activations: Share of the bandwidth at which a prompt's activations pass between its products; None where
-            that is hidden.
-        layer_seconds: What a layer of a pass costs beside reading its bytes; the least of it is the fast end.
-        ahead: Whether layers are launched while earlier ones run, so that only what launching takes longer counts.
-        rate: The precision whose matrix rate `prefill` is a share of, where it is not the class's own; "" for that.
-        measured_alone: Whether it was found on a device whose bandwidth was measured, so that of a stated one
-            nothing is known.
-        reference: Where these come from.
-        assumed: Why they are assumed and not measured, and the band wide; "" where they were measured.
+        prefill_quantized: The same in llama.cpp, for weights whose rows it interleaves for integer products.
+        dequantize: Share of the matrix rate at which a decoding step multiplies by weights on a grid, in addition to
+            reading them; None if reading hides this cost.
+        attention: Share of the matrix rate at which a decoding step computes attention; None if this cost is hidden.
+        activations: Share of the bandwidth at which a prompt's activations pass between its products; None if this cost
+            is hidden.
+        layer_seconds: Cost of a layer in a pass beside reading its bytes; the smallest value is the fast end.
+        ahead: Whether layers are launched while earlier ones run, so that launching counts only if it takes longer.
+        rate: The precision whose matrix rate `prefill` refers to, if it is not that of the class; else "".
+        measured_alone: Whether the shares hold only for a measured bandwidth; nothing is known for a stated one.
+        reference: The source of these figures.
+        assumed: Why the shares are assumed, with a wide band; "" if they were measured.
     """
 
     decode: Band
@@ -103,11 +102,11 @@ class DeviceClass:
 
     Attributes:
         name: "discrete-gpu", "unified", "board", "phone" or "cpu".
-        runtimes: The engines that serve a student there.
-        share, reserve_bytes: What is usable of the memory: the share of it, less the reserve.
-        small_bytes, small_share: Up to so much memory the share is another one; 0 where it is the same.
-        speeds: What each engine reaches, by name; assumed where nothing was measured of it on this one.
-        reference: Where the usable memory comes from.
+        runtimes: The runtimes that serve a student on it.
+        share, reserve_bytes: The usable memory: this share of it, less the reserve.
+        small_bytes, small_share: Another share for at most this much memory; 0 if there is none.
+        speeds: What each runtime reaches, by name; assumed if it was not measured on this class.
+        reference: The source of the usable memory.
     """
 
     name: str
@@ -129,15 +128,15 @@ class Device:
     """One device.
 
     Attributes:
-        name: As its maker or its driver calls it.
+        name: The name that its maker or its driver gives it.
         aliases: Other names.
         kind: Its class.
-        memory_bytes, usable_bytes: All of its memory, and what is left for a model.
-        bandwidth: Bytes a second.
-        rates: Dense operations a second, a multiply-add being two, by precision: some of `PRECISIONS`.
-        sources: Where each figure comes from: of "memory", "usable", "bandwidth" and "rates".
-        measured: Whether bandwidth and rates were measured on it and not stated by its maker.
-        own_runtimes: The engines that serve a student on it, where they are not those of its class.
+        memory_bytes, usable_bytes: All of its memory, and the part that a model can use.
+        bandwidth: Bytes per second.
+        rates: Dense operations per second by precision (some of `PRECISIONS`); a multiply-add counts as two.
+        sources: The source of each figure: "memory", "usable", "bandwidth" and "rates".
+        measured: Whether bandwidth and rates were measured on it, and not stated by its maker.
+        own_runtimes: The runtimes that serve a student on it, if they are not those of its class.
     """
 
     name: str
