@@ -8,15 +8,19 @@ own and the cheapest files first, until one fails; one that outlasts the tests t
 found too. `--limit` is the processor time, as it was without the mutant, that the tests of one mutant may take.
 
 What was found out lies in `--work`, and the same command goes on from there: a test file that has changed is run
-again, and so are mutants that survived before tests changed. Mutants that change nothing that a test could see are
+again, and so are mutants that survived before tests changed. After a change of the core no test is run again to see
+what it reaches: lines that moved are followed, and a line that is new goes with the statement that it replaces or
+follows. Remove the folder to begin anew. Mutants that change nothing that a test could see are
 named in `mutants_equivalent.yaml`, with the reason of each.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import compileall
 import contextlib
+import difflib
 import fcntl
 import hashlib
 import importlib
@@ -32,7 +36,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,13 +205,66 @@ def in_parallel(jobs: int, work: Sequence[Callable[[int], Iterator[Job]]], until
         time.sleep(0.05)
 
 
+class Sources:
+    """The core's files as they are and as they were traced, so that a change of them costs no new run of the tests.
+
+    Args:
+        folder: Where each state of a file that was traced is kept, by its hash.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._texts = {name: (ROOT / name).read_text() for name in CORE}
+        self.hashes = {name: _hash(ROOT / name) for name in CORE}
+        for name, text in self._texts.items():
+            (folder / self.hashes[name]).write_text(text)
+        self._moved: dict[tuple[str, str], dict[int, list[int]]] = {}
+
+    def today(self, lines: Iterable[tuple[str, int]], traced: Mapping[str, str]) -> Iterator[tuple[str, int]]:
+        """Where lines that were reached are now: one that was changed or added goes with the statement above it.
+
+        Args:
+            lines: Modules and lines as they were.
+            traced: Hashes of the modules as they were.
+        """
+        for module, line in lines:
+            if traced[module] == self.hashes[module]:
+                yield module, line
+                continue
+            known = (module, traced[module])
+            if known not in self._moved:
+                self._moved[known] = moved((self._folder / traced[module]).read_text(), self._texts[module])
+            yield from ((module, new) for new in self._moved[known].get(line, ()))
+
+
+def moved(before: str, after: str) -> dict[int, list[int]]:
+    """New lines by the old line of the statement that they go with."""
+    statements = sorted({node.lineno for node in ast.walk(ast.parse(before)) if isinstance(node, ast.stmt)})
+    found: dict[int, list[int]] = {}
+    old, new = before.splitlines(), after.splitlines()
+    for kind, first, last, start, end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind == "equal":
+            for offset in range(last - first):
+                found.setdefault(first + offset + 1, []).append(start + offset + 1)
+            continue
+        # What is replaced, or the statement above what is added.
+        among = [line for line in statements if first < line <= last] or [
+            max((line for line in statements if line <= first), default=0)
+        ]
+        for line in among:
+            found.setdefault(line, []).extend(range(start + 1, end + 1))
+    return found
+
+
 class Tracer:
     """Notes what each test reaches: in its own process, in others meanwhile, and in what its fixtures did before it."""
 
     fails = False
 
-    def __init__(self, result: Path) -> None:
-        self._result, self._tests, self._failed = result, {}, set()  # type: ignore[var-annotated]
+    def __init__(self, result: Path, sources: Mapping[str, str]) -> None:
+        self._result, self._sources = result, sources
+        self._tests, self._failed = {}, set()  # type: ignore[var-annotated]
         self._fixtures: dict[str, set[tuple[str, int]]] = {}
         self._log, self._read = result.with_suffix(".log"), 0
         self._log.unlink(missing_ok=True)
@@ -259,6 +316,7 @@ class Tracer:
             if name not in self._failed
         ]
         whole = {"tests": tests, "left out": sorted(self._failed), "sets": [json.loads(text) for text in sets]}
+        whole["sources"] = dict(self._sources)
         self._result.with_suffix(".part").write_text(json.dumps(whole))
         self._result.with_suffix(".part").rename(self._result)
 
@@ -300,8 +358,9 @@ class Bench:
         # Those of the core's own files first, which find most.
         found = self.files and [path.resolve() for path in self.files]
         files = sorted(found or (ROOT / "tests").rglob("test_*.py"), key=lambda path: (path.name not in own, path))
-        shared = _hash(*(ROOT / name for name in CORE), *sorted((ROOT / "tests").rglob("conftest.py")))
+        shared = _hash(*sorted((ROOT / "tests").rglob("conftest.py")), more="\n".join(CORE))
         (self.work / "reached").mkdir(parents=True, exist_ok=True)
+        sources = Sources(self.work / "sources")
         results = {path: self.work / "reached" / f"{_hash(path, more=shared)}.json" for path in files}
         missing = [path for path in files if not results[path].exists()]
         if missing:
@@ -321,7 +380,7 @@ class Bench:
                     name = str(path.relative_to(ROOT))
                     log = self.work / "logs" / f"{name.replace('/', '.')}.txt"
                     log.parent.mkdir(exist_ok=True)
-                    job = Job(self.work / f"marked-{place}", [name], Tracer(results[path]), log, 1200)
+                    job = Job(self.work / f"marked-{place}", [name], Tracer(results[path], sources.hashes), log, 1200)
                     yield job
                     said = "" if results[path].exists() else f", nothing found: see {log}"
                     print(f"{name}: {job.seconds:.0f} s{said}", flush=True)
@@ -335,7 +394,7 @@ class Bench:
         for path in files:
             if results[path].exists():
                 found = json.loads(results[path].read_text())
-                sets = [frozenset((module, line) for module, line in lines) for lines in found["sets"]]
+                sets = [frozenset(sources.today(lines, found["sources"])) for lines in found["sets"]]
                 self.tests += [Test(name=n, seconds=s, reached=sets[index]) for n, s, index in found["tests"]]
                 self.left_out += found["left out"]
         return True
