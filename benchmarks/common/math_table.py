@@ -28,7 +28,6 @@ from autodistill.distillation.student.check import probe_deployment, student_spe
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.estimates.fit import fits, holdable
-from autodistill.evaluation.evaluate import evaluate
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.quantization.grids import Grid
 from autodistill.runs.run_folder import default_cache
@@ -40,7 +39,7 @@ from autodistill.strategy.strategy import Finishing, Strategy
 from benchmarks.common import program, report
 from benchmarks.common.math_search import RECIPE, STEP, TOKENS, prepare, space
 from benchmarks.common.math_teacher import make_small
-from benchmarks.common.prepared import Prepared
+from benchmarks.common.prepared import Prepared, accuracy, new_trainer
 
 STORE = "math-table.jsonl"
 # Shares of the tokens after which every strategy is judged: the search's own, and one before them.
@@ -164,22 +163,12 @@ class Recorder:
     def record(self, strategies: list[Strategy], seed: int) -> list[Line]:
         """Lines of strategies that share their stable part."""
         began, first = time.process_time(), strategies[0]
-        setting, plan = self._prepared.setting, self._plan
-        model, kept = initial_student(setting, first.init, seed)
-        trainer = Trainer(
-            model,
-            kept=kept,
-            teacher_layers=setting.teacher_spec.layers,
-            teacher_width=setting.teacher_spec.width,
-            strategy=first,
-            plan=plan,
-            data=self._bench.train,
-            cache=self._bench.cache,
-            seed=seed,
-            teacher=self._bench.teacher,
-        )
+        plan = self._plan
+        model, trainer = new_trainer(self._bench, first, seed)
         probes = {strategy.id: probe_deployment(strategy, fitting(self._prepared, strategy)) for strategy in strategies}
-        initial = {name: self._accuracy(model, first, probe, plan.rung_eval_tokens) for name, probe in probes.items()}
+        initial = {
+            name: accuracy(self._bench, first, model, probe, plan.rung_eval_tokens) for name, probe in probes.items()
+        }
         decayed: dict[str, list[float]] = {name: [] for name in probes}
         plain: dict[str, list[float]] = {name: [] for name in probes}
         rows: dict[str, dict[str, float]] = {}
@@ -197,13 +186,13 @@ class Recorder:
                     exhaust(decay(trainer, strategy, rung, self._prepared))
                     started = time.process_time()
                     read_tokens = plan.eval_tokens if last else plan.rung_eval_tokens
-                    value = self._accuracy(model, strategy, probes[strategy.id], read_tokens)
+                    value = accuracy(self._bench, strategy, model, probes[strategy.id], read_tokens)
                     evaluated, evaluations = evaluated + time.process_time() - started, evaluations + 1
                     decayed[strategy.id].append(value)
                     if last:
                         others = fitting(self._prepared, strategy)
                         rows[strategy.id] = {
-                            one.name: self._accuracy(model, strategy, one, plan.eval_tokens)
+                            one.name: accuracy(self._bench, strategy, model, one, plan.eval_tokens)
                             for one in others
                             if one != probes[strategy.id]
                         } | {probes[strategy.id].name: value}
@@ -215,7 +204,7 @@ class Recorder:
                     exhaust(trainer.train_stable(rung))
                     for strategy in strategies:
                         probe = probes[strategy.id]
-                        plain[strategy.id].append(self._accuracy(model, strategy, probe, plan.rung_eval_tokens))
+                        plain[strategy.id].append(accuracy(self._bench, strategy, model, probe, plan.rung_eval_tokens))
         stable_tokens = branch_point(RUNGS[-1], plan.decay, plan.batch_tokens)
         print(f"{time.process_time() - began:.1f} s", file=sys.stderr, end=", ")
         return [
@@ -233,13 +222,6 @@ class Recorder:
             )
             for strategy in strategies
         ]
-
-    def _accuracy(self, model: Any, strategy: Strategy, deployment: Deployment, tokens: int) -> float:
-        data, top1 = self._bench.held_out(tokens)
-        spec = student_spec(strategy, self._prepared.setting.teacher_spec)
-        budget = self._prepared.question.budget
-        found, _ = evaluate(model, spec, deployment, data, top1, budget=budget, evaluators=("accuracy",))
-        return found.measurements["accuracy"].value
 
 
 def decay(trainer: Trainer, strategy: Strategy, until: int, prepared: Prepared) -> Iterator[Any]:

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autodistill.distillation.losses.attention import teacher_layer
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.evaluation.evaluate import evaluate
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.phase_clock import Clock
 from autodistill.runs.run_folder import RunFolder
@@ -20,7 +23,10 @@ from autodistill.search.planning.placement import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
+from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialSetting
+from autodistill.search.worker.trial import initial_student
+from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 
@@ -133,6 +139,34 @@ class Costs:
     def online(self, tokens: int) -> int:
         """Of the teacher run beside the student."""
         return 2 * self._teacher.parameters * tokens
+
+
+def new_trainer(bench: Workbench, strategy: Strategy, seed: int) -> tuple[Any, Trainer]:
+    """An untrained student, and what trains it, as a search's worker makes them."""
+    spec, attention = bench.setting.teacher_spec, strategy.distillation.attention
+    model, kept = initial_student(bench.setting, strategy.init, seed)
+    trainer = Trainer(
+        model,
+        kept=kept,
+        teacher_layers=spec.layers,
+        teacher_width=spec.width,
+        strategy=strategy,
+        plan=bench.setting.plan,
+        data=bench.train,
+        cache=bench.cache,
+        teacher_block=bench.teacher_block(teacher_layer(attention, spec.layers)) if attention else None,
+        seed=seed,
+        teacher=bench.teacher,
+    )
+    return model, trainer
+
+
+def accuracy(bench: Workbench, strategy: Strategy, model: Any, deployment: Deployment, tokens: int) -> float:
+    """Of a student on so many tokens of validation, as a deployment holds it."""
+    data, reference = bench.held_out(tokens)
+    spec, budget = student_spec(strategy, bench.setting.teacher_spec), bench.setting.budget
+    found, _ = evaluate(model, spec, deployment, data, reference, budget=budget, evaluators=("accuracy",))
+    return found.measurements["accuracy"].value
 
 
 def learns_from_teacher(strategy: Strategy) -> bool:

@@ -24,7 +24,6 @@ import torch
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.teacher.build_cache import ensure_cache
-from autodistill.distillation.training.trainer import Trainer
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.loading import load_model
@@ -36,7 +35,7 @@ from autodistill.strategy.strategy import Strategy
 from benchmarks.common import program, report
 from benchmarks.common.math_search import RECIPE, STEP, TOKENS, prepare
 from benchmarks.common.math_teacher import make_small
-from benchmarks.common.prepared import Prepared
+from benchmarks.common.prepared import Prepared, new_trainer
 
 STORE = "math-parts.json"
 STEPS = 12
@@ -91,20 +90,7 @@ def read() -> Parts:
 
 def step_seconds(prepared: Prepared, strategy: Strategy) -> float:
     """Seconds of a thread's own time that an optimiser step takes, after some to warm up."""
-    bench, setting = Workbench(prepared.setting), prepared.setting
-    model, kept_layers = initial_student(setting, strategy.init, 0)
-    trainer = Trainer(
-        model,
-        kept=kept_layers,
-        teacher_layers=setting.teacher_spec.layers,
-        teacher_width=setting.teacher_spec.width,
-        strategy=strategy,
-        plan=setting.plan,
-        data=bench.train,
-        cache=bench.cache,
-        seed=0,
-        teacher=bench.teacher,
-    )
+    _, trainer = new_trainer(Workbench(prepared.setting), strategy, 0)
     times = []
     for record in trainer.train_stable(3 * STEPS * STEP):
         times.append(time.process_time())

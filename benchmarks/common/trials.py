@@ -279,7 +279,7 @@ def run(
     if not missing:
         return done
     results = list(done)
-    context = multiprocessing.get_context("spawn")
+    spawned = multiprocessing.get_context("spawn")
     request = SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=context),
         teacher=teacher,
@@ -293,7 +293,7 @@ def run(
     named_missing = {name: strategies[name] for name, _ in missing.values()}
     with (
         _ready(request, named_missing, workers, eval_tokens) as (setting, deployments),
-        ProcessPoolExecutor(workers, context, initializer=_open, initargs=(setting,)) as pool,
+        ProcessPoolExecutor(workers, spawned, initializer=_open, initargs=(setting,)) as pool,
     ):
         futures = []
         for index, key in enumerate(key for key in wanted if key in missing):

@@ -515,7 +515,7 @@ def main() -> int:
     parser.add_argument(
         "--files", nargs="+", type=Path, help="test files, whose modules alone are changed; all by default"
     )
-    small = {"mutants": 3, "files": [Path("tests/strategy/test_domains.py")], "work": None}
+    small = {"mutants": 3, "files": [Path("tests/distillation/losses/test_schedules.py")], "work": None}
     options = program.parse(parser, **small)
     began = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -18,19 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from autodistill.distillation.student.check import student_spec
-from autodistill.evaluation.evaluate import evaluate
 from autodistill.runs.run_folder import default_cache
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.search.worker.context import Workbench
 from autodistill.strategy.space import Point
 from autodistill.strategy.strategy import Strategy
 from benchmarks.common import report
-from benchmarks.common.math_search import METRIC, RECIPE, TOKENS, prepare
+from benchmarks.common.math_search import RECIPE, TOKENS, prepare
 from benchmarks.common.math_table import RUNGS, Line, Recorder
 from benchmarks.common.math_teacher import make_small
 from benchmarks.common.over_seeds import mean
-from benchmarks.common.prepared import Prepared
+from benchmarks.common.prepared import Prepared, accuracy
 from benchmarks.common.program import parse, parser_of
 from benchmarks.common.report import Kept
 from benchmarks.common.simulate import (
@@ -178,15 +176,11 @@ def unquantized(table: Table, prepared: Prepared, kept: Kept, most: int | None =
         kept: What is known.
         most: How many are judged, the others taken as recorded; all by default.
     """
-    bench, setting, recorder = Workbench(prepared.setting), prepared.setting, Recorder(prepared)
-    wide = next(one for one in table.deployments if one.bits == 16)
+    bench, recorder = Workbench(prepared.setting), Recorder(prepared)
+    wide, tokens = next(one for one in table.deployments if one.bits == 16), prepared.setting.plan.eval_tokens
 
     def judge(strategy: Strategy) -> float:
-        model = recorder.student(strategy, SEED)
-        data, top1 = bench.held_out(setting.plan.eval_tokens)
-        spec = student_spec(strategy, setting.teacher_spec)
-        found, _ = evaluate(model, spec, wide, data, top1, budget=setting.budget, evaluators=(METRIC,))
-        return found.measurements[METRIC].value
+        return accuracy(bench, strategy, recorder.student(strategy, SEED), wide, tokens)
 
     strategies = [Strategy.from_json(line.strategy) for line in table.recorded]
     plain = [strategy for strategy in strategies if strategy.finishing is None]

@@ -26,12 +26,14 @@ from autodistill.data.dataset import load_split
 from autodistill.distillation.student.check import student_spec
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.evaluation.statistics import per_document
+from autodistill.models.loading import load_model
+from autodistill.models.spec import ModelSpec
 from autodistill.runs.run_folder import default_cache
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.runners.inline import run_inline
-from autodistill.strategy.domains import Choices
+from autodistill.strategy.domains import Choices, Range
 from autodistill.strategy.space import Point, Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.hashing import content_hash
@@ -127,8 +129,13 @@ def suggest(trial: optuna.Trial, space: Space) -> Point:
     point: Point = {}
     for dimension in space.dimensions:
         if dimension.active(point):
-            assert isinstance(dimension.domain, Choices)
-            point[dimension.path] = trial.suggest_categorical(dimension.path, dimension.domain.grid)
+            domain, path = dimension.domain, dimension.path
+            if isinstance(domain, Choices):
+                point[path] = trial.suggest_categorical(path, domain.grid)
+            else:
+                assert isinstance(domain, Range)
+                found = trial.suggest_float(path, domain.low, domain.high, step=domain.step, log=domain.log)
+                point[path] = domain.snap(found)
     return point
 
 
@@ -170,19 +177,23 @@ class Judge:
 
     def judge(self, strategy: Strategy, seed: int, deployment: str) -> dict[str, Any]:
         """Right tokens and answers of each question."""
-        model = self._recorder.student(strategy, seed)
-        names, packing = (METRIC, "exact_match"), self._deployments[deployment]
         spec = student_spec(strategy, self._setting.teacher_spec)
-        budget = self._setting.budget
+        return self._score(self._recorder.student(strategy, seed), spec, deployment)
+
+    def teacher(self) -> dict[str, Any]:
+        """The same of the unmodified teacher, in 16 bits."""
+        return self._score(load_model(self._setting.teacher, torch.float32), self._setting.teacher_spec, "huggingface")
+
+    def _score(self, model: Any, spec: ModelSpec, deployment: str) -> dict[str, Any]:
+        names, packing, budget = (METRIC, "exact_match"), self._deployments[deployment], self._setting.budget
         found, scores = evaluate(model, spec, packing, self._data, None, budget=budget, evaluators=names)
-        tokens = per_document(scores.correct, scores.documents)
+        tokens, answers = per_document(scores.correct, scores.documents), found.documents["others"]["exact_match"]
         return {
-            METRIC: found.measurements[METRIC].value,
-            "exact_match": found.measurements["exact_match"].value,
+            **{name: found.measurements[name].value for name in names},
             "count": tokens["count"],
             "tokens": tokens["sum"],
-            "answers": found.documents["others"]["exact_match"]["sum"],
-            "asked": found.documents["others"]["exact_match"]["count"],
+            "answers": answers["sum"],
+            "asked": answers["count"],
         }
 
 
@@ -265,7 +276,7 @@ def main() -> None:
         untuned = arms["d"][0][0]
         test = {name: [tested(one) for one in found] for name, found in chosen.items()}
         test["d, untuned"] = [tested(untuned)]
-        test["teacher"] = [kept.get("test split teacher", lambda: teacher_on_test(prepared, judge))]
+        test["teacher"] = [kept.get("test split teacher", judge.teacher)]
     path = report.write(
         "search-efficiency",
         "What a search finds for its compute",
@@ -282,26 +293,6 @@ def main() -> None:
         ),
     )
     print(path)
-
-
-def teacher_on_test(prepared: Prepared, judge: Judge) -> dict[str, Any]:
-    """The unmodified teacher, in 16 bits."""
-    from autodistill.models.loading import load_model
-
-    model = load_model(prepared.setting.teacher, torch.float32)
-    packing = judge._deployments["huggingface"]
-    spec, budget = prepared.setting.teacher_spec, prepared.setting.budget
-    found, scores = evaluate(model, spec, packing, judge._data, None, budget=budget, evaluators=(METRIC, "exact_match"))
-    tokens = per_document(scores.correct, scores.documents)
-    figures = {name: found.measurements[name].value for name in (METRIC, "exact_match")}
-    answers = found.documents["others"]["exact_match"]
-    return {
-        **figures,
-        "count": tokens["count"],
-        "tokens": tokens["sum"],
-        "answers": answers["sum"],
-        "asked": answers["count"],
-    }
 
 
 if __name__ == "__main__":

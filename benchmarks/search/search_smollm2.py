@@ -31,9 +31,7 @@ import optuna
 import torch
 
 from autodistill.data.dataset import load_split
-from autodistill.distillation.losses.attention import teacher_layer
 from autodistill.distillation.student.check import probe_deployment, student_spec, with_own
-from autodistill.distillation.training.trainer import Trainer
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.evaluation.statistics import per_document
 from autodistill.hardware.budget import CONTEXT, Budget
@@ -45,21 +43,19 @@ from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.worker.attempt import Assignment, attempt, work
 from autodistill.search.worker.context import Workbench
-from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.domains import Choices, Range
-from autodistill.strategy.space import Point, Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.yaml_files import read_yaml
 from benchmarks.common import report
 from benchmarks.common.curves import FIFTH, passes
 from benchmarks.common.math_table import decay, exhaust, without_teacher
-from benchmarks.common.prepared import Prepared, learns_from_teacher, prepared
+from benchmarks.common.prepared import Prepared, accuracy, learns_from_teacher, new_trainer, prepared
 from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
 from benchmarks.common.report import Kept
 from benchmarks.common.simulate import Memory
 from benchmarks.common.timed_parts import live
+from benchmarks.search.search_efficiency import suggest
 from benchmarks.search.search_smollm2_report import ARMS, Known, sections
 
 TRIALS, METRIC, RECIPE = 12, "accuracy", "hand_designed"
@@ -137,22 +133,8 @@ class Bench:
 
     def train(self, strategy: Strategy, seed: int, judge: Callable[[float, int], bool]) -> float | None:
         """Trains straight to the end, judged at each rung by what it is without a decay; None where a judge ends it."""
-        setting, plan = self.ready.setting, self.plan
-        model, kept = initial_student(setting, strategy.init, seed)
-        attention, layers = strategy.distillation.attention, setting.teacher_spec.layers
-        trainer = Trainer(
-            model,
-            kept=kept,
-            teacher_layers=layers,
-            teacher_width=setting.teacher_spec.width,
-            strategy=strategy,
-            plan=plan,
-            data=self.workbench.train,
-            cache=self.workbench.cache,
-            teacher_block=self.workbench.teacher_block(teacher_layer(attention, layers)) if attention else None,
-            seed=seed,
-            teacher=self.workbench.teacher,
-        )
+        plan = self.plan
+        model, trainer = new_trainer(self.workbench, strategy, seed)
         probe = probe_deployment(strategy, with_own(strategy, self.ready.question.deployments))
         live = strategy.distillation.signal == "online" and learns_from_teacher(strategy)
         before = 0
@@ -162,7 +144,7 @@ class Bench:
             if last:
                 exhaust(decay(trainer, strategy, rung, self.ready))
             read = plan.eval_tokens if last else plan.rung_eval_tokens
-            value = self._accuracy(strategy, model, probe, read)
+            value = accuracy(self.workbench, strategy, model, probe, read)
             self.spend(
                 self.costs.train(strategy, rung - before)
                 + (self.costs.online(rung - before) if live else 0)
@@ -175,12 +157,6 @@ class Bench:
                     return None
         self.note(strategy, value, lambda: model, probe)
         return value
-
-    def _accuracy(self, strategy: Strategy, model: Any, deployment: Deployment, tokens: int) -> float:
-        data, reference = self.workbench.held_out(tokens)
-        spec, budget = student_spec(strategy, self.ready.setting.teacher_spec), self.ready.setting.budget
-        found, _ = evaluate(model, spec, deployment, data, reference, budget=budget, evaluators=(METRIC,))
-        return found.measurements[METRIC].value
 
 
 @contextmanager
@@ -291,21 +267,6 @@ def script(
         study.tell(trial, value, state=None if value is not None else optuna.trial.TrialState.PRUNED)
     bench.note_end()
     return bench.known
-
-
-def suggest(trial: optuna.Trial, space: Space) -> Point:
-    """A point by Optuna, one dimension after another."""
-    point: Point = {}
-    for dimension in space.dimensions:
-        if dimension.active(point):
-            domain, path = dimension.domain, dimension.path
-            if isinstance(domain, Choices):
-                point[path] = trial.suggest_categorical(path, domain.grid)
-            else:
-                assert isinstance(domain, Range)
-                found = trial.suggest_float(path, domain.low, domain.high, step=domain.step, log=domain.log)
-                point[path] = domain.snap(found)
-    return point
 
 
 def tuned(one: Prepared, limit: float, seconds: float, *, taught: bool) -> list[Known]:

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.common.program import ROOT
 from benchmarks.engine import distill_step
+from benchmarks.reliability import mutants
 
 MODULES = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
 PROGRAMS = sorted(".".join(path.with_suffix("").parts) for path, text in MODULES.items() if "\ndef main()" in text)
@@ -85,3 +86,11 @@ def test_both_losses_of_trl_are_the_same_divergence(beta):
     (found,) = torch.autograd.grad(stable, own)
     assert float(stable.detach()) == pytest.approx(float(experimental.detach()), rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_lines_of_the_core_are_followed_through_a_change():
+    before = "def f(a):\n    b = a + 1\n    c = b * 2\n    return c\n"
+    after = "X = 1\n\ndef f(a):\n    b = a + 2\n    print(b)\n    c = b * 2\n    d = c\n    return c\n"
+    found = mutants.moved(before, after)
+    # Line 2 became two, another was added behind line 3, and those that stayed have moved.
+    assert (found[1], found[2], found[3], found[4]) == ([3], [4, 5], [6, 7], [8])
