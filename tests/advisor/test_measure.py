@@ -163,7 +163,7 @@ def test_a_board_is_the_device_that_its_system_calls_it_or_one_that_is_to_be_nam
     assert found["device"] == expected
     assert found["measured"]["machine"] == (expected or system[0])
     assert found["measured"]["board"]["machine"] == system[0]
-    hint = f"No known device is called {system[0]}, so that pick does not use this: say which of autodistill devices"
+    hint = f"No known device is called {system[0]}, so pick does not use this: say which of autodistill devices"
     assert (hint in measured_text(found)) == (device is None)
 
 
