@@ -10,7 +10,6 @@ from typing import Any, Literal, NotRequired, TypedDict
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError
 from autodistill.evaluation.base import Direction
-from autodistill.evaluation.early_stopping import Reading
 from autodistill.hardware.budget import read_budget
 from autodistill.runs.results.row import SCHEMA_VERSION, Decision, Row, Status
 from autodistill.strategy.space import Space
@@ -150,7 +149,6 @@ class Reached(TypedDict):
     resumed: NotRequired[int]
     workers: NotRequired[int]
     unsaved: NotRequired[str]
-    reading: NotRequired[Reading]
     student: NotRequired[str]
 
 

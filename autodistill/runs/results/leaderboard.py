@@ -134,7 +134,7 @@ def _finite(value: float) -> float | None:
 
 
 def _order(row: Row, metric: str, direction: Direction) -> tuple[Any, ...]:
-    value = row.standing(metric)
+    value = row.figure(metric)
     worse = math.inf if value is None else -value if direction == "max" else value
     fidelity = 1.0 if row.full else row.figure("fidelity") or 0.0
     return (value is None, not row.feasible, -fidelity, worse, *smallness(row), row.row_id)

@@ -51,16 +51,6 @@ class _Documents(_Paired):
     others: NotRequired[Mapping[str, _Paired]]
 
 
-class _CutShort(TypedDict):
-    """What an evaluation that ended early read."""
-
-    read: int
-    of: int
-    unit: str
-    metric: str
-    estimate: float | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """Trial x deployment: one line of the leaderboard. Fields are None where nothing was measured.
@@ -91,9 +81,6 @@ class Row:
         train_tokens, train_seconds, fidelity: What training took; `fidelity` is the fraction of the plan's tokens.
         documents: Paired data for ties: `ids`, `count` (tokens) and `sum` (of the metric) of each document, and
             optionally `metric`, the figure the sums are of ("accuracy" where absent).
-        cut_short: Of an evaluation that ended early, as its trial was certain to fall short at the rung: `read` of `of`
-            in `unit` ("tokens" or "questions"), of which all figures are that need them; the `bar`, a trial; and the
-            `estimate` of `metric` over all, which the trial is judged by.
         other: Figures of further evaluators by name, their standard errors under `<name>_stderr`;
             `approximate` says what the loss was where it was not the divergence that the strategy names, and
             `latency_assumed` why a predicted latency rests on nothing that was measured; `memory_on` is "discrete-gpu"
@@ -132,7 +119,6 @@ class Row:
     fidelity: float | None = None
     seed: int | None = None
     documents: Mapping[str, Any] | None = None
-    cut_short: Mapping[str, Any] | None = None
     other: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -155,22 +141,6 @@ class Row:
         """A measured figure by name, or None where it is missing or not finite."""
         return finite(getattr(self, name) if is_field(name) else self.other.get(name))
 
-    def standing(self, name: str) -> float | None:
-        """The figure that a row stands by among others: where not all was read, what it is taken to be over all.
-
-        None of another figure than the one that the reading ended by, which is of that part alone.
-        """
-        cut = self.cut_short
-        if cut is None:
-            return self.figure(name)
-        return finite(cut["estimate"]) if cut["metric"] == name else None
-
-    @property
-    def partly(self) -> str:
-        """How much was read where not all was, like "256 of 1,024 tokens read"; else empty."""
-        cut = self.cut_short
-        return f"{cut['read']:,} of {cut['of']:,} {cut['unit']} read" if cut is not None else ""
-
     def to_json(self) -> dict[str, Any]:
         """The row as plain data, every field written out."""
         return {name: getattr(self, name) for name in _types()}
@@ -192,6 +162,11 @@ class Row:
         if missing:
             raise InputError(f"row {data.get('row_id')!r} lacks the field {', '.join(missing)}")
         hold(data.get("schema_version", SCHEMA_VERSION), int, "schema_version")
+        if data.get("cut_short") is not None:
+            raise InputError(
+                f"row {data['row_id']!r} is of an evaluation that ended early, which earlier versions had: its figures "
+                "are of a part of the data, so start that search again"
+            )
         row = cls(**{name: _convert(data[name], name) for name in _types() if data.get(name) is not None})
         row._check()
         return row
@@ -203,8 +178,6 @@ class Row:
         hold(self.split, Literal["validation", "test"] | None, f"the split of {name}")
         hold(dict(self.other), dict[str, Any], f"the figures of {name}")
         Deployment.from_json(self.deployment)
-        if self.cut_short is not None:
-            hold(dict(self.cut_short), _CutShort, f"cut_short of {name}")
         if self.documents is not None:
             check_documents(dict(self.documents), f"the documents of {name}")
 

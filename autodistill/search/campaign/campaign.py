@@ -9,7 +9,6 @@ from typing import Any
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.errors import AutoDistillError
-from autodistill.evaluation.early_stopping import Reading
 from autodistill.hardware.process_memory import killed_for_memory
 from autodistill.runs.checkpoints import open_stages
 from autodistill.runs.results.make_row import make_row
@@ -18,7 +17,7 @@ from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving
 from autodistill.search.campaign.admission import admit, training_need
-from autodistill.search.campaign.agenda import Agenda, Bars
+from autodistill.search.campaign.agenda import Agenda
 from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper, stage_facts
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
@@ -100,7 +99,6 @@ class Campaign:
             direction=question.direction,
             further=[objective.direction for objective in question.further],
         )
-        self._bars = Bars(question, self._scheduler)
         self._agenda = Agenda(
             question,
             trials=self.trials,
@@ -132,7 +130,6 @@ class Campaign:
             trial = self.trials[assignment.task.id]
             if assignment.deployment is None:
                 trial.running = True
-                assignment = replace(assignment, bar=self._bars.of(assignment))
             else:
                 trial.settled.add(assignment.deployment.name)
                 trial.evaluating += 1
@@ -198,12 +195,10 @@ class Campaign:
     def _count_seconds(self, assignment: Assignment, report: RungReport, share: int) -> None:
         """Takes note of how long work took, on so many workers: for what is expected of others, and of all by phase."""
         if not assignment.keep:
-            part = report.evaluation.reading
-            read = part.read / part.of if part is not None else 1.0
             rung = self.trials[assignment.task.id].rung
             work = report.seconds["train"] + report.seconds["evaluate"]
             beside = sum(report.seconds.values()) - work
-            self.box.learn(assignment, rung, work, report.trained, read, beside)
+            self.box.learn(assignment, rung, work, report.trained, beside)
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += share * report.seconds[phase]
 
@@ -212,7 +207,7 @@ class Campaign:
 
     def _shown(self, row: Row) -> str:
         """The metric of a row, for a person."""
-        value = row.standing(self.question.metric)
+        value = row.figure(self.question.metric)
         return "no value" if value is None else f"{self.question.metric} {value:.4f}"
 
     def _evaluated(self, trial: TrialState, row: Row) -> Decision:
@@ -224,7 +219,7 @@ class Campaign:
 
     def _kept(self, trial: TrialState, row: Row, report: RungReport) -> Decision:
         """The student of a rung short of the end was kept, and is its trial's if it may be exported."""
-        trial.kept = row.feasible and row.standing(self.question.metric) is not None
+        trial.kept = row.feasible and row.figure(self.question.metric) is not None
         done = {"trained": report.trained, "seconds": report.seconds}
         done |= {"tokens": report.tokens, "student": report.student}
         self._write({"event": "kept", "trial": trial.task.id, "kept": trial.kept, **done})
@@ -246,11 +241,9 @@ class Campaign:
         """
         trial.rung = report.rung
         self._ended_at(trial, report.tokens)
-        trial.value = row.standing(self.question.metric) if row.feasible else None
+        trial.value = row.figure(self.question.metric) if row.feasible else None
         trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
-        reading = report.evaluation.reading
-        self._bars.note(trial, reading)
         decision = self._judge(trial)
         steps = [asdict(step) for step in report.steps]
         self._hold(trial, steps)
@@ -270,14 +263,12 @@ class Campaign:
                 **({"resumed": resumed} if resumed else {}),
                 **({"workers": share} if share > 1 else {}),
                 **({"student": report.student} if report.student is not None else {}),
-                **({"reading": reading.to_json()} if reading is not None else {}),
             }
         )
         trial.lost = 0
         self._stages.learn(trial, report.unsaved)
-        short = f", an estimate by {row.partly}" if row.partly else ""
         reused = f", {report.shared:,} of them from a shared stage" if report.shared else ""
-        self._notify(f"{trial.task.id} {trial.name}: {self._shown(row)} after {report.tokens:,} tokens{reused}{short}")
+        self._notify(f"{trial.task.id} {trial.name}: {self._shown(row)} after {report.tokens:,} tokens{reused}")
         if report.unsaved is not None:
             self._notify(f"{trial.task.id}: {report.unsaved}")
         if self._is_last(report.rung):
@@ -484,7 +475,6 @@ class Campaign:
         self._keep_none()
         self._stages.learn(trial, event.get("unsaved"))
         self._hold(trial, event.get("steps", ()))
-        self._bars.note(trial, Reading.from_json(event["reading"]) if "reading" in event else None)
         self._judge(trial)
 
     def _replay_status(self, event: Mapping[str, Any]) -> None:

@@ -138,7 +138,7 @@ def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cau
     usable = [
         (row.train_tokens, Deployment.from_json(row.deployment), row)
         for row in rows
-        if row.train_tokens and row.standing(question.metric) is not None
+        if row.train_tokens and row.figure(question.metric) is not None
     ]
     usable = [item for item in usable if item[1] in trial.task.deployments]
     if not usable:
@@ -152,7 +152,7 @@ def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cau
     return Observation(
         point=trial.point,
         state=Status.COMPLETED if whole else Status.STOPPED,
-        value=seen[deployment].standing(question.metric),
+        value=seen[deployment].figure(question.metric),
         fidelity=min(1.0, level / tokens),
         constraint=slack,
         further=tuple(_further(item, strategy, deployment, seen[deployment], question) for item in question.further),
@@ -174,5 +174,5 @@ def _further(
 ) -> float | None:
     """What is known of a trained student alone is the row's; the rest is worked out for this search's budget."""
     if objective.trained:
-        return row.standing(objective.figure)
+        return row.figure(objective.figure)
     return untrained_figure(objective, student_spec(strategy, question.teacher_spec), deployment, question)
