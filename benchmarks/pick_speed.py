@@ -65,7 +65,7 @@ def _drawn(indices: Sequence[int]) -> list[ModelSpec]:
 
 def write_run(out: Path, shapes: Sequence[ModelSpec]) -> None:
     """A run of 10,000 rows that go through the shapes, each in a format drawn from `FORMS`."""
-    dice, strategy = np.random.default_rng(0), Strategy().to_json()
+    dice, strategy = np.random.default_rng(0), Strategy()
     rows = []
     for index in range(ROWS):
         student, form = shapes[index % len(shapes)], FORMS[dice.integers(len(FORMS))]
@@ -77,7 +77,7 @@ def write_run(out: Path, shapes: Sequence[ModelSpec]) -> None:
                 trial=f"t{index:05d}",
                 kind="student",
                 name="student",
-                deployment=deployment.to_json(),
+                deployment=deployment,
                 status="completed",
                 feasible=True,
                 strategy=strategy,

@@ -39,7 +39,6 @@ _COLUMNS = (
     *("accuracy", "accuracy_stderr", "perplexity", "agreement", "memory_bytes", "memory_source", "size_bytes"),
     *("latency_ms", "latency_source", "machine", "context", "batch", "fidelity", "other"),
 )
-_NESTED = ("deployment", "other")
 _BESIDE_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
 
 
@@ -96,7 +95,7 @@ class Candidate:
         """That of a whole row."""
         fields = {name: getattr(row, name) for name in _COLUMNS if name != "shape"}
         cells = {name: value for name, value in fields.items() if value is not None}
-        cells |= {name: json.dumps(cells[name]) for name in _NESTED}
+        cells |= {"deployment": json.dumps(row.deployment.to_json()), "other": json.dumps(row.other)}
         shape = None if row.shape is None else Shape(row.shape)
         return cls(
             run=run,
@@ -267,8 +266,8 @@ def _measured(run: RunFolder) -> Iterator[Row]:
 
 def _row(cells: Mapping[str, Any], run: RunFolder | None) -> Row:
     with _whole(run):
-        nested = {name: _figures(plain_json(cells[name])) for name in _NESTED if name in cells}
-        return Row(**{"other": {}} | dict(cells) | nested)
+        other = _figures(plain_json(cells.get("other", "{}")))
+        return Row(**dict(cells) | {"deployment": _deployment(cells["deployment"]), "other": other})
 
 
 def _figures(data: Any) -> dict[str, Any]:

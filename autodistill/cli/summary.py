@@ -276,7 +276,7 @@ def _title(row: Row, best: Mapping[str, Any]) -> str:
     if row.kind in DISTILLED:
         return _BASELINE if row.kind == "baseline" else _BEFORE
     if row.kind == "teacher":
-        return _TEACHER if row.deployment["bits"] == 16 else _QUANTISED
+        return _TEACHER if row.deployment.bits == 16 else _QUANTISED
     return _INITIAL
 
 

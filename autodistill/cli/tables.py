@@ -16,7 +16,6 @@ from autodistill.runs.results.leaderboard import Ranked, rests_on
 from autodistill.runs.results.objectives import PREDICTED_LATENCY
 from autodistill.runs.results.row import DAMAGED, REMOVED, Row
 from autodistill.runs.results.selection import KIND as CONFIRMATION
-from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -305,4 +304,4 @@ def _strategy(row: Row) -> str:
     assert row.strategy is not None
     # A proposed strategy is named by a description of itself, which is what follows.
     title = row.trial if row.kind in ("student", CONFIRMATION) else f"{row.trial} {row.name}"
-    return f"{title}: {Strategy.from_json(row.strategy).describe()}"
+    return f"{title}: {row.strategy.describe()}"

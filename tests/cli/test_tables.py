@@ -121,7 +121,7 @@ def row(name: str, /, bits: int = 4, **fields: Any) -> Row:
         "feasible": True,
         "fidelity": 1.0,
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 def test_the_table_fits_a_hundred_characters_and_its_columns_align() -> None:

@@ -45,7 +45,7 @@ def row(name: str, **fields: Any) -> Row:
         "fidelity": 1.0,
         "split": "validation",
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 ROWS = [

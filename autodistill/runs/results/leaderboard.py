@@ -123,7 +123,7 @@ def check_comparable(rows: Sequence[Row], metric: str) -> None:
     """
     if metric not in SPEEDS:
         return
-    served = {(row.machine or "an unknown machine", row.deployment["runtime"]) for row in rows if row.figure(metric)}
+    served = {(row.machine or "an unknown machine", row.deployment.runtime) for row in rows if row.figure(metric)}
     if len(served) > 1:
         told = ", ".join(f"{runtime} on {machine}" for machine, runtime in sorted(served))
         raise InputError(f"{metric} cannot rank rows of several machines or runtimes ({told}): rank those of one")

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from autodistill.errors import InputError
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
 from autodistill.utils.json_files import replacing, strict_json
+from autodistill.utils.plain_dataclass import Part
 from autodistill.utils.typed_data import hold
 
 if TYPE_CHECKING:
@@ -61,11 +63,11 @@ class Row:
         kind: "student" (proposed), "baseline" (to be beaten), "confirmation" (one of these on a further seed),
             "teacher" (unmodified), "initial" (a student without its training).
         name: For people: the baseline's name, or the trial's.
-        deployment: `Deployment` as plain data.
+        deployment: How the student is packed and served.
         status: A `Status`.
         feasible: Whether it meets every limit of the budget.
         reason: Why it is not feasible or did not finish.
-        strategy_id, strategy: `Strategy` as plain data and its hash; None for the teacher.
+        strategy_id, strategy: What was trained, or begins so, and its hash; None for the teacher.
         split: "validation" or "test".
         accuracy, accuracy_stderr: Fraction of tokens (or answers) that are right, and its standard error.
         perplexity: exp of the mean negative log-likelihood.
@@ -91,12 +93,12 @@ class Row:
     trial: str
     kind: str
     name: str
-    deployment: Mapping[str, Any]
+    deployment: Deployment
     status: str
     feasible: bool
     reason: str | None = None
     strategy_id: str | None = None
-    strategy: Mapping[str, Any] | None = None
+    strategy: Strategy | None = None
     split: str | None = None
     accuracy: float | None = None
     accuracy_stderr: float | None = None
@@ -135,7 +137,7 @@ class Row:
     @property
     def deployment_name(self) -> str:
         """Short readable name, like "gguf-q4_0"."""
-        return Deployment.from_json(self.deployment).name
+        return self.deployment.name
 
     def figure(self, name: str) -> float | None:
         """A measured figure by name, or None where it is missing or not finite."""
@@ -143,7 +145,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data, every field written out."""
-        return {name: getattr(self, name) for name in _types()}
+        return {name: _plain(getattr(self, name)) for name in _types()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
@@ -177,7 +179,6 @@ class Row:
         hold(self.status, Status, f"the status of {name}")
         hold(self.split, Literal["validation", "test"] | None, f"the split of {name}")
         hold(dict(self.other), dict[str, Any], f"the figures of {name}")
-        Deployment.from_json(self.deployment)
         if self.documents is not None:
             check_documents(dict(self.documents), f"the documents of {name}")
 
@@ -244,8 +245,14 @@ def required() -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(Row) if f.default is missing and f.default_factory is missing)
 
 
+def _plain(value: Any) -> Any:
+    return value.to_json() if isinstance(value, Part) else value
+
+
 def _convert(value: Any, name: str) -> Any:
     kind = _types()[name]
+    if issubclass(kind, Part):
+        return kind.from_json(value)
     if kind is float and type(value) is int:
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -293,6 +300,7 @@ def arrow_schema() -> pa.Schema:
 
 
 def _cell(value: Any) -> Any:
+    value = _plain(value)
     if not isinstance(value, Mapping):
         return value
     try:

@@ -11,7 +11,6 @@ from typing import Any
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
 from autodistill.evaluation.base import Direction
-from autodistill.quantization.formats import get_format
 from autodistill.runs.checkpoints import Checkpoint, StageStore
 from autodistill.runs.results.leaderboard import DISTILLED, pareto, rank, smallness
 from autodistill.runs.results.row import Row, Status, rows_of
@@ -358,7 +357,7 @@ def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Questi
     kept |= _confirmed(trials, rows, question)
     by_container: dict[str, list[Row]] = {}
     for row in order:
-        by_container.setdefault(get_format(row.deployment["format"]).container, []).append(row)
+        by_container.setdefault(row.deployment.container, []).append(row)
     for some in (order, *by_container.values()):
         kept.update(list(dict.fromkeys(row.trial for row in some))[:_FIRST])
     kept.update(min(some, key=smallness).trial for some in by_container.values())
@@ -368,8 +367,8 @@ def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Questi
     for tokens in {row.train_tokens for row in whole if row.kind == "baseline"}:
         equal = [row for row in whole if row.kind == "baseline" and row.train_tokens == tokens]
         kept.add(rank(equal, metric, direction)[0].row.trial)
-    made = {(str(row.strategy), row.seed) for row in whole if row.trial in kept}
-    return busy | kept | {row.trial for row in usable if (str(row.strategy), row.seed) in made}
+    made = {(row.strategy, row.seed) for row in whole if row.trial in kept}
+    return busy | kept | {row.trial for row in usable if (row.strategy, row.seed) in made}
 
 
 def _confirmed(trials: Collection[TrialState], rows: Sequence[Row], question: Question) -> set[str]:

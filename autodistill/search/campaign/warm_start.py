@@ -136,7 +136,7 @@ def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cau
         # What came of the strategy would come of it again; a worker's death would not.
         return Observation(point=trial.point, state=Status.FAILED, constraint=slack, further=trial.further)
     usable = [
-        (row.train_tokens, Deployment.from_json(row.deployment), row)
+        (row.train_tokens, row.deployment, row)
         for row in rows
         if row.train_tokens and row.figure(question.metric) is not None
     ]

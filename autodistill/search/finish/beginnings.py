@@ -20,7 +20,6 @@ from autodistill.runs.results.row import Row, Status
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import next_candidate
 from autodistill.search.worker.trial import initial_student
-from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 
 
@@ -75,7 +74,6 @@ def _whole(row: Row, finisher: Finisher) -> Row:
 
 def _beginning(row: Row, finisher: Finisher) -> Row:
     """The row of a student as it began, packed as the student is; one without figures where it cannot be measured."""
-    strategy, seed = Strategy.from_json(row.strategy), row.seed or 0
     begun = replace(
         row,
         row_id=f"{beginning_trial(row.trial)}-{row.deployment_name}",
@@ -86,7 +84,7 @@ def _beginning(row: Row, finisher: Finisher) -> Row:
         train_seconds=0.0,
     )
     with finisher.phases.phase("evaluate", f"{begun.name} as {begun.deployment_name}"):
-        model, _ = initial_student(finisher.setting, strategy.init, seed)
+        model, _ = initial_student(finisher.setting, _strategy(row).init, row.seed or 0)
         try:
             evaluation = _evaluate(model.to(finisher.setting.device), row, finisher, trained=False)
         except TrialFailedError as error:
@@ -113,7 +111,7 @@ def _beginning(row: Row, finisher: Finisher) -> Row:
 def _evaluate(model: Any, row: Row, finisher: Finisher, *, trained: bool) -> Evaluation:
     """A model of a row's strategy, packed as the row says, on all of the validation split that the end reads."""
     setting, plan = finisher.setting, finisher.question.plan
-    init, deployment = Strategy.from_json(row.strategy).init, Deployment.from_json(row.deployment)
+    init, deployment = _strategy(row).init, row.deployment
     data = load_split(setting.data, "validation", setting.rendering(init)).head(plan.eval_tokens)
     return evaluate(
         model,
@@ -131,8 +129,13 @@ def _evaluate(model: Any, row: Row, finisher: Finisher, *, trained: bool) -> Eva
     )[0]
 
 
+def _strategy(row: Row) -> Strategy:
+    assert row.strategy is not None
+    return row.strategy
+
+
 def _spec(row: Row, finisher: Finisher) -> Any:
-    setting, strategy = finisher.setting, Strategy.from_json(row.strategy)
+    setting, strategy = finisher.setting, _strategy(row)
     return student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model))
 
 
@@ -143,7 +146,7 @@ def _row(evaluation: Evaluation, row: Row, finisher: Finisher) -> Row:
         trial=row.trial,
         kind=row.kind,
         name=row.name,
-        strategy=Strategy.from_json(row.strategy),
+        strategy=row.strategy,
         spec=_spec(row, finisher),
         status=Status(row.status),
         split="validation",

@@ -25,7 +25,6 @@ from autodistill.runs.students import has_student, kept_after, listed, trained_s
 from autodistill.search.campaign.state import Question
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.search.worker.trial import initial_student
-from autodistill.strategy.strategy import Strategy
 from autodistill.utils.checksums import LIST, write_list
 from autodistill.utils.clock import now
 
@@ -75,7 +74,8 @@ class Finisher:
 
     def _begin(self, row: Row, folder: Path) -> None:
         """Writes a student as it begins, whole or not at all."""
-        init = Strategy.from_json(row.strategy).init
+        assert row.strategy is not None
+        init = row.strategy.init
         model, _ = initial_student(self.setting, init, row.seed or 0)
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

@@ -206,8 +206,8 @@ def _deployment(container: str, row: Row, ranked: Sequence[Row], asked: Mapping[
     if container == "huggingface":
         return IN_16_BITS
     for candidate in (row, *ranked):
-        if candidate.trial == row.trial and get_format(candidate.deployment["format"]).container == container:
-            return Deployment.from_json(candidate.deployment)
+        if candidate.trial == row.trial and candidate.deployment.container == container:
+            return candidate.deployment
     offered = asked.get("space_definition", {}).get("deployments", ())
     if any(get_format(deployment["format"]).container == container for deployment in offered):
         remedy = (

@@ -41,7 +41,6 @@ from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import candidates, container_of, passed_over
 from autodistill.search.finish.test_split import best_untrained, gains_on_test, score_on_test, spent
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
-from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes, format_duration
 from autodistill.utils.durable import sync_below
 from autodistill.utils.json_files import read_json
@@ -106,12 +105,12 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         missing = [] if any(row.feasible for row in distilled) else distilled
         raise NothingFitsError(_nothing(rejected or students or missing, judged, finisher))
     _leave_out_removed(best, finisher)
-    packed = {container: (best, Deployment.from_json(best.deployment)) for container in paths}
+    packed = dict.fromkeys(paths, (best, best.deployment))
     notes: tuple[str, ...] = ()
     if "gguf" not in paths:
         beside, notes = _gguf_beside(choice, rejected, finisher, paths, checks)
         if beside is not None:
-            packed["gguf"] = (beside, Deployment.from_json(beside.deployment))
+            packed["gguf"] = (beside, beside.deployment)
     if "huggingface" not in paths:
         with phases.phase("export", "exporting the 16-bit folder"):
             paths["huggingface"] = _pack(best, IN_16_BITS, finisher)[0].path
@@ -231,8 +230,8 @@ def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artifac
 
 def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[str, RuntimeCheck]) -> Row:
     """Exports a row's model, verifies it in its runtime, and gives the row with what was measured there."""
-    deployment = Deployment.from_json(row.deployment)
-    strategy = Strategy.from_json(row.strategy) if row.strategy else None
+    deployment = row.deployment
+    strategy = row.strategy
     spec = student_spec(strategy, finisher.setting.teacher_spec) if strategy else finisher.setting.teacher_spec
     with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
         artifact, container = _pack(row, deployment, finisher)
@@ -410,7 +409,7 @@ def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> lis
     first = in_order(beside, metric, direction, students_only=False)[0]
     if first.kind not in UNTRAINED:
         return []
-    whole = first.kind == "teacher" and first.deployment["bits"] == 16
+    whole = first.kind == "teacher" and first.deployment.bits == 16
     beats = "the teacher is better here as it is" if whole else "quantising the teacher beats distilling it here"
     beats = beats if first.kind == "teacher" else "a student without training is better here"
     return [f"{beats}: {named(first)} has {told(first)}, the best student {told(best)}; {ties}"]

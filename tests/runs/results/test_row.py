@@ -112,7 +112,7 @@ def test_fields_of_an_unknown_name_are_left_out_but_a_newer_schema_is_refused() 
         ({"memory_bytes": 1.5}, "memory_bytes must be of type int"),
         ({"memory_bytes": True}, "memory_bytes must be of type int"),
         ({"feasible": 1}, "feasible must be of type bool"),
-        ({"strategy": "x"}, "strategy must be of type Mapping"),
+        ({"strategy": "x"}, "strategy must be a mapping"),
         ({"trial": None}, "lacks the field trial"),
         ({"documents": {"ids": [1], "count": [1, 2], "sum": [1]}}, "documents"),
         ({"cut_short": {"read": 256, "of": 1024}}, "of an evaluation that ended early"),

@@ -134,8 +134,13 @@ def test_checkpoints_have_what_students_leave_of_the_limit(tmp_path: Path) -> No
         assert there(tmp_path) == {"b000"}
 
 
+def made_by(trial: str) -> dict[str, Any]:
+    """A strategy of a trial's own, as plain data."""
+    return {"distillation": {"learning_rate": 1e-5 * (1 + sum(map(ord, trial)))}}
+
+
 def row(trial: str, value: float, packing: str = "f16", **fields: Any) -> Row:
-    trained: dict[str, Any] = {"train_tokens": 1000, "strategy": {"name": trial}}
+    trained: dict[str, Any] = {"train_tokens": 1000, "strategy": made_by(trial)}
     return finished(trial, "accuracy", value, packing, **trained | fields)
 
 
@@ -213,11 +218,11 @@ def test_what_the_best_is_compared_with_is_needed() -> None:
     baselines = [
         row("b000", 0.2, kind="baseline"),
         row("b001", 0.1, kind="baseline"),
-        row("b001x", 0.15, kind="baseline", train_tokens=2000, strategy={"name": "b001"}),
+        row("b001x", 0.15, kind="baseline", train_tokens=2000, strategy=made_by("b001")),
     ]
     # The better of as many tokens, the only one of more, and what that was before.
     assert safe([*ROWS, *baselines]) == {"t007", "t006", "t005", "b000", "b001x", "b001"}
-    further = row("t000x", 0.9, strategy={"name": "t000"}, train_tokens=3000)
+    further = row("t000x", 0.9, strategy=made_by("t000"), train_tokens=3000)
     assert safe([*ROWS, further]) == {"t000x", "t007", "t006", "t000"}
 
 

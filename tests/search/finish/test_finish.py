@@ -24,6 +24,7 @@ from autodistill.search.finish.test_split import compared_with, gains_on_test, k
 from autodistill.search.planning.durations import Speed
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import load_space
+from autodistill.strategy.strategy import Strategy
 from autodistill.testing import small_plan
 
 CONFIG = {
@@ -72,7 +73,7 @@ def row(trial: str, metric: str, value: float | None, packing: str = "f16", **fi
         "seed": 0,
         metric: value,
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 @pytest.mark.parametrize(("metric", "direction"), [("accuracy", "max"), ("perplexity", "min")])
@@ -277,10 +278,10 @@ def test_rows_whose_student_is_gone_are_not_chosen_by_who_reads_the_log() -> Non
 
 
 def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be_scored() -> None:
-    strategy, other = {"name": "a"}, {"name": "b"}
+    strategy, other = ({"init": {"depth": depth}} for depth in (0.8, 0.7))
     best = row("t000", "accuracy", 0.5, "q8_0", strategy=strategy, train_tokens=100)
     baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy=other, train_tokens=100)
-    compared = [(baseline, Deployment.from_json(baseline.deployment))]
+    compared = [(baseline, baseline.deployment)]
     plain = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
     expected = [
         row("teacher", "accuracy", 0.6, kind="teacher", deployment=plain, row_id="teacher-huggingface", train_tokens=0),
@@ -301,29 +302,29 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
     assert known([*expected, replace(expected[3], trial="t001", row_id="t001-q8_0-test")]) == tuple(expected)
     for missing in range(5):
         assert known(expected[:missing] + expected[missing + 1 :]) is None, "that opening was killed"
-    assert known(expected, of=replace(best, deployment=FORMATS["f16"])) is None
+    assert known(expected, of=replace(best, deployment=Deployment.from_json(FORMATS["f16"]))) is None
     assert known(expected, of=replace(best, trial="t001")) is None
     assert known(expected, of=replace(best, train_tokens=200)) is None, "it was trained on since"
-    assert known(expected, of=replace(best, strategy=other)) is None
+    assert known(expected, of=replace(best, strategy=Strategy.from_json(other))) is None
     beside = replace(expected[1], split="validation", row_id="teacher-gguf-q8_0")
     assert known(expected, untrained=beside) == tuple(expected), "it is scored as the teacher of that deployment"
-    assert known(expected, untrained=replace(beside, deployment=FORMATS["f16"])) is None
+    assert known(expected, untrained=replace(beside, deployment=Deployment.from_json(FORMATS["f16"]))) is None
     begun = replace(expected[2], trial="t000i", split="validation", row_id="t000i-gguf-q8_0")
     assert known(expected, untrained=begun) == tuple(expected), "it is the beginning of what is exported"
-    assert known(expected, untrained=replace(begun, strategy={"init": {"depth": 0.5}})) is None
+    assert known(expected, untrained=replace(begun, strategy=Strategy.from_json({"init": {"depth": 0.5}}))) is None
     without = (*expected[:2], expected[4])
     assert known(list(without), of=beside) == without, "a teacher that is exported has no beginning"
 
 
 def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_after_as_many_tokens() -> None:
     """The gain is one of equal tokens; where the baseline was trained as far, it is of those."""
-    strategy = {"name": "a"}
+    strategy, b, c, d = ({"init": {"depth": depth}} for depth in (0.8, 0.7, 0.6, 0.5))
     plain = row("t000", "accuracy", 0.5, "q8_0", strategy=strategy, train_tokens=100)
-    other = row("t001", "accuracy", 0.6, strategy={"name": "b"}, train_tokens=100)
+    other = row("t001", "accuracy", 0.6, strategy=b, train_tokens=100)
     best = row("t000x", "accuracy", 0.7, strategy=strategy, train_tokens=400)
-    baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy={"name": "c"}, train_tokens=100)
-    worse = row("b001", "accuracy", 0.3, kind="baseline", strategy={"name": "d"}, train_tokens=100)
-    further = row("b000x", "accuracy", 0.45, kind="baseline", strategy={"name": "c"}, train_tokens=350)
+    baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy=c, train_tokens=100)
+    worse = row("b001", "accuracy", 0.3, kind="baseline", strategy=d, train_tokens=100)
+    further = row("b000x", "accuracy", 0.45, kind="baseline", strategy=c, train_tokens=350)
     as_far = replace(further, row_id="far", train_tokens=400)
     finisher = SimpleNamespace(
         question=question("accuracy", "max"), has=lambda row: True, whole=lambda row: row.trial not in damaged

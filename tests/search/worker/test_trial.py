@@ -298,7 +298,7 @@ def test_a_metric_that_is_no_mean_ranks_by_its_figure_alone(lab):
             trial="t000",
             kind="student",
             name="a",
-            deployment=deployment.to_json(),
+            deployment=deployment,
             status="completed",
             feasible=True,
             fidelity=1.0,
