@@ -28,6 +28,7 @@ from autodistill.evaluation.evaluate import Evaluation
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.results.row import Decision
+from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving, rung_tokens
 from autodistill.search.campaign.campaign import Campaign
@@ -39,7 +40,6 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.domains import Value
 from autodistill.strategy.space import Point, Space
 from autodistill.strategy.strategy import Strategy
-from autodistill.utils.event_log import EventLog
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.yaml_files import read_yaml
 
@@ -166,7 +166,7 @@ def default_rungs() -> tuple[int, ...]:
     return rung_tokens(TOKENS, STEP)
 
 
-class Memory(EventLog):
+class Memory(RunLog):
     """A log that is kept nowhere but here."""
 
     def __init__(self) -> None:

@@ -24,7 +24,6 @@ from autodistill.runs.results.row import (
     finite,
     is_field,
     required,
-    rows_of,
     trained_fully,
 )
 from autodistill.runs.results.selection import students_only
@@ -204,7 +203,7 @@ def with_documents(candidates: Sequence[Candidate]) -> list[Row]:
 def _documents(run: RunFolder, ids: set[str]) -> dict[str, Any]:
     """The scores by document of some rows of a run, by id."""
     if not run.tabled:
-        return {row.row_id: row.documents for row in rows_of(run.events.read()) if row.row_id in ids}
+        return {row.row_id: row.documents for row in run.events.rows() if row.row_id in ids}
     with _table(run) as file:
         if "documents" not in file.schema_arrow.names:
             return {}
@@ -229,7 +228,7 @@ def recalibrated_by(candidates: Iterable[Candidate]) -> dict[Place, Overhead]:
 def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: str) -> Iterator[Candidate]:
     """The rows of a run of these kinds, trained to the end if at all, that have the metric, of its validation split."""
     if not run.tabled:
-        for row in rows_of(run.events.read()):
+        for row in run.events.rows():
             if row.kind in kinds and row.split != "test" and row.full and row.figure(metric) is not None:
                 yield Candidate.of(row, run.name, metric, direction, run)
         return
@@ -255,7 +254,7 @@ def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: st
 def _measured(run: RunFolder) -> Iterator[Row]:
     """The rows of a run whose memory was measured."""
     if not run.tabled:
-        yield from (row for row in rows_of(run.events.read()) if row.memory_source == "measured")
+        yield from (row for row in run.events.rows() if row.memory_source == "measured")
         return
     columns = _columns(run)
     for cells in zip(*columns.values(), strict=True):

@@ -264,8 +264,8 @@ def check_opening(opening: Mapping[str, Any]) -> None:
     hold(opening, Opening, "the opening")
 
 
-def check_event(event: Mapping[str, Any]) -> None:
-    """Holds one event of a run's log to what its kind must have.
+def check_event(event: Mapping[str, Any]) -> Row | None:
+    """Holds one event of a run's log to what its kind must have, and gives the row that it holds.
 
     Raises:
         InputError: Says what is wrong.
@@ -274,15 +274,16 @@ def check_event(event: Mapping[str, Any]) -> None:
     hold(kind, str, "event")
     hold(event.get("time", 0.0), float, "time")
     if kind == "row" or (kind == "test" and "row" in event):
-        row: Any = event.get("row")
-        hold(row, Mapping[str, Any], "row")
-        _check_trial(Row.from_json(row).trial)
-        return
+        hold(event.get("row"), Mapping[str, Any], "row")
+        row = Row.from_json(event["row"])
+        _check_trial(row.trial)
+        return row
     hold(event, EVENTS.get(kind, dict[str, Any]), kind)
     if "trial" in event and kind in EVENTS:
         _check_trial(event["trial"])
     if kind == "trial" and "strategy" in event:
         Strategy.from_json(event["strategy"])
+    return None
 
 
 def _check_trial(name: str) -> None:

@@ -14,6 +14,7 @@ from autodistill.runs.checkpoints import open_stages
 from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Decision, Row, Status, rows_of
 from autodistill.runs.results.selection import KIND as CONFIRMATION
+from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving
 from autodistill.search.campaign.admission import admit, training_need
@@ -27,7 +28,6 @@ from autodistill.search.worker.failures import KILLED, OUT_OF_MEMORY, RETRIED, W
 from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.clock import now
-from autodistill.utils.event_log import EventLog
 from autodistill.utils.storage import Storage
 
 # How often work is begun that the search is killed with: where the kernel did it for want of memory, and where it may
@@ -70,7 +70,7 @@ class Campaign:
         question: Question,
         *,
         sampler: Sampler,
-        log: EventLog,
+        log: RunLog,
         checkpoints: Path,
         storage: Storage | None = None,
         checkpoint_limit: int | None = None,

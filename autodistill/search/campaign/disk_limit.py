@@ -13,15 +13,15 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.evaluation.base import Direction
 from autodistill.runs.checkpoints import Checkpoint, StageStore
 from autodistill.runs.results.leaderboard import DISTILLED, pareto, rank, smallness
-from autodistill.runs.results.row import Row, Status, rows_of
+from autodistill.runs.results.row import Row, Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import confirmed_trial, contenders, in_order
+from autodistill.runs.run_log import RunLog
 from autodistill.runs.students import remove_student, student_bytes
 from autodistill.search.algorithms.forks import FEW
 from autodistill.search.algorithms.successive_halving import CONFIRMED
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.worker.messages import RungReport
-from autodistill.utils.event_log import EventLog
 from autodistill.utils.storage import Storage
 
 
@@ -201,7 +201,7 @@ class Collector:
         students: StudentKeeper,
         trials: Mapping[str, TrialState],
         *,
-        log: EventLog,
+        log: RunLog,
         write: Callable[[Mapping[str, Any]], None],
         notify: Callable[[str], None],
     ) -> None:
@@ -232,7 +232,7 @@ class Collector:
             again = any(name in self._trials and self._trials[name].collected for name in sizes)
             if over <= 0 and not again:
                 return
-            rows = [row for row in rows_of(self._log.read()) if row.split == "validation"]
+            rows = self._log.rows(split="validation")
             names = self._students.surplus(self._trials, rows, sizes, over)
             if not names:
                 return

@@ -18,7 +18,7 @@ from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.gains import Gain, Gains, named, unit_of
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, rank
 from autodistill.runs.results.make_row import make_row
-from autodistill.runs.results.row import Row, Status, rows_of
+from autodistill.runs.results.row import Row, Status
 from autodistill.runs.results.selection import untrained_in_order
 from autodistill.runs.test_split_ledger import already_opened, record_test_opening, times_opened
 from autodistill.search.finish.context import Finisher
@@ -111,7 +111,7 @@ def known_on_test(
 
     The plan, and with it what is read of the split, never changes within a run.
     """
-    logged = {(row.kind, row.trial, row.deployment_name): row for row in rows_of(finisher.run.events.read(), ("test",))}
+    logged = {(row.kind, row.trial, row.deployment_name): row for row in finisher.run.events.rows("test")}
     found = []
     for one in _to_score(best, untrained, compared):
         row = logged.get((one.kind, one.trial, one.packing.name))

@@ -14,6 +14,7 @@ from autodistill.runs.results.objectives import OBJECTIVES
 from autodistill.runs.results.row import Row, Status, rows_of
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import chosen, confirming
+from autodistill.runs.run_log import RunLog
 from autodistill.runs.students import remove_student, send_student, student_bytes
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.disk_limit import StudentKeeper, needed
@@ -21,7 +22,6 @@ from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import RungReport, TrialTask
 from autodistill.strategy.strategy import Strategy
-from autodistill.utils.event_log import EventLog
 from autodistill.utils.storage import Storage
 from tests.search.campaign.test_campaign import PLAN, campaign, question, worker
 from tests.search.finish.test_finish import row as finished
@@ -56,7 +56,7 @@ def there(folder: Path) -> set[str]:
 
 
 def validation(folder: Path) -> list[Row]:
-    return rows_of(EventLog(folder / "trials.jsonl").read())
+    return rows_of(RunLog(folder / "trials.jsonl").read())
 
 
 def run(search: Campaign, folder: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_limit_is_held_but_for_what_is_needed(tmp_path: Path, limit: int) -> N
     # Those whose rows were read last, the worst, were in use while better ones went.
     assert safe <= there(tmp_path)
     assert len(there(tmp_path)) == count
-    events = [one for one in EventLog(tmp_path / "trials.jsonl").read() if one["event"] == "students-collected"]
+    events = [one for one in RunLog(tmp_path / "trials.jsonl").read() if one["event"] == "students-collected"]
     assert sum(one["bytes"] for one in events) == BYTES * (10 - count)
     assert {name for one in events for name in one["trials"]} == {one.task.id for one in ended if one.collected}
     # Each under all of its deployments before it went.
@@ -101,18 +101,18 @@ def test_what_a_kill_left_is_removed_and_never_asked_for_again(tmp_path: Path) -
     whole = tmp_path / "whole"
     search = campaign(whole, asked(), limit=500)
     run(search, whole)
-    log = EventLog(whole / "trials.jsonl").read()
+    log = RunLog(whole / "trials.jsonl").read()
     places = [place for place, event in enumerate(log) if event["event"] == "students-collected"]
     assert len(places) > 1
     for kept in (places[0], places[0] + 1, places[1], len(log)):
         cut = tmp_path / f"cut{kept}"
         for event in log[:kept]:
             cut.mkdir(exist_ok=True)
-            EventLog(cut / "trials.jsonl").append(event)
+            RunLog(cut / "trials.jsonl").append(event)
             if event["event"] == "row":
                 student(cut, event["row"]["trial"])
         again = campaign(cut, asked(), limit=500)
-        again.replay(EventLog(cut / "trials.jsonl").read())
+        again.replay(RunLog(cut / "trials.jsonl").read())
         gone = {name for event in log[: kept + 1] for name in event.get("trials", ())}
         assert {name for name, one in again.trials.items() if one.collected} >= gone
         run(again, cut)

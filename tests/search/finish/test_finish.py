@@ -19,7 +19,14 @@ from autodistill.runs.results.selection import in_order
 from autodistill.search.campaign.state import Question
 from autodistill.search.finish import finish
 from autodistill.search.finish.export_choice import candidates, next_candidate, passed_over, trained_rows
-from autodistill.search.finish.finish import _first_that_fits, _gguf_beside, _leave_out_removed, _notes, _with_measured
+from autodistill.search.finish.finish import (
+    _Exported,
+    _first_that_fits,
+    _gguf_beside,
+    _leave_out_removed,
+    _notes,
+    _with_measured,
+)
 from autodistill.search.finish.test_split import compared_with, gains_on_test, known_on_test
 from autodistill.search.planning.durations import Speed
 from autodistill.strategy.deployment import Deployment
@@ -167,12 +174,11 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
     students.append(row("t004", "accuracy", 0.05, memory_bytes=940))
     made, lines = [], []
 
-    def export(one: Row, _: object, paths: dict[str, Path], checks: dict[str, object]) -> Row:
+    def export(one: Row, _: object) -> _Exported:
         made.append(one.trial)
         folder = tmp_path / "gguf"
         folder.mkdir()
-        paths["gguf"], checks["gguf"] = folder / "student.gguf", None
-        return measured(one, 50)
+        return _Exported(row=measured(one, 50), deployment=one.deployment, path=folder / "student.gguf")
 
     monkeypatch.setattr("autodistill.search.finish.finish._export", export)
     finisher = SimpleNamespace(
@@ -181,23 +187,20 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
         line=lines.append,
         whole=lambda row: True,
     )
-    paths: dict[str, Path] = {}
-    found = _first_that_fits(students, [], finisher, paths, {})  # type: ignore[arg-type]
-    assert (found and found.trial, made, list(paths)) == ("t004", ["t000", "t004"], ["gguf"])
+    found, rejected = _first_that_fits(students, [], finisher)  # type: ignore[arg-type]
+    assert (found and found.row.trial, made, [one.trial for one in rejected]) == ("t004", ["t000", "t004"], ["t000"])
     assert len(lines) == 1
     assert (tmp_path / "gguf").is_dir()
     (tmp_path / "gguf").rmdir()
-    paths.clear()
     written: list[tuple[str, Row]] = []
     made.clear()
     finisher.whole, finisher.write = (lambda row: row.trial != "t004"), (lambda kind, row: written.append((kind, row)))
-    assert _first_that_fits(students, [], finisher, paths, {}) is None  # type: ignore[arg-type]
+    assert _first_that_fits(students, [], finisher)[0] is None  # type: ignore[arg-type]
     assert "t004" not in made
     assert [(kind, row.trial, row.feasible, row.reason) for kind, row in written] == [("row", "t004", False, DAMAGED)]
     finisher.whole = lambda row: True
-    paths.clear()
-    assert _first_that_fits(students[:4], [], finisher, paths, {}) is None  # type: ignore[arg-type]
-    assert (paths, list(tmp_path.iterdir())) == ({}, [])
+    assert _first_that_fits(students[:4], [], finisher)[0] is None  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("failure", [InputError("no such cut"), VerificationError("another weight")])
@@ -208,18 +211,15 @@ def test_a_gguf_file_that_fails_does_not_end_what_has_a_verified_best(
     finisher = SimpleNamespace(
         question=question("accuracy", "max"), run=SimpleNamespace(student=lambda name: folder), whole=lambda row: True
     )
-    paths, checks = {"compressed-tensors": tmp_path}, {"compressed-tensors": "verified"}
 
-    def export(row: Row, finisher: object, paths: dict[str, Any], checks: dict[str, Any]) -> Row:
+    def export(row: Row, finisher: object) -> Row:
         folder.mkdir()
-        paths["gguf"] = checks["gguf"] = folder
         raise failure
 
     monkeypatch.setattr(finish, "_export", export)
-    beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher, paths, checks)  # type: ignore[arg-type]
+    beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher)  # type: ignore[arg-type]
     assert beside is None
     assert notes == (f"there is no GGUF file beside the best student: {failure}",)
-    assert list(paths) == list(checks) == ["compressed-tensors"]
     assert not folder.exists()
 
 
@@ -260,7 +260,7 @@ def test_rows_whose_student_is_gone_are_not_chosen_by_who_reads_the_log() -> Non
     events: list[dict[str, Any]] = [{"event": "row", "row": one.to_json()} for one in rows]
     finisher: Any = SimpleNamespace(
         question=question("accuracy", "max"),
-        run=SimpleNamespace(events=SimpleNamespace(read=lambda: events)),
+        run=SimpleNamespace(events=SimpleNamespace(rows=lambda: rows_of(events))),
         has=lambda one: one.trial in ("t000", "t002"),
         write=lambda kind, one: events.append({"event": kind, "row": one.to_json()}),
     )
@@ -294,7 +294,9 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
 
     def known(rows: list[Row], of: Row = best, untrained: Row | None = None) -> tuple[Row, ...] | None:
         events = [{"event": "test", "row": one.to_json()} for one in rows]
-        finisher: Any = SimpleNamespace(run=SimpleNamespace(events=SimpleNamespace(read=lambda: events)))
+        finisher: Any = SimpleNamespace(
+            run=SimpleNamespace(events=SimpleNamespace(rows=lambda kind: rows_of(events, (kind,))))
+        )
         return known_on_test(of, untrained, compared, finisher)
 
     assert known(expected) == tuple(expected)

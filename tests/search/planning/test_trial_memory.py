@@ -18,6 +18,7 @@ from autodistill.hardware.machine import Gpu, Machine
 from autodistill.models.config import spec_from_config
 from autodistill.runs.results.row import Status
 from autodistill.runs.results.savings import saved
+from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.campaign.admission import admit, training_need
 from autodistill.search.campaign.agenda import observation
@@ -34,7 +35,6 @@ from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Alignment, Distillation, Init, Lora, Strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.units import format_bytes
-from autodistill.utils.event_log import EventLog
 from tests.search.campaign.test_campaign import campaign, drive, question
 
 # About a billion weights.
@@ -199,13 +199,13 @@ def test_one_whose_training_does_not_fit_is_rejected_and_the_sampler_told(tmp_pa
             told = observation(trial, asked, forkable=False)
             assert told.constraint == max(deployed, math.log(found.need_bytes / middle()))
             assert (told.constraint > 0) == (told.state is Status.REJECTED)
-    total = saved(EventLog(tmp_path / "trials.jsonl").read(), asked.plan)
+    total = saved(RunLog(tmp_path / "trials.jsonl").read(), asked.plan)
     assert total.rejected == len(rejected)
     assert total.rejected_tokens == len(rejected) * asked.plan.rungs[0]
 
 
 def strategies(folder: Path) -> list[tuple[str, str]]:
-    events = EventLog(folder / "trials.jsonl").read()
+    events = RunLog(folder / "trials.jsonl").read()
     return [(event["trial"], event["strategy_id"]) for event in events if event["event"] == "trial"]
 
 
@@ -213,7 +213,7 @@ def strategies(folder: Path) -> list[tuple[str, str]]:
 def test_what_was_admitted_or_rejected_stays_so_on_a_machine_of_other_memory(tmp_path: Path, kept: int) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     drive(campaign(whole, asked_with(middle())))
-    events = EventLog(whole / "trials.jsonl").read()
+    events = RunLog(whole / "trials.jsonl").read()
     # Right behind a rejected trial, before its rejection, among others.
     first = next(place for place, event in enumerate(events) if event.get("status") == "rejected")
     for count in (kept, first):
@@ -221,9 +221,9 @@ def test_what_was_admitted_or_rejected_stays_so_on_a_machine_of_other_memory(tmp
             folder = cut / f"{count}-{limit}"
             folder.mkdir(parents=True)
             for event in events[:count]:
-                EventLog(folder / "trials.jsonl").append(event)
+                RunLog(folder / "trials.jsonl").append(event)
             again = campaign(folder, asked_with(limit))
-            again.replay(EventLog(folder / "trials.jsonl").read())
+            again.replay(RunLog(folder / "trials.jsonl").read())
             before = {event["trial"]: event["training"] for event in events[:count] if event["event"] == "trial"}
             for name, recorded in before.items():
                 trial = again.trials[name]
@@ -231,22 +231,22 @@ def test_what_was_admitted_or_rejected_stays_so_on_a_machine_of_other_memory(tmp
     # On the same machine a search that was cut off proposes what it would have.
     same = campaign(cut, asked_with(middle()))
     for event in events[:kept]:
-        EventLog(cut / "trials.jsonl").append(event)
-    same.replay(EventLog(cut / "trials.jsonl").read())
+        RunLog(cut / "trials.jsonl").append(event)
+    same.replay(RunLog(cut / "trials.jsonl").read())
     drive(same)
     assert strategies(cut) == strategies(whole)
 
 
 def test_trials_of_an_earlier_version_are_not_asked(tmp_path: Path) -> None:
     drive(campaign(tmp_path, question()))
-    events = EventLog(tmp_path / "trials.jsonl").read()
+    events = RunLog(tmp_path / "trials.jsonl").read()
     assert all(event["training"] is None for event in events if event["event"] == "trial")
     for event in events:
         event.pop("training", None)
     again = Campaign(
         asked_with(1),
         sampler=Sampler(question().space, seed=0),
-        log=EventLog(tmp_path / "again.jsonl"),
+        log=RunLog(tmp_path / "again.jsonl"),
         checkpoints=tmp_path / "checkpoints",
     )
     again.replay(events)
@@ -256,14 +256,14 @@ def test_trials_of_an_earlier_version_are_not_asked(tmp_path: Path) -> None:
 def test_what_was_trained_is_not_asked_again_for_further_seeds(tmp_path: Path) -> None:
     asked = replace(question(), confirm=1)
     drive(campaign(tmp_path, asked))
-    events = EventLog(tmp_path / "trials.jsonl").read()
+    events = RunLog(tmp_path / "trials.jsonl").read()
     begun = next(place for place, event in enumerate(events) if event["event"] == "trial" and "s" in event["trial"])
     cut = tmp_path / "cut"
     cut.mkdir()
     for event in events[:begun]:
-        EventLog(cut / "trials.jsonl").append(event)
+        RunLog(cut / "trials.jsonl").append(event)
     again = campaign(cut, replace(asked_with(1), confirm=1))
-    again.replay(EventLog(cut / "trials.jsonl").read())
+    again.replay(RunLog(cut / "trials.jsonl").read())
     drive(again)
     assert strategies(cut) == strategies(tmp_path)
     assert not any(trial.status is Status.REJECTED for trial in again.trials.values())
