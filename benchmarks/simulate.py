@@ -32,7 +32,7 @@ from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving, rung_tokens
 from autodistill.search.campaign.campaign import Campaign
-from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.campaign.state import Candidate, Question, TrialState
 from autodistill.search.planning.durations import Speed
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import RungReport
@@ -342,8 +342,8 @@ def _measured(name: str, value: float, unit: str) -> Measurement:
 class Unrejecting(Campaign):
     """Trains what no deployment can hold up to its first rung, and learns there that it does not fit."""
 
-    def _admit(self, strategy: Strategy, **fields: Any) -> TrialState:
-        trial = super()._admit(strategy, **fields)
+    def _admit(self, candidate: Candidate, **fields: Any) -> TrialState:
+        trial = super()._admit(candidate, **fields)
         trial.reason = None
         return trial
 

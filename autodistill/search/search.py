@@ -513,7 +513,7 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
     rejected = sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, reversed(proposed)))
     held = f"{tried} of the {plan.trials} planned trials"
     if rejected >= REJECTIONS_IN_A_ROW:
-        training = proposed[-1].training
+        training = proposed[-1].candidate.training
         miss = training.miss if training is not None else None
         if miss is not None:
             return (

@@ -409,7 +409,7 @@ def observation(trial: TrialState, question: Question, *, forkable: bool) -> Obs
     assert trial.point is not None
     plan = question.plan
     # A strategy that contradicts this teacher is out of bounds, whatever memory it would need.
-    slack = trial.slack
+    slack = trial.candidate.slack
     if trial.status is Status.REJECTED:
         slack = max(1e-9, slack)
     elif trial.cause == "out-of-memory":
@@ -423,5 +423,5 @@ def observation(trial: TrialState, question: Question, *, forkable: bool) -> Obs
         fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
         constraint=slack,
         forkable=forkable,
-        bits=max((fit.deployment.bits for fit in trial.fits if fit.slack <= 0), default=0),
+        bits=max((fit.deployment.bits for fit in trial.candidate.fits if fit.slack <= 0), default=0),
     )

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from autodistill.distillation.student.check import student_spec
 from autodistill.errors import AutoDistillError
 from autodistill.hardware.process_memory import killed_for_memory
 from autodistill.runs.checkpoints import open_stages
@@ -17,10 +16,10 @@ from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving
-from autodistill.search.campaign.admission import admit, training_need
+from autodistill.search.campaign.admission import admit, candidate_of, with_training
 from autodistill.search.campaign.agenda import Agenda
 from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper, stage_facts
-from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.campaign.state import Candidate, Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
 from autodistill.search.planning.trial_memory import TrainingNeed
 from autodistill.search.worker.attempt import Assignment
@@ -437,8 +436,10 @@ class Campaign:
             self._collector.between(self._promotable())
 
     def _replay_trial(self, event: Mapping[str, Any]) -> None:
+        candidate = candidate_of(self.question, Strategy.from_json(event["strategy"]))
         self._admit(
-            Strategy.from_json(event["strategy"]),
+            # As it was then: what was admitted on another machine stays so.
+            replace(candidate, training=TrainingNeed.from_json(event.get("training"))),
             trial_id=event["trial"],
             number=event["number"],
             kind=event["kind"],
@@ -446,8 +447,6 @@ class Campaign:
             point=event["point"],
             seed=event["seed"],
             length=event.get("length", 1.0),
-            # As it was then: what was admitted on another machine stays so.
-            training=TrainingNeed.from_json(event.get("training")),
         )
 
     def _replay_row(self, event: Mapping[str, Any]) -> None:
@@ -532,8 +531,8 @@ class Campaign:
         """Writes a new trial down, and its rejection where no deployment, or its training, can fit."""
         # What goes on from another one's stage is trained as that one is.
         same = next((one for one in self.trials.values() if one.task.strategy.id == strategy.id), None)
-        training = same.training if same is not None else training_need(self.question, strategy)
-        trial = self._admit(strategy, **fields, training=training)
+        made = same.candidate if same else with_training(self.question, candidate_of(self.question, strategy))
+        trial = self._admit(made, **fields)
         self._write(
             {
                 "event": "trial",
@@ -543,19 +542,19 @@ class Campaign:
                 "name": trial.name,
                 "point": trial.point,
                 "strategy_id": strategy.id,
-                "parameters": trial.parameters,
+                "parameters": made.spec.parameters if made.spec else None,
                 "strategy": strategy.to_json(),
                 "seed": trial.task.seed,
                 "length": trial.task.length,
-                "training": training and training.to_json(),
+                "training": made.training and made.training.to_json(),
             }
         )
         if trial.reason is not None:
             self._end(trial, Status.REJECTED, trial.reason)
         return trial
 
-    def _admit(self, strategy: Strategy, **fields: Any) -> TrialState:
-        trial = admit(self.question, strategy, **fields)
+    def _admit(self, candidate: Candidate, **fields: Any) -> TrialState:
+        trial = admit(self.question, candidate, **fields)
         self.trials[trial.task.id] = trial
         return trial
 
@@ -569,13 +568,14 @@ class Campaign:
         self._write(event)
 
     def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
+        assert trial.candidate.spec is not None
         return make_row(
             report.evaluation,
             trial=trial.task.id,
             kind=trial.kind,
             name=trial.name,
             strategy=trial.task.strategy,
-            spec=student_spec(trial.task.strategy, self.question.teacher_spec),
+            spec=trial.candidate.spec,
             status=status,
             split="validation",
             budget=self.question.budget,

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from autodistill.data.dataset import load_split
-from autodistill.distillation.student.check import student_spec
 from autodistill.errors import TrialFailedError
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.outputs import TeacherReference
@@ -115,7 +114,7 @@ def _evaluate(model: Any, row: Row, finisher: Finisher, *, trained: bool) -> Eva
     data = load_split(setting.data, "validation", setting.rendering(init)).head(plan.eval_tokens)
     return evaluate(
         model,
-        _spec(row, finisher),
+        finisher.spec(row.strategy),
         deployment,
         data,
         TeacherReference.load(setting.teacher_reference).head(data.predicted),
@@ -134,11 +133,6 @@ def _strategy(row: Row) -> Strategy:
     return row.strategy
 
 
-def _spec(row: Row, finisher: Finisher) -> Any:
-    setting, strategy = finisher.setting, _strategy(row)
-    return student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model))
-
-
 def _row(evaluation: Evaluation, row: Row, finisher: Finisher) -> Row:
     question = finisher.question
     return make_row(
@@ -147,7 +141,7 @@ def _row(evaluation: Evaluation, row: Row, finisher: Finisher) -> Row:
         kind=row.kind,
         name=row.name,
         strategy=row.strategy,
-        spec=_spec(row, finisher),
+        spec=finisher.spec(row.strategy),
         status=Status(row.status),
         split="validation",
         budget=question.budget,

@@ -15,7 +15,6 @@ import torch
 from autodistill import plugins
 from autodistill.data.dataset import load_split
 from autodistill.data.student_template import copy_license
-from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError, NothingFitsError, VerificationError
 from autodistill.estimates.fit import fits, holdable, too_late
 from autodistill.evaluation.base import Measurement, Subject, load_evaluator
@@ -226,7 +225,7 @@ def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> Artifact:
 def _export(row: Row, finisher: Finisher) -> _Exported:
     """Exports a row's model and verifies it in its runtime; its row then has what was measured there."""
     deployment, strategy = row.deployment, row.strategy
-    spec = student_spec(strategy, finisher.setting.teacher_spec) if strategy else finisher.setting.teacher_spec
+    spec = finisher.spec(strategy)
     with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
         artifact = _pack(row, deployment, finisher)
         length = finisher.question.plan.sequence_length

@@ -8,12 +8,10 @@ from itertools import islice
 from typing import Any
 
 from autodistill.data.dataset import load_split
-from autodistill.distillation.student.check import student_spec
 from autodistill.evaluation.base import Direction
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.half_precision import load_held
 from autodistill.inference.scoring import refer
-from autodistill.models.spec import ModelSpec
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.gains import Gain, Gains, named, unit_of
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, rank
@@ -23,7 +21,6 @@ from autodistill.runs.results.selection import untrained_in_order
 from autodistill.runs.test_split_ledger import already_opened, record_test_opening, times_opened
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import trained_rows
-from autodistill.search.worker.messages import TrialSetting
 from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.strategy.strategy import Strategy
@@ -152,7 +149,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
         folder = finisher.student(trained) if trained else setting.teacher if one.kind == "teacher" else None
         return evaluate(
             model,
-            _spec(one, setting),
+            finisher.spec(one.strategy),
             one.packing,
             load_split(finisher.data.folder, "test", setting.rendering(init)).head(question.plan.test_tokens),
             reference,
@@ -174,7 +171,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
             kind=one.kind,
             name=one.name,
             strategy=one.strategy,
-            spec=_spec(one, setting),
+            spec=finisher.spec(one.strategy),
             status=Status.COMPLETED,
             split="test",
             budget=question.budget,
@@ -190,7 +187,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
     of_teacher = {one.packing: evaluated(teacher, one) for one in scored if one.kind == "teacher"}
     del teacher
     for one in scored:
-        if one.kind == "teacher" or (one.packing in of_teacher and _begins_as_teacher(one, setting)):
+        if one.kind == "teacher" or (one.packing in of_teacher and _begins_as_teacher(one, finisher)):
             write(of_teacher[one.packing], one)
         elif one.kind == "initial" and one.strategy is not None:
             init = one.strategy.init
@@ -200,14 +197,10 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
     return tuple(results)
 
 
-def _spec(one: _Scored, setting: TrialSetting) -> ModelSpec:
-    return student_spec(one.strategy, setting.teacher_spec) if one.strategy else setting.teacher_spec
-
-
-def _begins_as_teacher(one: _Scored, setting: TrialSetting) -> bool:
+def _begins_as_teacher(one: _Scored, finisher: Finisher) -> bool:
     """Whether it is a student without training that is the teacher itself."""
     begins = one.kind == "initial" and one.strategy is not None and one.strategy.init.source == "teacher"
-    return begins and _spec(one, setting) == setting.teacher_spec
+    return begins and finisher.spec(one.strategy) == finisher.setting.teacher_spec
 
 
 def spent(finisher: Finisher) -> tuple[str, ...]:

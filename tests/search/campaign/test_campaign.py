@@ -187,12 +187,12 @@ def test_what_cannot_fit_is_recorded_with_its_reason_and_never_trained(tmp_path:
         event["trial"]: event for event in RunLog(tmp_path / "trials.jsonl").read() if event["event"] == "status"
     }
     for trial in rejected:
-        miss, need = written[trial.task.id]["miss"], min(fit.need for fit in trial.fits)
+        miss, need = written[trial.task.id]["miss"], min(fit.need for fit in trial.candidate.fits)
         assert miss == {"limit": "memory", "slack": pytest.approx(math.log(need / limit))}
     assert not any("miss" in event for event in written.values() if event["status"] != "rejected")
     assert sum(trial.number is not None and trial not in rejected for trial in search.trials.values()) == 9
     for trial in search.trials.values():
-        assert all(fit.need <= limit for fit in trial.fits if fit.deployment in trial.task.deployments)
+        assert all(fit.need <= limit for fit in trial.candidate.fits if fit.deployment in trial.task.deployments)
 
 
 def test_one_failure_never_ends_a_search(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from autodistill.runs.run_log import RunLog
 from autodistill.runs.students import remove_student, send_student, student_bytes
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.disk_limit import StudentKeeper, needed
-from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.campaign.state import Candidate, Question, TrialState
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import RungReport, TrialTask
 from autodistill.strategy.strategy import Strategy
@@ -148,7 +148,14 @@ def states(*names: str, **fields: Any) -> dict[str, TrialState]:
     found = {}
     for name in names:
         task = TrialTask(id=name, strategy=Strategy(), seed=0, deployments=(), probe=question().deployments[0])
-        known = {"number": 0, "kind": "student", "name": name, "point": None, "fits": (), "status": Status.COMPLETED}
+        known = {
+            "number": 0,
+            "kind": "student",
+            "name": name,
+            "point": None,
+            "candidate": Candidate(strategy=Strategy()),
+            "status": Status.COMPLETED,
+        }
         found[name] = TrialState(task=task, **known | fields)
     return found
 

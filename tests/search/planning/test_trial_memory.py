@@ -20,7 +20,7 @@ from autodistill.runs.results.row import Status
 from autodistill.runs.results.savings import saved
 from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
-from autodistill.search.campaign.admission import admit, training_need
+from autodistill.search.campaign.admission import admit, candidate_of, with_training
 from autodistill.search.campaign.agenda import observation
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.state import Question, TrialState
@@ -146,7 +146,7 @@ def middle() -> int:
     """Between what the smallest and the largest student of the campaign's space take."""
     made = asked_with(10**12)
     needs = [
-        training_need(made, Strategy(init=Init(depth=depth, ffn=1.0), distillation=Distillation()))
+        with_training(made, candidate_of(made, Strategy(init=Init(depth=depth, ffn=1.0)))).training
         for depth in (0.6, 1.0)
     ]
     return sum(one.need_bytes for one in needs if one) // 2
@@ -159,14 +159,13 @@ def test_a_trial_that_has_fewer_at_once_shares_a_stage_with_those_of_as_many() -
         training = None if at_once is None else TrainingNeed(need_bytes=1, limit_bytes=2, micro_batch=at_once)
         trial = admit(
             asked,
-            HALF,
+            replace(candidate_of(asked, HALF), training=training),
             trial_id="t000",
             number=0,
             kind="student",
             name="",
             point=None,
             length=length,
-            training=training,
         )
         return trial.task.stage, trial.task.micro_batch
 
@@ -190,11 +189,11 @@ def test_one_whose_training_does_not_fit_is_rejected_and_the_sampler_told(tmp_pa
     assert not {trial.task.id for trial in rejected} & {trial for trial, _ in done}
     assert sum(trial.number is not None and trial.status is not Status.REJECTED for trial in made.trials.values()) == 9
     for trial in made.trials.values():
-        found = training_need(asked, trial.task.strategy)
+        found = with_training(asked, candidate_of(asked, trial.task.strategy)).training
         assert found is not None
         assert (found.slack > 0) == untrained(trial)
         if trial.point is not None:
-            deployed = min(fit.slack for fit in trial.fits)
+            deployed = min(fit.slack for fit in trial.candidate.fits)
             assert deployed < 0
             told = observation(trial, asked, forkable=False)
             assert told.constraint == max(deployed, math.log(found.need_bytes / middle()))
