@@ -95,7 +95,7 @@ def test_every_family_is_distilled_finished_on_a_grid_and_exported(inputs, tmp_p
     strategy.write_text(yaml.safe_dump(recipe))
     two = str(inputs[1].parent / "two.yaml")
     outcome = search(request((teacher, *inputs[1:]), tmp_path / "out", strategy, space=two, tokens=4096))
-    assert {row.deployment["format"] for row in outcome.rows} == {"huggingface", "gguf-q8_0"}
+    assert {row.deployment.format for row in outcome.rows} == {"huggingface", "gguf-q8_0"}
     config = AutoConfig.from_pretrained(outcome.finish.paths["huggingface"])
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == (architecture, 128, 3)
     assert outcome.finish.checks["gguf"].agreement >= 0.97

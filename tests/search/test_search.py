@@ -600,8 +600,8 @@ def test_of_a_teacher_of_few_tokens_the_likeliest_are_all(inputs: tuple[Path, Pa
     # Of so few layers, and for its tokenizer's sake, some proposals are refused: none for its tokens.
     assert not [one for one in result.document["rejected"] if re.search("alignment|GGUF", one["reason"]) is None]
     trained = [row for row in result.rows if row.strategy is not None]
-    recipes = [(row.strategy or {})["distillation"] for row in trained]
-    assert {(recipe["signal"], recipe["signal_tokens"]) for recipe in recipes} == {("top-k", 64)}
+    recipes = [row.strategy.distillation for row in trained if row.strategy is not None]
+    assert {(recipe.signal, recipe.signal_tokens) for recipe in recipes} == {("top-k", 64)}
     assert any(row.fidelity == 1.0 for row in trained)
     assert not any("approximate" in row.other for row in result.rows)
 
@@ -716,7 +716,7 @@ def test_a_search_for_a_gpu_that_is_not_here_stays_with_what_is_predicted_of_its
     assert {row.other["memory_on"] for row in found.rows} == {"discrete-gpu"}
     assert any("predicted, not measured on a GPU" in note for note in found.finish.notes)
     # In a process transformers alone would break the budget; and nothing of it was timed on a GPU.
-    held = {row.deployment["runtime"]: row for row in found.rows if row.trial == "b000"}
+    held = {row.deployment.runtime: row for row in found.rows if row.trial == "b000"}
     assert held["transformers"].feasible
     assert "published rates" in held["transformers"].other["latency_assumed"]
     assert "latency_assumed" not in held["llama.cpp"].other

@@ -22,6 +22,7 @@ from autodistill.errors import AutoDistillError
 from autodistill.hardware.budget import Budget
 from autodistill.hardware.machine import detect
 from autodistill.runs.results.row import Status, rows_of
+from autodistill.runs.run_log import RunLog
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.request.request import SearchRequest
@@ -32,7 +33,6 @@ from autodistill.search.runners.ray_cluster import LocalRay
 from autodistill.search.search import search
 from autodistill.search.worker.failures import KILLED
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.utils.event_log import EventLog
 
 
 class Killer(Observer):
@@ -151,7 +151,7 @@ def test_a_search_through_ray_survives_the_death_of_workers(
         ),
         killer,
     )
-    events = EventLog(Path("runs/run/trials.jsonl")).read()
+    events = RunLog(Path("runs/run/trials.jsonl")).read()
     states = {event["trial"]: event for event in events if event["event"] == "status"}
     assert killer.killed, "no worker was seen"
     failed = [event for event in states.values() if event["status"] == Status.FAILED]
@@ -183,7 +183,7 @@ class DiskFiller(Observer):
             self._watch.start()
 
     def _run(self) -> None:
-        while not any(event["event"] == "rung" for event in EventLog(self._log).read()):
+        while not any(event["event"] == "rung" for event in RunLog(self._log).read()):
             time.sleep(0.05)
         (self._log.parent / "full").symlink_to("/dev/full")
         self._log.rename(self._log.parent / "kept")
@@ -215,7 +215,7 @@ def test_a_log_that_cannot_be_written_ends_a_search_through_ray_with_what_to_do(
     before = log.read_bytes()
     outcome = search(replace(asked, resume=True, runner="inline"))
     assert log.read_bytes().startswith(before)
-    rungs = [(event["trial"], event["rung"]) for event in EventLog(log).read() if event["event"] == "rung"]
+    rungs = [(event["trial"], event["rung"]) for event in RunLog(log).read() if event["event"] == "rung"]
     assert len(set(rungs)) == len(rungs)
     assert outcome.finish.best.feasible
 
