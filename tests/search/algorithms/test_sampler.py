@@ -243,7 +243,7 @@ def pulled(weight: float) -> dict:
 @pytest.mark.parametrize("name", ["tpe", "gp"])
 def test_rejected_proposals_drive_it_away(name):
     weights = WEIGHTS if name == "tpe" else WEIGHTS[:-1:2]  # the Gaussian process would propose the end itself
-    count = 20 if name == "tpe" else 3
+    count = 20 if name == "tpe" else 2
     observations = [observed(weight, **pulled(weight)) for weight in weights]
     found = proposals(observations, name=name, count=count)
     assert mean(found) < 0.6
@@ -279,9 +279,9 @@ def test_rejected_proposals_drive_the_genetic_sampler_away():
 @pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
 def test_where_nothing_fits_yet_a_proposal_is_made_all_the_same(name):
     observations = [observed(weight, **pulled(weight)) for weight in WEIGHTS if weight > 0.5]
-    count = 8 if name == "gp" else 40
+    count = 4 if name == "gp" else 20
     found = proposals(observations, name=name, count=count)
-    assert len(found) == count
+    assert len(found) == 2 * count
     if name == "gp":  # the limit itself is modelled, and what misses it by less is nearer
         assert mean(found) < 0.4
 
