@@ -1,0 +1,117 @@
+"""Sources of a step's teacher targets: the cache, the cache with the teacher's head, the live teacher, or the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodistill.data.conversations import Likeliest
+from autodistill.distillation.losses.targets import FullTarget, Target, WrittenTarget
+from autodistill.distillation.teacher.output_cache import TeacherCache
+from autodistill.errors import InputError
+from autodistill.inference.half_precision import load_held
+from autodistill.models.loading import load_head, load_model
+from autodistill.models.model_folder import HeldType
+from autodistill.strategy.strategy import Distillation
+
+
+class LiveTeacher:
+    """A teacher that is loaded when a trial first needs it, and then stays with its worker.
+
+    Args:
+        folder: Of transformers.
+        device: Where it runs.
+        bf16: Whether its weights are held, and its products computed, in bfloat16 and not in float32.
+        held: What its matrices are held in where it computes in float32.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu", bf16: bool = False, held: HeldType = "float32") -> None:
+        self._folder, self._device, self._held = folder, device, held
+        self._type = torch.bfloat16 if bf16 else torch.float32
+
+    @cached_property
+    def _model(self) -> Any:
+        if self._type == torch.bfloat16:
+            model = load_model(self._folder, self._type, self._device)
+        else:
+            model = load_held(self._folder, self._held, self._device)
+        return model.requires_grad_(False)
+
+    @cached_property
+    def head(self) -> Tensor:
+        """The output head, [vocab, width]; if the model is not loaded, nothing else is read."""
+        model = self.__dict__.get("_model")
+        weight: Tensor = load_head(self._folder) if model is None else model.get_output_embeddings().weight.detach()
+        return weight.to(self._device, self._type)
+
+    def final(self, ids: Tensor) -> Tensor:
+        """Return last hidden states after the final norm, [sequences * (length - 1), width].
+
+        Args:
+            ids: int64 [sequences, length].
+        """
+        with torch.no_grad():
+            hidden: Tensor = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden[:, :-1].flatten(0, 1)
+
+
+def check_logprobs(recipes: Iterable[Distillation], told: bool) -> None:
+    """Refuse recipes that learn from reported log-probabilities if the data have none.
+
+    Args:
+        recipes: Of a strategy or a space.
+        told: Whether any answer to learn from has its writer's log-probabilities.
+
+    Raises:
+        InputError: Says how to get them.
+    """
+    if not told and any(recipe.weighs_teacher and recipe.signal == "written" for recipe in recipes):
+        raise InputError(
+            'the signal "written" needs answers with their writer\'s log-probabilities, and these data have none of '
+            "this teacher's tokens: give what `autodistill write --endpoint ... --top-k ...` wrote with this --teacher "
+            "to a file of its own"
+        )
+
+
+def target_source(
+    recipe: Distillation,
+    cache: TeacherCache | None,
+    teacher: LiveTeacher | None,
+    told: Likeliest | None = None,
+) -> Callable[[list[int], Tensor, float], Target]:
+    """Return a function to teacher targets from sequence indices, a temperature, and ids int64 [sequences, length] as
+    the teacher reads them.
+
+    Args:
+        recipe: Says which signal is read.
+        cache: Holds what the signal needs; None where it needs nothing.
+        teacher: For signals of all tokens.
+        told: Of the data, for the signal "written".
+    """
+
+    def target(indices: list[int], ids: Tensor, temperature: float) -> Target:
+        """Return the teacher's targets for these sequences."""
+        if recipe.signal == "online":
+            assert teacher is not None
+            states, head = teacher.final(ids), teacher.head
+            return FullTarget(states=states, head=head, temperature=temperature, standardized=recipe.standardise)
+        if recipe.signal == "written":
+            assert told is not None
+            # A place's tokens are what may stand there: those of the next one are predicted here.
+            found, log_p = (torch.from_numpy(part[indices, 1:].reshape(-1, part.shape[-1])) for part in told)
+            return WrittenTarget(ids=found.long(), log_p=log_p).to(str(ids.device))
+        assert cache is not None
+        if recipe.signal == "states":
+            assert teacher is not None
+            states, head = cache.final(indices).to(ids.device), teacher.head
+            return FullTarget(states=states, head=head, temperature=temperature, standardized=recipe.standardise)
+        if recipe.signal == "sampled":
+            return cache.sampled(indices, temperature, recipe.signal_tokens).to(str(ids.device))
+        return cache.top(indices, temperature, recipe.signal_tokens).to(str(ids.device))
+
+    return target
