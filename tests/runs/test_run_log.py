@@ -86,5 +86,5 @@ def test_a_line_that_is_wrong_is_named_each_time(tmp_path: Path) -> None:
     log.append(EVENTS[0])
     log.append({"event": "row", "row": {"row_id": "t001"}})
     for _ in range(2):
-        with pytest.raises(InputError, match="line 2 of .* is not what was written"):
+        with pytest.raises(InputError, match=r"line 2 of .* is not what was written"):
             log.rows()
