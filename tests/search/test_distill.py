@@ -66,7 +66,14 @@ def student_of(outcome: Outcome) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(outcome.finish.paths["huggingface"], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", ["narrow", "influence", "block_influence", "from_scratch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "influence",
+        "from_scratch",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("narrow", "block_influence")),
+    ],
+)
 def test_a_named_strategy_ends_in_a_student_that_transformers_loads(inputs, tmp_path: Path, name: str) -> None:
     outcome = search(request(inputs, tmp_path, name))
     init = load_strategy(name).init

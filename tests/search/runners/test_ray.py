@@ -124,9 +124,18 @@ def test_what_ray_says_of_a_dead_worker_goes_to_whoever_gave_the_work(
     assert last == ("third", {"failure": ("error", "so"), "trained": 512})
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
+SPACE = """
+dimensions:
+  distillation.learning_rate: {low: 1e-4, high: 1e-2, log: true}
+deployments:
+  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
+baselines: [logit_kd]
+"""
+
+
+@pytest.mark.parametrize(("times", "trials"), [(1, 2), pytest.param(3, 4, marks=pytest.mark.slow)])
 def test_a_search_through_ray_survives_the_death_of_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, trials: int
 ) -> None:
     """Work whose worker died is done by another one, and recorded as failed if that one dies too."""
     monkeypatch.chdir(tmp_path)
@@ -137,13 +146,15 @@ def test_a_search_through_ray_survives_the_death_of_workers(
     )
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=24)
+    (tmp_path / "space.yaml").write_text(SPACE)
     killer = Killer(times)
     outcome = search(
         SearchRequest(
             budget=Budget(memory_bytes=16 * 10**9, context=256),
             teacher="teacher",
             data="text",
-            trials=4,
+            space="space.yaml" if times == 1 else "default",
+            trials=trials,
             tokens=2304,
             out=Path("runs"),
             name="run",
@@ -163,7 +174,7 @@ def test_a_search_through_ray_survives_the_death_of_workers(
     assert {event["trial"] for event in failed} <= {event["trial"] for event in retried}
     if times == 1:
         assert not failed
-    assert sum(event["status"] != Status.REJECTED for event in states.values()) == 5
+    assert sum(event["status"] != Status.REJECTED for event in states.values()) == trials + 1
     assert outcome.finish.best.feasible
     assert Path("runs/run/student/gguf/student.gguf").is_file()
     assert {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
@@ -252,6 +263,7 @@ def sigterm_handler() -> int | None:
     return get(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_worker_with_nothing_to_do_keeps_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 

@@ -1014,7 +1014,11 @@ def test_two_processes_go_on_where_the_first_cannot_write_a_checkpoint_and_leave
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    processes = multiprocessing.spawn(_member, (port, setting, _task(), tmp_path), nprocs=2, join=False)
+    # Forks of one process, which has imported what both need.
+    multiprocessing.set_forkserver_preload([__name__, "tests.conftest"])
+    processes = multiprocessing.start_processes(
+        _member, (port, setting, _task(), tmp_path), nprocs=2, join=False, start_method="forkserver"
+    )
     ends = time.monotonic() + 400
     try:
         while not processes.join(timeout=5):
