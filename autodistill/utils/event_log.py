@@ -77,13 +77,12 @@ class EventLog:
                 must be.
         """
         try:
-            now = _stamp(self.path.stat())
-            if now != self._known:
-                self._known = None
+            now = self._stamp()
+            if now is None or now != self._known:
                 self._forget()
-                self._events, self._held, self._known = self._whole_file(), 0, now
-        except FileNotFoundError:
-            return []
+                self._events, self._held, self._known = [], 0, None
+            if now != self._known:
+                self._events, self._known = self._whole_file(), now
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror}") from error
         for number, event in enumerate(self._events[self._held :], start=self._held + 1):
@@ -96,6 +95,12 @@ class EventLog:
                 ) from None
             self._held = number
         return list(self._events)
+
+    def _stamp(self) -> _Stamp | None:
+        try:
+            return _stamp(self.path.stat())
+        except FileNotFoundError:
+            return None
 
     def _forget(self) -> None:
         """Called before the file is read anew: what `check` has kept of its events no longer holds."""

@@ -18,7 +18,7 @@ from autodistill.errors import InputError
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.json_files import replacing, strict_json
-from autodistill.utils.plain_dataclass import Part
+from autodistill.utils.plain_dataclass import PlainDataclass
 from autodistill.utils.typed_data import check_typed
 
 if TYPE_CHECKING:
@@ -246,12 +246,12 @@ def required() -> tuple[str, ...]:
 
 
 def _plain(value: Any) -> Any:
-    return value.to_json() if isinstance(value, Part) else value
+    return value.to_json() if isinstance(value, PlainDataclass) else value
 
 
 def _convert(value: Any, name: str) -> Any:
     kind = _types()[name]
-    if issubclass(kind, Part):
+    if issubclass(kind, PlainDataclass):
         return kind.from_json(value)
     if kind is float and type(value) is int:
         return float(value)
