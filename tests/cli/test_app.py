@@ -24,6 +24,7 @@ from autodistill.hardware.budget import parse_latency
 from autodistill.search.request.validate import check_request
 from autodistill.strategy.space import load_space, load_strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
+from tests.search.conftest import untimed
 
 SPACE = """
 name: small
@@ -665,8 +666,9 @@ def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd
 
 
 def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path, capfd: Any) -> None:
-    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --space @/space.yaml --runner inline --tokens 512"
-    code, out, err = run(capfd, f"{line} --format json", inputs, tmp_path)
+    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --runner inline --tokens 512 --format json"
+    with untimed():
+        code, out, err = run(capfd, line, inputs, tmp_path)
     assert code == 0, err
     document, untrained = json.loads(out), ("teacher", "initial")
     trained = {row["trial"]: row for row in document["rows"] if row["kind"] not in untrained}

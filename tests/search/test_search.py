@@ -292,6 +292,7 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
         assert again.perplexity != by_id[item["row_id"]].perplexity  # another order of the data
 
 
+@pytest.mark.slow
 def test_a_search_of_16_bit_states_is_the_same_when_it_is_interrupted(
     inputs: tuple[Path, Path, Path], small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -570,6 +571,7 @@ def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], small:
     assert result.finish.best.name == "logit_kd"
 
 
+@pytest.mark.slow
 def test_the_full_recipe_alone(inputs: tuple[Path, Path, Path], small: str, tmp_path: Path) -> None:
     result = search(request(inputs, tmp_path, space=small, strategy="full_recipe", trials=None))
     assert result.finish.best.name == "full_recipe"
@@ -710,7 +712,7 @@ def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path]
 
 
 @pytest.mark.timed
-@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("here", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_limits_of_latency_are_held_to_the_device(inputs: tuple[Path, Path, Path], tmp_path: Path, here: bool) -> None:
     pi = find_device("pi 5", devices())
     device = replace(pi, name=machine_name(detect(), accelerated=False)) if here else pi
