@@ -1458,9 +1458,6 @@ def test_what_was_trained_is_not_rejected_by_another_estimate(tmp_path: Path) ->
     assert again.trials["t001"].reason is not None
     assert again.trials["t001"].status is None
 
-    for event in RunLog(tmp_path / "trials.jsonl").read()[: 3 * most // 2]:
-        RunLog(cut / "trials.jsonl").append(event)
-
 
 def test_what_follows_from_the_shape_of_a_rejected_strategy_is_told(tmp_path: Path) -> None:
     """Its memory, though nobody trained it; of what training decides nothing is known."""
