@@ -14,8 +14,8 @@ from typing import Any
 
 from autodistill.errors import InputError
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.domains import Choices, Range, Value, check_fields, near, read_choices, read_range
 from autodistill.strategy.divergence import get_divergence
+from autodistill.strategy.domains import Choices, Range, Value, check_fields, near, read_choices, read_range
 from autodistill.strategy.strategy import Alignment, Distillation, Init, Strategy
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.plain_dataclass import Part, check

@@ -115,9 +115,7 @@ def check_divergence(found: Divergence) -> None:
         raise InputError(f"the divergence {found.name!r}, or its slope, is not finite for two plain distributions")
 
 
-def _by_autograd(
-    found: Divergence, log_p: Tensor, log_q: Tensor, given: tuple[float, ...]
-) -> tuple[Tensor, Tensor]:
+def _by_autograd(found: Divergence, log_p: Tensor, log_q: Tensor, given: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """A divergence a row, [rows], and its slope, [rows, outcomes]."""
     import torch
 
