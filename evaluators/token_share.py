@@ -51,5 +51,4 @@ def token_share(
         stderr=result["stderr"],
         detail={"split": subject.split, "tokens": hits.size, "documents": np.unique(documents).size},
         documents=per_document(hits, documents),
-        bound=1.0,
     )
