@@ -10,10 +10,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from autodistill import plugins
+from autodistill.errors import InputError
 from autodistill.hardware.budget import Budget
 from autodistill.inference.outputs import Answers, Likelihood, TokenScores
 from autodistill.models.spec import ModelSpec
-from autodistill.plugins import load
 from autodistill.strategy.deployment import Deployment
 
 Source = Literal["measured", "simulated", "predicted"]
@@ -136,6 +137,7 @@ class Subject:
         answers: Written by the packed weights simulated in torch; None where no evaluator asks for them.
         student: The packed weights simulated in torch, to be asked; None after export.
         artifact: The exported file or folder, or None before export.
+        artifact_bytes: Of its files that hold weights, as its exporter counts them; None before export.
         split: That scores and answers are of.
         threads: CPU threads a runtime may use.
     """
@@ -147,6 +149,7 @@ class Subject:
     answers: Answers | None = None
     student: SimulatedStudent | None = None
     artifact: Path | None = None
+    artifact_bytes: int | None = None
     split: str = "validation"
     threads: int = 1
 
@@ -178,11 +181,28 @@ class Evaluator(Protocol):
         ...
 
 
+def register_evaluator(evaluator: Evaluator) -> str:
+    """Make an object an evaluator of this Python session, under the name that it has, and return that name.
+
+    Workers get the object by Ray's own serialiser. It is never written to disk: rows record its name and a hash of its
+    source, and a run is resumed where the same one is registered.
+
+    Raises:
+        InputError: It is no evaluator, or an installed one has its name.
+    """
+    lacking = [name for name in ("name", "needs", "measures", "evaluate", "supports") if not hasattr(evaluator, name)]
+    if lacking or isinstance(evaluator, type):
+        problem = "it is a class: give an object of it" if isinstance(evaluator, type) else f"it lacks {lacking[0]}"
+        raise InputError(f"{evaluator!r} is no evaluator: {problem}")
+    plugins.register("evaluators", evaluator.name, evaluator)
+    return evaluator.name
+
+
 def load_evaluator(name: str) -> Evaluator:
     """Makes the installed evaluator of a name.
 
     Raises:
         InputError: As `plugins.load`.
     """
-    made: Evaluator = load("evaluators", name)
+    made: Evaluator = plugins.load("evaluators", name)
     return made

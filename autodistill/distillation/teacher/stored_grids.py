@@ -27,7 +27,7 @@ from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import FORMATS, QuantizationScheme, weights_bytes
+from autodistill.quantization.formats import Format, QuantizationScheme, all_formats, weights_bytes
 from autodistill.quantization.grids import Floats, Grid, Scales, Storage
 from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
 from autodistill.quantization.packing import (
@@ -159,11 +159,15 @@ def _known(record: Path, teacher: Teacher, folder: Path) -> tuple[Teacher, Store
 # What stores each tensor as it is.
 
 
-@cache
 def quantization_schemes() -> Mapping[str, QuantizationScheme]:
-    """Return every quantisation scheme of every format, with all weights on the grid, by name."""
+    """Return every quantisation scheme of every format, with all weights on the grid, by name; plug-ins' come last."""
+    return _schemes(tuple(all_formats().values()))
+
+
+@cache
+def _schemes(forms: tuple[Format, ...]) -> Mapping[str, QuantizationScheme]:
     known = {}
-    for form in FORMATS.values():
+    for form in forms:
         for storage in form.linears:
             grid = (16, 0, True) if isinstance(storage, str) else (storage.bits, storage.group_size, storage.symmetric)
             scheme = QuantizationScheme(format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])

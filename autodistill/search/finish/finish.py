@@ -239,12 +239,16 @@ def _export(row: Row, finisher: Finisher) -> _Exported:
         del model
         give_back_memory()
         threads = free_cores(finisher.threads)
-        check = verify_runtime(artifact, deployment, simulated, data.tokens[:, :-1], threads, finisher.student(row))
+        exporter = load_exporter(deployment.container)
+        check = verify_runtime(
+            exporter, artifact, deployment, simulated, data.tokens[:, :-1], threads, finisher.student(row)
+        )
     subject = Subject(
         spec=spec,
         deployment=deployment,
         budget=finisher.question.budget,
         artifact=artifact.path,
+        artifact_bytes=artifact.size_bytes,
         threads=finisher.threads,
     )
     measured: dict[str, Measurement] = {}

@@ -33,6 +33,7 @@ class SearchRequest:
         metric_command: A command that scores the student's folder; it ranks unless `metric` says otherwise.
         metric_direction: Whether more or less of its scores is better; more by default.
         metric_seconds: After which it is ended; ten minutes by default.
+        evaluators: Names of installed or registered evaluators that are read at every rung beside the usual ones.
         objectives: Names parted by commas, where a search has more than its metric.
         device: Name of the one that the student is for, or None for this machine; a predicted latency is there.
         trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one. On
@@ -86,6 +87,7 @@ class SearchRequest:
     metric_command: str | None = None
     metric_direction: Direction | None = None
     metric_seconds: float | None = None
+    evaluators: tuple[str, ...] | None = None
     trials: int | None = None
     tokens: int | None = None
     sequence_length: int | None = None

@@ -135,6 +135,7 @@ def check_request(request: SearchRequest) -> Checked:
         space = against(space, baselines)
     if request.strategy is not None:
         space = single(space, request.strategy)
+    asked = asked.with_divergences(space.divergences)
     _check_cache(request.cache)
     spec = spec_from_config(teacher.config)
     request = _budget_as_before(_at_context(request, known, spec, space), known)
