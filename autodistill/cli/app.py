@@ -81,10 +81,11 @@ from autodistill.cli.options import (
 )
 from autodistill.cli.printing import line_width, lines, packaged_text, rows, show, tables
 from autodistill.cli.streams import quiet_libraries
-from autodistill.cli.summary import leaderboard_of, plan_summary, search_summary, written_summary
+from autodistill.cli.summary import plan_summary, search_summary, written_summary
 from autodistill.cli.tables import printable
 from autodistill.errors import AutoDistillError, InputError, shortened
 from autodistill.runs.run_folder import RunFolder, default_cache
+from autodistill.runs.standing import leaderboard_of
 from autodistill.utils.process_exit import INTERRUPTED, ended_by, error_document, sigterm_as_interrupt
 from autodistill.utils.timeouts import calls_left
 

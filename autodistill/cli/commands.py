@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autodistill.cli.streams import quiet_libraries
-from autodistill.cli.summary import leaderboard_of
 from autodistill.cli.tables import open_view
 from autodistill.errors import InputError
 from autodistill.hardware.budget import (
@@ -25,6 +24,7 @@ from autodistill.hardware.budget import (
     parse_price,
 )
 from autodistill.runs.run_folder import RunFolder, default_cache, known_runs
+from autodistill.runs.standing import leaderboard_of
 from autodistill.units import parse_bytes, parse_duration
 
 if TYPE_CHECKING:

@@ -568,7 +568,7 @@ def test_a_run_that_is_resumed_has_the_budget_it_had(
     ran: Ran, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     def check(request: Any, view: Any) -> None:
-        raise InterruptedSearchError(check_request(request).request.budget.describe())
+        raise InterruptedSearchError(check_request(request).budget.describe())
 
     monkeypatch.setattr("autodistill.search.search.search", check)
     code, _, err = run(capfd, "search --resume --name tiny --runner inline", inputs, ran.folder)
