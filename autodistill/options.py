@@ -30,6 +30,7 @@ class Option:
         section: Heading of the help under which it is shown.
         least: The smallest number.
         argument: Whether it is given by its place instead of by its name.
+        required: Whether a command line must have it, though the request can do without.
         commands: Those that have it, of several that share a request; all where there are none.
         helps: Another help text, by command.
     """
@@ -42,6 +43,7 @@ class Option:
     section: str = ""
     least: int | None = None
     argument: bool = False
+    required: bool = False
     commands: tuple[str, ...] = ()
     helps: Mapping[str, str] = field(default_factory=dict)
 

@@ -45,7 +45,7 @@ def devices(given: dict[str, Any]) -> Iterable[str]:
         except InputError:
             return False
 
-    known = read(*map(Path, given.get("own") or ()))
+    known = read(*map(Path, given.get("devices") or ()))
     names = [name for device in known for name in device.names]
     # A look-up takes a hyphen for a space.
     hyphened = (name if " " not in name else name.lower().replace(" ", "-") for name in names)

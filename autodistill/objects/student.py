@@ -9,10 +9,10 @@ from typing import Any
 
 from autodistill.objects.html import facts
 from autodistill.quantization.formats import get_format
-from autodistill.runs.results.row import Row, finite
+from autodistill.runs.results.differences import paired, paired_difference
+from autodistill.runs.results.row import Row, finite, rows_of
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of
-from autodistill.runs.results.row import rows_of
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
@@ -79,9 +79,7 @@ class Student:
             return None
         return next(folder.glob("*.gguf"), folder)
 
-    def export(
-        self, to: str, out: str | Path, *, notify: Callable[[str], None] = lambda line: None
-    ) -> Path:
+    def export(self, to: str, out: str | Path, *, notify: Callable[[str], None] = lambda line: None) -> Path:
         """Write this student in a container, and verify that what was written is what was evaluated.
 
         Args:
@@ -99,6 +97,16 @@ class Student:
         from autodistill.search.finish.export_run import export_run
 
         return export_run(self._run, self.id, [to], Path(out), notify)[to]
+
+    def difference(self, other: Student, metric: str = "accuracy") -> Metric | None:
+        """By how much a metric is higher here than of another student, paired by document; None where it cannot be.
+
+        Args:
+            other: A student of the same run and split.
+            metric: Its name.
+        """
+        found = paired_difference(paired(self._row, metric), paired(other._row, metric))
+        return None if found is None else Metric(value=found[0], stderr=found[1])
 
     def to_dict(self) -> dict[str, Any]:
         """Its row of the leaderboard as plain data."""

@@ -35,7 +35,7 @@ from autodistill.utils.plain_dataclass import check_no_blank
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
 RUNNERS = ("ray", "inline")
-_SEARCH = ("search",)
+_SEARCH = ("search", "plan")
 
 Names: TypeAlias = str | Sequence[str] | None
 """Names parted by commas, or each for itself."""
@@ -64,7 +64,8 @@ class SearchRequest:
             metavar="STRATEGY",
             argument=True,
             complete="strategies",
-            commands=("distill",),
+            required=True,
+            commands=("distill", "plan"),
         ),
     ] = None
     budget: Annotated[
