@@ -1,30 +1,76 @@
 """AutoDistill: finds the distilled and quantised student with the highest measured accuracy that fits your hardware."""
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import AutoDistillError, InputError, NothingFitsError
-from autodistill.hardware.budget import Budget
-from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Strategy
-from autodistill.units import parse_bytes, parse_duration
+
+if TYPE_CHECKING:
+    from autodistill.api import devices, distill, estimate, load_run, measure, pick, plan, search, write
+    from autodistill.hardware.budget import Budget
+    from autodistill.objects.answers import Estimate, Pick
+    from autodistill.objects.run import Run, SearchResult
+    from autodistill.objects.student import Metric, Student
+    from autodistill.strategy.deployment import Deployment
+    from autodistill.strategy.space import load_strategy
+    from autodistill.strategy.strategy import Strategy
+    from autodistill.units import parse_bytes, parse_duration
+
+    __version__: str
 
 __all__ = [
     "AutoDistillError",
     "Budget",
     "Deployment",
+    "Estimate",
     "InputError",
+    "Metric",
     "NothingFitsError",
+    "Pick",
+    "Run",
+    "SearchResult",
     "Strategy",
+    "Student",
     "__version__",
+    "devices",
+    "distill",
+    "estimate",
+    "load_run",
+    "load_strategy",
+    "measure",
     "parse_bytes",
     "parse_duration",
+    "pick",
+    "plan",
+    "search",
+    "write",
 ]
+
+# Where each name lies; it is imported once somebody asks for it.
+_MODULES = {
+    "api": ("devices", "distill", "estimate", "load_run", "measure", "pick", "plan", "search", "write"),
+    "hardware.budget": ("Budget",),
+    "objects.answers": ("Estimate", "Pick"),
+    "objects.run": ("Run", "SearchResult"),
+    "objects.student": ("Metric", "Student"),
+    "strategy.deployment": ("Deployment",),
+    "strategy.space": ("load_strategy",),
+    "strategy.strategy": ("Strategy",),
+    "units": ("parse_bytes", "parse_duration"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """The version, which is looked up once somebody asks."""
-    if name != "__version__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import version
+    """A public name, imported where somebody asks for it."""
+    if name == "__version__":
+        from importlib.metadata import version
 
-    return version("autodistill-search")
+        return version("autodistill-search")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"autodistill.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

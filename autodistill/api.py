@@ -89,7 +89,7 @@ distill = _concatenated(SearchRequest)
 
 @_takes(SearchRequest, "plan")
 def plan(price: str | Price | None = None, **options: Any) -> dict[str, Any]:
-    """Say what a search would do: trials, tokens, disk, time and, at a price of an hour, its cost. Nothing is trained."""
+    """Say what a search would do: trials, tokens, disk, time, and its cost at a price an hour. Nothing is trained."""
     from autodistill.search.search import plan_search
 
     hourly = parse_price(price) if isinstance(price, str) else price
@@ -463,7 +463,7 @@ def measure(
         Plain data: what was measured and what had been predicted; of `script`, where it was written.
 
     Raises:
-        InputError: A student that cannot be read, arguments that change nothing where it is measured, or a busy machine.
+        InputError: A student that cannot be read, arguments that change nothing here, or a busy machine.
         RemoteError: A board that is not reached, or fails.
     """
     counts = streams

@@ -136,7 +136,7 @@ def searched(budget: str, box: float, explore: float) -> peers_arms.Made:
     """The student that the command exports, read back from its file; the run is left for whoever wants to see it."""
     out = default_cache() / "benchmarks" / "peers-runs"
     command = ["autodistill", "search", "--budget", budget, "--time", f"{box}s", "--explore", f"{explore:g}"]
-    command += ["--out", str(out), "--format", "json"]
+    command += ["--out", str(out), "--json"]
     done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, check=True, text=True)
     document = json.loads(done.stdout)
     file, tokens = Path(document["paths"]["gguf"]), document["best"]["train_tokens"]

@@ -133,7 +133,7 @@ def seconds(out: Path, words: Sequence[str], code: Path) -> list[float]:
     """
     found = []
     for _ in range(REPEATS):
-        command = [sys.executable, "-c", _PROGRAM, "pick", *words, "--out", str(out), "--format", "json"]
+        command = [sys.executable, "-c", _PROGRAM, "pick", *words, "--out", str(out), "--json"]
         # With -c a process imports from the folder that it starts in before all others.
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=code)
         found.append([float(word) for word in done.stderr.split()[-3:]])

@@ -142,8 +142,7 @@ def _searches(verb: str, function: Callable[..., Any]) -> None:
         as_json, plan, price = (given.pop(name, None) for name in ("json", "plan", "price"))
 
         def asked() -> SearchRequest:
-            hourly = None if price is None else parse_price(price)
-            if hourly is not None and not plan:
+            if price is not None and not plan:
                 raise InputError("--price is for what a plan would cost: give it with --plan")
             request = SearchRequest(**given, command=ctx.obj or ctx.command_path, started=started)
             quiet_libraries(given.get("teacher"), given.get("data"), *commands.further(given))
@@ -164,11 +163,12 @@ def _searches(verb: str, function: Callable[..., Any]) -> None:
 
 
 def _plan(request: SearchRequest, price: str | None) -> dict[str, Any]:
+    hourly = None if price is None else parse_price(price)
     from autodistill.cli.live import SearchView
     from autodistill.search.search import plan_search
 
     with open_view() as view:
-        return plan_search(request, SearchView(view), None if price is None else parse_price(price))
+        return plan_search(request, SearchView(view), hourly)
 
 
 def _search(request: SearchRequest) -> api.SearchResult:

@@ -118,15 +118,10 @@ class Run:
             "state": self.state,
             "folder": self.path,
         }
-        columns = ("", "name", "deployment", self.metric, "memory")
+        metric = self.metric
+        columns = ("", "name", "deployment", metric, "memory")
         rows = [
-            (
-                place,
-                one.name,
-                one.deployment.name,
-                one.metrics.get(self.metric, ""),
-                one.metrics.get("memory_bytes", ""),
-            )
+            (place, one.name, one.deployment.name, *(one.metrics.get(name, "") for name in (metric, "memory_bytes")))
             for place, one in enumerate(self.students[:10], start=1)
         ]
         shown = "" if best is None else best._repr_html_()

@@ -70,7 +70,7 @@ class Outcome:
     """What a search found.
 
     Attributes:
-        document: The one JSON document of `--format json`.
+        document: The one JSON document of `--json`.
         rows: Of the validation split.
         finish: What is exported, its verification and the test split.
     """

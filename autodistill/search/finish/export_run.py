@@ -182,7 +182,7 @@ def _another(run: RunFolder, row: Row, asked: Mapping[str, Any]) -> str:
     """What to do where a row's student is not to be had."""
     return (
         f"choose another row, or make one like it with {_again(row, asked)}, where FILE has the strategy of "
-        f"{row.trial} as `autodistill leaderboard {run.name} --format json` gives it"
+        f"{row.trial} as `autodistill leaderboard {run.name} --json` gives it"
     )
 
 

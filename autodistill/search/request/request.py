@@ -1,4 +1,4 @@
-"""What a person asks of a search, as it was typed: each field is an option of the command line and of the Python API."""
+"""What a person asks of a search, as it was typed: its fields are the options of the command line and of Python."""
 
 from __future__ import annotations
 

@@ -307,7 +307,9 @@ def on_gpus(*memories: float, share: float = 1.0) -> TrialMemory:
     return memory_of_trials(place, TEACHER, held)
 
 
-def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(wide: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(
+    wide: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no states of 8 bits
     strategies = {depth / 20: Strategy(init=Init(depth=depth / 20)) for depth in range(1, 21)}
     strategies = {

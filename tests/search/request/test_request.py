@@ -367,3 +367,11 @@ def test_a_search_for_a_device_leaves_out_what_the_device_does_not_serve(asked: 
 def test_an_empty_text_is_no_default(asked: SearchRequest, name: str, blank: str) -> None:
     with pytest.raises(InputError, match=f"{name} is empty"):
         replace(asked, **{name: (blank,) if name == "baseline" else blank})
+
+
+@pytest.mark.parametrize(("batch", "most"), [(None, 16), (16, 16), (32, 32)])
+def test_streams_of_a_latency_are_held_in_memory_whatever_batch_allows_them(
+    asked: SearchRequest, batch: int | None, most: int
+) -> None:
+    placed = replace(asked, budget=None, device="t4", latency="5s@streams=16", batch=batch, context=64)
+    assert check_request(placed).budget.batch == most

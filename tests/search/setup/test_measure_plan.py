@@ -207,9 +207,7 @@ def test_a_trial_reads_no_more_tokens_than_the_cache_may_hold(planned, monkeypat
     fast = {size: 1e3 * rate for size, rate in RATES.items()}
     free, _, _ = planned(trials=1, tokens=None, time=600.0, runner="inline", rates=fast)
     limit = 60 * 1000  # bytes for each of 16 tokens' outputs are more than 1,000 in all
-    held, _, timed = planned(
-        trials=1, tokens=None, time=600.0, runner="inline", rates=fast, cache_limit=limit
-    )
+    held, _, timed = planned(trials=1, tokens=None, time=600.0, runner="inline", rates=fast, cache_limit=limit)
     assert held.tokens < free.tokens
     assert timed == [1]
     assert any("--cache-limit" in note for note in held.notes)
