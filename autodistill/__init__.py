@@ -1,6 +1,9 @@
 """AutoDistill: finds the distilled and quantised student with the highest measured accuracy that fits your hardware."""
 
+import inspect
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import AutoDistillError, InputError, NothingFitsError
@@ -48,7 +51,7 @@ __all__ = [
 
 # Where each name lies; it is imported once somebody asks for it.
 _MODULES = {
-    "api": ("devices", "distill", "estimate", "load_run", "measure", "pick", "plan", "search", "write"),
+    "api": ("devices", "distill", "estimate", "load_run", "measure", "pick", "plan", "write"),
     "hardware.budget": ("Budget",),
     "objects.answers": ("Estimate", "Pick"),
     "objects.run": ("Run", "SearchResult"),
@@ -74,3 +77,21 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Search(ModuleType):
+    """The package of the search, which can be called: its name is also that of the function."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(import_module("autodistill.api").search)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return import_module("autodistill.api").search(*args, **options)
+
+
+# What `help` and a notebook show of it.
+_Search.__doc__ = property(lambda self: import_module("autodistill.api").search.__doc__)  # type: ignore[assignment]
+# Whoever imports a file of the package binds its name here, and the function's would be gone.
+import_module("autodistill.search")
+sys.modules["autodistill.search"].__class__ = _Search

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeAlias, TypeVar, get_type_hints
 
 from autodistill.errors import InputError
 from autodistill.hardware.budget import Price, check_streams, parse_latency, parse_price
@@ -53,7 +53,12 @@ def _takes(request: Callable[P, SearchRequest], verb: str) -> Callable[[Callable
         declared = inspect.signature(request).parameters
         taken = options_of(request, verb)
         own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
-        shared = [declared[name] for name in taken if not any(one.name == name for one in own)]
+        hints = get_type_hints(request)
+        shared = [
+            declared[name].replace(annotation=hints[name])
+            for name in taken
+            if not any(one.name == name for one in own)
+        ]
         signature = inspect.Signature([*own, *shared])
 
         @wraps(function)
