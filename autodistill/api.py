@@ -55,9 +55,7 @@ def _takes(request: Callable[P, SearchRequest], verb: str) -> Callable[[Callable
         own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
         hints = get_type_hints(request)
         shared = [
-            declared[name].replace(annotation=hints[name])
-            for name in taken
-            if not any(one.name == name for one in own)
+            declared[name].replace(annotation=hints[name]) for name in taken if not any(one.name == name for one in own)
         ]
         signature = inspect.Signature([*own, *shared])
 

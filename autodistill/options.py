@@ -31,6 +31,7 @@ class Option:
         least: The smallest number.
         argument: Whether it is given by its place instead of by its name.
         required: Whether a command line must have it, though the request can do without.
+        python: Whether it is for Python alone: an object that no command line can say.
         commands: Those that have it, of several that share a request; all where there are none.
         helps: Another help text, by command.
     """
@@ -44,6 +45,7 @@ class Option:
     least: int | None = None
     argument: bool = False
     required: bool = False
+    python: bool = False
     commands: tuple[str, ...] = ()
     helps: Mapping[str, str] = field(default_factory=dict)
 

@@ -136,9 +136,10 @@ def test_what_is_planned_estimated_and_picked(page: dict[str, Any]):
 def test_an_estimate_has_the_memory_on_the_device_that_was_named(page: dict[str, Any]):
     document = page["estimate"].document
     assert page["estimate"].memory_bytes == document["devices"][0]["total_bytes"]
-    assert ad.estimate("./model", format="gguf-q4_0").memory_bytes == ad.estimate(
-        Path("model"), format="gguf-q4_0"
-    ).document["total_bytes"]
+    assert (
+        ad.estimate("./model", format="gguf-q4_0").memory_bytes
+        == ad.estimate(Path("model"), format="gguf-q4_0").document["total_bytes"]
+    )
 
 
 def test_runs_of_two_folders_are_not_picked_from_together(page: dict[str, Any]):

@@ -31,6 +31,7 @@ def parameters(
     return [
         _parameter(name, option, given[name].default, command, sections)
         for name, option in options_of(declared, command).items()
+        if not option.python
     ]
 
 

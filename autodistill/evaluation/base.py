@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from autodistill import plugins
 from autodistill.hardware.budget import Budget
 from autodistill.inference.outputs import Answers, Likelihood, TokenScores
 from autodistill.models.spec import ModelSpec
-from autodistill.plugins import load
 from autodistill.strategy.deployment import Deployment
 
 Source = Literal["measured", "simulated", "predicted"]
@@ -196,11 +196,28 @@ class Parted(Evaluator, Protocol):
         ...
 
 
+def register_evaluator(evaluator: Evaluator) -> str:
+    """Make an object an evaluator of this Python session, under the name that it has, and return that name.
+
+    Workers get the object by Ray's own serialiser. It is never written to disk: rows record its name and a hash of its
+    source, and a run is resumed where the same one is registered.
+
+    Raises:
+        InputError: It is no evaluator, or an installed one has its name.
+    """
+    lacking = [name for name in ("name", "needs", "measures", "evaluate", "supports") if not hasattr(evaluator, name)]
+    if lacking or isinstance(evaluator, type):
+        problem = "it is a class: give an object of it" if isinstance(evaluator, type) else f"it lacks {lacking[0]}"
+        raise InputError(f"{evaluator!r} is no evaluator: {problem}")
+    plugins.register("evaluators", evaluator.name, evaluator)
+    return evaluator.name
+
+
 def load_evaluator(name: str) -> Evaluator:
     """Makes the installed evaluator of a name.
 
     Raises:
         InputError: As `plugins.load`.
     """
-    made: Evaluator = load("evaluators", name)
+    made: Evaluator = plugins.load("evaluators", name)
     return made

@@ -14,6 +14,7 @@ from typing import Any
 
 from autodistill.errors import InputError
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.divergence import get_divergence
 from autodistill.strategy.domains import Choices, Range, Value, check_fields, near, read_choices, read_range
 from autodistill.strategy.strategy import Alignment, Distillation, Init, Strategy
 from autodistill.utils.hashing import content_hash
@@ -195,6 +196,12 @@ class Space:
     def models(self) -> tuple[str, ...]:
         """References of the pretrained models that a student may begin from."""
         return tuple(dict.fromkeys(found.init.model for found in self.extremes() if found.init.model))
+
+    @property
+    def divergences(self) -> tuple[str, ...]:
+        """Names of the divergences that a strategy may have, sorted."""
+        strategies = (*self.varied(["distillation.divergence"]), *self.starts.values())
+        return tuple(sorted({strategy.distillation.divergence for strategy in strategies}))
 
     def required(self) -> Space:
         """The space without its optional choices, and without the dimensions and starts that ask for one."""
@@ -419,8 +426,8 @@ def load_space(ref: str | Path) -> Space:
     """The space of a name in `search_spaces/`, or of a YAML file.
 
     Raises:
-        InputError: No such space or file, YAML that is not plain data, a space that does not hold together, or a named
-            strategy of it with parts that can have no effect.
+        InputError: No such space or file, YAML that is not plain data, a space that does not hold together, a
+            divergence that nothing declares, or a named strategy of it with parts that can have no effect.
     """
     data = read_yaml(_resolve(ref, "spaces"))
     try:
@@ -428,6 +435,8 @@ def load_space(ref: str | Path) -> Space:
         check(len(space.dimensions) > 0, _NO_DIMENSION)
         for strategy in (*space.baselines.values(), *space.starts.values()):
             check_effect(strategy)
+        for name in space.divergences:
+            get_divergence(name)
         return space
     except InputError as error:
         raise InputError(f"space {ref}: {error}") from None
@@ -437,13 +446,14 @@ def load_strategy(ref: str | Path) -> Strategy:
     """The strategy of a name in `search_spaces/strategies/`, or of a YAML file.
 
     Raises:
-        InputError: No such strategy or file, YAML that is not plain data, a broken rule, or parts that can have no
-            effect.
+        InputError: No such strategy or file, YAML that is not plain data, a broken rule, a divergence that nothing
+            declares, or parts that can have no effect.
     """
     data = read_yaml(_resolve(ref, "strategies"))
     try:
         strategy = Strategy.from_json(data)
         check_effect(strategy)
+        get_divergence(strategy.distillation.divergence)
         return strategy
     except InputError as error:
         raise InputError(f"strategy {ref}: {error}") from None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from autodistill.evaluators.tasks.lm_eval import PREFIX, Harness, find_task
 from autodistill.evaluators.tasks.task import evaluator_of
 from autodistill.options import parsed
 from autodistill.runs.results.objectives import OBJECTIVES, Objective, objectives_of, parse_objectives
+from autodistill.search.request.registered import check_again, check_divergences, check_evaluators, sources
 from autodistill.search.request.request import DEFAULT_METRIC, SearchRequest, joined
+from autodistill.strategy.divergence import Divergence
 
 # What may rank is measured at every rung, so it must come from the simulated student alone.
 _RANKING = ("scores", "answers", "student")
@@ -28,14 +30,27 @@ class Asked:
     """What is measured beside the usual, because a request asks for it.
 
     Attributes:
-        evaluators: Names of installed ones, and evaluators that a request made.
+        evaluators: Names of installed ones, and evaluators that a request made or a session registered.
         written: The objective for which questions are answered in writing, or "".
         record: For `search.json`: what they were made from.
+        divergences: Those that the Python session registered and a strategy may have.
     """
 
     evaluators: tuple[str | Evaluator, ...]
     written: str
     record: Mapping[str, Any]
+    divergences: tuple[Divergence, ...] = ()
+
+    def with_divergences(self, used: Iterable[str]) -> Asked:
+        """The same with the divergences that a search may use, where they are of this session.
+
+        Raises:
+            InputError: As `check_divergences`.
+        """
+        found = check_divergences(used)
+        written = sources("divergences", used)
+        record = {**self.record, "divergences": written} if written else self.record
+        return replace(self, divergences=found, record=record)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -54,7 +69,15 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
     Raises:
         InputError: A task file, a command, a metric or an objective that cannot be used.
     """
-    own, record = _own(request, known.get("asked", {}))
+    before_this = known.get("asked", {})
+    for kind in ("divergences", "evaluators"):
+        check_again(kind, {name: source for name, source in before_this.get(kind, {}).items() if source})
+    own, record = _own(request, before_this)
+    further = _further(request, before_this)
+    own += [item for item in further if item.name in plugins.registered("evaluators")]
+    if further:
+        given = sources("evaluators", (item.name for item in further))
+        record["evaluators"] = {item.name: given.get(item.name) for item in further}
     metric = request.metric
     if request.objectives is None:
         before = [one.name for one in objectives_of(known)] if known else []
@@ -70,6 +93,7 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
     own += [find_task(name) for name in names if name.startswith(PREFIX)]
     made = {name: quantity.direction for item in own for name, quantity in item.measures.items()}
     installed = _installed([name for name in names if name not in made and not _follows(name)])
+    installed += [item for item in further if item not in own and item.name not in {one.name for one in installed}]
     ways = made | {name: quantity.direction for item in installed for name, quantity in item.measures.items()}
     if metric is not None and metric not in ways:
         known_ones = ", ".join(sorted({*made, *(name for item in _ranking() for name in item.measures)}))
@@ -128,6 +152,27 @@ def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evalua
         "command_direction": direction,
         "command_seconds": seconds,
     }
+
+
+def _further(request: SearchRequest, before: Mapping[str, Any]) -> list[Evaluator]:
+    """Evaluators that are asked for by name, or were before.
+
+    Raises:
+        InputError: There is none of a name, it is read of an exported file alone, or measures what another does.
+    """
+    asked = tuple(before.get("evaluators", ())) if request.evaluators is None else request.evaluators
+    found = [load_evaluator(str(name)) for name in asked]
+    late = next((item.name for item in found if item.needs == "artifact"), None)
+    if late is not None:
+        raise InputError(f"the evaluator {late} reads an exported file, and there is none at a rung: leave it out")
+    here = plugins.registered("evaluators")
+    if any(item.name in here for item in found):
+        installed = (load_evaluator(name) for name in plugins.names("evaluators") if name not in here)
+        theirs = {name: item.name for item in installed for name in item.measures}
+        for item in found:
+            if item.name in here:
+                check_evaluators(item.measures, theirs)
+    return found
 
 
 def _follows(name: str) -> bool:

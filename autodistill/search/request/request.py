@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from autodistill.errors import InputError
-from autodistill.evaluation.base import Direction
+from autodistill.evaluation.base import Direction, Evaluator, register_evaluator
 from autodistill.hardware.budget import Budget
 from autodistill.options import (
     BUDGET_HELP,
@@ -152,6 +152,13 @@ class SearchRequest:
             metavar="TIME",
             parse=parse_duration,
             section="Scores",
+        ),
+    ] = None
+    evaluators: Annotated[
+        Sequence[str | Evaluator] | None,
+        Option(
+            help="Evaluators that are read at every rung beside the usual ones: objects, or names of installed ones.",
+            python=True,
         ),
     ] = None
     space: Annotated[
@@ -346,6 +353,9 @@ class SearchRequest:
             value = getattr(self, name)
             if option.parse is not None and isinstance(value, str):
                 object.__setattr__(self, name, option.parse(value))
+        if self.evaluators is not None:
+            # An object is known by its name from here on, in this session and in the run's records.
+            object.__setattr__(self, "evaluators", tuple(map(_named, self.evaluators)))
         if not isinstance(self.budget, Budget):
             self._check_limits()
 
@@ -360,6 +370,13 @@ class SearchRequest:
         check_room(self.batch, parsed(self.latency) or (), "--batch")
         context, batch = (1 if given is None else given for given in (self.context, self.batch))
         Budget(memory_bytes=1, context=context, batch=batch)
+
+
+def _named(evaluator: str | Evaluator) -> str:
+    if isinstance(evaluator, str):
+        return evaluator
+    register_evaluator(evaluator)
+    return evaluator.name
 
 
 def joined(names: Names) -> str | None:

@@ -158,7 +158,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         space=space,
         space_reference=space_reference,
         baselines=baselines,
-        asked=asked,
+        asked=asked.with_divergences(space.divergences),
         objectives=objectives,
         device=_device(request.device, budget, known, objectives, cache),
         sampler=_first(request.sampler, known.get("sampler"), DEFAULT_SAMPLER),

@@ -160,6 +160,7 @@ def teacher_phase(
         pretrained=loaded.pretrained,
         held=loaded.teacher_fit.held,
         renderings=loaded.renderings,
+        divergences=checked.asked.divergences,
     )
     rows = [row for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"]
     setting = replace(setting, evaluators=_expecting(setting.evaluators, rows, validation))
