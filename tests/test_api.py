@@ -17,6 +17,7 @@ import pytest
 import autodistill as ad
 from autodistill.options import options_of
 from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.resolve import _reference
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 ROOT = Path(__file__).parents[1]
@@ -70,9 +71,10 @@ def test_the_page_imports_nothing_from_within():
 
 
 def test_a_result_has_the_best_student_with_errors_and_the_file_that_its_runtime_is_given(page: dict[str, Any]):
-    result, best = page["result"], page["best"]
+    result, best = page["more"], page["more"].best
     assert isinstance(result, ad.SearchResult)
     assert best.id == result.document["best"]["row_id"]
+    assert page["best"].path is None, "the run has gone on since, and has exported another one"
     assert best.metrics["accuracy"].value == result.document["best"]["accuracy"]
     assert best.metrics["accuracy"].stderr == result.document["best"]["accuracy_stderr"]
     assert best.deployment.to_json() == result.document["best"]["deployment"]
@@ -87,6 +89,14 @@ def test_what_is_exported_is_loaded_by_another_library(page: dict[str, Any]):
 
     model = AutoModelForCausalLM.from_pretrained(page["folder"], local_files_only=True)
     assert model.num_parameters() == page["best"].metrics["params"].value
+
+
+def test_a_strategy_that_is_an_object_is_kept_as_a_file_so_that_its_run_can_go_on(tmp_path: Path):
+    strategy = ad.load_strategy("hand_designed")
+    path = _reference(strategy, tmp_path)
+    assert ad.load_strategy(path) == strategy
+    assert _reference(strategy, tmp_path) == path
+    assert _reference("logit_kd", tmp_path) == "logit_kd"
 
 
 def test_a_frame_has_the_leaderboard_with_errors_and_dimensions(page: dict[str, Any]):
@@ -143,22 +153,16 @@ def test_an_estimate_has_the_memory_on_the_device_that_was_named(page: dict[str,
 
 
 def test_runs_of_two_folders_are_not_picked_from_together(page: dict[str, Any]):
+    other = Path("elsewhere") / "other"
+    other.mkdir(parents=True)
+    (other / "search.json").write_bytes((page["run"].path / "search.json").read_bytes())
     with pytest.raises(ad.InputError, match="lie in several folders"):
-        ad.pick(budget="8GB", runs=[page["run"], "elsewhere/other"]) if Path("elsewhere/other").exists() else ad.pick(
-            budget="8GB", runs=[page["run"], _copied(page["run"])]
-        )
-
-
-def _copied(run: ad.Run) -> Path:
-    folder = Path("elsewhere") / "other"
-    folder.mkdir(parents=True)
-    (folder / "search.json").write_bytes((run.path / "search.json").read_bytes())
-    return folder
+        ad.pick(budget="8GB", runs=[page["run"], other])
 
 
 def test_a_run_that_is_not_there_is_named(page: dict[str, Any]):
     for reference in ("nobody", "results/runs/nobody"):
-        with pytest.raises(ad.InputError, match="no run 'nobody' in .*: the runs there are first, one"):
+        with pytest.raises(ad.InputError, match=r"no run 'nobody' in .*: the runs there are first, one"):
             ad.load_run(reference)
 
 

@@ -16,18 +16,8 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: the one place that says the order. "" is `autodistill/__init__.py`, the public names.
 PACKAGES = (
     *("errors", "units", "plugins"),
-    *(
-        "utils",
-        "models",
-        "quantization",
-        "strategy",
-        "hardware",
-        "options",
-        "estimates",
-        "data",
-        "serving",
-        "inference",
-    ),
+    *("utils", "models", "quantization", "strategy", "hardware", "options", "estimates"),
+    *("data", "serving", "inference"),
     *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "search", "objects", "api"),
     *("testing", "cli", "__main__", ""),
 )

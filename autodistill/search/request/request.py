@@ -373,10 +373,7 @@ class SearchRequest:
 
 
 def _named(evaluator: str | Evaluator) -> str:
-    if isinstance(evaluator, str):
-        return evaluator
-    register_evaluator(evaluator)
-    return evaluator.name
+    return evaluator if isinstance(evaluator, str) else register_evaluator(evaluator)
 
 
 def joined(names: Names) -> str | None:
