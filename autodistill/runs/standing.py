@@ -10,7 +10,6 @@ from autodistill.runs.results.objectives import objectives_of, with_front
 from autodistill.runs.results.row import Row, rows_of
 from autodistill.runs.results.selection import chosen, contenders, students_only
 from autodistill.runs.run_folder import RunFolder
-from autodistill.runs.students import kept_after, student_folder
 
 
 def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
@@ -39,4 +38,7 @@ def best_of(run: RunFolder, rows: Sequence[Row]) -> Row | None:
 
 def trained_student(run: RunFolder, row: Row) -> Path:
     """The folder of a row's student in float32, if it is there."""
+    # Imports pyarrow, which nobody needs who only lists what there is.
+    from autodistill.runs.students import kept_after, student_folder
+
     return student_folder(run.checkpoints / row.trial, kept_after(row))
