@@ -375,3 +375,29 @@ def test_streams_of_a_latency_are_held_in_memory_whatever_batch_allows_them(
 ) -> None:
     placed = replace(asked, budget=None, device="t4", latency="5s@streams=16", batch=batch, context=64)
     assert check_request(placed).budget.batch == most
+
+
+def test_texts_are_read_once_whoever_gives_them() -> None:
+    typed = SearchRequest(
+        budget="8GB", time="1h30m", latency="50ms", metric_timeout="2m", cache_limit="1GiB", device="t4"
+    )
+    assert (typed.budget, typed.time, typed.metric_timeout, typed.cache_limit) == (8 * 10**9, 5400.0, 120.0, 2**30)
+    assert typed.latency == parse_latency("50ms")
+    again = replace(typed, seed=1)
+    assert (again.budget, again.time, again.latency) == (typed.budget, typed.time, typed.latency)
+    assert SearchRequest(budget=8 * 10**9, time=5400.0).time == typed.time
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "search needs the memory"),
+        ({"budget": "8GB", "time": "soon"}, "'soon' is not a duration"),
+        ({"budget": "8GB", "devices": ["mine.yaml"]}, "none is asked for: name one with --device"),
+        ({"device": "t4", "latency": "50ms@streams=16", "batch": 4}, "contradicted by --latency @streams=16"),
+        ({"budget": "8GB", "context": 0}, "--context must be at least 1"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused_before_a_device_is_looked_for(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        SearchRequest(**given)
