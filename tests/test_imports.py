@@ -30,6 +30,7 @@ WITHOUT_TORCH = (
     *("quantization.packing", "strategy.strategy", "strategy.deployment", "strategy.space"),
     *("hardware.budget", "hardware.device", "hardware.lookup", "estimates.fit", "estimates.serving_memory"),
     *("evaluation.base", "evaluation.early_stopping", "distillation.student.shapes"),
+    *("advisor.describe", "advisor.estimate", "advisor.candidates", "cli.app", "cli.commands"),
 )
 
 
