@@ -108,7 +108,8 @@ def _further(given: Mapping[str, Any]) -> Iterator[str]:
     may begin from.
     """
     from autodistill.evaluators.tasks.lm_eval import PREFIX
-    from autodistill.strategy.space import load_space, load_strategy
+    from autodistill.strategy.named import load_strategy
+    from autodistill.strategy.space import load_space
 
     for text in (given["metric"], given.get("objectives")):
         yield from (name for name in map(str.strip, (text or "").split(",")) if name.startswith(PREFIX))
@@ -223,7 +224,7 @@ def packaged(what: str, name: str | None) -> dict[str, Any]:
         what: "spaces" or "strategies".
         name: Of one; all are listed without it.
     """
-    from autodistill.strategy.space import packaged_file, packaged_files
+    from autodistill.strategy.named import packaged_file, packaged_files
 
     if name is not None:
         path = packaged_file(what, name)
@@ -245,7 +246,7 @@ _SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "e
 
 def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a model, or the student that a strategy makes of it, takes and how fast it would be."""
-    from autodistill.strategy.space import load_strategy
+    from autodistill.strategy.named import load_strategy
 
     strategy = None if given["strategy"] is None else load_strategy(given["strategy"])
     quiet_libraries(given["model"], *(() if strategy is None else filter(None, [strategy.init.model])))

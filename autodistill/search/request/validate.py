@@ -44,7 +44,8 @@ from autodistill.search.request.request import (
     RUNNERS,
     SearchRequest,
 )
-from autodistill.strategy.space import Space, load_space, load_strategy
+from autodistill.strategy.named import load_strategy
+from autodistill.strategy.space import Space, load_space
 from autodistill.units import format_duration
 from autodistill.utils.durable import make_folder
 from autodistill.utils.json_files import read_json
