@@ -10,12 +10,16 @@ from autodistill.errors import AutoDistillError, InputError, NothingFitsError
 
 if TYPE_CHECKING:
     from autodistill.api import devices, distill, estimate, load_run, measure, pick, plan, search, write
+    from autodistill.evaluation.base import register_evaluator
     from autodistill.hardware.budget import Budget
     from autodistill.objects.answers import Estimate, Pick
     from autodistill.objects.run import Run, SearchResult
     from autodistill.objects.student import Metric, Student
     from autodistill.strategy.deployment import Deployment
-    from autodistill.strategy.space import load_strategy
+    from autodistill.strategy.divergence import register_divergence
+    from autodistill.strategy.domains import Choice, Float, Int
+    from autodistill.strategy.named import load_strategy
+    from autodistill.strategy.space import Space, load_space
     from autodistill.strategy.strategy import Strategy
     from autodistill.units import parse_bytes, parse_duration
 
@@ -24,14 +28,18 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoDistillError",
     "Budget",
+    "Choice",
     "Deployment",
     "Estimate",
+    "Float",
     "InputError",
+    "Int",
     "Metric",
     "NothingFitsError",
     "Pick",
     "Run",
     "SearchResult",
+    "Space",
     "Strategy",
     "Student",
     "__version__",
@@ -39,12 +47,15 @@ __all__ = [
     "distill",
     "estimate",
     "load_run",
+    "load_space",
     "load_strategy",
     "measure",
     "parse_bytes",
     "parse_duration",
     "pick",
     "plan",
+    "register_divergence",
+    "register_evaluator",
     "search",
     "write",
 ]
@@ -56,8 +67,12 @@ _MODULES = {
     "objects.answers": ("Estimate", "Pick"),
     "objects.run": ("Run", "SearchResult"),
     "objects.student": ("Metric", "Student"),
+    "evaluation.base": ("register_evaluator",),
     "strategy.deployment": ("Deployment",),
-    "strategy.space": ("load_strategy",),
+    "strategy.divergence": ("register_divergence",),
+    "strategy.domains": ("Choice", "Float", "Int"),
+    "strategy.named": ("load_strategy",),
+    "strategy.space": ("Space", "load_space"),
     "strategy.strategy": ("Strategy",),
     "units": ("parse_bytes", "parse_duration"),
 }

@@ -276,7 +276,7 @@ def _student_estimated(
     from autodistill.advisor.describe import deployment_named
     from autodistill.advisor.estimate import TOKENS, appraise, strategy_training, student_of
     from autodistill.distillation.student.check import own_deployment
-    from autodistill.strategy.space import load_strategy
+    from autodistill.strategy.named import load_strategy
 
     recipe = strategy if isinstance(strategy, Strategy) else load_strategy(strategy)
     student = student_of(teacher, recipe, recipe.id if isinstance(strategy, Strategy) else str(strategy))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import report
 import trials
 
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.strategy.strategy import Alignment, Attention, Init, Strategy
 
 STORE = report.REPORTS / "alignments.jsonl"

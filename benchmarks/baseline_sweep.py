@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import report
 import trials
 
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.strategy.strategy import Strategy
 
 RATES = (1e-4, 2e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)

@@ -34,7 +34,7 @@ from autodistill.evaluation.evaluate import evaluate
 from autodistill.runs.run_folder import default_cache
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.search.worker.context import Workbench
-from autodistill.strategy.space import Point
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import parse_duration
 

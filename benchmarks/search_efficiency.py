@@ -47,8 +47,9 @@ from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.runners.inline import run_inline
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.domains import Choices
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import parse_duration
 from autodistill.utils.hashing import content_hash

@@ -58,8 +58,9 @@ from autodistill.search.worker.attempt import Assignment, attempt, work
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.domains import Choices, Range
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import parse_duration
 from autodistill.utils.hashing import content_hash

@@ -28,9 +28,10 @@ WITHOUT_TORCH = (
     *("errors", "units", "plugins", "utils.hashing", "utils.plain_dataclass"),
     *("models.tensors", "models.families", "models.spec", "models.config", "models.llama_cpp_graphs"),
     *("quantization.grids", "quantization.formats", "quantization.k_quants", "quantization.k_quant_bytes"),
-    *("quantization.packing", "strategy.strategy", "strategy.deployment", "strategy.space"),
+    *("quantization.packing", "strategy.strategy", "strategy.deployment", "strategy.space", "strategy.named"),
     *("hardware.budget", "hardware.device", "hardware.lookup", "estimates.fit", "estimates.serving_memory"),
     *("evaluation.base", "evaluation.early_stopping", "distillation.student.shapes"),
+    *("advisor.describe", "advisor.estimate", "advisor.candidates", "cli.app", "cli.commands"),
 )
 
 

@@ -23,7 +23,8 @@ def further(given: Mapping[str, Any]) -> Iterator[str]:
     may begin from.
     """
     from autodistill.evaluators.tasks.lm_eval import PREFIX
-    from autodistill.strategy.space import load_space, load_strategy
+    from autodistill.strategy.named import load_strategy
+    from autodistill.strategy.space import load_space
 
     for text in (given.get("metric"), given.get("objectives")):
         yield from (name for name in map(str.strip, (text or "").split(",")) if name.startswith(PREFIX))
@@ -112,7 +113,7 @@ def spaces(
 
 def _packaged(what: str, name: str | None) -> dict[str, Any]:
     """The packaged spaces or strategies with what each is, or the text of one."""
-    from autodistill.strategy.space import packaged_file, packaged_files
+    from autodistill.strategy.named import packaged_file, packaged_files
 
     if name is not None:
         path = packaged_file(what, name)

@@ -56,7 +56,7 @@ def devices(given: dict[str, Any]) -> Iterable[str]:
 @_beginning
 def spaces(given: dict[str, Any]) -> Iterable[str]:
     """Packaged spaces."""
-    from autodistill.strategy.space import packaged_files
+    from autodistill.strategy.named import packaged_files
 
     return packaged_files("spaces")
 
@@ -64,7 +64,7 @@ def spaces(given: dict[str, Any]) -> Iterable[str]:
 @_beginning
 def strategies(given: dict[str, Any]) -> Iterable[str]:
     """Packaged strategies."""
-    from autodistill.strategy.space import packaged_files
+    from autodistill.strategy.named import packaged_files
 
     return packaged_files("strategies")
 

@@ -25,7 +25,8 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.test_split_ledger import opened, openings_of
 from autodistill.search.algorithms.optuna_study import Importance, Observation, importance
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.dimension import Point
+from autodistill.strategy.space import Space
 from autodistill.units import format_bytes
 
 # With fewer results a share of the variance is noise.

@@ -23,7 +23,8 @@ from autodistill.errors import InterruptedSearchError, VerificationError
 from autodistill.hardware.budget import parse_latency
 from autodistill.options import LATENCY_HELP
 from autodistill.search.request.validate import check_request
-from autodistill.strategy.space import load_space, load_strategy
+from autodistill.strategy.named import load_strategy
+from autodistill.strategy.space import load_space
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 SPACE = """

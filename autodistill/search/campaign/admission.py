@@ -21,7 +21,7 @@ from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.planning.trial_memory import TrainingNeed
 from autodistill.search.worker.messages import TrialTask
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.strategy import Strategy
 
 

@@ -28,6 +28,7 @@ from autodistill.options import (
     options_of,
     parsed,
 )
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import parse_bytes, parse_duration
 from autodistill.utils.plain_dataclass import check_no_blank
@@ -162,7 +163,7 @@ class SearchRequest:
         ),
     ] = None
     space: Annotated[
-        str | Path | None,
+        str | Path | Space | None,
         Option(
             help="Search space: a name that autodistill spaces lists, or a YAML file.",
             metavar="NAME|FILE",

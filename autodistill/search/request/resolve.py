@@ -36,7 +36,8 @@ from autodistill.search.request.request import (
     SearchRequest,
     joined,
 )
-from autodistill.strategy.space import Space, load_space, load_strategy
+from autodistill.strategy.named import load_strategy
+from autodistill.strategy.space import Space, load_space, space_reference
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.durable import make_folder
 from autodistill.utils.json_files import replacing
@@ -130,19 +131,20 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
     limits = _limits(request, known, cache)
     teacher_reference = _first(request.teacher, known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
     data_reference = _first(request.data, known.get("data", {}).get("reference"), DEFAULT_DATA)
-    space_reference = _first(request.space, known.get("space"), DEFAULT_SPACE)
+    space = None if request.space is None else space_reference(request.space, cache)
+    named_space = _first(space, known.get("space"), DEFAULT_SPACE)
     teacher = resolve_teacher(_as_before(teacher_reference, known.get("teacher", {})))
     source = resolve_data(data_reference)
     strategy = _reference(request.strategy, cache)
-    space = load_space(space_reference)
+    searched = load_space(named_space)
     baselines = tuple(map(str, request.baseline)) if request.baseline else _named(known.get("baselines"))
     if baselines is not None:
-        space = against(space, baselines)
+        searched = against(searched, baselines)
     if strategy is not None:
-        space = single(space, strategy)
+        searched = single(searched, strategy)
     spec = spec_from_config(teacher.config)
-    budget, notes = _budget(limits, known, spec, space)
-    space = _under_budget(space, spec, budget, known)
+    budget, notes = _budget(limits, known, spec, searched)
+    searched = _under_budget(searched, spec, budget, known)
     confirm = request.confirm if request.confirm is not None else known.get("confirm", 0)
     warm_start = joined(request.warm_start)
     storage = request.storage or known.get("storage")
@@ -155,10 +157,10 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         teacher_reference=teacher_reference,
         source=source,
         data_reference=data_reference,
-        space=space,
-        space_reference=space_reference,
+        space=searched,
+        space_reference=named_space,
         baselines=baselines,
-        asked=asked.with_divergences(space.divergences),
+        asked=asked.with_divergences(searched.divergences),
         objectives=objectives,
         device=_device(request.device, budget, known, objectives, cache),
         sampler=_first(request.sampler, known.get("sampler"), DEFAULT_SAMPLER),
@@ -168,7 +170,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         sequence_length=request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH,
         step_tokens=request.step_tokens,
         warm_start=warmed_by(known) if warm_start is None else parse_runs(warm_start),
-        explore=_explore(request, known, space),
+        explore=_explore(request, known, searched),
         confirm=confirm,
         students_only=_students_only(request, stored),
         seed=request.seed if request.seed is not None else known.get("seed", 0),

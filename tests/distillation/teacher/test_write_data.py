@@ -46,7 +46,7 @@ from autodistill.inference.generation import Sampling
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_tokenizer
 

@@ -18,7 +18,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.search.planning.durations import TRAINING
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.utils.json_files import write_json
 from autodistill.utils.storage import Storage
