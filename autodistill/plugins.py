@@ -38,6 +38,12 @@ def names(kind: Kind) -> tuple[str, ...]:
     return tuple(sorted(declared | set(registered(kind))))
 
 
+def others(kind: Kind) -> tuple[str, ...]:
+    """Names of those that are not this project's own, sorted; none of them is imported."""
+    own = {entry.name for entry in _entries(kind, tuple(sys.path)) if entry.module.startswith("autodistill.")}
+    return tuple(name for name in names(kind) if name not in own)
+
+
 def load(kind: Kind, name: str) -> Any:
     """Return the plug-in of a name; of a class that an entry point names, an instance made without arguments.
 

@@ -72,6 +72,6 @@ def strategies(given: dict[str, Any]) -> Iterable[str]:
 @_beginning
 def formats(given: dict[str, Any]) -> Iterable[str]:
     """Formats of weights."""
-    from autodistill.quantization.formats import FORMATS
+    from autodistill.quantization.formats import all_formats
 
-    return FORMATS
+    return all_formats()

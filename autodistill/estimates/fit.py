@@ -11,9 +11,8 @@ from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import MemoryEstimate, memory
 from autodistill.estimates.speed import limit_seconds
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
-from autodistill.models.llama_cpp_graphs import cannot_run
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import Packing
+from autodistill.quantization.formats import Packing, get_format
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, format_duration
@@ -140,10 +139,10 @@ def check_holds(spec: ModelSpec, packing: Packing) -> None:
     """Refuses a packing that cannot hold a model, whatever memory it needs.
 
     Raises:
-        InputError: What llama.cpp would not compute of it, or as `Packing.check_model`.
+        InputError: Why its format holds no such model, or as `Packing.check_model`.
     """
-    if packing.container == "gguf" and (reason := cannot_run(spec)):
-        raise InputError(f"GGUF cannot hold this {spec.architecture}: {reason}")
+    if reason := get_format(packing.format).refuses(spec):
+        raise InputError(reason)
     packing.check_model(spec.tensors)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill import plugins
+from autodistill.errors import InputError
 from autodistill.hardware.budget import Budget
 from autodistill.inference.outputs import Answers, Likelihood, TokenScores
 from autodistill.models.spec import ModelSpec
@@ -138,6 +139,7 @@ class Subject:
         answers: Written by the packed weights simulated in torch; None where no evaluator asks for them.
         student: The packed weights simulated in torch, to be asked; None after export.
         artifact: The exported file or folder, or None before export.
+        artifact_bytes: Of its files that hold weights, as its exporter counts them; None before export.
         split: That scores and answers are of.
         threads: CPU threads a runtime may use.
     """
@@ -149,6 +151,7 @@ class Subject:
     answers: Answers | None = None
     student: SimulatedStudent | None = None
     artifact: Path | None = None
+    artifact_bytes: int | None = None
     split: str = "validation"
     threads: int = 1
 

@@ -79,15 +79,15 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
     own = _as_measured(own)
     own.sort(key=lambda one: one.deployment_name != here)
     measured = any(one.deployment_name == here for one in own)
-    container = get_format(deployment.format).container
+    held = get_format(deployment.format)
     license = origin.teacher_license
     read = "learnt from" if row.kind in DISTILLED else "was measured on"
     model = "the teacher" if row.kind == "teacher" else "this student"
     head = {
         **({"license": " ".join(license.lower().split())} if license else {}),
-        "library_name": "gguf" if container == "gguf" else "transformers",
+        "library_name": "transformers" if "transformers" in held.runtimes else held.container,
         "pipeline_tag": "text-generation",
-        "tags": ["distillation", "quantization", "autodistill", container],
+        "tags": ["distillation", "quantization", "autodistill", held.container],
     }
     return "\n".join(
         [

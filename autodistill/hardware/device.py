@@ -1,11 +1,12 @@
-"""What a device is that a student may be served on: its class, its figures, and what runtimes reach of these."""
+"""What a device is that a student may be served on: its class, its figures, and which engines it has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
+
+from autodistill.hardware.runtime import Runtime, Shares, further_runtime, further_runtimes
 
 LOCAL = "local"
 """What a person calls this machine where a device is asked for."""
@@ -14,87 +15,6 @@ DISCRETE = "discrete-gpu"
 """The class of GPUs that have memory of their own."""
 ONE_CHIP = ("unified", "board", "phone")
 """Classes whose memory, and whose GPU, are those of the whole machine."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """A low, typical and high value."""
-
-    low: float
-    typical: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shares:
-    """What a runtime reaches of a device's bandwidth and rates, and what its layers cost beside that.
-
-    Attributes:
-        decode: Share of the stated bandwidth that decoding reaches.
-        decode_measured: The same of a bandwidth that was measured on the device itself.
-        prefill: Share of the matrix rate that reading a prompt reaches.
-        prefill_quantized: The same in llama.cpp with weights whose rows it interleaves for products of integers.
-        dequantize: Share of the matrix rate at which a decoding step multiplies by weights on a grid, which comes on
-            top of reading them; None where it is hidden behind that.
-        attention: Share of the matrix rate at which a decoding step attends; None where that is hidden too.
-        activations: Share of the bandwidth at which a prompt's activations pass between its products; None where
-            that is hidden.
-        layer_seconds: What a layer of a pass costs beside reading its bytes; the least of it is the fast end.
-        ahead: Whether layers are launched while earlier ones run, so that only what launching takes longer counts.
-        rate: The precision whose matrix rate `prefill` is a share of, where it is not the class's own; "" for that.
-        measured_alone: Whether it was found on a device whose bandwidth was measured, so that of a stated one
-            nothing is known.
-        reference: Where these come from.
-        assumed: Why they are assumed and not measured, and the band wide; "" where they were measured.
-    """
-
-    decode: Range
-    decode_measured: Range
-    prefill: Range
-    prefill_quantized: Range
-    dequantize: Range | None
-    attention: Range | None
-    activations: Range | None
-    layer_seconds: Range
-    ahead: bool
-    rate: str
-    measured_alone: bool
-    reference: str
-    assumed: str = ""
-
-    def layer(self, end: str) -> float:
-        """Seconds of a layer at the slow end ("low"), the typical one or the fast one ("high") of the band."""
-        cost = self.layer_seconds
-        return {"low": cost.high, "typical": cost.typical, "high": cost.low}[end]
-
-    def assumed_since(self, why: str) -> Shares:
-        """The same where nothing like it was measured: the slow end twice as slow, the fast one faster by a quarter."""
-        return _assumed(self, why)
-
-    def unlike(self, device: Device) -> str:
-        """In what a device differs from those that the shares were found on, or nothing."""
-        if self.rate and self.rate not in device.rates:
-            return f"it was measured where processors compute in {self.rate}"
-        if self.measured_alone and not device.measured:
-            return "it was measured where the bandwidth was measured too, and not stated"
-        return ""
-
-
-@cache
-def _assumed(shares: Shares, why: str) -> Shares:
-    def wide(share: Range) -> Range:
-        # No more than all of it, unless that was reached.
-        return replace(share, low=0.5 * share.low, high=max(share.high, min(1.0, 1.25 * share.high)))
-
-    fields = ("decode", "decode_measured", "prefill", "prefill_quantized", "dequantize", "attention", "activations")
-    known: dict[str, Any] = {name: wide(share) for name in fields if (share := getattr(shares, name)) is not None}
-    cost = shares.layer_seconds
-    return replace(
-        shares,
-        layer_seconds=replace(cost, low=0.5 * cost.low, high=2 * cost.high),
-        assumed=why,
-        **known,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +90,23 @@ class Device:
         """Why a student of this engine is none for the device, or nothing where it has the engine."""
         if runtime in self.runtimes:
             return ""
+        brought = {} if runtime in self.kind.speeds else further_runtimes()
+        if runtime in brought and self.kind.name in brought[runtime].classes:
+            return ""
         return f"{self.name} serves students with {' or '.join(self.runtimes)}, not {runtime}"
 
     def shares(self, runtime: str) -> Shares:
         """What a runtime reaches here: assumed, with a wide band, where it was measured on nothing like this device."""
-        found = self.kind.speeds[runtime]
+        found = self.kind.speeds.get(runtime) or self._shares_of(further_runtime(runtime))
         why = "" if found.assumed else found.unlike(self)
         return found.assumed_since(f"of {runtime} nothing was measured on such a device: {why}") if why else found
+
+    def _shares_of(self, runtime: Runtime) -> Shares:
+        """The shares of an engine that a plug-in's exporter brings."""
+        if self.kind.name in runtime.speeds:
+            return runtime.speeds[self.kind.name]
+        why = f"nothing was measured of {runtime.name} on a device of class {self.kind.name}"
+        return self.kind.speeds[runtime.like].assumed_since(why)
 
     def rate(self, *precisions: str) -> float:
         """Operations a second in the first of these precisions that it has, else in the fastest that is no 8 bits."""

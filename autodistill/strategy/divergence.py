@@ -40,9 +40,7 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if self.unbiased_when_sampled and not self.gives_slope:
-            raise InputError(
-                f"the divergence {self.name!r} is for sampled tokens: it must give its terms and its slope"
-            )
+            raise InputError(f"the divergence {self.name!r} is for sampled tokens: let it give terms and slope")
         if self._parameters not in (2, 3):
             raise InputError(
                 f"the divergence {self.name!r} takes {self._parameters} arguments: it must take log_p and log_q, and "

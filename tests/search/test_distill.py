@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.distillation.training.lora import Adapters
 from autodistill.errors import InputError
-from autodistill.export.verify import load_in_transformers
+from autodistill.export.huggingface import load_in_transformers
 from autodistill.hardware.budget import Budget
 from autodistill.quantization.grids import integer_grid
 from autodistill.quantization.packing import deployed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -128,11 +130,11 @@ def test_a_search_uses_both_and_is_resumed_with_the_same(inputs: Path, tmp_path:
     search(asked)
     assert check_request(resumed(asked)).asked.divergences[0].name == "tvd"
     register_evaluator(Surprise(2.0))
-    with pytest.raises(InputError, match="evaluator 'surprise' .* the one given now has another source"):
+    with pytest.raises(InputError, match=r"evaluator 'surprise' .* the one given now has another source"):
         check_request(resumed(asked))
     register_evaluator(Surprise())
     register_divergence("tvd")(lambda log_p, log_q: 2 * total_variation(log_p, log_q))
-    with pytest.raises(InputError, match="divergence 'tvd' .* the one given now has another source"):
+    with pytest.raises(InputError, match=r"divergence 'tvd' .* the one given now has another source"):
         check_request(resumed(asked))
     register_divergence("tvd", nonnegative=True)(total_variation)
     check_rows(tmp_path)
@@ -140,15 +142,14 @@ def test_a_search_uses_both_and_is_resumed_with_the_same(inputs: Path, tmp_path:
         check_request(resumed(asked))
 
 
+@pytest.mark.slow
 def test_ray_s_serialiser_carries_both_to_the_workers(inputs: Path, tmp_path: Path) -> None:
     """Of functions and classes that no module of a worker has, as a notebook's are."""
-    space: dict = {"Surprise": Surprise}
-    exec("def typed(log_p, log_q):\n    return (log_p.exp() - log_q.exp()).abs().sum(dim=1) / 2", space)
-    space["typed"].__module__ = "__main__"
+    here: dict = {**vars(sys.modules[__name__]), "__name__": "__main__"}
+    exec(inspect.getsource(total_variation) + inspect.getsource(Surprise), here)
     forget()
-    register_divergence("tvd")(space["typed"])
-    own = type("Surprise", (), {**vars(Surprise), "__module__": "__main__"})
-    register_evaluator(own())
+    register_divergence("tvd")(here["total_variation"])
+    register_evaluator(here["Surprise"]())
     search(request(inputs, tmp_path, runner="ray"))
     check_rows(tmp_path)
 

@@ -79,7 +79,7 @@ def test_a_name_that_is_taken_or_none_is_refused(name: str) -> None:
 def test_what_is_no_divergence_is_refused() -> None:
     with pytest.raises(InputError, match="takes 1 arguments: it must take log_p and log_q"):
         register_divergence("one")(lambda log_p: log_p)
-    with pytest.raises(InputError, match="for sampled tokens: it must give its terms and its slope"):
+    with pytest.raises(InputError, match="for sampled tokens: let it give terms and slope"):
         register_divergence("drawn", unbiased_when_sampled=True)(total_variation)
 
 

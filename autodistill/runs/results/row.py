@@ -97,8 +97,8 @@ class Row:
         other: Figures of further evaluators by name, their standard errors under `<name>_stderr`;
             `approximate` says what the loss was where it was not the divergence that the strategy names, and
             `latency_assumed` why a predicted latency rests on nothing that was measured; `memory_on` is "discrete-gpu"
-            where the memory is a GPU's and not a process's; `registered` has the names, and hashes of the source, of the
-            divergence and the evaluators that a Python session registered.
+            where the memory is a GPU's and not a process's; `registered` has the names, and hashes of the source,
+            of the divergence and the evaluators that a Python session registered.
     """
 
     row_id: str

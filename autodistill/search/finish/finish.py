@@ -248,7 +248,13 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
         give_back_memory()
         threads = free_cores(finisher.threads)
         checks[container] = verify_runtime(
-            artifact, deployment, simulated, data.tokens[:, :-1], threads, finisher.student(row)
+            load_exporter(container),
+            artifact,
+            deployment,
+            simulated,
+            data.tokens[:, :-1],
+            threads,
+            finisher.student(row),
         )
         paths[container] = artifact.path
     subject = Subject(
@@ -256,6 +262,7 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
         deployment=deployment,
         budget=finisher.question.budget,
         artifact=artifact.path,
+        artifact_bytes=artifact.size_bytes,
         threads=finisher.threads,
     )
     measured: dict[str, Measurement] = {}
