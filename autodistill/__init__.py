@@ -10,7 +10,7 @@ from autodistill.errors import AutoDistillError, InputError, NothingFitsError
 
 if TYPE_CHECKING:
     from autodistill.api import devices, distill, estimate, load_run, measure, pick, plan, search, write
-    from autodistill.evaluation.base import register_evaluator
+    from autodistill.evaluation.base import Evaluator, Measurement, Quantity, Subject, register_evaluator
     from autodistill.hardware.budget import Budget
     from autodistill.objects.answers import Estimate, Pick
     from autodistill.objects.run import Run, SearchResult
@@ -31,17 +31,21 @@ __all__ = [
     "Choice",
     "Deployment",
     "Estimate",
+    "Evaluator",
     "Float",
     "InputError",
     "Int",
+    "Measurement",
     "Metric",
     "NothingFitsError",
     "Pick",
+    "Quantity",
     "Run",
     "SearchResult",
     "Space",
     "Strategy",
     "Student",
+    "Subject",
     "__version__",
     "devices",
     "distill",
@@ -67,7 +71,7 @@ _MODULES = {
     "objects.answers": ("Estimate", "Pick"),
     "objects.run": ("Run", "SearchResult"),
     "objects.student": ("Metric", "Student"),
-    "evaluation.base": ("register_evaluator",),
+    "evaluation.base": ("Evaluator", "Measurement", "Quantity", "Subject", "register_evaluator"),
     "strategy.deployment": ("Deployment",),
     "strategy.divergence": ("register_divergence",),
     "strategy.domains": ("Choice", "Float", "Int"),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import autodistill as ad
+from autodistill import plugins
 from autodistill.options import options_of
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import _reference
@@ -60,6 +61,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield names
     finally:
         os.chdir(before)
+        plugins.forget("divergences", "tvd")
+        plugins.forget("evaluators", "surprise")
 
 
 def test_every_substitution_is_of_something_that_the_page_says():
@@ -152,6 +155,14 @@ def test_an_estimate_has_the_memory_on_the_device_that_was_named(page: dict[str,
     )
 
 
+def test_what_a_session_registers_is_used_and_recorded_by_name_and_source(page: dict[str, Any]):
+    own = page["own"]
+    assert own.best.metrics["surprise"].value > 0
+    assert set(own.settings["space_definition"]["dimensions"]) == {"init.depth", "distillation.divergence"}
+    assert set(own.settings["asked"]["evaluators"]) == {"surprise"}
+    assert set(own.settings["asked"]["divergences"]) == {"tvd"}
+
+
 def test_runs_of_two_folders_are_not_picked_from_together(page: dict[str, Any]):
     other = Path("elsewhere") / "other"
     other.mkdir(parents=True)
@@ -162,7 +173,7 @@ def test_runs_of_two_folders_are_not_picked_from_together(page: dict[str, Any]):
 
 def test_a_run_that_is_not_there_is_named(page: dict[str, Any]):
     for reference in ("nobody", "results/runs/nobody"):
-        with pytest.raises(ad.InputError, match=r"no run 'nobody' in .*: the runs there are first, one"):
+        with pytest.raises(ad.InputError, match=r"no run 'nobody' in .*: the runs there are first, one, search-"):
             ad.load_run(reference)
 
 

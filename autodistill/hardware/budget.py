@@ -161,7 +161,7 @@ class Limits:
         memory, device = self.memory_bytes, self.device
         if device is None:
             memory = memory or before.memory_bytes
-            device = placed and placed.device
+            device = placed.device if placed else None
         elif placed and device.name == placed.device.name:
             if memory in (None, device.usable_bytes):
                 memory = placed.device.usable_bytes
