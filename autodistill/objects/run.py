@@ -143,7 +143,8 @@ class SearchResult(Run):
     def best(self) -> Student:
         """What was exported: the best that keeps to the budget."""
         wanted = self.document["best"]["row_id"]
-        return next(student for student in self.students if student.id == wanted)
+        rows = rows_of(self._folder.events.read())
+        return Student(next(row for row in rows if row.row_id == wanted), self._folder)
 
     @property
     def notes(self) -> list[str]:
