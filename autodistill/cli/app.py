@@ -24,6 +24,8 @@ from autodistill.cli.summary import plan_summary, search_summary, written_summar
 from autodistill.cli.tables import open_view, printable
 from autodistill.errors import AutoDistillError, InputError, shortened
 from autodistill.hardware.budget import parse_price
+from autodistill.objects.answers import Estimate, Pick
+from autodistill.objects.run import SearchResult, run_search
 from autodistill.options import Option
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import leaderboard_of
@@ -171,25 +173,25 @@ def _plan(request: SearchRequest, price: str | None) -> dict[str, Any]:
         return plan_search(request, SearchView(view), hourly)
 
 
-def _search(request: SearchRequest) -> api.SearchResult:
+def _search(request: SearchRequest) -> SearchResult:
     from autodistill.cli.live import SearchView
 
     with open_view() as view:
-        return api.run_search(request, SearchView(view))
+        return run_search(request, SearchView(view))
 
 
-def _summary(result: api.SearchResult) -> str:
+def _summary(result: SearchResult) -> str:
     run = RunFolder.open(result.path.parent, result.name)
     return search_summary(result.document, *leaderboard_of(run), line_width())
 
 
-def _estimate_text(result: api.Estimate) -> str:
+def _estimate_text(result: Estimate) -> str:
     from autodistill.cli.hardware_summary import appraisal_text
 
     return appraisal_text(result.document)
 
 
-def _pick_text(result: api.Pick) -> str:
+def _pick_text(result: Pick) -> str:
     from autodistill.cli.hardware_summary import pick_text
 
     return pick_text(result.document)
