@@ -242,12 +242,14 @@ def estimate(
     if (model is None) == all(size is None for size in sizes.values()):
         raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
     if tied and model is not None:
-        raise InputError("--tied is of a shape in numbers, and a MODEL says itself whether its head is tied")
+        raise InputError("--tied applies to a shape given in numbers; a MODEL says itself whether its head is tied")
     if device is not None and all_devices:
         raise InputError("--device names one device and --all-devices all of them: give one of the two")
     asked = device is not None or all_devices
     if prompt is not None and not asked:
-        raise InputError("--prompt is of the first token's time, which is a device's: name one with --device")
+        raise InputError(
+            "--prompt sets the time to the first token, which depends on the device: name one with --device"
+        )
     at_once = 1 if batch is None else check_streams(batch, "--batch")
     files = _own(devices, asked)
     from autodistill.advisor.candidates import recalibrated
@@ -337,7 +339,8 @@ def pick(
         raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
     if tiers and latency is not None:
         raise InputError(
-            "--tiers is of memory alone, and a latency is a device's: give --latency with a --device, or leave it out"
+            "--tiers compares memory alone, and latency depends on the device: give --latency with a --device, or "
+            "leave it out"
         )
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = parse_bytes(budget) if isinstance(budget, str) else budget
@@ -473,7 +476,7 @@ def measure(
     if isinstance(counts, str):
         words = [word.strip() for word in counts.split(",")]
         if not all(word.isascii() and word.isdigit() and len(word) < 20 for word in words):
-            raise InputError(f"--streams {counts!r} must be numbers parted by commas, like 1,4,16")
+            raise InputError(f"--streams {counts!r} must be numbers separated by commas, like 1,4,16")
         counts = [int(word) for word in words]
     seconds = parse_duration(timeout) if isinstance(timeout, str) else timeout
     from autodistill.advisor.measure import MeasureRequest
@@ -560,7 +563,7 @@ def write(
         InputError: No such prompts or teacher, or arguments that contradict each other.
     """
     if endpoint is None and timeout is not None:
-        raise InputError("--timeout is of requests to an endpoint: give --endpoint, or leave it out")
+        raise InputError("--timeout applies to requests to an endpoint: give --endpoint, or leave it out")
     for name, value in (("teacher", teacher), ("cache", cache)) if endpoint is not None and not top_k else ():
         if value is not None:
             raise InputError(f"--{name} is not used where an endpoint writes: leave it out, or ask it for --top-k")
@@ -624,7 +627,7 @@ def devices(
 def _own(files: Sequence[str | Path] | None, named: bool) -> list[Path]:
     """Files of a person's own devices, which are read where a device is asked for."""
     if files and not named:
-        raise InputError("--devices describes devices, and none is asked for: name one with --device")
+        raise InputError("--devices only describes devices: choose one with --device")
     return [Path(file) for file in files or ()]
 
 

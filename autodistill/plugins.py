@@ -1,4 +1,4 @@
-"""Names of plug-ins, and what each stands for: declared by an entry point, or registered in this process."""
+"""The registry of plug-ins by name: declared by an entry point, or registered in this process."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _registered: dict[tuple[Kind, str], Registered] = {}
 
 
 def names(kind: Kind) -> tuple[str, ...]:
-    """Names of all plug-ins of a kind, sorted; none of them is imported."""
+    """Return the sorted names of all plug-ins of a kind, importing none."""
     declared = {entry.name for entry in _entries(kind, tuple(sys.path))}
     return tuple(sorted(declared | set(registered(kind))))
 
 
 def others(kind: Kind) -> tuple[str, ...]:
-    """Names of those that are not this project's own, sorted; none of them is imported."""
+    """Return the sorted names of those that are not this project's own, importing none."""
     own = {entry.name for entry in _entries(kind, tuple(sys.path)) if entry.module.startswith("autodistill.")}
     return tuple(name for name in names(kind) if name not in own)
 
@@ -83,12 +83,12 @@ def register(kind: Kind, name: str, plugin: Any, *, written_as: Any = None) -> N
 
 
 def registered(kind: Kind) -> Mapping[str, Registered]:
-    """What was registered in this process, by name."""
+    """Return what was registered in this process, by name."""
     return {name: found for (of, name), found in _registered.items() if of == kind}
 
 
 def forget(kind: Kind, name: str) -> None:
-    """Take a registered plug-in away again; one that is not registered is none to take away."""
+    """Remove a registered plug-in, if there is one of this name."""
     _registered.pop((kind, name), None)
 
 

@@ -84,7 +84,7 @@ def _in_llama_cpp(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dic
 
 
 def _measuring(runtime: str) -> Callable[[Subject, Path], tuple[MemoryEstimate, dict[str, str]]] | None:
-    """How the memory is measured in an engine, or None where it is not."""
+    """Return the function that measures memory in a runtime, or None if none does."""
     if runtime == "llama.cpp":
         return _in_llama_cpp
     brought = {} if runtime in ("transformers", "vllm") else further_runtimes()
@@ -93,7 +93,7 @@ def _measuring(runtime: str) -> Callable[[Subject, Path], tuple[MemoryEstimate, 
 
 
 def _by_peak(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
-    """What transformers, or an engine that an exporter brings, takes for an artifact, and where."""
+    """Measure what transformers, or a runtime that an exporter describes, takes for an artifact, and where."""
     context, batch = subject.budget.context, subject.budget.batch
     runtime = subject.deployment.runtime
     with serve(artifact, runtime, context=context, threads=subject.threads, parallel=batch) as folder:

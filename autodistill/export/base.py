@@ -1,4 +1,4 @@
-"""What an exporter is: it writes a student in one container, reads back what it wrote, and runs it."""
+"""The protocol of exporters, which write a student in one container, read it back and run it."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Exporter(Protocol):
 
     Attributes:
         name: As it is declared, and as the container of its formats is called.
-        formats: What it holds: each way to pack a model in this container, with the engines that serve it.
-        runtimes: The engines among these that this project does not know: their memory and speed; () where none is.
+        formats: What it holds: each way to pack a model in this container, with the runtimes that serve it.
+        runtimes: Those of these runtimes that this project does not know, with their memory and speed; else ().
     """
 
     name: str
@@ -86,7 +86,7 @@ class Exporter(Protocol):
         ...
 
     def run(self, artifact: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path) -> Ran:
-        """Run an artifact in the engine that serves it, to be held to the simulation of the same packed weights.
+        """Run an artifact in its runtime, to compare it with the simulation of the same packed weights.
 
         Args:
             artifact: The exported file or folder.

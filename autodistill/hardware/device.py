@@ -1,4 +1,4 @@
-"""What a device is that a student may be served on: its class, its figures, and which engines it has."""
+"""Devices that can serve a student: their class, their figures, and the runtimes that they have."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ONE_CHIP = ("unified", "board", "phone")
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceClass:
-    """What devices of a kind have in common.
+    """The properties that devices of one kind share.
 
     Attributes:
         name: "discrete-gpu", "unified", "board", "phone" or "cpu".
-        runtimes: The engines that serve a student there.
-        share, reserve_bytes: What is usable of the memory: the share of it, less the reserve.
-        small_bytes, small_share: Up to so much memory the share is another one; 0 where it is the same.
-        speeds: What each engine reaches, by name; assumed where nothing was measured of it on this one.
-        reference: Where the usable memory comes from.
+        runtimes: The runtimes that serve a student on it.
+        share, reserve_bytes: The usable memory: this share of it, less the reserve.
+        small_bytes, small_share: Another share for at most this much memory; 0 if there is none.
+        speeds: What each runtime reaches, by name; assumed if it was not measured on this class.
+        reference: The source of the usable memory.
     """
 
     name: str
@@ -40,7 +40,7 @@ class DeviceClass:
     reference: str
 
     def share_of(self, memory_bytes: int) -> float:
-        """The share of so much memory that is usable."""
+        """Return the usable share of an amount of memory."""
         return self.small_share if memory_bytes <= self.small_bytes else self.share
 
 
@@ -49,15 +49,15 @@ class Device:
     """One device.
 
     Attributes:
-        name: As its maker or its driver calls it.
+        name: The name that its maker or its driver gives it.
         aliases: Other names.
         kind: Its class.
-        memory_bytes, usable_bytes: All of its memory, and what is left for a model.
-        bandwidth: Bytes a second.
-        rates: Dense operations a second, a multiply-add being two, by precision: some of `PRECISIONS`.
-        sources: Where each figure comes from: of "memory", "usable", "bandwidth" and "rates".
-        measured: Whether bandwidth and rates were measured on it and not stated by its maker.
-        own_runtimes: The engines that serve a student on it, where they are not those of its class.
+        memory_bytes, usable_bytes: All of its memory, and the part that a model can use.
+        bandwidth: Bytes per second.
+        rates: Dense operations per second by precision (some of `PRECISIONS`); a multiply-add counts as two.
+        sources: The source of each figure: "memory", "usable", "bandwidth" and "rates".
+        measured: Whether bandwidth and rates were measured on it, and not stated by its maker.
+        own_runtimes: The runtimes that serve a student on it, if they are not those of its class.
     """
 
     name: str
@@ -73,21 +73,21 @@ class Device:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that it is called: its name first, then the others."""
+        """All names of the device: its main name first, then its aliases."""
         return (self.name, *self.aliases)
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """The engines that serve a student on it."""
+        """The runtimes that can serve a student on it."""
         return self.own_runtimes or self.kind.runtimes
 
     @property
     def discrete(self) -> bool:
-        """Whether it has memory of its own, beside the machine's."""
+        """Whether it has its own memory, beside the machine's."""
         return self.kind.name == DISCRETE
 
     def lacks(self, runtime: str) -> str:
-        """Why a student of this engine is none for the device, or nothing where it has the engine."""
+        """Return why the device cannot serve with this runtime, or "" if it can."""
         if runtime in self.runtimes:
             return ""
         brought = {} if runtime in self.kind.speeds else further_runtimes()
@@ -96,20 +96,20 @@ class Device:
         return f"{self.name} serves students with {' or '.join(self.runtimes)}, not {runtime}"
 
     def shares(self, runtime: str) -> Shares:
-        """What a runtime reaches here: assumed, with a wide band, where it was measured on nothing like this device."""
+        """Return what a runtime reaches on this device: assumed, with a wide band, if nothing similar was measured."""
         found = self.kind.speeds.get(runtime) or self._shares_of(further_runtime(runtime))
         why = "" if found.assumed else found.unlike(self)
         return found.assumed_since(f"of {runtime} nothing was measured on such a device: {why}") if why else found
 
     def _shares_of(self, runtime: Runtime) -> Shares:
-        """The shares of an engine that a plug-in's exporter brings."""
+        """Return the shares of a runtime that a plug-in's exporter describes."""
         if self.kind.name in runtime.speeds:
             return runtime.speeds[self.kind.name]
         why = f"nothing was measured of {runtime.name} on a device of class {self.kind.name}"
         return self.kind.speeds[runtime.like].assumed_since(why)
 
     def rate(self, *precisions: str) -> float:
-        """Operations a second in the first of these precisions that it has, else in the fastest that is no 8 bits."""
+        """Return operations per second in the first of these precisions it has, else the fastest above 8 bits."""
         for precision in precisions:
             if precision in self.rates:
                 return self.rates[precision]
@@ -117,7 +117,7 @@ class Device:
         return max(wide or self.rates.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The device as plain data."""
+        """Return the device as plain data."""
         return {
             "name": self.name,
             "aliases": list(self.aliases),

@@ -1,4 +1,4 @@
-"""What an engine reaches of a device, and what an exporter says of an engine that this project does not know."""
+"""The share of a device's figures that a runtime reaches, and the description of a plug-in's own runtime."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autodistill.strategy.deployment import Deployment
 
 
 @dataclass(frozen=True, kw_only=True)
-class Range:
+class Band:
     """A low, typical and high value."""
 
     low: float
@@ -24,7 +24,7 @@ class Range:
 
 
 class Figures(Protocol):
-    """What is known of a device: its rates by precision, and whether its bandwidth was measured."""
+    """A device's rates by precision, and whether its bandwidth was measured."""
 
     @property
     def rates(self) -> Mapping[str, float]: ...
@@ -34,35 +34,34 @@ class Figures(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """What a runtime reaches of a device's bandwidth and rates, and what its layers cost beside that.
+    """The shares of a device's bandwidth and rates that a runtime reaches, and the extra cost of its layers.
 
     Attributes:
         decode: Share of the stated bandwidth that decoding reaches.
-        decode_measured: The same of a bandwidth that was measured on the device itself.
+        decode_measured: Share of a bandwidth that was measured on the device itself.
         prefill: Share of the matrix rate that reading a prompt reaches.
-        prefill_quantized: The same in llama.cpp with weights whose rows it interleaves for products of integers.
-        dequantize: Share of the matrix rate at which a decoding step multiplies by weights on a grid, which comes on
-            top of reading them; None where it is hidden behind that.
-        attention: Share of the matrix rate at which a decoding step attends; None where that is hidden too.
-        activations: Share of the bandwidth at which a prompt's activations pass between its products; None where
-            that is hidden.
-        layer_seconds: What a layer of a pass costs beside reading its bytes; the least of it is the fast end.
-        ahead: Whether layers are launched while earlier ones run, so that only what launching takes longer counts.
-        rate: The precision whose matrix rate `prefill` is a share of, where it is not the class's own; "" for that.
-        measured_alone: Whether it was found on a device whose bandwidth was measured, so that of a stated one
-            nothing is known.
-        reference: Where these come from.
-        assumed: Why they are assumed and not measured, and the band wide; "" where they were measured.
+        prefill_quantized: The same in llama.cpp, for weights whose rows it interleaves for integer products.
+        dequantize: Share of the matrix rate at which a decoding step multiplies by weights on a grid, in addition to
+            reading them; None if reading hides this cost.
+        attention: Share of the matrix rate at which a decoding step computes attention; None if this cost is hidden.
+        activations: Share of the bandwidth at which a prompt's activations pass between its products; None if this cost
+            is hidden.
+        layer_seconds: Cost of a layer in a pass beside reading its bytes; the smallest value is the fast end.
+        ahead: Whether layers are launched while earlier ones run, so that launching counts only if it takes longer.
+        rate: The precision whose matrix rate `prefill` refers to, if it is not that of the class; else "".
+        measured_alone: Whether the shares hold only for a measured bandwidth; nothing is known for a stated one.
+        reference: The source of these figures.
+        assumed: Why the shares are assumed, with a wide band; "" if they were measured.
     """
 
-    decode: Range
-    decode_measured: Range
-    prefill: Range
-    prefill_quantized: Range
-    dequantize: Range | None
-    attention: Range | None
-    activations: Range | None
-    layer_seconds: Range
+    decode: Band
+    decode_measured: Band
+    prefill: Band
+    prefill_quantized: Band
+    dequantize: Band | None
+    attention: Band | None
+    activations: Band | None
+    layer_seconds: Band
     ahead: bool
     rate: str
     measured_alone: bool
@@ -70,16 +69,16 @@ class Shares:
     assumed: str = ""
 
     def layer(self, end: str) -> float:
-        """Seconds of a layer at the slow end ("low"), the typical one or the fast one ("high") of the band."""
+        """Return the seconds of a layer at one end of the band: slow ("low"), typical, or fast ("high")."""
         cost = self.layer_seconds
         return {"low": cost.high, "typical": cost.typical, "high": cost.low}[end]
 
     def assumed_since(self, why: str) -> Shares:
-        """The same where nothing like it was measured: the slow end twice as slow, the fast one faster by a quarter."""
+        """Return the shares as assumed: the slow end is twice as slow, the fast end a quarter faster."""
         return _assumed(self, why)
 
     def unlike(self, device: Figures) -> str:
-        """In what a device differs from those that the shares were found on, or nothing."""
+        """Return how a device differs from those on which the shares were measured, or ""."""
         if self.rate and self.rate not in device.rates:
             return f"it was measured where processors compute in {self.rate}"
         if self.measured_alone and not device.measured:
@@ -89,7 +88,7 @@ class Shares:
 
 @cache
 def _assumed(shares: Shares, why: str) -> Shares:
-    def wide(share: Range) -> Range:
+    def wide(share: Band) -> Band:
         # No more than all of it, unless that was reached.
         return replace(share, low=0.5 * share.low, high=max(share.high, min(1.0, 1.25 * share.high)))
 
@@ -106,18 +105,18 @@ def _assumed(shares: Shares, why: str) -> Shares:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """An engine that serves what a plug-in's exporter writes, and that is not one of this project's own.
+    """A runtime that serves what a plug-in's exporter writes, and that this project does not know itself.
 
     Attributes:
-        name: As its formats' `runtimes` have it.
-        memory: From shape, deployment, bytes of the packed weights, context and batch to the bytes of weights, of keys
-            and values, of computing, and of what the process takes beyond, as its process holds them.
-        basis: What these figures rest on, in words.
-        classes: Classes of devices that it runs on: "discrete-gpu", "unified", "board", "phone", "cpu".
-        speeds: What it reaches of a device, by class, where that was measured.
-        like: The engine known here whose shares stand in for its own elsewhere, with a wide band.
-        server: Opens an artifact for timing and measuring, from its path, context, threads and number of sequences, as
-            `serving.timing.Server`; None where nothing here can run it: its memory then stays predicted.
+        name: Its name in the `runtimes` of formats.
+        memory: Function of the model's shape, the deployment, the bytes of the packed weights, context and batch. It
+            returns the bytes of weights, of the KV cache, of computing, and of the rest of the process.
+        basis: What these figures are based on, in words.
+        classes: Classes of devices on which it runs: "discrete-gpu", "unified", "board", "phone", "cpu".
+        speeds: What it reaches on a class of devices, by class, if that was measured.
+        like: The runtime known here whose shares are assumed, with a wide band, if nothing was measured.
+        server: Opens an artifact to time and measure it, given its path, context, threads and number of sequences;
+            returns a `serving.timing.Server`. None if nothing here can run it: its memory is then always predicted.
     """
 
     name: str
@@ -130,7 +129,7 @@ class Runtime:
 
 
 def further_runtimes() -> dict[str, Runtime]:
-    """The engines that plug-ins' exporters bring, by name."""
+    """Return the runtimes that the exporters of plug-ins describe, by name."""
     return {
         one.name: one
         for container in plugins.others("exporters")
@@ -139,12 +138,12 @@ def further_runtimes() -> dict[str, Runtime]:
 
 
 def further_runtime(name: str) -> Runtime:
-    """One of them.
+    """Return one of them.
 
     Raises:
-        InputError: No exporter brings it.
+        InputError: No exporter describes it.
     """
     found = further_runtimes()
     if name not in found:
-        raise InputError(f"there is no runtime {name!r} that an exporter of a plug-in brings")
+        raise InputError(f"there is no runtime {name!r} that an exporter of a plug-in describes")
     return found[name]

@@ -23,21 +23,21 @@ from autodistill.strategy.domains import (
     read_range,
 )
 from autodistill.strategy.strategy import Strategy
-from autodistill.utils.plain_dataclass import Part, check
+from autodistill.utils.plain_dataclass import PlainDataclass, check
 
 Point = dict[str, Value]
 
 _DIMENSION_FIELDS = ("choices", "low", "high", "step", "log", "when")
 
 
-def _strategy_paths(part: type[Part] = Strategy, prefix: str = "") -> dict[str, type]:
+def _strategy_paths(part: type[PlainDataclass] = Strategy, prefix: str = "") -> dict[str, type]:
     """Every dotted path of a strategy with the type found there."""
     paths: dict[str, type] = {}
     for name, hint in typing.get_type_hints(part).items():
         if isinstance(hint, types.UnionType):
             (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
         paths[prefix + name] = hint
-        if isinstance(hint, type) and issubclass(hint, Part):
+        if isinstance(hint, type) and issubclass(hint, PlainDataclass):
             paths |= _strategy_paths(hint, f"{prefix}{name}.")
     return paths
 
@@ -186,4 +186,4 @@ def _depends(dimension: Dimension, paths: set[str]) -> bool:
 def part_of(path: str) -> str:
     """The part of a strategy that a path is a field of, or itself where it is a part."""
     hint = PATHS[path]
-    return path if isinstance(hint, type) and issubclass(hint, Part) else path.rpartition(".")[0]
+    return path if isinstance(hint, type) and issubclass(hint, PlainDataclass) else path.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""What divergences there are, by name, and what a strategy must know of one; loads no torch."""
+"""The registry of divergences by name, with what a strategy must know of each; loads no torch."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def register_divergence(name: str, **facts: bool) -> Callable[[_Function], _Func
 
 
 def divergence_names() -> tuple[str, ...]:
-    """Names of the divergences that are installed or registered, sorted; none is imported."""
+    """Return the sorted names of the installed and registered divergences, importing none."""
     return plugins.names("divergences")
 
 
@@ -122,5 +122,5 @@ def get_divergence(name: str) -> Divergence:
 
 
 def known_divergence(name: str) -> Divergence | None:
-    """The same, or None where there is none of this name."""
+    """Return the same, or None if there is none of this name."""
     return get_divergence(name) if name in divergence_names() else None

@@ -1,4 +1,4 @@
-"""What holds for every divergence: a suite that its author subclasses."""
+"""The conformance suite of divergences, which the author of one subclasses."""
 
 from __future__ import annotations
 

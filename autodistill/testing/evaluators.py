@@ -1,4 +1,4 @@
-"""What holds for every evaluator: a suite that its author subclasses, and the tiny student that it is given."""
+"""The conformance suite of evaluators, which the author of one subclasses, and its tiny student."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every exporter: a suite that its author subclasses."""
+"""The conformance suite of exporters, which the author of one subclasses."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ExporterConformance:
         return save_tiny_teacher(folder / "student", layers=2, width=256, ffn=256, seed=1)
 
     def test_it_says_what_it_holds_and_what_serves_it(self) -> None:
-        """Each format is found by its name, is its container's own, and is served by an engine that is known."""
+        """Each format is found by its name, is its container's own, and is served by a runtime that is known."""
         made = self.made()
         assert made.name == self.exporter
         assert made.formats, "an exporter names what it holds in `formats`"
@@ -64,7 +64,7 @@ class ExporterConformance:
             assert set(form.runtimes) <= known, f"{form.name} is served by {form.runtimes}; known are {sorted(known)}"
 
     def test_memory_and_speed_are_predicted(self, tmp_path: Path) -> None:
-        """Before anything is exported, of every deployment and each device that has its engine."""
+        """Before anything is exported, of every deployment and each device that has its runtime."""
         spec = _spec(self.student(tmp_path))
         for deployment in self.deployments():
             assert cannot_hold(spec, deployment) == ""
@@ -111,7 +111,7 @@ class ExporterConformance:
         assert _content(first.path) == _content(second.path)
 
     def test_its_runtime_chooses_what_was_simulated(self, tmp_path: Path) -> None:
-        """The engine computes with the exported weights what torch does."""
+        """The runtime computes with the exported weights what torch does."""
         student, deployment, made = self.student(tmp_path), self.deployments()[0], self.made()
         artifact = self._export(student, deployment, tmp_path)
         simulated = _choices(student, dict(made.unpack(artifact.path)))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from autodistill.data.conversations import asked
+from autodistill.data.conversations import single_turn
 from autodistill.data.dataset import load_split
-from autodistill.data.documents import Source
+from autodistill.data.documents import DataSource
 from autodistill.data.prepare import prepare
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError, MissingDependencyError
@@ -26,8 +26,8 @@ from autodistill.testing import small_plan, tiny_config, tiny_tokenizer
 
 def test_questions_that_no_student_can_be_asked_are_counted_and_all_of_them_refused(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    chats = tuple(asked(f"Question {number}: " + "which? " * (number % 2 * 40), "Yes.") for number in range(80))
-    source = Source(name="chats", kind="jsonl", documents=chats, license=None, fingerprint="chats")
+    chats = tuple(single_turn(f"Question {number}: " + "which? " * (number % 2 * 40), "Yes.") for number in range(80))
+    source = DataSource(name="chats", kind="jsonl", documents=chats, license=None, fingerprint="chats")
     data = prepare(source, tmp_path / "tokenizer", "tiny", 512, tmp_path)
     questions = load_split(data.folder, "validation").questions
     assert questions is not None

@@ -1,4 +1,4 @@
-"""What a search uses of a Python session: divergences and evaluators that are registered there, and on no disk."""
+"""Divergences and evaluators that are registered in a Python session: checked, and recorded by hash."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _HOW: Mapping[plugins.Kind, str] = {"divergences": "register_divergence", "evalu
 
 
 def sources(kind: plugins.Kind, used: Iterable[str]) -> dict[str, str]:
-    """Hashes of the source code of those that were registered, by name."""
+    """Return the hashes of the source code of those that are registered, by name."""
     known = plugins.registered(kind)
     return {name: known[name].source for name in sorted(set(used)) if name in known}
 
 
 def check_again(kind: plugins.Kind, before: Mapping[str, str]) -> None:
-    """Refuses to go on with a run whose registered objects are not registered now, or are others.
+    """Refuse to resume a run whose registered objects are not registered now, or are others.
 
     Args:
         kind: Of the objects.
@@ -42,7 +42,7 @@ def check_again(kind: plugins.Kind, before: Mapping[str, str]) -> None:
 
 
 def check_divergences(used: Iterable[str]) -> tuple[Divergence, ...]:
-    """Tries all divergences that a search may use, and gives those that are registered, for its workers.
+    """Try all divergences that a search may use, and return those that its workers must register.
 
     Raises:
         InputError: There is none of a name, or it does not work.
@@ -55,7 +55,7 @@ def check_divergences(used: Iterable[str]) -> tuple[Divergence, ...]:
 
 
 def check_evaluators(measured: Mapping[str, Any], theirs: Mapping[str, str]) -> None:
-    """Refuses an evaluator of a session that measures what an installed one does.
+    """Refuse a registered evaluator that measures what an installed one measures.
 
     Args:
         measured: What it measures.

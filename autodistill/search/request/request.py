@@ -367,7 +367,7 @@ class SearchRequest:
                 "search needs the memory that the student may take: --budget like 16GB, or --device like 4090"
             )
         if self.devices and self.device is None:
-            raise InputError("--devices describes devices, and none is asked for: name one with --device")
+            raise InputError("--devices only describes devices: choose one with --device")
         check_room(self.batch, parsed(self.latency) or (), "--batch")
         context, batch = (1 if given is None else given for given in (self.context, self.batch))
         Budget(memory_bytes=1, context=context, batch=batch)
@@ -398,6 +398,6 @@ def check_room(at_once: int | None, limits: Sequence[Any], option: str) -> None:
     most = max((limit.streams for limit in limits), default=1)
     if at_once is not None and 1 <= at_once < most:
         raise InputError(
-            f"{option} {at_once} is contradicted by --latency @streams={most}, which wants the memory of {most}: give "
+            f"{option} {at_once} contradicts --latency @streams={most}, which needs the memory of {most} streams: give "
             f"{option} {most} or more, or leave it out, or lower the streams"
         )

@@ -91,7 +91,7 @@ def stored_run(asked: SearchRequest) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"objectives": "accuracy,speed"}, ["'speed'", "no direction is known", "latency"]),
+        ({"objectives": "accuracy,speed"}, ["'speed'", "direction is not known", "latency"]),
         ({"objectives": "latency,accuracy"}, ["'latency'", "put one of accuracy"]),
         ({"objectives": "perplexity,memory", "metric": "accuracy"}, ["contradicts", "leave --metric out"]),
         ({"objectives": "accuracy,exact_match"}, ["exact_match needs questions", "--data"]),
@@ -102,7 +102,7 @@ def stored_run(asked: SearchRequest) -> dict[str, Any]:
         ({"explore": 0.0}, ["--explore is a share from 0.1 to 1", "not 0"]),
         ({"explore": 0.5, "confirm": 2}, ["--explore 0.5", "--confirm", "leave one of them out"]),
         ({"explore": 0.5, "space": "longer.yaml"}, ["--explore 0.5", "(lengths)", "leave one of them out"]),
-        ({"explore": 0.5, "trials": 2, "tokens": 512}, ["--explore 0.5", "no time box", "leave one of them out"]),
+        ({"explore": 0.5, "trials": 2, "tokens": 512}, ["--explore 0.5", "no time budget", "leave one of them out"]),
         ({"baseline": ("full_recipe", "./full_recipe.yaml")}, ["there is no strategy file ./full_recipe.yaml"]),
         ({"baseline": ("gkd", "gkd")}, ["--baseline needs a name of its own", "gkd, gkd"]),
         ({"warm_start": "nobody"}, ["no run 'nobody'"]),
@@ -393,8 +393,8 @@ def test_texts_are_read_once_whoever_gives_them() -> None:
     [
         ({}, "search needs the memory"),
         ({"budget": "8GB", "time": "soon"}, "'soon' is not a duration"),
-        ({"budget": "8GB", "devices": ["mine.yaml"]}, "none is asked for: name one with --device"),
-        ({"device": "t4", "latency": "50ms@streams=16", "batch": 4}, "contradicted by --latency @streams=16"),
+        ({"budget": "8GB", "devices": ["mine.yaml"]}, "choose one with --device"),
+        ({"device": "t4", "latency": "50ms@streams=16", "batch": 4}, "contradicts --latency @streams=16"),
         ({"budget": "8GB", "context": 0}, "--context must be at least 1"),
     ],
 )
