@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = (
     *("errors", "units", "plugins"),
     *("utils", "models", "quantization", "strategy", "hardware", "estimates", "data", "serving", "inference"),
-    *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "search"),
+    *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "search", "report"),
     *("testing", "cli", "__main__", ""),
 )
 MOST_MODULES, MOST_AT_THE_TOP = 14, 8

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from autodistill.data.conversations import READ_FIELDS
 from autodistill.data.documents import TEXTS, USABLE, usable
 from autodistill.errors import InputError
-from autodistill.utils.saved_objects import saved_once
+from autodistill.utils.checksums import saved_once
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import InputError
 from autodistill.models.families import FAMILIES
+from autodistill.utils.checksums import saved_once
 from autodistill.utils.hashing import content_hash, file_hash
-from autodistill.utils.saved_objects import saved_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
