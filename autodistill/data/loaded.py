@@ -21,7 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 def data_reference(data: str | Path | Dataset, cache: Path) -> str:
-    """Returns the reference of data: a data set in memory is saved in the cache, once for the same content.
+    """Return the reference of data; a data set in memory is saved in the cache, once for the same content.
 
     Args:
         data: A reference, given back as it is, or a `datasets.Dataset` whose columns are those of a record: text or

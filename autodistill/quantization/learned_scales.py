@@ -1,4 +1,4 @@
-"""The scales that a finishing stage learned, or a teacher's own, in a file beside the weights."""
+"""File of the scales that a finishing stage learned, or of a teacher's own scales, beside the weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from autodistill.quantization.formats import Packing
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Scales
 
 SCALES_FILE = "grid_scales.safetensors"
 
 
-def write_scales(folder: Path, packing: Packing, scales: Mapping[str, Scales]) -> None:
-    """Writes what was learned for `packing`, by name of the weight; nothing where nothing was."""
+def write_scales(folder: Path, scheme: QuantizationScheme, scales: Mapping[str, Scales]) -> None:
+    """Write the learned scales of a quantisation scheme by weight name; writes nothing if there are none."""
     if not scales:
         return
     arrays = {
@@ -27,15 +27,15 @@ def write_scales(folder: Path, packing: Packing, scales: Mapping[str, Scales]) -
         for part, values in pair._asdict().items()
         if values is not None
     }
-    save_file(arrays, folder / SCALES_FILE, metadata={"packing": _text(packing)})
+    save_file(arrays, folder / SCALES_FILE, metadata={"packing": _text(scheme)})
 
 
-def read_scales(folder: Path, packing: Packing) -> dict[str, Scales]:
-    """What was learned for `packing`; empty where scales follow from the weights, as under any other packing."""
+def read_scales(folder: Path, scheme: QuantizationScheme) -> dict[str, Scales]:
+    """Read the learned scales of a quantisation scheme; empty if its scales follow from the weights."""
     if not (folder / SCALES_FILE).is_file():
         return {}
     with safe_open(folder / SCALES_FILE, framework="numpy") as file:
-        if file.metadata()["packing"] != _text(packing):
+        if file.metadata()["packing"] != _text(scheme):
             return {}
         names = set(file.keys())
         return {
@@ -47,5 +47,5 @@ def read_scales(folder: Path, packing: Packing) -> dict[str, Scales]:
         }
 
 
-def _text(packing: Packing) -> str:
-    return json.dumps(asdict(packing.packing), sort_keys=True)
+def _text(scheme: QuantizationScheme) -> str:
+    return json.dumps(asdict(scheme.scheme), sort_keys=True)

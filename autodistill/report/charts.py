@@ -52,7 +52,7 @@ def pareto(
     against: Against = "memory",
     budget: Budget | None = None,
 ) -> altair.LayerChart:
-    """Draws the metric against memory, size or latency, with the budget and the Pareto front of what fits.
+    """Draw the metric against memory, size or latency, with the budget and the Pareto front of what fits.
 
     Points are rows of the validation split that were trained in full or need no training, with their standard errors;
     over a point stands its strategy.
@@ -104,7 +104,7 @@ def pareto(
 
 
 def importance(explanation: Explanation, objective: str | None = None) -> altair.Chart:
-    """Draws which dimensions set the better trials of a search apart, as shares, by PED-ANOVA.
+    """Draw which dimensions set the better trials of a search apart, as shares, by PED-ANOVA.
 
     Args:
         explanation: Of the run, as `explain` gives it.
@@ -187,7 +187,7 @@ def _point(row: Row, metric: str, cost: _Cost) -> dict[str, Any]:
 
 
 def _said(row: Row) -> str:
-    """What a row's strategy sets to something else than its default; of the teacher, that it is unchanged."""
+    """Describe the fields of a row's strategy that differ from their defaults."""
     if row.strategy is None:
         return "the teacher, unchanged"
     given: Any = row.strategy if isinstance(row.strategy, Mapping) else row.strategy.to_json()
@@ -196,7 +196,7 @@ def _said(row: Row) -> str:
 
 
 def _changes(given: Any, usual: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Paths of plain data that differ from other such data, with what they are."""
+    """Yield the paths at which plain data differ from other such data, with their values."""
     if isinstance(given, Mapping):
         for name, value in given.items():
             inner = usual.get(name) if isinstance(usual, Mapping) else None
@@ -210,7 +210,7 @@ def _color(alt: ModuleType) -> Any:
 
 
 def _limit(budget: Budget | None, against: str, cost: _Cost) -> float | None:
-    """The budget's limit of what is drawn to the right, in its unit; None without one."""
+    """Return the budget's limit on the horizontal axis, in its unit; None without one."""
     if budget is None:
         return None
     if against == "memory":

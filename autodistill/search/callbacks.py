@@ -167,7 +167,7 @@ _METHODS = {
 
 
 class Callbacks:
-    """Tells callbacks of events, in their order, and lets no failure of theirs end a search.
+    """Calls callbacks with events, in their order; no failure of theirs ends a search.
 
     Args:
         callbacks: Each a `Callback`.
@@ -187,7 +187,7 @@ class Callbacks:
         self._failed: set[int] = set()
 
     def __call__(self, event: Event) -> None:
-        """Tells each callback of an event."""
+        """Call each callback with an event."""
         method = _METHODS[type(event)]
         for number, callback in enumerate(self._callbacks):
             try:

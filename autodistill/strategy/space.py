@@ -42,7 +42,7 @@ Domain = Float | Int | Choice | Mapping[str, Any]
 
 @dataclass(frozen=True, init=False)
 class Space:
-    """What a search may try.
+    """The set of strategies and deployments that a search may try.
 
     In Python as in a YAML file, and with the same content hash:
 
@@ -88,7 +88,7 @@ class Space:
         lengths: Sequence[float] = (1.0,),
         narrowed_from: str | None = None,
     ) -> None:
-        """Reads a space and checks that each of its corners is a strategy.
+        """Read a space and check that each of its corners is a strategy.
 
         Args:
             dimensions: By dotted path in a strategy, what each may be.
@@ -125,7 +125,7 @@ class Space:
             check(self.point(strategy) is not None, f"starts: {name} lies outside of the space")
 
     def strategy(self, point: Mapping[str, Value]) -> Strategy:
-        """The strategy at `point`; what no dimension sets has the strategy's default.
+        """Return the strategy at `point`; fields that no dimension sets have the strategy's default.
 
         Raises:
             InputError: A value for no active dimension, an active one without a value, a value outside of its domain,
@@ -148,7 +148,7 @@ class Space:
         return Strategy.from_json(data)
 
     def point(self, strategy: Strategy) -> Point | None:
-        """The point at which `strategy` lies, or None where it lies outside of the space."""
+        """Return the point of `strategy`, or None if it lies outside the space."""
         data = strategy.to_json()
         point: Point = {}
         for dimension in self.dimensions:
@@ -160,13 +160,13 @@ class Space:
         return point if self.strategy(point) == strategy else None
 
     def points(self, values: Callable[[Dimension], Sequence[Value]]) -> Iterator[Point]:
-        """Every point whose active dimensions take one of `values(dimension)`."""
+        """Return every point whose active dimensions have one of `values(dimension)`."""
         return points(self.dimensions, values, {})
 
     def varied(
         self, paths: Collection[str], values: Callable[[Dimension], Sequence[Value]] | None = None
     ) -> Iterator[Strategy]:
-        """Strategies with all that some of the dimensions may be, and the baselines.
+        """Yield strategies with all values of some dimensions, and the baselines.
 
         What does not bear on these is an example. Without dimensions nothing is proposed, and the baselines are all
         there is.
@@ -181,7 +181,7 @@ class Space:
     def _points_over(
         self, paths: Collection[str], values: Callable[[Dimension], Sequence[Value]] | None = None
     ) -> Iterator[Point]:
-        """The points that `varied` is made of."""
+        """Return the points of `varied`."""
         branching = with_conditions(self.dimensions, paths)
 
         def taken(dimension: Dimension) -> Sequence[Value]:
@@ -193,7 +193,7 @@ class Space:
         return self.points(taken)
 
     def extremes(self) -> tuple[Strategy, ...]:
-        """The baselines, and a strategy for each way a student may begin at the ends of its dimensions.
+        """Return the baselines, and a strategy for each kind of initial student at the ends of its dimensions.
 
         The smallest and the largest student are among them, and each model that one may start from. What does not bear
         on how a student begins is an example.
@@ -206,7 +206,7 @@ class Space:
         return tuple(dict.fromkeys(found.init.model for found in self.extremes() if found.init.model))
 
     def required(self) -> Space:
-        """The space without its optional choices, and without the dimensions and starts that ask for one."""
+        """Return the space without optional choices, and without dimensions and starts that need one."""
         if not self.optional:
             return self
         dimensions = []
@@ -227,7 +227,7 @@ class Space:
 
     @cached_property
     def hash(self) -> str:
-        """Content hash of all that a search depends on, which is all but the wording."""
+        """Content hash of everything that a search depends on, except for the wording."""
         if self.narrowed_from is not None:
             return self.narrowed_from
         data = self.to_json()
@@ -236,7 +236,7 @@ class Space:
         return content_hash(parts + ([data["lengths"]] if len(self.lengths) > 1 else []))
 
     def to_json(self) -> dict[str, Any]:
-        """The space as plain data, which `from_json` reads; baselines and starts are written out."""
+        """Return the space as plain data for `from_json`; baselines and enqueued strategies are written out."""
         return {
             "name": self.name,
             "description": self.description,
@@ -249,13 +249,13 @@ class Space:
         }
 
     def to_yaml(self) -> str:
-        """The space as a YAML file says it, which `load_space` reads: the same space, by its hash."""
+        """Return the space as the text of a YAML file; `load_space` reads it as a space with the same hash."""
         text: str = yaml.safe_dump(self.to_json(), sort_keys=False, allow_unicode=True, width=120)
         return text
 
     @classmethod
     def from_json(cls, data: Any) -> Space:
-        """Reads a space from plain data and checks that each of its corners is a strategy.
+        """Read a space from plain data and check that each of its corners is a strategy.
 
         Raises:
             InputError: Anything wrong with it, naming the dimension.
@@ -276,7 +276,7 @@ def _dimensions(data: Any, baselines: Any) -> tuple[Dimension, ...]:
 
 
 def _check_corners(space: Space) -> None:
-    """Builds the strategy at each corner: rules hold within a part, so parts are crossed one at a time."""
+    """Build the strategy at each corner; rules hold within a part, so parts are crossed one at a time."""
     active: set[str] = set()
     for part in dict.fromkeys(part_of(dimension.path) for dimension in space.dimensions):
         members = {item.path for item in space.dimensions if part_of(item.path) == part}
@@ -310,7 +310,7 @@ def _optional(data: Any) -> dict[str, tuple[Value, ...]]:
 
 
 def _check_optional(space: Space) -> None:
-    """Refuses choices that no dimension has, and a dimension of which none would be left."""
+    """Refuse optional choices that no dimension has, and a dimension without other choices."""
     domains = {dimension.path: dimension.domain for dimension in space.dimensions}
     for path, labels in space.optional.items():
         check(path in domains, f"optional names {path}, which is no dimension here; {near(path, domains)}")
@@ -354,7 +354,7 @@ def _strategy(item: Any, where: str) -> Strategy:
 
 
 def load_space(ref: str | Path) -> Space:
-    """The space of a name in `search_spaces/`, or of a YAML file.
+    """Load the space of a name in `search_spaces/`, or of a YAML file.
 
     Raises:
         InputError: No such space or file, YAML that is not plain data, a space that does not hold together, or a named
@@ -372,7 +372,7 @@ def load_space(ref: str | Path) -> Space:
 
 
 def space_reference(space: str | Path | Space, cache: Path) -> str:
-    """The reference of a space: a space made in Python is saved once in the cache, under its hash.
+    """Return the reference of a space; one made in Python is saved in the cache, under its hash.
 
     Args:
         space: A name or file, given back as it is, or a space.

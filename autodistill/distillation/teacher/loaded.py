@@ -23,7 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 def teacher_reference(
     teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, cache: Path
 ) -> str:
-    """Returns the reference of a teacher: a loaded model is saved in the cache, once for the same content.
+    """Return the reference of a teacher; a loaded model is saved in the cache, once for the same content.
 
     Args:
         teacher: A reference, given back as it is, or a causal language model of transformers with all of its weights,
@@ -98,7 +98,7 @@ def _checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
 
 
 def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """What decides the files that are saved: config, weights, and the tokenizer's own files."""
+    """Hash everything that decides the saved files: config, weights, and the tokenizer's own files."""
     import torch
 
     digest = hashlib.sha256()
