@@ -14,7 +14,7 @@ from autodistill.strategy.deployment import Deployment
 
 
 def full_marks(marks: npt.NDArray[Any], documents: npt.NDArray[np.int32]) -> dict[str, Any]:
-    """Returns the share of answers whose mark is 1, its standard error over questions, and the mean mark.
+    """Return the share of answers whose mark is 1, its standard error over questions, and the mean mark.
 
     Args:
         marks: [n], of each answer, 0 to 1.

@@ -15,7 +15,7 @@ from autodistill.strategy.deployment import Deployment
 
 
 def perplexity(nll: npt.NDArray[Any], documents: npt.NDArray[np.int32]) -> tuple[float, float | None]:
-    """Returns exp(mean nll), and its standard error by the delta method: perplexity * stderr of the mean.
+    """Return exp(mean nll), and its standard error by the delta method: perplexity * stderr of the mean.
 
     Args:
         nll: [n], negative log-likelihood of each token in nats.

@@ -18,7 +18,8 @@ PACKAGES = (
     *("errors", "units", "plugins"),
     *("utils", "models", "quantization", "strategy", "hardware", "options", "estimates"),
     *("data", "serving", "inference"),
-    *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "search", "objects", "api"),
+    *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "search", "report"),
+    *("objects", "api"),
     *("testing", "cli", "__main__", ""),
 )
 MOST_MODULES, MOST_AT_THE_TOP = 14, 8

@@ -303,7 +303,7 @@ def load_split(folder: Path, split: str, rendering: str = "") -> TokenSet:
 
 
 def _table(folder: Path) -> pyarrow.Table:
-    """Reads the rows that `datasets` saved in a folder, memory-mapped, and without that library: no worker loads it."""
+    """Read the rows that `datasets` saved in a folder, memory-mapped, and without that library: no worker loads it."""
     import pyarrow as pa
 
     names = [

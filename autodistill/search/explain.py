@@ -30,7 +30,7 @@ from autodistill.strategy.space import Space
 from autodistill.units import format_bytes
 
 # With fewer results a share of the variance is noise.
-_FEWEST_RESULTS = 8
+FEWEST_RESULTS = 8
 
 
 # Why a strategy is rejected that misses a limit, in words.
@@ -159,7 +159,7 @@ def explain(run: RunFolder) -> Explanation:
         metric=asked["metric"],
         importance={
             objective.name: importance(
-                space, _results(points, first.values(), place), objective.direction, least=_FEWEST_RESULTS
+                space, _results(points, first.values(), place), objective.direction, least=FEWEST_RESULTS
             )
             for place, objective in enumerate(_objectives(asked))
             if space.dimensions

@@ -33,6 +33,7 @@ from autodistill.runs.sessions import SignsOfLife, by_phase, last_ended, lasted
 from autodistill.runs.students import student_bytes
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import confirmed
+from autodistill.search.callbacks import Callback, Callbacks, Exported, SearchFinished
 from autodistill.search.campaign.agenda import REJECTIONS_IN_A_ROW
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
@@ -127,8 +128,13 @@ def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price 
     }
 
 
-def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
+def search(request: SearchRequest, observer: Observer | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
     """Finds, exports and verifies the best that fits the budget: a student, or what needs no training.
+
+    Args:
+        request: What is asked.
+        observer: Shows the search to a person.
+        callbacks: Are told of trials, rungs and exports, in this process.
 
     Raises:
         InputError: Bad input, before any work is spent.
@@ -139,7 +145,7 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
         AutoDistillError: There was no room for a file of the search itself; likewise.
         VerificationError: What was exported is not what was evaluated.
     """
-    observer = observer or Observer()
+    observer, tell = observer or Observer(), Callbacks(callbacks)
     checked = check_request(request)
     # Locked before a cluster is joined, whose nodes nobody asks for a run that another process goes on with.
     with _folder(checked) as run:
@@ -150,7 +156,7 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
                 _stored(checked, run, observer) as storage,
             ):
                 asked = trainable(replace(checked, name=run.name), place, observer.line)
-                return _search(asked, place, joined, run, storage, observer)
+                return _search(asked, place, joined, run, storage, observer, tell)
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
@@ -253,6 +259,7 @@ def _search(
     run: RunFolder,
     storage: Storage | None,
     observer: Observer,
+    tell: Callbacks,
 ) -> Outcome:
     clock = Clock(checked.started, observer.phase)
     clock.add("load", time.monotonic() - checked.started)
@@ -271,8 +278,12 @@ def _search(
     with SignsOfLife(run.path, storage, clock.started_at, clock.session):
         # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
         with _runner(checked, place, joined, lambda: _to_go_on(checked, run)) as runner:
-            campaign, ready, setting = _trials(checked, planned, runner, run, storage, clock, earlier, observer)
-        return _end(checked, planned, ready, setting, campaign, run, storage, clock, observer)
+            campaign, ready, setting = _trials(checked, planned, runner, run, storage, clock, earlier, observer, tell)
+        outcome = _end(checked, planned, ready, setting, campaign, run, storage, clock, observer)
+    for container, path in outcome.finish.paths.items():
+        tell(Exported(container=container, path=path, best=outcome.finish.best))
+    tell(SearchFinished(run=run.path, best=outcome.finish.best, rows=outcome.rows))
+    return outcome
 
 
 def _trials(
@@ -284,6 +295,7 @@ def _trials(
     clock: Clock,
     earlier: list[dict[str, Any]],
     observer: Observer,
+    tell: Callbacks,
 ) -> tuple[Campaign, Ready, TrialSetting]:
     """Runs the trials; `earlier` is the log of the sessions before this one."""
     ready = prepare_trials(checked, planned, run, clock)
@@ -312,6 +324,7 @@ def _trials(
         or default_limit(run.checkpoints, storage, sum(student_bytes(run.checkpoints, storage).values())),
         deadline=deadline,
         notify=observer.line,
+        tell=tell,
     )
     campaign.replay(earlier)
     campaign.watch = lambda: observer.campaign(campaign, *campaign.standing())

@@ -31,7 +31,7 @@ _DIMENSION_FIELDS = ("choices", "low", "high", "step", "log", "when")
 
 
 def _strategy_paths(part: type[PlainDataclass] = Strategy, prefix: str = "") -> dict[str, type]:
-    """Every dotted path of a strategy with the type found there."""
+    """Return every dotted path of a strategy with its type."""
     paths: dict[str, type] = {}
     for name, hint in typing.get_type_hints(part).items():
         if isinstance(hint, types.UnionType):
@@ -47,7 +47,7 @@ PATHS: Mapping[str, type] = _strategy_paths()
 
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
-    """One thing that a strategy may vary.
+    """One property of a strategy that may vary.
 
     Attributes:
         path: Dotted path in a strategy, like "distillation.temperature.shape".
@@ -60,17 +60,17 @@ class Dimension:
     when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
 
     def active(self, point: Mapping[str, Value]) -> bool:
-        """Whether `point`, which has the dimensions before this one, makes this one count."""
+        """Return whether this dimension is used at `point`, which has the dimensions before this one."""
         return all(path in point and point[path] in values for path, values in self.when.items())
 
     def to_json(self) -> dict[str, Any]:
-        """The dimension as plain data, without its path."""
+        """Return the dimension as plain data, without its path."""
         when = {path: list(values) for path, values in self.when.items()}
         return self.domain.to_json() | ({"when": when} if when else {})
 
     @classmethod
     def from_json(cls, path: str, data: Any) -> Dimension:
-        """Reads what a space file, or Python, says of one dimension.
+        """Read one dimension from plain data, as a space file has it, or from its declaration in Python.
 
         Args:
             path: Dotted path in a strategy.
@@ -99,7 +99,7 @@ class Dimension:
 
 
 def place(data: dict[str, Any], path: str, value: Any) -> None:
-    """Sets the field at `path` of a strategy's plain data."""
+    """Set the field at `path` in a strategy's plain data."""
     *parents, leaf = path.split(".")
     for depth, name in enumerate(parents, 1):
         data = data.setdefault(name, {})
@@ -110,14 +110,14 @@ def place(data: dict[str, Any], path: str, value: Any) -> None:
 
 
 def look_up(data: Any, path: str) -> Any:
-    """The field at `path` of a strategy's plain data, or None."""
+    """Return the field at `path` in a strategy's plain data, or None."""
     for name in path.split("."):
         data = data.get(name) if isinstance(data, Mapping) else None
     return data
 
 
 def find(domain: Choices | Range, value: Any) -> Value | None:
-    """The value of `domain` that puts `value` at the dimension's path, or of those that agree with it the fullest."""
+    """Return the value of `domain` that puts `value` at the dimension's path; of several, the most complete one."""
     if isinstance(domain, Range):
         return value if domain.holds(value) else None
     found: Value | None = None
@@ -134,7 +134,7 @@ def find(domain: Choices | Range, value: Any) -> Value | None:
 def points(
     dimensions: Sequence[Dimension], values: Callable[[Dimension], Sequence[Value]], point: Point
 ) -> Iterator[Point]:
-    """Every point that goes on from `point` with one of `values(dimension)` for each active dimension, in order."""
+    """Yield every point that extends `point` by one of `values(dimension)` for each active dimension."""
     if not dimensions:
         yield dict(point)
     elif not dimensions[0].active(point):
@@ -145,7 +145,7 @@ def points(
 
 
 def with_conditions(dimensions: Sequence[Dimension], paths: Collection[str]) -> set[str]:
-    """`paths` and all that their conditions name, directly or not; `dimensions` are in order."""
+    """Return `paths` and all paths that their conditions name, directly or not; `dimensions` are in order."""
     found = set(paths)
     for dimension in reversed(dimensions):
         if dimension.path in found:
@@ -154,7 +154,7 @@ def with_conditions(dimensions: Sequence[Dimension], paths: Collection[str]) -> 
 
 
 def in_order(dimensions: Sequence[Dimension]) -> tuple[Dimension, ...]:
-    """Sorts so that a dimension comes after those it depends on: its conditions, and the part that it is a field of."""
+    """Sort dimensions so that each comes after those it depends on: its conditions, and the part it belongs to."""
     by_path = {dimension.path: dimension for dimension in dimensions}
     for dimension in dimensions:
         for path, values in dimension.when.items():
@@ -184,6 +184,6 @@ def _depends(dimension: Dimension, paths: set[str]) -> bool:
 
 
 def part_of(path: str) -> str:
-    """The part of a strategy that a path is a field of, or itself where it is a part."""
+    """Return the path of the strategy's part that holds `path`, or `path` itself if it is a part."""
     hint = PATHS[path]
     return path if isinstance(hint, type) and issubclass(hint, PlainDataclass) else path.rpartition(".")[0]

@@ -17,7 +17,7 @@ _OF_THE_DIVERGENCE = ("divergence", "mixture", "temperature", "standardise", "si
 
 
 def load_strategy(ref: str | Path) -> Strategy:
-    """The strategy of a name in `search_spaces/strategies/`, or of a YAML file.
+    """Load the strategy of a name in `search_spaces/strategies/`, or of a YAML file.
 
     Raises:
         InputError: No such strategy or file, YAML that is not plain data, a broken rule, a divergence that nothing
@@ -34,7 +34,7 @@ def load_strategy(ref: str | Path) -> Strategy:
 
 
 def packaged_files(what: str) -> dict[str, Path]:
-    """The YAML files that come with the package, by the names they are known by.
+    """Return the YAML files of the package by their names.
 
     Args:
         what: "spaces" or "strategies".
@@ -45,7 +45,7 @@ def packaged_files(what: str) -> dict[str, Path]:
 
 
 def packaged_file(what: str, name: str) -> Path:
-    """One of them.
+    """Return one YAML file of the package.
 
     Raises:
         InputError: There is none of that name.
@@ -57,7 +57,7 @@ def packaged_file(what: str, name: str) -> Path:
 
 
 def find_file(ref: str | Path, what: str) -> Path:
-    """The YAML file of a packaged name, or one that is named as a file.
+    """Return the YAML file of a packaged name, or of a path.
 
     Args:
         ref: A name, or a path.
@@ -74,7 +74,7 @@ def find_file(ref: str | Path, what: str) -> Path:
 
 
 def check_effect(strategy: Strategy) -> None:
-    """Refuses a strategy of a person's that says what would be ignored; a space may propose one at a dimension's end.
+    """Refuse a user's strategy with settings that have no effect; a space may propose those at a dimension's end.
 
     Args:
         strategy: What is not written in it has its default, and is not refused.

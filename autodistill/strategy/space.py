@@ -89,7 +89,7 @@ class Space:
         lengths: Sequence[float] = (1.0,),
         narrowed_from: str | None = None,
     ) -> None:
-        """Reads a space and checks that each of its corners is a strategy.
+        """Read a space and check that each of its corners is a strategy.
 
         Args:
             dimensions: By dotted path in a strategy, what each may be.
@@ -161,7 +161,7 @@ class Space:
         return point if self.strategy(point) == strategy else None
 
     def points(self, values: Callable[[Dimension], Sequence[Value]]) -> Iterator[Point]:
-        """Every point whose active dimensions take one of `values(dimension)`."""
+        """Return every point whose active dimensions have one of `values(dimension)`."""
         return points(self.dimensions, values, {})
 
     def varied(
@@ -182,7 +182,7 @@ class Space:
     def _points_over(
         self, paths: Collection[str], values: Callable[[Dimension], Sequence[Value]] | None = None
     ) -> Iterator[Point]:
-        """The points that `varied` is made of."""
+        """Return the points of `varied`."""
         branching = with_conditions(self.dimensions, paths)
 
         def taken(dimension: Dimension) -> Sequence[Value]:
@@ -256,7 +256,7 @@ class Space:
         }
 
     def to_yaml(self) -> str:
-        """The space as a YAML file says it, which `load_space` reads: the same space, by its hash."""
+        """Return the space as the text of a YAML file; `load_space` reads it as a space with the same hash."""
         text: str = yaml.safe_dump(self.to_json(), sort_keys=False, allow_unicode=True, width=120)
         return text
 
@@ -381,7 +381,7 @@ def load_space(ref: str | Path) -> Space:
 
 
 def space_reference(space: str | Path | Space, cache: Path) -> str:
-    """The reference of a space: a space made in Python is saved once in the cache, under its hash.
+    """Return the reference of a space; one made in Python is saved in the cache, under its hash.
 
     Args:
         space: A name or file, given back as it is, or a space.
