@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from autodistill.objects.answers import Estimate, Pick
     from autodistill.objects.run import Run, SearchResult
     from autodistill.objects.student import Metric, Student
+    from autodistill.search.callbacks import (
+        Callback,
+        Exported,
+        RungReached,
+        SearchFinished,
+        Step,
+        TrialFinished,
+        TrialStarted,
+    )
     from autodistill.strategy.deployment import Deployment
     from autodistill.strategy.divergence import register_divergence
     from autodistill.strategy.domains import Choice, Float, Int
@@ -28,10 +37,12 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoDistillError",
     "Budget",
+    "Callback",
     "Choice",
     "Deployment",
     "Estimate",
     "Evaluator",
+    "Exported",
     "Float",
     "InputError",
     "Int",
@@ -41,11 +52,16 @@ __all__ = [
     "Pick",
     "Quantity",
     "Run",
+    "RungReached",
+    "SearchFinished",
     "SearchResult",
     "Space",
+    "Step",
     "Strategy",
     "Student",
     "Subject",
+    "TrialFinished",
+    "TrialStarted",
     "__version__",
     "devices",
     "distill",
@@ -71,6 +87,9 @@ _MODULES = {
     "objects.answers": ("Estimate", "Pick"),
     "objects.run": ("Run", "SearchResult"),
     "objects.student": ("Metric", "Student"),
+    "search.callbacks": (
+        *("Callback", "TrialStarted", "Step", "RungReached", "TrialFinished", "Exported", "SearchFinished"),
+    ),
     "evaluation.base": ("Evaluator", "Measurement", "Quantity", "Subject", "register_evaluator"),
     "strategy.deployment": ("Deployment",),
     "strategy.divergence": ("register_divergence",),

@@ -104,9 +104,9 @@ def _request(verb: str, options: Mapping[str, Any]) -> SearchRequest:
     words = ["autodistill", verb]
     declared = options_of(SearchRequest)
     for name, value in options.items():
-        if value in (None, False):
-            continue
         values = value if isinstance(value, list | tuple) else [value]
+        if value is None or value is False or not all(isinstance(one, str | int | float | Path) for one in values):
+            continue  # what no command line can say
         flag = [] if declared[name].argument else [f"--{name.replace('_', '-')}"]
         words += [word for one in values for word in (flag if value is True else [*flag, str(one)])]
     return SearchRequest(**options, command=shlex.join(words))

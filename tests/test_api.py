@@ -31,6 +31,7 @@ SMALLER = {
     'budget="8GB", time="2h"': 'budget="8GB", trials=1, tokens=768, runner="inline", cache="cache"',
     'budget="210MB"': 'budget="210MB", tokens=512, name="one", runner="inline", cache="cache"',
     'resume(time="1h")': "resume(trials=2)",
+    "print(event.trial, ": "told.append(event); print(event.trial, ",
 }
 SPACE = """
 name: small
@@ -50,7 +51,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     save_tiny_teacher(folder / "model")
     tiny_text(folder / "docs")
     (folder / "space.yaml").write_text(SPACE)
-    names: dict[str, Any] = {"HERE": {"name": "first", "runner": "inline", "cache": "cache"}}
+    names: dict[str, Any] = {"HERE": {"name": "first", "runner": "inline", "cache": "cache"}, "told": []}
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -161,6 +162,24 @@ def test_what_a_session_registers_is_used_and_recorded_by_name_and_source(page: 
     assert set(own.settings["space_definition"]["dimensions"]) == {"init.depth", "distillation.divergence"}
     assert set(own.settings["asked"]["evaluators"]) == {"surprise"}
     assert set(own.settings["asked"]["divergences"]) == {"tvd"}
+
+
+def test_callbacks_are_told_of_rungs_and_a_data_set_is_saved_and_planned_on(page: dict[str, Any]):
+    assert page["told"]
+    assert page["same"]["plan"]["trials"] == 1
+    assert len(list(Path("cache/objects").rglob("*.jsonl"))) == 1
+
+
+def test_charts_are_of_the_run(page: dict[str, Any]):
+    assert {"layer"} <= set(page["chart"].to_dict(validate=False))
+    with pytest.raises(ad.InputError, match="more trials or time"):
+        page["more"].plot.importance()
+
+
+def test_charts_say_how_they_are_installed(page: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "altair", None)
+    with pytest.raises(ad.InputError, match=r"pip install 'autodistill-search\[plots\]'"):
+        page["more"].plot.pareto()
 
 
 def test_runs_of_two_folders_are_not_picked_from_together(page: dict[str, Any]):

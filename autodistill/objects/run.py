@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from autodistill.hardware.budget import Budget, read_budget
 from autodistill.objects.html import facts, table
+from autodistill.objects.plots import Plots
 from autodistill.objects.student import Student
 from autodistill.runs.results.row import rows_of
 from autodistill.runs.run_folder import RunFolder
@@ -71,6 +72,11 @@ class Run:
         """What was evaluated on the test split, with the figures of that: the exported one and what it is held to."""
         rows = rows_of(self._folder.events.read(), ("row", "test"))
         return [Student(row, self._folder) for row in rows if row.split == "test"]
+
+    @property
+    def plot(self) -> Plots:
+        """Its charts: `plot.pareto()` and `plot.importance()`."""
+        return Plots(self._folder)
 
     def to_dataframe(self) -> pd.DataFrame:
         """The leaderboard as a pandas DataFrame: a row a student, its metrics, and each dimension of its strategy."""
@@ -164,7 +170,7 @@ def run_search(request: SearchRequest, observer: Observer | None = None) -> Sear
     """
     from autodistill.search.search import search
 
-    found = search(request, observer or lines())
+    found = search(request, observer or lines(), request.callbacks)
     folder = RunFolder.open(Path(request.out), found.document["name"])
     return SearchResult(folder, dict(found.document), cache=request.cache)
 

@@ -28,6 +28,7 @@ from autodistill.options import (
     options_of,
     parsed,
 )
+from autodistill.search.callbacks import Callback
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import parse_bytes, parse_duration
@@ -49,6 +50,7 @@ class SearchRequest:
     A new option is a field here, and one line of `resolve` that says what it is where nobody asks for it.
 
     Attributes:
+        teacher, data: A reference, or a loaded model of transformers and a `datasets.Dataset`.
         budget: A `Budget` says memory, context, batch, device and latency itself; the options of those names then say
             nothing, but for `device`, where a latency is predicted.
         resume: Go on with the run `name`.
@@ -92,9 +94,12 @@ class SearchRequest:
     devices: Devices = None
     context: Context = None
     batch: Batch = None
-    teacher: Annotated[str | Path | None, TEACHER] = None
+    teacher: Annotated[str | Path | object | None, TEACHER] = None
+    tokenizer: Annotated[
+        object | None, Option(help="Tokenizer of a teacher that is given as a loaded model.", python=True)
+    ] = None
     data: Annotated[
-        str | Path | None,
+        str | Path | object | None,
         Option(
             help="Text to train and measure on: a folder, a .txt, .jsonl or .parquet file, reasoning-gym:TASK, a hub "
             "id, or pydoc (default).",
@@ -343,6 +348,10 @@ class SearchRequest:
             section="Storage",
         ),
     ] = None
+    callbacks: Annotated[
+        Sequence[Callback],
+        Option(help="Objects of `Callback` classes, told of trials, steps, rungs and exports.", python=True),
+    ] = ()
     sharing: bool = True
     forking: bool = True
     command: str = "autodistill search"

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.data.documents import DataSource, resolve_data
+from autodistill.data.loaded import data_reference
+from autodistill.distillation.teacher.loaded import teacher_reference
 from autodistill.distillation.teacher.resolve import TeacherRef, resolve_teacher
 from autodistill.errors import InputError
 from autodistill.evaluation.base import Direction
@@ -129,12 +131,13 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
     cache = Path(request.cache) if request.cache is not None else default_cache()
     asked, objectives = ask(request, known)
     limits = _limits(request, known, cache)
-    teacher_reference = _first(request.teacher, known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
-    data_reference = _first(request.data, known.get("data", {}).get("reference"), DEFAULT_DATA)
+    named_teacher = _first(_teacher(request, cache), known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
+    data = None if request.data is None else data_reference(cast(Any, request.data), cache)
+    named_data = _first(data, known.get("data", {}).get("reference"), DEFAULT_DATA)
     space = None if request.space is None else space_reference(request.space, cache)
     named_space = _first(space, known.get("space"), DEFAULT_SPACE)
-    teacher = resolve_teacher(_as_before(teacher_reference, known.get("teacher", {})))
-    source = resolve_data(data_reference)
+    teacher = resolve_teacher(_as_before(named_teacher, known.get("teacher", {})))
+    source = resolve_data(named_data)
     strategy = _reference(request.strategy, cache)
     searched = load_space(named_space)
     baselines = tuple(map(str, request.baseline)) if request.baseline else _named(known.get("baselines"))
@@ -154,9 +157,9 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         strategy=strategy,
         budget=budget,
         teacher=teacher,
-        teacher_reference=teacher_reference,
+        teacher_reference=named_teacher,
         source=source,
-        data_reference=data_reference,
+        data_reference=named_data,
         space=searched,
         space_reference=named_space,
         baselines=baselines,
@@ -196,6 +199,15 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
 def _first(*given: str | Path | None) -> str:
     """What is asked, or was before, or is the default; an empty text is asked too, and refused for what it is."""
     return str(next(one for one in given if one is not None))
+
+
+def _teacher(request: SearchRequest, cache: Path) -> str | None:
+    """The reference of the teacher that is asked for; a loaded model is saved in the cache."""
+    if request.teacher is not None:
+        return teacher_reference(cast(Any, request.teacher), cast(Any, request.tokenizer), cache)
+    if request.tokenizer is not None:
+        raise InputError("tokenizer is that of a loaded model: give the model as teacher, or leave tokenizer out")
+    return None
 
 
 def _number(value: str | int) -> int:
