@@ -249,7 +249,7 @@ _ORDER = (_FOUND, _BEFORE, _BASELINE, _INITIAL, _TEACHER, _QUANTISED)
 
 
 def _is_exported(row: Row, best: Mapping[str, Any]) -> bool:
-    return (row.kind, row.trial, row.deployment) == (best["kind"], best["trial"], best["deployment"])
+    return (row.kind, row.trial, row.deployment.to_json()) == (best["kind"], best["trial"], best["deployment"])
 
 
 def _untrained(row: Row, best: Mapping[str, Any]) -> bool:
@@ -263,7 +263,7 @@ def _title(row: Row, best: Mapping[str, Any]) -> str:
     if row.kind in DISTILLED:
         return _BASELINE if row.kind == "baseline" else _BEFORE
     if row.kind == "teacher":
-        return _TEACHER if row.deployment["bits"] == 16 else _QUANTISED
+        return _TEACHER if row.deployment.bits == 16 else _QUANTISED
     return _INITIAL
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from autodistill.objects.html import facts
 from autodistill.objects.student import Student
-from autodistill.runs.results.row import rows_of
 from autodistill.runs.run_folder import RunFolder
 from autodistill.units import format_bytes
 
@@ -75,8 +74,7 @@ class Pick:
         if picked is None:
             return None
         run = RunFolder.open(self._out, picked["run"])
-        rows = rows_of(run.events.read())
-        return Student(next(row for row in rows if row.row_id == picked["row_id"]), run)
+        return Student(next(row for row in run.events.rows() if row.row_id == picked["row_id"]), run)
 
     def __repr__(self) -> str:
         return f"<Pick {self.student!r}>"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autodistill.hardware.budget import read_budget
-from autodistill.runs.results.row import rows_of
 from autodistill.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class Plots:
         ways = {**asked.get("directions", {}), asked["metric"]: asked["direction"]}
         drawn = metric or asked["metric"]
         return pareto(
-            rows_of(self._folder.events.read()),
+            self._folder.events.rows(),
             metric=drawn,
             direction=ways.get(drawn, "max"),
             against=against,

@@ -11,7 +11,6 @@ from autodistill.hardware.budget import Budget, read_budget
 from autodistill.objects.html import facts, table
 from autodistill.objects.plots import Plots
 from autodistill.objects.student import Student
-from autodistill.runs.results.row import rows_of
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of, leaderboard_of
 from autodistill.search.request.request import SearchRequest
@@ -32,8 +31,12 @@ class Run:
     """
 
     def __init__(self, folder: RunFolder, *, cache: str | Path | None = None) -> None:
-        self._folder, self._cache = folder, cache
-        self.name, self.path = folder.name, folder.path
+        self.name, self.path, self._cache = folder.name, folder.path, cache
+
+    @property
+    def _folder(self) -> RunFolder:
+        """The folder, opened anew: the run may have gone on, here or elsewhere."""
+        return RunFolder.open(self.path.parent, self.name)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -58,20 +61,21 @@ class Run:
     @property
     def students(self) -> list[Student]:
         """What was evaluated on the validation split, the best first, the teacher and untrained students too."""
-        return [Student(one.row, self._folder) for one in leaderboard_of(self._folder)[0]]
+        folder = self._folder
+        return [Student(one.row, folder) for one in leaderboard_of(folder)[0]]
 
     @property
     def best(self) -> Student | None:
         """The best that keeps to the budget; None where nothing does yet."""
-        rows = [row for row in rows_of(self._folder.events.read()) if row.split != "test"]
-        best = best_of(self._folder, rows)
-        return None if best is None else Student(best, self._folder)
+        folder = self._folder
+        best = best_of(folder, folder.events.rows(split="validation"))
+        return None if best is None else Student(best, folder)
 
     @property
     def test(self) -> list[Student]:
         """What was evaluated on the test split, with the figures of that: the exported one and what it is held to."""
-        rows = rows_of(self._folder.events.read(), ("row", "test"))
-        return [Student(row, self._folder) for row in rows if row.split == "test"]
+        folder = self._folder
+        return [Student(row, folder) for row in folder.events.rows("row", "test", split="test")]
 
     @property
     def plot(self) -> Plots:
@@ -149,8 +153,8 @@ class SearchResult(Run):
     def best(self) -> Student:
         """What was exported: the best that keeps to the budget."""
         wanted = self.document["best"]["row_id"]
-        rows = rows_of(self._folder.events.read())
-        return Student(next(row for row in rows if row.row_id == wanted), self._folder)
+        folder = self._folder
+        return Student(next(row for row in folder.events.rows() if row.row_id == wanted), folder)
 
     @property
     def notes(self) -> list[str]:

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.objects.html import facts
-from autodistill.quantization.formats import get_format
 from autodistill.runs.results.differences import paired, paired_difference
-from autodistill.runs.results.row import Row, finite, rows_of
+from autodistill.runs.results.row import Row, finite
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of
-from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
 
 _FIGURES = (
@@ -63,8 +60,8 @@ class Student:
         self._row, self._run = row, run
         self.id, self.name, self.kind = row.row_id, row.name, row.kind
         self.feasible, self.reason = row.feasible, row.reason
-        self.strategy = None if row.strategy is None else Strategy.from_json(row.strategy)
-        self.deployment = Deployment.from_json(row.deployment)
+        self.strategy = row.strategy
+        self.deployment = row.deployment
         self.metrics: Mapping[str, Metric] = _metrics(row)
 
     @property
@@ -72,9 +69,8 @@ class Student:
         """The file or folder that its runtime is given, where it is what its run exported; else None: `export` it."""
         if not self.feasible:
             return None
-        rows = [row for row in rows_of(self._run.events.read()) if row.split != "test"]
-        best = best_of(self._run, rows)
-        folder = self._run.student(get_format(self.deployment.format).container)
+        best = best_of(self._run, self._run.events.rows(split="validation"))
+        folder = self._run.student(self.deployment.container)
         if best is None or best.row_id != self.id or not folder.is_dir():
             return None
         return next(folder.glob("*.gguf"), folder)

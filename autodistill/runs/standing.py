@@ -7,7 +7,7 @@ from pathlib import Path
 
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rank
 from autodistill.runs.results.objectives import objectives_of, with_front
-from autodistill.runs.results.row import Row, rows_of
+from autodistill.runs.results.row import Row
 from autodistill.runs.results.selection import chosen, contenders, students_only
 from autodistill.runs.run_folder import RunFolder
 
@@ -19,7 +19,7 @@ def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
         InputError: Its records cannot be read.
     """
     asked = run.asked("metric", "direction")
-    rows = contenders(rows_of(run.events.read()))
+    rows = contenders(run.events.rows())
     return with_front(rank(rows, asked["metric"], asked["direction"]), objectives_of(asked)), asked["metric"]
 
 

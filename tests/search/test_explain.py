@@ -59,7 +59,7 @@ def row(trial: str, memory: int, accuracy: float, feasible: bool) -> Row:
         "split": "validation",
     }
     figures = {"accuracy": accuracy, "memory_bytes": memory, "feasible": feasible, "fidelity": 1.0}
-    return Row(**least | fields | figures)
+    return Row.from_json(least | fields | figures)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_dimension_under_a_condition_is_judged_by_the_trials_that_have_it_and_
         "init.layers": "it is the same in all that have it",
     }
     text = explain(run).describe()
-    line = f"  {end.share:6.1%}  distillation.temperature.end, of what the 15 trials that have it differ in\n"
+    line = f"  {end.share:6.1%}  distillation.temperature.end, among the 15 trials that have it\n"
     assert line in text
     assert "     --   finishing.bits: 5 of 30 trials have it\n" in text
 
@@ -160,8 +160,8 @@ def test_each_objective_has_its_own_table(run: RunFolder) -> None:
     assert list(found.importance) == ["accuracy", "memory", "latency"]
     assert firsts == ["distillation.learning_rate", "init.depth", None]
     text = found.describe()
-    assert "by accuracy (PED-ANOVA):" in text
-    assert "by memory (PED-ANOVA):" in text
+    assert "What mattered for accuracy, in" in text
+    assert "What mattered for memory, in" in text
     assert "results are too few to tell which dimensions mattered for latency." in text
 
 
@@ -340,7 +340,7 @@ def test_a_runtime_that_takes_more_than_predicted_does_so_packed_otherwise(
 
 def test_the_best_is_told_what_a_wider_packing_of_it_lacks(tmp_path: Path, needs: tuple[int, int]) -> None:
     wide, narrow = needs
-    best = replace(row("t000", narrow, 0.30, True), shape=SHAPE, deployment=PACKINGS[1])
+    best = replace(row("t000", narrow, 0.30, True), shape=SHAPE, deployment=Deployment.from_json(PACKINGS[1]))
     binding, (sentence,) = told(tmp_path, wide - 2_100_000, best)
     assert "as gguf-q4_0" in binding
     assert sentence == "2.10 MB more would hold the best as gguf-q8_0, which was not evaluated because it does not fit."
