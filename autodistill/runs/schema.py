@@ -62,6 +62,7 @@ class Search(TypedDict):
     teacher: NotRequired[Source]
     data: NotRequired[Source]
     templates: NotRequired[Mapping[str, str]]
+    strategy: NotRequired[str | None]
     space: NotRequired[str]
     space_hash: NotRequired[str]
     baselines: NotRequired[tuple[str, ...] | None]

@@ -25,11 +25,12 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.test_split_ledger import opened, openings_of
 from autodistill.search.algorithms.optuna_study import Importance, Observation, importance
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.dimension import Point
+from autodistill.strategy.space import Space
 from autodistill.units import format_bytes
 
 # With fewer results a share of the variance is noise.
-_FEWEST_RESULTS = 8
+FEWEST_RESULTS = 8
 
 
 # Why a strategy is rejected that misses a limit, in words.
@@ -158,7 +159,7 @@ def explain(run: RunFolder) -> Explanation:
         metric=asked["metric"],
         importance={
             objective.name: importance(
-                space, _results(points, first.values(), place), objective.direction, least=_FEWEST_RESULTS
+                space, _results(points, first.values(), place), objective.direction, least=FEWEST_RESULTS
             )
             for place, objective in enumerate(_objectives(asked))
             if space.dimensions

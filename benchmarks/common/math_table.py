@@ -34,7 +34,8 @@ from autodistill.runs.run_folder import default_cache
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.dimension import Point
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Finishing, Strategy
 from benchmarks.common import math_teacher, program, report
 from benchmarks.common.math_search import RECIPE, STEP, TOKENS, prepare, space

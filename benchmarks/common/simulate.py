@@ -28,8 +28,9 @@ from autodistill.search.planning.durations import Speed
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.domains import Value
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.yaml_files import read_yaml

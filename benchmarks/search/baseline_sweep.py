@@ -13,7 +13,7 @@ import itertools
 import json
 from dataclasses import asdict, replace
 
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.strategy.strategy import Strategy
 from benchmarks.common import program, report, trials
 

@@ -21,7 +21,7 @@ import torch
 from autodistill.runs.run_folder import default_cache
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.search.worker.context import Workbench
-from autodistill.strategy.space import Point
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.strategy import Strategy
 from benchmarks.common import math_table, report
 from benchmarks.common.math_search import RECIPE, TOKENS, prepare

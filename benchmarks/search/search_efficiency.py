@@ -33,8 +33,9 @@ from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.runners.inline import run_inline
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.domains import Choices, Range
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.hashing import content_hash
 from benchmarks.common import math_table, report, timed_parts

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from autodistill.advisor.candidates import stored
-from autodistill.cli.summary import leaderboard_of, search_summary
+from autodistill.cli.summary import search_summary
 from autodistill.errors import InputError
 from autodistill.estimates.fit import fits
 from autodistill.hardware.budget import Budget
@@ -28,6 +28,7 @@ from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import rows_of
 from autodistill.runs.results.selection import chosen
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.standing import leaderboard_of
 from autodistill.search.explain import explain
 from autodistill.search.finish.export_run import export_run
 from autodistill.search.request.request import SearchRequest

@@ -22,7 +22,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.search.finish.export_run import export_run
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 

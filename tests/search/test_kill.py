@@ -30,7 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 def command(inputs: Inputs, runner: str, *more: str) -> list[str]:
     options = ["--budget", "16GB", "--context", "256", "--teacher", str(inputs[0]), "--data", str(inputs[1])]
-    fixed = ["--trials", "3", "--tokens", "2304", "--runner", runner, "--name", "run", "--format", "json"]
+    fixed = ["--trials", "3", "--tokens", "2304", "--runner", runner, "--name", "run", "--json"]
     return [sys.executable, "-m", "autodistill", "search", *options, *fixed, *more]
 
 

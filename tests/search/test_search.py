@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from autodistill.cli.summary import leaderboard_of, search_summary
+from autodistill.cli.summary import search_summary
 from autodistill.data.dataset import TokenSet, load_split
 from autodistill.distillation.training import trainer
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
@@ -37,6 +37,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.runs.results.row import Decision, Row, read_parquet
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.sessions import by_phase
+from autodistill.runs.standing import leaderboard_of
 from autodistill.runs.test_split_ledger import recorded_test_openings
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
@@ -174,7 +175,7 @@ def test_what_docs_say_of_python_runs(
     known: dict[str, Any] = {}
     for block in blocks:
         exec(block, known)
-    assert (asked[0].time_seconds, asked[0].name) == (600, "first")
+    assert (asked[0].time, asked[0].name) == (600, "first")
     assert known["rows"][0].row.row_id == outcome[0].finish.best.row_id
 
 
@@ -385,7 +386,7 @@ def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
     boxes, totals, plans = [], [seen()], []
     assert totals[0] >= outcome[0].document["seconds"]["total"]
     for time_seconds in (300.0, 300.0, None):
-        again = request(inputs, out, resume=True, trials=None, tokens=None, time_seconds=time_seconds)
+        again = request(inputs, out, resume=True, trials=None, tokens=None, time=time_seconds)
         with monkeypatch.context() as patch:
             patch.setattr("autodistill.search.search.run_inline", interrupt)
             with pytest.raises(InterruptedSearchError):
@@ -514,7 +515,7 @@ def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exporte
         inputs,
         tmp_path / "runs",
         space=str(tmp_path / "space.yaml"),
-        time_seconds=3600.0,
+        time=3600.0,
         trials=3,
         tokens=4608,
         explore=1.0,
@@ -558,7 +559,7 @@ def test_a_box_in_which_nothing_is_trained_says_how_to_go_on(
     with pytest.raises(NothingFitsError, match=r"nothing was trained as far as a rung: go on with --resume and more"):
         search(request(inputs, tmp_path / "students", space=small, students_only=True))
     # What needs no training fits all the same.
-    asked = request(inputs, tmp_path / "all", space=small, time_seconds=600.0, command="autodistill search")
+    asked = request(inputs, tmp_path / "all", space=small, time=600.0, command="autodistill search")
     outcome = search(asked)
     assert outcome.finish.best.kind == "teacher"
     (said,) = (note for note in outcome.document["notes"] if note.startswith("nothing was trained as far as a rung: "))
@@ -835,7 +836,7 @@ def test_a_cache_limit_that_holds_nothing_is_refused_before_anything_is_measured
             phases.append(name)
 
     with pytest.raises(InputError, match=r"at least .* for trials of 2,304 tokens.*--cache-limit \d+\wB or more") as no:
-        do(request(inputs, tmp_path, cache_limit_bytes=1000), Phases())
+        do(request(inputs, tmp_path, cache_limit=1000), Phases())
     assert phases == ["loading teacher and data"]
     assert not (tmp_path / "run").exists()
     least = parse_bytes(str(no.value).rpartition("--cache-limit ")[2].removesuffix(" or more"))
@@ -843,7 +844,7 @@ def test_a_cache_limit_that_holds_nothing_is_refused_before_anything_is_measured
     assert 9 * 255 * 64 * 4 < least < 10**8
     monkeypatch.setattr("autodistill.search.setup.measure_plan.measure_speed", measured)
     with pytest.raises(AssertionError, match="measured"):
-        do(request(inputs, tmp_path, cache_limit_bytes=least), Phases())
+        do(request(inputs, tmp_path, cache_limit=least), Phases())
 
 
 def measured(*given: object, **more: object) -> None:
@@ -855,7 +856,7 @@ def test_a_box_without_room_for_the_baseline_is_refused_before_anything_is_train
     inputs: tuple[Path, Path, Path], tmp_path: Path, box: float, more: dict[str, object]
 ) -> None:
     with pytest.raises(InputError, match=r"does not hold the training of the baseline.*give --time \d+s or more"):
-        search(request(inputs, tmp_path, time_seconds=box, **more))
+        search(request(inputs, tmp_path, time=box, **more))
     assert not (tmp_path / "run").exists()
 
 

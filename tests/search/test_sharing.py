@@ -28,7 +28,8 @@ from autodistill.search.explain import explain
 from autodistill.search.planning.placement import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.request.validate import Checked, check_request
+from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.request.validate import check_request
 from autodistill.search.runners.inline import run_inline
 from autodistill.testing import save_tiny_teacher, tiny_text
 
@@ -86,7 +87,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def asked(inputs: Path, out: Path, **changes: object) -> Checked:
+def asked(inputs: Path, out: Path, **changes: object) -> SearchConfig:
     """A search of four short trials in this process."""
     fields: dict[str, Any] = {
         "budget": Budget(memory_bytes=16 * 10**9, context=256),
@@ -113,7 +114,7 @@ def searched(inputs: Path, out: Path, limit: int | None = None, **changes: objec
         ready = prepare_trials(checked, planned, run, clock)
         campaign = Campaign(
             ready.question,
-            sampler=Sampler(checked.space, seed=checked.seed, forking=checked.request.forking),
+            sampler=Sampler(checked.space, seed=checked.seed, forking=checked.forking),
             log=run.events,
             checkpoints=run.checkpoints,
             checkpoint_limit=limit,

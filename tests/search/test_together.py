@@ -25,7 +25,7 @@ def test_ten_searches_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=24)
     words = ["search", "--budget", "16GB", "--context", "256", "--teacher", "teacher", "--data", "text"]
-    words += ["--trials", "1", "--tokens", "1024", "--runner", "inline", "--format", "json"]
+    words += ["--trials", "1", "--tokens", "1024", "--runner", "inline", "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     searches = [
         subprocess.Popen(

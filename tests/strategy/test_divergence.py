@@ -10,7 +10,8 @@ import pytest
 from autodistill import plugins
 from autodistill.errors import InputError
 from autodistill.strategy.divergence import about, divergence_names, get_divergence, register_divergence
-from autodistill.strategy.space import load_space, load_strategy
+from autodistill.strategy.named import load_strategy
+from autodistill.strategy.space import load_space
 from autodistill.strategy.strategy import Distillation
 
 BUILT_IN = {"forward_kl", "jsd", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "taid"}

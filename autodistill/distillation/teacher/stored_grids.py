@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors import safe_open
 
 from autodistill.distillation.teacher.resolve import Teacher, TeacherRef
@@ -513,6 +512,8 @@ class _Weights:
 
     def rows(self, tensor: TensorSpec) -> Floats:
         """Return some rows of a matrix, evenly spread over it, in float32."""
+        import torch  # what only asks for a file's formats does without
+
         file, stored = self._files[tensor.name]
         matrix, (rows, columns) = file.get_slice(stored), tensor.shape
         count = max(1, min(_ROWS, _SAMPLE // columns, rows))

@@ -19,7 +19,7 @@ from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.search.campaign.state import Candidate, Question, TrialState
 from autodistill.search.worker.messages import TrialTask
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.strategy import Strategy
 
 

@@ -16,6 +16,7 @@ from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving
+from autodistill.search.callbacks import Event, RungReached, Step, TrialFinished, TrialStarted
 from autodistill.search.campaign.admission import admit, candidate_of, with_training
 from autodistill.search.campaign.agenda import Agenda
 from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper, stage_facts
@@ -61,6 +62,7 @@ class Campaign:
             None for no limit.
         deadline: `time.monotonic()` after which no trial may run, or None.
         notify: Called after each event with a line for a person.
+        tell: Called with each event that callbacks are told of.
         halving: Makes the scheduler; another one is for studies of schedulers.
     """
 
@@ -75,6 +77,7 @@ class Campaign:
         checkpoint_limit: int | None = None,
         deadline: float | None = None,
         notify: Callable[[str], None] = lambda line: None,
+        tell: Callable[[Event], None] = lambda event: None,
         halving: Callable[..., SuccessiveHalving] = SuccessiveHalving,
     ) -> None:
         self.question = question
@@ -84,6 +87,8 @@ class Campaign:
         self.box = TimeBox(question, deadline)
         self._log = log
         self._notify = notify
+        self._tell = tell
+        self._started: set[str] = set()
         self.watch: Callable[[], None] = lambda: None
         # While a log is replayed: the deployment of each trial's latest row, and kills when work was last begun.
         self._judged: dict[str, str] = {}
@@ -129,11 +134,27 @@ class Campaign:
             trial = self.trials[assignment.task.id]
             if assignment.deployment is None:
                 trial.running = True
+                self._start(trial)
             else:
                 trial.settled.add(assignment.deployment.name)
                 trial.evaluating += 1
         self.watch()
         return assignment
+
+    def _start(self, trial: TrialState) -> None:
+        """Tells of a trial that begins: once, also where its first work is given out again."""
+        if trial.task.id not in self._started and trial.rung < 0:
+            self._started.add(trial.task.id)
+            self._tell(
+                TrialStarted(
+                    trial=trial.task.id,
+                    name=trial.name,
+                    kind=trial.kind,
+                    strategy=trial.task.strategy,
+                    seed=trial.task.seed,
+                    parameters=None if trial.candidate.spec is None else trial.candidate.spec.parameters,
+                )
+            )
 
     @property
     def finished(self) -> bool:
@@ -270,6 +291,7 @@ class Campaign:
         self._notify(f"{trial.task.id} {trial.name}: {self._shown(row)} after {report.tokens:,} tokens{reused}")
         if report.unsaved is not None:
             self._notify(f"{trial.task.id}: {report.unsaved}")
+        self._tell_of_rung(trial, report, decision)
         if self._is_last(report.rung):
             self._end(trial, Status.COMPLETED)
         self._collector.between(self._promotable())
@@ -282,6 +304,30 @@ class Campaign:
         """Which student is the best short of the end is open again, once one was trained further."""
         for trial in self.trials.values():
             trial.kept = None
+
+    def _tell_of_rung(self, trial: TrialState, report: RungReport, decision: Decision) -> None:
+        name = trial.task.id
+        for step in report.steps:
+            self._tell(
+                Step(
+                    trial=name,
+                    tokens=step.tokens,
+                    loss=step.loss,
+                    learning_rate=step.learning_rate,
+                    gradient_norm=step.gradient_norm,
+                    tokens_per_second=step.tokens_per_second,
+                )
+            )
+        self._tell(
+            RungReached(
+                trial=name,
+                rung=report.rung,
+                tokens=report.tokens,
+                metric=self.question.metric,
+                value=trial.value,
+                decision=decision.value,
+            )
+        )
 
     def _judge(self, trial: TrialState) -> Decision:
         # A baseline runs straight to the end and takes nobody's place at a rung.
@@ -566,6 +612,8 @@ class Campaign:
         if status is Status.REJECTED and trial.miss is not None:
             event["miss"] = {"limit": trial.miss.limit, "slack": trial.miss.slack}
         self._write(event)
+        value = trial.value if trial.rung >= 0 else None
+        self._tell(TrialFinished(trial=trial.task.id, name=trial.name, status=status.value, reason=reason, value=value))
 
     def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
         assert trial.candidate.spec is not None

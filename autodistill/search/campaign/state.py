@@ -18,7 +18,8 @@ from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.trial_memory import TrainingNeed, TrialMemory
 from autodistill.search.worker.messages import TrialTask
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.dimension import Point
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 
 

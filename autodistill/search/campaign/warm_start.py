@@ -17,7 +17,7 @@ from autodistill.search.algorithms.optuna_study import Observation
 from autodistill.search.campaign.admission import admit, candidate_of, untrained_figure, with_training
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.typed_data import check_typed
 

@@ -15,9 +15,10 @@ from autodistill.evaluators.tasks.command import NAME as COMMAND
 from autodistill.evaluators.tasks.command import Command, parse_command
 from autodistill.evaluators.tasks.lm_eval import PREFIX, Harness, find_task
 from autodistill.evaluators.tasks.task import evaluator_of
+from autodistill.options import parsed
 from autodistill.runs.results.objectives import OBJECTIVES, Objective, objectives_of, parse_objectives
 from autodistill.search.request.registered import check_again, check_divergences, sources
-from autodistill.search.request.request import DEFAULT_METRIC, SearchRequest
+from autodistill.search.request.request import DEFAULT_METRIC, SearchRequest, joined
 from autodistill.strategy.divergence import Divergence
 
 # What may rank is measured at every rung, so it must come from the simulated student alone.
@@ -78,12 +79,11 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
         default = COMMAND if record["command"] is not None else DEFAULT_METRIC
         text = metric if metric is not None else ",".join(before) or default
     else:
-        text = request.objectives
+        text = joined(request.objectives) or ""
     names = [name.strip() for name in text.split(",")]
     if request.objectives is not None and metric not in (None, names[0]):
         raise InputError(
-            f"--metric {metric} contradicts --objectives {request.objectives}, whose first one ranks: leave --metric "
-            "out"
+            f"--metric {metric} contradicts --objectives {text}, whose first one ranks: leave --metric out"
         )
     own += [find_task(name) for name in names if name.startswith(PREFIX)]
     made = {name: quantity.direction for item in own for name, quantity in item.measures.items()}
@@ -129,13 +129,13 @@ def moved(record: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[str, ..
 
 def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evaluator], dict[str, Any]]:
     """The evaluators of task files and of a command, and what they were made from, as `search.json` has it."""
-    files = request.tasks if request.tasks is not None else tuple(map(Path, before.get("tasks", ())))
+    files = tuple(map(Path, before.get("tasks", ()) if request.task is None else request.task))
     command = request.metric_command or before.get("command")
     direction = request.metric_direction or before.get("command_direction") or "max"
-    seconds = request.metric_seconds or before.get("command_seconds") or 600.0
-    if command is None and (request.metric_direction or request.metric_seconds):
+    seconds = parsed(request.metric_timeout) or before.get("command_seconds") or 600.0
+    if command is None and (request.metric_direction or request.metric_timeout):
         raise InputError("--metric-direction and --metric-timeout are those of a command: give --metric-command")
-    gone = [file for file in files if request.tasks is None and not file.exists()]
+    gone = [file for file in files if request.task is None and not file.exists()]
     if gone:
         raise InputError(
             f"the run's task file {gone[0]} is not on this machine: give it by --task, wherever it lies now"
@@ -162,8 +162,8 @@ def _further(request: SearchRequest, before: Mapping[str, Any]) -> list[Evaluato
     Raises:
         InputError: There is none of a name, or it reads an exported file alone.
     """
-    asked = request.evaluators if request.evaluators is not None else tuple(before.get("evaluators", ()))
-    found = [load_evaluator(name) for name in asked]
+    asked = tuple(before.get("evaluators", ())) if request.evaluators is None else request.evaluators
+    found = [load_evaluator(str(name)) for name in asked]
     late = next((item.name for item in found if item.needs == "artifact"), None)
     if late is not None:
         raise InputError(f"the evaluator {late} reads an exported file, and there is none at a rung: leave it out")

@@ -46,7 +46,7 @@ from autodistill.inference.generation import Sampling
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_tokenizer
 from tests.search.conftest import untimed
@@ -325,7 +325,7 @@ def test_a_prompt_that_is_refused_stops_no_other_and_is_told(
     Path(request_.prompts).write_text("\n".join(prompts))
     wrong = {"p03": (400, "the prompt is too long"), "p11": (422, "filtered")}
     url, seen = served(lambda prompt: wrong.get(prompt) or (200, _choice(f"to {prompt}")))
-    line = f"write --prompts {request_.prompts} --out {request_.out} --endpoint {url} --model big --format json"
+    line = f"write --prompts {request_.prompts} --out {request_.out} --endpoint {url} --model big --json"
     assert main(line.split()) == 0
     counts = json.loads(capfd.readouterr().out)
     assert (counts["prompts"], counts["written"], counts["kept"]) == (30, 28, 0)
@@ -337,7 +337,7 @@ def test_a_prompt_that_is_refused_stops_no_other_and_is_told(
     assert answered == {prompt: f"to {prompt}" for prompt in prompts if prompt not in wrong}
     assert sorted(seen) == prompts
     # The others are not asked again; what was refused is, since a server may be given more room.
-    assert main(line.removesuffix(" --format json").split()) == 0
+    assert main(line.removesuffix(" --json").split()) == 0
     printed = capfd.readouterr().out
     assert "0 answers written, 28 from before, of 30 prompts" in printed
     assert '2 prompts were refused; the same command asks them again. The first, "p' in printed
@@ -647,7 +647,7 @@ def test_llama_cpps_own_server_writes_with_log_probabilities(
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     line = (
         f"write --prompts {request_.prompts} --out {request_.out} --teacher {teacher} --endpoint {llama_url} "
-        f"--model tiny --max-tokens 6 --top-k 4 --format json --cache {request_.cache}"
+        f"--model tiny --max-tokens 6 --top-k 4 --json --cache {request_.cache}"
     )
     assert main(line.split()) == 0
     counts = json.loads(capfd.readouterr().out)

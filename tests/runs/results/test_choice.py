@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from autodistill.cli.summary import leaderboard_of
 from autodistill.hardware.budget import Budget
 from autodistill.runs import report
 from autodistill.runs.results.beginnings import worsened
@@ -16,6 +15,7 @@ from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
 from autodistill.runs.results.selection import KIND, chosen, contenders, in_order
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.standing import leaderboard_of
 from autodistill.search.explain import explain
 from autodistill.search.finish import export_run
 from autodistill.search.finish.export_choice import next_candidate, trained_rows

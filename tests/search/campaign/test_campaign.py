@@ -42,7 +42,8 @@ from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.failures import KILLED
 from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point, load_space
+from autodistill.strategy.dimension import Point
+from autodistill.strategy.space import load_space
 from autodistill.strategy.strategy import Finishing, Strategy
 from autodistill.testing import small_plan
 from autodistill.units import format_bytes

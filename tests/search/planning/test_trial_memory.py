@@ -27,7 +27,8 @@ from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.planning.placement import Place, Share
 from autodistill.search.planning.trial_memory import TrainingNeed, TrialMemory
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.request.validate import Checked, check_request
+from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.request.validate import check_request
 from autodistill.search.search import search
 from autodistill.search.setup import loading
 from autodistill.search.setup.training_setup import memory_of_trials, planned_for
@@ -280,7 +281,7 @@ deployments:
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Checked:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
     """A request in a space of depths, as of a teacher of a billion weights."""
     folder = tmp_path_factory.mktemp("wide")
     (folder / "space.yaml").write_text(WIDE)
@@ -306,7 +307,9 @@ def on_gpus(*memories: float, share: float = 1.0) -> TrialMemory:
     return memory_of_trials(place, TEACHER, held)
 
 
-def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(wide: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(
+    wide: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no states of 8 bits
     strategies = {depth / 20: Strategy(init=Init(depth=depth / 20)) for depth in range(1, 21)}
     strategies = {
@@ -334,7 +337,7 @@ def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(wide: Checked, mon
     assert (strategy.init.depth, most, note) == (1.0, TEACHER.parameters, "")
 
 
-def test_the_most_weights_may_be_of_another_than_what_takes_most_memory(wide: Checked) -> None:
+def test_the_most_weights_may_be_of_another_than_what_takes_most_memory(wide: SearchConfig) -> None:
     """Of low-rank changes neither gradients nor states take much."""
     changes = {"none": None, "changes": {"rank": 8, "alpha": 16.0, "layers": "ffn"}}
     space = wide.space.to_json()
@@ -345,7 +348,7 @@ def test_the_most_weights_may_be_of_another_than_what_takes_most_memory(wide: Ch
     assert student.parameters < most == TEACHER.parameters
 
 
-def test_a_search_is_refused_where_nothing_of_its_space_can_be_trained(wide: Checked) -> None:
+def test_a_search_is_refused_where_nothing_of_its_space_can_be_trained(wide: SearchConfig) -> None:
     with pytest.raises(InputError, match=r"nothing of the space wide can be trained here, not even what takes least"):
         planned_for(wide, on_gpus(1e9), 256)
     assert planned_for(wide, on_gpus(24e9, share=0.5), 256)[3]

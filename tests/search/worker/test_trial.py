@@ -64,7 +64,7 @@ from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
 from autodistill.search.worker.trial import Trial
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Init, Lora, Strategy
 from autodistill.testing import save_tiny_teacher
 from autodistill.utils.clock import Moment
