@@ -522,7 +522,7 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize(("finishing", "quantise"), GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize(("finishing", "quantize"), GRIDS.values(), ids=GRIDS)
 def test_finishing(workshop, truth, tmp_path, finishing, quantize):
     """The first step on a grid: loss and gradient of the float64 model whose weights are on it, and packed bytes."""
     scheme = formats.get_format(finishing.format)
