@@ -57,7 +57,6 @@ class ExactMatch:
                     "mean_mark": result["mean_mark"],
                 },
                 documents=per_document(answers.marks >= 1, answers.documents),
-                bound=1.0,
             ),
         )
 

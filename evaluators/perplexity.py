@@ -62,7 +62,6 @@ class Perplexity:
                     "stride": scores.window,
                 },
                 documents={**per_document(scores.nll, scores.documents), "unit": "nats"},
-                bound=0.0,
             ),
         )
 

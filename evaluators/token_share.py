@@ -30,5 +30,4 @@ def token_share(
         stderr=stderr,
         detail={"split": subject.split, "tokens": hits.size, "documents": np.unique(documents).size},
         documents=per_document(hits, documents),
-        bound=1.0,
     )

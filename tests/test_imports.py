@@ -29,7 +29,7 @@ WITHOUT_TORCH = (
     *("quantization.grids", "quantization.formats", "quantization.k_quants", "quantization.k_quant_bytes"),
     *("quantization.packing", "strategy.strategy", "strategy.deployment", "strategy.space", "strategy.named"),
     *("hardware.budget", "hardware.device", "hardware.lookup", "estimates.fit", "estimates.serving_memory"),
-    *("evaluation.base", "evaluation.early_stopping", "distillation.student.shapes"),
+    *("evaluation.base", "distillation.student.shapes"),
     *("advisor.describe", "advisor.estimate", "advisor.candidates", "cli.app", "cli.commands"),
 )
 

@@ -12,7 +12,7 @@ from autodistill.quantization.formats import get_format
 from autodistill.runs.results.gains import Gains
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rank, rests_on
 from autodistill.runs.results.objectives import objectives_of, with_front
-from autodistill.runs.results.row import Row, rows_of, task_figures
+from autodistill.runs.results.row import Row, task_figures
 from autodistill.runs.results.savings import Saved
 from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder
@@ -29,7 +29,7 @@ def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
         InputError: Its records cannot be read.
     """
     asked = run.asked("metric", "direction")
-    rows = contenders(rows_of(run.events.read()))
+    rows = contenders(run.events.rows())
     return with_front(rank(rows, asked["metric"], asked["direction"]), objectives_of(asked)), asked["metric"]
 
 
@@ -262,7 +262,7 @@ _ORDER = (_FOUND, _BEFORE, _BASELINE, _INITIAL, _TEACHER, _QUANTISED)
 
 
 def _is_exported(row: Row, best: Mapping[str, Any]) -> bool:
-    return (row.kind, row.trial, row.deployment) == (best["kind"], best["trial"], best["deployment"])
+    return (row.kind, row.trial, row.deployment.to_json()) == (best["kind"], best["trial"], best["deployment"])
 
 
 def _untrained(row: Row, best: Mapping[str, Any]) -> bool:
@@ -276,7 +276,7 @@ def _title(row: Row, best: Mapping[str, Any]) -> str:
     if row.kind in DISTILLED:
         return _BASELINE if row.kind == "baseline" else _BEFORE
     if row.kind == "teacher":
-        return _TEACHER if row.deployment["bits"] == 16 else _QUANTISED
+        return _TEACHER if row.deployment.bits == 16 else _QUANTISED
     return _INITIAL
 
 

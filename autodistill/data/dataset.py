@@ -183,18 +183,6 @@ class TokenSet:
         """Number of tokens that are predicted and scored."""
         return self.tokens[:, 1:].size if self.scored is None else int(self.scored[:, 1:].sum())
 
-    def part(self, start: int, stop: int) -> TokenSet:
-        """Return some of the sequences for scoring, without questions and log-probabilities."""
-        answers, shared = (None if one is None else one[start:stop] for one in (self.answers, self.shared))
-        return TokenSet(
-            tokens=self.tokens[start:stop],
-            documents=self.documents[start:stop],
-            answers=answers,
-            shared=shared,
-            ends=self.ends,
-            in_a_row=self.in_a_row,
-        )
-
     def head(self, tokens: int) -> TokenSet:
         """Return the first sequences that together hold at most this many tokens, but at least one."""
         count = max(1, tokens // self.tokens.shape[1])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,6 @@ class Measurement:
             gives it. Empty where it is no mean.
         bins: The same of a figure that is the sum of sizes of binned sums over all tokens, like "ece": `ids`, `count`
             and `bins`, the sums of each document by bin. Empty for any other.
-        bound: What no single one of these values can be better than, such as 1 of right or wrong; None for no such.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Measurement:
     detail: Mapping[str, Any] = field(default_factory=dict)
     documents: Mapping[str, Any] = field(default_factory=dict)
     bins: Mapping[str, Any] = field(default_factory=dict)
-    bound: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The measurement as plain data."""
@@ -154,11 +152,7 @@ class Subject:
 
 
 class Evaluator(Protocol):
-    """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments.
-
-    What reads scores or answers is given part of them where a rung's decision is certain by these. What asks the
-    student itself is then asked for all, unless it is `Parted` too.
-    """
+    """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments."""
 
     @property
     def name(self) -> str:
@@ -181,18 +175,6 @@ class Evaluator(Protocol):
 
     def supports(self, deployment: Deployment) -> bool:
         """Whether this evaluator can measure a student packed so."""
-        ...
-
-
-@runtime_checkable
-class Parted(Evaluator, Protocol):
-    """An evaluator that asks the student, and can be read in parts: what it is not asked for further is saved."""
-
-    def in_parts(self, subject: Subject) -> Iterator[tuple[Measurement, ...]]:
-        """What `evaluate` gives, over as many questions as are read after each part of `early_stopping.ends`.
-
-        Each question is asked once, and none before it is due.
-        """
         ...
 
 

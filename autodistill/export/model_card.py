@@ -17,6 +17,7 @@ from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import Row
 from autodistill.runs.students import kept_after
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
 
 NOT_STATED = "not stated: ask its author"
@@ -111,9 +112,17 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             *_table(("packed as",), own, lambda one: (f"**{here}**" if one.deployment_name == here else None,)),
             *_compared(others),
             "",
-            *(["## Strategy", "", fenced(json.dumps(row.strategy, indent=2), "json"), ""] if row.strategy else []),
+            *(
+                ["## Strategy", "", fenced(json.dumps(row.strategy.to_json(), indent=2), "json"), ""]
+                if row.strategy
+                else []
+            ),
         ]
     )
+
+
+def _indented(strategy: Strategy) -> str:
+    return json.dumps(strategy.to_json(), indent=2)
 
 
 def _as_measured(rows: Sequence[Row]) -> list[Row]:

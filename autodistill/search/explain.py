@@ -18,7 +18,7 @@ from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
 from autodistill.runs.results.memory_correction import corrected, least_beyond
 from autodistill.runs.results.objectives import Objective, objectives_of
-from autodistill.runs.results.row import DAMAGED, REMOVED, Row, Status, rows_of
+from autodistill.runs.results.row import DAMAGED, REMOVED, Row, Status
 from autodistill.runs.results.savings import Saved, saved
 from autodistill.runs.results.selection import chosen, contenders, students_only
 from autodistill.runs.run_folder import RunFolder
@@ -139,7 +139,7 @@ def explain(run: RunFolder) -> Explanation:
     """
     asked, events = run.asked("metric", "direction", "plan", "space_definition"), run.events.read()
     plan, space = Plan.from_json(asked["plan"]), Space.from_json(asked["space_definition"])
-    run.check_together(events, len(plan.rungs))
+    run.check_together(len(plan.rungs))
     trials = {event["trial"]: event for event in events if event["event"] == "trial"}
     if not trials:
         raise InputError(f"the run {run.name!r} has no trial yet: nothing to explain")
@@ -152,7 +152,7 @@ def explain(run: RunFolder) -> Explanation:
     first = {event["trial"]: event for event in rungs if event["rung"] == 0 and event["trial"] in points}
     spared = saved(events, plan)
     try:
-        binding, following = _limits(asked, rows_of(events))
+        binding, following = _limits(asked, run.events.rows())
     except InputError as error:
         raise InputError(f"{run.events.path} has a row whose shape cannot be read ({error}): restore it") from None
     return Explanation(

@@ -23,7 +23,7 @@ from autodistill.runs.results.differences import differences
 from autodistill.runs.results.gains import named
 from autodistill.runs.results.leaderboard import DISTILLED, rank
 from autodistill.runs.results.objectives import front
-from autodistill.runs.results.row import Row, Status, rows_of, to_parquet
+from autodistill.runs.results.row import Row, Status, to_parquet
 from autodistill.runs.results.savings import saved
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import contenders
@@ -264,7 +264,7 @@ def _search(
     clock = Clock(request.started, observer.phase)
     clock.add("load", time.monotonic() - request.started)
     if checked.stored is not None:
-        run.check_together(run.events.read(), len(checked.stored["plan"]["rungs"]), whole=True)
+        run.check_together(len(checked.stored["plan"]["rungs"]), whole=True)
     planned = plan_run(checked, place, run, clock, observer)
     if storage is not None:
         keep(run.search_file, storage)
@@ -361,7 +361,7 @@ def _end(
 ) -> Outcome:
     """Exports the best of what was trained, and writes down what the search found."""
     loaded, plan, question = planned.loaded, planned.plan, ready.question
-    rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
+    rows = run.events.rows(split="validation")
     finisher = Finisher(
         question=question,
         setting=setting,
@@ -379,7 +379,7 @@ def _end(
         raise NothingFitsError(
             f"{error}; what was trained, and what it needs, is in {run.path / 'report.md'}"
         ) from None
-    rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
+    rows = run.events.rows(split="validation")
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
     kept = {name: result[name] for name in ("notes", "saved", "runtime")}
@@ -393,7 +393,7 @@ def _end(
 
 def _pages(run: RunFolder) -> None:
     """Writes the leaderboard of the validation split and the report."""
-    to_parquet([row for row in rows_of(run.events.read()) if row.split == "validation"], run.leaderboard_file)
+    to_parquet(run.events.rows(split="validation"), run.leaderboard_file)
     write_report(run)
 
 
@@ -529,7 +529,7 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
     rejected = sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, reversed(proposed)))
     held = f"{tried} of the {plan.trials} planned trials"
     if rejected >= REJECTIONS_IN_A_ROW:
-        training = proposed[-1].training
+        training = proposed[-1].candidate.training
         miss = training.miss if training is not None else None
         if miss is not None:
             return (

@@ -665,16 +665,16 @@ def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd
     assert not (tmp_path / "runs").exists()
 
 
-def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path) -> None:
-    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --runner inline --tokens 512 --format json"
-    done = in_a_process(line, inputs, tmp_path)
-    assert done.code == 0, done.err
-    untrained = ("teacher", "initial")
-    trained = {row["trial"]: row for row in done.document["rows"] if row["kind"] not in untrained}
+def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path, capfd: Any) -> None:
+    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --space @/space.yaml --runner inline --tokens 512"
+    code, out, err = run(capfd, f"{line} --format json", inputs, tmp_path)
+    assert code == 0, err
+    document, untrained = json.loads(out), ("teacher", "initial")
+    trained = {row["trial"]: row for row in document["rows"] if row["kind"] not in untrained}
     assert len(trained) == 1
     (row,) = trained.values()
     assert row["strategy"]["init"]["depth"] == 0.5
-    assert row["train_tokens"] == done.document["plan"]["tokens"]
+    assert row["train_tokens"] == document["plan"]["tokens"]
     assert row["fidelity"] == 1.0
     assert row["context"] == 512, "the teacher reads no more"
 

@@ -162,7 +162,7 @@ def test_a_packed_teacher_is_exported_again_from_its_row_in_every_container(
     outcome, run = ruined
     again = export_run(run, None, ["gguf", "huggingface"], tmp_path / "best")
     assert again["gguf"].read_bytes() == outcome.finish.paths["gguf"].read_bytes()
-    row = next(row for row in outcome.rows if row.kind == "teacher" and row.deployment["format"] == VLLM["format"])
+    row = next(row for row in outcome.rows if row.kind == "teacher" and row.deployment.format == VLLM["format"])
     packed = export_run(run, row.row_id, ["compressed-tensors"], tmp_path / "packed")["compressed-tensors"]
     config = json.loads((packed / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"

@@ -66,7 +66,14 @@ def student_of(outcome: Outcome) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(outcome.finish.paths["huggingface"], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", ["narrow", "influence", "block_influence", "from_scratch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "influence",
+        "from_scratch",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("narrow", "block_influence")),
+    ],
+)
 def test_a_named_strategy_ends_in_a_student_that_transformers_loads(inputs, tmp_path: Path, name: str) -> None:
     outcome = search(request(inputs, tmp_path, name))
     init = load_strategy(name).init
@@ -95,7 +102,7 @@ def test_every_family_is_distilled_finished_on_a_grid_and_exported(inputs, tmp_p
     strategy.write_text(yaml.safe_dump(recipe))
     two = str(inputs[1].parent / "two.yaml")
     outcome = search(request((teacher, *inputs[1:]), tmp_path / "out", strategy, space=two, tokens=4096))
-    assert {row.deployment["format"] for row in outcome.rows} == {"huggingface", "gguf-q8_0"}
+    assert {row.deployment.format for row in outcome.rows} == {"huggingface", "gguf-q8_0"}
     config = AutoConfig.from_pretrained(outcome.finish.paths["huggingface"])
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == (architecture, 128, 3)
     assert outcome.finish.checks["gguf"].agreement >= 0.97

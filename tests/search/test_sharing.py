@@ -21,7 +21,7 @@ from autodistill.runs.results.row import rows_of
 from autodistill.runs.results.savings import saved
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.algorithms.sampler import Sampler
-from autodistill.search.campaign.admission import admit
+from autodistill.search.campaign.admission import admit, candidate_of
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.explain import explain
@@ -183,5 +183,13 @@ def test_stages_are_those_of_the_machines_that_train_whichever_drives(inputs: Pa
         elsewhere = replace(planned, loaded=replace(planned.loaded, device="cpu", workers=workers))
         question = prepare_trials(checked, elsewhere, run, clock).question
     strategy = checked.space.baselines["logit_kd"]
-    trial = admit(question, strategy, trial_id="b000", number=None, kind="baseline", name="logit_kd", point=None)
+    trial = admit(
+        question,
+        candidate_of(question, strategy),
+        trial_id="b000",
+        number=None,
+        kind="baseline",
+        name="logit_kd",
+        point=None,
+    )
     assert trial.task.stage == stage_key(strategy, 0, planned.plan, "cuda")

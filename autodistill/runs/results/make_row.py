@@ -69,12 +69,12 @@ def make_row(
         trial=trial,
         kind=kind,
         name=name,
-        deployment=evaluation.deployment.to_json(),
+        deployment=evaluation.deployment,
         status=status.value,
         feasible=reason is None,
         reason=reason,
         strategy_id=strategy.id if strategy else None,
-        strategy=strategy.to_json() if strategy else None,
+        strategy=strategy,
         split=split,
         accuracy_stderr=errors.pop("accuracy_stderr", None),
         retention=accuracy / theirs if accuracy is not None and theirs else None,
@@ -90,19 +90,9 @@ def make_row(
         fidelity=train_tokens / plan.tokens if kind not in ("teacher", "initial") else None,
         seed=seed,
         documents=evaluation.documents,
-        cut_short=_cut_short(evaluation),
         other=others | errors | _remarks(strategy, spec) | _assumed(evaluation.deployment, budget) | _memory_on(budget),
         **fields,
     )
-
-
-def _cut_short(evaluation: Evaluation) -> dict[str, Any] | None:
-    """What was read of an evaluation that ended early, and what it says of the whole."""
-    reading = evaluation.reading
-    if reading is None or reading.bar is None:
-        return None
-    said = {"metric": evaluation.documents["metric"], "estimate": reading.estimate, "bar": reading.bar}
-    return {"read": reading.read, "of": reading.of, "unit": reading.unit, **said}
 
 
 def _over(evaluation: Evaluation, budget: Budget) -> str | None:

@@ -20,7 +20,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
 from autodistill.quantization.formats import get_format
 from autodistill.runs.results.leaderboard import DISTILLED, rank
-from autodistill.runs.results.row import Row, rows_of
+from autodistill.runs.results.row import Row
 from autodistill.runs.results.selection import chosen, contenders, students_only
 from autodistill.runs.run_folder import RunFolder, default_cache
 from autodistill.runs.students import kept_after, listed, student_folder
@@ -65,7 +65,7 @@ def export_run(
     """
     _check_containers(containers)
     asked = run.asked(*_NEEDED)
-    every = rows_of(run.events.read(), ("row", "test"))
+    every = run.events.rows("row", "test")
     rows = [row for row in every if row.split != "test"]
     ranked = [one.row for one in rank(contenders(rows), asked["metric"], asked["direction"])]
     # Of students short of the end few are kept, and the best of these need not be the best of all.
@@ -206,8 +206,8 @@ def _deployment(container: str, row: Row, ranked: Sequence[Row], asked: Mapping[
     if container == "huggingface":
         return IN_16_BITS
     for candidate in (row, *ranked):
-        if candidate.trial == row.trial and get_format(candidate.deployment["format"]).container == container:
-            return Deployment.from_json(candidate.deployment)
+        if candidate.trial == row.trial and candidate.deployment.container == container:
+            return candidate.deployment
     offered = asked.get("space_definition", {}).get("deployments", ())
     if any(get_format(deployment["format"]).container == container for deployment in offered):
         remedy = (

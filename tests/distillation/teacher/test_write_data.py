@@ -49,6 +49,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.named import load_strategy
 from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_tokenizer
+from tests.search.conftest import untimed
 
 CHATML = (
     "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>\n' }}{% endfor %}"
@@ -675,6 +676,13 @@ def test_llama_cpps_own_server_writes_with_log_probabilities(
     assert json.loads(capfd.readouterr().out)["kept"] == 3
 
 
+ONE_DEPLOYMENT = {
+    "name": "one",
+    "dimensions": {"init.depth": {"choices": [0.8]}},
+    "deployments": [{"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}],
+}
+
+
 def test_a_student_learns_from_what_llama_cpps_own_server_told(
     request_: WriteRequest,
     teacher: Path,
@@ -722,9 +730,7 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
     assert trained[1.0] < 0.002
     assert trained[2 / 3] > 20 * trained[1.0]
 
-    plain = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
-    space = {"name": "one", "dimensions": {"init.depth": {"choices": [0.8]}}, "deployments": [plain]}
-    (tmp_path / "one.yaml").write_text(json.dumps(space))
+    (tmp_path / "one.yaml").write_text(json.dumps(ONE_DEPLOYMENT))
     asked_for = SearchRequest(
         budget=Budget(memory_bytes=10**9, context=256),
         strategy="written",
@@ -737,7 +743,8 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
         name="run",
         cache=tmp_path / "cache",
     )
-    assert search(asked_for).finish.best.name == "written"
+    with untimed():
+        assert search(asked_for).finish.best.name == "written"
     counted = json.loads((tmp_path / "runs" / "run" / "search.json").read_text())["data"]["answers"]["train"]
     assert 0 < counted["with_log_probabilities"] < counted["tokens"]
 
@@ -758,19 +765,21 @@ def test_a_model_of_another_tokenizer_learns_the_text_that_a_teacher_wrote(
     other = save_tiny_teacher(tmp_path / "other", layers=3, vocabulary=280)
     with pytest.raises(InputError, match=f"distill sequence_level --data answers.jsonl --teacher {other}"):
         token_rows(other, teacher)
-    done = search(
-        SearchRequest(
-            budget=Budget(memory_bytes=10**9, context=256),
-            strategy="sequence_level",
-            teacher=str(other),
-            data=str(data),
-            tokens=4096,
-            runner="inline",
-            out=tmp_path / "runs",
-            name="run",
-            cache=tmp_path / "cache",
-        )
+    (tmp_path / "one.yaml").write_text(json.dumps(ONE_DEPLOYMENT))
+    asked_for = SearchRequest(
+        budget=Budget(memory_bytes=10**9, context=256),
+        strategy="sequence_level",
+        space=str(tmp_path / "one.yaml"),
+        teacher=str(other),
+        data=str(data),
+        tokens=4096,
+        runner="inline",
+        out=tmp_path / "runs",
+        name="run",
+        cache=tmp_path / "cache",
     )
+    with untimed():
+        done = search(asked_for)
     assert done.finish.best.name == "sequence_level"
     student = next((tmp_path / "runs" / "run").rglob("student/config.json")).parent
     tokenizer = AutoTokenizer.from_pretrained(student)

@@ -29,6 +29,9 @@ PACKINGS: dict[str, dict[str, Any]] = {
 }
 
 
+SCRATCH = {"init": {"source": "scratch"}, "distillation": {"train_embeddings": True}}
+
+
 def row(trial: str, accuracy: float, packing: str = "f16", **fields: Any) -> Row:
     least: dict[str, Any] = {
         "row_id": f"{trial}-{packing}",
@@ -45,7 +48,7 @@ def row(trial: str, accuracy: float, packing: str = "f16", **fields: Any) -> Row
         "memory_source": "predicted",
         "seed": 0,
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 def on_seeds(trial: str, *accuracies: float, **fields: Any) -> list[Row]:
@@ -174,7 +177,7 @@ HALF = {"init": {"source": "teacher", "depth": 0.5}, "finishing": None}
 def test_a_student_below_its_own_beginning_is_passed_over_and_the_beginning_may_be_chosen() -> None:
     rows = [
         row("t000", 0.5, strategy=HALF),
-        row("t001", 0.4, strategy={"init": {"source": "scratch"}}),
+        row("t001", 0.4, strategy=SCRATCH),
         row("teacher", 0.3, kind="teacher", fidelity=None),
     ]
 
@@ -202,7 +205,7 @@ def test_a_student_that_begins_as_the_whole_teacher_is_held_to_the_teachers_row(
     teacher = row("teacher", 0.3, kind="teacher", fidelity=None, shape=shape)
     assert worsened([student, teacher], "accuracy", "max") == [(student, teacher)]
     for other in (
-        row("t000", 0.2, strategy={"init": {"source": "scratch"}}, shape=shape),
+        row("t000", 0.2, strategy=SCRATCH, shape=shape),
         row("t000", 0.2, strategy=whole, shape={"num_hidden_layers": 2}),
         row("t000", 0.2, strategy=whole, shape=shape, packing="q8_0"),
     ):

@@ -33,6 +33,15 @@ size = sum(path.stat().st_size for path in Path(sys.argv[1]).glob("*.safetensors
 print(json.dumps([{"id": json.loads(line)["id"], "score": size / 1e6} for line in open(sys.argv[2])]))
 """
 
+SPACE = """
+dimensions:
+  distillation.learning_rate: {low: 1e-4, high: 1e-2, log: true}
+deployments:
+  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
+  - {runtime: transformers, format: huggingface, bits: 16, group_size: 0}
+baselines: [logit_kd]
+"""
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
@@ -56,10 +65,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
     texts = {"name": "long", "files": "q.jsonl", "metric": "perplexity", "template": {"text": "{q} {q} {q}"}}
     (folder / "tasks.yaml").write_text(yaml.safe_dump({"tasks": [task, texts]}))
     (folder / "score.py").write_text(PROGRAM)
+    (folder / "space.yaml").write_text(SPACE)
     return SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=256),
         teacher=str(save_tiny_teacher(folder / "teacher", layers=3)),
         data=str(tiny_text(folder / "text", documents=30, sentences=24)),
+        space=str(folder / "space.yaml"),
         tasks=(folder / "tasks.yaml",),
         students_only=True,
         trials=2,
