@@ -9,8 +9,6 @@ import re
 import resource
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -344,13 +342,14 @@ def test_from_rung_to_rung(lab, tmp_path):
     assert [path.name for path in (tmp_path / "t000").iterdir()] == ["student"]
 
 
-OTHER_PROCESS = """
-import pickle, sys
-from autodistill.search.worker.trial import Trial
-from autodistill.search.worker.context import Workbench
-setting, task, rung = pickle.load(open(sys.argv[1], "rb"))
-pickle.dump(Trial(Workbench(setting), task).run(rung), open(sys.argv[2], "wb"))
-"""
+def _processes(function, arguments, count):
+    """Begins processes that know of this one what they are given: forks of one that has imported what they need."""
+    multiprocessing.set_forkserver_preload([__name__, "tests.conftest"])
+    return multiprocessing.start_processes(function, arguments, nprocs=count, join=False, start_method="forkserver")
+
+
+def _alone(rank, setting, task, rung, path):
+    path.write_bytes(pickle.dumps(Trial(Workbench(setting), task).run(rung)))
 
 
 def test_a_fresh_process_continues_to_the_same_figures(lab, tmp_path):
@@ -361,9 +360,9 @@ def test_a_fresh_process_continues_to_the_same_figures(lab, tmp_path):
 
     elsewhere = replace(setting, checkpoints=tmp_path / "there")
     assert _facts(Trial(Workbench(elsewhere), _task()).run(0)) == expected[0]
-    (tmp_path / "in").write_bytes(pickle.dumps((elsewhere, _task(), 1)))
-    command = [sys.executable, "-c", OTHER_PROCESS, str(tmp_path / "in"), str(tmp_path / "out")]
-    subprocess.run(command, check=True, timeout=120)
+    process = _processes(_alone, (elsewhere, _task(), 1, tmp_path / "out"), 1)
+    while not process.join():
+        pass
     assert _facts(pickle.loads((tmp_path / "out").read_bytes())) == expected[1]
 
 
@@ -1014,11 +1013,7 @@ def test_two_processes_go_on_where_the_first_cannot_write_a_checkpoint_and_leave
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    # Forks of one process, which has imported what both need.
-    multiprocessing.set_forkserver_preload([__name__, "tests.conftest"])
-    processes = multiprocessing.start_processes(
-        _member, (port, setting, _task(), tmp_path), nprocs=2, join=False, start_method="forkserver"
-    )
+    processes = _processes(_member, (port, setting, _task(), tmp_path), 2)
     ends = time.monotonic() + 400
     try:
         while not processes.join(timeout=5):
