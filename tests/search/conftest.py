@@ -1,13 +1,11 @@
 """Searches of these tests time no student in its runtime, which takes seconds each, unless they are marked `timed`.
 
 Their runtimes have one thread, since those of llama.cpp spin while they wait for each other, whatever else is running.
-They choose tokens at fewer positions, and nothing waits for the disk: what a power cut leaves is tested in `utils` and
-`crash`.
+They choose tokens at fewer positions.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,7 +37,6 @@ def untimed() -> Iterator[None]:
         patch.setattr(Memory, "evaluate", predicted)
         patch.setattr(finish, "free_cores", lambda most: 1)
         patch.setattr(finish, "POSITIONS", 800)
-        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
