@@ -81,7 +81,7 @@ class Dimension:
         """
         check(path in PATHS, f"no strategy has {path}; {near(path, PATHS)}")
         if isinstance(data, Float | Int | Choice):
-            other = {Float: int, Int: float}.get(type(data))
+            other = int if isinstance(data, Float) else float if isinstance(data, Int) else None
             hint = "a whole number: use Int" if other is int else "no whole number: use Float"
             check(PATHS[path] is not other, f"{path} is {hint}")
             data = data.to_json()

@@ -150,9 +150,9 @@ class Campaign:
                     trial=trial.task.id,
                     name=trial.name,
                     kind=trial.kind,
-                    strategy=trial.task.strategy,
+                    strategy=trial.candidate.strategy,
                     seed=trial.task.seed,
-                    parameters=None if trial.candidate.spec is None else trial.candidate.spec.parameters,
+                    parameters=trial.candidate.spec.parameters if trial.candidate.spec else None,
                 )
             )
 
