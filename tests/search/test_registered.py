@@ -154,6 +154,16 @@ def test_ray_s_serialiser_carries_both_to_the_workers(inputs: Path, tmp_path: Pa
     check_rows(tmp_path)
 
 
+def test_one_that_ranks_is_sent_and_recorded_without_being_named_again(inputs: Path, tmp_path: Path) -> None:
+    checked = check_request(request(inputs, tmp_path, evaluators=None, metric="surprise"))
+    assert checked.metric == "surprise"
+    assert [type(item).__name__ for item in checked.asked.evaluators] == ["Surprise"]
+    assert checked.asked.record["evaluators"] == {"surprise": plugins.registered("evaluators")["surprise"].source}
+    installed = check_request(request(inputs, tmp_path, evaluators=("agreement",)))
+    assert "agreement" in installed.asked.evaluators
+    assert installed.asked.record["evaluators"] == {"agreement": None}
+
+
 def test_an_evaluator_that_cannot_be_used_is_refused(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no evaluator 'nothing'"):
         check_request(request(inputs, tmp_path, evaluators=("nothing",)))

@@ -239,14 +239,9 @@ def _export(row: Row, finisher: Finisher) -> _Exported:
         del model
         give_back_memory()
         threads = free_cores(finisher.threads)
+        exporter = load_exporter(deployment.container)
         check = verify_runtime(
-            load_exporter(deployment.container),
-            artifact,
-            deployment,
-            simulated,
-            data.tokens[:, :-1],
-            threads,
-            finisher.student(row),
+            exporter, artifact, deployment, simulated, data.tokens[:, :-1], threads, finisher.student(row)
         )
     subject = Subject(
         spec=spec,

@@ -17,7 +17,7 @@ from autodistill.evaluators.tasks.lm_eval import PREFIX, Harness, find_task
 from autodistill.evaluators.tasks.task import evaluator_of
 from autodistill.options import parsed
 from autodistill.runs.results.objectives import OBJECTIVES, Objective, objectives_of, parse_objectives
-from autodistill.search.request.registered import check_again, check_divergences, check_evaluators, sources
+from autodistill.search.request.registered import check_again, check_divergences, sources
 from autodistill.search.request.request import DEFAULT_METRIC, SearchRequest, joined
 from autodistill.strategy.divergence import Divergence
 
@@ -73,11 +73,6 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
     for kind in ("divergences", "evaluators"):
         check_again(kind, {name: source for name, source in before_this.get(kind, {}).items() if source})
     own, record = _own(request, before_this)
-    further = _further(request, before_this)
-    own += [item for item in further if item.name in plugins.registered("evaluators")]
-    if further:
-        given = sources("evaluators", (item.name for item in further))
-        record["evaluators"] = {item.name: given.get(item.name) for item in further}
     metric = request.metric
     if request.objectives is None:
         before = [one.name for one in objectives_of(known)] if known else []
@@ -92,9 +87,16 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
         )
     own += [find_task(name) for name in names if name.startswith(PREFIX)]
     made = {name: quantity.direction for item in own for name, quantity in item.measures.items()}
-    installed = _installed([name for name in names if name not in made and not _follows(name)])
-    installed += [item for item in further if item not in own and item.name not in {one.name for one in installed}]
-    ways = made | {name: quantity.direction for item in installed for name, quantity in item.measures.items()}
+    further = _further(request, before_this)
+    ranking = _installed([name for name in names if name not in made and not _follows(name)])
+    wanted = {item.name: item for item in (*ranking, *further)}
+    given = sources("evaluators", wanted)
+    _check_given([wanted[name] for name in given])
+    if further or given:
+        record["evaluators"] = {name: given.get(name) for name in (*given, *(item.name for item in further))}
+    installed = [item for name, item in wanted.items() if name not in given]
+    own += [wanted[name] for name in given]
+    ways = {name: quantity.direction for item in (*own, *installed) for name, quantity in item.measures.items()}
     if metric is not None and metric not in ways:
         known_ones = ", ".join(sorted({*made, *(name for item in _ranking() for name in item.measures)}))
         raise InputError(
@@ -155,24 +157,33 @@ def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evalua
 
 
 def _further(request: SearchRequest, before: Mapping[str, Any]) -> list[Evaluator]:
-    """Evaluators that are asked for by name, or were before.
+    """Return the evaluators that are asked for by name, or were before.
 
     Raises:
-        InputError: There is none of a name, it is read of an exported file alone, or measures what another does.
+        InputError: There is none of a name, or it reads an exported file alone.
     """
     asked = tuple(before.get("evaluators", ())) if request.evaluators is None else request.evaluators
     found = [load_evaluator(str(name)) for name in asked]
     late = next((item.name for item in found if item.needs == "artifact"), None)
     if late is not None:
         raise InputError(f"the evaluator {late} reads an exported file, and there is none at a rung: leave it out")
-    here = plugins.registered("evaluators")
-    if any(item.name in here for item in found):
-        installed = (load_evaluator(name) for name in plugins.names("evaluators") if name not in here)
-        theirs = {name: item.name for item in installed for name in item.measures}
-        for item in found:
-            if item.name in here:
-                check_evaluators(item.measures, theirs)
     return found
+
+
+def _check_given(registered: Sequence[Evaluator]) -> None:
+    """Refuse a registered evaluator that measures what an installed one measures.
+
+    Raises:
+        InputError: Names the measurement.
+    """
+    if not registered:
+        return
+    here = plugins.registered("evaluators")
+    installed = (load_evaluator(name) for name in plugins.names("evaluators") if name not in here)
+    theirs = {figure: item.name for item in installed for figure in item.measures}
+    taken = next((figure for item in registered for figure in item.measures if figure in theirs), None)
+    if taken is not None:
+        raise InputError(f"the evaluator {theirs[taken]} measures {taken} already: give yours another name")
 
 
 def _follows(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from autodistill import plugins
 from autodistill.distillation.losses.divergence import check_divergence
@@ -52,18 +51,3 @@ def check_divergences(used: Iterable[str]) -> tuple[Divergence, ...]:
         check_divergence(one)
     here = plugins.registered("divergences")
     return tuple(one for one in found if one.name in here)
-
-
-def check_evaluators(measured: Mapping[str, Any], theirs: Mapping[str, str]) -> None:
-    """Refuse a registered evaluator that measures what an installed one measures.
-
-    Args:
-        measured: What it measures.
-        theirs: What installed ones measure, and their names.
-
-    Raises:
-        InputError: Names the measurement.
-    """
-    taken = next((name for name in measured if name in theirs), None)
-    if taken is not None:
-        raise InputError(f"the evaluator {theirs[taken]} measures {taken} already: give yours another name")
