@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from autodistill.errors import InputError
-from autodistill.estimates.serving_memory import MemoryEstimate, memory
+from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory
 from autodistill.estimates.speed import limit_seconds
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
 from autodistill.models.llama_cpp_graphs import cannot_run
@@ -140,11 +140,13 @@ def check_holds(spec: ModelSpec, packing: Packing) -> None:
     """Refuses a packing that cannot hold a model, whatever memory it needs.
 
     Raises:
-        InputError: What llama.cpp would not compute of it, or as `Packing.check_model`.
+        InputError: What llama.cpp would not compute of it, or as `Packing.check_model` and `check_cache`.
     """
     if packing.container == "gguf" and (reason := cannot_run(spec)):
         raise InputError(f"GGUF cannot hold this {spec.architecture}: {reason}")
     packing.check_model(spec.tensors)
+    if isinstance(packing, Deployment):
+        check_cache(spec, packing.runtime, packing.cache_types)
 
 
 def holdable(spec: ModelSpec, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:

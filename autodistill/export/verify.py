@@ -149,8 +149,10 @@ def verify_runtime(
     if not expected.size or sequences.shape != expected.shape or leads.shape != expected.shape:
         raise ValueError(f"{list(sequences.shape)} tokens, and choices of {list(expected.shape)}")
     clear = leads >= np.quantile(leads, 1 - CLEAR_SHARE)
-    run = _run_llama_cpp if deployment.runtime == "llama.cpp" else _run_transformers
-    top1, text, same_cut = run(artifact.path, sequences, threads, student)
+    if deployment.runtime == "llama.cpp":
+        top1, text, same_cut = _run_llama_cpp(artifact.path, sequences, threads, student, deployment)
+    else:
+        top1, text, same_cut = _run_transformers(artifact.path, sequences, threads)
     same = top1 == expected
     alike, positions = int(same[clear].sum()), int(clear.sum())
     if falls_short(alike, positions, MIN_AGREEMENT):
@@ -183,8 +185,14 @@ def falls_short(hits: int, count: int, least: float) -> bool:
 _Run = tuple[npt.NDArray[np.int64], str, float]
 
 
-def _run_llama_cpp(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path) -> _Run:
-    with LlamaServer(path, sequences.shape[1] + _WRITTEN_TOKENS, threads, whole_cache=True) as server:
+def _run_llama_cpp(
+    path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path, deployment: Deployment
+) -> _Run:
+    keys, values = deployment.cache_types
+    context = sequences.shape[1] + _WRITTEN_TOKENS
+    with LlamaServer(
+        path, context, threads, cache_type_k=keys, cache_type_v=values, whole_cache=True
+    ) as server:
         # Each prompt is the one before and a token more, so that only that token is computed.
         top1 = [[server.next_token(row[: end + 1]) for end in range(len(row))] for row in sequences.tolist()]
         written = server.complete(sequences[0, :_PROMPT_TOKENS].tolist(), _WRITTEN_TOKENS, ignore_end=True)
@@ -206,7 +214,7 @@ def _check_cut(path: Path, server: LlamaServer, sequences: npt.NDArray[np.intege
     return found.share
 
 
-def _run_transformers(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path) -> _Run:
+def _run_transformers(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> _Run:
     tokens = torch.from_numpy(sequences.astype(np.int64))
     with _torch_threads(threads), torch.inference_mode():
         model = load_in_transformers(path)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from autodistill.models.config import spec_from_config
 from autodistill.quantization.formats import Packing
 from autodistill.quantization.grids import Scales
+from autodistill.utils.plain_dataclass import plain
 
 SCALES_FILE = "grid_scales.safetensors"
 
@@ -31,21 +32,46 @@ def write_scales(folder: Path, packing: Packing, scales: Mapping[str, Scales]) -
 
 
 def read_scales(folder: Path, packing: Packing) -> dict[str, Scales]:
-    """What was learned for `packing`; empty where scales follow from the weights, as under any other packing."""
+    """What was learned for `packing`; empty where scales follow from the weights, as under any other packing.
+
+    Where matrices have types of their own, what was learned holds for those that both packings store alike.
+
+    Args:
+        folder: Of a model, with its config.json.
+        packing: What its weights are packed in.
+    """
     if not (folder / SCALES_FILE).is_file():
         return {}
     with safe_open(folder / SCALES_FILE, framework="numpy") as file:
-        if file.metadata()["packing"] != _text(packing):
-            return {}
+        learned = file.metadata()["packing"]
         names = set(file.keys())
+        found = sorted(key.removesuffix(".scales") for key in names if key.endswith(".scales"))
+        if learned != _text(packing):
+            found = _stored_alike(folder, found, _packing(learned), packing)
         return {
             name: Scales(
                 file.get_tensor(f"{name}.scales"),
                 file.get_tensor(f"{name}.offsets") if f"{name}.offsets" in names else None,
             )
-            for name in sorted(key.removesuffix(".scales") for key in names if key.endswith(".scales"))
+            for name in found
         }
 
 
+def _stored_alike(folder: Path, names: Iterable[str], learned: Packing, packing: Packing) -> list[str]:
+    """Those matrices of a model that two packings store alike; none where neither has types by tensor."""
+    if not (learned.types or packing.types):
+        return []
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = {tensor.name: tensor for tensor in spec_from_config(config).tensors}
+    return [name for name in names if learned.storage(tensors[name]) == packing.storage(tensors[name])]
+
+
+def _packing(text: str) -> Packing:
+    """The inverse of `_text`."""
+    fields = json.loads(text)
+    keep, types = tuple(fields.pop("keep")), tuple(fields.pop("types", {}).items())
+    return Packing(**fields, keep=keep, types=types)
+
+
 def _text(packing: Packing) -> str:
-    return json.dumps(asdict(packing.packing), sort_keys=True)
+    return json.dumps(plain(packing.packing), sort_keys=True)
