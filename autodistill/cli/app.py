@@ -80,6 +80,7 @@ from autodistill.cli.options import (
     option,
 )
 from autodistill.cli.printing import line_width, lines, packaged_text, rows, show, tables
+from autodistill.cli.solve import solve
 from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.summary import leaderboard_of, plan_summary, search_summary, written_summary
 from autodistill.cli.tables import printable
@@ -554,6 +555,9 @@ def measure(
     from autodistill.cli.hardware_summary import measured_text
 
     show(output, lambda: measured(ctx.params), dict, measured_text)
+
+
+app.command(cls=PlainCommand)(solve)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

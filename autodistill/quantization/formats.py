@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -384,6 +385,50 @@ def get_format(name: str) -> Format:
     if name not in FORMATS:
         raise InputError(f"there is no format {name!r}; the formats are {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+_IN_A_LAYER = re.compile(r"layers\.\d+\.(.+)\.weight")
+
+
+def packing_by_tensor(types: Mapping[TensorSpec, str]) -> Packing:
+    """The packing of GGUF that stores each matrix of a model as a type of its own, said in as few words as it takes.
+
+    Its format is that of the type that most weights of linear layers have. What all layers have alike is named once.
+
+    Args:
+        types: Of every matrix of a model, a name of `TYPES`.
+
+    Raises:
+        InputError: Rows that the groups of their type do not divide.
+    """
+    weights: Counter[str] = Counter()
+    for tensor, kind in types.items():
+        check_tensor(tensor, TYPES[kind])
+        weights[kind] += math.prod(tensor.shape) if tensor.role is Role.LINEAR else 0
+    form = FORMATS[f"gguf-{max(weights, key=lambda kind: weights[kind])}"]
+    bits, group_size, symmetric = _key(form.linears[0])
+    plain = Packing(format=form.name, bits=bits, group_size=group_size, symmetric=symmetric)
+    named: dict[str, str] = {}
+    alike: dict[str, set[str]] = {}
+    for tensor, kind in types.items():
+        if found := _IN_A_LAYER.search(tensor.name):
+            alike.setdefault(found[1], set()).add(kind)
+    for tensor, kind in types.items():
+        if _stores(plain, tensor, kind):
+            continue
+        words = [word for word, role in _ROLES.items() if role is tensor.role]
+        found = _IN_A_LAYER.search(tensor.name)
+        if found and len(alike[found[1]]) == 1:
+            words = [found[1]]
+        named[words[0] if words else tensor.name.partition(".")[2].removesuffix(".weight")] = kind
+    return replace(plain, types=tuple(named.items()))
+
+
+def _stores(packing: Packing, tensor: TensorSpec, kind: str) -> bool:
+    try:
+        return packing.storage(tensor) == TYPES[kind]
+    except InputError:  # rows that its groups do not divide
+        return False
 
 
 def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
