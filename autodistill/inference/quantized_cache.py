@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodistill.models.families import get_family
 from autodistill.models.loading import attention_forward, register
 from autodistill.quantization.formats import TYPES
 from autodistill.quantization.grids import Grid
@@ -35,7 +36,7 @@ def quantized_cache(model: Any, cache_types: tuple[str, str]) -> Iterator[None]:
         yield
         return
     before = model.config._attn_implementation
-    model.set_attn_implementation(_implementation(*cache_types))
+    model.set_attn_implementation(_implementation(*cache_types, get_family(model.config.model_type).gguf == "llama"))
     try:
         yield
     finally:
@@ -43,16 +44,17 @@ def quantized_cache(model: Any, cache_types: tuple[str, str]) -> Iterator[None]:
 
 
 @cache
-def _implementation(keys: str, values: str) -> str:
+def _implementation(keys: str, values: str, paired: bool) -> str:
     """The name under which transformers knows the attention to such a cache."""
-    name = f"cache_of_{keys}_and_{values}"
-    register(name, partial(_attention, keys, values))
+    name = f"cache_of_{keys}_and_{values}" + ("_in_pairs" if paired else "")
+    register(name, partial(_attention, keys, values, paired))
     return name
 
 
 def _attention(
     keys: str,
     values: str,
+    paired: bool,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -64,7 +66,12 @@ def _attention(
     turned = _ROTATED
     while head % (2 * turned) == 0:
         turned *= 2
+    if paired:
+        # What is rotated together lies side by side in llama.cpp's "llama", as `row_order` has the weights.
+        key = key.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     key = as_cached(key, keys, turned)
+    if paired:
+        key = key.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     value = as_cached(value, values, _ROTATED)
     return attention_forward(module, query, key, value, attention_mask, **options)
 

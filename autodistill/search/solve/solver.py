@@ -107,12 +107,17 @@ class Solver:
         members = [deployment for _, _, deployment in best_of_families[:count]]
         members += [one for one in others if self._options.memory(one).total_bytes <= limit]
         found = [self._found(deployment) for deployment in dict.fromkeys(members)]
-        best = min(found, key=lambda one: one.joint.kl)
+        best = min(found, key=self._order)
         return self._exchanged(best, limit) if thorough else best
 
     def _found(self, deployment: Deployment) -> Found:
         joint = self._library.joint(deployment, self._sample)
         return Found(deployment=deployment, predicted=self._library.predict(deployment), joint=joint)
+
+    def _order(self, one: Found) -> tuple[float, int]:
+        """The KL, and among those that lose nothing the memory."""
+        kl = one.joint.kl
+        return (kl if kl >= _NOTHING else 0.0, self._options.memory(one.deployment).total_bytes)
 
     def _exchanged(self, best: Found, limit: int) -> Found:
         types = self._options.types(best.deployment)
@@ -134,7 +139,7 @@ class Solver:
                 continue
             seen.add(deployment)
             tried = self._found(deployment)
-            better = tried.joint.kl < best.joint.kl
+            better = self._order(tried) < self._order(best)
             best, failures = (tried, 0) if better else (best, failures + 1)
         return best
 
