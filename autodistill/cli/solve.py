@@ -56,7 +56,9 @@ def solve(
     ] = None,
     context: ContextOption = None,
     batch: BatchOption = None,
-    tokens: Annotated[int, option("--tokens", "Tokens of text to score on; twice as many are held out.", "TOKENS")] = 2048,
+    tokens: Annotated[
+        int, option("--tokens", "Tokens of text to score on; twice as many are held out.", "TOKENS")
+    ] = 2048,
     sequence_length: Annotated[
         int, option("--sequence-length", "Length of the sequences that are read.", "TOKENS")
     ] = 256,
@@ -104,7 +106,7 @@ def _budgets(given: Mapping[str, Any]) -> tuple[Budget, ...]:
     if given["sweep"] is not None:
         limits = _sweep(given["sweep"])
     defaults = {"context": CONTEXT, "batch": 1}
-    load = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+    load: dict[str, Any] = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
     if given["device"] is None:
         return tuple(Budget(memory_bytes=limit or 0, **load) for limit in limits)
     from autodistill.hardware.local import choose_device
@@ -222,8 +224,9 @@ def _exported(exported: Mapping[str, Any]) -> str:
     over = exported["over_budget_bytes"]
     beyond = f", {format_bytes(over)} over the budget: lower --budget by as much" if over > 0 else ""
     return (
-        f"Written to {exported['path']} ({format_bytes(exported['size_bytes'])}): its {exported['tensors']} tensors are "
-        f"those that were measured, llama.cpp chooses the simulation's token at {exported['agreement']:.1%} "
+        f"Written to {exported['path']} ({format_bytes(exported['size_bytes'])}): its {exported['tensors']} tensors "
+        f"are those that were measured, llama.cpp chooses the simulation's token at {exported['agreement']:.1%} "
         f"({low:.1%} to {high:.1%}) of {exported['positions']} clear positions, and takes "
-        f"{format_bytes(exported['memory_bytes'])} ({exported['memory_source']}){beyond}. Serve it with: {exported['serve']}"
+        f"{format_bytes(exported['memory_bytes'])} ({exported['memory_source']}){beyond}. Serve it with: "
+        f"{exported['serve']}"
     )

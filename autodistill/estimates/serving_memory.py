@@ -228,8 +228,8 @@ def check_cache(spec: ModelSpec, runtime: str, cache_types: tuple[str, str]) -> 
         block, row = CACHE_BYTES[kind][1], spec.latent or spec.head_dim
         if row % block:
             raise InputError(
-                f"llama.cpp holds keys and values in {kind} by blocks of {block}, which do not divide the {row} of this "
-                "model: leave --kv-type out, or give f16"
+                f"llama.cpp holds keys and values in {kind} by blocks of {block}, which do not divide the {row} of "
+                "this model: leave --kv-type out, or give f16"
             )
 
 

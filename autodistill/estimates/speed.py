@@ -121,7 +121,12 @@ def speed(
 
 
 def _step(
-    spec: ModelSpec, deployment: Deployment, context: int, batch: int, kv_type: str | None = None, weights: int | None = None
+    spec: ModelSpec,
+    deployment: Deployment,
+    context: int,
+    batch: int,
+    kv_type: str | None = None,
+    weights: int | None = None,
 ) -> Work:
     """Of decoding one token of each stream."""
     return work(spec, deployment, tokens=batch, sequences=batch, behind=context, kv_type=kv_type, weights=weights)

@@ -190,9 +190,7 @@ def _run_llama_cpp(
 ) -> _Run:
     keys, values = deployment.cache_types
     context = sequences.shape[1] + _WRITTEN_TOKENS
-    with LlamaServer(
-        path, context, threads, cache_type_k=keys, cache_type_v=values, whole_cache=True
-    ) as server:
+    with LlamaServer(path, context, threads, cache_type_k=keys, cache_type_v=values, whole_cache=True) as server:
         # Each prompt is the one before and a token more, so that only that token is computed.
         top1 = [[server.next_token(row[: end + 1]) for end in range(len(row))] for row in sequences.tolist()]
         written = server.complete(sequences[0, :_PROMPT_TOKENS].tolist(), _WRITTEN_TOKENS, ignore_end=True)

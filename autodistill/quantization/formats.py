@@ -147,7 +147,9 @@ class Packing:
         if self.container != "gguf":
             raise InputError(f"types are of GGUF, and {self.format} has one type for all: leave types out")
         if self.keep:
-            raise InputError("keep and types both say how single weights are stored: write what is kept as f16 in types")
+            raise InputError(
+                "keep and types both say how single weights are stored: write what is kept as f16 in types"
+            )
         for part, kind in self.types:
             if not _KEEP.fullmatch(part):
                 raise InputError(
@@ -236,7 +238,9 @@ class Packing:
             return None
         most = found[max(found)]
         if len(set(most.values())) > 1:
-            raise InputError(f"types gives {tensor.name} two types, by {' and by '.join(sorted(most))}: name it in full")
+            raise InputError(
+                f"types gives {tensor.name} two types, by {' and by '.join(sorted(most))}: name it in full"
+            )
         return next(iter(most.values()))
 
     @cached_property
@@ -368,10 +372,7 @@ FORMATS: Mapping[str, Format] = {
 
 TYPES: Mapping[str, Storage] = {
     "f16": "f16",
-    **{
-        grid.name.removeprefix("gguf-"): grid
-        for grid in (Q8_0, Q6_K, Q5_1, Q5_0, Q5_K, Q4_1, Q4_0, Q4_K, Q3_K, Q2_K)
-    },
+    **{grid.name.removeprefix("gguf-"): grid for grid in (Q8_0, Q6_K, Q5_1, Q5_0, Q5_K, Q4_1, Q4_0, Q4_K, Q3_K, Q2_K)},
 }
 """What a single matrix of a GGUF file may be stored as, by llama.cpp's names in small letters, the most bits first."""
 

@@ -68,9 +68,7 @@ def serve(
     """
     if runtime == "llama.cpp":
         keys, values = cache_types
-        return LlamaServer(
-            path, context, threads, parallel, cache_type_k=keys, cache_type_v=values, whole_cache=True
-        )
+        return LlamaServer(path, context, threads, parallel, cache_type_k=keys, cache_type_v=values, whole_cache=True)
     return PythonServer(path, runtime, context, threads, parallel)
 
 

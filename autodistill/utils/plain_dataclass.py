@@ -111,9 +111,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         (inner, *_) = typing.get_args(hint)
         if typing.get_origin(inner) is tuple:
             check(isinstance(value, Mapping), f"{where} must be a mapping, not {value!r}")
-            value, hint = tuple(item for pair in value.items() for item in pair), tuple[typing.get_args(inner)[0], ...]
-            flat = _convert(value, hint, where)
-            return tuple(zip(flat[::2], flat[1::2], strict=True))
+            return tuple(
+                tuple(_convert(item, kind, where) for item, kind in zip(pair, typing.get_args(inner), strict=True))
+                for pair in value.items()
+            )
         check(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}")
         return tuple(_convert(item, typing.get_args(hint)[0], where) for item in value)
     if hint is float and type(value) is int:

@@ -85,9 +85,7 @@ def test_of_latent_attention_llama_cpp_caches_one_vector_a_token_and_layer(
     asked = written.Case(family="deepseek_v2", **sizes)
     spec, deployment = spec_of(asked.config()), deployment_named(asked.form)
     written.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
-    with LlamaServer(
-        tmp_path / "model.gguf", asked.context, 1, cache_type_k=kv_type, cache_type_v=kv_type
-    ) as server:
+    with LlamaServer(tmp_path / "model.gguf", asked.context, 1, cache_type_k=kv_type, cache_type_v=kv_type) as server:
         found = server.buffers()
         assert server.complete([3, 4, 5, 6], 2, ignore_end=True).tokens  # and computes with it
     guess = memory(spec, deployment, context=asked.context, batch=1, kv_type=kv_type)
@@ -102,7 +100,9 @@ def test_of_latent_attention_llama_cpp_caches_one_vector_a_token_and_layer(
 def test_a_cache_in_fewer_bits_is_smaller_by_the_blocks() -> None:
     spec = shape(SIZES).spec
     values = 2 * 4 * 2 * 32 * 1024
-    sizes = {kv_type: memory(spec, Q8, context=1024, batch=1, kv_type=kv_type).kv_cache_bytes for kv_type in CACHE_BYTES}
+    sizes = {
+        kv_type: memory(spec, Q8, context=1024, batch=1, kv_type=kv_type).kv_cache_bytes for kv_type in CACHE_BYTES
+    }
     assert sizes == {"f16": 2 * values, "q8_0": values * 34 // 32, "q4_0": values * 18 // 32}
 
 

@@ -80,5 +80,6 @@ def test_llama_cpp_with_such_a_cache_chooses_as_it_is_simulated(architecture: st
     for kind in ("f16", "q8_0", "q4_0"):
         with deployed_weights(model, spec, Deployment(**plain, cache_type_k=kind, cache_type_v=kind)), torch.no_grad():
             agreement[kind] = (model(torch.from_numpy(sequences)).logits.argmax(-1).numpy() == served).mean()
-    assert agreement["q4_0"] > 0.95
-    assert agreement["q4_0"] > max(agreement["f16"], agreement["q8_0"])
+    # Of random weights near-ties are many, and llama.cpp rounds queries and products too.
+    assert agreement["q4_0"] > 0.9
+    assert agreement["q4_0"] > max(agreement["f16"], agreement["q8_0"]) + 0.1

@@ -37,7 +37,9 @@ def test_the_part_of_most_names_decides() -> None:
 
 def test_two_parts_that_contradict_each_other_are_refused() -> None:
     packing = Packing(**Q4_0, types=(("layers.0", "q8_0"), ("mlp.up_proj", "q5_0")))
-    with pytest.raises(InputError, match=r"layers\.0\.mlp\.up_proj\.weight two types, by layers\.0 and by mlp\.up_proj"):
+    with pytest.raises(
+        InputError, match=r"layers\.0\.mlp\.up_proj\.weight two types, by layers\.0 and by mlp\.up_proj"
+    ):
         packing.check_model(SPEC.tensors)
 
 
@@ -88,8 +90,8 @@ def test_names_tell_types_and_caches() -> None:
     assert name(cache_type_k="q8_0", cache_type_v="q4_0") == "gguf-q4_0+k-q8_0-v-q4_0"
     many = tuple((f"layers.{layer}", "q8_0") for layer in range(3))
     assert name(types=many).startswith("gguf-q4_0+types-")
-    assert name(types=many) != name(types=many[:2] + (("layers.2", "q5_0"),))
-    with pytest.raises(InputError, match="cache_type_k in llama.cpp"):
+    assert name(types=many) != name(types=(*many[:2], ("layers.2", "q5_0")))
+    with pytest.raises(InputError, match=r"cache_type_k in llama\.cpp"):
         name(cache_type_k="q5_0")
     with pytest.raises(InputError, match="cache_type_v in transformers"):
         Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0, cache_type_v="q8_0")

@@ -49,7 +49,8 @@ class Measured:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        return cls(**fields)
 
     def kl_above(self, other: Measured) -> tuple[float, float]:
         """By how much this KL is above another one on the same text, and the standard error of that."""
@@ -108,16 +109,14 @@ class Bench:
             {tensor.name: deployment.storage(tensor) for tensor in self.spec.tensors}, deployment.cache_types, sample
         )
 
-    def measure_parts(
-        self, storages: Mapping[str, Storage], cache_types: tuple[str, str], sample: Sample
-    ) -> Measured:
+    def measure_parts(self, storages: Mapping[str, Storage], cache_types: tuple[str, str], sample: Sample) -> Measured:
         """The same where only some tensors are stored in another way, by name."""
         with self.shown(storages), quantized_cache(self.model, cache_types):
             scores, _ = score(self.model, sample.data, sample.reference, device=self.device)
         return _measured(scores.nll, scores.divergence, scores.documents)
 
     def stored(self, name: str, storage: Storage, weight: Tensor | None = None) -> Tensor:
-        """The float32 values of a tensor in a storage, under the teacher's own scales where that is how it was stored."""
+        """The float32 values of a tensor in a storage, under the teacher's own scales where it was stored so."""
         kept, scales = self._own.get(name, (None, None))
         master = self._masters.get(name, self._parameters[name].data) if weight is None else weight
         return deploy_tensor(master, storage, scales if kept == storage else None)

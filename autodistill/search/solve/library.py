@@ -149,7 +149,9 @@ class Library:
             self._notify(f"measuring {deployment.name} on {sample.name} text")
             found = self._bench.measure(deployment, sample)
             if not math.isfinite(found.kl) or not math.isfinite(found.nll):
-                raise InputError(f"the teacher as {deployment.name} gives no finite likelihoods: choose another teacher")
+                raise InputError(
+                    f"the teacher as {deployment.name} gives no finite likelihoods: choose another teacher"
+                )
             self._held["joint"][key] = found.to_json()
             self._save()
         return Measured.from_json(self._held["joint"][key])

@@ -51,12 +51,12 @@ class Options:
     budget: Budget
 
     @cached_property
-    def matrices(self) -> Mapping[str, TensorSpec]:
+    def matrices(self) -> dict[str, TensorSpec]:
         """The matrices of linear layers, by name."""
         return {tensor.name: tensor for tensor in self.spec.tensors if tensor.role is Role.LINEAR}
 
     @cached_property
-    def tables(self) -> Mapping[str, TensorSpec]:
+    def tables(self) -> dict[str, TensorSpec]:
         """The embedding and an untied head, by name."""
         return {tensor.name: tensor for tensor in self.spec.tensors if tensor.role in (Role.EMBEDDING, Role.HEAD)}
 
@@ -73,7 +73,7 @@ class Options:
         On a GPU both are of one type: llama.cpp's usual builds have no kernels for others.
         """
         found = []
-        for pair in product(CACHE_BYTES, repeat=2):
+        for pair in ((keys, values) for keys in CACHE_BYTES for values in CACHE_BYTES):
             try:
                 check_cache(self.spec, "llama.cpp", pair)
             except InputError:
@@ -121,9 +121,7 @@ class Options:
     def memory(self, deployment: Deployment) -> MemoryEstimate:
         """What the process, or the GPU, takes."""
         budget = self.budget
-        return memory(
-            self.spec, deployment, context=budget.context, batch=budget.batch, on_gpu=on_gpu(budget)
-        )
+        return memory(self.spec, deployment, context=budget.context, batch=budget.batch, on_gpu=on_gpu(budget))
 
     def smallest(self) -> tuple[Deployment, MemoryEstimate]:
         """The solution of the least memory, and what it takes."""

@@ -15,7 +15,7 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.data.tokenization import check_ids
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
-from autodistill.distillation.teacher.stored_grids import StoredAs, stored_as
+from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget
@@ -73,7 +73,9 @@ class SolveRequest:
         if not self.budgets:
             raise InputError("solve takes a budget: give --budget like 200MB, --sweep like 100MB..400MB, or --device")
         if self.export and (self.out is None or len(self.budgets) > 1):
-            raise InputError("--export writes the solution of one budget into a folder: give --budget or --device, and --out")
+            raise InputError(
+                "--export writes the solution of one budget into a folder: give --budget or --device, and --out"
+            )
         if self.tokens < 2 * self.sequence_length or self.sequence_length < 2:
             raise InputError(
                 f"{self.tokens} tokens are fewer than two sequences of {self.sequence_length}, of which scores have "
@@ -207,7 +209,9 @@ def _samples(request: SolveRequest, data: Prepared, bench: Bench) -> tuple[Sampl
     train, validation = load_split(data.folder, "train"), load_split(data.folder, "validation")
     check_ids(int(max(train.tokens.max(initial=0), validation.tokens.max(initial=0))), bench.spec.vocabulary, "teacher")
     if train.tokens.size < 2 * request.sequence_length:
-        raise InputError(f"{request.data} has less than two sequences of {request.sequence_length} tokens: give more text")
+        raise InputError(
+            f"{request.data} has less than two sequences of {request.sequence_length} tokens: give more text"
+        )
     calibration = bench.sample("calibration", train.head(request.tokens))
     return calibration, bench.sample("held-out", validation.head(2 * request.tokens))
 
@@ -296,5 +300,6 @@ def _counted(options: Options, deployment: Deployment) -> dict[str, Any]:
 def _next(solver: Solver, found: Found, limit: int) -> dict[str, Any]:
     """What some more bytes would buy, by the scores alone."""
     here, more = solver.predicted(limit), solver.predicted(limit + _MORE)
-    assert here is not None and more is not None
+    assert here is not None
+    assert more is not None
     return {"more_bytes": _MORE, "predicted_kl": more[0], "predicted_gain": max(0.0, here[0] - more[0])}

@@ -49,7 +49,9 @@ def _deployment(name: str, bits: int = 0, group_size: int = 0, symmetric: bool =
     if not others and isinstance(grid, Grid):
         bits, group_size, symmetric = grid.bits, grid.group_size, grid.symmetric
     packing = Packing(format=name, bits=bits, group_size=group_size, symmetric=symmetric, **more)
-    fields = {field: getattr(packing, field) for field in ("format", "bits", "group_size", "symmetric", "keep", "types")}
+    fields = {
+        field: getattr(packing, field) for field in ("format", "bits", "group_size", "symmetric", "keep", "types")
+    }
     return Deployment(runtime=serving(packing)[0], **fields)
 
 
