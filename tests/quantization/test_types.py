@@ -1,4 +1,4 @@
-"""Types by tensor: what they say of each matrix, what is refused, and that plain data of other packings stay the same."""
+"""Types by tensor: what they say of each matrix, what is refused, and that other packings' plain data stay the same."""
 
 from __future__ import annotations
 
