@@ -46,7 +46,7 @@ from autodistill.distillation.student.build import build_student
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
-from autodistill.distillation.teacher.signals import LiveTeacher
+from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.inference.torch_memory import keep_freed_memory

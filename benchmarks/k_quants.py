@@ -35,7 +35,7 @@ from autodistill.data.prepare import prepare
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.distillation.training import fake_quantize as quantization
 from autodistill.evaluation.evaluate import deployed_weights
-from autodistill.inference.scoring import refer, score
+from autodistill.inference.scoring import score, score_teacher
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
@@ -187,7 +187,7 @@ def divergences(folder: Path, tokens: int) -> str:
     spec = spec_from_config(read_json(folder / "config.json"))
     text = prepare(resolve_data("pydoc"), folder, tokenizer_fingerprint(folder), 256, _WORK).folder
     data = load_split(text, "validation").head(tokens)
-    own, reference = refer(model, data)
+    own, reference = score_teacher(model, data)
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     lines = []
     for form in FORMS:

@@ -18,7 +18,7 @@ from autodistill.distillation.losses.hidden_states import layer_map
 from autodistill.distillation.student.build import build_student, init_spec, kept_layers
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
-from autodistill.distillation.teacher.signals import LiveTeacher
+from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.models.loading import load_model

@@ -31,7 +31,7 @@ from autodistill.evaluation.statistics import paired_bootstrap
 from autodistill.hardware.budget import Budget
 from autodistill.inference import scoring
 from autodistill.inference.outputs import TeacherReference
-from autodistill.inference.scoring import refer, score
+from autodistill.inference.scoring import score, score_teacher
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
@@ -163,7 +163,7 @@ def divergences(folder: Path) -> dict[str, Any]:
     references: dict[int, TeacherReference] = {}
     for kept in (256, spec.vocabulary):
         scoring.REFERENCE_TOKENS = kept
-        references[kept] = refer(model, data)[1]
+        references[kept] = score_teacher(model, data)[1]
     # Fewer are the likeliest of these.
     order = np.argsort(-references[256].log_probs, axis=1)[:, :64]
     tokens, log_probs = (

@@ -28,13 +28,13 @@ from autodistill.data.prepare import prepare
 from autodistill.distillation.losses.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.teacher.build_cache import ensure_cache
-from autodistill.distillation.teacher.importance import Calibration
+from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
-from autodistill.distillation.teacher.signals import LiveTeacher
+from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.hardware.budget import Budget
-from autodistill.inference.scoring import refer
+from autodistill.inference.scoring import score_teacher
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.search.worker.messages import TrialSetting
@@ -98,7 +98,7 @@ class Workshop:
         **changes: Any,
     ) -> Trainer:
         """A trainer of a fresh student."""
-        importance = Calibration.load(calibration) if calibration else None
+        importance = PartImportance.load(calibration) if calibration else None
         model, kept = build_student(self.teacher, strategy.init, calibration=importance)
         attention, block = strategy.distillation.attention, None
         if attention is not None:
@@ -192,7 +192,7 @@ def _make_lab(folder: Path, workshop: Workshop, **sizes: int) -> Lab:
         root=folder / "cache",
         limit_bytes=10**8,
     )
-    _, reference = refer(load_model(teacher, torch.float32), load_split(data.folder, "validation"))
+    _, reference = score_teacher(load_model(teacher, torch.float32), load_split(data.folder, "validation"))
     reference.save(folder / "reference.npz")
     return Lab(teacher, data, cache, folder / "reference.npz", plan)
 

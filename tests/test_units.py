@@ -305,7 +305,7 @@ def test_a_price_is_an_amount_an_hour(text, amount, currency, cost):
     "text", ["", "2.5", "2.5/d", "/h", "-1/h", "0/h", "nan/h", "1e3/h", "$2 EUR/h", "2.5 euros/h", "2,5/h"]
 )
 def test_no_price(text):
-    with pytest.raises(InputError, match=r"is no price.*2\.5/h"):
+    with pytest.raises(InputError, match=r"is not a price.*2\.5/h"):
         parse_price(text)
 
 

@@ -1,4 +1,4 @@
-"""What may be picked of a results folder: rows of runs, trained to the end or without any training, and shapes."""
+"""The rows of a results folder that can be picked: students trained to the end, and models without training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from autodistill.runs.results.selection import students_only
 from autodistill.runs.run_folder import RunFolder, known_runs
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.json_files import plain_json
-from autodistill.utils.typed_data import hold
+from autodistill.utils.typed_data import check_typed
 
 T = TypeVar("T")
 _COLUMNS = (
@@ -44,24 +44,24 @@ _BESIDE_TEACHER = ("agreement", "kl")  # metrics that compare a student with its
 
 
 class Shape:
-    """A student's shape: one object for all rows of it.
+    """A student's shape; all rows of the student share one object.
 
     Attributes:
         config: What describes the student, as `estimate.config_of` gives it.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        hold(config, dict[str, Any], "a shape")
+        check_typed(config, dict[str, Any], "a shape")
         self.config = config
 
     @cached_property
     def sizes(self) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-        """As `estimate.comparable`."""
+        """The sizes, as `config.comparable` returns them."""
         return comparable(self.config)
 
     @property
     def spec(self) -> ModelSpec:
-        """The model; the last few are kept, since ten thousand with all their tensors would be many."""
+        """Return the model's description; only the last few are cached, since ten thousand would take much memory."""
         return _spec(self)
 
 
@@ -72,7 +72,7 @@ def _spec(shape: Shape) -> ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A stored row, of which only what most rows are passed over by is made up at once.
+    """A stored row in a compact form: only the fields that most rows are rejected by are built at once.
 
     Attributes:
         run: Name of its run.
@@ -93,7 +93,7 @@ class Candidate:
 
     @classmethod
     def of(cls, row: Row, run: str, metric: str, direction: str, folder: RunFolder | None = None) -> Candidate:
-        """That of a whole row."""
+        """Make a candidate from a complete row."""
         fields = {name: getattr(row, name) for name in _COLUMNS if name != "shape"}
         cells = {name: value for name, value in fields.items() if value is not None}
         cells |= {name: json.dumps(cells[name]) for name in _NESTED}
@@ -110,27 +110,27 @@ class Candidate:
 
     @cached_property
     def row(self) -> Row:
-        """The row, without its documents, strategy and shape."""
+        """Return the row, without its documents, strategy and shape."""
         return _row(self.cells, self.folder)
 
     @property
     def worth(self) -> float:
-        """The metric, more being better."""
+        """The metric, signed so that more is better."""
         return -math.inf if self.value is None else self.value if self.direction == "max" else -self.value
 
     @property
     def score(self) -> str:
-        """What a least accuracy is asked of: the metric where more of it is better, else the accuracy."""
+        """The figure that `--min-accuracy` limits: the metric if more of it is better, else the accuracy."""
         return self.metric if self.direction == "max" else "accuracy"
 
     @property
     def deployment(self) -> Deployment:
-        """How it is packed and served."""
+        """How it is quantised and served."""
         return _deployment(self.cells["deployment"])
 
     @property
     def spec(self) -> ModelSpec | None:
-        """The student's shape as a model."""
+        """Return the description of the student."""
         return None if self.shape is None else self.shape.spec
 
 
@@ -140,7 +140,7 @@ def _deployment(text: str) -> Deployment:
 
 
 def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
-    """The students of runs that were trained to the end, and what needs no training, of their validation split.
+    """Return the students of runs that were trained to the end, and rows without training, of the validation split.
 
     Args:
         out: Folder of the runs.
@@ -177,7 +177,7 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
 
 
 def _measured_on(asked: Mapping[str, Any]) -> dict[str, str]:
-    """Names and fingerprints of what a run's metric was measured on: a task's questions, or the tokens of its data.
+    """Return names and fingerprints of what a run's metric was measured on: task questions, or the tokens of its data.
 
     Args:
         asked: Its `search.json`.
@@ -193,7 +193,7 @@ def _measured_on(asked: Mapping[str, Any]) -> dict[str, str]:
 
 
 def with_documents(candidates: Sequence[Candidate]) -> list[Row]:
-    """Their rows, with the scores of single documents where they are stored."""
+    """Return the candidates' rows, with the scores of single documents if they are stored."""
     wanted: dict[str, set[str]] = {}
     folders = {one.run: one.folder for one in candidates}
     for one in candidates:
@@ -203,7 +203,7 @@ def with_documents(candidates: Sequence[Candidate]) -> list[Row]:
 
 
 def _documents(run: RunFolder, ids: set[str]) -> dict[str, Any]:
-    """The scores by document of some rows of a run, by id."""
+    """Return the scores by document of some rows of a run, by id."""
     if not run.tabled:
         return {row.row_id: row.documents for row in rows_of(run.events.read()) if row.row_id in ids}
     with _table(run) as file:
@@ -218,17 +218,17 @@ def _documents(run: RunFolder, ids: set[str]) -> dict[str, Any]:
 
 
 def recalibrated(out: Path) -> dict[Place, Overhead]:
-    """What predicted memory is changed by, as the measured students of a folder's runs speak for it; often nothing."""
+    """Return the correction of predicted memory from the measured students of a folder's runs; often empty."""
     return overheads(row for name in known_runs(out) for row in _measured(RunFolder.open(out, name)))
 
 
 def recalibrated_by(candidates: Iterable[Candidate]) -> dict[Place, Overhead]:
-    """The same, as the measured ones of some candidates speak for it."""
+    """Return the correction of predicted memory from some measured candidates."""
     return overheads(one.row for one in candidates if one.cells.get("memory_source") == "measured")
 
 
 def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: str) -> Iterator[Candidate]:
-    """The rows of a run of these kinds, trained to the end if at all, that have the metric, of its validation split."""
+    """Yield a run's validation rows of these kinds that have the metric and were trained to the end, if at all."""
     if not run.tabled:
         for row in rows_of(run.events.read()):
             if row.kind in kinds and row.split != "test" and row.full and row.figure(metric) is not None:
@@ -254,7 +254,7 @@ def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: st
 
 
 def _measured(run: RunFolder) -> Iterator[Row]:
-    """The rows of a run whose memory was measured."""
+    """Yield the rows of a run whose memory was measured."""
     if not run.tabled:
         yield from (row for row in rows_of(run.events.read()) if row.memory_source == "measured")
         return
@@ -272,13 +272,13 @@ def _row(cells: Mapping[str, Any], run: RunFolder | None) -> Row:
 
 
 def _figures(data: Any) -> dict[str, Any]:
-    hold(data, dict[str, Any], "a cell")
+    check_typed(data, dict[str, Any], "a cell")
     return dict(data)
 
 
 @contextmanager
 def _whole(run: RunFolder | None) -> Iterator[None]:
-    """Names the table of a run whose cells are not what was written."""
+    """Name the run's table if its cells are not what was written."""
     import pyarrow as pa
 
     try:
@@ -295,7 +295,7 @@ def _whole(run: RunFolder | None) -> Iterator[None]:
 
 @contextmanager
 def _table(run: RunFolder, *needed: str) -> Iterator[Any]:
-    """A run's table, of columns as they are written; those that are needed beside the required ones are there."""
+    """Open a run's table, and check the types of its columns; the columns in `needed` must exist too."""
     import pyarrow.parquet as pq
 
     # Not `read_table`, which imports pandas where that is installed, and takes longer than all else here.
@@ -311,7 +311,7 @@ def _table(run: RunFolder, *needed: str) -> Iterator[Any]:
 
 
 def _columns(run: RunFolder, *needed: str) -> dict[str, list[Any]]:
-    """A run's table without what makes up most of it, documents and strategies, and without columns of nothing."""
+    """Read a run's table without its largest columns (documents and strategies), and without empty ones."""
     with _table(run, *needed) as file:
         # Runs of earlier versions lack some.
         names = [name for name in _COLUMNS if name in file.schema_arrow.names]
@@ -328,7 +328,7 @@ def _columns(run: RunFolder, *needed: str) -> dict[str, list[Any]]:
 
 
 def _parsed(texts: Sequence[str | None], made: Callable[[Any], T]) -> list[T | None]:
-    """What is made of each JSON text, one of equal ones: parsed as one list, in a tenth of the time of one by one."""
+    """Return the value of each JSON text; equal texts are parsed once, all as one list, in a tenth of the time."""
     distinct = list(dict.fromkeys(text for text in texts if text is not None))
     found = dict(zip(distinct, map(made, plain_json(f"[{','.join(distinct)}]")), strict=True))
     return [None if text is None else found[text] for text in texts]

@@ -1,4 +1,4 @@
-"""A model to be estimated: a folder, a GGUF file, a hub id or a shape in numbers becomes its description."""
+"""Description of a model for estimates: from a folder, a GGUF file, a hub id, or a shape in numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.distillation.teacher.resolve import hub_config, locate
-from autodistill.distillation.teacher.stored_grids import packings, stored_types, storing
+from autodistill.distillation.teacher.stored_grids import quantization_schemes, stored_types, storing
 from autodistill.errors import InputError
 from autodistill.models import latent_attention as latent
 from autodistill.models.config import check_config, spec_from_config
@@ -21,7 +21,7 @@ from autodistill.models.model_folder import check_files, read_config, weight_fil
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import check_stored, stored_tensors
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import FORMATS, Packing
+from autodistill.quantization.formats import FORMATS, QuantizationScheme
 from autodistill.strategy.deployment import Deployment, serving
 
 # transformers' names of mixtures: the dense family they are like, and the config's names of their sizes.
@@ -38,7 +38,7 @@ _UNTOLD = 0.1  # share of a file's weights, such as biases, of which the sizes i
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """A model of which nothing was loaded.
+    """A model description; no weights were loaded.
 
     Attributes:
         name: For a person.
@@ -55,7 +55,7 @@ class Described:
 
 
 def describe(reference: str) -> Described:
-    """Describes the model that a reference names; nothing but its config or headers is read.
+    """Describe the model that a reference names, from its config or headers only.
 
     Args:
         reference: A folder with a config.json, a .gguf file, "smollm2", or a hub id.
@@ -84,7 +84,7 @@ def describe(reference: str) -> Described:
 
 
 def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
-    """Refuses a file whose header describes another model than its tensors make; biases that no size tells pass."""
+    """Refuse a file whose header and tensors disagree on the number of weights; unknown biases are tolerated."""
     stored = sum(math.prod(tensor.shape) for tensor in file.tensors)
     if abs(stored - spec.parameters) > _UNTOLD * spec.parameters:
         raise InputError(
@@ -94,7 +94,7 @@ def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
 
 
 def _check_weights(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Refuses a folder whose config describes another model than its weights make; one of no weights is described yet.
+    """Refuse a folder whose config and weights disagree; a folder without weights is accepted.
 
     Of packed weights, and of models that are described alone, the tensors' names are not known: those are read, and of
     these the sum is compared.
@@ -116,32 +116,32 @@ def _check_weights(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> 
 
 
 def _gguf_format(file: GgufFile, spec: ModelSpec) -> str | None:
-    """The format that stores each tensor as the file does; where none does, the one that most bytes are in.
+    """Return the format that stores each tensor as the file does; if none does, the one with most bytes.
 
     Most bytes of a K-quant may be on the grid that stands in for it, of which no packing made the file. Of the mixtures
     of types that llama.cpp's tools make some are none of ours.
     """
-    if packing := storing(stored_types(file, spec)):
-        return packing.name
+    if scheme := storing(stored_types(file, spec)):
+        return scheme.name
     name = f"gguf-{file.main_type().lower()}"
     return name if name in FORMATS else None
 
 
 def _stated_format(config: Mapping[str, Any]) -> str | None:
-    """What a folder's config says of its packed weights; None where they are not packed, or in no format of ours."""
+    """Return the format of quantised weights that a folder's config states; None without one, or if it is unknown."""
     stated = config.get("quantization_config") or {}
     groups = list((stated.get("config_groups") or {}).values())
     if stated.get("format") != "pack-quantized" or len(groups) != 1:
         return None
     weights = (groups[0] or {}).get("weights") or {}
     grid = (weights.get("num_bits"), weights.get("group_size") or 0, weights.get("symmetric", True))
-    known = packings().items()
+    known = quantization_schemes().items()
     held = (name for name, one in known if one.format == "compressed-tensors" and _grid(one) == grid)
     return next(held, None)
 
 
 def spec_of(config: Mapping[str, Any]) -> ModelSpec:
-    """As `spec_from_config`, and for mixtures of experts and latent attention: estimated, though not distilled.
+    """Describe a config as `spec_from_config` does, and also mixtures of experts and latent attention, for estimates.
 
     Raises:
         InputError: As `spec_from_config`.
@@ -173,7 +173,7 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _mixed(tensor: TensorSpec, experts: int) -> TensorSpec:
-    """The matrices of all experts as one, stacked by rows, which packs to as many bytes."""
+    """Return the matrices of all experts as one matrix, stacked by rows, which takes as many bytes."""
     found = re.fullmatch(r"(model\.layers\.\d+\.mlp)\.(\w+\.weight)", tensor.name)
     if found is None:
         return tensor
@@ -182,7 +182,7 @@ def _mixed(tensor: TensorSpec, experts: int) -> TensorSpec:
 
 
 def shape(sizes: Mapping[str, int | None], *, tied: bool = False, family: str = "llama") -> Described:
-    """A model in numbers.
+    """Describe a model from numbers.
 
     Args:
         sizes: "layers", "width", "heads", "ffn" and "vocab"; "kv_heads" is as many as heads, "head_dim" their even
@@ -229,26 +229,26 @@ def shape(sizes: Mapping[str, int | None], *, tied: bool = False, family: str = 
 
 
 def deployment_named(name: str, runtime: str | None = None) -> Deployment:
-    """The deployment of a name such as "gguf-q4_0", "compressed-tensors-int4-g64" or "huggingface".
+    """Return the deployment of a name such as "gguf-q4_0", "compressed-tensors-int4-g64" or "huggingface".
 
     Raises:
         InputError: There is none of that name, or it is not served by the runtime; the message lists those that are.
     """
-    known = packings()
+    known = quantization_schemes()
     if name not in known:
         raise InputError(f"there is no format {name!r}; {_instead(name, known)}")
-    packing = known[name]
+    scheme = known[name]
     return Deployment(
-        runtime=runtime or serving(packing)[0],
-        format=packing.format,
-        bits=packing.bits,
-        group_size=packing.group_size,
-        symmetric=packing.symmetric,
+        runtime=runtime or serving(scheme)[0],
+        format=scheme.format,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
     )
 
 
 def _instead(name: str, known: Iterable[str]) -> str:
-    """What a person may have meant by a format that there is not."""
+    """Return what a user may have meant by an unknown format."""
     asked = name.lower().replace("_", "-")
     plain = {form.lower().replace("_", "-"): form for form in known}
     if (mixture := _MIXTURE.search(asked)) and f"gguf-{mixture[0]}" not in plain:
@@ -266,5 +266,5 @@ def _instead(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(plain.values())}"
 
 
-def _grid(packing: Packing) -> tuple[int, int, bool]:
-    return packing.bits, packing.group_size, packing.symmetric
+def _grid(scheme: QuantizationScheme) -> tuple[int, int, bool]:
+    return scheme.bits, scheme.group_size, scheme.symmetric

@@ -1,4 +1,4 @@
-"""What a described model takes and how fast it would run, in one deployment, on one or all devices."""
+"""Memory and predicted speed of a described model under one deployment, on one device or on all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autodistill.distillation.student.check import check_strategy, student_spec
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import MemoryEstimate, basis_of, memory
-from autodistill.estimates.speed import Speed, speed
+from autodistill.estimates.speed import SpeedEstimate, speed
 from autodistill.estimates.training_fit import MEANS
 from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.hardware.budget import CONTEXT, check_streams
@@ -28,7 +28,7 @@ WAYS = ("all_kept", "checkpointing", "sixteen_bit_states", "eight_bit_states")
 
 _MEMORY_ALONE = "onnxruntime"  # takes graphs that are exported from any packing; how fast it runs them is not predicted
 
-_NO_SPEED: Mapping[str, None] = dict.fromkeys(field.name for field in fields(Speed))
+_NO_SPEED: Mapping[str, None] = dict.fromkeys(field.name for field in fields(SpeedEstimate))
 
 
 def appraise(
@@ -44,7 +44,7 @@ def appraise(
     overheads: Mapping[Place, Overhead] | None = None,
     training: int | None = None,
 ) -> dict[str, Any]:
-    """Memory by parts, and for each device whether it fits and how fast it would be.
+    """Return memory by parts, and for each device whether the model fits and how fast it would be.
 
     Args:
         model: What is served.
@@ -114,7 +114,7 @@ def appraise(
 
 @dataclass(frozen=True, kw_only=True)
 class _Served:
-    """What is served, how, and under which load."""
+    """A served model, its deployment, and its load."""
 
     model: Described
     deployment: Deployment
@@ -125,7 +125,7 @@ class _Served:
     prompt: int | None
 
     def need(self, on_gpu: bool) -> MemoryEstimate:
-        """What it takes of a process's memory, or of a discrete GPU's."""
+        """Return its memory, of a process or of a discrete GPU."""
         return memory(
             self.model.spec,
             self.deployment,
@@ -138,7 +138,7 @@ class _Served:
         )
 
     def on(self, device: Device, total_bytes: int, not_held: str) -> dict[str, Any]:
-        """Whether it fits a device and how fast it would be there, as plain data.
+        """Return whether it fits a device and how fast it would be there, as plain data.
 
         Args:
             device: Where.
@@ -157,7 +157,7 @@ class _Served:
             **(_NO_SPEED if memory_alone or lacks else self._speed(device).to_json()),
         }
 
-    def _speed(self, device: Device) -> Speed:
+    def _speed(self, device: Device) -> SpeedEstimate:
         return speed(
             self.model.spec,
             self.deployment,
@@ -171,7 +171,7 @@ class _Served:
 
 
 def _context(model: Described, asked: int | None, prompt: int | None) -> int:
-    """The context that is served: what is asked for, or the usual one as far as the model has it.
+    """Return the served context: the requested one, or the default limited to what the model has.
 
     Raises:
         InputError: The model has less than is asked for, or a prompt does not lie in it.
@@ -186,7 +186,7 @@ def _context(model: Described, asked: int | None, prompt: int | None) -> int:
 
 
 def _not_held(model: Described, deployment: Deployment, runtime: str) -> str:
-    """Why the model could not be stored so, or nothing: what is stored already can, and graphs of ONNX hold any.
+    """Return why the model cannot be stored in this way, or ""; weights as they are, and ONNX graphs, always can.
 
     Models with latent attention are estimated alone, and nothing is known of their graphs.
     """
@@ -195,7 +195,7 @@ def _not_held(model: Described, deployment: Deployment, runtime: str) -> str:
 
 
 def check_trainable(model: Described) -> None:
-    """Refuses what can be estimated and not trained, such as a mixture of experts.
+    """Refuse models that can be estimated but not trained, such as mixtures of experts.
 
     Raises:
         InputError: Names the families that can be.
@@ -210,7 +210,7 @@ def _training(model: Described, tokens: int) -> dict[str, Any]:
 
 
 def training_parts(spec: ModelSpec, tokens: int, **of: Any) -> dict[str, dict[str, int]]:
-    """Parts of the memory of training by AdamW in float32, in bytes, by the means that make it fit.
+    """Return the memory of training by AdamW in float32 by parts, in bytes, for each way to make it fit.
 
     Products are computed in bfloat16, as on a GPU.
 
@@ -241,7 +241,7 @@ TOKENS = 4 * SEQUENCE_LENGTH
 
 
 def student_of(teacher: Described, strategy: Strategy, name: str) -> Described:
-    """The student that a strategy makes of a teacher, described.
+    """Describe the student that a strategy makes from a teacher.
 
     Args:
         teacher: Of which nothing but its shape is read.
@@ -261,7 +261,7 @@ def student_of(teacher: Described, strategy: Strategy, name: str) -> Described:
 def strategy_training(
     teacher: Described, student: Described, strategy: Strategy, *, tokens: int = TOKENS
 ) -> dict[str, Any]:
-    """Parts of the memory of training a student by a strategy, in bytes, by the means that make it fit.
+    """Return the memory of training a student with a strategy by parts, in bytes, for each way to make it fit.
 
     Products are computed in bfloat16, as on a GPU.
 

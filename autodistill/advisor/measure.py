@@ -1,4 +1,4 @@
-"""A student is measured where it will be served: here, on a board over ssh, or by a script that a person carries."""
+"""Measurement of a student where it will be served: here, on a board over ssh, or by a script for another machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autodistill.advisor.measurements import Measured, store_measured
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import memory
 from autodistill.estimates.speed import speed
-from autodistill.hardware.background_load import look
+from autodistill.hardware.background_load import current_load
 from autodistill.hardware.budget import CONTEXT, check_streams
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.device import ONE_CHIP
@@ -114,7 +114,7 @@ class MeasureRequest:
 
 
 def measure(request: MeasureRequest) -> dict[str, Any]:
-    """Measures a student, keeps what was found, and gives it with what was predicted.
+    """Measure a student, store the result, and return it with the predictions.
 
     Returns:
         Plain data: the measurement under "measured", the known device that it is of under "device" (None where it is of
@@ -174,7 +174,7 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's safetensors in their order."""
+    """Return the SHA-256 of a file, or of a folder's safetensors files in order."""
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         with file.open("rb") as stream:
@@ -184,7 +184,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _described(path: Path) -> tuple[Described, Deployment]:
-    """The student's shape, and the deployment that most of its weights are packed in."""
+    """Return the student's shape, and the deployment of most of its weights."""
     if not path.exists():
         raise InputError(f"there is no student {path}: give a .gguf file, or a folder of transformers")
     if not path.is_dir():
@@ -198,7 +198,7 @@ def _described(path: Path) -> tuple[Described, Deployment]:
 
 
 def _context(request: MeasureRequest, model: Described) -> int:
-    """Tokens of each stream: the default as far as the student reads it, never what was asked for."""
+    """Return the tokens of each stream; the default is limited to what the student reads."""
     most = model.spec.max_context
     if request.context is None:
         return min(CONTEXT, most)
@@ -214,7 +214,7 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
     if request.threads > cores:
         raise InputError(f"--threads {request.threads} is more than the cores here, {cores}: give {cores} or less")
     threads = request.threads or cores
-    seen = look(threads)
+    seen = current_load(threads)
     if seen.doubts and not request.busy:
         raise InputError(f"this machine is busy ({seen.doubts[0]}): stop other work, or accept it with --busy")
     timed = time_serving(
@@ -247,7 +247,7 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
 
 
 def _load(request: MeasureRequest, context: int) -> Load:
-    """What is timed; of a prompt and an answer that are asked for, nothing is left out."""
+    """Return the load to time; a requested prompt or answer is never shortened."""
     prompt, decoded = request.prompt or _PROMPT, request.decoded or _DECODED
     load = Load(
         prompts=tuple(sorted({min(one, prompt) for one in (16, 64, 256, prompt)})),
@@ -315,7 +315,7 @@ def _common(request: MeasureRequest, model: Described, deployment: Deployment) -
 
 
 def _device_name(request: MeasureRequest, found: BoardResult) -> str:
-    """The known device that a board is, by what a person says or by what its system does; else its own name."""
+    """Return the known device that a board is, from the user or its system; else the board's own name."""
     known = devices(*request.own)
     if request.device is not None:
         return find_device(request.device, known).name

@@ -1,4 +1,4 @@
-"""What was measured of students on machines, kept beside the runs, and what predictions are out by there."""
+"""Measurements of students on machines, stored beside the runs, and the corrections of predictions from them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from autodistill.models.config import spec_from_config
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.durable import make_folder
 from autodistill.utils.event_log import EventLog
-from autodistill.utils.typed_data import hold
+from autodistill.utils.typed_data import check_typed
 
 FILE = "measurements.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One student in one runtime on one machine.
+    """A measurement of one student in one runtime on one machine.
 
     Attributes:
         student: SHA-256 of the GGUF file, or of the folder's weights.
@@ -67,26 +67,26 @@ class Measured:
 
     @property
     def runtime(self) -> str:
-        """The engine."""
+        """The runtime."""
         return str(self.deployment["runtime"])
 
     @property
     def apart(self) -> int:
-        """By how many its threads differ from the machine's cores, as far as these are known."""
+        """Difference between its threads and the machine's cores, if both are known."""
         return abs(int(self.board.get("cores", self.threads)) - self.threads)
 
     def is_of(self, device: Device) -> bool:
-        """Whether it was made on that device."""
+        """Return whether it was made on that device."""
         facts = {name: self.board.get(name) for name in ("memory_bytes", "cores")}
         return is_machine(device, self.machine, **facts)
 
     def to_json(self) -> dict[str, Any]:
-        """The measurement as plain data."""
+        """Return the measurement as plain data."""
         return asdict(self) | {"loads": [dict(load) for load in self.loads], "doubts": list(self.doubts)}
 
 
 def store_measured(out: Path, measured: Measured) -> Path:
-    """Appends a measurement to those beside the runs, and says where they are."""
+    """Append a measurement to those beside the runs, and return their path."""
     path = out / FILE
     make_folder(path.parent)
     EventLog(path).append({"event": "measured", **measured.to_json()})
@@ -94,7 +94,7 @@ def store_measured(out: Path, measured: Measured) -> Path:
 
 
 def read_measured(out: Path) -> list[Measured]:
-    """The measurements beside the runs, the last one of each student, machine, runtime and number of threads.
+    """Return the stored measurements, the last one for each student, machine, runtime and number of threads.
 
     A doubtful one is that only where all of them are.
 
@@ -108,7 +108,7 @@ def read_measured(out: Path) -> list[Measured]:
     for event in EventLog(path).read():
         fields = {name: event[name] for name in Measured.__dataclass_fields__ if name in event}
         try:
-            hold(fields, Measured, "it")
+            check_typed(fields, Measured, "it")
             Deployment.from_json(fields["deployment"])
             spec_from_config(fields["shape"])
         except InputError as error:
@@ -122,7 +122,7 @@ def read_measured(out: Path) -> list[Measured]:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What measured times are of predicted ones, on one device in one runtime.
+    """The ratio of measured to predicted times, on one device in one runtime.
 
     Attributes:
         decode, prefill: Median ratios; 1 where nothing was measured.
@@ -137,7 +137,7 @@ class Correction:
 
 
 def correction(measured: Iterable[Measured], device: Device, runtime: str) -> Correction:
-    """Learns from what was measured on a device by how much its predictions are to be scaled.
+    """Return how predictions for a device are to be scaled, from the measurements on it.
 
     What is predicted is of all cores, so that of the measurements those count whose threads come nearest to them. The
     doubtful ones are left out unless there are no others.

@@ -1,4 +1,4 @@
-"""The best stored row for given hardware, solved anew from what is on file; nothing is trained or loaded."""
+"""The best stored row for given hardware, computed from what is on file; nothing is trained or loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from operator import le
 from typing import Any, cast
 
 from autodistill.advisor.candidates import Candidate, with_documents
-from autodistill.advisor.requirements import Solved, Wanted, solve
+from autodistill.advisor.requirements import Requirements, Wanted, requirements_of
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.fit import in_blocks
 from autodistill.estimates.serving_memory import basis_of
@@ -29,7 +29,7 @@ _CELLS = 256  # contexts that are named where a shorter one would do are multipl
 
 
 class _Broken:
-    """Rows that broke a limit: of those on the same grids, one that is no smaller in any size is no nearer to it.
+    """Rows that exceeded a limit; a row on the same grids that is no smaller in any size exceeds it too.
 
     So most rows that do not fit are passed over without being solved. It holds for needs that follow from the shape,
     and so for no row of which something was measured.
@@ -39,7 +39,7 @@ class _Broken:
         self._known: defaultdict[tuple[Any, ...], list[tuple[int, ...]]] = defaultdict(list)
 
     def implies(self, place: _Place) -> bool:
-        """Whether a row breaks a limit that an earlier one broke, and by no less."""
+        """Return whether a row exceeds a limit at least as much as an earlier row did."""
         alike, sizes = place
         known = self._known.get(alike, [])
         for index, least in enumerate(known):
@@ -49,8 +49,8 @@ class _Broken:
                 return True
         return False
 
-    def add(self, place: _Place, solved: Solved) -> None:
-        """Remembers a row, unless it is accuracy that it lacks most."""
+    def add(self, place: _Place, solved: Requirements) -> None:
+        """Remember a row, unless accuracy is what it lacks most."""
         excess = solved.excess
         if max(excess, key=lambda name: excess[name]) != "accuracy":
             alike, sizes = place
@@ -62,7 +62,7 @@ _Place = tuple[tuple[Any, ...], tuple[int, ...]]
 
 
 def _place(candidate: Candidate) -> _Place | None:
-    """None of a row whose needs do not follow from its shape alone."""
+    """Return a row's group and its sizes; None if its requirements do not follow from its shape alone."""
     cells, shape = candidate.cells, candidate.shape
     size, need = cells.get("size_bytes"), cells.get("memory_bytes")
     if shape is None or size is None or need is None:
@@ -75,7 +75,7 @@ def _place(candidate: Candidate) -> _Place | None:
 
 
 def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
-    """The best row that meets all limits, the runner-up, the margins, and the limit that binds.
+    """Return the best row within all limits, the runner-up, the margins, and the limit that excludes better rows.
 
     Of rows that are tied with the best, as `leaderboard.rank` has it, the smallest is picked. Rows of runtimes that the
     device does not have are left out.
@@ -94,8 +94,8 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
     others = Counter(one.deployment.runtime for one in ranked if _lacks(one, wanted))
     if not usable:
         raise NothingFitsError(f"nothing fits: {_lacks(ranked[0], wanted)}; name another --device")
-    left_out: list[Solved] = []
-    chosen: list[Solved] = []
+    left_out: list[Requirements] = []
+    chosen: list[Requirements] = []
     unknown = better_unknown = 0
     broken = _Broken()
     for one in usable:
@@ -104,7 +104,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         place = _place(one)
         if place and broken.implies(place):
             continue
-        solved = solve(one, wanted)
+        solved = requirements_of(one, wanted)
         if solved is None:
             unknown += 1
             better_unknown += not chosen
@@ -136,26 +136,26 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def _basis(solved: Solved, wanted: Wanted) -> str | None:
-    """What the memory of a GPU rests on, where it was not measured there; None of any other."""
+def _basis(solved: Requirements, wanted: Wanted) -> str | None:
+    """Return what GPU memory is based on, if it was not measured there; None for other memory."""
     if not wanted.on_gpu or solved.sources["memory"] == "measured":
         return None
     return basis_of(solved.candidate.deployment.runtime, on_gpu=True)
 
 
 def _lacks(candidate: Candidate, wanted: Wanted) -> str:
-    """Why the device does not serve a row at all, or nothing."""
+    """Return why the device cannot serve a row at all, or ""."""
     return wanted.device.lacks(candidate.deployment.runtime) if wanted.device else ""
 
 
 def _may_tie(best: Candidate, other: Candidate) -> bool:
-    """Whether a paired difference may lie within its error, which is no larger than the sum of both rows' own."""
+    """Return whether a paired difference may lie within its error, which is at most the sum of both rows' errors."""
     errors = [one.row.figure(f"{best.metric}_stderr") for one in (best, other)]
     return None not in errors and best.worth - other.worth <= sum(filter(None, errors))
 
 
-def _smallest_first(chosen: list[Solved]) -> tuple[list[Solved], int]:
-    """The rows with the one in front that the leaderboard would put there, and how many it holds to be tied."""
+def _smallest_first(chosen: list[Requirements]) -> tuple[list[Requirements], int]:
+    """Return the rows with the leaderboard's choice in front, and the number of rows tied with it."""
     one = chosen[0].candidate
     near = [solved for solved in chosen if _may_tie(one, solved.candidate)]
     if len(near) < 2:
@@ -177,7 +177,7 @@ def _order(candidate: Candidate) -> tuple[float, float, str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Tier:
-    """A class of GPUs by the memory that they are sold with.
+    """A class of GPUs with the same amount of memory.
 
     Attributes:
         nominal_bytes: That memory.
@@ -191,7 +191,7 @@ class Tier:
 
 
 def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
-    """What is usable of each GPU that is sold with so much memory, at the least.
+    """Return the memory that every GPU of a class leaves usable.
 
     A maker's GB is between 10^9 and 2^30 bytes, and so is what its driver reports. Where none of so much is known it is
     10^9 less what the class reserves.
@@ -207,7 +207,7 @@ def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
 
 
 def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[Tier]) -> dict[str, Any]:
-    """The best row for each class of GPUs; None where nothing fits."""
+    """Return the best row for each class of GPUs; None where nothing fits."""
     rows = []
     for tier in tiers:
         limited = replace(wanted, memory_bytes=tier.usable_bytes, device=None, gpu=True)
@@ -222,8 +222,8 @@ def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[
     return {"tiers": rows, "context": wanted.context, "streams": wanted.streams, "memory_basis": bases}
 
 
-def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
-    """Why nothing fits: the nearest, what it misses most, and what would make it fit."""
+def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Requirements], unknown: int, wanted: Wanted) -> str:
+    """Return why nothing fits: the nearest row, what it misses most, and what would make it fit."""
     if not left_out:
         reads = [one.shape.config["max_position_embeddings"] if one.shape else math.inf for one in ranked]
         if wanted.context is not None and wanted.context > max(reads):
@@ -254,8 +254,8 @@ def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Solved], unknown: i
     return f"nothing fits: the nearest, {row.row_id} of {nearest.candidate.run}, {misses}; {changes}"
 
 
-def _changes(nearest: Solved, wanted: Wanted) -> Iterator[str]:
-    """What would make it fit, by how little it changes: fewer streams, a shorter context, other limits."""
+def _changes(nearest: Requirements, wanted: Wanted) -> Iterator[str]:
+    """Yield what would make it fit, the smallest change first: fewer streams, a shorter context, other limits."""
     candidate = nearest.candidate
     broken = [name for name, excess in nearest.excess.items() if excess > 0]
     if "accuracy" not in broken:
@@ -282,11 +282,11 @@ def _changes(nearest: Solved, wanted: Wanted) -> Iterator[str]:
 
 
 def _most(candidate: Candidate, asked: Callable[[int], Wanted], limit: int) -> int:
-    """The largest count up to a limit with which it fits, 0 where none does; its needs only grow with the count."""
+    """Return the largest count up to a limit with which it fits, or 0; requirements only grow with the count."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        solved = solve(candidate, asked(middle))
+        solved = requirements_of(candidate, asked(middle))
         if solved is not None and solved.fits:
             low = middle
         else:

@@ -1,4 +1,4 @@
-"""What a stored student needs under a load and on a device: as it was measured there, or predicted and corrected."""
+"""Memory and latency of a stored student under a load on a device: measured there, or predicted and corrected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BY_DOUBTFUL = " by doubtful measurements alone"
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The hardware and the load.
+    """The requested hardware and load.
 
     Attributes:
         memory_bytes: Limit of memory.
@@ -62,29 +62,29 @@ class Wanted:
         object.__setattr__(self, "streams", max([self.streams, *(limit.streams for limit in self.latency)]))
 
     def with_streams(self, most: int) -> Wanted:
-        """The same with so many streams at most, also those of limits of latency."""
+        """Return the same request with at most so many streams, also in its latency limits."""
         limits = tuple(replace(limit, streams=min(limit.streams, most)) for limit in self.latency)
         return replace(self, streams=min(self.streams, most), latency=limits)
 
     def context_of(self, candidate: Candidate) -> int:
-        """Tokens of each stream of this student."""
+        """Return the tokens of each stream of this student."""
         if self.context is not None:
             return self.context
         shape = candidate.shape
         return CONTEXT if shape is None else min(CONTEXT, shape.config["max_position_embeddings"])
 
     def overhead(self, runtime: str) -> Overhead:
-        """What predicted memory is raised by."""
+        """Return what is added to predicted memory."""
         kind = self.device.kind.name if self.device else DISCRETE if self.gpu else None
         return overhead_of(self.overheads, runtime, kind)
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the memory is that of a discrete GPU, and not a process's."""
+        """Whether the memory is that of a discrete GPU, rather than a process's."""
         return self.device.discrete if self.device else self.gpu
 
     def is_on(self, machine: str | None) -> bool:
-        """Whether what a machine gave under its own name holds here: on the device, or anywhere where none is asked."""
+        """Return whether a machine's measurements count: it is the device, or no device was requested."""
         if self.device is None:
             return True
         key = (id(self.device), machine)
@@ -93,7 +93,7 @@ class Wanted:
         return bool(self._known[key][0])
 
     def correction(self, runtime: str) -> Correction:
-        """What predicted times on the device are scaled by."""
+        """Return the factor for predicted times on the device."""
         key = (id(self.measured), id(self.device), runtime)
         if key not in self._known:
             assert self.device is not None
@@ -104,8 +104,8 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solved:
-    """A candidate under the load that is asked.
+class Requirements:
+    """A candidate with its requirements under the requested load.
 
     Attributes:
         candidate: The row.
@@ -127,7 +127,7 @@ class Solved:
 
     @property
     def excess(self) -> dict[str, float]:
-        """log(need / limit) of each limit, above 0 where it is broken."""
+        """log(need / limit) for each limit; above 0 if it is exceeded."""
         found = {}
         for name, limit in self.limits.items():
             need = self.needs[name]
@@ -142,11 +142,11 @@ class Solved:
 
     @property
     def fits(self) -> bool:
-        """Whether no limit is broken."""
+        """Whether no limit is exceeded."""
         return max(self.excess.values()) <= 0
 
     def to_json(self) -> dict[str, Any]:
-        """The answer as plain data: the row's figures, needs, limits and margins."""
+        """Return the answer as plain data: the row's figures, needs, limits and margins."""
         row = self.candidate.row
         return {
             "run": self.candidate.run,
@@ -171,8 +171,8 @@ class Solved:
         }
 
 
-def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
-    """What a row needs under the load that is asked; None where that cannot be told."""
+def requirements_of(candidate: Candidate, wanted: Wanted) -> Requirements | None:
+    """Return what a row needs under the requested load; None if that is unknown."""
     row = candidate.row
     deployment = candidate.deployment
     context = wanted.context_of(candidate)
@@ -194,13 +194,13 @@ def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
         score = row.figure(candidate.score)
         needs["accuracy"], limits["accuracy"] = score or 0.0, wanted.least
         sources["accuracy"] = "missing" if score is None else "simulated"
-    return Solved(candidate=candidate, context=context, needs=needs, limits=limits, sources=sources)
+    return Requirements(candidate=candidate, context=context, needs=needs, limits=limits, sources=sources)
 
 
 def _memory(
     row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, context: int
 ) -> tuple[int, str] | None:
-    """Bytes, and whether they were measured; what a measurement there differed from the estimate by is kept.
+    """Return the bytes, and whether they were measured; a measurement's difference to the estimate is kept.
 
     What was measured on another machine than the device says nothing of it, so that there it is predicted anew.
     """
@@ -232,12 +232,12 @@ def _memory(
 
 
 def _of_gpu(row: Row) -> bool:
-    """Whether a row's predicted memory is that of a discrete GPU; those of earlier versions have a process's."""
+    """Return whether a row's predicted memory is that of a discrete GPU; rows of earlier versions have a process's."""
     return row.other.get("memory_on") == DISCRETE
 
 
 def _measured_on(row: Row) -> str | None:
-    """The machine that a row's memory was measured on; earlier rows name only what they were timed on."""
+    """Return the machine on which a row's memory was measured; earlier rows name only where they were timed."""
     parts = row.other.get("memory_parts") or {}
     return parts.get("machine") or (row.machine if row.latency_source == "measured" else None)
 
@@ -245,7 +245,7 @@ def _measured_on(row: Row) -> str | None:
 def _latency(
     row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, context: int, limit: LatencyLimit
 ) -> tuple[float, str] | None:
-    """Seconds, and how they are known.
+    """Return the seconds, and how they are known.
 
     A measurement of the row in its runtime on the device itself goes before any other prediction; one of another
     machine or runtime is never used. Where it is of a shorter prompt, or of less context behind a step, it is scaled by
@@ -253,7 +253,7 @@ def _latency(
     """
     device = wanted.device
     if device is None:
-        raise InputError("a limit of latency holds on a device: name it with --device")
+        raise InputError("a latency limit depends on a device: name it with --device")
     timed = _timed(row, limit) if row.latency_source == "measured" and wanted.is_on(row.machine) else None
     limited = context if limit.quantity == "tpot" else min(PROMPT_TOKENS, context)
     bound = "" if timed is None or timed.percentile == limit.percentile else f" at p{timed.percentile}, an upper bound"
@@ -272,7 +272,7 @@ def _latency(
 
 
 class _Timed(NamedTuple):
-    """A percentile of a row's own timing, in seconds, and the tokens that it is of.
+    """A percentile of a row's own timing, in seconds, with the tokens that it was measured for.
 
     Those of the prompt whose first token was timed, or behind a step after it.
     """
@@ -283,7 +283,7 @@ class _Timed(NamedTuple):
 
 
 def _timed(row: Row, limit: LatencyLimit) -> _Timed | None:
-    """What was timed at the limit's streams: its own percentile, or else the next higher one that was stored."""
+    """Return the timing at the limit's streams: its own percentile, or the next higher one that was stored."""
     detail = row.other.get("latency_detail") or {}
     load = next((one for one in detail.get("loads", ()) if one["streams"] == limit.streams), None)
     if load is None:
@@ -301,7 +301,7 @@ def _timed(row: Row, limit: LatencyLimit) -> _Timed | None:
 
 
 def _limited(row: Row, limit: LatencyLimit, stored: Mapping[int, float]) -> float | None:
-    """Milliseconds of what the row's own budget limited alike, where it was timed.
+    """Return the milliseconds of the same limit in the row's own budget, if it was timed.
 
     Rows of earlier versions have it beside their figures alone, where what was predicted of another device may stand
     too: it is one of this timing if it lies between the percentiles that were stored on both sides.

@@ -150,7 +150,7 @@ def _check_room(at_once: int | None, limits: Sequence[LatencyLimit], option: str
     most = max((limit.streams for limit in limits), default=1)
     if at_once is not None and 1 <= at_once < most:
         raise InputError(
-            f"{option} {at_once} is contradicted by --latency @streams={most}, which wants the memory of {most}: give "
+            f"{option} {at_once} contradicts --latency @streams={most}, which needs the memory of {most} streams: give "
             f"{option} {most} or more, or leave it out, or lower the streams"
         )
 
@@ -158,7 +158,7 @@ def _check_room(at_once: int | None, limits: Sequence[LatencyLimit], option: str
 def _own(given: Mapping[str, Any], named: bool) -> Sequence[Path]:
     """Files of a person's own devices, which are read where a device is asked for."""
     if given["own"] and not named:
-        raise InputError("--devices describes devices, and none is asked for: name one with --device")
+        raise InputError("--devices only describes devices: choose one with --device")
     return given["own"] or ()
 
 
@@ -174,7 +174,7 @@ def searched(request: SearchRequest) -> Outcome:
 def written(given: Mapping[str, Any]) -> dict[str, Any]:
     """Answers prompts."""
     if given["endpoint"] is None and given["timeout"] is not None:
-        raise InputError("--timeout is of requests to an endpoint: give --endpoint, or leave it out")
+        raise InputError("--timeout applies to requests to an endpoint: give --endpoint, or leave it out")
     for name in ("teacher", "cache") if given["endpoint"] is not None and not given["top_k"] else ():
         if given[name] is not None:
             raise InputError(f"--{name} is not used where an endpoint writes: leave it out, or ask it for --top-k")
@@ -258,12 +258,14 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     if (given["model"] is None) == all(size is None for size in sizes.values()):
         raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
     if given["tied"] and given["model"] is not None:
-        raise InputError("--tied is of a shape in numbers, and a MODEL says itself whether its head is tied")
+        raise InputError("--tied applies to a shape given in numbers; a MODEL says itself whether its head is tied")
     if given["device"] is not None and given["all_devices"]:
         raise InputError("--device names one device and --all-devices all of them: give one of the two")
     asked = given["device"] is not None or given["all_devices"]
     if given["prompt"] is not None and not asked:
-        raise InputError("--prompt is of the first token's time, which is a device's: name one with --device")
+        raise InputError(
+            "--prompt sets the time to the first token, which depends on the device: name one with --device"
+        )
     batch = 1 if given["batch"] is None else check_streams(given["batch"], "--batch")
     own, cache = _own(given, asked), given["cache"] or default_cache()
     found = known_devices(own) if given["all_devices"] else ()
@@ -314,7 +316,8 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
     if given["tiers"] and given["latency"] is not None:
         raise InputError(
-            "--tiers is of memory alone, and a latency is a device's: give --latency with a --device, or leave it out"
+            "--tiers compares memory alone, and latency depends on the device: give --latency with a --device, or "
+            "leave it out"
         )
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = None if given["budget"] is None else parse_bytes(given["budget"])
@@ -376,7 +379,7 @@ def measured(given: Mapping[str, Any]) -> dict[str, Any]:
     """A student timed, or the script that times it."""
     words = [word.strip() for word in given["streams"].split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) < 20 for word in words):
-        raise InputError(f"--streams {given['streams']!r} must be numbers parted by commas, like 1,4,16")
+        raise InputError(f"--streams {given['streams']!r} must be numbers separated by commas, like 1,4,16")
     timeout = None if given["timeout"] is None else parse_duration(given["timeout"])
     quiet_libraries(str(given["student"]))
     from autodistill.advisor.measure import MeasureRequest, measure

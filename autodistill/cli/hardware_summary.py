@@ -83,8 +83,8 @@ def _speeds_note(document: Mapping[str, Any]) -> str:
         notes.append(f"{len(reasons) - _REASONS} more devices do not serve students with it.")
     if prompts:
         at = f"Speeds are predicted by a roofline at a full context; the first token follows a prompt of {prompts[0]}."
-        notes = [at, *(f"* Assumed, with a wide band: {why}." for why in assumed), *notes]
-    notes = notes or [f"No speed is predicted of {document['runtime']}."]
+        notes = [at, *(f"* Assumed, with a wide range: {why}." for why in assumed), *notes]
+    notes = notes or [f"No speed is predicted for {document['runtime']}."]
     # Of several devices the parts are a process's, and GPUs have a sum of their own.
     sums = dict.fromkeys(one["memory_basis"] for one in document["devices"] if one["memory_basis"] != document["basis"])
     return "\n".join([*notes, *(f"What fits a GPU is {basis}." for basis in sums)])
@@ -124,7 +124,7 @@ def _training(found: Mapping[str, Any]) -> str:
     trained = found.get("trained", "all weights")
     note = (
         f"{trained[0].upper()}{trained[1:]}, by AdamW in float32, products in bfloat16, "
-        f"{count_of(found['tokens'], 'token')} a step of one pass.\nWhat was kept is freed as gradients arrive: the "
+        f"{count_of(found['tokens'], 'token')} a step of one pass.\nActivations are freed as gradients appear: the "
         "total has the larger of the two sums. 16-bit and 8-bit states come with checkpointing."
     )
     return f"{table([head, *lines], left=1)}\n{note}"
@@ -159,7 +159,11 @@ def pick_text(document: Mapping[str, Any]) -> str:
     told = ", ".join(f"{name} {margin:.0%} below the limit" for name, margin in margins.items() if name != "accuracy")
     if "accuracy" in margins:
         told += f", {_score_above(document['pick'])}"
-    binds = f"What binds is {document['binds']}." if document["binds"] else "Nothing binds: no better row is left out."
+    binds = (
+        f"The limit that excludes better rows is {document['binds']}."
+        if document["binds"]
+        else "No limit excludes a better row."
+    )
     kept = _overhead(document["memory_overhead"])
     sources = document["pick"]["sources"]
     times = [name for name in sources if name not in ("memory", "accuracy")]
@@ -172,7 +176,9 @@ def pick_text(document: Mapping[str, Any]) -> str:
         for name, count in document["other_runtimes"].items()
     )
     if document["better_unknown"]:
-        others += f"\nOf {count_of(document['better_unknown'], 'better row')} it cannot be told what this load takes."
+        others += (
+            f"\nFor {count_of(document['better_unknown'], 'better row')} the memory or time under this load is unknown."
+        )
     then = f"\n{document['next']}" if document.get("next") else ""
     return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{tie}{others}{source}{on_gpu}{kept}{then}"
 
@@ -191,9 +197,9 @@ def _tiers_text(document: Mapping[str, Any], head: Sequence[str]) -> str:
     context = document["context"] or f"{CONTEXT}, or what a student reads where that is less"
     rests = "".join(f"\nMemory in {runtime} is {basis}." for runtime, basis in document["memory_basis"].items())
     return (
-        f"{table([('GPU', 'usable', 'as of', *head[1:]), *lines], left=6)}\n"
-        f"At context {context}; {count_of(document['streams'], 'stream')}. Usable is what every listed GPU of so much "
-        f"memory leaves; where none is listed, 10^9 bytes a GB less what GPUs reserve.{rests}"
+        f"{table([('GPU', 'usable', 'least on', *head[1:]), *lines], left=6)}\n"
+        f"At context {context}; {count_of(document['streams'], 'stream')}. Usable is the memory that every listed GPU "
+        f"of this class leaves; if none is listed, 10^9 bytes for each GB, less what GPUs reserve.{rests}"
     )
 
 
@@ -226,10 +232,10 @@ def measured_text(document: Mapping[str, Any]) -> str:
 
     lines = [
         ("tokens/s", f"{found['tokens_per_second']:.4g}", ""),
-        ("a token, median", milliseconds(found["tpot_ms"]), beside("tpot_ms", milliseconds)),
-        ("a token, 95th percentile", milliseconds(found["tpot_p95_ms"]), ""),
+        ("time per token, median", milliseconds(found["tpot_ms"]), beside("tpot_ms", milliseconds)),
+        ("time per token, p95", milliseconds(found["tpot_p95_ms"]), ""),
         ("prompt, tokens/s", f"{found['prompt_tokens_per_second']:.4g}", ""),
-        (f"first token, of {found['prompt']}", milliseconds(found["ttft_ms"]), beside("ttft_ms", milliseconds)),
+        (f"first token after {found['prompt']}", milliseconds(found["ttft_ms"]), beside("ttft_ms", milliseconds)),
     ]
     if found["peak_bytes"]:
         lines.append(("peak memory", format_bytes(found["peak_bytes"]), beside("memory_bytes", format_bytes)))
@@ -246,8 +252,8 @@ def measured_text(document: Mapping[str, Any]) -> str:
     unknown = ""
     if document["device"] is None:
         remedy = "" if found["how"] == "autodistill" else ": say which of autodistill devices it is with --device"
-        unknown = f"\nNo known device is called {found['machine']}, so that pick does not use this{remedy}."
-    return f"{title}\n{table(lines, left=1)}\nKept in {document['kept_in']}.{doubts}{unknown}{left}"
+        unknown = f"\nNo known device is called {found['machine']}, so pick does not use this{remedy}."
+    return f"{title}\n{table(lines, left=1)}\nStored in {document['kept_in']}.{doubts}{unknown}{left}"
 
 
 def _picked(one: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -113,8 +113,8 @@ def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
         f"{plan['test_tokens']:,} on the test split",
         "cache": f"{format_bytes(document['cache_bytes'])} of disk for the teacher's outputs",
         "students": f"{format_bytes(document['students_bytes'])} of disk at most for {document['students']} of them, "
-        "kept in float32; checkpoints besides, and of both what --checkpoint-limit holds",
-        "time": f"{format_duration(document['expected_seconds'])} expected, time box {box}",
+        "kept in float32, and checkpoints beside them; --checkpoint-limit covers both",
+        "time": f"{format_duration(document['expected_seconds'])} expected, time budget {box}",
         "phases": phases,
         "hours": _hours(document),
     }
@@ -138,7 +138,7 @@ def _trained_on(plan: Mapping[str, Any]) -> dict[str, str]:
         return {}
     threads = f", alone on {plan['alone']} threads" if plan["alone"] else ""
     time = format_duration(plan["seconds"]["longer"])
-    return {"the best": f"trained on for {time}{threads}, to {plan['longest']:.3g} times those tokens at most"}
+    return {"the best": f"trained for another {time}{threads}, to {plan['longest']:.3g} times those tokens at most"}
 
 
 def _hours(document: Mapping[str, Any]) -> str:
@@ -168,27 +168,27 @@ def table(rows: Sequence[Sequence[str]], left: int) -> str:
 def written_summary(counts: Mapping[str, Any]) -> str:
     """What `write` did: answers, tokens, and what they can teach."""
     lines = [
-        f"{counts['written']} answers written, {counts['kept']} kept from before, of {counts['prompts']} prompts: "
+        f"{counts['written']} answers written, {counts['kept']} from before, of {counts['prompts']} prompts: "
         f"{counts['out']}",
         f"Tokens: {counts['prompt_tokens']:,} of prompts, {counts['answer_tokens']:,} of answers.",
     ]
     if counts["others"]:
         lines.append(
-            f"{counts['others']} more answers stand there, of other prompts or settings: all are learnt; to have one "
-            "kind alone, give another --out."
+            f"{counts['others']} more answers are in the file, from other prompts or settings: all are learnt; to "
+            "separate them, give another --out."
         )
     if counts["unfinished"]:
         lines.append(f"{counts['unfinished']} answers reached --max-tokens and are not learnt: raise it to use them.")
     if counts["too_long"]:
         lines.append(
-            f"{counts['too_long']} prompts are not answered: the teacher does not read them and --max-tokens more."
+            f"{counts['too_long']} prompts are not answered: with --max-tokens they exceed the teacher's context."
         )
     if counts["blank"]:
         lines.append(f"{counts['blank']} answers are blank and are not learnt.")
     if counts["refused"]:
         first = counts["refused"][0]
         lines.append(
-            f"{len(counts['refused'])} prompts were refused, and are asked again by the same command. The first, "
+            f"{len(counts['refused'])} prompts were refused; the same command asks them again. The first, "
             f'"{first["prompt"]}": {first["said"]}'
         )
     if counts["top-k"]:
@@ -201,7 +201,7 @@ def _confirmed(document: Mapping[str, Any], width: int) -> str:
     found = document["confirmation"]
     if not found:
         return ""
-    lines = [(f"on {len(found[0]['seeds'])} seeds", "mean", "less best")]
+    lines = [(f"on {len(found[0]['seeds'])} seeds", "mean", "minus best")]
     for item in found:
         difference = _figure(item["difference"], item["difference_stderr"])
         lines.append((item["row_id"], _figure(item["mean"], item["stderr"]), difference))

@@ -215,7 +215,7 @@ def leaderboard_table(
         width: Characters of a line.
         legend: Of how many trials the strategy is told, the best first; of all by default.
     """
-    kept = "kept" if metric == "accuracy" else "accuracy kept"
+    kept = "retention" if metric == "accuracy" else "accuracy retention"
     titles = ["#", "row", metric, kept, "memory", "size", "latency", "trained"]
     lines = [[printable(cell) for cell in _cells(one, metric)] for one in ranked]
     shown = _columns(titles, lines, width)

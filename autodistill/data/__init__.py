@@ -1,1 +1,1 @@
-"""Text, conversations and tasks become tokens, sequences and splits."""
+"""From text, conversations and tasks to tokens, sequences and splits."""

@@ -1,4 +1,4 @@
-"""Conversations become tokens by a chat template, with a mask of those that belong to answers."""
+"""Rendering of conversations to tokens with a chat template, and a mask of the answer tokens."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.data.conversations import ANSWERING, Conversation, Likeliest, Told, Turn, asked
+from autodistill.data.conversations import ANSWERING, Conversation, Likeliest, Turn, WriterLogprobs, single_turn
 from autodistill.data.tokenization import beginning, chat_template_of, groups, load_tokenizer, tokenized
 from autodistill.errors import InputError
 
 # Where the chat template alone decides it, an answer begins and ends where that of any conversation does: what two of
 # different answers have in common is the template's.
-_PROBE, _OTHER = asked("a", "b"), asked("a", "c")
+_PROBE, _OTHER = single_turn("a", "b"), single_turn("a", "c")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +54,11 @@ class Rendered:
 
     @property
     def last_start(self) -> int:
-        """Where the last answer begins."""
+        """Position at which the last answer begins."""
         return int(np.flatnonzero(np.diff(self.answers, prepend=False) & self.answers)[-1])
 
-    def with_told(self, told: Told) -> Rendered:
-        """With what was told of the last answer's tokens, as far as they are, from its first one on, the same tokens.
+    def with_logprobs(self, told: WriterLogprobs) -> Rendered:
+        """Return the tokens with the log-probabilities of the last answer, up to the first token that differs.
 
         A place after the first other token would tell of what follows another text.
         """
@@ -75,7 +75,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template, and the names that its model has for the tokens which begin and end a text.
+    """A chat template, with its model's names of the tokens that begin and end a text.
 
     Attributes:
         text: In Jinja.
@@ -89,17 +89,17 @@ class Template:
 
     @property
     def name(self) -> str:
-        """Identifies it, and how conversations are rendered by it."""
+        """Identifies the template, and how it renders conversations."""
         return hashlib.sha256(json.dumps([self.text, self.bos, self.eos]).encode()).hexdigest()[:16]
 
     def put_on(self, tokenizer: Any) -> None:
-        """Lets a tokenizer, which knows the two tokens, render by it."""
+        """Let a tokenizer that knows the two tokens use this template."""
         tokenizer.chat_template = self.text
         tokenizer.bos_token, tokenizer.eos_token = self.bos, self.eos
 
 
 class _Span(NamedTuple):
-    """Where in a text a turn's answer begins and ends, and where its content begins; -1 where that is not in it."""
+    """Where a turn's answer begins and ends in a text, and where its content begins; -1 if it is absent."""
 
     start: int
     end: int
@@ -122,7 +122,7 @@ class _Frame(NamedTuple):
 
 
 class Renderer:
-    """Renders by the chat template of a tokenizer, or by another one in that tokenizer's tokens.
+    """Renders conversations with a tokenizer's own chat template, or with another one in that tokenizer's tokens.
 
     Where there is none, each turn stands on its own line, without its role, each answer is ended by EOS, and what the
     tokenizer begins every text with begins the first; a template says by itself whether anything does.
@@ -167,7 +167,7 @@ class Renderer:
 
     @cached_property
     def further_rule(self) -> str:
-        """What is done with some templates alone; what identifies all others does not name it."""
+        """Identifies special handling that only some templates need; it is absent from the identity of all others."""
         if self._template is None:
             return ""
         return (", asked as learnt" if self._frame.taken + self._frame.lead else "") + (
@@ -176,20 +176,20 @@ class Renderer:
 
     @property
     def vocabulary(self) -> str:
-        """Identifies which token has which number: equal for tokenizers that differ in nothing but their template."""
+        """Identifies the numbering of tokens: equal for tokenizers that differ only in their template."""
         tokens = sorted(self.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
         return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
     @property
     def template(self) -> Template | None:
-        """The chat template, if there is one."""
+        """The chat template, or None."""
         if self._template is None:
             return None
         return Template(self._template, self.tokenizer.bos_token, self.tokenizer.eos_token)
 
     @property
     def end(self) -> int:
-        """Id of the token that the template ends an answer with."""
+        """Id of the token with which the template ends an answer."""
         (probe,) = self.render([_PROBE])
         return int(probe.tokens[probe.answers][-1])
 
@@ -199,7 +199,7 @@ class Renderer:
         return tuple(dict.fromkeys((self.end, int(self.tokenizer.eos_token_id))))
 
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered]:
-        """The tokens of each conversation.
+        """Return the tokens of each conversation.
 
         Raises:
             InputError: The chat template refuses one of them.
@@ -219,23 +219,25 @@ class Renderer:
         own, count = self.vocabulary, len(self.tokenizer)
         told = [one.told if one.told and one.told.vocabulary == own else None for one in conversations]
         if any((one.likeliest.ids >= count).any() for one in told if one):
-            raise InputError(f"the data have log-probabilities of tokens beyond the tokenizer's {count}: write anew")
-        return [record.with_told(one) if one else record for record, one in zip(rendered, told, strict=True)]
+            raise InputError(
+                f"the data have log-probabilities of tokens beyond the tokenizer's {count}: run autodistill write again"
+            )
+        return [record.with_logprobs(one) if one else record for record, one in zip(rendered, told, strict=True)]
 
     def text(self, turns: Sequence[Turn]) -> str:
-        """A conversation's text, before it becomes tokens."""
+        """Return the text of a conversation, before tokenization."""
         return self._lines(turns)[0] if self._template is None else self._apply(turns)
 
     def asking(self, turns: Sequence[Turn]) -> str:
-        """The text after which a model is to write its answer."""
+        """Return the text after which a model is to write its answer."""
         return self._lines(turns)[0] if self._template is None else self._apply(turns, asking=True)
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """The tokens after which a model is to write its answer."""
+        """Return the tokens after which a model is to write its answer."""
         return self._ids(self.asking(turns))
 
     def question(self, turns: Sequence[Turn], answer: str | None = None) -> str:
-        """The text after which a model that learnt from such data writes its answer.
+        """Return the text after which a model that was trained on such data writes its answer.
 
         That is where the content of an answer begins in training: behind the empty thoughts that a template puts before
         an answer without any. `asking` leaves it to the model whether it thinks.
@@ -253,7 +255,7 @@ class Renderer:
         return question if self._apply([*turns, Turn(ANSWERING, answer)]).startswith(question) else prompt
 
     def question_tokens(self, turns: Sequence[Turn], answer: str | None = None) -> list[int]:
-        """Those of `question`."""
+        """Return the tokens of `question`."""
         return self._ids(self.question(turns, answer))
 
     @cached_property
@@ -267,7 +269,7 @@ class Renderer:
 
     @cached_property
     def _learns_more(self) -> bool:
-        """Whether an answer that others follow is found by its content alone."""
+        """Whether answers that other messages follow are found by their content alone."""
         turns = _PROBE.turns * 2
         try:
             whole, after = self._apply(turns), self._apply(turns[:2]).rstrip()
@@ -297,7 +299,7 @@ class Renderer:
         return Rendered(np.array(ids, dtype=np.int32), answers, spots=spots)
 
     def _spans(self, turns: Sequence[Turn]) -> tuple[str, list[_Span]]:
-        """The text of a conversation, and where in it answers begin and end."""
+        """Return the text of a conversation, and where answers begin and end in it."""
         if self._template is None:
             return self._lines(turns)
         whole = self._apply(turns)
@@ -318,7 +320,7 @@ class Renderer:
         return whole, spans
 
     def _earlier(self, whole: str, turns: Sequence[Turn], place: int) -> tuple[int, int] | None:
-        """Where an answer that others follow begins and ends; None where it is not there as it is written."""
+        """Return where an answer that other messages follow begins and ends; None if the template rewrites it."""
         before, after = self._apply(turns[:place], asking=True), self._apply(turns[: place + 1])
         if whole.startswith(before) and whole.startswith(after):
             return len(before), len(after.rstrip())
@@ -360,10 +362,10 @@ class Renderer:
 
 
 def _alike(one: str, other: str) -> int:
-    """With how many characters in common two texts begin."""
+    """Return the number of characters that two texts share at their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _answers(turns: Sequence[Turn]) -> int:
-    """How many answers are to be learnt: whoever begins by answering was asked nothing."""
+    """Return the number of answers to learn; a conversation that begins with an answer has no question for it."""
     return sum(turn.role == ANSWERING and place > 0 for place, turn in enumerate(turns))

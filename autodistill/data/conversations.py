@@ -1,4 +1,4 @@
-"""Turns of a conversation, and how a record with messages, or with a prompt and its answer, becomes one."""
+"""Turns of a conversation, and the reading of records with messages, or with a prompt and an answer."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Record = Mapping[str, Any]
 
 
 class Turn(NamedTuple):
-    """What one side says: `role` is "system", "user", "assistant", or another that the chat template knows."""
+    """One message: `role` is "system", "user", "assistant", or another role that the chat template knows."""
 
     role: str
     content: str
 
 
 class Likeliest(NamedTuple):
-    """The likeliest tokens in each of n places, as whoever wrote the text told them.
+    """The likeliest tokens at each of n positions, as the writer of the text reported them.
 
     Attributes:
         ids: int32 [..., n, k], distinct in a place, those told first; -1 where fewer were told.
@@ -45,13 +45,13 @@ class Likeliest(NamedTuple):
     log_p: npt.NDArray[np.float32]
 
     def first(self, count: int) -> Likeliest:
-        """Those of the first places, along the first dimension."""
+        """Return the values of the first positions, along the first dimension."""
         return Likeliest(self.ids[:count], self.log_p[:count])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Told:
-    """What a writer told of the tokens of an answer, beside its text.
+class WriterLogprobs:
+    """What a writer reported about the tokens of an answer, beside its text.
 
     Attributes:
         vocabulary: What the tokens' numbering is known by; see `rendering.Renderer.vocabulary`.
@@ -65,14 +65,14 @@ class Told:
 
 
 def without_thoughts(answer: str) -> str:
-    """What an answer says, behind what its writer thought before; nothing where the thoughts have no end."""
+    """Return an answer without the thoughts before it; empty if the thoughts do not end."""
     _, ended, said = answer.rpartition(_THOUGHTS[1])
     return said if ended or not answer.lstrip().startswith(_THOUGHTS[0]) else ""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, of which the assistant's are the answers to be learnt; the last turn is one of them.
+    """Turns, of which the assistant's are the answers to learn; the last turn is an answer.
 
     Attributes:
         turns: In their order.
@@ -82,11 +82,11 @@ class Conversation:
 
     turns: tuple[Turn, ...]
     item: int | None = None
-    told: Told | None = field(default=None, compare=False)
+    told: WriterLogprobs | None = field(default=None, compare=False)
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
-        """What stands before the last answer."""
+        """The turns before the last answer."""
         return self.turns[:-1]
 
     @property
@@ -96,13 +96,13 @@ class Conversation:
 
     @property
     def opening(self) -> str:
-        """What stands before the first answer: conversations that share it belong in the same split."""
+        """The turns before the first answer: conversations that share them belong to the same split."""
         first = next(place for place, turn in enumerate(self.turns) if place and turn.role == ANSWERING)
         return "\n".join(turn.content for turn in self.turns[:first]).strip()
 
 
-def asked(prompt: str, answer: str, item: int | None = None) -> Conversation:
-    """The conversation of a user's prompt and its answer."""
+def single_turn(prompt: str, answer: str, item: int | None = None) -> Conversation:
+    """Return the conversation of a user's prompt and its answer."""
     return Conversation((Turn("user", prompt), Turn(ANSWERING, answer)), item)
 
 
@@ -110,7 +110,7 @@ Reader = Callable[[Record, str], Conversation | None]
 
 
 def readers(fields: Sequence[str]) -> Iterator[Reader]:
-    """Ways to read records that have these fields, the preferred one first.
+    """Yield functions that read records with these fields, the preferred one first.
 
     A reader takes a record and the place it was found at, for error messages. It gives None where prompt or answer is
     null or blank, and raises `InputError` where the record has another shape.
@@ -124,7 +124,7 @@ def readers(fields: Sequence[str]) -> Iterator[Reader]:
 
 
 def read_prompt(record: Record, where: str) -> tuple[Turn, ...]:
-    """The turns that a record asks to be answered; answers that it has at their end are left out.
+    """Return the turns of a record that ask for an answer; answers at their end are left out.
 
     Raises:
         InputError: No prompt, or one that is not text.
@@ -150,7 +150,7 @@ def _pair_reader(prompt: str, answer: str) -> Reader:
         for name in (prompt, answer):
             _text(name, record, where)
         question, reply = _with_context(prompt, record, where), _text(answer, record, where)
-        return asked(question, reply) if question.strip() and reply.strip() else None
+        return single_turn(question, reply) if question.strip() and reply.strip() else None
 
     return read
 
@@ -162,7 +162,7 @@ def _with_context(prompt: str, record: Record, where: str) -> str:
 
 
 def lacking(name: str, record: Record, where: str) -> InputError:
-    """The refusal of a record without a field that others have, which decided how all are read."""
+    """Return the error for a record without a field that other records have."""
     own = f"it has {', '.join(record)}" if record else "it has none"
     return InputError(
         f"{where} lacks the field {name}, which other records have ({own}): give all records the same fields, or "
@@ -185,7 +185,10 @@ def _answered(record: Record, where: str) -> Conversation | None:
         return None
     last = max((place for place, turn in enumerate(turns) if turn.role == ANSWERING), default=0)
     if last == 0:
-        raise InputError(f"{where} has no message of the {ANSWERING} after another: its words are what is learnt")
+        raise InputError(
+            f"{where} has no {ANSWERING} message after another message, so there is nothing to learn: add "
+            "one, or remove the record"
+        )
     answered = turns[: last + 1]
     if not answered[-1].content.strip():
         return None
@@ -193,8 +196,8 @@ def _answered(record: Record, where: str) -> Conversation | None:
     return Conversation(answered, told=_told(record, where) if last == len(turns) - 1 else None)
 
 
-def told_record(told: Told) -> dict[str, Any]:
-    """The fields of a record that `readers` read it from again."""
+def logprobs_record(told: WriterLogprobs) -> dict[str, Any]:
+    """Return the fields of a record from which `readers` read it again."""
     top = [
         [(int(token), float(log_p)) for token, log_p in zip(*place, strict=True) if token >= 0]
         for place in zip(*told.likeliest, strict=True)
@@ -202,13 +205,13 @@ def told_record(told: Told) -> dict[str, Any]:
     return {TOLD: "top-k", "vocabulary": told.vocabulary, "tokens": told.tokens.tolist(), "top": top}
 
 
-def told_of(vocabulary: str, tokens: Sequence[int], top: Sequence[Sequence[tuple[int, float]]]) -> Told:
-    """What was told of the tokens of an answer.
+def logprobs_of(vocabulary: str, tokens: Sequence[int], top: Sequence[Sequence[tuple[int, float]]]) -> WriterLogprobs:
+    """Return what was reported about the tokens of an answer.
 
     A token of probability 0, or as good as 0, is one of the rest: what servers write there is no measure of it.
 
     Args:
-        vocabulary: See `Told`.
+        vocabulary: See `WriterLogprobs`.
         tokens: The answer's, n of them.
         top: Of each of the n places, ids and log-probabilities.
 
@@ -225,14 +228,14 @@ def told_of(vocabulary: str, tokens: Sequence[int], top: Sequence[Sequence[tuple
     ids, log_p = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
     for row, place in enumerate(places):
         ids[row, : len(place)], log_p[row, : len(place)] = list(place), list(place.values())
-    return Told(vocabulary=vocabulary, tokens=np.array(tokens, np.int32), likeliest=Likeliest(ids, log_p))
+    return WriterLogprobs(vocabulary=vocabulary, tokens=np.array(tokens, np.int32), likeliest=Likeliest(ids, log_p))
 
 
-def _told(record: Record, where: str) -> Told | None:
+def _told(record: Record, where: str) -> WriterLogprobs | None:
     if record.get(TOLD) != "top-k" or not isinstance(record.get("vocabulary"), str):
         return None
     try:
-        return told_of(record["vocabulary"], record["tokens"], record["top"])
+        return logprobs_of(record["vocabulary"], record["tokens"], record["top"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{where} has log-probabilities that cannot be read ({error}): write it again, or take out its {TOLD}"

@@ -1,4 +1,4 @@
-"""Prepared data, read: what lies in their folder, and the sequences of a split, memory-mapped.
+"""Prepared data on disk: what the folder contains, and memory-mapped sequences of a split.
 
 Conversations may lie there in several renderings, the teacher's and those of students with templates of their own: the
 same records in the same sequences, so that the n-th shared token of a sequence is the n-th in every rendering.
@@ -39,7 +39,7 @@ Tokens = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """What a split holds.
+    """What a split contains.
 
     Attributes:
         sequences: Whole ones.
@@ -60,7 +60,7 @@ class SplitInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class RenderingInfo:
-    """What a rendering other than the teacher's holds, in all splits.
+    """What a rendering other than the teacher's contains, over all splits.
 
     Attributes:
         answers: Tokens that are part of answers.
@@ -79,7 +79,7 @@ class RenderingInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Data on disk, ready to be trained on.
+    """Data on disk that are ready for training.
 
     Attributes:
         folder: Where they lie; `open_prepared` needs no more.
@@ -104,7 +104,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Question:
-    """A question to be answered in writing.
+    """A question that is answered in writing.
 
     Attributes:
         document: Its place in the source, as in `TokenSet.documents`.
@@ -123,7 +123,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """The questions of a held-out split, and what it takes to ask them.
+    """The questions of a held-out split, with everything needed to ask them.
 
     Attributes:
         task: Reference of the task that marks the answers, or None.
@@ -138,13 +138,13 @@ class Questions:
     entries: tuple[Question, ...]
 
     def within(self, context: int) -> list[int]:
-        """The places of the questions that fit so many tokens with the answer expected."""
+        """Return the places of the questions that fit so many tokens together with the expected answer."""
         return [place for place, one in enumerate(self.entries) if len(one.prompt) + one.answer_tokens <= context]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenSet:
-    """The sequences of a split, in a fixed shuffled order, so that the first of them come from many documents.
+    """The sequences of a split in a fixed shuffled order, so that the first ones come from many documents.
 
     Attributes:
         tokens: int32 [sequences, sequence_length], read-only.
@@ -175,16 +175,16 @@ class TokenSet:
 
     @property
     def scored(self) -> npt.NDArray[np.bool_] | None:
-        """bool [sequences, sequence_length], the tokens that scores count; None where all do."""
+        """bool [sequences, sequence_length], the tokens that scores count; None if all count."""
         return self.answers if self.shared is None else self.shared
 
     @property
     def predicted(self) -> int:
-        """Number of tokens that are predicted from those before them and scored."""
+        """Number of tokens that are predicted and scored."""
         return self.tokens[:, 1:].size if self.scored is None else int(self.scored[:, 1:].sum())
 
     def part(self, start: int, stop: int) -> TokenSet:
-        """Some of the sequences, to be scored: without questions and what was told."""
+        """Return some of the sequences for scoring, without questions and log-probabilities."""
         answers, shared = (None if one is None else one[start:stop] for one in (self.answers, self.shared))
         return TokenSet(
             tokens=self.tokens[start:stop],
@@ -196,7 +196,7 @@ class TokenSet:
         )
 
     def head(self, tokens: int) -> TokenSet:
-        """The first sequences that together hold at most this many tokens, but at least one of them."""
+        """Return the first sequences that together hold at most this many tokens, but at least one."""
         count = max(1, tokens // self.tokens.shape[1])
         documents, questions = self.documents[:count], self.questions
         if questions is not None:
@@ -216,7 +216,7 @@ class TokenSet:
 
 
 def rendering_folder(folder: Path, name: str) -> Path:
-    """Where prepared data keep the teacher's tokenizer, and all else that describes text, with another template.
+    """Return the folder of prepared data with the teacher's tokenizer and files, under another template.
 
     Args:
         folder: That of `Prepared`.
@@ -226,12 +226,12 @@ def rendering_folder(folder: Path, name: str) -> Path:
 
 
 def questions_file(folder: Path, split: str, rendering: str) -> Path:
-    """Where prepared data keep the questions of a split, as a rendering puts them."""
+    """Return the file of a split's questions in one rendering."""
     return (rendering_folder(folder, rendering) if rendering else folder) / split / QUESTIONS
 
 
 def open_prepared(folder: Path) -> Prepared:
-    """Opens prepared data, after checking every file against its checksum.
+    """Open prepared data, after checking every file against its checksum.
 
     Raises:
         InputError: No prepared data in the folder, or torn or altered ones.
@@ -256,7 +256,7 @@ def open_prepared(folder: Path) -> Prepared:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """The fingerprint of prepared data, as `Prepared` has it, without a look at their files.
+    """Return the fingerprint of prepared data, as in `Prepared`, without reading the other files.
 
     Raises:
         InputError: No prepared data in the folder.
@@ -265,7 +265,7 @@ def fingerprint_of(folder: Path) -> str:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    """What prepared data say of themselves.
+    """Read the index of prepared data.
 
     Raises:
         InputError: No prepared data in the folder.
@@ -278,7 +278,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def load_split(folder: Path, split: str, rendering: str = "") -> TokenSet:
-    """Opens the sequences of one split, memory-mapped where they lie in one piece.
+    """Open the sequences of one split, memory-mapped if they are contiguous.
 
     Args:
         folder: That of `Prepared`.
@@ -305,7 +305,7 @@ def load_split(folder: Path, split: str, rendering: str = "") -> TokenSet:
 
 
 def _token_set(folder: Path, split: str, table: pyarrow.Table, rendering: str = "") -> TokenSet:
-    """One rendering of a split."""
+    """Open one rendering of a split."""
 
     def column(name: str) -> npt.NDArray[Any] | None:
         whole = f"{rendering}/{name}" if rendering else name
@@ -336,7 +336,7 @@ def _read_questions(folder: Path, split: str, rendering: str) -> Questions | Non
 
 
 def column_of(table: pyarrow.Table, name: str) -> npt.NDArray[Any]:
-    """A column of lists as an array [rows, length]: a view into the file where the column is one chunk."""
+    """Return a column of lists as an array [rows, length]: a view into the file if the column is one chunk."""
     column = table.column(name)
     pieces = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
     flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -346,7 +346,7 @@ def column_of(table: pyarrow.Table, name: str) -> npt.NDArray[Any]:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the index, by its path within the folder."""
+    """Return the SHA-256 of every file except the index, by its path within the folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != INDEX)
     return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
 

@@ -1,4 +1,4 @@
-"""A reference to data, read as documents of text or conversations: no model, and no network for local references."""
+"""Reading of a data reference as documents or conversations; local references need no network."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Document = str | Conversation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class DataSource:
     """Documents and where they come from.
 
     Attributes:
@@ -68,7 +68,7 @@ class Source:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know of the documents, in sentences."""
+        """Return what the user must know about the documents, in sentences."""
         if not self.blank:
             return ()
         count, of = self.blank, len(self.documents) + self.blank
@@ -79,12 +79,12 @@ class Source:
 
     @property
     def conversations(self) -> tuple[Conversation, ...]:
-        """The documents, where they are conversations; else none."""
+        """The documents if they are conversations, else none."""
         return tuple(document for document in self.documents if isinstance(document, Conversation))
 
 
-def resolve_data(ref: str, field: str | None = None) -> Source:
-    """Finds and reads the documents that `ref` names.
+def resolve_data(ref: str, field: str | None = None) -> DataSource:
+    """Find and read the documents that `ref` names.
 
     Args:
         ref: "pydoc" (Python's language reference, each topic a document), a folder (each .txt, .md or .rst file in it
@@ -122,7 +122,7 @@ def resolve_data(ref: str, field: str | None = None) -> Source:
 
 
 def resolve_prompts(ref: str) -> tuple[tuple[Turn, ...], ...]:
-    """The prompts that `ref` names, each as turns to be answered, without those that are there a second time.
+    """Return the prompts that `ref` names, each as turns to be answered, without repetitions.
 
     Args:
         ref: A .jsonl file (each record with a prompt, question or instruction, or with messages), a .txt file (each
@@ -148,7 +148,7 @@ def resolve_prompts(ref: str) -> tuple[tuple[Turn, ...], ...]:
 
 
 def read_records(path: Path) -> list[tuple[str, Record]]:
-    """The records of a .jsonl or .parquet file, each with the place it was found at, like "line 3".
+    """Return the records of a .jsonl or .parquet file, each with its place, like "line 3".
 
     Raises:
         InputError: Missing, of another kind, or malformed.
@@ -163,7 +163,7 @@ def read_records(path: Path) -> list[tuple[str, Record]]:
     raise InputError(f"{path} is a file of an unsupported kind: give a .jsonl or .parquet file")
 
 
-def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, license: str | None = None) -> Source:
+def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, license: str | None = None) -> DataSource:
     documents = tuple(one for one in found if isinstance(one, Conversation) or (one and one.strip()))
     if not documents:
         raise InputError(f"{ref} holds no text: give data with some")
@@ -179,7 +179,7 @@ def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, li
         digest.update(encoded)
     fingerprint = digest.hexdigest()[:16]
     # All are of one kind: each way to read records gives either texts or conversations.
-    return Source(
+    return DataSource(
         name=name,
         kind=kind,
         documents=documents,  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, li
     )
 
 
-def _pydoc() -> Source:
+def _pydoc() -> DataSource:
     from pydoc_data.topics import topics
 
     version = platform.python_version()
@@ -255,12 +255,12 @@ def _read_parquet(path: Path) -> list[tuple[str, Record]]:
 
 
 def _is_hub_id(ref: str) -> bool:
-    """Whether `ref` can only be meant for a hub: "owner/name" that does not look like a path on this machine."""
+    """Return whether `ref` can only be a hub id: "owner/name" that does not look like a local path."""
     known = (*_FOLDER_SUFFIXES, *_FILE_SUFFIXES, ".json", ".csv", ".arrow", ".gz", ".zip")
     return bool(_HUB_ID.fullmatch(ref)) and not ref.lower().endswith(known) and not os.path.isdir(Path(ref).parent)
 
 
-def _hub(ref: str, field: str | None) -> Source:
+def _hub(ref: str, field: str | None) -> DataSource:
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -284,7 +284,7 @@ def _hub(ref: str, field: str | None) -> Source:
 
 
 def _record_documents(records: list[tuple[str, Record]], field: str | None, ref: str) -> list[Document | None]:
-    """The document of each record, None of one that is blank; one at least is not.
+    """Return the document of each record, None for a blank one; at least one is not blank.
 
     Args:
         records: Each with the place it was found at, for error messages.

@@ -1,4 +1,4 @@
-"""Whole records packed into sequences of one length, so that no answer is parted from its prompt."""
+"""Packing of whole records into sequences of one length, so that an answer always has its prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autodistill.data.conversations import Likeliest
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
-    """Sequences of whole records, one after the other, and padding behind the last of each.
+    """Sequences of whole records, with padding behind the last record of each.
 
     Attributes:
         tokens: int32 [sequences, length]; padding repeats the last token.
@@ -32,7 +32,7 @@ class Packed:
 
 
 def cut(record: Rendered, length: int) -> Rendered | None:
-    """The record, shortened at its end to one sequence; None where no token of an answer would be left."""
+    """Return the record shortened at its end to one sequence; None if no answer token would be left."""
     answers = record.answers[:length]
     if not answers[1:].any():
         return None
@@ -42,7 +42,7 @@ def cut(record: Rendered, length: int) -> Rendered | None:
 
 
 def fill(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Which records each sequence holds: the longest first, each where it leaves the least room (best-fit decreasing).
+    """Choose the records of each sequence: longest first, each where it leaves the least room (best-fit decreasing).
 
     Args:
         sizes: Tokens of each record, `length` at the most.
@@ -66,7 +66,7 @@ def fill(sizes: Sequence[int], length: int) -> list[list[int]]:
 def pack(
     records: Sequence[Rendered], owners: Sequence[int], length: int, rows: Sequence[Sequence[int]] | None = None
 ) -> Packed:
-    """Puts records into sequences, one after the other.
+    """Put records into sequences, one after the other.
 
     Args:
         records: None longer than `length`.

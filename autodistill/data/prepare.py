@@ -1,4 +1,4 @@
-"""Reference to tokenised, packed, fingerprinted train, validation and test sets, kept in Arrow.
+"""Preparation of data: from a reference to tokenised, packed, fingerprinted splits in Arrow files.
 
 Documents are split before they are packed, so no document is in two splits, and no prompt of a conversation. One long
 text is cut into three contiguous parts, with a gap of one sequence between them. Where the tokenizer begins every text
@@ -39,9 +39,9 @@ from autodistill.data.dataset import (
     questions_file,
     rendering_folder,
 )
-from autodistill.data.documents import Source
+from autodistill.data.documents import DataSource
 from autodistill.data.packing import cut, fill, pack
-from autodistill.data.splits import assign, contiguous, first_places, in_a_row, join, set_otherwise
+from autodistill.data.splits import assign, contiguous, differ_in_blanks, first_occurrences, in_a_row, join
 from autodistill.data.student_template import share, write_text
 from autodistill.data.tokenization import beginning, encode, load_tokenizer, save_tokenizer
 from autodistill.errors import InputError
@@ -56,7 +56,7 @@ _RULE = 1  # part of the fingerprint: to be raised with any change of how data a
 
 
 def prepare(
-    source: Source,
+    source: DataSource,
     tokenizer_folder: Path,
     tokenizer_fingerprint: str,
     sequence_length: int,
@@ -64,7 +64,7 @@ def prepare(
     seed: int = 0,
     templates: Sequence[Template] = (),
 ) -> Prepared:
-    """Splits, tokenises and packs the documents, or opens what an earlier call left in `cache`.
+    """Split, tokenise and pack the documents, or open what an earlier call left in `cache`.
 
     Args:
         source: The documents.
@@ -103,18 +103,18 @@ def prepare(
         return _prepare_texts(folder, source, tokenizer, sequence_length, seed)
 
 
-def _texts(source: Source) -> tuple[str, ...]:
+def _texts(source: DataSource) -> tuple[str, ...]:
     return tuple(text for text in source.documents if isinstance(text, str))
 
 
 def _is_one_text(places: Sequence[int]) -> bool:
-    """Whether there are too few distinct documents for a split each, by the place of the first equal one."""
+    """Return whether there are too few distinct documents for the splits; `places` names the first of equal ones."""
     return len(set(places)) < len(SPLITS)
 
 
 def _further_rules(texts: Sequence[str], tokenizer: Any) -> list[str]:
-    """What is done with some texts and tokenizers alone; the fingerprint of all other data does not name it."""
-    places = first_places(texts)
+    """Return special handling of some texts and tokenizers; the fingerprint of all other data does not name it."""
+    places = first_occurrences(texts)
     rules = [] if beginning(tokenizer) is None else ["sequences begin as texts do"]
     if _is_one_text(places):
         rules += ["sequences in a row are a document", *(["without copies"] if len(set(places)) < len(places) else [])]
@@ -122,14 +122,14 @@ def _further_rules(texts: Sequence[str], tokenizer: Any) -> list[str]:
 
 
 def _blanks_rule(texts: Sequence[str]) -> list[str]:
-    """The rule of data in which texts are equal but for their blanks, which once were texts of their own."""
-    return ["equal but for blanks is equal"] if set_otherwise(texts) else []
+    """Return the rule for data with texts that are equal except for blanks; earlier versions kept these apart."""
+    return ["equal but for blanks is equal"] if differ_in_blanks(texts) else []
 
 
-def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length: int, seed: int) -> Prepared:
-    """Splits documents of plain text, or one long text into blocks where there are too few."""
+def _prepare_texts(folder: Path, source: DataSource, tokenizer: Any, sequence_length: int, seed: int) -> Prepared:
+    """Split documents of plain text, or one long text into blocks if there are too few documents."""
     texts, begin = _texts(source), beginning(tokenizer)
-    documents, places = _tokenize(texts, tokenizer), first_places(texts)
+    documents, places = _tokenize(texts, tokenizer), first_occurrences(texts)
     length = sequence_length - (begin is not None)
     one = _is_one_text(places)
     if one:
@@ -151,9 +151,9 @@ def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length
 
 
 def _prepare_conversations(
-    folder: Path, source: Source, renderers: Mapping[str, Renderer], teacher: Path, length: int, seed: int
+    folder: Path, source: DataSource, renderers: Mapping[str, Renderer], teacher: Path, length: int, seed: int
 ) -> Prepared:
-    """Splits by opening prompt and packs whole records; questions are kept of the splits that are held out.
+    """Split by opening prompt and pack whole records; keep the questions of the held-out splits.
 
     Args:
         renderers: By name; the teacher's, whose name is empty, first.
@@ -167,7 +167,7 @@ def _prepare_conversations(
     records, notes = _kept(whole, [one.end for one in renderers.values()], length)
     places = list(records)
     openings = [conversations[place].opening for place in places]
-    owners = {place: places[first] for place, first in zip(places, first_places(openings), strict=True)}
+    owners = {place: places[first] for place, first in zip(places, first_occurrences(openings), strict=True)}
     tokens = [record[0].tokens for record in records.values()]
     texts = {place: conversations[place].opening for place in owners.values()}
     chosen = assign(texts, tokens, list(owners.values()), length, seed)
@@ -202,7 +202,7 @@ def _prepare_conversations(
 def _columns(
     records: Sequence[Sequence[Rendered]], owners: Sequence[int], names: Sequence[str], length: int
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, int]]:
-    """The sequences of a split by column, those of further renderings under their names, and its counts of answers.
+    """Return the sequences of a split by column, with further renderings under their names, and answer counts.
 
     Args:
         records: Of the split, each in all renderings.
@@ -232,7 +232,7 @@ def _columns(
 def _write_texts(
     teacher: Path, renderers: Mapping[str, Renderer], questions: Mapping[str, Mapping[str, str]], folder: Path
 ) -> None:
-    """Writes into a folder of data what is no token: the tokenizer, other renderings' texts and ends, and questions.
+    """Write everything except tokens into a folder of data: tokenizer, other renderings and questions.
 
     Args:
         teacher: Folder of its tokenizer.
@@ -255,7 +255,7 @@ def _write_texts(
 def _kept(
     whole: Mapping[str, Sequence[Rendered]], ends: Sequence[int], length: int
 ) -> tuple[dict[int, list[Rendered]], tuple[str, ...]]:
-    """The records that can be used, cut to a sequence, by place in the source and each in all renderings, and notes.
+    """Return the usable records in all renderings, cut to a sequence, by place in the source; and notes.
 
     Args:
         whole: The renderings.
@@ -304,7 +304,7 @@ def _rendering_info(records: Sequence[Rendered], teacher: Renderer, renderer: Re
 
 
 def _notes(sizes: list[int], kept: set[int], length: int) -> tuple[str, ...]:
-    """What became of records that are longer than a sequence."""
+    """Return notes on records that are longer than a sequence."""
     cut_off = sum(size > length for place, size in enumerate(sizes) if place in kept)
     lost = len(sizes) - len(kept)
     notes = []
@@ -316,7 +316,7 @@ def _notes(sizes: list[int], kept: set[int], length: int) -> tuple[str, ...]:
 
 
 def _dropped(together: Sequence[Sequence[Rendered]]) -> tuple[str, ...]:
-    """What became of answers that a template writes otherwise than the data have them."""
+    """Return notes on answers that a template rewrites."""
     counts = [sum(record.dropped for record in records) for records in zip(*together, strict=True)]
     whose = ("the teacher's", *["a pretrained student's"] * (len(counts) - 1))
     return tuple(
@@ -342,7 +342,7 @@ def _question(place: int, conversation: Conversation, record: Rendered, renderer
 
 
 def _tokenize(documents: Sequence[str], tokenizer: Any) -> list[Tokens]:
-    """Token ids of each document, each ended by EOS, or by BOS where the tokenizer has no EOS."""
+    """Return the token ids of each document, ended by EOS, or by BOS if the tokenizer has no EOS."""
     end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if end is None:
         raise InputError(
@@ -352,13 +352,13 @@ def _tokenize(documents: Sequence[str], tokenizer: Any) -> list[Tokens]:
 
 
 def _sequences(values: Tokens, length: int) -> Tokens:
-    """Whole sequences; what is left over at the end is dropped."""
+    """Return whole sequences; the rest at the end is dropped."""
     count = len(values) // length
     return values[: count * length].reshape(count, length)
 
 
 def _table(columns: Mapping[str, npt.NDArray[Any]], seed: int) -> pyarrow.Table:
-    """Sequences, [sequences, length] in each column, in a shuffled order, as Arrow."""
+    """Return sequences, [sequences, length] in each column, in a shuffled order, as Arrow."""
     import pyarrow
 
     lists = {}
@@ -371,7 +371,7 @@ def _table(columns: Mapping[str, npt.NDArray[Any]], seed: int) -> pyarrow.Table:
 
 def _write(
     folder: Path,
-    source: Source,
+    source: DataSource,
     length: int,
     tables: dict[str, pyarrow.Table],
     add: Callable[[Path], None] = lambda temporary: None,
@@ -379,7 +379,7 @@ def _write(
     counts: Mapping[str, Mapping[str, int]] | None = None,
     renderings: Mapping[str, RenderingInfo] | None = None,
 ) -> Prepared:
-    """Writes all splits under a temporary name, then renames: a folder of the final name is whole or was damaged.
+    """Write all splits under a temporary name, then rename: the final name is complete, or was damaged later.
 
     Args:
         add: Writes what else belongs there, given the folder.
@@ -443,7 +443,7 @@ def _replace(temporary: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the progress bars of `datasets` away, and leaves its setting as it was."""
+    """Hide the progress bars of `datasets`, and restore its setting afterwards."""
     import datasets
 
     hidden = datasets.are_progress_bars_disabled()

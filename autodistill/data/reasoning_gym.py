@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym: questions with answers, made from a seed, and the marks that a written answer gets."""
+"""Tasks of reasoning-gym: questions and answers generated from a seed, and the scores of written answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
-from autodistill.data.conversations import Conversation, asked, without_thoughts
+from autodistill.data.conversations import Conversation, single_turn, without_thoughts
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.utils.yaml_files import parse_yaml
 
@@ -27,7 +27,7 @@ Marker = Callable[[str, str, int | None], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task's questions and answers.
+    """Questions and answers of a task.
 
     Attributes:
         name: Short name for a person.
@@ -39,12 +39,12 @@ class Task:
 
 
 def is_task(ref: str) -> bool:
-    """Whether a reference names a task."""
+    """Return whether a reference names a task."""
     return ref.startswith(_PREFIX)
 
 
 def read_task(ref: str) -> Task:
-    """Makes the questions of a task.
+    """Generate the questions of a task.
 
     Item i is a function of seed + i alone, so two references share no item only where their seeds lie further apart
     than their sizes. Where the item says how its answer is found, or where `_WORKED` does, the answer is that solution
@@ -67,7 +67,7 @@ def read_task(ref: str) -> Task:
         except Exception as error:  # each task makes its items in its own way, by options that it did not check
             raise InputError(f"the task {ref} makes no item number {number} ({error}): choose other options") from error
         question = item["question"].strip()
-        found.setdefault(question, asked(question, _answer(item, worked), number))
+        found.setdefault(question, single_turn(question, _answer(item, worked), number))
     conversations = tuple(one for one in found.values() if one.answer.strip())
     if not conversations:
         raise InputError(f"the task {ref} has no item with an answer: choose another")
@@ -75,7 +75,7 @@ def read_task(ref: str) -> Task:
 
 
 def marker(task: str | None) -> Marker:
-    """What marks a written answer, 0 to 1, given it, the one expected and the number of the item.
+    """Return the function that scores a written answer, 0 to 1, from it, the expected answer and the item number.
 
     Only what stands behind thoughts, and behind the last "####", counts, where there are any. A task marks by its own
     rules; without a task the answers must be the same.
@@ -102,7 +102,7 @@ def marker(task: str | None) -> Marker:
 
 
 def _dataset(ref: str) -> tuple[Any, bool]:
-    """The data set of a reference, and whether solutions are worked."""
+    """Return the data set of a reference, and whether its answers include the steps."""
     if importlib.util.find_spec("reasoning_gym") is None:
         raise MissingDependencyError(f"{ref} needs the package reasoning-gym, which is not installed: {_INSTALL}")
     from reasoning_gym.factory import DATASETS
@@ -157,7 +157,7 @@ def _answer(item: Mapping[str, Any], worked: bool) -> str:
 
 
 def _solution(metadata: Mapping[str, Any]) -> str | None:
-    """How an item's answer is found, where that is known."""
+    """Return the steps to an item's answer, if they are known."""
     if metadata.get("source_dataset") == "chain_sum":
         return _chain(metadata["expression"])
     solution = metadata.get("answer_cot")
@@ -165,7 +165,7 @@ def _solution(metadata: Mapping[str, Any]) -> str | None:
 
 
 def _chain(expression: str) -> str:
-    """The sums of a chain from left to right, a line each: "3 + 4 = 7", "7 - 2 = 5"."""
+    """Return the steps of a chain of sums from left to right: "3 + 4 = 7", "7 - 2 = 5"."""
     first, *rest = expression.split()
     total, lines = int(first), []
     for sign, term in zip(rest[::2], rest[1::2], strict=True):

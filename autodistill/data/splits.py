@@ -1,4 +1,4 @@
-"""Which documents of a text go to which split: by whole documents, or one long text in contiguous blocks."""
+"""Assignment of documents to splits: whole documents, or contiguous blocks of one long text."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from autodistill.errors import InputError
 _HELD_OUT = 0.1  # share of the tokens that validation gets, and test
 
 
-def first_places(documents: Sequence[str]) -> list[int]:
-    """For each document the place of the first one with the same text, however their words are set apart by blanks."""
+def first_occurrences(documents: Sequence[str]) -> list[int]:
+    """Return, for each document, the place of the first one with the same text; blanks between words do not count."""
     first: dict[str, int] = {}
     return [first.setdefault(" ".join(text.split()), place) for place, text in enumerate(documents)]
 
 
-def set_otherwise(documents: Sequence[str]) -> bool:
-    """Whether some documents are equal but for blanks between their words."""
-    return len({text.strip() for text in documents}) > len(set(first_places(documents)))
+def differ_in_blanks(documents: Sequence[str]) -> bool:
+    """Return whether some documents differ only in the blanks between their words."""
+    return len({text.strip() for text in documents}) > len(set(first_occurrences(documents)))
 
 
 def in_a_row(sequences: int) -> int:
-    """How many of so many sequences of one long text count as one document: their cube root, rounded up.
+    """Return how many sequences of one long text count as one document: the cube root of their number, rounded up.
 
     What follows each other is alike, so that errors of single sequences would be too small. Blocks of this order give
     a block bootstrap the least error of a variance (Hall, Horowitz and Jing, Biometrika 82, 1995).
@@ -35,7 +35,7 @@ def in_a_row(sequences: int) -> int:
 
 
 def contiguous(tokens: Tokens, length: int) -> dict[str, tuple[Tokens, Tokens]]:
-    """Cuts one long text into contiguous parts of whole sequences, with a gap of one sequence between them.
+    """Cut one long text into contiguous parts of whole sequences, with a gap of one sequence between them.
 
     Returns:
         For each split its tokens, and the document of each: some sequences in a row, by the place of the first.
@@ -59,7 +59,7 @@ def contiguous(tokens: Tokens, length: int) -> dict[str, tuple[Tokens, Tokens]]:
 def assign(
     texts: Sequence[str] | Mapping[int, str], documents: list[Tokens], places: list[int], length: int, seed: int
 ) -> dict[str, list[int]]:
-    """Chooses the split of every distinct document, in an order that only its text and the seed decide.
+    """Choose the split of every distinct document; only its text and the seed decide.
 
     Each document goes to the split that is furthest from its share of the tokens and has room for it. One that would by
     itself overfill validation or test goes to train. At the end, train gives to a split that lacks a whole sequence.
@@ -106,7 +106,7 @@ def assign(
 
 
 def join(documents: list[Tokens], places: list[int], chosen: dict[str, list[int]]) -> dict[str, tuple[Tokens, Tokens]]:
-    """Joins the documents of each split; copies of a document follow it."""
+    """Return the documents of each split; copies of a document follow it."""
     copies: dict[int, list[int]] = {}
     for index, place in enumerate(places):
         copies.setdefault(place, []).append(index)

@@ -1,4 +1,4 @@
-"""Whether a pretrained student has a chat template of its own, and that template in the teacher's tokens.
+"""The chat template of a pretrained student, if it differs from the teacher's, in the teacher's tokens.
 
 A student reads the teacher's ids, so its own template is written by the teacher's tokenizer, under the names that the
 student's own has for the tokens which begin and end a text. Two renderings of a conversation differ between the
@@ -44,7 +44,7 @@ _END = -1  # in the place of the id of whatever ends an answer
 
 
 def copy_text(teacher: Path, folder: Path) -> None:
-    """Copies the tokenizer, all else that describes a teacher's text, and the text of its licence."""
+    """Copy the tokenizer, other text files of a teacher, and its licence text."""
     for path in teacher.iterdir():
         if path.is_file() and path.suffix in _TEXT_FILES and path.name not in _OWN_FILES:
             shutil.copyfile(path, folder / path.name)
@@ -54,14 +54,14 @@ def copy_text(teacher: Path, folder: Path) -> None:
 
 
 def copy_license(model: Path, folder: Path) -> None:
-    """Copies the text of a model's licence, and the notices beside it, which go wherever the model does."""
+    """Copy a model's licence text and the notices beside it, which accompany the model everywhere."""
     for path in model.iterdir():
         if path.is_file() and path.name.lower().startswith(_LICENSE_FILES):
             shutil.copyfile(path, folder / path.name)
 
 
 def write_text(teacher: Path, renderer: Renderer, folder: Path) -> None:
-    """Writes what `copy_text` does, with a renderer's template, and its beginning and end of texts, in the teacher's.
+    """Write what `copy_text` does, with a renderer's template and its names for begin and end of text.
 
     What serves a student of such a folder puts questions as the renderer does, and stops at its ends.
     """
@@ -87,7 +87,7 @@ def write_text(teacher: Path, renderer: Renderer, folder: Path) -> None:
 def own_template(
     model: Path, teacher: Path, conversations: Sequence[Conversation]
 ) -> tuple[Template | None, str | None]:
-    """A model's chat template, where conversations are rendered by it otherwise than by the teacher's.
+    """Return a model's chat template if it renders conversations differently from the teacher's, else None.
 
     Args:
         model, teacher: Folders that transformers' AutoTokenizer can load.
@@ -134,7 +134,7 @@ def _pattern(roles: Sequence[str]) -> tuple[Turn, ...]:
 
 
 def share(records: Sequence[Rendered], ends: Sequence[int]) -> list[Rendered]:
-    """The renderings of a conversation, with the answers' tokens that they share.
+    """Return the renderings of a conversation with the answer tokens that they share.
 
     The n-th shared token of one is the n-th of any other: the same token, or each the rendering's own end.
 
@@ -153,7 +153,7 @@ _Place = tuple[int, int, int, int, int]
 
 
 def _places(record: Rendered, end: int) -> dict[_Place, int]:
-    """The predicted tokens of answers by turn, place in its content, id and number, and where each stands."""
+    """Return the predicted answer tokens by turn, place in its content, id and number, with their positions."""
     assert record.spots is not None
     where = np.flatnonzero(record.answers & (record.spots[:, 0] >= 0))
     where = where[where > 0]

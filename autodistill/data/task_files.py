@@ -1,4 +1,4 @@
-"""Task files: YAML that names questions in JSONL or Parquet files, how they are put to a student, and how marked."""
+"""Task files: YAML that names questions in JSONL or Parquet files, how to ask them, and how to score answers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFile:
-    """One task of a file, with its examples: plain data.
+    """One task of a file with its examples, as plain data.
 
     Attributes:
         name: Its figure is "task:" followed by it.
@@ -83,13 +83,13 @@ class TaskFile:
     stride: int = 256
 
     def examples(self, split: str, share: float = 1.0) -> tuple[Example, ...]:
-        """The first examples of a split, this share of them but not fewer than 8."""
+        """Return the first examples of a split: this share of them, but at least 8."""
         found = self.test if split == "test" else self.validation
         return found[: max(_FEWEST, math.ceil(share * len(found)))]
 
 
 def read_tasks(path: Path) -> tuple[TaskFile, ...]:
-    """Reads a task file and all that it names.
+    """Read a task file and all files that it names.
 
     The file holds `tasks`, a list of mappings:
 
@@ -194,7 +194,7 @@ Maker = Callable[[Mapping[str, Any], str, int], Example]
 
 
 def _records(paths: Sequence[Path]) -> list[tuple[str, Record]]:
-    """The records of some files, each with its place, like "line 3 of q.jsonl"."""
+    """Return the records of some files, each with its place, like "line 3 of q.jsonl"."""
     found: list[tuple[str, Record]] = []
     for path in paths:
         records = read_records(path)
@@ -205,7 +205,7 @@ def _records(paths: Sequence[Path]) -> list[tuple[str, Record]]:
 
 
 def _examples(records: Iterable[tuple[str, Record]], make: Maker) -> Iterator[Example]:
-    """An example of each record; records with the same prompt share the number of the first."""
+    """Yield an example for each record; records with the same prompt share the number of the first."""
     first: dict[str, int] = {}
     for number, (place, record) in enumerate(records):
         example = make(record, place, number)
@@ -220,12 +220,12 @@ def _digest(example: Example) -> bytes:
 def _maker(
     metric: str, template: Mapping[str, Any], labels: bool, where: str, records: Iterable[tuple[str, Record]]
 ) -> Maker:
-    """The function that makes an example of a record, its place and its number; `records` are all of the task's."""
+    """Return a function from a record, its place and its number to an example; `records` are all of the task's."""
     texts = {part: _template(value, f"{part} of {where}", part) for part, value in template.items()}
     choices = template.get("choices")
 
     def asked(record: Mapping[str, Any], place: str) -> _Asked:
-        """Raises `InputError` where choices are blank or too few."""
+        """Raise `InputError` if choices are blank or too few."""
         found = (
             [_filled(one, record, place) for one in texts["choices"]]
             if isinstance(choices, list)
@@ -239,7 +239,7 @@ def _maker(
     by_text = metric == "multiple_choice" and _numbers_are_texts(asked(record, place) for place, record in records)
 
     def make(record: Mapping[str, Any], place: str, number: int) -> Example:
-        """Raises `InputError` where a text is blank, choices are too few, or the gold one is not among them."""
+        """Raise `InputError` if a text is blank, choices are too few, or the gold answer is not among them."""
         if metric == "perplexity":
             text = _filled(texts["text"], record, place)
             if not text.strip():
@@ -263,7 +263,7 @@ def _maker(
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """The gold answer and the choices of a record, as they stand, and its choices without labels."""
+    """The gold answer and the choices of a record, as written and without labels."""
 
     place: str
     raw: Any
@@ -277,7 +277,7 @@ class _Asked:
 
 
 def _numbers_are_texts(records: Iterable[_Asked]) -> bool:
-    """Whether the whole numbers among a task's gold answers are texts of choices; else they are places.
+    """Return whether whole numbers among the gold answers are texts of choices; otherwise they are places.
 
     Raises:
         InputError: They could be either, and would name different choices.
@@ -300,7 +300,7 @@ _Template = list[tuple[str, str | None]]
 
 
 def _template(value: Any, where: str, part: str) -> Any:
-    """A template parsed, or a list of them. A brace holds the name of a field and nothing that would be evaluated."""
+    """Parse a template, or a list of them; braces hold field names only, nothing is evaluated."""
     if part == "choices" and isinstance(value, list):
         if len(value) < 2:
             raise InputError(f"{where} are a list of two or more templates, or one field like '{{options}}'")
@@ -340,7 +340,7 @@ def _field(field: str, record: Mapping[str, Any], place: str) -> Any:
 
 
 def _value(template: _Template, record: Mapping[str, Any], place: str) -> Any:
-    """The field itself where the template is that field alone, else text."""
+    """Return the field itself if the template is only that field, else text."""
     if len(template) == 1 and not template[0][0] and template[0][1] is not None:
         value = _field(template[0][1], record, place)
         if isinstance(value, int | list) and not isinstance(value, bool):
@@ -359,7 +359,7 @@ def _answers(template: _Template, record: Mapping[str, Any], place: str) -> tupl
 
 
 def _listed(template: _Template, record: Mapping[str, Any], place: str, labels: bool) -> list[str]:
-    """The choices of one field: its items, or the lines of its text, or what stands behind each label in it."""
+    """Return the choices in one field: its items, its lines, or the text behind each label."""
     value = _field(str(template[0][1]), record, place)
     if isinstance(value, list):
         if not all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in value):
@@ -385,7 +385,7 @@ def _unlabeled(choice: str) -> str:
 
 
 def _gold(raw: Any, found: Sequence[str], plain: Sequence[str], labels: bool) -> int | None:
-    """Place of the right choice, by its place, its text as it stands or without its label, or its label alone."""
+    """Return the place of the right choice, given by place, by text with or without its label, or by label."""
     if isinstance(raw, int):
         return raw if 0 <= raw < len(found) else None
     if not isinstance(raw, str):

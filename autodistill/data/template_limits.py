@@ -1,4 +1,4 @@
-"""A chat template, run as transformers runs it, and ended where it takes more work than any rendering does.
+"""Rendering of chat templates as transformers does it, but with a limit on the work, so that it always ends.
 
 A template is a program that comes with a model. Its sandbox keeps it from the machine, not from running for ever or
 filling memory. Here each block that it enters, and each character that it makes, is counted.
@@ -27,14 +27,14 @@ _WIDTH = re.compile(r"\d{6,}")
 
 
 class _EndlessError(TemplateError):
-    """More work than any rendering takes."""
+    """A template needed more work than any rendering does."""
 
     def __init__(self) -> None:
         super().__init__("it takes far more work than a conversation does: it may never end")
 
 
 class _Counting(CodeGenerator):
-    """Writes the template's code with a count at the beginning of each block: of a loop, a macro, a branch."""
+    """Code generator that adds a count at the beginning of each block: loop, macro, branch."""
 
     def blockvisit(self, nodes: Iterable[Any], frame: Any) -> None:
         self.writeline(f"environment.spend({_BLOCK})")
@@ -49,20 +49,20 @@ class _Counting(CodeGenerator):
 
 
 class _Bounded(ImmutableSandboxedEnvironment):
-    """An environment in which a template has so much work to do it in."""
+    """A template environment with a limit on the work."""
 
     code_generator_class = _Counting
     intercepted_binops = frozenset(("+", "*", "**", "%"))
     left = _LEAST_WORK
 
     def spend(self, work: int) -> None:
-        """Counts; raises `_EndlessError`."""
+        """Count work; raises `_EndlessError` above the limit."""
         self.left -= work
         if self.left < 0:
             raise _EndlessError
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """As "".join, each piece counted before it is kept."""
+        """Join pieces; each is counted before it is kept."""
         kept = []
         for piece in pieces:
             self.spend(len(piece))
@@ -70,17 +70,17 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return "".join(kept)
 
     def str_join(self, pieces: Iterable[Any]) -> str:
-        """Of `~`."""
+        """Join pieces for the operator `~`."""
         return self.concat(map(self.text, pieces))
 
     def text(self, value: Any) -> str:
-        """What is written of a value; a list, whose parts may be one and the same, is counted before."""
+        """Return the text of a value; the parts of a list are counted first, since they may repeat."""
         if not isinstance(value, str):
             self._check_parts(value)
         return str(value)
 
     def _check_parts(self, value: Any) -> int:
-        """Counts the parts of a value, a part that is there twice as two; gives how many there are."""
+        """Count the parts of a value, repeated ones each time, and return their number."""
         waiting, count = [value], 0
         while waiting:
             one = waiting.pop()
@@ -93,7 +93,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return count
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """An operation whose result is no larger than what is left of the work."""
+        """Compute an operation if its result is no larger than the work that is left."""
         if operator == "*" and (_sized(left) or _sized(right)):
             times = right if _sized(left) else left
             self.spend(len(left if _sized(left) else right) * max(times if isinstance(times, int) else 1, 1))
@@ -108,7 +108,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call of a function, a macro or a text's method, of arguments that ask for no huge result."""
+        """Call a function, macro or method, if its arguments do not ask for a huge result."""
         owner = getattr(called, "__self__", None)
         if isinstance(owner, str):
             name = getattr(called, "__name__", "")
@@ -120,7 +120,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return self._counted(super().call(context, called, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """The sandbox's own formatting, of widths that a text can have."""
+        """Return the sandbox's own formatting, with limited widths."""
         made = super().wrap_str_format(value)
         if made is None:
             return None
@@ -132,7 +132,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return checked
 
     def bound_filters(self) -> None:
-        """Counts what filters make, and refuses what would be huge."""
+        """Count what filters produce, and refuse huge results."""
         self.filters = {name: self._bounded(name, call) for name, call in self.filters.items()}
 
     def _bounded(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,13 +169,13 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return made
 
     def _check_sizes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Refuses numbers that stand for more than may be made: of copies, blanks, items."""
+        """Refuse numbers that ask for too many copies, blanks or items."""
         for value in (*args, *kwargs.values()):
             if type(value) is int and value > self.left:
                 raise _EndlessError
 
     def _check_made(self, name: str, text: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Refuses what is made of a text by a method or filter, where it would be huge."""
+        """Refuse a huge result of a method or filter on a text."""
         self._check_sizes(args, kwargs)
         texts = [value for value in (*args, *kwargs.values()) if isinstance(value, str)]
         numbers = [value for value in (*args, *kwargs.values()) if type(value) is int]
@@ -187,7 +187,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
             self._check_format(text, (*args, *kwargs.values()))
 
     def _check_format(self, form: str, values: Iterable[Any]) -> None:
-        """Refuses widths of a format that no text has, there or among what is put into it."""
+        """Refuse widths in a format that no text has, also among its arguments."""
         if _WIDTH.search(form):
             raise _EndlessError
         for value in values:
@@ -204,7 +204,7 @@ def _sized(value: Any) -> bool:
 
 
 class ChatTemplate:
-    """A compiled template.
+    """A compiled chat template.
 
     Args:
         text: In Jinja.
@@ -223,7 +223,7 @@ class ChatTemplate:
         self._template = self._environment.from_string(text)
 
     def render(self, messages: Sequence[Mapping[str, str]], asking: bool, tokens: Mapping[str, Any]) -> str:
-        """The text of a conversation, as `apply_chat_template` gives it.
+        """Return the text of a conversation, as `apply_chat_template` gives it.
 
         Args:
             messages: Each with its role and content.
@@ -243,5 +243,5 @@ class ChatTemplate:
 
 @lru_cache(maxsize=16)
 def chat_template(text: str) -> ChatTemplate:
-    """The template of a text, compiled once."""
+    """Return the compiled template of a text, compiled once."""
     return ChatTemplate(text)

@@ -1,4 +1,4 @@
-"""Texts to tokens, some at a time, as of a whole text at once; and the token that a tokenizer begins texts with."""
+"""Tokenization of long texts in parts with the same result as in one piece, and the token that begins texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _AROUND = 2_000  # characters on each side of a cut that are tokenised to see wh
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, without its own code and the network.
+    """Load the tokenizer of a folder, without remote code and without network.
 
     Raises:
         InputError: Its files cannot be read.
@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def chat_template_of(tokenizer: Any) -> str | None:
-    """The template that conversations are rendered by: its only one, or the default of several.
+    """Return the template for conversations: the only one, or the default of several.
 
     Args:
         tokenizer: Of transformers.
@@ -56,7 +56,7 @@ def chat_template_of(tokenizer: Any) -> str | None:
 
 
 def tokenized(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
-    """What a tokenizer makes of texts, without what it would begin or end them with.
+    """Return a tokenizer's output for texts, without tokens that begin or end a text.
 
     Args:
         tokenizer: Of transformers.
@@ -74,7 +74,7 @@ def tokenized(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
 
 
 def _failed(error: BaseException, what: str, remedy: str) -> BaseException:
-    """An `InputError` of what a tokenizer raised; of what it did not raise, that itself.
+    """Return an `InputError` for an error that a tokenizer raised; other errors are returned unchanged.
 
     transformers looks up what may not be there, tokenizers raises Exception itself, and its panics are no Exception.
     """
@@ -85,7 +85,7 @@ def _failed(error: BaseException, what: str, remedy: str) -> BaseException:
 
 
 def check_ids(largest: int, vocabulary: int, name: str) -> None:
-    """Refuses tokens that a model's embedding table has no row of; a tokenizer may have some that no text is made of.
+    """Refuse tokens without a row in a model's embedding table; unused tokens of a tokenizer do not matter.
 
     Args:
         largest: Id of what is to be read.
@@ -103,7 +103,7 @@ def check_ids(largest: int, vocabulary: int, name: str) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes a tokenizer that cuts texts as this one does once it is loaded.
+    """Write a tokenizer that splits texts in the same way once it is loaded.
 
     transformers leaves out `legacy`, on which its tokenizers of Llama's kind decide where texts begin with a space.
     """
@@ -118,7 +118,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def beginning(tokenizer: Any) -> int | None:
-    """The token that a tokenizer begins every text with; None where it adds none.
+    """Return the token with which a tokenizer begins every text, or None.
 
     Models that learnt it so (Gemma, Llama 3) read badly without, and what serves them adds it to every text.
     """
@@ -127,7 +127,7 @@ def beginning(tokenizer: Any) -> int | None:
 
 
 def groups(sizes: Sequence[int], at_once: int = AT_ONCE) -> Iterator[slice]:
-    """Slices of as many in a row as have `at_once` characters together; a longer one is alone.
+    """Yield slices of consecutive texts with `at_once` characters together; a longer text is alone.
 
     Args:
         sizes: Characters of each.
@@ -144,7 +144,7 @@ def groups(sizes: Sequence[int], at_once: int = AT_ONCE) -> Iterator[slice]:
 
 
 def encode(tokenizer: Any, texts: Sequence[str], at_once: int = AT_ONCE) -> list[npt.NDArray[np.int32]]:
-    """Token ids of each text, int32 [tokens], without what the tokenizer would begin or end it with.
+    """Return the token ids of each text, int32 [tokens], without tokens that begin or end a text.
 
     A longer text is cut at ends of lines, as far as this changes no token.
 
@@ -167,7 +167,7 @@ def encode(tokenizer: Any, texts: Sequence[str], at_once: int = AT_ONCE) -> list
 
 
 def _parts(tokenizer: Any, text: str, at_once: int) -> Iterator[slice]:
-    """Where a text is cut: each part but the last ends with the first good line end behind `at_once` characters."""
+    """Yield where a text is cut: each part but the last ends at the first good line end behind `at_once` characters."""
     start = 0
     while len(text) - start > at_once:
         ends = (match.end() for match in islice(_LINE_END.finditer(text, start + at_once), _TRIED))
@@ -187,7 +187,7 @@ def _parts(tokenizer: Any, text: str, at_once: int) -> Iterator[slice]:
 
 
 def _changes_nothing(tokenizer: Any, text: str, cut: int) -> bool:
-    """Whether a text has the same tokens in two parts as in one.
+    """Return whether a text has the same tokens in two parts as in one.
 
     What is further away is not looked at: a tokenizer cuts words first, or joins what lies side by side.
     """

@@ -1,4 +1,4 @@
-"""Whether a student fits a budget in a deployment, and what it misses by; nothing is loaded."""
+"""Whether a student fits a budget under a deployment, and by how much it misses; loads nothing."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from autodistill.estimates.speed import limit_seconds
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
 from autodistill.models.llama_cpp_graphs import cannot_run
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import Packing
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, format_duration
 
 
-def in_blocks(config: Mapping[str, Any], packing: Packing) -> tuple[bool, ...]:
-    """Of each length of rows that a model's matrices have, whether super-blocks divide it; nothing without those.
+def in_blocks(config: Mapping[str, Any], scheme: QuantizationScheme) -> tuple[bool, ...]:
+    """Return, for each row length of a model's matrices, whether super-blocks divide it; empty without super-blocks.
 
     Args:
         config: As `config_of` gives it.
-        packing: What the model is packed in.
+        scheme: What the model is packed in.
     """
-    grid = packing.linear
+    grid = scheme.linear
     if not isinstance(grid, Grid) or not grid.fallback:
         return ()
     queries = config["num_attention_heads"] * config["head_dim"]
@@ -35,7 +35,7 @@ def in_blocks(config: Mapping[str, Any], packing: Packing) -> tuple[bool, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How one deployment stands to a budget.
+    """How one deployment compares with a budget.
 
     Attributes:
         deployment: Which one.
@@ -55,7 +55,7 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Miss:
-    """A limit that something does not keep to.
+    """A limit that is exceeded.
 
     Attributes:
         limit: Of which kind.
@@ -69,7 +69,7 @@ class Miss:
 
 
 def latencies(spec: ModelSpec, deployment: Deployment, budget: Budget) -> dict[LatencyLimit, float]:
-    """Seconds that are predicted for each limit of latency that a budget has."""
+    """Return the predicted seconds for each latency limit of a budget."""
     if not isinstance(budget, DeviceBudget):
         return {}
     return {
@@ -78,7 +78,7 @@ def latencies(spec: ModelSpec, deployment: Deployment, budget: Budget) -> dict[L
 
 
 def too_late(seconds: Mapping[LatencyLimit, float], source: str) -> tuple[str, ...]:
-    """In words, each limit of latency that is broken.
+    """Describe each latency limit that is exceeded.
 
     Args:
         seconds: What each takes.
@@ -92,7 +92,7 @@ def too_late(seconds: Mapping[LatencyLimit, float], source: str) -> tuple[str, .
 
 
 def fits(spec: ModelSpec, deployments: Sequence[Deployment], budget: Budget) -> tuple[Fit, ...]:
-    """Holds each deployment against the budget's memory, and against its latencies where it has a device.
+    """Compare each deployment with the budget's memory limit, and on a device with its latency limits.
 
     Raises:
         InputError: As `memory`.
@@ -116,46 +116,47 @@ def fits(spec: ModelSpec, deployments: Sequence[Deployment], budget: Budget) -> 
 
 
 def smallest(fitting: Sequence[Fit]) -> Fit:
-    """The one that is nearest to the budget, or furthest within it, the first of equals."""
+    """Return the deployment furthest within the budget, or the nearest to it; the first of equals."""
     return min(fitting, key=lambda fit: fit.slack)
 
 
 def nearest_miss(fitting: Sequence[Fit], budget: Budget) -> Miss | None:
-    """Why nothing fits: what that misses which is nearest to the budget, or None where something fits."""
+    """Return the smallest miss if nothing fits, or None if something fits."""
     fit = smallest(fitting)
     if fit.slack <= 0:
         return None
     at = f"context {budget.context}" + (f" and batch {budget.batch}" if budget.batch > 1 else "")
     if fit.late and isinstance(budget, DeviceBudget):
-        said = f"the nearest, {fit.deployment.name}, is too slow for {budget.device.name}: {'; '.join(fit.late)}"
+        late = "; ".join(fit.late)
+        said = f"the nearest deployment, {fit.deployment.name}, is too slow for {budget.device.name}: {late}"
         return Miss(limit="latency", slack=fit.slack, said=said)
     said = (
-        f"the smallest, {fit.deployment.name}, needs {format_bytes(fit.need)} at {at}, "
+        f"the smallest deployment, {fit.deployment.name}, needs {format_bytes(fit.need)} at {at}, "
         f"{format_bytes(fit.need - fit.limit)} over the {format_bytes(fit.limit)} budget"
     )
     return Miss(limit="memory", slack=fit.slack, said=said)
 
 
-def check_holds(spec: ModelSpec, packing: Packing) -> None:
-    """Refuses a packing that cannot hold a model, whatever memory it needs.
+def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
+    """Refuse a quantisation scheme that cannot hold a model at all, whatever the memory.
 
     Raises:
-        InputError: What llama.cpp would not compute of it, or as `Packing.check_model` and `check_cache`.
+        InputError: What llama.cpp would not compute of it, or as `QuantizationScheme.check_model` and `check_cache`.
     """
-    if packing.container == "gguf" and (reason := cannot_run(spec)):
+    if scheme.container == "gguf" and (reason := cannot_run(spec)):
         raise InputError(f"GGUF cannot hold this {spec.architecture}: {reason}")
-    packing.check_model(spec.tensors)
-    if isinstance(packing, Deployment):
-        check_cache(spec, packing.runtime, packing.cache_types)
+    scheme.check_model(spec.tensors)
+    if isinstance(scheme, Deployment):
+        check_cache(spec, scheme.runtime, scheme.cache_types)
 
 
 def holdable(spec: ModelSpec, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
-    """Those deployments that can hold a model, whatever memory they need."""
+    """Return the deployments that can hold a model, whatever the memory."""
     return tuple(deployment for deployment in deployments if not cannot_hold(spec, deployment))
 
 
 def cannot_hold(spec: ModelSpec, deployment: Deployment) -> str:
-    """Why a deployment cannot hold a model, or nothing where it can."""
+    """Return why a deployment cannot hold a model, or "" if it can."""
     try:
         check_holds(spec, deployment)
     except InputError as error:

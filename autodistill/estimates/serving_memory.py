@@ -1,4 +1,4 @@
-"""The memory that serving a described model takes of a process or a GPU, by parts, in each runtime; loads nothing."""
+"""Memory that serving a described model takes, by parts, for each runtime, of a process or of a GPU; loads nothing."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ BASIS_ON_GPU: Mapping[str, str] = {
 
 
 def basis_of(runtime: str, *, on_gpu: bool) -> str:
-    """What figures rest on, of a process's memory or of a discrete GPU's."""
+    """Return what the figures are based on, for the memory of a process or of a discrete GPU."""
     return (BASIS_ON_GPU if on_gpu else BASIS)[runtime]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Memory that inference takes, by parts, in bytes: of the process, or of a discrete GPU.
+    """Memory of inference by parts, in bytes: of the process, or of a discrete GPU.
 
     Attributes:
         weights_bytes: The packed weights as the runtime holds them.
@@ -115,13 +115,13 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """The sum of the parts, which a memory limit is held against."""
+        """The sum of the parts, which is compared with a memory limit."""
         return self.weights_bytes + self.kv_cache_bytes + self.compute_bytes + self.overhead_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Serving:
-    """What is served, and how."""
+    """A served model and its load."""
 
     spec: ModelSpec
     weights: int
@@ -136,7 +136,7 @@ class _Serving:
 
 
 class _Parts(NamedTuple):
-    """Bytes of weights, cache, computing and beyond, and on a GPU of main memory."""
+    """Bytes of weights, cache, computation and overhead, and on a GPU also of main memory."""
 
     weights: int
     cache: int
@@ -157,7 +157,7 @@ def memory(
     read: int | None = None,
     on_gpu: bool = False,
 ) -> MemoryEstimate:
-    """Predicts the memory that serving a model takes.
+    """Predict the memory that serving a model takes.
 
     Args:
         spec: The model's shape.
@@ -242,7 +242,7 @@ def kv_bytes(spec: ModelSpec, layers: int, tokens: int, cache_types: tuple[str, 
 
 
 def window_in(spec: ModelSpec, runtime: str) -> tuple[int, int]:
-    """The sliding window that a runtime computes with, in tokens, and how many layers have it; (0, 0) for none.
+    """Return the sliding window that a runtime uses, in tokens, and its number of layers; (0, 0) for none.
 
     llama.cpp has windows in the graphs of some families alone, and in all others reads what is behind a token whole, as
     do graphs of ONNX, whose scores are of all tokens.
@@ -256,7 +256,7 @@ def _round_up(count: int, multiple: int) -> int:
 
 
 def _active_ffn(spec: ModelSpec) -> int:
-    """Neurons that a token passes through, in the layer where these are most."""
+    """Return the FFN neurons that a token passes through, in the layer with the most."""
     active = spec.ffn_width * max(1, spec.active_experts + spec.shared_experts)
     if not (spec.latent and spec.experts):
         return active
@@ -265,12 +265,12 @@ def _active_ffn(spec: ModelSpec) -> int:
 
 
 def _rows(spec: ModelSpec, suffix: str) -> list[int]:
-    """Rows of the tensors that are called so."""
+    """Return the number of rows of the tensors with this name."""
     return [tensor.shape[0] for tensor in spec.tensors if tensor.name.endswith(suffix)]
 
 
 def activation_rows(spec: ModelSpec) -> int:
-    """Values of a token in a layer: four rows of the width, and three of the FFN's, two where it has no gate."""
+    """Return the values of a token in a layer: four rows of the width, and three of the FFN (two without a gate)."""
     return 4 * spec.width + _active_ffn(spec) * (2 if spec.architecture in _UNGATED else 3)
 
 
@@ -279,14 +279,14 @@ def _fused(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
-    """The cache where layers without a window hold `full` tokens in all, and those with one hold `windowed`."""
+    """Return the cache bytes where layers without a window hold `full` tokens, and those with one `windowed`."""
     spec, narrow = serving.spec, window_in(serving.spec, serving.runtime)[1]
     wide = kv_bytes(spec, spec.layers - narrow, full, serving.cache_types)
     return wide + kv_bytes(spec, narrow, min(full, windowed), serving.cache_types)
 
 
 def _llama_cpp(serving: _Serving) -> _Parts:
-    """Weights, KV, compute and overhead as llama.cpp allocates them on a CPU, flash attention on.
+    """Estimate weights, KV, compute and overhead as llama.cpp allocates them on a CPU with flash attention.
 
     The graph's peak was read off llama.cpp's own "compute buffer size" lines while one size at a time was varied. In
     float32 of n = min(n_ubatch, context) tokens it is five rows of the width, and the largest of: gate, up and product
@@ -324,18 +324,18 @@ def _llama_cpp(serving: _Serving) -> _Parts:
 
 
 def _latent_attention(spec: ModelSpec) -> int:
-    """Values of a token in latent attention's graph: queries, the same as long as what is cached, and its outputs."""
+    """Return the values of a token in latent attention: queries (as long as what is cached) and outputs."""
     return spec.heads * (spec.head_dim + spec.latent + max(_rows(spec, ".kv_a_layernorm.weight")))
 
 
 def _table_bytes(serving: _Serving) -> int:
-    """Bytes of the table that tokens are looked up in, as it is stored."""
+    """Return the bytes of the embedding table as it is stored."""
     tables = (tensor for tensor in serving.spec.tensors if tensor.role is Role.EMBEDDING)
     return sum(tensor_bytes(tensor, serving.deployment.storage(tensor)) for tensor in tables)
 
 
 def _transformers(serving: _Serving) -> _Parts:
-    """As transformers holds them in bfloat16 on a CPU, the prompt read in one pass, logits of the last token alone.
+    """Estimate transformers in bfloat16 on a CPU; the prompt is read in one pass, with logits of the last token only.
 
     In use at the peak, in the last layer's FFN, are the cache, four tensors at the width (the embeddings, the stream
     and its norm's input and value) and three at the FFN's, two where it has no gate; attention leaves no more behind.
@@ -359,7 +359,7 @@ def _transformers(serving: _Serving) -> _Parts:
 
 
 def _vllm(serving: _Serving) -> _Parts:
-    """As vLLM needs them at the least: packed weights, paged KV in bfloat16, and the activations of one step.
+    """Estimate the minimum for vLLM: quantised weights, paged KV in bfloat16, and the activations of one step.
 
     vLLM by default takes what is left of the device for more KV cache; `gpu_memory_utilization` is how it is limited.
     Where no device is named, CUDA's context counts too.
@@ -376,7 +376,7 @@ def _vllm(serving: _Serving) -> _Parts:
 
 
 def _onnxruntime(serving: _Serving) -> _Parts:
-    """As ONNX Runtime needs them on a CPU, where it computes in float32, for graphs that torch exports.
+    """Estimate ONNX Runtime on a CPU, where it computes in float32, for graphs that torch exports.
 
     A pass takes `read` tokens of each sequence, with the keys and values of those before them among its inputs, and
     those of all of them and the logits of the tokens among its outputs. Attention is exported as products and a
@@ -400,7 +400,7 @@ def _onnxruntime(serving: _Serving) -> _Parts:
 
 
 def _onnx_weights(serving: _Serving) -> int:
-    """Bytes of weights in ONNX Runtime on a CPU.
+    """Return the bytes of weights in ONNX Runtime on a CPU.
 
     16-bit weights are widened when a session begins, and those of products packed anew; a tied table is then held as
     rows to look up, and once more as the head's matrix, on no grid (`MatMulNBits` is made of products alone). Weights

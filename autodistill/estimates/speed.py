@@ -1,4 +1,4 @@
-"""How fast a device would serve a model, by its bytes and operations against bandwidth and rate: always predicted."""
+"""Predicted speed of a served model on a device: a roofline of bytes against bandwidth and operations against rate."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _FLOAT32 = ("cpu", "board", "phone")  # classes whose runtimes compute in float3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
-    """A prediction with its band.
+class SpeedEstimate:
+    """A predicted speed with its band.
 
     Attributes:
         tokens_per_second: Of all streams together.
@@ -52,13 +52,13 @@ class Speed:
     assumed: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The prediction as plain data."""
+        """Return the prediction as plain data."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a step over some tokens reads and computes.
+    """The bytes that a step reads and the operations that it computes.
 
     Attributes:
         bytes: Of weights and of keys and values.
@@ -85,8 +85,8 @@ def speed(
     prompt: int | None = None,
     kv_type: str | None = None,
     weights: int | None = None,
-) -> Speed:
-    """Predicts decoding at a full context, and the time to the first token of a prompt.
+) -> SpeedEstimate:
+    """Predict decoding at a full context, and the time to the first token of a prompt.
 
     A decoding step takes the longer of reading its bytes and computing, plus a cost for each layer; a prompt likewise
     (Williams et al. 2009, Roofline); on a CPU unpacking and attention come on top. The shares of bandwidth and rate
@@ -106,7 +106,7 @@ def speed(
     costs = {end: _step_costs(spec, deployment, device, end, step) for end in ("low", "typical", "high")}
     slow, typical, fast = (sum(costs[end].values()) for end in ("low", "typical", "high"))
     first, first_slow = (_prompt_seconds(spec, deployment, device, end, read) for end in ("typical", "low"))
-    return Speed(
+    return SpeedEstimate(
         tokens_per_second=batch / typical,
         tokens_per_second_low=batch / slow,
         tokens_per_second_high=batch / fast,
@@ -128,19 +128,19 @@ def _step(
     kv_type: str | None = None,
     weights: int | None = None,
 ) -> Work:
-    """Of decoding one token of each stream."""
+    """Return the work of decoding one token in each stream."""
     return work(spec, deployment, tokens=batch, sequences=batch, behind=context, kv_type=kv_type, weights=weights)
 
 
 def _read(
     spec: ModelSpec, deployment: Deployment, prompt: int, kv_type: str | None = None, weights: int | None = None
 ) -> Work:
-    """Of a prompt, whose tokens have half of it behind them on average."""
+    """Return the work of reading a prompt; its tokens attend to half of it on average."""
     return work(spec, deployment, tokens=prompt, sequences=1, behind=prompt / 2, kv_type=kv_type, weights=weights)
 
 
 def _step_costs(spec: ModelSpec, deployment: Deployment, device: Device, end: str, step: Work) -> dict[str, float]:
-    """Seconds of a decoding step by what it waits for, at one end of the runtime's shares.
+    """Return the seconds of a decoding step by cause, at one end of the runtime's shares.
 
     A GPU computes while it reads, so that the longer of the two counts. A core that multiplies by weights on a grid
     unpacks them between its loads: products are added to reading, at the rate of the integer units. So is attention, of
@@ -173,13 +173,13 @@ def _prompt_seconds(spec: ModelSpec, deployment: Deployment, device: Device, end
 
 
 def _launches(spec: ModelSpec, shares: Shares, end: str, working: float) -> float:
-    """Seconds that layers cost beside what they read and compute."""
+    """Return the seconds that layers cost beside reading and computing."""
     cost = spec.layers * shares.layer(end)
     return max(0.0, cost - working) if shares.ahead else cost
 
 
 def _bandwidth(device: Device, shares: Shares, end: str) -> float:
-    """Bytes a second that are reached: a measured bandwidth is one that was."""
+    """Return the bytes per second that are reached; a measured bandwidth is reached by definition."""
     return float(device.bandwidth * getattr(shares.decode_measured if device.measured else shares.decode, end))
 
 
@@ -188,7 +188,7 @@ def _rate(device: Device) -> float:
 
 
 def _plain(deployment: Deployment, work: Work, operations: float) -> float:
-    """Of so many operations of some work, those without fast kernels.
+    """Return the operations of some work that have no fast kernels.
 
     The shares of formats were found with all operations counted alike, as the format's own kernels do them. K-quants
     alone have linear weights on another grid than the one that they are named after: those count by that one's.
@@ -201,7 +201,7 @@ def _is_fast(stored: Storage) -> bool:
 
 
 def _product_seconds(device: Device, shares: Shares, end: str, operations: float, plain: float) -> float:
-    """Of matrix products as a prompt makes them, at one end of the runtime's shares.
+    """Return the seconds of the matrix products of a prompt, at one end of the runtime's shares.
 
     Args:
         device, shares, end: Which shares, and of what.
@@ -216,7 +216,7 @@ def _product_seconds(device: Device, shares: Shares, end: str, operations: float
 def limit_seconds(
     spec: ModelSpec, deployment: Deployment, device: Device, limit: LatencyLimit, *, context: int
 ) -> float:
-    """Seconds that are held against a limit of latency.
+    """Return the predicted seconds that are compared with a latency limit.
 
     No percentile can be predicted: one above the median is the slow end of the band. The first token is that of the
     last of so many prompts that arrive at once.
@@ -244,7 +244,7 @@ def work(
     kv_type: str | None = None,
     weights: int | None = None,
 ) -> Work:
-    """Bytes and operations of one pass over `tokens` tokens in all of `sequences`, each with `behind` tokens before it.
+    """Return bytes and operations of a pass over `tokens` tokens in `sequences` sequences, after `behind` tokens each.
 
     Weights are read once a pass, those of experts as far as the tokens are likely to take them; an embedding table that
     is not also the head is not read. Logits are of one token a sequence.

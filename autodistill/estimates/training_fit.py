@@ -1,4 +1,4 @@
-"""How a trial's training is made to fit a machine's memory, and by which means."""
+"""How to fit a trial's training into a machine's memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Longer ones are read alone. Twice as many tokens would be an eighth faster, but 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What is trained, in which steps, and where.
+    """A training whose memory is estimated: student, steps and place.
 
     Attributes:
         spec: The student: the largest of those that are to be trained.
@@ -72,7 +72,7 @@ class Training:
     threads: int = 1
 
     def estimate(self, micro_batch: int, means: Means) -> TrainingEstimate:
-        """What one of its processes takes, with so many sequences of a pass and by these means."""
+        """Estimate the memory of one of its processes, for a number of sequences in a pass and the other settings."""
         checkpointing, state = means
         estimates = (
             training_memory(
@@ -95,7 +95,7 @@ class Training:
 
     @property
     def evaluation_bytes(self) -> int:
-        """What scoring the student under a deployment takes.
+        """Return the memory of scoring the student under a deployment.
 
         On a CPU its packed values lie beside the float32 weights. On an accelerator these wait in the machine's memory,
         and one tensor after the other lies there with its packed values.
@@ -107,7 +107,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFit:
-    """How a step is computed, none of which changes what it means but for the rounding of 16-bit and 8-bit states.
+    """How a step is computed; the result is the same for all, except for the rounding of 16-bit and 8-bit states.
 
     Attributes:
         micro_batch: Sequences of one forward and backward pass; their gradients add up to the step's.
@@ -125,11 +125,11 @@ class TrainingFit:
 
     @property
     def total_bytes(self) -> int:
-        """What the memory must hold: of training and evaluation, which come one after the other, the larger."""
+        """The memory needed: the larger of training and evaluation, which follow each other."""
         return max(self.estimate.total_bytes, self.evaluation_bytes)
 
     def safe_bytes(self, device: str) -> int:
-        """The same where training takes as much more than predicted as it was measured to, at the most."""
+        """The memory needed with the largest excess over the prediction that was measured."""
         spare = _CPU_SPARE if device == "cpu" else _SPARE
         return max(int(spare * self.estimate.total_bytes), self.evaluation_bytes)
 
@@ -137,7 +137,7 @@ class TrainingFit:
 def training_fits(
     training: Training, *, means: Sequence[Means] = MEANS, at_once: int | None = None
 ) -> Iterator[TrainingFit]:
-    """Ways to compute a step, from the fastest to the smallest, each smaller than those before.
+    """Yield the ways to compute a step, from the fastest to the smallest; each takes less memory than those before.
 
     Halving the micro-batch costs nearly nothing, checkpointing a third more operations; states of 16 bits, and then of
     8, come last because they alone change the figures. A second pass finds the first one's gradients there, which may
@@ -167,12 +167,12 @@ def training_fits(
 
 
 def has_eight_bit() -> bool:
-    """Whether the package of 8-bit optimiser states is installed."""
+    """Return whether the package for 8-bit optimiser states is installed."""
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def pass_bytes(spec: ModelSpec, sequence_length: int, threads: int) -> int:
-    """What running a model takes beside its weights: a pass of a sequence, or some short ones, on each thread."""
+    """Return the memory of running a model beside its weights: a pass over one or a few sequences on each thread."""
     tokens = max(sequence_length, CPU_PASS_TOKENS)
     logits = 3 * 4 * tokens * spec.vocabulary
     activations = 4 * tokens * (4 * spec.width + 3 * spec.ffn_width)
@@ -180,7 +180,7 @@ def pass_bytes(spec: ModelSpec, sequence_length: int, threads: int) -> int:
 
 
 def _sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> TrainingEstimate:
-    """What one of several processes takes: its shards, and the weights and gradients that are whole for a moment.
+    """Return the memory of one process of several: its shards, and weights and gradients that are briefly whole.
 
     Whole are the tables, and of the layers the one at work and the one fetched ahead (FSDP2), and low-rank changes with
     their gradients and states.
@@ -200,7 +200,7 @@ def _sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> Tra
 
 
 def fit_training(training: Training, limit_bytes: int) -> TrainingFit:
-    """The fastest way to train a student that a memory holds with some to spare, if it holds its evaluation too.
+    """Return the fastest way to train a student that memory holds with a reserve, evaluation included.
 
     Where it holds none so, the smallest way that it holds by the prediction alone.
 
@@ -242,7 +242,7 @@ _SHOWN_BYTES = 4 * 2**25
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherFit:
-    """What a teacher's matrices are held in while it runs; it computes in float32 (or where a trial says so bfloat16).
+    """The type in which a running teacher's matrices are stored; it computes in float32 (in a trial possibly bfloat16).
 
     Attributes:
         held: Their type.
@@ -258,26 +258,26 @@ class TeacherFit:
 
     @property
     def total_bytes(self) -> int:
-        """What the memory must hold."""
+        """The memory needed."""
         return self.weights_bytes + self.pass_bytes
 
     @property
     def held_bytes(self) -> int:
-        """Of the weights alone."""
+        """The memory of the weights alone."""
         return self.weights_bytes // (2 if self.held == "float32" else 1)
 
     @property
     def rounded(self) -> bool:
-        """Whether weights were rounded, so that outputs are not those of the weights on disk."""
+        """Whether weights were rounded, so that the outputs differ from those of the weights on disk."""
         return self.held not in ("float32", self.stored)
 
     def of(self, fingerprint: str) -> str:
-        """What a teacher of this fingerprint puts out is known by: another name where weights were rounded."""
+        """Return the name under which the outputs of this teacher are stored; rounded weights give another name."""
         return f"{fingerprint}-{self.held}" if self.rounded else fingerprint
 
     @property
     def note(self) -> str | None:
-        """What a person is told, in a sentence; None for float32."""
+        """Return a note for the user, or None for float32."""
         if self.held == "float32":
             return None
         exact = "which rounds them: its outputs differ a little" if self.rounded else "the type of its files"
@@ -288,7 +288,7 @@ class TeacherFit:
 
 
 def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, machine: Machine) -> TeacherFit:
-    """How a teacher is held: in float32 where memory takes that, which is fastest on a CPU, else in 16 bits.
+    """Return how to store a teacher: in float32 if memory holds it (fastest on a CPU), else in 16 bits.
 
     Float32 needs the weights twice: while the teacher is scored under a deployment, its packed values lie beside them.
     On a GPU, where the weights wait in the machine's memory meanwhile, that half is room for what runs beside it.
@@ -332,7 +332,7 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
 
 
 def _holder(machine: Machine) -> str:
-    """What must hold a teacher as a whole."""
+    """Return what has to hold the whole teacher, in words."""
     count = len(machine.gpus)
     if count > 1 and machine.gpus[0].memory_bytes <= machine.memory_bytes:
         return f"one GPU of this machine's {count}, over which a teacher is not divided,"

@@ -1,4 +1,4 @@
-"""The memory that training a described model takes, by parts, at the moment when most is held."""
+"""Memory that training a described model takes, by parts, at the moment of the largest use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autodistill.strategy.strategy import Alignment, Attention, Distillation, Lo
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingEstimate:
-    """Memory that training takes, by parts, in bytes.
+    """Memory of training by parts, in bytes.
 
     Attributes:
         weights_bytes: Master weights in float32.
@@ -43,12 +43,12 @@ class TrainingEstimate:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The parts by name."""
+        """Return the parts by name."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name.endswith("_bytes")}
 
     @property
     def total_bytes(self) -> int:
-        """What is held at the moment when it is most.
+        """The memory at the moment of the largest use.
 
         A step of several passes holds all gradients beside what its last pass keeps. In a step of one they come as what
         was kept goes, and the larger of the two counts.
@@ -59,7 +59,7 @@ class TrainingEstimate:
 
 
 class _Kept(NamedTuple):
-    """Bytes that are kept of a token in a layer for each of its width, its queries and keys, and its FFN's width."""
+    """Bytes that are kept for a token in a layer, per unit of its width, of its queries and keys, and of its FFN."""
 
     width: int
     attended: int
@@ -78,7 +78,7 @@ _KEPT = {
 
 
 def adapted_tensors(spec: ModelSpec, lora: Lora) -> tuple[TensorSpec, ...]:
-    """The weights of a model that low-rank changes are trained of, in the order of its tensors."""
+    """Return the weights for which low-rank changes are trained, in the order of the model's tensors."""
     family = get_family(spec.architecture)
     chosen = {"attention": (False,), "ffn": (True,), "all": (False, True)}[lora.layers]
     return tuple(
@@ -105,7 +105,7 @@ def training_memory(
     on_grid: bool = False,
     passes: int = 1,
 ) -> TrainingEstimate:
-    """Predicts the memory that a trial's training takes: float32 weights and AdamW.
+    """Predict the memory that a trial's training takes: float32 weights and AdamW.
 
     Kept of each token in each layer, in float32: both norms' inputs, normalised and scaled values (6 widths); queries,
     keys and values as the attention takes them, and its output; and gate, its activation, up and product of the FFN
@@ -164,7 +164,7 @@ def training_memory(
 
 
 def beside_bytes(recipes: Iterable[Distillation], teacher: ModelSpec, *, bf16: bool, held_bytes: int) -> int:
-    """What lies of the teacher beside a student that is trained: all of it, its head, or nothing.
+    """Return the memory of the teacher beside a student in training: all of it, its head, or nothing.
 
     Args:
         recipes: Of which the one counts that wants most.
@@ -184,7 +184,7 @@ def _moments_bytes(trained: int, optimizer_state: OptimizerState) -> int:
 
 
 def _states_bytes(spec: ModelSpec, teacher: ModelSpec, alignment: Alignment, tokens: int) -> int:
-    """Of each aligned layer: its states as a matrix, what the projection keeps, projected states and differences."""
+    """Return the memory for each aligned layer: its states, what the projection keeps, projections and differences."""
     layers = spec.layers if alignment.layers == "all" else alignment.count
     # Channels between the projection's maps, and how many times they are kept.
     inner, times = {"low-rank": (alignment.rank, 1), "mlp": (2 * teacher.width, 2)}.get(alignment.projection, (0, 0))
@@ -195,7 +195,7 @@ def _states_bytes(spec: ModelSpec, teacher: ModelSpec, alignment: Alignment, tok
 
 
 def _attention_bytes(spec: ModelSpec, teacher: ModelSpec, attention: Attention, tokens: int) -> int:
-    """The sides of the matrices, which are never held themselves, the student's gradients of them, and the layer."""
+    """Return the memory of attention alignment: the factors of the matrices, their gradients, and the layer."""
     queries, keys, theirs, their_keys = (
         heads * one.head_dim for one in (spec, teacher) for heads in (one.heads, one.kv_heads)
     )

@@ -1,1 +1,1 @@
-"""One exporter a file, and the proof that what was written is what was evaluated."""
+"""Exporters, one per file, and the proof that the exported file contains the evaluated weights."""

@@ -1,4 +1,4 @@
-"""Exports a student as a compressed-tensors folder of packed integers, which vLLM and transformers serve."""
+"""Exporter to a compressed-tensors folder of packed integers, which vLLM and transformers serve."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CompressedTensorsExporter:
         license: str | None = None,
         name: str | None = None,
     ) -> Artifact:
-        """Packs the student into the folder `out`, where the model card alone names its teacher and licence.
+        """Write the quantised student into the folder `out`; only the model card names its teacher and licence.
 
         Raises:
             InputError: The student cannot be read or not be cut into groups, or `out` not be written.
@@ -61,7 +61,7 @@ class CompressedTensorsExporter:
             return write_folder(out, student, config, tensors)
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
-        """Yields each stored tensor, dequantised from the grid that the folder's config states.
+        """Yield each stored tensor, dequantised from the grid that the folder's config states.
 
         Raises:
             VerificationError: A packed tensor lacks one of its parts.
@@ -84,7 +84,7 @@ class CompressedTensorsExporter:
 
 
 def check_package(deployment: Deployment) -> None:
-    """Refuses widths that the installed compressed-tensors package would unpack to other weights.
+    """Refuse bit widths that the installed compressed-tensors package would unpack to other weights.
 
     Of 2, 4 and 8 bits a whole number fills 32, and all versions pack them alike. Others are packed without a gap since
     0.18, over the words' ends; before they were not.
@@ -101,7 +101,7 @@ def check_package(deployment: Deployment) -> None:
 
 
 def quantization_config(deployment: Deployment, kept: Sequence[str] = ()) -> dict[str, Any]:
-    """What config.json says of the grid, in the words of the compressed-tensors package.
+    """Return the grid's entry for config.json, in the terms of the compressed-tensors package.
 
     Args:
         deployment: How the student is packed.

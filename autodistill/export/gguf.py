@@ -1,4 +1,4 @@
-"""Exports a student as one GGUF file, which llama.cpp serves."""
+"""Exporter to a single GGUF file, which llama.cpp serves."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufExporter:
-    """Writes `student.gguf`: weights, shape, tokenizer, chat template and what it is of, in one file."""
+    """Writes `student.gguf`: weights, shape, tokenizer, chat template and origin, in one file."""
 
     name = "gguf"
     formats = tuple(_FILE_TYPES)
@@ -81,7 +81,7 @@ class GgufExporter:
         license: str | None = None,
         name: str | None = None,
     ) -> Artifact:
-        """Packs the student into `out/student.gguf`, one tensor in memory at a time.
+        """Write the quantised student to `out/student.gguf`, one tensor in memory at a time.
 
         Raises:
             InputError: The student cannot be read or be held by GGUF, or `out` not be written.
@@ -102,7 +102,7 @@ class GgufExporter:
         return Artifact(path=out / FILE, size_bytes=(out / FILE).stat().st_size)
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
-        """Yields each stored tensor, in transformers' names and row order.
+        """Yield each stored tensor, with the names and row order of transformers.
 
         Raises:
             VerificationError: The file holds a tensor that no export writes.
@@ -150,7 +150,7 @@ def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployme
 
 
 def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any], file_type: LlamaFileType) -> None:
-    """Writes the shape of the model under the keys that llama.cpp's graphs read."""
+    """Write the shape of the model under the keys that llama.cpp's graphs read."""
     writer.add_type("model")
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
@@ -187,7 +187,7 @@ def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any],
 def _add_general(
     writer: GGUFWriter, spec: ModelSpec, teacher: str | None, license: str | None, name: str | None
 ) -> None:
-    """Writes what programs that list models show of one, as llama.cpp's own converter does."""
+    """Write what programs show in lists of models, as llama.cpp's own converter does."""
     writer.add_size_label(size_label(spec.parameters, 0, 0, 0))
     if name is not None or teacher is not None:
         writer.add_name(name if name is not None else f"Student of {teacher}")
@@ -203,7 +203,7 @@ def _add_general(
 
 
 def _add_sampling(writer: GGUFWriter, folder: Path) -> None:
-    """Writes how the model's makers recommend to draw its tokens, which llama.cpp takes where a person says nothing."""
+    """Write the sampling settings that the model's makers recommend; llama.cpp uses them as defaults."""
     path = folder / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
     top_k: Any = settings.get("top_k")
@@ -220,7 +220,7 @@ def _add_sampling(writer: GGUFWriter, folder: Path) -> None:
 
 
 def _rope_factors(config: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
-    """What each frequency of llama3's rotary scaling is divided by, float32 [head dim / 2], or None."""
+    """Return the divisors of each frequency in llama3's rotary scaling, float32 [head dim / 2], or None."""
     if rotary(config)["rope_type"] != "llama3":
         return None
     from transformers import AutoConfig

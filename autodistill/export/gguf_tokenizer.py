@@ -1,4 +1,4 @@
-"""Turns a BPE tokenizer of transformers into the metadata that llama.cpp reads, or says why it cannot.
+"""Conversion of a transformers BPE tokenizer to llama.cpp's metadata, or the reason why it is impossible.
 
 Byte-level BPE is GPT-2's kind: text is cut in one of the ways that llama.cpp knows by name, and bytes are merged in the
 order of a list. SentencePiece's kind, as Gemma's, merges characters of whole texts, spaces being "▁"; llama.cpp has no
@@ -22,7 +22,7 @@ from gguf import GGUFWriter, TokenType
 from autodistill.data.tokenization import beginning, chat_template_of, load_tokenizer
 from autodistill.errors import InputError
 from autodistill.export.student_reader import read_json
-from autodistill.models.pretokenizers import CUTS, Cut, cuts_like
+from autodistill.models.pretokenizers import PRETOKENIZERS, Pretokenizer, pretokenizers_like
 
 INHERITED = "gguf_tokenizer.json"
 """A file beside the tokenizer of a teacher that was a GGUF file: that file's scalar `tokenizer.ggml.*` keys, without
@@ -32,7 +32,7 @@ _IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id",
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
-    """Writes tokens, types, merges, special ids and chat template of a tokenizer that `refusal` has nothing against.
+    """Write tokens, types, merges, special ids and chat template of a tokenizer that `refusal` accepts.
 
     What a GGUF teacher said of its own tokenizer holds before what is worked out here. Of several chat templates the
     one is written that training uses.
@@ -66,7 +66,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
 
 
 def refusal(folder: Path) -> str:
-    """Why GGUF cannot have a folder's tokenizer, as far as its description says, or nothing.
+    """Return why GGUF cannot hold a folder's tokenizer, as far as its description tells, or "".
 
     Raises:
         InputError: The tokenizer cannot be read.
@@ -88,7 +88,7 @@ def refusal(folder: Path) -> str:
 
 
 def is_certain(folder: Path) -> bool:
-    """Whether llama.cpp's cut is known to be the tokenizer's where `refusal` has nothing against it.
+    """Return whether llama.cpp surely tokenizes as the tokenizer does, if `refusal` accepts it.
 
     Otherwise only llama.cpp itself can show it: where it is to put a space before texts, or a GGUF teacher's file names
     a way to cut them that is not known to be that of the tokenizer which transformers made of it.
@@ -116,7 +116,7 @@ class Spaces:
 
     @property
     def caveat(self) -> str:
-        """What llama.cpp does otherwise, for a person; nothing where it does the same."""
+        """Return what llama.cpp does differently, for the user, or ""."""
         if self.put == "first" and not self.written:
             return (
                 "in GGUF a text that begins with a word instead of a special token, as chats do, is cut without the "
@@ -132,7 +132,7 @@ class Spaces:
 
 
 def spaces(folder: Path) -> Spaces:
-    """Where spaces are put before texts that are cut by a folder's tokenizer, and by llama.cpp.
+    """Return where a folder's tokenizer, and llama.cpp, put spaces before texts.
 
     llama.cpp knows all pieces of a text or none. Where the tokenizer begins the first piece alone, none is right for
     chats, whose templates begin with a special token, and all for texts without one.
@@ -152,7 +152,7 @@ def spaces(folder: Path) -> Spaces:
 
 
 def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer that transformers makes of a folder, and its description, as tokenizer.json would have it.
+    """Return the tokenizer that transformers makes from a folder, and its description as in tokenizer.json.
 
     Added tokens are those of the file: some classes bring one of their own, for which a model has no row.
     """
@@ -197,7 +197,7 @@ def _tokens(description: Mapping[str, Any], vocabulary: int) -> tuple[list[str],
 
 
 def _no_byte_level(description: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
-    """Why llama.cpp's byte-level BPE is another than this tokenizer's, or nothing.
+    """Return why llama.cpp's byte-level BPE differs from this tokenizer, or "".
 
     Composing characters (NFC) passes: texts are mostly composed, and llama.cpp's own files of such models leave it out.
     """
@@ -207,7 +207,7 @@ def _no_byte_level(description: Mapping[str, Any], inherited: Mapping[str, Any])
     cut = _cut(description)
     if cut is None:
         # What a GGUF teacher's file names is known to llama.cpp, which can be asked.
-        known = ", ".join(cut.names[0] for cut in CUTS)
+        known = ", ".join(cut.names[0] for cut in PRETOKENIZERS)
         return "" if "pre" in inherited else f"its pre_tokenizer is none of those that are known there ({known})"
     if cut.whole_words != bool(description["model"].get("ignore_merges")):
         unmade = _unmade(description)
@@ -216,15 +216,17 @@ def _no_byte_level(description: Mapping[str, Any], inherited: Mapping[str, Any])
     return ""
 
 
-def _cut(description: Mapping[str, Any]) -> Cut | None:
-    """The tokenizer's way to cut text, where llama.cpp knows it: that which takes words alike, if there is one."""
-    found = cuts_like(_parts(description.get("pre_tokenizer")))
+def _cut(description: Mapping[str, Any]) -> Pretokenizer | None:
+    """Return the tokenizer's way to split text, if llama.cpp knows it; preferably one that handles whole words
+    alike.
+    """
+    found = pretokenizers_like(_parts(description.get("pre_tokenizer")))
     whole_words = bool(description["model"].get("ignore_merges"))
     return next((cut for cut in found if cut.whole_words == whole_words), found[0] if found else None)
 
 
 def _unmade(description: Mapping[str, Any]) -> str | None:
-    """A token that is a word of its own, and that the merges do not make of that word; None where there is none."""
+    """Return a token that is a word of its own but is not made by merges of that word, or None."""
     from tokenizers.models import BPE
 
     added = {token["content"] for token in description.get("added_tokens") or ()}
@@ -246,7 +248,7 @@ def _metaspaces(description: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _no_sentencepiece(description: Mapping[str, Any]) -> str:
-    """Why llama.cpp's way to merge by scores is another than this tokenizer's, or nothing."""
+    """Return why llama.cpp's merging by scores differs from this tokenizer, or ""."""
     model, merges = description["model"], _merges(description)
     before, metaspaces = _parts(description.get("pre_tokenizer")), _metaspaces(description)
     if any(part.get("split", True) or part["replacement"] != _SPACE for part in metaspaces):
@@ -286,7 +288,7 @@ def _no_sentencepiece(description: Mapping[str, Any]) -> str:
 def _as_sentencepiece(
     names: list[str], kinds: list[int], merges: list[_Pair]
 ) -> tuple[list[str], list[int], list[float]]:
-    """Names, kinds with bytes marked, and scores: the earlier a merge, the higher that of what it makes."""
+    """Return names, types (bytes marked), and scores: tokens of earlier merges get higher scores."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
@@ -311,7 +313,7 @@ def _scalars(tokenizer: Any) -> dict[str, Any]:
 
 
 def _parts(description: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """A step of the tokenizer, or the steps of a sequence of them."""
+    """Return a step of the tokenizer, or the steps of a sequence."""
     if description is None:
         return []
     for name in ("pretokenizers", "decoders", "normalizers"):

@@ -1,4 +1,4 @@
-"""Exports a student as the 16-bit folder of transformers."""
+"""Exporter to a 16-bit folder of transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class HuggingFaceExporter:
         license: str | None = None,
         name: str | None = None,
     ) -> Artifact:
-        """Packs the student into the folder `out`, where the model card alone names its teacher and licence.
+        """Write the student into the folder `out`; only the model card names its teacher and licence.
 
         Raises:
             InputError: The student cannot be read, or `out` not be written.
@@ -41,11 +41,11 @@ class HuggingFaceExporter:
             return write_folder(out, student, bf16_config(files.config), tensors)
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
-        """Yields each stored tensor, widened to float32."""
+        """Yield each stored tensor, widened to float32."""
         for name, tensor in read_arrays(artifact / WEIGHTS):
             yield name, unpack({"data": tensor.view(torch.uint16).numpy()}, "bf16", tuple(tensor.shape))
 
 
 def as_bf16(arrays: Mapping[str, Any]) -> torch.Tensor:
-    """The torch tensor of bfloat16 bits that `codes.pack` gave."""
+    """Return the torch tensor of the bfloat16 bits that `packing.pack` gave."""
     return torch.from_numpy(arrays["data"]).view(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The model card of an exported student: what it is, how each of its packings does, and what it is held to."""
+"""The model card of an exported student: its origin, how each of its quantisation schemes does, and comparisons."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from autodistill.units import format_bytes
 NOT_STATED = "not stated: ask its author"
 _UNTRAINED = {"teacher": "teacher", "initial": "undistilled student"}
 _FIGURES = ("split", "accuracy", "retention", "perplexity", "memory", "latency", "size")
-_NO_ROW = "It was not measured in this packing."
+_NO_ROW = "It was not measured under this quantisation scheme."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a student was made of.
+    """What a student was made from.
 
     Attributes:
         teacher, data: Their names.
@@ -43,7 +43,7 @@ class Origin:
 
     @classmethod
     def of(cls, search: Mapping[str, Any]) -> Origin:
-        """Of a run, by its `search.json`."""
+        """Return the origin of a run's students, from its `search.json`."""
         teacher, data = search["teacher"]["name"], search["data"]["name"]
         known = {name: text for name, text in search["licences"].items() if text != NOT_STATED}
         return cls(
@@ -55,12 +55,12 @@ class Origin:
         )
 
     def name_of(self, row: Row) -> str:
-        """What a row's model is called, by programs that list models too."""
+        """Return the name of a row's model for programs that list models."""
         return self.teacher if row.kind == "teacher" else f"Student of {self.teacher}"
 
 
 def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Origin) -> str:
-    """The README.md of an exported model: a student, or the teacher itself.
+    """Return the README.md of an exported model: a student, or the teacher itself.
 
     Args:
         row: A row of the model.
@@ -98,14 +98,15 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             f"# {plain(origin.name_of(row))}",
             "",
             _made(row, origin),
-            f"It is packed here as {here}.{'' if measured else ' ' + _NO_ROW}",
+            f"It is stored here as {here}.{'' if measured else ' ' + _NO_ROW}",
             "",
             f"- Licence of the teacher, which its students inherit: {plain(license or NOT_STATED)}",
             f"- Licence of the text it {read} ({plain(origin.data)}): {plain(origin.data_license or NOT_STATED)}",
             "",
             "## Measurements",
             "",
-            f"Each row is {model} in one packing. Retention is its accuracy over the teacher's on the same tokens.",
+            f"Each row is {model} under one quantisation scheme. Retention is its accuracy over the teacher's on the "
+            "same tokens.",
             "",
             *_table(("packed as",), own, lambda one: (f"**{here}**" if one.deployment_name == here else None,)),
             *_compared(others),
@@ -116,7 +117,7 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
 
 
 def _as_measured(rows: Sequence[Row]) -> list[Row]:
-    """A student's rows, those of the test split with what the same packing was measured to need: scoring runs none."""
+    """Return a student's rows; test rows get the measured memory of their deployment, since scoring measures none."""
     measured = {row.deployment_name: row for row in rows if row.split != "test" and row.memory_source == "measured"}
     known = ("memory_bytes", "memory_source", "size_bytes")
     return [
@@ -130,9 +131,11 @@ def _as_measured(rows: Sequence[Row]) -> list[Row]:
 def _made(row: Row, origin: Origin) -> str:
     teacher = plain(origin.teacher)
     if row.kind == "teacher":
-        made = [f"This is {teacher} itself: AutoDistill packed it, and nothing was distilled or trained."]
+        made = [f"This is {teacher} itself: AutoDistill quantised it, and nothing was distilled or trained."]
     elif row.kind == "initial":
-        made = [f"Made of {teacher} by AutoDistill, as strategy `{row.strategy_id}` begins: not trained at all."]
+        made = [
+            f"Made from {teacher} by AutoDistill: the initial student of strategy `{row.strategy_id}`, not trained."
+        ]
     else:
         made = [f"Distilled from {teacher} on {plain(origin.data)} by AutoDistill, under strategy `{row.strategy_id}`."]
     if row.fidelity is not None and not row.full:
@@ -143,7 +146,7 @@ def _made(row: Row, origin: Origin) -> str:
 
 
 def _compared(rows: Sequence[Row]) -> list[str]:
-    """Other models of the run, or nothing where there are none."""
+    """Return the other models of the run as a table, or nothing."""
     if not rows:
         return []
     table = _table(("model", "packed as"), rows, lambda one: (_named(one), None))
@@ -158,7 +161,7 @@ def _named(row: Row) -> str:
 
 
 def _table(titles: Sequence[str], rows: Sequence[Row], first: Callable[[Row], Sequence[str | None]]) -> list[str]:
-    """A table of rows' figures; in `first` None stands for the name of the packing."""
+    """Return a table of rows' figures; None in `first` stands for the name of the quantisation scheme."""
     lines = [(*titles, *_FIGURES), ["---"] * (len(titles) + len(_FIGURES))]
     lines += [(*(cell or row.deployment_name for cell in first(row)), *_figures(row)) for row in rows]
     return [f"| {' | '.join(line)} |" for line in lines]

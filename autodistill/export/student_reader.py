@@ -1,4 +1,4 @@
-"""Reads a student's folder tensor by tensor, and writes folders of which no file is ever seen half-written."""
+"""Reading of a student's folder tensor by tensor, and writing of folders that appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.families import FAMILIES, get_family
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.stored_tensors import check_stored
-from autodistill.quantization.formats import Packing
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Floats, Scales
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.packing import Arrays, deployed, pack
@@ -49,7 +49,7 @@ _COMPANIONS = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
         InputError: Missing, or not a JSON object.
@@ -64,11 +64,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class StudentFiles:
-    """The tensors of a student's folder under a packing, each read when asked for. Use it in a `with` statement.
+    """The tensors of a student's folder under a quantisation scheme, each read on demand. Use it in a `with` statement.
 
     Args:
         folder: With config.json and safetensors, in one file or in shards.
-        packing: How it is packed.
+        scheme: Its quantisation scheme.
 
     Attributes:
         config: Content of config.json.
@@ -80,9 +80,9 @@ class StudentFiles:
             config asks for.
     """
 
-    def __init__(self, folder: Path, packing: Packing) -> None:
-        self._packing = packing
-        self._scales: dict[str, Scales] = read_scales(folder, packing)
+    def __init__(self, folder: Path, scheme: QuantizationScheme) -> None:
+        self._packing = scheme
+        self._scales: dict[str, Scales] = read_scales(folder, scheme)
         self.config = read_json(folder / "config.json")
         self.spec = spec_from_config(self.config)
         check_stored(folder, self.spec)
@@ -104,11 +104,11 @@ class StudentFiles:
         self._open.close()
 
     def pack(self, name: str) -> Arrays:
-        """What stands on disk for one tensor, with the scales that were learned for this packing, if any."""
+        """Return the stored form of one tensor, with the scales that were learned for this scheme, if any."""
         return pack(self._read(name), self._packing.storage(self.specs[name]), self._scales.get(name))
 
     def deployed(self, name: str) -> Floats:
-        """The float32 values that the runtime will see of it."""
+        """Return the float32 values that the runtime will use for a tensor."""
         return deployed(self._read(name), self._packing.storage(self.specs[name]), self._scales.get(name))
 
     def _read(self, name: str) -> Floats:
@@ -118,7 +118,7 @@ class StudentFiles:
 
 
 def read_arrays(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields each tensor of a safetensors file as it stands, under transformers' name."""
+    """Yield each tensor of a safetensors file as it is stored, under its name in transformers."""
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
             yield _HEADS.get(name, name), file.get_tensor(name)
@@ -126,7 +126,7 @@ def read_arrays(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """Gives an empty folder whose files are moved into `out` when the block ends well, and dropped otherwise.
+    """Yield an empty folder; its files are moved into `out` if the block succeeds, and deleted otherwise.
 
     The config is moved last: a folder without one is not taken for a model. What a process left that was ended in the
     middle, or interrupted twice, is removed.
@@ -159,7 +159,7 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 def _remove_left(out: Path) -> None:
-    """Removes the unfinished folders of processes that have ended: one that writes holds a lock on its own."""
+    """Remove unfinished folders of ended processes; a process that writes holds a lock on its own folder."""
     for left in out.glob(f"{PARTIAL}*"):
         descriptor = os.open(left, os.O_RDONLY)
         try:
@@ -173,7 +173,7 @@ def _remove_left(out: Path) -> None:
 
 
 def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Artifact:
-    """Writes a folder that transformers loads: weights, config, and the student's tokenizer and generation config.
+    """Write a folder that transformers loads: weights, config, and the student's tokenizer and generation config.
 
     Raises:
         InputError: `out` cannot be written.
@@ -193,6 +193,6 @@ def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: M
 
 
 def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the same model stored in bfloat16, without what its source said of quantisation."""
+    """Return the config of the same model stored in bfloat16, without its source's quantisation settings."""
     dropped = ("quantization_config", "torch_dtype", "_name_or_path", "_model_name_or_path")
     return {key: value for key, value in config.items() if key not in dropped} | {"dtype": "bfloat16"}

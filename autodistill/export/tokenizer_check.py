@@ -1,4 +1,4 @@
-"""Whether llama.cpp cuts texts into the tokens that transformers' tokenizer cuts them into: it is asked."""
+"""Comparison of llama.cpp's tokens with those of transformers' tokenizer, on sample texts or the validation text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TEXTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How alike texts are cut.
+    """How well two tokenizers agree on texts.
 
     Attributes:
         same: Tokens that both have in the same order.
@@ -47,12 +47,12 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """Of the tokens, those that both have; all of none."""
+        """The share of tokens that both have; 1 if there are none."""
         return self.same / self.tokens if self.tokens else 1.0
 
 
 def cannot_cut(folder: Path, vocabulary: int) -> str:
-    """Why a GGUF file cannot have the tokenizer of a folder, or nothing where llama.cpp cuts texts as it does.
+    """Return why a GGUF file cannot hold the tokenizer of a folder, or "" if llama.cpp tokenizes texts as it does.
 
     It is written into a file as an export writes it. Where it does not follow from the tokenizer's description how
     llama.cpp cuts, that cuts sample texts, under a model of a few megabytes.
@@ -71,7 +71,7 @@ def cannot_cut(folder: Path, vocabulary: int) -> str:
 
 
 def agreement(tokenizer: Any, server: LlamaServer, texts: Iterable[str]) -> Agreement:
-    """How alike a tokenizer and llama.cpp cut texts, what begins a text apart.
+    """Return how well a tokenizer and llama.cpp agree, apart from what begins a text.
 
     Texts are composed (NFC) first, which some tokenizers do and llama.cpp does not.
 
@@ -97,7 +97,7 @@ def agreement(tokenizer: Any, server: LlamaServer, texts: Iterable[str]) -> Agre
 
 
 def comparable(text: str, tokenizer: Any, put: Spaces) -> str:
-    """A text without that of which llama.cpp's spaces are known to be others than the tokenizer's (`Spaces.caveat`)."""
+    """Return a text without the parts in which llama.cpp is known to put other spaces (`Spaces.caveat`)."""
     if put.put == "first" and not put.written:
         return f"{tokenizer.eos_token or tokenizer.bos_token or ''}{text}"
     special = "|".join(map(re.escape, tokenizer.all_special_tokens))
@@ -109,7 +109,7 @@ def comparable(text: str, tokenizer: Any, put: Spaces) -> str:
 
 
 def _without(begin: int | None, tokens: Sequence[int]) -> list[int]:
-    """The tokens behind those that begin a text."""
+    """Return the tokens behind those that begin a text."""
     start = next((place for place, token in enumerate(tokens) if token != begin), len(tokens))
     return list(tokens[start:])
 
@@ -127,7 +127,7 @@ def _difference(tokenizer: Any, expected: Sequence[int], found: Sequence[int]) -
 
 
 def _cannot_write(folder: Path, vocabulary: int) -> str:
-    """Why the tokenizer's metadata cannot be written, or nothing.
+    """Return why the tokenizer's metadata cannot be written, or "".
 
     Raises:
         InputError: The tokenizer has more tokens than the table has rows.
@@ -146,7 +146,7 @@ def _cannot_write(folder: Path, vocabulary: int) -> str:
 
 
 def _cut_otherwise(folder: Path) -> str:
-    """What llama.cpp cuts otherwise of the sample texts, or nothing."""
+    """Return what llama.cpp tokenizes differently in the sample texts, or ""."""
     if importlib.util.find_spec("xllamacpp") is None:
         return (
             f"whether llama.cpp cuts texts as the tokenizer in {folder} does is only known to xllamacpp, which is not "
@@ -165,13 +165,13 @@ def _cut_otherwise(folder: Path) -> str:
 
 
 def _samples(tokenizer: Any) -> list[str]:
-    """Texts to be cut, alone and with special tokens between them, as chat templates write them."""
+    """Return sample texts, alone and with special tokens between them, as chat templates write them."""
     special = dict.fromkeys(filter(None, (tokenizer.eos_token, tokenizer.bos_token)))
     return [*_TEXTS, *(f"one{token}two {token} three\n{token}\nfour" for token in special)]
 
 
 def _write_model(path: Path, folder: Path, vocabulary: int) -> None:
-    """Writes a model of one layer, all zeros, that has the tokenizer of a folder."""
+    """Write a one-layer model of zeros with the tokenizer of a folder."""
     writer = GGUFWriter(path, "llama")
     try:
         writer.add_context_length(_CONTEXT)

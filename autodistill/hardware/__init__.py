@@ -1,1 +1,1 @@
-"""Machines, devices, and the limits of memory and latency that they set."""
+"""Machines, devices, and the memory and latency limits that they set."""

@@ -1,4 +1,4 @@
-"""Whether a machine was quiet while something was timed on it: what other work took, and what its host held back."""
+"""Whether a machine was quiet while something was timed: other processes, and CPU time that its host took away."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Noise:
 
 
 class Watch:
-    """Watches the machine's cores over a `with` block.
+    """Watch the machine's cores during a `with` block.
 
     Args:
         threads: Cores that what is timed needs.
@@ -64,7 +64,7 @@ class Watch:
 
 
 def noise(*, load_average: float, others: float, steal: float, threads: int, cores: int) -> Noise:
-    """What was seen, and the doubts that follow: cores that were not free, or time that the host held back."""
+    """Return what was observed, and the doubts that follow: cores that were not free, or time that the host took."""
     doubts = []
     if others + threads > cores + _IDLE_CORES:
         doubts.append(
@@ -75,23 +75,23 @@ def noise(*, load_average: float, others: float, steal: float, threads: int, cor
     return Noise(load_average=load_average, others=others, steal=steal, doubts=tuple(doubts))
 
 
-def look(threads: int) -> Noise:
-    """What the machine is busy with at this moment, before anything is timed."""
+def current_load(threads: int) -> Noise:
+    """Return what the machine is busy with now, before anything is timed."""
     with Watch(threads) as watch:
         time.sleep(_LOOK_SECONDS)
     return watch.noise
 
 
 def free_cores(most: int) -> int:
-    """Cores that nothing else uses at this moment, at least one and at most so many.
+    """Return the number of cores that nothing else uses now: at least one, at most the given number.
 
     For runtimes whose threads spin while they wait for each other: with fewer cores than threads, most of their time
     goes by in waiting.
     """
-    return max(1, min(most, int((psutil.cpu_count() or 1) - look(0).others + _IDLE_CORES)))
+    return max(1, min(most, int((psutil.cpu_count() or 1) - current_load(0).others + _IDLE_CORES)))
 
 
 def _busy(times: Any) -> tuple[float, float]:
-    """Seconds of all cores that were used, and that were stolen."""
+    """Return seconds of all cores: used, and taken by the host."""
     used = sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
     return used, float(getattr(times, "steal", 0.0))

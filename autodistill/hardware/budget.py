@@ -1,4 +1,4 @@
-"""The limits of a student on a device: memory, and latency where it is limited."""
+"""The limits of a deployed student: memory, and on a device optionally latency."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class Budget:
         check_streams(self.batch, "--batch")
 
     def describe(self) -> str:
-        """Its memory in words, like "16.0 GB at context 2048, batch 1"."""
+        """Return the memory limit in words, like "16.0 GB at context 2048, batch 1"."""
         memory = "no limit of memory" if self.memory_bytes >= NO_LIMIT else format_bytes(self.memory_bytes)
         return f"{memory} at context {self.context}, batch {self.batch}"
 
     def to_json(self) -> dict[str, Any]:
-        """The budget as plain data."""
+        """Return the budget as plain data."""
         return {"memory_bytes": self.memory_bytes, "context": self.context, "batch": self.batch}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceBudget(Budget):
-    """A budget on a device, whose limits of latency are held to it.
+    """A budget on a device, to which its latency limits apply.
 
     A limit at several streams wants the memory of as many: `batch` is raised to the most that one has.
 
@@ -70,30 +70,30 @@ class DeviceBudget(Budget):
         object.__setattr__(self, "batch", max([self.batch, *(limit.streams for limit in self.latency)]))
 
     def describe(self) -> str:
-        """All limits in words."""
+        """Return all limits in words."""
         limits = (limit.describe() for limit in self.latency)
         return ", ".join([f"{super().describe()}, on {self.device.name}", *limits])
 
     def to_json(self) -> dict[str, Any]:
-        """The budget as plain data."""
+        """Return the budget as plain data."""
         limits = [asdict(limit) for limit in self.latency]
         return super().to_json() | {"device": self.device.to_json(), "latency": limits}
 
 
 def on_gpu(budget: Budget) -> bool:
-    """Whether its memory is that of a discrete GPU, and not that of a process."""
+    """Return whether the budget's memory is that of a discrete GPU, rather than that of a process."""
     return isinstance(budget, DeviceBudget) and budget.device.discrete
 
 
 def served(deployments: Iterable[Deployment], budget: Budget) -> tuple[Deployment, ...]:
-    """Those deployments whose runtime the budget's device has; all where it names no device."""
+    """Return the deployments whose runtime the budget's device has; all of them if no device is named."""
     if not isinstance(budget, DeviceBudget):
         return tuple(deployments)
     return tuple(one for one in deployments if not budget.device.lacks(one.runtime))
 
 
 def memory_on(device: Device, asked: int | None) -> int:
-    """Bytes that a student may take on a device: what is asked for, or else what is usable of its memory.
+    """Return the bytes that a student may take on a device: the requested ones, or the usable part of its memory.
 
     Raises:
         InputError: The device has less than is asked for.
@@ -107,7 +107,7 @@ def memory_on(device: Device, asked: int | None) -> int:
 
 
 def completed(budget: Budget, before: Budget, *, memory: bool, batch: bool, device: bool) -> Budget:
-    """A budget with what nobody asked for as a run stored it.
+    """Fill the values that nobody requested from the budget that a run stored.
 
     Args:
         budget: As it is asked for now; its context is another's business.
@@ -131,7 +131,7 @@ def completed(budget: Budget, before: Budget, *, memory: bool, batch: bool, devi
 
 
 def with_device_of(budget: Budget, before: Budget, *, by_default: bool = False) -> Budget:
-    """A budget on a stored one's device, with the figures that it had, where it is on the same.
+    """Return a budget with the stored figures of its device, if the stored budget is for the same device.
 
     A device is another as soon as it is measured again, and what a run has predicted must compare with what it will.
 
@@ -150,7 +150,7 @@ def with_device_of(budget: Budget, before: Budget, *, by_default: bool = False) 
 
 
 def limits_as(budget: Budget, before: Budget) -> Budget:
-    """A budget as far as it can differ from one that names no device: such a one limits memory alone.
+    """Return the limits of a budget for comparison with one that names no device, which limits memory only.
 
     Runs that were stored before there were limits of latency name none, whatever device they took the memory of.
     """
@@ -160,7 +160,7 @@ def limits_as(budget: Budget, before: Budget) -> Budget:
 
 
 def read_budget(data: Mapping[str, Any]) -> Budget:
-    """Reads what `to_json` of either budget wrote; a field that was not there then limits nothing.
+    """Read what `to_json` of either budget wrote; a field that did not exist then limits nothing.
 
     Raises:
         InputError: Not that.
@@ -180,7 +180,7 @@ MOST_STREAMS = 999_999
 
 
 def check_streams(count: int, name: str) -> int:
-    """A number of sequences decoded at once, as it was given.
+    """Check a number of sequences decoded at once, and return it.
 
     Args:
         count: Of sequences.
@@ -197,7 +197,7 @@ def check_streams(count: int, name: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyLimit:
-    """One limit of latency.
+    """One latency limit.
 
     Attributes:
         quantity: "tpot", time of a token after the first, or "ttft", time to the first one.
@@ -216,15 +216,15 @@ class LatencyLimit:
 
     @property
     def name(self) -> str:
-        """What is limited, like "tpot_p95@streams=1"."""
+        """Name of the limited figure, like "tpot_p95@streams=1"."""
         return f"{self.quantity}_p{self.percentile}@streams={self.streams}"
 
     def describe(self) -> str:
-        """As it would be typed, like "tpot_p95=50.0ms@streams=1"."""
+        """Return the limit as one would type it, like "tpot_p95=50.0ms@streams=1"."""
         return f"{self.quantity}_p{self.percentile}={format_duration(self.seconds)}@streams={self.streams}"
 
     def typed(self) -> str:
-        """The same with a limit that is no shorter, by a tenth at most, in whole units: "tpot_p95=19ms@streams=1"."""
+        """Return the limit in whole units, rounded up by at most a tenth: "tpot_p95=19ms@streams=1"."""
         exact = Fraction(self.seconds)
         unit = next((unit for unit in ("s", "ms") if exact >= 10 * _SECONDS[unit]), "us")
         return f"{self.quantity}_p{self.percentile}={-(-exact // _SECONDS[unit])}{unit}@streams={self.streams}"
@@ -245,7 +245,7 @@ _STREAMS = re.compile(rf"\s*streams\s*=\s*([1-9]\d{{0,{len(str(MOST_STREAMS)) - 
 
 
 def parse_latency(text: str, streams: int = 1) -> tuple[LatencyLimit, ...]:
-    """Reads limits of latency: "50ms" is the 95th percentile of a token after the first.
+    """Read latency limits: "50ms" alone is the 95th percentile of the time per token after the first.
 
     Args:
         text: A duration, or quantities with their limits, and perhaps "@streams=N" at the end.
@@ -260,14 +260,14 @@ def parse_latency(text: str, streams: int = 1) -> tuple[LatencyLimit, ...]:
     if at:
         found = _STREAMS.match(load)
         if found is None:
-            raise InputError(f"{text!r} is no limit of latency: after @ comes streams=N; write {_LATENCY}")
+            raise InputError(f"{text!r} is not a latency limit: after @ comes streams=N; write {_LATENCY}")
         streams = int(found[1])
     parsed = []
     for part in limits.split(","):
         named = _LIMIT.match(part)
         if named is None and "=" in part:
             raise InputError(
-                f"{text!r} is no limit of latency: ttft and tpot have percentiles 1 to 99; write {_LATENCY}"
+                f"{text!r} is not a latency limit: ttft and tpot have percentiles 1 to 99; write {_LATENCY}"
             )
         quantity, percentile, duration = named.groups() if named else ("tpot", None, part)
         if _MINUTES.fullmatch(duration):
@@ -285,7 +285,7 @@ def parse_latency(text: str, streams: int = 1) -> tuple[LatencyLimit, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """What an hour costs: of a GPU where a search uses any, else of the machine.
+    """The price of an hour: of a GPU if a search uses any, else of the machine.
 
     Attributes:
         amount: Of money.
@@ -296,7 +296,7 @@ class Price:
     currency: str = ""
 
     def of(self, hours: float) -> str:
-        """The cost of so many hours, like "1.25 EUR" or "$1.25"."""
+        """Return the cost of a number of hours, like "1.25 EUR" or "$1.25"."""
         cost = f"{self.amount * hours:,.2f}"
         if not self.currency:
             return cost
@@ -307,17 +307,17 @@ _PRICE = re.compile(r"\s*([$€£¥]?)\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]{3})?\
 
 
 def parse_price(text: str) -> Price:
-    """Reads a price an hour, like "2.5/h", "$2.5/h" or "2.5 EUR/h".
+    """Read a price per hour, like "2.5/h", "$2.5/h" or "2.5 EUR/h".
 
     Raises:
         InputError: Another form, two currencies, or an amount that is not above zero.
     """
     match = _PRICE.match(text)
     if match is None or (match[1] and match[3]):
-        raise InputError(f"{text!r} is no price: write an amount an hour, like 2.5/h, $2.5/h or 2.5 EUR/h")
+        raise InputError(f"{text!r} is not a price: write an amount an hour, like 2.5/h, $2.5/h or 2.5 EUR/h")
     amount = float(match[2])
     if not 0 < amount < 10**9:
-        raise InputError(f"{text!r} is no price: the amount must be above zero, like 2.5/h")
+        raise InputError(f"{text!r} is not a price: the amount must be above zero, like 2.5/h")
     return Price(amount=amount, currency=match[1] or (match[3] or "").upper())
 
 

@@ -1,4 +1,4 @@
-"""Files that describe devices: the built-in `hardware.yaml` and a person's own; plain data become a device again."""
+"""Files that describe devices: the built-in `hardware.yaml` and users' own files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.hardware.device import LOCAL, PRECISIONS, Device, DeviceClass, Range, Shares
+from autodistill.hardware.device import LOCAL, PRECISIONS, Band, Device, DeviceClass, Shares
 from autodistill.hardware.names import asks_for_a_kind, is_amount, joined, size_in_name
 from autodistill.units import parse_bytes
 from autodistill.utils.yaml_files import read_yaml
@@ -31,7 +31,7 @@ _TERA_RATES = (1e-4, 1e5)
 
 
 def devices(*files: Path) -> tuple[Device, ...]:
-    """The devices of a person's own files, then the built-in ones; one of these gives way to an own one of its name.
+    """Return the devices of a user's files, then the built-in ones without those that have the same name.
 
     Args:
         files: Further files of the same form; `~/.config/autodistill/devices.yaml` is read as well where it exists.
@@ -53,7 +53,7 @@ def devices(*files: Path) -> tuple[Device, ...]:
 
 
 def own_first(own: Sequence[Device], others: Iterable[Device]) -> tuple[Device, ...]:
-    """Some devices, then others; one of these that has the name of an own one gives way, and leaves it its aliases."""
+    """Return own devices, then the others; a device with the name of an own one is dropped, and leaves its aliases."""
     owners = {joined(name): place for place, device in enumerate(own) for name in device.names}
     aliases = [list(device.aliases) for device in own]
     left = []
@@ -68,18 +68,18 @@ def own_first(own: Sequence[Device], others: Iterable[Device]) -> tuple[Device, 
 
 @cache
 def listed() -> tuple[Device, ...]:
-    """The built-in devices."""
+    """Return the built-in devices."""
     return read_devices(BUILT_IN)
 
 
 @cache
 def device_classes() -> Mapping[str, DeviceClass]:
-    """The classes by name."""
+    """Return the device classes by name."""
     return _classes(read_yaml(BUILT_IN)["classes"])
 
 
 def device_from_json(data: Mapping[str, Any]) -> Device:
-    """Reads what `Device.to_json` wrote."""
+    """Read what `Device.to_json` wrote."""
     same = ("name", "memory_bytes", "usable_bytes", "sources", "measured")
     kind = device_classes()[data["class"]]
     return Device(
@@ -93,7 +93,7 @@ def device_from_json(data: Mapping[str, Any]) -> Device:
 
 
 def read_devices(path: Path) -> tuple[Device, ...]:
-    """Reads a file of devices, of the form of the built-in `hardware.yaml`.
+    """Read a file of devices, in the format of the built-in `hardware.yaml`.
 
     Its `devices` map names to `class`, `memory` ("24GiB"), `bandwidth` (of a second, "1008GB") and `rates` (tera
     operations a second by precision), and optionally `aliases`, `runtimes`, `usable`, `source` and `sources`. Where
@@ -139,11 +139,11 @@ def _classes(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, DeviceClass]
 
 
 def _shares(entry: Mapping[str, Any]) -> Shares:
-    def ranged(values: list[float], unit: float = 1.0) -> Range:
+    def ranged(values: list[float], unit: float = 1.0) -> Band:
         low, typical, high = (unit * value for value in values)
-        return Range(low=low, typical=typical, high=high)
+        return Band(low=low, typical=typical, high=high)
 
-    def perhaps(name: str) -> Range | None:
+    def perhaps(name: str) -> Band | None:
         return ranged(entry[name]) if name in entry else None
 
     layer = entry["layer_us"]
@@ -169,7 +169,7 @@ def _shares(entry: Mapping[str, Any]) -> Shares:
 
 
 def _speed_of(runtime: str, kind: str, speeds: Mapping[str, Mapping[str, Shares]]) -> Shares:
-    """What a runtime reaches on a class; where nothing was measured, what llama.cpp does, with a wide band.
+    """Return what a runtime reaches on a class; if it was not measured, llama.cpp's values with a wide band.
 
     transformers launches each operation of a layer from Python, which takes the host about as long whatever computes.
     """
@@ -198,7 +198,7 @@ def _texts(data: Any, path: Path) -> dict[str, str]:
 
 
 def _sizes(name: Any, entry: Any, path: Path) -> list[tuple[Any, Any]]:
-    """The devices of an entry, each with one amount of memory, by name."""
+    """Return the devices of an entry by name, each with one amount of memory."""
     amounts = entry.get("memory") if isinstance(entry, Mapping) else None
     if not isinstance(amounts, list) or not isinstance(name, str):
         return [(name, entry)]

@@ -1,4 +1,4 @@
-"""What a device is that a student may be served on: its class, its figures, and what runtimes reach of these."""
+"""Devices that can serve a student: their class, their figures, and the share of these that runtimes reach."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ONE_CHIP = ("unified", "board", "phone")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Range:
+class Band:
     """A low, typical and high value."""
 
     low: float
@@ -27,35 +27,34 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """What a runtime reaches of a device's bandwidth and rates, and what its layers cost beside that.
+    """The shares of a device's bandwidth and rates that a runtime reaches, and the extra cost of its layers.
 
     Attributes:
         decode: Share of the stated bandwidth that decoding reaches.
-        decode_measured: The same of a bandwidth that was measured on the device itself.
+        decode_measured: Share of a bandwidth that was measured on the device itself.
         prefill: Share of the matrix rate that reading a prompt reaches.
-        prefill_quantized: The same in llama.cpp with weights whose rows it interleaves for products of integers.
-        dequantize: Share of the matrix rate at which a decoding step multiplies by weights on a grid, which comes on
-            top of reading them; None where it is hidden behind that.
-        attention: Share of the matrix rate at which a decoding step attends; None where that is hidden too.
-        activations: Share of the bandwidth at which a prompt's activations pass between its products; None where
-            that is hidden.
-        layer_seconds: What a layer of a pass costs beside reading its bytes; the least of it is the fast end.
-        ahead: Whether layers are launched while earlier ones run, so that only what launching takes longer counts.
-        rate: The precision whose matrix rate `prefill` is a share of, where it is not the class's own; "" for that.
-        measured_alone: Whether it was found on a device whose bandwidth was measured, so that of a stated one
-            nothing is known.
-        reference: Where these come from.
-        assumed: Why they are assumed and not measured, and the band wide; "" where they were measured.
+        prefill_quantized: The same in llama.cpp, for weights whose rows it interleaves for integer products.
+        dequantize: Share of the matrix rate at which a decoding step multiplies by weights on a grid, in addition to
+            reading them; None if reading hides this cost.
+        attention: Share of the matrix rate at which a decoding step computes attention; None if this cost is hidden.
+        activations: Share of the bandwidth at which a prompt's activations pass between its products; None if this cost
+            is hidden.
+        layer_seconds: Cost of a layer in a pass beside reading its bytes; the smallest value is the fast end.
+        ahead: Whether layers are launched while earlier ones run, so that launching counts only if it takes longer.
+        rate: The precision whose matrix rate `prefill` refers to, if it is not that of the class; else "".
+        measured_alone: Whether the shares hold only for a measured bandwidth; nothing is known for a stated one.
+        reference: The source of these figures.
+        assumed: Why the shares are assumed, with a wide band; "" if they were measured.
     """
 
-    decode: Range
-    decode_measured: Range
-    prefill: Range
-    prefill_quantized: Range
-    dequantize: Range | None
-    attention: Range | None
-    activations: Range | None
-    layer_seconds: Range
+    decode: Band
+    decode_measured: Band
+    prefill: Band
+    prefill_quantized: Band
+    dequantize: Band | None
+    attention: Band | None
+    activations: Band | None
+    layer_seconds: Band
     ahead: bool
     rate: str
     measured_alone: bool
@@ -63,16 +62,16 @@ class Shares:
     assumed: str = ""
 
     def layer(self, end: str) -> float:
-        """Seconds of a layer at the slow end ("low"), the typical one or the fast one ("high") of the band."""
+        """Return the seconds of a layer at one end of the band: slow ("low"), typical, or fast ("high")."""
         cost = self.layer_seconds
         return {"low": cost.high, "typical": cost.typical, "high": cost.low}[end]
 
     def assumed_since(self, why: str) -> Shares:
-        """The same where nothing like it was measured: the slow end twice as slow, the fast one faster by a quarter."""
+        """Return the shares as assumed: the slow end is twice as slow, the fast end a quarter faster."""
         return _assumed(self, why)
 
     def unlike(self, device: Device) -> str:
-        """In what a device differs from those that the shares were found on, or nothing."""
+        """Return how a device differs from those on which the shares were measured, or ""."""
         if self.rate and self.rate not in device.rates:
             return f"it was measured where processors compute in {self.rate}"
         if self.measured_alone and not device.measured:
@@ -82,7 +81,7 @@ class Shares:
 
 @cache
 def _assumed(shares: Shares, why: str) -> Shares:
-    def wide(share: Range) -> Range:
+    def wide(share: Band) -> Band:
         # No more than all of it, unless that was reached.
         return replace(share, low=0.5 * share.low, high=max(share.high, min(1.0, 1.25 * share.high)))
 
@@ -99,15 +98,15 @@ def _assumed(shares: Shares, why: str) -> Shares:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceClass:
-    """What devices of a kind have in common.
+    """The properties that devices of one kind share.
 
     Attributes:
         name: "discrete-gpu", "unified", "board", "phone" or "cpu".
-        runtimes: The engines that serve a student there.
-        share, reserve_bytes: What is usable of the memory: the share of it, less the reserve.
-        small_bytes, small_share: Up to so much memory the share is another one; 0 where it is the same.
-        speeds: What each engine reaches, by name; assumed where nothing was measured of it on this one.
-        reference: Where the usable memory comes from.
+        runtimes: The runtimes that serve a student on it.
+        share, reserve_bytes: The usable memory: this share of it, less the reserve.
+        small_bytes, small_share: Another share for at most this much memory; 0 if there is none.
+        speeds: What each runtime reaches, by name; assumed if it was not measured on this class.
+        reference: The source of the usable memory.
     """
 
     name: str
@@ -120,7 +119,7 @@ class DeviceClass:
     reference: str
 
     def share_of(self, memory_bytes: int) -> float:
-        """The share of so much memory that is usable."""
+        """Return the usable share of an amount of memory."""
         return self.small_share if memory_bytes <= self.small_bytes else self.share
 
 
@@ -129,15 +128,15 @@ class Device:
     """One device.
 
     Attributes:
-        name: As its maker or its driver calls it.
+        name: The name that its maker or its driver gives it.
         aliases: Other names.
         kind: Its class.
-        memory_bytes, usable_bytes: All of its memory, and what is left for a model.
-        bandwidth: Bytes a second.
-        rates: Dense operations a second, a multiply-add being two, by precision: some of `PRECISIONS`.
-        sources: Where each figure comes from: of "memory", "usable", "bandwidth" and "rates".
-        measured: Whether bandwidth and rates were measured on it and not stated by its maker.
-        own_runtimes: The engines that serve a student on it, where they are not those of its class.
+        memory_bytes, usable_bytes: All of its memory, and the part that a model can use.
+        bandwidth: Bytes per second.
+        rates: Dense operations per second by precision (some of `PRECISIONS`); a multiply-add counts as two.
+        sources: The source of each figure: "memory", "usable", "bandwidth" and "rates".
+        measured: Whether bandwidth and rates were measured on it, and not stated by its maker.
+        own_runtimes: The runtimes that serve a student on it, if they are not those of its class.
     """
 
     name: str
@@ -153,33 +152,33 @@ class Device:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that it is called: its name first, then the others."""
+        """All names of the device: its main name first, then its aliases."""
         return (self.name, *self.aliases)
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """The engines that serve a student on it."""
+        """The runtimes that can serve a student on it."""
         return self.own_runtimes or self.kind.runtimes
 
     @property
     def discrete(self) -> bool:
-        """Whether it has memory of its own, beside the machine's."""
+        """Whether it has its own memory, beside the machine's."""
         return self.kind.name == DISCRETE
 
     def lacks(self, runtime: str) -> str:
-        """Why a student of this engine is none for the device, or nothing where it has the engine."""
+        """Return why the device cannot serve with this runtime, or "" if it can."""
         if runtime in self.runtimes:
             return ""
         return f"{self.name} serves students with {' or '.join(self.runtimes)}, not {runtime}"
 
     def shares(self, runtime: str) -> Shares:
-        """What a runtime reaches here: assumed, with a wide band, where it was measured on nothing like this device."""
+        """Return what a runtime reaches on this device: assumed, with a wide band, if nothing similar was measured."""
         found = self.kind.speeds[runtime]
         why = "" if found.assumed else found.unlike(self)
         return found.assumed_since(f"of {runtime} nothing was measured on such a device: {why}") if why else found
 
     def rate(self, *precisions: str) -> float:
-        """Operations a second in the first of these precisions that it has, else in the fastest that is no 8 bits."""
+        """Return operations per second in the first of these precisions it has, else the fastest above 8 bits."""
         for precision in precisions:
             if precision in self.rates:
                 return self.rates[precision]
@@ -187,7 +186,7 @@ class Device:
         return max(wide or self.rates.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The device as plain data."""
+        """Return the device as plain data."""
         return {
             "name": self.name,
             "aliases": list(self.aliases),

@@ -1,4 +1,4 @@
-"""This machine as a device: its memory bandwidth and matrix rate are measured once, and kept if it was quiet."""
+"""This machine as a device: its bandwidth and matrix rates are measured once, and stored if it was quiet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SQUARE = {"cpu": 1024, "cuda": 8192, "mps": 4096}
 
 
 def local_device(cache: Path, machine: Machine | None = None, *, again: bool = False) -> Device:
-    """This machine: its first GPU where it has one, else its CPU.
+    """Return this machine as a device: its first GPU if it has one, else its CPU.
 
     Bandwidth is the best of several sums of a matrix of 256 MiB or products of it and a vector, the rate that of
     products of square matrices, both with all cores. Where other work shares them, both come out low: then stderr says
@@ -69,7 +69,7 @@ def local_device(cache: Path, machine: Machine | None = None, *, again: bool = F
 
 
 def known_devices(files: Sequence[Path] = (), local: Path | None = None, *, again: bool = False) -> tuple[Device, ...]:
-    """The described devices, and before them this machine where a cache is given to keep its measurement in.
+    """Return the described devices, preceded by this machine if a cache is given to store its measurement.
 
     Args:
         files: A person's own.
@@ -83,7 +83,7 @@ def known_devices(files: Sequence[Path] = (), local: Path | None = None, *, agai
 
 
 def choose_device(text: str, cache: Path, files: Sequence[Path] = ()) -> Device:
-    """The device that a person names; "local" is this machine.
+    """Return the device that a user names; "local" is this machine.
 
     Raises:
         InputError: As `find_device`.
@@ -104,7 +104,7 @@ def _identity(machine: Machine) -> tuple[str, str, int]:
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
-    """What was measured before; a damaged file is measured anew."""
+    """Return an earlier measurement; a damaged file is measured again."""
     if not path.is_file():
         return None
     try:
@@ -118,7 +118,7 @@ def _kept(path: Path) -> dict[str, Any] | None:
 
 
 def _fresh(kind: str, cpus: int, path: Path) -> dict[str, Any]:
-    """Measures now; what a busy machine gave is warned of, and kept for this process alone."""
+    """Measure now; results of a busy machine give a warning and are kept for this process only."""
     figures = _measured(kind, cpus)
     doubts = figures.pop("doubts", ())
     if not doubts:
@@ -151,7 +151,7 @@ def _measured(kind: str, cpus: int) -> dict[str, Any]:
 
 
 def _bandwidth(kind: str) -> float:
-    """Bytes a second that a matrix is read with at best."""
+    """Measure the best rate of reading a matrix, in bytes per second."""
     import torch
 
     dtype = torch.float32 if kind == "cpu" else torch.float16
@@ -163,7 +163,7 @@ def _bandwidth(kind: str) -> float:
 
 
 def _rates(kind: str) -> dict[str, float]:
-    """Operations a second of products of square matrices, in what is computed here and not emulated."""
+    """Measure products of square matrices, in operations per second, in precisions that are not emulated."""
     import torch
 
     size = _SQUARE[kind]
@@ -178,7 +178,7 @@ def _rates(kind: str) -> dict[str, float]:
 
 
 def _best(work: Callable[[], Any], kind: str) -> float:
-    """Seconds of the fastest run."""
+    """Return the seconds of the fastest run."""
     import torch
 
     def wait() -> None:

@@ -1,4 +1,4 @@
-"""A device by what a person writes for it, or by what a machine's system says."""
+"""Lookup of a device by what a user writes, or by what the operating system reports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REPORTED_MEMORY = (0.75, 1.1)
 
 
 def find_device(text: str, known: Iterable[Device]) -> Device:
-    """Looks a device up by a person's spelling: "4090", "rtx 4060 ti 16gb", "A100-80GB".
+    """Look up a device by a user's spelling: "4090", "rtx 4060 ti 16gb", "A100-80GB".
 
     Case, blanks, hyphens and makers' names do not matter, and words may be left out where one device alone has the
     others, but for those that make another product, as "Ti" does. The amount of memory may be said although a name does
@@ -47,12 +47,12 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
         raise InputError(f"{text!r} names no device: autodistill devices lists them")
     if asks_for_a_kind(text, device_classes()):
         raise InputError(
-            f"{text!r} is a kind of devices and no device: name one that autodistill devices lists, or local for this "
+            f"{text!r} is a kind of device, not a device: name one that autodistill devices lists, or local for this "
             "machine"
         )
     if is_amount(text):
         raise InputError(
-            f"{text!r} is an amount of memory and no device: give it as --budget, or name a device that autodistill "
+            f"{text!r} is an amount of memory, not a device: give it as --budget, or name a device that autodistill "
             "devices lists"
         )
     named = [(device, name) for device in known for name in device.names]
@@ -80,7 +80,7 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
 def _having(
     text: str, named: Iterable[tuple[Device, str]], *, bare_amounts: bool
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """How far the devices are that have all that is asked for, by name, and which are another product of that name."""
+    """Return the distance of each device that has all requested words, and which are another product of that name."""
     having: dict[str, tuple[int, int]] = {}
     others = []
     for device, name in named:
@@ -95,12 +95,12 @@ def _having(
 
 
 def _gigabytes(device: Device) -> range:
-    """What a person may say that its memory is: as many GB or GiB, rounded, or what lies between."""
+    """Return what a user may write for the device's memory: its GB or GiB, rounded, or values between them."""
     return range(round(device.memory_bytes / 2**30), round(device.memory_bytes / 10**9) + 1)
 
 
 def matching(text: str, known: Iterable[Device]) -> tuple[Device, ...]:
-    """The devices whose name, aliases or class have all the words that are asked for: "4090", "raspberry", "apple m3".
+    """Return the devices whose names or class contain all given words: "4090", "raspberry", "apple m3".
 
     Raises:
         InputError: None has; the message lists the near ones.
@@ -120,7 +120,7 @@ def device_of_system(
     cores: int | None = None,
     mode: str = "",
 ) -> Device | None:
-    """The device that a machine is, by what its system says; None where that is no known one, or may be several.
+    """Return the device that a machine is, from what its system reports; None if unknown or ambiguous.
 
     Args:
         name: Of its board, processor or GPU, like "Raspberry Pi 5 Model B Rev 1.0".
@@ -140,7 +140,7 @@ def device_of_system(
 
 
 def _of_memory(memory_bytes: int, known: Iterable[Device]) -> list[Device]:
-    """The devices that a system with so much memory may be: of a machine that is sold with several, the nearest."""
+    """Return the devices that a system with this memory may be; for several sizes, the nearest."""
     low, high = _REPORTED_MEMORY
     found = []
     nearest: dict[frozenset[str], tuple[float, Device]] = {}
@@ -157,7 +157,7 @@ def _of_memory(memory_bytes: int, known: Iterable[Device]) -> list[Device]:
 
 
 def is_machine(device: Device, machine: str, *, memory_bytes: int | None = None, cores: int | None = None) -> bool:
-    """Whether figures that a machine gave under its own name are the device's.
+    """Return whether measurements that a machine gave under its own name belong to the device.
 
     Where its memory is not known, those of a machine that is sold with several are of each that is as fast.
 
@@ -180,13 +180,13 @@ def is_machine(device: Device, machine: str, *, memory_bytes: int | None = None,
 
 
 def _same_but_size(one: Device, other: Device) -> bool:
-    """Whether two are one machine with more and less memory, at one speed."""
+    """Return whether two devices differ only in the size of their memory."""
     same = one.kind.name == other.kind.name and (one.bandwidth, one.rates) == (other.bandwidth, other.rates)
     return same and one.kind.name in ONE_CHIP and product_words(one.name) == product_words(other.name)
 
 
 def class_of_machine(machine: str, plain: str) -> str:
-    """The class of devices that a machine belongs to by its own name, or else a plain one.
+    """Return the device class of a machine from its own name, or a plain class.
 
     Args:
         machine: As `is_machine` takes it, "Apple GPU" included.

@@ -1,4 +1,4 @@
-"""The machine this runs on: its cores, memory and GPUs, as far as this process may use them."""
+"""The machine of this process: cores, memory and GPUs, as far as the process may use them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Gpu:
 
     @property
     def usable_bytes(self) -> int:
-        """What may be taken of its memory, as far as is known."""
+        """GPU memory that may be used, as far as is known."""
         return self.memory_bytes if self.free_bytes is None else min(self.memory_bytes, self.free_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a process may use.
+    """The resources that a process may use.
 
     Attributes:
         cpus: Cores, after affinity and a container's quota.
@@ -56,7 +56,7 @@ class Machine:
 
     @property
     def usable_bytes(self) -> int:
-        """What may be taken of its main memory, as far as is known."""
+        """Main memory that may be used, as far as is known."""
         return self.memory_bytes if self.free_bytes is None else min(self.memory_bytes, self.free_bytes)
 
     @property
@@ -66,7 +66,7 @@ class Machine:
 
 
 def detect() -> Machine:
-    """Looks at this machine; imports torch to see its GPUs."""
+    """Detect the resources of this machine; imports torch to find GPUs."""
     import torch
 
     bf16 = computes_bf16("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,12 +74,12 @@ def detect() -> Machine:
 
 
 def memory_bytes() -> int:
-    """Main memory that this process may use, after the limits of its control groups."""
+    """Return the main memory that this process may use, within the limits of its control groups."""
     return _memory(_CGROUP)
 
 
 def detect_for_training() -> Machine:
-    """As `detect`, without Apple's GPU, which has no float64: there, models run on the CPU."""
+    """Detect as `detect` does, without Apple's GPU: it has no float64, so models run on the CPU there."""
     import torch
 
     machine = detect()
@@ -87,7 +87,7 @@ def detect_for_training() -> Machine:
 
 
 def computes_bf16(kind: str) -> bool:
-    """Whether "cuda", "mps" or "cpu" here computes in bfloat16 itself.
+    """Return whether "cuda", "mps" or "cpu" computes in bfloat16 natively on this machine.
 
     A GPU older than Ampere, or a CPU without instructions for it, only emulates it, which takes longer than float32.
     """
@@ -108,7 +108,7 @@ def _cpus(cgroup: Path) -> int:
 
 
 def _groups(cgroup: Path, controller: str) -> Iterator[Path]:
-    """Folders of the control groups that this process is in, from its own up to the root, in either version.
+    """Yield the folders of this process's control groups, from its own up to the root, in either version.
 
     Each may have a limit, and all of them hold. In a container the folder of the root is often the process's own.
     """
@@ -126,7 +126,7 @@ def _groups(cgroup: Path, controller: str) -> Iterator[Path]:
 
 
 def _quota(cgroup: Path) -> float | None:
-    """Cores that the control groups grant: `cpu.max` of version 2 holds quota and period, version 1 has a file each."""
+    """Return the cores that the control groups grant; version 2 has one file for quota and period, version 1 two."""
     granted = []
     for group in _groups(cgroup, "cpu"):
         words = _read(group / "cpu.max").split()
@@ -139,7 +139,7 @@ def _quota(cgroup: Path) -> float | None:
 
 
 def _limits(cgroup: Path) -> Iterator[tuple[Path, int]]:
-    """The control groups that limit memory, and how many bytes each allows.
+    """Yield the control groups that limit memory, and the bytes that each allows.
 
     Beyond `memory.high` a group is slowed until it hardly goes on, so that it is a limit too.
     """
@@ -155,13 +155,13 @@ def _memory(cgroup: Path) -> int:
 
 
 def _free(cgroup: Path) -> int:
-    """Main memory that nobody has: of the machine, and of each limited group what its processes leave."""
+    """Return the main memory that is free: of the machine, and within each limited control group."""
     left = (limit - _taken(group) for group, limit in _limits(cgroup))
     return max(0, min(int(psutil.virtual_memory().available), *left, _NO_LIMIT))
 
 
 def _taken(group: Path) -> int:
-    """Memory of a control group's processes, without what is kept of files that nobody has read for a while."""
+    """Return the memory of a control group's processes, without file pages that were not read for a while."""
     used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
     words = _read(group / "memory.stat").split()
     kept = dict(zip(words[::2], words[1::2], strict=False))
@@ -174,14 +174,14 @@ def _read(path: Path) -> str:
 
 
 def cpu_name() -> str:
-    """The processor as its system names it."""
+    """Return the processor's name as the system gives it."""
     lines = _read(Path("/proc/cpuinfo")).splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def machine_name(machine: Machine, *, accelerated: bool | None = None) -> str:
-    """What figures measured here are said to be of: the first GPU, or the processor and its cores.
+    """Return the name under which measurements are stored: the first GPU, or the processor and its cores.
 
     Args:
         machine: As `detect` finds it.
@@ -206,7 +206,7 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def _free_of_gpu(index: int, total: int) -> int | None:
-    """What nobody has of a GPU's memory; None where its driver's library, an optional package, is not there to say.
+    """Return the free memory of a GPU, or None if the optional library of its driver is not installed.
 
     The first is asked itself, which takes a context there: it is the one that this process computes on.
     """

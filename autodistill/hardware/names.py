@@ -1,4 +1,4 @@
-"""How devices are called: the words of their names, and what people leave out of these and systems add."""
+"""Comparison of device names: their words, what people leave out of them, and what systems add."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SOCKET = re.compile(r"sxm\d")
 
 @lru_cache(maxsize=4096)  # each look-up reads all known names
 def split(text: str) -> tuple[str, ...]:
-    """The words of a name in small letters, each spelled in one way: "RTX4060Ti 16 GiB" has rtx, 4060, ti, 16gb."""
+    """Return the words of a name in lower case and one spelling: "RTX4060Ti 16 GiB" gives rtx, 4060, ti, 16gb."""
     plain = re.sub(r"[^a-z0-9+.]+", " ", text.lower())
     plain = re.sub(r"\brpi(?=\d|\b)", "pi", plain)
     # "16 gb", "16g" and "16gib" are one word, and letters part from the number that follows them where it is a model's.
@@ -45,22 +45,22 @@ def split(text: str) -> tuple[str, ...]:
 
 
 def joined(text: str) -> str:
-    """A name without blanks and hyphens, the same of all its spellings."""
+    """Return a name without blanks and hyphens, the same for all its spellings."""
     return "".join(split(text))
 
 
 def bare(text: str) -> str:
-    """As `joined`, without the words that a person leaves out."""
+    """Return the same as `joined`, without words that people leave out."""
     return "".join(word for word in split(text) if word not in _FILLERS)
 
 
 def asks_for_a_kind(text: str, classes: Iterable[str]) -> bool:
-    """Whether a text asks for no device in particular: for a class of them, by its name, or for a GPU."""
+    """Return whether a text names no particular device but a class, or just a GPU."""
     return joined(text) in ("gpu", *map(joined, classes))
 
 
 def distance(text: str, name: str, gigabytes: range, *, bare_amounts: bool) -> tuple[int, int] | None:
-    """How far a name is from what a person says; None where it lacks something of that.
+    """Return how far a name is from what a user wrote; None if the name lacks a word of it.
 
     Args:
         text: What a person says.
@@ -81,7 +81,7 @@ def distance(text: str, name: str, gigabytes: range, *, bare_amounts: bool) -> t
 
 
 def _wanted(asked: set[str], words: set[str], gigabytes: range, *, bare_amounts: bool) -> set[str]:
-    """The words that are asked of a name, without the amounts of memory that the device has though it does not say so.
+    """Return the requested words, without amounts of memory that the device has but does not have in its name.
 
     Args:
         asked, words: Of what a person says, and of the name.
@@ -103,18 +103,18 @@ def _wanted(asked: set[str], words: set[str], gigabytes: range, *, bare_amounts:
 
 
 def is_another_product(text: str, name: str) -> bool:
-    """Whether a name has a word beside what a person says that makes it another product's, as "Ti" does."""
+    """Return whether a name has an extra word that makes it another product, such as "Ti"."""
     return bool((_telling(name) - _telling(text)) & _PRODUCTS)
 
 
 def _telling(text: str) -> set[str]:
-    """The words without those that a person leaves out, unless there are no others."""
+    """Return the words without those that people leave out, unless no others remain."""
     words = split(text)
     return {word for word in words if word not in _FILLERS} or set(words)
 
 
 def is_amount(text: str) -> bool:
-    """Whether all that is said are amounts of memory, with their units, or one number too short for a model's."""
+    """Return whether a text has only amounts of memory with units, or one number too short for a model name."""
     try:
         parse_bytes(text)
     except InputError:
@@ -125,7 +125,7 @@ def is_amount(text: str) -> bool:
 
 
 def size_in_name(memory_bytes: int, thousand: int) -> str:
-    """An amount of memory as it stands in a device's name: "16GB" of 16 GiB and of 16 GB, "512MB" of half a GiB.
+    """Return an amount of memory as device names write it: "16GB" for 16 GiB and 16 GB, "512MB" for half a GiB.
 
     What a driver reports is a little less than is built in, so that 24564 MiB are "24GB" too.
 
@@ -140,23 +140,23 @@ def size_in_name(memory_bytes: int, thousand: int) -> str:
 
 
 def has_size(name: str) -> bool:
-    """Whether a name has the size of a memory."""
+    """Return whether a name contains a memory size."""
     return any(map(_SIZE.fullmatch, split(name)))
 
 
 def product_words(name: str) -> frozenset[str]:
-    """The words of a name, but for the size of its memory."""
+    """Return the words of a name without the memory size."""
     return frozenset(word for word in split(name) if not _SIZE.fullmatch(word))
 
 
 def searched_words(text: str) -> set[str]:
-    """The words by which names are searched: of a socket also that without its generation."""
+    """Return the words by which names are searched; a socket also without its generation."""
     words = set(split(text))
     return words | ({"sxm"} if any(map(_SOCKET.fullmatch, words)) else set())
 
 
 def without_system_words(name: str, mode: str = "") -> str:
-    """What a system calls its board, processor or GPU, without what it adds to the product's name.
+    """Return a system's name for its board, processor or GPU without what it adds to the product name.
 
     Args:
         name: As the system has it, like "Raspberry Pi 5 Model B Rev 1.0".
@@ -166,19 +166,19 @@ def without_system_words(name: str, mode: str = "") -> str:
 
 
 def built_cores(name: str) -> int | None:
-    """How many cores a processor has, where a system's name of it says so."""
+    """Return the number of cores of a processor, if its system name says so."""
     found = _BUILT_CORES.search(name)
     return int(found[1]) if found else None
 
 
 def name_and_cores(machine: str) -> tuple[str, int | None]:
-    """A machine's name as its system has it, and its cores where they stand behind it, as in "Apple M2, 8 cores"."""
+    """Return a machine's name, and the number of cores behind it, as in "Apple M2, 8 cores"."""
     found = re.fullmatch(r"(.*), (\d+) cores", machine)
     return (found[1], int(found[2])) if found else (machine, None)
 
 
 def class_words(machine: str) -> set[str]:
-    """The words of a machine's own name that tell its class; devices are of one whatever their socket's generation.
+    """Return the words of a machine's name that tell its class; the generation of a socket does not matter.
 
     Args:
         machine: As `name_and_cores` takes it.

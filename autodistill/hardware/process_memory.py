@@ -1,4 +1,4 @@
-"""What a system says of processes' memory: the most that one had at a time, and how many were ended for want of it."""
+"""The operating system's view of process memory: the peak of a process, and the kills for lack of memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import psutil
 
 
 def peak_memory(pid: int) -> int:
-    """Bytes of the largest resident set so far; where the system keeps none (outside of Linux), of the present one."""
+    """Return the peak resident memory so far, in bytes; outside Linux, the present resident memory."""
     status = Path(f"/proc/{pid}/status")
     if status.is_file():
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
@@ -18,14 +18,14 @@ def peak_memory(pid: int) -> int:
 
 
 def forget_peak(pid: int) -> None:
-    """Lets the peak begin anew at what is resident now, where the system can."""
+    """Reset the peak to the present resident memory, if the system can do so."""
     clear = Path(f"/proc/{pid}/clear_refs")
     if clear.is_file():
         clear.write_text("5", encoding="ascii")
 
 
 def killed_for_memory() -> int:
-    """Processes that the kernel has ended for want of memory since it started; 0 where it does not count them."""
+    """Return how many processes the kernel has killed for lack of memory since its start; 0 if it does not count."""
     counts = Path("/proc/vmstat")
     if counts.is_file():
         for line in counts.read_text(encoding="ascii", errors="replace").splitlines():

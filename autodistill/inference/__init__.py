@@ -1,1 +1,1 @@
-"""A torch model scores, samples and answers, in batches and on packed weights."""
+"""A torch model scores, samples and answers, in batches and with quantised weights."""

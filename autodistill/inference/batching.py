@@ -1,4 +1,4 @@
-"""Work on many sequences at once: passes of several, on a CPU one on each core."""
+"""Batches over many sequences: several in a pass, or on a CPU one on each core."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def map_sequences(work: Callable[[int], Result], count: int, device: str) -> Ite
 
 
 def sequences_at_once(length: int, device: str) -> int:
-    """Sequences of so many tokens that are read together: on a CPU in a pass of each thread, side by side."""
+    """Return how many sequences of this length are read together: on a CPU one pass for each thread, in parallel."""
     if device == "cpu":
         return torch.get_num_threads() * max(1, CPU_PASS_TOKENS // length)
     return max(1, PASS_TOKENS // length)
@@ -65,7 +65,7 @@ def sequences_at_once(length: int, device: str) -> int:
 def map_batches(
     work: Callable[[range], Result], count: int, take: Callable[[int, int], int], limit: int, device: str
 ) -> Iterator[Result]:
-    """Yields what `work` makes of successive batches of `count` items, in order.
+    """Yield the results of `work` for successive batches of `count` items, in order.
 
     Where an accelerator's memory runs out, the batch is made smaller, and all that follow it with it.
 
@@ -104,7 +104,7 @@ def map_batches(
 
 
 def by_length(lengths: Sequence[int]) -> Callable[[int, int], int]:
-    """What `map_batches` takes of items that are padded to the longest of their batch, the longest first."""
+    """Return the `take` function of `map_batches` for items that are padded to the longest, longest first."""
 
     def take(start: int, tokens: int) -> int:
         return min(len(lengths), start + max(1, tokens // lengths[start]))
@@ -113,7 +113,7 @@ def by_length(lengths: Sequence[int]) -> Callable[[int, int], int]:
 
 
 def pass_tokens(model: Any, device: str, most: int | None = None) -> int:
-    """Tokens of a forward pass: `CPU_PASS_TOKENS`; on an accelerator `most`, or what its memory holds.
+    """Return the tokens of a forward pass: `CPU_PASS_TOKENS`; on an accelerator `most`, or what memory allows.
 
     Counted are a layer's activations and all layers' keys and values in float32, and not what is made of logits, which
     are computed for `logit_rows` at a time.
@@ -136,5 +136,5 @@ def pass_tokens(model: Any, device: str, most: int | None = None) -> int:
 
 
 def logit_rows(vocabulary: int) -> int:
-    """Rows of logits that are worked on at once on an accelerator."""
+    """Return the number of logit rows that are processed at once on an accelerator."""
     return max(1, _LOGITS_BYTES // (4 * vocabulary))

@@ -1,4 +1,4 @@
-"""A model writes: prompts are answered in batches, greedily or by seeded sampling, with keys and values cached."""
+"""Generation: prompts are answered in batches, greedily or by seeded sampling, with a KV cache."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write(
     device: str = "cpu",
     enough: Callable[[list[int]], bool] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields the place of each prompt and the tokens written after it, prompts of like length together.
+    """Yield the place of each prompt and the tokens written after it; prompts of similar length are batched.
 
     What is drawn for a prompt depends on it and on the seed alone, not on the prompts that it is answered with.
 
@@ -85,7 +85,7 @@ def write(
     before, model.generation_config = model.generation_config, chosen
 
     def work(part: range) -> list[tuple[int, list[int] | None]]:
-        """Places and answers of some prompts, padded on the left and written together; None of logits not finite."""
+        """Return places and answers of some prompts, left-padded and written together; None for logits not finite."""
         places = order[part.start : part.stop]
         rows = [torch.tensor(prompts[place]) for place in places]
         # Where the mask hides the padding, and positions do not count it.
@@ -129,7 +129,7 @@ def write(
 
 
 def _finite_first(found: Sequence[tuple[int, list[int] | None]]) -> Iterator[tuple[int, list[int]]]:
-    """The answers of a batch; behind them it raises where one is None."""
+    """Yield the answers of a batch; after them, raise an error if one is None."""
     yield from ((place, tokens) for place, tokens in found if tokens is not None)
     broken = [place for place, tokens in found if tokens is None]
     if broken:
@@ -137,7 +137,7 @@ def _finite_first(found: Sequence[tuple[int, list[int] | None]]) -> Iterator[tup
 
 
 def _at_most(lengths: Sequence[int], tokens: int) -> Callable[[int, int], int]:
-    """What `map_batches` takes: rows up to a number, the shortest first, and up to so many padded tokens."""
+    """Return the `take` function of `map_batches` with limits of rows (shortest first) and of padded tokens."""
 
     def take(start: int, rows: int) -> int:
         stop = start + 1
@@ -149,7 +149,7 @@ def _at_most(lengths: Sequence[int], tokens: int) -> Callable[[int, int], int]:
 
 
 class _Look:
-    """Ends the rows that need no more tokens, as one of transformers' stopping criteria.
+    """Stopping criterion of transformers that ends rows which need no more tokens.
 
     Attributes:
         ends: Tokens that were written of each such row.
@@ -168,7 +168,7 @@ class _Look:
 
 
 class _Finite:
-    """Whether every token was the largest of numbers, as one of transformers' logits processors.
+    """Logits processor of transformers that records whether every chosen token had a finite logit.
 
     Looked at once, behind the last token, since an accelerator would be waited for at each.
     """
@@ -182,13 +182,13 @@ class _Finite:
         return scores
 
     def up_to(self, ends: Sequence[int]) -> list[bool]:
-        """Of each row, whether as many tokens were: behind them it is only filled up, whatever its logits are."""
+        """Return, for each row, whether its tokens up to a length were finite; later ones are only padding."""
         finite = torch.stack(self._tokens).cpu()
         return [bool(finite[:end, row].all()) for row, end in enumerate(ends)]
 
 
 class _Draw:
-    """Makes the largest score a draw from softmax(logits / temperature), by adding Gumbel noise.
+    """Logits processor that turns the largest score into a sample from softmax(logits / temperature), by Gumbel noise.
 
     The maximum of logits and such noise is distributed as their softmax (Gumbel-max; Maddison et al., arXiv
     1411.0030). Each row draws from a generator of its own.
@@ -215,14 +215,14 @@ def _seed(prompt: Tensor, seed: int) -> int:
 
 
 def at_once(device: str) -> int:
-    """Prompts that are answered together there."""
+    """Return the number of prompts that are answered together on this device."""
     return _BATCH if device == "cpu" else BATCH_ON_ACCELERATOR
 
 
 def answer(
     model: Any, questions: Questions, *, context: int, device: str = "cpu", places: Sequence[int] | None = None
 ) -> Answers:
-    """What a model writes to questions, greedily, and the marks it gets.
+    """Return what a model writes to questions, greedily, with the scores of its answers.
 
     An answer may be half as long again as the longest one expected, as far as the context has room for it. A question
     that does not fit the context with the answer expected is not asked, and counts as not answered.

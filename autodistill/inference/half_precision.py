@@ -1,4 +1,4 @@
-"""A large teacher's weights held in 16 bits, while everything that it computes is still computed in float32."""
+"""Storage of a large teacher's weights in 16 bits, while all computation stays in float32."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_held(folder: Path, held: HeldType, device: str = "cpu") -> Any:
-    """Loads a model for inference in float32, its matrices held in `held`.
+    """Load a model for inference in float32, with its matrices stored in the type `held`.
 
     A matrix is cast to float32, some rows of it at a time, whenever a product reads it, which is exact: where the
     folder has its weights in that type, logits are those of the model in float32 but for the order of sums in products
@@ -49,7 +49,7 @@ def load_held(folder: Path, held: HeldType, device: str = "cpu") -> Any:
 
 
 class _Multiples(NamedTuple):
-    """Scales, or minima less their sign, in the memory that they take in a file.
+    """Scales, or minima without their sign, in the memory that they take in a file.
 
     Attributes:
         units: float16 [out, blocks, 1].
@@ -61,13 +61,13 @@ class _Multiples(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor, grid: Grid) -> _Multiples:
-        """Those of stored values, float32 [out, groups]."""
+        """Convert stored values, float32 [out, groups]."""
         units, multipliers = on_block_grid(values, grid, torch)
         rows = len(values)
         return cls(units.half().view(rows, -1, 1), multipliers.to(torch.int8).view(rows, -1, grid.groups_per_block))
 
     def read(self, rows: slice | Tensor) -> Tensor:
-        """The values of some rows, float32 [rows, groups]."""
+        """Return the values of some rows, float32 [rows, groups]."""
         return (self.units[rows].float() * self.multipliers[rows] + 0.0).flatten(1)
 
 
@@ -76,7 +76,7 @@ _Own: TypeAlias = tuple[Tensor, Tensor | None]
 
 
 class _Deployed:
-    """How a matrix is stored in the deployment that is simulated, for all modules that are tied to it.
+    """How a matrix is stored in the simulated deployment, for all modules that are tied to it.
 
     Scales of super-blocks take several times as long to find as a product with a few tokens takes: they are searched
     for once, when a product first reads the matrix.
@@ -90,7 +90,7 @@ class _Deployed:
         self._searching = Lock()
 
     def search(self, weight: Tensor) -> None:
-        """Finds the scales of the matrix, [out, in], where they have to be searched for and are not known yet."""
+        """Search for the scales of the matrix, [out, in], if the format needs it and they are not known yet."""
         grid = self._storage
         if not isinstance(grid, Grid) or not grid.block_size or self._own is not None:
             return
@@ -104,7 +104,7 @@ class _Deployed:
                 )
 
     def values(self, rows: Tensor, which: slice | Tensor) -> Tensor:
-        """Some rows of the matrix, and which they are, in float32 as the runtime will see them."""
+        """Return some rows of the matrix, and their range, in float32 as the runtime will use them."""
         if self._own is not None:
             assert isinstance(self._storage, Grid)
             given, offsets = (None if part is None else part[which] for part in self._own)
@@ -120,25 +120,25 @@ class _Deployed:
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:
-    """Rows that are shown at once, one part after the other."""
+    """Yield ranges of rows that are expanded at once."""
     rows = max(1, _SHOWN // weight.shape[1])
     return (slice(start, start + rows) for start in range(0, len(weight), rows))
 
 
 class _Held:
-    """A module's weight in 16 bits, and the deployment that is simulated; None for the weight itself."""
+    """A module's weight in 16 bits, and the deployment that is simulated, or None."""
 
     weight: Tensor
     deployed_as: _Deployed | None = None
 
     def shown(self, rows: Tensor, which: slice | Tensor) -> Tensor:
-        """Some rows of the weight, and which they are, in float32 as the runtime will see them."""
+        """Return some rows of the weight, and their range, in float32 as the runtime will use them."""
         return rows.float() if self.deployed_as is None else self.deployed_as.values(rows, which)
 
 
 class _HeldLinear(nn.Linear, _Held):
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`, in float32, or by autocast in its own type."""
+        """Compute `nn.Linear` in float32, or under autocast in its own type."""
         weight, kind = self.weight, input.device.type
         if (
             self.deployed_as is None
@@ -158,14 +158,14 @@ class _HeldLinear(nn.Linear, _Held):
 
 class _HeldEmbedding(nn.Embedding, _Held):
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Embedding`, in float32: of the rows that are read alone, since groups never cross a row."""
+        """Compute `nn.Embedding` in float32; only the needed rows are expanded, since groups never cross a row."""
         rows = super().forward(input)
         # A table is large: its scales are searched for row by row, but where a head is tied to it and has found them.
         return self.shown(rows.flatten(0, -2), input.flatten()).view_as(rows)
 
 
 def _widen(module: nn.Module) -> None:
-    """Makes float32 of what a module holds but for matrices that are shown when they are read."""
+    """Convert everything that a module holds to float32, except matrices that are expanded when they are read."""
     held = isinstance(module, _Held)
     for name, parameter in module.named_parameters(recurse=False):
         if not (held and name == "weight"):
@@ -177,7 +177,7 @@ def _widen(module: nn.Module) -> None:
 
 
 def is_held(model: Any) -> bool:
-    """Whether a model's matrices are held in 16 bits."""
+    """Return whether a model's matrices are stored in 16 bits."""
     return any(isinstance(module, _Held) for module in model.modules())
 
 
@@ -193,7 +193,7 @@ def _own_of(scales: Scales | None, weight: Tensor) -> _Own | None:
 def held_as_deployed(
     model: Any, storages: Mapping[str, Storage], scales: Mapping[str, Scales] | None = None
 ) -> Iterator[None]:
-    """Within the context a held model computes with the values that a runtime will see, and keeps its own in 16 bits.
+    """Let a 16-bit model compute with the values that a runtime will use, within the context; its weights stay.
 
     Args:
         model: Of `load_held`.

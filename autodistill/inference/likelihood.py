@@ -1,4 +1,4 @@
-"""How likely a model holds continuations of prompts, and the tokens of long texts in strided windows."""
+"""Log-likelihoods of continuations of prompts, and of the tokens of long texts in strided windows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Tokens = Sequence[int]
 def continuations(
     model: Any, pairs: Sequence[tuple[Tokens, Tokens]], *, batch_tokens: int | None = None, device: str = "cpu"
 ) -> list[Likelihood]:
-    """The log-likelihood of each continuation after its prompt, in float32.
+    """Return the log-likelihood of each continuation after its prompt, in float32.
 
     A prompt runs once, however many continuations it has, which then see its keys and values. Prompts of equal length
     run together, so that none is padded; continuations are padded behind their ends, which nothing sees.
@@ -56,8 +56,8 @@ def continuations(
 
 
 def _of_equal_length(prompts: Sequence[Tokens], sizes: Sequence[Sequence[int]]) -> Callable[[int, int], int]:
-    """What `map_batches` takes: prompts of equal length, so many that neither they nor their padded continuations have
-    more tokens than they may; one at least.
+    """Return the `take` function of `map_batches` for prompts of equal length, with limits on their tokens and on those
+    of the padded continuations; at least one prompt.
 
     Args:
         prompts: The longest first.
@@ -65,7 +65,7 @@ def _of_equal_length(prompts: Sequence[Tokens], sizes: Sequence[Sequence[int]]) 
     """
 
     def take(start: int, tokens: int) -> int:
-        """Where the batch that begins with a prompt ends: at one of another length, at the latest."""
+        """Return where the batch that begins with a prompt ends: at the latest before a prompt of another length."""
         rows = widest = 0
         for place in range(start, len(prompts)):
             rows, widest = rows + len(sizes[place]), max(widest, *sizes[place])
@@ -110,8 +110,8 @@ def _likelihoods(
 
 
 def _by_rows(model: Any, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits, float32 [rows, vocab], of last states [rows, width] and their true tokens: on an accelerator some rows at
-    a time.
+    """Yield logits, float32 [rows, vocab], of states [rows, width] with their true tokens; in parts on an
+    accelerator.
     """
     head = model.get_output_embeddings()
     at_once = max(1, len(hidden)) if hidden.device.type == "cpu" else logit_rows(head.weight.shape[0])
@@ -128,7 +128,7 @@ def rolling(
     begin: int | None = None,
     device: str = "cpu",
 ) -> list[npt.NDArray[np.float64]]:
-    """The negative log-likelihood in nats of every token of each text but its first.
+    """Return the negative log-likelihood in nats of every token of each text except its first.
 
     Windows of `window` tokens begin every `stride` tokens; each predicts the tokens that no window before it did, so
     that all but the first have at least `window - stride` tokens of context (Hugging Face's "Perplexity of fixed-length
@@ -159,7 +159,7 @@ def rolling(
     lengths = [len(begun) + pieces[piece][2] - pieces[piece][1] for piece in order]
 
     def work(batch: range) -> list[Tensor]:
-        """Negative log-likelihoods in nats, float64 [counted], of the tokens that each of some windows counts."""
+        """Return negative log-likelihoods in nats, float64 [counted], of the tokens that some windows count."""
         chosen = [pieces[order[index]] for index in batch]
         rows = [torch.tensor([*begun, *texts[place][start:end]]) for place, start, end, _ in chosen]
         # Nothing predicts a window's first token.
@@ -187,7 +187,7 @@ def rolling(
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Start, end and number of new tokens of each window over a text of `length` tokens."""
+    """Yield start, end and number of new tokens of each window over a text of `length` tokens."""
     reached = 0
     for start in range(0, length, stride):
         end = min(start + window, length)

@@ -1,4 +1,4 @@
-"""What models say, as plain arrays: scores of tokens, the teacher's reference, answers and likelihoods."""
+"""Model outputs as plain arrays: token scores, the teacher's reference, answers and likelihoods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autodistill.utils.durable import put
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores:
-    """What one forward pass over a split says of every predicted token.
+    """The result of one forward pass over a split, for every predicted token.
 
     Attributes:
         nll: float64 [n], negative log-likelihood of the true token in nats.
@@ -41,7 +41,7 @@ class TokenScores:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TeacherReference:
-    """What a validation pass keeps of the teacher, for each predicted token.
+    """The stored part of the teacher's validation pass, for each predicted token.
 
     Attributes:
         top1: int32 [n], its most likely token.
@@ -54,17 +54,17 @@ class TeacherReference:
     log_probs: npt.NDArray[np.float32]
 
     def head(self, count: int) -> TeacherReference:
-        """That of the first `count` predicted tokens."""
+        """Return the reference of the first `count` predicted tokens."""
         return self.part(0, count)
 
     def part(self, start: int, stop: int) -> TeacherReference:
-        """That of some predicted tokens."""
+        """Return the reference of some predicted tokens."""
         return TeacherReference(
             top1=self.top1[start:stop], tokens=self.tokens[start:stop], log_probs=self.log_probs[start:stop]
         )
 
     def renamed(self, first: int, second: int) -> TeacherReference:
-        """With two tokens in each other's place."""
+        """Return the reference with two token ids exchanged."""
         top1, tokens = (
             np.where(ids == first, second, np.where(ids == second, first, ids)).astype(np.int32)
             for ids in (self.top1, self.tokens)
@@ -72,7 +72,7 @@ class TeacherReference:
         return TeacherReference(top1=top1, tokens=tokens, log_probs=self.log_probs)
 
     def save(self, path: Path) -> None:
-        """Writes plain arrays, whole or not at all."""
+        """Write plain arrays, completely or not at all."""
         partial = path.with_name(f".{path.name}.partial")
         try:
             with partial.open("wb") as file:
@@ -83,7 +83,7 @@ class TeacherReference:
 
     @classmethod
     def load(cls, path: Path) -> TeacherReference:
-        """Reads what `save` wrote; no pickle."""
+        """Read what `save` wrote, without pickles."""
         with np.load(path, allow_pickle=False) as found:
             return cls(top1=found["top1"], tokens=found["tokens"], log_probs=found["log_probs"])
 
@@ -106,7 +106,7 @@ class Answers:
 
 
 class Likelihood(NamedTuple):
-    """How likely a continuation is: its log-likelihood in nats, its tokens, and whether greedy decoding writes it."""
+    """The log-likelihood of a continuation in nats, its tokens, and whether greedy decoding writes it."""
 
     log_likelihood: float
     tokens: int

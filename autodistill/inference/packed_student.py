@@ -1,4 +1,4 @@
-"""A student whose packed weights lie in torch, asked in text: likelihoods, long texts, answers, a folder of it."""
+"""A student with its quantised weights in torch that answers in text: likelihoods, long texts, answers, a folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from autodistill.inference.outputs import Likelihood
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedStudent:
-    """What `evaluation.base.SimulatedStudent` promises, of a model that holds packed weights for the time being.
+    """The implementation of `evaluation.base.SimulatedStudent` for a model that holds quantised weights for now.
 
     What its tokenizer begins every text with begins every prompt and window, also where the context is too short for
     all of it: without, models that learnt it so write nonsense.
@@ -55,7 +55,7 @@ class PackedStudent:
         return Renderer(self.tokenizer)
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
-        """Of each (prompt, continuation).
+        """Return the likelihood of each (prompt, continuation).
 
         Both are tokenised as one text, of which the prompt's own tokens are the beginning; spaces at the prompt's end
         go to the continuation. What is longer than the context loses the beginning of its prompt. An empty prompt is
@@ -83,7 +83,7 @@ class PackedStudent:
         return found
 
     def rolling(self, texts: Sequence[str], window: int, stride: int) -> list[npt.NDArray[np.float64]]:
-        """Negative log-likelihoods in strided windows; see `likelihood.rolling`."""
+        """Return negative log-likelihoods in strided windows; see `likelihood.rolling`."""
         begun = self._begun
         tokens = [ids[len(begun) :] for ids in self._encode(texts)]
         begin = begun[0] if begun else None
@@ -93,13 +93,13 @@ class PackedStudent:
         return found
 
     def chats(self, prompts: Sequence[str]) -> list[str]:
-        """Each prompt as a user's turn in the chat template, up to where the content of an answer begins in training;
-        without one, a line of its own.
+        """Return each prompt as a user's turn in the chat template, up to where the answer's content begins in
+        training; without a template, as a line of its own.
         """
         return [self._renderer.question([Turn("user", prompt)]) for prompt in prompts]
 
     def write(self, prompts: Sequence[str], *, max_tokens: int, stops: Sequence[str] = ()) -> list[str]:
-        """What it writes, greedily, after each prompt, up to the first stop.
+        """Return what it writes, greedily, after each prompt, up to the first stop.
 
         Writing ends with the first token that has a stop in its text, and a few tokens behind a stop that is made of
         several.
@@ -129,11 +129,11 @@ class PackedStudent:
         return [answers[place] for place in range(len(prompts))]
 
     def save(self, folder: Path) -> None:
-        """Writes the packed weights, dequantised, as a folder that transformers loads."""
+        """Write the quantised weights, dequantised, as a folder that transformers loads."""
         self.saver(folder)
 
     def examples(self) -> list[dict[str, Any]]:
-        """Questions with `prompt` and `answer`, or where the data have none, sequences with `text` and `tokens`."""
+        """Return questions with `prompt` and `answer`, or sequences with `text` and `tokens` if there are none."""
         questions = self.data.questions
         if questions is not None:
             return [
@@ -147,7 +147,7 @@ class PackedStudent:
         ]
 
     def _enough(self, stops: Sequence[str]) -> Callable[[list[int]], bool]:
-        """Whether tokens hold a stop at which the answer will be cut, whatever follows."""
+        """Return whether tokens contain a stop at which the answer will be cut, whatever follows."""
         # A token with text has a byte of it at least; one more, for what a decoder strips from the first.
         reach = max(len(stop.encode()) for stop in stops) + LOOKED + 1
 
@@ -160,7 +160,7 @@ class PackedStudent:
         return enough
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids, begun as the tokenizer begins texts; a chat template may have done so already."""
+        """Return token ids, beginning as the tokenizer begins texts, unless a chat template did so already."""
         if not texts:
             return []
         rows: list[list[int]] = self._tokenizer(
@@ -170,7 +170,7 @@ class PackedStudent:
         return [row if row[: len(begun)] == begun else [*begun, *row] for row in rows]
 
     def _shortened(self, tokens: list[int], room: int) -> list[int]:
-        """The last of a text's tokens, as many as there is room for, after what begins it."""
+        """Return the last tokens of a text, as many as fit after those that begin it."""
         begun, kept = self._begun, room - len(self._begun)
         return [*begun, *tokens[len(begun) :][-kept:]] if kept else begun
 
@@ -179,7 +179,7 @@ class PackedStudent:
 
     @cached_property
     def _begun(self) -> list[int]:
-        """What the tokenizer begins every text with: a token or none."""
+        """Return the tokens with which the tokenizer begins every text: one or none."""
         begin = beginning(self._tokenizer)
         return [] if begin is None else [begin]
 
@@ -201,7 +201,7 @@ def _tokenizer_of(folder: Path) -> Any:
 
 
 def _settled(text: str, stops: Sequence[str]) -> bool:
-    """Whether a text has a stop, and no other one has begun before it that may still be completed."""
+    """Return whether a text contains a stop, and no other stop that began earlier can still be completed."""
     cut = min((text.find(stop) for stop in stops if stop in text), default=-1)
     whole = text.rstrip("\ufffd")  # the last character's bytes may not all be there
     begun = (whole[start:] for start in range(max(0, len(whole) - max(map(len, stops))), min(cut, len(whole))))
@@ -210,7 +210,7 @@ def _settled(text: str, stops: Sequence[str]) -> bool:
 
 @lru_cache(maxsize=16)
 def _holding(folder: Path, stops: tuple[str, ...]) -> tuple[int, ...]:
-    """Tokens whose text has one of the stops in it."""
+    """Return the tokens whose text contains one of the stops."""
     if not stops:
         return ()
     tokenizer = _tokenizer_of(folder)

@@ -1,4 +1,4 @@
-"""One forward pass of a model over held-out sequences: what it says of every predicted token."""
+"""One forward pass of a model over held-out sequences, scored at every predicted token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CHUNK_ROWS = 128
 def score(
     model: Any, data: TokenSet, reference: TeacherReference | None = None, *, device: str = "cpu"
 ) -> tuple[TokenScores, npt.NDArray[np.int32]]:
-    """Scores a model in float32.
+    """Score a model in float32.
 
     Args:
         model: Causal language model in float32 on `device`.
@@ -43,7 +43,7 @@ def score(
 
 
 def joined(parts: Sequence[TokenScores]) -> TokenScores:
-    """The scores of successive sequences as those of all of them."""
+    """Return the scores of successive sequences as one."""
 
     def column(name: str) -> Any:
         found = [getattr(part, name) for part in parts]
@@ -53,8 +53,8 @@ def joined(parts: Sequence[TokenScores]) -> TokenScores:
     return replace(parts[-1], **{name: column(name) for name in columns})
 
 
-def refer(model: Any, data: TokenSet, *, device: str = "cpu") -> tuple[TokenScores, TeacherReference]:
-    """Scores a teacher, and keeps of it what students are held to.
+def score_teacher(model: Any, data: TokenSet, *, device: str = "cpu") -> tuple[TokenScores, TeacherReference]:
+    """Score a teacher, and keep the reference that students are compared with.
 
     Args:
         model, data, device: As for `score`.
@@ -75,10 +75,12 @@ def _score(
     device: str,
     keep: Callable[[Tensor, Tensor, slice], list[Tensor]],
 ) -> tuple[TokenScores, list[npt.NDArray[Any]]]:
-    """The scores, the most likely tokens, and what `keep` takes of logits [rows, vocab] and their logsumexp [rows]."""
+    """Return scores, most likely tokens, and what `keep` takes of logits [rows, vocab] and their logsumexp [rows]."""
 
     def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
-        """Of each row: nats of its label, likeliest token, its probability, divergence in nats, and what is kept."""
+        """Return, per row: nats of its label, likeliest token, its probability, divergence in nats, and what is
+        kept.
+        """
         total = torch.logsumexp(logits, dim=1)
         chosen = logits.gather(1, labels[:, None])[:, 0]
         largest, token = logits.max(dim=1)
@@ -115,7 +117,7 @@ def _outcomes(reference: TeacherReference, model: Any) -> int:
 
 
 def _divergence(reference: TeacherReference, rows: slice, logits: Tensor, total: Tensor) -> Tensor:
-    """KL(teacher || student) in nats, float64 [rows], over the teacher's kept tokens and all others as one outcome."""
+    """Return KL(teacher || student) in nats, float64 [rows], over the teacher's stored tokens and all others as one."""
     tokens = torch.from_numpy(reference.tokens[rows].astype(np.int64)).to(logits.device)
     teacher = torch.from_numpy(reference.log_probs[rows]).to(logits.device).double()
     student = (logits.gather(1, tokens) - total[:, None]).double()
@@ -130,7 +132,7 @@ def _divergence(reference: TeacherReference, rows: slice, logits: Tensor, total:
 def choices(
     model: Any, data: TokenSet, *, device: str = "cpu"
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """A model's most likely tokens, and by how much each leads, in float32.
+    """Return a model's most likely tokens, and by how much each leads, in float32.
 
     Args:
         model: Causal language model in float32 on `device`.
@@ -157,7 +159,7 @@ def _over_rows(
     device: str,
     work: Callable[[Tensor, Tensor, slice], list[Tensor]],
 ) -> list[npt.NDArray[Any]]:
-    """Applies `work` to logits, float32 [rows, vocab], and true tokens, int64 [rows]; joins what it gives, in order.
+    """Apply `work` to logits, float32 [rows, vocab], and true tokens, int64 [rows], and join its results in order.
 
     `work` is also told which of all counted tokens its rows are.
 
@@ -171,7 +173,7 @@ def _over_rows(
     sequences, length = data.tokens.shape
 
     def pass_over(batch: range) -> list[Tensor]:
-        """What `work` gives of the predicted tokens of some sequences, joined: tensors [predicted, ...], on the CPU."""
+        """Return the joined results of `work` for some sequences: tensors [predicted, ...], on the CPU."""
         part = slice(batch.start, batch.stop)
         ids = torch.from_numpy(np.array(data.tokens[part], dtype=np.int64)).to(device)
         row, column = np.nonzero(counted[part, 1:])

@@ -1,4 +1,4 @@
-"""Memory of this process: kept where the C library would give it back after each step, let go of, known when full."""
+"""Memory of this process under torch: keeping freed blocks, giving memory back, and detecting a lack of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONTEXT_BYTES = 600 * 10**6
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to reuse freed blocks of up to 32 MiB; with other C libraries it does nothing.
+    """Let glibc reuse freed blocks of up to 32 MiB; with other C libraries this does nothing.
 
     By default such blocks go back to the system at the end of a step, which must clear every page of them again in the
     next: half of all page faults of a step on a CPU. The process keeps its peak of such memory until it ends.
@@ -28,14 +28,14 @@ def keep_freed_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Lets go of what nothing uses, and of what torch keeps of a GPU for this process alone."""
+    """Free unused objects, and the GPU memory that torch caches for this process."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def settle() -> None:
-    """Takes all that this process has now for what it keeps until it ends: no search for garbage looks at it again.
+    """Exclude all present objects from garbage collection: they stay until the process ends.
 
     What the libraries make as they are imported alone is half a million objects, and looked at for a quarter of a
     second whenever memory is given back.
@@ -44,7 +44,7 @@ def settle() -> None:
 
 
 def share_bytes(total: int, share: float, free: int | None = None) -> int:
-    """Bytes of a GPU that each of the processes which share it may allocate, or the one that has it.
+    """Return the bytes of a GPU that each process sharing it may allocate, or the only one.
 
     The contexts of all of them, and that of the search itself, which stays, find room beside that.
 
@@ -58,13 +58,13 @@ def share_bytes(total: int, share: float, free: int | None = None) -> int:
 
 
 def keep_to_share(share: float) -> None:
-    """Lets this process allocate no more than its share of its GPU: memory is out where the others' would begin."""
+    """Limit this process to its share of a GPU, so that it runs out of memory before it takes the share of others."""
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(share_bytes(total, share) / total)
 
 
 def free_bytes(device: str) -> int | None:
-    """Memory of a GPU that this process may still allocate; None of other devices, which do not say."""
+    """Return the GPU memory that this process may still allocate; None for devices that do not report it."""
     if torch.device(device).type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info()
@@ -74,7 +74,7 @@ def free_bytes(device: str) -> int | None:
 
 
 class TooManyAtOnce(Exception):
-    """A step that several processes share ran out of memory in this one, for whose part the others wait for ever.
+    """A shared step ran out of memory in this process; the other processes wait for its part for ever.
 
     All of them are to end, and new ones to go on from the last checkpoint.
 
@@ -88,7 +88,7 @@ class TooManyAtOnce(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on an accelerator or in the machine's own memory.
+    """Return whether an allocation failed, on an accelerator or in main memory.
 
     Beside torch's allocators, CUDA's libraries ask for memory of their own: "CUDA error: out of memory" comes from its
     driver, CUBLAS_STATUS_ALLOC_FAILED from cuBLAS.

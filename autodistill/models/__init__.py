@@ -1,1 +1,1 @@
-"""What a model is, by its config or its file: families, shapes, tensors, the GGUF reader, loading."""
+"""What a model is, from its config or its file: families, shapes, tensors, the GGUF reader, loading."""

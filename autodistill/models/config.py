@@ -1,4 +1,4 @@
-"""A model's config.json, read: each field held to its kind, and the shape that the fields describe."""
+"""Reading of a model's config.json: the type of each field is checked, and the shape of the model is derived."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Check = Callable[[Any], bool]
 
 
 def _whole(least: int, most: int) -> Check:
-    """A whole number; to Python true and false are such, to a person they are not."""
+    """Return whether a value is a whole number; true and false do not count."""
     return lambda value: type(value) is int and least <= value <= most
 
 
@@ -156,7 +156,7 @@ _PACKED: Mapping[str, tuple[Check, str]] = {"format": _TEXT, "config_groups": _M
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuses a config in which a field that is read is of another kind than a model's.
+    """Refuse a config in which a field that is read has the wrong type.
 
     A field that is missing, or null, has its default; which sizes there must be is the architecture's.
 
@@ -183,7 +183,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_tokens(settings: Mapping[str, Any], file: str) -> None:
-    """Refuses the settings of a model's generation in which a special token is no token.
+    """Refuse generation settings in which a special token is not a token id.
 
     Args:
         settings: Content of a JSON file.
@@ -214,7 +214,7 @@ _MAX_WINDOW_LAYERS = 28  # transformers' own default for the families that have 
 
 
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
-    """Describes a model by its transformers config, without loading it.
+    """Describe a model from its transformers config, without loading it.
 
     Names and shapes are those of transformers' own modules for the architecture.
 
@@ -264,7 +264,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
-    """The least config that `spec_from_config` describes a model of a family by: what a row keeps of its student.
+    """Return the smallest config from which `spec_from_config` describes the model; rows store it for their student.
 
     Raises:
         InputError: A mixture of experts, which no family describes.
@@ -303,7 +303,7 @@ _ALIKE = itemgetter(
 
 
 def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """What two models must have in common to be compared by size, and their sizes.
+    """Return what two models must have in common to be compared by size, and their sizes.
 
     Of two that are packed alike, one that is no smaller in any size takes no less memory, and no less time, under any
     load on any device: if the rows of both are `in_blocks` alike. Else a narrower model of K-quants, whose rows are on
@@ -318,13 +318,13 @@ def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, .
 
 
 def _not_in_gguf(config: Mapping[str, Any], spec: ModelSpec) -> str:
-    """As `not_computed` of a model's config; what a row keeps of a model holds the answer."""
+    """Return what llama.cpp does not compute for a config (see `not_computed`); a stored row already has the answer."""
     known = config.get("not_in_gguf")
     return not_computed(config, spec.head_dim) if known is None else str(known)
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ...]]:
-    """The sliding window of a config, and the layers that have one, as transformers has them."""
+    """Return the sliding window of a config, and the layers that have one, as transformers defines them."""
     family, kinds = get_family(str(config["model_type"])), config.get("layer_types")
     usual, period = family.windows
     window = config.get("sliding_window", usual)
@@ -375,7 +375,7 @@ def _lengths(spec: ModelSpec) -> dict[Axis, int]:
 def _layout(
     architecture: str, layers: int, tied: bool, fields: tuple[tuple[str, bool], ...]
 ) -> tuple[tuple[tuple[Axis, ...], ...], Layout]:
-    """The kinds of axes that tensors run along, and the tensors by them; common to all other sizes."""
+    """Return the kinds of tensor axes, and the tensors that run along them; models of different sizes share this."""
     family, kinds, found = get_family(architecture), dict[tuple[Axis, ...], int](), []
     for name, role in family.tensors(dict(fields), layers, tied):
         index = kinds.setdefault(family.axes(name), len(kinds))
@@ -384,7 +384,7 @@ def _layout(
 
 
 def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int | str) -> ModelSpec:
-    """The same model with other sizes.
+    """Return the same model with other sizes.
 
     Args:
         spec: The model.

@@ -1,4 +1,4 @@
-"""The supported families of models: what each calls its tensors, along which axes they run, and its own rules.
+"""The supported model families: the names and axes of their tensors, and the special rules of each.
 
 transformers' modules are the reference for names and shapes. Estimate, pruning and exports all read this table.
 """
@@ -34,7 +34,7 @@ Condition: TypeAlias = bool | tuple[str, bool]
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer in a block: its name there, what its outputs and inputs count, and whether it has a bias."""
+    """A linear layer in a block: its name, the meaning of its outputs and inputs, and whether it has a bias."""
 
     name: str
     outputs: Axis
@@ -47,7 +47,7 @@ Place: TypeAlias = tuple[Role, tuple[Axis, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family.
+    """The description of one model family.
 
     Attributes:
         linears: Of a block.
@@ -92,7 +92,7 @@ class Family:
     off: tuple[str, ...] = ()
 
     def tensors(self, config: Mapping[str, Any], layers: int, tied: bool) -> Iterator[tuple[str, Role]]:
-        """Name and role of every stored tensor of a model, a tied table once."""
+        """Yield the name and role of every stored tensor of a model; a tied embedding table appears once."""
 
         def there(condition: Condition) -> bool:
             return condition if isinstance(condition, bool) else bool(config.get(*condition))
@@ -111,7 +111,7 @@ class Family:
             yield "lm_head.weight", Role.HEAD
 
     def more_bits(self, name: str, layers: int, tied: bool) -> bool:
-        """Whether llama.cpp's mixtures of types store the tensor `name` of a model in more bits than most matrices.
+        """Return whether llama.cpp's mixtures of types give the tensor `name` more bits than most matrices.
 
         They do so with the head, a tied table with it, and in some layers with the matrix that makes attention's
         values, be it queries and keys as well, and with the one that the FFN ends in.
@@ -126,7 +126,7 @@ class Family:
 
     @cached_property
     def conditions(self) -> tuple[tuple[str, bool], ...]:
-        """The fields of a config, and their defaults, by which `tensors` differs."""
+        """Return the config fields on which `tensors` depends, with their defaults."""
         return tuple(dict.fromkeys(one.bias for one in self.linears if not isinstance(one.bias, bool)))
 
     def _norm(self, name: str) -> Iterator[tuple[str, Role]]:
@@ -135,12 +135,12 @@ class Family:
             yield f"{name}.bias", Role.BIAS
 
     def axes(self, name: str) -> tuple[Axis, ...]:
-        """What each dimension of the tensor `name` counts."""
+        """Return what each dimension of the tensor `name` counts."""
         found = self.layer_part(name)
         return self._axes[name if found is None else found[1]]
 
     def layer_part(self, name: str) -> tuple[int, str] | None:
-        """The block that the tensor `name` is of and its name there, or None for one of no block."""
+        """Return the block of the tensor `name` and its name within the block, or None if it is in no block."""
         found = re.fullmatch(rf"{self.body}\.layers\.(\d+)\.(.+)", name)
         return (int(found[1]), found[2]) if found else None
 
@@ -157,7 +157,7 @@ class Family:
         return axes
 
     def gguf_name(self, name: str) -> str:
-        """GGUF's name of the tensor `name`."""
+        """Return GGUF's name of the tensor `name`."""
         stem, _, suffix = name.rpartition(".")
         if (found := self.layer_part(name)) is None:
             return f"{self._gguf_tables[stem]}.{suffix}"
@@ -165,7 +165,7 @@ class Family:
         return f"blk.{found[0]}.{self._gguf_parts[part]}.{suffix}"
 
     def from_gguf_name(self, name: str) -> str | None:
-        """The tensor that GGUF calls `name`, or None if this family has none."""
+        """Return the tensor that GGUF calls `name`, or None if this family has none."""
         stem, _, suffix = name.rpartition(".")
         for own, theirs in self._gguf_tables.items():
             if theirs == stem:
@@ -185,7 +185,7 @@ class Family:
         return {part: names[part] for part in (*(one.name for one in self.linears), *self.norms, *self.head_norms)}
 
     def reading(self, axis: Axis) -> str:
-        """Name in a block of the linear layer whose inputs count `axis`: the one that ends attention, or the FFN."""
+        """Return the name of the linear layer that reads `axis`: the last one of attention, or of the FFN."""
         return next(linear.name for linear in self.linears if linear.inputs is axis)
 
 
@@ -297,7 +297,7 @@ GGUF_FAMILIES: Mapping[str, str] = {family.gguf: name for name, family in FAMILI
 
 
 def get_family(architecture: str) -> Family:
-    """Looks a family up by transformers' `model_type`.
+    """Look up a family by the `model_type` of transformers.
 
     Raises:
         InputError: Not supported; the message lists those that are.

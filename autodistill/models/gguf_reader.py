@@ -1,4 +1,4 @@
-"""A teacher's GGUF file, read: header, tensors, and what they are called and shaped in transformers.
+"""Reader of a teacher's GGUF file: header and tensors, with the names and shapes that transformers gives them.
 
 The layout is that of the GGUF specification, versions 2 and 3, little-endian. Reading the header takes a fraction of a
 second even for a large vocabulary, and finds a truncated file without touching its tensors.
@@ -32,7 +32,7 @@ _MIXTURES = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}
 
 
 class _Cursor:
-    """Reads little-endian values one after the other; a read beyond the end raises `struct.error`."""
+    """Reader of successive little-endian values; a read beyond the end raises `struct.error`."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
@@ -54,7 +54,7 @@ class _Cursor:
         return self.data[self.position - length : self.position].decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """The next value of a type: a number, a text or a list."""
+        """Return the next value of a type: a number, a text or a list."""
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
@@ -70,7 +70,7 @@ class _Cursor:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """One tensor as the file holds it.
+    """One tensor as it is stored in the file.
 
     Attributes:
         name: Under GGUF's name, like "blk.0.attn_q.weight".
@@ -102,7 +102,7 @@ class GgufFile:
 
     @property
     def family(self) -> Family:
-        """The family whose graph this file is for."""
+        """The model family of this file."""
         return get_family(GGUF_FAMILIES[self.architecture])
 
     @property
@@ -111,7 +111,7 @@ class GgufFile:
         return str(self.metadata.get("general.architecture"))
 
     def config(self) -> dict[str, Any]:
-        """transformers' configuration of the model in this file, without defaults.
+        """Return the transformers config of the model in this file, without defaults.
 
         Raises:
             InputError: An unsupported architecture, or a property that transformers' model would not reproduce.
@@ -126,7 +126,7 @@ class GgufFile:
         return {key: value for key, value in config.items() if value is not None}
 
     def outline(self) -> dict[str, Any]:
-        """The same as far as sizes depend on it, and so of mixtures of experts and of any rotary embedding too.
+        """Return the part of the config that sizes depend on, also for mixtures of experts and any rotary embedding.
 
         Raises:
             InputError: An architecture that is not known, a size that is missing, or no embedding table.
@@ -203,7 +203,7 @@ class GgufFile:
         }
 
     def main_type(self) -> str:
-        """ggml's name of the type that most bytes are of, like "Q4_1" or "F16"."""
+        """ggml's name of the type that most bytes have, like "Q4_1" or "F16"."""
         from gguf import GGMLQuantizationType
 
         sizes: Counter[int] = Counter()
@@ -212,12 +212,12 @@ class GgufFile:
         return GGMLQuantizationType(sizes.most_common(1)[0][0]).name
 
     def quantized(self) -> str | None:
-        """The format of blocks that most bytes are of; None where most are floating-point numbers."""
+        """The block format that most bytes have, or None if most bytes are floating-point numbers."""
         kind = self.main_type()
         return None if kind in ("F16", "BF16", "F32", "F64") else kind
 
     def values(self, tensor: GgufTensor) -> npt.NDArray[np.float32]:
-        """The tensor in transformers' layout, float32 [shape].
+        """Return a tensor in the layout of transformers, float32 [shape].
 
         Raises:
             InputError: A block format that the gguf package cannot read, or weights that are no numbers.
@@ -240,7 +240,7 @@ class GgufFile:
         return np.ascontiguousarray(values, dtype=np.float32)
 
     def check_tokenizer(self) -> None:
-        """Refuses lists of tokens and merges that are no such lists, and more tokens than the embedding table has.
+        """Refuse invalid lists of tokens or merges, and more tokens than the embedding table has rows.
 
         Raises:
             InputError: What is wrong.
@@ -269,7 +269,7 @@ class GgufFile:
                 raise InputError(f"{self.path} has no text as {prefix}{name}: take another file")
 
     def blocks(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
-        """The tensor's bytes, rows in transformers' order: uint8 [rows, bytes of a row]."""
+        """Return the bytes of a tensor, with its rows in the order of transformers: uint8 [rows, bytes of a row]."""
         data = np.memmap(self.path, mode="r", dtype=np.uint8, offset=tensor.offset, shape=(tensor.size,))
         rows = data.reshape(tensor.shape[0], -1)
         heads = self._size("attention.head_count")
@@ -277,7 +277,7 @@ class GgufFile:
         return rows if order is None else order.to_transformers(rows)
 
     def tokenizer_metadata(self) -> dict[str, Any]:
-        """The scalar `tokenizer.ggml.*` keys without that prefix: a GGUF export of a student passes them on."""
+        """Return the scalar `tokenizer.ggml.*` keys without that prefix; the GGUF export of a student keeps them."""
         prefix = "tokenizer.ggml."
         items = ((key.removeprefix(prefix), value) for key, value in self.metadata.items() if key.startswith(prefix))
         return {key: value for key, value in items if not isinstance(value, list)}
@@ -323,7 +323,7 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Reads the header of a GGUF file, and checks that all its tensors lie within the file.
+    """Read the header of a GGUF file, and check that all its tensors lie within the file.
 
     Raises:
         InputError: Unreadable, not GGUF, of another version, or truncated.
@@ -384,7 +384,7 @@ def _read_header(path: Path, data: mmap.mmap) -> GgufFile:
 
 
 def _check_apart(tensors: Iterable[GgufTensor]) -> None:
-    """Refuses two tensors of one name, or that share bytes."""
+    """Refuse two tensors that have the same name or share bytes."""
     names, end, before = set(), 0, ""
     for tensor in sorted(tensors, key=lambda one: one.offset):
         if tensor.name in names:

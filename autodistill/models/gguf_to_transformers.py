@@ -1,4 +1,4 @@
-"""A GGUF file made a transformers folder of float32 safetensors, equal to what transformers reads from the file.
+"""Conversion of a GGUF file to a transformers folder with float32 safetensors, equal to what transformers reads.
 
 transformers itself dequantises the whole model in memory, through accelerate, and leaves a configuration that cannot
 be saved. Here only one tensor is held at a time.
@@ -19,14 +19,14 @@ import numpy as np
 
 from autodistill.errors import InputError
 from autodistill.models.gguf_reader import GgufFile
-from autodistill.models.pretokenizers import cut_named
+from autodistill.models.pretokenizers import pretokenizer_named
 from autodistill.utils.hashing import file_hash
 
 _INDEX = "teacher.json"
 
 
 def convert(file: GgufFile, folder: Path) -> None:
-    """Writes the folder under a temporary name and renames it; a damaged one in its place is removed.
+    """Write the folder under a temporary name and rename it; a damaged folder in its place is removed.
 
     Raises:
         InputError: Tensors missing or of other shapes than the architecture has, blocks or a tokenizer that cannot be
@@ -52,7 +52,7 @@ def convert(file: GgufFile, folder: Path) -> None:
 
 
 def convert_text(file: GgufFile, folder: Path) -> None:
-    """Writes what the folder has beside weights: the configuration and the tokenizer.
+    """Write everything except the weights: the config and the tokenizer.
 
     Raises:
         InputError: As `convert`.
@@ -62,7 +62,7 @@ def convert_text(file: GgufFile, folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder stands there that `convert` wrote, with every file as it was."""
+    """Return whether `convert` wrote the folder, and every file is unchanged."""
     try:
         digests = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         return isinstance(digests, dict) and all(file_hash(folder / name) == digest for name, digest in digests.items())
@@ -71,7 +71,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def _write_config(file: GgufFile, folder: Path) -> None:
-    """Writes configuration and generation configuration, after checking that the tensors are those of the model."""
+    """Write config and generation config, after a check that the tensors are those of the model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -123,7 +123,7 @@ _USER_DEFINED = 4
 
 
 def _keep_whole(file: GgufFile, path: Path) -> None:
-    """Makes added tokens of those that llama.cpp looks for in texts, as GPT-NeoX's runs of spaces.
+    """Turn tokens that llama.cpp looks for in texts into added tokens, such as GPT-NeoX's runs of spaces.
 
     transformers spells their characters as it spells the bytes of all others, and so takes them for pieces.
     """
@@ -148,13 +148,13 @@ _SPACE = "\u2581"
 
 
 def _cut_as_llama_cpp(file: GgufFile, path: Path) -> None:
-    """Makes the tokenizer cut text before the merges as llama.cpp does by what the file says.
+    """Make the tokenizer split text before the merges in the way in which llama.cpp does.
 
     transformers goes by the architecture. Of a Llama it takes numbers for words, where SmolLM2's are cut into digits,
     and begins only the first piece of a text with a space, where llama.cpp so begins each behind a special token.
     """
     description = json.loads(path.read_text(encoding="utf-8"))
-    cut = cut_named(file.metadata.get("tokenizer.ggml.pre"))
+    cut = pretokenizer_named(file.metadata.get("tokenizer.ggml.pre"))
     if file.metadata.get("tokenizer.ggml.model") == "llama":
         steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
         if file.metadata.get("tokenizer.ggml.add_space_prefix", True):
@@ -167,7 +167,7 @@ def _cut_as_llama_cpp(file: GgufFile, path: Path) -> None:
 
 
 def _write_weights(file: GgufFile, path: Path) -> str:
-    """Writes the tensors as float32 in a safetensors file: the length of the header, the header, the bytes.
+    """Write the tensors as float32 to a safetensors file: header length, header, bytes.
 
     Returns:
         The SHA-256 of the file.
@@ -192,7 +192,7 @@ def _write_weights(file: GgufFile, path: Path) -> str:
 
 
 def _stored_name(file: GgufFile, name: str) -> str:
-    """The name of GGUF's tensor `name` in transformers' files, where a head may have another than in the model."""
+    """Return the name that GGUF's tensor `name` has in transformers' files; the name of the head may differ there."""
     found = str(file.family.from_gguf_name(name))
     return f"{file.family.stored_head}.weight" if found == "lm_head.weight" else found
 

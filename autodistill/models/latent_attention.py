@@ -1,4 +1,4 @@
-"""Models with multi-head latent attention (DeepSeek-V2 and V3), described by their config for estimates alone."""
+"""Description of models with multi-head latent attention (DeepSeek-V2 and V3) from their config, for estimates only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXPERTS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 def describe_latent(config: Mapping[str, Any]) -> ModelSpec:
-    """The shape of such a model.
+    """Describe the shape of a model with latent attention.
 
     Of each token and layer it caches one vector of `kv_lora_rank` and one of `qk_rope_head_dim` for all heads, from
     which keys and values are made again (DeepSeek-AI 2024, DeepSeek-V2, section 2.1). Layers before

@@ -1,4 +1,4 @@
-"""What a model or data set says of its licence, whoever wrote it down and as what, as one line of text."""
+"""The licence of a model or data set, as one line of text, from whatever its files say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _LONGEST = 200  # characters: identifiers and names are short, and what is longe
 
 
 def stated(license: object) -> str | None:
-    """The licence in one line, or None where nothing legible is said of it.
+    """Return the licence in one line, or None if no readable licence is given.
 
     Model cards have an identifier or a list of these; GGUF files may have a value of any kind under its key.
 

@@ -1,4 +1,4 @@
-"""What llama.cpp's graphs compute of a described model, and what they do not, in words; no torch, nothing loaded."""
+"""What llama.cpp's graphs compute for a described model, and what they do not, in words; loads nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def rotary(config: Mapping[str, Any], layers: str = FULL) -> dict[str, Any]:
-    """The rotary parameters that a config gives one kind of layer, whichever way it is written.
+    """Return the rotary parameters that a config gives one kind of layer, in any of the ways to write them.
 
     Args:
         config: transformers' config.
@@ -57,7 +57,7 @@ def rotary(config: Mapping[str, Any], layers: str = FULL) -> dict[str, Any]:
 
 
 def not_computed(config: Mapping[str, Any], head_dim: int) -> str:
-    """What a config asks for that llama.cpp's graph of its family does not compute, or nothing.
+    """Return what a config requires and llama.cpp's graph for its family does not compute, or "".
 
     Args:
         config: transformers' config, of a supported family.
@@ -88,12 +88,12 @@ def not_computed(config: Mapping[str, Any], head_dim: int) -> str:
 
 
 def rotary_dims(config: Mapping[str, Any], head_dim: int) -> int:
-    """The channels of a head that are rotated."""
+    """Return the number of channels of a head that are rotated."""
     return int(head_dim * rotary(config)["partial_rotary_factor"])
 
 
 def cannot_run(spec: ModelSpec) -> str:
-    """Why llama.cpp cannot run a model of this shape and its tokenizer, or nothing where it can."""
+    """Return why llama.cpp cannot run a model of this shape with its tokenizer, or "" if it can."""
     if spec.not_in_gguf or spec.text_not_in_gguf:
         return spec.not_in_gguf or spec.text_not_in_gguf
     graph = get_family(spec.architecture).gguf
@@ -117,7 +117,7 @@ def cannot_run(spec: ModelSpec) -> str:
 
 
 def window_period(spec: ModelSpec) -> int | None:
-    """The n for which every n-th layer has full attention and all others a sliding window, or None if there is none."""
+    """Return n if every n-th layer has full attention and all others a sliding window; None if there is no such n."""
     full = [layer for layer in range(spec.layers) if layer not in set(spec.windowed)]
     period = full[0] + 1 if full else spec.layers + 1
     return period if full == list(range(period - 1, spec.layers, period)) else None
@@ -134,7 +134,7 @@ def _broken_pattern(spec: ModelSpec) -> str:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """How rows that lie in blocks of blocks in transformers change places in a graph.
+    """How the rows of a weight change places between transformers and a graph of llama.cpp.
 
     Attributes:
         shape: Rows of transformers as blocks, parts of each, and rows of a part; -1 for one of them follows.
@@ -145,7 +145,7 @@ class RowOrder:
     axes: tuple[int, int]
 
     def to_graph(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Rows in the graph's order: [rows, ...], weights, their packed bytes or a bias."""
+        """Return rows in the order of the graph: [rows, ...], weights, their packed bytes or a bias."""
         return self._swapped(rows, self.shape)
 
     def to_transformers(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -159,7 +159,7 @@ class RowOrder:
 
 
 def row_order(graph: str, name: str, heads: int, kv_heads: int) -> RowOrder | None:
-    """The order of a tensor's rows where a graph's is another than transformers', or None.
+    """Return the row order of a tensor if the graph's order differs from that of transformers, else None.
 
     In a head, transformers rotates row i together with row i + half, llama.cpp's "llama" rows 2i and 2i + 1. Queries,
     keys and values of GPT-NeoX lie in transformers head by head, in llama.cpp's "gptneox" those of all heads together.

@@ -1,4 +1,4 @@
-"""Causal language models of transformers in memory: loaded from a folder, or made of another one and other weights."""
+"""Causal language models of transformers in memory: loaded from a folder, or made from a model and new weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _GENERATION = "generation_config.json"
 
 
 def check_model(folder: Path) -> None:
-    """Refuses a folder of which transformers would make no model, or another one than its files describe.
+    """Refuse a folder from which transformers would make no model, or another one than its files describe.
 
     Args:
         folder: Of transformers, of one of the families.
@@ -49,7 +49,7 @@ def check_model(folder: Path) -> None:
 
 
 def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Has transformers make the model of a folder's config, without memory for weights, and read two tokens with it."""
+    """Let transformers build the model of a folder without memory for weights, and read two tokens with it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -83,7 +83,7 @@ def _check_generation(folder: Path) -> None:
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """Loads a causal language model for inference: safetensors only, no code of the folder's, no network.
+    """Load a causal language model for inference: from safetensors only, without remote code, without network.
 
     Args:
         folder: Of transformers.
@@ -119,7 +119,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrai
 
 
 def _check_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a model of which transformers filled in, or left out, a weight: the last word after `check_stored`."""
+    """Refuse a model in which transformers filled in or left out a weight; the last check after `check_stored`."""
     faults = {what.removesuffix("_keys"): found for what, found in report.items() if what.endswith("_keys") and found}
     if faults:
         what, found = next(iter(faults.items()))
@@ -128,12 +128,12 @@ def _check_report(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What an error of a library says, as part of a line."""
+    """Return the message of a library's error as part of one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def load_head(folder: Path) -> torch.Tensor:
-    """The table [vocab, width] that a model's logits are products with, in its stored type, and nothing else of it.
+    """Load the output head [vocab, width] in its stored type, and nothing else.
 
     Args:
         folder: Of transformers.
@@ -154,7 +154,7 @@ def load_head(folder: Path) -> torch.Tensor:
 
 
 def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
-    """A model of the class of `model` in float32, as transformers makes it of another config and other weights.
+    """Make a float32 model of the class of `model` from another config and other weights, as transformers does.
 
     Args:
         model: Gives class, config and generation config; it is not changed.
@@ -197,7 +197,7 @@ ATTENTION = "sdpa_of_equal_heads"
 def attention_forward(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Any]:
-    """transformers' SDPA, with a head of keys for each of queries where a GPU computes in float32.
+    """Compute transformers' SDPA; where a GPU computes in float32, key heads are repeated for the query heads.
 
     Where keys have fewer heads, only kernels of 16-bit types take them as they are on CUDA: in float32 torch would
     compute [heads, tokens, tokens], at a third of the speed of the kernel that takes equal heads
@@ -214,7 +214,7 @@ def attention_forward(
 
 
 def register(name: str, function: Any) -> None:
-    """Makes a function known to transformers as an attention that takes SDPA's masks."""
+    """Register a function in transformers as an attention that uses the masks of SDPA."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
 
@@ -223,7 +223,7 @@ register(ATTENTION, attention_forward)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The model's list of transformer blocks.
+    """Return the model's list of transformer blocks.
 
     Raises:
         InputError: A model without one, as of a family that is not supported.

@@ -1,4 +1,4 @@
-"""What the files of a model's folder say of it before any weight is loaded, and the hashes by which it is known."""
+"""Checks of a model's folder before any weight is loaded, and the hashes that identify the folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ADAPTER, _SHARDS_OF_A_GROUP = "adapter_config.json", re.compile(r"shard-\d{5}-m
 
 
 def check_files(folder: Path) -> None:
-    """Refuses a folder of which a file is none, or lies elsewhere: what is read of it is copied into students.
+    """Refuse a folder that contains something other than files, or links out of it: its files are copied into students.
 
     The hub's cache keeps the files of a model beside its snapshots, in `blobs`, and links to them.
 
@@ -56,7 +56,7 @@ def check_files(folder: Path) -> None:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """What a folder holds, and that part of it whose files are read as well."""
+    """Yield the entries of a folder, including those of the subfolder that is read too."""
     try:
         yield from folder.iterdir()
         if (folder / MORE_TEMPLATES).is_dir():
@@ -66,7 +66,7 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 
 def _stays(link: Path, folder: Path) -> bool:
-    """Whether a link ends in the folder, or in the blobs of the hub's cache whose snapshot the folder is."""
+    """Return whether a link ends in the folder, or in the blobs of the hub's cache that the folder belongs to."""
     try:
         target = link.resolve()
     except (OSError, RuntimeError):  # links in a circle
@@ -76,7 +76,7 @@ def _stays(link: Path, folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a model's folder.
+    """Read the config of a model's folder.
 
     Raises:
         InputError: Missing or unreadable.
@@ -85,7 +85,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One of the JSON objects of a model's folder.
+    """Read one of the JSON files of a model's folder.
 
     Raises:
         InputError: Missing, unreadable, or no object.
@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shards(folder: Path) -> dict[str, str] | None:
-    """The safetensors file that each tensor is in by a folder's index; None of a folder without an index.
+    """Return the safetensors file of each tensor according to the folder's index, or None if there is no index.
 
     Raises:
         InputError: An index that cannot be read, names no files, or files that are not in the folder.
@@ -142,7 +142,7 @@ def _is_file(path: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads; some models have the same weights a second time, in another.
+    """Return the safetensors files that transformers reads; some folders hold the same weights twice.
 
     Raises:
         InputError: As `shards`.
@@ -153,14 +153,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Hash of the files that transformers may read from a model's folder."""
+    """Return a hash of the files that transformers may read from a model's folder."""
     text = [path for path in folder.iterdir() if path.is_file() and path.suffix in _TEXT_FILES]
     files = sorted([*text, *weight_files(folder)])
     return content_hash([[path.name, file_hash(path)] for path in files], digits=16)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Hash of what decides the tokens of a text: the tokenizer's files and its special tokens.
+    """Return a hash of everything that decides the tokens of a text: tokenizer files and special tokens.
 
     Raises:
         InputError: No tokenizer in the folder.

@@ -1,4 +1,4 @@
-"""How byte-level tokenizers cut text before the merges: llama.cpp's names of it, and tokenizer.json's steps."""
+"""How byte-level tokenizers split text before the merges: llama.cpp's names for it, and the steps in tokenizer.json."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def _split(pattern: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """A way to cut text.
+class Pretokenizer:
+    """A way to split text before the merges.
 
     Attributes:
         names: llama.cpp's, the one to be written first.
@@ -47,19 +47,23 @@ class Cut:
 
     @property
     def pre_tokenizer(self) -> dict[str, Any]:
-        """As tokenizer.json has it."""
+        """The same as an entry of tokenizer.json."""
         return {"type": "Sequence", "pretokenizers": [dict(step) for step in self.steps]}
 
 
-CUTS = (
-    Cut(names=("gpt-2", "phi-2", "mpt", "olmo"), steps=(_split(_GPT2), _BYTES)),
-    Cut(names=("smollm", "starcoder", "refact", "command-r", "codeshell"), steps=(_DIGITS, _split(_GPT2), _BYTES)),
-    Cut(names=("llama-bpe", "llama3", "llama-v3", "falcon3"), steps=(_split(_LLAMA3), _BYTES), whole_words=True),
-    Cut(names=("dbrx", "smaug-bpe"), steps=(_split(_LLAMA3), _BYTES)),
-    Cut(names=("qwen2", "deepseek-r1-qwen", "megrez"), steps=(_split(_QWEN2), _BYTES)),
-    Cut(names=("tekken",), steps=(_split(_TEKKEN), _BYTES), whole_words=True),
-    Cut(names=("gpt-4o", "llama4"), steps=(_split(_GPT4O), _BYTES)),
-    Cut(
+PRETOKENIZERS = (
+    Pretokenizer(names=("gpt-2", "phi-2", "mpt", "olmo"), steps=(_split(_GPT2), _BYTES)),
+    Pretokenizer(
+        names=("smollm", "starcoder", "refact", "command-r", "codeshell"), steps=(_DIGITS, _split(_GPT2), _BYTES)
+    ),
+    Pretokenizer(
+        names=("llama-bpe", "llama3", "llama-v3", "falcon3"), steps=(_split(_LLAMA3), _BYTES), whole_words=True
+    ),
+    Pretokenizer(names=("dbrx", "smaug-bpe"), steps=(_split(_LLAMA3), _BYTES)),
+    Pretokenizer(names=("qwen2", "deepseek-r1-qwen", "megrez"), steps=(_split(_QWEN2), _BYTES)),
+    Pretokenizer(names=("tekken",), steps=(_split(_TEKKEN), _BYTES), whole_words=True),
+    Pretokenizer(names=("gpt-4o", "llama4"), steps=(_split(_GPT4O), _BYTES)),
+    Pretokenizer(
         names=("deepseek-coder",),
         steps=(
             *map(_split, ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+")),
@@ -72,19 +76,19 @@ CUTS = (
 to the other. Of tekken and gpt-4o llama.cpp knows case in ASCII alone, and no combining marks."""
 
 
-def cut_named(name: object) -> Cut | None:
-    """The cut that llama.cpp knows by a name, or None for one that is not in the table."""
-    return next((cut for cut in CUTS if name in cut.names), None)
+def pretokenizer_named(name: object) -> Pretokenizer | None:
+    """Return the way to split text that llama.cpp knows by a name, or None if the table lacks it."""
+    return next((cut for cut in PRETOKENIZERS if name in cut.names), None)
 
 
-def cuts_like(steps: Sequence[Mapping[str, Any]]) -> tuple[Cut, ...]:
-    """The cuts of the table that do what the steps of a tokenizer.json's `pre_tokenizer` do."""
+def pretokenizers_like(steps: Sequence[Mapping[str, Any]]) -> tuple[Pretokenizer, ...]:
+    """Return the entries of the table that do the same as a `pre_tokenizer` of tokenizer.json."""
     wanted = _essence(steps)
-    return tuple(cut for cut in CUTS if _essence(cut.steps) == wanted)
+    return tuple(cut for cut in PRETOKENIZERS if _essence(cut.steps) == wanted)
 
 
 def _essence(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The steps without what changes no token, and written one way where there are two."""
+    """Return the steps without those that change no token, in one canonical form."""
     found: list[dict[str, Any]] = []
     for step in steps:
         own = {key: value for key, value in step.items() if key != "trim_offsets"}

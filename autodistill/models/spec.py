@@ -1,4 +1,4 @@
-"""The shape of a decoder-only transformer, as far as memory and speed depend on it."""
+"""The shape of a decoder-only transformer: everything that memory and speed depend on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_OF_A_SIZE = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """The shape of a decoder-only transformer, as far as memory and speed depend on it; no weights.
+    """The shape of a decoder-only transformer, without weights: everything that memory and speed depend on.
 
     Attributes:
         architecture: transformers' `model_type`, like "llama".
@@ -58,7 +58,7 @@ class ModelSpec:
 
     @property
     def windowed_layers(self) -> int:
-        """How many layers have a sliding window."""
+        """Number of layers with a sliding window."""
         return len(self.windowed)
 
     @cached_property
@@ -68,7 +68,7 @@ class ModelSpec:
 
     @cached_property
     def kinds(self) -> tuple[tuple[TensorSpec, int], ...]:
-        """One tensor of those that differ in nothing but the name, and how many: what packings see that keep no parts.
+        """Return one tensor of each group that differs only in the names, with the size of the group.
 
         Experts' are apart from others.
         """

@@ -1,4 +1,4 @@
-"""The tensors that a model's safetensors hold, by their headers, held against those that its config asks for.
+"""Check of the tensors in a model's safetensors files against those that its config requires, from the headers only.
 
 transformers gives random values to what a folder lacks, and passes over what it does not know.
 """
@@ -48,7 +48,7 @@ class Stored:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder's model by its name in the file; none of a folder without weights.
+    """Return every tensor of a model's folder by its name in the file; nothing for a folder without weights.
 
     Raises:
         InputError: A file that is truncated, damaged or unreadable, a tensor that two files have, or one that is not
@@ -69,7 +69,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _header(path: Path) -> list[Stored]:
-    """The tensors of one file; the format's own library checks that each lies in the file, and where no other does."""
+    """Return the tensors of one file; the safetensors library checks that each lies in the file and none overlap."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -92,7 +92,7 @@ def _header(path: Path) -> list[Stored]:
 
 
 def _repeated(path: Path) -> str | None:
-    """A name that a readable header has twice, of which readers take the one or the other."""
+    """Return a name that occurs twice in a valid header; readers would take either of the two."""
     twice: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> None:
@@ -107,7 +107,7 @@ def _repeated(path: Path) -> str | None:
 
 
 def check_stored(folder: Path, spec: ModelSpec) -> None:
-    """Refuses a folder whose weights are not those of its model: each one's name, shape and type is looked at.
+    """Refuse a folder whose weights are not those of its model: name, shape and type of each tensor are checked.
 
     Args:
         folder: Of transformers, of one of the families.
@@ -159,7 +159,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _check_tied(folder: Path, head: Stored, table: Stored) -> None:
-    """Refuses a head that is stored beside the table that it is tied to, and is another.
+    """Refuse a stored head that should be tied to the embedding table and differs from it.
 
     transformers would take the two for different, whatever the config says.
     """
@@ -172,7 +172,7 @@ def _check_tied(folder: Path, head: Stored, table: Stored) -> None:
 
 
 def _bytes(tensor: Stored) -> Iterable[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """A tensor's bytes, some at a time."""
+    """Yield the bytes of a tensor in pieces."""
     with tensor.path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         start, end = json.loads(file.read(length))[tensor.name]["data_offsets"]
@@ -181,7 +181,7 @@ def _bytes(tensor: Stored) -> Iterable[np.ndarray[Any, np.dtype[np.uint8]]]:
 
 
 def stored_type(folder: Path) -> HeldType:
-    """The 16-bit type that every weight of a folder has, or float32 where they have another, or several."""
+    """Return the 16-bit type that all weights of a folder share, or float32 if they have another type or several."""
     types = {tensor.dtype for name, tensor in stored_tensors(folder).items() if not _CONSTANTS.fullmatch(name)}
     names: Mapping[str, HeldType] = {"BF16": "bfloat16", "F16": "float16"}
     return names.get(types.pop(), "float32") if len(types) == 1 else "float32"

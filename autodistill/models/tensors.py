@@ -1,4 +1,4 @@
-"""The tensors of a model as far as their storage depends on them: names, roles, shapes, and which take more bits."""
+"""The tensors of a model, as far as storage depends on them: names, roles, shapes, and which ones get more bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple, overload
 
 
 class Role(StrEnum):
-    """What a tensor does in its model, as far as its storage depends on it."""
+    """What a tensor does in its model, as far as storage depends on it."""
 
     EMBEDDING = "embedding"
     HEAD = "head"
@@ -39,7 +39,7 @@ class TensorSpec:
 
 
 class Entry(NamedTuple):
-    """What a layout says of a tensor: as the fields of `TensorSpec`, with an index of shapes in place of one."""
+    """The entry of a layout for one tensor: the fields of `TensorSpec`, with an index into the shapes."""
 
     name: str
     role: Role
@@ -48,7 +48,7 @@ class Entry(NamedTuple):
 
 
 class Layout:
-    """Names and roles of a family's tensors, and which of them are of one shape, whatever the shapes are.
+    """Names and roles of a family's tensors, and which of them have the same shape, whatever the shapes are.
 
     Attributes:
         entries: Of each tensor.
@@ -63,7 +63,7 @@ class Layout:
 
 
 class Tensors(Sequence[TensorSpec]):
-    """The tensors of a layout in some shapes, which are made once somebody looks at one: most sums need kinds alone.
+    """The tensors of a layout for given shapes, made only on access: most computations need `kinds` only.
 
     Args:
         layout: What there is.
@@ -80,7 +80,7 @@ class Tensors(Sequence[TensorSpec]):
 
     @property
     def kinds(self) -> Iterator[tuple[TensorSpec, int]]:
-        """One tensor of those that differ in nothing but the name, and how many there are."""
+        """Yield one tensor of each group that differs only in the names, with the size of the group."""
         for entry, count in self._layout.kinds:
             yield self._tensor(entry), count
 
@@ -109,12 +109,12 @@ class Tensors(Sequence[TensorSpec]):
 
 
 def is_expert(name: str) -> bool:
-    """Whether a tensor is one of a mixture's experts, of which a token takes some."""
+    """Return whether a tensor belongs to the experts of a mixture, of which each token uses some."""
     return ".experts." in name
 
 
 def takes_more_bits(layer: int, layers: int) -> bool:
-    """Whether llama.cpp's mixtures of types have more bits in a layer: the first and last eighth, and every third.
+    """Return whether llama.cpp's mixtures of types use more bits in a layer: first and last eighth, and every third.
 
     As `use_more_bits` of its `llama-quant.cpp`, the divisions in whole numbers.
     """

@@ -1,4 +1,4 @@
-"""The one truth on packing, free of torch: what grids a format holds, what each tensor is stored as, and bytes."""
+"""The formats of quantised weights, without torch: their grids, how each tensor is stored, and its bytes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _key(storage: Storage) -> _Key:
 
 
 def _describe(keys: Iterable[_Key]) -> str:
-    """The keys in words; a format holds every combination of the values that it holds."""
+    """Describe keys in words; a format holds every combination of the values that it holds."""
     bits, groups, symmetric = (list(dict.fromkeys(values)) for values in zip(*keys, strict=True))
     if bits == [16]:
         return "16 bits without groups"
@@ -62,18 +62,19 @@ def _either(words: Iterable[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A way to pack a model, and the rule that says what each of its tensors is stored as.
+    """A file format for quantised weights, with the rule for how each tensor is stored.
 
     Attributes:
         name: Its name in strategies, deployments and on the command line.
         container: "gguf", "compressed-tensors" or "huggingface".
-        runtimes: The engines that serve it, the usual one first.
-        linears: What the weights of linear layers may be stored as; a packing picks one.
-        tables: What the embedding and an untied head are stored as; in a mixture, the matrices that take more bits.
-        mixture: Whether it is one of llama.cpp's mixtures of types, in which it goes by tensor what takes more bits
-            (`TensorSpec.more_bits`): some layers' attention values and ends of FFNs too, and no untied embedding.
-        kept: What weights are stored as that a packing keeps off its grid.
-        vectors: What norms and biases are stored as.
+        runtimes: The runtimes that serve it, the usual one first.
+        linears: Possible storage of linear layers; a quantisation scheme chooses one.
+        tables: Storage of the embedding table and an untied head; in a mixture, of the matrices that get more bits.
+        mixture: Whether it is one of llama.cpp's mixtures of types, in which each tensor says whether it gets more bits
+            (`TensorSpec.more_bits`): also attention values and last FFN matrices of some layers, but no untied
+            embedding table.
+        kept: Storage of weights that a scheme keeps off its grid.
+        vectors: Storage of norms and biases.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Format:
     mixture: bool = False
 
     def linear(self, bits: int, group_size: int, symmetric: bool) -> Storage:
-        """What linear layers are stored as at this choice.
+        """Return how linear layers are stored under this choice.
 
         Raises:
             InputError: It cannot hold that; the message lists what it can.
@@ -105,14 +106,14 @@ _KEEP = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packing:
-    """How the weights of a model are stored: a format, one of the grids that it holds, and what stays off the grid.
+class QuantizationScheme:
+    """A quantisation scheme: a format, one of its grids, and the parts that stay off the grid.
 
     Attributes:
         format: Name of a format.
-        bits: Bit-width of the linear layers; 16 where they are not quantised.
-        group_size: Weights of a row that share a scale; 0 where the whole row does, or nothing is quantised.
-        symmetric: Whether a group has a scale alone, and no offset.
+        bits: Bit width of the linear layers; 16 if they are not quantised.
+        group_size: Number of weights in a row that share a scale; 0 if the whole row does, or nothing is quantised.
+        symmetric: Whether a group has only a scale, and no offset.
         keep: What stays in 16 bits (mixed precision): "attention", "embeddings", "head", or part of a weight's dotted
             name in transformers, like "layers.0", "down_proj" or "layers.0.mlp.down_proj". In alphabetical order.
         types: Of GGUF, what single matrices are stored as whatever the format says: pairs of a part of the model, as in
@@ -167,13 +168,13 @@ class Packing:
         return bool(self.keep or self.types)
 
     @property
-    def packing(self) -> Packing:
-        """The fields of this class alone, whatever else the object says: equal where weights are stored equally."""
-        return Packing(**{field.name: getattr(self, field.name) for field in fields(Packing)})
+    def scheme(self) -> QuantizationScheme:
+        """The fields of this class only, also of a subclass: equal if weights are stored equally."""
+        return QuantizationScheme(**{field.name: getattr(self, field.name) for field in fields(QuantizationScheme)})
 
     @property
     def linear(self) -> Storage:
-        """What linear layers are stored as; in a mixture of types, those that do not take more bits.
+        """How linear layers are stored; in a mixture of types, those that do not get more bits.
 
         Raises:
             InputError: The format cannot hold it.
@@ -182,7 +183,7 @@ class Packing:
 
     @property
     def container(self) -> str:
-        """The container of its format."""
+        """The container of the format."""
         return get_format(self.format).container
 
     @property
@@ -199,7 +200,7 @@ class Packing:
         return "+".join([self.format + suffix, *self.keep, *named])
 
     def storage(self, tensor: TensorSpec) -> Storage:
-        """What `tensor` is stored as: where super-blocks do not divide its rows, on the grid that stands in for theirs.
+        """Return how `tensor` is stored; if super-blocks do not divide its rows, this is the fallback grid.
 
         Raises:
             InputError: The tensor cannot be cut into the groups.
@@ -248,7 +249,7 @@ class Packing:
         return dict(self.types)
 
     def check_model(self, tensors: Iterable[TensorSpec]) -> None:
-        """Refuses a model that cannot be packed so.
+        """Refuse a model that cannot be stored under this scheme.
 
         Raises:
             InputError: A tensor that cannot be cut into the groups, a part to keep that would be on no grid, a type for
@@ -279,7 +280,7 @@ class Packing:
             )
 
     def _check_blocks(self, grid: Grid, storages: Mapping[TensorSpec, Storage]) -> None:
-        """Refuses linear layers of which none is on a grid of super-blocks, but some on what stands in for it."""
+        """Refuse a model in which no linear layer is on the super-block grid and some are on its fallback."""
         linear = {tensor: storage for tensor, storage in storages.items() if tensor.role is Role.LINEAR}
         grids = {storage for storage in linear.values() if isinstance(storage, Grid)}
         if not grids or any(one.block_size for one in grids):
@@ -332,8 +333,8 @@ def _gguf(name: str, linears: Storage, tables: Storage, *, mixture: bool = False
 
 
 FORMATS: Mapping[str, Format] = {
-    packing.name: packing
-    for packing in (
+    scheme.name: scheme
+    for scheme in (
         _gguf("gguf-f16", "f16", "f16"),
         _gguf("gguf-q8_0", Q8_0, Q8_0),
         # The table stays at 8 bits: tied, it is also the output head, and llama.cpp's own Q4_0 files keep it above 4.
@@ -378,7 +379,7 @@ TYPES: Mapping[str, Storage] = {
 
 
 def get_format(name: str) -> Format:
-    """Looks a format up by name.
+    """Look up a format by name.
 
     Raises:
         InputError: Unknown; the message lists the known ones.
@@ -391,8 +392,8 @@ def get_format(name: str) -> Format:
 _IN_A_LAYER = re.compile(r"layers\.\d+\.(.+)\.weight")
 
 
-def packing_by_tensor(types: Mapping[TensorSpec, str]) -> Packing:
-    """The packing of GGUF that stores each matrix of a model as a type of its own, said in as few words as it takes.
+def scheme_by_tensor(types: Mapping[TensorSpec, str]) -> QuantizationScheme:
+    """The scheme of GGUF that stores each matrix of a model as a type of its own, said in as few words as it takes.
 
     Its format is that of the type that most weights of linear layers have. What all layers have alike is named once.
 
@@ -408,7 +409,7 @@ def packing_by_tensor(types: Mapping[TensorSpec, str]) -> Packing:
         weights[kind] += math.prod(tensor.shape) if tensor.role is Role.LINEAR else 0
     form = FORMATS[f"gguf-{max(weights, key=lambda kind: weights[kind])}"]
     bits, group_size, symmetric = _key(form.linears[0])
-    plain = Packing(format=form.name, bits=bits, group_size=group_size, symmetric=symmetric)
+    plain = QuantizationScheme(format=form.name, bits=bits, group_size=group_size, symmetric=symmetric)
     named: dict[str, str] = {}
     alike: dict[str, set[str]] = {}
     for tensor, kind in types.items():
@@ -425,15 +426,15 @@ def packing_by_tensor(types: Mapping[TensorSpec, str]) -> Packing:
     return replace(plain, types=tuple(named.items()))
 
 
-def _stores(packing: Packing, tensor: TensorSpec, kind: str) -> bool:
+def _stores(scheme: QuantizationScheme, tensor: TensorSpec, kind: str) -> bool:
     try:
-        return packing.storage(tensor) == TYPES[kind]
+        return scheme.storage(tensor) == TYPES[kind]
     except InputError:  # rows that its groups do not divide
         return False
 
 
 def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
-    """Bytes that one tensor takes, scales included: what `pack` writes, no padding."""
+    """Return the bytes that one tensor takes, scales included: what `pack` writes, without padding."""
     count = math.prod(tensor.shape)
     if not isinstance(storage, Grid):
         return count * (4 if storage in ("f32", "f32_plus_1") else 2)
@@ -450,14 +451,14 @@ def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
 
 
 def _words(codes: int, bits: int) -> int:
-    """Bytes of a row of codes in whole words of 32 bits."""
+    """Return the bytes of a row of codes in whole 32-bit words."""
     return -(-codes * bits // 32) * 4
 
 
-def weights_bytes(tensors: Iterable[TensorSpec], packing: Packing) -> int:
-    """Bytes that all of a model's tensors take in a packing.
+def weights_bytes(tensors: Iterable[TensorSpec], scheme: QuantizationScheme) -> int:
+    """Return the bytes that all tensors of a model take under a quantisation scheme.
 
     Raises:
-        InputError: As `Packing.storage`.
+        InputError: As `QuantizationScheme.storage`.
     """
-    return sum(tensor_bytes(tensor, packing.storage(tensor)) for tensor in tensors)
+    return sum(tensor_bytes(tensor, scheme.storage(tensor)) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""The grids that weights are quantised on: how a group of them becomes integer codes, a scale and perhaps an offset.
+"""The quantisation grids: how a group of weights becomes integer codes, a scale and possibly an offset.
 
 A grid says so precisely enough that codes and scales equal, bit for bit, those of the format's own tools: `gguf.quants`
 (and so llama.cpp) and the `compressed-tensors` package. `codes` does that arithmetic.
@@ -21,7 +21,7 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """How the consecutive weights of a row that make a group become integer codes, one scale and perhaps one offset.
+    """A quantisation grid: each group of consecutive weights has integer codes, one scale and possibly one offset.
 
     The scale is m / `divisor`, stored in `scale_dtype`; m is the group's largest magnitude ("absmax"), the first value
     that has it, with its sign ("signed_absmax"), or the largest weight less the smallest one ("range"). A symmetric
@@ -84,30 +84,30 @@ class Grid:
 
     @property
     def symmetric(self) -> bool:
-        """Whether 0 is read from the code 0."""
+        """Whether the code 0 means the value 0."""
         return self.offset == "none"
 
     @property
     def levels(self) -> int:
-        """Steps of the longer side of 0, or of the whole range where it is asymmetric: LSQ's Q_P."""
+        """Steps on the longer side of 0, or of the whole range of an asymmetric grid: Q_P in LSQ."""
         return self.qmax if self.symmetric else self.qmax - self.qmin
 
     def group(self, columns: int) -> int:
-        """Weights that share a scale in a row of `columns`."""
+        """Return the number of weights that share a scale in a row of `columns`."""
         return self.group_size or columns
 
     @property
     def groups_per_block(self) -> int:
-        """Groups whose scales have a unit in common."""
+        """Number of groups whose scales share a unit."""
         return self.block_size // self.group_size if self.block_size else 1
 
     @property
     def largest_multiplier(self) -> int:
-        """Of units of a super-block."""
+        """Largest multiple of a super-block's unit."""
         return int(2 ** (self.multiplier_bits - self.symmetric)) - 1
 
     def divides(self, columns: int) -> bool:
-        """Whether a row of so many weights can be cut into its groups and super-blocks."""
+        """Return whether a row of this many weights divides into groups and super-blocks."""
         return columns % (self.block_size or self.group(columns)) == 0
 
 
@@ -119,7 +119,7 @@ Storage: TypeAlias = Grid | FloatType
 
 
 class Scales(NamedTuple):
-    """What stands beside the codes of a matrix.
+    """What is stored beside the codes of a matrix.
 
     Attributes:
         scales: float32 [out, groups], values of the grid's scale dtype, or multiples of them that a super-block holds.
@@ -144,7 +144,7 @@ Q8_0 = _gguf_grid("q8_0", 8, qmin=-127, qmax=127, divisor=127.0, scale_rule="abs
 
 
 def _k_grid(kind: str, bits: int, group_size: int, multiplier_bits: int, fallback: Grid, **rule: Any) -> Grid:
-    """One of llama.cpp's K-quants, symmetric where no offset is named."""
+    """Return the grid of one of llama.cpp's K-quants; symmetric if no offset is named."""
     lowest = -(2 ** (bits - 1)) if rule.get("offset", "none") == "none" else 0
     return Grid(
         name=f"gguf-{kind}",
@@ -169,7 +169,7 @@ def _cuts(fourth: tuple[float, float]) -> tuple[tuple[float, float], ...]:
 
 
 def _one_code_fewer(divisor: int) -> tuple[float, float]:
-    """The cut that gives codes from the least to the one before the largest: that of weights on such a grid already."""
+    """Return the range that leaves the largest code out: it fits weights that are on such a grid already."""
     return (0.0, -divisor / (divisor - 1))
 
 
@@ -181,7 +181,7 @@ Q6_K = _k_grid("q6_k", 6, 16, 8, Q8_0, cuts=((0, 0), (0, 1), (0, 2), (0, 3)))
 
 
 def integer_grid(bits: int, group_size: int, symmetric: bool) -> Grid:
-    """The grid of compressed-tensors with codes of so many bits; a group of 0 is a whole row."""
+    """Return the grid of compressed-tensors with codes of this many bits; a group of 0 is a whole row."""
     # As its `calculate_qparams`: absmax / ((qmax - qmin) / 2), or the range / (qmax - qmin).
     levels = 2**bits
     return Grid(
@@ -200,12 +200,12 @@ def integer_grid(bits: int, group_size: int, symmetric: bool) -> Grid:
 
 
 def integer_suffix(bits: int, group_size: int, symmetric: bool) -> str:
-    """What the name of such a grid ends in, like "-int4-g64-asym"."""
+    """Return the suffix of such a grid's name, like "-int4-g64-asym"."""
     return f"-int{bits}-{f'g{group_size}' if group_size else 'row'}{'' if symmetric else '-asym'}"
 
 
 def check_tensor(tensor: TensorSpec, storage: Storage) -> None:
-    """Refuses a tensor whose rows the grid's groups do not divide, so that training it is never begun.
+    """Refuse a tensor whose rows the grid's groups do not divide, before it is trained.
 
     Raises:
         InputError: Not two-dimensional, or a row that is no multiple of the group or super-block.

@@ -1,4 +1,4 @@
-"""How the weights of groups become steps of their stored scales, which follow from them or are given, in torch."""
+"""Scaling of weight groups to grid steps, in torch: with scales that follow from the weights, or with given ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ExtremesOf: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Steps(NamedTuple):
-    """What makes steps of weights, and values of their rounded steps: float32 [groups, 1] each.
+    """The scaling of groups to grid steps and back: float32 [groups, 1] each.
 
     A step is the weight, less the minimum, times or over the factor, plus the zero point; a value is the step, rounded
     to a code, less the zero point, times the scale, plus the base.
@@ -42,19 +42,19 @@ class Steps(NamedTuple):
     rounding: Literal["half_up", "half_away", "half_even"]
 
     def part(self, part: slice) -> Steps:
-        """Those of some groups."""
+        """Return the scaling of some groups."""
         return Steps(*(field[part] if isinstance(field, Tensor) else field for field in self))  # type: ignore[arg-type]
 
 
 def given_steps(scales: Tensor, offsets: Tensor | None, grid: Grid) -> Steps:
-    """Those of given scales and offsets, [out, groups] each; the scales may lie between the values of a file."""
+    """Return the scaling for given scales and offsets, [out, groups] each; scales may lie between storable values."""
     if grid.block_size:
         return stored_steps(super_blocks.stored(scales, grid, torch), offsets, grid)
     return stored_steps((scales.half() if grid.scale_dtype == "f16" else scales.bfloat16()).float(), offsets, grid)
 
 
 def stored_steps(stored: Tensor, offsets: Tensor | None, grid: Grid) -> Steps:
-    """Those of scales and offsets, [out, groups] each, that are what the file will hold."""
+    """Return the scaling for scales and offsets, [out, groups] each, that are exactly what the file will hold."""
     stored = stored.view(-1, 1)
     # Every weight of a group whose scale is 0 is in 0 steps.
     return _over(stored, stored.masked_fill(stored == 0, math.inf), offsets, grid)
@@ -67,12 +67,12 @@ def _over(stored: Tensor, divisors: Tensor, offsets: Tensor | None, grid: Grid) 
 
 
 def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest weight of each group, [groups, 1]."""
+    """Return the smallest and the largest weight of each group, [groups, 1]."""
     return groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
 
 
 def fitted_steps(groups: Tensor, grid: Grid, extremes_of: ExtremesOf = extremes) -> Steps:
-    """Those of scales that follow from the weights, [groups, size], but no super-blocks'; as `codes.quantize`."""
+    """Return the scaling that follows from the weights, [groups, size], as in `packing.quantize`; no super-blocks."""
     low: Tensor | None = None
     if grid.scale_rule == "range":
         low, high = extremes_of(groups)
@@ -96,7 +96,7 @@ def fitted_steps(groups: Tensor, grid: Grid, extremes_of: ExtremesOf = extremes)
 
 
 def in_steps(groups: Tensor, steps: Steps, out: Tensor) -> None:
-    """Writes groups, [groups, size], in steps into `out`."""
+    """Write groups, [groups, size], as grid steps into `out`."""
     if steps.minima is not None:
         groups = torch.sub(groups, steps.minima, out=out)
     (torch.mul if steps.inverse else torch.div)(groups, steps.factors, out=out)
@@ -127,7 +127,7 @@ def _signed_absmax(groups: Tensor, extremes_of: ExtremesOf) -> Tensor:
 
 
 def clips(grid: Grid) -> bool:
-    """Whether a weight can be clipped under a scale that follows from its group."""
+    """Return whether a weight can be clipped under a scale that follows from its group."""
     if grid.scale_rule == "least_squares":
         return True
     if grid.scale_rule == "range":
@@ -138,7 +138,7 @@ def clips(grid: Grid) -> bool:
 
 @cache
 def next_beyond(grid: Grid) -> tuple[float, float]:
-    """The float32 numbers next to the codes' bounds, outside of them."""
+    """Return the float32 numbers just outside the bounds of the codes."""
     bounds, sides = torch.tensor([grid.qmin, grid.qmax]).float(), torch.tensor([-math.inf, math.inf])
     low, high = torch.nextafter(bounds, sides).tolist()
     return low, high

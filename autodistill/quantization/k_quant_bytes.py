@@ -1,4 +1,4 @@
-"""The bytes of K-quants' super-blocks: codes and multipliers to what stands in a GGUF file and back.
+"""The bytes of K-quants: conversion between codes with multipliers and the super-blocks of a GGUF file.
 
 The layouts are ggml's, as `gguf.quants` reads them.
 """
@@ -17,7 +17,7 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 
 class Block(NamedTuple):
-    """What super-blocks hold.
+    """The contents of super-blocks.
 
     Attributes:
         codes: uint8 [blocks, 256], counted from the least code.
@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
 
 class _Plane(NamedTuple):
-    """Some bits of each code: `bits` of them from `shift` on, those of codes that lie `run` apart in one byte."""
+    """Some bits of each code: `bits` of them from `shift` on; codes that lie `run` apart share a byte."""
 
     shift: int
     bits: int
@@ -51,7 +51,7 @@ _LAYOUTS: Mapping[str, tuple[_Part, ...]] = {
 
 
 def to_bytes(block: Block, grid: Grid) -> Bytes:
-    """Super-blocks as they stand in the file, uint8 [blocks, bytes]."""
+    """Return super-blocks as they are stored in the file, uint8 [blocks, bytes]."""
     parts: list[Bytes] = []
     for part in _LAYOUTS[grid.name]:
         if part == "units":
@@ -83,7 +83,7 @@ def from_bytes(data: Bytes, grid: Grid) -> Block:
 
 
 def _fold(values: Bytes, bits: int, run: int) -> Bytes:
-    """Values [blocks, count] of so many bits, of which 8 / bits that lie `run` apart share a byte."""
+    """Pack values [blocks, count] of a few bits: 8 / bits values that lie `run` apart share a byte."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     planes = values.reshape(len(values), -1, 8 // bits, run) << shifts
     return np.bitwise_or.reduce(planes, axis=2).reshape(len(values), -1)
@@ -97,7 +97,7 @@ def _unfold(data: Bytes, bits: int, run: int) -> Bytes:
 
 
 def _to_pairs_of_6(scales: npt.NDArray[np.int8], minima: Bytes | None) -> Bytes:
-    """Eight scales and minima of 6 bits in 12 bytes: the first four of each have two bits of the last four above."""
+    """Pack eight 6-bit scales and minima into 12 bytes; the first four hold two high bits of the last four."""
     assert minima is not None
     both = np.stack([scales.view(np.uint8), minima], axis=1)
     first, last = both[..., :4], both[..., 4:]
@@ -115,7 +115,7 @@ def _from_pairs_of_6(data: Bytes) -> tuple[npt.NDArray[np.int8], Bytes]:
 
 
 def _to_signed_6(scales: npt.NDArray[np.int8], minima: Bytes | None) -> Bytes:
-    """Sixteen scales of 6 bits, counted from -32, in 12 bytes: eight of low bits and four of high ones."""
+    """Pack sixteen 6-bit scales, counted from -32, into 12 bytes: eight of low bits and four of high ones."""
     counted = (scales + np.int8(32)).view(np.uint8)
     return np.concatenate([_fold(counted & np.uint8(15), 4, 8), _fold(counted >> np.uint8(4), 2, 4)], axis=-1)
 

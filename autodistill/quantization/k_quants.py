@@ -1,4 +1,4 @@
-"""The scales of super-blocks, in numpy and torch: found by least squares, and put on the grid of their block.
+"""The scales of super-blocks, in numpy and torch: fitted by least squares and rounded to the grid of their block.
 
 Each function is given the module whose arrays it works on, and uses what numpy and torch do alike: single operations on
 float32, elementwise, in an order that is written down. Sums are of halves, and of halves of these. So both give the
@@ -18,7 +18,7 @@ AT_ONCE = 2**18
 
 
 class _Sums(NamedTuple):
-    """Of the codes q and weights x of groups, [groups] each: what a least-squares fit of them needs."""
+    """Sums over codes q and weights x of groups, [groups] each, for a least-squares fit."""
 
     codes: Any
     squares: Any
@@ -26,7 +26,7 @@ class _Sums(NamedTuple):
 
 
 def on_block_grid(values: Any, grid: Grid, xp: ModuleType) -> tuple[Any, Any]:
-    """Scales, or minima less their sign, as their super-blocks hold them: each block has a unit and small multipliers.
+    """Round scales, or minima without their sign, to their super-blocks: each block has a unit and small multiples.
 
     The value of largest magnitude has the largest multiplier, so that what was read is held again as it is. Where
     multipliers have no sign, a value below 0 becomes 0.
@@ -51,14 +51,14 @@ def on_block_grid(values: Any, grid: Grid, xp: ModuleType) -> tuple[Any, Any]:
 
 
 def stored(values: Any, grid: Grid, xp: ModuleType) -> Any:
-    """Scales, or minima less their sign, of the shape that was given, as a runtime reads them from `on_block_grid`."""
+    """Return scales, or minima without their sign, as a runtime reads them, in the shape that was given."""
     units, multipliers = on_block_grid(values, grid, xp)
     # A multiplier of 0 has no sign in a file.
     return (units * multipliers + 0.0).reshape(values.shape)
 
 
 def fitted(groups: Any, grid: Grid, xp: ModuleType, at_once: int = AT_ONCE) -> tuple[Any, Any]:
-    """The scales, and minima, with which codes come nearest to the weights, of those that are tried.
+    """Return the scales, and minima, whose codes are nearest to the weights among those that are tried.
 
     Each of the grid's `cuts` gives codes, these their best scale and minimum by least squares, and the nearest of all
     is taken; minima are put on their blocks' grid, scales fitted once more to what became of them, and put there too.
@@ -80,7 +80,7 @@ def fitted(groups: Any, grid: Grid, xp: ModuleType, at_once: int = AT_ONCE) -> t
 
 
 def _columns(groups: Any, xp: ModuleType) -> Any:
-    """Groups [groups, group] side by side, [group, groups], so that what is done to all of them runs along memory."""
+    """Transpose groups [groups, group] to [group, groups], so that operations over all groups run along memory."""
     columns = xp.empty_like(groups).reshape(groups.shape[1], groups.shape[0])
     columns[:] = groups.T
     return columns
@@ -132,7 +132,7 @@ def _fit_symmetric(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, None]
 
 
 def _nearer(tried: tuple[Any, ...], best: tuple[Any, ...] | None, xp: ModuleType) -> tuple[Any, ...]:
-    """Of two fits of each group that whose first value is smaller."""
+    """Return, for each group, the fit of two with the smaller error."""
     if best is None:
         return tried
     better = tried[0] < best[0]
@@ -140,7 +140,7 @@ def _nearer(tried: tuple[Any, ...], best: tuple[Any, ...] | None, xp: ModuleType
 
 
 def _codes(weights: Any, scales: Any, minima: Any, grid: Grid, xp: ModuleType, out: Any) -> None:
-    """Writes the codes of columns of weights under scales, and minima, into `out`."""
+    """Write the codes of columns of weights, for given scales and minima, into `out`."""
     divisors = xp.where(scales == 0, math.inf, scales)
     if minima is None:
         xp.divide(weights, divisors, out=out)
@@ -159,7 +159,7 @@ def _sums(weights: Any, codes: Any, xp: ModuleType, buffer: Any) -> _Sums:
 
 
 def _halves(columns: Any, join: Any, buffer: Any) -> Any:
-    """What `join` makes of each column's halves, of the halves of that, and so on: a row of its own.
+    """Combine each column's halves with `join` until one row is left.
 
     Args:
         columns: [a power of two, groups].
@@ -173,5 +173,5 @@ def _halves(columns: Any, join: Any, buffer: Any) -> Any:
 
 
 def _positive(values: Any, xp: ModuleType) -> Any:
-    """A divisor: what is 0 or below, where everything that is divided by it is 0 too, becomes 1."""
+    """Return a divisor in which values of 0 or below become 1; what they divide is 0 as well."""
     return xp.where(values > 0, values, 1.0)

@@ -1,4 +1,4 @@
-"""The scales that a finishing stage learned, or a teacher's own, in a file beside the weights."""
+"""File of the scales that a finishing stage learned, or of a teacher's own scales, beside the weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from autodistill.models.config import spec_from_config
-from autodistill.quantization.formats import Packing
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Scales
 from autodistill.utils.plain_dataclass import plain
 
 SCALES_FILE = "grid_scales.safetensors"
 
 
-def write_scales(folder: Path, packing: Packing, scales: Mapping[str, Scales]) -> None:
-    """Writes what was learned for `packing`, by name of the weight; nothing where nothing was."""
+def write_scales(folder: Path, scheme: QuantizationScheme, scales: Mapping[str, Scales]) -> None:
+    """Write the learned scales of a quantisation scheme by weight name; writes nothing if there are none."""
     if not scales:
         return
     arrays = {
@@ -28,17 +28,17 @@ def write_scales(folder: Path, packing: Packing, scales: Mapping[str, Scales]) -
         for part, values in pair._asdict().items()
         if values is not None
     }
-    save_file(arrays, folder / SCALES_FILE, metadata={"packing": _text(packing)})
+    save_file(arrays, folder / SCALES_FILE, metadata={"packing": _text(scheme)})
 
 
-def read_scales(folder: Path, packing: Packing) -> dict[str, Scales]:
-    """What was learned for `packing`; empty where scales follow from the weights, as under any other packing.
+def read_scales(folder: Path, scheme: QuantizationScheme) -> dict[str, Scales]:
+    """What was learned for `scheme`; empty where scales follow from the weights, as under any other scheme.
 
-    Where matrices have types of their own, what was learned holds for those that both packings store alike.
+    Where matrices have types of their own, what was learned holds for those that both schemes store alike.
 
     Args:
         folder: Of a model, with its config.json.
-        packing: What its weights are packed in.
+        scheme: What its weights are packed in.
     """
     if not (folder / SCALES_FILE).is_file():
         return {}
@@ -46,8 +46,8 @@ def read_scales(folder: Path, packing: Packing) -> dict[str, Scales]:
         learned = file.metadata()["packing"]
         names = set(file.keys())
         found = sorted(key.removesuffix(".scales") for key in names if key.endswith(".scales"))
-        if learned != _text(packing):
-            found = _stored_alike(folder, found, _packing(learned), packing)
+        if learned != _text(scheme):
+            found = _stored_alike(folder, found, _scheme(learned), scheme)
         return {
             name: Scales(
                 file.get_tensor(f"{name}.scales"),
@@ -57,21 +57,23 @@ def read_scales(folder: Path, packing: Packing) -> dict[str, Scales]:
         }
 
 
-def _stored_alike(folder: Path, names: Iterable[str], learned: Packing, packing: Packing) -> list[str]:
-    """Those matrices of a model that two packings store alike; none where neither has types by tensor."""
-    if not (learned.types or packing.types):
+def _stored_alike(
+    folder: Path, names: Iterable[str], learned: QuantizationScheme, scheme: QuantizationScheme
+) -> list[str]:
+    """Those matrices of a model that two schemes store alike; none where neither has types by tensor."""
+    if not (learned.types or scheme.types):
         return []
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tensors = {tensor.name: tensor for tensor in spec_from_config(config).tensors}
-    return [name for name in names if learned.storage(tensors[name]) == packing.storage(tensors[name])]
+    return [name for name in names if learned.storage(tensors[name]) == scheme.storage(tensors[name])]
 
 
-def _packing(text: str) -> Packing:
+def _scheme(text: str) -> QuantizationScheme:
     """The inverse of `_text`."""
     fields = json.loads(text)
     keep, types = tuple(fields.pop("keep")), tuple(fields.pop("types", {}).items())
-    return Packing(**fields, keep=keep, types=types)
+    return QuantizationScheme(**fields, keep=keep, types=types)
 
 
-def _text(packing: Packing) -> str:
-    return json.dumps(plain(packing.packing), sort_keys=True)
+def _text(scheme: QuantizationScheme) -> str:
+    return json.dumps(plain(scheme.scheme), sort_keys=True)

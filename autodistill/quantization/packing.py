@@ -1,4 +1,4 @@
-"""Weights to integer codes, scales and stored bytes and back, free of torch, by the grids of `formats`."""
+"""Bit packing, without torch: weights to integer codes, scales and stored bytes, and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BF16_EPSILON = 2.0**-7
 
 
 def to_bf16_bits(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:
-    """Rounds float32 to bfloat16, to nearest with ties to even, and gives its bits; NaN stays NaN."""
+    """Round float32 to bfloat16, to nearest with ties to even, and return its bits; NaN stays NaN."""
     array = np.ascontiguousarray(values, dtype=np.float32)
     bits = array.view(np.uint32)
     # Half a unit of the last kept place, less one where that place is even: a carry is the rounding. A NaN could carry
@@ -33,12 +33,12 @@ def to_bf16_bits(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:
 
 
 def from_bf16_bits(bits: npt.NDArray[np.uint16]) -> Floats:
-    """The float32 values of bfloat16 bits."""
+    """Return the float32 values of bfloat16 bits."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def round_to(values: Floats, dtype: FloatType) -> Floats:
-    """Values as `dtype` holds them, in float32; beyond float16's range they become infinite."""
+    """Round values to `dtype` and return them in float32; beyond the range of float16 they become infinite."""
     if dtype == "bf16":
         return from_bf16_bits(to_bf16_bits(values))
     if dtype == "f32_plus_1":
@@ -49,7 +49,7 @@ def round_to(values: Floats, dtype: FloatType) -> Floats:
 
 
 def quantize(weights: Floats, grid: Grid, scales: Scales | None = None) -> tuple[Codes, Scales]:
-    """Puts weights on a grid.
+    """Put weights on a grid.
 
     A scale that float16 cannot hold becomes infinite, as in llama.cpp; `pack` refuses it.
 
@@ -75,7 +75,7 @@ def quantize(weights: Floats, grid: Grid, scales: Scales | None = None) -> tuple
 
 
 def _fitted(groups: Floats, grid: Grid) -> tuple[Scales, Floats]:
-    """The scales and offsets of groups [out, groups, group], and the weights in steps of them."""
+    """Return the scales and offsets of groups [out, groups, group], and the weights in grid steps."""
     offsets = None
     if grid.block_size:
         found, minima = fitted(groups.reshape(-1, groups.shape[-1]), grid, np)
@@ -113,7 +113,7 @@ def _fitted(groups: Floats, grid: Grid) -> tuple[Scales, Floats]:
 
 
 def _steps(groups: Floats, given: Scales, grid: Grid) -> Floats:
-    """Groups [out, groups, group] in steps of the stored scales."""
+    """Return groups [out, groups, group] in steps of the stored scales."""
     scales = given.scales[..., None]
     scales = np.where(scales == 0, np.float32(np.inf), scales)
     if given.offsets is None:
@@ -134,7 +134,7 @@ def _round(steps: Floats, grid: Grid) -> Floats:
 
 
 def dequantize(codes: Codes, scales: Scales, grid: Grid) -> Floats:
-    """The float32 weights [out, in] that the runtime computes from codes [out, in] and what is stored beside them."""
+    """Return the float32 weights [out, in] that a runtime computes from codes [out, in] and their scales."""
     groups = codes.reshape(codes.shape[0], -1, grid.group(codes.shape[1])).astype(np.float32)
     with np.errstate(invalid="ignore"):
         if scales.offsets is not None and grid.offset == "zero_point":
@@ -148,14 +148,14 @@ def dequantize(codes: Codes, scales: Scales, grid: Grid) -> Floats:
 
 
 def deployed(weights: Floats, storage: Storage, scales: Scales | None = None) -> Floats:
-    """The float32 values that the runtime will see of `weights`; `scales` as for `quantize`."""
+    """Return the float32 values that the runtime will use for `weights`; `scales` as for `quantize`."""
     if isinstance(storage, Grid):
         return dequantize(*quantize(weights, storage, scales), storage)
     return round_to(weights, storage)
 
 
 def pack(weights: Floats, storage: Storage, scales: Scales | None = None) -> Arrays:
-    """The arrays that stand on disk for `weights`.
+    """Return the arrays that are stored on disk for `weights`.
 
     Args:
         weights: float32, [out, in] for a grid.
@@ -220,7 +220,7 @@ def _pack_codes(codes: Codes, scales: Scales, grid: Grid) -> Arrays:
 
 
 def _pack_blocks(codes: Codes, scales: Scales, grid: Grid) -> npt.NDArray[np.uint8]:
-    """Super-blocks of codes [out, in] under stored scales, uint8 [out, bytes per row]."""
+    """Pack codes [out, in] with stored scales into super-blocks, uint8 [out, bytes per row]."""
     units, multipliers = on_block_grid(scales.scales, grid, np)
     minima = None
     if scales.offsets is not None:
@@ -244,7 +244,7 @@ def _unpack_blocks(data: npt.NDArray[np.uint8], grid: Grid, shape: tuple[int, ..
 
 
 def _gguf_codes(blocks: Codes, grid: Grid) -> list[npt.NDArray[np.uint8]]:
-    """The bytes of codes [out, blocks, 32]."""
+    """Return the bytes of codes [out, blocks, 32]."""
     if grid.bits == 8:
         return [blocks.view(np.uint8)]
     unsigned = (blocks - np.int8(grid.qmin)).view(np.uint8)
@@ -255,7 +255,7 @@ def _gguf_codes(blocks: Codes, grid: Grid) -> list[npt.NDArray[np.uint8]]:
 
 
 def _pack_words(codes: Codes, grid: Grid) -> npt.NDArray[np.int32]:
-    """Codes [rows, columns] as a stream of bits in little-endian words, int32 [rows, words]."""
+    """Pack codes [rows, columns] as a bit stream in little-endian words, int32 [rows, words]."""
     # Codes are stored above their least, the first one in the lowest bits.
     unsigned = (codes.astype(np.int16) - grid.qmin).astype(np.uint8)
     if grid.bits == 4 and unsigned.shape[1] % 2 == 0:
@@ -301,7 +301,7 @@ def _unpack_bits(packed: npt.NDArray[np.uint8], columns: int, bits: int) -> npt.
 
 
 def unpack(arrays: Mapping[str, npt.NDArray[Any]], storage: Storage, shape: tuple[int, ...]) -> Floats:
-    """The float32 weights of `shape` that a runtime reads from the arrays of `pack`."""
+    """Return the float32 weights of `shape` that a runtime reads from the arrays of `pack`."""
     if isinstance(storage, Grid):
         return dequantize(*unpack_codes(arrays, storage, shape), storage)
     data = arrays["data"].reshape(shape)
@@ -311,7 +311,7 @@ def unpack(arrays: Mapping[str, npt.NDArray[Any]], storage: Storage, shape: tupl
 
 
 def unpack_codes(arrays: Mapping[str, npt.NDArray[Any]], grid: Grid, shape: tuple[int, ...]) -> tuple[Codes, Scales]:
-    """The codes in the arrays of `pack` and what is stored beside them, as `quantize` gives both."""
+    """Return codes and scales from the arrays of `pack`, in the form that `quantize` returns."""
     if grid.block_size:
         return _unpack_blocks(arrays["data"], grid, shape)
     if grid.container == "gguf":
@@ -328,7 +328,7 @@ def unpack_codes(arrays: Mapping[str, npt.NDArray[Any]], grid: Grid, shape: tupl
 
 
 def _gguf_blocks(packed: npt.NDArray[np.uint8], grid: Grid) -> Codes:
-    """The codes [out, blocks, 32] of the bytes of `_gguf_codes`."""
+    """Return the codes [out, blocks, 32] from the bytes of `_gguf_codes`."""
     if grid.bits == 8:
         return packed.view(np.int8)
     nibbles = packed[..., -grid.group_size // 2 :]

@@ -1,4 +1,4 @@
-"""Weights as a runtime will see them on the grids of `formats`, and the scales that follow from them, in torch."""
+"""Rounding of weights to a grid, in torch: the values that a runtime will use, and scales fitted to the weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BELOW_HALF = 0.5 - 2.0**-25
 
 @cache
 def loops() -> ModuleType | None:
-    """The compiled loops, or None where there is no numba for this machine; imported when first asked for."""
+    """Return the compiled loops, or None if numba does not work here; they are imported on first use."""
     try:
         from autodistill.quantization import rounding_numba as grid_loops
     except ImportError:
@@ -37,7 +37,7 @@ def loops() -> ModuleType | None:
 
 
 def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None) -> Tensor:
-    """The values that the runtime will see of `weight`, as float32 without gradient.
+    """Return the values that the runtime will use for `weight`, as float32 without gradient.
 
     Args:
         weight: Of any shape; [out, in] for a grid.
@@ -60,7 +60,7 @@ def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None
 
 @torch.no_grad()
 def fitted_scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """The stored scales, and offsets, that follow from the weights: float32 [out, groups] each."""
+    """Return the stored scales and offsets that follow from the weights: float32 [out, groups] each."""
     shape = (len(weight), -1)
     if grid.block_size:
         groups = weight.contiguous().view(-1, grid.group_size)
@@ -80,7 +80,7 @@ def fitted_scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
 def fitted_values(
     weight: Tensor, grid: Grid, inside: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Values on the grid under scales that follow from the weights.
+    """Return values on the grid, with scales that follow from the weights.
 
     Args:
         weight: float32 [out, in].
@@ -97,7 +97,7 @@ def fitted_values(
 def given_values(
     weight: Tensor, steps: Steps, grid: Grid, dtype: torch.dtype = torch.float32, inside: Tensor | None = None
 ) -> Tensor:
-    """Values on the grid under scales that are known; otherwise as `fitted_values`."""
+    """Return values on the grid, with given scales; otherwise as `fitted_values`."""
     return _values(weight, lambda groups, part: steps.part(part), grid, dtype, inside)
 
 
@@ -116,7 +116,7 @@ def _values(
     dtype: torch.dtype,
     inside: Tensor | None,
 ) -> Tensor:
-    """Values under the steps that some groups, and which they are, have."""
+    """Return values for the steps that `steps_of` gives for some groups."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     size = grid.group(weight.shape[1])
     exact = dtype == torch.float32
@@ -147,7 +147,7 @@ def _values(
 
 
 def chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Some groups at a time: which, and those of each tensor, [groups, size]; all tensors have one shape."""
+    """Yield some groups at a time: their range, and the groups of each tensor, [groups, size]; all shapes are equal."""
     rows = _rows(tensors[0], size)
     matrices = [tensor.reshape(-1, size) for tensor in tensors]
     starts = range(0, len(matrices[0]), rows)
@@ -156,19 +156,19 @@ def chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
 
 
 def buffers_of(tensor: Tensor, size: int, count: int) -> Tensor:
-    """Working memory for the groups of a tensor that `chunks` gives at once, float32 [count, groups, size]."""
+    """Return working memory for the groups that `chunks` gives at once, float32 [count, groups, size]."""
     return torch.empty((count, _rows(tensor, size), size), device=tensor.device)
 
 
 def _rows(tensor: Tensor, size: int) -> int:
-    """Groups handled at once: of chunks about equally large."""
+    """Return the number of groups handled at once, for chunks of about equal size."""
     groups = max(1, tensor.numel() // size)
     parts = -(-tensor.numel() // (_CPU_CHUNK if tensor.device.type == "cpu" else _CHUNK))
     return -(-groups // max(1, min(parts, groups)))
 
 
 def _round(step: Tensor, steps: Steps, grid: Grid) -> None:
-    """Steps become codes, in place, as by `codes.quantize`, but that a code of 0 may be -0."""
+    """Round steps to codes in place, as `packing.quantize` does, except that a code of 0 may be -0."""
     if steps.rounding == "half_up":
         step.add_(0.5 - grid.qmin).floor_().clamp_(0, grid.qmax - grid.qmin).add_(grid.qmin)
     elif steps.rounding == "half_even":
@@ -180,7 +180,7 @@ def _round(step: Tensor, steps: Steps, grid: Grid) -> None:
 
 
 def _scaled(codes: Tensor, steps: Steps, exact: bool) -> None:
-    """Codes become the values that are read from them, in place."""
+    """Turn codes into the values that are read from them, in place."""
     if exact:
         codes.add_(0.0)  # a code of 0 is never -0
     if steps.zero_points is not None:

@@ -1,4 +1,4 @@
-"""What fake quantisation does to a matrix on a CPU, each in one pass over memory: loops that numba compiles.
+"""Fake quantisation of a matrix on a CPU in one pass over memory: loops compiled by numba.
 
 They do the arithmetic of `rounding` and `fake_quantize`, which do it operation by operation wherever this cannot be
 imported or the weights are not on a CPU. Every loop is over the weights of one group, which stay in the nearest cache.
@@ -39,7 +39,7 @@ _LEAST_PART = 2**16
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiles a function when it is first called, and keeps the machine code on disk where there is a place for it."""
+    """Compile a function on its first call, and keep the machine code on disk if possible."""
 
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
         # Divisions by 0 give what IEEE 754 says.
@@ -69,7 +69,7 @@ def _extremes(weights: Array, lowest: Array, highest: Array) -> None:
 
 @_compiled()
 def _upper_half(bits: np.uint32) -> np.uint32:
-    """What bfloat16 keeps of a float32, rounded to the nearest with ties to the even one."""
+    """Return the bfloat16 part of a float32, rounded to nearest with ties to even."""
     if (bits & _SIZE) > _INFINITY:
         return _NAN
     return (bits + _HALF_ULP + ((bits >> _UPPER) & _ONE)) >> _UPPER
@@ -212,7 +212,7 @@ def _stop_clipped(incoming: Array | None, short: Array | None, inside: Array, ou
 
 
 def fits(*tensors: Tensor | None) -> bool:
-    """Whether the loops take these: on a CPU, in float32 or bfloat16, or bytes, and in one piece of memory each."""
+    """Return whether the loops can handle these tensors: on a CPU, float32, bfloat16 or bytes, and contiguous."""
     return all(
         tensor.device.type == "cpu"
         and tensor.is_contiguous()
@@ -223,7 +223,7 @@ def fits(*tensors: Tensor | None) -> bool:
 
 
 def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest weight of each group, [groups, 1], of float32 [groups, size]."""
+    """Return the smallest and the largest weight of each group, [groups, 1], of float32 [groups, size]."""
     found = torch.empty((2, len(groups), 1))
     lowest, highest = _array(found.view(torch.int32))[..., 0]
     _over_threads(_extremes, _groups(groups, groups.shape[1]).view(np.int32), lowest, highest)
@@ -231,7 +231,7 @@ def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def values(weight: Tensor, steps: Steps, grid: Grid, *, rounded: bool, out: Tensor, inside: Tensor | None) -> None:
-    """Writes into `out` the values that are read from the codes of `weight`.
+    """Write into `out` the values that are read from the codes of `weight`.
 
     Args:
         weight: float32 [out, in].
@@ -257,7 +257,7 @@ def values(weight: Tensor, steps: Steps, grid: Grid, *, rounded: bool, out: Tens
 
 
 def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid, out: Tensor) -> Tensor:
-    """Writes the gradient of a weight into `out`, which may be the incoming one, and gives the sum of each group.
+    """Write the gradient of a weight into `out` (it may be the incoming one), and return the sum of each group.
 
     Args:
         weight: float32 [out, in].
@@ -287,7 +287,7 @@ def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid
 
 
 def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
-    """Writes into `out`, float32, what arrives in float32 or bfloat16: 0 where a weight is not `inside`, bool.
+    """Write the incoming gradient (float32 or bfloat16) into `out`, float32, with 0 where a weight is not `inside`.
 
     All are [out, in]; `out` may be what arrives.
     """
@@ -296,7 +296,7 @@ def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
 
 
 class _Memory:
-    """A tensor's own memory, as numpy asks for it."""
+    """A tensor's own memory, in the form that numpy asks for."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor  # which lives as long as what is made of it
@@ -311,7 +311,7 @@ class _Memory:
 
 
 def _array(tensor: Tensor) -> Array:
-    """The array that a tensor is; `Tensor.numpy` would forbid for good to free it, as shards' whole weights are."""
+    """Return a tensor as an array that shares its memory; after `Tensor.numpy` the memory could never be freed."""
     return np.asarray(_Memory(tensor))
 
 
@@ -324,14 +324,14 @@ def _flat(tensor: Tensor | None) -> Array | None:
 
 
 def _by_type(tensor: Tensor, size: int) -> tuple[Array | None, Array | None]:
-    """The groups of a tensor as float32, or those in bfloat16 as the 16 bits that they are."""
+    """Return the groups of a tensor as float32, or bfloat16 ones as their 16 bits."""
     if tensor.dtype == torch.bfloat16:
         return None, _groups(tensor.view(torch.uint16), size)
     return _groups(tensor, size), None
 
 
 def _over_threads(loop: Callable[..., None], *arrays: Array | None, constants: tuple[Any, ...] = ()) -> None:
-    """Runs a loop over groups, which are the first dimension of all arrays, in as many threads as torch uses."""
+    """Run a loop over groups, the first dimension of all arrays, in as many threads as torch uses."""
     count = max(len(array) for array in arrays if array is not None)
     weights = max(array.size for array in arrays if array is not None)
     parts = min(torch.get_num_threads(), count, max(1, weights // _LEAST_PART))

@@ -29,7 +29,7 @@ from autodistill.units import format_duration
 from autodistill.utils.event_log import EventLog
 from autodistill.utils.json_files import plain_json, strict_json
 from autodistill.utils.storage import Storage
-from autodistill.utils.typed_data import hold
+from autodistill.utils.typed_data import check_typed
 
 BEAT_SECONDS = 20.0
 
@@ -254,7 +254,7 @@ class StoredLog(EventLog):
             self._last = max((int(Path(key).name.partition("-")[0]) for key in keys), default=0)
             events = [plain_json(data) for data in self._storage.read_all(keys)]
             for event in events:
-                hold(event, Mapping[str, Any], "an event")
+                check_typed(event, Mapping[str, Any], "an event")
                 check_event(event)
         except (OSError, ValueError, InputError) as error:
             raise InputError(f"the events of {self._storage.uri} cannot be read ({error}): restore them") from error

@@ -152,17 +152,17 @@ def _megabytes(row: Row) -> float:
 def _asked(search: Mapping[str, Any]) -> str:
     facts = {name: search[name] for name in ("teacher", "data", "space") if name in search}
     if search.get("warm_start", {}).get("runs"):
-        facts["learnt from"] = search["warm_start"]["runs"]
+        facts["warm start from"] = search["warm_start"]["runs"]
     if "budget" in search:
         facts["budget"] = read_budget(search["budget"]).describe()
     plan = search.get("plan") or {}
     facts |= {name: plan[name] for name in ("trials", "tokens", "rungs", "workers", "threads", "seed") if name in plan}
     facts |= _training(plan) | _evaluation(plan, search)
     if plan.get("box_seconds"):
-        facts["time box"] = format_duration(plan["box_seconds"])
+        facts["time budget"] = format_duration(plan["box_seconds"])
     # A search that has ended has the plan's notes among its own.
     notes = dict.fromkeys([*plan.get("notes", ()), *search.get("notes", ())])
-    return "\n\n".join([_pairs("What was asked", facts), *(f"- {paragraph(note)}" for note in notes)])
+    return "\n\n".join([_pairs("Request", facts), *(f"- {paragraph(note)}" for note in notes)])
 
 
 def _training(plan: Mapping[str, Any]) -> dict[str, str]:
@@ -170,7 +170,7 @@ def _training(plan: Mapping[str, Any]) -> dict[str, str]:
     if "batch_tokens" not in plan:
         return {}
     return {
-        "a step": f"{plan['batch_tokens']:,} tokens in sequences of {plan['sequence_length']:,}",
+        "optimiser step": f"{plan['batch_tokens']:,} tokens in sequences of {plan['sequence_length']:,}",
         "schedule": f"{plan['warmup_tokens']:,} tokens of warm-up, the last {plan['decay']:.0%} of decay",
         "precision": "bf16" if plan["bf16"] else "float32",
     }
@@ -185,7 +185,7 @@ def _evaluation(plan: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str,
     shares = [
         f"{count:,}{f' of {held[name]:,}' if name in held else ''} tokens of {name}" for name, count in read.items()
     ]
-    return {"figures are of": f"{', '.join(shares)}; at a rung {plan['rung_eval_tokens']:,} of validation"}
+    return {"evaluated on": f"{', '.join(shares)}; at a rung {plan['rung_eval_tokens']:,} of validation"}
 
 
 def _answer(
@@ -205,7 +205,7 @@ def _answer(
         limits = limits_of(read_budget(search["budget"])) if "budget" in search else {}
         needs = {f"{row.name} as {row.deployment_name}": {n: row.figure(n) for n in limits} for row in contenders(rows)}
         closest = nearest(needs, limits)
-        reason = f" The nearest, {plain(closest.candidate)}, {closest.describe()}." if closest else ""
+        reason = f" The nearest candidate, {plain(closest.candidate)}, {closest.describe()}." if closest else ""
         whatever = chosen(rows, metric, direction, students_only=False)
         what = "No trained student fits the budget." if whatever is not None else "Nothing fits the budget."
         return f"## Answer\n\n{what}{reason}"
@@ -227,14 +227,14 @@ def _beside(best: Row, rows: Sequence[Row], metric: str, direction: Direction) -
     """Of what needs no training the best student; of a student what needs no training and is before it."""
     student = chosen(rows, metric, direction, students_only=True)
     if best.kind in UNTRAINED:
-        said = f" It is {plain(named(best))}: nothing was trained that does better"
+        said = f" It is {plain(named(best))}: no trained student is better"
         if student is None:
             return f"{said}, and no trained student fits."
         return f"{said}. The first trained student is {_told(student, metric)}."
     whatever = chosen(rows, metric, direction, students_only=False)
     if whatever is None or whatever.kind not in UNTRAINED:
         return ""
-    return f" Only trained students were chosen among: before it is {_told(whatever, metric)}, which needs no training."
+    return f" Only trained students could be chosen. Better is {_told(whatever, metric)}, which needs no training."
 
 
 def _told(row: Row, metric: str) -> str:
@@ -258,12 +258,10 @@ def _confirmed(confirmed: Sequence[Confirmation], ranked: Sequence[Ranked]) -> s
         for item in confirmed
     ]
     note = (
-        f"Means over the seeds {', '.join(map(str, confirmed[0].seeds))}, of which the first was chosen: the best, or "
+        f"Means over the seeds {', '.join(map(str, confirmed[0].seeds))}, the first of which was chosen: the best, or "
         "the smallest of those within one standard error of it, paired by seed."
     )
-    return (
-        "## On further seeds\n\n" + _table(["trial", "name", "deployment", "mean", "less best"], lines) + "\n\n" + note
-    )
+    return "## Further seeds\n\n" + _table(["trial", "name", "deployment", "mean", "minus best"], lines) + "\n\n" + note
 
 
 def _short(row: Row) -> str:
@@ -351,8 +349,8 @@ def _verified(checks: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         for container, check in checks.items()
     ]
-    titles = ["file", "same token at clear positions", "95% interval", "at all positions", "text cut alike"]
-    return "## In the runtime\n\n" + _table(titles, lines)
+    titles = ["file", "same token at clear positions", "95% interval", "at all positions", "text tokenised alike"]
+    return "## Agreement with the runtime\n\n" + _table(titles, lines)
 
 
 def _tested(events: Iterable[Mapping[str, Any]], ids: Sequence[str] | None) -> list[Row]:
@@ -392,7 +390,7 @@ def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int], exporte
 def _command(search: Mapping[str, Any]) -> str:
     if "command" not in search:
         return ""
-    return f"## To do it again\n\n{fenced(search['command'])}"
+    return f"## How to repeat this run\n\n{fenced(search['command'])}"
 
 
 def _figure(row: Row, metric: str) -> str:

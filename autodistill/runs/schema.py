@@ -16,7 +16,7 @@ from autodistill.runs.results.row import SCHEMA_VERSION, Decision, Row, Status
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.json_files import read_json
-from autodistill.utils.typed_data import hold
+from autodistill.utils.typed_data import check_typed
 
 # Names of trials become names of folders.
 _TRIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z", re.ASCII)
@@ -263,7 +263,7 @@ def check_opening(opening: Mapping[str, Any]) -> None:
     Raises:
         InputError: Says what is wrong.
     """
-    hold(opening, Opening, "the opening")
+    check_typed(opening, Opening, "the opening")
 
 
 def check_event(event: Mapping[str, Any]) -> None:
@@ -273,14 +273,14 @@ def check_event(event: Mapping[str, Any]) -> None:
         InputError: Says what is wrong.
     """
     kind: Any = event.get("event")
-    hold(kind, str, "event")
-    hold(event.get("time", 0.0), float, "time")
+    check_typed(kind, str, "event")
+    check_typed(event.get("time", 0.0), float, "time")
     if kind == "row" or (kind == "test" and "row" in event):
         row: Any = event.get("row")
-        hold(row, Mapping[str, Any], "row")
+        check_typed(row, Mapping[str, Any], "row")
         _check_trial(Row.from_json(row).trial)
         return
-    hold(event, EVENTS.get(kind, dict[str, Any]), kind)
+    check_typed(event, EVENTS.get(kind, dict[str, Any]), kind)
     if "trial" in event and kind in EVENTS:
         _check_trial(event["trial"])
     if kind == "trial" and "strategy" in event:
@@ -350,13 +350,13 @@ def read_search(path: Path, *needed: str) -> dict[str, Any]:
     found = read_json(path)
     version = found.get("schema_version", SCHEMA_VERSION)
     try:
-        hold(version, int, "schema_version")
+        check_typed(version, int, "schema_version")
         if version > SCHEMA_VERSION:
             raise InputError(
                 f"it is of version {version}, and this autodistill reads up to {SCHEMA_VERSION}: upgrade it"
             )
-        hold(found, Search, "search")
-        hold(found.get("plan", {}), Plan, "search.plan", whole="plan" in needed)
+        check_typed(found, Search, "search")
+        check_typed(found.get("plan", {}), Plan, "search.plan", whole="plan" in needed)
         missing = [name for name in needed if not _has(found, name)]
         if missing:
             raise InputError(f"search lacks {', '.join(missing)}")

@@ -21,7 +21,7 @@ from autodistill.runs.schema import Ended
 from autodistill.utils.clock import now
 from autodistill.utils.json_files import plain_json, read_json, write_json
 from autodistill.utils.storage import Storage
-from autodistill.utils.typed_data import hold
+from autodistill.utils.typed_data import check_typed
 
 _FILE = "alive.json"
 _BEAT_SECONDS = 20.0
@@ -105,7 +105,7 @@ def _signs(folder: Path, storage: Storage | None) -> Iterable[Mapping[str, Any]]
             found.append(plain_json(storage.read(_FILE)))
     for sign in found:
         with suppress(InputError):
-            hold(sign, Ended, _FILE)
+            check_typed(sign, Ended, _FILE)
             yield sign
 
 

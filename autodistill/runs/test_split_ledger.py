@@ -59,7 +59,7 @@ def times_opened(run: RunFolder, data: str) -> int:
 
 def already_opened(times: int) -> str:
     """That a run's test split has been opened so many times, at least once, in a clause."""
-    return f"this run's test split was opened before ({count_of(times, 'time')}): it is spent"
+    return f"this run's test split was used before ({count_of(times, 'time')})"
 
 
 def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:
@@ -82,8 +82,8 @@ def opened(openings: Mapping[str, int]) -> str:
     """The openings of one test split in a sentence."""
     times = sum(openings.values())
     if not times:
-        return "The test split of this data has not been opened here."
+        return "The test split of this data has not been used here."
     if times == 1:
-        return f"The test split of this data has been opened once here, by {next(iter(openings))}."
+        return f"The test split of this data has been used once here, by {next(iter(openings))}."
     runs = ", ".join(f"{run} {count}" for run, count in openings.items())
-    return f"The test split of this data has been opened {times} times here, by {runs}."
+    return f"The test split of this data has been used {times} times here, by {runs}."

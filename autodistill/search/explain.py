@@ -114,7 +114,7 @@ class Explanation:
         lines = []
         for objective, found in self.importance.items():
             lines += _table(objective, found)
-        lines.append("How far trials went:")
+        lines.append("Where trials ended:")
         lines += [f"  {count:4d}  ended at {tokens:,} tokens" for tokens, count in self.stopped.items()]
         lines += [f"  {ended.count:4d}  rejected without training: {ended.describe()}" for ended in self.rejected]
         lines += [f"  {ended.count:4d}  failed: {ended.describe()}" for ended in self.failed]
@@ -123,7 +123,7 @@ class Explanation:
             reached = self.tokens_trained + self.saved.shared_tokens
             shared = f", {self.saved.shared_tokens:,} of them shared with others" if self.saved.shared_tokens else ""
             lines.append(
-                f"Trials reached {reached:,} of the {self.tokens_full:,} tokens that all of them to the end would be "
+                f"Trials reached {reached:,} of the {self.tokens_full:,} tokens that all of them would take to the end "
                 f"({1 - reached / self.tokens_full:.0%} saved by stopping){shared}."
             )
         lines += [f"{sentence}." for sentence in self.saved.describe()]
@@ -199,9 +199,9 @@ def _table(objective: str, found: Importance) -> list[str]:
     """Which dimensions mattered for one objective, and of which nothing is said, in lines."""
     if not found.shares:
         return [f"{found.results} results are too few to tell which dimensions mattered for {objective}."]
-    lines = [f"What mattered, of {found.results} trials at the first rung by {objective} (PED-ANOVA):"]
+    lines = [f"What mattered for {objective}, in {found.results} trials at the first rung (PED-ANOVA):"]
     for path, item in found.shares.items():
-        under = "" if item.trials == found.results else f", of what the {item.trials} trials that have it differ in"
+        under = "" if item.trials == found.results else f", among the {item.trials} trials that have it"
         lines.append(f"  {item.share:6.1%}  {path}{under}")
     return lines + [f"     --   {path}: {why}" for path, why in found.left_out.items()]
 
@@ -242,14 +242,15 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
         least = min(students, key=lambda row: corrected(row, beyond))
         short = corrected(least, beyond) - limit
         if short <= 0:
-            return f"Nothing fits: {least.name} as {least.deployment_name} is kept out ({least.reason}).", ()
+            return f"Nothing fits: {least.name} as {least.deployment_name} is not allowed ({least.reason}).", ()
         return f"Nothing fits {format_bytes(limit)}: the nearest needs {format_bytes(short)} more.", ()
     need, used = format_bytes(corrected(best, beyond)), corrected(best, beyond) / limit
     binding = f"The best, {named(best)}, needs {need}"
     if limit >= NO_LIMIT:
-        binding += ": there is no limit of memory."
+        binding += ": there is no memory limit."
     else:
-        binding += f" of {format_bytes(limit)} ({used:.0%}): memory {'binds' if used > 0.9 else 'does not bind'}."
+        binding += f" of {format_bytes(limit)} ({used:.0%})"
+        binding += f": memory {'limits' if used > 0.9 else 'does not limit'} the choice."
     sign = 1 if asked["direction"] == "max" else -1
     best_value = best.figure(asked["metric"])
     out = [
@@ -265,7 +266,7 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
     nearest = sorted(beaten, key=lambda row: corrected(row, beyond))[:3]
     # One that was passed over for memory may fit by what another student has taken since.
     if any(corrected(row, beyond) <= limit and (row.reason or "").startswith("latency") for row in beaten):
-        binding += " A limit of latency binds."
+        binding += " A latency limit excludes better rows."
     better = [
         f"{_wanting(row, corrected(row, beyond) - limit)} {row.name} as {row.deployment_name}: {asked['metric']} "
         f"{row.figure(asked['metric']):.4f} instead of {best_value:.4f}{_packed_smaller(row, asked, beyond)}."
@@ -317,7 +318,8 @@ def _packed_larger(
         return ()
     need, name = min(found)
     return (
-        f"{format_bytes(need - limit)} more would hold the best as {name}, which was not evaluated for want of it.",
+        f"{format_bytes(need - limit)} more would hold the best as {name}, which was not evaluated because it does not "
+        "fit.",
     )
 
 

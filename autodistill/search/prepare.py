@@ -35,7 +35,7 @@ from autodistill.search.setup.measure_plan import plan_from_measurement
 from autodistill.search.setup.teacher_phase import check_cache_limit, teacher_phase
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.utils.json_files import write_json
-from autodistill.utils.typed_data import hold
+from autodistill.utils.typed_data import check_typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     with clock.phase("load", "loading teacher and data"):
         loaded = load(checked, place)
     if checked.stored is not None:
-        hold(checked.stored["speed"], Speed, "speed of search.json")
+        check_typed(checked.stored["speed"], Speed, "speed of search.json")
         speed = Speed(**checked.stored["speed"])
         plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed, run.events.read())
         plan = _here(plan, loaded)

@@ -414,8 +414,8 @@ def _deadline(planned: Planned, earlier: Sequence[Mapping[str, Any]], clock: Clo
     left = box["seconds"] - spent - plan.seconds["export"] - plan.seconds["test"]
     if spent and left <= 0:
         observer.line(
-            f"the time box of {format_duration(box['seconds'])} was used up before, of which {format_duration(spent)} "
-            "have passed: the run is ended with what it has, and more --time extends it then"
+            f"the time budget of {format_duration(box['seconds'])} was used up before ({format_duration(spent)}): "
+            "the run ends with what it has, and more --time extends it"
         )
     return clock.started + left
 
@@ -483,7 +483,7 @@ def _short_of_the_end(best: Row, rows: Sequence[Row], request: SearchRequest, ru
     if plan.box_seconds is None and request.time_seconds is None:
         return [note]
     again = "" if request.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
-    return [f"{note}; to train on for as long again: {_resuming(request, run)}{again}"]
+    return [f"{note}; to continue for the same time again: {_resuming(request, run)}{again}"]
 
 
 _MORE = "give it more --time"
@@ -504,7 +504,10 @@ def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
     if campaign.exhausted and tried < plan.trials:
         return [_exhausted(proposed, tried, plan), *_box(campaign, plan, trials)]
     if campaign.box.deadline is not None and tried < plan.trials:
-        return [f"the box held {tried} of the {plan.trials} planned trials: {_MORE}", *_box(campaign, plan, trials)]
+        return [
+            f"the time budget held {tried} of the {plan.trials} planned trials: {_MORE}",
+            *_box(campaign, plan, trials),
+        ]
     return _box(campaign, plan, trials)
 
 
@@ -537,9 +540,9 @@ def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
     waiting = sum(trial.status is Status.STOPPED and (_unbegun(trial) or trial.value is not None) for trial in students)
     planned = min(plan.keep[-1] if plan.keep else plan.trials, whole + waiting)
     if whole < planned:
-        notes.append(f"the box took {whole} of {planned} trials to full fidelity: {_MORE}")
+        notes.append(f"the time budget took {whole} of {planned} trials to full fidelity: {_MORE}")
     notes += [
-        f"the box did not hold the baseline {name}, so that no gain over it is known: {_MORE}"
+        f"the time budget did not hold the baseline {name}, so the gain over it is unknown: {_MORE}"
         for name in campaign.untrained_baselines()
     ]
     completed = [trial.kind for trial in trials if trial.status is Status.COMPLETED]
@@ -547,7 +550,7 @@ def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
     few = confirmed(completed.count("student"), (), completed.count("baseline"))
     wanted = campaign.question.confirm * few
     if len(again) < wanted:
-        notes.append(f"the box held {len(again)} of the {wanted} trainings on further seeds: {_MORE}")
+        notes.append(f"the time budget held {len(again)} of the {wanted} trainings on further seeds: {_MORE}")
     return notes
 
 

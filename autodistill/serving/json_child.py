@@ -1,4 +1,4 @@
-"""A program in a process of its own that answers requests, each a line of JSON, and whose log is read whole."""
+"""A program in a child process that answers requests, one JSON object per line, and whose log can be read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STOP_SECONDS = 10
 
 
 class JsonChild:
-    """A running program, which was given its settings and has said that it is ready.
+    """A running child program that got its settings and has reported that it is ready.
 
     It can take nobody down, and gives its memory back. It ends with `stop`, or with the caller, whatever the caller's
     end, since its stdin ends then.
@@ -71,7 +71,7 @@ class JsonChild:
             raise
 
     def ask(self, request: Mapping[str, Any], failure: str) -> Any:
-        """The answer to a request.
+        """Return the answer to a request.
 
         Args:
             request: As JSON.
@@ -88,16 +88,16 @@ class JsonChild:
         return self._answer(failure)
 
     def log(self) -> str:
-        """All that it has logged so far."""
+        """Return everything that it has logged so far."""
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def used_seconds(self) -> float:
-        """CPU seconds that it and this process have used."""
+        """Return the CPU seconds that it and this process have used."""
         times = psutil.Process(self.pid).cpu_times()
         return times.user + times.system + time.process_time()
 
     def stop(self) -> None:
-        """Ends it, by force where it does not end by itself, or where an interrupt does not let it."""
+        """Stop the program, by force if it does not end by itself or an interrupt does not allow to wait."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 # A dead child has never read what is left in the pipe.

@@ -1,4 +1,4 @@
-"""What `bench.sh` printed on a board becomes figures, or is refused with what is wrong with it."""
+"""Reading of what `bench.sh` printed on a board; faulty output is refused with the reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TESTS = ("prompt", "decode")
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What is asked of llama-bench.
+    """The settings of a llama-bench run.
 
     Attributes:
         student: SHA-256 of the GGUF file.
@@ -49,14 +49,14 @@ class Bench:
             raise InputError(f"--threads must be at least 1, not {self.threads}")
 
     def script(self) -> str:
-        """The POSIX shell script that a board runs."""
+        """Return the POSIX shell script for a board."""
         settings = "\n".join(f"{name}={shlex.quote(str(value))}" for name, value in asdict(self).items())
         return f"#!/bin/sh\n# Written by autodistill measure.\n{settings}\n{_SCRIPT.read_text(encoding='utf-8')}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoardResult:
-    """What a board said of itself and of the student.
+    """What a board reported about itself and about the student.
 
     Attributes:
         student: SHA-256 of the file that was run.
@@ -100,7 +100,7 @@ class BoardResult:
 
 
 def parse_result(text: str, where: str) -> BoardResult:
-    """Reads what the script printed.
+    """Read what the script printed.
 
     Args:
         text: All of it.
@@ -151,7 +151,7 @@ def parse_result(text: str, where: str) -> BoardResult:
 
 
 def _split(text: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Lines of `name=value`, and the JSON of each test."""
+    """Return the lines of `name=value`, and the JSON of each test."""
     facts: dict[str, str] = {}
     tests: dict[str, str] = {}
     inside = ""
@@ -185,7 +185,7 @@ def _test(text: str | None, name: str, where: str) -> Mapping[str, Any]:
 
 
 def _samples(test: Mapping[str, Any], where: str) -> tuple[float, ...]:
-    """Milliseconds of each repetition."""
+    """Return the milliseconds of each repetition."""
     values = test["samples_ns"]
     if not isinstance(values, list) or not values:
         raise InputError(f"{where}: llama-bench timed nothing")
@@ -208,7 +208,7 @@ def _most(facts: Mapping[str, str], name: str, factor: int) -> int | None:
 
 
 def _watts(facts: Mapping[str, str]) -> float | None:
-    """Mean power while decoding: of the energy that the processor counts, else of the rail that was sampled."""
+    """Return the mean power while decoding: from the processor's energy counter, else from the sampled rail."""
     before, after = (_number(facts, f"decode.energy_{side}_uj") for side in ("before", "after"))
     began, ended = _number(facts, "decode.began"), _number(facts, "decode.ended")
     # The counter wraps around now and then.
@@ -219,7 +219,7 @@ def _watts(facts: Mapping[str, str]) -> float | None:
 
 
 def _throttled(facts: Mapping[str, str]) -> bool | None:
-    """Whether the board says so: a Raspberry Pi by bits 0 to 3 for what holds now, and 16 to 19 for what ever held.
+    """Return whether the board was throttled: for a Raspberry Pi, bits 0 to 3 mean now, and 16 to 19 ever.
 
     Once the load is gone the lower ones are clear again, but of the upper ones those that were not set before show it.
     Elsewhere states and counts of cooling rise, and the states fall again.
@@ -235,7 +235,7 @@ def _throttled(facts: Mapping[str, str]) -> bool | None:
 
 
 def _slowed(old: str, new: str) -> bool:
-    """Whether a value shows it, against that from before the load."""
+    """Return whether a value shows throttling, compared with the value before the load."""
     if new.startswith("throttled="):
         now, earlier = _bits(new), _bits(old)
         return bool(now & 0xF or (now & ~earlier) >> 16 & 0xF)
@@ -243,7 +243,7 @@ def _slowed(old: str, new: str) -> bool:
 
 
 def _bits(said: str) -> int:
-    """Those of the firmware's `throttled=0x50000`; none of what is not of that form."""
+    """Return the bits of the firmware's `throttled=0x50000`; none if the text has another form."""
     try:
         return int(said.partition("=")[2], 16)
     except ValueError:

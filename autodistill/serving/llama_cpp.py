@@ -1,4 +1,4 @@
-"""Runs an exported GGUF file in llama.cpp, in a process of its own, and reads what its log says of memory."""
+"""Runs an exported GGUF file in llama.cpp, in a child process, and reads the memory use from its log."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Buffers:
-    """Bytes that llama.cpp says it took, over all devices; it states them to a hundredth of a MiB."""
+    """Bytes of the buffers that llama.cpp reports, over all devices, to a hundredth of a MiB."""
 
     model_bytes: int
     kv_bytes: int
@@ -51,7 +51,7 @@ class Buffers:
 
     @property
     def total_bytes(self) -> int:
-        """Their sum."""
+        """The sum of the buffers."""
         return self.model_bytes + self.kv_bytes + self.compute_bytes + self.output_bytes
 
 
@@ -120,7 +120,7 @@ class LlamaServer:
     def complete(
         self, tokens: Sequence[int], max_tokens: int, *, reuse: bool = False, ignore_end: bool = False
     ) -> Completion:
-        """Continues a prompt with the most likely tokens.
+        """Continue a prompt with the most likely tokens.
 
         Args:
             tokens: The prompt's ids.
@@ -133,19 +133,19 @@ class LlamaServer:
         return Completion(tokens=tuple(written["tokens"]), text=written["content"], prompt_tokens=computed)
 
     def next_token(self, tokens: Sequence[int]) -> int:
-        """The most likely token after a prompt.
+        """Return the most likely token after a prompt.
 
         Of a prompt that begins like the one before, only the rest is computed.
         """
         return self.complete(tokens, 1, reuse=True).tokens[0]
 
     def tokenize(self, text: str) -> tuple[int, ...]:
-        """The ids that llama.cpp cuts a text into, what begins every text included; names of special tokens count."""
+        """Return llama.cpp's token ids of a text, with the tokens that begin it; special tokens are recognised."""
         (answer,) = self._exchange({"prompt": text, "text": text})
         return tuple(answer["tokens"])
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> float:
-        """Reads prompts that arrive at once, with nothing of them in the context before.
+        """Read prompts that arrive at once, in an empty context.
 
         Args:
             prompts: As many as are served in parallel, at most.
@@ -159,7 +159,7 @@ class LlamaServer:
         return time.perf_counter() - began
 
     def step(self) -> float:
-        """Adds a token to each of the streams that were begun; which one does not matter to the time.
+        """Add a token to each stream that was begun; the token's choice does not change the time.
 
         A request that goes on from the context by one token costs what a decoding step costs. (A stream of tokens would
         state the same times, but ends at one that is no valid text.)
@@ -172,7 +172,7 @@ class LlamaServer:
         return float(self._post(max_tokens=1, cache_prompt=True)["timings"]["prompt_ms"]) / 1e3
 
     def _post(self, **options: Any) -> dict[str, Any]:
-        """All streams in one request, each in a slot of its own."""
+        """Send all streams in one request, each in its own slot."""
         prompts = self._streams if len(self._streams) > 1 else self._streams[0]
         (result,) = self._exchange({"prompt": prompts, "temperature": 0, "ignore_eos": True, **options})
         return result
@@ -184,15 +184,15 @@ class LlamaServer:
         return any(map(_of_gpu, devices))
 
     def used_seconds(self) -> float:
-        """CPU seconds that llama.cpp and this process have used."""
+        """Return the CPU seconds that llama.cpp and this process have used."""
         return self._child.used_seconds()
 
     def peak_bytes(self) -> int:
-        """The most memory that llama.cpp took at a time: of its process, less what its interpreter held before."""
+        """Return the peak memory of llama.cpp's process, less what its interpreter used before."""
         return peak_memory(self._child.pid) - int(self._child.ready["interpreter_bytes"])
 
     def buffers(self, *, on_gpu: bool | None = None) -> Buffers:
-        """The memory that the log states.
+        """Return the buffer sizes from the log.
 
         Args:
             on_gpu: As `parse_buffers` takes it.
@@ -226,12 +226,12 @@ class LlamaServer:
 
 
 def _of_gpu(device: str) -> bool:
-    """Whether a buffer lies in a GPU's memory; what a GPU reads in the machine's is called CUDA_Host and so on."""
+    """Return whether a buffer lies in GPU memory; main memory that a GPU reads is called CUDA_Host or similar."""
     return not device.startswith(("CPU", "AMX")) and not device.endswith("_Host")
 
 
 def parse_buffers(log: str, *, on_gpu: bool | None = None) -> Buffers:
-    """Reads the buffers from llama.cpp's log.
+    """Read the buffer sizes from llama.cpp's log.
 
     A model may have several model and KV buffers, which add up. Compute and output buffers may be reserved again, so
     that the last line of each device holds.
@@ -267,7 +267,7 @@ def parse_buffers(log: str, *, on_gpu: bool | None = None) -> Buffers:
 
 
 def _last_words(log: str) -> str:
-    """The errors that llama.cpp logged, or else the log's last line."""
+    """Return the errors that llama.cpp logged, or else the log's last line."""
     errors = [(match["said"] or match["abort"]).strip() for match in _TROUBLE.finditer(log)]
     if errors:
         return "; ".join(errors[:2])

@@ -1,4 +1,4 @@
-"""The process in which llama.cpp runs: loads one GGUF file, then answers requests from stdin on stdout, a line each.
+"""The child process that runs llama.cpp: it loads one GGUF file, then answers requests on stdin, one per line.
 
 Run by path and not as a module, so that neither this package nor torch is imported: it starts at once and stays small.
 """
@@ -40,7 +40,7 @@ def _load(settings: dict[str, Any]) -> Any:
 
 
 class _Local(http.client.HTTPConnection):
-    """HTTP over the server's socket, for what xllamacpp has no method for."""
+    """HTTP over the server's socket, for functions that xllamacpp does not offer."""
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
@@ -57,7 +57,7 @@ def _tokens(text: str) -> dict[str, Any]:
 
 
 def _resident_bytes() -> int:
-    """What this process holds; 0 where the system does not say it as Linux does."""
+    """Return the resident memory of this process; 0 if the system does not report it as Linux does."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))
@@ -66,7 +66,7 @@ def _resident_bytes() -> int:
 
 
 def main() -> None:
-    """Loads, says so with a line, and answers until stdin ends.
+    """Load the file, report it with a line, and answer until stdin ends.
 
     The line says what the interpreter held before, which llama.cpp on its own would not. A request is a JSON object for
     llama.cpp's completions, or one that has a `text` to be cut into tokens; the answer is the JSON list of the objects

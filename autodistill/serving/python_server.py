@@ -1,4 +1,4 @@
-"""A folder served by transformers or vLLM, in a process of its own, for timing it and for the memory that it takes."""
+"""A folder served by transformers or vLLM in a child process, to measure its time and memory."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class PythonServer:
         return bool(self._child.ready["device"] != "cpu")
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> float:
-        """Reads prompts of one length that arrive at once.
+        """Read prompts of one length that arrive at once.
 
         Returns:
             Seconds until each has its first token.
@@ -80,7 +80,7 @@ class PythonServer:
         return float(self._ask({"do": "begin", "prompts": [list(prompt) for prompt in prompts]})["seconds"])
 
     def step(self) -> float:
-        """Adds a token to each of the streams that were begun.
+        """Add a token to each stream that was begun.
 
         Returns:
             Seconds that it took.
@@ -88,11 +88,11 @@ class PythonServer:
         return float(self._ask({"do": "step"})["seconds"])
 
     def used_seconds(self) -> float:
-        """CPU seconds that the runtime and this process have used."""
+        """Return the CPU seconds that the runtime and this process have used."""
         return self._child.used_seconds()
 
     def peak_bytes(self) -> int:
-        """The most memory that it had since it was loaded: of the GPU where one runs it, else of its process."""
+        """Return the peak memory since loading: of the GPU if one is used, else of the process."""
         found = self._ask({"do": "nothing"})["peak_bytes"]
         return peak_memory(self._child.pid) if found is None else int(found)
 

@@ -1,4 +1,4 @@
-"""The process in which transformers or vLLM serves a folder: loads it, then times requests from stdin on stdout.
+"""The child process in which transformers or vLLM serves a folder: it loads it, then times requests from stdin.
 
 Run by path and not as a module, so that this package is not imported: its memory is the runtime's alone.
 """
@@ -16,7 +16,7 @@ _CONTEXT_BYTES = 10**9  # that its engine takes of a GPU beside what it counts i
 
 
 class Transformers:
-    """A model run by transformers: on the GPU where there is one, else on the CPU."""
+    """A model run by transformers: on a GPU if there is one, else on the CPU."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
@@ -30,12 +30,12 @@ class Transformers:
         self._model = model.to(self.device).eval()
 
     def begin(self, prompts: list[list[int]]) -> None:
-        """Reads prompts of one length, up to the first token of each."""
+        """Read prompts of one length, up to the first token of each."""
         self._cache = None
         self._run(self._torch.tensor(prompts, device=self.device))
 
     def step(self) -> None:
-        """One more token of each stream."""
+        """Add one token to each stream."""
         self._run(self._next)
 
     def _run(self, tokens: Any) -> None:
@@ -46,12 +46,12 @@ class Transformers:
             self._torch.cuda.synchronize()
 
     def peak_bytes(self) -> int | None:
-        """Of the GPU's memory; None on a CPU, where the process's own counts."""
+        """Return the peak GPU memory; None on a CPU, where the process's memory counts."""
         return self._torch.cuda.max_memory_reserved() if self.device != "cpu" else None
 
 
 class Vllm:
-    """A model run by vLLM's engine, a step at a time."""
+    """A model run by vLLM's engine, one step at a time."""
 
     device = "cuda"
 
@@ -72,7 +72,7 @@ class Vllm:
         self._begun = 0
 
     def begin(self, prompts: list[list[int]]) -> None:
-        """Ends what ran, and takes prompts up to the first token of each."""
+        """End earlier requests, and read prompts up to the first token of each."""
         if self._names:
             self._engine.abort_request(self._names)
         self._begun += 1
@@ -84,16 +84,16 @@ class Vllm:
             waiting -= {output.request_id for output in self._engine.step() if output.outputs[0].token_ids}
 
     def step(self) -> None:
-        """One more token of each stream."""
+        """Add one token to each stream."""
         self._engine.step()
 
     def peak_bytes(self) -> int | None:
-        """Of the GPU: vLLM takes what it is given, so that this is no need."""
+        """Return the GPU memory; vLLM takes all that it is given, so this is not what it needs."""
         return None
 
 
 def gpu_share(total: int, used: int) -> float:
-    """The share of a GPU's memory that vLLM is to take: what is free, with room for a context, and not all of it.
+    """Return the share of GPU memory for vLLM: what is free, with room for a context, and not all of it.
 
     By default it takes nine tenths, and ends where others, such as the process that asks for this, hold more than a
     tenth.
@@ -112,7 +112,7 @@ def gpu_share(total: int, used: int) -> float:
 
 
 def _free_share() -> float:
-    """`gpu_share` of the first GPU, asked of its driver: a context here would take memory, and forbid vLLM to fork."""
+    """Return `gpu_share` of the first GPU, from its driver: a CUDA context would take memory and prevent a fork."""
     import torch
     from vllm.platforms import current_platform
 
@@ -120,7 +120,7 @@ def _free_share() -> float:
 
 
 def main() -> None:
-    """Loads, says so with a line, and answers until stdin ends: each request and each answer is a JSON object."""
+    """Load the folder, report it with a line, and answer JSON requests until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the runtime prints belongs to the log
     settings = json.loads(sys.argv[1])

@@ -1,4 +1,4 @@
-"""A board that is reached over ssh: a file is copied to it, a script is run there, and nothing is left behind."""
+"""A board reached over ssh: a file is copied to it, a script is run there, and everything is removed again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ADVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
-    """Where a board is.
+    """The address of a board.
 
     Attributes:
         host: Name or address.
@@ -47,13 +47,13 @@ class Board:
 
     @property
     def name(self) -> str:
-        """As it would be typed."""
+        """The address as one would type it."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         user = f"{self.user}@" if self.user else ""
         return f"ssh://{user}{host}" + (f":{self.port}" if self.port else "")
 
     def command(self, remote: str) -> list[str]:
-        """ssh's command line that runs `remote` there, and asks a person nothing."""
+        """Return the ssh command line that runs `remote` on the board without asking the user anything."""
         options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}", "-T"]
         if self.config is not None:
             options += ["-F", str(self.config)]
@@ -64,7 +64,7 @@ class Board:
 
 
 def parse_board(text: str, config: Path | None = None) -> Board:
-    """Reads "ssh://[user@]HOST[:port]".
+    """Read "ssh://[user@]HOST[:port]".
 
     Raises:
         InputError: Another form.
@@ -87,7 +87,7 @@ def parse_board(text: str, config: Path | None = None) -> Board:
 
 
 def run_on(board: Board, script: str, student: Path, bench: str | None, timeout: float) -> tuple[str, str | None]:
-    """Runs a script on a board with the student's file as its argument; one that is given up is ended there.
+    """Run a script on a board with the student's file as its argument; if it is given up, it is stopped there.
 
     Args:
         board: Where.
@@ -129,7 +129,7 @@ def run_on(board: Board, script: str, student: Path, bench: str | None, timeout:
 
 
 def _ask(board: Board, remote: str, given: str, timeout: float, *, failing: bool = False) -> str:
-    """What a remote command printed; where it may fail, also of one that did."""
+    """Return what a remote command printed; with `failing` also the output of one that failed."""
     try:
         done = subprocess.run(board.command(remote), input=given.encode(), capture_output=True, timeout=timeout)
     except subprocess.TimeoutExpired:

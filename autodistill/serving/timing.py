@@ -1,4 +1,4 @@
-"""How long a served student takes: first tokens by prompt, later ones by streams, and what disturbed the clock."""
+"""Timing of a served student: first tokens by prompt, later ones by number of streams, and signs of disturbance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WARM_STEPS = 4
 
 
 class Server(Protocol):
-    """A student in its runtime, as far as it is timed."""
+    """A student in its runtime, as timing needs it."""
 
     @property
     def accelerated(self) -> bool:
@@ -35,19 +35,19 @@ class Server(Protocol):
     def __exit__(self, *_: Any) -> None: ...
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> float:
-        """Seconds until each of the prompts has its first token."""
+        """Return the seconds until each prompt has its first token."""
         ...
 
     def step(self) -> float:
-        """Seconds of one more token in each stream."""
+        """Return the seconds of one more token in each stream."""
         ...
 
     def used_seconds(self) -> float:
-        """CPU seconds used so far."""
+        """Return the CPU seconds used so far."""
         ...
 
     def peak_bytes(self) -> int:
-        """The most memory at a time."""
+        """Return the peak memory."""
         ...
 
 
@@ -74,7 +74,7 @@ def serve(
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is timed.
+    """The load that is timed.
 
     Attributes:
         prompts: Lengths whose first token is timed at one stream.
@@ -91,7 +91,7 @@ class Load:
     rounds: int = 3
 
     def within(self, context: int) -> Load:
-        """The same as far as a context holds it."""
+        """Return the same load, limited to a context."""
         decoded = min(self.decoded, max(2, context // 2))
         room = max(1, context - decoded)
         prompts = tuple(dict.fromkeys(min(prompt, room) for prompt in self.prompts))
@@ -100,7 +100,7 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Streams:
-    """Times at one number of streams.
+    """Times for one number of streams.
 
     Attributes:
         streams: Sequences at once, whose prompts arrive together.
@@ -117,31 +117,31 @@ class Streams:
     spread: float
 
     def tpot_ms(self, percentile: float) -> float:
-        """A percentile of the time of a token after the first."""
+        """Return a percentile of the time per token after the first."""
         return float(np.percentile(self.step_ms, percentile))
 
     def ttft_ms(self, percentile: float) -> float:
-        """A percentile of the time to the first token."""
+        """Return a percentile of the time to the first token."""
         return float(np.percentile(self.first_ms, percentile))
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all streams together, in decoding."""
+        """Decoding speed of all streams together."""
         return self.streams * 1e3 / float(np.mean(self.step_ms))
 
     @property
     def behind(self) -> int:
-        """Tokens that a decoding step has behind it on average: the prompt, and half of the answer."""
+        """Mean number of tokens before a decoding step: the prompt, and half of the answer."""
         return self.prompt + len(self.step_ms) // len(self.first_ms) // 2
 
     @property
     def answer_ms(self) -> float:
-        """Median time of a whole answer: its first token and all that follow in its round."""
+        """Median time of a whole answer: its first token and all later ones of its round."""
         steps = np.array(self.step_ms).reshape(len(self.first_ms), -1).sum(axis=1)
         return float(np.median(np.array(self.first_ms) + steps))
 
     def to_json(self) -> dict[str, Any]:
-        """Percentiles and rates as plain data."""
+        """Return percentiles and rates as plain data."""
         figures = {f"tpot_p{one}_ms": self.tpot_ms(one) for one in (50, 95, 99)}
         figures |= {f"ttft_p{one}_ms": self.ttft_ms(one) for one in (50, 95)}
         return {
@@ -180,12 +180,12 @@ class Timed:
 
     @property
     def alone(self) -> Streams:
-        """The times at one stream."""
+        """The times with one stream."""
         return self.loads[0]
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Why the figures are doubtful, in words: a busy machine, or rounds that differ."""
+        """Return why the figures are doubtful: a busy machine, or rounds that differ."""
         wide = [
             f"rounds at {count_of(one.streams, 'stream')} differ by {one.spread:.0%}"
             for one in self.loads
@@ -194,7 +194,7 @@ class Timed:
         return (*self.noise.doubts, *wide)
 
     def seconds(self, limit: LatencyLimit) -> float:
-        """What is held against a limit: its percentile of the times at its number of streams.
+        """Return the seconds that are compared with a limit: its percentile at its number of streams.
 
         Raises:
             InputError: That number was not timed.
@@ -206,7 +206,7 @@ class Timed:
         raise InputError(f"{limit.streams} streams were not timed, so {limit.name} is not known")
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """Return everything as plain data."""
         return {
             "runtime": self.runtime,
             "machine": self.machine,
@@ -269,7 +269,7 @@ def time_serving(
 
 
 def _rounds(server: Server, load: Load, streams: int, vocabulary: int) -> Streams:
-    """A few tokens that warm up, and the rounds that count."""
+    """Time the rounds that count, after a few tokens for warming up."""
     prompts = [_prompt(load.prompt, vocabulary, stream) for stream in range(streams)]
     first, steps = [], []
     server.begin(prompts)
@@ -289,5 +289,5 @@ def _rounds(server: Server, load: Load, streams: int, vocabulary: int) -> Stream
 
 
 def _prompt(length: int, vocabulary: int, stream: int) -> list[int]:
-    """Ids that differ between streams from the first on, so that none finds another's in the context."""
+    """Return ids that differ between streams from the first one, so that no stream reuses another's context."""
     return [(stream + 7 * index) % vocabulary for index in range(length)]

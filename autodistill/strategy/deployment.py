@@ -1,4 +1,4 @@
-"""How a student is stored and served: a packing, and the runtime that serves it."""
+"""How a student is stored and served: a quantisation scheme, and the runtime that serves it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autodistill.models.tensors import TensorSpec
-from autodistill.quantization.formats import CACHE_BYTES, Packing, get_format
-from autodistill.utils.plain_dataclass import Part, check, check_choice, left_out
+from autodistill.quantization.formats import CACHE_BYTES, QuantizationScheme, get_format
+from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out
 
-# vLLM computes each of these sets of layers as one matrix, which has one storage.
+# vLLM fuses each of these sets of layers to one matrix, which has one storage.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployment(Packing, Part):
-    """How a trained student is packed and served.
+class Deployment(QuantizationScheme, PlainDataclass):
+    """How a trained student is quantised and served.
 
-    The fields of `Packing` say how it is packed.
+    The fields of `QuantizationScheme` say how its weights are stored.
 
     Attributes:
-        runtime: The engine that serves it: "llama.cpp", "vllm" or "transformers".
+        runtime: The runtime that serves it: "llama.cpp", "vllm" or "transformers".
         cache_type_k, cache_type_v: What llama.cpp holds the keys and the values of its cache in, of `CACHE_BYTES`; the
             others hold 16 bits.
     """
@@ -43,7 +43,7 @@ class Deployment(Packing, Part):
 
     @property
     def name(self) -> str:
-        """As `Packing.name`, and a cache of fewer than 16 bits, as in "gguf-q4_0+kv-q8_0"."""
+        """As `QuantizationScheme.name`, and a cache of fewer than 16 bits, as in "gguf-q4_0+kv-q8_0"."""
         keys, values = self.cache_types
         if (keys, values) == ("f16", "f16"):
             return super().name
@@ -51,10 +51,10 @@ class Deployment(Packing, Part):
         return f"{super().name}+{cache}"
 
     def check_model(self, tensors: Iterable[TensorSpec]) -> None:
-        """Refuses a model that cannot be packed, or not be served so.
+        """Refuse a model that cannot be quantised or served in this way.
 
         Raises:
-            InputError: As `Packing.check_model`; or vLLM would compute kept and quantised layers as one matrix.
+            InputError: As `QuantizationScheme.check_model`; or vLLM would fuse kept and quantised layers.
         """
         tensors = tuple(tensors)
         super().check_model(tensors)
@@ -71,14 +71,14 @@ class Deployment(Packing, Part):
                     )
 
 
-def serving(packing: Packing) -> tuple[str, ...]:
-    """The engines that serve a packing, the usual one first.
+def serving(scheme: QuantizationScheme) -> tuple[str, ...]:
+    """Return the runtimes that serve a quantisation scheme, the usual one first.
 
-    Any engine reads a format, but vLLM has had kernels for 4 and 8 bits only, with zero points for 4 bits.
+    Every runtime reads the whole format, but vLLM has kernels for 4 and 8 bits only, and zero points for 4 bits only.
     """
-    runtimes = get_format(packing.format).runtimes
-    kernels = packing.bits in (4, 16) or (packing.bits == 8 and packing.symmetric)
-    return runtimes if kernels or packing.container != "compressed-tensors" else ("transformers",)
+    runtimes = get_format(scheme.format).runtimes
+    kernels = scheme.bits in (4, 16) or (scheme.bits == 8 and scheme.symmetric)
+    return runtimes if kernels or scheme.container != "compressed-tensors" else ("transformers",)
 
 
 IN_16_BITS = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)

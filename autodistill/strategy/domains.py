@@ -15,14 +15,14 @@ Value = str | int | float | bool
 
 
 def near(word: object, known: Iterable[str]) -> str:
-    """A hint at what was meant: the known word close to `word`, else all of them."""
+    """Return a hint at what was meant: the known word close to `word`, else all of them."""
     known = list(known)
     close = difflib.get_close_matches(str(word), known, n=1)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known) or 'none'}"
 
 
 def check_fields(data: Mapping[Any, Any], fields: Sequence[str], where: str) -> None:
-    """Raises `InputError` for the first key of `data` that is none of `fields`."""
+    """Raise `InputError` for the first key of `data` that is not in `fields`."""
     for key in data:
         check(key in fields, f"{where} has no field {key}; {near(key, fields)}")
 
@@ -39,29 +39,29 @@ class Choices:
 
     @property
     def corners(self) -> tuple[Value, ...]:
-        """The values at which a contradiction would show: all of them."""
+        """Return the values at which a contradiction would show: all of them."""
         return tuple(self.values)
 
     @property
     def grid(self) -> tuple[Value, ...]:
-        """All values."""
+        """Return all values."""
         return tuple(self.values)
 
     def at(self, quantile: float) -> Value:
-        """The value at `quantile` of the domain, 0 to 1."""
+        """Return the value at `quantile` of the domain, 0 to 1."""
         labels = self.grid
         return labels[min(int(quantile * len(labels)), len(labels) - 1)]
 
     def meaning(self, value: Value) -> Any:
-        """What the label `value` puts at the dimension's path."""
+        """Return what the label `value` puts at the dimension's path."""
         return self.values[value]
 
     def holds(self, value: Any) -> bool:
-        """Whether `value` is a label of the domain."""
+        """Return whether `value` is a label of the domain."""
         return any(value == label and isinstance(value, bool) == isinstance(label, bool) for label in self.values)
 
     def to_json(self) -> dict[str, Any]:
-        """The domain as plain data."""
+        """Return the domain as plain data."""
         plain = all(label == data for label, data in self.values.items())
         return {"choices": list(self.values) if plain else copy.deepcopy(dict(self.values))}
 
@@ -94,19 +94,19 @@ class Range:
 
     @property
     def corners(self) -> tuple[Value, ...]:
-        """Both ends."""
+        """Return both ends."""
         return (self.snap(self.low), self.snap(self.high))
 
     @property
     def grid(self) -> tuple[Value, ...] | None:
-        """All values, or None where they are too many to count."""
+        """Return all values, or None if they are too many to count."""
         step = 1 if self.integer and self.step is None else self.step
         if step is None:
             return None
         return tuple(self.snap(self.low + index * step) for index in range(round((self.high - self.low) / step) + 1))
 
     def at(self, quantile: float) -> Value:
-        """The value at `quantile` of the domain, 0 to 1."""
+        """Return the value at `quantile` of the domain, 0 to 1."""
         if self.log:
             return self.snap(self.low * (self.high / self.low) ** quantile)
         if self.grid is not None:
@@ -114,7 +114,7 @@ class Range:
         return self.snap(self.low + quantile * (self.high - self.low))
 
     def snap(self, number: float) -> Value:
-        """The nearest value of the domain, with digits that a person would write: three, or six on a grid."""
+        """Return the nearest value of the domain, with three digits (six on a grid)."""
         if self.step is not None:
             number = float(f"{self.low + round((number - self.low) / self.step) * self.step:.6g}")
         elif not self.integer:
@@ -123,11 +123,11 @@ class Range:
         return round(number) if self.integer else float(number)
 
     def meaning(self, value: Value) -> Any:
-        """What `value` puts at the dimension's path: itself."""
+        """Return what `value` puts at the dimension's path: itself."""
         return value
 
     def holds(self, value: Any) -> bool:
-        """Whether `value` is a number of the domain, whatever its digits."""
+        """Return whether `value` is a number of the domain, whatever its digits."""
         if isinstance(value, bool) or not isinstance(value, int if self.integer else int | float):
             return False
         if not self.low <= value <= self.high:
@@ -135,7 +135,7 @@ class Range:
         return self.step is None or abs(float(self.snap(value)) - value) < 1e-9 * self.step
 
     def to_json(self) -> dict[str, Any]:
-        """The domain as plain data."""
+        """Return the domain as plain data."""
         data: dict[str, Any] = {"low": self.low, "high": self.high}
         if self.step is not None:
             data["step"] = self.step
@@ -143,7 +143,7 @@ class Range:
 
 
 def read_choices(data: Mapping[str, Any]) -> Choices:
-    """The domain of a list of values, or of names for parts of a strategy.
+    """Read a domain from a list of values, or from names for parts of a strategy.
 
     Raises:
         InputError: No choices, one twice, or bounds beside them.
@@ -163,7 +163,7 @@ def read_choices(data: Mapping[str, Any]) -> Choices:
 
 
 def read_range(kind: type, data: Mapping[str, Any]) -> Range:
-    """The domain between `low` and `high`, in steps or on a logarithmic scale where that is said.
+    """Read a domain between `low` and `high`, optionally in steps or on a logarithmic scale.
 
     Args:
         kind: `int` or `float`.

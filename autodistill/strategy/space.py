@@ -1,4 +1,4 @@
-"""What may be tried: YAML to `Space`, with its conditional dimensions, and a point of it to a strategy."""
+"""A search space: YAML to `Space` with conditional dimensions, and a point of the space to a strategy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.domains import Choices, Range, Value, check_fields, near, read_choices, read_range
 from autodistill.strategy.strategy import Alignment, Distillation, Init, Strategy
 from autodistill.utils.hashing import content_hash
-from autodistill.utils.plain_dataclass import Part, check
+from autodistill.utils.plain_dataclass import PlainDataclass, check
 from autodistill.utils.yaml_files import read_yaml
 
 Point = dict[str, Value]
@@ -29,14 +29,14 @@ _NO_DIMENSION = "dimensions must be a mapping with an entry"
 _SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines", "starts", "optional", "lengths")
 
 
-def _strategy_paths(part: type[Part] = Strategy, prefix: str = "") -> dict[str, type]:
-    """Every dotted path of a strategy with the type found there."""
+def _strategy_paths(part: type[PlainDataclass] = Strategy, prefix: str = "") -> dict[str, type]:
+    """Return every dotted path of a strategy with its type."""
     paths: dict[str, type] = {}
     for name, hint in typing.get_type_hints(part).items():
         if isinstance(hint, types.UnionType):
             (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
         paths[prefix + name] = hint
-        if isinstance(hint, type) and issubclass(hint, Part):
+        if isinstance(hint, type) and issubclass(hint, PlainDataclass):
             paths |= _strategy_paths(hint, f"{prefix}{name}.")
     return paths
 
@@ -46,7 +46,7 @@ PATHS: Mapping[str, type] = _strategy_paths()
 
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
-    """One thing that a strategy may vary.
+    """One property of a strategy that may vary.
 
     Attributes:
         path: Dotted path in a strategy, like "distillation.temperature.shape".
@@ -59,17 +59,17 @@ class Dimension:
     when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
 
     def active(self, point: Mapping[str, Value]) -> bool:
-        """Whether `point`, which has the dimensions before this one, makes this one count."""
+        """Return whether this dimension is used at `point`, which has the dimensions before this one."""
         return all(path in point and point[path] in values for path, values in self.when.items())
 
     def to_json(self) -> dict[str, Any]:
-        """The dimension as plain data, without its path."""
+        """Return the dimension as plain data, without its path."""
         when = {path: list(values) for path, values in self.when.items()}
         return self.domain.to_json() | ({"when": when} if when else {})
 
     @classmethod
     def from_json(cls, path: str, data: Any) -> Dimension:
-        """Reads what a space file says of one dimension.
+        """Read one dimension from plain data, as a space file has it.
 
         Raises:
             InputError: An unknown path or field, a wrong type, an empty domain.
@@ -90,7 +90,7 @@ class Dimension:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What a search may try.
+    """The set of strategies and deployments that a search may try.
 
     Attributes:
         name: Short name.
@@ -116,7 +116,7 @@ class Space:
     narrowed_from: str | None = None
 
     def strategy(self, point: Mapping[str, Value]) -> Strategy:
-        """The strategy at `point`; what no dimension sets has the strategy's default.
+        """Return the strategy at `point`; fields that no dimension sets have the strategy's default.
 
         Raises:
             InputError: A value for no active dimension, an active one without a value, a value outside of its domain,
@@ -139,7 +139,7 @@ class Space:
         return Strategy.from_json(data)
 
     def point(self, strategy: Strategy) -> Point | None:
-        """The point at which `strategy` lies, or None where it lies outside of the space."""
+        """Return the point of `strategy`, or None if it lies outside the space."""
         data = strategy.to_json()
         point: Point = {}
         for dimension in self.dimensions:
@@ -151,13 +151,13 @@ class Space:
         return point if self.strategy(point) == strategy else None
 
     def points(self, values: Callable[[Dimension], Sequence[Value]]) -> Iterator[Point]:
-        """Every point whose active dimensions take one of `values(dimension)`."""
+        """Return every point whose active dimensions have one of `values(dimension)`."""
         return _points(self.dimensions, values, {})
 
     def varied(
         self, paths: Collection[str], values: Callable[[Dimension], Sequence[Value]] | None = None
     ) -> Iterator[Strategy]:
-        """Strategies with all that some of the dimensions may be, and the baselines.
+        """Yield strategies with all values of some dimensions, and the baselines.
 
         What does not bear on these is an example. Without dimensions nothing is proposed, and the baselines are all
         there is.
@@ -172,7 +172,7 @@ class Space:
     def _points_over(
         self, paths: Collection[str], values: Callable[[Dimension], Sequence[Value]] | None = None
     ) -> Iterator[Point]:
-        """The points that `varied` is made of."""
+        """Return the points of `varied`."""
         branching = _with_conditions(self.dimensions, paths)
 
         def taken(dimension: Dimension) -> Sequence[Value]:
@@ -184,7 +184,7 @@ class Space:
         return self.points(taken)
 
     def extremes(self) -> tuple[Strategy, ...]:
-        """The baselines, and a strategy for each way a student may begin at the ends of its dimensions.
+        """Return the baselines, and a strategy for each kind of initial student at the ends of its dimensions.
 
         The smallest and the largest student are among them, and each model that one may start from. What does not bear
         on how a student begins is an example.
@@ -197,7 +197,7 @@ class Space:
         return tuple(dict.fromkeys(found.init.model for found in self.extremes() if found.init.model))
 
     def required(self) -> Space:
-        """The space without its optional choices, and without the dimensions and starts that ask for one."""
+        """Return the space without optional choices, and without dimensions and starts that need one."""
         if not self.optional:
             return self
         dimensions = []
@@ -218,7 +218,7 @@ class Space:
 
     @cached_property
     def hash(self) -> str:
-        """Content hash of all that a search depends on, which is all but the wording."""
+        """Content hash of everything that a search depends on, except for the wording."""
         if self.narrowed_from is not None:
             return self.narrowed_from
         data = self.to_json()
@@ -227,7 +227,7 @@ class Space:
         return content_hash(parts + ([data["lengths"]] if len(self.lengths) > 1 else []))
 
     def to_json(self) -> dict[str, Any]:
-        """The space as plain data, which `from_json` reads; baselines and starts are written out."""
+        """Return the space as plain data for `from_json`; baselines and enqueued strategies are written out."""
         return {
             "name": self.name,
             "description": self.description,
@@ -241,7 +241,7 @@ class Space:
 
     @classmethod
     def from_json(cls, data: Any) -> Space:
-        """Reads a space from plain data and checks that each of its corners is a strategy.
+        """Read a space from plain data and check that each of its corners is a strategy.
 
         Raises:
             InputError: Anything wrong with it, naming the dimension.
@@ -272,7 +272,7 @@ class Space:
 
 
 def _place(data: dict[str, Any], path: str, value: Any) -> None:
-    """Sets the field at `path` of a strategy's plain data."""
+    """Set the field at `path` in a strategy's plain data."""
     *parents, leaf = path.split(".")
     for depth, name in enumerate(parents, 1):
         data = data.setdefault(name, {})
@@ -289,7 +289,7 @@ def _look_up(data: Any, path: str) -> Any:
 
 
 def _find(domain: Choices | Range, value: Any) -> Value | None:
-    """The value of `domain` that puts `value` at the dimension's path, or of those that agree with it the fullest."""
+    """Return the value of `domain` that puts `value` at the dimension's path; of several, the most complete one."""
     if isinstance(domain, Range):
         return value if domain.holds(value) else None
     found: Value | None = None
@@ -316,7 +316,7 @@ def _points(
 
 
 def _with_conditions(dimensions: Sequence[Dimension], paths: Collection[str]) -> set[str]:
-    """`paths` and all that their conditions name, directly or not; `dimensions` are in order."""
+    """Return `paths` and all paths that their conditions name, directly or not; `dimensions` are in order."""
     found = set(paths)
     for dimension in reversed(dimensions):
         if dimension.path in found:
@@ -325,7 +325,7 @@ def _with_conditions(dimensions: Sequence[Dimension], paths: Collection[str]) ->
 
 
 def _in_order(dimensions: Sequence[Dimension]) -> tuple[Dimension, ...]:
-    """Sorts so that a dimension comes after those it depends on: its conditions, and the part that it is a field of."""
+    """Sort dimensions so that each comes after those it depends on: its conditions, and the part it belongs to."""
     by_path = {dimension.path: dimension for dimension in dimensions}
     for dimension in dimensions:
         for path, values in dimension.when.items():
@@ -355,7 +355,7 @@ def _depends(dimension: Dimension, paths: set[str]) -> bool:
 
 
 def _check_corners(space: Space) -> None:
-    """Builds the strategy at each corner: rules hold within a part, so parts are crossed one at a time."""
+    """Build the strategy at each corner; rules hold within a part, so parts are crossed one at a time."""
     active: set[str] = set()
     for part in dict.fromkeys(_part_of(dimension.path) for dimension in space.dimensions):
         members = {item.path for item in space.dimensions if _part_of(item.path) == part}
@@ -368,7 +368,7 @@ def _check_corners(space: Space) -> None:
 
 def _part_of(path: str) -> str:
     hint = PATHS[path]
-    return path if isinstance(hint, type) and issubclass(hint, Part) else path.rpartition(".")[0]
+    return path if isinstance(hint, type) and issubclass(hint, PlainDataclass) else path.rpartition(".")[0]
 
 
 def _deployments(data: Any) -> tuple[Deployment, ...]:
@@ -386,7 +386,7 @@ def _optional(data: Any) -> dict[str, tuple[Value, ...]]:
 
 
 def _check_optional(space: Space) -> None:
-    """Refuses choices that no dimension has, and a dimension of which none would be left."""
+    """Refuse optional choices that no dimension has, and a dimension without other choices."""
     domains = {dimension.path: dimension.domain for dimension in space.dimensions}
     for path, labels in space.optional.items():
         check(path in domains, f"optional names {path}, which is no dimension here; {near(path, domains)}")
@@ -416,7 +416,7 @@ def _named(field_name: str, data: Any) -> dict[str, Strategy]:
 
 
 def load_space(ref: str | Path) -> Space:
-    """The space of a name in `search_spaces/`, or of a YAML file.
+    """Load the space of a name in `search_spaces/`, or of a YAML file.
 
     Raises:
         InputError: No such space or file, YAML that is not plain data, a space that does not hold together, or a named
@@ -434,7 +434,7 @@ def load_space(ref: str | Path) -> Space:
 
 
 def load_strategy(ref: str | Path) -> Strategy:
-    """The strategy of a name in `search_spaces/strategies/`, or of a YAML file.
+    """Load the strategy of a name in `search_spaces/strategies/`, or of a YAML file.
 
     Raises:
         InputError: No such strategy or file, YAML that is not plain data, a broken rule, or parts that can have no
@@ -450,7 +450,7 @@ def load_strategy(ref: str | Path) -> Strategy:
 
 
 def packaged_files(what: str) -> dict[str, Path]:
-    """The YAML files that come with the package, by the names they are known by.
+    """Return the YAML files of the package by their names.
 
     Args:
         what: "spaces" or "strategies".
@@ -461,7 +461,7 @@ def packaged_files(what: str) -> dict[str, Path]:
 
 
 def packaged_file(what: str, name: str) -> Path:
-    """One of them.
+    """Return one YAML file of the package.
 
     Raises:
         InputError: There is none of that name.
@@ -487,7 +487,7 @@ _OF_THE_DIVERGENCE = ("divergence", "mixture", "temperature", "standardise", "si
 
 
 def check_effect(strategy: Strategy) -> None:
-    """Refuses a strategy of a person's that says what would be ignored; a space may propose one at a dimension's end.
+    """Refuse a user's strategy with settings that have no effect; a space may propose those at a dimension's end.
 
     Args:
         strategy: What is not written in it has its default, and is not refused.

@@ -1,4 +1,4 @@
-"""`Strategy` and its parts: how one student is made, what each field means, and which may stand together."""
+"""`Strategy` and its parts: how one student is made, what each field means, and which values may be combined."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from autodistill.quantization.formats import Packing
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.utils.hashing import content_hash
-from autodistill.utils.plain_dataclass import Part, check, check_choice
+from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice
 
-# Choices of layers that a calibration of the teacher makes.
+# Choices of layers that depend on measured activations of the teacher.
 _BY_INFLUENCE = ("influence", "block-influence")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Init(Part):
+class Init(PlainDataclass):
     """How the student's weights begin.
 
     Fractions are of the teacher's sizes; `autodistill.distillation.student.shapes` rounds them.
 
     Attributes:
         source: "teacher" copies parts of the teacher; "scratch" draws new weights in these proportions of the teacher;
-            "pretrained" takes `model` as it is, and its own chat template where that differs from the teacher's.
+            "pretrained" takes `model` as it is, with its own chat template if that differs from the teacher's.
         model: Reference of a smaller pretrained model with the teacher's tokens, as for a teacher; else empty.
         depth: Fraction of the teacher's layers that are kept, rounded down, at least one layer.
-        layers: "even" keeps layers spread evenly from the first to the last; "contiguous" keeps the first ones and the
-            last, dropping one block of late layers; "influence" drops the block of neighbouring layers that turns the
-            hidden states least (Gromov et al., arXiv 2403.17887); "block-influence" drops, wherever they stand between
-            the first and the last, the layers each of which turns them least (Men et al., arXiv 2403.03853). The last
-            three are for the teacher's own layers alone.
+        layers: "even" keeps layers that are spread evenly from the first to the last. "contiguous" keeps the first ones
+            and the last, and drops one block of late layers. "influence" drops the block of neighbouring layers that
+            changes the direction of the hidden states least (Gromov et al., arXiv 2403.17887). "block-influence" drops
+            the layers between the first and the last that change it least, each by itself (Men et al., arXiv
+            2403.03853). The last three need `source` "teacher".
         ffn: Fraction of each layer's FFN neurons.
         heads: Fraction of each layer's attention heads, in whole groups that share keys and values.
         width: Fraction of the hidden channels.
@@ -59,17 +59,17 @@ class Init(Part):
 
     @property
     def by_influence(self) -> bool:
-        """Whether it depends on the teacher's activations which layers are kept."""
+        """Whether the choice of layers depends on the teacher's activations."""
         return self.layers in _BY_INFLUENCE
 
     @property
     def selective(self) -> bool:
-        """Whether it depends on the teacher's activations what is kept."""
+        """Whether the choice of any parts depends on the teacher's activations."""
         whole = (self.ffn, self.heads, self.width) == (1, 1, 1)
         return self.source == "teacher" and (not whole or self.by_influence)
 
     def describe(self) -> str:
-        """The init in a few words, for a table."""
+        """Return the init in a few words, for a table."""
         if self.source == "pretrained":
             return f"from {self.model}"
         kept = f"{_percent(self.depth)} {self.layers if self.source == 'teacher' else 'from scratch'}"
@@ -82,15 +82,15 @@ def _percent(fraction: float) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Temperature(Part):
+class Temperature(PlainDataclass):
     """The temperature of the divergence over the plan's tokens.
 
-    A step has that of the middle of its tokens: of N steps the first and the last are 1/(2N) of the way from the ends.
+    A step uses the value at the middle of its tokens: with N steps, the first and the last are 1/(2N) from the ends.
 
     Attributes:
         shape: "constant" (at `start`), "linear", "cosine" or "exponential" from `start` to `end`.
         start: Temperature before the first token.
-        end: Temperature at the plan's last token, and beyond; equal to `start` where the shape is constant.
+        end: Temperature at the plan's last token, and beyond; equal to `start` if the shape is constant.
     """
 
     shape: str = "constant"
@@ -111,27 +111,28 @@ class Temperature(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alignment(Part):
-    """Which hidden states of the student follow which of the teacher, and how.
+class Alignment(PlainDataclass):
+    """Which hidden states of the student are compared with which of the teacher, and how.
 
-    A student layer copied from teacher layer g(j) aims at what the teacher feeds its layer g(j+1); the last student
-    layer aims at the teacher's last state. In a student that was not copied from the teacher, a layer aims at the state
-    of the same relative depth.
+    The target of a student layer that was copied from teacher layer g(j) is the input of the teacher's layer g(j+1).
+    The target of the last student layer is the teacher's last state. In a student that was not copied from the teacher,
+    the target is the state at the same relative depth.
 
     Attributes:
         layers: "last" for the last `count` student layers, "even" for `count` of them spread evenly, the last one
             included, or "all".
-        count: Number of aligned student layers; 1 where `layers` is "all".
-        distance: "cosine", 2 - 2 cos of the angle, which is the mean squared difference of states that both have a root
-            mean square of 1; or "l2", the mean squared difference over the mean square of the teacher's state, which
-            asks for the teacher's size as well.
-        projection: Map from the student's states to the teacher's width: "none" (equal widths only), "linear" (what
-            is also called a 1x1 convolution over the sequence), "low-rank" (two linear maps through `rank` channels),
-            "mlp" (linear, GELU, linear).
+        count: Number of aligned student layers; 1 if `layers` is "all".
+        distance: "cosine": 2 - 2 cos of the angle, which is the mean squared difference of states with a root mean
+            square of 1. "l2": the mean squared difference divided by the mean square of the teacher's state, so that
+            the magnitude counts too.
+        projection: Map from the student's states to the teacher's width: "none" (equal widths only), "linear" (also
+            called a 1x1 convolution over the sequence), "low-rank" (two linear maps through `rank` channels), "mlp"
+            (linear, GELU, linear).
         rank: Inner width of the low-rank projection; 0 for the others.
-        weight: Factor of the alignment loss, which is of the size of 1 at the start.
-        balance: Whether the alignment loss is first brought to the size of the logit loss, by both of the step before.
-        projection_rate: Learning rate of the projections over that of the student.
+        weight: Factor of the alignment loss, whose value is about 1 at the start.
+        balance: Whether the alignment loss is first scaled to the value of the logit loss; both are those of the
+            previous step.
+        projection_rate: Learning rate of the projections, as a multiple of the student's.
     """
 
     layers: str = "last"
@@ -161,18 +162,20 @@ class Alignment(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention(Part):
-    """How the attention of the student's last layer follows that of one layer of the teacher.
+class Attention(PlainDataclass):
+    """How the attention of the student's last layer is compared with that of one layer of the teacher.
 
     Attributes:
-        kind: "maps" compares where each head attends to, head by head (equal head counts only); "relations" compares
-            queries with queries, keys with keys and values with values (MiniLMv2, arXiv 2012.15828; any head counts).
-        relation_heads: Heads that the relations are taken in, which divide the widths of queries, keys and values of
-            both models; 0 for maps.
-        teacher_depth: Which layer of the teacher: the last one within this fraction of its depth. The paper takes the
-            last one of 12, and 19 or 21 of 24 (0.8 or 0.88).
+        kind: "maps" compares the attention maps head by head (equal numbers of heads only). "relations" compares
+            queries with queries, keys with keys and values with values (MiniLMv2, arXiv 2012.15828; any numbers of
+            heads).
+        relation_heads: Number of heads for the relations; it must divide the widths of queries, keys and values of both
+            models; 0 for maps.
+        teacher_depth: Which layer of the teacher: the last one within this fraction of its depth. The paper uses the
+            last layer of 12, and layer 19 or 21 of 24 (0.8 or 0.88).
         weight: Factor of the attention loss.
-        balance: Whether the attention loss is first brought to the size of the logit loss, by both of the step before.
+        balance: Whether the attention loss is first scaled to the value of the logit loss; both are those of the
+            previous step.
     """
 
     kind: str = "maps"
@@ -193,15 +196,15 @@ class Attention(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(Part):
-    """Low-rank changes that are trained in place of the student's weights, and merged into them (arXiv:2106.09685).
+class Lora(PlainDataclass):
+    """Low-rank changes that are trained instead of the student's weights, and merged into them (arXiv:2106.09685).
 
-    Weights W [out, in] are frozen; W + (alpha / rank) B A is what the student computes with. Nothing else is trained
-    but the embedding table where `train_embeddings` says so. In a finishing the merged weight is what is rounded.
+    Weights W [out, in] are frozen; the student computes with W + (alpha / rank) B A. Apart from these changes, only the
+    embedding table can be trained (`train_embeddings`). In a finishing, the merged weight is rounded.
 
     Attributes:
-        rank: Of B [out, rank] and A [rank, in], below the smaller side of every adapted matrix.
-        alpha: The change's factor, times the rank.
+        rank: Rank of B [out, rank] and A [rank, in]; less than the smaller side of every adapted matrix.
+        alpha: The factor of the change, multiplied by the rank.
         layers: Adapted matrices of each block: "attention", "ffn" or "all".
     """
 
@@ -227,7 +230,7 @@ _WRITTEN = "written"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distillation(Part):
+class Distillation(PlainDataclass):
     """How the student learns from the teacher.
 
     Attributes:
@@ -237,26 +240,27 @@ class Distillation(Part):
         mixture: Between 0 and 1 for those that mix, 0 for plain KL: beta of "jsd", the teacher's share in the mixture;
             alpha of a skew KL, the share of its first distribution; where "taid" starts, the teacher's share.
         divergence_weight: Share of the divergence in the logit loss, 0 to 1; cross-entropy has the rest.
-        final_divergence_weight: The share at the plan's last token, reached linearly, of which a step has that in the
-            middle of its tokens; None where it stays.
-        temperature: Its schedule.
+        final_divergence_weight: The share at the plan's last token. It is reached linearly, and a step uses the value
+            at the middle of its tokens. None if the share does not change.
+        temperature: The schedule of the temperature.
         standardise: Whether each row of logits is divided by its standard deviation before the temperature.
-        signal: Where the teacher's outputs come from: "top-k", its `signal_tokens` likeliest tokens from the cache;
-            "sampled", tokens from the cache found by `signal_tokens` draws, up to temperature 1; "states", all tokens,
-            from the cached last hidden states and the teacher's head; "online", all tokens, from the teacher run
-            beside the student; "written", the likeliest tokens that whoever wrote the answers told with them
-            (`autodistill write --top-k`), at temperature 1 alone, and cross-entropy where nothing was told.
-        signal_tokens: Above 0 for "top-k", where as many as the teacher has, or more, are all of them, and "sampled"; 0
-            for the others.
-        positions: Predicted tokens that are learnt: "answers", those that the data mark as such, or all where they mark
-            none; "all"; or "uncertain", the share of the first whose predictions by the student have the most entropy
-            (alignments take all of the first).
+        signal: The teacher targets. "top-k": the `signal_tokens` likeliest tokens, from the cache. "sampled": tokens of
+            `signal_tokens` draws, from the cache, up to temperature 1. "states": all tokens, from cached last hidden
+            states and the teacher's head. "online": all tokens, from the teacher run beside the student. "written": the
+            likeliest tokens that the writer of the answers reported (`autodistill write --top-k`), at temperature 1
+            only, and cross-entropy where nothing was reported.
+        signal_tokens: Above 0 for "top-k" and "sampled", and 0 for the others. With "top-k", a number as large as the
+            vocabulary or larger means all tokens.
+        positions: Predicted tokens that are learnt. "answers": those that the data mark as answers, or all if the data
+            mark none. "all": all. "uncertain": among the tokens of "answers", the share with the highest entropy of the
+            student's prediction (alignments use all tokens of "answers").
         uncertain_share: Share of each sequence's tokens that are "uncertain", below 1; 1 for other positions.
         alignment: Hidden-state alignment, or None.
         attention: Attention alignment, or None.
         learning_rate: Peak rate of AdamW.
-        train_embeddings: Whether the embedding table is trained; a frozen one keeps the teacher's and trains faster.
-        lora: Low-rank changes that are trained in place of the weights, or None.
+        train_embeddings: Whether the embedding table is trained; a frozen table stays the teacher's, and training is
+            faster.
+        lora: Low-rank changes that are trained instead of the weights, or None.
     """
 
     divergence: str = "forward_kl"
@@ -303,8 +307,8 @@ class Distillation(Part):
         check(
             tokens > 0 if sparse else tokens == 0,
             f"distillation.signal_tokens must be above 0 for {' and '.join(_SPARSE_SIGNALS)} and 0 for "
-            f"{' and '.join(_FULL_SIGNALS)}, which have all tokens, and {_WRITTEN}, which has those that were told, "
-            f"not {tokens} for {self.signal}",
+            f"{' and '.join(_FULL_SIGNALS)}, which have all tokens, and {_WRITTEN}, which has those that were "
+            f"reported, not {tokens} for {self.signal}",
         )
         full = f"use the signal {' or '.join(_FULL_SIGNALS)}"
         check(
@@ -314,8 +318,8 @@ class Distillation(Part):
         coldest, hottest = sorted((self.temperature.start, self.temperature.end))
         check(
             self.signal != _WRITTEN or coldest == hottest == 1,
-            f"distillation.temperature goes from {self.temperature.start:g} to {self.temperature.end:g}, but writers "
-            f"tell their log-probabilities at 1, and the share of the tokens left out at no other: leave it at 1, or "
+            f"distillation.temperature goes from {self.temperature.start:g} to {self.temperature.end:g}, but "
+            f"reported log-probabilities are for 1, and those of other tokens are unknown: leave it at 1, or "
             f"{full}",
         )
         check(
@@ -334,15 +338,15 @@ class Distillation(Part):
         return max(self.divergence_weight, self.final_divergence_weight or 0.0) > 0
 
     def approximation(self, vocabulary: int) -> str | None:
-        """What the logit loss is in place of the divergence that is named, or None where it is that divergence.
+        """What the logit loss computes instead of the named divergence, or None if it is exactly that.
 
-        That is so of all tokens, and of draws in the mean. Of fewer of the likeliest tokens it never is, at any
-        temperature: with 64 of them forward KL at 1 cost students of SmolLM2-135M 1.49 ± 0.34% of perplexity, where 50
-        draws cost 0.52 ± 0.12% (benchmarks/reports/2026-11-26-cache-quality.md).
+        It is exact with all tokens, and with draws on the mean. With the likeliest tokens only it never is, at any
+        temperature: with 64 of them, forward KL at temperature 1 cost students of SmolLM2-135M 1.49 ± 0.34% of
+        perplexity, and 50 draws cost 0.52 ± 0.12% (benchmarks/reports/2026-11-26-cache-quality.md).
 
         Args:
-            vocabulary: Tokens of teacher and student. Those that writers told are taken to be fewer: how many they are
-                differs from place to place.
+            vocabulary: Number of tokens of teacher and student. Tokens that writers reported count as fewer, since
+                their number differs from position to position.
         """
         if not self.weighs_teacher or self.signal not in ("top-k", _WRITTEN):
             return None
@@ -353,16 +357,16 @@ class Distillation(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finishing(Packing, Part):
+class Finishing(QuantizationScheme, PlainDataclass):
     """The grid on which the last stage trains, with weights rounded to it in the forward pass (QAT).
 
-    The fields of `Packing` say which grid, and which weights stay off it.
+    The fields of `QuantizationScheme` say which grid, and which weights stay off it.
 
     Attributes:
-        scales: "absmax" derives a group's scale from its weights in every step, as its container's own tools do, or for
-            K-quants by least squares; "learned" trains it (LSQ, arXiv:1902.08153), and the export packs with what was
-            learned.
-        start: Share of the decay, 0 to below 1, after which the weights go on the grid.
+        scales: "absmax" derives a group's scale from its weights in every step, as the tools of its container do, or
+            by least squares for K-quants. "learned" trains it (LSQ, arXiv:1902.08153), and the export uses the learned
+            scales.
+        start: Share of the decay, 0 to below 1, after which the weights are rounded to the grid.
     """
 
     scales: str = "absmax"
@@ -376,7 +380,7 @@ class Finishing(Packing, Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strategy(Part):
+class Strategy(PlainDataclass):
     """How one student is made: init, distillation, optional finishing. No deployment, no token count, no seed."""
 
     init: Init = Init()
@@ -386,15 +390,15 @@ class Strategy(Part):
     def __post_init__(self) -> None:
         check(
             self.init.source != "scratch" or self.distillation.train_embeddings,
-            "a student from scratch has an embedding table that means nothing yet: set distillation.train_embeddings",
+            "a student from scratch has a random embedding table: set distillation.train_embeddings",
         )
         check(
             self.init.source != "scratch" or self.distillation.lora is None,
-            "a student from scratch has weights that mean nothing yet, and lora changes weights a little: leave it out",
+            "a student from scratch has random weights, and lora changes weights only a little: leave it out",
         )
 
     def describe(self) -> str:
-        """The strategy in one line, for a table: strategies that differ have different lines."""
+        """Return the strategy in one line, for a table; different strategies have different lines."""
         return ", ".join(
             [
                 self.init.describe(),
@@ -416,7 +420,7 @@ class Strategy(Part):
 
 
 def _of_outputs(recipe: Distillation) -> list[str]:
-    """How the outputs are learnt; forward KL is called KD, of which most recipes consist."""
+    """Describe how the outputs are learnt; forward KL is called KD, as in most recipes."""
     temperature = recipe.temperature
     heat = f"T{temperature.start:g}"
     if temperature.shape != "constant":
@@ -435,7 +439,7 @@ def _of_outputs(recipe: Distillation) -> list[str]:
 
 
 def _of_states(recipe: Distillation) -> list[str]:
-    """Which states and attention are followed, and whether by low-rank changes."""
+    """Describe which states and attention are compared, and whether low-rank changes are trained."""
     words = []
     if one := recipe.alignment:
         words.append(" ".join([f"{one.name} {one.projection} x{one.weight:g}", *_besides(one, _IN_ALIGNMENT)]))
@@ -449,16 +453,16 @@ def _of_states(recipe: Distillation) -> list[str]:
 
 _IN_ALIGNMENT = ("layers", "count", "projection", "weight")
 
-_IN_NAMES = tuple(field.name for field in fields(Packing))
+_IN_NAMES = tuple(field.name for field in fields(QuantizationScheme))
 
 
 def _share(value: float) -> str:
-    """A share with two digits, or as many as it has."""
+    """Format a share with two digits, or as many as it has."""
     return max(f"{value:.2f}", f"{value:g}", key=len)
 
 
-def _besides(part: Part, told: Collection[str]) -> list[str]:
-    """What nothing else tells of a part: its fields that are not as they are by default."""
+def _besides(part: PlainDataclass, told: Collection[str]) -> list[str]:
+    """Describe the fields of a part that no other word covers and that differ from their defaults."""
     words = []
     for field in fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)

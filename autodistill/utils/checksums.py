@@ -1,4 +1,4 @@
-"""Checksums of what is kept on disk: of a folder in a list beside its files, of a safetensors file in its header."""
+"""Checksums of files on disk: a folder has a list beside its files, a safetensors file has them in its header."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LONGEST_HEADER = 100_000_000
 
 
 def write_list(folder: Path) -> str:
-    """Lists the bytes and the SHA-256 of every file of a folder in `LIST`, and gives the list's own hash.
+    """Write the bytes and the SHA-256 of every file of a folder to `LIST`, and return the list's own hash.
 
     Args:
         folder: Nobody writes to it any more.
@@ -34,7 +34,7 @@ def write_list(folder: Path) -> str:
 
 
 def check_list(folder: Path, known: str | None = None) -> bool:
-    """Holds every file of a folder to its list; False where it has none, as those of earlier versions.
+    """Check every file of a folder against its list; return False if it has none (earlier versions).
 
     Reads all of it: about a second a gigabyte, where the disk is as fast.
 
@@ -72,7 +72,7 @@ def check_list(folder: Path, known: str | None = None) -> bool:
 
 
 def _names(folder: Path) -> list[str]:
-    """Its files, but for the list and those whose names begin with a dot, which say where a copy is from."""
+    """Return the files of a folder without the list, and without names that begin with a dot."""
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return sorted(name for name in files if name != LIST and not name.startswith("."))
 
@@ -82,12 +82,12 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def unsealed(metadata: dict[str, str]) -> dict[str, str]:
-    """Metadata with which a safetensors file is to be written that `seal` seals."""
+    """Return the metadata with which a safetensors file must be written before `seal`."""
     return {**metadata, _SEAL: _OPEN, _MARK: "yes"}
 
 
 def seal(path: Path) -> None:
-    """Puts the SHA-256 of a safetensors file into its header, in the place that `unsealed` kept for it.
+    """Write the SHA-256 of a safetensors file into its header, in the place that `unsealed` reserved.
 
     The hash is of the file with zeros in that place, so that one file holds all, wherever it is copied to.
     """
@@ -99,7 +99,7 @@ def seal(path: Path) -> None:
 
 
 def check_seal(path: Path) -> bool:
-    """Holds a sealed file to its seal; False where it has none, as those of earlier versions.
+    """Check a sealed file; return False if it has no seal (earlier versions).
 
     Raises:
         DamagedError: It is not as it was written.
@@ -117,7 +117,7 @@ def check_seal(path: Path) -> bool:
 
 
 def _place(path: Path) -> int | None:
-    """Where the seal's 64 digits begin; None without a seal."""
+    """Return where the 64 digits of the seal begin, or None without a seal."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= _LONGEST_HEADER else b""
@@ -135,7 +135,7 @@ def _place(path: Path) -> int | None:
 
 
 def _hash_around(path: Path, place: int) -> str:
-    """SHA-256 of a file's bytes with zeros for the 64 from a place on."""
+    """Return the SHA-256 of a file's bytes, with zeros for 64 bytes at the given place."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         digest.update(file.read(place) + _OPEN.encode())

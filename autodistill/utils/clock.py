@@ -1,4 +1,4 @@
-"""Moments by a clock that nobody sets: what a search's time box counts by, also in another process, on another node."""
+"""Moments of a clock that nobody can set, which other processes and nodes can read; a search's time budget uses it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _APART = time.time() - time.monotonic()
 
 
 def now() -> float:
-    """Seconds since 1970, as the system's clock had them when this process began, and as many more as have passed."""
+    """Return seconds since 1970: the system's clock when this process began, plus the time that has passed since."""
     return _APART + time.monotonic()
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A moment that other processes know too.
+    """A moment that other processes can read too.
 
     Attributes:
         at: `time.monotonic()`, which all processes of a machine share since its start.
@@ -28,12 +28,12 @@ class Moment:
 
     @classmethod
     def after(cls, seconds: float) -> Moment:
-        """The moment so many seconds from now."""
+        """Return the moment so many seconds from now."""
         return cls(time.monotonic() + seconds)
 
     @property
     def left(self) -> float:
-        """Seconds until then; below 0 once it has passed."""
+        """Return the seconds until then; below 0 once it has passed."""
         return self.at - time.monotonic()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -41,14 +41,14 @@ class Moment:
 
 
 def _arrived(at: float, sent: float, by_clock: float, machine: str) -> Moment:
-    """A moment in the process that it was sent to; another node's is as far off as it was, less what the way took."""
+    """Rebuild a moment in the process that receives it; for another node, less the time that the transfer took."""
     if machine and machine == _machine():
         return Moment(at)
     return Moment.after(at - sent - max(0.0, time.time() - by_clock))
 
 
 def _machine() -> str:
-    """This machine since its start; "" where the system does not say."""
+    """Return an id of this machine since its start; "" if the system does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""What outlives a crash of the machine: files and folders whose data and names are on the disk when a call returns.
+"""Files and folders whose data and names are on the disk when a call returns, so that they survive a crash.
 
 A rename alone is not enough. After a power failure the new name may be there without the data, or the old one still.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Has the data of a file, or the names in a folder, outlive a crash."""
+    """Make the data of a file, or the names in a folder, survive a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -19,7 +19,7 @@ def sync(path: Path) -> None:
 
 
 def sync_below(folder: Path) -> None:
-    """Has a folder, and all that lies below it, outlive a crash."""
+    """Make a folder, and everything below it, survive a crash."""
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
             sync(Path(root, name))
@@ -27,7 +27,7 @@ def sync_below(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it that are missing; their names outlive a crash."""
+    """Create a folder and its missing parents; their names survive a crash."""
     if path.is_dir():
         return
     if path.parent != path:
@@ -37,7 +37,7 @@ def make_folder(path: Path) -> None:
 
 
 def put(temporary: Path, path: Path) -> None:
-    """Gives a file, or a folder with all that lies below it, its name once it is on the disk, and the name likewise.
+    """Rename a file, or a folder with everything below it, once it is on the disk; the name survives a crash too.
 
     Args:
         temporary: What was written, on the same file system.

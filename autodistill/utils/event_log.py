@@ -1,4 +1,4 @@
-"""An append-only log of events, readable after a kill at any byte."""
+"""An append-only log of events that can be read after a kill at any byte."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EventLog:
         self._holds = check
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Writes one event and syncs it to the disk; returns once it will outlive a crash.
+        """Write one event; when this returns, the event survives a crash.
 
         A torn last line, left by a writer that was killed, is removed first; a whole one that lacks only its newline
         is given it.
@@ -58,7 +58,7 @@ class EventLog:
             ) from error
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole events, oldest first; none where there is no file yet.
+        """Return all complete events, oldest first; none if there is no file yet.
 
         Raises:
             InputError: The file is unreadable, or a line other than a torn last one is no JSON object, or not what it
@@ -104,7 +104,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def _repair(descriptor: int) -> None:
-    """Makes the file end with a newline: truncates a torn last line, completes a whole one."""
+    """Make the file end with a newline: truncate a torn last line, complete a whole one."""
     size = os.fstat(descriptor).st_size
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
         return

@@ -1,4 +1,4 @@
-"""Files that several processes of a machine make or use: one at a time makes them, and none removes what others use."""
+"""Locks on files that several processes of a machine make or use: one makes them, and nobody removes files in use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autodistill.utils.durable import make_folder
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Lets one process, and one thread, at a time make what is to lie at `path`; others wait, and find it made.
+    """Let one process and thread at a time make the file at `path`; others wait, and then find it.
 
     The lock ends with its holder, however that ends. Where a file system has no locks nobody waits: what is made twice
     is renamed into place whole by each.
@@ -39,7 +39,7 @@ def alone(path: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Gives whether no run holds a file (see `RunFolder.hold`); none can take hold of it within the block."""
+    """Yield whether no run holds a file (see `RunFolder.hold`); no run can take it within the block."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What content is known by: a hash of plain data, and one of a file's bytes."""
+"""Hashes that identify content: of plain data, and of the bytes of a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def content_hash(data: Any, digits: int = 12) -> str:
-    """Hash of plain data, the same in every process and on every platform.
+    """Return a hash of plain data, the same in every process and on every platform.
 
     Keys are sorted, and floats are written by `repr`, which is the shortest text that reads back to the same float.
     """
@@ -18,6 +18,6 @@ def content_hash(data: Any, digits: int = 12) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

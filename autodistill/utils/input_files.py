@@ -1,4 +1,4 @@
-"""Files that a person names: only what is a file is read, and never more of it than was asked for.
+"""Files that a user names: only regular files are read, and never more bytes than expected.
 
 A pipe has no end until somebody writes to it, and a device like /dev/zero none at all.
 """
@@ -14,7 +14,7 @@ from autodistill.units import format_bytes
 
 
 def check_file(path: Path) -> None:
-    """Refuses what is there and is no file; what is not there is refused by whoever opens it.
+    """Refuse a path that exists and is not a file; a missing path is left to the code that opens it.
 
     Raises:
         InputError: A folder, a pipe, a link to nothing, a socket or a device, or a path that no file can have.
@@ -33,7 +33,7 @@ def check_file(path: Path) -> None:
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """The bytes of a file.
+    """Return the bytes of a file.
 
     Args:
         path: A file.

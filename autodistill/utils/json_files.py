@@ -1,4 +1,4 @@
-"""Strict JSON in files: nothing that would read back as something else, and a file is whole or the one before."""
+"""Strict JSON in files: written atomically, and without values that would be read back as something else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autodistill.utils.durable import make_folder, put
 
 
 def strict_json(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data in which every NaN or infinity, which JSON cannot hold, has become None.
+    """Return plain data with None for every NaN and infinity, which JSON cannot hold.
 
     What each was is kept under the key `non_finite`: the dotted path of the value to "nan", "inf" or "-inf".
 
@@ -50,7 +50,7 @@ def _check_keys(data: Mapping[Any, Any]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the folder of `path`; at the end it is synced and renamed to `path`.
+    """Yield a temporary path in the folder of `path`; at the end it is synced and renamed to `path`.
 
     A reader sees the old file or the whole new one. After an exception nothing is left behind.
 
@@ -71,14 +71,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes data as strict JSON, atomically; see `strict_json` on values that are not finite."""
+    """Write data as strict JSON, atomically; see `strict_json` for values that are not finite."""
     text = json.dumps(strict_json(data), indent=2, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote.
+    """Read what `write_json` wrote.
 
     Raises:
         InputError: The file is missing, unreadable, or not a JSON object.
@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_plain(path: Path) -> bytes:
-    """The bytes of a plain file; nothing waits for the writer of a pipe, or reads a device without end.
+    """Return the bytes of a regular file; never wait for a pipe, and never read a device.
 
     Raises:
         OSError: It cannot be read, or is no plain file.
@@ -108,7 +108,7 @@ def read_plain(path: Path) -> bytes:
 
 
 def plain_json(text: bytes | str) -> Any:
-    """What strict JSON text holds.
+    """Parse strict JSON text.
 
     Raises:
         ValueError: It is no JSON, has a number that is not finite, or is nested too deep.
@@ -124,5 +124,5 @@ def _refuse(name: str) -> float:
 
 
 def unwritable(folder: Path, error: OSError) -> InputError:
-    """What a person is told of a folder that cannot be written."""
+    """Return the message for a folder that cannot be written."""
     return InputError(f"cannot write into {folder}: {error.strerror}; choose another folder with --out")

@@ -1,4 +1,4 @@
-"""Frozen values that are plain data too: read with each field checked by name and type, and written out."""
+"""Frozen dataclasses that are plain data too: each field is checked by name and type when read."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from autodistill.errors import InputError
 
 
 def check(condition: bool, message: str) -> None:
-    """Raises `InputError` with `message` unless `condition` holds."""
+    """Raise `InputError` with `message` unless `condition` holds."""
     if not condition:
         raise InputError(message)
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises `InputError` unless `value` is one of those that are `allowed`."""
+    """Raise `InputError` unless `value` is in `allowed`."""
     check(value in allowed, f"{name} is {value!r}; it can be {', '.join(allowed)}")
 
 
 def check_no_blank(request: Any) -> None:
-    """Refuses a request of which a text is empty or blank, which would be taken for one that was left out.
+    """Refuse a request with an empty or blank text, which would look like one that was left out.
 
     Args:
         request: A dataclass.
@@ -41,7 +41,7 @@ def check_no_blank(request: Any) -> None:
 
 
 def left_out(default: Any, *, mapping: bool = False) -> Any:
-    """A field that plain data leave out while it has its default: what was stored before the field came stays the same.
+    """Make a field that plain data leave out while it has its default, so that older data stay the same.
 
     Args:
         default: Its default.
@@ -50,12 +50,12 @@ def left_out(default: Any, *, mapping: bool = False) -> Any:
     return dataclasses.field(default=default, metadata={"left_out": True, "mapping": mapping})
 
 
-class Part:
-    """A frozen dataclass that reads from and writes to plain data, with each field checked by name and type."""
+class PlainDataclass:
+    """A frozen dataclass that reads and writes plain data, with each field checked by name and type."""
 
     @classmethod
     def from_json(cls, data: Any, where: str = "") -> Self:
-        """Builds the part from plain data.
+        """Build the part from plain data.
 
         Raises:
             InputError: An unknown or missing field, a value of another type, or a rule of the part broken.
@@ -75,13 +75,13 @@ class Part:
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        """The part as plain data, every field written out but those that are `left_out`."""
+        """Return the part as plain data, with every field but those that are `left_out`."""
         return typing.cast(dict[str, Any], plain(self))
 
 
 @cache
-def _hints(part: type[Part]) -> dict[str, Any]:
-    """Types of a part's fields: Python evaluates the annotations anew for each look, and a search reads thousands."""
+def _hints(part: type[PlainDataclass]) -> dict[str, Any]:
+    """Return the types of a part's fields, cached: Python evaluates annotations anew each time."""
     return typing.get_type_hints(part)
 
 
@@ -100,12 +100,12 @@ def plain(value: Any) -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Checks `value` against the annotation of its field; an int is taken where a float is expected."""
+    """Check `value` against the annotation of its field; an int is accepted for a float."""
     if isinstance(hint, types.UnionType):
         if value is None and type(None) in hint.__args__:
             return None
         (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
-    if isinstance(hint, type) and issubclass(hint, Part):
+    if isinstance(hint, type) and issubclass(hint, PlainDataclass):
         return hint.from_json(value, where)
     if typing.get_origin(hint) is tuple:
         (inner, *_) = typing.get_args(hint)

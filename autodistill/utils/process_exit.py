@@ -1,4 +1,4 @@
-"""How a command ends: one reply on stdout, given once, and SIGTERM that stops it as Ctrl-C does."""
+"""How a command ends: one reply on stdout, and SIGTERM stops it in the way that Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _last: Reply | None = None
 
 
 class Reply:
-    """What a command says on stdout, once.
+    """The reply of a command on stdout, given once.
 
     Args:
         as_json: Whether an error is said there too, as a JSON document.
@@ -30,12 +30,12 @@ class Reply:
         self._stdout = os.dup(1)
 
     def give(self, text: str) -> None:
-        """Prints a result. Where another thread is about to end the process, does not return."""
+        """Print a result; does not return if another thread is about to end the process."""
         self._take()
         print(text, flush=True)
 
     def give_error(self, message: str, exit_code: int) -> None:
-        """Prints the error that ended the command, if errors are replies; likewise."""
+        """Print the error that ended the command, if errors are replies; does not return if the process is ending."""
         self._take()
         if self._as_json:
             print(error_document(message, exit_code), flush=True)
@@ -45,7 +45,7 @@ class Reply:
             threading.Event().wait()
 
     def seize(self, message: str, exit_code: int) -> bool:
-        """Gives an error from beside the command's own thread, whatever that is doing; False where it was given."""
+        """Give an error from another thread than the command's own; return False if a reply was given already."""
         if not self._taken.acquire(blocking=False):
             return False
         if self._as_json:
@@ -56,19 +56,19 @@ class Reply:
         return True
 
     def close(self) -> None:
-        """Gives the real stdout up, once the reply was given."""
+        """Restore the real stdout after the reply was given."""
         self._taken.acquire(blocking=False)
         os.close(self._stdout)
 
 
 def error_document(message: str, exit_code: int) -> str:
-    """An error as the JSON document that a command gives in the place of its result."""
+    """Return an error as the JSON document that replaces a command's result."""
     return json.dumps({"error": message, "exit_code": exit_code}, indent=2)
 
 
 @contextmanager
 def replying(as_json: bool) -> Iterator[Reply]:
-    """The reply of a command, which is to be given in the block, whatever becomes of its work.
+    """Yield the reply of a command, which must be given in the block, however its work ends.
 
     Args:
         as_json: Whether an error is said on stdout too, as a JSON document.
@@ -82,7 +82,7 @@ def replying(as_json: bool) -> Iterator[Reply]:
 
 
 def end_process(message: str, exit_code: int) -> None:
-    """Ends this process at once, from a thread beside one that is stuck, with an error on stderr and in its reply.
+    """End this process at once, from a thread beside a stuck one, with an error on stderr and in the reply.
 
     Returns where the command has given its reply, since it ends by itself then.
 
@@ -105,7 +105,7 @@ _received = False
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Raises KeyboardInterrupt on SIGTERM within the block, where nobody else meets or ignores it."""
+    """Raise KeyboardInterrupt on SIGTERM within the block, unless something else handles or ignores it."""
     global _received
     _received = False
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
@@ -120,7 +120,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """Who meets SIGTERM before the block meets it after it, whatever a library did in it, in any thread.
+    """Restore the SIGTERM handler after the block, whatever a library did within it, in any thread.
 
     Ray's C++ sets a handler of its own when it starts, which prints a trace and ends the process, and none when it is
     shut down. Python sees neither: `signal.getsignal` gives what Python set last.
@@ -142,5 +142,5 @@ def _interrupt(*_: object) -> None:
 
 
 def ended_by(code: int) -> int:
-    """The exit code of a command that an interrupt may have ended: 143 where that was a SIGTERM."""
+    """Return the exit code of a command that an interrupt may have ended: 143 for SIGTERM."""
     return TERMINATED if code == INTERRUPTED and _received else code

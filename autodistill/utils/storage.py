@@ -1,4 +1,4 @@
-"""Files on any storage that `pyarrow.fs` reaches: a local folder, S3, Google Cloud Storage, by URI."""
+"""Files on any storage that `pyarrow.fs` supports, by URI: a local folder, S3, Google Cloud Storage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from autodistill.errors import InputError
 from autodistill.utils.durable import make_folder, put
-from autodistill.utils.timeouts import NotInTimeError, in_time
+from autodistill.utils.timeouts import CallTimeoutError, call_with_timeout
 
 # Objects that are read at once: each costs a round trip.
 _READERS = 16
@@ -38,7 +38,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Storage:
-    """A prefix of a file system. What crosses to another process is the URI alone.
+    """A prefix of a file system; only its URI is sent to other processes.
 
     Keys are paths below it, with slashes. An object is whole or not there: on object stores a write ends with its
     publication, which no interrupt brings forward, and a local one is on the disk before it is renamed.
@@ -60,22 +60,22 @@ class Storage:
         return type(self), (self.uri,)
 
     def at(self, *parts: str) -> Storage:
-        """The prefix below this one."""
+        """Return the prefix below this one."""
         base, mark, query = self.uri.partition("?")
         return Storage("/".join([base.rstrip("/"), *parts]) + mark + query)
 
     @property
     def local(self) -> bool:
-        """Whether it is a folder that this machine sees as such."""
+        """Whether it is a folder that this machine can see."""
         return isinstance(self._system, fs.LocalFileSystem)
 
     @property
     def folder(self) -> Path | None:
-        """The folder that it is on this machine; None of an object store."""
+        """The folder on this machine; None for an object store."""
         return Path(self._root) if self.local else None
 
     def check(self) -> None:
-        """Writes an object, reads it back and removes it.
+        """Write an object, read it back and remove it.
 
         Raises:
             InputError: One of these is impossible, or does not come to an end; says why.
@@ -96,7 +96,7 @@ class Storage:
         self.remove(key)
 
     def write(self, key: str, data: bytes) -> None:
-        """Writes an object.
+        """Write an object.
 
         Raises:
             OSError: It cannot be written.
@@ -109,7 +109,7 @@ class Storage:
         self._uninterrupted(send)
 
     def read(self, key: str) -> bytes:
-        """An object's bytes.
+        """Return the bytes of an object.
 
         Raises:
             FileNotFoundError, OSError: There is none, or it cannot be read.
@@ -118,12 +118,12 @@ class Storage:
             return bytes(stream.read())
 
     def read_all(self, keys: list[str]) -> list[bytes]:
-        """Many objects' bytes, some at a time."""
+        """Return the bytes of many objects, read several at a time."""
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(self.read, keys))
 
     def put(self, file: Path, key: str) -> None:
-        """Sends a local file.
+        """Send a local file.
 
         Raises:
             OSError: It cannot be read or written.
@@ -137,7 +137,7 @@ class Storage:
         self._uninterrupted(send)
 
     def get(self, key: str, file: Path) -> None:
-        """Fetches an object to a local path, where it is whole or not there.
+        """Fetch an object to a local path, completely or not at all.
 
         Raises:
             FileNotFoundError, OSError: There is none, or it cannot be read or written.
@@ -150,7 +150,7 @@ class Storage:
             put(partial, file)
 
     def list(self, below: str = "") -> dict[str, int]:
-        """Bytes of each object below a key, by key."""
+        """Return the size of each object below a key, by key."""
         selector = fs.FileSelector(self._path(below), allow_not_found=True, recursive=True)
         start = len(self._root) + 1  # object stores list what they were asked for without a first slash
         return {
@@ -160,11 +160,11 @@ class Storage:
         }
 
     def has(self, key: str) -> bool:
-        """Whether there is an object of this key."""
+        """Return whether an object with this key exists."""
         return bool(self._system.get_file_info(self._path(key)).type == fs.FileType.File)
 
     def age(self, key: str) -> float | None:
-        """Seconds since an object was written, by the storage's own clock; None where there is none.
+        """Return the seconds since an object was written, by the storage's clock; None if it does not exist.
 
         Raises:
             OSError: Nothing can be written, which is how the storage is asked for its time.
@@ -179,26 +179,26 @@ class Storage:
         return float((now.mtime - found.mtime).total_seconds())
 
     def remove(self, key: str) -> None:
-        """Removes an object; nothing where there is none."""
+        """Remove an object; does nothing if it does not exist."""
         try:
             self._system.delete_file(self._path(key))
         except FileNotFoundError:
             return
 
     def send_folder(self, folder: Path, key: str) -> None:
-        """Sends the files of a folder, or one file, whose content never changes, unless they were sent before."""
+        """Send the files of a folder, or one file, whose content never changes, unless they were sent before."""
         if not self.has_folder(key):
             self._send(folder, key, b"")
 
     def replace_folder(self, folder: Path, key: str) -> None:
-        """Sends the files of a folder in the place of any that the key had, copies of which are not used any more."""
+        """Send the files of a folder in place of those under the key; older copies are no longer used."""
         mark = uuid.uuid4().hex.encode()
         self.remove_folder(key)
         (folder / _WHOLE).write_bytes(mark)
         self._send(folder, key, mark)
 
     def remove_folder(self, key: str) -> None:
-        """Removes the files of a folder that was sent, which is not whole from the first of them on."""
+        """Remove the files of a sent folder; it counts as incomplete after the first removal."""
         self.remove(f"{key}/{_WHOLE}")
         for name in self.list(key):
             self.remove(name)
@@ -212,11 +212,11 @@ class Storage:
         self.write(f"{key}/{_WHOLE}", mark)
 
     def has_folder(self, key: str) -> bool:
-        """Whether a folder was sent whole."""
+        """Return whether a folder was sent completely."""
         return self.has(f"{key}/{_WHOLE}")
 
     def fetch_folder(self, key: str, folder: Path) -> Path:
-        """A local copy of a folder that was sent whole, fetched once however many processes ask for it.
+        """Return a local copy of a completely sent folder, fetched once for all processes of this machine.
 
         One of what has been replaced since is fetched anew.
 
@@ -247,18 +247,18 @@ class Storage:
         return f"{self._root}/{key}".rstrip("/")
 
     def _uninterrupted(self, send: Callable[[], None]) -> None:
-        """Sends an object. An interrupt ends the wait for it, and not the sending, which ends with it or the process.
+        """Send an object; an interrupt ends the waiting but not the sending, which ends with it or with the process.
 
         A client's stream that an interrupt meets is closed by whoever drops it, and would publish what it has so far.
         """
         if self.local:
             send()
         else:
-            in_time(send, None, "storage")
+            call_with_timeout(send, None, "storage")
 
     @contextmanager
     def _writing(self, key: str) -> Iterator[Any]:
-        """A stream that is the object once it has come to its end; local ones get their name then."""
+        """Open a stream that becomes the object when it is closed; a local file gets its name only then."""
         path = self._path(key)
         if not self.local:
             stream = self._system.open_output_stream(path, metadata=self._metadata)
@@ -284,12 +284,12 @@ class Storage:
 
     @property
     def _metadata(self) -> dict[str, str] | None:
-        """Of an object that is written: Google serves those that anybody may read from a cache of an hour, else."""
+        """Return the metadata of a written object: without it, Google caches publicly readable objects for an hour."""
         return {"Cache-Control": "no-store"} if self.uri.partition("://")[0] in _GOOGLE else None
 
 
 def _mark(folder: Path) -> bytes:
-    """Which of those that replace each other a local folder is; nothing where it is none of them."""
+    """Return the mark that tells versions of a replaced folder apart, or b"" if there is none."""
     try:
         return (folder / _WHOLE).read_bytes()
     except FileNotFoundError:
@@ -298,7 +298,7 @@ def _mark(folder: Path) -> bytes:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Held by one process of this machine at a time; the kernel frees it however the process ends."""
+    """Hold a lock within this machine; the kernel releases it however the process ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -308,7 +308,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 class StoredFiles:
-    """Files by key, which have one content for ever, on a storage, with a copy of those used on this machine.
+    """Files with keys and constant content on a storage, with a copy on this machine of those it uses.
 
     Args:
         storage: What holds them.
@@ -320,7 +320,7 @@ class StoredFiles:
         self._scratch = scratch
 
     def put(self, file: Path, key: str) -> None:
-        """Sends a file, and keeps it as this machine's copy.
+        """Send a file, and keep it as this machine's copy.
 
         Raises:
             OSError: It cannot be written.
@@ -330,7 +330,7 @@ class StoredFiles:
         os.replace(file, self._scratch / key)
 
     def get(self, key: str) -> Path | None:
-        """This machine's copy, fetched once however many processes ask for it; None where there is no such file."""
+        """Return this machine's copy, fetched once for all processes; None if there is no such file."""
         path = self._scratch / key
         if not self._storage.has(key):
             path.unlink(missing_ok=True)
@@ -346,7 +346,7 @@ class StoredFiles:
         return path
 
     def _drop_removed(self) -> None:
-        """Makes room for another copy: what other machines have removed is of no use here either.
+        """Make room for another copy: remove copies of files that were removed from the storage.
 
         Where the disk does not hold another one of the largest, those longest unused go too: they can be fetched again.
         """
@@ -365,22 +365,22 @@ class StoredFiles:
             path.unlink(missing_ok=True)
 
     def drop_copy(self, key: str) -> bool:
-        """Drops this machine's copy, which is fetched again."""
+        """Delete this machine's copy; the next `get` fetches it again."""
         (self._scratch / key).unlink(missing_ok=True)
         return True
 
     def list(self) -> dict[str, int]:
-        """Bytes of each file, by key."""
+        """Return the size of each file, by key."""
         return self._storage.list()
 
     def remove(self, key: str) -> None:
-        """Removes a file, and this machine's copy."""
+        """Remove a file, and this machine's copy."""
         self._storage.remove(key)
         (self._scratch / key).unlink(missing_ok=True)
 
 
 def reached(uri: str, key: str) -> str:
-    """Why this machine does not reach what another one wrote to a storage, or cannot write there; "" where it can."""
+    """Return why this machine cannot read what another one wrote to a storage, or write there; "" if it can."""
     try:
         storage = Storage(uri)
         storage.read(key)
@@ -391,7 +391,7 @@ def reached(uri: str, key: str) -> str:
 
 
 def _used(path: Path) -> float:
-    """When a file was last read or written; one that is gone meanwhile never."""
+    """Return when a file was last read or written; a missing file was never used."""
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -400,7 +400,7 @@ def _used(path: Path) -> float:
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Refuses a URI where a folder is asked for, which would be made as one of that name.
+    """Refuse a URI where a local folder is expected, which would otherwise be created with that name.
 
     Args:
         folder: As it was typed; a path has one slash where the URI had two.
@@ -438,7 +438,7 @@ def _open(uri: str) -> tuple[Any, str]:
 
 
 def _impatient(uri: str) -> str:
-    """The URI with a limit of how long Google's client tries again, which is 15 minutes else, if it has none."""
+    """Return the URI with a limit on the retries of Google's client, which are 15 minutes by default."""
     base, _, query = uri.partition("?")
     if base.partition("://")[0] not in _GOOGLE or "retry_limit_seconds" in parse_qs(query, keep_blank_values=True):
         return uri
@@ -446,7 +446,7 @@ def _impatient(uri: str) -> str:
 
 
 def _answered(call: Callable[[], _Result], uri: str) -> _Result:
-    """What a call of a storage returns or raises; a folder of this machine needs no deadline.
+    """Return or raise what a call of a storage does, within a deadline; local folders need none.
 
     Raises:
         InputError: The storage did not answer in time.
@@ -454,8 +454,8 @@ def _answered(call: Callable[[], _Result], uri: str) -> _Result:
     if uri.startswith("file:"):
         return call()
     try:
-        return in_time(call, _ANSWER_SECONDS, "storage")
-    except NotInTimeError:
+        return call_with_timeout(call, _ANSWER_SECONDS, "storage")
+    except CallTimeoutError:
         raise InputError(
             f"the storage {uri} did not answer within {_ANSWER_SECONDS:.0f} s: check its address, and that this "
             "machine reaches it, or choose another --storage"

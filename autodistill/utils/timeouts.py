@@ -1,4 +1,4 @@
-"""A call that has so long to come to an end: one of a library that never does is left alone, in a thread of its own."""
+"""A call with a deadline: a library call that never returns is abandoned in a thread of its own."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _Result = TypeVar("_Result")
 _left: list[threading.Event] = []
 
 
-class NotInTimeError(Exception):
-    """A call did not come to an end in its time; nobody knows what it is doing."""
+class CallTimeoutError(Exception):
+    """A call did not end in time; its state is unknown."""
 
 
-def in_time(call: Callable[[], _Result], seconds: float | None, name: str) -> _Result:
-    """What a call returns, or raises. Meanwhile an interrupt or SIGTERM reaches this thread, which waits in Python.
+def call_with_timeout(call: Callable[[], _Result], seconds: float | None, name: str) -> _Result:
+    """Return or raise what a call does; an interrupt or SIGTERM reaches this thread while it waits.
 
     Args:
         call: Made in a daemon thread.
@@ -25,7 +25,7 @@ def in_time(call: Callable[[], _Result], seconds: float | None, name: str) -> _R
         name: Of the thread.
 
     Raises:
-        NotInTimeError: It takes longer, and goes on.
+        CallTimeoutError: It takes longer, and goes on.
     """
     results: list[_Result] = []
     errors: list[BaseException] = []
@@ -48,10 +48,10 @@ def in_time(call: Callable[[], _Result], seconds: float | None, name: str) -> _R
     if errors:
         raise errors[0]
     if not results:
-        raise NotInTimeError
+        raise CallTimeoutError
     return results[0]
 
 
 def calls_left() -> bool:
-    """Whether a call that was left alone still goes on: what a library cleans up at exit may wait for it."""
+    """Return whether an abandoned call is still running; what a library cleans up at exit may wait for it."""
     return not all(ended.is_set() for ended in _left)

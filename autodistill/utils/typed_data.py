@@ -1,4 +1,4 @@
-"""Plain data held to the kinds that annotations name: what is read back is what was written, or is refused by name."""
+"""Check of plain data against type annotations, when it is read back."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _MAPPINGS: tuple[Any, ...] = (Mapping, dict)
 _LISTS: tuple[Any, ...] = (Sequence, tuple, list)
 
 
-def hold(value: Any, kind: Any, where: str, *, whole: bool = True) -> None:
-    """Checks plain data, as JSON gives them, against an annotation; lists stand for tuples.
+def check_typed(value: Any, kind: Any, where: str, *, whole: bool = True) -> None:
+    """Check plain data, as JSON gives them, against an annotation; lists stand for tuples.
 
     A `TypedDict` may have keys that it does not name, which a later version may have written; a dataclass may not.
 
@@ -43,11 +43,11 @@ def hold(value: Any, kind: Any, where: str, *, whole: bool = True) -> None:
     elif origin in _MAPPINGS:
         _check(isinstance(value, dict), where, "a mapping", value)
         for key, item in value.items():
-            hold(item, arguments[1], f"{where}.{reprlib.repr(key)[1:-1]}")
+            check_typed(item, arguments[1], f"{where}.{reprlib.repr(key)[1:-1]}")
     elif origin in _LISTS:
         _check(isinstance(value, list | tuple), where, "a list", value)
         for place, item in enumerate(value):
-            hold(item, arguments[0], f"{where}[{place}]")
+            check_typed(item, arguments[0], f"{where}[{place}]")
     elif dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
         _hold_fields(value, kind, where, whole=whole)
     else:
@@ -60,10 +60,10 @@ def _hold_any(value: Any, kinds: tuple[Any, ...], where: str) -> None:
     left = [kind for kind in kinds if kind is not type(None)]
     for kind in left[:-1]:
         try:
-            return hold(value, kind, where)
+            return check_typed(value, kind, where)
         except InputError:
             continue
-    return hold(value, left[-1], where)
+    return check_typed(value, left[-1], where)
 
 
 def _hold_fields(value: Any, kind: Any, where: str, *, whole: bool) -> None:
@@ -77,12 +77,12 @@ def _hold_fields(value: Any, kind: Any, where: str, *, whole: bool) -> None:
         raise InputError(f"{where} has no {reprlib.repr(unknown[0])[1:-1]}")
     for name, hint in hints.items():
         if name in value:
-            hold(value[name], hint, f"{where}.{name}")
+            check_typed(value[name], hint, f"{where}.{name}")
 
 
 @cache
 def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str], bool]:
-    """The annotations of a dataclass or `TypedDict`, the names that must be there, and whether others must not."""
+    """Return the annotations of a dataclass or `TypedDict`, the required names, and whether others are forbidden."""
     hints = typing.get_type_hints(kind)
     if typing.is_typeddict(kind):
         # `__required_keys__` knows nothing of what stands in an annotation that is text.

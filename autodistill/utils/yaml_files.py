@@ -1,4 +1,4 @@
-"""YAML files of plain data: no tags, each key once, and no more of it than a person writes."""
+"""YAML files of plain data: no tags, no repeated keys, and a limit on size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LARGEST = 2**63
 
 
 class _PlainLoader(_Safe):
-    """Plain data only, each key once; 3e-4 is a number, as in JSON, though not in YAML 1.1, and a date is text."""
+    """Loader of plain data with unique keys; 3e-4 is a number, unlike in YAML 1.1, and a date is text."""
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
@@ -59,7 +59,7 @@ def _refusal(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError
 
 
 def _check(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Refuses what is no plain data before any of it is made; gives how many values a node stands for.
+    """Refuse what is not plain data before any of it is built; return how many values a node stands for.
 
     Args:
         node: Of a composed document; two that are one value, by an alias, are one object.
@@ -93,7 +93,7 @@ def _check(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 
 
 def read_yaml(path: Path) -> Any:
-    """What the file holds.
+    """Return the content of a file.
 
     Raises:
         InputError: An unreadable file, or anything but plain data, with its line.
@@ -103,7 +103,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(data: bytes | str, where: str) -> Any:
-    """What YAML says.
+    """Return the content of a YAML text.
 
     Args:
         data: The YAML.

@@ -88,7 +88,7 @@ def test_of_onnx_runtime_memory_alone_is_predicted() -> None:
     assert document["devices"][0]["total_bytes"] == on_gpu < document["total_bytes"]
     assert [one["tokens_per_second"] for one in document["devices"]] == [None, None]
     text = appraisal_text(document)
-    assert "No speed is predicted of onnxruntime." in text
+    assert "No speed is predicted for onnxruntime." in text
     assert "None" not in text
 
 

@@ -20,7 +20,7 @@ from autodistill.advisor.candidates import Candidate, recalibrated, stored
 from autodistill.advisor.describe import deployment_named
 from autodistill.advisor.measurements import Measured
 from autodistill.advisor.pick import Tier, pick, pick_tiers, tier_of
-from autodistill.advisor.requirements import Wanted, solve
+from autodistill.advisor.requirements import Wanted, requirements_of
 from autodistill.cli.hardware_summary import pick_text
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.serving_memory import memory
@@ -125,13 +125,13 @@ def test_no_student_is_picked_for_more_streams_than_any_machine_decodes() -> Non
 
 def test_another_load_is_solved_anew_from_the_shape() -> None:
     wanted = Wanted(memory_bytes=10**9, context=4096, streams=3)
-    solved = solve(candidate(row("a", 0.5, 400)), wanted)
+    solved = requirements_of(candidate(row("a", 0.5, 400)), wanted)
     assert solved is not None
     assert solved.needs["memory"] == memory(SPEC, DEPLOYMENT, context=4096, batch=3).total_bytes
     assert solved.sources["memory"] == "predicted"
     # What a measurement differed by stays.
     before = memory(SPEC, DEPLOYMENT, context=2048, batch=1).total_bytes
-    measured = solve(candidate(row("a", 0.5, before / 1e6 + 5, memory_source="measured")), wanted)
+    measured = requirements_of(candidate(row("a", 0.5, before / 1e6 + 5, memory_source="measured")), wanted)
     assert measured is not None
     assert measured.needs["memory"] - solved.needs["memory"] == pytest.approx(5e6, abs=2)
 
@@ -143,7 +143,7 @@ def test_a_row_whose_shape_is_not_known_holds_at_its_own_load_alone() -> None:
     assert "cannot be told" not in pick_text(answer)
     answer = pick(board, Wanted(memory_bytes=10**9, context=1024))
     assert (answer["pick"]["row_id"], answer["unknown"]) == ("b", 1)
-    assert "\nOf 1 better row it cannot be told what this load takes." in pick_text(answer)
+    assert "\nFor 1 better row the memory or time under this load is unknown." in pick_text(answer)
     with pytest.raises(NothingFitsError, match="of 1 rows none can be solved at context 1024"):
         pick(board[:1], Wanted(memory_bytes=10**9, context=1024))
     with pytest.raises(NothingFitsError, match="none can be solved"):
@@ -155,7 +155,7 @@ def test_where_no_context_is_asked_each_student_stands_at_what_it_reads_of_2048(
     need = memory(short, DEPLOYMENT, context=512, batch=1).total_bytes
     at_home, elsewhere = (row("a", 0.5, 400, context=context) for context in (512, 256))
     board = [candidate(at_home, short), candidate(elsewhere, short), candidate(row("b", 0.4, 300))]
-    solved = [solve(one, Wanted(memory_bytes=10**9)) for one in board]
+    solved = [requirements_of(one, Wanted(memory_bytes=10**9)) for one in board]
     assert [one and (one.context, one.needs["memory"]) for one in solved] == [(512, 4e8), (512, need), (2048, 3e8)]
     answer = pick(board[:1], Wanted(memory_bytes=10**9))
     assert answer["context"] == answer["pick"]["context"] == 512
@@ -291,7 +291,9 @@ def test_a_row_whose_memory_is_a_process_s_is_predicted_anew_on_a_gpu_and_the_ot
 ) -> None:
     one = candidate(row("a", 0.5, 77, other=stored_on))
     wanted = Wanted(memory_bytes=10**9)
-    here, there = (solve(one, replace(wanted, device=find_device(name, devices()))) for name in ("4090", "pi 5"))
+    here, there = (
+        requirements_of(one, replace(wanted, device=find_device(name, devices()))) for name in ("4090", "pi 5")
+    )
     assert here is not None
     assert there is not None
     guess = {
@@ -301,7 +303,7 @@ def test_a_row_whose_memory_is_a_process_s_is_predicted_anew_on_a_gpu_and_the_ot
     found = {"4090": here.needs["memory"], "pi 5": there.needs["memory"]}
     assert found == {name: guess[name] if name == asked else 77_000_000 for name in found}
     # Without a shape there is nothing better than what is stored.
-    blind = solve(candidate(one.row, None), replace(wanted, device=find_device(asked, devices())))
+    blind = requirements_of(candidate(one.row, None), replace(wanted, device=find_device(asked, devices())))
     assert blind is not None
     assert blind.needs["memory"] == 77_000_000
 
@@ -360,7 +362,7 @@ def test_a_pick_for_a_tier_fits_each_gpu_of_it_and_says_what_is_usable() -> None
     with pytest.raises(NothingFitsError):
         pick([large], Wanted(memory_bytes=l4.usable_bytes, device=l4))
     head, line, *notes = pick_text(answer).splitlines()
-    assert head.split()[:3] == ["GPU", "usable", "as"]
+    assert head.split()[:3] == ["GPU", "usable", "least"]
     assert line.startswith("24.0 GB")
     assert format_bytes(found["usable_bytes"]) in line
     assert "NVIDIA A10" in line
@@ -542,16 +544,16 @@ def test_a_row_measured_on_the_device_is_held_to_that_and_one_of_another_is_not(
     timed = timing(512, 1500)
     here = candidate(row("a", 0.5, 400, machine=device.name, **timed))
     wanted = Wanted(memory_bytes=10**9, context=1500, device=device, latency=parse_latency("tpot_p95=1s,ttft_p95=1s"))
-    found = solve(here, wanted)
+    found = requirements_of(here, wanted)
     assert found is not None
     names = ("tpot_p95=1.0s@streams=1", "ttft_p95=1.0s@streams=1")
     assert [(found.needs[name], found.sources[name]) for name in names] == [(0.007, "measured"), (0.09, "measured")]
-    elsewhere = solve(candidate(row("a", 0.5, 400, machine="another", **timed)), wanted)
+    elsewhere = requirements_of(candidate(row("a", 0.5, 400, machine="another", **timed)), wanted)
     assert elsewhere is not None
     guess = speed(SPEC, DEPLOYMENT, device, context=1500)
     assert elsewhere.needs["tpot_p95=1.0s@streams=1"] == pytest.approx(guess.decode_ms_high / 1e3)
     # Of several streams it was not timed, so that is predicted even here.
-    several = solve(here, replace(wanted, latency=parse_latency("tpot_p95=1s@streams=4")))
+    several = requirements_of(here, replace(wanted, latency=parse_latency("tpot_p95=1s@streams=4")))
     assert several is not None
     assert several.sources["tpot_p95=1.0s@streams=4"] == "predicted"
 
@@ -590,7 +592,7 @@ def test_a_percentile_that_was_not_stored_is_the_row_s_own_limit_or_the_next_hig
     detail = other.pop("latency_detail", {}) | fields["other"]["latency_detail"]
     fields["other"] |= other | {"latency_detail": detail}
     wanted = Wanted(memory_bytes=10**9, context=1500, device=device, latency=parse_latency(f"{asked}=9s"))
-    found = solve(candidate(row("a", 0.5, 400, machine=device.name, **fields)), wanted)
+    found = requirements_of(candidate(row("a", 0.5, 400, machine=device.name, **fields)), wanted)
     assert found is not None
     name = f"{asked}=9.0s@streams=1"
     assert found.sources[name] == source
@@ -598,7 +600,9 @@ def test_a_percentile_that_was_not_stored_is_the_row_s_own_limit_or_the_next_hig
     answer = pick([candidate(row("a", 0.5, 400, machine=device.name, **fields))], wanted)
     assert f"\n{name} is {source}." in pick_text(answer)
     # Of more context behind a step it is scaled, and stays a bound.
-    longer = solve(candidate(row("a", 0.5, 400, machine=device.name, **fields)), replace(wanted, context=2000))
+    longer = requirements_of(
+        candidate(row("a", 0.5, 400, machine=device.name, **fields)), replace(wanted, context=2000)
+    )
     assert longer is not None
     if asked.startswith("tpot"):
         assert longer.sources[name] == source.replace("measured", "corrected")
@@ -609,7 +613,7 @@ def test_a_limit_on_a_device_whose_runtime_was_never_measured_is_assumed() -> No
     plain = Q8 | {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
     board = [candidate(row("a", 0.5, 400, deployment=plain)), candidate(row("b", 0.4, 300))]
     wanted = Wanted(memory_bytes=10**9, device=device, latency=parse_latency("1s"))
-    sources = [solve(one, wanted).sources["tpot_p95=1.0s@streams=1"] for one in board]  # type: ignore[union-attr]
+    sources = [requirements_of(one, wanted).sources["tpot_p95=1.0s@streams=1"] for one in board]  # type: ignore[union-attr]
     assert sources == ["assumed", "predicted"]
     assert "tpot_p95=1.0s@streams=1 is assumed." in pick_text(pick(board, wanted))
 
@@ -627,10 +631,10 @@ def test_what_a_machine_gave_under_its_own_name_counts_for_the_listed_device(mac
     device = find_device(name, devices())
     timed = candidate(row("a", 0.5, 400, machine=machine, **timing(512, 1500)))
     wanted = Wanted(memory_bytes=10**9, context=1500, device=device, latency=parse_latency("tpot_p95=1s"))
-    found = solve(timed, wanted)
+    found = requirements_of(timed, wanted)
     assert found is not None
     assert found.sources["tpot_p95=1.0s@streams=1"] == "measured"
-    other = solve(timed, replace(wanted, device=find_device("4090", devices())))
+    other = requirements_of(timed, replace(wanted, device=find_device("4090", devices())))
     assert other is not None
     assert other.sources["tpot_p95=1.0s@streams=1"] == "predicted"
 
@@ -657,7 +661,7 @@ def test_memory_is_measured_on_the_machine_it_was_measured_on_and_predicted_else
     # Under another load, too, what it differed by stays on its own machine.
     load = replace(wanted, context=1024)
     less = [memory(SPEC, DEPLOYMENT, context=1024, batch=1, on_gpu=gpu).total_bytes for gpu in (True, False)]
-    more = [solve(one, replace(load, device=find_device(name, devices()))) for name in ("t4", "pi 5")]
+    more = [requirements_of(one, replace(load, device=find_device(name, devices()))) for name in ("t4", "pi 5")]
     assert more[0] is not None
     assert more[1] is not None
     assert more[0].needs["memory"] == pytest.approx(less[0] + guess + 7e6 - on_gpu, abs=2)
@@ -665,8 +669,8 @@ def test_memory_is_measured_on_the_machine_it_was_measured_on_and_predicted_else
     # A row that names no machine was measured on none that is asked for; where it was timed, it was measured as well.
     old = {"memory_source": "measured", "other": {"memory_bytes_predicted": guess}}
     wanted = replace(wanted, device=find_device("t4", devices()))
-    nowhere = solve(candidate(row("a", 0.5, 400, **old)), wanted)
-    timed = solve(candidate(row("a", 0.5, 400, machine="Tesla T4", latency_source="measured", **old)), wanted)
+    nowhere = requirements_of(candidate(row("a", 0.5, 400, **old)), wanted)
+    timed = requirements_of(candidate(row("a", 0.5, 400, machine="Tesla T4", latency_source="measured", **old)), wanted)
     assert nowhere is not None
     assert timed is not None
     assert (nowhere.sources["memory"], timed.sources["memory"]) == ("predicted", "measured")
@@ -698,7 +702,7 @@ def test_a_measurement_of_a_lighter_load_is_scaled_to_the_one_that_is_asked() ->
     device = find_device("pi 4", devices())
     timed = timing(64, 88)
     wanted = Wanted(memory_bytes=10**9, context=8192, device=device, latency=parse_latency("tpot_p95=9s,ttft_p95=9s"))
-    found = solve(candidate(row("a", 0.5, 400, context=8192, machine=device.name, **timed)), wanted)
+    found = requirements_of(candidate(row("a", 0.5, 400, context=8192, machine=device.name, **timed)), wanted)
     assert found is not None
     assert set(found.sources.values()) == {"predicted", "corrected"}
     # By hand, at the slow end: a step reads the matrices, 34 bytes for 32 weights, and for each token behind it
@@ -717,7 +721,9 @@ def test_a_measurement_of_a_lighter_load_is_scaled_to_the_one_that_is_asked() ->
     assert found.needs["tpot_p95=9.0s@streams=1"] == pytest.approx(0.007 * step(8192) / step(88), rel=1e-3)
     assert found.needs["ttft_p95=9.0s@streams=1"] == pytest.approx(0.09 * first(512) / first(64), rel=1e-3)
     # Without a shape nothing can be scaled.
-    assert solve(candidate(row("a", 0.5, 400, context=8192, machine=device.name, **timed), None), wanted) is None
+    assert (
+        requirements_of(candidate(row("a", 0.5, 400, context=8192, machine=device.name, **timed), None), wanted) is None
+    )
 
 
 def test_rows_without_what_lay_behind_a_step_are_scaled_from_their_prompt() -> None:
@@ -725,7 +731,7 @@ def test_rows_without_what_lay_behind_a_step_are_scaled_from_their_prompt() -> N
     loads = [{"streams": 1, "prompt_tokens": 64, "tpot_p50_ms": 7.0}]
     old = {"latency_source": "measured", "machine": device.name, "other": {"latency_detail": {"loads": loads}}}
     wanted = Wanted(memory_bytes=10**9, device=device, latency=parse_latency("tpot_p50=9s"))
-    found = solve(candidate(row("a", 0.5, 400, **old)), wanted)
+    found = requirements_of(candidate(row("a", 0.5, 400, **old)), wanted)
     long, short = (speed(SPEC, DEPLOYMENT, device, context=behind).decode_ms for behind in (2048, 64))
     assert found is not None
     assert found.needs["tpot_p50=9.0s@streams=1"] == pytest.approx(0.007 * long / short)
@@ -753,7 +759,7 @@ def test_predictions_are_corrected_by_what_was_measured_on_the_device() -> None:
         prompt_tokens_per_second=1.0,
     )
     plain = Wanted(memory_bytes=10**9, device=device, latency=parse_latency("ttft_p50=9s,tpot_p50=9s"))
-    before, after = (solve(BOARD[0], wanted) for wanted in (plain, replace(plain, measured=(measured,))))
+    before, after = (requirements_of(BOARD[0], wanted) for wanted in (plain, replace(plain, measured=(measured,))))
     assert before is not None
     assert after is not None
     ratios = [after.needs[name] / before.needs[name] for name in before.needs if name != "memory"]
@@ -890,7 +896,7 @@ def test_rows_that_are_passed_over_change_nothing(
             pick(board, wanted)
         return
     ranked = sorted(served, key=lambda one: (-one.worth, one.row.memory_bytes or 0, one.row.row_id))
-    solved = [found for one in ranked if (found := solve(one, wanted)) is not None]
+    solved = [found for one in ranked if (found := requirements_of(one, wanted)) is not None]
     fitting = [found for found in solved if found.fits]
     if fitting:
         answer = pick(board, wanted)

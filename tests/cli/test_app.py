@@ -135,12 +135,12 @@ BAD = [
         ["vllm holds no KV cache in 'q8_0'"],
     ),
     ("estimate @/teacher --device t4 --all-devices", ["give one of the two"]),
-    ("estimate @/teacher --prompt 100", ["--prompt is of the first token's time", "--device"]),
-    ("estimate @/teacher --devices @/none.yaml", ["none is asked for", "--device"]),
+    ("estimate @/teacher --prompt 100", ["--prompt sets the time to the first token", "--device"]),
+    ("estimate @/teacher --devices @/none.yaml", ["only describes devices", "--device"]),
     ("estimate @/teacher --device t4 --devices @/none.yaml", ["none.yaml"]),
-    ("search --budget 1GB --devices @/none.yaml", ["none is asked for", "--device"]),
-    ("pick --budget 1GB --devices @/none.yaml", ["none is asked for", "--device"]),
-    ("write --prompts @/text --out @/o.jsonl --timeout 5m", ["--timeout is of requests to an endpoint"]),
+    ("search --budget 1GB --devices @/none.yaml", ["only describes devices", "--device"]),
+    ("pick --budget 1GB --devices @/none.yaml", ["only describes devices", "--device"]),
+    ("write --prompts @/text --out @/o.jsonl --timeout 5m", ["--timeout applies to requests to an endpoint"]),
     (
         "write --prompts @/text --out @/o.jsonl --endpoint http://a/v1 --model m --teacher smollm2",
         ["--teacher is not used"],
@@ -152,7 +152,7 @@ BAD = [
     ("pick --device t4 --latency fast", ["no", "50ms"]),
     ("pick --budget 1GB --streams 0", ["--streams must be at least 1"]),
     ("pick --budget 1GB --streams 99999999999", ["--streams must be at most 999999, not 99999999999"]),
-    ("pick --device 10GB", ["'10GB' is an amount of memory and no device", "--budget"]),
+    ("pick --device 10GB", ["'10GB' is an amount of memory, not a device", "--budget"]),
     ("estimate @/teacher --device local --batch 1000000000000", ["--batch must be at most 999999"]),
     ("measure @/teacher --streams 1,1000000", ["--streams must be at most 999999"]),
     ("write --prompts @/text --out @/o.jsonl --batch 1000000", ["--batch must be at most 999999"]),
@@ -166,7 +166,7 @@ BAD = [
     (f"{GOOD} --time 0", ["'0'", "10m"]),
     (f"{GOOD} --cache-limit lots", ["lots", "16GB"]),
     (f"{GOOD} --checkpoint-limit lots", ["lots", "16GB"]),
-    (f"{GOOD} --plan --price 2.5", ["'2.5' is no price", "2.5/h"]),
+    (f"{GOOD} --plan --price 2.5", ["'2.5' is not a price", "2.5/h"]),
     (f"{GOOD} --price 2.5/h", ["give it with --plan"]),
     (f"{GOOD} --metric exact_match", ["exact_match needs questions with answers", "reasoning-gym:TASK"]),
     (f"{GOOD} --data reasoning-gym:chain_som", ["no task 'chain_som'", "chain_sum"]),
@@ -221,7 +221,7 @@ BAD = [
     ("distill", ["STRATEGY"]),
     ("estimate", ["either a MODEL or a shape"]),
     ("estimate @/teacher --layers 2", ["either a MODEL or a shape"]),
-    ("estimate @/teacher --tied", ["--tied is of a shape"]),
+    ("estimate @/teacher --tied", ["--tied applies to a shape"]),
     ("devices 409", ["there is no device '409'", "RTX 4090"]),
     ("devices --again", ["give it with --local"]),
     ("estimate @/teacher --device t4 --all-devices", ["give one of the two"]),
@@ -230,8 +230,8 @@ BAD = [
     ("estimate @/strange", ["mamba", "llama"]),
     ("pick --tiers --device ''", ["'--device'", "it is empty"]),
     ("pick --tiers --device t4", ["--budget or --device"]),
-    ("pick --tiers --latency 50ms", ["--tiers is of memory alone", "--device"]),
-    ("estimate @/teacher --device cpu", ["'cpu' is a kind of devices"]),
+    ("pick --tiers --latency 50ms", ["--tiers compares memory alone", "--device"]),
+    ("estimate @/teacher --device cpu", ["'cpu' is a kind of device"]),
     ("estimate @/teacher --strategy hand_desgned", ["hand_desgned", "hand_designed"]),
     ("estimate @/teacher --strategy lora --training 0", ["--training must be at least 1 token"]),
     ("estimate @/strange --strategy lora", ["mamba", "llama"]),
@@ -270,7 +270,7 @@ def test_fewer_sequences_at_once_than_a_limit_has_streams_are_refused(line: str,
     """They were raised to as many without a word."""
     assert main(shlex.split(line)) == 2
     said = capfd.readouterr().err
-    assert f"error: {option} 4 is contradicted by --latency @streams=16, which wants the memory of 16: give" in said
+    assert f"error: {option} 4 contradicts --latency @streams=16, which needs the memory of 16 streams: give" in said
     assert f"{option} 16 or more, or leave it out" in said
 
 
@@ -371,7 +371,7 @@ def test_a_budget_below_the_smallest_student_is_exit_3_with_the_nearest(
 ) -> None:
     code, out, err = run(capfd, f"{GOOD} --budget 100kB --format {output}", inputs, tmp_path)
     assert code == 3
-    assert re.search(r"error: nothing fits.*needs least \(.*100 ?kB", err), err
+    assert re.search(r"error: nothing fits.*lowest requirements \(.*100 ?kB", err), err
     if output == "json":
         document = json.loads(out)
         assert document["exit_code"] == 3
@@ -651,7 +651,7 @@ def test_devices_are_filtered_by_name_and_one_alone_tells_its_sources(inputs: Pa
 def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd: Any) -> None:
     code, out, err = run(capfd, f"{GOOD} --runner inline --trials 4 --tokens 2304 --plan", inputs, tmp_path)
     assert code == 0, err
-    for words in ("1.00 GB at context 512, batch 1", "4 proposed", "256", "2,304", "cache", "time box none"):
+    for words in ("1.00 GB at context 512, batch 1", "4 proposed", "256", "2,304", "cache", "time budget none"):
         assert words in out
     code, out, _ = run(capfd, f"{GOOD} --runner inline --time 3m --plan --format json", inputs, tmp_path)
     document = json.loads(out)

@@ -32,7 +32,7 @@ def test_a_speed_that_rests_on_no_measurement_is_marked_and_told_why() -> None:
         appraisal_text(appraise(model, deployment_named(form), devices=chosen)) for form in ("gguf-f16", "huggingface")
     ]
     why = chosen[0].shares("transformers").assumed
-    assert [f"* Assumed, with a wide band: {why}." in text for text in texts] == [False, True]
+    assert [f"* Assumed, with a wide range: {why}." in text for text in texts] == [False, True]
     cells = [next(line for line in text.splitlines() if "RTX 4090" in line).split() for text in texts]
     assert [any(cell.endswith("*") for cell in line) for line in cells] == [False, True]
 

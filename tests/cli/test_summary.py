@@ -104,9 +104,9 @@ def test_the_end_says_of_how_many_documents_its_errors_are_and_has_a_gain_withou
     single = DOCUMENT["gain_over_baseline"] | {"stderr": None}
     text = search_summary(DOCUMENT | {"test": test, "gain_over_baseline": single}, RANKED, "accuracy")
     assert text.endswith("; over the baseline: +0.0200.")
-    assert "\n± is of 1 document: fewer than 10" in text
+    assert "\n± comes from 1 document: with fewer than 10" in text
     board = rank([replace(one.row, documents={"ids": [1] * 30, "count": [5] * 30, "sum": [1] * 30}) for one in RANKED])
-    assert "\n± is of 30 documents.\n" in search_summary(DOCUMENT, board, "accuracy")
+    assert "\n± comes from 30 documents.\n" in search_summary(DOCUMENT, board, "accuracy")
 
 
 def test_a_student_that_was_trained_on_is_shown_as_it_was_before_too() -> None:
@@ -151,7 +151,7 @@ def test_what_was_not_trained_and_is_exported_stands_first_and_is_marked() -> No
     titles = [re.split(r"  +", line)[0] for line in lines[start + 1 : start + 4]]
     assert titles == ["quantised teacher, exported", "baseline", "teacher"]
     assert lines[-1] == (
-        "Nothing that was trained does better than the teacher itself as gguf-q8_0, which is exported as it is. Gain "
+        "No trained student is better than the teacher itself as gguf-q8_0, which is exported as it is. Gain "
         "on test over the baseline, paired: +0.0200 ± 0.0042 of accuracy."
     )
 
@@ -205,7 +205,7 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "optimizer_state": "int8",
         "longest": 1.0,
         "alone": 0,
-        "notes": ["the box holds 9 trials; 12 are usual: give it more --time"],
+        "notes": ["the time budget holds 9 trials; 12 are usual: give it more --time"],
     }
     memory = {"weights_bytes": 2e9, "gradients_bytes": 1e9, "total_bytes": 3e9}
     document = {"plan": plan, "cache_bytes": 3.5e6, "expected_seconds": 420.0, "training_bytes": memory}
@@ -225,8 +225,8 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     assert "2.00 GPU-hours, 0.22 worker-hours of trials; 5.00 EUR at 2.50 EUR an hour of a GPU" in dear
     for words in (
         "16.0 GB at context 1024, batch 1",
-        "24.0 GB of disk at most for 4 of them, kept in float32; checkpoints besides, and of both what "
-        "--checkpoint-limit holds\n",
+        "24.0 GB of disk at most for 4 of them, kept in float32, and checkpoints beside them; "
+        "--checkpoint-limit covers both\n",
         "9 proposed, and the baseline hand_designed\n",
         "2 of 9 records are left out: they have no text.\n",
         "1,024, 3,072, 9,216 tokens, reached by 9, 5, 2 of them",
@@ -235,15 +235,15 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "3.50 MB of disk",
         "3.00 GB to train the largest student, 1 sequence at a time, checkpointing, 8-bit optimiser states: "
         "weights 2.00 GB, gradients 1.00 GB; 1.50 GB to evaluate it",
-        "7m 00s expected, time box 10m 00s",
+        "7m 00s expected, time budget 10m 00s",
         "load 20.0s, trials 6m 40s",
-        "The box holds 9 trials; 12 are usual: give it more --time.",
+        "The time budget holds 9 trials; 12 are usual: give it more --time.",
     ):
         assert words in text
     assert "the best" not in text
     further = plan | {"longest": 4.25, "alone": 2, "seconds": plan["seconds"] | {"longer": 150.0}}
     text = plan_summary(document | hours | {"plan": further})
-    assert "the best    trained on for 2m 30s, alone on 2 threads, to 4.25 times those tokens at most\n" in text
+    assert "the best    trained for another 2m 30s, alone on 2 threads, to 4.25 times those tokens at most\n" in text
     assert "9 proposed, and no baseline to beat" in plan_summary(document | hours | {"baselines": []})
     narrow = plan_summary(document | hours, width=80).splitlines()
     assert max(map(len, narrow)) <= 80
@@ -282,7 +282,7 @@ def test_what_was_confirmed_is_shown_with_means_and_differences() -> None:
     gaps = [{"difference": 0.0, "difference_stderr": 0.0}, {"difference": -0.02, "difference_stderr": 0.003}]
     document = DOCUMENT | {"confirmation": [one | gap for one, gap in zip(found, gaps, strict=True)]}
     text = search_summary(document, RANKED, "accuracy", width=80)
-    assert re.search(r"on 3 seeds +mean +less best", text)
+    assert re.search(r"on 3 seeds +mean +minus best", text)
     section = text.partition("on 3 seeds")[2].partition("\n\n")[0]
     assert max(map(len, section.splitlines())) <= 80
     assert "\nt003: 80% even, last none x5.71" in section

@@ -153,14 +153,20 @@ def test_the_table_fits_a_hundred_characters_and_its_columns_align() -> None:
     assert max(map(len, text.splitlines())) <= 100
     table, strategies = text.split("\n\n")
     head, *lines = table.splitlines()
-    assert head.split() == ["#", "row", "accuracy", "kept", "memory", "size", "latency", "trained"]
+    assert head.split() == ["#", "row", "accuracy", "retention", "memory", "size", "latency", "trained"]
     assert [line.split()[:2] for line in lines[:3]] == [
         ["1=", rows[0].short_id],
         ["2=", rows[1].short_id],
         ["3!", rows[2].short_id],
     ]
     assert re.search(r"0\.4123 ± 0\.0031 +98\.2% +~15\.9 GB +98\.3 MB +12\.3ms +1x$", lines[0])
-    for note in ("tied", "~ predicted", "! over the budget", "kept: share of the teacher's accuracy", "trained: 1x"):
+    for note in (
+        "tied",
+        "~ predicted",
+        "! over the budget",
+        "retention: share of the teacher's accuracy",
+        "trained: 1x",
+    ):
         assert note in re.sub(r"\s+", " ", " ".join(lines[3:]))
     assert " ".join(strategies.split()) == (
         "t001: 80% even, KD 0.50 T5>1 cosine, lr 0.0003, even-4 low-rank x1 rank 8, attention maps x1, QAT gguf-q4_0"
@@ -211,7 +217,7 @@ def test_a_narrow_leaderboard_keeps_rows_figures_and_memory_whole() -> None:
 
 
 def test_an_empty_leaderboard_is_its_head() -> None:
-    assert leaderboard_table([]).split() == ["#", "row", "accuracy", "kept", "memory", "size", "trained"]
+    assert leaderboard_table([]).split() == ["#", "row", "accuracy", "retention", "memory", "size", "trained"]
 
 
 def test_names_cannot_smuggle_control_codes_into_the_table() -> None:

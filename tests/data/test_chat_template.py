@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from autodistill.data import chat_template as rendering
 from autodistill.data.chat_template import Rendered, Renderer
-from autodistill.data.conversations import Conversation, Told, Turn, asked, told_of
+from autodistill.data.conversations import Conversation, Turn, WriterLogprobs, logprobs_of, single_turn
 from autodistill.data.tokenization import groups
 from autodistill.errors import InputError
 from autodistill.testing import tiny_tokenizer
@@ -66,7 +66,7 @@ def _messages(conversation: Conversation) -> list[dict[str, str]]:
     return [turn._asdict() for turn in conversation.turns]
 
 
-@pytest.mark.parametrize("conversation", [LONG, asked("hi", "ho")])
+@pytest.mark.parametrize("conversation", [LONG, single_turn("hi", "ho")])
 def test_tokens_and_mask_are_those_of_transformers(tmp_path: Path, conversation: Conversation) -> None:
     (rendered,) = _renderer(tmp_path, TEMPLATE).render([conversation])
     expected = tiny_tokenizer().apply_chat_template(
@@ -95,7 +95,7 @@ def test_the_prompt_is_what_training_sees_before_the_answer(tmp_path: Path) -> N
 
 def test_without_a_template_turns_are_lines_and_answers_end_with_eos(tmp_path: Path) -> None:
     renderer, tokenizer = _renderer(tmp_path, None), tiny_tokenizer()
-    (rendered,) = renderer.render([asked("question", "answer")])
+    (rendered,) = renderer.render([single_turn("question", "answer")])
     assert tokenizer.decode(rendered.tokens) == "question\nanswer</s>"
     assert tokenizer.decode(rendered.tokens[rendered.answers]) == "answer</s>"
     (rendered,) = renderer.render([LONG])
@@ -109,7 +109,7 @@ def test_lines_begin_as_the_tokenizer_begins_texts_and_templates_by_themselves(t
         tokenizer.save_pretrained(tmp_path / name)
         return Renderer(tmp_path / name)
 
-    encode, one = tiny_tokenizer(begins=True), asked("question", "answer")
+    encode, one = tiny_tokenizer(begins=True), single_turn("question", "answer")
     plain = saved("plain", None)
     (rendered,) = plain.render([one])
     assert rendered.tokens.tolist() == encode("question\nanswer</s>")["input_ids"]
@@ -127,7 +127,7 @@ def test_lines_begin_as_the_tokenizer_begins_texts_and_templates_by_themselves(t
 
 
 def test_conversations_are_tokenized_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    renderer, many = _renderer(tmp_path, TEMPLATE), [asked(f"question {n}", "answer " * n) for n in range(1, 30)]
+    renderer, many = _renderer(tmp_path, TEMPLATE), [single_turn(f"question {n}", "answer " * n) for n in range(1, 30)]
     expected, given, genuine = renderer.render(many), [], renderer.tokenizer
 
     def counting(texts: list[str], **options: Any) -> Any:
@@ -147,7 +147,7 @@ def test_conversations_are_tokenized_some_at_a_time(tmp_path: Path, monkeypatch:
 def test_an_answer_without_an_end_is_given_one(tmp_path: Path) -> None:
     open_ended = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     (rendered,) = _renderer(tmp_path, open_ended + "{% if add_generation_prompt %}assistant: {% endif %}").render(
-        [asked("hi", "ho")]
+        [single_turn("hi", "ho")]
     )
     assert tiny_tokenizer().decode(rendered.tokens[rendered.answers]).lstrip() == "ho</s>"
     assert rendered.answers[-1]
@@ -193,7 +193,7 @@ def test_a_question_is_asked_where_the_content_of_its_answer_begins(tmp_path: Pa
         [turn._asdict() for turn in turns], enable_thinking=False, **options
     )
     assert renderer.question_tokens(turns) == renderer.question_tokens(turns, answer) == expected
-    (rendered,) = renderer.render([asked("What?", answer)])
+    (rendered,) = renderer.render([single_turn("What?", answer)])
     assert rendered.tokens[: len(expected)].tolist() == expected
     spots = rendered.spots
     assert spots is not None
@@ -238,7 +238,7 @@ def test_what_a_template_refuses_is_said(tmp_path: Path) -> None:
     renderer = _renderer(tmp_path, refusing)
     with pytest.raises(InputError, match=r"refuses a conversation of system, user.*no system role"):
         renderer.render([LONG])
-    assert len(renderer.render([asked("hi", "ho")])) == 1
+    assert len(renderer.render([single_turn("hi", "ho")])) == 1
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
@@ -250,10 +250,10 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
         Renderer(tmp_path)
 
 
-def _told(renderer: Renderer, tokens: list[int], vocabulary: str | None = None) -> Told:
+def _told(renderer: Renderer, tokens: list[int], vocabulary: str | None = None) -> WriterLogprobs:
     """Of each token itself, and of the one after it in the vocabulary."""
     top = [[(token, -0.5), (token + 1, -1.5)] for token in tokens]
-    return told_of(vocabulary or renderer.vocabulary, tokens, top)
+    return logprobs_of(vocabulary or renderer.vocabulary, tokens, top)
 
 
 def _answer_ids(rendered: Rendered) -> list[int]:

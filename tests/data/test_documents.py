@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from autodistill.data.conversations import Conversation, Turn, asked
+from autodistill.data.conversations import Conversation, Turn, single_turn
 from autodistill.data.documents import resolve_data, resolve_prompts
 from autodistill.errors import InputError
 
@@ -56,14 +56,14 @@ def test_a_text_file_is_one_document_without_its_byte_order_mark(tmp_path: Path)
     [
         ({"text": "t", "content": "c"}, "t"),
         ({"content": "c", "prompt": "p", "answer": "a"}, "c"),
-        ({"prompt": "p", "answer": "a"}, asked("p", "a")),
-        ({"question": "q", "response": "a"}, asked("q", "a")),
-        ({"instruction": "do", "completion": "done", "title": "t"}, asked("do", "done")),
-        ({"instruction": "do", "context": "it", "response": "done"}, asked("do\nit", "done")),
-        ({"instruction": "do", "input": "", "output": "done"}, asked("do", "done")),
+        ({"prompt": "p", "answer": "a"}, single_turn("p", "a")),
+        ({"question": "q", "response": "a"}, single_turn("q", "a")),
+        ({"instruction": "do", "completion": "done", "title": "t"}, single_turn("do", "done")),
+        ({"instruction": "do", "context": "it", "response": "done"}, single_turn("do\nit", "done")),
+        ({"instruction": "do", "input": "", "output": "done"}, single_turn("do", "done")),
         (
             {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
-            asked("hi", "ho"),
+            single_turn("hi", "ho"),
         ),
     ],
 )
@@ -102,7 +102,10 @@ def test_a_conversation_ends_with_its_last_answer_and_keeps_its_system_turn(tmp_
 
 def test_records_without_prompt_or_answer_are_left_out(tmp_path: Path) -> None:
     records = [{"prompt": "p", "answer": answer} for answer in ("a", "", None, "b")] + [{"prompt": " ", "answer": "c"}]
-    assert resolve_data(_jsonl(tmp_path / "d.jsonl", *records)).documents == (asked("p", "a"), asked("p", "b"))
+    assert resolve_data(_jsonl(tmp_path / "d.jsonl", *records)).documents == (
+        single_turn("p", "a"),
+        single_turn("p", "b"),
+    )
 
 
 def test_a_task_is_data_with_a_license_and_a_fingerprint_by_its_content() -> None:
@@ -207,7 +210,7 @@ def _bad(tmp_path: Path) -> None:
         ("nulls.jsonl", ["no field with usable text", "text"]),
         ("chat.jsonl", ["line 1", "role"]),
         ("chats.jsonl", ["line 1", "messages"]),
-        ("monologue.jsonl", ["line 1", "no message of the assistant"]),
+        ("monologue.jsonl", ["line 1", "no assistant message"]),
         ("unanswered.jsonl", ["no field with usable text", "prompt, score"]),
         ("answers.jsonl", ["line 2", "lacks the field answer"]),
         ("choices.jsonl", ["line 1", "answer that is not text"]),
@@ -229,8 +232,8 @@ def test_each_fault_is_said_in_one_line(tmp_path: Path, name: str, said: list[st
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
-    asked = [{"prompt": "a?", "answer": "b"}, {"prompt": "c?", "answer": None}, {"prompt": " ", "answer": "d"}]
-    assert resolve_data(_jsonl(tmp_path / "qa.jsonl", *asked)).notes == (
+    single_turn = [{"prompt": "a?", "answer": "b"}, {"prompt": "c?", "answer": None}, {"prompt": " ", "answer": "d"}]
+    assert resolve_data(_jsonl(tmp_path / "qa.jsonl", *single_turn)).notes == (
         "2 of 3 records are left out: they have no prompt, or no answer",
     )
     texts = [{"text": "a"}, {"text": None}]

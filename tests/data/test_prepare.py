@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from autodistill.data import prepare as data_module
-from autodistill.data.conversations import Conversation, Turn, asked
+from autodistill.data.conversations import Conversation, Turn, single_turn
 from autodistill.data.dataset import SPLITS, Prepared, load_split, open_prepared
-from autodistill.data.documents import Source, resolve_data
+from autodistill.data.documents import DataSource, resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.data.splits import in_a_row
 from autodistill.errors import InputError
@@ -35,18 +35,18 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> DataSource:
     folder = tiny_text(tmp_path_factory.mktemp("text"), documents=40, sentences=12)
     (folder / "copy.txt").write_text((folder / "007.txt").read_text())
     return resolve_data(str(folder))
 
 
 @pytest.fixture(scope="module")
-def prepared(source: Source, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(source: DataSource, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return prepare(source, tokenizer, "tiny", LENGTH, tmp_path_factory.mktemp("cache"))
 
 
-def _long_text(folder: Path, tokenizer: Path, sequences: int) -> tuple[Source, list[int]]:
+def _long_text(folder: Path, tokenizer: Path, sequences: int) -> tuple[DataSource, list[int]]:
     """A single text of so many sequences and half a one, and its tokens."""
     text = " ".join(path.read_text() for path in sorted(tiny_text(folder / "parts", documents=6).iterdir()))
     ids = tiny_tokenizer()(text, verbose=False)["input_ids"]
@@ -56,7 +56,7 @@ def _long_text(folder: Path, tokenizer: Path, sequences: int) -> tuple[Source, l
     return source, [*tiny_tokenizer()(text, verbose=False)["input_ids"], tiny_tokenizer().eos_token_id]
 
 
-def test_no_document_is_in_two_splits_and_copies_stay_together(source: Source, prepared: Prepared) -> None:
+def test_no_document_is_in_two_splits_and_copies_stay_together(source: DataSource, prepared: Prepared) -> None:
     members = {split: set(load_split(prepared.folder, split).documents.flat) for split in SPLITS}
     for split in SPLITS:
         assert len(members[split]) == prepared.splits[split].documents > 0
@@ -76,7 +76,7 @@ def test_the_shares_are_about_80_10_10(prepared: Prepared) -> None:
     )
 
 
-def test_each_sequence_is_a_piece_of_its_documents_joined_by_eos(source: Source, prepared: Prepared) -> None:
+def test_each_sequence_is_a_piece_of_its_documents_joined_by_eos(source: DataSource, prepared: Prepared) -> None:
     encode = tiny_tokenizer()
     for split in SPLITS:
         sequences = load_split(prepared.folder, split)
@@ -99,7 +99,9 @@ def test_the_first_sequences_come_from_many_documents(prepared: Prepared) -> Non
     assert len(train.head(1).tokens) == 1
 
 
-def test_another_process_prepares_the_same(source: Source, prepared: Prepared, tokenizer: Path, tmp_path: Path) -> None:
+def test_another_process_prepares_the_same(
+    source: DataSource, prepared: Prepared, tokenizer: Path, tmp_path: Path
+) -> None:
     (tmp_path / "source.json").write_text(json.dumps(source.documents))
     program = f"""if True:
         import json, pathlib
@@ -121,7 +123,9 @@ def test_another_process_prepares_the_same(source: Source, prepared: Prepared, t
         assert np.array_equal(ours.documents, theirs.documents)
 
 
-def test_what_makes_other_data_makes_another_fingerprint(source: Source, prepared: Prepared, tokenizer: Path) -> None:
+def test_what_makes_other_data_makes_another_fingerprint(
+    source: DataSource, prepared: Prepared, tokenizer: Path
+) -> None:
     cache = prepared.folder.parent.parent
     others = [
         prepare(source, tokenizer, "tiny", LENGTH, cache, seed=1),
@@ -178,7 +182,7 @@ def test_errors_of_sequences_in_a_row_are_those_of_a_text_whose_neighbors_are_al
 
 
 @pytest.mark.parametrize("harm", ["cut", "alter", "index", "remove", "half", "another version"])
-def test_a_harmed_copy_is_found_and_made_again(source: Source, tokenizer: Path, tmp_path: Path, harm: str) -> None:
+def test_a_harmed_copy_is_found_and_made_again(source: DataSource, tokenizer: Path, tmp_path: Path, harm: str) -> None:
     first = prepare(source, tokenizer, "tiny", LENGTH, tmp_path)
     tokens = load_split(first.folder, "train").tokens.tolist()
     arrow = next((first.folder / "train").glob("*.arrow"))
@@ -208,7 +212,7 @@ def test_a_harmed_copy_is_found_and_made_again(source: Source, tokenizer: Path, 
 
 
 def test_prepared_data_are_used_again(
-    source: Source, prepared: Prepared, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+    source: DataSource, prepared: Prepared, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data_module, "encode", None)  # no text is tokenised again
     again = prepare(source, tokenizer, "tiny", LENGTH, prepared.folder.parent.parent)
@@ -224,7 +228,7 @@ def beginning(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sequences_begin_as_the_tokenizer_begins_texts(
-    source: Source, tokenizer: Path, beginning: Path, tmp_path: Path
+    source: DataSource, tokenizer: Path, beginning: Path, tmp_path: Path
 ) -> None:
     begun = prepare(source, beginning, "tiny", LENGTH + 1, tmp_path)
     bare = prepare(source, tokenizer, "tiny", LENGTH, tmp_path)
@@ -310,13 +314,16 @@ def test_importing_loads_no_heavy_package() -> None:
 
 def _chats(count: int, words: int = 3) -> tuple[Conversation, ...]:
     """So many questions, the first three of which are asked twice, with two answers."""
-    found = [asked(f"Question {number}: " + "which? " * words, f"Answer {number}.") for number in range(count)]
-    return (*found, *(asked(one.prompt[0].content + " ", f"Or {number}.") for number, one in enumerate(found[:3])))
+    found = [single_turn(f"Question {number}: " + "which? " * words, f"Answer {number}.") for number in range(count)]
+    return (
+        *found,
+        *(single_turn(one.prompt[0].content + " ", f"Or {number}.") for number, one in enumerate(found[:3])),
+    )
 
 
-def _source(documents: tuple[Conversation, ...], **changes: object) -> Source:
+def _source(documents: tuple[Conversation, ...], **changes: object) -> DataSource:
     fields = {"name": "chats", "kind": "jsonl", "license": None, "fingerprint": str(hash(documents))}
-    return Source(documents=documents, **(fields | changes))  # type: ignore[arg-type]
+    return DataSource(documents=documents, **(fields | changes))  # type: ignore[arg-type]
 
 
 def test_conversations_stay_whole_and_their_answers_are_marked(tokenizer: Path, tmp_path: Path) -> None:
@@ -398,7 +405,7 @@ def test_questions_give_what_a_template_puts_before_answers_and_lost_answers_are
         "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
     )
     rendered.save_pretrained(tmp_path / "chat")
-    thought = [Turn("user", "Who?"), Turn("assistant", "<think>Hm.</think>The fox."), *asked("So?", "Go.").turns]
+    thought = [Turn("user", "Who?"), Turn("assistant", "<think>Hm.</think>The fox."), *single_turn("So?", "Go.").turns]
     chats = (*_chats(120), Conversation(tuple(thought)))
     data = prepare(_source(chats), tmp_path / "chat", "tiny", 128, tmp_path)
     assert [note.partition(":")[0] for note in data.notes] == ["1 of the answers that others follow are not learnt"]
@@ -411,7 +418,7 @@ def test_questions_give_what_a_template_puts_before_answers_and_lost_answers_are
 
 
 def test_records_that_do_not_fit_are_cut_or_left_out_with_their_count(tokenizer: Path, tmp_path: Path) -> None:
-    long = asked("short", "word " * 100), asked("word " * 100, "short")
+    long = single_turn("short", "word " * 100), single_turn("word " * 100, "short")
     data = prepare(_source((*_chats(60), *long)), tokenizer, "tiny", 64, tmp_path)
     assert data.notes == (
         "1 of 65 records are left out: their prompt fills a sequence of 64 tokens",

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.data.chat_template import Renderer, Template
-from autodistill.data.conversations import Conversation, Likeliest, Turn, asked
+from autodistill.data.conversations import Conversation, Likeliest, Turn, single_turn
 from autodistill.data.dataset import Prepared, load_split, rendering_folder
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
@@ -23,9 +23,9 @@ from autodistill.data.student_template import copy_text, own_template, share, wr
 from autodistill.distillation.student.pretrained import load_pretrained
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
-from autodistill.distillation.teacher.signals import LiveTeacher
+from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.trainer import Trainer
-from autodistill.inference.scoring import REFERENCE_TOKENS, refer, score
+from autodistill.inference.scoring import REFERENCE_TOKENS, score, score_teacher
 from autodistill.models.loading import load_model
 from autodistill.strategy.strategy import Alignment, Distillation, Init, Strategy
 from autodistill.testing import save_tiny_teacher
@@ -232,7 +232,7 @@ def test_losses_are_those_of_the_records_read_alone(
 def test_scores_are_those_of_shared_tokens_read_alone(pair: Pair, models: tuple[Any, Any]) -> None:
     theirs, own = (load_split(pair.data.folder, "validation", name) for name in ("", pair.template.name))
     assert documents(theirs) == documents(own)
-    teacher_scores, reference = refer(load_model(pair.teacher, torch.float32), theirs)
+    teacher_scores, reference = score_teacher(load_model(pair.teacher, torch.float32), theirs)
     student = load_pretrained(pair.student, pair.teacher)
     scores, _ = score(student, own, reference)
     np.testing.assert_array_equal(scores.documents, teacher_scores.documents)
@@ -309,13 +309,13 @@ def test_only_what_stands_in_the_same_place_of_an_answer_is_shared(pair: Pair) -
     assert decode(theirs.tokens[theirs.shared]) == " two\n</s>É the the</s>"
     assert decode(own.tokens[own.shared]) == " two\n<pad>É the the<pad>"
     assert decode(own.tokens[own.answers & ~own.shared]) == " the "
-    lone = share([one.render([asked("a", "b")])[0] for one in renderers], [1, 2])
+    lone = share([one.render([single_turn("a", "b")])[0] for one in renderers], [1, 2])
     assert [decode(one.tokens[one.shared]) for one in lone] == ["</s>", "<pad>"]
 
 
 def test_a_teacher_without_a_template_shares_what_its_plain_lines_have(pair: Pair, tmp_path: Path) -> None:
     plain = saved(tmp_path / "plain", None, layers=1)
-    conversations = [asked("Hi", "the two")]
+    conversations = [single_turn("Hi", "the two")]
     template, _ = own_template(pair.student, plain, conversations)
     assert template == pair.template
     renderers = [Renderer(plain), Renderer(plain, template)]
@@ -355,7 +355,7 @@ def test_templates_beside_the_default_one_come_along_where_the_template_is_the_t
 
 def test_a_template_is_used_where_it_renders_otherwise_and_can_be_written(pair: Pair, tmp_path: Path) -> None:
     conversations = (
-        asked("Hi", "Ho"),
+        single_turn("Hi", "Ho"),
         Conversation((Turn("system", "Be."), Turn("user", "a"), Turn("assistant", "b"))),
     )
 

@@ -355,7 +355,7 @@ def test_the_nearest_miss_names_the_smallest_and_what_it_misses_by() -> None:
     said = miss.said
     assert (miss.limit, miss.slack) == ("memory", pytest.approx(math.log(fit.need / 86_000_000)))
     over = (fit.need - 86_000_000) / 1e6
-    assert said.startswith(f"the smallest, gguf-q4_0, needs {fit.need / 1e6:.0f} MB at context 2048, ")
+    assert said.startswith(f"the smallest deployment, gguf-q4_0, needs {fit.need / 1e6:.0f} MB at context 2048, ")
     assert said.endswith(f"{over:.3g} MB over the 86.0 MB budget")
 
 

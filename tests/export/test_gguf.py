@@ -364,8 +364,8 @@ K_QUANTS = {
 
 def k_quant(name: str, keep: tuple[str, ...] = ()) -> Deployment:
     bits, group_size, symmetric, *_ = K_QUANTS[name]
-    packing = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "keep": keep}
-    return Deployment(runtime="llama.cpp", format=name, **packing)
+    scheme = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "keep": keep}
+    return Deployment(runtime="llama.cpp", format=name, **scheme)
 
 
 @pytest.mark.parametrize(("width", "ffn"), [(256, 512), (192, 256)])

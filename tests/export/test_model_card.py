@@ -130,7 +130,7 @@ def test_what_is_not_known_is_not_claimed() -> None:
     assert card.count(NOT_STATED) == 2
     assert "dequantised" not in card
     assert "It was trained for 50% of the tokens that were planned." in card
-    assert "packed here as huggingface. It was not measured in this packing." in card
+    assert "stored here as huggingface. It was not measured under this quantisation scheme." in card
     assert [line[2] for line in tables(card)[0]] == ["0.1100"]
     assert "Compared with" not in card
 

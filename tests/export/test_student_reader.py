@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from autodistill.errors import InputError
 from autodistill.export.student_reader import StudentFiles, replacing
-from autodistill.quantization.formats import Packing
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.packing import deployed
 from autodistill.testing import save_tiny_teacher
 
-F16 = Packing(format="gguf-f16", bits=16, group_size=0)
+F16 = QuantizationScheme(format="gguf-f16", bits=16, group_size=0)
 
 
 def test_specs_are_the_stored_tensors(tmp_path: Path) -> None:

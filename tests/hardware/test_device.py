@@ -6,18 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from autodistill.hardware.device import Device, DeviceClass, Range, Shares
+from autodistill.hardware.device import Band, Device, DeviceClass, Shares
 
-HALF = Range(low=0.4, typical=0.5, high=0.6)
+HALF = Band(low=0.4, typical=0.5, high=0.6)
 SHARES = Shares(
     decode=HALF,
     decode_measured=HALF,
-    prefill=Range(low=0.7, typical=0.8, high=0.9),
+    prefill=Band(low=0.7, typical=0.8, high=0.9),
     prefill_quantized=HALF,
     dequantize=None,
     attention=None,
     activations=HALF,
-    layer_seconds=Range(low=1e-6, typical=2e-6, high=4e-6),
+    layer_seconds=Band(low=1e-6, typical=2e-6, high=4e-6),
     ahead=False,
     rate="",
     measured_alone=False,

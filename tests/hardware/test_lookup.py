@@ -115,7 +115,7 @@ def test_what_names_none_or_several_says_which_are_near(text: str, said: str) ->
     ],
 )
 def test_an_amount_of_memory_names_no_device(text: str) -> None:
-    with pytest.raises(InputError, match="is an amount of memory and no device: give it as --budget"):
+    with pytest.raises(InputError, match="is an amount of memory, not a device: give it as --budget"):
         find_device(text, TABLE)
 
 
@@ -197,7 +197,7 @@ def test_usual_spellings_are_found(text: str, name: str) -> None:
 
 @pytest.mark.parametrize("text", ["cpu", "CPU", "gpu", "phone", "board", "unified", "discrete-gpu"])
 def test_a_class_is_no_device(text: str) -> None:
-    with pytest.raises(InputError, match="is a kind of devices and no device: name one that autodistill devices"):
+    with pytest.raises(InputError, match="is a kind of device, not a device: name one that autodistill devices"):
         find_device(text, TABLE)
     assert find_device("orin nano 4gb 7w cpu", TABLE).name == "Jetson Orin Nano 4GB 7W CPU"
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.teacher.build_cache import ensure_cache
-from autodistill.distillation.teacher.importance import calibrate
+from autodistill.distillation.teacher.importance import measure_importance
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.inference import half_precision as held_module
@@ -252,7 +252,7 @@ def test_the_scales_that_are_kept_take_the_memory_of_a_file(wide):
 
 def test_calibration_and_students_are_those_of_float32(workshop, half):
     exact, held = load_model(half, torch.float32), load_held(half, "bfloat16")
-    one, other = calibrate(exact, workshop.data), calibrate(held, workshop.data)
+    one, other = measure_importance(exact, workshop.data), measure_importance(held, workshop.data)
     for name in ("similarity", "neurons", "groups", "channels"):
         assert torch.equal(getattr(one, name), getattr(other, name))
     init = replace(Init(), ffn=0.5)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.inference import scoring
 from autodistill.inference.outputs import TeacherReference
-from autodistill.inference.scoring import choices, refer, score
+from autodistill.inference.scoring import choices, score, score_teacher
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_documents_are_those_of_the_predicted_tokens(workshop, model):
 
 
 def test_agreement(workshop, model):
-    itself, reference = refer(model, workshop.data)
+    itself, reference = score_teacher(model, workshop.data)
     assert itself.agrees.all()
     again, _ = score(model, workshop.data, reference)
     assert itself.teacher_correct is None
@@ -116,7 +116,7 @@ def test_divergence_is_torchs_over_the_same_outcomes(workshop, model, monkeypatc
     monkeypatch.setattr(scoring, "REFERENCE_TOKENS", kept)
     monkeypatch.setattr(scoring, "_CHUNK_ROWS", 7)
     student = noisy(model, 0.02)
-    _, reference = refer(model, workshop.data)
+    _, reference = score_teacher(model, workshop.data)
     scores, _ = score(student, workshop.data, reference)
     ids = torch.from_numpy(workshop.data.tokens.astype(np.int64))
     with torch.no_grad():
@@ -135,13 +135,13 @@ def test_divergence_is_torchs_over_the_same_outcomes(workshop, model, monkeypatc
 
 
 def test_a_teacher_does_not_diverge_from_itself(workshop, model):
-    itself, reference = refer(model, workshop.data)
+    itself, reference = score_teacher(model, workshop.data)
     assert not itself.divergence.any()
     np.testing.assert_allclose(score(model, workshop.data, reference)[0].divergence, 0, atol=1e-6)
 
 
 def test_what_is_kept_of_a_teacher_is_read_back(workshop, model, tmp_path):
-    _, reference = refer(model, workshop.data)
+    _, reference = score_teacher(model, workshop.data)
     reference.save(tmp_path / "reference.npz")
     again = TeacherReference.load(tmp_path / "reference.npz").head(40)
     for name in ("top1", "tokens", "log_probs"):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.gguf_tokenizer import is_certain, refusal
-from autodistill.models.pretokenizers import CUTS, Cut, cut_named, cuts_like
+from autodistill.models.pretokenizers import PRETOKENIZERS, Pretokenizer, pretokenizer_named, pretokenizers_like
 from autodistill.serving.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import tiny_config
@@ -27,10 +27,10 @@ TEXTS = (
     "\r\n\r\nx\r y",
 )
 VOCABULARY = 600
-IDS = [cut.names[0] for cut in CUTS]
+IDS = [cut.names[0] for cut in PRETOKENIZERS]
 
 
-def tokenizer_of(cut: Cut, folder: Path) -> PreTrainedTokenizerFast:
+def tokenizer_of(cut: Pretokenizer, folder: Path) -> PreTrainedTokenizerFast:
     """A tokenizer of so many merges that each difference in the cut shows, saved in a folder."""
     learning = Tokenizer(models.BPE())
     learning.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -56,8 +56,8 @@ def tokenizer_of(cut: Cut, folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=IDS)
-def test_llama_cpp_cuts_text_so_under_that_name(cut: Cut, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", PRETOKENIZERS, ids=IDS)
+def test_llama_cpp_cuts_text_so_under_that_name(cut: Pretokenizer, tmp_path: Path) -> None:
     config = LlamaConfig(**tiny_config(vocab_size=VOCABULARY, num_hidden_layers=1))
     teacher = tmp_path / "teacher"
     LlamaForCausalLM(config).save_pretrained(teacher)
@@ -73,33 +73,38 @@ def test_llama_cpp_cuts_text_so_under_that_name(cut: Cut, tmp_path: Path) -> Non
 def test_the_texts_tell_the_cuts_apart(tmp_path: Path) -> None:
     """But for what the merges do to whole words, which these texts need not show."""
     cut_so = {}
-    for cut in CUTS:
+    for cut in PRETOKENIZERS:
         tokenizer = tokenizer_of(cut, tmp_path / cut.names[0])
         cut_so[cut.names[0]] = tuple(tuple(tokenizer(text)["input_ids"]) for text in TEXTS)
-    assert len(set(cut_so.values())) >= len(CUTS) - 1
+    assert len(set(cut_so.values())) >= len(PRETOKENIZERS) - 1
 
 
 def test_a_name_is_one_cuts() -> None:
-    names = [name for cut in CUTS for name in cut.names]
+    names = [name for cut in PRETOKENIZERS for name in cut.names]
     assert len(set(names)) == len(names)
-    assert cut_named("starcoder") is cut_named("smollm") is not None
-    assert cut_named("default") is cut_named(None) is None
+    assert pretokenizer_named("starcoder") is pretokenizer_named("smollm") is not None
+    assert pretokenizer_named("default") is pretokenizer_named(None) is None
 
 
 def test_ways_to_write_a_cut_are_one() -> None:
-    (gpt2,) = cuts_like([{"type": "ByteLevel", "add_prefix_space": False}])
+    (gpt2,) = pretokenizers_like([{"type": "ByteLevel", "add_prefix_space": False}])
     assert gpt2.names[0] == "gpt-2"
-    (qwen2,) = (cut for cut in CUTS if cut.names[0] == "qwen2")
+    (qwen2,) = (cut for cut in PRETOKENIZERS if cut.names[0] == "qwen2")
     split, level = (dict(step) for step in qwen2.steps)
-    assert cuts_like([split, level | {"trim_offsets": False}]) == (qwen2,)
-    assert cuts_like([split | {"behavior": "Removed", "invert": True}, level]) == (qwen2,)
-    assert cuts_like([split | {"behavior": "Removed"}, level]) == ()
-    assert cuts_like([split, level | {"use_regex": True}]) == ()
-    assert cuts_like([split]) == ()
+    assert pretokenizers_like([split, level | {"trim_offsets": False}]) == (qwen2,)
+    assert pretokenizers_like([split | {"behavior": "Removed", "invert": True}, level]) == (qwen2,)
+    assert pretokenizers_like([split | {"behavior": "Removed"}, level]) == ()
+    assert pretokenizers_like([split, level | {"use_regex": True}]) == ()
+    assert pretokenizers_like([split]) == ()
     pattern = split["pattern"]["Regex"]
-    assert cuts_like([split | {"pattern": {"Regex": pattern.replace(r"\p{N}", r"\p{N}{1,2}", 1)}}, level]) == ()
+    assert (
+        pretokenizers_like([split | {"pattern": {"Regex": pattern.replace(r"\p{N}", r"\p{N}{1,2}", 1)}}, level]) == ()
+    )
 
 
 def test_llama_3s_pattern_has_a_name_for_either_way_to_take_words() -> None:
-    (llama3,) = (cut for cut in CUTS if cut.names[0] == "llama-bpe")
-    assert {cut.names[0]: cut.whole_words for cut in cuts_like(llama3.steps)} == {"llama-bpe": True, "dbrx": False}
+    (llama3,) = (cut for cut in PRETOKENIZERS if cut.names[0] == "llama-bpe")
+    assert {cut.names[0]: cut.whole_words for cut in pretokenizers_like(llama3.steps)} == {
+        "llama-bpe": True,
+        "dbrx": False,
+    }

@@ -11,7 +11,7 @@ import torch
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.teacher.build_cache import ensure_cache
-from autodistill.distillation.teacher.importance import calibrate
+from autodistill.distillation.teacher.importance import measure_importance
 from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.distillation.training.fsdp import Sharding
 from autodistill.models.config import spec_from_config
@@ -71,7 +71,7 @@ def _train(workshop, name, folder, device):
     calibration = None
     if strategy.init.selective:
         calibration = folder / "calibration.safetensors"
-        calibrate(load_model(workshop.teacher, torch.float32), workshop.data, device).save(calibration)
+        measure_importance(load_model(workshop.teacher, torch.float32), workshop.data, device).save(calibration)
     cache = _cache(workshop, name, strategy, spec, calibration, folder, device)
     storage_of = None
     if strategy.finishing is not None:

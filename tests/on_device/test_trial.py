@@ -15,7 +15,7 @@ from autodistill.data.prepare import prepare
 from autodistill.distillation.student.build import cut_student
 from autodistill.distillation.student.check import probe_deployment
 from autodistill.distillation.teacher.build_cache import ensure_cache, writing_rate
-from autodistill.distillation.teacher.importance import calibrate
+from autodistill.distillation.teacher.importance import measure_importance
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
 from autodistill.evaluation.evaluate import deployed_weights, evaluate
 from autodistill.hardware.budget import Budget
@@ -23,7 +23,7 @@ from autodistill.inference import batching as parallel
 from autodistill.inference.generation import Sampling, write
 from autodistill.inference.half_precision import load_held
 from autodistill.inference.likelihood import continuations, rolling
-from autodistill.inference.scoring import choices, refer, score
+from autodistill.inference.scoring import choices, score, score_teacher
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.search.planning.placement import Workers
@@ -99,7 +99,7 @@ def _setting(workshop, teacher, data, folder, device, **changes):
         device=device,
     )
     held_out = load_split(data.folder, "validation").head(128)
-    _, reference = refer(load_model(teacher, torch.float32, device), held_out, device=device)
+    _, reference = score_teacher(load_model(teacher, torch.float32, device), held_out, device=device)
     reference.save(folder / "reference.npz")
     return TrialSetting(
         teacher=teacher,
@@ -230,7 +230,7 @@ def test_the_cache_is_the_cpus(teacher, data, tmp_path, device):
 def test_scores_and_choices_are_the_cpus(teacher, validation, device):
     models = [load_model(teacher, torch.float32, kind) for kind in ("cpu", device)]
     (ours, reference), (theirs, other) = (
-        refer(model, validation, device=kind) for model, kind in zip(models, ("cpu", device), strict=True)
+        score_teacher(model, validation, device=kind) for model, kind in zip(models, ("cpu", device), strict=True)
     )
     np.testing.assert_allclose(theirs.nll, ours.nll, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(other.top1, reference.top1)
@@ -257,7 +257,9 @@ def test_heads_are_equal_where_float32_asks_for_it(teacher, device, monkeypatch,
 
 
 def test_a_calibration_is_the_cpus(teacher, validation, device):
-    ours, theirs = (calibrate(load_model(teacher, torch.float32), validation, kind) for kind in ("cpu", device))
+    ours, theirs = (
+        measure_importance(load_model(teacher, torch.float32), validation, kind) for kind in ("cpu", device)
+    )
     for name in ("similarity", "neurons", "groups", "channels"):
         torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), rtol=1e-4, atol=1e-5)
 
@@ -469,7 +471,7 @@ def test_batched_scores_are_those_of_one_sequence_at_a_time(teacher, data, devic
         ):
             monkeypatch.setattr(parallel, "PASS_TOKENS", most)
             with _passes(model, holds) as sizes:
-                scores, reference = refer(model, tokens, device=device)
+                scores, reference = score_teacher(model, tokens, device=device)
             assert sizes == expected
             found.append((scores.nll, scores.confidence, reference.top1, np.sort(reference.log_probs, axis=1)))
             np.testing.assert_allclose(score(model, tokens, reference, device=device)[0].divergence, 0, atol=1e-5)

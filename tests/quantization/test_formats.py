@@ -11,33 +11,33 @@ from autodistill.errors import InputError
 from autodistill.models.config import resized, spec_from_config
 from autodistill.models.families import get_family
 from autodistill.models.tensors import Role, TensorSpec, takes_more_bits
-from autodistill.quantization.formats import FORMATS, Packing, get_format, tensor_bytes, weights_bytes
+from autodistill.quantization.formats import FORMATS, QuantizationScheme, get_format, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.packing import pack
 from autodistill.testing import tiny_config
 
 PACKINGS = [
-    Packing(format=held.name, bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric)
+    QuantizationScheme(format=held.name, bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric)
     if isinstance(grid, Grid)
-    else Packing(format=held.name, bits=16, group_size=0)
+    else QuantizationScheme(format=held.name, bits=16, group_size=0)
     for held in FORMATS.values()
     for grid in held.linears
 ]
 
 
-@pytest.mark.parametrize("packing", PACKINGS, ids=lambda packing: packing.name)
+@pytest.mark.parametrize("scheme", PACKINGS, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("role", list(Role))
-def test_bytes_counted_are_bytes_packed(packing, role):
+def test_bytes_counted_are_bytes_packed(scheme, role):
     for rows, groups in ((1, 1), (3, 2), (4, 3)):
         shape = (rows, 128 * groups) if role not in (Role.NORM, Role.BIAS) else (128 * groups,)
-        storage = packing.storage(TensorSpec(name="t", role=role, shape=shape))
+        storage = scheme.storage(TensorSpec(name="t", role=role, shape=shape))
         weights = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
         expected = sum(array.nbytes for array in pack(weights, storage).values())
         assert tensor_bytes(TensorSpec(name="t", role=role, shape=shape), storage) == expected
 
 
 def _packing(name, bits, group_size, **more):
-    return Packing(format=name, bits=bits, group_size=group_size, **more)
+    return QuantizationScheme(format=name, bits=bits, group_size=group_size, **more)
 
 
 def test_a_models_bytes_are_those_of_its_tensors():
@@ -104,22 +104,22 @@ K_QUANTS = {
 @pytest.mark.parametrize("name", K_QUANTS)
 def test_super_blocks_hold_rows_that_they_divide_and_other_grids_the_rest(name):
     bits, group_size, symmetric, block, other = K_QUANTS[name]
-    packing = _packing(name, bits, group_size, symmetric=symmetric)
+    scheme = _packing(name, bits, group_size, symmetric=symmetric)
     up = TensorSpec(name="layers.0.up.weight", role=Role.LINEAR, shape=(1536, 576))
     down = TensorSpec(name="layers.0.down.weight", role=Role.LINEAR, shape=(576, 1536))
     table = TensorSpec(name="embed.weight", role=Role.EMBEDDING, shape=(1000, 576))
     wide = TensorSpec(name="lm_head.weight", role=Role.HEAD, shape=(1000, 768))
-    assert weights_bytes([down], packing) == 576 * 6 * block
-    assert weights_bytes([up], packing) == 1536 * 576 // 256 * other
-    assert weights_bytes([table], packing) == 1000 * 18 * 34
-    assert weights_bytes([wide], packing) == 1000 * 3 * 210
-    packing.check_model([up, down, table])
+    assert weights_bytes([down], scheme) == 576 * 6 * block
+    assert weights_bytes([up], scheme) == 1536 * 576 // 256 * other
+    assert weights_bytes([table], scheme) == 1000 * 18 * 34
+    assert weights_bytes([wide], scheme) == 1000 * 3 * 210
+    scheme.check_model([up, down, table])
     with pytest.raises(InputError, match=f"rows in {name} are of whole blocks of 256 .* choose that format"):
-        packing.check_model([up, table])
+        scheme.check_model([up, table])
     odd = TensorSpec(name="layers.0.down.weight", role=Role.LINEAR, shape=(576, 1520))
     said = f"has rows of 1520 weights, which the blocks of 256 of {name}, nor the groups of 32 that stand in for them"
     with pytest.raises(InputError, match=said):
-        packing.storage(odd)
+        scheme.storage(odd)
     with pytest.raises(InputError, match="keep leaves no linear layer on the grid"):
         _packing(name, bits, group_size, symmetric=symmetric, keep=("down",)).check_model([up, down, table])
     with pytest.raises(InputError, match=f"{name} cannot hold {bits} bits in groups of 64"):
@@ -147,11 +147,11 @@ def _described(case):
     return spec_from_config(tiny_config(case["architecture"], **sizes, **more))
 
 
-def _stored(spec, packing):
+def _stored(spec, scheme):
     """ggml's name of the type of each matrix, by GGUF's names."""
     family = get_family(spec.architecture)
     matrices = [tensor for tensor in spec.tensors if len(tensor.shape) == 2]
-    kinds = {family.gguf_name(tensor.name).removesuffix(".weight"): packing.storage(tensor) for tensor in matrices}
+    kinds = {family.gguf_name(tensor.name).removesuffix(".weight"): scheme.storage(tensor) for tensor in matrices}
     return {name: kind.name.removeprefix("gguf-").upper() for name, kind in kinds.items()}
 
 
@@ -168,11 +168,11 @@ def _by_llama_cpp(case):
 
 @pytest.mark.parametrize("case", QUANTISED, ids=_named)
 def test_a_mixture_stores_each_matrix_as_llama_cpps_quantizer(case):
-    spec, packing = _described(case), _mixture(case["format"])
-    assert _stored(spec, packing) == _by_llama_cpp(case)
+    spec, scheme = _described(case), _mixture(case["format"])
+    assert _stored(spec, scheme) == _by_llama_cpp(case)
     # Bytes are counted by what differs, and the layers of a student are its own.
-    assert sum(count * tensor_bytes(one, packing.storage(one)) for one, count in spec.kinds) == weights_bytes(
-        spec.tensors, packing
+    assert sum(count * tensor_bytes(one, scheme.storage(one)) for one, count in spec.kinds) == weights_bytes(
+        spec.tensors, scheme
     )
     deeper = resized(spec, [layer for layer in range(case["layers"]) for _ in range(2)])
     kept = resized(deeper, range(1, 2 * case["layers"], 2))
@@ -202,7 +202,7 @@ def test_more_layers_never_have_fewer_of_more_bits():
 
 
 def test_names_tell_packings_apart():
-    names = [packing.name for packing in PACKINGS]
+    names = [scheme.name for scheme in PACKINGS]
     assert len(set(names)) == len(names) == 54
     assert {"gguf-q4_0", "compressed-tensors-int4-g64", "compressed-tensors-int2-row-asym"} <= set(names)
     kept = _packing("gguf-q4_0", 4, 32, keep=("layers.0", "attention", "layers.0"))

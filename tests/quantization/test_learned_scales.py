@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autodistill.quantization.formats import Packing
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
 from autodistill.strategy.deployment import Deployment
@@ -32,12 +32,17 @@ def test_scales_are_read_under_their_own_packing_alone(tmp_path: Path) -> None:
             assert found[name].offsets is None
         else:
             np.testing.assert_array_equal(found[name].offsets, offsets)
-    for other in (Deployment(runtime="vllm", **INT4), Packing(**INT4 | {"bits": 3}, keep=("attention", "head"))):
+    for other in (
+        Deployment(runtime="vllm", **INT4),
+        QuantizationScheme(**INT4 | {"bits": 3}, keep=("attention", "head")),
+    ):
         assert read_scales(tmp_path, other) == {}
 
 
-@pytest.mark.parametrize("packing", [Packing(**INT4), Packing(format="gguf-q4_0", bits=4, group_size=32)])
-def test_a_student_without_learned_scales_has_no_file(tmp_path: Path, packing: Packing) -> None:
-    write_scales(tmp_path, packing, {})
+@pytest.mark.parametrize(
+    "scheme", [QuantizationScheme(**INT4), QuantizationScheme(format="gguf-q4_0", bits=4, group_size=32)]
+)
+def test_a_student_without_learned_scales_has_no_file(tmp_path: Path, scheme: QuantizationScheme) -> None:
+    write_scales(tmp_path, scheme, {})
     assert list(tmp_path.iterdir()) == []
-    assert read_scales(tmp_path, packing) == {}
+    assert read_scales(tmp_path, scheme) == {}

@@ -1,4 +1,4 @@
-"""Types by tensor: what they say of each matrix, what is refused, and that other packings' plain data stay the same."""
+"""Types by tensor: what they say of each matrix, what is refused, and that other schemes' plain data stay the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.models.tensors import Role
-from autodistill.quantization.formats import FORMATS, TYPES, Packing, packing_by_tensor
+from autodistill.quantization.formats import FORMATS, TYPES, QuantizationScheme, scheme_by_tensor
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Finishing
 from autodistill.testing import tiny_config
@@ -20,14 +20,14 @@ SPEC = spec_from_config(tiny_config(hidden_size=256, head_dim=64, intermediate_s
 MATRICES = {tensor.name: tensor for tensor in SPEC.tensors if tensor.role in (Role.LINEAR, Role.EMBEDDING, Role.HEAD)}
 
 
-def types_of(packing: Packing) -> dict[str, str]:
+def types_of(scheme: QuantizationScheme) -> dict[str, str]:
     names = {storage: kind for kind, storage in TYPES.items()}
-    return {name: names[packing.storage(tensor)] for name, tensor in MATRICES.items()}
+    return {name: names[scheme.storage(tensor)] for name, tensor in MATRICES.items()}
 
 
 def test_the_part_of_most_names_decides() -> None:
     types = {"attention": "q5_0", "self_attn.v_proj": "q6_k", "layers.1.self_attn.v_proj": "q8_0", "embeddings": "q5_1"}
-    found = types_of(Packing(**Q4_0, types=tuple(types.items())))
+    found = types_of(QuantizationScheme(**Q4_0, types=tuple(types.items())))
     assert found["model.embed_tokens.weight"] == "q5_1"
     assert found["model.layers.0.self_attn.q_proj.weight"] == "q5_0"
     assert found["model.layers.0.self_attn.v_proj.weight"] == "q6_k"
@@ -36,11 +36,11 @@ def test_the_part_of_most_names_decides() -> None:
 
 
 def test_two_parts_that_contradict_each_other_are_refused() -> None:
-    packing = Packing(**Q4_0, types=(("layers.0", "q8_0"), ("mlp.up_proj", "q5_0")))
+    scheme = QuantizationScheme(**Q4_0, types=(("layers.0", "q8_0"), ("mlp.up_proj", "q5_0")))
     with pytest.raises(
         InputError, match=r"layers\.0\.mlp\.up_proj\.weight two types, by layers\.0 and by mlp\.up_proj"
     ):
-        packing.check_model(SPEC.tensors)
+        scheme.check_model(SPEC.tensors)
 
 
 @pytest.mark.parametrize(
@@ -55,16 +55,16 @@ def test_two_parts_that_contradict_each_other_are_refused() -> None:
 )
 def test_bad_types_are_refused_in_a_line(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words) as failure:
-        Packing(**Q4_0 | changes)
+        QuantizationScheme(**Q4_0 | changes)
     assert "\n" not in str(failure.value)
 
 
 def test_parts_that_a_model_lacks_and_blocks_that_do_not_divide_are_refused() -> None:
     with pytest.raises(InputError, match="types names head, but no matrix"):
-        Packing(**Q4_0, types=(("head", "q8_0"),)).check_model(SPEC.tensors)
+        QuantizationScheme(**Q4_0, types=(("head", "q8_0"),)).check_model(SPEC.tensors)
     narrow = spec_from_config(tiny_config(hidden_size=64, intermediate_size=96))
     with pytest.raises(InputError, match=r"down_proj.weight has rows of 96 weights, which the blocks of 256"):
-        Packing(**Q4_0, types=(("down_proj", "q4_k"),)).check_model(narrow.tensors)
+        QuantizationScheme(**Q4_0, types=(("down_proj", "q4_k"),)).check_model(narrow.tensors)
 
 
 def test_plain_data_of_packings_without_types_are_as_they_were() -> None:
@@ -98,19 +98,19 @@ def test_names_tell_types_and_caches() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_packing_by_tensor_stores_each_as_asked(seed: int) -> None:
+def test_a_scheme_by_tensor_stores_each_as_asked(seed: int) -> None:
     dice = random.Random(seed)
     kinds = [kind for kind in TYPES if dice.random() < 0.4] or ["q8_0"]
     asked = {name: dice.choice(kinds) for name in MATRICES}
-    packing = packing_by_tensor({MATRICES[name]: kind for name, kind in asked.items()})
-    assert types_of(packing) == asked
-    packing.check_model(SPEC.tensors)
+    scheme = scheme_by_tensor({MATRICES[name]: kind for name, kind in asked.items()})
+    assert types_of(scheme) == asked
+    scheme.check_model(SPEC.tensors)
 
 
 def test_what_all_layers_have_alike_is_said_once() -> None:
     asked = {name: "q8_0" if "embed" in name or "down_proj" in name else "q4_1" for name in MATRICES}
-    packing = packing_by_tensor({MATRICES[name]: kind for name, kind in asked.items()})
-    assert (packing.format, packing.types) == ("gguf-q4_1", (("mlp.down_proj", "q8_0"),))
+    scheme = scheme_by_tensor({MATRICES[name]: kind for name, kind in asked.items()})
+    assert (scheme.format, scheme.types) == ("gguf-q4_1", (("mlp.down_proj", "q8_0"),))
 
 
 def test_every_type_has_a_format_of_its_name() -> None:

@@ -151,7 +151,7 @@ def test_every_line_of_a_table_has_as_many_cells_as_its_head() -> None:
 def test_a_winning_teacher_is_said_plainly() -> None:
     rows = [*ROWS, row("teacher", kind="teacher", accuracy=0.5, memory_bytes=10)]
     page = report.report_markdown(SEARCH | {"students_only": False}, rank(rows), [])
-    assert "It is the teacher itself as gguf-q4_0: nothing was trained that does better. The first trained" in page
+    assert "It is the teacher itself as gguf-q4_0: no trained student is better. The first trained" in page
     assert "student is t001 as gguf-q4_0, accuracy 0.4100" in page
     page = report.report_markdown(SEARCH | {"students_only": True}, rank(rows[3:4] + rows[-1:]), [])
     assert "No trained student fits the budget." in page
@@ -180,8 +180,8 @@ def test_where_nothing_fits_the_nearest_and_its_limit_are_named() -> None:
     rows = [row("a", accuracy=0.4, memory_bytes=160_000_000, feasible=False), ROWS[3]]
     page = report.report_markdown(SEARCH, rank(rows), [])
     assert (
-        "Nothing fits the budget. The nearest, t004 as gguf-q4_0, needs 100 MB of memory, 1.25 times the limit of "
-        "80.0 MB." in page
+        "Nothing fits the budget. The nearest candidate, t004 as gguf-q4_0, needs 100 MB of memory, 1.25 times the "
+        "limit of 80.0 MB." in page
     )
 
 
@@ -191,8 +191,8 @@ def test_the_page_says_of_how_many_documents_its_errors_are() -> None:
     events = [{"event": "test", "row": row("t001", split="test", documents=documents).to_json()}]
     page = report.report_markdown(SEARCH, rank(rows), events)
     board, test = page.split("## Test split")
-    assert "± is of 3 documents: fewer than 10" in board
-    assert "± is of 3 documents: fewer than 10" in test
+    assert "± comes from 3 documents: with fewer than 10" in board
+    assert "± comes from 3 documents: with fewer than 10" in test
 
 
 def test_an_empty_run_has_a_page() -> None:
@@ -254,11 +254,11 @@ def test_the_page_says_what_a_training_was_and_what_its_figures_are_of() -> None
     data = {"name": "text", "tokens": {"train": 70_000, "validation": 8704, "test": 7936}}
     plan = small_plan(eval_tokens=6400, bf16=True).to_json()
     page = report.report_markdown(SEARCH | {"data": data, "plan": plan}, rank(ROWS), EVENTS)
-    assert "| a step | 256 tokens in sequences of 256 |" in page
+    assert "| optimiser step | 256 tokens in sequences of 256 |" in page
     assert "| schedule | 512 tokens of warm-up, the last 20% of decay |" in page
     assert "| precision | bf16 |" in page
     assert (
-        "| figures are of | 6,400 of 8,704 tokens of validation, 2,048 of 7,936 tokens of test; "
+        "| evaluated on | 6,400 of 8,704 tokens of validation, 2,048 of 7,936 tokens of test; "
         "at a rung 1,024 of validation |"
     ) in page
 
@@ -267,4 +267,4 @@ def test_what_runtimes_did_is_told_with_how_sure_that_is() -> None:
     check = {"agreement": 0.985, "raw_agreement": 0.941, "positions": 204, "interval": [0.957, 0.997], "same_cut": 1.0}
     page = report.report_markdown(SEARCH | {"runtime": {"gguf": check}}, rank(ROWS), EVENTS)
     assert "| gguf | 98.5% of 204 | 95.7% to 99.7% | 94.1% | 100.0% |" in page
-    assert "In the runtime" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+    assert "Agreement with the runtime" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)

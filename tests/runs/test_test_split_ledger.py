@@ -24,13 +24,13 @@ def test_every_opening_of_a_test_split_is_on_record(tmp_path: Path) -> None:
 
 def test_openings_are_counted_by_run(tmp_path):
     search = {"data": {"fingerprint": "f1"}}
-    assert opened(openings_of(tmp_path, search)) == "The test split of this data has not been opened here."
-    assert opened({"a": 1}) == "The test split of this data has been opened once here, by a."
+    assert opened(openings_of(tmp_path, search)) == "The test split of this data has not been used here."
+    assert opened({"a": 1}) == "The test split of this data has been used once here, by a."
     for run, data in (("a", "f1"), ("b", "f2"), ("c", "f1"), ("a", "f1")):
         record_test_opening(tmp_path, run=run, data=data)
     assert openings_of(tmp_path, search) == {"a": 2, "c": 1}
     said = opened(openings_of(tmp_path, search))
-    assert said == "The test split of this data has been opened 3 times here, by a 2, c 1."
+    assert said == "The test split of this data has been used 3 times here, by a 2, c 1."
     assert openings_of(tmp_path, {}) == {}
 
 

@@ -120,16 +120,18 @@ def test_a_quantized_teacher_that_does_better_than_all_that_was_trained_is_expor
     fields = GGUFReader(outcome.finish.paths["gguf"]).fields
     assert fields["general.name"].contents() == "teacher"
     card = (run.student("gguf") / "README.md").read_text(encoding="utf-8")
-    assert "\n# teacher\n\nThis is teacher itself: AutoDistill packed it, and nothing was distilled or trained." in card
+    assert (
+        "\n# teacher\n\nThis is teacher itself: AutoDistill quantised it, and nothing was distilled or trained." in card
+    )
     assert "## Strategy" not in card
-    said = "Nothing that was trained does better than the teacher itself as gguf-q8_0, which is exported as it is"
+    said = "No trained student is better than the teacher itself as gguf-q8_0, which is exported as it is"
     text = summary_of(outcome, run)
     assert text.splitlines()[-1].startswith(f"{said}. Gain on test over the baseline, paired: +0.9")
     assert re.search(r"^quantised teacher, exported +gguf-q8_0", text, re.M)
     assert page(run).splitlines()[2].startswith(said)
     answer = page(run).split("## Answer\n\n")[1].split("\n\n")[0]
     assert answer.startswith("**teacher** (teacher) as gguf-q8_0: agreement 0.9")
-    assert "It is the teacher itself as gguf-q8_0: nothing was trained that does better. The first trained" in answer
+    assert "It is the teacher itself as gguf-q8_0: no trained student is better. The first trained" in answer
     assert outcome.document["exported"] == {
         "row_id": "teacher-gguf-q8_0",
         "named": "the teacher itself as gguf-q8_0",
@@ -210,7 +212,7 @@ def test_with_students_only_the_best_student_is_exported_and_what_does_better_is
         "Gain on test over the best that needs no training (the teacher itself as gguf-q8_0), paired: -0.9"
     )
     assert page(run).splitlines()[2] == last
-    assert "Only trained students were chosen among: before it is the teacher itself as gguf-q8_0" in page(run)
+    assert "Only trained students could be chosen. Better is the teacher itself as gguf-q8_0" in page(run)
     notes = " ".join(outcome.document["notes"])
     assert "quantising the teacher beats distilling it here: the teacher itself as gguf-q8_0 has agreement 0.9" in notes
     assert "ended below its own untrained beginning" in notes
@@ -279,7 +281,7 @@ def test_a_student_that_training_ruined_gives_way_to_what_it_began_as(inputs: Pa
         kept["model.embed_tokens.weight"].float(), theirs["model.embed_tokens.weight"].bfloat16().float()
     )
     last = summary_of(outcome, run).splitlines()[-1]
-    assert last.startswith(f"Nothing that was trained does better than {trained.trial} without training as gguf-q8_0")
+    assert last.startswith(f"No trained student is better than {trained.trial} without training as gguf-q8_0")
     assert any("ended below its own untrained beginning" in note for note in outcome.document["notes"])
     again = export_run(run, best.row_id, ["gguf"], tmp_path / "again")["gguf"]
     assert again.read_bytes() == outcome.finish.paths["gguf"].read_bytes()

@@ -174,7 +174,7 @@ def test_counts_and_tokens_are_those_of_the_log(run: RunFolder) -> None:
     assert (found.tokens_trained, found.tokens_full) == (20 * 1024 + 7 * 3072 + 3 * 9216, 30 * 9216)
     assert found.tokens_rejected == 2 * 1024
     reached, whole = 20 * 1024 + 7 * 3072 + 3 * 9216, 30 * 9216
-    said = f"Trials reached {reached:,} of the {whole:,} tokens that all of them to the end would be"
+    said = f"Trials reached {reached:,} of the {whole:,} tokens that all of them would take to the end"
     assert f"{said} ({1 - reached / whole:.0%} saved by stopping)." in found.describe()
 
 
@@ -232,10 +232,10 @@ def test_rejections_are_told_by_cause_with_the_nearest_miss(run: RunFolder) -> N
 def test_rejections_of_an_older_log_are_told_by_what_it_says(run: RunFolder) -> None:
     """It does not say which limit was missed, nor by how much."""
     for number in (3, 2):
-        reason = f"the smallest, gguf-q4_0, needs {number} MB, {number - 1}.00 MB over the 1.00 MB budget"
+        reason = f"the smallest deployment, gguf-q4_0, needs {number} MB, {number - 1}.00 MB over the 1.00 MB budget"
         run.events.append({"event": "trial", "trial": f"r{number}", "point": None, "parameters": 10})
         run.events.append({"event": "status", "trial": f"r{number}", "status": "rejected", "reason": reason})
-    (found,) = [ended for ended in explain(run).rejected if ended.cause.startswith("the smallest, gguf-q")]
+    (found,) = [ended for ended in explain(run).rejected if ended.cause.startswith("the smallest deployment, gguf-q")]
     assert (found.count, found.nearest) == (2, False)
     assert "needs 3 MB" in found.said  # of the first
 
@@ -252,7 +252,7 @@ def test_a_run_of_one_strategy_without_a_budget_is_explained(tmp_path: Path) -> 
         folder.events.append({"event": "row", "row": row("b000", 90_000_000, 0.30, True).to_json()})
     found = explain(folder)
     deployment = SPACE.deployments[0].name
-    assert found.binding == f"The best, name as {deployment}, needs 90.0 MB: there is no limit of memory."
+    assert found.binding == f"The best, name as {deployment}, needs 90.0 MB: there is no memory limit."
     assert found.importance == {}
     assert "mattered" not in found.describe()
     assert "1  ended at" in found.describe()
@@ -343,7 +343,7 @@ def test_the_best_is_told_what_a_wider_packing_of_it_lacks(tmp_path: Path, needs
     best = replace(row("t000", narrow, 0.30, True), shape=SHAPE, deployment=PACKINGS[1])
     binding, (sentence,) = told(tmp_path, wide - 2_100_000, best)
     assert "as gguf-q4_0" in binding
-    assert sentence == "2.10 MB more would hold the best as gguf-q8_0, which was not evaluated for want of it."
+    assert sentence == "2.10 MB more would hold the best as gguf-q8_0, which was not evaluated because it does not fit."
 
 
 def test_a_limit_of_latency_binds_only_what_was_kept_out_by_one(tmp_path: Path) -> None:
@@ -358,4 +358,4 @@ def test_a_limit_of_latency_binds_only_what_was_kept_out_by_one(tmp_path: Path) 
     assert "latency" not in binding
     late = replace(passed, reason="latency: tpot_p95 is predicted 80.0ms, over 50.0ms")
     binding, _ = told(tmp_path / "latency", 210_000_000, first, late, third)
-    assert binding.endswith("A limit of latency binds.")
+    assert binding.endswith("A latency limit excludes better rows.")

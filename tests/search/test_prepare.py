@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from autodistill.data.conversations import asked
+from autodistill.data.conversations import single_turn
 from autodistill.data.dataset import load_split
-from autodistill.data.documents import Source
+from autodistill.data.documents import DataSource
 from autodistill.data.prepare import prepare
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError, MissingDependencyError
@@ -26,8 +26,8 @@ from autodistill.testing import small_plan, tiny_config, tiny_tokenizer
 
 def test_questions_that_no_student_can_be_asked_are_counted_and_all_of_them_refused(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    chats = tuple(asked(f"Question {number}: " + "which? " * (number % 2 * 40), "Yes.") for number in range(80))
-    source = Source(name="chats", kind="jsonl", documents=chats, license=None, fingerprint="chats")
+    chats = tuple(single_turn(f"Question {number}: " + "which? " * (number % 2 * 40), "Yes.") for number in range(80))
+    source = DataSource(name="chats", kind="jsonl", documents=chats, license=None, fingerprint="chats")
     data = prepare(source, tmp_path / "tokenizer", "tiny", 512, tmp_path)
     questions = load_split(data.folder, "validation").questions
     assert questions is not None
@@ -36,7 +36,7 @@ def test_questions_that_no_student_can_be_asked_are_counted_and_all_of_them_refu
 
     def said(context: int, written: str = "exact_match") -> tuple[str, ...]:
         request: Any = SimpleNamespace(budget=SimpleNamespace(context=context))
-        checked: Any = SimpleNamespace(request=request, asked=SimpleNamespace(written=written))
+        checked: Any = SimpleNamespace(request=request, single_turn=SimpleNamespace(written=written))
         loaded: Any = SimpleNamespace(data=data)
         return _unasked(checked, loaded)
 
@@ -55,9 +55,9 @@ SPEED = Speed(cache=1e4, score=1e4, worker_train=1e4, worker_score=1e4)
 
 
 def extended(
-    plan: Plan, *, finished: bool = True, strategy: str | None = None, events: Sequence[Any] = (), **asked: Any
+    plan: Plan, *, finished: bool = True, strategy: str | None = None, events: Sequence[Any] = (), **single_turn: Any
 ) -> Plan:
-    request = SimpleNamespace(**({"trials": None, "time_seconds": None, "strategy": strategy} | asked))
+    request = SimpleNamespace(**({"trials": None, "time_seconds": None, "strategy": strategy} | single_turn))
     checked: Any = SimpleNamespace(request=request, stored={"seconds": {}} if finished else {}, explore=1.0)
     return _extended(checked, plan, spec_from_config(tiny_config()), SPEED, events)
 
@@ -108,9 +108,9 @@ def test_trials_that_are_added_have_places_whatever_went_on_in_time_that_was_lef
 def test_a_box_is_for_the_whole_run_and_an_extension_has_its_own() -> None:
     planned = {"plan": small_plan(box_seconds=600.0).to_json()}
 
-    def box(stored: dict[str, Any] | None, at: float, **asked: Any) -> dict[str, float | None]:
+    def box(stored: dict[str, Any] | None, at: float, **single_turn: Any) -> dict[str, float | None]:
         checked: Any = SimpleNamespace(request=SimpleNamespace(trials=None, time_seconds=None), stored=stored)
-        vars(checked.request).update(asked)
+        vars(checked.request).update(single_turn)
         return _box(checked, small_plan(box_seconds=600.0), at)
 
     first = box(None, 100.0)

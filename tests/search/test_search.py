@@ -247,7 +247,7 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
     before = {row.row_id: row for row in outcome[0].rows}
     said = Said()
     longer = search(request(inputs, out, resume=True, trials=5, confirm=1), said)
-    spent = "this run's test split was opened before (1 time): it is spent"
+    spent = "this run's test split was used before (1 time)"
     (warned,) = (place for place, line in enumerate(said.lines) if line.startswith(spent))
     assert warned < said.lines.index("# trials")
     proposed = {row.trial for row in longer.rows if row.kind == "student"}
@@ -402,7 +402,9 @@ def test_nothing_fits_is_known_before_anything_is_loaded(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("autodistill.search.prepare.load", lambda checked, place: pytest.fail("a model was loaded"))
-    with pytest.raises(NothingFitsError, match=r"nothing fits: of the student that needs least \(.*\).*over the"):
+    with pytest.raises(
+        NothingFitsError, match=r"nothing fits, not even the student with the lowest requirements \(.*\).*over the"
+    ):
         search(request(inputs, tmp_path, budget=Budget(memory_bytes=10**6, context=256)))
     assert not (tmp_path / "run").exists()
 
@@ -502,7 +504,7 @@ def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exporte
     assert outcome.finish.gains.baseline is None
     (said,) = (note for note in outcome.document["notes"] if note.startswith("no trial reached the end"))
     assert f"after {best.fidelity:.0%} of the plan's tokens ({best.train_tokens:,} of {plan['tokens']:,})" in said
-    assert said.endswith("to train on for as long again: autodistill search --resume")
+    assert said.endswith("to continue for the same time again: autodistill search --resume")
     run = RunFolder.open(tmp_path / "runs", "run")
     assert f"{best.fidelity:.0%} of the plan's tokens only" in (run.path / "report.md").read_text()
     teachers = [row.accuracy or 0.0 for row in outcome.rows if row.kind == "teacher"]
@@ -530,7 +532,7 @@ def test_a_box_in_which_nothing_is_trained_says_how_to_go_on(
     outcome = search(request(inputs, tmp_path / "all", time_seconds=600.0, command="autodistill search"))
     assert outcome.finish.best.kind == "teacher"
     (said,) = (note for note in outcome.document["notes"] if note.startswith("nothing was trained as far as a rung: "))
-    assert said.endswith("to train on for as long again: autodistill search --resume")
+    assert said.endswith("to continue for the same time again: autodistill search --resume")
 
 
 def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -615,11 +617,12 @@ def test_a_search_that_ends_once_more_with_what_it_had_does_not_open_the_test_sp
     logged = [event for event in events(out) if event["event"] == "test"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "autodistill.search.finish.test_split.refer", lambda *given, **more: pytest.fail("the teacher was scored")
+            "autodistill.search.finish.test_split.score_teacher",
+            lambda *given, **more: pytest.fail("the teacher was scored"),
         )
         said = Said()
         again = search(request(inputs, out, resume=True), said)
-    assert not any("it is spent" in line for line in said.lines)
+    assert not any("test split was used before" in line for line in said.lines)
     assert [event for event in events(out) if event["event"] == "test"] == logged
     assert [opening["run"] for opening in recorded_test_openings(out)] == ["run"]
     assert again.document["test"] == outcome[0].document["test"]

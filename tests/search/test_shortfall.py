@@ -1,4 +1,4 @@
-"""What fell short is blamed on the time box only where there is one, and where work was left for want of it."""
+"""What fell short is blamed on the time budget only where there is one, and where work was left for want of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def told(*trials: Any, box: bool, exhausted: bool = False, confirm: int = 0, unt
 def test_what_failed_or_did_not_fit_was_tried_and_is_no_fault_of_a_box() -> None:
     trials = [*[STOPPED] * 7, WHOLE, FAILED]
     assert told(*trials, box=False) == ""
-    assert told(*trials, REJECTED, box=True) == "the box took 1 of 2 trials to full fidelity: give it more --time"
+    assert (
+        told(*trials, REJECTED, box=True) == "the time budget took 1 of 2 trials to full fidelity: give it more --time"
+    )
     # None of the others could have gone on.
     assert told(*[trial(Status.STOPPED, value=None)] * 7, WHOLE, FAILED, box=True) == ""
     assert told(*[STOPPED] * 7, WHOLE, WHOLE, box=True) == ""
@@ -45,10 +47,10 @@ def test_what_failed_or_did_not_fit_was_tried_and_is_no_fault_of_a_box() -> None
 
 def test_a_box_that_ended_early_is_said_to() -> None:
     assert told(*[STOPPED] * 3, WHOLE, WHOLE, UNBEGUN, REJECTED, FAILED, box=True) == (
-        "the box held 6 of the 9 planned trials: give it more --time"
+        "the time budget held 6 of the 9 planned trials: give it more --time"
     )
     late = told(*[STOPPED] * 7, WHOLE, WHOLE, box=True, untrained=["hand_designed"])
-    assert late.startswith("the box did not hold the baseline hand_designed")
+    assert late.startswith("the time budget did not hold the baseline hand_designed")
     assert told(*[STOPPED] * 7, WHOLE, WHOLE, box=False, untrained=["hand_designed"]) == ""
 
 
@@ -77,6 +79,6 @@ def test_trainings_on_further_seeds_are_counted_of_what_there_was_to_be_trained(
     ended = [*[STOPPED] * 7, WHOLE, WHOLE, baseline]
     assert told(*ended, *[again] * 6, box=True, confirm=2) == ""
     late = trial(Status.STOPPED, -1, "confirmation")
-    said = "the box held 4 of the 6 trainings on further seeds: give it more --time"
+    said = "the time budget held 4 of the 6 trainings on further seeds: give it more --time"
     assert told(*ended, *[again] * 3, trial(Status.FAILED, -1, "confirmation"), late, box=True, confirm=2) == said
     assert told(*ended, *[again] * 3, late, box=False, confirm=2) == ""

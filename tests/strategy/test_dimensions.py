@@ -525,13 +525,13 @@ GRIDS = {
 @pytest.mark.parametrize(("finishing", "quantise"), GRIDS.values(), ids=GRIDS)
 def test_finishing(workshop, truth, tmp_path, finishing, quantize):
     """The first step on a grid: loss and gradient of the float64 model whose weights are on it, and packed bytes."""
-    packing = formats.get_format(finishing.format)
-    grid = packing.linear(finishing.bits, finishing.group_size, finishing.symmetric)
+    scheme = formats.get_format(finishing.format)
+    grid = scheme.linear(finishing.bits, finishing.group_size, finishing.symmetric)
 
     def storage_of(name):
         if name.endswith("proj.weight"):
             return grid
-        return packing.tables if "embed" in name and finishing.format.startswith("gguf") else None
+        return scheme.tables if "embed" in name and finishing.format.startswith("gguf") else None
 
     trainer = _trainer(workshop, _strategy(finishing=finishing))
     source = load_file(truth.folder / "model.safetensors")

@@ -10,7 +10,7 @@ import torch
 
 from autodistill.distillation.student.check import check_strategy, student_spec
 from autodistill.distillation.teacher.build_cache import ensure_cache
-from autodistill.distillation.teacher.importance import calibrate
+from autodistill.distillation.teacher.importance import measure_importance
 from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
@@ -36,7 +36,7 @@ def test_it_trains(workshop, tmp_path, name):
     calibration = None
     if strategy.init.selective:
         calibration = tmp_path / "calibration.safetensors"
-        calibrate(load_model(workshop.teacher, torch.float32), workshop.data).save(calibration)
+        measure_importance(load_model(workshop.teacher, torch.float32), workshop.data).save(calibration)
     settings = cache_settings(space, spec, bf16=False, calibration=calibration)
     cache = None
     if not settings.empty:

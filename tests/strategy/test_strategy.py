@@ -237,11 +237,11 @@ RULES = [
     ("distillation", {"divergence": "taid", "mixture": 1.0}, "mixture must lie between 0 and 1"),
     ("distillation", {"mixture": 0.5}, "be 0 for forward_kl and reverse_kl, not 0.5 for forward_kl"),
     ("distillation.signal", "cloud", "top-k, sampled, states, online, written"),
-    ("distillation", {"signal": "written"}, "and written, which has those that were told, not 64 for written"),
+    ("distillation", {"signal": "written"}, "and written, which has those that were reported, not 64 for written"),
     (
         "distillation",
         {"signal": "written", "signal_tokens": 0, "temperature": {"start": 2.0, "end": 2.0}},
-        "goes from 2 to 2, but writers tell their log-probabilities at 1",
+        "goes from 2 to 2, but reported log-probabilities are for 1",
     ),
     (
         "distillation",
@@ -308,8 +308,8 @@ def test_a_strategy_is_a_mapping(data):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_deployments_of_every_format(name):
-    packing = FORMATS[name]
-    for storage in packing.linears:
+    scheme = FORMATS[name]
+    for storage in scheme.linears:
         grid = isinstance(storage, Grid)
         held = (
             {"bits": storage.bits, "group_size": storage.group_size, "symmetric": storage.symmetric}
@@ -319,7 +319,7 @@ def test_deployments_of_every_format(name):
         # vLLM has had kernels for 4 and 8 bits, with zero points for 4.
         served = not grid or name != "compressed-tensors" or held["bits"] == 4
         served = served or (held["bits"], held["symmetric"]) == (8, True)
-        for runtime in packing.runtimes if served else ("transformers",):
+        for runtime in scheme.runtimes if served else ("transformers",):
             deployment = Deployment(runtime=runtime, format=name, **held)
             assert Deployment.from_json(deployment.to_json()) == deployment
         if not served:
@@ -328,7 +328,7 @@ def test_deployments_of_every_format(name):
     with pytest.raises(InputError, match="the runtime of"):
         Deployment(runtime="torchscript", format=name, **held)
     with pytest.raises(InputError, match=name):
-        Deployment(runtime=packing.runtimes[0], format=name, bits=7, group_size=32)
+        Deployment(runtime=scheme.runtimes[0], format=name, bits=7, group_size=32)
 
 
 def test_a_deployment_of_older_records_is_read():
@@ -339,9 +339,9 @@ def test_a_deployment_of_older_records_is_read():
 def test_the_grid_of_a_finishing_and_of_a_deployment_are_compared():
     held = {"format": "compressed-tensors", "bits": 4, "group_size": 64}
     finishing = Finishing(**held, keep=("attention", "layers.0"), scales="learned", start=0.5)
-    assert Deployment(runtime="vllm", **held, keep=("layers.0", "attention")).packing == finishing.packing
+    assert Deployment(runtime="vllm", **held, keep=("layers.0", "attention")).scheme == finishing.scheme
     for other in ({}, {"keep": ("attention",)}, {"keep": ("attention", "layers.0"), "symmetric": False}):
-        assert Deployment(runtime="vllm", **held, **other).packing != finishing.packing
+        assert Deployment(runtime="vllm", **held, **other).scheme != finishing.scheme
 
 
 def test_vllm_cannot_keep_a_part_of_what_it_computes_as_one():

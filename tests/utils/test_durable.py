@@ -13,7 +13,7 @@ import torch
 
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
-from autodistill.distillation.teacher.importance import Calibration
+from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.errors import InputError
 from autodistill.export.huggingface import HuggingFaceExporter
 from autodistill.inference.outputs import TeacherReference
@@ -56,7 +56,9 @@ def stage(folder: Path) -> None:
 
 def calibration(folder: Path) -> None:
     ones = torch.ones(2, 2)
-    Calibration(similarity=ones, neurons=ones.clone(), groups=ones.clone(), channels=ones[0].clone()).save(folder / "c")
+    PartImportance(similarity=ones, neurons=ones.clone(), groups=ones.clone(), channels=ones[0].clone()).save(
+        folder / "c"
+    )
 
 
 def reference(folder: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from autodistill.data.chat_template import Renderer
-from autodistill.data.conversations import asked
+from autodistill.data.conversations import single_turn
 from autodistill.data.documents import resolve_data, resolve_prompts
 from autodistill.data.tokenization import check_ids, encode, load_tokenizer
 from autodistill.errors import InputError, shortened
@@ -129,4 +129,4 @@ def test_a_template_that_fails_or_writes_nothing_is_one_line(template: str, said
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(template or "{# nothing #}")
     with pytest.raises(InputError, match=said):
-        Renderer(tmp_path).render([asked("Who?", "The miller.")])
+        Renderer(tmp_path).render([single_turn("Who?", "The miller.")])

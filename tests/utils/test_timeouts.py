@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from autodistill.utils.timeouts import NotInTimeError, calls_left, in_time
+from autodistill.utils.timeouts import CallTimeoutError, call_with_timeout, calls_left
 
 
 def fail() -> None:
@@ -16,16 +16,16 @@ def fail() -> None:
 
 
 def test_results_and_errors_come_as_without_a_deadline() -> None:
-    assert in_time(lambda: 3, 60.0, "three") == 3
-    assert in_time(lambda: None, 60.0, "nothing") is None
+    assert call_with_timeout(lambda: 3, 60.0, "three") == 3
+    assert call_with_timeout(lambda: None, 60.0, "nothing") is None
     with pytest.raises(OSError, match="gone"):
-        in_time(fail, 60.0, "failing")
+        call_with_timeout(fail, 60.0, "failing")
 
 
 def test_what_does_not_end_is_left_alone_and_known_until_it_ends() -> None:
     goes_on = threading.Event()
-    with pytest.raises(NotInTimeError):
-        in_time(goes_on.wait, 0.05, "endless")
+    with pytest.raises(CallTimeoutError):
+        call_with_timeout(goes_on.wait, 0.05, "endless")
     assert calls_left()
     (thread,) = (thread for thread in threading.enumerate() if thread.name == "endless")
     assert thread.daemon
@@ -43,6 +43,6 @@ def test_an_interrupt_ends_the_wait_and_the_call_counts_as_left() -> None:
         goes_on.wait()
 
     with pytest.raises(KeyboardInterrupt):
-        in_time(interrupt, 600.0, "interrupting")
+        call_with_timeout(interrupt, 600.0, "interrupting")
     assert calls_left()
     goes_on.set()

@@ -1,1 +1,1 @@
-"""How a student begins: its shape, and its weights before training."""
+"""The initial student: its shape, and its weights before training."""

@@ -1,4 +1,4 @@
-"""How a student begins: parts of the teacher, new weights, or a pretrained model, as a plain transformers model."""
+"""The initial student as a plain transformers model: from parts of the teacher, from scratch, or pretrained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from autodistill.data.student_template import copy_text
 from autodistill.distillation.student.pretrained import load_pretrained, pretrained_spec
 from autodistill.distillation.student.shapes import cut_spec, layer_choices, student_depth
-from autodistill.distillation.teacher.importance import Calibration
+from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import resized, spec_from_config
 from autodistill.models.families import Axis, get_family
 from autodistill.models.loading import ATTENTION, load_model, model_from_weights
@@ -24,7 +24,7 @@ from autodistill.strategy.strategy import Init
 
 
 def init_spec(init: Init, teacher: ModelSpec, pretrained: Path | None = None) -> ModelSpec:
-    """Shape of the student that `init` makes of a teacher; its table, and text, always have the teacher's tokens.
+    """Return the shape of the student that `init` makes; its embedding table, and texts, have the teacher's tokens.
 
     Args:
         init: How the student begins.
@@ -40,8 +40,8 @@ def init_spec(init: Init, teacher: ModelSpec, pretrained: Path | None = None) ->
     return cut_spec(init, teacher)
 
 
-def kept_layers(init: Init, teacher_layers: int, calibration: Calibration | None = None) -> tuple[int, ...]:
-    """Teacher layer that each student layer is, or stands for where it was not copied; the last one among them.
+def kept_layers(init: Init, teacher_layers: int, calibration: PartImportance | None = None) -> tuple[int, ...]:
+    """Return the teacher layer that each student layer is copied from, or corresponds to; the last layer is among them.
 
     Those of `shapes.layer_choices`; "influence" leaves out the block between whose input and output the hidden state
     turns least (Gromov et al., 2024, arXiv:2403.17887), and "block-influence" the layers each of which turns it least,
@@ -70,7 +70,7 @@ def kept_layers(init: Init, teacher_layers: int, calibration: Calibration | None
 
 
 def same_depth(layers: int, teacher_layers: int) -> tuple[int, ...]:
-    """Teacher layer that each layer of a student stands for by relative depth, where none was copied from the teacher.
+    """Return the teacher layer at the same relative depth as each layer of a student, if none was copied.
 
     With it, `alignment.layer_map` gives student layer j of n the output of teacher layer round((j + 1) m / n) - 1 of m,
     at least the first.
@@ -79,7 +79,7 @@ def same_depth(layers: int, teacher_layers: int) -> tuple[int, ...]:
 
 
 class Selection(NamedTuple):
-    """What is kept of a teacher; None for everything.
+    """The kept parts of a teacher; None for everything.
 
     Attributes:
         layers: Indices, ascending.
@@ -94,8 +94,10 @@ class Selection(NamedTuple):
     groups: Tensor | None
 
 
-def select(spec: ModelSpec, teacher: ModelSpec, layers: tuple[int, ...], calibration: Calibration | None) -> Selection:
-    """Keeps the most important channels, neurons and groups of heads, each in the teacher's order.
+def select(
+    spec: ModelSpec, teacher: ModelSpec, layers: tuple[int, ...], calibration: PartImportance | None
+) -> Selection:
+    """Keep the most important channels, neurons and groups of heads, each in the teacher's order.
 
     Args:
         spec: Shape of the student.
@@ -124,7 +126,7 @@ def _most_important(importance: Tensor, count: int) -> Tensor | None:
 
 
 def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
-    """A model in float32 of the selected parts of another; float32 tensors of which everything is kept are shared.
+    """Return a float32 model of the selected parts of another; float32 tensors that are kept whole are shared.
 
     Args:
         model: The teacher.
@@ -135,7 +137,7 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
     parameters = dict(model.named_parameters())
 
     def kept(axis: Axis, layer: int) -> Tensor | None:
-        """Indices that are kept along an axis; None for all."""
+        """Return the kept indices along an axis; None for all."""
         if axis is Axis.WIDTH:
             return selection.channels
         if axis is Axis.FFN:
@@ -164,7 +166,7 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
 
 
 def _keep_scale(weights: dict[str, Tensor], spec: ModelSpec, factor: float) -> None:
-    """Makes the table so much larger as the model's own factor, the root of the width, is now smaller.
+    """Enlarge the embedding table to make up for the model's own factor, the root of the width, which is now smaller.
 
     The stream then begins at the teacher's scale, to which its blocks add at theirs. A tied head would be larger as
     well: the final norm makes up for it, so that logits stay what they are.
@@ -178,7 +180,7 @@ def _keep_scale(weights: dict[str, Tensor], spec: ModelSpec, factor: float) -> N
 
 
 def _config_changes(config: Any, spec: ModelSpec, layers: tuple[int, ...]) -> dict[str, Any]:
-    """The fields of transformers' config that differ in a student of this shape, made of these layers."""
+    """Return the transformers config fields that differ in a student of this shape with these layers."""
     changes: dict[str, Any] = {
         "num_hidden_layers": spec.layers,
         "hidden_size": spec.width,
@@ -193,7 +195,7 @@ def _config_changes(config: Any, spec: ModelSpec, layers: tuple[int, ...]) -> di
 
 
 def new_student(teacher: Path, init: Init, seed: int) -> Any:
-    """A model in the proportions of the teacher with new weights, drawn from `seed` as transformers draws them."""
+    """Return a model in the teacher's proportions with new weights, drawn from `seed` as transformers draws them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(teacher, local_files_only=True, trust_remote_code=False)
@@ -211,10 +213,10 @@ def build_student(
     init: Init,
     *,
     seed: int = 0,
-    calibration: Calibration | None = None,
+    calibration: PartImportance | None = None,
     pretrained: Path | None = None,
 ) -> tuple[Any, tuple[int, ...]]:
-    """The student before any training, in float32 on the CPU, and the teacher layer that each of its layers stands for.
+    """Return the initial student, in float32 on the CPU, and the teacher layer for each of its layers.
 
     Args:
         teacher: Folder of the teacher.
@@ -240,8 +242,8 @@ def build_student(
     return load_pretrained(pretrained, teacher), same_depth(layers, teacher_layers)
 
 
-def cut_student(model: Any, init: Init, calibration: Calibration | None) -> tuple[Any, tuple[int, ...]]:
-    """The parts of a teacher that `init` keeps, and its layers among them."""
+def cut_student(model: Any, init: Init, calibration: PartImportance | None) -> tuple[Any, tuple[int, ...]]:
+    """Return the parts of a teacher that `init` keeps, and the kept layers."""
     whole = spec_from_config(model.config.to_dict())
     spec = cut_spec(init, whole)
     layers = kept_layers(init, whole.layers, calibration)
@@ -249,7 +251,7 @@ def cut_student(model: Any, init: Init, calibration: Calibration | None) -> tupl
 
 
 def save_student(model: Any, text: Path, folder: Path) -> None:
-    """Writes a model as a transformers folder, with the tokenizer and all else that describes its text.
+    """Write a model as a transformers folder, with the tokenizer and the other files about its text.
 
     Args:
         model: Of transformers.

@@ -1,4 +1,4 @@
-"""A strategy applied to a teacher: the student it makes, the rules it must keep, and how it is judged."""
+"""Checks of a strategy against a teacher: the student's shape, the rules, and the deployment that it is judged by."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from autodistill.strategy.strategy import Strategy
 
 
 def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...], *, own_first: bool = False) -> Deployment:
-    """The deployment a rung is judged on: the widest, as what a trial is worth is what its best deployment is.
+    """Return the deployment that a rung is judged by: the widest, since a trial is worth what its best deployment is.
 
     Of those of as many bits it is the finishing stage's own grid.
 
@@ -30,7 +30,7 @@ def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...], *,
     """
     widest, finishing = max(deployments, key=_width), strategy.finishing
     for deployment in deployments:
-        own = finishing is not None and deployment.packing == finishing.packing
+        own = finishing is not None and deployment.scheme == finishing.scheme
         if own and (own_first or deployment.bits >= widest.bits):
             return deployment
     return widest
@@ -41,23 +41,23 @@ def _width(deployment: Deployment) -> tuple[int, bool, float, str]:
 
 
 def own_deployment(strategy: Strategy) -> Deployment | None:
-    """The deployment that a strategy's finishing is for, or None where it finishes on no grid."""
+    """Return the deployment of a strategy's finishing grid, or None without finishing."""
     if strategy.finishing is None:
         return None
-    packing = strategy.finishing.packing
-    return Deployment(runtime=serving(packing)[0], **asdict(packing))
+    scheme = strategy.finishing.scheme
+    return Deployment(runtime=serving(scheme)[0], **asdict(scheme))
 
 
 def with_own(strategy: Strategy, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
-    """The deployments, and that of the strategy's finishing grid where it is none of them."""
+    """Return the deployments, plus that of the strategy's finishing grid if it is not among them."""
     own = own_deployment(strategy)
-    if own is None or any(deployment.packing == own.packing for deployment in deployments):
+    if own is None or any(deployment.scheme == own.scheme for deployment in deployments):
         return deployments
     return (*deployments, own)
 
 
 def student_spec(strategy: Strategy, teacher: ModelSpec, pretrained: Path | None = None) -> ModelSpec:
-    """Shape of the student that a strategy makes of a teacher.
+    """Return the shape of the student that a strategy makes from a teacher.
 
     Args:
         strategy: How the student is made.
@@ -71,7 +71,7 @@ def student_spec(strategy: Strategy, teacher: ModelSpec, pretrained: Path | None
 
 
 def check_rendering(strategy: Strategy, renderings: Collection[str]) -> None:
-    """Refuses a strategy that compares what two renderings of a conversation do not have in common.
+    """Refuse a strategy that compares what two renderings of a conversation do not share.
 
     Args:
         strategy: What is to be trained.
@@ -88,7 +88,7 @@ def check_rendering(strategy: Strategy, renderings: Collection[str]) -> None:
 
 
 def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
-    """Refuses a strategy that this teacher cannot be distilled by, before anything is loaded.
+    """Refuse a strategy that does not suit this teacher, before anything is loaded.
 
     Raises:
         InputError: A shape that this teacher cannot be cut to, more aligned layers than the student has, widths that

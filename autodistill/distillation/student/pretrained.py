@@ -1,4 +1,4 @@
-"""A smaller pretrained model as the student: its shape by reference, its tables in the teacher's order of tokens."""
+"""A smaller pretrained model as the student: its shape from a reference, its tables in the teacher's token order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @cache
 def pretrained_spec(reference: str) -> ModelSpec:
-    """Shape of a model by its reference, from its config or header alone.
+    """Return the shape of a model from its reference, using its config or header only.
 
     Raises:
         InputError: There is no such model, or it is of a family that is not supported.
@@ -31,7 +31,7 @@ def pretrained_spec(reference: str) -> ModelSpec:
 
 
 def token_rows(model: Path, teacher: Path, name: str | None = None) -> Tensor:
-    """For each row of the teacher's embedding table the row of the model's that holds the same token.
+    """Return, for each row of the teacher's embedding table, the row of the model's table for the same token.
 
     Tokens are the same where their texts are. A table may have more rows than there are tokens, and the teacher special
     tokens that the model does not know: what has no counterpart is -1.
@@ -67,7 +67,7 @@ def token_rows(model: Path, teacher: Path, name: str | None = None) -> Tensor:
 
 
 def load_pretrained(model: Path, teacher: Path) -> Any:
-    """A pretrained model in float32 that takes and gives the teacher's token ids.
+    """Load a pretrained model in float32 that takes and returns the teacher's token ids.
 
     Rows are put in the teacher's order. A row without a counterpart becomes the mean of all rows: its logit is then the
     mean logit, so that (by Jensen's inequality) n such rows of V together take n / V of the probability at the most.
@@ -95,7 +95,7 @@ def load_pretrained(model: Path, teacher: Path) -> Any:
 
 
 def describe_tokens(model: Any, text: Path) -> None:
-    """Lets a model's configs name the tokens that begin and end a text as `templates.write_text` wrote them.
+    """Set the begin and end tokens in a model's configs as `student_template.write_text` wrote them.
 
     The config of its generation becomes the text's own: one that was changed is not saved where it names a temperature,
     say, that greedy choice leaves unused.

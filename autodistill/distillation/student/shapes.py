@@ -1,4 +1,4 @@
-"""The shape of a student from the teacher's, its fractions rounded to what formats and families can hold."""
+"""The shape of a student from the teacher's: fractions rounded to sizes that formats and families can hold."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Super-blocks do not divide it: rows that are no multiples of theirs have a grid 
 
 
 def student_depth(init: Init, teacher_layers: int) -> int:
-    """Number of layers kept: the fraction rounded down, at least one."""
+    """Return the number of kept layers: the fraction rounded down, at least one."""
     # 0.7 * 30 is 20.999... in binary; the nudge keeps such products on the side that was meant.
     return max(1, int(init.depth * teacher_layers + 1e-9))
 
 
 def layer_choices(init: Init, teacher_layers: int) -> tuple[tuple[int, ...], ...]:
-    """The layers of a teacher that a student of its parts may be made of, as far as they are known without data.
+    """Return the possible choices of teacher layers for a student, as far as they are known without data.
 
     Kept layers ascend, and the first and the last are among them, the last alone where one is kept. "even" spreads them
     evenly; "contiguous" leaves out one block of late layers, just before the last; "influence" leaves out a block of
@@ -44,14 +44,14 @@ def layer_choices(init: Init, teacher_layers: int) -> tuple[tuple[int, ...], ...
 
 
 def spread(depth: int, teacher_layers: int) -> tuple[int, ...]:
-    """So many layers of a teacher, evenly spaced."""
+    """Return so many layers of a teacher, evenly spaced."""
     if depth == 1:
         return (teacher_layers - 1,)
     return tuple(round(i * (teacher_layers - 1) / (depth - 1)) for i in range(depth))
 
 
 def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
-    """Shape of a student that keeps fractions of a teacher, or is made new in these proportions.
+    """Return the shape of a student that keeps fractions of a teacher, or is made new in these proportions.
 
     Layers are rounded down; attention heads to whole groups of those that share keys and values, at least one group;
     channels and neurons to multiples of 64. Where data decide which layers are kept, sliding windows are those of a

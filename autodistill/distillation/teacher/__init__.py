@@ -1,1 +1,1 @@
-"""The teacher: found, checked, run once, and its outputs kept."""
+"""The teacher: found, checked, run once, and its outputs cached."""

@@ -1,4 +1,4 @@
-"""A teacher's cache is made: its passes over the training sequences, written whole, under a limit of the disk."""
+"""Construction of a teacher's output cache: passes over the training sequences, within a disk limit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ensure_cache(
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Folder of a whole cache over the sequences of `data`, computed if no valid one is on disk.
+    """Return the folder of a complete cache for the sequences of `data`, computed if no valid one is on disk.
 
     A cache of the same teacher, data and settings over more sequences serves as well. What is torn or altered is
     removed and computed again. Where the limit asks for it, other caches under `root` are removed, the one that was
@@ -103,7 +103,7 @@ def ensure_cache(
 
 
 def writing_rate(model: Any, data: TokenSet, settings: CacheSettings, root: Path, device: str) -> float:
-    """Tokens per second at which outputs are computed and written, after a first time that does not count.
+    """Measure the tokens per second at which outputs are computed and written, after one warm-up.
 
     Args:
         model: The teacher, which is left on `device`.
@@ -124,7 +124,7 @@ def writing_rate(model: Any, data: TokenSet, settings: CacheSettings, root: Path
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether both files are, byte for byte, what was once written."""
+    """Return whether both files have exactly the bytes that were written."""
     try:
         meta = json.loads((folder / META).read_text())
         checksum = meta.pop("checksum")
@@ -134,7 +134,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _make_room(root: Path, allowed: int) -> None:
-    """Removes what killed writers left, then the caches longest unused, until the others take `allowed` bytes at most.
+    """Remove what killed writers left, then the least recently used caches, until the rest take `allowed` bytes.
 
     One that another search holds stays, whatever the limit: its workers have yet to map it.
     """
@@ -184,7 +184,7 @@ def _write(
 def _teacher_batches(
     model: Any, data: TokenSet, settings: CacheSettings, device: str, progress: Callable[[int, int], None]
 ) -> Iterator[pa.RecordBatch]:
-    """One record batch for each sequence, a row for each predicted token."""
+    """Yield one record batch for each sequence, with a row for each predicted token."""
     model.to(device).eval()
     layers = decoder_layers(model)
     # Sequences run side by side, each on a thread of its own.
@@ -197,7 +197,7 @@ def _teacher_batches(
         return hook
 
     def pass_over(batch: range) -> list[pa.RecordBatch]:
-        """The teacher's outputs for some sequences, each of which has a record batch."""
+        """Return the teacher's outputs for some sequences, as one record batch each."""
         local.states = {}
         tokens = np.array(data.tokens[batch.start : batch.stop], dtype=np.int64)
         with torch.no_grad():
@@ -237,7 +237,7 @@ def _teacher_batches(
 
 
 def _sparse_outputs(logits: Tensor, settings: CacheSettings, sequences: Sequence[int]) -> list[dict[str, pa.Array]]:
-    """Columns for float32 logits [sequences x tokens, vocab], for each sequence.
+    """Return columns for float32 logits [sequences x tokens, vocab], for each sequence.
 
     Logits are kept as distances below their row's maximum, which float16 holds most exactly where the probability is
     large. The logarithm of the row's sum of exponentials, at each temperature, is below the maximum likewise.
@@ -277,7 +277,7 @@ def _sparse_outputs(logits: Tensor, settings: CacheSettings, sequences: Sequence
 
 
 def _draw(shifted: Tensor, draws: int, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens drawn from each row's distribution: how many in each row, their ids and their logits in float16.
+    """Sample tokens from each row's distribution: return how many in each row, their ids and float16 logits.
 
     The draws are `draws` evenly spaced points of the cumulative distribution with one random offset a row. A token is
     met with probability min(1, draws * p), so that one over it is the weight of an unbiased sum (Horvitz and Thompson).
@@ -298,7 +298,7 @@ def _draw(shifted: Tensor, draws: int, offset: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _log_sums(shifted: Tensor, temperatures: tuple[float, ...]) -> Tensor:
-    """Logarithms of the sums of exponentials at each of the temperatures, [rows, temperatures].
+    """Return the log-sum-exp at each of the temperatures, [rows, temperatures].
 
     Halving a temperature squares the exponentials, which costs less than new ones and a few units in the last place.
 

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint: asked over HTTP, and asked again where that may help."""
+"""Client of a model behind an OpenAI-compatible HTTP endpoint, with retries where they can help."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MOST_BYTES, _TOKEN_BYTES = 2**24, 2**10
 
 @dataclass(frozen=True)
 class Choice:
-    """A token, by the name and, where the server tells it, the id that it has there, and its log-probability."""
+    """A token by name, its id on the server if that is reported, and its log-probability."""
 
     text: str
     id: int | None
@@ -50,7 +50,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What an endpoint answered.
+    """The reply of an endpoint.
 
     Attributes:
         text: The answer; empty where the model wrote none, as one that reaches the limit while it still reasons.
@@ -100,7 +100,7 @@ class Endpoint:
     def ask(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, top_logprobs: int = 0, **options: Any
     ) -> Reply:
-        """The answer to messages.
+        """Return the answer to messages.
 
         Args:
             messages: Each with "role" and "content".
@@ -146,7 +146,7 @@ class Endpoint:
         raise EndpointError(f"{self.url} {trouble}, {self._attempts} times: try again later")
 
     def reach(self) -> None:
-        """Contacts the endpoint, before what would be in vain without it; whatever it answers, it is there.
+        """Contact the endpoint before other work depends on it; any reply shows that it is there.
 
         Raises:
             EndpointError: It is not, or it refuses the key.
@@ -166,7 +166,7 @@ class Endpoint:
         return EndpointError(f"{self.url} cannot be reached ({said}): start the server, or correct --endpoint")
 
     def _exchange(self, path: str, body: Mapping[str, Any] | None = None, most: int = _MOST_BYTES) -> bytes:
-        """What the server answers to a request, to a question where there is a body: no more than so many bytes.
+        """Return the server's reply to a request, with at most so many bytes.
 
         Raises:
             EndpointError: It answers more.
@@ -186,7 +186,7 @@ class Endpoint:
         return answer
 
     def _said(self, error: urllib.error.HTTPError) -> str:
-        """What the server says is wrong, or where it would be found."""
+        """Return the error that the server reports, or the address to which it redirects."""
         if 300 <= error.code < 400:
             return self._shown(f"it redirects to {error.headers.get('Location')}")
         try:
@@ -201,7 +201,7 @@ class Endpoint:
         return self._shown(text)
 
     def _shown(self, trouble: object) -> str:
-        """What is wrong in one line, without the key, which some servers repeat."""
+        """Return an error in one line, without the key, which some servers repeat."""
         text = str(trouble)
         if self._key:
             text = text.replace(self._key, "***")
@@ -216,7 +216,7 @@ class Endpoint:
 
 
 def _is_base(url: str) -> bool:
-    """Whether paths can be put behind it, and nothing in it is secret."""
+    """Return whether a URL can be extended by paths and contains nothing secret."""
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
@@ -234,7 +234,7 @@ def _retry_after(error: urllib.error.HTTPError) -> float:
 
 
 def _reply(answer: Any) -> Reply:
-    """Reads a chat completion.
+    """Read a chat completion.
 
     Raises:
         ValueError: It is none.
@@ -260,7 +260,7 @@ def _reply(answer: Any) -> Reply:
 
 
 def _whole(text: str) -> str:
-    """Text without halves of UTF-16 pairs, which JSON can spell and neither a tokenizer nor a file takes."""
+    """Return text without halves of UTF-16 pairs, which JSON allows but tokenizers and files do not."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -270,7 +270,7 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
 
 
 def exchange(request: urllib.request.Request, seconds: float) -> http.client.HTTPResponse:
-    """The answer's status and headers, and a body that is read until the same deadline.
+    """Return status, headers and body of the answer, all read before the same deadline.
 
     A redirection is an error of its status, as any other that is none of success: urllib would turn a POST into a GET
     of whatever it names, and give that for the answer.
@@ -289,7 +289,7 @@ def exchange(request: urllib.request.Request, seconds: float) -> http.client.HTT
 
 class _NoRedirection(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *arguments: Any, **options: Any) -> None:
-        """See `urllib.request`: no other request is made."""
+        """Refuse redirections (see `urllib.request`)."""
 
 
 class _Http(urllib.request.HTTPHandler):
@@ -298,7 +298,7 @@ class _Http(urllib.request.HTTPHandler):
         self._until = until
 
     def http_open(self, request: urllib.request.Request) -> Any:
-        """See `urllib.request`."""
+        """Open a connection (see `urllib.request`)."""
         return self.do_open(partial(_connection, http.client.HTTPConnection, self._until), request)
 
 
@@ -308,7 +308,7 @@ class _Https(urllib.request.HTTPSHandler):
         self._until = until
 
     def https_open(self, request: urllib.request.Request) -> Any:
-        """See `urllib.request`."""
+        """Open a connection (see `urllib.request`)."""
         return self.do_open(partial(_connection, http.client.HTTPSConnection, self._until), request)
 
 
@@ -325,17 +325,17 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Until(io.RawIOBase):
-    """What a socket reads, each time for as long as is left."""
+    """A reader of a socket that waits only until a deadline."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, until: float) -> None:
         self._raw, self._sock, self._until = raw, sock, until
 
     def readable(self) -> bool:
-        """See `io`."""
+        """Return True (see `io`)."""
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """See `io`; raises TimeoutError once the time is over."""
+        """Read into a buffer (see `io`); raises TimeoutError after the deadline."""
         left = self._until - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
@@ -343,6 +343,6 @@ class _Until(io.RawIOBase):
         return cast("int | None", self._raw.readinto(buffer))
 
     def close(self) -> None:
-        """See `io`."""
+        """Close the reader (see `io`)."""
         self._raw.close()
         super().close()

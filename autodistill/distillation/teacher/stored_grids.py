@@ -1,4 +1,4 @@
-"""Whether a teacher's weights lie on storage grids already, and the packing that keeps its own codes."""
+"""Detection of teachers whose weights lie on quantisation grids already, and the scheme that keeps their own codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import FORMATS, TYPES, Packing, packing_by_tensor, weights_bytes
+from autodistill.quantization.formats import FORMATS, TYPES, QuantizationScheme, scheme_by_tensor, weights_bytes
 from autodistill.quantization.grids import Floats, Grid, Scales, Storage
 from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
 from autodistill.quantization.packing import (
@@ -62,7 +62,7 @@ _KEEPABLE = ("attention", "embeddings", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class StoredAs:
-    """How a teacher is stored whose weights are quantised already.
+    """How the weights of an already quantised teacher are stored.
 
     Attributes:
         types: In words, what its weights lie on, like "its matrices lie on Q4_1, its table on Q8_0".
@@ -78,7 +78,7 @@ class StoredAs:
 
     @property
     def note(self) -> str:
-        """What a reader must know of it, in a sentence."""
+        """Return what the user must know about it, in a sentence."""
         said = f"the teacher is pre-quantised: {self.types}"
         if self.deployment is None:
             return f"{said}, and no format here has these types tensor by tensor; {_TWICE}"
@@ -87,24 +87,24 @@ class StoredAs:
 
     @property
     def name(self) -> str:
-        """Its deployment's, or else its types."""
+        """The name of its deployment, or else its types."""
         return self.types if self.deployment is None else self.deployment.name
 
     def among(self, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
-        """Those, and the teacher's own where it is none of them."""
+        """Return the deployments, plus the teacher's own if it is not among them."""
         own, others = self.deployment, tuple(deployments)
-        held = own is None or any(own.packing == one.packing for one in others)
+        held = own is None or any(own.scheme == one.scheme for one in others)
         return others if held or own is None else (*others, own)
 
 
 _TWICE = (
-    "the teacher in 16 bits is the dequantised model, not the one that it was quantised from, and in other packings it "
-    "is rounded twice"
+    "the teacher in 16 bits is the dequantised model, not the one that it was quantised from, and other quantisation "
+    "schemes round it a second time"
 )
 
 
 def stored_as(ref: TeacherRef, teacher: Teacher, spec: ModelSpec, cache: Path) -> tuple[Teacher, StoredAs | None]:
-    """How a teacher is stored, if it is quantised already; what was found is kept beside teachers in the cache.
+    """Return how a teacher is stored, if it is quantised already; results are kept beside teachers in the cache.
 
     A GGUF file says itself what its tensors are. Of a folder some rows of each matrix are put on the grids: weights lie
     on one if they move far less than normal weights would. Where scales that follow from the weights would not give
@@ -143,7 +143,7 @@ def _to_json(found: StoredAs) -> dict[str, Any]:
 
 
 def _known(record: Path, teacher: Teacher, folder: Path) -> tuple[Teacher, StoredAs | None] | None:
-    """What an earlier search found, where it is all still there."""
+    """Return what an earlier search found, if it is complete."""
     try:
         held = json.loads(record.read_text(encoding="utf-8"))
         if held["version"] != _VERSION or (held["scaled"] and not (folder / SCALES_FILE).is_file()):
@@ -160,19 +160,19 @@ def _known(record: Path, teacher: Teacher, folder: Path) -> tuple[Teacher, Store
 
 
 @cache
-def packings() -> Mapping[str, Packing]:
-    """Every packing that a format holds, with nothing kept off its grid, by name."""
+def quantization_schemes() -> Mapping[str, QuantizationScheme]:
+    """Return every quantisation scheme of every format, with all weights on the grid, by name."""
     known = {}
     for form in FORMATS.values():
         for storage in form.linears:
             grid = (16, 0, True) if isinstance(storage, str) else (storage.bits, storage.group_size, storage.symmetric)
-            packing = Packing(format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
-            known[packing.name] = packing
+            scheme = QuantizationScheme(format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
+            known[scheme.name] = scheme
     return known
 
 
 def stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]]:
-    """Each tensor of a file and ggml's name of its type; none where a matrix, as one of experts, is not told apart."""
+    """Return ggml's type of each tensor of a file; empty if a matrix, such as one of experts, cannot be told apart."""
     from gguf import GGMLQuantizationType
 
     known, family = {tensor.name: tensor for tensor in spec.tensors}, get_family(spec.architecture)
@@ -182,8 +182,8 @@ def stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]
     return [(tensor, GGMLQuantizationType(one.type).name) for tensor, one in found if tensor is not None]
 
 
-def storing(types: Sequence[tuple[TensorSpec, str]], *, keeping: bool = False) -> Packing | None:
-    """The packing of GGUF that stores each tensor as that type of ggml's, if there is one.
+def storing(types: Sequence[tuple[TensorSpec, str]], *, keeping: bool = False) -> QuantizationScheme | None:
+    """Return the GGUF scheme that stores each tensor as that ggml type, or None.
 
     Where no row is of whole super-blocks, the stand-in's own format comes before the K-quant that it equals.
 
@@ -191,32 +191,32 @@ def storing(types: Sequence[tuple[TensorSpec, str]], *, keeping: bool = False) -
         types: Of `stored_types`.
         keeping: Whether it may keep parts of the model off its grid, or name types matrix by matrix.
     """
-    of_gguf = [packing for packing in packings().values() if packing.container == "gguf" and types]
+    of_gguf = [scheme for scheme in quantization_schemes().values() if scheme.container == "gguf" and types]
     if keeping and any(kind == "F16" for _, kind in types):
         kept = [parts for count in (1, 2, 3) for parts in combinations(_KEEPABLE, count)]
         of_gguf += [replace(one, keep=parts) for parts in kept for one in of_gguf if isinstance(one.linear, Grid)]
-    known = next((packing for packing in of_gguf if _stores(packing, types)), None)
+    known = next((scheme for scheme in of_gguf if _stores(scheme, types)), None)
     return _by_tensor(types) if known is None and keeping else known
 
 
-def _by_tensor(types: Sequence[tuple[TensorSpec, str]]) -> Packing | None:
-    """The packing of GGUF that has those types matrix by matrix, where each is one that is written here."""
+def _by_tensor(types: Sequence[tuple[TensorSpec, str]]) -> QuantizationScheme | None:
+    """The scheme of GGUF that has those types matrix by matrix, where each is one that is written here."""
     matrices = {tensor: kind.lower() for tensor, kind in types if tensor.role in _ROLES}
     if not matrices or not set(matrices.values()) <= set(TYPES):
         return None
-    found = packing_by_tensor(matrices)
+    found = scheme_by_tensor(matrices)
     return found if _stores(found, types) else None
 
 
-def _stores(packing: Packing, types: Iterable[tuple[TensorSpec, str]]) -> bool:
+def _stores(scheme: QuantizationScheme, types: Iterable[tuple[TensorSpec, str]]) -> bool:
     try:
-        return all(_type_name(packing.storage(tensor)) == kind for tensor, kind in types)
+        return all(_type_name(scheme.storage(tensor)) == kind for tensor, kind in types)
     except InputError:  # rows that its groups do not divide
         return False
 
 
 def _type_name(storage: Storage) -> str:
-    """What a storage is called, where it is GGUF's by ggml's name."""
+    """Return the name of a storage, which is ggml's name for GGUF."""
     if not isinstance(storage, Grid):
         return storage.removesuffix("_plus_1").upper()
     name = storage.name.removeprefix(f"{storage.container}-")
@@ -233,30 +233,30 @@ def _in_words(types: Iterable[tuple[TensorSpec, str]]) -> str:
     )
 
 
-def _served(packing: Packing) -> Deployment:
-    return Deployment(runtime=serving(packing)[0], **asdict(packing))
+def _served(scheme: QuantizationScheme) -> Deployment:
+    return Deployment(runtime=serving(scheme)[0], **asdict(scheme))
 
 
 def of_gguf(file: GgufFile, spec: ModelSpec) -> StoredAs | None:
-    """How a GGUF file has its weights, but for whether a packing is exact; None where linear layers are floats."""
+    """Return how a GGUF file stores its weights; None if linear layers are floating-point."""
     types = sorted(stored_types(file, spec), key=lambda one: one[0].role is not Role.LINEAR)
     if all(kind in _FLOATS for tensor, kind in types if tensor.role is Role.LINEAR):
         return None
-    packing = storing(types, keeping=True)
+    scheme = storing(types, keeping=True)
     return StoredAs(
         types=_in_words(types),
-        deployment=_served(packing) if packing else None,
+        deployment=_served(scheme) if scheme else None,
         exact=False,
         weights_bytes=sum(tensor.size for tensor in file.tensors),
     )
 
 
 def of_folder(folder: Path, spec: ModelSpec) -> StoredAs | None:
-    """The same of a transformers folder, by how little some rows of its matrices move when they are packed.
+    """Return how a folder stores its weights, judged by how little some rows change when they are quantised.
 
     Of several packings it is the one of fewest bytes.
     """
-    left = sorted(_gridded(spec), key=lambda packing: weights_bytes(spec.tensors, packing))
+    left = sorted(_gridded(spec), key=lambda scheme: weights_bytes(spec.tensors, scheme))
     # Linear layers come first, since tables may be stored in other ways: most teachers are told by one matrix.
     matrices = sorted((one for one in spec.tensors if len(one.shape) == 2), key=lambda one: one.role is not Role.LINEAR)
     with _opened(folder, spec) as weights:
@@ -264,31 +264,31 @@ def of_folder(folder: Path, spec: ModelSpec) -> StoredAs | None:
             if not left:
                 return None
             sample = weights.rows(tensor)
-            grids = {storage for packing in left if isinstance(storage := packing.storage(tensor), Grid)}
+            grids = {storage for scheme in left if isinstance(storage := scheme.storage(tensor), Grid)}
             moved = {grid for grid in grids if not lies_on(sample, grid)}
-            left = [packing for packing in left if packing.storage(tensor) not in moved]
+            left = [scheme for scheme in left if scheme.storage(tensor) not in moved]
     if not left:
         return None
     types = [(tensor, _type_name(left[0].storage(tensor))) for tensor in matrices]
     return StoredAs(types=_in_words(types), deployment=_served(left[0]), exact=False)
 
 
-def _gridded(spec: ModelSpec) -> Iterator[Packing]:
-    """The packings of the model in which linear layers are on a grid."""
-    for packing in packings().values():
-        if isinstance(packing.linear, Grid):
+def _gridded(spec: ModelSpec) -> Iterator[QuantizationScheme]:
+    """Yield the schemes of the model in which linear layers are on a grid."""
+    for scheme in quantization_schemes().values():
+        if isinstance(scheme.linear, Grid):
             try:
-                packing.check_model(spec.tensors)
+                scheme.check_model(spec.tensors)
             except InputError:
                 continue
-            yield packing
+            yield scheme
 
 
 # Weights on one grid.
 
 
 def lies_on(weights: Floats, grid: Grid) -> bool:
-    """Whether weights move by far less when they are put on a grid than normal weights would.
+    """Return whether weights change far less than normal weights would when they are put on a grid.
 
     Args:
         weights: float32 [rows, in].
@@ -302,7 +302,7 @@ def lies_on(weights: Floats, grid: Grid) -> bool:
 
 
 def _stays(weights: Floats, grid: Grid, scales: Scales | None = None, share: float = _ON_GRID) -> bool:
-    """The same under given scales, or those that follow from the weights, by a share of the error of normal weights."""
+    """Return the same for given scales, or for scales from the weights, relative to the error of normal weights."""
     _, rule = quantize(weights, grid)
     size = grid.group(weights.shape[1])
     # A weight that lies anywhere between two codes moves by a twelfth of a step squared.
@@ -315,7 +315,7 @@ def _stays(weights: Floats, grid: Grid, scales: Scales | None = None, share: flo
 
 
 def _rounded_since(weights: Floats) -> float:
-    """The squared error of rounding weights to the 16 bits that hold them; 0 where these do not."""
+    """Return the squared error of rounding weights to the 16 bits that hold them; 0 if they were not rounded."""
     if np.array_equal(round_to(weights, "bf16"), weights):
         digits = 8
     elif np.array_equal(round_to(weights, "f16"), weights):
@@ -327,7 +327,7 @@ def _rounded_since(weights: Floats) -> float:
 
 
 def own_scales(weights: Floats, grid: Grid, *, thorough: bool = True) -> Scales:
-    """The scales under which weights that lie on a grid move least; those of the rule where none is better.
+    """Return the scales under which weights on a grid change least; the default ones if none is better.
 
     The rule takes a group's largest weight for one of the largest code, which it need not have; of super-blocks there
     is the rule alone, which fits them by least squares.
@@ -362,14 +362,14 @@ def own_scales(weights: Floats, grid: Grid, *, thorough: bool = True) -> Scales:
 
 
 def _moved(groups: Floats, scales: Scales, grid: Grid) -> npt.NDArray[np.float64]:
-    """The squared error of each group, [groups, group], under scales [groups, 1]."""
+    """Return the squared error of each group, [groups, group], under scales [groups, 1]."""
     with np.errstate(all="ignore"):
         values = dequantize(*quantize(groups, grid, scales), grid)
         return np.nan_to_num(np.square(values - groups, dtype=np.float64).sum(axis=1), nan=np.inf)
 
 
 def _tried(groups: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterator[Scales]:
-    """Scales by which the largest weight of each group has that code, or the range has so many steps.
+    """Yield scales that give a group's largest weight this code, or its range so many steps.
 
     Scales that lie so many places from these too, and zero points: the weights' own rounding may have moved both.
     """
@@ -391,7 +391,7 @@ def _tried(groups: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterat
 
 
 def _stored(extents: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterator[Floats]:
-    """Scales of so many steps in an extent, as a grid stores them, and those so many places from them."""
+    """Yield scales of so many steps in an extent, as a grid stores them, and their neighbours."""
     scales: Floats = (extents / np.float32(code)).astype(np.float32)
     if grid.scale_dtype == "f16":
         yield round_to(scales, "f16")
@@ -406,18 +406,18 @@ def _stored(extents: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iter
 
 @dataclass(frozen=True, kw_only=True)
 class _Own:
-    """The scales, by name, of those tensors that others than follow from the weights give back, and whether all are."""
+    """The scales, by name, of tensors that default scales do not restore, and whether all are restored."""
 
     scales: dict[str, Scales]
     exact: bool
 
 
-def _own_of_gguf(file: GgufFile, packing: Packing, spec: ModelSpec) -> _Own:
-    """Those of a file's blocks."""
+def _own_of_gguf(file: GgufFile, scheme: QuantizationScheme, spec: ModelSpec) -> _Own:
+    """Return the scales of a file's blocks."""
     known, own, exact = {tensor.name: tensor for tensor in spec.tensors}, dict[str, Scales](), True
     for stored in file.tensors:
         tensor = known[str(file.family.from_gguf_name(stored.name))]
-        storage, values = packing.storage(tensor), file.values(stored)
+        storage, values = scheme.storage(tensor), file.values(stored)
         scales = _of_blocks(file, stored, storage) if isinstance(storage, Grid) else None
         if _returns(values, storage):
             continue
@@ -433,12 +433,12 @@ def _of_blocks(file: GgufFile, tensor: GgufTensor, grid: Grid) -> Scales:
     return unpack_codes(arrays, grid, tensor.shape)[1]
 
 
-def _own_of_folder(folder: Path, packing: Packing, spec: ModelSpec) -> _Own:
-    """Those under which the weights of a folder move least."""
+def _own_of_folder(folder: Path, scheme: QuantizationScheme, spec: ModelSpec) -> _Own:
+    """Return the scales under which the weights of a folder change least."""
     own, exact = dict[str, Scales](), True
     with _opened(folder, spec) as weights:
         for tensor in spec.tensors:
-            storage, values = packing.storage(tensor), weights.whole(tensor)
+            storage, values = scheme.storage(tensor), weights.whole(tensor)
             if _returns(values, storage):
                 continue
             if isinstance(storage, Grid) and _worth_trying(values[:_ROWS], storage):
@@ -450,7 +450,7 @@ def _own_of_folder(folder: Path, packing: Packing, spec: ModelSpec) -> _Own:
 
 
 def _worth_trying(weights: Floats, grid: Grid) -> bool:
-    """Whether others than the scales of the rule give weights back, or these would move them as they do normal ones.
+    """Return whether other scales than the default are worth trying: they restore the weights, or fit them alone.
 
     Of weights that were rounded since neither is so, and to try each group's scales would take long for nothing.
     """
@@ -459,7 +459,7 @@ def _worth_trying(weights: Floats, grid: Grid) -> bool:
 
 
 def _returns(values: Floats, storage: Storage, scales: Scales | None = None) -> bool:
-    """Whether weights, packed and read again, are what they were."""
+    """Return whether weights that are quantised and read again stay the same."""
     try:
         for rows in _parts(values):
             given = scales and Scales(*(None if part is None else part[rows] for part in scales))  # type: ignore[arg-type]
@@ -476,16 +476,16 @@ def _parts(values: Floats) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(values), rows))
 
 
-def _with_scales(teacher: Teacher, packing: Packing, scales: Mapping[str, Scales], folder: Path) -> Teacher:
-    """The teacher in `folder` of the cache, with its scales; a person's own folder is not written to but linked."""
+def _with_scales(teacher: Teacher, scheme: QuantizationScheme, scales: Mapping[str, Scales], folder: Path) -> Teacher:
+    """Return the teacher with its scales, in a folder of the cache; a user's folder is linked, not written to."""
     partial = Path(tempfile.mkdtemp(prefix=".stored-", dir=folder.parent))
     try:
         if teacher.folder == folder.resolve():
-            write_scales(partial, packing, scales)
+            write_scales(partial, scheme, scales)
             os.replace(partial / SCALES_FILE, folder / SCALES_FILE)
             return teacher
         shutil.copytree(teacher.folder, partial, dirs_exist_ok=True, copy_function=_linked, ignore=_not_read)
-        write_scales(partial, packing, scales)
+        write_scales(partial, scheme, scales)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
     finally:
@@ -494,7 +494,7 @@ def _with_scales(teacher: Teacher, packing: Packing, scales: Mapping[str, Scales
 
 
 def _not_read(folder: str, names: Sequence[str]) -> list[str]:
-    """What of a teacher's folder is not of the model that is read: others beside it, and scales for another packing."""
+    """Return entries of a teacher's folder that the model does not read: subfolders, and scales of another scheme."""
     return [
         name
         for name in names
@@ -503,7 +503,7 @@ def _not_read(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def _linked(source: str, target: str) -> str:
-    """The same file at another place, which takes no memory where both are on one file system."""
+    """Link a file to another place, which takes no space on the same file system."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:
@@ -512,13 +512,13 @@ def _linked(source: str, target: str) -> str:
 
 
 class _Weights:
-    """The tensors of a folder, each read when it is asked for."""
+    """The tensors of a folder, each read on demand."""
 
     def __init__(self, files: Mapping[str, tuple[Any, str]]) -> None:
         self._files = files
 
     def rows(self, tensor: TensorSpec) -> Floats:
-        """Some rows of a matrix, evenly spread over it, in float32."""
+        """Return some rows of a matrix, evenly spread over it, in float32."""
         file, stored = self._files[tensor.name]
         matrix, (rows, columns) = file.get_slice(stored), tensor.shape
         count = max(1, min(_ROWS, _SAMPLE // columns, rows))
@@ -527,7 +527,7 @@ class _Weights:
         return values
 
     def whole(self, tensor: TensorSpec) -> Floats:
-        """All of a tensor, in float32."""
+        """Return a whole tensor in float32."""
         file, stored = self._files[tensor.name]
         values: Floats = file.get_tensor(stored).float().numpy()
         return values

@@ -1,4 +1,4 @@
-"""Teacher-written data (sequence-level distillation): prompts are answered, and each answer is a line of a JSONL file.
+"""Sequence-level distillation data: a teacher answers prompts, and each answer becomes a line of a JSONL file.
 
 The student then learns the teacher's own words (Kim and Rush, arXiv 1606.07947).
 """
@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from autodistill.data.chat_template import Renderer
-from autodistill.data.conversations import ANSWERING, TOLD, Told, Turn, told_of, told_record
+from autodistill.data.conversations import ANSWERING, TOLD, Turn, WriterLogprobs, logprobs_of, logprobs_record
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.data.documents import resolve_prompts
 from autodistill.data.tokenization import check_ids
@@ -51,7 +51,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class WriteRequest:
-    """What is to be written.
+    """The settings of `write_data`.
 
     Attributes:
         prompts: Reference to prompts; see `documents.resolve_prompts`.
@@ -92,17 +92,17 @@ _COUNTED = ("written", "unfinished", "blank", "too_long", "prompt_tokens", "answ
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer as it is kept, with what was told of its tokens where they match."""
+    """An answer as it is stored, with its tokens' log-probabilities if they match."""
 
     text: str
     finished: bool
     prompt_tokens: int
     answer_tokens: int
-    told: Told | None = None
+    told: WriterLogprobs | None = None
 
 
 def check(request: WriteRequest) -> None:
-    """Refuses what can be seen to be wrong before anything is read.
+    """Refuse wrong settings before anything is read.
 
     Raises:
         InputError: Names the option.
@@ -127,7 +127,7 @@ def check(request: WriteRequest) -> None:
 
 
 def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[str, Any]:
-    """Writes an answer to each prompt that the file has none for yet; each is synced to the disk before the next.
+    """Write an answer to each prompt that the file does not answer yet; each is on disk before the next.
 
     An answer that reached the limit of tokens is kept, so that it is not paid for again, but not as something to learn.
     A prompt that the endpoint refuses is left out, and is asked again by the same command.
@@ -207,7 +207,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
 
 
 def _log(out: Path) -> EventLog:
-    """The file of answers, whose folder is made.
+    """Open the file of answers, and create its folder.
 
     Raises:
         InputError: It cannot be.
@@ -221,7 +221,7 @@ def _log(out: Path) -> EventLog:
 
 
 def _count(counts: dict[str, int], answer: _Answer) -> None:
-    """Counts an answer that was written."""
+    """Count an answer that was written."""
     counts["written"] += 1
     counts["unfinished"] += not answer.finished
     counts["blank"] += answer.finished and not answer.text.strip()
@@ -231,16 +231,16 @@ def _count(counts: dict[str, int], answer: _Answer) -> None:
 
 
 def _beginning(prompt: Sequence[Turn]) -> str:
-    """What tells a person which prompt it is."""
+    """Return the beginning of a prompt, for a message."""
     return " ".join(prompt[-1].content.split())[:_SHOWN]
 
 
 def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answer: _Answer) -> dict[str, Any]:
-    """A line of the file: as data, a record with `messages`; without them where the answer is unfinished."""
+    """Return a line of the file: a record with `messages`, which an unfinished answer lacks."""
     asked = [turn._asdict() for turn in prompt]
     messages = [*asked, {"role": ANSWERING, "content": answer.text}]
     learnt = {"messages": messages} if answer.finished else {"messages": None, "asked": asked, "cut": answer.text}
-    signal = {TOLD: "text"} if answer.told is None else told_record(answer.told)
+    signal = {TOLD: "text"} if answer.told is None else logprobs_record(answer.told)
     used = {"prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens}
     return {**learnt, **signal, **used, "key": key, "settings": dict(settings)}
 
@@ -250,13 +250,13 @@ _Answers = Callable[[Sequence[Sequence[Turn]]], Iterator[tuple[int, _Answer | Re
 
 
 def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
-    """What the teacher's outputs are known by, and what makes it answer."""
+    """Return the identity of the teacher's outputs, and a function that makes it answer."""
     teacher = materialise(resolve_teacher(request.teacher), request.cache)
     spec = spec_from_config(read_config(teacher.folder))
     fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=detect())
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | None]]:
-        """Answers with the places of their prompts, as they are written; first those that get none."""
+        """Yield answers with the places of their prompts; first the prompts that get none."""
         if not prompts:
             return
         import torch
@@ -298,11 +298,11 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
 def _from_endpoint(
     request: WriteRequest, endpoint: Endpoint, matcher: _Matcher | None, tell: Tell
 ) -> tuple[str, _Answers]:
-    """The endpoint's name for its model, and what asks it, several prompts at once."""
+    """Return the endpoint's name for its model, and a function that asks it several prompts at once."""
     options = {name: getattr(request.sampling, name) for name in ("temperature", "top_p", "seed")}
 
     def ask(prompt: Sequence[Turn]) -> _Answer:
-        """One answer of the endpoint."""
+        """Return one answer of the endpoint."""
         reply = endpoint.ask(
             [turn._asdict() for turn in prompt],
             max_tokens=request.max_tokens,
@@ -313,12 +313,12 @@ def _from_endpoint(
         return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, told)
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | RefusedPromptError]]:
-        """Answers, or refusals, with the places of their prompts, as they come."""
+        """Yield answers, or refusals, with the places of their prompts, as they arrive."""
         left = deque(enumerate(prompts))
         came: SimpleQueue[tuple[int, _Answer | RefusedPromptError] | Exception | None] = SimpleQueue()
 
         def work() -> None:
-            """Asks until nothing is left, which None says."""
+            """Ask until nothing is left; None marks the end."""
             with suppress(IndexError):
                 while True:
                     place, prompt = left.popleft()
@@ -359,7 +359,7 @@ def _from_endpoint(
 
 @contextmanager
 def _first_interrupt(meet: Callable[[], None]) -> Iterator[None]:
-    """Has the first Ctrl-C in the block call `meet`; the next one is a KeyboardInterrupt again.
+    """Call `meet` at the first Ctrl-C in the block; the next one is a KeyboardInterrupt again.
 
     Other threads than the main one meet none, and a Ctrl-C that is ignored, or met by another, stays so.
     """
@@ -388,7 +388,7 @@ class _Matcher:
     They match where the answer's text has the same tokens here, by name, and by id where the server tells ids.
 
     Attributes:
-        vocabulary: See `Told`.
+        vocabulary: See `WriterLogprobs`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -402,8 +402,8 @@ class _Matcher:
         # A name that several tokens share, such as that of a torn character, says nothing.
         self._ids = {name: tokens[0] for name, tokens in names.items() if len(tokens) == 1}
 
-    def match(self, reply: Reply) -> Told | None:
-        """The answer's tokens and the likeliest ones in each place, or nothing where they do not match."""
+    def match(self, reply: Reply) -> WriterLogprobs | None:
+        """Return the answer's tokens and the likeliest ones at each position, or None if they do not match."""
         ids = self._encode(reply.text)
         # The token that ends the answer may be told as well; it has no text.
         told = reply.tokens[: len(ids)]
@@ -418,4 +418,4 @@ class _Matcher:
             found = [(one.id if by_id else self._ids.get(one.text), one.logprob) for one in likeliest]
             known = ((token, logprob) for token, logprob in found if token is not None)
             top.append([(token, logprob) for token, logprob in known if 0 <= token < len(self._names)])
-        return told_of(self.vocabulary, ids, top)
+        return logprobs_of(self.vocabulary, ids, top)

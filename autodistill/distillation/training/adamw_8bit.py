@@ -1,4 +1,4 @@
-"""AdamW with 8-bit states over this process's shards, and those states whole, for any number of processes to go on."""
+"""AdamW with 8-bit states over this process's shards; any number of processes can load its saved states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLOCK = 256
 
 
 def eight_bit_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
-    """bitsandbytes' AdamW over whole weights or shards: of a shard, its process updates what it holds.
+    """Return bitsandbytes' AdamW over whole weights or shards; each process updates its own part.
 
     Whether a weight's states are held in 8 bits depends on its whole size, so that all processes agree.
 
@@ -48,7 +48,7 @@ def eight_bit_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
 
         @contextmanager
         def _held(self, p: Any) -> Iterator[Any]:
-            """A parameter's values, gradient and states in this process, under its own name."""
+            """Yield a parameter's values, gradient and states in this process, under its own name."""
             if not isinstance(p, DTensor):
                 yield p
                 return
@@ -64,7 +64,7 @@ def eight_bit_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
 
 
 def whole_states(parameter: Tensor, states: Mapping[str, Any]) -> dict[str, Any]:
-    """The states of a whole weight, to which every process gives its own; those of one that is not sharded as they are.
+    """Return the states of a whole weight, gathered from all processes, or of an unsharded weight as they are.
 
     Scales of blocks are one after the other, process by process: where shards end, blocks do.
     """
@@ -84,7 +84,7 @@ def whole_states(parameter: Tensor, states: Mapping[str, Any]) -> dict[str, Any]
 
 
 def own_states(parameter: Tensor, whole: Mapping[str, Tensor], processes: int) -> dict[str, Any]:
-    """This process's part of whole states, to the last bit where as many processes wrote them as there are now.
+    """Return this process's part of whole states; exact if as many processes wrote them as there are now.
 
     Of another number blocks lie otherwise: the values are rounded to 8 bits once more.
 
@@ -117,7 +117,7 @@ def _own(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _values(codes: Tensor, scales: Tensor, code: Tensor, processes: int) -> Tensor:
-    """float32, of codes and scales that so many processes wrote."""
+    """Return float32 values of the codes and scales that so many processes wrote."""
     sizes, blocks = _sizes(codes.shape, processes), _blocks(codes.shape, processes)
     parts = zip(codes.flatten().split(sizes), scales.split(blocks), strict=True)
     values = [code[few.long()] * each.repeat_interleave(_BLOCK)[: len(few)] for few, each in parts]
@@ -125,7 +125,7 @@ def _values(codes: Tensor, scales: Tensor, code: Tensor, processes: int) -> Tens
 
 
 def _rounded(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, uint8 as the values are shaped, and the scales of their blocks."""
+    """Return codes, uint8 in the shape of the values, and the scales of their blocks."""
     from bitsandbytes.functional import quantize_blockwise
 
     if values.numel() == 0:
@@ -135,7 +135,7 @@ def _rounded(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sizes(shape: torch.Size, processes: int) -> list[int]:
-    """Values that each of so many processes holds of a weight, as FSDP2 cuts its rows up."""
+    """Return the number of values of a weight in each process, as FSDP2 divides its rows."""
     rows = -(-shape[0] // processes)
     held = [max(0, min(rows, shape[0] - rank * rows)) for rank in range(processes)]
     return [count * shape[1:].numel() for count in held]
@@ -146,7 +146,7 @@ def _blocks(shape: torch.Size, processes: int) -> list[int]:
 
 
 def _gathered(values: Tensor, counts: list[int]) -> Tensor:
-    """Vectors of all processes, one after the other; all give as many values, some of which are none."""
+    """Return the vectors of all processes, one after the other, without the padding to equal length."""
     longest = torch.nn.functional.pad(values, (0, max(counts) - len(values)))
     found = [torch.empty_like(longest) for _ in counts]
     dist.all_gather(found, longest)

@@ -1,4 +1,4 @@
-"""AdamW whose two moments are held in bfloat16, in half of float32's memory, and rounded at random."""
+"""AdamW with both moments in bfloat16, in half the memory of float32, rounded at random."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class RoundedAdamW(Optimizer):
-    """AdamW without decay of weights, over whole weights or shards: of a shard, its process updates what it holds.
+    """AdamW without weight decay, over whole weights or shards; each process updates its own part.
 
     A step computes in float32, and its update is of the new moments before they are rounded. bfloat16 has 8 bits:
     rounded to the nearest, a second moment would stand still while squared gradients are within 4% of it (at a memory
@@ -43,7 +43,7 @@ class RoundedAdamW(Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Takes a further group of parameters, as the first ones are."""
+        """Add a group of parameters, with the same requirements as the first."""
         super().add_param_group(param_group)
         # They are moved in place, some values of a row at a time.
         for parameter in self.param_groups[-1]["params"]:
@@ -54,7 +54,7 @@ class RoundedAdamW(Optimizer):
                 )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave; float32 moments, as another AdamW's, become the nearest in bfloat16."""
+        """Continue from a `state_dict`; float32 moments of another AdamW are rounded to the nearest bfloat16."""
         super().load_state_dict(state_dict)
         # torch gives every state the parameter's type, in which moments of bfloat16 keep their values.
         for state in self.state.values():
@@ -62,7 +62,7 @@ class RoundedAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Moves every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         place = 0
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -96,7 +96,7 @@ class RoundedAdamW(Optimizer):
 
 
 def rounded(values: Tensor, draws: Tensor) -> Tensor:
-    """Each value as one of its two neighbours in bfloat16, the nearer one the more often.
+    """Round each value to one of its two neighbours in bfloat16, at random, the nearer one more often.
 
     Args:
         values: Finite float32; overwritten.
@@ -112,7 +112,7 @@ def rounded(values: Tensor, draws: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """Return the part of a tensor that this process holds."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 

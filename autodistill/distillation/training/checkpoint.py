@@ -1,4 +1,4 @@
-"""The checkpoint of a training: trained weights and optimiser states in one safetensors file, whole or not at all."""
+"""The checkpoint of a training: weights and optimiser states in one safetensors file, written atomically."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 
 def gathered(trained: Named, optimizer: Any, *, keep: bool) -> dict[str, Tensor]:
-    """Weights and optimiser states by name, whole and on the CPU: of several processes each gives its shards.
+    """Return whole weights and optimiser states by name, on the CPU, gathered from all processes.
 
     One tensor after the other: all of them whole would take several times what a GPU holds of the shards.
 
@@ -51,7 +51,7 @@ def _one_by_one(trained: Named, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes under another name, sealed, and renames, so that a kill or a full disk leaves the checkpoint before."""
+    """Write and seal a file under another name, then rename, so that a crash leaves the previous checkpoint."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -66,7 +66,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[s
 def restore(
     path: Path, trained: Named, optimizer: Any, identity: Mapping[str, str], *, optimizer_state: OptimizerState
 ) -> dict[str, str]:
-    """Puts what was written back into weights and optimiser, where the weights lie, and gives its metadata.
+    """Load a checkpoint into weights and optimiser, on their device, and return its metadata.
 
     Args:
         path: The file.
@@ -105,7 +105,7 @@ def restore(
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What was written of a checkpoint beside its tensors, read from its header alone."""
+    """Return the metadata of a checkpoint from its header alone."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return dict(header["__metadata__"])

@@ -1,4 +1,4 @@
-"""Fake quantisation with straight-through gradients, of scales that follow or are learned, and training under it."""
+"""Fake quantisation with straight-through gradients, with default or learned scales, and training under it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LEAST_SCALE = 2.0**-24
 
 
 def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values that the runtime will see of `weight`, with a straight-through gradient.
+    """Return the values that the runtime will use for `weight`, with a straight-through gradient.
 
     The gradient passes unchanged where a weight was rounded and is zero where it was clipped: where weight / scale (+
     zero point) lies above qmax + 1/2, or below qmin - 1/2, which only a rounded zero point brings about.
@@ -53,7 +53,7 @@ def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
 def fake_quantize_learned(
     weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The values that the runtime will see of `weight` under a scale that is learned with it.
+    """Return the values that the runtime will use for `weight` under a scale that is learned with it.
 
     Let v be weight / scale (+ zero point). Where v lies within qmin to qmax, the gradient of the weight is the incoming
     one and that of the scale round(v) - v times it; elsewhere they are 0 and the clipped code (less the zero point)
@@ -86,7 +86,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient as it is, and 0 where a weight was clipped."""
+        """Return the gradient as it is, with 0 where a weight was clipped."""
         # Read once: under checkpointing each reading would compute the layer again.
         saved = ctx.saved_tensors
         if not saved:
@@ -97,7 +97,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
-    """Writes the gradient of a weight into `out`, which may be the incoming one: 0 where it was clipped."""
+    """Write the gradient of a weight into `out` (it may be the incoming one), with 0 where it was clipped."""
     compiled = loops()
     if compiled is not None and compiled.fits(gradient, inside, out):
         compiled.stop_clipped(gradient, inside, out)
@@ -124,7 +124,7 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """Gradients of weights and scales."""
+        """Return the gradients of weights and scales."""
         weight, scale, offset = ctx.saved_tensors
         weight_gradient = torch.empty_like(weight)
         scale_gradient = _learned_gradients(weight, gradient, scale, offset, ctx.grid, weight_gradient)
@@ -134,7 +134,7 @@ class _LearnedStep(torch.autograd.Function):
 def _learned_gradients(
     weight: Tensor, gradient: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, out: Tensor
 ) -> Tensor:
-    """Writes the gradient of a weight into `out`, which may be the incoming one, and gives that of its scales.
+    """Write the gradient of a weight into `out` (it may be the incoming one), and return that of its scales.
 
     With z the zero point, q the code less z, x the weight in steps, so that v = x + z, g the incoming gradient and h
     that of the weight (g where v lies within the codes, else 0), a group's scale gets the sum of g q - h x: where h is
@@ -170,7 +170,7 @@ def _learned_gradients(
 
 
 def _revived(steps: Steps, scale: Tensor, grid: Grid) -> Tensor:
-    """The divisors of groups, [groups, 1], but where the stored scale is 0 the scale itself, or the least there is.
+    """Return the divisors of groups, [groups, 1]; a stored scale of 0 becomes the unrounded scale, or the smallest.
 
     In steps of infinity every code is 0, and so is the gradient of the scale, which could not leave 0 any more.
     """
@@ -183,7 +183,7 @@ def _revived(steps: Steps, scale: Tensor, grid: Grid) -> Tensor:
 
 
 class _Passing(torch.autograd.Function):
-    """Given values, whose gradient arrives at the weight that they stand for as it is."""
+    """Given values, whose gradient is passed unchanged to the weight that they replace."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class _Passing(torch.autograd.Function):
 
 
 class _Step:
-    """One weight in the passes of a step: put on its grid once, and the sum of its gradients through the grid once.
+    """One weight during a step: quantised once, with its gradients summed and passed through the grid once.
 
     What a grid makes of a gradient is linear in it, so that it may be done to the sum.
 
@@ -216,7 +216,7 @@ class _Step:
         self._values: dict[torch.dtype, Tensor] = {}
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
-        """The quantised weight, with its gradient on its way to the sum."""
+        """Return the quantised weight, whose gradient goes to the sum."""
         if dtype not in self._values:
             self._values[dtype] = self._rounded(dtype)
         shown: Tensor = _Passing.apply(self._leaf, self._values[dtype])
@@ -232,7 +232,7 @@ class _Step:
         return fitted_values(leaf, grid, self._inside, dtype)
 
     def end(self) -> None:
-        """Makes the gradients of the weight, and of what it was made from and its scales, of the sum."""
+        """Compute the gradients of the weight, its sources and its scales from the sum."""
         gradient = self._leaf.grad
         if gradient is None:
             return
@@ -248,7 +248,7 @@ class _Step:
 
 
 class FakeQuantized:
-    """One master weight as its grid shows it; a tied weight has one of these for all the modules that use it.
+    """One master weight as its grid shows it; all modules that share a tied weight share this object.
 
     Args:
         master: float32 [out, in], which the optimiser updates.
@@ -282,11 +282,11 @@ class FakeQuantized:
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing of it is trained."""
+        """Whether nothing in it is trained."""
         return not self.master.requires_grad and self._change is None
 
     def __call__(self, held: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The quantised weight; that of a frozen master is computed once, until the master's values change.
+        """Return the quantised weight; for a frozen master it is computed once, until the master changes.
 
         Args:
             held: Of a master that is sharded over processes the whole weight, as its module holds it now.
@@ -314,7 +314,7 @@ class FakeQuantized:
 
     @contextmanager
     def one_step(self) -> Iterator[None]:
-        """Within the context, in which master and scales stay as they are, each is quantised and passed through once.
+        """Within the context, master and scales do not change: the weight is quantised, and its gradient passed, once.
 
         The gradients of a trained master or change, and of learned scales, are whole when it ends: those of the passes
         in it, which must be the only ones, nothing being left of a step before. It is not for a master that is sharded.
@@ -331,7 +331,7 @@ class FakeQuantized:
         return held if self._change is None else self._change(held)
 
     def stored(self) -> Scales | None:
-        """The learned scales and their offsets as a file holds them, or None where none are learned."""
+        """Return the learned scales and their offsets as a file holds them, or None if none are learned."""
         if self.scale is None:
             return None
         stored = given_steps(self.scale.detach(), None, self.grid).scales
@@ -341,7 +341,7 @@ class FakeQuantized:
 
 @contextmanager
 def one_step(weights: Collection[FakeQuantized]) -> Iterator[None]:
-    """Within the context all of these weights are in the passes of one step: see `FakeQuantized.one_step`."""
+    """Apply `FakeQuantized.one_step` to all of these weights within the context."""
     with ExitStack() as stack:
         for weight in weights:
             stack.enter_context(weight.one_step())
@@ -356,7 +356,7 @@ def quantized_training(
     learned: bool = False,
     changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Iterator[Mapping[str, FakeQuantized]]:
-    """Within the context the model computes with weights on their grids, while the optimiser moves the float32 masters.
+    """Within the context, the model computes with weights on their grids, and the optimiser updates float32 masters.
 
     Each module holds its quantised weight only while it runs, so that parameters, their names in the state dict, and
     ties are the same objects before, during and after. Weights that `storage_of` gives a float type, or None, are left
@@ -398,12 +398,12 @@ def quantized_training(
 
 
 def _attach_rows(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> None:
-    """Shows a frozen embedding the rows alone that are looked up: groups never cross a row, and a table is large."""
+    """Let a frozen embedding quantise only the rows that are looked up; groups never cross a row."""
     parameters: dict[str, Any] = module._parameters
     held: list[Any] = []
 
     def show(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Puts a row for each token in the table's place, and numbers them."""
+        """Put a row for each token in the place of the table, and number them."""
         held.append((parameters["weight"], module.padding_idx))
         # One for each token: which of them are the same, nobody could say without waiting for a GPU.
         ids = inputs[0]

@@ -1,4 +1,4 @@
-"""One trial over several processes: each holds a share of every weight and trains on a share of each step (FSDP2)."""
+"""One trial over several processes, each with a shard of every weight and a part of each step (FSDP2)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Sharding:
         self.count: int = self._accelerator.num_processes
 
     def shard(self, model: Any) -> None:
-        """Cuts a model's weights up, in place and block by block: its parameters become sharded ones.
+        """Divide a model's weights in place, block by block: its parameters become sharded ones.
 
         Args:
             model: On the CPU. Each block goes to the device and leaves its shard there, so that nowhere a device has to
@@ -63,7 +63,7 @@ class Sharding:
         model.forward = model.base_model.forward
 
     def share(self, indices: list[int]) -> list[int]:
-        """This process's share of a step's sequences.
+        """Return this process's part of a step's sequences.
 
         Raises:
             InputError: Sequences that do not divide: processes would wait for each other for ever.
@@ -76,17 +76,17 @@ class Sharding:
         return indices[self.rank :: self.count]
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
-        """Sums over all processes, the same to the last bit in each."""
+        """Sum over all processes, with the same bits in each."""
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self._accelerator.device)
         dist.all_reduce(total)
         return dict(zip(values, total.tolist(), strict=True))
 
     def first(self, value: float) -> float:
-        """The first process's value, in each."""
+        """Return the first process's value in every process."""
         return self.sum({"value": float(value) if self.rank == 0 else 0.0})["value"]
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients of what is not sharded, as FSDP does with those that are: their mean over all processes."""
+        """Average the gradients of unsharded parameters over all processes, as FSDP does for sharded ones."""
         for parameter in parameters:
             if parameter.grad is None:  # of this process no token counts
                 parameter.grad = torch.zeros_like(parameter)
@@ -94,7 +94,7 @@ class Sharding:
             parameter.grad /= self.count
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
-        """The norm of whole gradients, of which each process has its shards; what is not sharded all have."""
+        """Return the norm of whole gradients; each process has its shards, and all have what is not sharded."""
         shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
         # Added up before they are sent: for each gradient alone processes would wait for each other.
         sharded = self._squares(shards)
@@ -106,12 +106,12 @@ class Sharding:
         return torch.stack(squares).sum() if squares else torch.zeros((), device=self._accelerator.device)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         self._accelerator.wait_for_everyone()
 
 
 def whole_model(sharding: Sharding, model: Any) -> Any | None:
-    """A plain model with the whole weights on the CPU, in the first process; None in the others, which give shards."""
+    """Return a plain model with whole weights on the CPU in the first process, and None in the others."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -133,19 +133,19 @@ def whole_model(sharding: Sharding, model: Any) -> Any | None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which every process has a shard; one that is not sharded as it is."""
+    """Return the whole of a sharded tensor; an unsharded one is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's shard of a whole tensor, cut as `parameter` is."""
+    """Return this process's shard of a whole tensor, divided as `parameter` is."""
     if not isinstance(parameter, DTensor) or tensor.ndim == 0:
         return tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def clip_sharded(sharding: Sharding, parameters: list[nn.Parameter], limit: float) -> float:
-    """Scales the gradients to a norm of `limit` together, where it is above, and gives the norm they had."""
+    """Scale the gradients to a joint norm of at most `limit`, and return the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = float(sharding.norm(gradients))
     if norm > limit or not math.isfinite(norm):

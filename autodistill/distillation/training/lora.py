@@ -1,4 +1,4 @@
-"""Low-rank changes of a student's frozen weights, which are trained in their place and merged into them at the end."""
+"""Low-rank changes (LoRA) of a student's frozen weights, merged into them at the end of training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from autodistill.strategy.strategy import Lora
 
 
 def check_lora(lora: Lora, spec: ModelSpec) -> None:
-    """Refuses a rank that reduces nothing.
+    """Refuse a rank that does not reduce the number of weights.
 
     Raises:
         InputError: Names the smallest of the matrices that would be adapted.
@@ -55,17 +55,17 @@ class Adapter(nn.Module):
         self._scale = lora.alpha / lora.rank
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """What the change adds to the layer's outputs: two thin products, where the merged weight would be kept."""
+        """Return what the change adds to the layer's outputs: two thin products, without the merged weight."""
         return self._scale * functional.linear(functional.linear(inputs, self.down), self.up)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """W + (alpha / r) B A in float32, under autocast too: the very values that are merged at the end."""
+        """Return W + (alpha / r) B A in float32, also under autocast: exactly the values that are merged at the end."""
         with torch.autocast(weight.device.type, enabled=False):
             return torch.addmm(weight, self.up, self.down, alpha=self._scale)
 
 
 class Adapters(nn.Module):
-    """The adapters of a model, which lie beside it: its modules, their names and its frozen weights stay as they are.
+    """The adapters of a model, stored beside it: its modules, names and frozen weights do not change.
 
     Where the model is cut up over processes afterwards, each has whole adapters and its shards of the frozen weights.
 
@@ -86,14 +86,14 @@ class Adapters(nn.Module):
         self.by_name: dict[str, Adapter] = dict(zip(names, self._adapters, strict=True))  # type: ignore[arg-type]
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """A and B of each weight, by its name."""
+        """Yield A and B of each weight, by its name."""
         for name, adapter in self.by_name.items():
             for part, parameter in adapter.named_parameters():
                 yield f"{name}.{part}", parameter
 
     @contextmanager
     def added(self, model: Any, but: Collection[str] = ()) -> Iterator[None]:
-        """Within the context the adapted layers of the model compute with their changes.
+        """Let the adapted layers of the model compute with their changes, within the context.
 
         Args:
             model: The student.
@@ -108,7 +108,7 @@ class Adapters(nn.Module):
 
     @torch.no_grad()
     def merge(self, model: Any) -> None:
-        """Makes the changes part of the model's weights; the adapters are then those of no change."""
+        """Merge the changes into the model's weights; afterwards the adapters change nothing."""
         for name, adapter in self.by_name.items():
             weight = model.get_parameter(name)
             weight.copy_(like(adapter.merged(whole(weight)), weight))

@@ -1,4 +1,4 @@
-"""What a search will spend, as the trials of it are told: tokens, rungs, workers, seed."""
+"""The plan of a search as its trials get it: tokens, rungs, workers, seed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Plan:
         checkpointing: Whether the backward pass computes each layer's activations again instead of keeping them.
         optimizer_state: What AdamW's two moments are held in.
         lengths: Multiples of `tokens` that trials may be trained on to, 1 first.
-        longest: Multiple that the best are trained on to at most, in what the time box has left for it; 1 for none.
+        longest: Largest multiple of the tokens to which the best are trained in the time that is left; 1 for none.
         alone: CPU threads of a worker that trains with nothing beside it; 0 where that is never done.
         data_tokens: Of the text that all trials draw from, in passes; 0 for as many as the longest of `lengths` has.
         decay: Share of a rung's tokens that the final decay takes; finishing happens in it.
@@ -36,9 +36,9 @@ class Plan:
         gpus: Of each process: a fraction where several share one.
         bf16: Whether training computes in bfloat16 where that is safe.
         seed: Of data order, projections and proposals.
-        box_seconds: The time box, or None.
+        box_seconds: The time budget, or None.
         seconds: Expected seconds by phase.
-        notes: What the box could not hold, in sentences.
+        notes: What the time budget could not hold, in sentences.
         example_share: Of the examples of tasks, how much an evaluation reads at full fidelity; less at a rung, as of
             the tokens.
     """
@@ -73,7 +73,7 @@ class Plan:
     data_tokens: int = 0
 
     def tokens_of(self, length: float) -> int:
-        """Training tokens of a trial of so many times the plan's, in whole steps."""
+        """Return the training tokens of a trial with so many times the plan's tokens, in whole steps."""
         return round(self.tokens * length / self.batch_tokens) * self.batch_tokens if length > 1 else self.tokens
 
     @property
@@ -82,11 +82,11 @@ class Plan:
         return self.data_tokens or self.tokens_of(max(self.lengths))
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain data."""
+        """Return the plan as plain data."""
         return asdict(self) | {name: list(getattr(self, name)) for name in ("rungs", "keep", "notes", "lengths")}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """Reads what `to_json` wrote."""
+        """Read what `to_json` wrote."""
         lists = ("rungs", "keep", "notes", *(("lengths",) if "lengths" in data else ()))
         return cls(**(dict(data) | {name: tuple(data[name]) for name in lists}))

@@ -1,4 +1,4 @@
-"""What some of a step's sequences cost a student: its outputs held against the text, the teacher and its layers."""
+"""The loss of some of a step's sequences: the student's outputs against the text, the teacher and its layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from autodistill.distillation.losses.logits import logit_loss
 from autodistill.distillation.losses.targets import Target
 from autodistill.distillation.losses.token_selection import Learnt, learnt_tokens, uncertain_logits
 from autodistill.distillation.teacher.output_cache import TeacherCache
-from autodistill.distillation.teacher.signals import LiveTeacher, target_source
+from autodistill.distillation.teacher.target_sources import LiveTeacher, target_source
 from autodistill.models.loading import decoder_layers
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.rounding import deploy_tensor
@@ -32,7 +32,7 @@ TERMS = (*RECORDED, "logits", "heard", "shared")
 
 
 class Sizes(NamedTuple):
-    """How many tokens of some sequences the means of the logit loss, of alignments and of attention are over."""
+    """Numbers of tokens over which the means of logit loss, alignments and attention are taken."""
 
     logits: int
     learnt: int
@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Of a step's `Sizes`, what some of its sequences have."""
+    """The fractions of a step's `Sizes` that some of its sequences have."""
 
     logits: float
     learnt: float
@@ -48,7 +48,7 @@ class Shares(NamedTuple):
 
 
 class Weighing(NamedTuple):
-    """What the schedules say of a step's logit loss.
+    """The scheduled values of a step's logit loss.
 
     Attributes:
         temperature: Of the divergence.
@@ -65,7 +65,7 @@ class Weighing(NamedTuple):
 
 
 class StepLoss:
-    """From some of a step's sequences to their loss, with its gradient, and its terms.
+    """Computes the loss of some of a step's sequences, with its gradient and its terms.
 
     Args:
         model: The student, on `device`.
@@ -120,11 +120,11 @@ class StepLoss:
         ).to(device)
 
     def hold_head(self, storage_of: Callable[[str], Grid | None] | None) -> None:
-        """Takes over the head of the steps that follow, on its grid where it has one, and where it is frozen."""
+        """Prepare the head for the next steps, on its grid if it has one, if it is frozen."""
         self._frozen_head = self._cast_head(storage_of)
 
     def _cast_head(self, storage_of: Callable[[str], Grid | None] | None) -> Tensor | None:
-        """A frozen head as bfloat16 training sees it, cast once and not in every step; None where it is trained."""
+        """Return a frozen head as bfloat16 training uses it, cast only once; None if it is trained."""
         weight = self._model.get_output_embeddings().weight
         if weight.requires_grad or not self._bf16 or self._sharded:
             return None
@@ -133,7 +133,7 @@ class StepLoss:
         return (weight.detach() if grid is None else deploy_tensor(weight, grid)).bfloat16()
 
     def sizes(self, indices: list[int]) -> Sizes:
-        """What the means over some sequences' tokens are over, which no pass is needed for."""
+        """Return the token counts for the means over some sequences; no pass is needed."""
         learnt, recipe = self._learnt(indices, "cpu"), self._recipe
         chosen = learnt.chosen(recipe.uncertain_share) if recipe.positions == "uncertain" else learnt.size
         if recipe.attention is None:
@@ -142,11 +142,11 @@ class StepLoss:
         return Sizes(chosen, learnt.size, text.size if self._data.answers is None else int(text.sum()))
 
     def _learnt(self, indices: list[int], device: str) -> Learnt:
-        """The predicted tokens that losses are averaged over; of plain text all of them."""
+        """Return the predicted tokens that losses are averaged over; all of them for plain text."""
         return learnt_tokens(self._data, indices, self._recipe.positions == "all", device)
 
     def of(self, indices: list[int], at: Weighing, step: Sizes) -> tuple[Tensor, Tensor]:
-        """What some sequences add to the loss that is descended, means over the step's tokens, and to its terms.
+        """Return the contribution of some sequences to the loss (means over the step's tokens), and to its terms.
 
         Args:
             indices: Of the sequences.
@@ -205,20 +205,20 @@ class StepLoss:
         return loss, torch.stack([*terms, torch.full_like(terms[0], shared)])
 
     def _logits(self, states: Tensor, head: Callable[[Tensor], Tensor], learnt: Learnt) -> tuple[Tensor | None, Tensor]:
-        """Which of the learnt tokens the logit loss is taken over, None for all, and their logits."""
+        """Return the learnt tokens for the logit loss, None for all, and their logits."""
         if self._recipe.positions != "uncertain" or len(states) == 0:
             return None, head(states)
         return uncertain_logits(states, head, self._frozen_head, self._recipe.uncertain_share, learnt.sequences)
 
     def of_nothing(self, indices: list[int]) -> Tensor:
-        """A loss of 0 from a pass over sequences of which no token counts, which gathers every block and the head."""
+        """Return a loss of 0 from a pass without counted tokens, so that every block and the head are gathered."""
         with self._autocast():
             hidden = self._body(input_ids=self._ids(indices), use_cache=False).last_hidden_state
             logits: Tensor = self._model.get_output_embeddings()(hidden[:, :1])
         return 0.0 * logits.sum()
 
     def _text(self, indices: list[int]) -> Tensor | None:
-        """Which tokens are no padding, bool [sequences, tokens]; None for all."""
+        """Return which tokens are not padding, bool [sequences, tokens]; None for all."""
         if self._data.answers is None:
             return None
         return torch.from_numpy(self._data.documents[indices] >= 0).to(self._device)
@@ -230,7 +230,7 @@ class StepLoss:
         return torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._bf16)
 
     def _alignment_loss(self, projected: list[Tensor], indices: list[int], learnt: Learnt, distance: str) -> Tensor:
-        """Mean over the pairs and the learnt tokens, of the student's states after their projections."""
+        """Return the mean loss over layer pairs and learnt tokens, of the projected student states."""
         assert self._cache is not None
         if learnt.heard == 0:
             return torch.stack([0.0 * states.sum() for states in projected]).sum()
@@ -244,7 +244,7 @@ class StepLoss:
         return torch.stack(losses).mean() * (learnt.heard / learnt.size)
 
     def _advice(self, indices: list[int], ids: Tensor, temperature: float) -> Target:
-        """What the teacher supplies for all predicted tokens of its rendering, with the student's end of answers."""
+        """Return the teacher's targets for all predicted tokens of its rendering, with the student's end of answers."""
         if self._data.teacher is None:
             return self._target(indices, ids, temperature)
         read = torch.from_numpy(np.asarray(self._data.teacher.tokens[indices], dtype=np.int64)).to(self._device)
@@ -252,7 +252,7 @@ class StepLoss:
         return target.renamed(*self._data.ends) if self._data.ends else target
 
     def _teacher_heads(self, indices: list[int], attention: Attention) -> list[Heads]:
-        """What the teacher's attention is compared by, computed from the cached input of its layer."""
+        """Return the teacher's attention heads for the comparison, computed from the cached input of its layer."""
         assert self._teacher_block is not None
         assert self._cache is not None
         layer = self._teacher_block.layer - 1

@@ -1,4 +1,4 @@
-"""Trains one student on a teacher's outputs: a generator of step records that can stop and continue anywhere."""
+"""Training of one student on a teacher's outputs: a generator of step records that can stop and continue anywhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autodistill.distillation.losses.attention import TeacherBlock
 from autodistill.distillation.losses.hidden_states import balance_factor
 from autodistill.distillation.losses.schedules import Interpolation, along, progress, snap, temperature_at
 from autodistill.distillation.teacher.output_cache import TeacherCache
-from autodistill.distillation.teacher.signals import LiveTeacher
+from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.adamw_8bit import eight_bit_adamw
 from autodistill.distillation.training.adamw_bf16 import RoundedAdamW
 from autodistill.distillation.training.checkpoint import gathered, restore, write_checkpoint
@@ -78,7 +78,7 @@ class StepRecord:
 
 
 class Trainer:
-    """Holds a student, its optimiser and its place in the schedule.
+    """A student, its optimiser and its place in the schedule.
 
     The schedule is a function of absolute tokens: warm-up and stable rate are common to every target, and a target is
     reached by a decay that branches off the stable part. Training goes on from a checkpoint taken at the branch.
@@ -175,7 +175,7 @@ class Trainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def train_stable(self, until: int) -> Iterator[StepRecord]:
-        """Trains at the warm-up's or stable rate until `until` tokens, a whole number of steps."""
+        """Train at the warm-up or stable rate until `until` tokens, a whole number of steps."""
         yield from self._train(until, self._stable_rate, None)
 
     def train_decay(
@@ -186,7 +186,7 @@ class Trainer:
         on_grid_after: float = 0.0,
         learned: bool = False,
     ) -> Iterator[StepRecord]:
-        """Trains with the rate falling to zero at `until`, on the finishing stage's grid where there is one.
+        """Train with the rate falling to zero at `until`, on the finishing grid if there is one.
 
         At its end low-rank changes are merged into the model's weights.
 
@@ -224,7 +224,7 @@ class Trainer:
 
     @contextmanager
     def _learning(self, shown: Mapping[str, FakeQuantized]) -> Iterator[None]:
-        """Lets the optimiser move the learned scales, which are part of this branch alone and of no checkpoint.
+        """Let the optimiser update the learned scales, which belong to this branch only and to no checkpoint.
 
         LSQ scales gradients so that a step moves scales and weights by equal shares of themselves. AdamW divides a
         gradient's size out again, so that the rate has to do it: a scale is about 1 / Q_P of its largest weight.
@@ -258,7 +258,7 @@ class Trainer:
         storage_of: Callable[[str], Grid | None] | None,
         on_grid: Mapping[str, FakeQuantized] | None = None,
     ) -> Iterator[StepRecord]:
-        """Steps until `until` tokens; the weights that are on a grid are shown with their low-rank changes already."""
+        """Train steps until `until` tokens; weights on a grid include their low-rank changes."""
         self.model.train()
         self._on_grid = on_grid or {}
         self._loss.hold_head(storage_of)
@@ -267,7 +267,7 @@ class Trainer:
                 yield self._step(rate(self.tokens))
 
     def _sequences(self) -> list[int]:
-        """Indices of the next step's sequences: a fresh order for each pass over the data, a function of the seed."""
+        """Return the indices of the next step's sequences: a new order for each pass over the data, from the seed."""
         total = len(self._data.tokens)
         first = self.tokens // self._plan.sequence_length
         count = self._plan.batch_tokens // self._plan.sequence_length
@@ -326,7 +326,7 @@ class Trainer:
         )
 
     def _gradients(self, indices: list[int], at: Weighing, step: Sizes) -> dict[str, float]:
-        """Gradients of a whole step and the means of its terms, some sequences at a time.
+        """Compute the gradients of a whole step and the means of its terms, some sequences at a time.
 
         Where memory runs out the step begins again with half as many at a time: the effective batch stays.
 
@@ -349,7 +349,7 @@ class Trainer:
             give_back_memory()
 
     def _weighed(self, indices: list[int], at: Weighing, step: Sizes) -> Weighing:
-        """With what balances the terms: of the step before, or of this one where there is none before.
+        """Return the weights with the balancing factors of the previous step, or of this one if it is the first.
 
         So it is known before any gradient, and is the same however many sequences are read at once.
         """
@@ -366,7 +366,7 @@ class Trainer:
         return any(part is not None and part.balance for part in (self._recipe.alignment, self._recipe.attention))
 
     def _balanced(self, terms: Mapping[str, float]) -> tuple[float, float] | None:
-        """What brings a step's alignment and attention to its logit loss; what did before, where it has none."""
+        """Return factors that bring a step's alignment and attention to its logit loss; unmeasured ones stay."""
         alignment, attention = self._balance or (1.0, 1.0)
         if not all(map(math.isfinite, terms.values())):
             return self._balance
@@ -377,7 +377,7 @@ class Trainer:
         return alignment, attention
 
     def _accumulate(self, indices: list[int], at: Weighing, step: Sizes) -> dict[str, float]:
-        """Adds up the micro-batches' parts of the step's means, and their gradients where those are enabled."""
+        """Add up the micro-batches' parts of the step's means, and their gradients if enabled."""
         means = dict.fromkeys(TERMS, 0.0)
         if step.learnt == 0:
             return means
@@ -417,7 +417,7 @@ class Trainer:
         return sharding.sum(means)
 
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
-        """Writes a checkpoint, whole or not at all; see `checkpoint`. Of several processes none goes on before."""
+        """Write a checkpoint, completely or not at all (see `checkpoint`); all processes wait until it is written."""
         write = self.checkpoint(notes)
         try:
             if write is not None:
@@ -427,7 +427,7 @@ class Trainer:
                 self._sharding.wait()
 
     def checkpoint(self, notes: Mapping[str, str] | None = None) -> Callable[[Path], None] | None:
-        """Gathers the trained weights, the optimiser and the place in the schedule; gives what writes them to a path.
+        """Gather weights, optimiser and place in the schedule, and return a function that writes them to a path.
 
         `notes` are written beside them, and read by nothing here. It is to be written before the next step.
 
@@ -448,7 +448,7 @@ class Trainer:
         return partial(write_checkpoint, tensors=tensors, metadata=metadata)
 
     def load(self, path: Path) -> None:
-        """Continues from what `save` wrote, to the last bit on the CPU.
+        """Continue from what `save` wrote, to the last bit on the CPU.
 
         Raises:
             TrialFailedError: The checkpoint is of other stages or of another seed, or has other optimiser states.
@@ -472,7 +472,7 @@ class Trainer:
 
 
 def adamw(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
-    """AdamW over groups of parameters, at a rate that each step sets, with its moments held in `state`."""
+    """Return AdamW over groups of parameters; each step sets the rate, and moments have the type `state`."""
     if state == "int8":
         return eight_bit_adamw(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
     if state == "bfloat16":
@@ -481,7 +481,7 @@ def adamw(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
 
 
 def _clip(parameters: list[nn.Parameter]) -> float:
-    """Scales the gradients to a norm of `_CLIP` together, where it is above, and gives the norm they had."""
+    """Scale the gradients to a joint norm of at most `_CLIP`, and return the norm before."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     value = float(norm)
     if value > _CLIP:

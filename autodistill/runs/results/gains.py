@@ -100,7 +100,7 @@ class Gains:
     def describe(self) -> str:
         """The gains in one line."""
         if not self.trained:
-            said = f"Nothing that was trained does better than {self.named}, which is exported as it is"
+            said = f"No trained student is better than {self.named}, which is exported as it is"
         elif self.untrained is None:
             said = "Nothing that needs no training fits the budget"
         else:

@@ -109,10 +109,10 @@ def rests_on(rows: Sequence[Row]) -> str:
     least, most = min(counts, default=0), max(counts, default=0)
     if not most:
         return ""
-    said = f"± is of {f'{least} to ' if least < most else ''}{most} {unit}{'s' * (most > 1)}{of}"
+    said = f"± comes from {f'{least} to ' if least < most else ''}{most} {unit}{'s' * (most > 1)}{of}"
     if least >= _FEW_DOCUMENTS:
         return f"{said}."
-    return f"{said}: fewer than {_FEW_DOCUMENTS} say little of others, and errors and ties are uncertain themselves."
+    return f"{said}: with fewer than {_FEW_DOCUMENTS}, errors and ties are uncertain themselves."
 
 
 def check_comparable(rows: Sequence[Row], metric: str) -> None:

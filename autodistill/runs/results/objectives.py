@@ -58,7 +58,7 @@ def _metrics(directions: Mapping[str, Direction]) -> dict[str, Objective]:
 
 
 def parse_objectives(text: str, own: Mapping[str, Direction] | None = None) -> tuple[Objective, ...]:
-    """Reads names parted by commas; the first is the metric that ranks, and chooses what is exported.
+    """Reads names separated by commas; the first is the metric that ranks, and chooses what is exported.
 
     Args:
         text: The names.
@@ -72,14 +72,14 @@ def parse_objectives(text: str, own: Mapping[str, Direction] | None = None) -> t
     for name in names:
         if name not in known:
             raise InputError(
-                f"--objectives names {name!r}, of which no direction is known: name some of {', '.join(known)}, parted "
-                "by commas"
+                f"--objectives names {name!r}, whose direction is not known: name some of {', '.join(known)}, "
+                "separated by commas"
             )
     if len(set(names)) < len(names):
         raise InputError(f"--objectives names one twice ({text}): give each once")
     if not known[names[0]].trained:
         raise InputError(
-            f"the first of --objectives chooses what is exported, and {names[0]!r} says nothing of how well a student "
+            f"the first of --objectives chooses what is exported, and {names[0]!r} does not say how well a student "
             f"does: put one of {', '.join(name for name, one in known.items() if one.trained)} first"
         )
     return tuple(known[name] for name in names)

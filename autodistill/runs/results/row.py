@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 from autodistill.errors import InputError
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.json_files import replacing, strict_json
-from autodistill.utils.typed_data import hold
+from autodistill.utils.typed_data import check_typed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -191,7 +191,7 @@ class Row:
         missing = [name for name in required() if data.get(name) is None]
         if missing:
             raise InputError(f"row {data.get('row_id')!r} lacks the field {', '.join(missing)}")
-        hold(data.get("schema_version", SCHEMA_VERSION), int, "schema_version")
+        check_typed(data.get("schema_version", SCHEMA_VERSION), int, "schema_version")
         row = cls(**{name: _convert(data[name], name) for name in _types() if data.get(name) is not None})
         row._check()
         return row
@@ -199,12 +199,12 @@ class Row:
     def _check(self) -> None:
         name = f"row {self.row_id!r}"
         check_kind(self.kind, name)
-        hold(self.status, Status, f"the status of {name}")
-        hold(self.split, Literal["validation", "test"] | None, f"the split of {name}")
-        hold(dict(self.other), dict[str, Any], f"the figures of {name}")
+        check_typed(self.status, Status, f"the status of {name}")
+        check_typed(self.split, Literal["validation", "test"] | None, f"the split of {name}")
+        check_typed(dict(self.other), dict[str, Any], f"the figures of {name}")
         Deployment.from_json(self.deployment)
         if self.cut_short is not None:
-            hold(dict(self.cut_short), _CutShort, f"cut_short of {name}")
+            check_typed(dict(self.cut_short), _CutShort, f"cut_short of {name}")
         if self.documents is not None:
             check_documents(dict(self.documents), f"the documents of {name}")
 
@@ -225,7 +225,7 @@ def check_documents(documents: Any, where: str) -> None:
     Raises:
         InputError: Says what is wrong.
     """
-    hold(documents, _Documents, where)
+    check_typed(documents, _Documents, where)
     for data in (documents, *documents.get("others", {}).values()):
         lengths = [len(data.get(part, ())) for part in ("ids", "count", "bins" if "bins" in data else "sum")]
         if len(set(lengths)) > 1:

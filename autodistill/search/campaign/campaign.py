@@ -389,7 +389,7 @@ class Campaign:
             if trial.status is None:
                 reason = f"stopped at rung {trial.rung + 1} of {len(self.question.plan.rungs)}"
                 self._end(
-                    trial, Status.STOPPED, reason if trial.rung >= 0 else "the time box ended before its first rung"
+                    trial, Status.STOPPED, reason if trial.rung >= 0 else "the time budget ended before its first rung"
                 )
         self._collector.at_the_end()
 

@@ -19,7 +19,7 @@ from autodistill.search.campaign.state import Question, TrialState
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Point
 from autodistill.strategy.strategy import Strategy
-from autodistill.utils.typed_data import hold
+from autodistill.utils.typed_data import check_typed
 
 # A value after so many times this plan's tokens counts as one at its end: tokens follow from a timing of seconds, and
 # two runs of one command hardly ever plan the same.
@@ -58,7 +58,7 @@ class WarmStart:
         Raises:
             InputError: Not that.
         """
-        hold(data, cls, "warm_start of search.json")
+        check_typed(data, cls, "warm_start of search.json")
         return cls(
             runs=tuple(data["runs"]),
             observations=tuple(

@@ -325,7 +325,7 @@ def _nothing(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
         return "no student that was judged is there to be exported: go on with --resume and more --time"
     if closest is None:
         return "nothing was trained as far as a rung: go on with --resume and more --time, or start with fewer --tokens"
-    return f"nothing fits the budget: the nearest, {closest.candidate}, {closest.describe()}; raise --budget"
+    return f"nothing fits the budget: the nearest candidate, {closest.candidate}, {closest.describe()}; raise --budget"
 
 
 def _on_device(best: Row, budget: Budget) -> list[str]:
@@ -364,7 +364,7 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
     if fitting and max(fit.slack for fit in fitting) <= 0:
         most = max(fitting, key=lambda fit: fit.need)
         notes.append(
-            f"the budget of {format_bytes(limit)} does not bind: the teacher fits in every packing, of which "
+            f"the budget of {format_bytes(limit)} excludes nothing: the teacher fits under every quantisation scheme; "
             f"{most.deployment.name} needs most, {format_bytes(most.need)}"
         )
     memory = best.memory_bytes or 0
@@ -401,7 +401,7 @@ def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> lis
     ties = "of what is equal within one standard error, the smaller is better"
     if best.kind in UNTRAINED:
         students = in_order([row for row in rows if row.kind not in UNTRAINED], metric, direction, students_only=True)
-        said = f"{named(best)} is exported, {told(best)}: nothing was trained that does better"
+        said = f"{named(best)} is exported, {told(best)}: no trained student is better"
         if not students:
             return [f"{said}, and no trained student fits"]
         return [f"{said}; the best trained student, {named(students[0])}, has {told(students[0])}; {ties}"]

@@ -12,7 +12,7 @@ from autodistill.distillation.student.check import student_spec
 from autodistill.evaluation.base import Direction
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.half_precision import load_held
-from autodistill.inference.scoring import refer
+from autodistill.inference.scoring import score_teacher
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.gains import Gain, Gains, named, unit_of
@@ -136,12 +136,12 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
     compared = compared_with(best, rows, finisher)
     known = known_on_test(best, untrained, compared, finisher)
     if known is not None:
-        finisher.line("the test split is not opened again: what is exported has been scored on it")
+        finisher.line("the test split is not used again: what is exported has been scored on it")
         return known
     record_test_opening(finisher.run.path.parent, run=finisher.run.name, data=finisher.data.fingerprint)
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
     teacher = load_held(finisher.teacher.folder, setting.held, setting.device)
-    _, reference = refer(teacher, data, device=setting.device)
+    _, reference = score_teacher(teacher, data, device=setting.device)
     results: list[Row] = []
 
     def evaluated(model: Any, one: _Scored) -> Evaluation:

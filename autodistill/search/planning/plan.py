@@ -116,7 +116,7 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
     remedy = f"--time {least}s" if least < 600 else f"--time {math.ceil(least / 60)}m"
     less = "" if demand.tokens is None else ", or fewer --tokens"
     raise InputError(
-        f"a time box of {format_duration(demand.box_seconds)} does not hold the training of "
+        f"a time budget of {format_duration(demand.box_seconds)} does not hold the training of "
         f"{'the baseline' if demand.baselines else 'one trial'} and what goes with it: give {remedy} or more{less}"
     )
 
@@ -155,7 +155,7 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
             trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
         tokens = max(fewest_tokens(batch), min(tokens, most))
         if trials < _TRIALS and demand.trials is None:
-            notes.append(f"the box holds {trials} trials; {_TRIALS} are usual: give it more --time")
+            notes.append(f"the time budget holds {trials} trials; {_TRIALS} are usual: give it more --time")
         if tokens < _FEWEST_STEPS * batch:
             notes.append(f"{tokens // batch} optimiser steps a trial hardly tell strategies apart: give it more --time")
     plan = _build(demand, speed, workers, trials, tokens, tuple(notes))
@@ -165,7 +165,9 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     expected = sum(plan.seconds.values())
     if demand.box_seconds is not None and expected > demand.box_seconds:
         short = format_duration(expected - demand.box_seconds)
-        extra = f"the plan is expected to take {short} longer than the box; trials that do not fit will not start"
+        extra = (
+            f"the plan is expected to take {short} longer than the time budget; trials that do not fit will not start"
+        )
         plan = _build(demand, speed, workers, trials, tokens, (*notes, extra))
     return plan
 

@@ -18,7 +18,7 @@ from autodistill.models.spec import ModelSpec
 from autodistill.strategy.space import Point, Space
 from autodistill.strategy.strategy import Distillation, Strategy
 from autodistill.units import format_bytes
-from autodistill.utils.typed_data import hold
+from autodistill.utils.typed_data import check_typed
 
 # Strategies that stand for all of a space: as many as say where between its ends training stops to fit.
 _EXAMPLES = 200
@@ -66,7 +66,7 @@ class TrainingNeed:
         """Reads what `to_json` wrote; None of a trial that nobody asked it of."""
         if data is None:
             return None
-        hold(data, cls, "training")
+        check_typed(data, cls, "training")
         return cls(**data)
 
 

@@ -21,7 +21,7 @@ def parse_runs(text: str) -> tuple[str, ...]:
     """
     names = tuple(name.strip() for name in text.split(","))
     if not all(names) or len(set(names)) < len(names):
-        raise InputError(f"--warm-start takes names of runs parted by commas, each once, not {text!r}")
+        raise InputError(f"--warm-start takes names of runs separated by commas, each once, not {text!r}")
     return names
 
 

@@ -102,7 +102,8 @@ def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
             else "--budget, or lower --context" + (" or the streams (--batch, @streams)" if budget.batch > 1 else "")
         )
         raise NothingFitsError(
-            f"nothing fits: of the student that needs least ({least.init.describe()}), {miss.said}; raise {remedy}"
+            f"nothing fits, not even the student with the lowest requirements ({least.init.describe()}): {miss.said}; "
+            f"raise {remedy}"
         )
 
 

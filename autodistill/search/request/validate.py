@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.data.dataset import SEQUENCE_LENGTH
-from autodistill.data.documents import Source, resolve_data
+from autodistill.data.documents import DataSource, resolve_data
 from autodistill.distillation.student.check import check_strategy
 from autodistill.distillation.teacher.resolve import TeacherRef, resolve_teacher
 from autodistill.distillation.training.plan import Plan
@@ -71,7 +71,7 @@ class Checked:
     name: str
     teacher: TeacherRef
     teacher_reference: str
-    source: Source
+    source: DataSource
     data_reference: str
     space: Space
     space_reference: str
@@ -244,14 +244,14 @@ def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> 
         return float(before)
     taken = {
         "--confirm trains the best again on further seeds": bool(request.confirm),
-        f"the space {space.name} says how far the best are trained on (lengths)": len(space.lengths) > 1,
-        "--trials and --tokens fix the work, and there is no time box": bool(
+        f"the space {space.name} says how far the best are trained further (lengths)": len(space.lengths) > 1,
+        "--trials and --tokens fix the work, and there is no time budget": bool(
             request.trials and request.tokens and request.time_seconds is None
         ),
     }
     why = next((reason for reason, holds in taken.items() if holds), None)
     if why is not None and asked is not None and asked < 1:
-        raise InputError(f"--explore {asked:g} leaves time for training the best on, but {why}: leave one of them out")
+        raise InputError(f"--explore {asked:g} leaves time to train the best further, but {why}: leave one of them out")
     if why is not None or request.strategy is not None:
         return 1.0
     return EXPLORE if asked is None else asked

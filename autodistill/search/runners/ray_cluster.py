@@ -24,7 +24,7 @@ from autodistill.errors import AutoDistillError, InputError, LostClusterError
 from autodistill.hardware.machine import Gpu, Machine
 from autodistill.utils.process_exit import end_process, sigterm_kept
 from autodistill.utils.storage import Storage
-from autodistill.utils.timeouts import NotInTimeError, in_time
+from autodistill.utils.timeouts import CallTimeoutError, call_with_timeout
 
 _DISTRIBUTION = "autodistill-search"
 # Read by Ray when it is imported or started; a person's own settings go before.
@@ -352,8 +352,8 @@ def _shut_down() -> None:
 def _in_time(connect: Callable[[], None], address: str) -> None:
     """Connects in a thread, which is left alone where it does not come to an end."""
     try:
-        in_time(connect, _JOIN_SECONDS, "ray-join")
-    except NotInTimeError:
+        call_with_timeout(connect, _JOIN_SECONDS, "ray-join")
+    except CallTimeoutError:
         raise InputError(
             f"what listens at {address} did not answer as a Ray cluster does within {_JOIN_SECONDS:.0f} s: check "
             f"--ray-address; or {_TOKEN}"

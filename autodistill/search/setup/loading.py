@@ -19,8 +19,8 @@ from autodistill.data.tokenization import check_ids, load_tokenizer
 from autodistill.distillation.student.check import check_rendering
 from autodistill.distillation.student.pretrained import token_rows
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher, text_files
-from autodistill.distillation.teacher.signals import check_told
 from autodistill.distillation.teacher.stored_grids import StoredAs, stored_as
+from autodistill.distillation.teacher.target_sources import check_logprobs
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold, holdable
 from autodistill.estimates.serving_memory import memory
@@ -156,7 +156,7 @@ def load(checked: Checked, place: Place) -> Loaded:
     data = replace(data, notes=(*checked.source.notes, *data.notes))
     for split in data.splits:
         check_ids(int(load_split(data.folder, split).tokens.max(initial=0)), spec.vocabulary, teacher.name)
-    check_told(signal_cases(checked.space), data.splits["train"].told > 0)
+    check_logprobs(signal_cases(checked.space), data.splits["train"].told > 0)
     _check_sayable(checked, teacher.folder, data, rows, renderings)
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
     whole = memory_of_trials(place, spec, teacher_fit)

@@ -321,8 +321,8 @@ def _time_asked(
     share = 1.0 if box is None or not scaled else min(1.0, max(0.0, _ASKED_SHARE * box - fixed) / scaled)
     if share < 1:
         notes.append(
-            f"an evaluation reads {share:.0%} of the tasks' examples, 8 at least of each: the box pays for no more; "
-            "give it more --time"
+            f"an evaluation reads {share:.0%} of the tasks' examples, 8 at least of each: the time budget allows no "
+            "more; give it more --time"
         )
     return replace(speed, asked=fixed + scaled * share), share, tuple(notes)
 

@@ -14,7 +14,7 @@ from autodistill.distillation.losses.attention import teacher_layer
 from autodistill.distillation.losses.hidden_states import layer_map
 from autodistill.distillation.student.build import kept_layers
 from autodistill.distillation.teacher.build_cache import ensure_cache
-from autodistill.distillation.teacher.importance import Calibration, ensure_calibration
+from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.distillation.teacher.output_cache import META, CacheSettings
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError, TrialFailedError
@@ -24,7 +24,7 @@ from autodistill.evaluators.tasks.command import NAME as COMMAND
 from autodistill.evaluators.tasks.command import Command
 from autodistill.hardware.device import Device
 from autodistill.inference.outputs import TeacherReference
-from autodistill.inference.scoring import refer
+from autodistill.inference.scoring import score_teacher
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.phase_clock import Clock
@@ -50,7 +50,7 @@ def calibration_file(checked: Checked, loaded: Loaded) -> Path | None:
     """File of the teacher's calibration, made if a strategy of the space chooses by it."""
     if not any(strategy.init.selective for strategy in checked.space.extremes()):
         return None
-    return ensure_calibration(
+    return ensure_importance(
         loaded.load_teacher,
         teacher_fingerprint=loaded.outputs_of,
         data_fingerprint=loaded.data.fingerprint,
@@ -64,7 +64,7 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path 
     """What the trials of a space may ask of the teacher's cache, but for what layers are chosen by a calibration that
     is not there yet.
     """
-    importance = Calibration.load(calibration) if calibration else None
+    importance = PartImportance.load(calibration) if calibration else None
     cases = [
         (kept_layers(init, spec.layers, importance), item)
         for init, item in alignment_cases(space, spec.layers)
@@ -210,7 +210,7 @@ def _accuracy(
     if found is not None and reference_file.exists():
         return float(found)
     with clock.phase("evaluate", "scoring the teacher"):
-        scores, reference = refer(teacher(), validation, device=device)
+        scores, reference = score_teacher(teacher(), validation, device=device)
         reference.save(reference_file)
         accuracy = float(scores.correct.mean())
         said = {"teacher_accuracy": accuracy, "tokens": len(reference.top1)}

@@ -16,7 +16,7 @@ from autodistill.data.dataset import TokenSet
 from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
 from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.quantized_cache import quantized_cache
-from autodistill.inference.scoring import refer, score
+from autodistill.inference.scoring import score, score_teacher
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales, Storage
 from autodistill.quantization.rounding import deploy_tensor
@@ -100,7 +100,7 @@ class Bench:
     def sample(self, name: str, data: TokenSet) -> Sample:
         """Reads text with the teacher as it is."""
         with self.shown({}):
-            scores, reference = refer(self.model, data, device=self.device)
+            scores, reference = score_teacher(self.model, data, device=self.device)
         return Sample(name=name, data=data, reference=reference, teacher=_measured(scores.nll, None, scores.documents))
 
     def measure(self, deployment: Deployment, sample: Sample) -> Measured:

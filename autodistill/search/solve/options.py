@@ -13,7 +13,7 @@ from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, me
 from autodistill.hardware.budget import Budget, on_gpu
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import CACHE_BYTES, TYPES, packing_by_tensor, tensor_bytes
+from autodistill.quantization.formats import CACHE_BYTES, TYPES, scheme_by_tensor, tensor_bytes
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
 
@@ -101,14 +101,14 @@ class Options:
     def deployment(self, types: Mapping[str, str], cache_types: tuple[str, str]) -> Deployment:
         """The deployment of a type for every matrix, by name, and two for the cache."""
         tensors = self.matrices | self.tables
-        packing = packing_by_tensor({tensors[name]: kind for name, kind in types.items()})
+        scheme = scheme_by_tensor({tensors[name]: kind for name, kind in types.items()})
         return Deployment(
             runtime="llama.cpp",
-            format=packing.format,
-            bits=packing.bits,
-            group_size=packing.group_size,
-            symmetric=packing.symmetric,
-            types=packing.types,
+            format=scheme.format,
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            types=scheme.types,
             cache_type_k=cache_types[0],
             cache_type_v=cache_types[1],
         )

@@ -11,7 +11,7 @@ from autodistill.distillation.losses.attention import TeacherBlock, teacher_laye
 from autodistill.distillation.losses.hidden_states import layer_map
 from autodistill.distillation.student.check import check_rendering
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
-from autodistill.distillation.teacher.signals import LiveTeacher, check_told
+from autodistill.distillation.teacher.target_sources import LiveTeacher, check_logprobs
 from autodistill.distillation.training.fsdp import Sharding
 from autodistill.errors import InputError
 from autodistill.inference.half_precision import load_held
@@ -75,7 +75,7 @@ class Workbench:
         """
         recipe, layers = strategy.distillation, self.setting.teacher_spec.layers
         check_rendering(strategy, self.setting.renderings)
-        check_told([recipe], self.train.told is not None)
+        check_logprobs([recipe], self.train.told is not None)
         pairs = layer_map(recipe.alignment, kept, layers) if recipe.alignment else ()
         states = {pair.teacher_state for pair in pairs}
         if recipe.attention:

@@ -17,7 +17,7 @@ from autodistill.distillation.losses.attention import teacher_layer
 from autodistill.distillation.student.build import build_student, save_student
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.student.pretrained import describe_tokens
-from autodistill.distillation.teacher.importance import Calibration
+from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.distillation.training.checkpoint import read_metadata
 from autodistill.distillation.training.fsdp import whole_model
 from autodistill.distillation.training.learning_rate import branch_point, end_of
@@ -149,7 +149,7 @@ class Trial:
             model,
             probe,
             plan.eval_tokens if last else plan.rung_eval_tokens,
-            scales if finishing and probe.packing == finishing.packing else None,
+            scales if finishing and probe.scheme == finishing.scheme else None,
             in_parts=not last,
             bar=bar,
         )
@@ -454,7 +454,7 @@ def initial_student(setting: TrialSetting, init: Init, seed: int) -> tuple[Any, 
         setting.teacher,
         init,
         seed=seed,
-        calibration=Calibration.load(setting.calibration) if setting.calibration and init.selective else None,
+        calibration=PartImportance.load(setting.calibration) if setting.calibration and init.selective else None,
         pretrained=setting.pretrained.get(init.model),
     )
     if setting.rendering(init):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from autodistill.distillation.losses.hidden_states import Pair, layer_map
 from autodistill.distillation.student.build import build_student, kept_layers, same_depth
 from autodistill.distillation.student.shapes import student_depth
-from autodistill.distillation.teacher.importance import Calibration
+from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.errors import InputError
 from autodistill.models.loading import decoder_layers
 from autodistill.strategy.strategy import Alignment, Init
@@ -50,7 +50,7 @@ def test_contiguous_layers(depth, layers, expected):
 
 def _calibration(similarity):
     empty = torch.zeros(0, dtype=torch.float64)
-    return Calibration(similarity=similarity, neurons=empty, groups=empty, channels=empty)
+    return PartImportance(similarity=similarity, neurons=empty, groups=empty, channels=empty)
 
 
 def test_influence_drops_the_block_that_turns_the_state_least():

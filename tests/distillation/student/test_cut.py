@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.build import build_student, init_spec
-from autodistill.distillation.teacher.importance import Calibration, calibrate
+from autodistill.distillation.teacher.importance import PartImportance, measure_importance
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import FAMILIES
 from autodistill.models.loading import decoder_layers, load_model
@@ -40,7 +40,7 @@ def teacher(request, tmp_path_factory):
 def importance(teacher):
     """Importances in an order of their own, so that no cut happens to keep the first parts."""
     torch.manual_seed(1)
-    return Calibration(
+    return PartImportance(
         similarity=torch.rand(5, 5, dtype=torch.float64),
         neurons=torch.rand(4, 192, dtype=torch.float64),
         groups=torch.rand(4, 4, dtype=torch.float64),
@@ -192,7 +192,7 @@ def test_calibration_is_what_the_definitions_say(teacher, data):
     kind = family_of(teacher)
     neox = kind == "gpt_neox"
     tokens = np.random.default_rng(0).integers(0, 300, data).astype(np.int32)
-    found = calibrate(load_model(teacher, torch.float32), TokenSet(tokens=tokens, documents=tokens))
+    found = measure_importance(load_model(teacher, torch.float32), TokenSet(tokens=tokens, documents=tokens))
     model = double(teacher)
     seen = {}
     normed = torch.zeros(128, dtype=torch.float64)

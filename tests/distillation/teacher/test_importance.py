@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from autodistill.distillation.teacher.importance import SEQUENCES, Calibration, ensure_calibration
+from autodistill.distillation.teacher.importance import SEQUENCES, PartImportance, ensure_importance
 from autodistill.models.loading import load_model
 
 
@@ -15,12 +15,12 @@ def test_it_is_made_once_for_each_teacher_and_data(workshop, tmp_path):
         return load_model(workshop.teacher, torch.float32)
 
     def ensure(teacher="t", data="d"):
-        return ensure_calibration(
+        return ensure_importance(
             load, teacher_fingerprint=teacher, data_fingerprint=data, data=workshop.data, root=tmp_path
         )
 
     path = ensure()
-    first = Calibration.load(path)
+    first = PartImportance.load(path)
     assert first.similarity.shape == (7, 7)
     assert first.similarity.diagonal()[1:].tolist() == pytest.approx([1.0] * 6)  # the padding token is embedded as 0
     assert ensure() == path
@@ -32,7 +32,7 @@ def test_it_is_made_once_for_each_teacher_and_data(workshop, tmp_path):
     path.write_bytes(damaged)
     assert ensure() == path
     assert len(made) == 4
-    assert torch.equal(Calibration.load(path).neurons, first.neurons)
+    assert torch.equal(PartImportance.load(path).neurons, first.neurons)
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".safetensors"] * 3
 
 
@@ -45,7 +45,7 @@ def test_only_the_first_sequences_count(workshop, tmp_path):
 
     def calibration(data, name):
         arguments = {"teacher_fingerprint": "t", "data_fingerprint": name, "data": data, "root": tmp_path}
-        return Calibration.load(ensure_calibration(lambda: load_model(workshop.teacher, torch.float32), **arguments))
+        return PartImportance.load(ensure_importance(lambda: load_model(workshop.teacher, torch.float32), **arguments))
 
     head, whole = calibration(more.head(SEQUENCES * 32), "head"), calibration(more, "whole")
     assert torch.equal(head.channels, whole.channels)

@@ -25,7 +25,7 @@ from autodistill.export.gguf import GgufExporter
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
-from autodistill.models.pretokenizers import CUTS
+from autodistill.models.pretokenizers import PRETOKENIZERS
 from autodistill.models.stored_tensors import stored_type
 from autodistill.serving.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
@@ -623,7 +623,7 @@ def test_a_gguf_files_text_is_cut_as_llama_cpp_cuts_it(
         del vocab[name]
     vocab |= {"34": 300, "Ġ34": 301}
     description["model"]["merges"] = [*merges[:-2], ["3", "4"], ["Ġ", "34"]]
-    description["pre_tokenizer"] = next(cut.pre_tokenizer for cut in CUTS if pre in cut.names)
+    description["pre_tokenizer"] = next(cut.pre_tokenizer for cut in PRETOKENIZERS if pre in cut.names)
     (teacher / "tokenizer.json").write_text(json.dumps(description))
     artifact = GgufExporter().export(
         teacher, Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0), tmp_path / "out"

@@ -24,7 +24,7 @@ from autodistill.inference.half_precision import held_as_deployed, load_held
 from autodistill.models.config import spec_from_config
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import FORMATS, Packing
+from autodistill.quantization.formats import FORMATS, QuantizationScheme
 from autodistill.quantization.grids import Q4_0, Q4_1, Q8_0, Grid
 from autodistill.quantization.learned_scales import SCALES_FILE, read_scales
 from autodistill.quantization.packing import deployed, from_bf16_bits, to_bf16_bits
@@ -48,11 +48,9 @@ def _deployment(name: str, bits: int = 0, group_size: int = 0, symmetric: bool =
     (grid, *others) = FORMATS[name].linears
     if not others and isinstance(grid, Grid):
         bits, group_size, symmetric = grid.bits, grid.group_size, grid.symmetric
-    packing = Packing(format=name, bits=bits, group_size=group_size, symmetric=symmetric, **more)
-    fields = {
-        field: getattr(packing, field) for field in ("format", "bits", "group_size", "symmetric", "keep", "types")
-    }
-    return Deployment(runtime=serving(packing)[0], **fields)
+    scheme = QuantizationScheme(format=name, bits=bits, group_size=group_size, symmetric=symmetric, **more)
+    fields = {field: getattr(scheme, field) for field in ("format", "bits", "group_size", "symmetric", "keep", "types")}
+    return Deployment(runtime=serving(scheme)[0], **fields)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from autodistill.cli.app import main
 from autodistill.cli.summary import written_summary
 from autodistill.data.chat_template import Renderer
-from autodistill.data.conversations import asked, told_of
+from autodistill.data.conversations import logprobs_of, single_turn
 from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
@@ -154,7 +154,7 @@ def test_what_the_teacher_does_not_read_is_counted_and_the_rest_written(request_
     assert (fewer["written"], fewer["too_long"]) == (3, 0)
     # What was written with other settings is learnt too, which is not to be a surprise.
     assert (again["others"], fewer["others"]) == (0, 2)
-    assert "2 more answers stand there, of other prompts or settings" in written_summary(fewer)
+    assert "2 more answers are in the file, from other prompts or settings" in written_summary(fewer)
 
 
 def test_a_prompt_that_the_teacher_has_no_numbers_for_is_named_and_the_others_kept(
@@ -203,7 +203,7 @@ def test_answers_are_data_and_cut_ones_are_not(request_: WriteRequest, monkeypat
     assert (counts["written"], counts["unfinished"], counts["prompt_tokens"], counts["answer_tokens"]) == (3, 1, 15, 12)
     documents = resolve_data(str(request_.out)).documents
     assert sorted(documents, key=str) == sorted(
-        [asked(PROMPTS[0], "paints"), asked(PROMPTS[2], "repairs\nit")], key=str
+        [single_turn(PROMPTS[0], "paints"), single_turn(PROMPTS[2], "repairs\nit")], key=str
     )
     options = {"max_tokens": 8, "top_logprobs": 0, "temperature": 0.7, "top_p": 0.9, "seed": 3}
     assert all(options.items() <= one.items() for one in seen)
@@ -338,8 +338,8 @@ def test_a_prompt_that_is_refused_stops_no_other_and_is_told(
     # The others are not asked again; what was refused is, since a server may be given more room.
     assert main(line.removesuffix(" --format json").split()) == 0
     printed = capfd.readouterr().out
-    assert "0 answers written, 28 kept from before, of 30 prompts" in printed
-    assert '2 prompts were refused, and are asked again by the same command. The first, "p' in printed
+    assert "0 answers written, 28 from before, of 30 prompts" in printed
+    assert '2 prompts were refused; the same command asks them again. The first, "p' in printed
     assert sorted(seen[30:]) == ["p03", "p11"]
     del wrong["p03"]
     assert write_data(replace(request_, endpoint=url, model="big", max_tokens=256))["written"] == 1
@@ -365,7 +365,7 @@ def test_an_answer_without_a_word_is_kept_and_not_asked_for_again(
     assert "3 answers written" in printed
     assert "1 answers reached --max-tokens and are not learnt" in printed
     assert "1 answers are blank and are not learnt" in printed
-    assert list(resolve_data(str(request_.out)).documents) == [asked(PROMPTS[2], "repairs")]
+    assert list(resolve_data(str(request_.out)).documents) == [single_turn(PROMPTS[2], "repairs")]
     assert main(line.split()) == 0
     assert "0 answers written, 3 kept" in capfd.readouterr().out
     assert sorted(seen) == sorted(PROMPTS)
@@ -540,7 +540,7 @@ def test_log_probabilities_come_through_to_the_token_sets(
 
 
 def test_what_is_as_good_as_impossible_is_one_of_the_rest() -> None:
-    told = told_of("v", [7, 8, 9], [[(7, -0.1), (3, -9999.0)], [(8, math.nan)], [(9, 1e-9), (4, -math.inf)]])
+    told = logprobs_of("v", [7, 8, 9], [[(7, -0.1), (3, -9999.0)], [(8, math.nan)], [(9, 1e-9), (4, -math.inf)]])
     assert told.likeliest.ids.tolist() == [[7], [-1], [9]]
     assert told.likeliest.log_p.tolist() == [[pytest.approx(-0.1)], [0.0], [0.0]]
 
@@ -791,7 +791,7 @@ def test_the_command_line_says_what_was_done(
     line = f"write --prompts {request_.prompts} --out {request_.out} --teacher {teacher} --max-tokens 4"
     assert main([*line.split(), "--temperature", "0.9", "--cache", str(request_.cache)]) == 0
     printed = capfd.readouterr()
-    assert f"3 answers written, 0 kept from before, of 3 prompts: {request_.out}" in printed.out
+    assert f"3 answers written, 0 from before, of 3 prompts: {request_.out}" in printed.out
     assert "12 of answers" in printed.out
     assert "3 answers reached --max-tokens and are not learnt" in printed.out
     assert main([*line.split(), "--top-p", "2"]) == 2

@@ -233,16 +233,16 @@ def test_of_one_document_only_equal_figures_tie() -> None:
 def test_a_page_says_of_how_many_documents_its_errors_are_and_warns_of_few() -> None:
     many = row("a", documents={"ids": list(range(12)), "count": [5] * 11 + [0], "sum": [1] * 12})
     some = row("b", documents=documents([1.0] * 40))
-    assert rests_on([row("c"), many]) == "± is of 11 documents."
-    assert rests_on([many, some]) == "± is of 11 to 40 documents."
+    assert rests_on([row("c"), many]) == "± comes from 11 documents."
+    assert rests_on([many, some]) == "± comes from 11 to 40 documents."
     few = rests_on([row("d", documents=documents([1.0] * 4))])
-    assert few.startswith("± is of 4 documents: fewer than 10 say little of others")
-    assert rests_on([row("e", documents=documents([1.0]))]).startswith("± is of 1 document: fewer")
+    assert few.startswith("± comes from 4 documents: with fewer than 10, errors")
+    assert rests_on([row("e", documents=documents([1.0]))]).startswith("± comes from 1 document: with fewer")
     assert rests_on([row("c")]) == rests_on([]) == ""
     blocks = {**documents([1.0] * 12), "in_a_row": 5}
-    assert rests_on([row("f", documents=blocks)]) == "± is of 12 blocks of 5 sequences in a row of one long text."
+    assert rests_on([row("f", documents=blocks)]) == "± comes from 12 blocks of 5 sequences in a row of one long text."
     one = rests_on([row("g", documents={**documents([1.0]), "in_a_row": 2})])
-    assert one.startswith("± is of 1 block of 2 sequences in a row of one long text: fewer than 10 say little")
+    assert one.startswith("± comes from 1 block of 2 sequences in a row of one long text: with fewer than 10")
 
 
 def test_ties_of_a_minimised_metric() -> None:

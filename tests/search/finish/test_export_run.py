@@ -130,7 +130,7 @@ def test_a_card_and_the_license_lie_beside_each(run: RunFolder, tmp_path: Path) 
     for container, path in export_run(run, "t000-q8_0", ["gguf", "huggingface"], tmp_path).items():
         folder = tmp_path / container
         card = (folder / "README.md").read_text(encoding="utf-8")
-        assert f"packed here as {'gguf-q8_0' if container == 'gguf' else 'huggingface'}." in card
+        assert f"stored here as {'gguf-q8_0' if container == 'gguf' else 'huggingface'}." in card
         assert "0.3200" in card, "another packing of it"
         assert "inherit: MIT" in card
         assert "(text): CC0-1.0" in card

@@ -373,7 +373,7 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
     )
     exported = gains_on_test(teacher, teacher, [*rows, teacher], "accuracy", "max")
     assert exported.untrained is None
-    assert exported.describe().startswith("Nothing that was trained does better than the teacher itself as gguf-f16")
+    assert exported.describe().startswith("No trained student is better than the teacher itself as gguf-f16")
     assert exported.baseline is not None
     assert exported.baseline.value == pytest.approx(0.205)
 

@@ -56,7 +56,7 @@ def test_a_plan_keeps_to_its_box_or_says_that_it_cannot(
     speed = Speed(**{name: value * pace for name, value in vars(SPEED).items()})
     plan = make_plan(replace(DEMAND, box_seconds=box, train_tokens=train, trials=trials), speed, WORKERS)
     over = sum(plan.seconds.values()) > box
-    assert over == any("longer than the box" in note for note in plan.notes)
+    assert over == any("longer than the time budget" in note for note in plan.notes)
     assert plan.tokens == plan.rungs[-1]
     assert list(plan.rungs) == sorted(set(plan.rungs))
     assert all(rung % plan.batch_tokens == 0 for rung in plan.rungs)

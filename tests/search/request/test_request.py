@@ -91,7 +91,7 @@ def stored_run(asked: SearchRequest) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"objectives": "accuracy,speed"}, ["'speed'", "no direction is known", "latency"]),
+        ({"objectives": "accuracy,speed"}, ["'speed'", "direction is not known", "latency"]),
         ({"objectives": "latency,accuracy"}, ["'latency'", "put one of accuracy"]),
         ({"objectives": "perplexity,memory", "metric": "accuracy"}, ["contradicts", "leave --metric out"]),
         ({"objectives": "accuracy,exact_match"}, ["exact_match needs questions", "--data"]),
@@ -102,7 +102,7 @@ def stored_run(asked: SearchRequest) -> dict[str, Any]:
         ({"explore": 0.0}, ["--explore is a share from 0.1 to 1", "not 0"]),
         ({"explore": 0.5, "confirm": 2}, ["--explore 0.5", "--confirm", "leave one of them out"]),
         ({"explore": 0.5, "space": "longer.yaml"}, ["--explore 0.5", "(lengths)", "leave one of them out"]),
-        ({"explore": 0.5, "trials": 2, "tokens": 512}, ["--explore 0.5", "no time box", "leave one of them out"]),
+        ({"explore": 0.5, "trials": 2, "tokens": 512}, ["--explore 0.5", "no time budget", "leave one of them out"]),
         ({"baselines": ("full_recipe", "./full_recipe.yaml")}, ["there is no strategy file ./full_recipe.yaml"]),
         ({"baselines": ("gkd", "gkd")}, ["--baseline needs a name of its own", "gkd, gkd"]),
         ({"warm_start": "nobody"}, ["no run 'nobody'"]),

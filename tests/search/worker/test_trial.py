@@ -32,7 +32,7 @@ from autodistill.data.prepare import prepare
 from autodistill.distillation.student.build import build_student, save_student
 from autodistill.distillation.student.check import check_strategy, probe_deployment, student_spec, with_own
 from autodistill.distillation.student.pretrained import pretrained_spec
-from autodistill.distillation.teacher import signals
+from autodistill.distillation.teacher import target_sources
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import CacheSettings
 from autodistill.distillation.training.fake_quantize import fake_quantize_learned
@@ -50,7 +50,7 @@ from autodistill.hardware.budget import Budget
 from autodistill.inference import batching as parallel
 from autodistill.inference.half_precision import load_held
 from autodistill.inference.outputs import Answers, TeacherReference
-from autodistill.inference.scoring import refer, score
+from autodistill.inference.scoring import score, score_teacher
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.plugins import load
@@ -530,7 +530,7 @@ def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(request
     assert deployments[: len(ALL)] == ALL
     own = deployments[-1]
     probe = probe_deployment(strategy, deployments, own_first=True)
-    assert probe.packing == finishing.packing
+    assert probe.scheme == finishing.scheme
     task = _task(strategy, deployments=deployments, probe=probe, straight=True)
     shown = {}
     trial = Trial(Workbench(setting), task)
@@ -590,7 +590,7 @@ def test_named_finishings_run(lab, tmp_path, name):
     deployments = holdable(student_spec(strategy, setting.teacher_spec), with_own(strategy, ALL))
     probe = probe_deployment(strategy, deployments, own_first=True)
     assert strategy.finishing is not None
-    assert probe.packing == strategy.finishing.packing
+    assert probe.scheme == strategy.finishing.scheme
     report = Trial(Workbench(setting), _task(strategy, deployments=deployments, probe=probe, straight=True)).run(2)
     assert report.evaluation.deployment == probe
     assert 0 < report.evaluation.measurements["accuracy"].value < 1
@@ -712,7 +712,7 @@ def test_what_the_cache_lacks_is_refused_before_anything_is_trained(lab, tmp_pat
 
 def test_an_online_teacher_needs_no_cache_and_is_shared_by_trials(lab, tmp_path, monkeypatch):
     loads = []
-    monkeypatch.setattr(signals, "load_held", lambda *arguments: loads.append(1) or load_held(*arguments))
+    monkeypatch.setattr(target_sources, "load_held", lambda *arguments: loads.append(1) or load_held(*arguments))
     bench = Workbench(lab.setting(tmp_path, cache=None))
     online = Distillation(
         divergence="reverse_kl", divergence_weight=1.0, signal="online", signal_tokens=0, learning_rate=1e-3
@@ -1068,7 +1068,7 @@ def quiz(lab, tmp_path_factory):
         root=folder / "cache",
         limit_bytes=10**8,
     )
-    _, reference = refer(teacher, load_split(data.folder, "validation"))
+    _, reference = score_teacher(teacher, load_split(data.folder, "validation"))
     reference.save(folder / "reference.npz")
     plan = replace(lab.plan, sequence_length=128, batch_tokens=256, tokens=768, rungs=(256, 768), keep=(1,))
     return replace(lab, data=data, cache=cache, reference=folder / "reference.npz", plan=plan)

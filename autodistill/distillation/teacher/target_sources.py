@@ -1,4 +1,4 @@
-"""Where a step's target comes from: the cache, it and the teacher's head, the teacher in the trial, or the data."""
+"""Sources of a step's teacher targets: the cache, the cache with the teacher's head, the live teacher, or the data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autodistill.strategy.strategy import Distillation
 
 
 class LiveTeacher:
-    """A teacher that is loaded when a trial first asks for it, and then stays with its worker.
+    """A teacher that is loaded when a trial first needs it, and then stays with its worker.
 
     Args:
         folder: Of transformers.
@@ -44,13 +44,13 @@ class LiveTeacher:
 
     @cached_property
     def head(self) -> Tensor:
-        """[vocab, width]; of a model that is not loaded nothing else is read."""
+        """The output head, [vocab, width]; if the model is not loaded, nothing else is read."""
         model = self.__dict__.get("_model")
         weight: Tensor = load_head(self._folder) if model is None else model.get_output_embeddings().weight.detach()
         return weight.to(self._device, self._type)
 
     def final(self, ids: Tensor) -> Tensor:
-        """Last hidden states after the final norm, [sequences * (length - 1), width].
+        """Return last hidden states after the final norm, [sequences * (length - 1), width].
 
         Args:
             ids: int64 [sequences, length].
@@ -60,8 +60,8 @@ class LiveTeacher:
         return hidden[:, :-1].flatten(0, 1)
 
 
-def check_told(recipes: Iterable[Distillation], told: bool) -> None:
-    """Refuses recipes that learn from what was told with the text where nothing was.
+def check_logprobs(recipes: Iterable[Distillation], told: bool) -> None:
+    """Refuse recipes that learn from reported log-probabilities if the data have none.
 
     Args:
         recipes: Of a strategy or a space.
@@ -84,8 +84,8 @@ def target_source(
     teacher: LiveTeacher | None,
     told: Likeliest | None = None,
 ) -> Callable[[list[int], Tensor, float], Target]:
-    """A function from sequences' indices, their ids int64 [sequences, length] as the teacher reads them, and a
-    temperature to their target.
+    """Return a function to teacher targets from sequence indices, a temperature, and ids int64 [sequences, length] as
+    the teacher reads them.
 
     Args:
         recipe: Says which signal is read.
@@ -95,7 +95,7 @@ def target_source(
     """
 
     def target(indices: list[int], ids: Tensor, temperature: float) -> Target:
-        """What the teacher supplies for these sequences."""
+        """Return the teacher's targets for these sequences."""
         if recipe.signal == "online":
             assert teacher is not None
             states, head = teacher.final(ids), teacher.head

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from autodistill.distillation.student.build import build_student
-from autodistill.distillation.teacher.signals import LiveTeacher
+from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.errors import TrialFailedError
 from autodistill.models.loading import load_model
 from autodistill.strategy.strategy import Distillation, Init, Strategy, Temperature
@@ -233,11 +233,11 @@ def test_a_step_without_answers_moves_nothing(workshop):
 
 
 def test_a_live_teacher_is_loaded_once_and_only_if_asked(workshop, monkeypatch):
-    from autodistill.distillation.teacher import signals
+    from autodistill.distillation.teacher import target_sources
 
     loads = []
-    load = signals.load_held
-    monkeypatch.setattr(signals, "load_held", lambda *arguments: loads.append(1) or load(*arguments))
+    load = target_sources.load_held
+    monkeypatch.setattr(target_sources, "load_held", lambda *arguments: loads.append(1) or load(*arguments))
     teacher = LiveTeacher(workshop.teacher)
     assert loads == []
     ids = torch.from_numpy(workshop.data.tokens[:2].astype(np.int64))
@@ -250,12 +250,12 @@ def test_a_live_teacher_is_loaded_once_and_only_if_asked(workshop, monkeypatch):
 
 @pytest.mark.parametrize(("architecture", "tied"), [("llama", True), ("qwen3", False), ("gpt_neox", False)])
 def test_a_head_that_is_read_alone_is_the_models(tmp_path, monkeypatch, architecture, tied):
-    from autodistill.distillation.teacher import signals
+    from autodistill.distillation.teacher import target_sources
 
     folder = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=tied)
     expected = load_model(folder, torch.float32).get_output_embeddings().weight
     for name in ("load_held", "load_model"):
-        monkeypatch.setattr(signals, name, lambda *rest: pytest.fail("all of the teacher was loaded"))
+        monkeypatch.setattr(target_sources, name, lambda *rest: pytest.fail("all of the teacher was loaded"))
     head = LiveTeacher(folder).head
     assert head.dtype == torch.float32
     assert torch.equal(head, expected)
