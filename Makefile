@@ -23,7 +23,7 @@ crash:
 
 # 100 wrong changes of the core at random: at least 95% must be found.
 mutants:
-	$(PYTHON) benchmarks/mutants.py
+	$(PYTHON) -m benchmarks.reliability.mutants
 
 # Every hostile input, with counts by area and command.
 hostile:

@@ -29,7 +29,7 @@ REQUIRED = distributions(PROJECT["project"]["dependencies"])
 EXTRAS = {name: distributions(texts) for name, texts in PROJECT["project"]["optional-dependencies"].items()}
 
 
-OWN = {*sys.stdlib_module_names, "autodistill", "tests", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
+OWN = {*sys.stdlib_module_names, "autodistill", "benchmarks", "tests"}
 
 
 def imported(*folders: str) -> dict[str, set[str]]:

@@ -62,10 +62,10 @@ ONNX_UNUSED_ROWS = 0.6
 
 BASIS: Mapping[str, str] = {
     "llama.cpp": "buffers as llama.cpp's own log states them on a CPU; the process's overhead measured on Linux x86-64",
-    "transformers": "the peak of a process on a CPU (benchmarks/memory_estimate.py): activations counted by module, "
+    "transformers": "the peak of a process on a CPU (benchmark memory_estimate): activations counted by module, "
     "and the heap's holes",
     "vllm": "predicted: packed weights, pages of cache and a step's activations by vLLM's defaults; not measured",
-    "onnxruntime": "the peak of a process that reads prompts on a CPU (benchmarks/memory_estimate.py), in float32 or "
+    "onnxruntime": "the peak of a process that reads prompts on a CPU (benchmark memory_estimate), in float32 or "
     "with products by weights on a grid",
 }
 """What the figures of a runtime rest on."""

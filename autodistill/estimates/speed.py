@@ -17,7 +17,7 @@ from autodistill.strategy.deployment import Deployment
 PROMPT_TOKENS = 512
 """Of the prompt whose time to the first token is predicted, where none is given."""
 
-# llama.cpp has CPU kernels for them that lay rows out anew, or are as fast (benchmarks/k_quants.py).
+# llama.cpp has CPU kernels for them that lay rows out anew, or are as fast (benchmarks/engine/k_quants.py).
 _FAST_KERNELS = ("gguf-q4_0", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k", "gguf-q4_k", "gguf-q3_k", "gguf-q2_k")
 _PLAIN_KERNEL = 0.6  # of the rate of those, where it does not: Q5_0, as measured where the shares were
 _FLOAT32 = ("cpu", "board", "phone")  # classes whose runtimes compute in float32 where no faster 16 bits are stated

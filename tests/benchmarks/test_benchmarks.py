@@ -1,9 +1,11 @@
-"""Every benchmark can be loaded with the package as it is now."""
+"""Every benchmark says what it answers, and runs at a tiny size; what two of them hold others to is right."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,35 +13,84 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-# What a program alone needs, and no extra installs.
-NEEDED = {"torchao_reference": "torchao"}
+from benchmarks.common.program import ROOT
+from benchmarks.engine import distill_step
+from benchmarks.reliability import mutants
+
+MODULES = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
+PROGRAMS = sorted(".".join(path.with_suffix("").parts) for path, text in MODULES.items() if "\ndef main()" in text)
+# What a program alone needs, and no extra installs: a package, or a library that its command line names.
+NEEDED = {"benchmarks.engine.torchao_reference": "torchao", "benchmarks.engine.mixture_types": "a library of llama.cpp"}
+# Those whose smoke runs take about two seconds.
+QUICK = ("benchmarks.reliability.figures",)
 
 
-def test_every_benchmark_is_loaded():
-    names = [
-        path.stem
-        for path in sorted(FOLDER.glob("*.py"))
-        if path.stem not in NEEDED or importlib.util.find_spec(NEEDED[path.stem])
-    ]
-    assert len(names) > 30
-    call = [sys.executable, "-c", f"import {', '.join(names)}"]
-    done = subprocess.run(call, cwd=FOLDER, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_says_what_a_program_answers(name, monkeypatch, capsys):
+    program = importlib.import_module(name)
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    first = program.__doc__.splitlines()[0]
+    assert first.endswith((".", "?"))
+    assert first in told
+    assert f"python -m {name}" in told
+    assert "--smoke" in told
+
+
+def test_the_list_names_every_program():
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert [name for name in PROGRAMS if f"`{name.removeprefix('benchmarks.')}`" not in text] == []
+
+
+def test_a_program_reads_its_own_folder_and_what_all_share():
+    for path, text in MODULES.items():
+        own = {"common", path.parts[1]}
+        read = [node.module or "" for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+        folders = {part.split(".")[1] for part in read if part.startswith("benchmarks.")}
+        assert folders <= own, path
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS]
+)
+def test_a_program_runs_at_a_tiny_size_and_leaves_nothing(name, tmp_path):
+    if (needed := NEEDED.get(name)) and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    before = _reports()
+    environment = os.environ | {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", name, "--smoke"]
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert _reports() == before
+    assert [*tmp_path.glob("benchmark-smoke-*")] == []
+
+
+def _reports() -> dict[Path, tuple[int, int]]:
+    files = (ROOT / "benchmarks" / "reports").iterdir()
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_both_losses_of_trl_are_the_same_divergence(monkeypatch, beta):
+def test_both_losses_of_trl_are_the_same_divergence(beta):
     """What is timed is held to one figure: the mean over tokens of the generalised JSD, and its gradient."""
-    monkeypatch.syspath_prepend(FOLDER)
-    program = importlib.import_module("distill_step")
     source = torch.Generator().manual_seed(0)
     states, wanted = (torch.randn(2, 5, 16, generator=source) for _ in range(2))
     head, wanted_head = (torch.randn(50, 16, generator=source) for _ in range(2))
     own = head.clone().requires_grad_()
-    experimental = program.experimental_loss(states @ own.T, wanted @ wanted_head.T, beta)
+    experimental = distill_step.experimental_loss(states @ own.T, wanted @ wanted_head.T, beta)
     (expected,) = torch.autograd.grad(experimental, own)
-    stable = program.stable_loss(states, own, wanted, wanted_head, beta)
+    stable = distill_step.stable_loss(states, own, wanted, wanted_head, beta)
     (found,) = torch.autograd.grad(stable, own)
     assert float(stable.detach()) == pytest.approx(float(experimental.detach()), rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_lines_of_the_core_are_followed_through_a_change():
+    before = "def f(a):\n    b = a + 1\n    c = b * 2\n    return c\n"
+    after = "X = 1\n\ndef f(a):\n    b = a + 2\n    print(b)\n    c = b * 2\n    d = c\n    return c\n"
+    found = mutants.moved(before, after)
+    # Line 2 became two, another was added behind line 3, and those that stayed have moved.
+    assert (found[1], found[2], found[3], found[4]) == ([3], [4, 5], [6, 7], [8])

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import figures
-import report
+from benchmarks.common import program, report
+from benchmarks.reliability import figures
 
 
 def test_what_documents_quote_is_what_reports_have():
-    program = Path(figures.__file__)
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert [*figures.check(figures.quotes()), *figures.boards()] == []
 
 
 @pytest.fixture
@@ -56,7 +50,7 @@ def test_a_stale_figure_is_written_anew_with_as_many_digits(quoted):
     assert document.read_text() == "Of a dozen students have 36.5 ± 0.18%, which is little."
 
 
-@pytest.mark.parametrize("path", sorted((Path(figures.__file__).parent / "reports").glob("*.md")))
+@pytest.mark.parametrize("path", sorted(program.TRACKED.glob("*.md")))
 def test_a_report_names_its_records_or_says_that_it_has_none(path):
     head = path.read_text(encoding="utf-8").split("\n\n")[1:3]
     named = [one for one in path.parent.iterdir() if one.suffix in (".json", ".jsonl") and one.name in "".join(head)]
@@ -64,7 +58,7 @@ def test_a_report_names_its_records_or_says_that_it_has_none(path):
 
 
 def test_a_report_is_written_with_its_record_and_the_date_of_its_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "REPORTS", tmp_path)
+    monkeypatch.setattr(program, "REPORTS", tmp_path)
     monkeypatch.setattr(report, "_NOTED", {})
     monkeypatch.setattr(report, "_MADE", [])
     with pytest.raises(ValueError, match="noted nothing"):
@@ -82,6 +76,6 @@ def test_a_store_keeps_when_and_where_each_line_was_measured(tmp_path, monkeypat
     store.write_text('{"name": "older"}\n')
     report.add_line(store, {"name": "newer"})
     assert report.lines_of(store) == [{"name": "older"}, {"name": "newer"}]
-    monkeypatch.setattr(report, "REPORTS", tmp_path)
+    monkeypatch.setattr(program, "REPORTS", tmp_path)
     path = report.write("kept", "Kept", ["text"], store)
     assert "from [store.jsonl](store.jsonl)" in path.read_text()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,29 +13,26 @@ from scipy.stats import kendalltau
 from autodistill.distillation.student.check import probe_deployment, student_spec
 from autodistill.runs.results.row import Decision
 from autodistill.strategy.strategy import Strategy
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-Load = Callable[[str], ModuleType]
+from benchmarks.common import (
+    curves,
+    expenses,
+    math_search,
+    math_table,
+    prepared,
+    program,
+    report,
+    simulate,
+    timed_parts,
+)
+from benchmarks.common.expenses import Expense
+from benchmarks.reliability import kill, orchestration
+from benchmarks.search import rank_flip, replay, search_efficiency, search_efficiency_report
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
-
-
-@dataclass
-class Made:
+def table() -> simulate.Table:
     """A table made up: the later a rung, the nearer its accuracy to the last."""
-
-    simulate: ModuleType
-    table: Any
-
-
-@pytest.fixture
-def made(load: Load) -> Made:
-    simulate, table = load("simulate"), load("math_table")
-    space = load("math_search").space()
+    space = math_search.space()
     dice = np.random.default_rng(0)
     lines = []
     for point in space.points(lambda dimension: dimension.domain.grid or ()):
@@ -48,10 +42,10 @@ def made(load: Load) -> Made:
             continue
         probe, final = probe_deployment(strategy, allowed).name, float(dice.uniform(0.9, 1.0))
         lines.append(
-            table.Line(
+            math_table.Line(
                 strategy=strategy.to_json(),
                 seed=0,
-                tokens=table.RUNGS,
+                tokens=math_table.RUNGS,
                 initial=0.5,
                 decayed=(final - 0.3, final - 0.2, final - 0.1, final),
                 plain=(final - 0.35, final - 0.25, final - 0.15),
@@ -61,29 +55,28 @@ def made(load: Load) -> Made:
                 evaluate_seconds=0.5,
             )
         )
-    parts = load("timed_parts").Parts(
+    parts = timed_parts.Parts(
         machine="made up", step=0.1, live_step=0.125, cache=15.0, evaluation=0.5, teacher_rows=2.0
     )
-    return Made(simulate, simulate.Table(lines, parts))
+    return simulate.Table(lines, parts)
 
 
-def test_tau_is_scipys(load: Load) -> None:
+def test_tau_is_scipys() -> None:
     dice = np.random.default_rng(1)
     for _ in range(20):
         a, b = dice.integers(0, 6, (2, 30)).astype(float)  # with ties
-        assert load("rank_flip").tau(a, b) == pytest.approx(kendalltau(a, b).statistic, abs=1e-12)
+        assert rank_flip.tau(a, b) == pytest.approx(kendalltau(a, b).statistic, abs=1e-12)
 
 
-def test_half_of_the_shapes_do_not_fit_and_the_recipe_lies_in_the_space(made: Made) -> None:
-    points = made.simulate.points(made.table.space)
-    assert len(made.table.recorded) == len(points) // 2
-    (recipe,) = made.table.space.baselines.values()
-    assert made.table.space.point(recipe) is not None
-    assert recipe.id in made.table.lines
+def test_half_of_the_shapes_do_not_fit_and_the_recipe_lies_in_the_space(table: simulate.Table) -> None:
+    points = simulate.points(table.space)
+    assert len(table.recorded) == len(points) // 2
+    (recipe,) = table.space.baselines.values()
+    assert table.space.point(recipe) is not None
+    assert recipe.id in table.lines
 
 
-def test_a_replayed_search_finds_what_was_recorded_at_the_cost_of_its_training(made: Made) -> None:
-    simulate, table = made.simulate, made.table
+def test_a_replayed_search_finds_what_was_recorded_at_the_cost_of_its_training(table: simulate.Table) -> None:
     plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
     spent, campaign = simulate.simulate(table, plan, seed=3, sharing=False)
     again, _ = simulate.simulate(table, plan, seed=3, sharing=False)
@@ -107,8 +100,8 @@ def test_a_replayed_search_finds_what_was_recorded_at_the_cost_of_its_training(m
     assert spent.best[2] == best
 
 
-def test_samplers_are_compared_with_the_searchs_own_whichever_are_asked_for(load: Load) -> None:
-    pairs = load("replay").pairs
+def test_samplers_are_compared_with_the_searchs_own_whichever_are_asked_for() -> None:
+    pairs = replay.pairs
     reference = [0.5, 0.52, 0.54]
     (line,) = pairs(reference, [("random", "to the end", [0.48, 0.51, 0.51])]).splitlines()
     # 2, 1 and 3 points: their mean, and their standard deviation of 1 over the root of 3.
@@ -119,8 +112,7 @@ def test_samplers_are_compared_with_the_searchs_own_whichever_are_asked_for(load
     assert pairs([0.5], [("random", "to the end", [0.4])]).endswith("+10.000 points, of one seed")
 
 
-def test_sharing_trains_fewer_tokens_for_the_same_values(made: Made) -> None:
-    simulate, table = made.simulate, made.table
+def test_sharing_trains_fewer_tokens_for_the_same_values(table: simulate.Table) -> None:
     plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
     shared = [simulate.simulate(table, plan, seed=seed)[0] for seed in range(6)]
     assert sum(one.shared for one in shared) > 0
@@ -128,8 +120,7 @@ def test_sharing_trains_fewer_tokens_for_the_same_values(made: Made) -> None:
     assert sum(one.trained for one in shared) < sum(one.trained for one in own)
 
 
-def test_without_rejection_what_cannot_fit_is_trained_to_its_first_rung(made: Made) -> None:
-    simulate, table = made.simulate, made.table
+def test_without_rejection_what_cannot_fit_is_trained_to_its_first_rung(table: simulate.Table) -> None:
     plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
     _, campaign = simulate.simulate(table, plan, seed=0, rejection=False)
     unfit = [trial for trial in campaign.trials.values() if not trial.task.deployments]
@@ -138,14 +129,13 @@ def test_without_rejection_what_cannot_fit_is_trained_to_its_first_rung(made: Ma
     assert all(trial.value is None for trial in unfit)
 
 
-def test_a_search_without_a_cache_pays_for_the_teacher(load: Load, made: Made) -> None:
-    simulate, table = made.simulate, made.table
+def test_a_search_without_a_cache_pays_for_the_teacher(table: simulate.Table) -> None:
     plan = simulate.plan(4, (simulate.TOKENS,), ())
     cached, campaign = simulate.simulate(table, plan, seed=0, sharing=False)
     live, _ = simulate.simulate(table, plan, seed=0, sharing=False, live_teacher=True)
     costs = simulate.Worker(table, plan).costs
     trained = [trial.task.strategy for trial in campaign.trials.values() if trial.rung == 0]
-    taught = sum(load("prepared").learns_from_teacher(strategy) for strategy in trained)
+    taught = sum(prepared.learns_from_teacher(strategy) for strategy in trained)
     assert live.operations - cached.operations == taught * costs.online(simulate.TOKENS) - costs.cache
     # By what was timed, over the recipe's 1e-4 s a token: a quarter of its training live, and one and a half to cache.
     training = 1e-4 * simulate.TOKENS
@@ -153,26 +143,24 @@ def test_a_search_without_a_cache_pays_for_the_teacher(load: Load, made: Made) -
     assert [one[2] for one in live.curve] == [one[2] for one in cached.curve]
 
 
-def test_the_seconds_of_a_search_hold_all_that_its_operations_do(load: Load, made: Made) -> None:
-    simulate, table, tokens = made.simulate, made.table, load("math_search")
+def test_the_seconds_of_a_search_hold_all_that_its_operations_do(table: simulate.Table) -> None:
     plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
     spent, campaign = simulate.simulate(table, plan, seed=3, sharing=False)
     # Of every student alike: 0.5 s for what the table's evaluations read on the mean, three rungs and the end.
-    question = 0.5 / ((3 * tokens.RUNG_QUESTIONS + tokens.QUESTIONS) / 4)
+    question = 0.5 / ((3 * math_search.RUNG_QUESTIONS + math_search.QUESTIONS) / 4)
     judged = 0
     for event in campaign._log.read():
         last = event.get("rung") == len(plan.rungs) - 1
-        judged += (tokens.QUESTIONS if last else tokens.RUNG_QUESTIONS) * (event["event"] == "rung")
+        judged += (math_search.QUESTIONS if last else math_search.RUNG_QUESTIONS) * (event["event"] == "rung")
     more = sum(len(trial.task.deployments) - 1 for trial in campaign.trials.values() if trial.status == "completed")
-    cache, teacher = 1.5 * 1e-4 * simulate.TOKENS, 4 * question * tokens.QUESTIONS
-    evaluated = question * (judged + more * tokens.QUESTIONS)
+    cache, teacher = 1.5 * 1e-4 * simulate.TOKENS, 4 * question * math_search.QUESTIONS
+    evaluated = question * (judged + more * math_search.QUESTIONS)
     assert spent.seconds == pytest.approx(1e-4 * spent.trained + evaluated + cache + teacher)
     assert spent.curve[-1][1] <= spent.seconds
     assert spent.curve[0][1] >= cache + teacher + 1e-4 * simulate.TOKENS
 
 
-def test_two_workers_spend_the_same_in_fewer_seconds_of_the_box(made: Made) -> None:
-    simulate, table = made.simulate, made.table
+def test_two_workers_spend_the_same_in_fewer_seconds_of_the_box(table: simulate.Table) -> None:
     alone, beside = (
         simulate.simulate(
             table, simulate.plan(6, (simulate.TOKENS,), (), workers=workers), sampler="random", sharing=False
@@ -184,8 +172,7 @@ def test_two_workers_spend_the_same_in_fewer_seconds_of_the_box(made: Made) -> N
     assert start + 0.5 * (alone.seconds - start) <= beside.seconds < alone.seconds
 
 
-def test_a_search_is_broken_off_once_both_operations_and_seconds_are_spent(load: Load, made: Made) -> None:
-    simulate, table, expense = made.simulate, made.table, load("expenses").Expense
+def test_a_search_is_broken_off_once_both_operations_and_seconds_are_spent(table: simulate.Table) -> None:
     plan = simulate.plan(40, (simulate.TOKENS,), ())
     settings = {"sampler": "random", "sharing": False}
     whole, _ = simulate.simulate(table, plan, **settings)
@@ -196,33 +183,33 @@ def test_a_search_is_broken_off_once_both_operations_and_seconds_are_spent(load:
         (fourth[0], eighth[1], eighth),
         (eighth[0], fourth[1], eighth),
     ):
-        spent, _ = simulate.simulate(table, plan, limit=expense(operations=operations, seconds=seconds), **settings)
+        spent, _ = simulate.simulate(table, plan, limit=Expense(operations=operations, seconds=seconds), **settings)
         assert spent.curve == whole.curve[: whole.curve.index(last) + 1]
 
 
 def test_a_kind_of_student_takes_the_median_of_its_records_and_an_unrecorded_one_by_its_size(
-    load: Load, made: Made
+    table: simulate.Table,
 ) -> None:
     from dataclasses import replace
 
-    table, recipe = made.table, made.table.space.baselines[load("math_search").RECIPE]
+    recipe = table.space.baselines[math_search.RECIPE]
     lines = list(table.every.values())
     mine = [
         line
         for line in lines
-        if (one := Strategy.from_json(line.strategy)).init == recipe.init and load("prepared").learns_from_teacher(one)
+        if (one := Strategy.from_json(line.strategy)).init == recipe.init and prepared.learns_from_teacher(one)
     ]
     # One of them slow, and all others of this kind at twice the pace.
     odd = {line.id: 1.0 if line is mine[0] else 5e-5 for line in mine}
     told = [replace(line, train_seconds=odd.get(line.id, line.train_seconds)) for line in lines]
-    parts = load("timed_parts").Parts(machine="", step=0.1, live_step=0.1, cache=1.0, evaluation=0.5, teacher_rows=2.0)
-    clock = load("expenses").Clock(told, parts, recipe, table.teacher)
+    parts = timed_parts.Parts(machine="", step=0.1, live_step=0.1, cache=1.0, evaluation=0.5, teacher_rows=2.0)
+    clock = expenses.Clock(told, parts, recipe, table.teacher)
     assert clock.train(recipe, 1000) == pytest.approx(0.05)
-    plain = load("math_table").without_teacher(recipe)
+    plain = math_table.without_teacher(recipe)
     assert clock.train(plain, 1000) == pytest.approx(0.1)
     large = next(
         strategy
-        for point in made.simulate.points(table.space)
+        for point in simulate.points(table.space)
         if (strategy := table.space.strategy(point)).id not in table.lines
     )
     size = student_spec(large, table.teacher).parameters
@@ -232,8 +219,8 @@ def test_a_kind_of_student_takes_the_median_of_its_records_and_an_unrecorded_one
     assert clock.train(large, 1000) == pytest.approx(1000 * size * float(np.median(rates)))
 
 
-def test_what_an_arm_knew_and_when_it_passed_is_told_by_either_expense(load: Load) -> None:
-    curves, known = load("curves"), load("search_efficiency_report").Known
+def test_what_an_arm_knew_and_when_it_passed_is_told_by_either_Expense() -> None:
+    known = search_efficiency_report.Known
     of = {"strategy": "s", "seed": 0, "deployment": "d"}
     slow = [known(operations=1, seconds=10.0, value=0.5, **of), known(operations=2, seconds=20.0, value=0.7, **of)]
     large = [known(operations=5, seconds=12.0, value=0.5, **of), known(operations=30, seconds=24.0, value=0.8, **of)]
@@ -247,12 +234,11 @@ def test_what_an_arm_knew_and_when_it_passed_is_told_by_either_expense(load: Loa
     assert curves.speedup([slow], [large[:1]], 0.6, [100.0], "seconds").startswith("held: more than 5.0 times")
 
 
-def test_an_arm_passes_within_the_boxes_of_the_expense_that_is_counted(load: Load, made: Made) -> None:
-    report, expense = load("search_efficiency_report"), load("expenses").Expense
+def test_an_arm_passes_within_the_boxes_of_the_expense_that_is_counted(table: simulate.Table) -> None:
 
     def known(operations: float, seconds: float, value: float) -> Any:
         given = {"strategy": "s", "seed": 0, "deployment": "d"}
-        return report.Known(operations=operations, seconds=seconds, value=value, **given)
+        return search_efficiency_report.Known(operations=operations, seconds=seconds, value=value, **given)
 
     recipe = known(1.0, 1.0, 0.5)
     arms = {
@@ -261,8 +247,8 @@ def test_an_arm_passes_within_the_boxes_of_the_expense_that_is_counted(load: Loa
         "c": [[known(1.0, 8.0, 0.4), known(9.0, 10.0, 0.7)]],
         "d": [[recipe]],
     }
-    outcome = report.Outcome(
-        table=made.table, arms=arms, box=expense(operations=1.0, seconds=5.0), followed=8, chosen={}, test={}, checks=[]
+    outcome = search_efficiency_report.Outcome(
+        table=table, arms=arms, box=Expense(operations=1.0, seconds=5.0), followed=8, chosen={}, test={}, checks=[]
     )
 
     def cells(text: str) -> dict[str, list[str]]:
@@ -270,36 +256,35 @@ def test_an_arm_passes_within_the_boxes_of_the_expense_that_is_counted(load: Loa
         return {row[0][1]: row[1:] for row in rows}
 
     # Followed for 8 operations the script passes nothing, and within 40 seconds it does, where random search does not.
-    by_operations = cells(report.compute_to_pass(outcome, "operations"))
-    by_seconds = cells(report.compute_to_pass(outcome, "seconds"))
+    by_operations = cells(search_efficiency_report.compute_to_pass(outcome, "operations"))
+    by_seconds = cells(search_efficiency_report.compute_to_pass(outcome, "seconds"))
     assert [by_operations[name][0] for name in "abc"] == ["100%", "100%", "0%"]
     assert [by_seconds[name][0] for name in "abc"] == ["100%", "0%", "100%"]
     unit = outcome.recipe.seconds
     assert by_seconds["c"][1] == f"{10 / unit:.1f} (10 s)"
     # After two boxes: 2 operations, or 10 seconds.
-    assert cells(report.best_by_compute(outcome, "operations"))["c"][3] == "40.00"
-    assert cells(report.best_by_compute(outcome, "seconds"))["c"][3] == "70.00"
+    assert cells(search_efficiency_report.best_by_compute(outcome, "operations"))["c"][3] == "40.00"
+    assert cells(search_efficiency_report.best_by_compute(outcome, "seconds"))["c"][3] == "70.00"
 
 
-def test_the_script_pays_for_a_live_teacher_and_tuning_without_one_for_no_cache(load: Load, made: Made) -> None:
-    program, table, expense = load("search_efficiency"), made.table, load("expenses").Expense
-    expenses = made.simulate.Worker(table, made.simulate.plan(1, load("math_table").RUNGS, (1, 1, 1))).expenses
-    recipe = table.space.baselines[load("math_search").RECIPE]
-    evaluated = [expenses.evaluation(recipe, expenses.costs.read_at(rung)) for rung in range(4)]
-    by_hand = expenses.teacher_rows + expenses.train(recipe, made.simulate.TOKENS, live=True)
-    (student,) = program.script(table, 0, expenses.teacher_rows + expense(operations=1))
-    assert student.operations == pytest.approx((by_hand + sum(evaluated, expense())).operations)
-    assert student.seconds == pytest.approx((by_hand + sum(evaluated, expense())).seconds)
-    taught = program.tuned(table, recipe, expense(operations=1, seconds=1.0), taught=True)
-    plain = program.tuned(
-        table, load("math_table").without_teacher(recipe), expense(operations=1, seconds=1.0), taught=False
+def test_the_script_pays_for_a_live_teacher_and_tuning_without_one_for_no_cache(table: simulate.Table) -> None:
+    costs = simulate.Worker(table, simulate.plan(1, math_table.RUNGS, (1, 1, 1))).expenses
+    recipe = table.space.baselines[math_search.RECIPE]
+    evaluated = [costs.evaluation(recipe, costs.costs.read_at(rung)) for rung in range(4)]
+    by_hand = costs.teacher_rows + costs.train(recipe, simulate.TOKENS, live=True)
+    (student,) = search_efficiency.script(table, 0, costs.teacher_rows + Expense(operations=1))
+    assert student.operations == pytest.approx((by_hand + sum(evaluated, Expense())).operations)
+    assert student.seconds == pytest.approx((by_hand + sum(evaluated, Expense())).seconds)
+    taught = search_efficiency.tuned(table, recipe, Expense(operations=1, seconds=1.0), taught=True)
+    plain = search_efficiency.tuned(
+        table, math_table.without_teacher(recipe), Expense(operations=1, seconds=1.0), taught=False
     )
-    assert taught[0].seconds - plain[0].seconds == pytest.approx(1.5 * 1e-4 * made.simulate.TOKENS)
-    assert taught[0].operations - plain[0].operations == expenses.costs.cache
+    assert taught[0].seconds - plain[0].seconds == pytest.approx(1.5 * 1e-4 * simulate.TOKENS)
+    assert taught[0].operations - plain[0].operations == costs.costs.cache
 
 
-def test_who_is_not_among_the_best_on_reporting_is_stopped_for_good(made: Made) -> None:
-    scheduler = made.simulate.Stopping(trials=9, rungs=(1, 3, 9), keep=(3, 1))
+def test_who_is_not_among_the_best_on_reporting_is_stopped_for_good(table: simulate.Table) -> None:
+    scheduler = simulate.Stopping(trials=9, rungs=(1, 3, 9), keep=(3, 1))
     assert scheduler.report("a", 0, 0.5) is Decision.PAUSE
     assert scheduler.next_to_promote((), all_proposed=False) == "a"  # the first is the best of those before it
     scheduler.report("b", 0, 0.4)
@@ -308,51 +293,50 @@ def test_who_is_not_among_the_best_on_reporting_is_stopped_for_good(made: Made) 
     assert scheduler.next_to_promote(("a", "c"), all_proposed=True) is None  # b was stopped, and is not taken up again
 
 
-def test_halving_keeps_the_best_at_each_rung(load: Load, made: Made) -> None:
-    lines = made.table.recorded
-    halving = load("rank_flip").Halving(made.table, (1, 2), (6, 2))
+def test_halving_keeps_the_best_at_each_rung(table: simulate.Table) -> None:
+    lines = table.recorded
+    halving = rank_flip.Halving(table, (1, 2), (6, 2))
     behind, cost = halving.run(np.arange(12))
     assert behind == pytest.approx(0)  # in the made-up table nobody changes places
-    costs = load("prepared").Costs(made.table.teacher, made.simulate.plan(12, made.simulate.default_rungs(), ()))
+    costs = prepared.Costs(table.teacher, simulate.plan(12, simulate.default_rungs(), ()))
     drawn = sorted(lines[:12], key=lambda line: -line.final)
     by_hand = 0
     for rung, kept in enumerate((12, 6, 2)):
         by_hand += sum(costs.stretch(Strategy.from_json(line.strategy), rung, rung - 1) for line in drawn[:kept])
-    whole = load("prepared").Costs(made.table.teacher, made.simulate.plan(12, (made.simulate.TOKENS,), ()))
+    whole = prepared.Costs(table.teacher, simulate.plan(12, (simulate.TOKENS,), ()))
     assert cost == pytest.approx(
         by_hand / sum(whole.stretch(Strategy.from_json(line.strategy), 0, -1) for line in drawn)
     )
 
 
 def test_halvings_are_tried_on_the_same_draws_until_the_time_is_over(
-    load: Load, made: Made, capsys: pytest.CaptureFixture[str]
+    table: simulate.Table, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flip, count = load("rank_flip"), len(made.table.recorded)
-    halving = flip.Halving(made.table, (1, 2), (6, 2))
-    one, other = flip.on_draws([halving, halving], count, 40, float("inf"))
+    count = len(table.recorded)
+    halving = rank_flip.Halving(table, (1, 2), (6, 2))
+    one, other = rank_flip.on_draws([halving, halving], count, 40, float("inf"))
     assert one == other
     assert len(one) == 40
     assert len({cost for _, cost in one}) > 1
     said = capsys.readouterr().err.splitlines()
     assert (said[0], said[-1]) == ("draw 2 of 40", "draw 40 of 40")
-    assert flip.on_draws([halving], count, 40, 0.0) == [one[:2]]
+    assert rank_flip.on_draws([halving], count, 40, 0.0) == [one[:2]]
 
 
-def test_results_are_made_once_for_the_same_source(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = load("kept")
-    monkeypatch.setattr(kept, "default_cache", lambda: tmp_path / "cache")
+def test_results_are_made_once_for_the_same_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "default_cache", lambda: tmp_path / "cache")
     asked: list[int] = []
 
     def make() -> int:
         asked.append(1)
         return len(asked)
 
-    assert kept.Kept("x", "1").get("a", make) == 1
-    assert kept.Kept("x", "1").get("a", make) == 1
-    assert kept.Kept("x", "2").get("a", make) == 2
+    assert report.Kept("x", "1").get("a", make) == 1
+    assert report.Kept("x", "1").get("a", make) == 1
+    assert report.Kept("x", "2").get("a", make) == 2
 
 
-def test_differences_of_killed_searches_leave_times_out(load: Load) -> None:
+def test_differences_of_killed_searches_leave_times_out() -> None:
     from dataclasses import replace
 
     from autodistill.runs.results.row import Row
@@ -361,7 +345,6 @@ def test_differences_of_killed_searches_leave_times_out(load: Load) -> None:
         row_id="t000-a", trial="t000", kind="student", name="x", deployment={}, status="completed", feasible=True,
         accuracy=0.5, train_seconds=3.0, memory_bytes=10, memory_source="measured",
     )  # fmt: skip
-    kill = load("kill")
     same = replace(row, train_seconds=4.0, memory_bytes=11)
     assert list(kill.differences({"a": same}, {"a": row})) == []
     assert list(kill.differences({"a": replace(row, accuracy=0.6)}, {"a": row})) == ["a: accuracy is 0.6, not 0.5"]
@@ -369,9 +352,8 @@ def test_differences_of_killed_searches_leave_times_out(load: Load) -> None:
 
 
 def test_the_cost_of_orchestration_is_measured_where_it_stopped(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = load("orchestration")
     measured: list[tuple[str, int, float]] = []
     started: list[str] = []
 
@@ -390,21 +372,21 @@ def test_the_cost_of_orchestration_is_measured_where_it_stopped(
         if len(measured) in (3, 5):
             raise KeyboardInterrupt
         fields = {"wall": 2.0, "spent": 1.0, "share": 0.5, "first": 0.5, "gaps": (0.25, 0.5), "processors": 3.0}
-        return program.Cost(trials=count, workers=workers, **fields)
+        return orchestration.Cost(trials=count, workers=workers, **fields)
 
-    monkeypatch.setattr(load("kept"), "default_cache", lambda: tmp_path)
-    monkeypatch.setattr(load("report"), "REPORTS", tmp_path / "reports")
-    monkeypatch.setattr(program, "LocalRay", Ray)
-    monkeypatch.setattr(program, "measure", measure)
+    monkeypatch.setattr(report, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(program, "REPORTS", tmp_path / "reports")
+    monkeypatch.setattr(orchestration, "LocalRay", Ray)
+    monkeypatch.setattr(orchestration, "measure", measure)
     monkeypatch.setattr("sys.argv", ["orchestration.py", "--seconds", "0", "30"])
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            program.main()
+            orchestration.main()
     monkeypatch.setattr("sys.argv", ["orchestration.py", "--seconds", "0", "30", "--time", "1us"])
     with pytest.raises(SystemExit, match="the time is over with 4 results: call again for the rest"):
-        program.main()
+        orchestration.main()
     monkeypatch.setattr("sys.argv", ["orchestration.py", "--seconds", "0", "30", "--time", "5m"])
-    program.main()
+    orchestration.main()
     once = [("ours", 12, 0.0), ("plain", 8, 0.0), ("ours", 12, 30.0), ("plain", 8, 30.0)]
     assert measured == [*once[:3], once[2], once[3], once[3]]
     assert "0.38 (most 0.50)" in capsys.readouterr().err
@@ -412,13 +394,12 @@ def test_the_cost_of_orchestration_is_measured_where_it_stopped(
     assert written.read_text().count("plain Ray Tune") == 2
     # Of what is known already nothing is started.
     count = len(started)
-    program.main()
+    orchestration.main()
     assert (len(started), len(measured)) == (count, 6)
     assert started == ["begun", "left"] * (count // 2)
 
 
-def test_a_search_is_killed_in_each_part_of_its_end_once_its_trials_are_over(load: Callable[[str], Any]) -> None:
-    kill = load("kill")
+def test_a_search_is_killed_in_each_part_of_its_end_once_its_trials_are_over() -> None:
     events = [
         {"event": "trial", "trial": "b000", "number": None},
         {"event": "status", "trial": "b000", "status": "completed"},

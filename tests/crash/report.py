@@ -18,15 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import report
 from tests.crash.disk import MODELS, Disk, states
 from tests.crash.kernel import why_not
 from tests.crash.replaying import ERRORS, FAILING, faults, jobs_of, many
 from tests.crash.searches import record, settle
 from tests.crash.whole import faults_of
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import report
 
 
 def main() -> None:

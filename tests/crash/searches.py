@@ -21,11 +21,8 @@ from autodistill.runs.results.row import Row, rows_of
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.event_log import EventLog
 from autodistill.utils.hashing import file_hash
+from benchmarks.reliability.kill import differences
 from tests.crash.kernel import Call, Ended, watched
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from kill import differences
 
 _SPACE = """
 name: crash

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -11,11 +10,8 @@ import psutil
 import pytest
 
 from autodistill.runs.results.row import rows_of
+from benchmarks.reliability.kill import differences, over
 from tests.search.test_kill import command, events, finish, inputs, reports, start
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from kill import differences, over
 
 __all__ = ["inputs"]
 _KILLS, _TRIALS = 5, 5

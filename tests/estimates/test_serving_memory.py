@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,12 @@ from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import BASIS, basis_of, memory
 from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.serving.llama_cpp import LlamaServer
+from benchmarks.common import model_files
 
 SIZES = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "ffn": 256, "vocab": 1000}
 SMALL = {"layers": 6, "width": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 512, "vocabulary": 512}
 Q8 = deployment_named("gguf-q8_0")
 F16 = deployment_named("huggingface")
-
-
-@pytest.fixture(scope="module")
-def written() -> Any:
-    """The benchmarks' writer of GGUF files, which knows more graphs than the exporter does."""
-    folder = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module("model_files")
-    finally:
-        sys.path.remove(folder)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +42,10 @@ def written() -> Any:
     ],
     ids=lambda case: f"{case['family']}-{case.get('kv_type', 'f16')}",
 )
-def test_buffers_are_what_llama_cpp_allocates(case: dict[str, Any], written: Any, tmp_path: Path) -> None:
-    asked = written.Case(**(SMALL | case))
+def test_buffers_are_what_llama_cpp_allocates(case: dict[str, Any], tmp_path: Path) -> None:
+    asked = model_files.Case(**(SMALL | case))
     spec, deployment = spec_of(asked.config()), deployment_named(asked.form)
-    written.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
+    model_files.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
     with LlamaServer(
         tmp_path / "model.gguf", asked.context, 1, cache_type_k=asked.kv_type, cache_type_v=asked.kv_type
     ) as server:
@@ -76,15 +64,15 @@ def test_buffers_are_what_llama_cpp_allocates(case: dict[str, Any], written: Any
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("rank", [64, 256])
 def test_of_latent_attention_llama_cpp_caches_one_vector_a_token_and_layer(
-    kv_type: str, routed: bool, rank: int, written: Any, tmp_path: Path
+    kv_type: str, routed: bool, rank: int, tmp_path: Path
 ) -> None:
     """A tiny DeepSeek: llama.cpp's own log has no values beside the latents, and the graph by heads in their space."""
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 128}
-    more = written.LATENT | {"kv_lora_rank": rank} | (experts | {"first_k_dense_replace": 1} if routed else {})
+    more = model_files.LATENT | {"kv_lora_rank": rank} | (experts | {"first_k_dense_replace": 1} if routed else {})
     sizes = SMALL | {"tied": False, "kv_type": kv_type, "context": 1024, "more": more}
-    asked = written.Case(family="deepseek_v2", **sizes)
+    asked = model_files.Case(family="deepseek_v2", **sizes)
     spec, deployment = spec_of(asked.config()), deployment_named(asked.form)
-    written.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
+    model_files.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
     with LlamaServer(tmp_path / "model.gguf", asked.context, 1, cache_type_k=kv_type, cache_type_v=kv_type) as server:
         found = server.buffers()
         assert server.complete([3, 4, 5, 6], 2, ignore_end=True).tokens  # and computes with it

@@ -127,7 +127,7 @@ def test_super_blocks_hold_rows_that_they_divide_and_other_grids_the_rest(name):
 
 
 MIXTURES = {"gguf-q4_k_m": 4, "gguf-q5_k_m": 5}
-# Written by benchmarks/mixture_types.py.
+# Written by `python -m benchmarks.engine.mixture_types`.
 QUANTISED = json.loads((Path(__file__).parent / "llama_cpp_mixtures.json").read_text())["cases"]
 
 

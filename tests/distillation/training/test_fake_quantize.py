@@ -416,7 +416,7 @@ INTEGERS = [grid for grid in get_format("compressed-tensors").linears if grid.bi
 
 @pytest.mark.parametrize("grid", INTEGERS, ids=lambda grid: grid.name)
 def test_integer_grids_are_those_of_torchao(grid):
-    """What torchao 0.18 made of the same weights, by `benchmarks/torchao_reference.py`."""
+    """What torchao 0.18 made of the same weights, by `benchmarks.engine.torchao_reference`."""
     theirs = load_file(Path(__file__).with_name("torchao.safetensors"))
     scales, zero_points, codes = (theirs[f"{grid.name}.{part}"] for part in ("scales", "zero_points", "codes"))
     weight = torch.from_numpy(np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32))

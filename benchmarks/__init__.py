@@ -1,0 +1,1 @@
+"""Programs that measure what the project says of itself, in folders by question."""

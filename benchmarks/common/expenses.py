@@ -1,0 +1,156 @@
+"""What the work of a search on the recorded table takes, each part in operations and in seconds at once."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from autodistill.distillation.student.check import student_spec
+from autodistill.models.spec import ModelSpec
+from autodistill.strategy.strategy import Strategy
+from benchmarks.common.math_search import QUESTIONS, RUNG_QUESTIONS, TOKENS
+from benchmarks.common.math_table import RUNGS, Line
+from benchmarks.common.math_teacher import LENGTH
+from benchmarks.common.prepared import Costs, learns_from_teacher
+from benchmarks.common.timed_parts import Parts
+
+# Tokens that an evaluation of the table read on the mean: those of the last rung are more.
+TIMED_TOKENS = ((len(RUNGS) - 1) * RUNG_QUESTIONS + QUESTIONS) * LENGTH / len(RUNGS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expense:
+    """What some work takes.
+
+    Attributes:
+        operations: 6 for each weight and token trained, 2 for each read.
+        seconds: Of one thread's own time, at the pace of the machine that recorded the table.
+    """
+
+    operations: float = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Expense) -> Expense:
+        """Both together."""
+        return Expense(operations=self.operations + other.operations, seconds=self.seconds + other.seconds)
+
+    def __mul__(self, times: float) -> Expense:
+        """So many times as much."""
+        return Expense(operations=self.operations * times, seconds=self.seconds * times)
+
+    def covers(self, other: Expense) -> bool:
+        """Whether it is as much as another in both."""
+        return self.operations >= other.operations and self.seconds >= other.seconds
+
+
+class Clock:
+    """Seconds of work at the pace of the machine that recorded the table.
+
+    Students of one shape, taught alike, do the same work whatever their learning rate; their records differ by up to
+    half, by what else the machine did when they were made. So each kind takes the median of its records. A shape that
+    was not recorded takes the median of all, by its parameters.
+
+    Args:
+        lines: Recorded students.
+        parts: What was timed apart, on any machine.
+        recipe: The strategy that those were timed on.
+        teacher: The teacher's shape.
+    """
+
+    def __init__(self, lines: Iterable[Line], parts: Parts, recipe: Strategy, teacher: ModelSpec) -> None:
+        self._parts, self._recipe, self._teacher = parts, recipe, teacher
+        recorded = [(Strategy.from_json(line.strategy), line) for line in lines]
+        trained = [(_taught(strategy), line.train_seconds) for strategy, line in recorded]
+        read = [(strategy.init, line.evaluate_seconds / TIMED_TOKENS) for strategy, line in recorded]
+        self._train, self._read = _medians(trained), _medians(read)
+        sizes = [self._parameters(strategy) for strategy, _ in recorded]
+        self._train_by_size = _by_size([seconds for _, seconds in trained], sizes)
+        self._read_by_size = _by_size([seconds for _, seconds in read], sizes)
+
+    def _parameters(self, strategy: Strategy) -> int:
+        return student_spec(strategy, self._teacher).parameters
+
+    def train(self, strategy: Strategy, tokens: int) -> float:
+        """Of training on so many tokens, what it reads of the teacher cached."""
+        known = self._train.get(_taught(strategy))
+        return tokens * (self._train_by_size * self._parameters(strategy) if known is None else known)
+
+    def evaluation(self, strategy: Strategy, tokens: int) -> float:
+        """Of one evaluation over so many tokens."""
+        known = self._read.get(strategy.init)
+        return tokens * (self._read_by_size * self._parameters(strategy) if known is None else known)
+
+    def online(self, tokens: int) -> float:
+        """Of the teacher run beside a student that trains on so many tokens."""
+        return self._parts.live_over_training * self.train(self._recipe, tokens)
+
+    @property
+    def cache(self) -> float:
+        """Of the teacher's outputs for a trial's tokens."""
+        return self._parts.cache_over_training * self.train(self._recipe, TOKENS)
+
+    @property
+    def teacher_rows(self) -> float:
+        """Of the teacher's score and its row under each deployment."""
+        return self._parts.rows_over_evaluation * self.evaluation(self._recipe, QUESTIONS * LENGTH)
+
+
+def _taught(strategy: Strategy) -> tuple[Any, bool]:
+    return strategy.init, learns_from_teacher(strategy)
+
+
+def _medians(found: Iterable[tuple[Any, float]]) -> dict[Any, float]:
+    groups: dict[Any, list[float]] = {}
+    for kind, seconds in found:
+        groups.setdefault(kind, []).append(seconds)
+    return {kind: statistics.median(values) for kind, values in groups.items()}
+
+
+def _by_size(seconds: list[float], sizes: list[int]) -> float:
+    return statistics.median(one / size for one, size in zip(seconds, sizes, strict=True))
+
+
+class Expenses:
+    """Of the work of a search: whatever is counted in operations is counted in seconds too.
+
+    Args:
+        costs: In operations, by the search's plan.
+        clock: In seconds.
+        deployments: Under each of which the teacher has a row.
+    """
+
+    def __init__(self, costs: Costs, clock: Clock, deployments: int) -> None:
+        self.costs = costs
+        self._clock = clock
+        self._rows = 1 + deployments
+
+    def train(self, strategy: Strategy, tokens: int, *, live: bool = False) -> Expense:
+        """Of so many tokens of training, and of the teacher beside it where it is live and the student reads it."""
+        alone = Expense(operations=self.costs.train(strategy, tokens), seconds=self._clock.train(strategy, tokens))
+        if not live or not learns_from_teacher(strategy):
+            return alone
+        return alone + Expense(operations=self.costs.online(tokens), seconds=self._clock.online(tokens))
+
+    def evaluation(self, strategy: Strategy, tokens: int) -> Expense:
+        """Of one evaluation."""
+        return Expense(
+            operations=self.costs.evaluation(strategy, tokens), seconds=self._clock.evaluation(strategy, tokens)
+        )
+
+    def whole(self, strategy: Strategy, *, live: bool = False) -> Expense:
+        """Of training from its beginning to the plan's end, and the evaluation there."""
+        last = len(self.costs.rungs) - 1
+        read = self.evaluation(strategy, self.costs.read_at(last))
+        return self.train(strategy, self.costs.rungs[last], live=live) + read
+
+    @property
+    def cache(self) -> Expense:
+        """Of the teacher's outputs for the plan's tokens."""
+        return Expense(operations=self.costs.cache, seconds=self._clock.cache)
+
+    @property
+    def teacher_rows(self) -> Expense:
+        """Of the teacher's score and its row under each deployment."""
+        return Expense(operations=self._rows * self.costs.teacher_rows, seconds=self._clock.teacher_rows)

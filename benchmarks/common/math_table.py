@@ -1,0 +1,273 @@
+"""Records students of the math space at every rung, as a table that samplers and schedulers can be replayed on.
+
+    python -m benchmarks.common.math_table [--time 20m]
+
+Each line of `reports/math-table.jsonl` is one strategy and seed: its accuracy on validation before distillation, at
+each rung after a decay branched off, at each rung without that decay, and at full fidelity under every deployment that
+the budget allows. Strategies that differ in their finishing alone share the stable part of training, as a search does.
+First comes the space at two learning rates on one seed; then the recipe, and the same without a teacher, on further
+seeds; then the other rates. What is there is not made again; trained students are kept in the cache of AutoDistill, for
+the test split. What replays the table takes the rates of which every strategy is there.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from autodistill.distillation.student.check import probe_deployment, student_spec
+from autodistill.distillation.training.learning_rate import branch_point
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.estimates.fit import fits, holdable
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.quantization.grids import Grid
+from autodistill.runs.run_folder import default_cache
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.trial import initial_student
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Point, Space
+from autodistill.strategy.strategy import Finishing, Strategy
+from benchmarks.common import program, report
+from benchmarks.common.math_search import RECIPE, STEP, TOKENS, prepare, space
+from benchmarks.common.math_teacher import make_small
+from benchmarks.common.prepared import Prepared, accuracy, new_trainer
+
+STORE = "math-table.jsonl"
+# Shares of the tokens after which every strategy is judged: the search's own, and one before them.
+RUNGS = tuple(round(TOKENS / STEP * share) * STEP for share in (1 / 27, 1 / 9, 1 / 3, 1))
+RATES = (2e-3, 1e-3, 4e-3, 5e-4)
+FURTHER_SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One strategy on one seed.
+
+    Attributes:
+        strategy: As plain data.
+        seed: Of data order and projections.
+        tokens: At each rung, ascending.
+        initial: Accuracy before distillation, under the probe.
+        decayed, plain: At each rung, under the probe: after the decay, and without it (the last has none).
+        rows: At full fidelity, by deployment.
+        probe: Name of the deployment that rungs are judged on.
+        train_seconds, evaluate_seconds: Of one token trained, and of one evaluation at a rung; of the one thread's own
+            time, which a busy machine does not lengthen.
+    """
+
+    strategy: Mapping[str, Any]
+    seed: int
+    tokens: tuple[int, ...]
+    initial: float
+    decayed: tuple[float, ...]
+    plain: tuple[float, ...]
+    rows: Mapping[str, float]
+    probe: str
+    train_seconds: float
+    evaluate_seconds: float
+
+    @cached_property
+    def id(self) -> str:
+        """Of its strategy."""
+        return Strategy.from_json(self.strategy).id
+
+    @property
+    def final(self) -> float:
+        """Accuracy of the probe at full fidelity."""
+        return self.decayed[-1]
+
+
+def read(path: Path = program.TRACKED / STORE) -> list[Line]:
+    """What was recorded at these rungs."""
+    lines = [Line(**line) for line in report.lines_of(path)]
+    return [
+        replace(line, **{name: tuple(getattr(line, name)) for name in ("tokens", "decayed", "plain")})
+        for line in lines
+        if tuple(line.tokens) == RUNGS
+    ]
+
+
+def student_file(strategy: Strategy, seed: int) -> Path:
+    """Where a trained student's weights are kept."""
+    return default_cache() / "math-table" / f"{strategy.id}-{seed}-{TOKENS}.safetensors"
+
+
+def fitting(prepared: Prepared, strategy: Strategy) -> tuple[Deployment, ...]:
+    """Deployments of a strategy's student that the budget allows."""
+    spec = student_spec(strategy, prepared.setting.teacher_spec)
+    deployments = holdable(spec, prepared.question.deployments)
+    return tuple(fit.deployment for fit in fits(spec, deployments, prepared.question.budget) if fit.slack <= 0)
+
+
+def wanted(whole: Space, prepared: Prepared) -> Iterator[tuple[list[Strategy], int]]:
+    """What is to be recorded, in its order: strategies of one stable part, and their seed."""
+    points: list[Point] = list(whole.points(lambda dimension: dimension.domain.grid or ()))
+
+    def at(rate: float) -> Iterator[tuple[list[Strategy], int]]:
+        groups: dict[str, list[Strategy]] = {}
+        for point in points:
+            strategy = whole.strategy(point)
+            if strategy.distillation.learning_rate == rate and fitting(prepared, strategy):
+                groups.setdefault(strategy.stable_id, []).append(strategy)
+        yield from ((group, 0) for group in groups.values())
+
+    for rate in RATES[:2]:
+        yield from at(rate)
+    recipe = whole.baselines[RECIPE]
+    for seed in FURTHER_SEEDS:
+        for one in (recipe, without_teacher(recipe)):
+            yield [replace(one, distillation=replace(one.distillation, learning_rate=RATES[0]))], seed
+    for rate in RATES[2:]:
+        yield from at(rate)
+
+
+def without_teacher(recipe: Strategy) -> Strategy:
+    """Fine-tuning: the recipe's student on the true tokens alone, finished on the same grid."""
+    constant = type(recipe.distillation.temperature)()
+    plain = replace(recipe.distillation, divergence_weight=0.0, temperature=constant)
+    return replace(recipe, distillation=plain)
+
+
+class Recorder:
+    """Trains and judges.
+
+    Args:
+        prepared: The search whose teacher, data and cache are used.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+        setting = prepared.setting
+        # The plan's horizon is the same; its rungs are more.
+        self._bench = Workbench(setting)
+        self._plan = setting.plan
+
+    def student(self, strategy: Strategy, seed: int) -> Any:
+        """The student trained to the end; one whose weights are not on this machine is trained again."""
+        path = student_file(strategy, seed)
+        if not path.exists():
+            self.record([strategy], seed)
+        model, _ = initial_student(self._prepared.setting, strategy.init, seed)
+        model.load_state_dict(load_file(path), strict=False)
+        return model
+
+    def record(self, strategies: list[Strategy], seed: int) -> list[Line]:
+        """Lines of strategies that share their stable part."""
+        began, first = time.process_time(), strategies[0]
+        plan = self._plan
+        model, trainer = new_trainer(self._bench, first, seed)
+        probes = {strategy.id: probe_deployment(strategy, fitting(self._prepared, strategy)) for strategy in strategies}
+        initial = {
+            name: accuracy(self._bench, first, model, probe, plan.rung_eval_tokens) for name, probe in probes.items()
+        }
+        decayed: dict[str, list[float]] = {name: [] for name in probes}
+        plain: dict[str, list[float]] = {name: [] for name in probes}
+        rows: dict[str, dict[str, float]] = {}
+        trained, evaluated, evaluations = 0.0, 0.0, 0
+        with tempfile.TemporaryDirectory() as folder:
+            stable = Path(folder) / "stable.safetensors"
+            for rung in RUNGS:
+                last = rung == RUNGS[-1]
+                started = time.process_time()
+                exhaust(trainer.train_stable(branch_point(rung, plan.decay, plan.batch_tokens)))
+                trained += time.process_time() - started
+                trainer.save(stable)
+                for strategy in strategies:
+                    trainer.load(stable)
+                    exhaust(decay(trainer, strategy, rung, self._prepared))
+                    started = time.process_time()
+                    read_tokens = plan.eval_tokens if last else plan.rung_eval_tokens
+                    value = accuracy(self._bench, strategy, model, probes[strategy.id], read_tokens)
+                    evaluated, evaluations = evaluated + time.process_time() - started, evaluations + 1
+                    decayed[strategy.id].append(value)
+                    if last:
+                        others = fitting(self._prepared, strategy)
+                        rows[strategy.id] = {
+                            one.name: accuracy(self._bench, strategy, model, one, plan.eval_tokens)
+                            for one in others
+                            if one != probes[strategy.id]
+                        } | {probes[strategy.id].name: value}
+                        path = student_file(strategy, seed)
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        save_file({name: one.detach() for name, one in model.named_parameters()}, path)
+                if not last:
+                    trainer.load(stable)
+                    exhaust(trainer.train_stable(rung))
+                    for strategy in strategies:
+                        probe = probes[strategy.id]
+                        plain[strategy.id].append(accuracy(self._bench, strategy, model, probe, plan.rung_eval_tokens))
+        stable_tokens = branch_point(RUNGS[-1], plan.decay, plan.batch_tokens)
+        print(f"{time.process_time() - began:.1f} s", file=sys.stderr, end=", ")
+        return [
+            Line(
+                strategy=strategy.to_json(),
+                seed=seed,
+                tokens=RUNGS,
+                initial=initial[strategy.id],
+                decayed=tuple(decayed[strategy.id]),
+                plain=tuple(plain[strategy.id]),
+                rows=rows[strategy.id],
+                probe=probes[strategy.id].name,
+                train_seconds=trained / stable_tokens,
+                evaluate_seconds=evaluated / evaluations,
+            )
+            for strategy in strategies
+        ]
+
+
+def decay(trainer: Trainer, strategy: Strategy, until: int, prepared: Prepared) -> Iterator[Any]:
+    """The end of a stretch, on the finishing grid where there is one."""
+    finishing: Finishing | None = strategy.finishing
+    if finishing is None:
+        return trainer.train_decay(until)
+    tensors = student_spec(strategy, prepared.setting.teacher_spec).tensors
+    storages = {tensor.name: finishing.storage(tensor) for tensor in tensors}
+    return trainer.train_decay(until, {name: one for name, one in storages.items() if isinstance(one, Grid)}.get)
+
+
+def exhaust(records: Iterable[Any]) -> None:
+    """Trains to the end."""
+    for _ in records:
+        pass
+
+
+def main() -> None:
+    """Records what is missing, as far as the time box goes."""
+    parser = program.parser_of(__doc__, time=True)
+    parser.add_argument("--groups", type=int, help="of students that share a part of their training; all by default")
+    arguments = program.parse(parser, groups=1)
+    if arguments.smoke:
+        make_small()
+    store = program.REPORTS / STORE
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    deadline = time.monotonic() + arguments.time
+    done = {(line.id, line.seed) for line in read(store)}
+    # Under one name, so that a later call goes on with what stands before the first trial.
+    with prepare(default_cache() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
+        recorder = Recorder(prepared)
+        everything = list(wanted(space(), prepared))[: arguments.groups]
+        count = sum(len(group) for group, _ in everything)
+        for group, seed in everything:
+            missing = [strategy for strategy in group if (strategy.id, seed) not in done]
+            if not missing:
+                continue
+            if time.monotonic() > deadline:
+                sys.exit(f"the time is over with {len(done)} of {count} recorded: call again for the rest")
+            for line in recorder.record(missing, seed):
+                report.add_line(store, {name: getattr(line, name) for name in line.__dataclass_fields__})
+                done.add((line.id, seed))
+                print(f"{len(done)} of {count}: {line.final:.4f} {line.rows}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Plans of one trial that is trained straight to its end, for programs that train without a search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autodistill.distillation.training.plan import Plan
+
+
+def straight_plan(tokens: int, *, sequence_length: int, batch_tokens: int, **fields: Any) -> Plan:
+    """A plan of so many training tokens on one thread, the decay their last fifth.
+
+    Args:
+        tokens: Of the trial.
+        sequence_length: Tokens of a sequence, and of each evaluation.
+        batch_tokens: Of an optimiser step.
+        fields: Others of the plan.
+    """
+    given: dict[str, Any] = {"trials": 1, "rungs": (tokens,), "keep": (), "warmup_tokens": 0, "decay": 0.2}
+    given |= {"rung_eval_tokens": sequence_length, "eval_tokens": sequence_length, "test_tokens": sequence_length}
+    given |= {"workers": 1, "threads": 1, "bf16": False, "seed": 0, "box_seconds": None, "seconds": {}}
+    given |= {"tokens": tokens, "sequence_length": sequence_length, "batch_tokens": batch_tokens}
+    return Plan(**(given | fields))

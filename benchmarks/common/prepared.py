@@ -1,0 +1,174 @@
+"""A search made ready to its first trial, as `autodistill search` does it, and what its work costs in operations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autodistill.distillation.losses.attention import teacher_layer
+from autodistill.distillation.student.check import student_spec
+from autodistill.distillation.training.learning_rate import branch_point
+from autodistill.distillation.training.plan import Plan
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.evaluation.evaluate import evaluate
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.phase_clock import Clock
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.campaign.observer import Observer
+from autodistill.search.campaign.state import Question
+from autodistill.search.planning.placement import Place
+from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.validate import check_request
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.messages import TrialSetting
+from autodistill.search.worker.trial import initial_student
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Space
+from autodistill.strategy.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything that stands before the first trial of a search."""
+
+    question: Question
+    setting: TrialSetting
+    run: RunFolder
+    seconds: float
+
+    @property
+    def space(self) -> Space:
+        """The space that is searched."""
+        return self.question.space
+
+    @property
+    def costs(self) -> Costs:
+        """What the work of its trials costs."""
+        return Costs(self.setting.teacher_spec, self.question.plan)
+
+
+@contextmanager
+def prepared(request: SearchRequest, **planned: Any) -> Iterator[Prepared]:
+    """Loads, plans, caches and scores as a search does, on one thread; a run that is there is gone on with.
+
+    Args:
+        request: Whose run has a name; its folder is locked within the block.
+        planned: Fields of the plan that are other than a search would have them.
+    """
+    began = time.perf_counter()
+    assert request.name is not None
+    resume = (request.out / request.name / "search.json").exists()
+    checked = check_request(replace(request, resume=resume))
+    out, name = request.out, request.name
+    with RunFolder.open(out, name, lock=True) if resume else RunFolder.create(out, name) as run:
+        clock = Clock(time.monotonic(), lambda text: None)
+        found = plan_run(checked, Place.alone(), run, clock, Observer())
+        plan = replace(found.plan, **{"threads": 1, "workers": 1, **planned})
+        ready = prepare_trials(checked, replace(found, plan=plan), run, clock)
+        yield Prepared(question=ready.question, setting=ready.setting, run=run, seconds=time.perf_counter() - began)
+
+
+class Costs:
+    """Operations of the work of trials: 6 for each weight and token trained, 2 for each read.
+
+    An evaluation reads its tokens once.
+
+    Args:
+        teacher: Its shape.
+        plan: Rungs, batch and what evaluations read.
+    """
+
+    def __init__(self, teacher: ModelSpec, plan: Plan) -> None:
+        self._teacher = teacher
+        self._plan = plan
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Tokens at which trials are judged."""
+        return self._plan.rungs
+
+    def weights(self, strategy: Strategy) -> int:
+        """Of the student, and of the projections of its states that are trained beside it."""
+        spec = student_spec(strategy, self._teacher)
+        alignment = strategy.distillation.alignment
+        projected = (
+            alignment.count * spec.width * self._teacher.width if alignment and alignment.projection != "none" else 0
+        )
+        return spec.parameters + projected
+
+    def branch(self, rung: int) -> int:
+        """Tokens at which the decay towards a rung leaves the stable part, 0 for -1, the start."""
+        plan = self._plan
+        return branch_point(plan.rungs[rung], plan.decay, plan.batch_tokens) if rung >= 0 else 0
+
+    def stretch_tokens(self, rung: int, reached: int) -> int:
+        """Tokens that are trained from one rung, -1 before any, to a higher one, with one decay at its end."""
+        return self._plan.rungs[rung] - self.branch(reached)
+
+    def train(self, strategy: Strategy, tokens: int) -> int:
+        """Of so many tokens of training."""
+        return 6 * self.weights(strategy) * tokens
+
+    def evaluation(self, strategy: Strategy, tokens: int) -> int:
+        """Of one evaluation."""
+        return 2 * student_spec(strategy, self._teacher).parameters * tokens
+
+    def read_at(self, rung: int) -> int:
+        """Tokens that an evaluation reads there."""
+        plan = self._plan
+        return plan.eval_tokens if rung == len(plan.rungs) - 1 else plan.rung_eval_tokens
+
+    def stretch(self, strategy: Strategy, rung: int, reached: int) -> int:
+        """Of training to a rung and the evaluation there."""
+        return self.train(strategy, self.stretch_tokens(rung, reached)) + self.evaluation(strategy, self.read_at(rung))
+
+    @property
+    def cache(self) -> int:
+        """Of the teacher's outputs for the plan's tokens, and of its own score and rows."""
+        return 2 * self._teacher.parameters * self._plan.tokens
+
+    @property
+    def teacher_rows(self) -> int:
+        """Of the teacher's score and its row under one deployment."""
+        return 2 * self._teacher.parameters * self._plan.eval_tokens
+
+    def online(self, tokens: int) -> int:
+        """Of the teacher run beside the student."""
+        return 2 * self._teacher.parameters * tokens
+
+
+def new_trainer(bench: Workbench, strategy: Strategy, seed: int) -> tuple[Any, Trainer]:
+    """An untrained student, and what trains it, as a search's worker makes them."""
+    spec, attention = bench.setting.teacher_spec, strategy.distillation.attention
+    model, kept = initial_student(bench.setting, strategy.init, seed)
+    trainer = Trainer(
+        model,
+        kept=kept,
+        teacher_layers=spec.layers,
+        teacher_width=spec.width,
+        strategy=strategy,
+        plan=bench.setting.plan,
+        data=bench.train,
+        cache=bench.cache,
+        teacher_block=bench.teacher_block(teacher_layer(attention, spec.layers)) if attention else None,
+        seed=seed,
+        teacher=bench.teacher,
+    )
+    return model, trainer
+
+
+def accuracy(bench: Workbench, strategy: Strategy, model: Any, deployment: Deployment, tokens: int) -> float:
+    """Of a student on so many tokens of validation, as a deployment holds it."""
+    data, reference = bench.held_out(tokens)
+    spec, budget = student_spec(strategy, bench.setting.teacher_spec), bench.setting.budget
+    found, _ = evaluate(model, spec, deployment, data, reference, budget=budget, evaluators=("accuracy",))
+    return found.measurements["accuracy"].value
+
+
+def learns_from_teacher(strategy: Strategy) -> bool:
+    """Whether a strategy reads anything of the teacher while it trains."""
+    return strategy.distillation.weighs_teacher or strategy.distillation.alignment is not None

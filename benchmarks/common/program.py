@@ -1,0 +1,82 @@
+"""The command line of a benchmark: `--help` that says what it answers, and `--smoke`, a run of seconds.
+
+Nothing of AutoDistill is imported at the top: `mutants` may not have it in its process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+# The tracked reports, whose records some programs read.
+TRACKED = ROOT / "benchmarks" / "reports"
+# Where reports and records are written: a smoke run has a folder of its own.
+REPORTS = TRACKED
+
+BOX = "like 10m: what is begun when it is over is ended, and the same command goes on with the rest"
+
+
+def parser_of(doc: str | None, *, seeds: int | None = None, time: bool = False) -> argparse.ArgumentParser:
+    """A parser whose help is the program's docstring.
+
+    Args:
+        doc: Docstring of the program's module.
+        seeds: Default of `--seeds`, where the program has several.
+        time: Whether the program has a time box.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for some seconds; all files are temporary")
+    if seeds is not None:
+        parser.add_argument("--seeds", type=int, default=seeds, help=f"how many, {seeds} by default")
+    if time:
+        from autodistill.units import parse_duration
+
+        parser.add_argument("--time", type=parse_duration, default=float("inf"), help=BOX)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, **small: Any) -> argparse.Namespace:
+    """Reads the command line; a smoke run gets small defaults, and a temporary folder for all that it writes.
+
+    Args:
+        parser: Made by `parser_of`.
+        small: Defaults of a smoke run, by the argument's name; what is given on the command line stays.
+    """
+    if "--smoke" in sys.argv[1:]:
+        parser.set_defaults(**small)
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        _write_elsewhere()
+    return arguments
+
+
+def _write_elsewhere() -> None:
+    """Puts home, caches, temporary files and reports of this process and its children into a folder that goes away."""
+    global REPORTS
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-smoke-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    REPORTS = folder / "reports"
+    REPORTS.mkdir()
+    os.environ |= {"HOME": str(folder), "TMPDIR": str(folder)}
+    tempfile.tempdir = str(folder)
+
+
+def tiny_teacher(**sizes: Any) -> str:
+    """A tiny teacher of random weights in a temporary folder, as an argument."""
+    from autodistill.testing import save_tiny_teacher
+
+    return str(save_tiny_teacher(Path(tempfile.mkdtemp()) / "teacher", **sizes))
+
+
+def tiny_data(documents: int = 30, sentences: int = 24) -> str:
+    """A tiny text in a temporary folder, as an argument."""
+    from autodistill.testing import tiny_text
+
+    return str(tiny_text(Path(tempfile.mkdtemp()) / "text", documents=documents, sentences=sentences))

@@ -1,0 +1,437 @@
+"""A search replayed on the table of recorded students: the real campaign, sampler and scheduler, no training."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from autodistill.distillation.student.check import student_spec
+from autodistill.distillation.training.plan import Plan
+from autodistill.estimates.fit import fits
+from autodistill.evaluation.base import Measurement
+from autodistill.evaluation.evaluate import Evaluation
+from autodistill.models.config import spec_from_config
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.results.row import Decision
+from autodistill.search.algorithms.sampler import Sampler
+from autodistill.search.algorithms.successive_halving import SuccessiveHalving, rung_tokens
+from autodistill.search.campaign.campaign import Campaign
+from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.planning.durations import Speed
+from autodistill.search.worker.attempt import Assignment
+from autodistill.search.worker.messages import RungReport
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.domains import Value
+from autodistill.strategy.space import Point, Space
+from autodistill.strategy.strategy import Strategy
+from autodistill.utils.event_log import EventLog
+from autodistill.utils.hashing import content_hash
+from autodistill.utils.yaml_files import read_yaml
+from benchmarks.common import math_table, timed_parts
+from benchmarks.common.expenses import Clock, Expense, Expenses
+from benchmarks.common.math_search import BUDGET, METRIC, QUESTIONS, RECIPE, RUNG_QUESTIONS, SPACE_FILE, STEP, TOKENS
+from benchmarks.common.math_table import RUNGS, Line
+from benchmarks.common.math_teacher import LENGTH, SHAPE
+from benchmarks.common.plans import straight_plan
+from benchmarks.common.prepared import Costs
+from benchmarks.common.timed_parts import Parts
+
+TRIALS = 12
+SEED = 0  # of the recorded students
+
+
+def teacher_spec() -> ModelSpec:
+    """The math teacher's shape."""
+    return spec_from_config(
+        {"model_type": "llama", "vocab_size": 20, "max_position_embeddings": 80, "tie_word_embeddings": True, **SHAPE}
+    )
+
+
+class Remembering(Space):
+    """A space that makes the strategy of a point once, however often it is asked for."""
+
+    def strategy(self, point: Mapping[str, Value]) -> Strategy:
+        """The strategy at a point."""
+        return _strategy(self, frozenset(point.items()))
+
+    def __hash__(self) -> int:
+        """Of its content."""
+        return int(self.hash, 16)
+
+
+@cache
+def _strategy(space: Remembering, point: frozenset[tuple[str, Value]]) -> Strategy:
+    return Space.strategy(space, dict(point))
+
+
+class Table:
+    """Recorded students by strategy; one seed of data order.
+
+    Attributes:
+        space: The space, its learning rates those of which every strategy was recorded.
+        deployments: Of the space.
+        lines: By strategy.
+        every: By strategy and seed, those of further seeds too.
+        teacher: The teacher's shape.
+        clock: How long work took where the table was recorded.
+    """
+
+    def __init__(self, lines: Sequence[Line], parts: Parts) -> None:
+        self.teacher = teacher_spec()
+        self.deployments = Space.from_json(read_yaml(SPACE_FILE)).deployments
+        self.every = {(line.id, line.seed): line for line in lines}
+        self.lines = {line.id: line for line in lines if line.seed == SEED}
+        self.space = self._recorded()
+        self.clock = Clock(lines, parts, self.space.baselines[RECIPE], self.teacher)
+
+    @property
+    def digest(self) -> str:
+        """Of all that a replay depends on: what was recorded, and what of it is the space."""
+        return content_hash(
+            [self.space.hash, TRIALS, sorted([one.id, *one.decayed, *one.plain] for one in self.recorded)]
+        )
+
+    def _recorded(self) -> Space:
+        data = read_yaml(SPACE_FILE)
+        whole = Space.from_json(data)
+        missing = {
+            strategy.distillation.learning_rate
+            for strategy in map(whole.strategy, whole.points(lambda dimension: dimension.domain.grid or ()))
+            if self._fits(strategy) and strategy.id not in self.lines
+        }
+        rates = data["dimensions"]["distillation.learning_rate"]["choices"]
+        kept = [rate for rate in rates if float(rate) not in missing]
+        if len(kept) < 2:
+            raise SystemExit(
+                "the table is too small to be replayed on: run `python -m benchmarks.common.math_table` first"
+            )
+        data["dimensions"]["distillation.learning_rate"] = {"choices": kept}
+        return Remembering.from_json(data)
+
+    def _fits(self, strategy: Strategy) -> bool:
+        return bool(allowed(student_spec(strategy, self.teacher), self.deployments))
+
+    def line(self, strategy: Strategy) -> Line:
+        """What was recorded of a strategy."""
+        return self.lines[strategy.id]
+
+    def best(self) -> float:
+        """The best accuracy of any student at full fidelity, under any deployment that it was judged by."""
+        return max(max(line.rows.values()) for line in self.recorded)
+
+    @property
+    def recorded(self) -> list[Line]:
+        """Lines of the space's strategies."""
+        points = self.space.points(lambda dimension: dimension.domain.grid or ())
+        strategies = map(self.space.strategy, points)
+        return [self.lines[strategy.id] for strategy in strategies if strategy.id in self.lines]
+
+
+@cache
+def allowed(spec: ModelSpec, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
+    """Deployments that the budget allows."""
+    return tuple(fit.deployment for fit in fits(spec, deployments, BUDGET) if fit.slack <= 0)
+
+
+def plan(trials: int, rungs: Sequence[int], keep: Sequence[int], workers: int = 1) -> Plan:
+    """The plan of a search on the table."""
+    return straight_plan(
+        TOKENS,
+        sequence_length=LENGTH,
+        batch_tokens=STEP,
+        trials=trials,
+        rungs=tuple(rungs),
+        keep=tuple(keep),
+        warmup_tokens=min(8 * STEP, TOKENS // 8),
+        rung_eval_tokens=RUNG_QUESTIONS * LENGTH,
+        eval_tokens=QUESTIONS * LENGTH,
+        workers=workers,
+        bf16=True,
+        seed=SEED,
+    )
+
+
+def default_rungs() -> tuple[int, ...]:
+    """As a search of these tokens has them."""
+    return rung_tokens(TOKENS, STEP)
+
+
+class Memory(EventLog):
+    """A log that is kept nowhere but here."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nowhere"))
+        self.events: list[dict[str, Any]] = []
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Keeps an event."""
+        self.events.append(json.loads(json.dumps(event)))
+
+    def read(self) -> list[dict[str, Any]]:
+        """All events."""
+        return self.events
+
+
+class Stopping(SuccessiveHalving):
+    """Asynchronous successive halving that never pauses: who is not among the best at a rung when it reports, ends.
+
+    It keeps the same shares as the search's own, of those that have reported so far (Li et al., 2020, and Ray's ASHA).
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._going: set[str] = set()
+
+    def report(
+        self,
+        trial_id: str,
+        rung: int,
+        value: float | None,
+        feasible: bool = True,
+        further: Sequence[float | None] = (),
+    ) -> Decision:
+        """Judges at once, against those before."""
+        decision = super().report(trial_id, rung, value, feasible, further)
+        if decision is Decision.PAUSE:
+            reported = len(self._reports[rung])
+            share = max(1, reported * self.keep[rung] // self._arriving[rung])
+            if trial_id in self._ranked(rung)[:share]:
+                self._going.add(trial_id)
+            else:
+                self.discard(trial_id)
+        return decision
+
+    def next_to_promote(self, in_flight: Any, all_proposed: bool, extra: bool = False) -> str | None:
+        """Whoever passed goes on at once."""
+        for rung in reversed(range(self.last)):
+            waiting = [trial for trial in self._waiting(rung, in_flight) if trial in self._going]
+            if waiting:
+                return waiting[0]
+        return None
+
+
+@dataclass
+class Spent:
+    """What a simulated search has spent and found.
+
+    Attributes:
+        operations: Of all workers, so far, cache and teacher included.
+        seconds: Since the search began: cache and teacher before the first trial, and workers side by side.
+        curve: (operations, seconds, accuracy, row's strategy, deployment) of each student at full fidelity.
+        trained: Tokens trained on.
+        shared: Tokens that others had trained.
+    """
+
+    operations: int
+    seconds: float = 0.0
+    curve: list[tuple[int, float, float, str, str]] = field(default_factory=list)
+    trained: int = 0
+    shared: int = 0
+
+    def first_above(self, value: float) -> int | None:
+        """Operations after which a student was better than this, or None."""
+        return next((one[0] for one in self.curve if one[2] > value), None)
+
+    @property
+    def best(self) -> tuple[int, float, float, str, str]:
+        """The best student."""
+        return max(self.curve, key=lambda one: one[2])
+
+
+class Worker:
+    """Answers assignments from the table, and knows what they would have cost.
+
+    Args:
+        table: Recorded students.
+        plan: Of the search.
+        live_teacher: Whether the teacher runs beside every student that learns from it, for want of a cache.
+    """
+
+    def __init__(self, table: Table, plan: Plan, *, live_teacher: bool = False) -> None:
+        self.table = table
+        self.plan = plan
+        self.costs = Costs(table.teacher, plan)
+        self.expenses = Expenses(self.costs, table.clock, len(table.deployments))
+        self._live = live_teacher
+        self._stages: dict[str, set[int]] = {}
+
+    @property
+    def start(self) -> Expense:
+        """Before the first trial."""
+        return self.expenses.teacher_rows + (Expense() if self._live else self.expenses.cache)
+
+    def answer(self, assignment: Assignment) -> tuple[RungReport, Expense]:
+        """The report, and what came to be spent on it."""
+        strategy = assignment.task.strategy
+        line = self.table.lines.get(strategy.id)
+        last = assignment.rung == len(self.plan.rungs) - 1
+        if assignment.deployment is not None:
+            assert line is not None
+            value = line.rows[assignment.deployment.name]
+            spent = self.expenses.evaluation(strategy, self.plan.eval_tokens)
+            return self._report(assignment, assignment.deployment, value, 0, 0, spent.seconds), spent
+        tokens = self.plan.rungs[assignment.rung]
+        start, shared = self._restore(assignment)
+        trained = tokens - start
+        spent = self.expenses.train(strategy, trained, live=self._live) + self.expenses.evaluation(
+            strategy, self.costs.read_at(assignment.rung)
+        )
+        # What no budget holds is trained where nothing is rejected, and has no value.
+        value = None if line is None else line.rows[line.probe] if last else line.decayed[RUNGS.index(tokens)]
+        return self._report(assignment, assignment.task.probe, value, trained, shared, spent.seconds), spent
+
+    def _restore(self, assignment: Assignment) -> tuple[int, int]:
+        """Where a stretch begins: at the furthest checkpoint of its stage; and what others had trained of it."""
+        task, rung = assignment.task, assignment.rung
+        stage = getattr(task, "stage", "") or task.id
+        held = self._stages.setdefault(stage, set())
+        branch = self.costs.branch(rung)
+        start = max((tokens for tokens in held if tokens <= branch), default=0)
+        before = self.costs.branch(rung - 1) if rung > 0 and not task.straight else 0
+        rungs = range(rung + 1) if stage != task.id else (rung,)
+        held.update(self.costs.branch(one) for one in rungs)
+        return start, max(0, start - before)
+
+    def _report(
+        self,
+        assignment: Assignment,
+        deployment: Deployment,
+        value: float | None,
+        trained: int,
+        shared: int,
+        seconds: float,
+    ) -> RungReport:
+        spec = student_spec(assignment.task.strategy, self.table.teacher)
+        figures = {"memory_bytes": _measured("memory_bytes", _need(spec, deployment), "bytes")}
+        if value is not None:
+            figures[METRIC] = _measured(METRIC, value, "fraction")
+        return RungReport(
+            rung=assignment.rung,
+            tokens=self.plan.rungs[assignment.rung],
+            evaluation=Evaluation(
+                deployment=deployment, measurements=figures, documents={"ids": [], "count": [], "sum": []}
+            ),
+            params=spec.parameters,
+            seconds={"train": seconds, "evaluate": 0.0, "other": 0.0},
+            steps=(),
+            trained=trained,
+            shared=shared,
+        )
+
+
+@cache
+def _need(spec: ModelSpec, deployment: Deployment) -> int:
+    return fits(spec, (deployment,), BUDGET)[0].need
+
+
+def _measured(name: str, value: float, unit: str) -> Measurement:
+    direction = "min" if name == "memory_bytes" else "max"
+    return Measurement(name=name, value=value, unit=unit, direction=direction, source="simulated")
+
+
+class Unrejecting(Campaign):
+    """Trains what no deployment can hold up to its first rung, and learns there that it does not fit."""
+
+    def _admit(self, strategy: Strategy, **fields: Any) -> TrialState:
+        trial = super()._admit(strategy, **fields)
+        trial.reason = None
+        return trial
+
+
+def simulate(
+    table: Table,
+    search_plan: Plan,
+    *,
+    sampler: str = "tpe",
+    seed: int = 0,
+    stopping: bool = False,
+    sharing: bool = True,
+    forking: bool | None = None,
+    rejection: bool = True,
+    live_teacher: bool = False,
+    space: Space | None = None,
+    limit: Expense | None = None,
+    **hints: Any,
+) -> tuple[Spent, Campaign]:
+    """One search to its end, in simulated time.
+
+    Args:
+        table: Recorded students.
+        search_plan: Trials, rungs and workers.
+        sampler, seed: Of the proposals.
+        stopping: Whether trials are stopped at rungs, and never paused and promoted.
+        sharing: Whether stages are shared.
+        forking: Whether some proposals fork on purpose; as `sharing` by default.
+        rejection: Whether what no deployment can hold is rejected without training.
+        live_teacher: Whether there is no cache.
+        space: Other than the table's.
+        limit: Broken off where as many operations and as many seconds have passed.
+        hints: Further arguments of the sampler: what earlier searches observed.
+    """
+    worker = Worker(table, search_plan, live_teacher=live_teacher)
+    question = Question(
+        space=space or table.space,
+        deployments=table.deployments,
+        budget=BUDGET,
+        plan=search_plan,
+        speed=Speed(cache=1e6, score=1e6, worker_train=1e6, worker_score=1e6),
+        teacher_spec=table.teacher,
+        teacher_accuracy=1.0,
+        metric=METRIC,
+        direction="max",
+        sharing=sharing,
+    )
+    proposer = Sampler(
+        question.space,
+        name=sampler,
+        seed=seed,
+        direction="max",
+        forking=sharing if forking is None else forking,
+        **hints,
+    )
+    kind = Campaign if rejection else Unrejecting
+    halving = Stopping if stopping else SuccessiveHalving
+    campaign = kind(question, sampler=proposer, log=Memory(), checkpoints=Path("/nowhere"), halving=halving)
+    start, ticket = worker.start, count()
+    now = start.seconds
+    spent = Spent(operations=round(start.operations), seconds=now)
+    running: list[tuple[float, int, Assignment, RungReport, Expense]] = []
+    while limit is None or not Expense(operations=spent.operations, seconds=spent.seconds).covers(limit):
+        while len(running) < search_plan.workers and (assignment := campaign.next()) is not None:
+            report, expense = worker.answer(assignment)
+            # Rejections aside, work ends in the order of its length; ties in that of its start.
+            heapq.heappush(running, (now + expense.seconds, next(ticket), assignment, report, expense))
+        if not running:
+            break
+        now, _, assignment, report, expense = heapq.heappop(running)
+        spent.operations += round(expense.operations)
+        spent.seconds = now
+        spent.trained += report.trained
+        spent.shared += report.shared
+        campaign.report(assignment, report)
+        value = report.evaluation.measurements.get(METRIC)
+        if report.rung == len(search_plan.rungs) - 1 and value is not None:
+            strategy = assignment.task.strategy
+            spent.curve.append((spent.operations, now, value.value, strategy.id, report.evaluation.deployment.name))
+    campaign.close()
+    return spent, campaign
+
+
+def points(space: Space) -> list[Point]:
+    """All points of a finite space."""
+    return list(space.points(lambda dimension: dimension.domain.grid or ()))
+
+
+def load_table() -> Table:
+    """What was recorded.
+
+    Raises:
+        SystemExit: Too little of it.
+    """
+    return Table(math_table.read(), timed_parts.read())

@@ -1,0 +1,177 @@
+"""How long those parts of a search on the math task take that the recorded table has no times of.
+
+    python -m benchmarks.common.timed_parts [--repeats 5]
+
+The table's lines have the seconds of training with cached outputs of the teacher and of evaluating students. Timed here
+is what a search or a script does beside that: making the cache, running the teacher beside a student in every step, and
+scoring the teacher. Each is timed together with a part that the table has, both of the hand-designed recipe on one
+thread, and kept with it in `reports/math-parts.json`: whoever replays the table takes the one over the other, so that
+it does not matter which of two machines is the faster.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autodistill.distillation.student.check import student_spec
+from autodistill.distillation.teacher.build_cache import ensure_cache
+from autodistill.evaluation.evaluate import evaluate
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.loading import load_model
+from autodistill.runs.run_folder import default_cache
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.trial import initial_student
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
+from benchmarks.common import program, report
+from benchmarks.common.math_search import RECIPE, STEP, TOKENS, prepare
+from benchmarks.common.math_teacher import make_small
+from benchmarks.common.prepared import Prepared, new_trainer
+
+STORE = "math-parts.json"
+STEPS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Seconds of one thread's own time, all on one machine.
+
+    Attributes:
+        machine: Where they were timed, in words.
+        step, live_step: Of one optimiser step of the recipe with cached outputs, and with the teacher run in it.
+        cache: Of the teacher's outputs for a trial's tokens, the teacher loaded for it.
+        evaluation: Of one evaluation of the recipe's student over the tokens that are read at the end.
+        teacher_rows: Of the teacher's score and its row under each deployment, over the same tokens.
+    """
+
+    machine: str
+    step: float
+    live_step: float
+    cache: float
+    evaluation: float
+    teacher_rows: float
+
+    @property
+    def live_over_training(self) -> float:
+        """What running the teacher beside the recipe's student adds to its training, over that training."""
+        return self.live_step / self.step - 1
+
+    @property
+    def cache_over_training(self) -> float:
+        """Making the cache over training the recipe's student on the same tokens."""
+        return self.cache / (self.step * TOKENS / STEP)
+
+    @property
+    def rows_over_evaluation(self) -> float:
+        """The teacher's score and rows over one evaluation of the recipe's student."""
+        return self.teacher_rows / self.evaluation
+
+
+def read() -> Parts:
+    """What was timed.
+
+    Raises:
+        SystemExit: Nothing was.
+    """
+    path = program.TRACKED / STORE
+    if not path.exists():
+        raise SystemExit(f"{path.name} is missing: run `python -m benchmarks.common.timed_parts` first")
+    return Parts(**json.loads(path.read_text()))
+
+
+def step_seconds(prepared: Prepared, strategy: Strategy) -> float:
+    """Seconds of a thread's own time that an optimiser step takes, after some to warm up."""
+    _, trainer = new_trainer(Workbench(prepared.setting), strategy, 0)
+    times = []
+    for record in trainer.train_stable(3 * STEPS * STEP):
+        times.append(time.process_time())
+        del record
+    return statistics.median(after - before for before, after in zip(times[STEPS:], times[STEPS + 1 :], strict=False))
+
+
+def live(strategy: Strategy) -> Strategy:
+    """The same strategy with the teacher run in the trial."""
+    return replace(strategy, distillation=replace(strategy.distillation, signal="online", signal_tokens=0))
+
+
+def cache_seconds(prepared: Prepared) -> float:
+    """Seconds of making the teacher's outputs anew."""
+    bench, spec = Workbench(prepared.setting), prepared.setting.teacher_spec
+    assert bench.cache is not None
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.process_time()
+        ensure_cache(
+            lambda: load_model(prepared.setting.teacher, torch.float32),
+            teacher_fingerprint="timed",
+            data_fingerprint="timed",
+            data=bench.train,
+            vocabulary=spec.vocabulary,
+            width=spec.width,
+            settings=bench.cache.settings,
+            root=Path(folder),
+            limit_bytes=4 * 10**9,
+        )
+        return time.process_time() - started
+
+
+def evaluation_seconds(prepared: Prepared, model: Any, spec: Any, deployment: Deployment) -> float:
+    """Seconds of evaluating a model under a deployment on what is read at the end."""
+    setting = prepared.setting
+    data, top1 = Workbench(setting).held_out(setting.plan.eval_tokens)
+    started = time.process_time()
+    evaluate(model, spec, deployment, data, top1, budget=setting.budget, evaluators=("accuracy",))
+    return time.process_time() - started
+
+
+def measure(prepared: Prepared, recipe: Strategy, repeats: int) -> Parts:
+    """Medians over repeats, in which the parts take turns."""
+    setting, deployments = prepared.setting, prepared.question.deployments
+    teacher = load_model(setting.teacher, torch.float32)
+    student, _ = initial_student(setting, recipe.init, 0)
+    spec = student_spec(recipe, setting.teacher_spec)
+
+    def rows() -> float:
+        # The teacher's score reads it once more, unpacked.
+        each = [evaluation_seconds(prepared, teacher, setting.teacher_spec, one) for one in deployments]
+        return sum(each) + each[-1]
+
+    parts: dict[str, Callable[[], float]] = {
+        "step": lambda: step_seconds(prepared, recipe),
+        "live_step": lambda: step_seconds(prepared, live(recipe)),
+        "cache": lambda: cache_seconds(prepared),
+        "evaluation": lambda: evaluation_seconds(prepared, student, spec, deployments[0]),
+        "teacher_rows": rows,
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(repeats):
+        for name, part in parts.items():
+            times[name].append(part())
+        print(f"turn {turn + 1} of {repeats}: {', '.join(f'{name} {all_[-1]:.3f}' for name, all_ in times.items())}")
+    return Parts(machine=report.machine(), **{name: statistics.median(found) for name, found in times.items()})
+
+
+def main() -> None:
+    """Times the parts and writes them down."""
+    parser = program.parser_of(__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="of each part, of which the median counts")
+    arguments = program.parse(parser, repeats=1)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    if arguments.smoke:
+        make_small()
+    with prepare(default_cache() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
+        found = measure(prepared, prepared.space.baselines[RECIPE], arguments.repeats)
+    (program.REPORTS / STORE).write_text(json.dumps(asdict(found), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

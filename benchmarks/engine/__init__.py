@@ -1,0 +1,1 @@
+"""What distillation and quantisation gain, cost and lose."""

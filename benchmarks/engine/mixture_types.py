@@ -1,0 +1,100 @@
+"""What llama.cpp's own quantiser stores each tensor as in its mixtures of types, for the tests to hold ours against.
+
+    python -m benchmarks.engine.mixture_types --library .../libllama.so --release v0.4.0
+
+Tiny models of random weights are exported in 16 bits, and quantised by `llama_model_quantize` of a library of
+llama.cpp, which the xllamacpp package leaves out of its own; @node-llama-cpp/linux-x64 of the npm registry has one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from autodistill.advisor.describe import deployment_named
+from autodistill.export.gguf import GgufExporter
+from autodistill.testing import save_tiny_teacher
+from benchmarks.common import program
+
+OUT = Path(__file__).parents[2] / "tests" / "quantization" / "llama_cpp_mixtures.json"
+FILE_TYPES = {"gguf-q4_k_m": 15, "gguf-q5_k_m": 17}
+# Each number of layers up to two eighths and more, and rows that super-blocks divide in part, in a family; in the
+# others what their graphs call otherwise.
+CASES: tuple[dict[str, Any], ...] = (
+    *({"architecture": "llama", "layers": layers} for layers in range(1, 19)),
+    {"architecture": "llama", "layers": 33},
+    {"architecture": "llama", "layers": 9, "tied": False},
+    {"architecture": "llama", "layers": 9, "tied": False, "width": 192},
+    {"architecture": "llama", "layers": 9, "width": 192},
+    {"architecture": "llama", "layers": 9, "tied": False, "ffn": 192},
+    {"architecture": "mistral", "layers": 9, "tied": False},
+    {"architecture": "qwen2", "layers": 11},
+    {"architecture": "qwen3", "layers": 10, "tied": False},
+    {"architecture": "gemma3_text", "layers": 13},
+    {"architecture": "gpt_neox", "layers": 12, "tied": False},
+)
+
+
+class _Params(ctypes.Structure):
+    """The two fields of `llama_model_quantize_params` that are set, and room for all others of any release."""
+
+    _fields_ = (("threads", ctypes.c_int32), ("file_type", ctypes.c_int32), ("others", ctypes.c_char * 504))
+
+
+def _library(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    found.llama_model_quantize_default_params.restype = _Params
+    found.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Params)]
+    found.llama_model_quantize.restype = ctypes.c_uint32
+    found.llama_backend_init()
+    return found
+
+
+def stored(library: ctypes.CDLL, model: Path, file_type: int, out: Path) -> dict[str, str | list[str]]:
+    """Types of a file's matrices as the quantiser leaves them, by name: of a block's by layer where they differ."""
+    params = library.llama_model_quantize_default_params()
+    params.file_type, params.threads = file_type, 1
+    if library.llama_model_quantize(str(model).encode(), str(out).encode(), ctypes.byref(params)):
+        raise SystemExit(f"llama.cpp did not quantise {model} to its type {file_type}")
+    found: dict[str, dict[int, str]] = {}
+    for tensor in gguf.GGUFReader(out).tensors:
+        if len(tensor.shape) > 1:
+            place, _, part = tensor.name.removeprefix("blk.").partition(".")
+            name, layer = (part, int(place)) if place.isdigit() else (tensor.name, 0)
+            found.setdefault(name.removesuffix(".weight"), {})[layer] = tensor.tensor_type.name
+    by_layer = {name: [types[layer] for layer in sorted(types)] for name, types in sorted(found.items())}
+    return {name: types[0] if len(set(types)) == 1 else types for name, types in by_layer.items()}
+
+
+def cases(library: ctypes.CDLL, asked: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each case with what the quantiser made of it."""
+    for case in asked:
+        sizes = {"width": 256, "ffn": 256, "tied": True} | case
+        with tempfile.TemporaryDirectory() as folder:
+            teacher = save_tiny_teacher(Path(folder) / "teacher", **sizes)
+            model = GgufExporter().export(teacher, deployment_named("gguf-f16"), Path(folder) / "gguf").path
+            for form, file_type in FILE_TYPES.items():
+                types = stored(library, model, file_type, Path(folder) / "quantised.gguf")
+                yield sizes | {"format": form, "types": types}
+
+
+def main() -> None:
+    """Writes the file that the tests read."""
+    parser = program.parser_of(__doc__)
+    parser.add_argument("--library", type=Path, required=True, help="libllama, beside the libraries that it loads")
+    parser.add_argument("--release", required=True, help="which release of llama.cpp it is of")
+    given = program.parse(parser)
+    made = cases(_library(given.library), CASES[:1] if given.smoke else CASES)
+    out = program.REPORTS / OUT.name if given.smoke else OUT
+    lines = ",\n".join(json.dumps(case) for case in made)
+    out.write_text(f'{{"release": {json.dumps(given.release)}, "cases": [\n{lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Records what fixed searches and trainings give, and compares two records to the last digit.
+
+    python -m benchmarks.reliability.same_rows record before.json --inputs DIR [--only tiny,strategies,sums,smollm2]
+    python -m benchmarks.reliability.same_rows compare before.json after.json
+
+For a change that must change no figure. Each search has a fixed seed, fixed tokens and trials, one thread and the
+inline runner, and is run through the command line, whatever the modules behind it are called. What says how long
+something took, or what a process took of memory, is left out. Ids are hashes of content that holds names: they are
+compared through the map from old to new that `compare` prints where they differ. Teachers and texts are made once, in
+`--inputs`, and are common to all records that are to be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.program import parse, parser_of
+
+SETS = ("tiny", "strategies", "sums", "smollm2")
+FIXED = ["--runner", "inline", "--seed", "0", "--time", "10h", "--format", "json"]
+# Of a row: how long something took, and what was measured in a process.
+TIMES = ("train_seconds", "latency_ms", "tokens_per_second", "machine")
+OTHER_TIMES = ("answer_ms", "latency", "memory", "ttft", "tpot", "size_bytes_predicted")
+IDS = ("strategy_id", "deployment_id", "row_id", "id")
+
+
+def main() -> None:
+    """Records, or compares."""
+    parser = parser_of(__doc__)
+    verbs = parser.add_subparsers(dest="verb")
+    recording = verbs.add_parser("record", help="run the searches and write their rows")
+    recording.add_argument("out", type=Path, help="file of the record; what it has of other sets stays")
+    recording.add_argument("--inputs", type=Path, required=True, help="folder of teachers and texts, made if missing")
+    recording.add_argument("--only", default=",".join(SETS), help=f"some of {', '.join(SETS)}")
+    comparing = verbs.add_parser("compare", help="compare two records")
+    comparing.add_argument("before", type=Path, help="record of the code as it was")
+    comparing.add_argument("after", type=Path, help="record of the code as it is")
+    arguments = parse(parser)
+    if arguments.smoke:
+        folder = Path(tempfile.mkdtemp())
+        for out in ("before.json", "after.json"):
+            record(folder / out, folder, ["tiny"])
+        compare(folder / "before.json", folder / "after.json")
+        return
+    if arguments.verb is None:
+        parser.error("say whether to record or to compare")
+    if arguments.verb == "record":
+        names = arguments.only.split(",")
+        if unknown := set(names) - set(SETS):
+            parser.error(f"--only names {', '.join(sorted(unknown))}: name some of {', '.join(SETS)}")
+        record(arguments.out, arguments.inputs.resolve(), names)
+        return
+    compare(arguments.before, arguments.after)
+
+
+def compare(*records: Path) -> None:
+    """Says what two records do not have in common."""
+    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in records)
+    faults = [*differences(before, after)]
+    rows = sum(len(found) for found in before.values())
+    print(f"{rows} rows of {len(before)} runs compared: {len(faults)} differences")
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+def record(out: Path, inputs: Path, names: list[str]) -> None:
+    """Runs each search in a folder of its own, which is removed, and adds its rows to the record at once."""
+    found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    for name in names:
+        for run, words in searches(name, inputs):
+            print(f"{run} ...", file=sys.stderr, flush=True)
+            found[run] = rows(words, inputs)
+            out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def searches(name: str, inputs: Path) -> Iterator[tuple[str, list[str]]]:
+    """Names and command lines of one set."""
+    if name == "smollm2":
+        yield "smollm2", ["search", "--budget", "210MB", "--trials", "2", "--tokens", "1024", "--explore", "1"]
+        return
+    if name == "sums":
+        teacher = sums_teacher(inputs)
+        data = "reasoning-gym:chain_sum?size=2000&seed=11&min_terms=3&max_terms=3&min_digits=2&max_digits=2"
+        options = ["--teacher", str(teacher), "--data", data, "--context", "64", "--sequence-length", "40"]
+        trials = ["--trials", "3", "--tokens", "10240", "--step-tokens", "1280", "--explore", "1"]
+        yield "sums", ["search", "--budget", "16GB", *options, *trials]
+        return
+    # Some strategies align eight layers.
+    teacher, text = tiny_inputs(inputs, "tiny", 5) if name == "tiny" else tiny_inputs(inputs, "deep", 12)
+    options = ["--teacher", str(teacher), "--data", str(text), "--context", "256"]
+    if name == "tiny":
+        yield "tiny", ["search", "--budget", "16GB", *options, "--trials", "4", "--tokens", "4608", "--explore", "1"]
+        return
+    folder = Path(__file__).parents[2] / "search_spaces" / "strategies"
+    for strategy in sorted(path.stem for path in folder.glob("*.yaml")):
+        yield f"distil {strategy}", ["distill", strategy, *options, "--tokens", "1024"]
+
+
+def tiny_inputs(inputs: Path, name: str, layers: int) -> tuple[Path, Path]:
+    """A tiny random teacher of so many layers, and a tiny text."""
+    from autodistill.testing import save_tiny_teacher, tiny_text
+
+    teacher, text = inputs / name, inputs / "text"
+    if not teacher.exists():
+        save_tiny_teacher(teacher, layers=layers)
+    if not text.exists():
+        tiny_text(text, documents=30, sentences=24)
+    return teacher, text
+
+
+def sums_teacher(inputs: Path) -> Path:
+    """The small teacher that works sums out, trained for half a minute: enough to have something to imitate."""
+    folder = inputs / "sums"
+    if not folder.exists():
+        from benchmarks.common import math_teacher
+
+        math_teacher.make_small(steps=600)
+        made = math_teacher.math_teacher(0.0)
+        assert made is not None
+        shutil.copytree(made.folder, folder)
+    return folder
+
+
+def rows(words: list[str], inputs: Path) -> dict[str, Any]:
+    """Runs a command line, and gives the rows of its log by name and split, comparable ones."""
+    with tempfile.TemporaryDirectory(prefix="same-rows-") as folder:
+        places = ["--out", folder, "--cache", str(inputs / "cache"), "--name", "run"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "autodistill", *words, *FIXED, *places],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+        if done.returncode:
+            sys.exit(f"{' '.join(words)} ended with {done.returncode}: {done.stderr[-2000:]}")
+        found = {}
+        for line in (Path(folder) / "run" / "trials.jsonl").read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            if event["event"] == "row" or event["event"] == "test":
+                for row in [event["row"]] if "row" in event else event.get("rows", []):
+                    found[f"{row['row_id']} {row['split']}"] = comparable(row)
+        return found
+
+
+def comparable(row: dict[str, Any]) -> dict[str, Any]:
+    """All of a row but times, and memory that was measured."""
+    kept = {name: value for name, value in row.items() if name not in TIMES}
+    if row.get("memory_source") == "measured":
+        kept["memory_bytes"] = "measured"
+    kept["other"] = {name: value for name, value in row["other"].items() if not name.startswith(OTHER_TIMES)}
+    return kept
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    """What two records do not have in common; ids that changed are printed as a map, and must change one to one."""
+    renamed: dict[str, str] = {}
+    for run in sorted(before.keys() ^ after.keys()):
+        yield f"{run} is in one record only"
+    for run in sorted(before.keys() & after.keys()):
+        mine, theirs = before[run], after[run]
+        for name in sorted(mine.keys() ^ theirs.keys()):
+            yield f"{run}: {name} is {'missing' if name in mine else 'too many'}"
+        for name in sorted(mine.keys() & theirs.keys()):
+            for path, old, new in unequal(mine[name], theirs[name], ()):
+                if path[-1] in IDS and isinstance(old, str) and renamed.setdefault(old, str(new)) == new:
+                    continue
+                yield f"{run}: {name}: {'.'.join(path)} is {new!r}, and was {old!r}"
+    for old, new in sorted(renamed.items()):
+        print(f"{old} -> {new}")
+    if len(set(renamed.values())) < len(renamed):
+        yield "two ids became one"
+
+
+def unequal(old: Any, new: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Where two values differ, to the last digit."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from unequal(old.get(key), new.get(key), (*path, key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (left, right) in enumerate(zip(old, new, strict=True)):
+            yield from unequal(left, right, (*path, str(index)))
+    elif old != new and not (re.fullmatch(r"nan", str(old), re.I) and re.fullmatch(r"nan", str(new), re.I)):
+        yield path, old, new
+
+
+if __name__ == "__main__":
+    main()

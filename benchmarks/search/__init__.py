@@ -1,0 +1,1 @@
+"""What a search finds, for how much, beside other ways to look."""
