@@ -304,5 +304,5 @@ def _trained(strategy: Strategy) -> str:
         what = f"low-rank changes of rank {recipe.lora.rank}"
         what += " and the embedding table" if recipe.train_embeddings else ""
     return (
-        what if strategy.finishing is None else f"{what}, at the end on the grid of {strategy.finishing.packing.name}"
+        what if strategy.finishing is None else f"{what}, at the end on the grid of {strategy.finishing.scheme.name}"
     )

@@ -101,7 +101,7 @@ def _budgets(given: Mapping[str, Any]) -> tuple[Budget, ...]:
     if given["budget"] is None and given["sweep"] is None and given["device"] is None:
         raise InputError("solve takes --budget like 200MB, --sweep like 100MB..400MB, or --device like local")
     if given["own"] and given["device"] is None:
-        raise InputError("--devices describes devices, and none is asked for: name one with --device")
+        raise InputError("--devices only describes devices: choose one with --device")
     limits: Sequence[int | None] = [None if given["budget"] is None else parse_bytes(given["budget"])]
     if given["sweep"] is not None:
         limits = _sweep(given["sweep"])
