@@ -303,6 +303,4 @@ def _trained(strategy: Strategy) -> str:
     else:
         what = f"low-rank changes of rank {recipe.lora.rank}"
         what += " and the embedding table" if recipe.train_embeddings else ""
-    return (
-        what if strategy.finishing is None else f"{what}, at the end on the grid of {strategy.finishing.scheme.name}"
-    )
+    return what if strategy.finishing is None else f"{what}, at the end on the grid of {strategy.finishing.scheme.name}"

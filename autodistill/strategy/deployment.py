@@ -42,6 +42,14 @@ class Deployment(QuantizationScheme, PlainDataclass):
         return self.cache_type_k, self.cache_type_v
 
     @property
+    def server_arguments(self) -> tuple[str, ...]:
+        """Arguments of llama.cpp's server for a cache of fewer than 16 bits, of which a GGUF file says nothing."""
+        keys, values = self.cache_types
+        if (keys, values) == ("f16", "f16"):
+            return ()
+        return ("--cache-type-k", keys, "--cache-type-v", values, "--flash-attn", "on")
+
+    @property
     def name(self) -> str:
         """As `QuantizationScheme.name`, and a cache of fewer than 16 bits, as in "gguf-q4_0+kv-q8_0"."""
         keys, values = self.cache_types

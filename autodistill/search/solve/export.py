@@ -53,10 +53,7 @@ def export(
     run = verify_runtime(artifact, deployment, simulated, read.tokens[:, :-1], 1, teacher.folder)
     subject = Subject(spec=bench.spec, deployment=deployment, budget=budget, artifact=artifact.path, threads=1)
     (memory,) = load_evaluator("memory").evaluate(subject)
-    keys, values = deployment.cache_types
     server = ["llama-server", "--model", str(artifact.path), "--ctx-size", str(budget.context)]
-    if (keys, values) != ("f16", "f16"):
-        server += ["--cache-type-k", keys, "--cache-type-v", values, "--flash-attn", "on"]
     return {
         "path": str(artifact.path),
         "size_bytes": artifact.size_bytes,
@@ -69,5 +66,5 @@ def export(
         "memory_source": memory.source,
         "over_budget_bytes": max(0, int(memory.value) - budget.memory_bytes),
         "text": run.text,
-        "serve": shlex.join(server),
+        "serve": shlex.join([*server, *deployment.server_arguments]),
     }
