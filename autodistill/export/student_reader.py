@@ -81,7 +81,7 @@ class StudentFiles:
     """
 
     def __init__(self, folder: Path, scheme: QuantizationScheme) -> None:
-        self._packing = scheme
+        self._scheme = scheme
         self._scales: dict[str, Scales] = read_scales(folder, scheme)
         self.config = read_json(folder / "config.json")
         self.spec = spec_from_config(self.config)
@@ -105,11 +105,11 @@ class StudentFiles:
 
     def pack(self, name: str) -> Arrays:
         """Return the stored form of one tensor, with the scales that were learned for this scheme, if any."""
-        return pack(self._read(name), self._packing.storage(self.specs[name]), self._scales.get(name))
+        return pack(self._read(name), self._scheme.storage(self.specs[name]), self._scales.get(name))
 
     def deployed(self, name: str) -> Floats:
         """Return the float32 values that the runtime will use for a tensor."""
-        return deployed(self._read(name), self._packing.storage(self.specs[name]), self._scales.get(name))
+        return deployed(self._read(name), self._scheme.storage(self.specs[name]), self._scales.get(name))
 
     def _read(self, name: str) -> Floats:
         file, stored = self._files[name]

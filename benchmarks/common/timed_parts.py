@@ -38,7 +38,6 @@ from benchmarks.common.math_teacher import make_small
 from benchmarks.common.prepared import Prepared, new_trainer
 
 STORE = "math-parts.json"
-STEPS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +87,14 @@ def read() -> Parts:
     return Parts(**json.loads(path.read_text()))
 
 
-def step_seconds(prepared: Prepared, strategy: Strategy) -> float:
+def step_seconds(prepared: Prepared, strategy: Strategy, steps: int = 12) -> float:
     """Seconds of a thread's own time that an optimiser step takes, after some to warm up."""
     _, trainer = new_trainer(Workbench(prepared.setting), strategy, 0)
     times = []
-    for record in trainer.train_stable(3 * STEPS * STEP):
+    for record in trainer.train_stable(3 * steps * STEP):
         times.append(time.process_time())
         del record
-    return statistics.median(after - before for before, after in zip(times[STEPS:], times[STEPS + 1 :], strict=False))
+    return statistics.median(after - before for before, after in zip(times[steps:], times[steps + 1 :], strict=False))
 
 
 def live(strategy: Strategy) -> Strategy:
@@ -132,7 +131,7 @@ def evaluation_seconds(prepared: Prepared, model: Any, spec: Any, deployment: De
     return time.process_time() - started
 
 
-def measure(prepared: Prepared, recipe: Strategy, repeats: int) -> Parts:
+def measure(prepared: Prepared, recipe: Strategy, repeats: int, steps: int) -> Parts:
     """Medians over repeats, in which the parts take turns."""
     setting, deployments = prepared.setting, prepared.question.deployments
     teacher = load_model(setting.teacher, torch.float32)
@@ -145,8 +144,8 @@ def measure(prepared: Prepared, recipe: Strategy, repeats: int) -> Parts:
         return sum(each) + each[-1]
 
     parts: dict[str, Callable[[], float]] = {
-        "step": lambda: step_seconds(prepared, recipe),
-        "live_step": lambda: step_seconds(prepared, live(recipe)),
+        "step": lambda: step_seconds(prepared, recipe, steps),
+        "live_step": lambda: step_seconds(prepared, live(recipe), steps),
         "cache": lambda: cache_seconds(prepared),
         "evaluation": lambda: evaluation_seconds(prepared, student, spec, deployments[0]),
         "teacher_rows": rows,
@@ -163,13 +162,14 @@ def main() -> None:
     """Times the parts and writes them down."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="of each part, of which the median counts")
-    arguments = program.parse(parser, repeats=1)
+    parser.add_argument("--steps", type=int, default=12, help="before those that are timed, which are twice as many")
+    arguments = program.parse(parser, repeats=1, steps=2)
     torch.set_num_threads(1)
     keep_freed_memory()
     if arguments.smoke:
         make_small()
     with prepare(default_cache() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
-        found = measure(prepared, prepared.space.baselines[RECIPE], arguments.repeats)
+        found = measure(prepared, prepared.space.baselines[RECIPE], arguments.repeats, arguments.steps)
     (program.REPORTS / STORE).write_text(json.dumps(asdict(found), indent=2) + "\n")
 
 

@@ -147,7 +147,7 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Reads the command line of such a program."""
-    return program.parse(parser, tokens=512, seeds=1, workers=1)
+    return program.parse(parser, tokens=256, seeds=1, workers=1)
 
 
 def small_inputs() -> dict[str, Any]:
@@ -162,10 +162,12 @@ def study(arguments: argparse.Namespace, store: str, strategies: Mapping[str, St
     Args:
         arguments: Of such a program.
         store: Name of the file.
-        strategies: By name.
+        strategies: By name; a smoke run trains the first and the last.
     """
-    file = program.REPORTS / store
-    inputs = small_inputs() if arguments.smoke else {}
+    file, inputs = program.REPORTS / store, {}
+    if arguments.smoke:
+        first, *_, last = strategies
+        strategies, inputs = {name: strategies[name] for name in (first, last)}, small_inputs()
     seeds = range(0 if arguments.report else arguments.seeds)
     run(strategies, tokens=arguments.tokens, seeds=seeds, workers=arguments.workers, store=file, **inputs)
     return file, named(file, strategies, tokens=arguments.tokens)

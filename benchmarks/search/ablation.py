@@ -88,9 +88,9 @@ def main() -> None:
         name: [kept.get(f"{name} {seed}", lambda seed=seed, flag=flag: warm(table, seed, flag)) for seed in seeds]
         for name, flag in (("with a warm start", True), ("without", False))
     }
-    recipe = table.space.baselines[RECIPE]
+    recipe, steps = table.space.baselines[RECIPE], 2 if arguments.smoke else 12
     with prepare(default_cache() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
-        seconds = kept.get("seconds", lambda: [step_seconds(prepared, recipe), step_seconds(prepared, live(recipe))])
+        seconds = kept.get("seconds", lambda: [step_seconds(prepared, one, steps) for one in (recipe, live(recipe))])
     print(report.write("ablation", "What each part of the search is worth", sections(table, found, warmed, seconds)))
 
 

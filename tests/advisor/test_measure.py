@@ -53,7 +53,7 @@ def request(student: Path, out: Path, **changes: Any) -> MeasureRequest:
 def test_here_it_is_timed_in_its_own_runtime(
     kind: str, folder: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "look", lambda threads: QUIET)
+    monkeypatch.setattr(module, "current_load", lambda threads: QUIET)
     path = student if kind == "file" else folder
     found = measure(request(path, tmp_path, streams=(1, 2)))
     measured = found["measured"]
@@ -74,7 +74,7 @@ def test_here_it_is_timed_in_its_own_runtime(
 def test_a_packed_folder_is_measured_as_what_it_is_packed_in(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "look", lambda threads: QUIET)
+    monkeypatch.setattr(module, "current_load", lambda threads: QUIET)
     packed = Deployment(runtime="transformers", format="compressed-tensors", bits=4, group_size=32)
     exported = CompressedTensorsExporter().export(folder, packed, tmp_path / "packed").path
     measured = measure(request(exported, tmp_path))["measured"]
@@ -84,7 +84,7 @@ def test_a_packed_folder_is_measured_as_what_it_is_packed_in(
 def test_the_default_context_is_what_the_student_reads_and_an_asked_one_is_not_lowered(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "look", lambda threads: QUIET)
+    monkeypatch.setattr(module, "current_load", lambda threads: QUIET)
     found = measure(request(student, tmp_path, context=None))["measured"]
     assert found["board"]["context"] == 512
     with pytest.raises(InputError, match="has a context of 512 tokens: give --context 512 or less"):
@@ -98,7 +98,7 @@ def test_a_busy_machine_is_refused_unless_that_is_accepted(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy = Noise(load_average=9.0, others=2.0, steal=0.0, doubts=("other work took 2.0 of 2 cores",))
-    monkeypatch.setattr(module, "look", lambda threads: busy)
+    monkeypatch.setattr(module, "current_load", lambda threads: busy)
     with pytest.raises(InputError, match=r"is busy .other work took 2\.0 of 2 cores.: .* or accept it with --busy"):
         measure(request(student, tmp_path))
     assert measure(request(student, tmp_path, busy=True))["measured"]["tpot_ms"] > 0
@@ -107,7 +107,7 @@ def test_a_busy_machine_is_refused_unless_that_is_accepted(
 def test_more_threads_than_cores_are_refused_for_what_they_are(
     student: Path, tmp_path: Path, llama_bench: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "look", lambda threads: QUIET)
+    monkeypatch.setattr(module, "current_load", lambda threads: QUIET)
     with pytest.raises(InputError, match=f"--threads {10**4} is more than the cores here, .*: give .* or less"):
         measure(request(student, tmp_path, threads=10**4, busy=True))
     script, result = tmp_path / "bench.sh", tmp_path / "result.txt"
@@ -163,7 +163,7 @@ def test_a_board_is_the_device_that_its_system_calls_it_or_one_that_is_to_be_nam
     assert found["device"] == expected
     assert found["measured"]["machine"] == (expected or system[0])
     assert found["measured"]["board"]["machine"] == system[0]
-    hint = f"No known device is called {system[0]}, so that pick does not use this: say which of autodistill devices"
+    hint = f"No known device is called {system[0]}, so pick does not use this: say which of autodistill devices"
     assert (hint in measured_text(found)) == (device is None)
 
 

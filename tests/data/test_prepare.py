@@ -105,10 +105,12 @@ def test_another_process_prepares_the_same(
     (tmp_path / "source.json").write_text(json.dumps(source.documents))
     program = f"""if True:
         import json, pathlib
-        from autodistill.data.documents import Source
+        from autodistill.data.documents import DataSource
         from autodistill.data.prepare import prepare
         documents = tuple(json.loads(pathlib.Path({str(tmp_path / "source.json")!r}).read_text()))
-        source = Source(name="x", kind="folder", documents=documents, licence=None, fingerprint={source.fingerprint!r})
+        source = DataSource(
+            name="x", kind="folder", documents=documents, license=None, fingerprint={source.fingerprint!r}
+        )
         tokenizer, cache = pathlib.Path({str(tokenizer)!r}), pathlib.Path({str(tmp_path)!r})
         print(prepare(source, tokenizer, "tiny", {LENGTH}, cache).folder)
     """

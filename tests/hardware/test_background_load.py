@@ -44,6 +44,6 @@ def test_own_work_is_not_other_work() -> None:
 )
 def test_threads_are_as_many_as_cores_are_free(monkeypatch, others, most, free) -> None:
     seen = noise(load_average=0.0, others=others, steal=0.0, threads=0, cores=4)
-    monkeypatch.setattr(quiet, "look", lambda threads: seen)
+    monkeypatch.setattr(quiet, "current_load", lambda threads: seen)
     monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
     assert free_cores(most) == free

@@ -137,7 +137,7 @@ def test_a_dimension_under_a_condition_is_judged_by_the_trials_that_have_it_and_
         "init.layers": "it is the same in all that have it",
     }
     text = explain(run).describe()
-    line = f"  {end.share:6.1%}  distillation.temperature.end, of what the 15 trials that have it differ in\n"
+    line = f"  {end.share:6.1%}  distillation.temperature.end, among the 15 trials that have it\n"
     assert line in text
     assert "     --   finishing.bits: 5 of 30 trials have it\n" in text
 
@@ -160,8 +160,8 @@ def test_each_objective_has_its_own_table(run: RunFolder) -> None:
     assert list(found.importance) == ["accuracy", "memory", "latency"]
     assert firsts == ["distillation.learning_rate", "init.depth", None]
     text = found.describe()
-    assert "by accuracy (PED-ANOVA):" in text
-    assert "by memory (PED-ANOVA):" in text
+    assert "What mattered for accuracy, in" in text
+    assert "What mattered for memory, in" in text
     assert "results are too few to tell which dimensions mattered for latency." in text
 
 
