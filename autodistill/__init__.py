@@ -1,30 +1,135 @@
 """AutoDistill: finds the distilled and quantised student with the highest measured accuracy that fits your hardware."""
 
-from typing import Any
+import inspect
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import AutoDistillError, InputError, NothingFitsError
-from autodistill.hardware.budget import Budget
-from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Strategy
-from autodistill.units import parse_bytes, parse_duration
+
+if TYPE_CHECKING:
+    from autodistill.api import devices, distill, estimate, load_run, measure, pick, plan, search, write
+    from autodistill.evaluation.base import Evaluator, Measurement, Quantity, Subject, register_evaluator
+    from autodistill.hardware.budget import Budget
+    from autodistill.objects.answers import Estimate, Pick
+    from autodistill.objects.run import Run, SearchResult
+    from autodistill.objects.student import Metric, Student
+    from autodistill.search.callbacks import (
+        Callback,
+        Exported,
+        RungReached,
+        SearchFinished,
+        Step,
+        TrialFinished,
+        TrialStarted,
+    )
+    from autodistill.strategy.deployment import Deployment
+    from autodistill.strategy.divergence import register_divergence
+    from autodistill.strategy.domains import Choice, Float, Int
+    from autodistill.strategy.named import load_strategy
+    from autodistill.strategy.space import Space, load_space
+    from autodistill.strategy.strategy import Strategy
+    from autodistill.units import parse_bytes, parse_duration
+
+    __version__: str
 
 __all__ = [
     "AutoDistillError",
     "Budget",
+    "Callback",
+    "Choice",
     "Deployment",
+    "Estimate",
+    "Evaluator",
+    "Exported",
+    "Float",
     "InputError",
+    "Int",
+    "Measurement",
+    "Metric",
     "NothingFitsError",
+    "Pick",
+    "Quantity",
+    "Run",
+    "RungReached",
+    "SearchFinished",
+    "SearchResult",
+    "Space",
+    "Step",
     "Strategy",
+    "Student",
+    "Subject",
+    "TrialFinished",
+    "TrialStarted",
     "__version__",
+    "devices",
+    "distill",
+    "estimate",
+    "load_run",
+    "load_space",
+    "load_strategy",
+    "measure",
     "parse_bytes",
     "parse_duration",
+    "pick",
+    "plan",
+    "register_divergence",
+    "register_evaluator",
+    "search",
+    "write",
 ]
+
+# Where each name lies; it is imported once somebody asks for it.
+_MODULES = {
+    "api": ("devices", "distill", "estimate", "load_run", "measure", "pick", "plan", "write"),
+    "hardware.budget": ("Budget",),
+    "objects.answers": ("Estimate", "Pick"),
+    "objects.run": ("Run", "SearchResult"),
+    "objects.student": ("Metric", "Student"),
+    "search.callbacks": (
+        *("Callback", "TrialStarted", "Step", "RungReached", "TrialFinished", "Exported", "SearchFinished"),
+    ),
+    "evaluation.base": ("Evaluator", "Measurement", "Quantity", "Subject", "register_evaluator"),
+    "strategy.deployment": ("Deployment",),
+    "strategy.divergence": ("register_divergence",),
+    "strategy.domains": ("Choice", "Float", "Int"),
+    "strategy.named": ("load_strategy",),
+    "strategy.space": ("Space", "load_space"),
+    "strategy.strategy": ("Strategy",),
+    "units": ("parse_bytes", "parse_duration"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """The version, which is looked up once somebody asks."""
-    if name != "__version__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import version
+    """A public name, imported where somebody asks for it."""
+    if name == "__version__":
+        from importlib.metadata import version
 
-    return version("autodistill-search")
+        return version("autodistill-search")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"autodistill.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Search(ModuleType):
+    """The package of the search, which can be called: its name is also that of the function."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(import_module("autodistill.api").search)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return import_module("autodistill.api").search(*args, **options)
+
+
+# What `help` and a notebook show of it.
+_Search.__doc__ = property(lambda self: import_module("autodistill.api").search.__doc__)  # type: ignore[assignment]
+# Whoever imports a file of the package binds its name here, and the function's would be gone.
+import_module("autodistill.search")
+sys.modules["autodistill.search"].__class__ = _Search

@@ -1,44 +1,139 @@
-"""Names to plug-ins by entry point; an unknown or a doubled name raises and lists the known ones."""
+"""The registry of plug-ins by name: declared by an entry point, or registered in this process."""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
+import re
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from types import CodeType
+from typing import Any, Literal, NamedTuple, get_args
 
 from autodistill.errors import InputError
 
-Kind = Literal["evaluators", "exporters"]
+Kind = Literal["evaluators", "exporters", "divergences"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""The entry-point groups, without the `autodistill.` that each begins with."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+
+
+class Registered(NamedTuple):
+    """A plug-in of this process, and the hash of its source code when it was registered."""
+
+    plugin: Any
+    source: str
+
+
+_registered: dict[tuple[Kind, str], Registered] = {}
 
 
 def names(kind: Kind) -> tuple[str, ...]:
-    """Names of all installed plug-ins of a kind, sorted."""
-    return tuple(sorted({entry.name for entry in _entries(kind, tuple(sys.path))}))
+    """Return the sorted names of all plug-ins of a kind, importing none."""
+    declared = {entry.name for entry in _entries(kind, tuple(sys.path))}
+    return tuple(sorted(declared | set(registered(kind))))
+
+
+def others(kind: Kind) -> tuple[str, ...]:
+    """Return the sorted names of those that are not this project's own, importing none."""
+    own = {entry.name for entry in _entries(kind, tuple(sys.path)) if entry.module.startswith("autodistill.")}
+    return tuple(name for name in names(kind) if name not in own)
 
 
 def load(kind: Kind, name: str) -> Any:
-    """Makes the plug-in of a name, of whatever type: `load_evaluator` and `load_exporter` say which.
+    """Return the plug-in of a name; of a class that an entry point names, an instance made without arguments.
+
+    The type is the caller's to know: `load_evaluator`, `load_exporter` and `get_divergence` say it.
 
     Args:
-        kind: "evaluators" or "exporters": the entry-point group `autodistill.` followed by it.
-        name: As declared.
+        kind: The entry-point group `autodistill.` followed by it.
+        name: As declared or registered.
 
     Raises:
         InputError: No plug-in of this name (the message lists the known ones), two distributions that declare it, or
             one that cannot be imported.
     """
-    found = [entry for entry in _entries(kind, tuple(sys.path)) if entry.name == name]
+    if (kind, name) in _registered:
+        return _registered[kind, name].plugin
+    plugin = _imported(kind, name, tuple(sys.path))
+    return plugin() if isinstance(plugin, type) else plugin
+
+
+def register(kind: Kind, name: str, plugin: Any, *, written_as: Any = None) -> None:
+    """Make a plug-in known in this process, under a name that nothing installed has; it replaces one of its name.
+
+    Args:
+        kind, name: As for `load`.
+        plugin: What `load` is to give.
+        written_as: The function or object whose source is the plug-in's, where that is not the plug-in itself.
+
+    Raises:
+        InputError: The name is no name, or an installed plug-in has it.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(f"{name!r} is no name of {_one(kind)}: write small letters, digits, '_', '-' and '.'")
+    owner = next((entry for entry in _entries(kind, tuple(sys.path)) if entry.name == name), None)
+    if owner is not None:
+        raise InputError(f"{_owner(owner)} has {_one(kind)} {name!r} already: choose another name")
+    _registered[kind, name] = Registered(plugin, source_hash(plugin if written_as is None else written_as))
+
+
+def registered(kind: Kind) -> Mapping[str, Registered]:
+    """Return what was registered in this process, by name."""
+    return {name: found for (of, name), found in _registered.items() if of == kind}
+
+
+def forget(kind: Kind, name: str) -> None:
+    """Remove a registered plug-in, if there is one of this name."""
+    _registered.pop((kind, name), None)
+
+
+def source_hash(plugin: Any) -> str:
+    """Return a hash of a function's, or of an object's class's, source code, and of what either was made with.
+
+    The values are those that the function closes over, or the object's attributes. Where there is no source, as of
+    code that was typed into a plain interpreter, its compiled code stands in for it.
+    """
+    coded = plugin if inspect.isroutine(plugin) or isinstance(plugin, type) else type(plugin)
+    try:
+        source: Any = inspect.getsource(coded)
+    except (OSError, TypeError):
+        source = [_compiled(one) for one in _functions(coded)]
+    cells = getattr(plugin, "__closure__", None) or ()
+    values = [cell.cell_contents for cell in cells] if coded is plugin else getattr(plugin, "__dict__", {})
+    made_with = json.loads(json.dumps(values, default=lambda value: type(value).__qualname__, skipkeys=True))
+    return hashlib.sha256(json.dumps([source, made_with], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _functions(coded: Any) -> list[Any]:
+    found = vars(coded).values() if isinstance(coded, type) else [coded]
+    return [one for one in found if hasattr(one, "__code__")]
+
+
+def _compiled(function: Any) -> list[Any]:
+    def plain(code: CodeType) -> list[Any]:
+        inner = [plain(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+        return [code.co_code.hex(), inner, list(code.co_names)]
+
+    return plain(function.__code__)
+
+
+@lru_cache(maxsize=64)
+def _imported(kind: Kind, name: str, path: tuple[str, ...]) -> Any:
+    found = [entry for entry in _entries(kind, path) if entry.name == name]
     if not found:
         raise InputError(f"there is no {kind[:-1]} {name!r}; the {kind} are {', '.join(names(kind)) or 'none'}")
     if len(found) > 1:
         owners = " and ".join(sorted(_owner(entry) for entry in found))
         raise InputError(f"the {kind[:-1]} {name!r} is declared by {owners}: uninstall all but one of them")
     try:
-        plugin = found[0].load()
+        return found[0].load()
     except (ImportError, AttributeError) as error:
         raise InputError(f"the {kind[:-1]} {name!r} of {_owner(found[0])} cannot be loaded: {error}") from error
-    return plugin()
 
 
 # Reading every distribution's metadata takes longer than most evaluations, so it is done once for each search path.
@@ -49,3 +144,7 @@ def _entries(kind: Kind, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
 
 def _owner(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+
+
+def _one(kind: Kind) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind[:-1]}"

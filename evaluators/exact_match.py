@@ -5,31 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import numpy.typing as npt
 
 from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
-from autodistill.evaluation.offline_metric import compute
 from autodistill.evaluation.statistics import clustered_mean, per_document
 from autodistill.strategy.deployment import Deployment
 
 
-class FullMarks(evaluate.Metric):
-    """Share of answers with full marks, with its standard error over questions."""
+def full_marks(marks: npt.NDArray[Any], documents: npt.NDArray[np.int32]) -> dict[str, Any]:
+    """Return the share of answers whose mark is 1, its standard error over questions, and the mean mark.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of answers whose mark is 1, with a standard error clustered by document.",
-            citation="",
-            features=datasets.Features({"marks": datasets.Value("float64"), "documents": datasets.Value("int32")}),
-            format="numpy",
-        )
-
-    def _compute(self, marks: npt.NDArray[np.float64], documents: npt.NDArray[np.int32]) -> dict[str, Any]:
-        value, stderr = clustered_mean(marks >= 1, documents)
-        return {"exact_match": value, "stderr": stderr, "mean_mark": float(np.mean(marks))}
+    Args:
+        marks: [n], of each answer, 0 to 1.
+        documents: [n], each answer's question.
+    """
+    # In float32, in which the figures on record were computed.
+    marks = np.asarray(marks, np.float32)
+    value, stderr = clustered_mean(marks >= 1, documents)
+    return {"exact_match": value, "stderr": stderr, "mean_mark": float(np.mean(marks))}
 
 
 class ExactMatch:
@@ -47,7 +41,7 @@ class ExactMatch:
         answers = subject.answers
         if answers is None:
             raise ValueError("exact_match is read from answers, and the subject has none")
-        result = compute(FullMarks, marks=answers.marks, documents=answers.documents)
+        result = full_marks(answers.marks, answers.documents)
         return (
             Measurement(
                 name="exact_match",
@@ -63,7 +57,6 @@ class ExactMatch:
                     "mean_mark": result["mean_mark"],
                 },
                 documents=per_document(answers.marks >= 1, answers.documents),
-                bound=1.0,
             ),
         )
 

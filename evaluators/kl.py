@@ -44,7 +44,6 @@ class Divergence:
                     "outcomes": scores.outcomes,
                 },
                 documents={**per_document(scores.divergence, scores.documents), "unit": "nats"},
-                bound=0.0,
             ),
         )
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from autodistill.evaluation.base import Direction, Measurement, Needs, Quantity, Subject
 from autodistill.hardware.budget import DeviceBudget
 from autodistill.hardware.machine import detect
+from autodistill.hardware.runtime import further_runtimes
 from autodistill.serving.timing import Load, time_serving
 from autodistill.strategy.deployment import Deployment
 
@@ -76,4 +77,7 @@ class Latency:
         if deployment.runtime == "vllm" and not detect().accelerator:
             return False
         module = {"llama.cpp": "xllamacpp", "transformers": "transformers", "vllm": "vllm"}.get(deployment.runtime)
-        return module is not None and importlib.util.find_spec(module) is not None
+        if module is None:
+            brought = further_runtimes()
+            return deployment.runtime in brought and brought[deployment.runtime].server is not None
+        return importlib.util.find_spec(module) is not None

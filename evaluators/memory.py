@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from autodistill.hardware.budget import on_gpu
 from autodistill.hardware.device import DISCRETE
 from autodistill.hardware.lookup import class_of_machine
 from autodistill.hardware.machine import detect, machine_name
+from autodistill.hardware.runtime import further_runtimes
 from autodistill.serving.llama_cpp import LlamaServer
-from autodistill.serving.python_server import PythonServer
+from autodistill.serving.timing import serve
 from autodistill.strategy.deployment import Deployment
 
 _PROMPT = 512  # tokens that llama.cpp reads at once, which fill its compute buffer
@@ -43,7 +44,7 @@ class Memory:
             InputError: The format cannot hold one of the tensors.
             VerificationError: The runtime cannot load the artifact.
         """
-        measured = {"llama.cpp": _in_llama_cpp, "transformers": _in_transformers}.get(subject.deployment.runtime)
+        measured = _measuring(subject.deployment.runtime)
         of_gpu = on_gpu(subject.budget)
         if subject.artifact is None or measured is None or (of_gpu and not detect().accelerator):
             return (_measurement(_estimate(subject, of_gpu), "predicted"),)
@@ -83,10 +84,20 @@ def _in_llama_cpp(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dic
     return replace(stated, overhead_bytes=max(0, peak - buffers.total_bytes)), where
 
 
-def _in_transformers(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
-    """What transformers takes for a folder, and where."""
+def _measuring(runtime: str) -> Callable[[Subject, Path], tuple[MemoryEstimate, dict[str, str]]] | None:
+    """Return the function that measures memory in a runtime, or None if none does."""
+    if runtime == "llama.cpp":
+        return _in_llama_cpp
+    brought = {} if runtime in ("transformers", "vllm") else further_runtimes()
+    runs_here = runtime == "transformers" or (runtime in brought and brought[runtime].server is not None)
+    return _by_peak if runs_here else None
+
+
+def _by_peak(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
+    """Measure what transformers, or a runtime that an exporter describes, takes for an artifact, and where."""
     context, batch = subject.budget.context, subject.budget.batch
-    with PythonServer(artifact, "transformers", context, subject.threads, batch) as folder:
+    runtime = subject.deployment.runtime
+    with serve(artifact, runtime, context=context, threads=subject.threads, parallel=batch) as folder:
         folder.begin([_prompt(subject, _read(subject) - 1)] * batch)
         folder.step()
         peak, where = folder.peak_bytes(), _where(folder.accelerated)

@@ -6,32 +6,25 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import numpy.typing as npt
 
 from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
-from autodistill.evaluation.offline_metric import compute
 from autodistill.evaluation.statistics import clustered_mean, per_document
 from autodistill.strategy.deployment import Deployment
 
 
-class TokenPerplexity(evaluate.Metric):
-    """exp(mean nll), with its standard error over documents by the delta method: perplexity * stderr of the mean."""
+def perplexity(nll: npt.NDArray[Any], documents: npt.NDArray[np.int32]) -> tuple[float, float | None]:
+    """Return exp(mean nll), and its standard error by the delta method: perplexity * stderr of the mean.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Exponential of the mean negative log-likelihood in nats, clustered by document.",
-            citation="",
-            features=datasets.Features({"nll": datasets.Value("float64"), "documents": datasets.Value("int32")}),
-            format="numpy",
-        )
-
-    def _compute(self, nll: npt.NDArray[np.float64], documents: npt.NDArray[np.int32]) -> dict[str, Any]:
-        mean, stderr = clustered_mean(nll, documents)
-        perplexity = math.exp(mean)
-        return {"perplexity": perplexity, "stderr": None if stderr is None else perplexity * stderr}
+    Args:
+        nll: [n], negative log-likelihood of each token in nats.
+        documents: [n], each token's document.
+    """
+    # In float32, in which the perplexities on record were computed.
+    mean, stderr = clustered_mean(np.asarray(nll, np.float32), documents)
+    value = math.exp(mean)
+    return value, None if stderr is None else value * stderr
 
 
 class Perplexity:
@@ -51,15 +44,15 @@ class Perplexity:
         scores = subject.scores
         if scores is None:
             raise ValueError("perplexity is read from scores, and the subject has none")
-        result = compute(TokenPerplexity, nll=scores.nll, documents=scores.documents)
+        value, stderr = perplexity(scores.nll, scores.documents)
         return (
             Measurement(
                 name="perplexity",
-                value=result["perplexity"],
+                value=value,
                 unit="perplexity",
                 direction="min",
                 source="simulated",
-                stderr=result["stderr"],
+                stderr=stderr,
                 detail={
                     "split": subject.split,
                     "tokens": scores.nll.size,
@@ -69,7 +62,6 @@ class Perplexity:
                     "stride": scores.window,
                 },
                 documents={**per_document(scores.nll, scores.documents), "unit": "nats"},
-                bound=0.0,
             ),
         )
 

@@ -1,9 +1,8 @@
-"""Size: bytes of the packed weights, predicted by the format's arithmetic or counted on disk."""
+"""Size: bytes of the packed weights, predicted by the format's arithmetic or counted by the exporter."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from autodistill.evaluation.base import Measurement, Needs, Quantity, Source, Subject
 from autodistill.quantization.formats import weights_bytes
@@ -18,9 +17,9 @@ class Size:
     measures: Mapping[str, Quantity] = {"size_bytes": Quantity("bytes", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Counts the artifact's bytes, or adds up those of each tensor in the deployment's format."""
-        source: Source = "predicted" if subject.artifact is None else "measured"
-        value = _predicted(subject) if subject.artifact is None else _on_disk(subject.artifact)
+        """Reads the artifact's bytes, or adds up those of each tensor in the deployment's format."""
+        source: Source = "predicted" if subject.artifact_bytes is None else "measured"
+        value = _predicted(subject) if subject.artifact_bytes is None else subject.artifact_bytes
         return (Measurement(name="size_bytes", value=float(value), unit="bytes", direction="min", source=source),)
 
     def supports(self, deployment: Deployment) -> bool:
@@ -30,12 +29,3 @@ class Size:
 
 def _predicted(subject: Subject) -> int:
     return weights_bytes(subject.spec.tensors, subject.deployment)
-
-
-def _on_disk(artifact: Path) -> int:
-    if artifact.is_file():
-        return artifact.stat().st_size
-    files = list(artifact.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{artifact} holds no weights: neither a GGUF file nor a folder with safetensors")
-    return sum(file.stat().st_size for file in files)

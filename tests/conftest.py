@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
+
+# Two searches with two threads each on two cores take twice the time where a thread spins while it waits for another;
+# OpenMP reads this as torch is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import contextlib
+import gc
+import json
 import shutil
 import socket
 import subprocess
@@ -118,6 +124,12 @@ class Workshop:
             teacher=LiveTeacher(self.teacher, device),
             sharding=sharding,
         )
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of garbage collection, of which a search asks for several: each takes a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: the one place that says the order. "" is `autodistill/__init__.py`, the public names.
 PACKAGES = (
     *("errors", "units", "plugins"),
-    *("utils", "models", "quantization", "strategy", "hardware", "estimates", "data", "serving", "inference"),
-    *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "search"),
+    *("utils", "models", "quantization", "strategy", "hardware", "options", "estimates"),
+    *("data", "serving", "inference"),
+    *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "search", "report"),
+    *("objects", "api"),
     *("testing", "cli", "__main__", ""),
 )
 MOST_MODULES, MOST_AT_THE_TOP = 14, 8
@@ -27,9 +29,10 @@ WITHOUT_TORCH = (
     *("errors", "units", "plugins", "utils.hashing", "utils.plain_dataclass"),
     *("models.tensors", "models.families", "models.spec", "models.config", "models.llama_cpp_graphs"),
     *("quantization.grids", "quantization.formats", "quantization.k_quants", "quantization.k_quant_bytes"),
-    *("quantization.packing", "strategy.strategy", "strategy.deployment", "strategy.space"),
+    *("quantization.packing", "strategy.strategy", "strategy.deployment", "strategy.space", "strategy.named"),
     *("hardware.budget", "hardware.device", "hardware.lookup", "estimates.fit", "estimates.serving_memory"),
-    *("evaluation.base", "evaluation.early_stopping", "distillation.student.shapes"),
+    *("evaluation.base", "distillation.student.shapes"),
+    *("advisor.describe", "advisor.estimate", "advisor.candidates", "cli.app", "cli.commands"),
 )
 
 

@@ -52,6 +52,7 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
     for package, where in imported("autodistill", "evaluators").items():
         own = {
             ("report.py",): "plots",
+            ("charts.py",): "plots",
             ("reasoning_gym.py",): "tasks",
             ("adamw_8bit.py",): "8bit",
             ("lm_eval.py",): "lm-eval",

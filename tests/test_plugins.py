@@ -5,17 +5,18 @@ from pathlib import Path
 import pytest
 
 from autodistill.errors import InputError
-from autodistill.plugins import load, names
+from autodistill.plugins import forget, load, names, others, register, registered
+from autodistill.quantization.formats import all_formats, get_format
 
 
-def _install(folder: Path, distribution: str, entry: str, code: str = "") -> None:
-    """Lays out a distribution as an installer would, with one evaluator."""
+def _install(folder: Path, distribution: str, entry: str, code: str = "", kind: str = "evaluators") -> None:
+    """Lays out a distribution as an installer would, with one plug-in."""
     module = distribution.replace("-", "_")
     (folder / f"{module}.py").write_text(code)
     info = folder / f"{module}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[autodistill.evaluators]\n{entry}\n")
+    (info / "entry_points.txt").write_text(f"[autodistill.{kind}]\n{entry}\n")
 
 
 def test_finds_what_this_distribution_declares() -> None:
@@ -59,3 +60,58 @@ def test_one_that_cannot_be_imported_is_named(code: str, tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=rf"'frost' of {distribution} 1\.0 cannot be loaded"):
         load("evaluators", "frost")
+
+
+def test_what_is_registered_is_given_as_it_is_until_it_is_forgotten() -> None:
+    thing = object()
+    assert others("evaluators") == ()
+    register("evaluators", "thing", thing, written_as=_install)
+    try:
+        assert load("evaluators", "thing") is thing
+        assert "thing" in names("evaluators")
+        assert others("evaluators") == ("thing",)
+        source = registered("evaluators")["thing"].source
+        register("evaluators", "thing", thing, written_as=load)
+        assert registered("evaluators")["thing"].source != source
+    finally:
+        forget("evaluators", "thing")
+    assert "thing" not in names("evaluators")
+    with pytest.raises(InputError, match=r"autodistill-search .* has an evaluator 'kl' already: choose another name"):
+        register("evaluators", "kl", thing)
+    with pytest.raises(InputError, match="'two words' is no name of an exporter"):
+        register("exporters", "two words", thing)
+
+
+EXPORTER = """
+from dataclasses import replace
+from autodistill.quantization.formats import FORMATS
+
+class Exporter:
+    runtimes = ()
+    formats = (replace(FORMATS["huggingface"], name={name!r}, container={container!r}),)
+"""
+
+
+def test_an_exporter_of_a_plug_in_brings_its_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"there is no format 'tarball'; the formats are gguf-f16, .*, huggingface$"):
+        get_format("tarball")
+    code = EXPORTER.format(name="tarball", container="tar")
+    _install(tmp_path, "tar-exporter", "tar = tar_exporter:Exporter", code, "exporters")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert get_format("tarball").container == "tar"
+    assert list(all_formats())[-1] == "tarball"
+
+
+@pytest.mark.parametrize(
+    ("name", "container", "said"),
+    [("odd", "gguf", "the container 'gguf'"), ("gguf-f16", "own", "a name that is taken")],
+)
+def test_a_format_is_its_exporter_s_own(
+    name: str, container: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"odd_exporter_{container}"
+    code = EXPORTER.format(name=name, container=container)
+    _install(tmp_path, module.replace("_", "-"), f"own = {module}:Exporter", code, "exporters")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=f"the exporter 'own' gives its format '{name}' {said}"):
+        get_format("another")

@@ -24,7 +24,6 @@ from autodistill.runs.results.row import (
     finite,
     is_field,
     required,
-    rows_of,
     trained_fully,
 )
 from autodistill.runs.results.selection import students_only
@@ -39,7 +38,6 @@ _COLUMNS = (
     *("accuracy", "accuracy_stderr", "perplexity", "agreement", "memory_bytes", "memory_source", "size_bytes"),
     *("latency_ms", "latency_source", "machine", "context", "batch", "fidelity", "other"),
 )
-_NESTED = ("deployment", "other")
 _BESIDE_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
 
 
@@ -96,7 +94,7 @@ class Candidate:
         """Make a candidate from a complete row."""
         fields = {name: getattr(row, name) for name in _COLUMNS if name != "shape"}
         cells = {name: value for name, value in fields.items() if value is not None}
-        cells |= {name: json.dumps(cells[name]) for name in _NESTED}
+        cells |= {"deployment": json.dumps(row.deployment.to_json()), "other": json.dumps(row.other)}
         shape = None if row.shape is None else Shape(row.shape)
         return cls(
             run=run,
@@ -205,7 +203,7 @@ def with_documents(candidates: Sequence[Candidate]) -> list[Row]:
 def _documents(run: RunFolder, ids: set[str]) -> dict[str, Any]:
     """Return the scores by document of some rows of a run, by id."""
     if not run.tabled:
-        return {row.row_id: row.documents for row in rows_of(run.events.read()) if row.row_id in ids}
+        return {row.row_id: row.documents for row in run.events.rows() if row.row_id in ids}
     with _table(run) as file:
         if "documents" not in file.schema_arrow.names:
             return {}
@@ -230,7 +228,7 @@ def recalibrated_by(candidates: Iterable[Candidate]) -> dict[Place, Overhead]:
 def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: str) -> Iterator[Candidate]:
     """Yield a run's validation rows of these kinds that have the metric and were trained to the end, if at all."""
     if not run.tabled:
-        for row in rows_of(run.events.read()):
+        for row in run.events.rows():
             if row.kind in kinds and row.split != "test" and row.full and row.figure(metric) is not None:
                 yield Candidate.of(row, run.name, metric, direction, run)
         return
@@ -256,7 +254,7 @@ def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: st
 def _measured(run: RunFolder) -> Iterator[Row]:
     """Yield the rows of a run whose memory was measured."""
     if not run.tabled:
-        yield from (row for row in rows_of(run.events.read()) if row.memory_source == "measured")
+        yield from (row for row in run.events.rows() if row.memory_source == "measured")
         return
     columns = _columns(run)
     for cells in zip(*columns.values(), strict=True):
@@ -267,8 +265,8 @@ def _measured(run: RunFolder) -> Iterator[Row]:
 
 def _row(cells: Mapping[str, Any], run: RunFolder | None) -> Row:
     with _whole(run):
-        nested = {name: _figures(plain_json(cells[name])) for name in _NESTED if name in cells}
-        return Row(**{"other": {}} | dict(cells) | nested)
+        other = _figures(plain_json(cells.get("other", "{}")))
+        return Row(**dict(cells) | {"deployment": _deployment(cells["deployment"]), "other": other})
 
 
 def _figures(data: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from autodistill.advisor.describe import Described, describe
 from autodistill.data.dataset import SEQUENCE_LENGTH
-from autodistill.distillation.student.check import check_strategy, student_spec
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import MemoryEstimate, basis_of, memory
@@ -251,6 +250,9 @@ def student_of(teacher: Described, strategy: Strategy, name: str) -> Described:
     Raises:
         InputError: A teacher or a pretrained student that cannot be trained here, or as `applied.check_strategy`.
     """
+    # Imports torch, for which a model that is only estimated does not wait.
+    from autodistill.distillation.student.check import check_strategy, student_spec
+
     check_trainable(teacher)
     if strategy.init.source == "pretrained":
         check_trainable(describe(strategy.init.model))

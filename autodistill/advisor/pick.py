@@ -132,7 +132,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         "streams": wanted.streams,
         "device": wanted.device.name if wanted.device else None,
         "memory_basis": _basis(chosen[0], wanted),
-        "memory_overhead": asdict(wanted.overhead(chosen[0].candidate.row.deployment["runtime"])),
+        "memory_overhead": asdict(wanted.overhead(chosen[0].candidate.row.deployment.runtime)),
     }
 
 

@@ -45,7 +45,7 @@ def devices(given: dict[str, Any]) -> Iterable[str]:
         except InputError:
             return False
 
-    known = read(*map(Path, given.get("own") or ()))
+    known = read(*map(Path, given.get("devices") or ()))
     names = [name for device in known for name in device.names]
     # A look-up takes a hyphen for a space.
     hyphened = (name if " " not in name else name.lower().replace(" ", "-") for name in names)
@@ -56,7 +56,7 @@ def devices(given: dict[str, Any]) -> Iterable[str]:
 @_beginning
 def spaces(given: dict[str, Any]) -> Iterable[str]:
     """Packaged spaces."""
-    from autodistill.strategy.space import packaged_files
+    from autodistill.strategy.named import packaged_files
 
     return packaged_files("spaces")
 
@@ -64,7 +64,7 @@ def spaces(given: dict[str, Any]) -> Iterable[str]:
 @_beginning
 def strategies(given: dict[str, Any]) -> Iterable[str]:
     """Packaged strategies."""
-    from autodistill.strategy.space import packaged_files
+    from autodistill.strategy.named import packaged_files
 
     return packaged_files("strategies")
 
@@ -72,6 +72,6 @@ def strategies(given: dict[str, Any]) -> Iterable[str]:
 @_beginning
 def formats(given: dict[str, Any]) -> Iterable[str]:
     """Formats of weights."""
-    from autodistill.quantization.formats import FORMATS
+    from autodistill.quantization.formats import all_formats
 
-    return FORMATS
+    return all_formats()

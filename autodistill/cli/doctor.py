@@ -153,8 +153,7 @@ def package(requirement: Requirement, extra: str | None) -> Finding:
 
 
 def _plugins() -> Iterator[Finding]:
-    kinds: tuple[plugins.Kind, ...] = ("evaluators", "exporters")
-    for kind in kinds:
+    for kind in plugins.KINDS:
         names = plugins.names(kind)
         try:
             for name in names:

@@ -7,8 +7,6 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from autodistill.cli.options import SECTIONS
-
 
 class PlainCommand(TyperCommand):
     """A command whose usage line has NAME for what is needed and [NAME] for what is not."""
@@ -42,10 +40,11 @@ class SectionedCommand(PlainCommand):
     """One with so many options that its help shows them in sections."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Its parameters, each with the section it is shown in."""
+        """Its parameters; --help stands with what is printed."""
         params = super().get_params(ctx)
         for param in params:
-            param.rich_help_panel = next((name for name, members in SECTIONS.items() if param.name in members), None)
+            if param.name == "help":
+                param.rich_help_panel = "Output"
         return params
 
 

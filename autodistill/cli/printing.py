@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from autodistill.cli.commands import Boards
-from autodistill.cli.options import Format
 from autodistill.cli.streams import stdout_reserved
 from autodistill.cli.summary import headline
 from autodistill.cli.tables import leaderboard_table, wrapped
@@ -22,9 +21,9 @@ T = TypeVar("T")
 _NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST)
 
 
-def show(output: Format, work: Callable[[], T], document: Callable[[T], Any], text: Callable[[T], str]) -> T:
+def show(as_json: bool, work: Callable[[], T], document: Callable[[T], Any], text: Callable[[T], str]) -> T:
     """Does the work with stdout held free, and prints its result there; with JSON also the error that ended it."""
-    with replying(output is Format.JSON) as reply:
+    with replying(as_json) as reply:
         try:
             with stdout_reserved():
                 try:
@@ -33,7 +32,7 @@ def show(output: Format, work: Callable[[], T], document: Callable[[T], Any], te
                     if error.errno in _NO_PATH and error.filename is not None:
                         raise InputError(f"{error.filename}: {error.strerror}: name another place") from error
                     raise
-                shown = _dumps(document(result)) if output is Format.JSON else text(result)
+                shown = _dumps(document(result)) if as_json else text(result)
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             reply.give_error(*_told(error))
             raise

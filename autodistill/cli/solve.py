@@ -9,16 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from autodistill.cli import completion
-from autodistill.cli.options import (
-    BUDGET_HELP,
-    BatchOption,
-    CacheOption,
-    ContextOption,
-    DevicesOption,
-    Format,
-    FormatOption,
-    option,
-)
 from autodistill.cli.printing import line_width, show
 from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.summary import table
@@ -31,13 +21,20 @@ from autodistill.units import format_bytes, parse_bytes
 _STEPS = 7  # budgets of a sweep
 
 
+def option(name: str, text: str, metavar: str, **more: Any) -> Any:
+    """One option: its flag, its help and what stands for its value."""
+    return typer.Option(name, help=text, metavar=metavar, **more)
+
+
 def solve(
     ctx: typer.Context,
     teacher: Annotated[
         str | None,
         typer.Argument(help="A transformers folder, a .gguf file, a hub id, or smollm2 (default).", metavar="TEACHER"),
     ] = None,
-    budget: Annotated[str | None, option("--budget", f"{BUDGET_HELP}.", "SIZE")] = None,
+    budget: Annotated[
+        str | None, option("--budget", "Memory limit for the deployed model, like 16GB or 900MiB.", "SIZE")
+    ] = None,
     sweep: Annotated[
         str | None, option("--sweep", f"Solve for {_STEPS} budgets instead, like 100MB..400MB.", "SIZE..SIZE")
     ] = None,
@@ -54,8 +51,11 @@ def solve(
         str | None,
         option("--data", "Text to score on: a folder, a .txt, .jsonl or .parquet file, or pydoc (default).", "REF"),
     ] = None,
-    context: ContextOption = None,
-    batch: BatchOption = None,
+    context: Annotated[
+        int | None,
+        option("--context", "Context length the memory must cover (default: 2048, or the model's limit).", "TOKENS"),
+    ] = None,
+    batch: Annotated[int | None, option("--batch", "Number of sequences decoded at once (default: 1).", "N")] = None,
     tokens: Annotated[
         int, option("--tokens", "Tokens of text to score on; twice as many are held out.", "TOKENS")
     ] = 2048,
@@ -68,12 +68,17 @@ def solve(
     export: Annotated[
         bool, typer.Option("--export", help="Write the solution as a GGUF file and verify it in llama.cpp.")
     ] = False,
-    own: DevicesOption = None,
-    cache: CacheOption = None,
-    output: FormatOption = Format.TABLE,
+    own: Annotated[
+        list[Path] | None, option("--devices", "YAML file that describes your own devices. Repeatable.", "FILE")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        option("--cache", "Folder for what later runs can reuse (default: ~/.cache/autodistill).", "DIR"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Choose the storage type of every matrix, table and cache that costs least within a budget. Nothing is trained."""
-    show(output, lambda: solved(ctx.params), dict, lambda document: solve_text(document, line_width()))
+    show(as_json, lambda: solved(ctx.params), dict, lambda document: solve_text(document, line_width()))
 
 
 def solved(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,27 +10,14 @@ from autodistill.cli.tables import leaderboard_table, memory_cell, wrapped
 from autodistill.hardware.budget import Price, read_budget
 from autodistill.quantization.formats import get_format
 from autodistill.runs.results.gains import Gains
-from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rank, rests_on
-from autodistill.runs.results.objectives import objectives_of, with_front
-from autodistill.runs.results.row import Row, rows_of, task_figures
+from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
+from autodistill.runs.results.row import Row, task_figures
 from autodistill.runs.results.savings import Saved
-from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder
 from autodistill.units import format_bytes, format_duration
 
 _SHOWN_ROWS = 15
 _SHOWN_STRATEGIES = 3
-
-
-def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
-    """The ranked rows of a run's validation split, and the metric that ranks them; also of a run that is under way.
-
-    Raises:
-        InputError: Its records cannot be read.
-    """
-    asked = run.asked("metric", "direction")
-    rows = contenders(rows_of(run.events.read()))
-    return with_front(rank(rows, asked["metric"], asked["direction"]), objectives_of(asked)), asked["metric"]
 
 
 def headline(run: RunFolder) -> str:
@@ -262,7 +249,7 @@ _ORDER = (_FOUND, _BEFORE, _BASELINE, _INITIAL, _TEACHER, _QUANTISED)
 
 
 def _is_exported(row: Row, best: Mapping[str, Any]) -> bool:
-    return (row.kind, row.trial, row.deployment) == (best["kind"], best["trial"], best["deployment"])
+    return (row.kind, row.trial, row.deployment.to_json()) == (best["kind"], best["trial"], best["deployment"])
 
 
 def _untrained(row: Row, best: Mapping[str, Any]) -> bool:
@@ -276,7 +263,7 @@ def _title(row: Row, best: Mapping[str, Any]) -> str:
     if row.kind in DISTILLED:
         return _BASELINE if row.kind == "baseline" else _BEFORE
     if row.kind == "teacher":
-        return _TEACHER if row.deployment["bits"] == 16 else _QUANTISED
+        return _TEACHER if row.deployment.bits == 16 else _QUANTISED
     return _INITIAL
 
 

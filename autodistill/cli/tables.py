@@ -16,7 +16,6 @@ from autodistill.runs.results.leaderboard import Ranked, rests_on
 from autodistill.runs.results.objectives import PREDICTED_LATENCY
 from autodistill.runs.results.row import DAMAGED, REMOVED, Row
 from autodistill.runs.results.selection import KIND as CONFIRMATION
-from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -225,9 +224,6 @@ def leaderboard_table(
     notes = {
         "= tied with the best: within one standard error": any(one.tied for one in ranked),
         "* on the front: no row beats it in one objective without losing in another": any(one.front for one in ranked),
-        "< not all was read, as it was certain to fall short; it stands where that puts it over all": any(
-            one.row.partly for one in ranked
-        ),
         "~ predicted": any(cell.startswith("~") for line in lines for cell in line),
         "! over the budget": any(not one.row.feasible and one.row.reason not in (REMOVED, DAMAGED) for one in ranked),
         **{f"! {gone}": any(one.row.reason == gone for one in ranked) for gone in (REMOVED, DAMAGED)},
@@ -274,7 +270,7 @@ def _cells(one: Ranked, metric: str) -> list[str]:
     row = one.row
     value, error = row.figure(metric), row.figure(f"{metric}_stderr")
     spread = "" if error is None else f" ± {error:.4f}"
-    marks = {"=": one.tied, "*": one.front, "<": bool(row.partly), "!": not row.feasible}
+    marks = {"=": one.tied, "*": one.front, "!": not row.feasible}
     return [
         f"{one.place}{''.join(mark for mark, holds in marks.items() if holds)}",
         row.short_id,
@@ -308,4 +304,4 @@ def _strategy(row: Row) -> str:
     assert row.strategy is not None
     # A proposed strategy is named by a description of itself, which is what follows.
     title = row.trial if row.kind in ("student", CONFIRMATION) else f"{row.trial} {row.name}"
-    return f"{title}: {Strategy.from_json(row.strategy).describe()}"
+    return f"{title}: {row.strategy.describe()}"

@@ -18,6 +18,8 @@ PROMPTS = ("prompt", "question", "instruction")
 ANSWERS = ("answer", "response", "completion", "output")
 # What some records put beside an instruction: the text it is about.
 _CONTEXTS = ("context", "input")
+READ_FIELDS = (*PROMPTS, *ANSWERS, *_CONTEXTS, MESSAGES, TOLD, "vocabulary", "tokens", "top")
+"""Of a record of a conversation, all that is read."""
 
 _THOUGHTS = ("<think>", "</think>")  # the marks of Qwen3, DeepSeek-R1 and what was distilled from them
 # Log-probabilities below which a token counts as one of the rest; servers write -9999 for one that was ruled out.

@@ -183,18 +183,6 @@ class TokenSet:
         """Number of tokens that are predicted and scored."""
         return self.tokens[:, 1:].size if self.scored is None else int(self.scored[:, 1:].sum())
 
-    def part(self, start: int, stop: int) -> TokenSet:
-        """Return some of the sequences for scoring, without questions and log-probabilities."""
-        answers, shared = (None if one is None else one[start:stop] for one in (self.answers, self.shared))
-        return TokenSet(
-            tokens=self.tokens[start:stop],
-            documents=self.documents[start:stop],
-            answers=answers,
-            shared=shared,
-            ends=self.ends,
-            in_a_row=self.in_a_row,
-        )
-
     def head(self, tokens: int) -> TokenSet:
         """Return the first sequences that together hold at most this many tokens, but at least one."""
         count = max(1, tokens // self.tokens.shape[1])
@@ -293,15 +281,23 @@ def load_split(folder: Path, split: str, rendering: str = "") -> TokenSet:
         raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
     if not (folder / split).is_dir():
         raise InputError(f"{folder} holds no prepared data: prepare them first")
-    import datasets
-
-    table = datasets.load_from_disk(str(folder / split)).data.table
+    table = _table(folder / split)
     teacher = _token_set(folder, split, table)
     if not rendering:
         return replace(teacher, in_a_row=_index(folder)["splits"][split].get("in_a_row", 0))
     ends = json.loads((rendering_folder(folder, rendering) / ENDS).read_text(encoding="utf-8"))
     own = _token_set(folder, split, table, rendering)
     return replace(own, teacher=teacher, ends=None if ends[0] == ends[1] else (ends[0], ends[1]))
+
+
+def _table(folder: Path) -> pyarrow.Table:
+    """Read the rows that `datasets` saved in a folder, memory-mapped, and without that library: no worker loads it."""
+    import pyarrow as pa
+
+    names = [
+        file["filename"] for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+    ]
+    return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(folder / name))).read_all() for name in names)
 
 
 def _token_set(folder: Path, split: str, table: pyarrow.Table, rendering: str = "") -> TokenSet:

@@ -34,13 +34,18 @@ _KINDS = (
     "pydoc, a folder of .txt, .md or .rst files, a .txt, .jsonl or .parquet file, reasoning-gym:TASK, "
     "or a hub id like owner/name"
 )
-_TEXTS = ("text", "content")
-_USABLE = f"{', '.join(_TEXTS)}, {'|'.join(PROMPTS)} with {'|'.join(ANSWERS)}, {MESSAGES}"
+TEXTS = ("text", "content")
+USABLE = f"{', '.join(TEXTS)}, {'|'.join(PROMPTS)} with {'|'.join(ANSWERS)}, {MESSAGES}"
 # JSON may name one of the two halves that UTF-16 has of a character; alone it is no text, and has no tokens.
 _HALF = re.compile("[\ud800-\udfff]")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 Document = str | Conversation
+
+
+def usable(fields: Sequence[str]) -> bool:
+    """Whether records of these fields can be read as text, or as conversations."""
+    return any(name in fields for name in TEXTS) or next(readers(fields), None) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +299,7 @@ def _record_documents(records: list[tuple[str, Record]], field: str | None, ref:
         raise InputError(f"{ref} holds no record: give data with some")
     if field is not None and field not in found:
         raise InputError(f"{ref} has no field {field}; the fields found are {', '.join(found)}")
-    texts = [name for name in _TEXTS if name in found] if field is None else [field]
+    texts = [name for name in TEXTS if name in found] if field is None else [field]
     ways: list[Callable[[Record, str], Document | None]] = [_text_reader(name) for name in texts]
     if field is None:
         ways += readers(found)
@@ -305,7 +310,7 @@ def _record_documents(records: list[tuple[str, Record]], field: str | None, ref:
     if field is not None:
         raise InputError(f"{ref} holds no text in its field {field}: give data with some")
     fields = f"the fields found are {', '.join(found)}" if found else "no fields were found"
-    raise InputError(f"{ref} has no field with usable text ({_USABLE}): {fields}")
+    raise InputError(f"{ref} has no field with usable text ({USABLE}): {fields}")
 
 
 def _text_reader(name: str) -> Callable[[Record, str], str | None]:

@@ -11,9 +11,8 @@ from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory
 from autodistill.estimates.speed import limit_seconds
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
-from autodistill.models.llama_cpp_graphs import cannot_run
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import QuantizationScheme
+from autodistill.quantization.formats import QuantizationScheme, get_format
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, format_duration
@@ -141,10 +140,10 @@ def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
     """Refuse a quantisation scheme that cannot hold a model at all, whatever the memory.
 
     Raises:
-        InputError: What llama.cpp would not compute of it, or as `QuantizationScheme.check_model` and `check_cache`.
+        InputError: Why its format holds no such model, or as `QuantizationScheme.check_model` and `check_cache`.
     """
-    if scheme.container == "gguf" and (reason := cannot_run(spec)):
-        raise InputError(f"GGUF cannot hold this {spec.architecture}: {reason}")
+    if reason := get_format(scheme.format).refuses(spec):
+        raise InputError(reason)
     scheme.check_model(spec.tensors)
     if isinstance(scheme, Deployment):
         check_cache(spec, scheme.runtime, scheme.cache_types)

@@ -9,9 +9,12 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from autodistill.errors import InputError
+from autodistill.hardware.runtime import further_runtime, further_runtimes
+from autodistill.models.families import FAMILIES
+from autodistill.models.llama_cpp_graphs import WINDOWED_GRAPHS
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
-from autodistill.quantization.formats import CACHE_BYTES, tensor_bytes, weights_bytes
+from autodistill.quantization.formats import CACHE_BYTES, get_format, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
 
@@ -20,8 +23,6 @@ _CACHE_CELLS = 256  # llama.cpp rounds a sequence's context up to a multiple of 
 _INPUT_BYTES = 40  # a token's id, position, cache slots and output index in llama.cpp's graph, padding included
 _VLLM_BLOCK = 16  # tokens of a page of vLLM's KV cache
 _VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a step's activations are made for
-_UNGATED = ("gpt_neox",)  # families whose FFN is one matrix up and one down, and whose projections are fused
-_WINDOWED_IN_LLAMA_CPP = ("gemma3_text",)  # families whose llama.cpp graph knows the sliding window
 _WINDOWED = ("transformers", "vllm")  # runtimes that know the sliding window of every family
 
 LLAMA_CPP_PROCESS_BYTES = 20 * 2**20
@@ -84,6 +85,8 @@ BASIS_ON_GPU: Mapping[str, str] = {
 
 def basis_of(runtime: str, *, on_gpu: bool) -> str:
     """Return what the figures are based on, for the memory of a process or of a discrete GPU."""
+    if runtime not in BASIS:
+        return further_runtime(runtime).basis
     return (BASIS_ON_GPU if on_gpu else BASIS)[runtime]
 
 
@@ -166,7 +169,7 @@ def memory(
         kv_type: What keys and values are held in: "f16", or in llama.cpp "q8_0" or "q4_0"; by default as the deployment
             says.
         weights: Bytes of the stored tensors where they are known, of a GGUF file say; else as `deployment` packs them.
-        runtime: Another engine than the deployment's, one of `BASIS`.
+        runtime: Another engine than the deployment's, one of `BASIS` or one that a plug-in's exporter describes.
         read: Tokens of each sequence that a pass of ONNX Runtime takes, whose graphs are made for a length: the context
             by default, 1 in a step of decoding.
         on_gpu: Whether a discrete GPU serves it, whose memory is then told.
@@ -178,16 +181,15 @@ def memory(
     runtime = runtime or deployment.runtime
     if context < 1 or batch < 1:
         raise InputError(f"context and batch must be at least 1, not {context} and {batch}")
-    if runtime not in BASIS:
-        raise InputError(f"there is no runtime {runtime!r}; the runtimes are {', '.join(BASIS)}")
+    if runtime not in BASIS and runtime not in (brought := further_runtimes()):
+        raise InputError(f"there is no runtime {runtime!r}; the runtimes are {', '.join([*BASIS, *brought])}")
     cache_types = deployment.cache_types if kv_type is None else (kv_type, kv_type)
     check_cache(spec, runtime, cache_types)
     if read is not None and (runtime != "onnxruntime" or not 1 <= read <= context):
         raise InputError(f"{runtime} reads no {read} tokens of {context} in a pass of their own; leave read out")
     if weights is None:
         weights = weights_bytes(spec.tensors, deployment)
-    # compressed-tensors weights are decompressed by transformers' first forward pass, so they count as 16 bits there.
-    dense = runtime == "transformers" and deployment.container == "compressed-tensors"
+    dense = runtime in get_format(deployment.format).dense_in
     serving = _Serving(
         spec=spec,
         weights=weights,
@@ -201,7 +203,7 @@ def memory(
         on_gpu=on_gpu,
     )
     parts = {"llama.cpp": _llama_cpp, "transformers": _transformers, "vllm": _vllm, "onnxruntime": _onnxruntime}
-    found = parts[runtime](serving)
+    found = parts[runtime](serving) if runtime in parts else _further(serving)
     return MemoryEstimate(
         weights_bytes=found.weights,
         kv_cache_bytes=found.cache,
@@ -247,7 +249,7 @@ def window_in(spec: ModelSpec, runtime: str) -> tuple[int, int]:
     llama.cpp has windows in the graphs of some families alone, and in all others reads what is behind a token whole, as
     do graphs of ONNX, whose scores are of all tokens.
     """
-    known = runtime in _WINDOWED or (runtime == "llama.cpp" and spec.architecture in _WINDOWED_IN_LLAMA_CPP)
+    known = runtime in _WINDOWED or (runtime == "llama.cpp" and _graph(spec) in WINDOWED_GRAPHS)
     return (spec.window, spec.windowed_layers) if known and spec.window else (0, 0)
 
 
@@ -271,11 +273,21 @@ def _rows(spec: ModelSpec, suffix: str) -> list[int]:
 
 def activation_rows(spec: ModelSpec) -> int:
     """Return the values of a token in a layer: four rows of the width, and three of the FFN (two without a gate)."""
-    return 4 * spec.width + _active_ffn(spec) * (2 if spec.architecture in _UNGATED else 3)
+    return 4 * spec.width + _active_ffn(spec) * (3 if _gated(spec) else 2)
 
 
 def _fused(spec: ModelSpec) -> tuple[int, ...]:
-    return (3 * spec.heads * spec.head_dim,) if spec.architecture in _UNGATED else ()
+    family = FAMILIES.get(spec.architecture)
+    return (3 * spec.heads * spec.head_dim,) if family and family.fused else ()
+
+
+def _gated(spec: ModelSpec) -> bool:
+    """Whether its FFN has a gate, as that of every architecture has which is described and not supported."""
+    return spec.architecture not in FAMILIES or FAMILIES[spec.architecture].gated
+
+
+def _graph(spec: ModelSpec) -> str:
+    return FAMILIES[spec.architecture].gguf if spec.architecture in FAMILIES else ""
 
 
 def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
@@ -283,6 +295,12 @@ def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
     spec, narrow = serving.spec, window_in(serving.spec, serving.runtime)[1]
     wide = kv_bytes(spec, spec.layers - narrow, full, serving.cache_types)
     return wide + kv_bytes(spec, narrow, min(full, windowed), serving.cache_types)
+
+
+def _further(serving: _Serving) -> _Parts:
+    """Estimate as the plug-in's exporter describes its runtime; on a discrete GPU the same, as no more is known."""
+    asked = further_runtime(serving.runtime).memory
+    return _Parts(*asked(serving.spec, serving.deployment, serving.weights, serving.context, serving.batch))
 
 
 def _llama_cpp(serving: _Serving) -> _Parts:
@@ -304,7 +322,7 @@ def _llama_cpp(serving: _Serving) -> _Parts:
     tokens = min(_UBATCH, serving.context * batch)
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     logits = 4 * batch * spec.vocabulary
-    ffn = _active_ffn(spec) * (1 if spec.architecture in _UNGATED else 3)
+    ffn = _active_ffn(spec) * (3 if _gated(spec) else 1)
     attention = _latent_attention(spec) if spec.latent else max(2 * queries, queries + 3 * keys)
     peak = max(4 * tokens * max(ffn, attention, *_fused(spec)), logits)
     compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens

@@ -7,10 +7,11 @@ from typing import Any
 
 from autodistill.estimates.serving_memory import activation_rows, kv_bytes, window_in
 from autodistill.hardware.budget import LatencyLimit
-from autodistill.hardware.device import Device, Shares
+from autodistill.hardware.device import Device
+from autodistill.hardware.runtime import Shares
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec, is_expert
-from autodistill.quantization.formats import tensor_bytes, weights_bytes
+from autodistill.quantization.formats import get_format, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid, Storage
 from autodistill.strategy.deployment import Deployment
 
@@ -249,7 +250,7 @@ def work(
     Weights are read once a pass, those of experts as far as the tokens are likely to take them; an embedding table that
     is not also the head is not read. Logits are of one token a sequence.
     """
-    dense = deployment.runtime == "transformers" and deployment.container == "compressed-tensors"
+    dense = deployment.runtime in get_format(deployment.format).dense_in
     chosen = spec.active_experts / spec.experts if spec.experts else 1.0
     met = 1 - (1 - chosen) ** tokens if chosen < 1 else 1.0
     read = multiplied = head = plain = 0.0

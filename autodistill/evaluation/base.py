@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from autodistill import plugins
+from autodistill.errors import InputError
 from autodistill.hardware.budget import Budget
 from autodistill.inference.outputs import Answers, Likelihood, TokenScores
 from autodistill.models.spec import ModelSpec
-from autodistill.plugins import load
 from autodistill.strategy.deployment import Deployment
 
 Source = Literal["measured", "simulated", "predicted"]
@@ -47,7 +48,6 @@ class Measurement:
             gives it. Empty where it is no mean.
         bins: The same of a figure that is the sum of sizes of binned sums over all tokens, like "ece": `ids`, `count`
             and `bins`, the sums of each document by bin. Empty for any other.
-        bound: What no single one of these values can be better than, such as 1 of right or wrong; None for no such.
     """
 
     name: str
@@ -59,7 +59,6 @@ class Measurement:
     detail: Mapping[str, Any] = field(default_factory=dict)
     documents: Mapping[str, Any] = field(default_factory=dict)
     bins: Mapping[str, Any] = field(default_factory=dict)
-    bound: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The measurement as plain data."""
@@ -138,6 +137,7 @@ class Subject:
         answers: Written by the packed weights simulated in torch; None where no evaluator asks for them.
         student: The packed weights simulated in torch, to be asked; None after export.
         artifact: The exported file or folder, or None before export.
+        artifact_bytes: Of its files that hold weights, as its exporter counts them; None before export.
         split: That scores and answers are of.
         threads: CPU threads a runtime may use.
     """
@@ -149,16 +149,13 @@ class Subject:
     answers: Answers | None = None
     student: SimulatedStudent | None = None
     artifact: Path | None = None
+    artifact_bytes: int | None = None
     split: str = "validation"
     threads: int = 1
 
 
 class Evaluator(Protocol):
-    """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments.
-
-    What reads scores or answers is given part of them where a rung's decision is certain by these. What asks the
-    student itself is then asked for all, unless it is `Parted` too.
-    """
+    """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments."""
 
     @property
     def name(self) -> str:
@@ -184,16 +181,21 @@ class Evaluator(Protocol):
         ...
 
 
-@runtime_checkable
-class Parted(Evaluator, Protocol):
-    """An evaluator that asks the student, and can be read in parts: what it is not asked for further is saved."""
+def register_evaluator(evaluator: Evaluator) -> str:
+    """Make an object an evaluator of this Python session, under the name that it has, and return that name.
 
-    def in_parts(self, subject: Subject) -> Iterator[tuple[Measurement, ...]]:
-        """What `evaluate` gives, over as many questions as are read after each part of `early_stopping.ends`.
+    Workers get the object by Ray's own serialiser. It is never written to disk: rows record its name and a hash of its
+    source, and a run is resumed where the same one is registered.
 
-        Each question is asked once, and none before it is due.
-        """
-        ...
+    Raises:
+        InputError: It is no evaluator, or an installed one has its name.
+    """
+    lacking = [name for name in ("name", "needs", "measures", "evaluate", "supports") if not hasattr(evaluator, name)]
+    if lacking or isinstance(evaluator, type):
+        problem = "it is a class: give an object of it" if isinstance(evaluator, type) else f"it lacks {lacking[0]}"
+        raise InputError(f"{evaluator!r} is no evaluator: {problem}")
+    plugins.register("evaluators", evaluator.name, evaluator)
+    return evaluator.name
 
 
 def load_evaluator(name: str) -> Evaluator:
@@ -202,5 +204,5 @@ def load_evaluator(name: str) -> Evaluator:
     Raises:
         InputError: As `plugins.load`.
     """
-    made: Evaluator = load("evaluators", name)
+    made: Evaluator = plugins.load("evaluators", name)
     return made

@@ -94,7 +94,7 @@ def widening(clusters: int) -> float:
 
 
 def clustered_mean(
-    values: npt.NDArray[np.float64] | npt.NDArray[np.bool_], clusters: npt.NDArray[np.int32]
+    values: npt.NDArray[np.floating[Any]] | npt.NDArray[np.bool_], clusters: npt.NDArray[np.int32]
 ) -> tuple[float, float | None]:
     """Mean over all values, and its standard error where values within a cluster may depend on each other.
 

@@ -1,16 +1,19 @@
-"""What an exporter is: it writes a student in one container format, and reads back what it wrote."""
+"""The protocol of exporters, which write a student in one container, read it back and run it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.plugins import load
+from autodistill import plugins
+from autodistill.errors import VerificationError
+from autodistill.hardware.runtime import Runtime
+from autodistill.quantization.formats import Format
 from autodistill.strategy.deployment import Deployment
 
 
@@ -27,11 +30,39 @@ class Artifact:
     size_bytes: int
 
 
+class Ran(NamedTuple):
+    """What an artifact did in its runtime.
+
+    Attributes:
+        top1: int [sequences, tokens], the token that it finds likeliest after each token of each sequence.
+        text: What it wrote after the first `PROMPT_TOKENS` of the first sequence, `WRITTEN_TOKENS` tokens long.
+        same_cut: Share of the tokens of the sequences' text that the runtime cuts it into as the student's tokenizer
+            does; 1 where the runtime has that tokenizer itself.
+    """
+
+    top1: npt.NDArray[np.int64]
+    text: str
+    same_cut: float = 1.0
+
+
+PROMPT_TOKENS, WRITTEN_TOKENS = 8, 16
+
+
 class Exporter(Protocol):
-    """Writes a student in one container format, and reads back what was written. Constructed without arguments."""
+    """Writes students in one container: one file and one entry point of the group `autodistill.exporters`.
+
+    It is constructed without arguments. Nothing else needs to know of it: what it holds, how that is verified and what
+    serves it are asked of it.
+
+    Attributes:
+        name: As it is declared, and as the container of its formats is called.
+        formats: What it holds: each way to pack a model in this container, with the runtimes that serve it.
+        runtimes: Those of these runtimes that this project does not know, with their memory and speed; else ().
+    """
 
     name: str
-    formats: tuple[str, ...]
+    formats: tuple[Format, ...]
+    runtimes: tuple[Runtime, ...]
 
     def export(
         self,
@@ -43,7 +74,7 @@ class Exporter(Protocol):
         license: str | None = None,
         name: str | None = None,
     ) -> Artifact:
-        """Packs `student`, a folder of transformers, into the folder `out`: a student's, or the teacher's own.
+        """Pack `student`, a folder of transformers, into the folder `out`: a student's, or the teacher's own.
 
         What the model is called, what it is of, and the licence that it inherits, are written down where the container
         has a place for them and they are known. Without a name it is called the student of its teacher.
@@ -51,8 +82,40 @@ class Exporter(Protocol):
         ...
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Yields each stored tensor by transformers' name, dequantised from the bytes on disk."""
+        """Yield each stored tensor by transformers' name, dequantised from the bytes on disk."""
         ...
+
+    def run(
+        self,
+        artifact: Path,
+        sequences: npt.NDArray[np.integer[Any]],
+        threads: int,
+        student: Path,
+        deployment: Deployment,
+    ) -> Ran:
+        """Run an artifact in its runtime, to compare it with the simulation of the same packed weights.
+
+        Args:
+            artifact: The exported file or folder.
+            sequences: int [sequences, tokens].
+            threads: CPU threads of the runtime. Beside other work, one is the fastest in llama.cpp.
+            student: The folder that the artifact was made of; it has the tokenizer.
+            deployment: How it was packed; it also has the types of the KV cache.
+
+        Raises:
+            VerificationError: It cannot be loaded, does not write, or cuts text into other tokens.
+        """
+        ...
+
+
+def check_written(path: Path, count: int) -> None:
+    """Refuse an artifact that did not write as many tokens as it was asked for.
+
+    Raises:
+        VerificationError: It wrote fewer, or more.
+    """
+    if count != WRITTEN_TOKENS:
+        raise VerificationError(f"{path} wrote {count} tokens of the {WRITTEN_TOKENS} that it was asked for")
 
 
 def load_exporter(name: str) -> Exporter:
@@ -61,5 +124,5 @@ def load_exporter(name: str) -> Exporter:
     Raises:
         InputError: As `plugins.load`.
     """
-    made: Exporter = load("exporters", name)
+    made: Exporter = plugins.load("exporters", name)
     return made

@@ -8,16 +8,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from packaging.version import Version
 
 from autodistill.errors import MissingDependencyError, VerificationError
-from autodistill.export.base import Artifact
-from autodistill.export.huggingface import as_bf16
+from autodistill.export.base import Artifact, Ran
+from autodistill.export.huggingface import as_bf16, run_in_transformers
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, read_json, write_folder
+from autodistill.hardware.runtime import Runtime
 from autodistill.models.tensors import Role
-from autodistill.quantization.formats import get_format
+from autodistill.quantization.formats import formats_of, get_format
 from autodistill.quantization.grids import Floats, Grid
 from autodistill.quantization.packing import Arrays, unpack
 from autodistill.strategy.deployment import Deployment
@@ -31,7 +33,8 @@ class CompressedTensorsExporter:
     """Writes `pack-quantized` safetensors: integers for linear layers, bfloat16 for the rest."""
 
     name = "compressed-tensors"
-    formats = ("compressed-tensors",)
+    formats = formats_of("compressed-tensors")
+    runtimes: tuple[Runtime, ...] = ()
 
     def export(
         self,
@@ -81,6 +84,17 @@ class CompressedTensorsExporter:
                 yield f"{prefix}.weight", unpack(arrays, grid, (rows, columns))
         if parts:
             raise VerificationError(f"{min(parts)} lacks a part of its packed weights: export the student again")
+
+    def run(
+        self,
+        artifact: Path,
+        sequences: npt.NDArray[np.integer[Any]],
+        threads: int,
+        student: Path,
+        deployment: Deployment,
+    ) -> Ran:
+        """Runs the folder in transformers, also where vLLM will serve it; see `Exporter.run`."""
+        return run_in_transformers(artifact, sequences, threads)
 
 
 def check_package(deployment: Deployment) -> None:

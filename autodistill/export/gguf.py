@@ -13,19 +13,23 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from gguf.utility import size_label
 
+from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import InputError, VerificationError
 from autodistill.estimates.fit import check_holds
-from autodistill.export.base import Artifact
-from autodistill.export.gguf_tokenizer import add_tokenizer
+from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Ran, check_written
+from autodistill.export.gguf_tokenizer import add_tokenizer, spaces
 from autodistill.export.student_reader import StudentFiles, read_json, replacing
-from autodistill.export.tokenizer_check import cannot_cut
+from autodistill.export.tokenizer_check import agreement, cannot_cut, comparable
+from autodistill.export.verify import falls_short
+from autodistill.hardware.runtime import Runtime
 from autodistill.models.families import FAMILIES, GGUF_FAMILIES, get_family
 from autodistill.models.llama_cpp_graphs import SLIDING, rotary, rotary_dims, row_order, window_period
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
-from autodistill.quantization.formats import tensor_bytes
+from autodistill.quantization.formats import formats_of, tensor_bytes
 from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Floats, Storage
 from autodistill.quantization.packing import unpack
+from autodistill.serving.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 
 FILE = "student.gguf"
@@ -63,13 +67,18 @@ _TYPES: Mapping[Storage, GGMLQuantizationType] = {
 }
 _STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(_TYPES.items()))}
 _ROPE_FACTORS = "rope_freqs.weight"
+MIN_SAME_CUT = 0.99
+"""Least share of the tokens of validation text that the runtime cuts it into as the tokenizer does. Of rare characters
+llama.cpp's tables may differ (of tekken's, capitals beyond ASCII), which proves nothing; a wrong kind of cut shows in
+every sentence."""
 
 
 class GgufExporter:
     """Writes `student.gguf`: weights, shape, tokenizer, chat template and origin, in one file."""
 
     name = "gguf"
-    formats = tuple(_FILE_TYPES)
+    formats = formats_of("gguf")
+    runtimes: tuple[Runtime, ...] = ()
 
     def export(
         self,
@@ -125,6 +134,44 @@ class GgufExporter:
             values = unpack({"data": tensor.data}, storage, shape)
             order = row_order(graph, tensor.name, heads, kv_heads)
             yield name, order.to_transformers(values) if order else values
+
+    def run(
+        self,
+        artifact: Path,
+        sequences: npt.NDArray[np.integer[Any]],
+        threads: int,
+        student: Path,
+        deployment: Deployment,
+    ) -> Ran:
+        """Runs the file in llama.cpp; see `Exporter.run`."""
+        return _run(artifact, sequences, threads, student, deployment)
+
+
+def _run(
+    path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path, deployment: Deployment
+) -> Ran:
+    keys, values = deployment.cache_types
+    context = sequences.shape[1] + WRITTEN_TOKENS
+    with LlamaServer(path, context, threads, cache_type_k=keys, cache_type_v=values, whole_cache=True) as server:
+        # Each prompt is the one before and a token more, so that only that token is computed.
+        top1 = [[server.next_token(row[: end + 1]) for end in range(len(row))] for row in sequences.tolist()]
+        written = server.complete(sequences[0, :PROMPT_TOKENS].tolist(), WRITTEN_TOKENS, ignore_end=True)
+        same_cut = _check_cut(path, server, sequences, student)
+    check_written(path, len(written.tokens))
+    return Ran(np.array(top1), written.text, same_cut)
+
+
+def _check_cut(path: Path, server: LlamaServer, sequences: npt.NDArray[np.integer[Any]], student: Path) -> float:
+    """The share of the text's tokens that are cut as the student's tokenizer does, if it is large enough."""
+    tokenizer, put = load_tokenizer(student), spaces(student)
+    texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in sequences.tolist()]
+    found = agreement(tokenizer, server, [comparable(text, tokenizer, put) for text in texts])
+    if falls_short(found.same, found.tokens, MIN_SAME_CUT):
+        raise VerificationError(
+            f"llama.cpp cuts the text of {path} into other tokens than the student's tokenizer does, of which only "
+            f"{found.share:.1%} are the same: {found.first}; export to huggingface or compressed-tensors instead"
+        )
+    return found.share
 
 
 def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployment) -> None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from autodistill.export.base import Artifact
+from autodistill.data.tokenization import load_tokenizer
+from autodistill.errors import VerificationError
+from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Ran, check_written
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
+from autodistill.hardware.runtime import Runtime
+from autodistill.quantization.formats import formats_of
 from autodistill.quantization.grids import Floats
 from autodistill.quantization.packing import unpack
 from autodistill.strategy.deployment import Deployment
@@ -19,7 +26,8 @@ class HuggingFaceExporter:
     """Writes bfloat16 safetensors, config, tokenizer and generation config."""
 
     name = "huggingface"
-    formats = ("huggingface",)
+    formats = formats_of("huggingface")
+    runtimes: tuple[Runtime, ...] = ()
 
     def export(
         self,
@@ -45,7 +53,92 @@ class HuggingFaceExporter:
         for name, tensor in read_arrays(artifact / WEIGHTS):
             yield name, unpack({"data": tensor.view(torch.uint16).numpy()}, "bf16", tuple(tensor.shape))
 
+    def run(
+        self,
+        artifact: Path,
+        sequences: npt.NDArray[np.integer[Any]],
+        threads: int,
+        student: Path,
+        deployment: Deployment,
+    ) -> Ran:
+        """Runs the folder in transformers; see `Exporter.run`."""
+        return run_in_transformers(artifact, sequences, threads)
+
 
 def as_bf16(arrays: Mapping[str, Any]) -> torch.Tensor:
     """Return the torch tensor of the bfloat16 bits that `packing.pack` gave."""
     return torch.from_numpy(arrays["data"]).view(torch.bfloat16)
+
+
+def run_in_transformers(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> Ran:
+    """Run an exported folder in transformers; see `Exporter.run`.
+
+    Raises:
+        VerificationError: As `load_in_transformers`, or it does not write.
+    """
+    return run_model(load_in_transformers(path), path, sequences, threads)
+
+
+def run_model(model: Any, path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> Ran:
+    """Run a model of transformers; see `Exporter.run`.
+
+    Args:
+        model: In float32.
+        path: The folder that it is of, with its tokenizer.
+        sequences, threads: As `Exporter.run` takes them.
+
+    Raises:
+        VerificationError: It does not write.
+    """
+    tokens = torch.from_numpy(sequences.astype(np.int64))
+    with _torch_threads(threads), torch.inference_mode():
+        top1 = torch.stack([model(row[None]).logits[0].argmax(-1) for row in tokens])
+        prompt = tokens[:1, :PROMPT_TOKENS]
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=WRITTEN_TOKENS,
+            min_new_tokens=WRITTEN_TOKENS,
+            do_sample=False,
+        )
+    written = output[0, prompt.shape[1] :]
+    check_written(path, len(written))
+    text = load_tokenizer(path).decode(written, skip_special_tokens=True)
+    return Ran(top1.numpy(), str(text))
+
+
+def load_in_transformers(path: Path) -> Any:
+    """Loads an exported folder with the weights it serves, to compute in float32.
+
+    A compressed-tensors folder is dequantised in bfloat16, as served, and widened afterwards: in bfloat16 itself equal
+    logits are so frequent that the most likely token would often be a matter of order.
+
+    Raises:
+        VerificationError: transformers cannot load it, or finds weights missing or surplus.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            config.quantization_config["dequantize"] = True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise VerificationError(f"transformers could not load {path}: {error}") from error
+    model, report = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            raise VerificationError(f"transformers loaded {path} with {what}: {sorted(map(str, report[what]))[:3]}")
+    return model.float().eval()
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -18,6 +18,7 @@ from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import Row
 from autodistill.runs.students import kept_after
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
 
 NOT_STATED = "not stated: ask its author"
@@ -80,15 +81,15 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
     own = _as_measured(own)
     own.sort(key=lambda one: one.deployment_name != here)
     measured = any(one.deployment_name == here for one in own)
-    container = get_format(deployment.format).container
+    held = get_format(deployment.format)
     license = origin.teacher_license
     read = "learnt from" if row.kind in DISTILLED else "was measured on"
     model = "the teacher" if row.kind == "teacher" else "this student"
     head = {
         **({"license": " ".join(license.lower().split())} if license else {}),
-        "library_name": "gguf" if container == "gguf" else "transformers",
+        "library_name": "transformers" if "transformers" in held.runtimes else held.container,
         "pipeline_tag": "text-generation",
-        "tags": ["distillation", "quantization", "autodistill", container],
+        "tags": ["distillation", "quantization", "autodistill", held.container],
     }
     return "\n".join(
         [
@@ -112,7 +113,11 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             *_table(("packed as",), own, lambda one: (f"**{here}**" if one.deployment_name == here else None,)),
             *_compared(others),
             "",
-            *(["## Strategy", "", fenced(json.dumps(row.strategy, indent=2), "json"), ""] if row.strategy else []),
+            *(
+                ["## Strategy", "", fenced(json.dumps(row.strategy.to_json(), indent=2), "json"), ""]
+                if row.strategy
+                else []
+            ),
         ]
     )
 
@@ -123,6 +128,10 @@ def _cache(deployment: Deployment) -> str:
     if not arguments:
         return ""
     return f" Serve it with `{arguments}`: the figures are of this KV cache, and the file does not set it."
+
+
+def _indented(strategy: Strategy) -> str:
+    return json.dumps(strategy.to_json(), indent=2)
 
 
 def _as_measured(rows: Sequence[Row]) -> list[Row]:

@@ -106,47 +106,70 @@ def memory_on(device: Device, asked: int | None) -> int:
     return device.usable_bytes if asked is None else asked
 
 
-def completed(budget: Budget, before: Budget, *, memory: bool, batch: bool, device: bool) -> Budget:
-    """Fill the values that nobody requested from the budget that a run stored.
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The limits that somebody asks for; what is None is as a run stored it, or else by default.
 
-    Args:
-        budget: As it is asked for now; its context is another's business.
-        before: As the run stored it.
-        memory, batch, device: Whether nobody asked for these.
+    Attributes:
+        memory_bytes, context, batch, latency: As those of a budget.
+        device: What serves the student.
     """
-    kept = ({"memory_bytes": before.memory_bytes} if memory and device else {}) | (
-        {"batch": before.batch} if batch else {}
-    )
-    budget = replace(budget, **kept)
-    if not isinstance(before, DeviceBudget):
-        return budget
-    asked = budget if isinstance(budget, DeviceBudget) else None
-    return DeviceBudget(
-        memory_bytes=budget.memory_bytes,
-        context=budget.context,
-        batch=budget.batch,
-        device=asked.device if asked and not device else before.device,
-        latency=(asked.latency if asked else ()) or before.latency,
-    )
 
+    memory_bytes: int | None = None
+    context: int | None = None
+    batch: int | None = None
+    device: Device | None = None
+    latency: tuple[LatencyLimit, ...] = ()
 
-def with_device_of(budget: Budget, before: Budget, *, by_default: bool = False) -> Budget:
-    """Return a budget with the stored figures of its device, if the stored budget is for the same device.
+    @classmethod
+    def of(cls, budget: Budget) -> Limits:
+        """Those of a whole budget."""
+        limits = cls(memory_bytes=budget.memory_bytes, context=budget.context, batch=budget.batch)
+        if not isinstance(budget, DeviceBudget):
+            return limits
+        return replace(limits, device=budget.device, latency=budget.latency)
 
-    A device is another as soon as it is measured again, and what a run has predicted must compare with what it will.
+    def budget(self, context: int) -> Budget:
+        """The budget of a new run.
 
-    Args:
-        budget: As it is asked for now.
-        before: As the run stored it.
-        by_default: Whether nobody asked for the device, so that it is as before whatever its name.
-    """
-    if not (isinstance(budget, DeviceBudget) and isinstance(before, DeviceBudget)):
-        return budget
-    if not by_default and budget.device.name != before.device.name:
-        return budget
-    taken = budget.memory_bytes == budget.device.usable_bytes
-    memory = before.device.usable_bytes if taken else budget.memory_bytes
-    return replace(budget, device=before.device, memory_bytes=memory)
+        Args:
+            context: Tokens, where nobody asks for others.
+
+        Raises:
+            InputError: As `memory_on`.
+        """
+        given = {"context": self.context or context, "batch": self.batch or 1}
+        if self.device is None:
+            return Budget(memory_bytes=self.memory_bytes or NO_LIMIT, **given)
+        memory = memory_on(self.device, self.memory_bytes)
+        return DeviceBudget(memory_bytes=memory, device=self.device, latency=self.latency, **given)
+
+    def resumed(self, before: Budget) -> Budget:
+        """The budget of a run that goes on.
+
+        A stored device keeps the figures that it had: it is another as soon as it is measured again, and what a run has
+        predicted must compare with what it will.
+
+        Args:
+            before: As the run stored it.
+
+        Raises:
+            InputError: As `memory_on`.
+        """
+        given = {"context": self.context or before.context, "batch": self.batch or before.batch}
+        placed = before if isinstance(before, DeviceBudget) else None
+        memory, device = self.memory_bytes, self.device
+        if device is None:
+            memory = memory or before.memory_bytes
+            device = placed.device if placed else None
+        elif placed and device.name == placed.device.name:
+            if memory in (None, device.usable_bytes):
+                memory = placed.device.usable_bytes
+            device = placed.device
+        if device is None:
+            return Budget(memory_bytes=memory or before.memory_bytes, **given)
+        latency = self.latency or (placed.latency if placed else ())
+        return DeviceBudget(memory_bytes=memory_on(device, memory), device=device, latency=latency, **given)
 
 
 def limits_as(budget: Budget, before: Budget) -> Budget:

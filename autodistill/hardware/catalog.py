@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.hardware.device import LOCAL, PRECISIONS, Band, Device, DeviceClass, Shares
+from autodistill.hardware.device import LOCAL, PRECISIONS, Device, DeviceClass
 from autodistill.hardware.names import asks_for_a_kind, is_amount, joined, size_in_name
+from autodistill.hardware.runtime import Band, Shares
 from autodistill.units import parse_bytes
 from autodistill.utils.yaml_files import read_yaml
 

@@ -55,13 +55,6 @@ def map_sequences(work: Callable[[int], Result], count: int, device: str) -> Ite
         torch.set_num_threads(threads)
 
 
-def sequences_at_once(length: int, device: str) -> int:
-    """Return how many sequences of this length are read together: on a CPU one pass for each thread, in parallel."""
-    if device == "cpu":
-        return torch.get_num_threads() * max(1, CPU_PASS_TOKENS // length)
-    return max(1, PASS_TOKENS // length)
-
-
 def map_batches(
     work: Callable[[range], Result], count: int, take: Callable[[int, int], int], limit: int, device: str
 ) -> Iterator[Result]:

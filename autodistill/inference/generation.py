@@ -219,9 +219,7 @@ def at_once(device: str) -> int:
     return _BATCH if device == "cpu" else BATCH_ON_ACCELERATOR
 
 
-def answer(
-    model: Any, questions: Questions, *, context: int, device: str = "cpu", places: Sequence[int] | None = None
-) -> Answers:
+def answer(model: Any, questions: Questions, *, context: int, device: str = "cpu") -> Answers:
     """Return what a model writes to questions, greedily, with the scores of its answers.
 
     An answer may be half as long again as the longest one expected, as far as the context has room for it. A question
@@ -232,13 +230,9 @@ def answer(
         questions: At least one.
         context: Tokens that a prompt and its answer may have together.
         device: Where the model lies.
-        places: Of the questions that are put, ascending; the answers are of these alone. All by default.
     """
-    fitting = set(questions.within(context))
-    limit = max((questions.entries[place].answer_tokens for place in fitting), default=0) * 3 // 2
-    put = range(len(questions.entries)) if places is None else places
-    entries = [questions.entries[place] for place in put]
-    asked = [number for number, place in enumerate(put) if place in fitting]
+    entries, asked = questions.entries, questions.within(context)
+    limit = max((entries[place].answer_tokens for place in asked), default=0) * 3 // 2
     texts, marks = [""] * len(entries), np.zeros(len(entries))
     decoder, mark = load_tokenizer(questions.tokenizer), marker(questions.task)
     prompts = [entries[place].prompt for place in asked]

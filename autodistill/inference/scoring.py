@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,17 +39,6 @@ def score(
     """
     scores, columns = _score(model, data, reference, device, lambda logits, total, rows: [])
     return scores, columns[0]
-
-
-def joined(parts: Sequence[TokenScores]) -> TokenScores:
-    """Return the scores of successive sequences as one."""
-
-    def column(name: str) -> Any:
-        found = [getattr(part, name) for part in parts]
-        return None if found[0] is None else np.concatenate(found)
-
-    columns = ("nll", "correct", "agrees", "documents", "confidence", "divergence", "teacher_correct")
-    return replace(parts[-1], **{name: column(name) for name in columns})
 
 
 def score_teacher(model: Any, data: TokenSet, *, device: str = "cpu") -> tuple[TokenScores, TeacherReference]:

@@ -184,6 +184,16 @@ class Family:
         names = _GGUF_NAMES | dict(self.gguf_names)
         return {part: names[part] for part in (*(one.name for one in self.linears), *self.norms, *self.head_norms)}
 
+    @cached_property
+    def gated(self) -> bool:
+        """Whether the FFN multiplies one matrix's outputs by another's, so that two read its inputs."""
+        return sum(linear.outputs is Axis.FFN for linear in self.linears) > 1
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether one matrix makes queries, keys and values."""
+        return any(linear.outputs is Axis.FUSED for linear in self.linears)
+
     def reading(self, axis: Axis) -> str:
         """Return the name of the linear layer that reads `axis`: the last one of attention, or of the FFN."""
         return next(linear.name for linear in self.linears if linear.inputs is axis)
@@ -292,8 +302,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 """By transformers' `model_type`."""
 
-GGUF_FAMILIES: Mapping[str, str] = {family.gguf: name for name, family in FAMILIES.items() if name != "mistral"}
-"""transformers' `model_type` by the name of llama.cpp's graph, of which Mistral's is Llama's."""
+GGUF_FAMILIES: Mapping[str, str] = {
+    graph: next(name for name, family in FAMILIES.items() if family.gguf == graph)
+    for graph in dict.fromkeys(family.gguf for family in FAMILIES.values())
+}
+"""transformers' `model_type` by the name of llama.cpp's graph: the first family of those that one graph computes."""
 
 
 def get_family(architecture: str) -> Family:

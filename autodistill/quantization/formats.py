@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Literal, TypeAlias
 
+from autodistill import plugins
 from autodistill.errors import InputError
+from autodistill.models.llama_cpp_graphs import cannot_run
+from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.grids import (
     Q2_K,
@@ -66,7 +69,7 @@ class Format:
 
     Attributes:
         name: Its name in strategies, deployments and on the command line.
-        container: "gguf", "compressed-tensors" or "huggingface".
+        container: Name of the exporter that writes it: "gguf", "compressed-tensors", "huggingface" or a plug-in's.
         runtimes: The runtimes that serve it, the usual one first.
         linears: Possible storage of linear layers; a quantisation scheme chooses one.
         tables: Storage of the embedding table and an untied head; in a mixture, of the matrices that get more bits.
@@ -75,16 +78,22 @@ class Format:
             embedding table.
         kept: Storage of weights that a scheme keeps off its grid.
         vectors: Storage of norms and biases.
+        norms_above_one: Storage of norms to which a model adds 1; None for that of other vectors.
+        dense_in: Runtimes that hold its grids as 16-bit weights while they serve it.
+        refuses: Returns why it cannot hold a model of some shape in any scheme, or "".
     """
 
     name: str
-    container: Literal["gguf", "compressed-tensors", "huggingface"]
+    container: str
     runtimes: tuple[str, ...]
     linears: tuple[Storage, ...]
     tables: Storage
     kept: Literal["f16", "bf16"]
     vectors: Literal["f32", "bf16"]
     mixture: bool = False
+    norms_above_one: Literal["f32_plus_1"] | None = None
+    dense_in: tuple[str, ...] = ()
+    refuses: Callable[[ModelSpec], str] = lambda spec: ""
 
     def linear(self, bits: int, group_size: int, symmetric: bool) -> Storage:
         """Return how linear layers are stored under this choice.
@@ -206,8 +215,8 @@ class QuantizationScheme:
             InputError: The tensor cannot be cut into the groups.
         """
         held = get_format(self.format)
-        if tensor.role is Role.NORM_ABOVE_ONE and held.container == "gguf":
-            return "f32_plus_1"
+        if tensor.role is Role.NORM_ABOVE_ONE and held.norms_above_one:
+            return held.norms_above_one
         if tensor.role in (Role.NORM, Role.NORM_ABOVE_ONE, Role.BIAS):
             return held.vectors
         if any(_is_part(part, tensor) for part in self.keep):
@@ -329,7 +338,14 @@ def _gguf(name: str, linears: Storage, tables: Storage, *, mixture: bool = False
         kept="f16",
         vectors="f32",
         mixture=mixture,
+        norms_above_one="f32_plus_1",
+        refuses=_not_in_llama_cpp,
     )
+
+
+def _not_in_llama_cpp(spec: ModelSpec) -> str:
+    reason = cannot_run(spec)
+    return f"GGUF cannot hold this {spec.architecture}: {reason}" if reason else ""
 
 
 FORMATS: Mapping[str, Format] = {
@@ -357,6 +373,8 @@ FORMATS: Mapping[str, Format] = {
             tables="bf16",
             kept="bf16",
             vectors="bf16",
+            # Its first forward pass decompresses them.
+            dense_in=("transformers",),
         ),
         Format(
             name="huggingface",
@@ -369,6 +387,28 @@ FORMATS: Mapping[str, Format] = {
         ),
     )
 }
+"""The formats of this project's own exporters, by name."""
+
+
+def formats_of(container: str) -> tuple[Format, ...]:
+    """Return the formats of one of this project's own exporters."""
+    return tuple(one for one in FORMATS.values() if one.container == container)
+
+
+def all_formats() -> dict[str, Format]:
+    """Return every format by name: this project's own first, then those of plug-ins' exporters.
+
+    Raises:
+        InputError: A plug-in cannot be imported, or gives a format another container, or a name that is taken.
+    """
+    found = dict(FORMATS)
+    for container in plugins.others("exporters"):
+        for one in plugins.load("exporters", container).formats:
+            if one.container != container or one.name in found:
+                problem = f"the container {one.container!r}" if one.container != container else "a name that is taken"
+                raise InputError(f"the exporter {container!r} gives its format {one.name!r} {problem}")
+            found[one.name] = one
+    return found
 
 
 TYPES: Mapping[str, Storage] = {
@@ -379,14 +419,15 @@ TYPES: Mapping[str, Storage] = {
 
 
 def get_format(name: str) -> Format:
-    """Look up a format by name.
+    """Look up a format by name; plug-ins are asked for one that is not this project's own.
 
     Raises:
         InputError: Unknown; the message lists the known ones.
     """
-    if name not in FORMATS:
-        raise InputError(f"there is no format {name!r}; the formats are {', '.join(FORMATS)}")
-    return FORMATS[name]
+    found = FORMATS if name in FORMATS else all_formats()
+    if name not in found:
+        raise InputError(f"there is no format {name!r}; the formats are {', '.join(found)}")
+    return found[name]
 
 
 _IN_A_LAYER = re.compile(r"layers\.\d+\.(.+)\.weight")

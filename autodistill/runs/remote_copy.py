@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from autodistill.errors import AutoDistillError, InputError
+from autodistill.runs.run_log import RunLog
 from autodistill.runs.schema import check_event
 from autodistill.units import format_duration
 from autodistill.utils.event_log import EventLog
@@ -209,7 +210,7 @@ def _place() -> str:
 _FOLDER, _SEARCH = "events", "search.json"
 
 
-class StoredLog(EventLog):
+class StoredLog(RunLog):
     """An event is on the storage before it is in the local log, so that the run can go on from any machine.
 
     Object stores cannot append. An object's name begins with the time, and is later than those before it, so that names
@@ -222,7 +223,7 @@ class StoredLog(EventLog):
     """
 
     def __init__(self, path: Path, storage: Storage, check: Callable[[], None] = lambda: None) -> None:
-        super().__init__(path, check_event)
+        super().__init__(path)
         self._storage = storage
         self._check = check
         self._last = 0

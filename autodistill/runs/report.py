@@ -276,7 +276,7 @@ def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
             f"{one.place}{' =' if one.tied else ''}",
             one.row.row_id,
             one.row.name,
-            _figure(one.row, metric) + (f" ({one.row.partly})" if one.row.partly else ""),
+            _figure(one.row, metric),
             _shown(one.row.retention, "{:.1%}"),
             _shown(one.row.perplexity, "{:.2f}"),
             _shown(one.row.agreement, "{:.3f}"),
@@ -290,11 +290,6 @@ def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
     ]
     note = "`=`: tied with the best by the metric, within one standard error of the difference paired by document."
     rest = rests_on([one.row for one in ranked])
-    if any(one.row.partly for one in ranked):
-        note += (
-            " Where not all was read, the trial was certain to fall short at its rung: figures are of what was "
-            "read, and the row stands where that puts it over all."
-        )
     return _table([*titles, "fidelity", "limits"], lines) + "\n\n" + " ".join(filter(None, [note, rest]))
 
 

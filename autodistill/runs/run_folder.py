@@ -6,7 +6,6 @@ import fcntl
 import os
 import re
 import socket
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -14,9 +13,9 @@ from types import TracebackType
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.runs.schema import check_event, check_log, read_search
+from autodistill.runs.run_log import RunLog
+from autodistill.runs.schema import check_log, read_search
 from autodistill.utils.durable import make_folder
-from autodistill.utils.event_log import EventLog
 from autodistill.utils.json_files import unwritable
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\Z", re.ASCII)
@@ -44,7 +43,7 @@ class RunFolder:
         self.name = name
         self.path = out / name
         self._lock: int | None = None
-        self._log = EventLog(self.path / "trials.jsonl", check_event)
+        self._log = RunLog(self.path / "trials.jsonl")
         self._held: list[int] = []
 
     @classmethod
@@ -116,23 +115,23 @@ class RunFolder:
         """
         return read_search(self.search_file, *needed)
 
-    def check_together(self, events: Iterable[Mapping[str, Any]], rungs: int, *, whole: bool = False) -> None:
+    def check_together(self, rungs: int, *, whole: bool = False) -> None:
         """Holds the events of the log to each other, as `schema.check_log` does.
 
         Raises:
             InputError: Names the log, and what does not fit together.
         """
         try:
-            check_log(events, rungs, whole=whole)
+            check_log(self._log.read(), rungs, whole=whole)
         except InputError as error:
             raise InputError(f"{self._log.path} is not whole: {error}; restore it from a copy") from None
 
     @property
-    def events(self) -> EventLog:
+    def events(self) -> RunLog:
         """The log of the trials."""
         return self._log
 
-    def use(self, log: EventLog) -> None:
+    def use(self, log: RunLog) -> None:
         """Appends to another log, which keeps this one."""
         self._log = log
 

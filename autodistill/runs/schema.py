@@ -10,7 +10,6 @@ from typing import Any, Literal, NotRequired, TypedDict
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError
 from autodistill.evaluation.base import Direction
-from autodistill.evaluation.early_stopping import Reading
 from autodistill.hardware.budget import read_budget
 from autodistill.runs.results.row import SCHEMA_VERSION, Decision, Row, Status
 from autodistill.strategy.space import Space
@@ -63,6 +62,7 @@ class Search(TypedDict):
     teacher: NotRequired[Source]
     data: NotRequired[Source]
     templates: NotRequired[Mapping[str, str]]
+    strategy: NotRequired[str | None]
     space: NotRequired[str]
     space_hash: NotRequired[str]
     baselines: NotRequired[tuple[str, ...] | None]
@@ -150,7 +150,6 @@ class Reached(TypedDict):
     resumed: NotRequired[int]
     workers: NotRequired[int]
     unsaved: NotRequired[str]
-    reading: NotRequired[Reading]
     student: NotRequired[str]
 
 
@@ -266,8 +265,8 @@ def check_opening(opening: Mapping[str, Any]) -> None:
     check_typed(opening, Opening, "the opening")
 
 
-def check_event(event: Mapping[str, Any]) -> None:
-    """Holds one event of a run's log to what its kind must have.
+def check_event(event: Mapping[str, Any]) -> Row | None:
+    """Holds one event of a run's log to what its kind must have, and gives the row that it holds.
 
     Raises:
         InputError: Says what is wrong.
@@ -276,15 +275,16 @@ def check_event(event: Mapping[str, Any]) -> None:
     check_typed(kind, str, "event")
     check_typed(event.get("time", 0.0), float, "time")
     if kind == "row" or (kind == "test" and "row" in event):
-        row: Any = event.get("row")
-        check_typed(row, Mapping[str, Any], "row")
-        _check_trial(Row.from_json(row).trial)
-        return
+        check_typed(event.get("row"), Mapping[str, Any], "row")
+        row = Row.from_json(event["row"])
+        _check_trial(row.trial)
+        return row
     check_typed(event, EVENTS.get(kind, dict[str, Any]), kind)
     if "trial" in event and kind in EVENTS:
         _check_trial(event["trial"])
     if kind == "trial" and "strategy" in event:
         Strategy.from_json(event["strategy"])
+    return None
 
 
 def _check_trial(name: str) -> None:

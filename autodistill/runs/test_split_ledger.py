@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.runs.run_folder import RunFolder
-from autodistill.runs.schema import check_event, check_opening
+from autodistill.runs.schema import check_opening
 from autodistill.units import count_of
 from autodistill.utils.event_log import EventLog
 
@@ -72,9 +72,9 @@ def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:
     found = recorded_test_openings(out, data=fingerprint) if fingerprint else []
     counts = Counter(opening["run"] for opening in found)
     name = search.get("name")
-    if fingerprint and name and (log := RunFolder(out, name).events.path).exists():
+    if fingerprint and name and (run := RunFolder(out, name)).events.path.exists():
         # The ledger does not know what another machine opened.
-        counts |= Counter({name: openings_in(EventLog(log, check_event).read())})
+        counts |= Counter({name: openings_in(run.events.read())})
     return dict(counts.most_common())
 
 

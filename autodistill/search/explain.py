@@ -18,18 +18,19 @@ from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
 from autodistill.runs.results.memory_correction import corrected, least_beyond
 from autodistill.runs.results.objectives import Objective, objectives_of
-from autodistill.runs.results.row import DAMAGED, REMOVED, Row, Status, rows_of
+from autodistill.runs.results.row import DAMAGED, REMOVED, Row, Status
 from autodistill.runs.results.savings import Saved, saved
 from autodistill.runs.results.selection import chosen, contenders, students_only
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.test_split_ledger import opened, openings_of
 from autodistill.search.algorithms.optuna_study import Importance, Observation, importance
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.dimension import Point
+from autodistill.strategy.space import Space
 from autodistill.units import format_bytes
 
 # With fewer results a share of the variance is noise.
-_FEWEST_RESULTS = 8
+FEWEST_RESULTS = 8
 
 
 # Why a strategy is rejected that misses a limit, in words.
@@ -138,7 +139,7 @@ def explain(run: RunFolder) -> Explanation:
     """
     asked, events = run.asked("metric", "direction", "plan", "space_definition"), run.events.read()
     plan, space = Plan.from_json(asked["plan"]), Space.from_json(asked["space_definition"])
-    run.check_together(events, len(plan.rungs))
+    run.check_together(len(plan.rungs))
     trials = {event["trial"]: event for event in events if event["event"] == "trial"}
     if not trials:
         raise InputError(f"the run {run.name!r} has no trial yet: nothing to explain")
@@ -151,14 +152,14 @@ def explain(run: RunFolder) -> Explanation:
     first = {event["trial"]: event for event in rungs if event["rung"] == 0 and event["trial"] in points}
     spared = saved(events, plan)
     try:
-        binding, following = _limits(asked, rows_of(events))
+        binding, following = _limits(asked, run.events.rows())
     except InputError as error:
         raise InputError(f"{run.events.path} has a row whose shape cannot be read ({error}): restore it") from None
     return Explanation(
         metric=asked["metric"],
         importance={
             objective.name: importance(
-                space, _results(points, first.values(), place), objective.direction, least=_FEWEST_RESULTS
+                space, _results(points, first.values(), place), objective.direction, least=FEWEST_RESULTS
             )
             for place, objective in enumerate(_objectives(asked))
             if space.dimensions

@@ -16,7 +16,6 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimates.training_fit import INSTALL_8BIT, has_eight_bit
 from autodistill.export.model_card import NOT_STATED
-from autodistill.hardware.budget import CONTEXT
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.phase_clock import Clock
 from autodistill.runs.run_folder import RunFolder
@@ -29,7 +28,7 @@ from autodistill.search.planning.placement import Place
 from autodistill.search.planning.plan import extend, more_trials
 from autodistill.search.request.earlier_runs import check_fingerprints, steps_differ
 from autodistill.search.request.metrics import moved
-from autodistill.search.request.validate import Checked
+from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded, load
 from autodistill.search.setup.measure_plan import plan_from_measurement
 from autodistill.search.setup.teacher_phase import check_cache_limit, teacher_phase
@@ -58,7 +57,7 @@ class Ready:
     document: Mapping[str, Any]
 
 
-def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
+def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
     """Loads teacher and data, plans, and writes `search.json`; what a resumed run has planned, it keeps,
     but for more trials.
 
@@ -82,20 +81,18 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
         _check_fingerprints(checked, loaded)
     else:
         fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
-        check_fingerprints(checked.request.out, checked.warm_start, fingerprints)
+        check_fingerprints(checked.out, checked.warm_start, fingerprints)
         check_cache_limit(checked, loaded)
         with clock.phase("plan", "measuring this machine"):
-            plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
-        differ = steps_differ(checked.request.out, checked.warm_start, plan.batch_tokens)
+            plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.started)
+        differ = steps_differ(checked.out, checked.warm_start, plan.batch_tokens)
         plan = replace(plan, notes=(*loaded.of_teacher, *plan.notes, *differ))
         loaded = loaded.stepping(plan.batch_tokens)
     document = _describe(checked, loaded, plan, speed) | {"box": _box(checked, plan, clock.started_at)}
     write_json(run.search_file, document)
-    context = checked.request.budget.context
-    if checked.stored is None and checked.request.context_by_default and context < CONTEXT:
-        observer.line(f"the budget is stated at a context of {context} tokens: a model of this search reads no more")
     told = moved(checked.asked.record, checked.stored.get("asked", {})) if checked.stored else ()
     for note in (
+        *checked.notes,
         *_spent(checked, run, loaded),
         *told,
         *loaded.notes,
@@ -106,13 +103,13 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
 
 
-def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Clock) -> Ready:
+def prepare_trials(checked: SearchConfig, planned: Planned, run: RunFolder, clock: Clock) -> Ready:
     """Caches the teacher's outputs, scores it, and writes its rows; what a resumed run has of that, it keeps."""
     setting = teacher_phase(checked, planned.loaded, planned.plan, run, clock, run.events.read())
     question = Question(
         space=checked.space,
         deployments=checked.space.deployments,
-        budget=checked.request.budget,
+        budget=checked.budget,
         plan=planned.plan,
         speed=planned.speed,
         teacher_spec=planned.loaded.spec,
@@ -124,20 +121,20 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         further=checked.objectives[1:],
         served_on=checked.device,
         device=planned.loaded.workers.device,
-        sharing=checked.request.sharing,
+        sharing=checked.sharing,
         students_only=checked.students_only,
         memory=planned.loaded.memory,
     )
     document = dict(planned.document)
     if "observations" not in document["warm_start"]:
         # Written down, since the earlier runs may go on, or away, before this one is resumed.
-        document["warm_start"] = warm_start(checked.request.out, checked.warm_start, question).to_json()
+        document["warm_start"] = warm_start(checked.out, checked.warm_start, question).to_json()
         write_json(run.search_file, document)
     warm = WarmStart.from_json(document["warm_start"])
     return Ready(question=question, setting=setting, warm=warm, document=document)
 
 
-def _spent(checked: Checked, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:
+def _spent(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:
     """What a person must know before more is spent on a run whose test split was opened."""
     stored = checked.stored
     if stored is None:
@@ -153,7 +150,7 @@ def _spent(checked: Checked, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:
     )
 
 
-def _unasked(checked: Checked, loaded: Loaded) -> tuple[str, ...]:
+def _unasked(checked: SearchConfig, loaded: Loaded) -> tuple[str, ...]:
     """What a person must know of questions that are too long to be asked, where answers are marked.
 
     Raises:
@@ -162,7 +159,7 @@ def _unasked(checked: Checked, loaded: Loaded) -> tuple[str, ...]:
     questions = load_split(loaded.data.folder, "validation").questions if checked.asked.written else None
     if questions is None:
         return ()
-    context, count = checked.request.budget.context, len(questions.entries)
+    context, count = checked.budget.context, len(questions.entries)
     left = count - len(questions.within(context))
     said = f"{left} of {count} questions of the validation split do not fit a context of {context} with their answers"
     if left == count:
@@ -170,21 +167,22 @@ def _unasked(checked: Checked, loaded: Loaded) -> tuple[str, ...]:
     return (f"{said}, and count as not answered",) if left else ()
 
 
-def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed, events: Sequence[Mapping[str, Any]]) -> Plan:
+def _extended(
+    checked: SearchConfig, plan: Plan, spec: ModelSpec, speed: Speed, events: Sequence[Mapping[str, Any]]
+) -> Plan:
     """The plan of a resumed run with the trials that were asked for, or that more time for a finished one holds.
 
     A run of one strategy alone has no trials: its time goes to that one. Trials that a finished run is given without
     time have no box, since it was of those that were planned.
     """
-    request = checked.request
     assert checked.stored is not None
-    if request.strategy is not None:
+    if checked.strategy is not None:
         return plan
-    trials = request.trials or plan.trials
-    if _extends(checked, plan.trials) and request.time_seconds is None:
+    trials = checked.trials or plan.trials
+    if _extends(checked, plan.trials) and checked.time_seconds is None:
         plan = replace(plan, box_seconds=None)
-    elif "seconds" in checked.stored and request.time_seconds is not None and request.trials is None:
-        trials += more_trials(plan, spec.parameters, speed, request.time_seconds, checked.explore)
+    elif "seconds" in checked.stored and checked.time_seconds is not None and checked.trials is None:
+        trials += more_trials(plan, spec.parameters, speed, checked.time_seconds, checked.explore)
     return extend(plan, trials, _passed(events, len(plan.rungs)))
 
 
@@ -199,21 +197,21 @@ def _passed(events: Iterable[Mapping[str, Any]], rungs: int) -> tuple[int, ...]:
     return tuple(sum(reached > rung for reached in furthest.values()) for rung in range(rungs - 1))
 
 
-def _extends(checked: Checked, trials: int) -> bool:
+def _extends(checked: SearchConfig, trials: int) -> bool:
     """Whether a run that has finished, of so many trials, is given more of them, or more time."""
-    request, stored = checked.request, checked.stored
+    stored = checked.stored
     if stored is None or "seconds" not in stored:
         return False
-    return request.time_seconds is not None or (request.trials or 0) > trials
+    return checked.time_seconds is not None or (checked.trials or 0) > trials
 
 
-def _box(checked: Checked, plan: Plan, started_at: float) -> dict[str, float | None]:
+def _box(checked: SearchConfig, plan: Plan, started_at: float) -> dict[str, float | None]:
     """The run's time box, in seconds, and when the session began from which they count for it.
 
     One that has not finished keeps its box, or has another for all of it; what a finished one is extended by has its
     own. It is written down, so that a kill changes neither.
     """
-    given, stored = checked.request.time_seconds, checked.stored
+    given, stored = checked.time_seconds, checked.stored
     if stored is None:
         return {"seconds": plan.box_seconds, "since": started_at}
     if _extends(checked, stored["plan"]["trials"]):
@@ -248,7 +246,7 @@ def _here(plan: Plan, loaded: Loaded) -> Plan:
     )
 
 
-def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
+def _check_fingerprints(checked: SearchConfig, loaded: Loaded) -> None:
     assert checked.stored is not None
     found = [(name, getattr(loaded, name).fingerprint, checked.stored[name]) for name in ("teacher", "data")]
     # Runs of older versions do not tell of the models that their students start from.
@@ -267,7 +265,7 @@ def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
             )
 
 
-def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
+def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
     """`search.json`: all that is needed to run the search again."""
     if checked.stored is not None:
         warm = checked.stored.get("warm_start", {"runs": []})
@@ -281,8 +279,8 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "schema_version": 1,
         "name": checked.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": checked.request.command,
-        "budget": checked.request.budget.to_json(),
+        "command": checked.command,
+        "budget": checked.budget.to_json(),
         "teacher": {
             "reference": checked.teacher_reference,
             "name": loaded.teacher.name,
@@ -310,6 +308,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
             },
         },
         "templates": dict(loaded.templates),
+        "strategy": checked.strategy,
         "space": checked.space_reference,
         "space_hash": checked.space.hash,
         "baselines": checked.baselines and list(checked.baselines),
@@ -326,10 +325,10 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "students_only": checked.students_only,
         "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,
-        "runner": checked.request.runner,
+        "runner": checked.runner,
         "storage": checked.storage.uri if checked.storage else None,
-        "sharing": checked.request.sharing,
-        "forking": checked.request.forking,
+        "sharing": checked.sharing,
+        "forking": checked.forking,
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licenses(loaded),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import AutoDistillError, InputError, InterruptedSearchError, LostClusterError, NothingFitsError
+from autodistill.hardware.budget import Price
 from autodistill.hardware.machine import detect_for_training
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.runs.checkpoints import default_limit
@@ -23,7 +24,7 @@ from autodistill.runs.results.differences import differences
 from autodistill.runs.results.gains import named
 from autodistill.runs.results.leaderboard import DISTILLED, rank
 from autodistill.runs.results.objectives import front
-from autodistill.runs.results.row import Row, Status, rows_of, to_parquet
+from autodistill.runs.results.row import Row, Status, to_parquet
 from autodistill.runs.results.savings import saved
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import contenders
@@ -32,6 +33,7 @@ from autodistill.runs.sessions import SignsOfLife, by_phase, last_ended, lasted
 from autodistill.runs.students import student_bytes
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import confirmed
+from autodistill.search.callbacks import Callback, Callbacks, Exported, SearchFinished
 from autodistill.search.campaign.agenda import REJECTIONS_IN_A_ROW
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
@@ -42,7 +44,8 @@ from autodistill.search.planning.placement import Place, check_share
 from autodistill.search.planning.plan import cost, students_disk
 from autodistill.search.prepare import Planned, Ready, plan_run, prepare_trials
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.request.validate import Checked, check_request
+from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.request.validate import check_request
 from autodistill.search.runners.inline import run_inline
 from autodistill.search.runners.node_files import send
 from autodistill.search.setup.loading import load
@@ -68,7 +71,7 @@ class Outcome:
     """What a search found.
 
     Attributes:
-        document: The one JSON document of `--format json`.
+        document: The one JSON document of `--json`.
         rows: Of the validation split.
         finish: What is exported, its verification and the test split.
     """
@@ -78,7 +81,7 @@ class Outcome:
     finish: Finish
 
 
-def plan_search(request: SearchRequest, observer: Observer | None = None) -> dict[str, Any]:
+def plan_search(request: SearchRequest, observer: Observer | None = None, price: Price | None = None) -> dict[str, Any]:
     """What a search would do, as plain data; nothing but the shared cache of teacher and data is written.
 
     Raises:
@@ -90,18 +93,17 @@ def plan_search(request: SearchRequest, observer: Observer | None = None) -> dic
             "out --plan or --resume"
         )
     checked = check_request(request)
-    with _disk(str(request.cache), lambda: ""), _workplace(checked) as (place, _):
+    with _disk(str(checked.cache), lambda: ""), _workplace(checked) as (place, _):
         told = observer or Observer()
-        return _plan(trainable(checked, place, told.line), place, told)
+        return _plan(trainable(checked, place, told.line), place, told, price)
 
 
-def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
-    request = checked.request
+def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price | None) -> dict[str, Any]:
     observer.phase("loading teacher and data")
     loaded = load(checked, place)
     check_cache_limit(checked, loaded)
     observer.phase("measuring this machine")
-    plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - request.started)
+    plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.started)
     loaded = loaded.stepping(plan.batch_tokens)
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
     tokens = min(plan.most_tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
@@ -118,16 +120,21 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
         ),
         "training_bytes": {**loaded.fit.estimate.parts, "total_bytes": loaded.fit.estimate.total_bytes},
         "evaluation_bytes": loaded.fit.evaluation_bytes,
-        "budget": request.budget.to_json(),
+        "budget": checked.budget.to_json(),
         "baselines": list(checked.space.baselines),
         "notes": list(loaded.notes),
         "expected_seconds": sum(plan.seconds.values()),
-        **cost(plan, place.machines, request.price),
+        **cost(plan, place.machines, price),
     }
 
 
-def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
+def search(request: SearchRequest, observer: Observer | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
     """Finds, exports and verifies the best that fits the budget: a student, or what needs no training.
+
+    Args:
+        request: What is asked.
+        observer: Shows the search to a person.
+        callbacks: Are told of trials, rungs and exports, in this process.
 
     Raises:
         InputError: Bad input, before any work is spent.
@@ -138,31 +145,31 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
         AutoDistillError: There was no room for a file of the search itself; likewise.
         VerificationError: What was exported is not what was evaluated.
     """
-    observer = observer or Observer()
+    observer, tell = observer or Observer(), Callbacks(callbacks)
     checked = check_request(request)
     # Locked before a cluster is joined, whose nodes nobody asks for a run that another process goes on with.
     with _folder(checked) as run:
         try:
             with (
-                _disk(f"{request.out} and {request.cache}", lambda: f"; {_again(request, run)}"),
+                _disk(f"{checked.out} and {checked.cache}", lambda: f"; {_again(checked, run)}"),
                 _workplace(checked) as (place, joined),
                 _stored(checked, run, observer) as storage,
             ):
                 asked = trainable(replace(checked, name=run.name), place, observer.line)
-                return _search(asked, place, joined, run, storage, observer)
+                return _search(asked, place, joined, run, storage, observer, tell)
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
-            raise InterruptedSearchError(f"stopped; {_to_go_on(request, run)}") from None
+            raise InterruptedSearchError(f"stopped; {_to_go_on(checked, run)}") from None
         except LostClusterError as error:
-            raise LostClusterError(f"{error}; {_to_go_on(request, run)}") from None
+            raise LostClusterError(f"{error}; {_to_go_on(checked, run)}") from None
         except OSError as error:
             if checked.storage is None or not run.search_file.exists():
                 raise
             # One that fails while trials run is waited for; before and after them nothing goes on without it.
-            raise AutoDistillError(f"the storage failed ({error}); {_to_go_on(request, run)}") from error
+            raise AutoDistillError(f"the storage failed ({error}); {_to_go_on(checked, run)}") from error
         finally:
-            if not request.resume:
+            if checked.stored is None:
                 run.discard()
 
 
@@ -183,37 +190,37 @@ def _disk(folders: str, then: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def _again(request: SearchRequest, run: RunFolder) -> str:
-    return _to_go_on(request, run) if run.search_file.exists() else "and start it again"
+def _again(checked: SearchConfig, run: RunFolder) -> str:
+    return _to_go_on(checked, run) if run.search_file.exists() else "and start it again"
 
 
-def _to_go_on(request: SearchRequest, run: RunFolder) -> str:
-    return f"every finished trial is kept. To go on: {_resuming(request, run)}"
+def _to_go_on(checked: SearchConfig, run: RunFolder) -> str:
+    return f"every finished trial is kept. To go on: {_resuming(checked, run)}"
 
 
-def _resuming(request: SearchRequest, run: RunFolder) -> str:
+def _resuming(checked: SearchConfig, run: RunFolder) -> str:
     """The command line that goes on with a run."""
-    resume = request.command if request.resume else f"{request.command} --resume"
-    return resume if request.name is not None else f"{resume} --name {run.name}"
+    resume = checked.command if checked.stored is not None else f"{checked.command} --resume"
+    return resume if checked.named else f"{resume} --name {run.name}"
 
 
-def _folder(checked: Checked) -> RunFolder:
+def _folder(checked: SearchConfig) -> RunFolder:
     """The run's folder, locked: that which is resumed, or a new one, of another name where the default one is taken."""
-    out, name = checked.request.out, checked.name
-    if checked.request.resume:
+    out, name = checked.out, checked.name
+    if checked.stored is not None:
         return RunFolder.open(out, name, lock=True)
-    return RunFolder.create_free(out, name) if checked.request.name is None else RunFolder.create(out, name)
+    return RunFolder.create_free(out, name) if not checked.named else RunFolder.create(out, name)
 
 
 @contextmanager
-def _stored(checked: Checked, run: RunFolder, observer: Observer) -> Iterator[Storage | None]:
+def _stored(checked: SearchConfig, run: RunFolder, observer: Observer) -> Iterator[Storage | None]:
     """The run's storage, which this process alone goes on with, and whose events are the run's from here on."""
     if checked.storage is None:
         yield None
         return
     storage = checked.storage.at(run.name)
     with Lease(storage, observer.line) as lease:
-        if not checked.request.resume:
+        if checked.stored is None:
             check_free(storage)
         if checked.stored is not None and pull(run.path, storage) and read_json(run.search_file) != checked.stored:
             raise InputError(
@@ -226,19 +233,19 @@ def _stored(checked: Checked, run: RunFolder, observer: Observer) -> Iterator[St
 
 
 @contextmanager
-def _workplace(checked: Checked) -> Iterator[tuple[Place, Cluster | None]]:
+def _workplace(checked: SearchConfig) -> Iterator[tuple[Place, Cluster | None]]:
     """Where the search runs, and the cluster that it joined for it; what a trial is to be given is there."""
-    request, joined = checked.request, None
-    if request.ray_address is not None:
+    joined = None
+    if checked.ray_address is not None:
         from autodistill.search.runners.ray_cluster import join
 
         # What is kept on a storage is fetched to each node.
-        folders = [] if checked.storage else [request.out, request.cache]
-        joined = join(request.ray_address, folders, checked.asked.files, checked.storage)
+        folders = [] if checked.storage else [checked.out, checked.cache]
+        joined = join(checked.ray_address, folders, checked.asked.files, checked.storage)
     try:
         here = detect_for_training()
         machines = joined.machines if joined else (here,)
-        share = check_share(machines, request.gpus_per_trial, request.cpus_per_trial, request.runner)
+        share = check_share(machines, checked.gpus_per_trial, checked.cpus_per_trial, checked.runner)
         yield Place(here=here, machines=machines, share=share), joined
     finally:
         if joined is not None:
@@ -246,18 +253,18 @@ def _workplace(checked: Checked) -> Iterator[tuple[Place, Cluster | None]]:
 
 
 def _search(
-    checked: Checked,
+    checked: SearchConfig,
     place: Place,
     joined: Cluster | None,
     run: RunFolder,
     storage: Storage | None,
     observer: Observer,
+    tell: Callbacks,
 ) -> Outcome:
-    request = checked.request
-    clock = Clock(request.started, observer.phase)
-    clock.add("load", time.monotonic() - request.started)
+    clock = Clock(checked.started, observer.phase)
+    clock.add("load", time.monotonic() - checked.started)
     if checked.stored is not None:
-        run.check_together(run.events.read(), len(checked.stored["plan"]["rungs"]), whole=True)
+        run.check_together(len(checked.stored["plan"]["rungs"]), whole=True)
     planned = plan_run(checked, place, run, clock, observer)
     if storage is not None:
         keep(run.search_file, storage)
@@ -270,13 +277,17 @@ def _search(
     run.events.append({"event": "session", "time": clock.started_at})
     with SignsOfLife(run.path, storage, clock.started_at, clock.session):
         # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
-        with _runner(request, place, joined, lambda: _to_go_on(request, run)) as runner:
-            campaign, ready, setting = _trials(checked, planned, runner, run, storage, clock, earlier, observer)
-        return _end(checked, planned, ready, setting, campaign, run, storage, clock, observer)
+        with _runner(checked, place, joined, lambda: _to_go_on(checked, run)) as runner:
+            campaign, ready, setting = _trials(checked, planned, runner, run, storage, clock, earlier, observer, tell)
+        outcome = _end(checked, planned, ready, setting, campaign, run, storage, clock, observer)
+    for container, path in outcome.finish.paths.items():
+        tell(Exported(container=container, path=path, best=outcome.finish.best))
+    tell(SearchFinished(run=run.path, best=outcome.finish.best, rows=outcome.rows))
+    return outcome
 
 
 def _trials(
-    checked: Checked,
+    checked: SearchConfig,
     planned: Planned,
     runner: _Runner,
     run: RunFolder,
@@ -284,15 +295,15 @@ def _trials(
     clock: Clock,
     earlier: list[dict[str, Any]],
     observer: Observer,
+    tell: Callbacks,
 ) -> tuple[Campaign, Ready, TrialSetting]:
     """Runs the trials; `earlier` is the log of the sessions before this one."""
-    request = checked.request
     ready = prepare_trials(checked, planned, run, clock)
     loaded, plan, question, setting = planned.loaded, planned.plan, ready.question, ready.setting
     if storage is not None:
         with clock.phase("load", "sending what trials read"):
             keep(run.search_file, storage)
-            setting = send(setting, storage, request.cache_limit_bytes)
+            setting = send(setting, storage, checked.cache_limit_bytes)
     deadline = _deadline(planned, earlier, clock, observer)
     campaign = Campaign(
         question,
@@ -304,15 +315,16 @@ def _trials(
             further=question.further,
             earlier=ready.warm.observations,
             first=ready.warm.first,
-            forking=checked.request.forking,
+            forking=checked.forking,
         ),
         log=run.events,
         checkpoints=run.checkpoints,
         storage=storage,
-        checkpoint_limit=checked.request.checkpoint_limit_bytes
+        checkpoint_limit=checked.checkpoint_limit_bytes
         or default_limit(run.checkpoints, storage, sum(student_bytes(run.checkpoints, storage).values())),
         deadline=deadline,
         notify=observer.line,
+        tell=tell,
     )
     campaign.replay(earlier)
     campaign.watch = lambda: observer.campaign(campaign, *campaign.standing())
@@ -336,7 +348,7 @@ def _trials(
 
 
 def _end(
-    checked: Checked,
+    checked: SearchConfig,
     planned: Planned,
     ready: Ready,
     setting: TrialSetting,
@@ -348,7 +360,7 @@ def _end(
 ) -> Outcome:
     """Exports the best of what was trained, and writes down what the search found."""
     loaded, plan, question = planned.loaded, planned.plan, ready.question
-    rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
+    rows = run.events.rows(split="validation")
     finisher = Finisher(
         question=question,
         setting=setting,
@@ -366,7 +378,7 @@ def _end(
         raise NothingFitsError(
             f"{error}; what was trained, and what it needs, is in {run.path / 'report.md'}"
         ) from None
-    rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
+    rows = run.events.rows(split="validation")
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
     kept = {name: result[name] for name in ("notes", "saved", "runtime")}
@@ -380,18 +392,18 @@ def _end(
 
 def _pages(run: RunFolder) -> None:
     """Writes the leaderboard of the validation split and the report."""
-    to_parquet([row for row in rows_of(run.events.read()) if row.split == "validation"], run.leaderboard_file)
+    to_parquet(run.events.rows(split="validation"), run.leaderboard_file)
     write_report(run)
 
 
 @contextmanager
 def _runner(
-    request: SearchRequest, place: Place, joined: Cluster | None, to_go_on: Callable[[], str]
+    checked: SearchConfig, place: Place, joined: Cluster | None, to_go_on: Callable[[], str]
 ) -> Iterator[_Runner]:
     """The function that drives a campaign. Ray starts in the background while the teacher's outputs are cached, and a
     Ray of this search's own is left, whatever fails before the trials.
     """
-    if request.runner == "inline":
+    if checked.runner == "inline":
         yield run_inline
         return
     from autodistill.search.runners.ray import run_ray
@@ -421,7 +433,7 @@ def _deadline(planned: Planned, earlier: Sequence[Mapping[str, Any]], clock: Clo
 
 
 def _result(
-    checked: Checked,
+    checked: SearchConfig,
     campaign: Campaign,
     rows: list[Row],
     finished: Finish,
@@ -432,7 +444,7 @@ def _result(
 ) -> dict[str, Any]:
     """The search's one JSON document."""
     ranked = rank(contenders(rows), checked.metric, checked.direction)
-    short = _short_of_the_end(finished.best, rows, checked.request, run, plan)
+    short = _short_of_the_end(finished.best, rows, checked, run, plan)
     notes = [*told, *plan.notes, *short, *finished.notes, *shortfall(campaign, plan)]
     return {
         "name": run.name,
@@ -449,7 +461,7 @@ def _result(
         "differences_on_test": [item.to_json() for item in differences(finished.test, finished.best.row_id)],
         "confirmation": [item.to_json() for item in finished.confirmed],
         "runtime": {name: asdict(check) for name, check in finished.checks.items()},
-        "budget": checked.request.budget.to_json(),
+        "budget": checked.budget.to_json(),
         "plan": plan.to_json(),
         "seconds": dict(seconds),
         "saved": saved(run.events.read(), plan).to_json(),
@@ -467,7 +479,7 @@ def _without_student(campaign: Campaign, status: Status) -> list[dict[str, Any]]
     ]
 
 
-def _short_of_the_end(best: Row, rows: Sequence[Row], request: SearchRequest, run: RunFolder, plan: Plan) -> list[str]:
+def _short_of_the_end(best: Row, rows: Sequence[Row], checked: SearchConfig, run: RunFolder, plan: Plan) -> list[str]:
     """That no student was trained to the end, what is exported all the same, and how it is trained on."""
     trained = [row for row in rows if row.kind in DISTILLED]
     if any(row.full for row in trained) and best.full:
@@ -480,10 +492,10 @@ def _short_of_the_end(best: Row, rows: Sequence[Row], request: SearchRequest, ru
             f": the best student is exported as it is after {best.fidelity:.0%} of the plan's tokens "
             f"({best.train_tokens:,} of {plan.tokens:,})"
         )
-    if plan.box_seconds is None and request.time_seconds is None:
+    if plan.box_seconds is None and checked.time_seconds is None:
         return [note]
-    again = "" if request.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
-    return [f"{note}; to continue for the same time again: {_resuming(request, run)}{again}"]
+    again = "" if checked.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
+    return [f"{note}; to continue for the same time again: {_resuming(checked, run)}{again}"]
 
 
 _MORE = "give it more --time"
@@ -516,7 +528,7 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
     rejected = sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, reversed(proposed)))
     held = f"{tried} of the {plan.trials} planned trials"
     if rejected >= REJECTIONS_IN_A_ROW:
-        training = proposed[-1].training
+        training = proposed[-1].candidate.training
         miss = training.miss if training is not None else None
         if miss is not None:
             return (

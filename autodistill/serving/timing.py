@@ -13,8 +13,9 @@ from autodistill.errors import InputError
 from autodistill.hardware.background_load import Noise, Watch
 from autodistill.hardware.budget import LatencyLimit
 from autodistill.hardware.machine import detect, machine_name
+from autodistill.hardware.runtime import further_runtime
 from autodistill.serving.llama_cpp import LlamaServer
-from autodistill.serving.python_server import PythonServer
+from autodistill.serving.python_server import RUNTIMES, PythonServer
 from autodistill.units import count_of
 
 # By how much the medians of rounds may differ, relative to their median, before their figures are doubted.
@@ -64,12 +65,18 @@ def serve(
 
     Raises:
         MissingDependencyError: The runtime is not installed.
-        InputError: No runtime of that name is known here.
+        InputError: No runtime of that name is known here, or nothing here can run it.
     """
     if runtime == "llama.cpp":
         keys, values = cache_types
         return LlamaServer(path, context, threads, parallel, cache_type_k=keys, cache_type_v=values, whole_cache=True)
-    return PythonServer(path, runtime, context, threads, parallel)
+    if runtime in RUNTIMES:
+        return PythonServer(path, runtime, context, threads, parallel)
+    opens = further_runtime(runtime).server
+    if opens is None:
+        raise InputError(f"{runtime} cannot be run here: its exporter opens no server")
+    served: Server = opens(path, context, threads, parallel)
+    return served
 
 
 @dataclass(frozen=True, kw_only=True)

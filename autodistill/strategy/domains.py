@@ -1,4 +1,4 @@
-"""The values that a dimension of a space may take: `Choices` and `Range`."""
+"""The values that a dimension of a space may take, and `Float`, `Int` and `Choice`, by which Python declares them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from autodistill.utils.plain_dataclass import check
@@ -180,3 +180,69 @@ def read_range(kind: type, data: Mapping[str, Any]) -> Range:
         check(usable and math.isfinite(number), f"{name} must be a number of type {kind.__name__}, not {number!r}")
     check(isinstance(data.get("log", False), bool), f"log is true or false, not {data.get('log')!r}")
     return Range(**{key: data[key] for key in data if key != "when"}, integer=kind is int)
+
+
+Condition = Mapping[str, Value | Sequence[Value]]
+"""By path of other dimensions, the value, or the values, that one must have for a dimension to count."""
+
+
+def _plain_condition(when: Condition | None) -> dict[str, Any]:
+    if when is None:
+        return {}
+    check(isinstance(when, Mapping), f"when must be a mapping of paths to values, not {when!r}")
+    return {"when": {path: [one] if isinstance(one, Value) else list(one) for path, one in when.items()}}
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Numbers from `low` to `high`, both included, as a dimension of a space that Python makes.
+
+    Attributes:
+        low, high: Ends.
+        step: Distance of neighbours from `low` on, or None where any number will do.
+        log: Whether the logarithm is what is spread evenly.
+        when: When the dimension counts.
+    """
+
+    low: float
+    high: float
+    step: float | None = field(default=None, kw_only=True)
+    log: bool = field(default=False, kw_only=True)
+    when: Condition | None = field(default=None, kw_only=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a YAML file says of the dimension."""
+        step = {} if self.step is None else {"step": self.step}
+        return {"low": self.low, "high": self.high, **step, "log": self.log, **_plain_condition(self.when)}
+
+
+class Float(_Numbers):
+    """Numbers from `low` to `high`, both included: `Float(1e-5, 1e-3, log=True)`, `Float(0.5, 1.0, step=0.1)`."""
+
+
+class Int(_Numbers):
+    """Whole numbers from `low` to `high`, both included: `Int(1, 8)`."""
+
+
+class Choice:
+    """Some values, `Choice("forward_kl", "jsd")`, or parts of a strategy by names for them.
+
+    A part is written as in a YAML file: `Choice({"none": None, "last": {"layers": "last", "count": 1}})`.
+
+    Args:
+        values: Text or numbers; or one mapping of names to parts.
+        when: When the dimension counts.
+    """
+
+    def __init__(self, *values: Value | Mapping[str, Any], when: Condition | None = None) -> None:
+        self.values, self.when = values, when
+
+    def __repr__(self) -> str:
+        """As it was made."""
+        when = "" if self.when is None else f", when={self.when!r}"
+        return f"Choice({', '.join(map(repr, self.values))}{when})"
+
+    def to_json(self) -> dict[str, Any]:
+        """What a YAML file says of the dimension."""
+        named = len(self.values) == 1 and isinstance(self.values[0], Mapping)
+        return {"choices": self.values[0] if named else list(self.values), **_plain_condition(self.when)}

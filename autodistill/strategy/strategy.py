@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 from autodistill.quantization.formats import QuantizationScheme
+from autodistill.strategy.divergence import known_divergence
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice
 
@@ -218,10 +219,6 @@ class Lora(PlainDataclass):
         check_choice("lora.layers", self.layers, ("attention", "ffn", "all"))
 
 
-_PLAIN_DIVERGENCES = ("forward_kl", "reverse_kl")
-
-_MIXED_DIVERGENCES = ("jsd", "skew_forward_kl", "skew_reverse_kl", "taid")
-
 _SPARSE_SIGNALS = ("top-k", "sampled")
 
 _FULL_SIGNALS = ("states", "online")
@@ -236,7 +233,9 @@ class Distillation(PlainDataclass):
     Attributes:
         divergence: "forward_kl" or "reverse_kl" between teacher and student; "jsd", the generalised Jensen-Shannon
             divergence; "skew_forward_kl" or "skew_reverse_kl", to a mixture that keeps the divergence finite; "taid",
-            forward KL from a target that moves from the student to the teacher.
+            forward KL from a target that moves from the student to the teacher; or one that a plug-in declares or a
+            Python session registers. A name that is none of these is refused where a space or a strategy is asked for,
+            and not here: what a session registered stands in runs that are read without it.
         mixture: Between 0 and 1 for those that mix, 0 for plain KL: beta of "jsd", the teacher's share in the mixture;
             alpha of a skew KL, the share of its first distribution; where "taid" starts, the teacher's share.
         divergence_weight: Share of the divergence in the logit loss, 0 to 1; cross-entropy has the rest.
@@ -280,13 +279,7 @@ class Distillation(PlainDataclass):
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
-        check_choice("distillation.divergence", self.divergence, _PLAIN_DIVERGENCES + _MIXED_DIVERGENCES)
-        mixes = self.divergence in _MIXED_DIVERGENCES
-        check(
-            0 < self.mixture < 1 if mixes else self.mixture == 0,
-            f"distillation.mixture must lie between 0 and 1 for {', '.join(_MIXED_DIVERGENCES)} and be 0 for "
-            f"{' and '.join(_PLAIN_DIVERGENCES)}, not {self.mixture} for {self.divergence}",
-        )
+        self._check_mixture()
         for name in ("divergence_weight", "final_divergence_weight"):
             weight = getattr(self, name)
             check(weight is None or 0 <= weight <= 1, f"distillation.{name} must lie in 0 to 1, not {weight}")
@@ -301,6 +294,15 @@ class Distillation(PlainDataclass):
             f"not {share}",
         )
 
+    def _check_mixture(self) -> None:
+        known = known_divergence(self.divergence)
+        mixes = known.mixes if known else 0 < self.mixture < 1
+        check(
+            0 < self.mixture < 1 if mixes else self.mixture == 0,
+            f"distillation.mixture must lie between 0 and 1 for a divergence that mixes and be 0 for one that does "
+            f"not, as {self.divergence} {'does' if mixes else 'does not'}, and it is {self.mixture}",
+        )
+
     def _check_signal(self) -> None:
         check_choice("distillation.signal", self.signal, (*_SPARSE_SIGNALS, *_FULL_SIGNALS, _WRITTEN))
         sparse, tokens = self.signal in _SPARSE_SIGNALS, self.signal_tokens
@@ -311,8 +313,9 @@ class Distillation(PlainDataclass):
             f"reported, not {tokens} for {self.signal}",
         )
         full = f"use the signal {' or '.join(_FULL_SIGNALS)}"
+        known = known_divergence(self.divergence)
         check(
-            self.signal != "sampled" or self.divergence == "forward_kl",
+            self.signal != "sampled" or known is None or known.unbiased_when_sampled,
             f"distillation.divergence is {self.divergence}, of which sampled tokens give no unbiased estimate: {full}",
         )
         coldest, hottest = sorted((self.temperature.start, self.temperature.end))

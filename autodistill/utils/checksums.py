@@ -5,10 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from autodistill.errors import DamagedError
+from autodistill.utils.durable import put
+from autodistill.utils.file_locks import alone
 from autodistill.utils.hashing import content_hash, file_hash
 
 LIST = "checksums.json"
@@ -69,6 +75,32 @@ def check_list(folder: Path, known: str | None = None) -> bool:
         if not same:
             raise DamagedError(f"{file} has changed since it was written: its checksum differs")
     return True
+
+
+def saved_once(cache: Path, key: str, name: str, save: Callable[[Path], None]) -> Path:
+    """Return the path of a saved object; it is saved only if it is not there whole, by its checksums.
+
+    Args:
+        cache: Folder of everything that later searches may use again.
+        key: Hash of the object's content.
+        name: Of its file or folder.
+        save: Writes it to a path of that name.
+    """
+    folder = (cache / "objects" / key).resolve()
+    with alone(folder):
+        with suppress(DamagedError):
+            if check_list(folder):
+                return folder / name
+        temporary = folder.with_name(f".{key}-{uuid.uuid4().hex}")
+        temporary.mkdir()
+        try:
+            save(temporary / name)
+            write_list(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            put(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder / name
 
 
 def _names(folder: Path) -> list[str]:

@@ -8,17 +8,21 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.utils.durable import sync
 from autodistill.utils.json_files import plain_json, read_plain, strict_json
 
+# Inode, size and time of change: a file that has the same ones has the same lines.
+_Stamp: TypeAlias = tuple[int, int, int]
+
 
 class EventLog:
     """An append-only file of events, one line of strict JSON each.
 
-    Reading never changes the file. Appending locks the file for that moment, so several processes may append.
+    Reading never changes the file. Appending locks the file for that moment, so several processes may append. What was
+    read, or appended here, is kept: the file is read again only where somebody else has changed it.
 
     Args:
         path: The file; made by the first `append`.
@@ -28,6 +32,9 @@ class EventLog:
     def __init__(self, path: Path, check: Callable[[Mapping[str, Any]], None] = lambda event: None) -> None:
         self.path = path
         self._holds = check
+        self._events: list[dict[str, Any]] = []
+        self._held = 0  # of these, as many as are what they must be
+        self._known: _Stamp | None = None  # of the file that has them
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Write one event; when this returns, the event survives a crash.
@@ -44,9 +51,14 @@ class EventLog:
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
+                known = self._known is not None and self._known == _stamp(os.fstat(descriptor))
                 _repair(descriptor)
+                self._known = None
                 _write_whole(descriptor, line)
                 os.fsync(descriptor)
+                if known:
+                    self._events.append(plain_json(line))
+                    self._known = _stamp(os.fstat(descriptor))
             finally:
                 os.close(descriptor)
             if created:
@@ -65,17 +77,15 @@ class EventLog:
                 must be.
         """
         try:
-            data = read_plain(self.path)
-        except FileNotFoundError:
-            return []
+            now = self._stamp()
+            if now is None or now != self._known:
+                self._forget()
+                self._events, self._held, self._known = [], 0, None
+            if now != self._known:
+                self._events, self._known = self._whole_file(), now
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror}") from error
-        *lines, tail = data.split(b"\n")
-        events = [self._whole(number, line) for number, line in enumerate(lines, start=1)]
-        # A proper beginning of a JSON object is never one itself, so a tail that parses lacks nothing but its newline.
-        last = _event(tail)
-        events += [] if last is None else [last]
-        for number, event in enumerate(events, start=1):
+        for number, event in enumerate(self._events[self._held :], start=self._held + 1):
             try:
                 self._holds(event)
             except (InputError, ValueError, OverflowError) as error:
@@ -83,7 +93,24 @@ class EventLog:
                     f"line {number} of {self.path} is not what was written: {error}; restore the file from a copy, or "
                     "remove that line to go on without it"
                 ) from None
-        return events
+            self._held = number
+        return list(self._events)
+
+    def _stamp(self) -> _Stamp | None:
+        try:
+            return _stamp(self.path.stat())
+        except FileNotFoundError:
+            return None
+
+    def _forget(self) -> None:
+        """Called before the file is read anew: what `check` has kept of its events no longer holds."""
+
+    def _whole_file(self) -> list[dict[str, Any]]:
+        *lines, tail = read_plain(self.path).split(b"\n")
+        events = [self._whole(number, line) for number, line in enumerate(lines, start=1)]
+        # A proper beginning of a JSON object is never one itself, so a tail that parses lacks nothing but its newline.
+        last = _event(tail)
+        return events if last is None else [*events, last]
 
     def _whole(self, number: int, line: bytes) -> dict[str, Any]:
         event = _event(line)
@@ -93,6 +120,10 @@ class EventLog:
                 "that line to go on without its event"
             )
         return event
+
+
+def _stamp(found: os.stat_result) -> _Stamp:
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

@@ -34,11 +34,11 @@ from autodistill.runs.run_folder import default_cache
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.dimension import Point
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Finishing, Strategy
-from benchmarks.common import program, report
+from benchmarks.common import math_teacher, program, report
 from benchmarks.common.math_search import RECIPE, STEP, TOKENS, prepare, space
-from benchmarks.common.math_teacher import make_small
 from benchmarks.common.prepared import Prepared, accuracy, new_trainer
 
 STORE = "math-table.jsonl"
@@ -144,6 +144,8 @@ class Recorder:
         prepared: The search whose teacher, data and cache are used.
     """
 
+    rungs = RUNGS
+
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
         setting = prepared.setting
@@ -175,8 +177,8 @@ class Recorder:
         trained, evaluated, evaluations = 0.0, 0.0, 0
         with tempfile.TemporaryDirectory() as folder:
             stable = Path(folder) / "stable.safetensors"
-            for rung in RUNGS:
-                last = rung == RUNGS[-1]
+            for rung in self.rungs:
+                last = rung == self.rungs[-1]
                 started = time.process_time()
                 exhaust(trainer.train_stable(branch_point(rung, plan.decay, plan.batch_tokens)))
                 trained += time.process_time() - started
@@ -205,13 +207,13 @@ class Recorder:
                     for strategy in strategies:
                         probe = probes[strategy.id]
                         plain[strategy.id].append(accuracy(self._bench, strategy, model, probe, plan.rung_eval_tokens))
-        stable_tokens = branch_point(RUNGS[-1], plan.decay, plan.batch_tokens)
+        stable_tokens = branch_point(self.rungs[-1], plan.decay, plan.batch_tokens)
         print(f"{time.process_time() - began:.1f} s", file=sys.stderr, end=", ")
         return [
             Line(
                 strategy=strategy.to_json(),
                 seed=seed,
-                tokens=RUNGS,
+                tokens=self.rungs,
                 initial=initial[strategy.id],
                 decayed=tuple(decayed[strategy.id]),
                 plain=tuple(plain[strategy.id]),
@@ -238,6 +240,12 @@ def exhaust(records: Iterable[Any]) -> None:
     """Trains to the end."""
     for _ in records:
         pass
+
+
+def make_small() -> None:
+    """Trains the small teacher, and records students after few steps, in this process."""
+    math_teacher.make_small()
+    Recorder.rungs = (STEP, 2 * STEP, 3 * STEP, 5 * STEP)
 
 
 def main() -> None:

@@ -19,18 +19,19 @@ from autodistill.evaluation.evaluate import Evaluation
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.results.row import Decision
+from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving, rung_tokens
 from autodistill.search.campaign.campaign import Campaign
-from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.campaign.state import Candidate, Question, TrialState
 from autodistill.search.planning.durations import Speed
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.domains import Value
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
-from autodistill.utils.event_log import EventLog
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.yaml_files import read_yaml
 from benchmarks.common import math_table, timed_parts
@@ -162,7 +163,7 @@ def default_rungs() -> tuple[int, ...]:
     return rung_tokens(TOKENS, STEP)
 
 
-class Memory(EventLog):
+class Memory(RunLog):
     """A log that is kept nowhere but here."""
 
     def __init__(self) -> None:
@@ -338,8 +339,8 @@ def _measured(name: str, value: float, unit: str) -> Measurement:
 class Unrejecting(Campaign):
     """Trains what no deployment can hold up to its first rung, and learns there that it does not fit."""
 
-    def _admit(self, strategy: Strategy, **fields: Any) -> TrialState:
-        trial = super()._admit(strategy, **fields)
+    def _admit(self, candidate: Candidate, **fields: Any) -> TrialState:
+        trial = super()._admit(candidate, **fields)
         trial.reason = None
         return trial
 

@@ -147,7 +147,7 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Reads the command line of such a program."""
-    return program.parse(parser, tokens=256, seeds=1, workers=1)
+    return program.parse(parser, tokens=256, seeds=1, workers=2)
 
 
 def small_inputs() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.strategy.strategy import Alignment, Attention, Init, Strategy
 from benchmarks.common import report, trials
 

@@ -8,6 +8,7 @@ alone, so that neither our exporter nor our packing is its own reference.
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import tempfile
 from dataclasses import replace
@@ -365,13 +366,17 @@ def main() -> None:
     parser.add_argument("--runtime", choices=known, help="measure it alone anew, in the newest report")
     parser.add_argument("--most", type=int, default=1000, help="of the models of each runtime, the last of them")
     given = program.parse(parser, most=1)
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    runtimes = {name: one for name, one in _RUNTIMES.items() if not (name == "onnxruntime" and missing)}
+    if missing and not given.smoke and given.runtime in (None, "onnxruntime"):
+        parser.error(f"{', '.join(missing)} are not installed: see above, or name another --runtime")
     if given.runtime:
         print(measure_again(given.runtime, given.most))
         return
     sections = [
         _LLAMA_CPP[0],
         llama_table(given.most),
-        *(part for title, table, _ in _RUNTIMES.values() for part in (title, table(given.most))),
+        *(part for title, table, _ in runtimes.values() for part in (title, table(given.most))),
         _VLLM,
         "## 1B, 3B and 7B beside often-quoted figures",
         "Predicted for llama.cpp with an F16 cache at one stream, of the shapes of TinyLlama-1.1B, OpenLLaMA-3B and "

@@ -62,7 +62,7 @@ def _drawn(indices: Sequence[int], rows: int) -> list[ModelSpec]:
 
 def write_run(out: Path, shapes: Sequence[ModelSpec], count: int) -> None:
     """A run of so many rows that go through the shapes, each in a format drawn from `FORMS`."""
-    dice, strategy = np.random.default_rng(0), Strategy().to_json()
+    dice, strategy = np.random.default_rng(0), Strategy()
     rows = []
     for index in range(count):
         student, form = shapes[index % len(shapes)], FORMS[dice.integers(len(FORMS))]
@@ -74,7 +74,7 @@ def write_run(out: Path, shapes: Sequence[ModelSpec], count: int) -> None:
                 trial=f"t{index:05d}",
                 kind="student",
                 name="student",
-                deployment=deployment.to_json(),
+                deployment=deployment,
                 status="completed",
                 feasible=True,
                 strategy=strategy,
@@ -131,7 +131,7 @@ def seconds(out: Path, words: Sequence[str], code: Path, repeats: int) -> list[f
     """
     found = []
     for _ in range(repeats):
-        command = [sys.executable, "-c", _PROGRAM, "pick", *words, "--out", str(out), "--format", "json"]
+        command = [sys.executable, "-c", _PROGRAM, "pick", *words, "--out", str(out), "--json"]
         # With -c a process imports from the folder that it starts in before all others.
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=code)
         found.append([float(word) for word in done.stderr.split()[-3:]])

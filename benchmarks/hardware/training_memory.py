@@ -60,6 +60,7 @@ MEASURED = STUDENT | {
     "num_key_value_heads": 2,
     "vocab_size": 32000,
 }
+SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 2000}
 LORA = Lora(rank=16)
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """glibc's settings under which every larger block goes back to the system when it is freed."""
@@ -224,9 +225,9 @@ def teacher_lines() -> Iterator[list[str]]:
             yield [title, stored, fit.held, "yes" if fit.rounded else "no", *numbers]
 
 
-def growth(name: str, environment: dict[str, str]) -> int:
+def growth(name: str, environment: dict[str, str], more: Sequence[str]) -> int:
     """Growth of the peak of a process that trains in one of the `MODES`."""
-    command = [sys.executable, "-m", "benchmarks.hardware.training_memory", "--measure", name]
+    command = [sys.executable, "-m", "benchmarks.hardware.training_memory", "--measure", name, *more]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=program.ROOT, env=os.environ | environment
     )
@@ -234,7 +235,7 @@ def growth(name: str, environment: dict[str, str]) -> int:
     return int(found["peak"] - found["before"])
 
 
-def measured_lines(modes: Sequence[str]) -> Iterator[list[str]]:
+def measured_lines(modes: Sequence[str], more: Sequence[str]) -> Iterator[list[str]]:
     """Each mode's prediction, less the process's own memory, beside the measured growth of the peak."""
     spec = spec_from_config(MEASURED)
     own = [name for name in PARTS if name not in ("overhead_bytes", "alignment_bytes")]
@@ -243,7 +244,7 @@ def measured_lines(modes: Sequence[str]) -> Iterator[list[str]]:
         predicted = estimate.total_bytes - estimate.overhead_bytes
         line = [name, *parts(estimate, own), format_bytes(predicted)]
         for setting in (GIVING_BACK, {}):
-            grown = growth(name, setting)
+            grown = growth(name, setting, more)
             report.note(name, {"predicted": predicted, "grown": grown, "environment": setting})
             line += [format_bytes(grown), f"{predicted / grown:.2f}"]
         print(*line, sep=" | ", flush=True)
@@ -258,6 +259,8 @@ def main() -> None:
         "--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to train that are measured"
     )
     given = program.parse(parser, modes=["4 sequences at once"])
+    if given.smoke:
+        MEASURED.update(SMALL)
     if given.measure:
         print(json.dumps(measure(MODES[given.measure])))
         return
@@ -291,7 +294,7 @@ def main() -> None:
                 "with what glibc keeps",
                 "ratio",
             ],
-            measured_lines(given.modes),
+            measured_lines(given.modes, ["--smoke"] if given.smoke else []),
         ),
     ]
     print(report.write("training-memory", "Memory of training, by parts", sections))

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import yaml
 
-from autodistill.cli.summary import leaderboard_of
 from autodistill.cli.tables import leaderboard_table
 from autodistill.runs.results.gains import Gains
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.standing import leaderboard_of
 from benchmarks.common.program import ROOT, parse, parser_of
 
 QUOTES = Path(__file__).with_name("figures.yaml")

@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.common.program import parse, parser_of
 
 SETS = ("tiny", "strategies", "sums", "smollm2")
-FIXED = ["--runner", "inline", "--seed", "0", "--time", "10h", "--format", "json"]
+FIXED = ["--runner", "inline", "--seed", "0", "--time", "10h", "--json"]
 # Of a row: how long something took, and what was measured in a process.
 TIMES = ("train_seconds", "latency_ms", "tokens_per_second", "machine")
 OTHER_TIMES = ("answer_ms", "latency", "memory", "ttft", "tpot", "size_bytes_predicted")

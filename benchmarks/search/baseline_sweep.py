@@ -13,7 +13,7 @@ import itertools
 import json
 from dataclasses import asdict, replace
 
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.strategy.strategy import Strategy
 from benchmarks.common import program, report, trials
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument(
         "--alignment", type=float, nargs="+", default=ALIGNMENT_WEIGHTS, help="weights of the alignment"
     )
-    arguments = program.parse(parser, tokens=256, workers=1, rates=[1e-4], divergence=[0.5], alignment=[1.0])
+    arguments = program.parse(parser, tokens=256, workers=2, rates=[1e-4], divergence=[0.5], alignment=[1.0])
     store = program.REPORTS / "baseline-sweep.json"
     inputs = trials.small_inputs() if arguments.smoke else {}
     known = json.loads(store.read_text()) if store.exists() else {}

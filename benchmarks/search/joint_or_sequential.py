@@ -21,12 +21,11 @@ import torch
 from autodistill.runs.run_folder import default_cache
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.search.worker.context import Workbench
-from autodistill.strategy.space import Point
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.strategy import Strategy
-from benchmarks.common import report
+from benchmarks.common import math_table, report
 from benchmarks.common.math_search import RECIPE, TOKENS, prepare
 from benchmarks.common.math_table import RUNGS, Line, Recorder
-from benchmarks.common.math_teacher import make_small
 from benchmarks.common.over_seeds import mean
 from benchmarks.common.prepared import Prepared, accuracy
 from benchmarks.common.program import parse, parser_of
@@ -194,7 +193,7 @@ def main() -> None:
     parser = parser_of(__doc__, seeds=50, time=True)
     arguments = parse(parser, seeds=2)
     if arguments.smoke:
-        make_small()
+        math_table.make_small()
     torch.set_num_threads(1)
     table = load_table()
     kept = Kept("joint-or-sequential", table.digest, arguments.time)

@@ -22,7 +22,7 @@ from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
 def main() -> None:
     """Runs the search and writes the report."""
     parser = parser_of(__doc__)
-    parser.add_argument("--time", default=None, help="time box of the search")
+    parser.add_argument("--time", default=None, help="time budget of the search")
     parser.add_argument("--out", type=Path, default=None, help="folder of the run")
     parser.add_argument("--fresh-cache", action="store_true", help="also convert the teacher and cache its outputs")
     arguments = parse(parser)
@@ -34,7 +34,7 @@ def main() -> None:
     command = ["autodistill", "search", "--budget", "16GB"]
     if arguments.time:
         command += ["--time", arguments.time]
-    extra = ["--format", "json", "--out", str(out), "--name", "main-job", *small]
+    extra = ["--json", "--out", str(out), "--name", "main-job", *small]
     if arguments.fresh_cache:
         extra += ["--cache", tempfile.mkdtemp(prefix="main-job-cache-")]
     began = time.perf_counter()

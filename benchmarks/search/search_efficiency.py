@@ -33,16 +33,17 @@ from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.runners.inline import run_inline
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.domains import Choices, Range
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.hashing import content_hash
-from benchmarks.common import report, timed_parts
+from benchmarks.common import math_table, report, timed_parts
 from benchmarks.common.curves import at
 from benchmarks.common.expenses import Expense
 from benchmarks.common.math_search import METRIC, RECIPE, TEST_QUESTIONS, prepare
 from benchmarks.common.math_table import FURTHER_SEEDS, RUNGS, Recorder, without_teacher
-from benchmarks.common.math_teacher import LENGTH, make_small
+from benchmarks.common.math_teacher import LENGTH
 from benchmarks.common.prepared import Prepared
 from benchmarks.common.program import parse, parser_of
 from benchmarks.common.report import Kept
@@ -234,7 +235,7 @@ def main() -> None:
     parser.add_argument("--real", type=int, default=1, help="searches that train, to hold the table to")
     arguments = parse(parser, seeds=1, real=0)
     if arguments.smoke:
-        make_small()
+        math_table.make_small()
     torch.set_num_threads(1)
     table = load_table()
     recorded = [

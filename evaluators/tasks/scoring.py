@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,12 +12,8 @@ import numpy.typing as npt
 
 from autodistill.data.task_files import Example, TaskFile
 from autodistill.evaluation.base import Measurement, Needs, Quantity, SimulatedStudent, Subject
-from autodistill.evaluation.early_stopping import ends, order
 from autodistill.evaluation.statistics import clustered_mean, per_document
 from autodistill.strategy.deployment import Deployment
-
-# Questions that a student is asked together at the least, as far as there are so many.
-_AT_ONCE = 16
 
 
 def asked(subject: Subject, name: str) -> SimulatedStudent:
@@ -81,7 +77,7 @@ class TaskEvaluator:
 
 @dataclass(frozen=True, kw_only=True)
 class MarkedTask(TaskEvaluator, ABC):
-    """Measures the share of a task's questions that are answered rightly, of some of them as well as of all."""
+    """Measures the share of a task's questions that are answered rightly."""
 
     @abstractmethod
     def marks(
@@ -94,28 +90,10 @@ class MarkedTask(TaskEvaluator, ABC):
         """What the measurement's detail says beside what was read."""
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Asks all questions."""
-        student, examples, prompts = self.questions(subject)
-        return self._marked(student, examples, self.marks(student, examples, prompts))
-
-    def in_parts(self, subject: Subject) -> Iterator[tuple[Measurement, ...]]:
-        """As `evaluation.base.Parted` says, in an order at random."""
-        student, examples, prompts = self.questions(subject)
-        drawn, read = order(len(examples)), 0
-        marks: dict[int, npt.NDArray[np.bool_]] = {}
-        for stop in ends(len(examples), _AT_ONCE):
-            if stop > read:
-                places = sorted(drawn[read:stop].tolist())
-                part = self.marks(student, [examples[one] for one in places], [prompts[one] for one in places])
-                marks |= dict(zip(places, part, strict=True))
-                read = stop
-            asked = sorted(marks)
-            yield self._marked(student, [examples[one] for one in asked], np.array([marks[one] for one in asked]))
-
-    def _marked(
-        self, student: SimulatedStudent, examples: Sequence[Example], marks: npt.NDArray[np.bool_]
-    ) -> tuple[Measurement, ...]:
         """The share of right answers, with the standard error of `statistics.clustered_mean`, by prompt."""
+        student, examples, prompts = self.questions(subject)
+        marks = self.marks(student, examples, prompts)
+
         right = marks[:, 0]
         documents = np.array([example.document for example in examples], dtype=np.int32)
         value, stderr = clustered_mean(right, documents)
@@ -129,6 +107,5 @@ class MarkedTask(TaskEvaluator, ABC):
                 stderr=stderr,
                 detail={**self.read(student, examples), "metric": self.task.metric, **self.detail(marks)},
                 documents=per_document(right, documents),
-                bound=1.0,
             ),
         )

@@ -70,7 +70,7 @@ def row(name: str, accuracy: float, megabytes: float, **fields: Any) -> Row:
         "batch": 1,
         "fidelity": 1.0,
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 def timing(prompt: int, behind: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from autodistill.cli.hardware_summary import appraisal_text
 from autodistill.distillation.student.check import own_deployment, with_own
 from autodistill.errors import InputError
 from autodistill.search.planning.trial_memory import TrialMemory
-from autodistill.strategy.space import load_strategy, packaged_files
+from autodistill.strategy.named import load_strategy, packaged_files
 from autodistill.strategy.strategy import Alignment, Attention, Distillation, Init, Lora, Strategy
 from autodistill.testing import save_tiny_teacher
 

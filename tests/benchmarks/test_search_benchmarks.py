@@ -340,10 +340,11 @@ def test_differences_of_killed_searches_leave_times_out() -> None:
     from dataclasses import replace
 
     from autodistill.runs.results.row import Row
+    from autodistill.strategy.deployment import IN_16_BITS
 
     row = Row(
-        row_id="t000-a", trial="t000", kind="student", name="x", deployment={}, status="completed", feasible=True,
-        accuracy=0.5, train_seconds=3.0, memory_bytes=10, memory_source="measured",
+        row_id="t000-a", trial="t000", kind="student", name="x", deployment=IN_16_BITS, status="completed",
+        feasible=True, accuracy=0.5, train_seconds=3.0, memory_bytes=10, memory_source="measured",
     )  # fmt: skip
     same = replace(row, train_seconds=4.0, memory_bytes=11)
     assert list(kill.differences({"a": same}, {"a": row})) == []

@@ -18,12 +18,15 @@ from typing import Any
 import pytest
 
 from autodistill.cli.app import app, main
-from autodistill.cli.options import LATENCY_HELP, SECTIONS
+from autodistill.cli.options import SECTIONS
 from autodistill.errors import InterruptedSearchError, VerificationError
 from autodistill.hardware.budget import parse_latency
+from autodistill.options import LATENCY_HELP
 from autodistill.search.request.validate import check_request
-from autodistill.strategy.space import load_space, load_strategy
+from autodistill.strategy.named import load_strategy
+from autodistill.strategy.space import load_space
 from autodistill.testing import save_tiny_teacher, tiny_text
+from tests.search.conftest import untimed
 
 SPACE = """
 name: small
@@ -38,22 +41,22 @@ baselines: [logit_kd]
 VERBS = {
     "search": "--budget --device --latency --devices "
     "--teacher --data --space --metric --trials --tokens --time --context --batch --seed "
-    "--name --out --resume --plan --price --runner --format --cache --cache-limit --checkpoint-limit",
+    "--name --out --resume --plan --price --runner --json --cache --cache-limit --checkpoint-limit",
     "distill": "--budget --device --latency --devices "
     "--teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
-    "--format --cache --cache-limit",
+    "--json --cache --cache-limit",
     "write": "--prompts --out --teacher --endpoint --model --max-tokens --temperature --top-p --seed --top-k --batch "
-    "--timeout --cache --format",
-    "leaderboard": "--out --format",
-    "export": "--row --to --out --runs --format",
-    "doctor": "--out --cache --format",
-    "devices": "--devices --local --cache --format",
-    "estimate": "--format-name --runtime --context --batch --kv-type --prompt --device --all-devices --devices "
+    "--timeout --cache --json",
+    "leaderboard": "--out --json",
+    "export": "--row --to --out --runs --json",
+    "doctor": "--out --cache --json",
+    "devices": "--devices --local --cache --json",
+    "estimate": "--format --runtime --context --batch --kv-type --prompt --device --all-devices --devices "
     "--layers --width --heads --kv-heads --head-dim --ffn --vocab --experts --active-experts --window --tied --cache "
-    "--format",
-    "pick": "--budget --device --context --streams --latency --min-accuracy --tiers --devices --out --cache --format",
+    "--json",
+    "pick": "--budget --device --context --streams --latency --min-accuracy --tiers --devices --out --cache --json",
     "solve": "--budget --sweep --device --data --context --batch --tokens --sequence-length --out --export --devices "
-    "--cache --format",
+    "--cache --json",
 }
 ROW_FIELDS = (
     "row_id schema_version strategy_id strategy deployment status split accuracy accuracy_stderr perplexity agreement "
@@ -129,11 +132,11 @@ BAD = [
     ("pick --budget 24GB --device 'pi 5'", ["24.0 GB is more than", "lower --budget"]),
     ("estimate", ["a MODEL or a shape"]),
     ("estimate --layers 2 --width 64", ["--heads, --ffn, --vocab"]),
-    ("estimate @/teacher --format-name q4", ["no format 'q4'", "gguf-q4_0"]),
+    ("estimate @/teacher --format q4", ["no format 'q4'", "gguf-q4_0"]),
     ("estimate @/teacher --context 513", ["context of 512"]),
     ("estimate @/teacher --kv-type q5", ["f16, q8_0, q4_0"]),
     (
-        "estimate @/teacher --runtime vllm --format-name huggingface --kv-type q8_0",
+        "estimate @/teacher --runtime vllm --format huggingface --kv-type q8_0",
         ["vllm holds no KV cache in 'q8_0'"],
     ),
     ("estimate @/teacher --device t4 --all-devices", ["give one of the two"]),
@@ -195,7 +198,7 @@ BAD = [
     (f"{GOOD} --seed -1", ["--seed"]),
     (f"{GOOD} --metric beauty", ["beauty", "accuracy", "perplexity"]),
     (f"{GOOD} --runner walk", ["walk", "ray", "inline"]),
-    (f"{GOOD} --format xml", ["xml", "table", "json"]),
+    (f"{GOOD} --format xml", ["No such option: --format"]),
     (f"{GOOD} --name ../x", ["../x", "plain"]),
     (f"{GOOD} --resume", ["--name"]),
     (f"{GOOD} --resume --name nobody", ["nobody", "no runs"]),
@@ -280,10 +283,10 @@ def test_fewer_sequences_at_once_than_a_limit_has_streams_are_refused(line: str,
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("pick --streams abc --format json", "'--streams': write a whole number"),
-        ("search --nope --format=json", "No such option: --nope"),
-        ("distill --format json", "STRATEGY"),
-        ("serch --format json", "No such command 'serch'"),
+        ("pick --streams abc --json", "'--streams': write a whole number"),
+        ("search --nope --json", "No such option: --nope"),
+        ("distill --json", "STRATEGY"),
+        ("serch --json", "No such command 'serch'"),
     ],
 )
 def test_what_cannot_be_read_is_a_json_document_too_where_that_is_asked_for(
@@ -297,12 +300,6 @@ def test_what_cannot_be_read_is_a_json_document_too_where_that_is_asked_for(
     assert document["error"] in err
 
 
-def test_a_format_of_weights_given_as_a_format_of_output_is_told_where_to_go(inputs: Path, capfd: Any) -> None:
-    err = run(capfd, "estimate smollm2 --format gguf-q4_0", inputs)[2]
-    assert "Value error" not in err
-    assert "--format-name names a format of weights" in err
-
-
 def test_the_training_of_a_strategy_s_student_is_estimated_without_loading_the_teacher(
     inputs: Path, tmp_path: Path, capfd: Any
 ) -> None:
@@ -311,17 +308,17 @@ def test_the_training_of_a_strategy_s_student_is_estimated_without_loading_the_t
         "finishing: {format: gguf-q4_0, bits: 4, group_size: 32}\n"
     )
     line = f"estimate @/teacher --strategy {tmp_path}/mine.yaml --training 128"
-    code, out, _ = run(capfd, f"{line} --format json", inputs)
+    code, out, _ = run(capfd, f"{line} --json", inputs)
     document = json.loads(out)
     assert (code, document["deployment"], document["training"]["tokens"]) == (0, "gguf-q4_0", 128)
     # All weights of the student, which is smaller than its teacher.
     assert document["training"]["all_kept"]["gradients_bytes"] == 4 * document["parameters"]
-    whole = json.loads(run(capfd, "estimate @/teacher --format json", inputs)[1])
+    whole = json.loads(run(capfd, "estimate @/teacher --json", inputs)[1])
     assert document["parameters"] < whole["parameters"]
     assert whole["training"] is None
     text = run(capfd, line, inputs)[1]
     # The help says what is left out here, and what then holds.
-    usual = json.loads(run(capfd, f"estimate @/teacher --strategy {tmp_path}/mine.yaml --format json", inputs)[1])
+    usual = json.loads(run(capfd, f"estimate @/teacher --strategy {tmp_path}/mine.yaml --json", inputs)[1])
     assert (usual["deployment"], usual["training"]["tokens"]) == ("gguf-q4_0", 1024)
     told = " ".join(re.sub(r"[^\w.\-:,()]+", " ", run(capfd, "estimate --help", inputs)[1]).split())
     assert "default: the grid of --strategy or of a packed MODEL, else gguf-q8_0" in told
@@ -337,7 +334,7 @@ def test_what_comes_with_the_package_is_listed_and_printed(
     code, out, _ = run(capfd, what, inputs)
     assert code == 0
     assert re.search(rf"^{one}: \w+", out, re.MULTILINE)
-    known = json.loads(run(capfd, f"{what} --format json", inputs)[1])["known"]
+    known = json.loads(run(capfd, f"{what} --json", inputs)[1])["known"]
     for name in known:
         text = run(capfd, f"{what} {name}", inputs)[1]
         (tmp_path / "own.yaml").write_text(text)
@@ -368,14 +365,14 @@ def test_a_device_on_which_nothing_is_fast_enough_is_exit_3_with_the_nearest(
 
 
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("output", ["table", "json"])
+@pytest.mark.parametrize("output", ["", "--json"])
 def test_a_budget_below_the_smallest_student_is_exit_3_with_the_nearest(
     output: str, inputs: Path, tmp_path: Path, capfd: Any
 ) -> None:
-    code, out, err = run(capfd, f"{GOOD} --budget 100kB --format {output}", inputs, tmp_path)
+    code, out, err = run(capfd, f"{GOOD} --budget 100kB {output}", inputs, tmp_path)
     assert code == 3
     assert re.search(r"error: nothing fits.*lowest requirements \(.*100 ?kB", err), err
-    if output == "json":
+    if output:
         document = json.loads(out)
         assert document["exit_code"] == 3
         assert document["error"].startswith("nothing fits")
@@ -404,7 +401,7 @@ def test_how_a_search_ends_is_its_exit_code(
     assert words in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("output", ["table", "json"])
+@pytest.mark.parametrize("output", ["", "--json"])
 def test_sigterm_ends_a_search_as_ctrl_c_does_with_exit_143(
     output: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -417,10 +414,10 @@ def test_sigterm_ends_a_search_as_ctrl_c_does_with_exit_143(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("autodistill.search.search.search", end)
-    code, out, err = run(capfd, f"{GOOD} --format {output}", inputs)
+    code, out, err = run(capfd, f"{GOOD} {output}", inputs)
     assert code == 143
     assert "To go on: autodistill search --resume" in err
-    assert output == "table" or json.loads(out)["exit_code"] == 143
+    assert not output or json.loads(out)["exit_code"] == 143
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -504,7 +501,7 @@ def in_a_process(line: str, inputs: Path, folder: Path) -> Ran:
 
 @pytest.fixture(scope="session")
 def ran(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    line = f"{GOOD} --runner inline --trials 2 --tokens 768 --name tiny --format json"
+    line = f"{GOOD} --runner inline --trials 2 --tokens 768 --name tiny --json"
     done = in_a_process(line, inputs, tmp_path_factory.mktemp("search"))
     assert done.code == 0, done.err
     return done
@@ -571,7 +568,7 @@ def test_a_run_that_is_resumed_has_the_budget_it_had(
     ran: Ran, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     def check(request: Any, view: Any) -> None:
-        raise InterruptedSearchError(check_request(request).request.budget.describe())
+        raise InterruptedSearchError(check_request(request).budget.describe())
 
     monkeypatch.setattr("autodistill.search.search.search", check)
     code, _, err = run(capfd, "search --resume --name tiny --runner inline", inputs, ran.folder)
@@ -581,7 +578,7 @@ def test_a_run_that_is_resumed_has_the_budget_it_had(
 
 def test_the_leaderboard_shows_the_rows_of_the_run(ran: Ran, inputs: Path, capfd: Any) -> None:
     runs = ran.folder / "runs"
-    code, out, err = run(capfd, f"leaderboard --out {runs} --format json", inputs)
+    code, out, err = run(capfd, f"leaderboard --out {runs} --json", inputs)
     assert (code, err) == (0, "")
     rows = json.loads(out)
     assert [row["row_id"] for row in rows] == [row["row_id"] for row in ran.document["rows"]]
@@ -610,7 +607,7 @@ def test_a_pick_ends_with_the_command_that_exports_it(
     words = shlex.split(out.splitlines()[-1].removeprefix("To get it: "))
     assert words[:3] == ["autodistill", "export", "tiny"]
     assert run(capfd, shlex.join(words[1:]), inputs)[0] == 0
-    picked = json.loads(run(capfd, f"pick --budget 1GB --out {runs} --format json", inputs)[1])
+    picked = json.loads(run(capfd, f"pick --budget 1GB --out {runs} --json", inputs)[1])
     assert any((tmp_path / "students" / picked["pick"]["row_id"]).iterdir())
 
 
@@ -627,7 +624,7 @@ def test_an_export_of_another_row_is_loaded_by_another_library(
         "no row 'nope' (autodistill leaderboard tiny shows its rows)"
         in run(capfd, line.replace(row["row_id"], "nope"), inputs)[2]
     )
-    code, out, err = run(capfd, f"{line} --format json", inputs)
+    code, out, err = run(capfd, f"{line} --json", inputs)
     assert code == 0, err
     paths = json.loads(out)
     model = AutoModelForCausalLM.from_pretrained(paths["huggingface"], local_files_only=True)
@@ -647,7 +644,7 @@ def test_devices_are_filtered_by_name_and_one_alone_tells_its_sources(inputs: Pa
     assert code == 0
     assert "serves with: llama.cpp" in out
     assert "bandwidth: " in out
-    (one,) = json.loads(run(capfd, "devices m3 ultra 96gb --format json", inputs)[1])
+    (one,) = json.loads(run(capfd, "devices m3 ultra 96gb --json", inputs)[1])
     assert one["class"] == "unified"
 
 
@@ -656,27 +653,28 @@ def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd
     assert code == 0, err
     for words in ("1.00 GB at context 512, batch 1", "4 proposed", "256", "2,304", "cache", "time budget none"):
         assert words in out
-    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 3m --plan --format json", inputs, tmp_path)
+    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 3m --plan --json", inputs, tmp_path)
     document = json.loads(out)
     assert code == 0
     assert document["plan"]["box_seconds"] == 180
     assert document["cache_bytes"] > 0
     assert document["plan"]["longest"] > 1
-    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 3m --explore 1 --plan --format json", inputs, tmp_path)
+    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 3m --explore 1 --plan --json", inputs, tmp_path)
     assert (code, json.loads(out)["plan"]["longest"]) == (0, 1.0)
     assert not (tmp_path / "runs").exists()
 
 
-def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path) -> None:
-    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --runner inline --tokens 512 --format json"
-    done = in_a_process(line, inputs, tmp_path)
-    assert done.code == 0, done.err
-    untrained = ("teacher", "initial")
-    trained = {row["trial"]: row for row in done.document["rows"] if row["kind"] not in untrained}
+def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path, capfd: Any) -> None:
+    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --runner inline --tokens 512 --json"
+    with untimed():
+        code, out, err = run(capfd, line, inputs, tmp_path)
+    assert code == 0, err
+    document, untrained = json.loads(out), ("teacher", "initial")
+    trained = {row["trial"]: row for row in document["rows"] if row["kind"] not in untrained}
     assert len(trained) == 1
     (row,) = trained.values()
     assert row["strategy"]["init"]["depth"] == 0.5
-    assert row["train_tokens"] == done.document["plan"]["tokens"]
+    assert row["train_tokens"] == document["plan"]["tokens"]
     assert row["fidelity"] == 1.0
     assert row["context"] == 512, "the teacher reads no more"
 

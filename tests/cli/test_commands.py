@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import typer
 
-from autodistill.cli.app import app
-from autodistill.cli.commands import _budget, search_request
+from autodistill.cli.app import main
 
 SPACE = """
 dimensions:
@@ -30,6 +27,14 @@ deployments:
   - {runtime: llama.cpp, format: gguf-f16, bits: 16, group_size: 0}
 """
 PRETRAINED = "init: {{source: pretrained, model: {model}, depth: 1.0}}"
+
+
+class _StoppedError(Exception):
+    """Where the work would begin."""
+
+
+def _stop() -> None:
+    raise _StoppedError
 
 
 @pytest.fixture
@@ -72,25 +77,17 @@ def test_a_hub_is_reached_where_anything_of_the_request_lies_on_one(
 ) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     monkeypatch.setattr(os, "environ", environ)
-    verb, *words = command.split(" ")
-    group = typer.main.get_command(app)
-    context = group.commands[verb].make_context(verb, [*words, "--budget", "1GB"])  # type: ignore[attr-defined]
-    search_request(context.params, verb, command, time.monotonic())
+    monkeypatch.setattr("autodistill.cli.app.open_view", _stop)
+    with pytest.raises(_StoppedError):
+        main([*command.split(" "), "--budget", "1GB"])
     assert [environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")] == ["1" if offline else None] * 2
 
 
 def test_what_a_request_names_is_known_before_a_library_that_asks_hubs_is_imported(files: Path) -> None:
     given = {"metric": "lm-eval:arc_easy", "space": "smaller.yaml", "baseline": ["hub.yaml"]}
     program = (
-        f"import sys\nfrom autodistill.cli.commands import _further\nprint(*_further({given}))\n"
+        f"import sys\nfrom autodistill.cli.commands import further\nprint(*further({given}))\n"
         "print({'datasets', 'huggingface_hub', 'lm_eval', 'transformers'} & set(sys.modules))"
     )
     said = subprocess.run([sys.executable, "-c", program], cwd=files, capture_output=True, text=True, check=True).stdout
     assert said.splitlines() == ["lm-eval:arc_easy owner/name owner/name", "set()"]
-
-
-@pytest.mark.parametrize(("batch", "most"), [(None, 16), (16, 16), (32, 32)])
-def test_streams_of_a_latency_are_held_in_memory_whatever_batch_allows_them(batch: int | None, most: int) -> None:
-    typed = {"budget": None, "device": "t4", "context": None, "batch": batch, "resume": False, "own": None}
-    budget = _budget({**typed, "latency": "50ms@streams=16", "cache": None}, "search")
-    assert budget.batch == most

@@ -49,7 +49,7 @@ def folder(tmp_path):
         ("autodistill search --device 409", ["4090"]),
         ("autodistill distill logit", ["logit_kd"]),
         ("autodistill search --space de", ["default"]),
-        ("autodistill estimate --format-name gguf-q8", ["gguf-q8_0"]),
+        ("autodistill estimate --format gguf-q8", ["gguf-q8_0"]),
     ],
 )
 def test_bash_is_offered_what_there_is(folder, line, expected):
@@ -67,8 +67,8 @@ def test_every_device_that_is_offered_is_found():
 def test_own_devices_are_offered_and_a_file_that_cannot_be_read_is_no_complaint(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("devices: {My board: {class: board, memory: 8GB, bandwidth: 50GB, rates: {fp16: 1}}}")
-    assert devices(Given(own=[own]), "MY") == ["my-board"]
-    assert devices(Given(own=[tmp_path / "none.yaml"]), "4090") == []
+    assert devices(Given(devices=[own]), "MY") == ["my-board"]
+    assert devices(Given(devices=[tmp_path / "none.yaml"]), "4090") == []
 
 
 def test_names_begin_like_the_word_whatever_its_case(folder):

@@ -29,7 +29,7 @@ def row(trial: str, kind: str, deployment: dict[str, Any] = Q8, **fields: Any) -
         "fidelity": 1.0,
         "strategy": Strategy().to_json(),
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 TEST = [

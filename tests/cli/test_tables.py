@@ -121,7 +121,7 @@ def row(name: str, /, bits: int = 4, **fields: Any) -> Row:
         "feasible": True,
         "fidelity": 1.0,
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 def test_the_table_fits_a_hundred_characters_and_its_columns_align() -> None:
@@ -247,12 +247,3 @@ def test_the_time_left_runs_down_between_two_updates(monkeypatch: pytest.MonkeyP
     drawn = Console(file=stream, width=100)
     drawn.print(view._draw())
     assert "4m 00s left" in stream.getvalue()
-
-
-def test_a_row_of_which_not_all_was_read_is_marked() -> None:
-    cut = {"read": 256, "of": 1024, "unit": "tokens", "metric": "accuracy", "estimate": 0.31, "bar": "t001"}
-    rows = [row("t001", accuracy=0.4), row("t002", accuracy=0.35, cut_short=cut)]
-    text = leaderboard_table(rank(rows))
-    assert [line.split()[0] for line in text.splitlines()[1:3]] == ["1", "2<"]
-    assert "< not all was read" in text
-    assert "<" not in leaderboard_table(rank(rows[:1]))

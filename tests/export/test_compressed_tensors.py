@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.errors import MissingDependencyError, VerificationError
 from autodistill.export.compressed_tensors import CompressedTensorsExporter, check_package
-from autodistill.export.verify import load_in_transformers
+from autodistill.export.huggingface import load_in_transformers
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.testing import save_tiny_teacher
 

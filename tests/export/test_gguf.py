@@ -368,8 +368,9 @@ def k_quant(name: str, keep: tuple[str, ...] = ()) -> Deployment:
     return Deployment(runtime="llama.cpp", format=name, **scheme)
 
 
-@pytest.mark.parametrize(("width", "ffn"), [(256, 512), (192, 256)])
-@pytest.mark.parametrize("keep", [(), ("attention",)], ids=["", "keep"])
+@pytest.mark.parametrize(
+    ("keep", "width", "ffn"), [((), 192, 256), (("attention",), 256, 512)], ids=["192-256", "keep-256-512"]
+)
 @pytest.mark.parametrize("name", K_QUANTS)
 def test_k_quants_are_in_the_file_where_rows_allow_and_run(
     tmp_path: Path, name: str, keep: tuple[str, ...], width: int, ffn: int

@@ -43,7 +43,7 @@ def row(trial: str, deployment: Deployment, accuracy: float, kind: str = "studen
         "strategy": strategy.to_json(),
         "strategy_id": strategy.id,
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 BEST = row(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from autodistill.errors import VerificationError
+from autodistill.export import verify as verify_module
 from autodistill.export.base import Artifact
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
@@ -98,12 +101,28 @@ def test_missing_and_surplus_tensors_are_named(tmp_path: Path, student: Path) ->
         verify(exporter, artifact, student, deployment)
 
 
+def once(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose first outcome is given again."""
+    found: list[Any] = []
+
+    def kept(*given: Any) -> Any:
+        if not found:
+            found.append(run(*given))
+        return found[0]
+
+    return kept
+
+
 @pytest.mark.parametrize(("exporter", "deployment"), CASES, ids=IDS)
-def test_the_runtime_chooses_the_simulations_tokens(tmp_path: Path, student: Path, exporter, deployment) -> None:
+def test_the_runtime_chooses_the_simulations_tokens(
+    tmp_path: Path, student: Path, exporter, deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_run_llama_cpp", "_run_transformers"):  # what it chose once is compared three times
+        monkeypatch.setattr(verify_module, name, once(getattr(verify_module, name)))
     artifact = exporter.export(student, deployment, tmp_path)
     top1, leads = simulated(student, dict(exporter.unpack(artifact.path)))
     threads = torch.get_num_threads()
-    check = verify_runtime(artifact, deployment, (top1, leads), SEQUENCES, 1, student)
+    check = verify_runtime(exporter, artifact, deployment, (top1, leads), SEQUENCES, 1, student)
     assert check.positions == pytest.approx(0.8 * 6 * 128, abs=1)
     assert check.agreement >= 0.97
     assert check.raw_agreement <= check.agreement
@@ -113,24 +132,27 @@ def test_the_runtime_chooses_the_simulations_tokens(tmp_path: Path, student: Pat
     wrong = top1.copy()
     wrong[leads > np.quantile(leads, 15 / 16)] += 1
     with pytest.raises(VerificationError, match=r"(89|9[0-4])\.\d% of 61[45] clear positions"):
-        verify_runtime(artifact, deployment, (wrong, leads), SEQUENCES, 1, student)
+        verify_runtime(exporter, artifact, deployment, (wrong, leads), SEQUENCES, 1, student)
     # and wrong ones at the narrowest sixteenth, which are near-ties, must not.
     wrong = top1.copy()
     wrong[leads < np.quantile(leads, 1 / 16)] += 1
-    assert verify_runtime(artifact, deployment, (wrong, leads), SEQUENCES, 1, student).agreement == check.agreement
+    assert (
+        verify_runtime(exporter, artifact, deployment, (wrong, leads), SEQUENCES, 1, student).agreement
+        == check.agreement
+    )
 
 
 def test_a_runtime_that_cuts_text_otherwise_is_found(tmp_path: Path, student: Path) -> None:
     exporter, deployment = CASES[0]
     artifact = exporter.export(student, deployment, tmp_path / "out")
     expected = simulated(student, dict(exporter.unpack(artifact.path)))
-    assert verify_runtime(artifact, deployment, expected, SEQUENCES, 1, student).same_cut == 1
+    assert verify_runtime(exporter, artifact, deployment, expected, SEQUENCES, 1, student).same_cut == 1
     other = shutil.copytree(student, tmp_path / "other")
     description = json.loads((other / "tokenizer.json").read_text())
     description["model"]["merges"] = description["model"]["merges"][:20]
     (other / "tokenizer.json").write_text(json.dumps(description))
     with pytest.raises(VerificationError, match=r"only [4-9]\d\.\d% are the same: behind .* it has .* instead of"):
-        verify_runtime(artifact, deployment, expected, SEQUENCES, 1, other)
+        verify_runtime(exporter, artifact, deployment, expected, SEQUENCES, 1, other)
 
 
 def test_few_positions_are_verified_on_what_there_is(tmp_path: Path, student: Path) -> None:
@@ -139,20 +161,20 @@ def test_few_positions_are_verified_on_what_there_is(tmp_path: Path, student: Pa
     artifact = exporter.export(student, deployment, tmp_path)
     few = SEQUENCES[:1, :25]
     top1, leads = simulated(student, dict(exporter.unpack(artifact.path)), few)
-    check = verify_runtime(artifact, deployment, (top1, leads), few, 1, student)
+    check = verify_runtime(exporter, artifact, deployment, (top1, leads), few, 1, student)
     assert (check.positions, check.agreement) == (20, 1)
     assert check.interval == (pytest.approx(0.025 ** (1 / 20)), 1)
     clearest = np.argsort(-leads[0])
     wrong = top1.copy()
     wrong[0, clearest[:3]] += 1
-    check = verify_runtime(artifact, deployment, (wrong, leads), few, 1, student)
+    check = verify_runtime(exporter, artifact, deployment, (wrong, leads), few, 1, student)
     assert (check.agreement, check.interval) == (
         0.85,
         (pytest.approx(0.6211, abs=1e-4), pytest.approx(0.9679, abs=1e-4)),
     )
     wrong[0, clearest[3]] += 1
     with pytest.raises(VerificationError, match=r"80\.0% of 20 clear positions"):
-        verify_runtime(artifact, deployment, (wrong, leads), few, 1, student)
+        verify_runtime(exporter, artifact, deployment, (wrong, leads), few, 1, student)
 
 
 def test_of_many_positions_the_share_itself_is_required() -> None:
@@ -168,9 +190,11 @@ def test_of_many_positions_the_share_itself_is_required() -> None:
 def test_choices_of_other_sequences_are_refused(tmp_path: Path) -> None:
     artifact = Artifact(path=tmp_path, size_bytes=0)
     with pytest.raises(ValueError, match="choices of"):
-        verify_runtime(artifact, CASES[0][1], ANYTHING, SEQUENCES[:, 1:], 1, tmp_path)
+        verify_runtime(*CASES[0][:1], artifact, CASES[0][1], ANYTHING, SEQUENCES[:, 1:], 1, tmp_path)
     with pytest.raises(ValueError, match="choices of"):
-        verify_runtime(artifact, CASES[0][1], (SEQUENCES[:0], ANYTHING[1][:0]), SEQUENCES[:0], 1, tmp_path)
+        verify_runtime(
+            *CASES[0][:1], artifact, CASES[0][1], (SEQUENCES[:0], ANYTHING[1][:0]), SEQUENCES[:0], 1, tmp_path
+        )
 
 
 def test_a_folder_that_does_not_load_says_so(tmp_path: Path, student: Path) -> None:
@@ -181,10 +205,10 @@ def test_a_folder_that_does_not_load_says_so(tmp_path: Path, student: Path) -> N
     del stored["model.norm.weight"]
     save_file(stored, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match="missing_keys"):
-        verify_runtime(Artifact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1, student)
+        verify_runtime(exporter, Artifact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1, student)
     (broken / "model.safetensors").unlink()
     with pytest.raises(VerificationError, match="could not load"):
-        verify_runtime(Artifact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1, student)
+        verify_runtime(exporter, Artifact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1, student)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
@@ -196,7 +220,7 @@ def test_sequences_that_begin_with_bos_are_read_as_they_are(tmp_path: Path, arch
     artifact = exporter.export(folder, deployment, tmp_path / "out")
     sequences = np.insert(SEQUENCES[:, 1:], 0, tiny_tokenizer().bos_token_id, axis=1)
     expected = simulated(folder, dict(exporter.unpack(artifact.path)), sequences)
-    check = verify_runtime(artifact, deployment, expected, sequences, 1, folder)
+    check = verify_runtime(exporter, artifact, deployment, expected, sequences, 1, folder)
     assert check.agreement >= 0.97
     with LlamaServer(artifact.path, 64, 1) as server:
         assert list(server.tokenize("two apples")) == tiny_tokenizer(begins=True)("two apples")["input_ids"]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from autodistill.hardware.device import Band, Device, DeviceClass, Shares
+from autodistill.hardware.device import Device, DeviceClass
+from autodistill.hardware.runtime import Band, Shares
 
 HALF = Band(low=0.4, typical=0.5, high=0.6)
 SHARES = Shares(

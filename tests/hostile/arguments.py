@@ -206,7 +206,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             more = () if option != "--prompt" else _SPEED_OF_A_DEVICE
             yield case(*_without(shape, option), *more, option, value, codes=(0, 2))
     for option, values in {
-        "--format-name": _NAMES,
+        "--format": _NAMES,
         "--runtime": _NAMES,
         "--kv-type": _NAMES,
         "--strategy": _NAMES,
@@ -218,7 +218,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
                 teacher,
                 option,
                 value,
-                codes=(0, 2) if option in ("--runtime", "--format-name") and not value else (2,),
+                codes=(0, 2) if option in ("--runtime", "--format") and not value else (2,),
             )
     for option, values in {
         "--max-tokens": _NUMBERS,

@@ -12,7 +12,7 @@ from tests.hostile.__main__ import counts, faults
 from tests.hostile.cases import Case, Kit, all_cases, areas
 from tests.hostile.server import Server
 
-_OF_EACH = 12
+_OF_EACH = 6
 _AREAS = sorted(areas())
 
 

@@ -45,7 +45,7 @@ def row(name: str, **fields: Any) -> Row:
         "fidelity": 1.0,
         "split": "validation",
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 ROWS = [
@@ -239,15 +239,6 @@ def test_without_matplotlib_the_page_names_the_package(tmp_path: Path, monkeypat
     page = (run.path / "report.md").read_text()
     assert report.INSTALL_PLOTS in page
     assert "report.png" not in page
-
-
-def test_a_row_of_which_not_all_was_read_says_so() -> None:
-    cut = {"read": 256, "of": 1024, "unit": "tokens", "metric": "accuracy", "estimate": 0.31, "bar": "t001"}
-    early = row("t009", accuracy=0.35, accuracy_stderr=0.02, fidelity=0.25, cut_short=cut)
-    page = report.report_markdown(SEARCH, rank([*ROWS, early]), EVENTS)
-    assert "| 0.3500 ± 0.0200 (256 of 1,024 tokens read) |" in page
-    assert "Where not all was read, the trial was certain to fall short at its rung" in page
-    assert "Where not all was read" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
 
 
 def test_the_page_says_what_a_training_was_and_what_its_figures_are_of() -> None:

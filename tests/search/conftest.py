@@ -1,11 +1,15 @@
 """Searches of these tests time no student in its runtime, which takes seconds each, unless they are marked `timed`.
 
 Their runtimes have one thread, since those of llama.cpp spin while they wait for each other, whatever else is running.
+They choose tokens at fewer positions, and nothing waits for the disk: what a power cut leaves is tested in `utils` and
+`crash`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -19,8 +23,8 @@ from autodistill.strategy.deployment import Deployment
 _timing = False
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unless_timed() -> Iterator[None]:
+@contextmanager
+def untimed() -> Iterator[None]:
     """As where a runtime is not installed: latencies are left out, and memory is predicted."""
     supports, evaluate = Latency.supports, Memory.evaluate
 
@@ -34,6 +38,14 @@ def unless_timed() -> Iterator[None]:
         patch.setattr(Latency, "supports", timed)
         patch.setattr(Memory, "evaluate", predicted)
         patch.setattr(finish, "free_cores", lambda most: 1)
+        patch.setattr(finish, "POSITIONS", 800)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unless_timed() -> Iterator[None]:
+    with untimed():
         yield
 
 

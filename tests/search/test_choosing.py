@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from autodistill.advisor.candidates import stored
-from autodistill.cli.summary import leaderboard_of, search_summary
+from autodistill.cli.summary import search_summary
 from autodistill.errors import InputError
 from autodistill.estimates.fit import fits
 from autodistill.hardware.budget import Budget
@@ -28,6 +28,7 @@ from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import rows_of
 from autodistill.runs.results.selection import chosen
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.standing import leaderboard_of
 from autodistill.search.explain import explain
 from autodistill.search.finish.export_run import export_run
 from autodistill.search.request.request import SearchRequest
@@ -162,7 +163,7 @@ def test_a_packed_teacher_is_exported_again_from_its_row_in_every_container(
     outcome, run = ruined
     again = export_run(run, None, ["gguf", "huggingface"], tmp_path / "best")
     assert again["gguf"].read_bytes() == outcome.finish.paths["gguf"].read_bytes()
-    row = next(row for row in outcome.rows if row.kind == "teacher" and row.deployment["format"] == VLLM["format"])
+    row = next(row for row in outcome.rows if row.kind == "teacher" and row.deployment.format == VLLM["format"])
     packed = export_run(run, row.row_id, ["compressed-tensors"], tmp_path / "packed")["compressed-tensors"]
     config = json.loads((packed / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"

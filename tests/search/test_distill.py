@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.distillation.training.lora import Adapters
 from autodistill.errors import InputError
-from autodistill.export.verify import load_in_transformers
+from autodistill.export.huggingface import load_in_transformers
 from autodistill.hardware.budget import Budget
 from autodistill.quantization.grids import integer_grid
 from autodistill.quantization.packing import deployed
@@ -22,7 +22,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.search.finish.export_run import export_run
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 
@@ -66,7 +66,14 @@ def student_of(outcome: Outcome) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(outcome.finish.paths["huggingface"], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", ["narrow", "influence", "block_influence", "from_scratch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "influence",
+        "from_scratch",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("narrow", "block_influence")),
+    ],
+)
 def test_a_named_strategy_ends_in_a_student_that_transformers_loads(inputs, tmp_path: Path, name: str) -> None:
     outcome = search(request(inputs, tmp_path, name))
     init = load_strategy(name).init
@@ -85,7 +92,7 @@ def written(folder: Path, **init: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["gemma3_text", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_every_family_is_distilled_finished_on_a_grid_and_exported(inputs, tmp_path: Path, architecture: str) -> None:
     sizes = {"layers": 6, "width": 128, "ffn": 192, "heads": 4}
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=False, **sizes)
@@ -95,7 +102,7 @@ def test_every_family_is_distilled_finished_on_a_grid_and_exported(inputs, tmp_p
     strategy.write_text(yaml.safe_dump(recipe))
     two = str(inputs[1].parent / "two.yaml")
     outcome = search(request((teacher, *inputs[1:]), tmp_path / "out", strategy, space=two, tokens=4096))
-    assert {row.deployment["format"] for row in outcome.rows} == {"huggingface", "gguf-q8_0"}
+    assert {row.deployment.format for row in outcome.rows} == {"huggingface", "gguf-q8_0"}
     config = AutoConfig.from_pretrained(outcome.finish.paths["huggingface"])
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == (architecture, 128, 3)
     assert outcome.finish.checks["gguf"].agreement >= 0.97

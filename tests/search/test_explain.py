@@ -59,7 +59,7 @@ def row(trial: str, memory: int, accuracy: float, feasible: bool) -> Row:
         "split": "validation",
     }
     figures = {"accuracy": accuracy, "memory_bytes": memory, "feasible": feasible, "fidelity": 1.0}
-    return Row(**least | fields | figures)
+    return Row.from_json(least | fields | figures)
 
 
 @pytest.fixture
@@ -340,7 +340,7 @@ def test_a_runtime_that_takes_more_than_predicted_does_so_packed_otherwise(
 
 def test_the_best_is_told_what_a_wider_packing_of_it_lacks(tmp_path: Path, needs: tuple[int, int]) -> None:
     wide, narrow = needs
-    best = replace(row("t000", narrow, 0.30, True), shape=SHAPE, deployment=PACKINGS[1])
+    best = replace(row("t000", narrow, 0.30, True), shape=SHAPE, deployment=Deployment.from_json(PACKINGS[1]))
     binding, (sentence,) = told(tmp_path, wide - 2_100_000, best)
     assert "as gguf-q4_0" in binding
     assert sentence == "2.10 MB more would hold the best as gguf-q8_0, which was not evaluated because it does not fit."

@@ -35,8 +35,8 @@ def test_questions_that_no_student_can_be_asked_are_counted_and_all_of_them_refu
     longest, count = sizes[-1], len(sizes)
 
     def said(context: int, written: str = "exact_match") -> tuple[str, ...]:
-        request: Any = SimpleNamespace(budget=SimpleNamespace(context=context))
-        checked: Any = SimpleNamespace(request=request, single_turn=SimpleNamespace(written=written))
+        budget = SimpleNamespace(context=context)
+        checked: Any = SimpleNamespace(budget=budget, asked=SimpleNamespace(written=written))
         loaded: Any = SimpleNamespace(data=data)
         return _unasked(checked, loaded)
 
@@ -55,10 +55,10 @@ SPEED = Speed(cache=1e4, score=1e4, worker_train=1e4, worker_score=1e4)
 
 
 def extended(
-    plan: Plan, *, finished: bool = True, strategy: str | None = None, events: Sequence[Any] = (), **single_turn: Any
+    plan: Plan, *, finished: bool = True, strategy: str | None = None, events: Sequence[Any] = (), **asked: Any
 ) -> Plan:
-    request = SimpleNamespace(**({"trials": None, "time_seconds": None, "strategy": strategy} | single_turn))
-    checked: Any = SimpleNamespace(request=request, stored={"seconds": {}} if finished else {}, explore=1.0)
+    fields = {"trials": None, "time_seconds": None, "strategy": strategy} | asked
+    checked: Any = SimpleNamespace(stored={"seconds": {}} if finished else {}, explore=1.0, **fields)
     return _extended(checked, plan, spec_from_config(tiny_config()), SPEED, events)
 
 
@@ -108,9 +108,8 @@ def test_trials_that_are_added_have_places_whatever_went_on_in_time_that_was_lef
 def test_a_box_is_for_the_whole_run_and_an_extension_has_its_own() -> None:
     planned = {"plan": small_plan(box_seconds=600.0).to_json()}
 
-    def box(stored: dict[str, Any] | None, at: float, **single_turn: Any) -> dict[str, float | None]:
-        checked: Any = SimpleNamespace(request=SimpleNamespace(trials=None, time_seconds=None), stored=stored)
-        vars(checked.request).update(single_turn)
+    def box(stored: dict[str, Any] | None, at: float, **asked: Any) -> dict[str, float | None]:
+        checked: Any = SimpleNamespace(**{"trials": None, "time_seconds": None, "stored": stored} | asked)
         return _box(checked, small_plan(box_seconds=600.0), at)
 
     first = box(None, 100.0)

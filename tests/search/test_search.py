@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from autodistill.cli.summary import leaderboard_of, search_summary
+from autodistill.cli.summary import search_summary
 from autodistill.data.dataset import TokenSet, load_split
 from autodistill.distillation.training import trainer
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
@@ -37,6 +37,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.runs.results.row import Decision, Row, read_parquet
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.sessions import by_phase
+from autodistill.runs.standing import leaderboard_of
 from autodistill.runs.test_split_ledger import recorded_test_openings
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
@@ -83,6 +84,25 @@ def request(inputs: tuple[Path, Path, Path], out: Path, **changes: object) -> Se
         "cache": cache,
     }
     return SearchRequest(**(fields | changes))  # type: ignore[arg-type]
+
+
+SMALL = """
+name: small
+dimensions:
+  init.depth: {low: 0.6, high: 0.8, step: 0.2}
+  distillation.learning_rate: {low: 1e-3, high: 3e-3, log: true}
+deployments:
+  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
+baselines: [logit_kd]
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A space of one deployment, where it is not what a test is about: each takes seconds."""
+    path = tmp_path_factory.mktemp("small") / "small.yaml"
+    path.write_text(SMALL)
+    return str(path)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -155,7 +175,7 @@ def test_what_docs_say_of_python_runs(
     known: dict[str, Any] = {}
     for block in blocks:
         exec(block, known)
-    assert (asked[0].time_seconds, asked[0].name) == (600, "first")
+    assert (asked[0].time, asked[0].name) == (600, "first")
     assert known["rows"][0].row.row_id == outcome[0].finish.best.row_id
 
 
@@ -273,8 +293,9 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
         assert again.perplexity != by_id[item["row_id"]].perplexity  # another order of the data
 
 
+@pytest.mark.slow
 def test_a_search_of_16_bit_states_is_the_same_when_it_is_interrupted(
-    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: tuple[Path, Path, Path], small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the stretches of a trial its moments lie in a checkpoint, and what is drawn follows from its steps."""
     made: list[str] = []
@@ -282,9 +303,9 @@ def test_a_search_of_16_bit_states_is_the_same_when_it_is_interrupted(
     # The tiny students would fit by faster means.
     monkeypatch.setattr(training_fit, "training_fits", partial(means, means=[(True, "bfloat16")]))
     monkeypatch.setattr(trainer, "adamw", lambda groups, state: made.append(state) or make(groups, state))
-    whole = search(request(inputs, tmp_path / "whole", trials=2))
+    whole = search(request(inputs, tmp_path / "whole", space=small, trials=2))
     assert (whole.document["plan"]["optimizer_state"], set(made)) == ("bfloat16", {"bfloat16"})
-    asked, reports = request(inputs, tmp_path / "cut", trials=2), []
+    asked, reports = request(inputs, tmp_path / "cut", space=small, trials=2), []
 
     def interrupted(self: Campaign, assignment: Assignment, found: Any) -> None:
         report(self, assignment, found)
@@ -303,12 +324,20 @@ def test_a_search_of_16_bit_states_is_the_same_when_it_is_interrupted(
     assert set(made) == {"bfloat16"}
 
 
+@pytest.fixture
+def buckets(request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """Gives the URI of a prefix on an object store of a kind, whose server is started then."""
+    return request.getfixturevalue
+
+
+@pytest.mark.parametrize("kind", ["s3", pytest.param("gcs", marks=pytest.mark.slow)])
 def test_a_search_goes_on_elsewhere_with_nothing_but_what_a_bucket_has(
     inputs: tuple[Path, Path, Path],
     outcome: tuple[Outcome, Path],
-    bucket: str,
+    kind: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    buckets: Callable[[str], str],
 ) -> None:
     """From other folders, as on another machine; it ends as one that was never interrupted, and has no storage."""
     reports, report = [], Campaign.report
@@ -320,6 +349,7 @@ def test_a_search_goes_on_elsewhere_with_nothing_but_what_a_bucket_has(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Campaign, "report", interrupted)
+    bucket = buckets(kind)
     asked = request(inputs, tmp_path / "here", storage=bucket)
     with pytest.raises(InterruptedSearchError):
         search(asked)
@@ -356,7 +386,7 @@ def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
     boxes, totals, plans = [], [seen()], []
     assert totals[0] >= outcome[0].document["seconds"]["total"]
     for time_seconds in (300.0, 300.0, None):
-        again = request(inputs, out, resume=True, trials=None, tokens=None, time_seconds=time_seconds)
+        again = request(inputs, out, resume=True, trials=None, tokens=None, time=time_seconds)
         with monkeypatch.context() as patch:
             patch.setattr("autodistill.search.search.run_inline", interrupt)
             with pytest.raises(InterruptedSearchError):
@@ -485,7 +515,7 @@ def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exporte
         inputs,
         tmp_path / "runs",
         space=str(tmp_path / "space.yaml"),
-        time_seconds=3600.0,
+        time=3600.0,
         trials=3,
         tokens=4608,
         explore=1.0,
@@ -523,26 +553,28 @@ def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exporte
 
 
 def test_a_box_in_which_nothing_is_trained_says_how_to_go_on(
-    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: tuple[Path, Path, Path], small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Campaign, "next", lambda self: None)
     with pytest.raises(NothingFitsError, match=r"nothing was trained as far as a rung: go on with --resume and more"):
-        search(request(inputs, tmp_path / "students", students_only=True))
+        search(request(inputs, tmp_path / "students", space=small, students_only=True))
     # What needs no training fits all the same.
-    outcome = search(request(inputs, tmp_path / "all", time_seconds=600.0, command="autodistill search"))
+    asked = request(inputs, tmp_path / "all", space=small, time=600.0, command="autodistill search")
+    outcome = search(asked)
     assert outcome.finish.best.kind == "teacher"
     (said,) = (note for note in outcome.document["notes"] if note.startswith("nothing was trained as far as a rung: "))
     assert said.endswith("to continue for the same time again: autodistill search --resume")
 
 
-def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    result = search(request(inputs, tmp_path, strategy="logit_kd", trials=None))
+def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], small: str, tmp_path: Path) -> None:
+    result = search(request(inputs, tmp_path, space=small, strategy="logit_kd", trials=None))
     assert {row.kind for row in result.rows} == {"teacher", "baseline", "initial"}
     assert result.finish.best.name == "logit_kd"
 
 
-def test_the_full_recipe_alone(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    result = search(request(inputs, tmp_path, strategy="full_recipe", trials=None))
+@pytest.mark.slow
+def test_the_full_recipe_alone(inputs: tuple[Path, Path, Path], small: str, tmp_path: Path) -> None:
+    result = search(request(inputs, tmp_path, space=small, strategy="full_recipe", trials=None))
     assert result.finish.best.name == "full_recipe"
 
 
@@ -556,18 +588,20 @@ def test_a_strategy_that_the_teacher_does_not_allow_is_refused_before_anything_i
         search(request(inputs, tmp_path, strategy=str(path), trials=None))
 
 
-def test_an_online_strategy_caches_nothing(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_an_online_strategy_caches_nothing(inputs: tuple[Path, Path, Path], small: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    result = search(request(inputs, tmp_path, strategy="gkd", trials=None, cache=cache))
+    result = search(request(inputs, tmp_path, space=small, strategy="gkd", trials=None, cache=cache))
     assert result.finish.best.name == "gkd"
     assert not (cache / "teacher-outputs").exists()
     assert "approximate" not in result.finish.best.other
 
 
-def test_what_stands_in_for_a_divergence_is_in_the_record(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_what_stands_in_for_a_divergence_is_in_the_record(
+    inputs: tuple[Path, Path, Path], small: str, tmp_path: Path
+) -> None:
     strategy = tmp_path / "mode_seeking.yaml"
     strategy.write_text("distillation: {divergence: reverse_kl, signal_tokens: 8}")
-    result = search(request(inputs, tmp_path, strategy=str(strategy), trials=None))
+    result = search(request(inputs, tmp_path, space=small, strategy=str(strategy), trials=None))
     said = "reverse_kl of 8 tokens and the rest as one outcome: a lower bound"
     assert {row.other["approximate"] for row in result.rows if row.kind == "baseline"} == {said}
     stored = read_parquet(tmp_path / "run" / "leaderboard.parquet")
@@ -600,8 +634,8 @@ def test_of_a_teacher_of_few_tokens_the_likeliest_are_all(inputs: tuple[Path, Pa
     # Of so few layers, and for its tokenizer's sake, some proposals are refused: none for its tokens.
     assert not [one for one in result.document["rejected"] if re.search("alignment|GGUF", one["reason"]) is None]
     trained = [row for row in result.rows if row.strategy is not None]
-    recipes = [(row.strategy or {})["distillation"] for row in trained]
-    assert {(recipe["signal"], recipe["signal_tokens"]) for recipe in recipes} == {("top-k", 64)}
+    recipes = [row.strategy.distillation for row in trained if row.strategy is not None]
+    assert {(recipe.signal, recipe.signal_tokens) for recipe in recipes} == {("top-k", 64)}
     assert any(row.fidelity == 1.0 for row in trained)
     assert not any("approximate" in row.other for row in result.rows)
 
@@ -647,7 +681,7 @@ def test_a_plan_writes_no_run(inputs: tuple[Path, Path, Path], tmp_path: Path) -
 
 
 def test_records_that_are_left_out_are_told_of_in_the_plan_and_at_the_end(
-    inputs: tuple[Path, Path, Path], tmp_path: Path
+    inputs: tuple[Path, Path, Path], small: str, tmp_path: Path
 ) -> None:
     texts = [path.read_text(encoding="utf-8") for path in sorted(inputs[1].iterdir())]
     data = tmp_path / "texts.jsonl"
@@ -657,12 +691,12 @@ def test_records_that_are_left_out_are_told_of_in_the_plan_and_at_the_end(
     document = plan_search(asked)
     assert told in document["notes"]
     assert document["baselines"] == ["hand_designed"]
-    assert told in search(asked).document["notes"]
+    assert told in search(replace(asked, space=small)).document["notes"]
 
 
-def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path], small: str, tmp_path: Path) -> None:
     task = "reasoning-gym:chain_sum?size=300&max_terms=3&max_digits=1&worked=false"
-    outcome = search(request(inputs, tmp_path, data=task, metric="exact_match", trials=1, tokens=1024))
+    outcome = search(request(inputs, tmp_path, space=small, data=task, metric="exact_match", trials=1, tokens=1024))
     rows = read_parquet(tmp_path / "run" / "leaderboard.parquet")
     full = [row for row in rows if row.full]
     assert {row.kind for row in full} >= {"teacher", "baseline"}
@@ -679,7 +713,7 @@ def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path]
 
 
 @pytest.mark.timed
-@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("here", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_limits_of_latency_are_held_to_the_device(inputs: tuple[Path, Path, Path], tmp_path: Path, here: bool) -> None:
     pi = find_device("pi 5", devices())
     device = replace(pi, name=machine_name(detect(), accelerated=False)) if here else pi
@@ -716,7 +750,7 @@ def test_a_search_for_a_gpu_that_is_not_here_stays_with_what_is_predicted_of_its
     assert {row.other["memory_on"] for row in found.rows} == {"discrete-gpu"}
     assert any("predicted, not measured on a GPU" in note for note in found.finish.notes)
     # In a process transformers alone would break the budget; and nothing of it was timed on a GPU.
-    held = {row.deployment["runtime"]: row for row in found.rows if row.trial == "b000"}
+    held = {row.deployment.runtime: row for row in found.rows if row.trial == "b000"}
     assert held["transformers"].feasible
     assert "published rates" in held["transformers"].other["latency_assumed"]
     assert "latency_assumed" not in held["llama.cpp"].other
@@ -766,10 +800,11 @@ def test_a_search_of_several_objectives_ends_in_a_front(inputs: tuple[Path, Path
     )
 
 
-def test_sequences_have_the_length_that_was_asked_for(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    short = request(
-        inputs, tmp_path, strategy="logit_kd", trials=None, sequence_length=64, step_tokens=128, tokens=1152
-    )
+def test_sequences_have_the_length_that_was_asked_for(
+    inputs: tuple[Path, Path, Path], small: str, tmp_path: Path
+) -> None:
+    lengths = {"sequence_length": 64, "step_tokens": 128, "tokens": 1152}
+    short = request(inputs, tmp_path, space=small, strategy="logit_kd", trials=None, **lengths)
     outcome = search(short)
     plan = outcome.document["plan"]
     assert (plan["sequence_length"], plan["batch_tokens"], plan["tokens"]) == (64, 128, 1152)
@@ -801,7 +836,7 @@ def test_a_cache_limit_that_holds_nothing_is_refused_before_anything_is_measured
             phases.append(name)
 
     with pytest.raises(InputError, match=r"at least .* for trials of 2,304 tokens.*--cache-limit \d+\wB or more") as no:
-        do(request(inputs, tmp_path, cache_limit_bytes=1000), Phases())
+        do(request(inputs, tmp_path, cache_limit=1000), Phases())
     assert phases == ["loading teacher and data"]
     assert not (tmp_path / "run").exists()
     least = parse_bytes(str(no.value).rpartition("--cache-limit ")[2].removesuffix(" or more"))
@@ -809,7 +844,7 @@ def test_a_cache_limit_that_holds_nothing_is_refused_before_anything_is_measured
     assert 9 * 255 * 64 * 4 < least < 10**8
     monkeypatch.setattr("autodistill.search.setup.measure_plan.measure_speed", measured)
     with pytest.raises(AssertionError, match="measured"):
-        do(request(inputs, tmp_path, cache_limit_bytes=least), Phases())
+        do(request(inputs, tmp_path, cache_limit=least), Phases())
 
 
 def measured(*given: object, **more: object) -> None:
@@ -821,7 +856,7 @@ def test_a_box_without_room_for_the_baseline_is_refused_before_anything_is_train
     inputs: tuple[Path, Path, Path], tmp_path: Path, box: float, more: dict[str, object]
 ) -> None:
     with pytest.raises(InputError, match=r"does not hold the training of the baseline.*give --time \d+s or more"):
-        search(request(inputs, tmp_path, time_seconds=box, **more))
+        search(request(inputs, tmp_path, time=box, **more))
     assert not (tmp_path / "run").exists()
 
 

@@ -21,14 +21,15 @@ from autodistill.runs.results.row import rows_of
 from autodistill.runs.results.savings import saved
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.algorithms.sampler import Sampler
-from autodistill.search.campaign.admission import admit
+from autodistill.search.campaign.admission import admit, candidate_of
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.explain import explain
 from autodistill.search.planning.placement import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.request.validate import Checked, check_request
+from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.request.validate import check_request
 from autodistill.search.runners.inline import run_inline
 from autodistill.testing import save_tiny_teacher, tiny_text
 
@@ -86,7 +87,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def asked(inputs: Path, out: Path, **changes: object) -> Checked:
+def asked(inputs: Path, out: Path, **changes: object) -> SearchConfig:
     """A search of four short trials in this process."""
     fields: dict[str, Any] = {
         "budget": Budget(memory_bytes=16 * 10**9, context=256),
@@ -113,7 +114,7 @@ def searched(inputs: Path, out: Path, limit: int | None = None, **changes: objec
         ready = prepare_trials(checked, planned, run, clock)
         campaign = Campaign(
             ready.question,
-            sampler=Sampler(checked.space, seed=checked.seed, forking=checked.request.forking),
+            sampler=Sampler(checked.space, seed=checked.seed, forking=checked.forking),
             log=run.events,
             checkpoints=run.checkpoints,
             checkpoint_limit=limit,
@@ -183,5 +184,13 @@ def test_stages_are_those_of_the_machines_that_train_whichever_drives(inputs: Pa
         elsewhere = replace(planned, loaded=replace(planned.loaded, device="cpu", workers=workers))
         question = prepare_trials(checked, elsewhere, run, clock).question
     strategy = checked.space.baselines["logit_kd"]
-    trial = admit(question, strategy, trial_id="b000", number=None, kind="baseline", name="logit_kd", point=None)
+    trial = admit(
+        question,
+        candidate_of(question, strategy),
+        trial_id="b000",
+        number=None,
+        kind="baseline",
+        name="logit_kd",
+        point=None,
+    )
     assert trial.task.stage == stage_key(strategy, 0, planned.plan, "cuda")

@@ -12,9 +12,9 @@ import pytest
 
 from autodistill.runs.results.row import rows_of
 from autodistill.runs.run_folder import known_runs
+from autodistill.runs.run_log import RunLog
 from autodistill.runs.test_split_ledger import recorded_test_openings
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.utils.event_log import EventLog
 
 SEARCHES = 10
 
@@ -25,7 +25,7 @@ def test_ten_searches_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=24)
     words = ["search", "--budget", "16GB", "--context", "256", "--teacher", "teacher", "--data", "text"]
-    words += ["--trials", "1", "--tokens", "1024", "--runner", "inline", "--format", "json"]
+    words += ["--trials", "1", "--tokens", "1024", "--runner", "inline", "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     searches = [
         subprocess.Popen(
@@ -48,7 +48,7 @@ def test_ten_searches_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert set(known_runs(runs)) == names
     assert sorted(opening["run"] for opening in recorded_test_openings(runs)) == sorted(names)
     found = [
-        {row.row_id: (row.accuracy, row.perplexity) for row in rows_of(EventLog(runs / name / "trials.jsonl").read())}
+        {row.row_id: (row.accuracy, row.perplexity) for row in rows_of(RunLog(runs / name / "trials.jsonl").read())}
         for name in names
     ]
     assert all(rows == found[0] for rows in found)

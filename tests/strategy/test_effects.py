@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from autodistill.errors import InputError
-from autodistill.strategy.space import Space, check_effect, load_space, load_strategy, packaged_files
+from autodistill.strategy.named import check_effect, load_strategy, packaged_files
+from autodistill.strategy.space import Space, load_space
 from autodistill.strategy.strategy import Strategy
 
 DEPLOYMENTS = [{"format": "huggingface", "bits": 16, "group_size": 0, "runtime": "transformers"}]

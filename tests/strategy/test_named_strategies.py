@@ -16,7 +16,8 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Grid
 from autodistill.search.setup.teacher_phase import cache_settings
-from autodistill.strategy.space import load_space, load_strategy
+from autodistill.strategy.named import load_strategy
+from autodistill.strategy.space import load_space
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces" / "strategies").glob("*.yaml"))
 STEP = 64

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from autodistill.errors import InputError
 from autodistill.quantization.formats import FORMATS
+from autodistill.strategy.dimension import Dimension
 from autodistill.strategy.domains import Choices, Range
-from autodistill.strategy.space import Dimension, Space, load_space, load_strategy
+from autodistill.strategy.named import load_strategy
+from autodistill.strategy.space import Space, load_space
 from autodistill.strategy.strategy import Attention, Finishing, Init, Strategy, Temperature
 
 DEPLOYMENTS = [{"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}]

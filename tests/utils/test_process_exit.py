@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from autodistill.cli.options import Format
 from autodistill.cli.printing import show
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.utils.process_exit import end_process
@@ -19,7 +18,6 @@ from autodistill.utils.process_exit import end_process
 # A search whose main thread is stuck in a call to a Ray that has ended, as far as `show` and the watch know.
 STUCK = """
 import sys, threading
-from autodistill.cli.options import Format
 from autodistill.cli.printing import show
 from autodistill.search.runners import ray_cluster as cluster
 
@@ -38,14 +36,13 @@ def work():
     threading.Thread(target=ray._watch, daemon=True).start()
     threading.Event().wait()
 
-show(Format(sys.argv[1]), work, dict, str)
+show(sys.argv[1] == "json", work, dict, str)
 """
 
 # Another thread ends the process at the very moment at which the command ends by itself.
 RACE = """
 import sys, threading
 from autodistill.errors import InputError
-from autodistill.cli.options import Format
 from autodistill.cli.printing import show
 from autodistill.utils.process_exit import end_process
 
@@ -64,7 +61,7 @@ def work():
     return {"filler": "x" * 10_000}
 
 try:
-    show(Format.JSON, work, dict, str)
+    show(True, work, dict, str)
 except InputError:
     sys.exit(2)
 """
@@ -99,7 +96,7 @@ def test_a_command_that_has_ended_by_itself_is_not_ended_from_the_side(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the process was ended"))
-    show(Format.JSON, lambda: {"best": 1}, dict, str)
+    show(True, lambda: {"best": 1}, dict, str)
     end_process("too late", 1)
     captured = capfd.readouterr()
     assert json.loads(captured.out) == {"best": 1}
@@ -122,15 +119,15 @@ def test_every_error_is_a_document(
         raise error
 
     with pytest.raises(type(error)):
-        show(Format.JSON, work, dict, str)
+        show(True, work, dict, str)
     assert json.loads(capfd.readouterr().out) == {"error": said, "exit_code": code}
     with pytest.raises(type(error)):
-        show(Format.TABLE, work, dict, str)
+        show(False, work, dict, str)
     assert capfd.readouterr().out == ""
 
 
 def test_no_descriptor_is_left_open() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
-        show(Format.JSON, dict, dict, str)
+        show(True, dict, dict, str)
     assert len(list(Path("/proc/self/fd").iterdir())) == before

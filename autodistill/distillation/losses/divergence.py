@@ -1,23 +1,33 @@
-"""How far the student's distribution is from the teacher's: pure functions of log-probabilities, with their slopes."""
+"""How far the student's distribution is from the teacher's: functions of log-probabilities, and their slopes.
+
+Whoever names a divergence loads this file, which therefore loads torch only to compute.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from autodistill.errors import InputError
+from autodistill.strategy.divergence import Divergence, about, get_divergence
 
-Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From log-probabilities of the teacher and of the student, [rows, outcomes] each, to two tensors of this shape: the
-outcomes' shares of the row's divergence, and the derivative of their sum by each log-probability of the student."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DivergenceAndSlope = Callable[["Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
+"""From log-probabilities of the teacher and of the student, [rows, outcomes] each, to a divergence, whose sum over all
+elements is that of the rows, and the derivative of this sum by each log-probability of the student, [rows, outcomes]. A
+divergence written here has the outcomes' shares of it, [rows, outcomes]; one by autograd one number a row."""
 
 
+@about(gives_slope=True, unbiased_when_sampled=True, nonnegative=True)
 def forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(teacher || student), which asks the student to cover all that the teacher may say."""
     p = log_p.exp()
     return p * (log_p - log_q), p.neg_()
 
 
+@about(gives_slope=True, nonnegative=True)
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(student || teacher), which asks the student to say only what the teacher may say."""
     q = log_q.exp()
@@ -25,71 +35,99 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return value, q.add_(value)
 
 
-def jensen_shannon(beta: float) -> Divergence:
+@about(gives_slope=True, nonnegative=True)
+def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student.
 
     The generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, eq. 1), for 0 < beta < 1.
     """
-
-    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        p, q = log_p.exp(), log_q.exp()
-        log_m = _log_mixture(p, q, beta)
-        # The mixture's own derivative cancels between the two terms.
-        slope = q.mul_(1 - beta).mul_(log_q - log_m)
-        return p.mul_(beta).mul_(log_p - log_m).add_(slope), slope
-
-    return divergence
+    p, q = log_p.exp(), log_q.exp()
+    log_m = _log_mixture(p, q, beta)
+    # The mixture's own derivative cancels between the two terms.
+    slope = q.mul_(1 - beta).mul_(log_q - log_m)
+    return p.mul_(beta).mul_(log_p - log_m).add_(slope), slope
 
 
-def skew_forward_kl(alpha: float) -> Divergence:
+@about(gives_slope=True, nonnegative=True)
+def skew_forward_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """KL(teacher || alpha teacher + (1 - alpha) student), for 0 < alpha < 1 (DistiLLM, arXiv 2402.03898)."""
-
-    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        p, q = log_p.exp(), log_q.exp()
-        log_m = _log_mixture(p, q, alpha)
-        return (log_p - log_m).mul_(p), q.mul_(p.mul_(alpha - 1)).mul_(log_m.neg_().exp_())
-
-    return divergence
+    p, q = log_p.exp(), log_q.exp()
+    log_m = _log_mixture(p, q, alpha)
+    return (log_p - log_m).mul_(p), q.mul_(p.mul_(alpha - 1)).mul_(log_m.neg_().exp_())
 
 
-def skew_reverse_kl(alpha: float) -> Divergence:
+@about(gives_slope=True, nonnegative=True)
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """KL(student || alpha student + (1 - alpha) teacher), for 0 < alpha < 1 (DistiLLM, arXiv 2402.03898)."""
-
-    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        p, q = log_p.exp(), log_q.exp()
-        log_m = _log_mixture(p, q, 1 - alpha)
-        value = (log_q - log_m).mul_(q)
-        return value, value + q - log_m.neg_().exp_().mul_(q).mul_(q).mul_(alpha)
-
-    return divergence
+    p, q = log_p.exp(), log_q.exp()
+    log_m = _log_mixture(p, q, 1 - alpha)
+    value = (log_q - log_m).mul_(q)
+    return value, value + q - log_m.neg_().exp_().mul_(q).mul_(q).mul_(alpha)
 
 
-def interpolated_kl(share: float) -> Divergence:
+@about(gives_slope=True, moving_target=True, nonnegative=True)
+def taid(log_p: Tensor, log_q: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """KL(m || student) with log m = share log teacher + (1 - share) log student, normalised, and held fixed.
 
     The objective of TAID (arXiv 2501.16937): at a share of 1 it is forward KL.
     """
+    import torch
 
-    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        return forward_kl(torch.log_softmax(torch.lerp(log_q, log_p, share), dim=1), log_q)
-
-    return divergence
+    return forward_kl(torch.log_softmax(torch.lerp(log_q, log_p, share), dim=1), log_q)
 
 
 def _log_mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
     """log(share p + (1 - share) q); where both are below the smallest normal number, of no consequence, its log."""
+    import torch
+
     return torch.lerp(q, p, share).clamp_(min=torch.finfo(p.dtype).tiny).log_()
 
 
-_PLAIN: dict[str, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}
-_MIXED: dict[str, Callable[[float], Divergence]] = {
-    "jsd": jensen_shannon,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "taid": interpolated_kl,
-}
+def divergence_of(name: str, mixture: float) -> DivergenceAndSlope:
+    """The divergence of a strategy's name, with the share that it mixes by where it mixes.
+
+    Raises:
+        InputError: As `get_divergence`; or, when it is called, as `check_divergence`.
+    """
+    found = get_divergence(name)
+    given = (mixture,) if found.mixes else ()
+    if found.gives_slope:
+        return lambda log_p, log_q: found.function(log_p, log_q, *given)
+    return lambda log_p, log_q: _by_autograd(found, log_p, log_q, given)
 
 
-def divergence_of(name: str, mixture: float) -> Divergence:
-    """The divergence of a strategy's name, with the share that it mixes by where it mixes."""
-    return _PLAIN[name] if name in _PLAIN else _MIXED[name](mixture)
+def check_divergence(found: Divergence) -> None:
+    """Try a divergence on two rows of three outcomes.
+
+    Raises:
+        InputError: It raises, does not give a number for each row, or gives one, or a slope, that is not finite.
+    """
+    import torch
+
+    log_p, log_q = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]).log(), torch.full((2, 3), 1 / 3).log()
+    try:
+        value, slope = divergence_of(found.name, 0.5)(log_p, log_q)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a person's own code does
+        raise InputError(f"the divergence {found.name!r} fails: {type(error).__name__}: {error}") from error
+    if not (bool(value.isfinite().all()) and bool(slope.isfinite().all())):
+        raise InputError(f"the divergence {found.name!r}, or its slope, is not finite for two plain distributions")
+
+
+def _by_autograd(found: Divergence, log_p: Tensor, log_q: Tensor, given: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """A divergence a row, [rows], and its slope, [rows, outcomes]."""
+    import torch
+
+    with torch.enable_grad():
+        student = log_q.detach().requires_grad_()
+        value = found.function(log_p.detach(), student, *given)
+        if not isinstance(value, torch.Tensor) or value.shape != log_q.shape[:1] or not value.requires_grad:
+            given_back = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise InputError(
+                f"the divergence {found.name!r} gives {given_back} for {list(log_q.shape)} log-probabilities: it must "
+                f"give a tensor [{len(log_q)}], one number a position, that depends on the student's"
+            )
+        (slope,) = torch.autograd.grad(value.sum(), student)
+    # The engine writes over the slope, which may be one number seen as many.
+    return value.detach(), slope.clone(memory_format=torch.contiguous_format)

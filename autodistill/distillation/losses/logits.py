@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autodistill.distillation.losses.divergence import Divergence, forward_kl
+from autodistill.distillation.losses.divergence import DivergenceAndSlope, forward_kl
 from autodistill.distillation.losses.targets import Outputs, SampledTarget, Target, TopTarget, parts_of
 
 # Logits worked on at once: on a CPU 6 MB of float32, which stays in a core's share of the cache; elsewhere 128 MB, as
@@ -34,7 +34,7 @@ def logit_loss(
     labels: Tensor,
     target: Target | None,
     divergence_weight: float,
-    divergence: Divergence = forward_kl,
+    divergence: DivergenceAndSlope = forward_kl,
     *,
     heard: int | None = None,
 ) -> LogitLoss:
@@ -72,7 +72,7 @@ class _LogitLoss(torch.autograd.Function):
         target: Target | None,
         heard: int,
         weight: float,
-        divergence: Divergence,
+        divergence: DivergenceAndSlope,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, divergence, cross-entropy and share heard, and the gradient at once, rows at a time."""
         rows = logits.shape[0]
@@ -146,7 +146,7 @@ def _at_one(
     label: Tensor,
     label_logit: Tensor,
     outputs: TopTarget | SampledTarget,
-    divergence: Divergence,
+    divergence: DivergenceAndSlope,
     weight: float,
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +166,7 @@ def _at_one(
 
 
 def _distance(
-    shifted: Tensor, target: Target, outputs: Outputs, divergence: Divergence, factor: float
+    shifted: Tensor, target: Target, outputs: Outputs, divergence: DivergenceAndSlope, factor: float
 ) -> tuple[Tensor, Tensor]:
     """T^2 * divergence summed over some rows, and `factor` times its gradient by their logits, [rows, vocab].
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from autodistill.distillation.losses.divergence import Divergence
+from autodistill.distillation.losses.divergence import DivergenceAndSlope
 
 # Rows of a head product done at once: with fewer, reading the head would cost more than multiplying by it.
 _HEAD_ROWS = 128
@@ -26,7 +26,7 @@ class Outputs(Protocol):
     @property
     def heard(self) -> Tensor | None: ...
 
-    def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
         """The divergence summed over the rows heard, and its gradient by `scaled`, [rows, vocab], 0 for the others.
 
         Args:
@@ -102,7 +102,7 @@ class _TokenRows:
     ids: Tensor
     log_p: Tensor
 
-    def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
         """See `Outputs`."""
         raise NotImplementedError
 
@@ -152,11 +152,11 @@ class TopTarget(_TokenRows):
     temperature: float
     standardized: bool = field(default=False, init=False)
 
-    def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
         """See `Outputs`."""
         return _gathered(scaled, self.spread(scaled, divergence))
 
-    def spread(self, scaled: Tensor, divergence: Divergence) -> Spread:
+    def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
         """The divergence of the k + 1 outcomes; `scaled`, as for `compare`, is overwritten by its exponentials.
 
         With g the slopes by the outcomes' log-probabilities, G their sum and q_t the student's mass outside of the k
@@ -202,11 +202,11 @@ class SampledTarget(_TokenRows):
     temperature: float
     standardized: bool = field(default=False, init=False)
 
-    def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
         """See `Outputs`."""
         return _gathered(scaled, self.spread(scaled, divergence))
 
-    def spread(self, scaled: Tensor, divergence: Divergence) -> Spread:
+    def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
         """The estimate; `scaled`, as for `compare`, is overwritten by its exponentials."""
         ids, log_p, weights = self.ids, self.log_p.to(scaled.dtype), self.weights.to(scaled.dtype)
         log_inside = scaled.gather(1, ids)
@@ -237,7 +237,7 @@ class WrittenTarget(_TokenRows):
         """See `Outputs`."""
         return self.ids[:, 0] >= 0
 
-    def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
         """See `Outputs` and `TopTarget.compare`; rows with equally many tokens are compared together."""
         gradient = torch.zeros_like(scaled)
         counts = (self.ids >= 0).sum(dim=1)
@@ -308,7 +308,7 @@ class FullOutputs(NamedTuple):
         """See `Outputs`."""
         return None
 
-    def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
         """See `Outputs`. With g the slopes and G their sum, the derivative by logit j is g_j - q_j G."""
         logits = self.logits.to(scaled.dtype)
         divisor: Tensor | float = self.temperature

@@ -20,7 +20,6 @@ from autodistill.models.families import FAMILIES
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.gguf_to_transformers import convert, convert_text, is_whole
 from autodistill.models.licenses import stated
-from autodistill.models.loading import check_model
 from autodistill.models.model_folder import MORE_TEMPLATES, check_files, folder_fingerprint, read_config, read_json
 from autodistill.utils.file_locks import alone
 from autodistill.utils.hashing import content_hash, file_hash
@@ -229,6 +228,9 @@ def _gguf_ref(path: Path) -> TeacherRef:
 
 def _folder_ref(folder: Path) -> TeacherRef:
     """Check a folder: its configs, the weights that they require, and a tokenizer."""
+    # Imports torch and transformers, which nobody needs who only asks what a reference names.
+    from autodistill.models.loading import check_model
+
     check_files(folder)
     config = read_config(folder)
     _check_config(config, str(folder))

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors import safe_open
 
 from autodistill.distillation.teacher.resolve import Teacher, TeacherRef
@@ -27,7 +26,14 @@ from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import FORMATS, TYPES, QuantizationScheme, scheme_by_tensor, weights_bytes
+from autodistill.quantization.formats import (
+    TYPES,
+    Format,
+    QuantizationScheme,
+    all_formats,
+    scheme_by_tensor,
+    weights_bytes,
+)
 from autodistill.quantization.grids import Floats, Grid, Scales, Storage
 from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
 from autodistill.quantization.packing import (
@@ -159,11 +165,15 @@ def _known(record: Path, teacher: Teacher, folder: Path) -> tuple[Teacher, Store
 # What stores each tensor as it is.
 
 
-@cache
 def quantization_schemes() -> Mapping[str, QuantizationScheme]:
-    """Return every quantisation scheme of every format, with all weights on the grid, by name."""
+    """Return every quantisation scheme of every format, with all weights on the grid, by name; plug-ins' come last."""
+    return _schemes(tuple(all_formats().values()))
+
+
+@cache
+def _schemes(forms: tuple[Format, ...]) -> Mapping[str, QuantizationScheme]:
     known = {}
-    for form in FORMATS.values():
+    for form in forms:
         for storage in form.linears:
             grid = (16, 0, True) if isinstance(storage, str) else (storage.bits, storage.group_size, storage.symmetric)
             scheme = QuantizationScheme(format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
@@ -519,6 +529,8 @@ class _Weights:
 
     def rows(self, tensor: TensorSpec) -> Floats:
         """Return some rows of a matrix, evenly spread over it, in float32."""
+        import torch  # what only asks for a file's formats does without
+
         file, stored = self._files[tensor.name]
         matrix, (rows, columns) = file.get_slice(stored), tensor.shape
         count = max(1, min(_ROWS, _SAMPLE // columns, rows))

@@ -36,6 +36,7 @@ from autodistill.estimates.training_memory import OptimizerState
 from autodistill.inference.torch_memory import TooManyAtOnce, give_back_memory, is_out_of_memory
 from autodistill.models.config import spec_from_config
 from autodistill.quantization.grids import Grid, Scales
+from autodistill.strategy.divergence import get_divergence
 from autodistill.strategy.strategy import Strategy
 
 _CLIP = 1.0
@@ -54,7 +55,7 @@ class StepRecord:
             over those of the chosen positions; `loss` is what was descended, the others are its terms without their
             weights.
         divergence_weight: Share of the divergence in the logit loss, of the middle of the step's tokens.
-        teacher_share: Of the teacher in the target; below 1 for "taid" alone, as the step before left it.
+        teacher_share: Of the teacher in the target; below 1 for a moving target ("taid"), as the step before left it.
         temperature: Of the divergence in the middle of the step's tokens, as snapped.
         learning_rate: Of the student.
         gradient_norm: Before clipping.
@@ -131,8 +132,8 @@ class Trainer:
         self._recipe = strategy.distillation
         self._plan = plan
         self._data = data
-        taid = self._recipe.divergence == "taid"
-        self._interpolation = Interpolation(share=self._recipe.mixture) if taid else None
+        moving = get_divergence(self._recipe.divergence).moving_target
+        self._interpolation = Interpolation(share=self._recipe.mixture) if moving else None
         self._seed = seed
         self._device = device
         self._failures = 0

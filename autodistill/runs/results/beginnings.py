@@ -16,8 +16,8 @@ def beginning_trial(trial: str) -> str:
 
 def is_teacher(row: Row, teacher: Row) -> bool:
     """Whether a row's student begins as the whole teacher, whose row is the other one."""
-    source = (row.strategy or {}).get("init", {}).get("source", "teacher")
-    return row.strategy is not None and source == "teacher" and row.shape is not None and row.shape == teacher.shape
+    begins = row.strategy is not None and row.strategy.init.source == "teacher"
+    return begins and row.shape is not None and row.shape == teacher.shape
 
 
 def beginning_of(row: Row, rows: Sequence[Row]) -> Row | None:
@@ -31,7 +31,7 @@ def beginning_of(row: Row, rows: Sequence[Row]) -> Row | None:
         return None
     packed = [one for one in rows if one.deployment == row.deployment and one.split == row.split]
     for one in packed:
-        begins = one.kind == "initial" and one.strategy is not None and one.strategy.get("init") == row.strategy["init"]
+        begins = one.kind == "initial" and one.strategy is not None and one.strategy.init == row.strategy.init
         if begins and one.seed == row.seed:
             return one
     return next((one for one in packed if one.kind == "teacher" and is_teacher(row, one)), None)

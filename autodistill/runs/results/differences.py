@@ -119,7 +119,7 @@ def _titled(rows: Sequence[Row], found: Row) -> list[tuple[str, Row]]:
 
 def _title(row: Row, found: Row) -> str:
     if row.kind == "teacher":
-        return "teacher" if row.deployment["bits"] == 16 else "quantised teacher"
+        return "teacher" if row.deployment.bits == 16 else "quantised teacher"
     if row.kind == "initial":
         return "undistilled student"
     return row.kind if row.train_tokens == found.train_tokens else f"{row.kind} at {row.fidelity or 0.0:.0%}"

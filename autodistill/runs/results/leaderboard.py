@@ -123,7 +123,7 @@ def check_comparable(rows: Sequence[Row], metric: str) -> None:
     """
     if metric not in SPEEDS:
         return
-    served = {(row.machine or "an unknown machine", row.deployment["runtime"]) for row in rows if row.figure(metric)}
+    served = {(row.machine or "an unknown machine", row.deployment.runtime) for row in rows if row.figure(metric)}
     if len(served) > 1:
         told = ", ".join(f"{runtime} on {machine}" for machine, runtime in sorted(served))
         raise InputError(f"{metric} cannot rank rows of several machines or runtimes ({told}): rank those of one")
@@ -134,7 +134,7 @@ def _finite(value: float) -> float | None:
 
 
 def _order(row: Row, metric: str, direction: Direction) -> tuple[Any, ...]:
-    value = row.standing(metric)
+    value = row.figure(metric)
     worse = math.inf if value is None else -value if direction == "max" else value
     fidelity = 1.0 if row.full else row.figure("fidelity") or 0.0
     return (value is None, not row.feasible, -fidelity, worse, *smallness(row), row.row_id)

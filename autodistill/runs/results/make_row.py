@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from autodistill import plugins
 from autodistill.distillation.training.plan import Plan
 from autodistill.estimates.fit import latencies, too_late
 from autodistill.estimates.speed import limit_seconds
@@ -69,12 +70,12 @@ def make_row(
         trial=trial,
         kind=kind,
         name=name,
-        deployment=evaluation.deployment.to_json(),
+        deployment=evaluation.deployment,
         status=status.value,
         feasible=reason is None,
         reason=reason,
         strategy_id=strategy.id if strategy else None,
-        strategy=strategy.to_json() if strategy else None,
+        strategy=strategy,
         split=split,
         accuracy_stderr=errors.pop("accuracy_stderr", None),
         retention=accuracy / theirs if accuracy is not None and theirs else None,
@@ -90,19 +91,14 @@ def make_row(
         fidelity=train_tokens / plan.tokens if kind not in ("teacher", "initial") else None,
         seed=seed,
         documents=evaluation.documents,
-        cut_short=_cut_short(evaluation),
-        other=others | errors | _remarks(strategy, spec) | _assumed(evaluation.deployment, budget) | _memory_on(budget),
+        other=others
+        | errors
+        | _remarks(strategy, spec)
+        | _registered(strategy, evaluation.measurements)
+        | _assumed(evaluation.deployment, budget)
+        | _memory_on(budget),
         **fields,
     )
-
-
-def _cut_short(evaluation: Evaluation) -> dict[str, Any] | None:
-    """What was read of an evaluation that ended early, and what it says of the whole."""
-    reading = evaluation.reading
-    if reading is None or reading.bar is None:
-        return None
-    said = {"metric": evaluation.documents["metric"], "estimate": reading.estimate, "bar": reading.bar}
-    return {"read": reading.read, "of": reading.of, "unit": reading.unit, **said}
 
 
 def _over(evaluation: Evaluation, budget: Budget) -> str | None:
@@ -159,3 +155,15 @@ def _remarks(strategy: Strategy | None, spec: ModelSpec) -> dict[str, str]:
     """What a reader of the row must know of how it was trained; the student has the teacher's vocabulary."""
     approximation = strategy.distillation.approximation(spec.vocabulary) if strategy else None
     return {"approximate": approximation} if approximation else {}
+
+
+def _registered(strategy: Strategy | None, measured: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Hashes of the source of what a Python session registered and the row was made with, by name."""
+    found = {}
+    for name, one in plugins.registered("divergences").items():
+        if strategy and strategy.distillation.weighs_teacher and strategy.distillation.divergence == name:
+            found[name] = one.source
+    for name, one in plugins.registered("evaluators").items():
+        if any(figure in measured for figure in one.plugin.measures):
+            found[name] = one.source
+    return {"registered": found} if found else {}

@@ -65,7 +65,7 @@ def overheads(rows: Iterable[Row]) -> dict[Place, Overhead]:
             if parts["device_class"] == DISCRETE and "predicted_bytes" not in parts:
                 # Rows of earlier versions predicted a process's memory, and compare a GPU's with it.
                 continue
-            pairs[parts["device_class"], str(row.deployment["runtime"])].append((predicted, row.memory_bytes))
+            pairs[parts["device_class"], row.deployment.runtime].append((predicted, row.memory_bytes))
     return {place: recalibrate(found) for place, found in pairs.items()}
 
 
@@ -84,7 +84,7 @@ def least_beyond(rows: Iterable[Row]) -> dict[str, int]:
     """
     beyond: dict[str, int] = {}
     for row in rows:
-        runtime, predicted = str(row.deployment["runtime"]), row.figure("memory_bytes_predicted")
+        runtime, predicted = row.deployment.runtime, row.figure("memory_bytes_predicted")
         if row.memory_source == "measured" and row.memory_bytes is not None and predicted is not None:
             gap = row.memory_bytes - int(predicted)
             beyond[runtime] = min(gap, beyond.get(runtime, gap))
@@ -93,5 +93,5 @@ def least_beyond(rows: Iterable[Row]) -> dict[str, int]:
 
 def corrected(row: Row, beyond: Mapping[str, int]) -> int:
     """Bytes that a row takes: as it was measured, or as predicted and what its runtime takes beyond."""
-    more = 0 if row.memory_source == "measured" else beyond.get(str(row.deployment["runtime"]), 0)
+    more = 0 if row.memory_source == "measured" else beyond.get(row.deployment.runtime, 0)
     return (row.memory_bytes or 0) + more

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from autodistill.errors import InputError
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
 from autodistill.utils.json_files import replacing, strict_json
+from autodistill.utils.plain_dataclass import PlainDataclass
 from autodistill.utils.typed_data import check_typed
 
 if TYPE_CHECKING:
@@ -51,16 +53,6 @@ class _Documents(_Paired):
     others: NotRequired[Mapping[str, _Paired]]
 
 
-class _CutShort(TypedDict):
-    """What an evaluation that ended early read."""
-
-    read: int
-    of: int
-    unit: str
-    metric: str
-    estimate: float | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """Trial x deployment: one line of the leaderboard. Fields are None where nothing was measured.
@@ -71,11 +63,11 @@ class Row:
         kind: "student" (proposed), "baseline" (to be beaten), "confirmation" (one of these on a further seed),
             "teacher" (unmodified), "initial" (a student without its training).
         name: For people: the baseline's name, or the trial's.
-        deployment: `Deployment` as plain data.
+        deployment: How the student is packed and served.
         status: A `Status`.
         feasible: Whether it meets every limit of the budget.
         reason: Why it is not feasible or did not finish.
-        strategy_id, strategy: `Strategy` as plain data and its hash; None for the teacher.
+        strategy_id, strategy: What was trained, or begins so, and its hash; None for the teacher.
         split: "validation" or "test".
         accuracy, accuracy_stderr: Fraction of tokens (or answers) that are right, and its standard error.
         perplexity: exp of the mean negative log-likelihood.
@@ -91,25 +83,23 @@ class Row:
         train_tokens, train_seconds, fidelity: What training took; `fidelity` is the fraction of the plan's tokens.
         documents: Paired data for ties: `ids`, `count` (tokens) and `sum` (of the metric) of each document, and
             optionally `metric`, the figure the sums are of ("accuracy" where absent).
-        cut_short: Of an evaluation that ended early, as its trial was certain to fall short at the rung: `read` of `of`
-            in `unit` ("tokens" or "questions"), of which all figures are that need them; the `bar`, a trial; and the
-            `estimate` of `metric` over all, which the trial is judged by.
         other: Figures of further evaluators by name, their standard errors under `<name>_stderr`;
             `approximate` says what the loss was where it was not the divergence that the strategy names, and
             `latency_assumed` why a predicted latency rests on nothing that was measured; `memory_on` is "discrete-gpu"
-            where the memory is a GPU's and not a process's.
+            where the memory is a GPU's and not a process's; `registered` has the names, and hashes of the source,
+            of the divergence and the evaluators that a Python session registered.
     """
 
     row_id: str
     trial: str
     kind: str
     name: str
-    deployment: Mapping[str, Any]
+    deployment: Deployment
     status: str
     feasible: bool
     reason: str | None = None
     strategy_id: str | None = None
-    strategy: Mapping[str, Any] | None = None
+    strategy: Strategy | None = None
     split: str | None = None
     accuracy: float | None = None
     accuracy_stderr: float | None = None
@@ -132,7 +122,6 @@ class Row:
     fidelity: float | None = None
     seed: int | None = None
     documents: Mapping[str, Any] | None = None
-    cut_short: Mapping[str, Any] | None = None
     other: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -149,31 +138,15 @@ class Row:
     @property
     def deployment_name(self) -> str:
         """Short readable name, like "gguf-q4_0"."""
-        return Deployment.from_json(self.deployment).name
+        return self.deployment.name
 
     def figure(self, name: str) -> float | None:
         """A measured figure by name, or None where it is missing or not finite."""
         return finite(getattr(self, name) if is_field(name) else self.other.get(name))
 
-    def standing(self, name: str) -> float | None:
-        """The figure that a row stands by among others: where not all was read, what it is taken to be over all.
-
-        None of another figure than the one that the reading ended by, which is of that part alone.
-        """
-        cut = self.cut_short
-        if cut is None:
-            return self.figure(name)
-        return finite(cut["estimate"]) if cut["metric"] == name else None
-
-    @property
-    def partly(self) -> str:
-        """How much was read where not all was, like "256 of 1,024 tokens read"; else empty."""
-        cut = self.cut_short
-        return f"{cut['read']:,} of {cut['of']:,} {cut['unit']} read" if cut is not None else ""
-
     def to_json(self) -> dict[str, Any]:
         """The row as plain data, every field written out."""
-        return {name: getattr(self, name) for name in _types()}
+        return {name: _plain(getattr(self, name)) for name in _types()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
@@ -192,6 +165,11 @@ class Row:
         if missing:
             raise InputError(f"row {data.get('row_id')!r} lacks the field {', '.join(missing)}")
         check_typed(data.get("schema_version", SCHEMA_VERSION), int, "schema_version")
+        if data.get("cut_short") is not None:
+            raise InputError(
+                f"row {data['row_id']!r} is of an evaluation that ended early, which earlier versions had: its figures "
+                "are of a part of the data, so start that search again"
+            )
         row = cls(**{name: _convert(data[name], name) for name in _types() if data.get(name) is not None})
         row._check()
         return row
@@ -202,9 +180,6 @@ class Row:
         check_typed(self.status, Status, f"the status of {name}")
         check_typed(self.split, Literal["validation", "test"] | None, f"the split of {name}")
         check_typed(dict(self.other), dict[str, Any], f"the figures of {name}")
-        Deployment.from_json(self.deployment)
-        if self.cut_short is not None:
-            check_typed(dict(self.cut_short), _CutShort, f"cut_short of {name}")
         if self.documents is not None:
             check_documents(dict(self.documents), f"the documents of {name}")
 
@@ -271,8 +246,14 @@ def required() -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(Row) if f.default is missing and f.default_factory is missing)
 
 
+def _plain(value: Any) -> Any:
+    return value.to_json() if isinstance(value, PlainDataclass) else value
+
+
 def _convert(value: Any, name: str) -> Any:
     kind = _types()[name]
+    if issubclass(kind, PlainDataclass):
+        return kind.from_json(value)
     if kind is float and type(value) is int:
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -320,6 +301,7 @@ def arrow_schema() -> pa.Schema:
 
 
 def _cell(value: Any) -> Any:
+    value = _plain(value)
     if not isinstance(value, Mapping):
         return value
     try:

@@ -1,10 +1,9 @@
-"""Compute that a search did not spend: stages that another trial had trained, what was rejected, what was not read."""
+"""Compute that a search did not spend: stages that another trial had trained, and what was rejected."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from autodistill.distillation.training.plan import Plan
@@ -30,9 +29,6 @@ class Saved:
         rejected: Proposals of which no deployment fits, whose training does not, or that contradict the teacher.
         rejected_tokens, rejected_flops, rejected_seconds: Of training those to the first rung that have a student.
         without_student: How many have none: the teacher has no such shape, and there is nothing to train.
-        cut_short: Evaluations at rungs that ended early, as their trials were certain to fall short.
-        unread: What these did not read, by its unit: "tokens" or "questions".
-        to_read: What all evaluations at rungs were to read, of those that are read in parts.
     """
 
     trained_tokens: int
@@ -47,9 +43,6 @@ class Saved:
     rejected_flops: float
     rejected_seconds: float
     without_student: int = 0
-    cut_short: int = 0
-    unread: Mapping[str, int] = field(default_factory=dict)
-    to_read: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -75,12 +68,6 @@ class Saved:
             elif self.without_student:
                 sentence += f"; {self.without_student} of them count nothing, as the teacher has no such student"
             said.append(sentence)
-        if self.cut_short:
-            amounts = (f"{count:,} of {self.to_read[unit]:,} {unit}" for unit, count in self.unread.items() if count)
-            said.append(
-                f"{self.cut_short} evaluation{'s' if self.cut_short > 1 else ''} at rungs ended early, as it was "
-                f"certain who falls short: {' and '.join(amounts)} of all such evaluations not read"
-            )
         return tuple(said)
 
 
@@ -112,11 +99,6 @@ def saved(events: Sequence[Mapping[str, Any]], plan: Plan) -> Saved:
     seconds = sum(event.get("workers", 1) * event.get("seconds", {}).get("train", 0.0) for event in results)
     rate = seconds / timed if timed else 0.0
     shared = flops("shared", rungs)
-    readings = [event["reading"] for event in rungs if "reading" in event]
-    to_read, read = Counter[str](), Counter[str]()
-    for reading in readings:
-        to_read[reading["unit"]] += reading["of"]
-        read[reading["unit"]] += reading["read"]
     avoided = _FLOPS * float(plan.rungs[0]) * sum(weights[trial] for trial in described)
     return Saved(
         trained_tokens=sum(event.get("trained", 0) + event.get("resumed", 0) for event in (*results, *lost)),
@@ -131,7 +113,4 @@ def saved(events: Sequence[Mapping[str, Any]], plan: Plan) -> Saved:
         rejected_flops=avoided,
         rejected_seconds=avoided * rate,
         without_student=len(rejected) - len(described),
-        cut_short=sum(reading["bar"] is not None for reading in readings),
-        unread={unit: count - read[unit] for unit, count in to_read.items()},
-        to_read=dict(to_read),
     )

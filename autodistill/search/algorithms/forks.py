@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from autodistill.evaluation.base import Direction
 from autodistill.runs.results.row import Status
 from autodistill.search.algorithms.optuna_study import Observation
-from autodistill.strategy.space import Dimension, Point, Space
+from autodistill.strategy.dimension import Dimension, Point
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 
 EVERY = 4  # proposals of which one is a fork

@@ -17,8 +17,9 @@ from optuna.trial import FrozenTrial, TrialState
 from autodistill.evaluation.base import Direction
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.results.row import Status
+from autodistill.strategy.dimension import Dimension, Point
 from autodistill.strategy.domains import Choices, Value
-from autodistill.strategy.space import Dimension, Point, Space
+from autodistill.strategy.space import Space
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 

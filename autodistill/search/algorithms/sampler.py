@@ -15,8 +15,9 @@ from autodistill.runs.results.row import Status
 from autodistill.search.algorithms.forks import forks, is_fork
 from autodistill.search.algorithms.optuna_study import MODELS, Observation, modeled
 from autodistill.search.algorithms.pareto import fronts, spread
+from autodistill.strategy.dimension import Dimension, Point
 from autodistill.strategy.domains import Range, Value
-from autodistill.strategy.space import Dimension, Point, Space
+from autodistill.strategy.space import Space
 
 SAMPLERS = (*MODELS, "random")
 _STARTUP = 6  # proposals spread over the space before anything is inferred from results

@@ -122,15 +122,6 @@ class SuccessiveHalving:
         waiting = (self._waiting(rung, in_flight) for rung in reversed(range(self.last)))
         return next((trials[0] for trials in waiting if trials), None)
 
-    def last_kept(self, rung: int) -> str | None:
-        """The last of the trials for which a rung has places, as the reports stand; None while places are left.
-
-        Whoever is behind it goes on only if one of these fails, or beyond `keep`.
-        """
-        places = self.keep[rung] if rung < self.last else 0
-        ranked = self._ranked(rung)
-        return ranked[places - 1] if 0 < places <= len(ranked) else None
-
     def promotable(self, in_flight: Collection[str]) -> set[str]:
         """Trials that wait at a rung with a place left above it for them, as the reports stand."""
         found: set[str] = set()

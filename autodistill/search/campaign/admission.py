@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from autodistill.distillation.student.check import check_strategy, probe_deployment, student_spec, with_own
 from autodistill.errors import InputError
-from autodistill.estimates.fit import Fit, cannot_hold, fits, holdable, nearest_miss, smallest
+from autodistill.estimates.fit import cannot_hold, fits, holdable, nearest_miss, smallest
 from autodistill.estimates.serving_memory import memory
 from autodistill.estimates.speed import speed
 from autodistill.hardware.budget import on_gpu, served
@@ -17,17 +16,16 @@ from autodistill.quantization.formats import weights_bytes
 from autodistill.runs.checkpoints import stage_key
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.results.selection import KIND as CONFIRMATION
-from autodistill.search.campaign.state import Question, TrialState
-from autodistill.search.planning.trial_memory import TrainingNeed
+from autodistill.search.campaign.state import Candidate, Question, TrialState
 from autodistill.search.worker.messages import TrialTask
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.strategy import Strategy
 
 
 def admit(
     question: Question,
-    strategy: Strategy,
+    candidate: Candidate,
     *,
     trial_id: str,
     number: int | None,
@@ -36,20 +34,17 @@ def admit(
     point: Point | None,
     seed: int | None = None,
     length: float = 1.0,
-    training: TrainingNeed | None = None,
 ) -> TrialState:
-    """The trial of a strategy; one that is rejected has a reason.
+    """The trial of a candidate; one that is rejected has a reason.
 
     Args:
         question: Has budget, deployments and teacher.
-        strategy: What is to be trained.
+        candidate: What is to be trained.
         trial_id, number, kind, name, point: As `TrialState` takes them.
         seed: The plan's by default.
         length: How many times the plan's tokens.
-        training: What its training takes, as `training_need` found when it was proposed; None where nobody asked.
     """
-    fitting, spec, reason = _fits(question, strategy)
-    plan = question.plan
+    strategy, fitting, training, plan = candidate.strategy, candidate.fits, candidate.training, question.plan
     micro_batch = training.micro_batch if training and training.micro_batch < plan.micro_batch else None
     # Fewer at once round otherwise, so that a stage is shared by those of as many.
     plan = replace(plan, micro_batch=micro_batch or plan.micro_batch)
@@ -57,7 +52,7 @@ def admit(
     training = None if kind == CONFIRMATION or length > 1 else training
     allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
     miss = None
-    if reason is None:
+    if candidate.reason is None:
         miss = nearest_miss(fitting, question.budget) or (training.miss if training else None)
     # Of several objectives a narrower grid serves the others; where nothing is proposed, a strategy has no rival.
     own_first = bool(question.further) or not question.space.dimensions
@@ -79,16 +74,14 @@ def admit(
     )
     return TrialState(
         task=task,
+        candidate=candidate,
         number=number,
         kind=kind,
         name=name,
         point=point,
-        fits=fitting,
-        reason=miss.said if miss else reason,
+        reason=miss.said if miss else candidate.reason,
         miss=miss,
-        parameters=spec.parameters if spec else None,
-        training=training,
-        further=_before_training(question, spec, fitting, probe),
+        further=_before_training(question, candidate, probe),
     )
 
 
@@ -104,37 +97,39 @@ def untrained_figure(objective: Objective, spec: ModelSpec, deployment: Deployme
     return speed(spec, deployment, question.served_on, context=budget.context).decode_ms_high
 
 
-def training_need(question: Question, strategy: Strategy) -> TrainingNeed | None:
-    """What training a strategy takes of the memory that a trial has; None where nobody asks, or it has no student."""
-    if question.memory is None:
-        return None
-    try:
-        return question.memory.need(strategy, student_spec(strategy, question.teacher_spec), question.plan)
-    except InputError:
-        return None
-
-
-def _fits(question: Question, strategy: Strategy) -> tuple[tuple[Fit, ...], ModelSpec | None, str | None]:
-    """How each deployment stands to the budget, the student's shape, and why this teacher has no such student."""
-    spec = None
+def candidate_of(question: Question, strategy: Strategy) -> Candidate:
+    """A strategy with its student's shape and how each deployment stands to the budget, or why it has no student."""
     try:
         spec = student_spec(strategy, question.teacher_spec)
+    except InputError as error:
+        return Candidate(strategy=strategy, reason=str(error))
+    try:
         check_strategy(strategy, question.teacher_spec)
         deployments = served(with_own(strategy, question.deployments), question.budget)
         fitting = fits(spec, holdable(spec, deployments), question.budget)
     except InputError as error:
-        return (), spec, str(error)
-    return fitting, spec, None if fitting else cannot_hold(spec, question.deployments[0])
+        return Candidate(strategy=strategy, spec=spec, reason=str(error))
+    reason = None if fitting else cannot_hold(spec, question.deployments[0])
+    return Candidate(strategy=strategy, spec=spec, fits=fitting, reason=reason)
 
 
-def _before_training(
-    question: Question, spec: ModelSpec | None, fitting: Sequence[Fit], probe: Deployment
-) -> tuple[float | None, ...]:
+def with_training(question: Question, candidate: Candidate) -> Candidate:
+    """A candidate with what its training takes of the memory that a trial has, where somebody asks."""
+    if question.memory is None or candidate.spec is None:
+        return candidate
+    try:
+        need = question.memory.need(candidate.strategy, candidate.spec, question.plan)
+    except InputError:
+        return candidate
+    return replace(candidate, training=need)
+
+
+def _before_training(question: Question, candidate: Candidate, probe: Deployment) -> tuple[float | None, ...]:
     """Of each further objective what is known of an untrained student, packed as it will be judged, if it can be so."""
-    held = [fit.deployment for fit in fitting]
+    spec, held = candidate.spec, [fit.deployment for fit in candidate.fits]
     if spec is None or not held:
         return (None,) * len(question.further)
-    deployment = probe if probe in held else smallest(fitting).deployment
+    deployment = probe if probe in held else smallest(candidate.fits).deployment
     return tuple(
         None if objective.trained else untrained_figure(objective, spec, deployment, question)
         for objective in question.further

@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Literal
 
-from autodistill.evaluation.early_stopping import Bar, Reading
 from autodistill.runs.results.row import Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import confirming
@@ -410,7 +409,7 @@ def observation(trial: TrialState, question: Question, *, forkable: bool) -> Obs
     assert trial.point is not None
     plan = question.plan
     # A strategy that contradicts this teacher is out of bounds, whatever memory it would need.
-    slack = trial.slack
+    slack = trial.candidate.slack
     if trial.status is Status.REJECTED:
         slack = max(1e-9, slack)
     elif trial.cause == "out-of-memory":
@@ -424,34 +423,5 @@ def observation(trial: TrialState, question: Question, *, forkable: bool) -> Obs
         fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
         constraint=slack,
         forkable=forkable,
-        bits=max((fit.deployment.bits for fit in trial.fits if fit.slack <= 0), default=0),
+        bits=max((fit.deployment.bits for fit in trial.candidate.fits if fit.slack <= 0), default=0),
     )
-
-
-class Bars:
-    """The bars of a search, as its reports stand: what its log says so far.
-
-    Args:
-        question: What is searched for.
-        scheduler: Knows who holds the places of a rung.
-    """
-
-    def __init__(self, question: Question, scheduler: SuccessiveHalving) -> None:
-        self._question = question
-        self._scheduler = scheduler
-        # By trial and rung.
-        self._known: dict[tuple[str, int], Bar] = {}
-
-    def note(self, trial: TrialState, reading: Reading | None) -> None:
-        """Remembers what a trial reached at its rung, if all of it was read there."""
-        if reading is not None and reading.looks and trial.value is not None:
-            self._known[trial.task.id, trial.rung] = Bar(trial=trial.task.id, value=trial.value, looks=reading.looks)
-
-    def of(self, assignment: Assignment) -> Bar | None:
-        """What a trial must reach at the rung that it is taken to; None where it is held to nothing."""
-        below = assignment.rung < len(self._question.plan.rungs) - 1
-        # What is kept short of the end is to be known as well as it can be; with several objectives no figure decides.
-        if not below or assignment.task.straight or assignment.keep or self._question.further:
-            return None
-        last = self._scheduler.last_kept(assignment.rung)
-        return self._known.get((last, assignment.rung)) if last is not None else None

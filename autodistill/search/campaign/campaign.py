@@ -7,20 +7,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from autodistill.distillation.student.check import student_spec
 from autodistill.errors import AutoDistillError
-from autodistill.evaluation.early_stopping import Reading
 from autodistill.hardware.process_memory import killed_for_memory
 from autodistill.runs.checkpoints import open_stages
 from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Decision, Row, Status, rows_of
 from autodistill.runs.results.selection import KIND as CONFIRMATION
+from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving
-from autodistill.search.campaign.admission import admit, training_need
-from autodistill.search.campaign.agenda import Agenda, Bars
+from autodistill.search.callbacks import Event, RungReached, Step, TrialFinished, TrialStarted
+from autodistill.search.campaign.admission import admit, candidate_of, with_training
+from autodistill.search.campaign.agenda import Agenda
 from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper, stage_facts
-from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.campaign.state import Candidate, Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
 from autodistill.search.planning.trial_memory import TrainingNeed
 from autodistill.search.worker.attempt import Assignment
@@ -28,7 +28,6 @@ from autodistill.search.worker.failures import KILLED, OUT_OF_MEMORY, RETRIED, W
 from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.clock import now
-from autodistill.utils.event_log import EventLog
 from autodistill.utils.storage import Storage
 
 # How often work is begun that the search is killed with: where the kernel did it for want of memory, and where it may
@@ -63,6 +62,7 @@ class Campaign:
             None for no limit.
         deadline: `time.monotonic()` after which no trial may run, or None.
         notify: Called after each event with a line for a person.
+        tell: Called with each event that callbacks are told of.
         halving: Makes the scheduler; another one is for studies of schedulers.
     """
 
@@ -71,12 +71,13 @@ class Campaign:
         question: Question,
         *,
         sampler: Sampler,
-        log: EventLog,
+        log: RunLog,
         checkpoints: Path,
         storage: Storage | None = None,
         checkpoint_limit: int | None = None,
         deadline: float | None = None,
         notify: Callable[[str], None] = lambda line: None,
+        tell: Callable[[Event], None] = lambda event: None,
         halving: Callable[..., SuccessiveHalving] = SuccessiveHalving,
     ) -> None:
         self.question = question
@@ -86,6 +87,8 @@ class Campaign:
         self.box = TimeBox(question, deadline)
         self._log = log
         self._notify = notify
+        self._tell = tell
+        self._started: set[str] = set()
         self.watch: Callable[[], None] = lambda: None
         # While a log is replayed: the deployment of each trial's latest row, and kills when work was last begun.
         self._judged: dict[str, str] = {}
@@ -100,7 +103,6 @@ class Campaign:
             direction=question.direction,
             further=[objective.direction for objective in question.further],
         )
-        self._bars = Bars(question, self._scheduler)
         self._agenda = Agenda(
             question,
             trials=self.trials,
@@ -132,12 +134,27 @@ class Campaign:
             trial = self.trials[assignment.task.id]
             if assignment.deployment is None:
                 trial.running = True
-                assignment = replace(assignment, bar=self._bars.of(assignment))
+                self._start(trial)
             else:
                 trial.settled.add(assignment.deployment.name)
                 trial.evaluating += 1
         self.watch()
         return assignment
+
+    def _start(self, trial: TrialState) -> None:
+        """Tells of a trial that begins: once, also where its first work is given out again."""
+        if trial.task.id not in self._started and trial.rung < 0:
+            self._started.add(trial.task.id)
+            self._tell(
+                TrialStarted(
+                    trial=trial.task.id,
+                    name=trial.name,
+                    kind=trial.kind,
+                    strategy=trial.candidate.strategy,
+                    seed=trial.task.seed,
+                    parameters=trial.candidate.spec.parameters if trial.candidate.spec else None,
+                )
+            )
 
     @property
     def finished(self) -> bool:
@@ -198,12 +215,10 @@ class Campaign:
     def _count_seconds(self, assignment: Assignment, report: RungReport, share: int) -> None:
         """Takes note of how long work took, on so many workers: for what is expected of others, and of all by phase."""
         if not assignment.keep:
-            part = report.evaluation.reading
-            read = part.read / part.of if part is not None else 1.0
             rung = self.trials[assignment.task.id].rung
             work = report.seconds["train"] + report.seconds["evaluate"]
             beside = sum(report.seconds.values()) - work
-            self.box.learn(assignment, rung, work, report.trained, read, beside)
+            self.box.learn(assignment, rung, work, report.trained, beside)
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += share * report.seconds[phase]
 
@@ -212,7 +227,7 @@ class Campaign:
 
     def _shown(self, row: Row) -> str:
         """The metric of a row, for a person."""
-        value = row.standing(self.question.metric)
+        value = row.figure(self.question.metric)
         return "no value" if value is None else f"{self.question.metric} {value:.4f}"
 
     def _evaluated(self, trial: TrialState, row: Row) -> Decision:
@@ -224,7 +239,7 @@ class Campaign:
 
     def _kept(self, trial: TrialState, row: Row, report: RungReport) -> Decision:
         """The student of a rung short of the end was kept, and is its trial's if it may be exported."""
-        trial.kept = row.feasible and row.standing(self.question.metric) is not None
+        trial.kept = row.feasible and row.figure(self.question.metric) is not None
         done = {"trained": report.trained, "seconds": report.seconds}
         done |= {"tokens": report.tokens, "student": report.student}
         self._write({"event": "kept", "trial": trial.task.id, "kept": trial.kept, **done})
@@ -246,11 +261,9 @@ class Campaign:
         """
         trial.rung = report.rung
         self._ended_at(trial, report.tokens)
-        trial.value = row.standing(self.question.metric) if row.feasible else None
+        trial.value = row.figure(self.question.metric) if row.feasible else None
         trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
-        reading = report.evaluation.reading
-        self._bars.note(trial, reading)
         decision = self._judge(trial)
         steps = [asdict(step) for step in report.steps]
         self._hold(trial, steps)
@@ -270,16 +283,15 @@ class Campaign:
                 **({"resumed": resumed} if resumed else {}),
                 **({"workers": share} if share > 1 else {}),
                 **({"student": report.student} if report.student is not None else {}),
-                **({"reading": reading.to_json()} if reading is not None else {}),
             }
         )
         trial.lost = 0
         self._stages.learn(trial, report.unsaved)
-        short = f", an estimate by {row.partly}" if row.partly else ""
         reused = f", {report.shared:,} of them from a shared stage" if report.shared else ""
-        self._notify(f"{trial.task.id} {trial.name}: {self._shown(row)} after {report.tokens:,} tokens{reused}{short}")
+        self._notify(f"{trial.task.id} {trial.name}: {self._shown(row)} after {report.tokens:,} tokens{reused}")
         if report.unsaved is not None:
             self._notify(f"{trial.task.id}: {report.unsaved}")
+        self._tell_of_rung(trial, report, decision)
         if self._is_last(report.rung):
             self._end(trial, Status.COMPLETED)
         self._collector.between(self._promotable())
@@ -292,6 +304,30 @@ class Campaign:
         """Which student is the best short of the end is open again, once one was trained further."""
         for trial in self.trials.values():
             trial.kept = None
+
+    def _tell_of_rung(self, trial: TrialState, report: RungReport, decision: Decision) -> None:
+        name = trial.task.id
+        for step in report.steps:
+            self._tell(
+                Step(
+                    trial=name,
+                    tokens=step.tokens,
+                    loss=step.loss,
+                    learning_rate=step.learning_rate,
+                    gradient_norm=step.gradient_norm,
+                    tokens_per_second=step.tokens_per_second,
+                )
+            )
+        self._tell(
+            RungReached(
+                trial=name,
+                rung=report.rung,
+                tokens=report.tokens,
+                metric=self.question.metric,
+                value=trial.value,
+                decision=decision.value,
+            )
+        )
 
     def _judge(self, trial: TrialState) -> Decision:
         # A baseline runs straight to the end and takes nobody's place at a rung.
@@ -446,8 +482,10 @@ class Campaign:
             self._collector.between(self._promotable())
 
     def _replay_trial(self, event: Mapping[str, Any]) -> None:
+        candidate = candidate_of(self.question, Strategy.from_json(event["strategy"]))
         self._admit(
-            Strategy.from_json(event["strategy"]),
+            # As it was then: what was admitted on another machine stays so.
+            replace(candidate, training=TrainingNeed.from_json(event.get("training"))),
             trial_id=event["trial"],
             number=event["number"],
             kind=event["kind"],
@@ -455,8 +493,6 @@ class Campaign:
             point=event["point"],
             seed=event["seed"],
             length=event.get("length", 1.0),
-            # As it was then: what was admitted on another machine stays so.
-            training=TrainingNeed.from_json(event.get("training")),
         )
 
     def _replay_row(self, event: Mapping[str, Any]) -> None:
@@ -484,7 +520,6 @@ class Campaign:
         self._keep_none()
         self._stages.learn(trial, event.get("unsaved"))
         self._hold(trial, event.get("steps", ()))
-        self._bars.note(trial, Reading.from_json(event["reading"]) if "reading" in event else None)
         self._judge(trial)
 
     def _replay_status(self, event: Mapping[str, Any]) -> None:
@@ -542,8 +577,8 @@ class Campaign:
         """Writes a new trial down, and its rejection where no deployment, or its training, can fit."""
         # What goes on from another one's stage is trained as that one is.
         same = next((one for one in self.trials.values() if one.task.strategy.id == strategy.id), None)
-        training = same.training if same is not None else training_need(self.question, strategy)
-        trial = self._admit(strategy, **fields, training=training)
+        made = same.candidate if same else with_training(self.question, candidate_of(self.question, strategy))
+        trial = self._admit(made, **fields)
         self._write(
             {
                 "event": "trial",
@@ -553,19 +588,19 @@ class Campaign:
                 "name": trial.name,
                 "point": trial.point,
                 "strategy_id": strategy.id,
-                "parameters": trial.parameters,
+                "parameters": made.spec.parameters if made.spec else None,
                 "strategy": strategy.to_json(),
                 "seed": trial.task.seed,
                 "length": trial.task.length,
-                "training": training and training.to_json(),
+                "training": made.training and made.training.to_json(),
             }
         )
         if trial.reason is not None:
             self._end(trial, Status.REJECTED, trial.reason)
         return trial
 
-    def _admit(self, strategy: Strategy, **fields: Any) -> TrialState:
-        trial = admit(self.question, strategy, **fields)
+    def _admit(self, candidate: Candidate, **fields: Any) -> TrialState:
+        trial = admit(self.question, candidate, **fields)
         self.trials[trial.task.id] = trial
         return trial
 
@@ -577,15 +612,18 @@ class Campaign:
         if status is Status.REJECTED and trial.miss is not None:
             event["miss"] = {"limit": trial.miss.limit, "slack": trial.miss.slack}
         self._write(event)
+        value = trial.value if trial.rung >= 0 else None
+        self._tell(TrialFinished(trial=trial.task.id, name=trial.name, status=status.value, reason=reason, value=value))
 
     def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
+        assert trial.candidate.spec is not None
         return make_row(
             report.evaluation,
             trial=trial.task.id,
             kind=trial.kind,
             name=trial.name,
             strategy=trial.task.strategy,
-            spec=student_spec(trial.task.strategy, self.question.teacher_spec),
+            spec=trial.candidate.spec,
             status=status,
             split="validation",
             budget=self.question.budget,

@@ -11,18 +11,17 @@ from typing import Any
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
 from autodistill.evaluation.base import Direction
-from autodistill.quantization.formats import get_format
 from autodistill.runs.checkpoints import Checkpoint, StageStore
 from autodistill.runs.results.leaderboard import DISTILLED, pareto, rank, smallness
-from autodistill.runs.results.row import Row, Status, rows_of
+from autodistill.runs.results.row import Row, Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import confirmed_trial, contenders, in_order
+from autodistill.runs.run_log import RunLog
 from autodistill.runs.students import remove_student, student_bytes
 from autodistill.search.algorithms.forks import FEW
 from autodistill.search.algorithms.successive_halving import CONFIRMED
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.worker.messages import RungReport
-from autodistill.utils.event_log import EventLog
 from autodistill.utils.storage import Storage
 
 
@@ -202,7 +201,7 @@ class Collector:
         students: StudentKeeper,
         trials: Mapping[str, TrialState],
         *,
-        log: EventLog,
+        log: RunLog,
         write: Callable[[Mapping[str, Any]], None],
         notify: Callable[[str], None],
     ) -> None:
@@ -233,7 +232,7 @@ class Collector:
             again = any(name in self._trials and self._trials[name].collected for name in sizes)
             if over <= 0 and not again:
                 return
-            rows = [row for row in rows_of(self._log.read()) if row.split == "validation"]
+            rows = self._log.rows(split="validation")
             names = self._students.surplus(self._trials, rows, sizes, over)
             if not names:
                 return
@@ -358,7 +357,7 @@ def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Questi
     kept |= _confirmed(trials, rows, question)
     by_container: dict[str, list[Row]] = {}
     for row in order:
-        by_container.setdefault(get_format(row.deployment["format"]).container, []).append(row)
+        by_container.setdefault(row.deployment.container, []).append(row)
     for some in (order, *by_container.values()):
         kept.update(list(dict.fromkeys(row.trial for row in some))[:_FIRST])
     kept.update(min(some, key=smallness).trial for some in by_container.values())
@@ -368,8 +367,8 @@ def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Questi
     for tokens in {row.train_tokens for row in whole if row.kind == "baseline"}:
         equal = [row for row in whole if row.kind == "baseline" and row.train_tokens == tokens]
         kept.add(rank(equal, metric, direction)[0].row.trial)
-    made = {(str(row.strategy), row.seed) for row in whole if row.trial in kept}
-    return busy | kept | {row.trial for row in usable if (str(row.strategy), row.seed) in made}
+    made = {(row.strategy, row.seed) for row in whole if row.trial in kept}
+    return busy | kept | {row.trial for row in usable if (row.strategy, row.seed) in made}
 
 
 def _confirmed(trials: Collection[TrialState], rows: Sequence[Row], question: Question) -> set[str]:

@@ -18,7 +18,9 @@ from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.trial_memory import TrainingNeed, TrialMemory
 from autodistill.search.worker.messages import TrialTask
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.dimension import Point
+from autodistill.strategy.space import Space
+from autodistill.strategy.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +58,42 @@ class Question:
         return max if self.direction == "max" else min
 
 
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A strategy as this search may train it: made once, where it is proposed, and carried to its rows.
+
+    Attributes:
+        strategy: What would be trained.
+        spec: Shape of its student; None where the teacher has no such student.
+        fits: How each deployment that can hold the student stands to the budget.
+        reason: Why there is no such student, or no deployment that holds it; None where there is one.
+        training: What its training takes of the memory that a trial has, as it was asked when it was proposed; None
+            where nobody asked.
+    """
+
+    strategy: Strategy
+    spec: ModelSpec | None = None
+    fits: tuple[Fit, ...] = ()
+    reason: str | None = None
+    training: TrainingNeed | None = None
+
+    @property
+    def slack(self) -> float:
+        """The largest log(need / limit), of the deployment that needs least and of training; 0 where none is known."""
+        deployed = min((fit.slack for fit in self.fits), default=0.0)
+        return deployed if self.training is None else max(deployed, self.training.slack)
+
+
 @dataclass
 class TrialState:
     """Where one trial stands.
 
     Attributes:
         task: What runs; for a rejected trial its strategy alone counts.
+        candidate: What it was admitted as.
         number: Of the proposal; baselines have none.
         kind, name: As on its rows.
         point: Of the space, or None for a baseline outside of it.
-        fits: Of each deployment.
         rung: Last rung reported, -1 before the first.
         value, further: Of the metric there, and of the further objectives; before, what is predicted of these.
         running: Whether a worker trains it.
@@ -77,19 +105,17 @@ class TrialState:
         begun: How often work was begun, by a runner that ends with it, that has not ended since; by what `retried` has.
         lost: Tokens that attempts which failed, or were given back, trained on since the last rung.
         trained_tokens, train_seconds: What its own training took so far.
-        parameters: Weights of its student; None where the teacher has no such student.
         kept: Whether its student was kept short of the end, and may be exported; None where nobody tried.
         evaluating: Evaluations of its trained student that are under way.
         collected: Whether its student was removed, to hold the disk limit.
-        training: What its training takes of the memory that a trial has, as it was asked when it was proposed.
     """
 
     task: TrialTask
+    candidate: Candidate
     number: int | None
     kind: str
     name: str
     point: Point | None
-    fits: tuple[Fit, ...]
     rung: int = -1
     value: float | None = None
     further: tuple[float | None, ...] = ()
@@ -102,19 +128,11 @@ class TrialState:
     miss: Miss | None = None
     settled: set[str] = field(default_factory=set)
     retried: set[tuple[int, str | None]] = field(default_factory=set)
-    parameters: int | None = None
     kept: bool | None = None
     begun: Counter[tuple[int, str | None]] = field(default_factory=Counter)
     lost: int = 0
-    training: TrainingNeed | None = None
     evaluating: int = 0
     collected: bool = False
-
-    @property
-    def slack(self) -> float:
-        """The largest log(need / limit), of the deployment that needs least and of training; 0 where none is known."""
-        deployed = min((fit.slack for fit in self.fits), default=0.0)
-        return deployed if self.training is None else max(deployed, self.training.slack)
 
     @property
     def unseen(self) -> list[Deployment]:

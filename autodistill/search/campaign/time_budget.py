@@ -116,12 +116,12 @@ class TimeBox:
         steps = range(reached + 1, rung + 1)
         return sum(self.expected(Assignment(task=task, rung=step), step - 1) for step in steps)
 
-    def _expected_of(self, work: Assignment, reached: int, trained: int, read: float) -> float:
+    def _expected_of(self, work: Assignment, reached: int, trained: int) -> float:
         if not trained or work.deployment is not None:
             return self.expected(work, reached)
         plan = self._question.plan
         last = work.rung == len(plan.rungs) - 1
-        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads), read)
+        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads))
 
     def first_stretch(self) -> float:
         """Expected seconds of a new trial up to its first rung."""
@@ -144,7 +144,6 @@ class TimeBox:
         reached: int,
         seconds: float,
         trained: int = 0,
-        read: float = 1.0,
         beside: float = 0.0,
     ) -> None:
         """Follows how much longer than measured at first work takes: upwards at once, downwards slowly.
@@ -156,19 +155,17 @@ class TimeBox:
             reached: Rung at which its trial stood before.
             seconds: What its training and reading took.
             trained: Tokens that it trained on, fewer than expected where a stage was shared; 0 where that is unknown.
-            read: Share of what an evaluation at a rung reads that was read.
             beside: Seconds that it took beside these, which say nothing of how fast the machine is.
         """
-        expected = self._expected_of(work, reached, trained, read)
+        expected = self._expected_of(work, reached, trained)
         ratio = seconds / expected
         self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
         self._took = 0.8 * self._took + seconds
         self._expected = 0.8 * self._expected + expected
         self._beside = max(beside, 0.5 * (self._beside + beside))
 
-    def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False, read: float = 1.0) -> float:
+    def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False) -> float:
         question, speed = self._question, self._question.speed
         if alone:
             speed = replace(speed, worker_train=speed.train_on)
-        # What asks the student itself may be read whole beside a metric that is not.
-        return trial_seconds(tokens, int(read * eval_tokens), question.teacher_spec.parameters, speed, judged=False)
+        return trial_seconds(tokens, eval_tokens, question.teacher_spec.parameters, speed, judged=False)

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from autodistill.distillation.student.check import probe_deployment, student_spec
+from autodistill.distillation.student.check import probe_deployment
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.results.row import Row, Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.algorithms.optuna_study import Observation
-from autodistill.search.campaign.admission import admit, training_need, untrained_figure
+from autodistill.search.campaign.admission import admit, candidate_of, untrained_figure, with_training
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import Point
+from autodistill.strategy.dimension import Point
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.typed_data import check_typed
 
@@ -114,13 +114,12 @@ def _observations(events: Sequence[Mapping[str, Any]], question: Question) -> It
             continue
         trial = admit(
             question,
-            strategy,
+            with_training(question, candidate_of(question, strategy)),
             trial_id=event["trial"],
             number=None,
             kind="student",
             name=event["name"],
             point=point,
-            training=training_need(question, strategy),
         )
         item = _observation(question, trial, rows.get(event["trial"], ()), causes.get(event["trial"]))
         if item is not None:
@@ -129,16 +128,16 @@ def _observations(events: Sequence[Mapping[str, Any]], question: Question) -> It
 
 def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cause: str | None) -> Observation | None:
     assert trial.point is not None
-    slack = trial.slack
+    slack = trial.candidate.slack
     if trial.reason is not None:
         return Observation(point=trial.point, state=Status.REJECTED, constraint=max(1e-9, slack), further=trial.further)
     if cause in ("nan", "out-of-memory"):
         # What came of the strategy would come of it again; a worker's death would not.
         return Observation(point=trial.point, state=Status.FAILED, constraint=slack, further=trial.further)
     usable = [
-        (row.train_tokens, Deployment.from_json(row.deployment), row)
+        (row.train_tokens, row.deployment, row)
         for row in rows
-        if row.train_tokens and row.standing(question.metric) is not None
+        if row.train_tokens and row.figure(question.metric) is not None
     ]
     usable = [item for item in usable if item[1] in trial.task.deployments]
     if not usable:
@@ -152,10 +151,10 @@ def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cau
     return Observation(
         point=trial.point,
         state=Status.COMPLETED if whole else Status.STOPPED,
-        value=seen[deployment].standing(question.metric),
+        value=seen[deployment].figure(question.metric),
         fidelity=min(1.0, level / tokens),
         constraint=slack,
-        further=tuple(_further(item, strategy, deployment, seen[deployment], question) for item in question.further),
+        further=tuple(_further(item, trial, deployment, seen[deployment], question) for item in question.further),
         repeatable=not whole,
     )
 
@@ -170,9 +169,9 @@ def _level(levels: Sequence[int], tokens: int) -> int:
 
 
 def _further(
-    objective: Objective, strategy: Strategy, deployment: Deployment, row: Row, question: Question
+    objective: Objective, trial: TrialState, deployment: Deployment, row: Row, question: Question
 ) -> float | None:
     """What is known of a trained student alone is the row's; the rest is worked out for this search's budget."""
-    if objective.trained:
-        return row.standing(objective.figure)
-    return untrained_figure(objective, student_spec(strategy, question.teacher_spec), deployment, question)
+    if objective.trained or trial.candidate.spec is None:
+        return row.figure(objective.figure)
+    return untrained_figure(objective, trial.candidate.spec, deployment, question)

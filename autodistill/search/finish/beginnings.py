@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from autodistill.data.dataset import load_split
-from autodistill.distillation.student.check import student_spec
 from autodistill.errors import TrialFailedError
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.outputs import TeacherReference
@@ -20,7 +19,6 @@ from autodistill.runs.results.row import Row, Status
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import next_candidate
 from autodistill.search.worker.trial import initial_student
-from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 
 
@@ -75,7 +73,6 @@ def _whole(row: Row, finisher: Finisher) -> Row:
 
 def _beginning(row: Row, finisher: Finisher) -> Row:
     """The row of a student as it began, packed as the student is; one without figures where it cannot be measured."""
-    strategy, seed = Strategy.from_json(row.strategy), row.seed or 0
     begun = replace(
         row,
         row_id=f"{beginning_trial(row.trial)}-{row.deployment_name}",
@@ -86,7 +83,7 @@ def _beginning(row: Row, finisher: Finisher) -> Row:
         train_seconds=0.0,
     )
     with finisher.phases.phase("evaluate", f"{begun.name} as {begun.deployment_name}"):
-        model, _ = initial_student(finisher.setting, strategy.init, seed)
+        model, _ = initial_student(finisher.setting, _strategy(row).init, row.seed or 0)
         try:
             evaluation = _evaluate(model.to(finisher.setting.device), row, finisher, trained=False)
         except TrialFailedError as error:
@@ -113,11 +110,11 @@ def _beginning(row: Row, finisher: Finisher) -> Row:
 def _evaluate(model: Any, row: Row, finisher: Finisher, *, trained: bool) -> Evaluation:
     """A model of a row's strategy, packed as the row says, on all of the validation split that the end reads."""
     setting, plan = finisher.setting, finisher.question.plan
-    init, deployment = Strategy.from_json(row.strategy).init, Deployment.from_json(row.deployment)
+    init, deployment = _strategy(row).init, row.deployment
     data = load_split(setting.data, "validation", setting.rendering(init)).head(plan.eval_tokens)
     return evaluate(
         model,
-        _spec(row, finisher),
+        finisher.spec(row.strategy),
         deployment,
         data,
         TeacherReference.load(setting.teacher_reference).head(data.predicted),
@@ -131,9 +128,9 @@ def _evaluate(model: Any, row: Row, finisher: Finisher, *, trained: bool) -> Eva
     )[0]
 
 
-def _spec(row: Row, finisher: Finisher) -> Any:
-    setting, strategy = finisher.setting, Strategy.from_json(row.strategy)
-    return student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model))
+def _strategy(row: Row) -> Strategy:
+    assert row.strategy is not None
+    return row.strategy
 
 
 def _row(evaluation: Evaluation, row: Row, finisher: Finisher) -> Row:
@@ -143,8 +140,8 @@ def _row(evaluation: Evaluation, row: Row, finisher: Finisher) -> Row:
         trial=row.trial,
         kind=row.kind,
         name=row.name,
-        strategy=Strategy.from_json(row.strategy),
-        spec=_spec(row, finisher),
+        strategy=row.strategy,
+        spec=finisher.spec(row.strategy),
         status=Status(row.status),
         split="validation",
         budget=question.budget,

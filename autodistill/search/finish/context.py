@@ -14,10 +14,12 @@ import torch
 
 from autodistill.data.dataset import Prepared
 from autodistill.distillation.student.build import save_student
+from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.errors import DamagedError
 from autodistill.inference.half_precision import load_held
 from autodistill.models.loading import load_model
+from autodistill.models.spec import ModelSpec
 from autodistill.runs.results.leaderboard import UNTRAINED
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
@@ -75,7 +77,8 @@ class Finisher:
 
     def _begin(self, row: Row, folder: Path) -> None:
         """Writes a student as it begins, whole or not at all."""
-        init = Strategy.from_json(row.strategy).init
+        assert row.strategy is not None
+        init = row.strategy.init
         model, _ = initial_student(self.setting, init, row.seed or 0)
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -83,6 +86,13 @@ class Finisher:
         save_student(model, self.setting.text(init), partial)
         write_list(partial)
         os.replace(partial, folder)
+
+    def spec(self, strategy: Strategy | None) -> ModelSpec:
+        """The shape of a strategy's student, or the teacher's."""
+        if strategy is None:
+            return self.setting.teacher_spec
+        pretrained = self.setting.pretrained.get(strategy.init.model)
+        return student_spec(strategy, self.setting.teacher_spec, pretrained)
 
     def whole(self, row: Row) -> bool:
         """Whether a row's student is as it was written; says so where it is not."""

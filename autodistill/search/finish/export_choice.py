@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from autodistill.quantization.formats import get_format
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
 from autodistill.runs.results.memory_correction import corrected, least_beyond
 from autodistill.runs.results.row import Row
@@ -59,7 +58,7 @@ def next_candidate(
 
 def container_of(row: Row) -> str:
     """What its student is written as."""
-    return get_format(row.deployment["format"]).container
+    return row.deployment.container
 
 
 def passed_over(rows: Sequence[Row], rejected: Sequence[Row], limit: int) -> list[Row]:
@@ -77,7 +76,7 @@ def passed_over(rows: Sequence[Row], rejected: Sequence[Row], limit: int) -> lis
     tried = {row.row_id for row in rejected}
     found = []
     for row in rows:
-        need, runtime = corrected(row, beyond), row.deployment["runtime"]
+        need, runtime = corrected(row, beyond), row.deployment.runtime
         usable = row.kind in (*DISTILLED, *UNTRAINED) and row.feasible
         if usable and row.row_id not in tried and need > limit:
             reason = (

@@ -19,11 +19,12 @@ from autodistill.export.verify import verify
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
 from autodistill.quantization.formats import get_format
-from autodistill.runs.results.leaderboard import DISTILLED, rank
-from autodistill.runs.results.row import Row, rows_of
-from autodistill.runs.results.selection import chosen, contenders, students_only
+from autodistill.runs.results.leaderboard import rank
+from autodistill.runs.results.row import Row
+from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder, default_cache
-from autodistill.runs.students import kept_after, listed, student_folder
+from autodistill.runs.standing import best_of, trained_student
+from autodistill.runs.students import kept_after, listed
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.utils.checksums import check_list
 
@@ -65,12 +66,10 @@ def export_run(
     """
     _check_containers(containers)
     asked = run.asked(*_NEEDED)
-    every = rows_of(run.events.read(), ("row", "test"))
+    every = run.events.rows("row", "test")
     rows = [row for row in every if row.split != "test"]
     ranked = [one.row for one in rank(contenders(rows), asked["metric"], asked["direction"])]
-    # Of students short of the end few are kept, and the best of these need not be the best of all.
-    having = [row for row in rows if row.kind not in DISTILLED or row.full or _folder(run, row).is_dir()]
-    best = chosen(having, asked["metric"], asked["direction"], students_only=students_only(asked))
+    best = best_of(run, rows)
     row = _find(run, ranked, row_id or (best.row_id if best else None))
     if row.kind == "teacher":
         student = _teacher(asked)
@@ -105,7 +104,7 @@ def _check_containers(containers: Sequence[str]) -> None:
 
 
 def _find(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
-    ids = [row.row_id for row in ranked if row.kind == "teacher" or _folder(run, row).is_dir()]
+    ids = [row.row_id for row in ranked if row.kind == "teacher" or trained_student(run, row).is_dir()]
     listed = f"the rows that can be exported are {', '.join(ids)}" if ids else "it has no student on disk"
     if row_id is None:
         raise InputError(f"the run {run.name!r} has nothing that fits its budget to export: {listed}")
@@ -117,10 +116,6 @@ def _find(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
     )
 
 
-def _folder(run: RunFolder, row: Row) -> Path:
-    return student_folder(run.checkpoints / row.trial, kept_after(row))
-
-
 def _collected(run: RunFolder) -> set[str]:
     """Trials whose students the search itself removed."""
     events = (event for event in run.events.read() if event["event"] == "students-collected")
@@ -129,7 +124,7 @@ def _collected(run: RunFolder) -> set[str]:
 
 def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Collection[str]) -> Path:
     """The float32 student of a row."""
-    folder = _folder(run, row)
+    folder = trained_student(run, row)
     if row.kind == "initial" and not folder.is_dir():
         raise InputError(
             f"the row {row.row_id} is a student without training ({folder} is not there), which is kept where it does "
@@ -187,7 +182,7 @@ def _another(run: RunFolder, row: Row, asked: Mapping[str, Any]) -> str:
     """What to do where a row's student is not to be had."""
     return (
         f"choose another row, or make one like it with {_again(row, asked)}, where FILE has the strategy of "
-        f"{row.trial} as `autodistill leaderboard {run.name} --format json` gives it"
+        f"{row.trial} as `autodistill leaderboard {run.name} --json` gives it"
     )
 
 
@@ -206,8 +201,8 @@ def _deployment(container: str, row: Row, ranked: Sequence[Row], asked: Mapping[
     if container == "huggingface":
         return IN_16_BITS
     for candidate in (row, *ranked):
-        if candidate.trial == row.trial and get_format(candidate.deployment["format"]).container == container:
-            return Deployment.from_json(candidate.deployment)
+        if candidate.trial == row.trial and candidate.deployment.container == container:
+            return candidate.deployment
     offered = asked.get("space_definition", {}).get("deployments", ())
     if any(get_format(deployment["format"]).container == container for deployment in offered):
         remedy = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -15,7 +15,6 @@ import torch
 from autodistill import plugins
 from autodistill.data.dataset import load_split
 from autodistill.data.student_template import copy_license
-from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError, NothingFitsError, VerificationError
 from autodistill.estimates.fit import fits, holdable, too_late
 from autodistill.evaluation.base import Measurement, Subject, load_evaluator
@@ -29,19 +28,17 @@ from autodistill.hardware.device import DISCRETE
 from autodistill.hardware.lookup import is_machine
 from autodistill.inference.scoring import choices
 from autodistill.inference.torch_memory import give_back_memory
-from autodistill.quantization.formats import get_format
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.beginnings import worsened
 from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, limits_of, nearest
-from autodistill.runs.results.row import DAMAGED, REMOVED, Row, rows_of
+from autodistill.runs.results.row import DAMAGED, REMOVED, Row
 from autodistill.runs.results.selection import Confirmation, confirmations, in_order, untrained_in_order
 from autodistill.search.finish.beginnings import settle, settled_candidate
 from autodistill.search.finish.context import Finisher
-from autodistill.search.finish.export_choice import candidates, container_of, passed_over
+from autodistill.search.finish.export_choice import candidates, passed_over
 from autodistill.search.finish.test_split import best_untrained, gains_on_test, score_on_test, spent
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
-from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes, format_duration
 from autodistill.utils.durable import sync_below
 from autodistill.utils.json_files import read_json
@@ -73,6 +70,16 @@ class Finish:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Exported:
+    """What was written of a row in one deployment, and how its runtime agrees; None where that was not run."""
+
+    row: Row
+    deployment: Deployment
+    path: Path
+    check: RuntimeCheck | None = None
+
+
 def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     """Exports the best row and everything that proves it.
 
@@ -93,41 +100,37 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     while first is not None and settle(first, choice, finisher):
         # What distilling came to is known by what it began with, whatever is exported.
         first = next((row for row in choice if row.row_id == first.row_id), None)
-    paths: dict[str, Path] = {}
-    checks: dict[str, RuntimeCheck] = {}
-    rejected: list[Row] = []
-    best = _first_that_fits(choice, rejected, finisher, paths, checks)
+    exported, rejected = _first_that_fits(choice, (), finisher)
     for row in passed_over(choice, rejected, question.budget.memory_bytes):
         finisher.write("row", row)
-    if best is None:
+    if exported is None:
         judged = any(row.kind in DISTILLED for row in rows)
         distilled = [row for row in rows if row.kind in DISTILLED]
         # Students of which none fits are removed first where disk is short.
         missing = [] if any(row.feasible for row in distilled) else distilled
         raise NothingFitsError(_nothing(rejected or students or missing, judged, finisher))
+    best, exports = exported.row, {exported.deployment.container: exported}
     _leave_out_removed(best, finisher)
-    packed = {container: (best, Deployment.from_json(best.deployment)) for container in paths}
     notes: tuple[str, ...] = ()
-    if "gguf" not in paths:
-        beside, notes = _gguf_beside(choice, rejected, finisher, paths, checks)
-        if beside is not None:
-            packed["gguf"] = (beside, Deployment.from_json(beside.deployment))
-    if "huggingface" not in paths:
+    if "gguf" not in exports:
+        beside, notes = _gguf_beside(choice, rejected, finisher)
+        exports |= {"gguf": beside} if beside is not None else {}
+    if "huggingface" not in exports:
         with phases.phase("export", "exporting the 16-bit folder"):
-            paths["huggingface"] = _pack(best, IN_16_BITS, finisher)[0].path
-        packed["huggingface"] = (best, IN_16_BITS)
-    for container in set(plugins.names("exporters")) - set(paths):
+            path = _pack(best, IN_16_BITS, finisher).path
+        exports["huggingface"] = _Exported(row=best, deployment=IN_16_BITS, path=path)
+    for container in set(plugins.names("exporters")) - set(exports):
         # Of the best student that this run had before it went on, perhaps.
         shutil.rmtree(run.student(container), ignore_errors=True)
-    rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
+    rows = run.events.rows(split="validation")
     untrained = best_untrained(rows, finisher)
     with phases.phase("evaluate", "test split"):
         test = score_on_test(best, untrained, rows, finisher)
-    _describe(packed, test, finisher)
+    _describe(exports.values(), test, finisher)
     return Finish(
         best=best,
-        paths=paths,
-        checks=checks,
+        paths={container: one.path for container, one in exports.items()},
+        checks={container: one.check for container, one in exports.items() if one.check is not None},
         test=test,
         gains=gains_on_test(best, untrained, test, question.metric, question.direction),
         confirmed=tuple(confirmed),
@@ -141,36 +144,35 @@ def _leave_out_removed(best: Row, finisher: Finisher) -> None:
     Whoever reads the log later then chooses what was exported. It takes several students that turned out too large, or
     one that a person removed.
     """
-    rows, question = rows_of(finisher.run.events.read()), finisher.question
+    rows, question = finisher.run.events.rows(), finisher.question
     order = in_order(rows, question.metric, question.direction, students_only=question.students_only)
     for row in takewhile(lambda one: one.row_id != best.row_id, order):
         if row.full and not finisher.has(row):
             finisher.write("row", replace(row, feasible=False, reason=REMOVED))
 
 
-def _describe(packed: Mapping[str, tuple[Row, Deployment]], test: Sequence[Row], finisher: Finisher) -> None:
+def _describe(exports: Iterable[_Exported], test: Sequence[Row], finisher: Finisher) -> None:
     """Lays a model card beside each exported student, and the text of the licence that the teacher's folder has."""
     run = finisher.run
-    rows = [row for row in rows_of(run.events.read()) if row.split != "test"]
+    rows = run.events.rows()
     origin = Origin.of(read_json(run.search_file))
-    for container, (row, deployment) in packed.items():
-        folder = run.student(container)
-        (folder / "README.md").write_text(model_card(row, deployment, [*rows, *test], origin), encoding="utf-8")
-        copy_license(finisher.student(row), folder)
+    for one in exports:
+        folder = run.student(one.deployment.container)
+        (folder / "README.md").write_text(model_card(one.row, one.deployment, [*rows, *test], origin), encoding="utf-8")
+        copy_license(finisher.student(one.row), folder)
         sync_below(folder)
 
 
 def _first_that_fits(
-    rows: list[Row],
-    rejected: list[Row],
-    finisher: Finisher,
-    paths: dict[str, Path],
-    checks: dict[str, RuntimeCheck],
-    container: str | None = None,
-) -> Row | None:
-    """Exports the best row that keeps to the budget when its runtime is measured; those that do not are `rejected`,
-    and those whose student was damaged.
+    rows: list[Row], rejected: Sequence[Row], finisher: Finisher, container: str | None = None
+) -> tuple[_Exported | None, list[Row]]:
+    """Exports the best row that keeps to the budget when its runtime is measured.
+
+    Returns:
+        What was exported, if anything fits; and the rejected rows, with those that did not fit, and those whose student
+        was damaged.
     """
+    rejected = list(rejected)
     for _ in range(_CANDIDATES):
         candidate = settled_candidate(rows, rejected, finisher, container)
         while candidate is not None and not finisher.whole(candidate):
@@ -178,64 +180,54 @@ def _first_that_fits(
             finisher.write("row", rejected[-1])
             candidate = settled_candidate(rows, rejected, finisher, container)
         if candidate is None:
-            return None
-        found = _export(candidate, finisher, paths, checks)
-        if found.feasible:
-            return found
-        rejected.append(found)
-        written = container_of(found)
+            break
+        found = _export(candidate, finisher)
+        if found.row.feasible:
+            return found, rejected
+        rejected.append(found.row)
         # Nobody is to serve what breaks the budget.
-        del paths[written], checks[written]
-        shutil.rmtree(finisher.run.student(written))
-        finisher.line(f"{found.name} as {found.deployment_name} does not fit once measured: {found.reason}")
-    return None
+        shutil.rmtree(finisher.run.student(found.deployment.container))
+        finisher.line(f"{candidate.name} as {found.deployment.name} does not fit once measured: {found.row.reason}")
+    return None, rejected
 
 
 def _gguf_beside(
-    choice: list[Row],
-    rejected: list[Row],
-    finisher: Finisher,
-    paths: dict[str, Path],
-    checks: dict[str, RuntimeCheck],
-) -> tuple[Row | None, tuple[str, ...]]:
+    choice: list[Row], rejected: Sequence[Row], finisher: Finisher
+) -> tuple[_Exported | None, tuple[str, ...]]:
     """Exports the best GGUF file beside a best student of another kind, which stands whatever becomes of it.
 
     Returns:
-        Its row, if any fits, and why there is no such file where it could not be written or was not what was evaluated.
+        It, if any fits, and why there is no such file where it could not be written or was not what was evaluated.
     """
     try:
-        return _first_that_fits(choice, rejected, finisher, paths, checks, "gguf"), ()
+        return _first_that_fits(choice, rejected, finisher, "gguf")[0], ()
     except (InputError, VerificationError) as error:
-        for kept in (paths, checks):
-            kept.pop("gguf", None)
         shutil.rmtree(finisher.run.student("gguf"), ignore_errors=True)
         return None, (f"there is no GGUF file beside the best student: {error}",)
 
 
-def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artifact, str]:
+def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> Artifact:
     """Writes one deployment of a row's model and holds the bytes on disk to the evaluated weights."""
-    container = get_format(deployment.format).container
-    exporter = load_exporter(container)
+    exporter = load_exporter(deployment.container)
     origin = Origin.of(read_json(finisher.run.search_file))
     artifact = exporter.export(
         finisher.student(row),
         deployment,
-        finisher.run.student(container),
+        finisher.run.student(deployment.container),
         teacher=origin.teacher,
         license=origin.teacher_license,
         name=origin.name_of(row),
     )
     verify(exporter, artifact, finisher.student(row), deployment)
-    return artifact, container
+    return artifact
 
 
-def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[str, RuntimeCheck]) -> Row:
-    """Exports a row's model, verifies it in its runtime, and gives the row with what was measured there."""
-    deployment = Deployment.from_json(row.deployment)
-    strategy = Strategy.from_json(row.strategy) if row.strategy else None
-    spec = student_spec(strategy, finisher.setting.teacher_spec) if strategy else finisher.setting.teacher_spec
+def _export(row: Row, finisher: Finisher) -> _Exported:
+    """Exports a row's model and verifies it in its runtime; its row then has what was measured there."""
+    deployment, strategy = row.deployment, row.strategy
+    spec = finisher.spec(strategy)
     with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
-        artifact, container = _pack(row, deployment, finisher)
+        artifact = _pack(row, deployment, finisher)
         length = finisher.question.plan.sequence_length
         sequences = math.ceil(POSITIONS / (length - 1))
         rendering = finisher.setting.rendering(strategy.init if strategy else None)
@@ -247,15 +239,16 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
         del model
         give_back_memory()
         threads = free_cores(finisher.threads)
-        checks[container] = verify_runtime(
-            artifact, deployment, simulated, data.tokens[:, :-1], threads, finisher.student(row)
+        exporter = load_exporter(deployment.container)
+        check = verify_runtime(
+            exporter, artifact, deployment, simulated, data.tokens[:, :-1], threads, finisher.student(row)
         )
-        paths[container] = artifact.path
     subject = Subject(
         spec=spec,
         deployment=deployment,
         budget=finisher.question.budget,
         artifact=artifact.path,
+        artifact_bytes=artifact.size_bytes,
         threads=finisher.threads,
     )
     measured: dict[str, Measurement] = {}
@@ -266,7 +259,7 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
                 measured |= {item.name: item for item in evaluator.evaluate(subject)}
     updated = _with_measured(row, measured, finisher)
     finisher.write("row", updated)
-    return updated
+    return _Exported(row=updated, deployment=deployment, path=artifact.path, check=check)
 
 
 def _with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finisher) -> Row:
@@ -410,7 +403,7 @@ def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> lis
     first = in_order(beside, metric, direction, students_only=False)[0]
     if first.kind not in UNTRAINED:
         return []
-    whole = first.kind == "teacher" and first.deployment["bits"] == 16
+    whole = first.kind == "teacher" and first.deployment.bits == 16
     beats = "the teacher is better here as it is" if whole else "quantising the teacher beats distilling it here"
     beats = beats if first.kind == "teacher" else "a student without training is better here"
     return [f"{beats}: {named(first)} has {told(first)}, the best student {told(best)}; {ties}"]

@@ -8,22 +8,19 @@ from itertools import islice
 from typing import Any
 
 from autodistill.data.dataset import load_split
-from autodistill.distillation.student.check import student_spec
 from autodistill.evaluation.base import Direction
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.half_precision import load_held
 from autodistill.inference.scoring import score_teacher
-from autodistill.models.spec import ModelSpec
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.gains import Gain, Gains, named, unit_of
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, rank
 from autodistill.runs.results.make_row import make_row
-from autodistill.runs.results.row import Row, Status, rows_of
+from autodistill.runs.results.row import Row, Status
 from autodistill.runs.results.selection import untrained_in_order
 from autodistill.runs.test_split_ledger import already_opened, record_test_opening, times_opened
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import trained_rows
-from autodistill.search.worker.messages import TrialSetting
 from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.strategy.strategy import Strategy
@@ -51,7 +48,7 @@ class _Scored:
         return self.row.train_tokens or 0 if self.row is not None and self.kind in DISTILLED else 0
 
     @property
-    def strategy(self) -> Any:
+    def strategy(self) -> Strategy | None:
         """As its row has it; None of the teacher."""
         return self.row.strategy if self.row is not None else None
 
@@ -64,10 +61,10 @@ def best_untrained(rows: Sequence[Row], finisher: Finisher) -> Row | None:
 
 def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, Deployment]]) -> list[_Scored]:
     """What is scored on test, in the order of its rows, each once."""
-    deployment = Deployment.from_json(best.deployment)
+    deployment = best.deployment
     packings = [IN_16_BITS, deployment]
     if untrained is not None and untrained.kind == "teacher":
-        packings.append(Deployment.from_json(untrained.deployment))
+        packings.append(untrained.deployment)
     # A folder of 16 bits has one name, whichever runtime serves it.
     named = {one.name: one for one in packings}.values()
     found = [_Scored(kind="teacher", trial="teacher", name="teacher", packing=one) for one in named]
@@ -75,7 +72,7 @@ def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, De
         begun = _Scored(kind="initial", trial="initial", name="undistilled student", packing=deployment, row=best)
         found.append(begun)
     others = [best, *([untrained] if untrained is not None and not _is_among(untrained, found) else [])]
-    students = [*((one, Deployment.from_json(one.deployment)) for one in others if one.kind != "teacher"), *compared]
+    students = [*((one, one.deployment) for one in others if one.kind != "teacher"), *compared]
     for row, packing in students:
         found.append(_Scored(kind=row.kind, trial=row.trial, name=row.name, packing=packing, row=row))
     return found
@@ -91,8 +88,8 @@ def _is_among(untrained: Row, scored: Sequence[_Scored]) -> bool:
     )
 
 
-def _begins_alike(one: Any, other: Any) -> bool:
-    return bool(one and other and one.get("init") == other.get("init"))
+def _begins_alike(one: Strategy | None, other: Strategy | None) -> bool:
+    return one is not None and other is not None and one.init == other.init
 
 
 def on_test(row: Row, test: Sequence[Row]) -> Row | None:
@@ -111,7 +108,7 @@ def known_on_test(
 
     The plan, and with it what is read of the split, never changes within a run.
     """
-    logged = {(row.kind, row.trial, row.deployment_name): row for row in rows_of(finisher.run.events.read(), ("test",))}
+    logged = {(row.kind, row.trial, row.deployment_name): row for row in finisher.run.events.rows("test")}
     found = []
     for one in _to_score(best, untrained, compared):
         row = logged.get((one.kind, one.trial, one.packing.name))
@@ -146,13 +143,13 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
 
     def evaluated(model: Any, one: _Scored) -> Evaluation:
         """What one model is on test, under its deployment."""
-        init = Strategy.from_json(one.strategy).init if one.strategy else None
+        init = one.strategy.init if one.strategy else None
         trained = one.row if one.kind in DISTILLED else None
         # The teacher's own scales may lie beside it, as a student's do; what is not trained yet has none.
         folder = finisher.student(trained) if trained else setting.teacher if one.kind == "teacher" else None
         return evaluate(
             model,
-            _spec(one, setting),
+            finisher.spec(one.strategy),
             one.packing,
             load_split(finisher.data.folder, "test", setting.rendering(init)).head(question.plan.test_tokens),
             reference,
@@ -173,8 +170,8 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
             trial=one.trial,
             kind=one.kind,
             name=one.name,
-            strategy=Strategy.from_json(one.strategy) if one.strategy else None,
-            spec=_spec(one, setting),
+            strategy=one.strategy,
+            spec=finisher.spec(one.strategy),
             status=Status.COMPLETED,
             split="test",
             budget=question.budget,
@@ -190,26 +187,20 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
     of_teacher = {one.packing: evaluated(teacher, one) for one in scored if one.kind == "teacher"}
     del teacher
     for one in scored:
-        if one.kind == "teacher" or (one.packing in of_teacher and _begins_as_teacher(one, setting)):
+        if one.kind == "teacher" or (one.packing in of_teacher and _begins_as_teacher(one, finisher)):
             write(of_teacher[one.packing], one)
-        elif one.kind == "initial":
-            init = Strategy.from_json(one.strategy).init
+        elif one.kind == "initial" and one.strategy is not None:
+            init = one.strategy.init
             write(evaluated(initial_student(setting, init, question.plan.seed)[0].to(setting.device), one), one)
         elif one.row is not None:
             write(evaluated(finisher.load(one.row), one), one)
     return tuple(results)
 
 
-def _spec(one: _Scored, setting: TrialSetting) -> ModelSpec:
-    if not one.strategy:
-        return setting.teacher_spec
-    return student_spec(Strategy.from_json(one.strategy), setting.teacher_spec)
-
-
-def _begins_as_teacher(one: _Scored, setting: TrialSetting) -> bool:
+def _begins_as_teacher(one: _Scored, finisher: Finisher) -> bool:
     """Whether it is a student without training that is the teacher itself."""
-    begins = one.kind == "initial" and Strategy.from_json(one.strategy).init.source == "teacher"
-    return begins and _spec(one, setting) == setting.teacher_spec
+    begins = one.kind == "initial" and one.strategy is not None and one.strategy.init.source == "teacher"
+    return begins and finisher.spec(one.strategy) == finisher.setting.teacher_spec
 
 
 def spent(finisher: Finisher) -> tuple[str, ...]:
@@ -235,14 +226,14 @@ def compared_with(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tu
         """The best baseline, of so many tokens."""
         found = [row for row in trained if row.kind == "baseline" and tokens in (None, row.train_tokens)]
         ranked = (one.row for one in rank(found, question.metric, question.direction))
-        return [(row, Deployment.from_json(row.deployment)) for row in islice(filter(finisher.whole, ranked), 1)]
+        return [(row, row.deployment) for row in islice(filter(finisher.whole, ranked), 1)]
 
     if baseline := first(best.train_tokens):
         return baseline
     same = [row for row in trained if row.kind == best.kind and (row.strategy, row.seed) == (best.strategy, best.seed)]
     for row in sorted(same, key=lambda row: row.train_tokens or 0, reverse=True):
         if row.train_tokens != best.train_tokens and finisher.whole(row) and (baseline := first(row.train_tokens)):
-            return [*baseline, (row, Deployment.from_json(best.deployment))]
+            return [*baseline, (row, best.deployment)]
     return first()
 
 

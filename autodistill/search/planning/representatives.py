@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from autodistill.strategy.dimension import Dimension
 from autodistill.strategy.domains import Value
-from autodistill.strategy.space import Dimension, Space
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Alignment, Attention, Distillation, Init, Strategy
 
 # What decides the layers that a student has or stands for.

@@ -15,7 +15,8 @@ from autodistill.estimates.fit import Miss
 from autodistill.estimates.training_fit import Training, TrainingFit, fit_training, training_fits
 from autodistill.estimates.training_memory import beside_bytes
 from autodistill.models.spec import ModelSpec
-from autodistill.strategy.space import Point, Space
+from autodistill.strategy.dimension import Point
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Distillation, Strategy
 from autodistill.units import format_bytes
 from autodistill.utils.typed_data import check_typed

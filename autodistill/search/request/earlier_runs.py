@@ -84,6 +84,13 @@ def check_asked(out: Path, runs: Sequence[str], asked: Mapping[str, Any], names:
     """
     for name in runs:
         theirs = RunFolder.open(out, name).asked().get("asked", {})
+        here, there = asked.get("divergences", {}), theirs.get("divergences", {})
+        other = next((one for one in here if one in there and here[one] != there[one]), None)
+        if other is not None:
+            raise InputError(
+                f"the run {name!r} cannot warm-start this search: its divergence {other!r} had another source; leave "
+                "it out, or give yours another name"
+            )
         for objective in names:
             here, there = _measured_by(objective, asked), _measured_by(objective, theirs)
             # A run that has no figure of that name says nothing of it.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from autodistill.evaluators.tasks.command import NAME as COMMAND
 from autodistill.evaluators.tasks.command import Command, parse_command
 from autodistill.evaluators.tasks.lm_eval import PREFIX, Harness, find_task
 from autodistill.evaluators.tasks.task import evaluator_of
+from autodistill.options import parsed
 from autodistill.runs.results.objectives import OBJECTIVES, Objective, objectives_of, parse_objectives
-from autodistill.search.request.request import DEFAULT_METRIC, SearchRequest
+from autodistill.search.request.registered import check_again, check_divergences, sources
+from autodistill.search.request.request import DEFAULT_METRIC, SearchRequest, joined
+from autodistill.strategy.divergence import Divergence
 
 # What may rank is measured at every rung, so it must come from the simulated student alone.
 _RANKING = ("scores", "answers", "student")
@@ -27,14 +30,27 @@ class Asked:
     """What is measured beside the usual, because a request asks for it.
 
     Attributes:
-        evaluators: Names of installed ones, and evaluators that a request made.
+        evaluators: Names of installed ones, and evaluators that a request made or a session registered.
         written: The objective for which questions are answered in writing, or "".
         record: For `search.json`: what they were made from.
+        divergences: Those that the Python session registered and a strategy may have.
     """
 
     evaluators: tuple[str | Evaluator, ...]
     written: str
     record: Mapping[str, Any]
+    divergences: tuple[Divergence, ...] = ()
+
+    def with_divergences(self, used: Iterable[str]) -> Asked:
+        """The same with the divergences that a search may use, where they are of this session.
+
+        Raises:
+            InputError: As `check_divergences`.
+        """
+        found = check_divergences(used)
+        written = sources("divergences", used)
+        record = {**self.record, "divergences": written} if written else self.record
+        return replace(self, divergences=found, record=record)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -53,24 +69,34 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
     Raises:
         InputError: A task file, a command, a metric or an objective that cannot be used.
     """
-    own, record = _own(request, known.get("asked", {}))
+    before_this = known.get("asked", {})
+    for kind in ("divergences", "evaluators"):
+        check_again(kind, {name: source for name, source in before_this.get(kind, {}).items() if source})
+    own, record = _own(request, before_this)
     metric = request.metric
     if request.objectives is None:
         before = [one.name for one in objectives_of(known)] if known else []
         default = COMMAND if record["command"] is not None else DEFAULT_METRIC
         text = metric if metric is not None else ",".join(before) or default
     else:
-        text = request.objectives
+        text = joined(request.objectives) or ""
     names = [name.strip() for name in text.split(",")]
     if request.objectives is not None and metric not in (None, names[0]):
         raise InputError(
-            f"--metric {metric} contradicts --objectives {request.objectives}, whose first one ranks: leave --metric "
-            "out"
+            f"--metric {metric} contradicts --objectives {text}, whose first one ranks: leave --metric out"
         )
     own += [find_task(name) for name in names if name.startswith(PREFIX)]
     made = {name: quantity.direction for item in own for name, quantity in item.measures.items()}
-    installed = _installed([name for name in names if name not in made and not _follows(name)])
-    ways = made | {name: quantity.direction for item in installed for name, quantity in item.measures.items()}
+    further = _further(request, before_this)
+    ranking = _installed([name for name in names if name not in made and not _follows(name)])
+    wanted = {item.name: item for item in (*ranking, *further)}
+    given = sources("evaluators", wanted)
+    _check_given([wanted[name] for name in given])
+    if further or given:
+        record["evaluators"] = {name: given.get(name) for name in (*given, *(item.name for item in further))}
+    installed = [item for name, item in wanted.items() if name not in given]
+    own += [wanted[name] for name in given]
+    ways = {name: quantity.direction for item in (*own, *installed) for name, quantity in item.measures.items()}
     if metric is not None and metric not in ways:
         known_ones = ", ".join(sorted({*made, *(name for item in _ranking() for name in item.measures)}))
         raise InputError(
@@ -103,13 +129,13 @@ def moved(record: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[str, ..
 
 def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evaluator], dict[str, Any]]:
     """The evaluators of task files and of a command, and what they were made from, as `search.json` has it."""
-    files = request.tasks if request.tasks is not None else tuple(map(Path, before.get("tasks", ())))
+    files = tuple(map(Path, before.get("tasks", ()) if request.task is None else request.task))
     command = request.metric_command or before.get("command")
     direction = request.metric_direction or before.get("command_direction") or "max"
-    seconds = request.metric_seconds or before.get("command_seconds") or 600.0
-    if command is None and (request.metric_direction or request.metric_seconds):
+    seconds = parsed(request.metric_timeout) or before.get("command_seconds") or 600.0
+    if command is None and (request.metric_direction or request.metric_timeout):
         raise InputError("--metric-direction and --metric-timeout are those of a command: give --metric-command")
-    gone = [file for file in files if request.tasks is None and not file.exists()]
+    gone = [file for file in files if request.task is None and not file.exists()]
     if gone:
         raise InputError(
             f"the run's task file {gone[0]} is not on this machine: give it by --task, wherever it lies now"
@@ -128,6 +154,36 @@ def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evalua
         "command_direction": direction,
         "command_seconds": seconds,
     }
+
+
+def _further(request: SearchRequest, before: Mapping[str, Any]) -> list[Evaluator]:
+    """Return the evaluators that are asked for by name, or were before.
+
+    Raises:
+        InputError: There is none of a name, or it reads an exported file alone.
+    """
+    asked = tuple(before.get("evaluators", ())) if request.evaluators is None else request.evaluators
+    found = [load_evaluator(str(name)) for name in asked]
+    late = next((item.name for item in found if item.needs == "artifact"), None)
+    if late is not None:
+        raise InputError(f"the evaluator {late} reads an exported file, and there is none at a rung: leave it out")
+    return found
+
+
+def _check_given(registered: Sequence[Evaluator]) -> None:
+    """Refuse a registered evaluator that measures what an installed one measures.
+
+    Raises:
+        InputError: Names the measurement.
+    """
+    if not registered:
+        return
+    here = plugins.registered("evaluators")
+    installed = (load_evaluator(name) for name in plugins.names("evaluators") if name not in here)
+    theirs = {figure: item.name for item in installed for figure in item.measures}
+    taken = next((figure for item in registered for figure in item.measures if figure in theirs), None)
+    if taken is not None:
+        raise InputError(f"the evaluator {theirs[taken]} measures {taken} already: give yours another name")
 
 
 def _follows(name: str) -> bool:

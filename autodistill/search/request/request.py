@@ -1,117 +1,412 @@
-"""What a person asks of a search, as it was typed."""
+"""What a person asks of a search, as it was typed: its fields are the options of the command line and of Python."""
 
 from __future__ import annotations
 
-import time
+import time as clock
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache as cached
 from pathlib import Path
+from typing import Annotated, Any, TypeAlias
 
-from autodistill.evaluation.base import Direction
-from autodistill.hardware.budget import Budget, Price
-from autodistill.runs.run_folder import default_cache
+from autodistill.errors import InputError
+from autodistill.evaluation.base import Direction, Evaluator, register_evaluator
+from autodistill.hardware.budget import Budget
+from autodistill.options import (
+    BUDGET_HELP,
+    RUNS,
+    TEACHER,
+    Batch,
+    Cache,
+    Context,
+    Devices,
+    Latency,
+    Option,
+    Out,
+    RayAddress,
+    Storage,
+    options_of,
+    parsed,
+)
+from autodistill.search.callbacks import Callback
+from autodistill.strategy.space import Space
+from autodistill.strategy.strategy import Strategy
+from autodistill.units import parse_bytes, parse_duration
 from autodistill.utils.plain_dataclass import check_no_blank
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
 RUNNERS = ("ray", "inline")
+_SEARCH = ("search", "plan")
+
+Names: TypeAlias = str | Sequence[str] | None
+"""Names parted by commas, or each for itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
     """What a person asks of a search; None is "the default", or on resuming "as before".
 
+    A new option is a field here, and one line of `resolve` that says what it is where nobody asks for it.
+
     Attributes:
-        budget: Limits of the deployed student.
-        context_by_default: Whether nobody asked for the budget's context: it is then lowered to what the teacher and
-            every pretrained model read, and on resuming it is as before.
-        memory_by_default, batch_by_default, device_by_default: Whether nobody asked for the budget's memory, batch
-            or device: on resuming they are as before.
-        strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
-        teacher, data, space, metric, sampler: References and names.
-        baselines: Names or files of the strategies that run first and are to be beaten, in place of the space's.
-        tasks: Task files, whose tasks are measured beside the metric; one of them may be the metric, as "task:NAME".
-        metric_command: A command that scores the student's folder; it ranks unless `metric` says otherwise.
-        metric_direction: Whether more or less of its scores is better; more by default.
-        metric_seconds: After which it is ended; ten minutes by default.
-        objectives: Names parted by commas, where a search has more than its metric.
-        device: Name of the one that the student is for, or None for this machine; a predicted latency is there.
-        trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one. On
-            resuming, more trials than were planned extend the search.
-        sequence_length: Tokens of a training or evaluated sequence; 256 by default.
-        warm_start: Names of earlier runs of the same space, teacher and data, parted by commas, to learn from.
-        step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default, and on an
-            accelerator as many as make it fast.
-        time_seconds: The time box; on resuming a finished search, of what it is extended by.
-        explore: Share of a time box's training that goes to trials; in the rest the best are trained on. By default
-            half, and all of it where the space has lengths of its own or `confirm` takes the rest.
-        confirm: Further seeds on which the best few are trained before one is chosen; none by default.
-        seed: Of data order, projections and proposals.
-        students_only: Whether only trained students may be chosen, and not what needs no training where that is better;
-            a strategy that alone is trained always is.
-        name: Of the run; a date and time by default.
-        out: Folder of the runs.
+        teacher, data: A reference, or a loaded model of transformers and a `datasets.Dataset`.
+        budget: A `Budget` says memory, context, batch, device and latency itself; the options of those names then say
+            nothing, but for `device`, where a latency is predicted.
         resume: Go on with the run `name`.
-        runner: "ray" or "inline".
-        ray_address: Of a running cluster to join, "auto" or host:port; by default a Ray is started here.
-        gpus_per_trial: A fraction, so that several trials share a GPU, or a whole number; one by default.
-        cpus_per_trial: Cores of a trial, where there are GPUs of each of its processes; planned by default.
-        storage: URI below which events, checkpoints, students and what trials read are kept, so that the search, and
-            each of its trials, can go on from any node that reaches it; by default they lie in `out` and `cache` alone.
-        cache: Folder of everything that later searches may use again.
-        cache_limit_bytes: Disk that cached teacher outputs may take, and on each node the copies of what a storage has.
-        checkpoint_limit_bytes: Disk that checkpoints of stages and trained students may take in the run's folder, what
-            is needed aside; by default a quarter of what is free.
         sharing, forking: Whether trials continue each other's stages, and whether proposals fork one on
             purpose; off to measure what each is worth. On resuming as before.
-        price: Of an hour, for the cost of a plan.
         command: As typed, for the record.
         started: `time.monotonic()` at which the time box began.
     """
 
-    budget: Budget
-    context_by_default: bool = False
-    memory_by_default: bool = False
-    batch_by_default: bool = False
-    device_by_default: bool = False
-    strategy: str | None = None
-    teacher: str | None = None
-    data: str | None = None
-    space: str | None = None
-    baselines: tuple[str, ...] | None = None
-    metric: str | None = None
-    objectives: str | None = None
-    device: str | None = None
-    sampler: str | None = None
-    tasks: tuple[Path, ...] | None = None
-    metric_command: str | None = None
-    metric_direction: Direction | None = None
-    metric_seconds: float | None = None
-    trials: int | None = None
-    tokens: int | None = None
-    sequence_length: int | None = None
-    step_tokens: int | None = None
-    warm_start: str | None = None
-    time_seconds: float | None = None
-    explore: float | None = None
-    confirm: int | None = None
-    seed: int | None = None
-    students_only: bool | None = None
-    name: str | None = None
-    out: Path = Path("results/runs")
-    resume: bool = False
-    runner: str = "ray"
-    ray_address: str | None = None
-    gpus_per_trial: float | None = None
-    cpus_per_trial: int | None = None
-    storage: str | None = None
-    cache: Path = field(default_factory=default_cache)
-    cache_limit_bytes: int = 8 * 10**9
-    checkpoint_limit_bytes: int | None = None
+    strategy: Annotated[
+        str | Path | Strategy | None,
+        Option(
+            help="A name that autodistill strategies lists, or a YAML file.",
+            metavar="STRATEGY",
+            argument=True,
+            complete="strategies",
+            required=True,
+            commands=("distill", "plan"),
+        ),
+    ] = None
+    budget: Annotated[
+        str | int | Budget | None,
+        Option(
+            help=f"{BUDGET_HELP}.",
+            helps={"distill": f"{BUDGET_HELP} (default: no limit)."},
+            metavar="SIZE",
+            parse=parse_bytes,
+            section="Budget",
+        ),
+    ] = None
+    device: Annotated[
+        str | None,
+        Option(
+            help='Device the student will run on, like 4090, "pi 5" or local; sets the budget.',
+            metavar="NAME",
+            complete="devices",
+            section="Budget",
+        ),
+    ] = None
+    latency: Latency = None
+    devices: Devices = None
+    context: Context = None
+    batch: Batch = None
+    teacher: Annotated[str | Path | object | None, TEACHER] = None
+    tokenizer: Annotated[
+        object | None, Option(help="Tokenizer of a teacher that is given as a loaded model.", python=True)
+    ] = None
+    data: Annotated[
+        str | Path | object | None,
+        Option(
+            help="Text to train and measure on: a folder, a .txt, .jsonl or .parquet file, reasoning-gym:TASK, a hub "
+            "id, or pydoc (default).",
+            metavar="REF",
+            section="Model and data",
+        ),
+    ] = None
+    metric: Annotated[
+        str | None,
+        Option(
+            help="Score that ranks the students: accuracy (default), agreement, kl, ece, perplexity, exact_match, "
+            "task:NAME, lm-eval:TASK, or one of an evaluator that you installed.",
+            metavar="NAME",
+            section="Scores",
+        ),
+    ] = None
+    objectives: Annotated[
+        Names,
+        Option(
+            help="Search for a Pareto front, like accuracy,memory,latency. The first one picks the export.",
+            metavar="NAMES",
+            section="Scores",
+            commands=_SEARCH,
+        ),
+    ] = None
+    task: Annotated[
+        Sequence[str | Path] | None,
+        Option(
+            help="YAML file of tasks to measure; --metric task:NAME ranks by one of them. Repeatable.",
+            metavar="FILE",
+            typed=list[Path],
+            section="Scores",
+        ),
+    ] = None
+    metric_command: Annotated[
+        str | None,
+        Option(
+            help="Your own metric: a command that gets {student}, a folder, and {data}, a JSONL file, and prints "
+            "scores as JSON.",
+            metavar="CMD",
+            section="Scores",
+        ),
+    ] = None
+    metric_direction: Annotated[
+        Direction | None,
+        Option(
+            help="Whether higher (max, the default) or lower (min) scores of the command are better.",
+            typed=Direction,
+            section="Scores",
+        ),
+    ] = None
+    metric_timeout: Annotated[
+        str | float | None,
+        Option(
+            help="Kill the metric command after this long (default: 10m).",
+            metavar="TIME",
+            parse=parse_duration,
+            section="Scores",
+        ),
+    ] = None
+    evaluators: Annotated[
+        Sequence[str | Evaluator] | None,
+        Option(
+            help="Evaluators that are read at every rung beside the usual ones: objects, or names of installed ones.",
+            python=True,
+        ),
+    ] = None
+    space: Annotated[
+        str | Path | Space | None,
+        Option(
+            help="Search space: a name that autodistill spaces lists, or a YAML file.",
+            metavar="NAME|FILE",
+            complete="spaces",
+            section="Search",
+            commands=_SEARCH,
+        ),
+    ] = None
+    baseline: Annotated[
+        Sequence[str | Path] | None,
+        Option(
+            help="Strategy to beat (a name or a YAML file), instead of the space's own baselines. Repeatable.",
+            metavar="NAME|FILE",
+            typed=list[str],
+            complete="strategies",
+            section="Search",
+            commands=_SEARCH,
+        ),
+    ] = None
+    sampler: Annotated[
+        str | None,
+        Option(
+            help="Method that proposes strategies: tpe (default), gp, nsga2 or random.",
+            metavar="NAME",
+            section="Search",
+            commands=_SEARCH,
+        ),
+    ] = None
+    time: Annotated[
+        str | float | None,
+        Option(
+            help="Time for the whole run, like 45m or 1h30m (default: 10m, or 30m with an accelerator).",
+            metavar="TIME",
+            parse=parse_duration,
+            section="Search",
+        ),
+    ] = None
+    trials: Annotated[
+        int | None,
+        Option(
+            help="Number of strategies to try (default: what the time allows). With --resume, the new total.",
+            metavar="N",
+            typed=int,
+            section="Search",
+            commands=_SEARCH,
+        ),
+    ] = None
+    explore: Annotated[
+        float | None,
+        Option(
+            help="Share of the training time for trying strategies; the rest trains the best (default: 0.5).",
+            metavar="SHARE",
+            typed=float,
+            section="Search",
+            commands=_SEARCH,
+        ),
+    ] = None
+    confirm: Annotated[
+        int | None,
+        Option(
+            help="Retrain the best 3 and the baseline on N more seeds; the best mean is chosen.",
+            metavar="N",
+            typed=int,
+            section="Search",
+            commands=_SEARCH,
+        ),
+    ] = None
+    students_only: Annotated[
+        bool | None,
+        Option(
+            help="Export the best trained student, even if the quantised teacher does better.",
+            typed=bool,
+            section="Search",
+            commands=_SEARCH,
+        ),
+    ] = None
+    warm_start: Annotated[
+        Names,
+        Option(
+            help="Learn from earlier runs of the same space, teacher and data; the best strategy of each is tried "
+            "first.",
+            metavar="RUN[,RUN]",
+            complete="runs",
+            section="Search",
+            commands=_SEARCH,
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Option(
+            help="Seed of data order, projections and proposals (default: 0).",
+            metavar="N",
+            typed=int,
+            least=0,
+            section="Search",
+        ),
+    ] = None
+    tokens: Annotated[
+        int | None,
+        Option(
+            help="Training tokens of each trial (default: what the time allows).",
+            metavar="TOKENS",
+            typed=int,
+            section="Training",
+        ),
+    ] = None
+    sequence_length: Annotated[
+        int | None,
+        Option(
+            help="Length of the sequences in training and evaluation (default: 256).",
+            metavar="TOKENS",
+            typed=int,
+            section="Training",
+        ),
+    ] = None
+    step_tokens: Annotated[
+        int | None,
+        Option(
+            help="Training tokens of each optimiser step (default: one sequence; on a GPU, what keeps it busy).",
+            metavar="TOKENS",
+            typed=int,
+            section="Training",
+        ),
+    ] = None
+    name: Annotated[
+        str | None, Option(help="Name of the run (default: date and time).", metavar="RUN", section="Run")
+    ] = None
+    out: Out = RUNS
+    resume: Annotated[
+        bool,
+        Option(help="Continue the run given by --name, with the settings it has.", typed=bool, section="Run"),
+    ] = False
+    runner: Annotated[
+        str,
+        Option(
+            help="How trials run: ray for workers side by side, inline for this process alone.",
+            metavar="NAME",
+            section="Workers",
+        ),
+    ] = "ray"
+    ray_address: RayAddress = None
+    gpus_per_trial: Annotated[
+        float | None,
+        Option(
+            help="GPUs of each trial: a fraction, like 0.25, or a whole number (default: 1).",
+            metavar="X",
+            typed=float,
+            section="Workers",
+        ),
+    ] = None
+    cpus_per_trial: Annotated[
+        int | None,
+        Option(
+            help="Cores of each trial, or of each GPU's process in it (default: planned).",
+            metavar="N",
+            typed=int,
+            section="Workers",
+        ),
+    ] = None
+    storage: Storage = None
+    cache: Cache = None
+    cache_limit: Annotated[
+        str | int,
+        Option(
+            help="Disk space for teacher outputs, and for copies from --storage on each node.",
+            metavar="SIZE",
+            parse=parse_bytes,
+            section="Storage",
+        ),
+    ] = "8GB"
+    checkpoint_limit: Annotated[
+        str | int | None,
+        Option(
+            help="Disk space for the run's checkpoints and students (default: a quarter of what is free).",
+            metavar="SIZE",
+            parse=parse_bytes,
+            section="Storage",
+        ),
+    ] = None
+    callbacks: Annotated[
+        Sequence[Callback],
+        Option(help="Objects of `Callback` classes, told of trials, steps, rungs and exports.", python=True),
+    ] = ()
     sharing: bool = True
     forking: bool = True
-    price: Price | None = None
     command: str = "autodistill search"
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=clock.monotonic)
 
     def __post_init__(self) -> None:
         check_no_blank(self)
+        for name, option in _declared().items():
+            value = getattr(self, name)
+            if option.parse is not None and isinstance(value, str):
+                object.__setattr__(self, name, option.parse(value))
+        if self.evaluators is not None:
+            # An object is known by its name from here on, in this session and in the run's records.
+            object.__setattr__(self, "evaluators", tuple(map(_named, self.evaluators)))
+        if not isinstance(self.budget, Budget):
+            self._check_limits()
+
+    def _check_limits(self) -> None:
+        """Refuses limits that cannot be, before a device is looked for, since that may measure this machine."""
+        if (self.strategy, self.budget, self.device) == (None, None, None) and not self.resume:
+            raise InputError(
+                "search needs the memory that the student may take: --budget like 16GB, or --device like 4090"
+            )
+        if self.devices and self.device is None:
+            raise InputError("--devices only describes devices: choose one with --device")
+        check_room(self.batch, parsed(self.latency) or (), "--batch")
+        context, batch = (1 if given is None else given for given in (self.context, self.batch))
+        Budget(memory_bytes=1, context=context, batch=batch)
+
+
+def _named(evaluator: str | Evaluator) -> str:
+    return evaluator if isinstance(evaluator, str) else register_evaluator(evaluator)
+
+
+def joined(names: Names) -> str | None:
+    """Names as one text, parted by commas."""
+    return names if names is None or isinstance(names, str) else ",".join(names)
+
+
+@cached
+def _declared() -> dict[str, Option]:
+    return options_of(SearchRequest)
+
+
+def check_room(at_once: int | None, limits: Sequence[Any], option: str) -> None:
+    """Refuses fewer sequences at once, where they were asked for, than a limit of latency has streams.
+
+    Args:
+        at_once: Sequences, or None.
+        limits: Of latency.
+        option: What says how many, like "--batch".
+    """
+    most = max((limit.streams for limit in limits), default=1)
+    if at_once is not None and 1 <= at_once < most:
+        raise InputError(
+            f"{option} {at_once} contradicts --latency @streams={most}, which needs the memory of {most} streams: give "
+            f"{option} {most} or more, or leave it out, or lower the streams"
+        )

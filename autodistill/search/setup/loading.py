@@ -38,7 +38,8 @@ from autodistill.quantization.formats import get_format
 from autodistill.search.planning.placement import Place, Workers, process_bytes, share_out
 from autodistill.search.planning.representatives import cases, signal_cases
 from autodistill.search.planning.trial_memory import TrialMemory
-from autodistill.search.request.validate import Checked, check_students
+from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.request.validate import check_students
 from autodistill.search.setup.training_setup import main_memory, memory_of_trials, planned_for, tokens_of_step
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
@@ -103,11 +104,11 @@ class Loaded:
         caveat = (self.caveat,) if self.caveat else ()
         return (*self.data.notes, *few_positions(self.data), *caveat, *self.templates.values())
 
-    def teacher_deployments(self, checked: Checked) -> tuple[Deployment, ...]:
+    def teacher_deployments(self, checked: SearchConfig) -> tuple[Deployment, ...]:
         """Those that the teacher is evaluated under: of the space, and the one that has its own codes."""
         deployments = checked.space.deployments
         if self.stored is not None:
-            deployments = served(self.stored.among(deployments), checked.request.budget)
+            deployments = served(self.stored.among(deployments), checked.budget)
         return holdable(self.spec, deployments)
 
     def stepping(self, tokens: int) -> Loaded:
@@ -119,7 +120,7 @@ class Loaded:
         return load_held(self.teacher.folder, self.teacher_fit.held, device)
 
 
-def load(checked: Checked, place: Place) -> Loaded:
+def load(checked: SearchConfig, place: Place) -> Loaded:
     """Teacher and data on this machine's disk, and how the machines are shared out.
 
     Raises:
@@ -127,20 +128,19 @@ def load(checked: Checked, place: Place) -> Loaded:
             to fit, or no deployment that can hold a student with the teacher's tokenizer.
         NothingFitsError: None of those that can fits the budget.
     """
-    request = checked.request
     _compare_tokens(checked)
-    teacher = materialise(checked.teacher, request.cache)
+    teacher = materialise(checked.teacher, checked.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     # A run of an earlier version goes on without the row of a teacher's own codes.
     if checked.stored is None or "stored_as" in checked.stored["teacher"]:
-        teacher, stored = stored_as(checked.teacher, teacher, spec, request.cache)
+        teacher, stored = stored_as(checked.teacher, teacher, spec, checked.cache)
     else:
         stored = None
     if reason := cannot_cut(teacher.folder, spec.vocabulary):
         spec = replace(spec, text_not_in_gguf=reason)
         check_students(checked, spec)
     length = checked.sequence_length
-    models = {model: materialise(resolve_teacher(model), request.cache) for model in checked.space.models}
+    models = {model: materialise(resolve_teacher(model), checked.cache) for model in checked.space.models}
     pretrained = {model: found.folder for model, found in models.items()}
     rows = {model: token_rows(folder, teacher.folder).numpy() for model, folder in pretrained.items()}
     own, refused = _own_templates(checked, teacher.folder, pretrained)
@@ -150,7 +150,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         teacher.folder,
         tokenizer_fingerprint(teacher.folder),
         length,
-        request.cache,
+        checked.cache,
         templates=tuple(own.values()),
     )
     data = replace(data, notes=(*checked.source.notes, *data.notes))
@@ -168,7 +168,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         teacher=teacher,
         data=data,
         spec=spec,
-        workers=share_out(place.machines, main_bytes, request.runner, place.share),
+        workers=share_out(place.machines, main_bytes, checked.runner, place.share),
         device="cuda" if place.here.gpus else "cpu",
         bf16=place.here.bf16,
         threads=place.here.cpus,
@@ -178,7 +178,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         largest=largest,
         most_parameters=most,
         memory=replace(
-            whole, share_bytes=process_bytes(place.machines, whole.limit_bytes, main_bytes, request.runner, place.share)
+            whole, share_bytes=process_bytes(place.machines, whole.limit_bytes, main_bytes, checked.runner, place.share)
         ),
         untrained=untrained,
         teacher_fit=teacher_fit,
@@ -187,11 +187,11 @@ def load(checked: Checked, place: Place) -> Loaded:
         templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
         caveat=_caveat(checked, reason, teacher.folder),
         stored=stored,
-        ranked=_ranked(stored, spec, request.budget),
+        ranked=_ranked(stored, spec, checked.budget),
     )
 
 
-def _compare_tokens(checked: Checked) -> None:
+def _compare_tokens(checked: SearchConfig) -> None:
     """Refuses pretrained models of another tokenizer before any weight is obtained.
 
     Raises:
@@ -207,7 +207,7 @@ def _compare_tokens(checked: Checked) -> None:
 
 
 def _own_templates(
-    checked: Checked, teacher: Path, pretrained: Mapping[str, Path]
+    checked: SearchConfig, teacher: Path, pretrained: Mapping[str, Path]
 ) -> tuple[dict[str, Template], dict[str, str]]:
     """The chat templates of pretrained models that render the data otherwise than the teacher's, and why others are
     not used, both by the models' references.
@@ -233,7 +233,7 @@ def _own_templates(
 
 
 def _check_sayable(
-    checked: Checked,
+    checked: SearchConfig,
     teacher: Path,
     data: Prepared,
     rows: Mapping[str, npt.NDArray[np.int64]],
@@ -280,7 +280,7 @@ def few_positions(data: Prepared) -> tuple[str, ...]:
     )
 
 
-def _caveat(checked: Checked, reason: str, teacher: Path) -> str:
+def _caveat(checked: SearchConfig, reason: str, teacher: Path) -> str:
     """What a person must know of GGUF files of this teacher's text, or nothing where the space has none.
 
     Args:

@@ -27,7 +27,7 @@ from autodistill.quantization.formats import get_format
 from autodistill.search.planning.durations import Demand, Speed
 from autodistill.search.planning.plan import ENOUGH_STEPS, check_box, make_plan, step_sequences
 from autodistill.search.request.feasibility import by_size
-from autodistill.search.request.validate import Checked
+from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
 from autodistill.search.setup.teacher_phase import cache_settings, most_cached
 from autodistill.search.setup.throughput import measure_speed, moving_seconds
@@ -42,7 +42,7 @@ _ASKED_SHARE = 0.02
 BOX_CPU, BOX_GPU = 600.0, 1800.0
 
 
-def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
+def plan_from_measurement(checked: SearchConfig, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
     """Measures this machine for a few seconds and plans for it; `spent` seconds of the box are gone.
 
     On an accelerator an optimiser step has as many sequences as `step_sequences` finds, unless its size was asked for.
@@ -51,15 +51,14 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         InputError: A time box that holds no training at all, a task or command that cannot be used, or memory that
             holds no pass of the teacher, or no step of the largest student.
     """
-    request = checked.request
     all_tokens = loaded.data.splits["train"].sequences * checked.sequence_length
     # How many tokens a trial may have is not asked where that is fixed and nothing is trained on.
-    cached = all_tokens if request.tokens and checked.explore == 1 else most_cached(checked, loaded)
-    train_tokens = all_tokens if request.tokens else min(all_tokens, cached)
+    cached = all_tokens if checked.tokens and checked.explore == 1 else most_cached(checked, loaded)
+    train_tokens = all_tokens if checked.tokens else min(all_tokens, cached)
     students = by_size(checked.space, loaded.spec)
     init = loaded.largest[0].init
-    box = request.time_seconds
-    if box is None and not ((request.trials or request.strategy) and request.tokens):
+    box = checked.time_seconds
+    if box is None and not ((checked.trials or checked.strategy) and checked.tokens):
         box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
 
     def largest(model: Any) -> Any:
@@ -153,7 +152,7 @@ def _planned_elsewhere(loaded: Loaded) -> tuple[str, ...]:
 
 
 def _demand(
-    checked: Checked,
+    checked: SearchConfig,
     loaded: Loaded,
     students: Sequence[tuple[Strategy, ModelSpec]],
     *,
@@ -177,7 +176,7 @@ def _demand(
     allowed = [
         [
             fit.deployment
-            for fit in fits(student, holdable(student, checked.space.deployments), checked.request.budget)
+            for fit in fits(student, holdable(student, checked.space.deployments), checked.budget)
             if fit.slack <= 0
         ]
         for _, student in students
@@ -185,8 +184,8 @@ def _demand(
     return Demand(
         box_seconds=box_seconds,
         spent_seconds=spent,
-        trials=0 if checked.request.strategy else checked.request.trials,
-        tokens=checked.request.tokens,
+        trials=0 if checked.strategy else checked.trials,
+        tokens=checked.tokens,
         baselines=len(checked.space.baselines),
         teacher_deployments=len(loaded.teacher_deployments(checked)),
         deployments=max(map(len, allowed)),
@@ -195,7 +194,7 @@ def _demand(
         test_tokens=splits["test"].sequences * checked.sequence_length,
         parameters=loaded.spec.parameters,
         seed=checked.seed,
-        ray=checked.request.runner == "ray",
+        ray=checked.runner == "ray",
         sequence_length=checked.sequence_length,
         step_tokens=loaded.step_tokens,
         confirm=checked.confirm,
@@ -206,7 +205,7 @@ def _demand(
     )
 
 
-def _sizes(checked: Checked, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:
+def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:
     """Sequences of the training steps that are timed: 1 alone on a CPU, where more train no faster.
 
     On an accelerator, up to as many as memory holds in a pass with what a fit leaves to spare, and as can leave a trial
@@ -214,10 +213,10 @@ def _sizes(checked: Checked, loaded: Loaded, train_tokens: int) -> tuple[int, ..
     """
     if "cpu" in (loaded.device, loaded.workers.device):
         return (1,)
-    if checked.request.step_tokens:
+    if checked.step_tokens:
         # Past the size from which more is not worth it, the rate is that of all.
         return tuple(sorted({*_doubled(loaded.fit.micro_batch), loaded.fit.micro_batch}))
-    tokens = checked.request.tokens or train_tokens
+    tokens = checked.tokens or train_tokens
     most = min(PASS_TOKENS // checked.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
 
     def held(size: int) -> bool:
@@ -236,12 +235,12 @@ def _doubled(most: int) -> list[int]:
 
 
 def _with_step(
-    checked: Checked, loaded: Loaded, demand: Demand, speed: Speed, rates: Mapping[int, float]
+    checked: SearchConfig, loaded: Loaded, demand: Demand, speed: Speed, rates: Mapping[int, float]
 ) -> tuple[Demand, Speed, tuple[str, ...]]:
     """The demand with the tokens of an optimiser step, the speed of such steps, and a note where they were chosen."""
     if len(rates) == 1:
         return demand, speed, ()
-    if checked.request.step_tokens:
+    if checked.step_tokens:
         return demand, replace(speed, worker_train=rates[max(rates)]), ()
 
     def stepping(size: int) -> tuple[Demand, Speed]:
@@ -263,7 +262,7 @@ def _with_step(
 
 
 def _time_asked(
-    checked: Checked, loaded: Loaded, teacher: Any, speed: Speed, box: float | None
+    checked: SearchConfig, loaded: Loaded, teacher: Any, speed: Speed, box: float | None
 ) -> tuple[Speed, float, tuple[str, ...]]:
     """Asks the teacher a few examples of each task, and says how many of them the box pays for at an evaluation.
 
@@ -293,7 +292,7 @@ def _time_asked(
             IN_16_BITS,
             data,
             None,
-            budget=checked.request.budget,
+            budget=checked.budget,
             evaluators=(item,),
             device=loaded.device,
             share=share,
@@ -353,7 +352,7 @@ class OutputsPace:
         )
 
 
-def time_outputs(checked: Checked, loaded: Loaded, teacher: Any) -> OutputsPace:
+def time_outputs(checked: SearchConfig, loaded: Loaded, teacher: Any) -> OutputsPace:
     """Times both on the first sequences of the data, of which no more is kept than the figures.
 
     Args:
@@ -366,12 +365,12 @@ def time_outputs(checked: Checked, loaded: Loaded, teacher: Any) -> OutputsPace:
     cache, answering = None, 0.0
     if not settings.empty:
         some = load_split(loaded.data.folder, "train").head(pass_tokens(teacher, loaded.device))
-        root = checked.request.cache / "teacher-outputs"
+        root = checked.cache / "teacher-outputs"
         cache = writing_rate(teacher, some, settings, root, loaded.device)
     if checked.asked.written:
         asked = load_split(loaded.data.folder, "validation").head(_ANSWERED * checked.sequence_length)
         if asked.questions is not None:
             began = time.perf_counter()
-            answer(teacher, asked.questions, context=checked.request.budget.context, device=loaded.device)
+            answer(teacher, asked.questions, context=checked.budget.context, device=loaded.device)
             answering = (time.perf_counter() - began) / asked.tokens.size
     return OutputsPace(cache=cache, answering=answering)

@@ -35,7 +35,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.search.planning.plan import fewest_tokens
 from autodistill.search.planning.representatives import alignment_cases, attention_cases, signal_cases
 from autodistill.search.request.metrics import Asked
-from autodistill.search.request.validate import Checked
+from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.strategy.deployment import Deployment
@@ -46,7 +46,7 @@ from autodistill.utils.clock import now
 EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
 
 
-def calibration_file(checked: Checked, loaded: Loaded) -> Path | None:
+def calibration_file(checked: SearchConfig, loaded: Loaded) -> Path | None:
     """File of the teacher's calibration, made if a strategy of the space chooses by it."""
     if not any(strategy.init.selective for strategy in checked.space.extremes()):
         return None
@@ -55,7 +55,7 @@ def calibration_file(checked: Checked, loaded: Loaded) -> Path | None:
         teacher_fingerprint=loaded.outputs_of,
         data_fingerprint=loaded.data.fingerprint,
         data=load_split(loaded.data.folder, "train"),
-        root=checked.request.cache / "calibrations",
+        root=checked.cache / "calibrations",
         device=loaded.device,
     )
 
@@ -82,32 +82,32 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path 
     return CacheSettings.for_recipes(signal_cases(space), states, bf16)
 
 
-def check_cache_limit(checked: Checked, loaded: Loaded) -> None:
+def check_cache_limit(checked: SearchConfig, loaded: Loaded) -> None:
     """Refuses a limit that does not hold the outputs for the shortest trials, before anything is measured.
 
     Raises:
         InputError: The message has the least that would do.
     """
-    request, longest = checked.request, max(checked.space.lengths)
-    tokens = fewest_tokens(loaded.step_tokens, request.tokens)
+    longest = max(checked.space.lengths)
+    tokens = fewest_tokens(loaded.step_tokens, checked.tokens)
     length = checked.sequence_length
     sequences = min(int(longest * tokens) // length, loaded.data.splits["train"].sequences)
     settings = cache_settings(checked.space, loaded.spec, False, None)
     need = settings.bytes_of(sequences, length, loaded.spec.vocabulary, loaded.spec.width)
-    if need > request.cache_limit_bytes and not settings.empty:
+    if need > checked.cache_limit_bytes and not settings.empty:
         raise InputError(
             f"the teacher cache needs at least {format_bytes(need)} for trials of {tokens:,} tokens, above its limit "
-            f"of {format_bytes(request.cache_limit_bytes)}: give --cache-limit {written_bytes(need)} or more"
+            f"of {format_bytes(checked.cache_limit_bytes)}: give --cache-limit {written_bytes(need)} or more"
         )
 
 
-def most_cached(checked: Checked, loaded: Loaded) -> int:
+def most_cached(checked: SearchConfig, loaded: Loaded) -> int:
     """Training tokens of a trial of which the limit holds the teacher's outputs; all there are where none are cached.
 
     On an accelerator, whose trials may read so many, layers that a calibration chooses are counted too: it is made here
     where the states of all layers would not do. Elsewhere those are found missing, if ever, once the cache is made.
     """
-    request, space, spec = checked.request, checked.space, loaded.spec
+    space, spec = checked.space, loaded.spec
     length, sequences = checked.sequence_length, loaded.data.splits["train"].sequences
     settings = cache_settings(space, spec, loaded.workers.bf16, None)
     if settings.empty:
@@ -115,7 +115,7 @@ def most_cached(checked: Checked, loaded: Loaded) -> int:
 
     def held(settings: CacheSettings) -> int:
         one = settings.bytes_of(1, length, spec.vocabulary, spec.width)
-        return min(sequences, request.cache_limit_bytes // one)
+        return min(sequences, checked.cache_limit_bytes // one)
 
     if settings.states and "cpu" not in (loaded.device, loaded.workers.device):
         every = replace(settings, states=tuple(range(spec.layers)))
@@ -125,7 +125,7 @@ def most_cached(checked: Checked, loaded: Loaded) -> int:
 
 
 def teacher_phase(
-    checked: Checked,
+    checked: SearchConfig,
     loaded: Loaded,
     plan: Plan,
     run: RunFolder,
@@ -150,7 +150,7 @@ def teacher_phase(
         data=loaded.data.folder,
         cache=cache,
         checkpoints=run.checkpoints,
-        budget=checked.request.budget,
+        budget=checked.budget,
         plan=plan,
         evaluators=_evaluators(checked.asked),
         metric=checked.metric,
@@ -160,6 +160,7 @@ def teacher_phase(
         pretrained=loaded.pretrained,
         held=loaded.teacher_fit.held,
         renderings=loaded.renderings,
+        divergences=checked.asked.divergences,
     )
     rows = [row for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"]
     setting = replace(setting, evaluators=_expecting(setting.evaluators, rows, validation))
@@ -174,7 +175,9 @@ def teacher_phase(
     return setting
 
 
-def _cache(checked: Checked, loaded: Loaded, settings: CacheSettings, plan: Plan, run: RunFolder, clock: Clock) -> Path:
+def _cache(
+    checked: SearchConfig, loaded: Loaded, settings: CacheSettings, plan: Plan, run: RunFolder, clock: Clock
+) -> Path:
     """Folder of the teacher's outputs, made if it is not there, which the run holds from then on."""
     with clock.phase("cache", "teacher cache"):
         make = partial(
@@ -186,8 +189,8 @@ def _cache(checked: Checked, loaded: Loaded, settings: CacheSettings, plan: Plan
             vocabulary=loaded.spec.vocabulary,
             width=loaded.spec.width,
             settings=settings,
-            root=checked.request.cache / "teacher-outputs",
-            limit_bytes=checked.request.cache_limit_bytes,
+            root=checked.cache / "teacher-outputs",
+            limit_bytes=checked.cache_limit_bytes,
             device=loaded.device,
         )
         # Another search may make room just between the two.

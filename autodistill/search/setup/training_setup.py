@@ -16,7 +16,7 @@ from autodistill.search.planning.placement import Place, train_in_bf16
 from autodistill.search.planning.representatives import cases, signal_cases
 from autodistill.search.planning.trial_memory import TrialMemory, most_demanding
 from autodistill.search.request.feasibility import by_size
-from autodistill.search.request.validate import Checked
+from autodistill.search.request.resolve import SearchConfig
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Alignment, Attention, Distillation, Lora, Strategy
 
@@ -44,14 +44,14 @@ def _limit_bytes(place: Place) -> int:
     return min(share_bytes(total, place.share.gpus, free) for total, free in gpus)
 
 
-def tokens_of_step(checked: Checked, place: Place) -> int:
+def tokens_of_step(checked: SearchConfig, place: Place) -> int:
     """Tokens of an optimiser step: asked for, stored, or else a sequence for each process, the least there can be.
 
     Raises:
         InputError: They do not divide over the processes of a trial.
     """
     length, processes = checked.sequence_length, place.share.processes
-    tokens = checked.request.step_tokens or processes * length
+    tokens = checked.step_tokens or processes * length
     if checked.stored:
         tokens = checked.stored["plan"]["batch_tokens"]
     if tokens % (processes * length):
@@ -62,7 +62,7 @@ def tokens_of_step(checked: Checked, place: Place) -> int:
     return tokens
 
 
-def trainable(checked: Checked, place: Place, line: Callable[[str], None]) -> Checked:
+def trainable(checked: SearchConfig, place: Place, line: Callable[[str], None]) -> SearchConfig:
     """The request without its space's optional choices, where training their students fits no machine here.
 
     Args:
@@ -85,7 +85,7 @@ def trainable(checked: Checked, place: Place, line: Callable[[str], None]) -> Ch
 
 
 def planned_for(
-    checked: Checked, memory: TrialMemory, step_tokens: int
+    checked: SearchConfig, memory: TrialMemory, step_tokens: int
 ) -> tuple[tuple[Strategy, ModelSpec], int, Callable[[int], TrainingFit], str]:
     """The student that a plan is made for, the most weights of any that is trained, how steps of so many tokens train
     it, and why others are not trained.
@@ -121,7 +121,7 @@ def main_memory(space: Space, memory: TrialMemory, most: int, teacher_fit: Teach
     return stored + 4 * most + TRAINING_PROCESS_BYTES
 
 
-def _training(checked: Checked, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:
+def _training(checked: SearchConfig, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:
     """How the largest student of the space is trained where trials run, in steps of so many tokens.
 
     Raises:

@@ -50,7 +50,7 @@ def export(
     storages = {tensor.name: deployment.storage(tensor) for tensor in bench.spec.tensors}
     with bench.shown(storages), quantized_cache(bench.model, deployment.cache_types):
         simulated = choices(bench.model, read, device=bench.device)
-    run = verify_runtime(artifact, deployment, simulated, read.tokens[:, :-1], 1, teacher.folder)
+    run = verify_runtime(exporter, artifact, deployment, simulated, read.tokens[:, :-1], 1, teacher.folder)
     subject = Subject(spec=bench.spec, deployment=deployment, budget=budget, artifact=artifact.path, threads=1)
     (memory,) = load_evaluator("memory").evaluate(subject)
     server = ["llama-server", "--model", str(artifact.path), "--ctx-size", str(budget.context)]

@@ -12,7 +12,6 @@ import torch
 from autodistill.distillation.training.fsdp import Sharding
 from autodistill.distillation.training.trainer import StepRecord
 from autodistill.errors import TrialFailedError
-from autodistill.evaluation.early_stopping import Bar
 from autodistill.inference.torch_memory import TooManyAtOnce
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.failures import explained
@@ -34,7 +33,6 @@ class Assignment:
         until: When a trial that is trained on past the plan is to be trained: it then ends short of
             its length. None for all of its length.
         threads: CPU threads that the worker has for this, where nothing else runs; 0 for as many as ever.
-        bar: What the trial must reach at the rung to go on, as those before it stand there; None for no such.
     """
 
     task: TrialTask
@@ -43,7 +41,6 @@ class Assignment:
     keep: bool = False
     until: Moment | None = None
     threads: int = 0
-    bar: Bar | None = None
 
 
 def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport | None:
@@ -61,7 +58,7 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
             first = bench.sharding is None or bench.sharding.rank == 0
             return trial.evaluate(assignment.deployment) if first else None
         with _threads(assignment.threads):
-            return trial.run(assignment.rung, keep=assignment.keep, until=assignment.until, bar=assignment.bar)
+            return trial.run(assignment.rung, keep=assignment.keep, until=assignment.until)
     except (OutOfTime, TooManyAtOnce):
         raise
     except Exception as error:  # a fault of one trial never ends a search

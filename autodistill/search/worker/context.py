@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from autodistill import plugins
 from autodistill.data.dataset import TokenSet, fingerprint_of, load_split
 from autodistill.distillation.losses.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.losses.hidden_states import layer_map
@@ -42,6 +43,8 @@ class Workbench:
         torch.set_num_threads(self.setting.plan.threads)
         keep_freed_memory()
         setting = self.setting
+        for one in setting.divergences:
+            plugins.register("divergences", one.name, one, written_as=one.function)
         self.cache = TeacherCache(setting.cache, fingerprint_of(setting.data)) if setting.cache else None
         self.teacher = LiveTeacher(setting.teacher, setting.device, setting.plan.bf16, setting.held)
         # A cache over more sequences may be shared; this search trains on what its own plan needs.

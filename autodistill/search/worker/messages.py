@@ -15,13 +15,15 @@ from autodistill.hardware.budget import Budget
 from autodistill.models.model_folder import HeldType
 from autodistill.models.spec import ModelSpec
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.divergence import Divergence
 from autodistill.strategy.strategy import Init, Strategy
 from autodistill.utils.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSetting:
-    """All that the trials of a search have in common; plain data, sent to every worker once.
+    """All that the trials of a search have in common, sent to every worker once: plain data, and what a Python session
+    gave, which Ray's own serialiser carries and no disk keeps.
 
     Attributes:
         teacher, data: Folders of the teacher and of the prepared data.
@@ -39,6 +41,7 @@ class TrialSetting:
         renderings: Of those of them that have a chat template of their own, its name in the prepared data.
         held: What the teacher's matrices are held in.
         storage: The run's, where trials keep what another node may go on from; None for `checkpoints` alone.
+        divergences: Those that strategies may have and that the driver's session registered; a worker registers them.
         copies_limit_bytes: Disk that a node's copies of what storages have may take; None for no limit.
     """
 
@@ -61,6 +64,7 @@ class TrialSetting:
     storage: Storage | None = None
     copies_limit_bytes: int | None = None
     renderings: Mapping[str, str] = field(default_factory=dict)
+    divergences: tuple[Divergence, ...] = ()
 
     def rendering(self, init: Init | None) -> str:
         """Name of the rendering that a student reads, as `dataset.load_split` takes it; empty for the teacher's."""

@@ -23,7 +23,6 @@ from autodistill.distillation.training.fsdp import whole_model
 from autodistill.distillation.training.learning_rate import branch_point, end_of
 from autodistill.distillation.training.trainer import StepRecord, Trainer
 from autodistill.errors import DamagedError, TrialFailedError
-from autodistill.evaluation.early_stopping import Bar
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
 from autodistill.models.loading import load_model
@@ -95,9 +94,7 @@ class Trial:
         self._stage = task.stage or task.id
         self._damaged: str | None = None
 
-    def run(
-        self, rung: int, *, keep: bool = False, until: Moment | None = None, bar: Bar | None = None
-    ) -> RungReport | None:
+    def run(self, rung: int, *, keep: bool = False, until: Moment | None = None) -> RungReport | None:
         """Trains to a rung and evaluates there, from the furthest checkpoint of its stage, whoever trained it.
 
         Of several processes the first one alone evaluates and reports.
@@ -108,21 +105,20 @@ class Trial:
                 is trained once more, to the same bits.
             until: When the student is to be trained, with fewer tokens than it would have where need
                 be: its decay then begins sooner, and is not given back for the end of the box.
-            bar: What it must reach there: once it is certain to fall short, no more of the evaluation is read.
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
             TooManyAtOnce: Of several processes, which are to begin again with fewer sequences at once.
         """
         try:
-            return self._run(rung, keep, until, bar)
+            return self._run(rung, keep, until)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             said = str(error).splitlines()
             raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
-    def _run(self, rung: int, keep: bool, until: Moment | None, bar: Bar | None) -> RungReport | None:
+    def _run(self, rung: int, keep: bool, until: Moment | None) -> RungReport | None:
         plan, sharding = self._bench.setting.plan, self._bench.sharding
         last = rung == len(plan.rungs) - 1
         began = time.perf_counter()
@@ -150,8 +146,6 @@ class Trial:
             probe,
             plan.eval_tokens if last else plan.rung_eval_tokens,
             scales if finishing and probe.scheme == finishing.scheme else None,
-            in_parts=not last,
-            bar=bar,
         )
         ended = time.perf_counter()
         stride = -(-len(stretch.steps) // 20)
@@ -360,14 +354,7 @@ class Trial:
         )
 
     def _evaluate(
-        self,
-        model: Any,
-        deployment: Deployment,
-        tokens: int,
-        scales: Mapping[str, Scales] | None,
-        *,
-        in_parts: bool = False,
-        bar: Bar | None = None,
+        self, model: Any, deployment: Deployment, tokens: int, scales: Mapping[str, Scales] | None
     ) -> Evaluation:
         setting = self._bench.setting
         init = self._task.strategy.init
@@ -385,8 +372,6 @@ class Trial:
             scales=scales,
             share=setting.plan.example_share * tokens / setting.plan.eval_tokens,
             tokenizer=setting.text(init),
-            in_parts=in_parts,
-            bar=bar,
         )[0]
 
     def _trainer(self) -> Trainer:

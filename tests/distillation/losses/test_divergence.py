@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from autodistill.distillation.losses.divergence import divergence_of
+from autodistill import plugins
+from autodistill.distillation.losses.divergence import check_divergence, divergence_of
+from autodistill.errors import InputError
+from autodistill.strategy.divergence import get_divergence, register_divergence
 
 ALL = [
     ("forward_kl", 0.0),
@@ -61,3 +64,45 @@ def test_impossible_outcomes_stay_finite_in_float32(name, mixture):
     value, slope = divergence_of(name, mixture)(log_p, log_q)
     assert value.isfinite().all()
     assert slope.isfinite().all()
+
+
+def test_autograd_gives_the_slope_of_a_function_that_has_none():
+    """Of each of ours that is written as its definition says, it is the slope written by hand."""
+    written = {
+        ("forward_kl", 0.0): lambda log_p, log_q: (log_p.exp() * (log_p - log_q)).sum(1),
+        ("reverse_kl", 0.0): lambda log_p, log_q: (log_q.exp() * (log_q - log_p)).sum(1),
+        ("jsd", 0.3): lambda log_p, log_q, beta: _jensen_shannon(log_p, log_q, beta),
+    }
+    log_p, log_q = _pair()
+    for (name, mixture), function in written.items():
+        register_divergence("mine")(function)
+        mine, slope = divergence_of("mine", mixture)(log_p, log_q)
+        ours, expected = divergence_of(name, mixture)(log_p, log_q.clone())
+        torch.testing.assert_close(mine, ours.sum(dim=1))
+        torch.testing.assert_close(slope, expected)
+        plugins.forget("divergences", "mine")
+
+
+def _jensen_shannon(log_p, log_q, beta):
+    p, q = log_p.exp(), log_q.exp()
+    log_m = (beta * p + (1 - beta) * q).log()
+    return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda log_p, log_q: (log_p - log_q).mean(), r"gives \[\] for \[2, 3\] log-probabilities"),
+        (lambda log_p, log_q: log_p.sum(1), r"gives \[2\] for .*, that depends on the student's"),
+        (lambda log_p, log_q: 1.0, "gives float for"),
+        (lambda log_p, log_q: (log_q * float("inf")).sum(1), "is not finite"),
+        (lambda log_p, log_q: log_q @ log_p, "fails: RuntimeError"),
+    ],
+)
+def test_what_does_not_work_is_refused_before_any_work(function, said):
+    register_divergence("mine")(function)
+    try:
+        with pytest.raises(InputError, match=said):
+            check_divergence(get_divergence("mine"))
+    finally:
+        plugins.forget("divergences", "mine")

@@ -46,9 +46,10 @@ from autodistill.inference.generation import Sampling
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_tokenizer
+from tests.search.conftest import untimed
 
 CHATML = (
     "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>\n' }}{% endfor %}"
@@ -324,7 +325,7 @@ def test_a_prompt_that_is_refused_stops_no_other_and_is_told(
     Path(request_.prompts).write_text("\n".join(prompts))
     wrong = {"p03": (400, "the prompt is too long"), "p11": (422, "filtered")}
     url, seen = served(lambda prompt: wrong.get(prompt) or (200, _choice(f"to {prompt}")))
-    line = f"write --prompts {request_.prompts} --out {request_.out} --endpoint {url} --model big --format json"
+    line = f"write --prompts {request_.prompts} --out {request_.out} --endpoint {url} --model big --json"
     assert main(line.split()) == 0
     counts = json.loads(capfd.readouterr().out)
     assert (counts["prompts"], counts["written"], counts["kept"]) == (30, 28, 0)
@@ -336,7 +337,7 @@ def test_a_prompt_that_is_refused_stops_no_other_and_is_told(
     assert answered == {prompt: f"to {prompt}" for prompt in prompts if prompt not in wrong}
     assert sorted(seen) == prompts
     # The others are not asked again; what was refused is, since a server may be given more room.
-    assert main(line.removesuffix(" --format json").split()) == 0
+    assert main(line.removesuffix(" --json").split()) == 0
     printed = capfd.readouterr().out
     assert "0 answers written, 28 from before, of 30 prompts" in printed
     assert '2 prompts were refused; the same command asks them again. The first, "p' in printed
@@ -646,7 +647,7 @@ def test_llama_cpps_own_server_writes_with_log_probabilities(
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     line = (
         f"write --prompts {request_.prompts} --out {request_.out} --teacher {teacher} --endpoint {llama_url} "
-        f"--model tiny --max-tokens 6 --top-k 4 --format json --cache {request_.cache}"
+        f"--model tiny --max-tokens 6 --top-k 4 --json --cache {request_.cache}"
     )
     assert main(line.split()) == 0
     counts = json.loads(capfd.readouterr().out)
@@ -673,6 +674,13 @@ def test_llama_cpps_own_server_writes_with_log_probabilities(
                 assert said == pytest.approx(float(row[other]), abs=0.05)
     assert main(line.split()) == 0
     assert json.loads(capfd.readouterr().out)["kept"] == 3
+
+
+ONE_DEPLOYMENT = {
+    "name": "one",
+    "dimensions": {"init.depth": {"choices": [0.8]}},
+    "deployments": [{"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}],
+}
 
 
 def test_a_student_learns_from_what_llama_cpps_own_server_told(
@@ -722,9 +730,7 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
     assert trained[1.0] < 0.002
     assert trained[2 / 3] > 20 * trained[1.0]
 
-    plain = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
-    space = {"name": "one", "dimensions": {"init.depth": {"choices": [0.8]}}, "deployments": [plain]}
-    (tmp_path / "one.yaml").write_text(json.dumps(space))
+    (tmp_path / "one.yaml").write_text(json.dumps(ONE_DEPLOYMENT))
     asked_for = SearchRequest(
         budget=Budget(memory_bytes=10**9, context=256),
         strategy="written",
@@ -737,7 +743,8 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
         name="run",
         cache=tmp_path / "cache",
     )
-    assert search(asked_for).finish.best.name == "written"
+    with untimed():
+        assert search(asked_for).finish.best.name == "written"
     counted = json.loads((tmp_path / "runs" / "run" / "search.json").read_text())["data"]["answers"]["train"]
     assert 0 < counted["with_log_probabilities"] < counted["tokens"]
 
@@ -758,19 +765,21 @@ def test_a_model_of_another_tokenizer_learns_the_text_that_a_teacher_wrote(
     other = save_tiny_teacher(tmp_path / "other", layers=3, vocabulary=280)
     with pytest.raises(InputError, match=f"distill sequence_level --data answers.jsonl --teacher {other}"):
         token_rows(other, teacher)
-    done = search(
-        SearchRequest(
-            budget=Budget(memory_bytes=10**9, context=256),
-            strategy="sequence_level",
-            teacher=str(other),
-            data=str(data),
-            tokens=4096,
-            runner="inline",
-            out=tmp_path / "runs",
-            name="run",
-            cache=tmp_path / "cache",
-        )
+    (tmp_path / "one.yaml").write_text(json.dumps(ONE_DEPLOYMENT))
+    asked_for = SearchRequest(
+        budget=Budget(memory_bytes=10**9, context=256),
+        strategy="sequence_level",
+        space=str(tmp_path / "one.yaml"),
+        teacher=str(other),
+        data=str(data),
+        tokens=4096,
+        runner="inline",
+        out=tmp_path / "runs",
+        name="run",
+        cache=tmp_path / "cache",
     )
+    with untimed():
+        done = search(asked_for)
     assert done.finish.best.name == "sequence_level"
     student = next((tmp_path / "runs" / "run").rglob("student/config.json")).parent
     tokenizer = AutoTokenizer.from_pretrained(student)

@@ -109,9 +109,15 @@ def work(rank, port, tasks, results):
     torch.distributed.destroy_process_group()
 
 
+def in_two(function, *arguments):
+    """Runs a function in two processes, which are forks of one that has imported what they need."""
+    multiprocessing.set_forkserver_preload([__name__, "tests.conftest", "torch.distributed.fsdp"])
+    multiprocessing.start_processes(function, (free_port(), *arguments), nprocs=2, start_method="forkserver")
+
+
 def together(tasks, results):
     """Runs tasks in two processes, and gives the records of each, which are the same in both."""
-    multiprocessing.spawn(work, (free_port(), tasks, results), nprocs=2)
+    in_two(work, tasks, results)
     files = [[np.load(results / f"{index}.{rank}.npy") for rank in (0, 1)] for index in range(len(tasks))]
     for one, other in files:
         np.testing.assert_array_equal(one, other)
@@ -277,7 +283,7 @@ def watch(rank, port, workshop, results):
 
 
 def test_a_checkpoint_is_gathered_tensor_by_tensor_and_a_slow_storage_waited_for(workshop, tmp_path):
-    multiprocessing.spawn(watch, (free_port(), replace(workshop, cache=None), tmp_path), nprocs=2)
+    in_two(watch, replace(workshop, cache=None), tmp_path)
     weights = len(list(workshop.trainer(PLAIN).model.parameters()))
     for rank in (0, 1):
         gathered, most, writes, seconds = json.loads((tmp_path / str(rank)).read_text())

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,6 +19,29 @@ from autodistill.evaluation.base import Subject
 from autodistill.inference.packed_student import PackedStudent
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_index() -> Iterator[None]:
+    """lm-eval reads the files of all its tasks, twelve thousand, whenever a list of them is made: here it is kept."""
+    if importlib.util.find_spec("lm_eval") is None:
+        yield
+        return
+    from lm_eval import evaluator, tasks
+
+    make = tasks.TaskManager
+
+    @cache
+    def kept() -> Any:
+        return make()
+
+    def manager(*, include_defaults: bool = True, **more: Any) -> Any:
+        return kept() if include_defaults else make(include_defaults=False, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (evaluator, tasks):
+            patch.setattr(module, "TaskManager", manager)
+        yield
 
 
 def write(folder: Path, **changes: object) -> Path:

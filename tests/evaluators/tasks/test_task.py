@@ -19,8 +19,7 @@ from autodistill.evaluators.tasks.task import evaluator_of
 from transformers import AutoTokenizer
 
 from autodistill.data.task_files import TaskFile, read_tasks
-from autodistill.evaluation.base import Measurement, Parted, Subject
-from autodistill.evaluation.early_stopping import ends
+from autodistill.evaluation.base import Measurement, Subject
 from autodistill.inference.outputs import Likelihood
 from autodistill.inference.packed_student import PackedStudent
 
@@ -80,46 +79,6 @@ def test_figures_do_not_depend_on_the_batch(quiz: TaskFile, subject: Subject, ba
     assert isinstance(subject.student, PackedStudent)
     other = replace(subject, student=replace(subject.student, batch_tokens=batch))
     assert measure(quiz, other).value == pytest.approx(measure(quiz, subject).value, abs=1e-4)
-
-
-@pytest.mark.parametrize("metric", ["multiple_choice", "exact_match"])
-def test_in_parts_each_question_is_asked_once_in_an_order_at_random(
-    tmp_path: Path, quiz: TaskFile, subject: Subject, metric: str
-) -> None:
-    if metric == "exact_match":
-        template = {"prompt": "{question}", "answer": "{gold}"}
-        records = [{"question": f"The fox number {number}", "gold": number % 3} for number in range(150)]
-        quiz = make(tmp_path, records, metric=metric, template=template, max_tokens=2)
-    records_of = replace(quiz, validation=quiz.validation * (1 if metric == "exact_match" else 3))
-    asked: list[str] = []
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(subject.student, name)
-
-        def likelihoods(self, pairs: Any) -> Any:
-            asked.extend(dict.fromkeys(prompt for prompt, _ in pairs))
-            return subject.student.likelihoods(pairs)  # type: ignore[union-attr]
-
-        def write(self, prompts: Any, **more: Any) -> Any:
-            asked.extend(prompts)
-            return subject.student.write(prompts, **more)  # type: ignore[union-attr]
-
-    evaluator = evaluator_of(records_of)
-    assert isinstance(evaluator, Parted)
-    count = len(records_of.validation)
-    parts = evaluator.in_parts(replace(subject, student=Counting()))
-    read = []
-    for end, (found,) in zip(ends(count, 16), parts, strict=True):
-        assert found.detail["examples"] == sum(found.documents["count"]) == end
-        assert found.bound == 1.0
-        read.append(len(asked))
-    if metric == "exact_match":
-        assert read == list(ends(count, 16))
-        assert len(set(asked)) == count
-        assert asked != [one.prompt for one in records_of.validation]
-    (whole,) = evaluator.evaluate(subject)
-    assert found == whole
 
 
 def test_splits_and_shares(quiz: TaskFile, subject: Subject) -> None:

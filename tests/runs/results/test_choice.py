@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from autodistill.cli.summary import leaderboard_of
 from autodistill.hardware.budget import Budget
 from autodistill.runs import report
 from autodistill.runs.results.beginnings import worsened
@@ -16,6 +15,7 @@ from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
 from autodistill.runs.results.selection import KIND, chosen, contenders, in_order
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.standing import leaderboard_of
 from autodistill.search.explain import explain
 from autodistill.search.finish import export_run
 from autodistill.search.finish.export_choice import next_candidate, trained_rows
@@ -27,6 +27,9 @@ PACKINGS: dict[str, dict[str, Any]] = {
     "f16": {"runtime": "llama.cpp", "format": "gguf-f16", "bits": 16, "group_size": 0},
     "q8_0": {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32},
 }
+
+
+SCRATCH = {"init": {"source": "scratch"}, "distillation": {"train_embeddings": True}}
 
 
 def row(trial: str, accuracy: float, packing: str = "f16", **fields: Any) -> Row:
@@ -45,7 +48,7 @@ def row(trial: str, accuracy: float, packing: str = "f16", **fields: Any) -> Row
         "memory_source": "predicted",
         "seed": 0,
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 def on_seeds(trial: str, *accuracies: float, **fields: Any) -> list[Row]:
@@ -174,7 +177,7 @@ HALF = {"init": {"source": "teacher", "depth": 0.5}, "finishing": None}
 def test_a_student_below_its_own_beginning_is_passed_over_and_the_beginning_may_be_chosen() -> None:
     rows = [
         row("t000", 0.5, strategy=HALF),
-        row("t001", 0.4, strategy={"init": {"source": "scratch"}}),
+        row("t001", 0.4, strategy=SCRATCH),
         row("teacher", 0.3, kind="teacher", fidelity=None),
     ]
 
@@ -202,7 +205,7 @@ def test_a_student_that_begins_as_the_whole_teacher_is_held_to_the_teachers_row(
     teacher = row("teacher", 0.3, kind="teacher", fidelity=None, shape=shape)
     assert worsened([student, teacher], "accuracy", "max") == [(student, teacher)]
     for other in (
-        row("t000", 0.2, strategy={"init": {"source": "scratch"}}, shape=shape),
+        row("t000", 0.2, strategy=SCRATCH, shape=shape),
         row("t000", 0.2, strategy=whole, shape={"num_hidden_layers": 2}),
         row("t000", 0.2, strategy=whole, shape=shape, packing="q8_0"),
     ):

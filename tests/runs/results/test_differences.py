@@ -42,7 +42,7 @@ def row(kind: str, deployment: dict[str, Any], right: list[int]) -> Row:
         trial=kind,
         kind=kind,
         name=kind,
-        deployment=deployment,
+        deployment=Deployment.from_json(deployment),
         status="completed",
         feasible=True,
         split="test",

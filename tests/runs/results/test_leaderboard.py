@@ -30,7 +30,7 @@ def row(name: str, **fields: Any) -> Row:
         "fidelity": 1.0,
         "split": "validation",
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 def names(rows: list[Row], *args: Any) -> list[str]:
@@ -322,19 +322,3 @@ def test_ten_thousand_rows_are_ranked_in_the_order_of_plain_sorting() -> None:
     rest = [one.row.accuracy for one in ranking[1:]]
     assert rest == sorted(rest, reverse=True)  # type: ignore[type-var]
     assert len(pareto(rows, {"accuracy": "max", "memory_bytes": "min"})) > 0
-
-
-def test_a_row_of_which_not_all_was_read_stands_by_what_that_says_of_all() -> None:
-    """Within a fidelity, and in no metric but its own; it is paired with nothing that read more."""
-    cut = {"read": 100, "of": 400, "unit": "tokens", "metric": "accuracy", "estimate": 0.31, "bar": "kept"}
-    early: dict[str, Any] = {"accuracy": 0.60, "perplexity": 9.0, "cut_short": cut, "fidelity": 0.1}
-    rows = [
-        row("early", **early),
-        row("kept", accuracy=0.40, perplexity=12.0, fidelity=0.1),
-        row("worse", accuracy=0.30, perplexity=15.0, fidelity=0.1),
-        row("end", accuracy=0.20, perplexity=20.0),
-    ]
-    assert names(rows) == ["end", "kept", "early", "worse"]
-    assert names(rows, "perplexity", "min") == ["end", "kept", "worse", "early"]
-    assert rows[0].figure("accuracy") == 0.60
-    assert rows[0].partly == "100 of 400 tokens read"

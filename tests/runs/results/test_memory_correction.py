@@ -26,7 +26,7 @@ def row(predicted: float | None, measured: int, **fields: Any) -> Row:
         "memory_source": "measured",
         "other": {"memory_bytes_predicted": predicted, "memory_parts": {"device_class": "cpu"}},
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 def test_it_is_the_median_and_the_margin_reaches_the_largest() -> None:
@@ -54,7 +54,7 @@ def test_pairs_are_those_of_one_class_and_runtime() -> None:
     gpu = {"memory_bytes_predicted": 100, "memory_parts": {"device_class": "discrete-gpu", "predicted_bytes": 100}}
     # An earlier version predicted a process's memory there, and measured a GPU's.
     old = {"memory_bytes_predicted": 100, "memory_parts": {"device_class": "discrete-gpu"}}
-    vllm = LLAMA | {"runtime": "vllm"}
+    vllm = {"runtime": "vllm", "format": "huggingface", "bits": 16, "group_size": 0}
     rows = [
         row(100, 105),
         row(200, 207),

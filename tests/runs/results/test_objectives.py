@@ -32,7 +32,7 @@ def row(name: str, accuracy: float | None, memory: int | None = 1, latency: floa
         "memory_bytes": memory,
         "other": {"latency_ms_predicted": latency},
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 THREE = parse_objectives("accuracy, memory,latency")

@@ -51,7 +51,6 @@ FULL: dict[str, Any] = LEAST | {
     "fidelity": 1.0,
     "seed": 0,
     "documents": {"ids": [3, 9], "count": [10, 20], "sum": [4.0, 11.0]},
-    "cut_short": {"read": 256, "of": 1024, "unit": "tokens", "metric": "accuracy", "estimate": 0.45, "bar": "t000"},
     "other": {"speed": 2.0, "speed_stderr": 0.5},
     "schema_version": 1,
 }
@@ -113,9 +112,10 @@ def test_fields_of_an_unknown_name_are_left_out_but_a_newer_schema_is_refused() 
         ({"memory_bytes": 1.5}, "memory_bytes must be of type int"),
         ({"memory_bytes": True}, "memory_bytes must be of type int"),
         ({"feasible": 1}, "feasible must be of type bool"),
-        ({"strategy": "x"}, "strategy must be of type Mapping"),
+        ({"strategy": "x"}, "strategy must be a mapping"),
         ({"trial": None}, "lacks the field trial"),
         ({"documents": {"ids": [1], "count": [1, 2], "sum": [1]}}, "documents"),
+        ({"cut_short": {"read": 256, "of": 1024}}, "of an evaluation that ended early"),
     ],
 )
 def test_a_malformed_row_is_refused(change: dict[str, Any], message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autodistill.runs.results.savings import Saved, saved
+from autodistill.runs.results.savings import saved
 from autodistill.testing import small_plan
 
 PLAN = small_plan()  # first rung at 1,024 tokens
@@ -75,25 +75,3 @@ def test_what_failed_was_interrupted_or_had_all_threads_counts() -> None:
     assert found.trained_flops == 6 * 1000 * 3000
     assert found.trained_seconds == 10 + 40 + 5
     assert found.shared_seconds == pytest.approx(55 * 500 / 2500)
-
-
-def test_what_evaluations_at_rungs_did_not_read_is_counted_by_its_unit() -> None:
-    def reading(read: int, unit: str = "tokens", of: int = 1024) -> dict[str, object]:
-        return {"reading": {"read": read, "of": of, "unit": unit, "bar": "t000" if read < of else None}}
-
-    events = [
-        *EVENTS[:2],
-        rung("t000", 1024, 0, 10.0) | reading(1024),
-        rung("t001", 1024, 0, 10.0) | reading(256),
-        rung("t002", 1024, 0, 10.0) | reading(768),
-        rung("t003", 1024, 0, 10.0) | reading(1024),
-        rung("t000", 1024, 0, 10.0),  # at the last rung
-    ]
-    found = saved(events, PLAN)
-    assert (found.cut_short, found.unread, found.to_read) == (2, {"tokens": 1024}, {"tokens": 4096})
-    assert found.describe() == (
-        "2 evaluations at rungs ended early, as it was certain who falls short: 1,024 of 4,096 tokens of all such "
-        "evaluations not read",
-    )
-    assert saved(events[:3], PLAN).describe() == ()
-    assert Saved(**found.to_json()) == found

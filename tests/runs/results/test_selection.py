@@ -10,6 +10,7 @@ import pytest
 
 from autodistill.runs.results.row import Row
 from autodistill.runs.results.selection import KIND, confirmations, confirmed_trial, confirming
+from autodistill.strategy.deployment import Deployment
 
 
 def rows(
@@ -19,13 +20,7 @@ def rows(
     bits = int(name.removeprefix("gguf-q")[0])
     least: dict[str, Any] = {
         "name": trial,
-        "deployment": {
-            "runtime": "llama.cpp",
-            "format": name,
-            "bits": bits,
-            "group_size": 32,
-            "symmetric": name[-1] == "0",
-        },
+        "deployment": Deployment(runtime="llama.cpp", format=name, bits=bits, group_size=32, symmetric=name[-1] == "0"),
         "status": "completed",
         "feasible": True,
         "fidelity": 1.0,

@@ -114,41 +114,6 @@ def test_asynchronous_promotions_keep_the_definition(seed, trials, workers, data
         assert len(promoted[rung]) <= keep[rung]
 
 
-@given(seed=st.integers(0, 10**6), trials=st.integers(1, 14), workers=st.integers(1, 4), data=st.data())
-@settings(max_examples=80, deadline=None)
-def test_whoever_reports_behind_the_last_that_has_a_place_never_goes_on(seed, trials, workers, data):
-    """However many are yet to report, and in whatever order: what is certain at a report stays so."""
-    keep = sorted((data.draw(st.integers(0, trials)) for _ in range(2)), reverse=True)
-    scheduler, behind = make(trials=trials, keep=keep), set()
-    heard = scheduler.report
-
-    def report(name, rung, value):
-        last = scheduler.last_kept(rung)
-        values = sorted(costs[0] for costs in scheduler._reports[rung].values())
-        assert (last is None) == (rung == 2 or not 0 < keep[rung] <= len(values))
-        if last is not None:
-            assert scheduler._reports[rung][last][0] == values[keep[rung] - 1]
-            if -value > values[keep[rung] - 1]:
-                behind.add((name, rung))
-        return heard(name, rung, value)
-
-    scheduler.report = report
-    for kind, name, rung, *_ in simulate(table(seed, trials, 3), scheduler, workers, random.Random(seed)):
-        assert kind == "end" or (name, rung) not in behind
-
-
-def test_a_place_that_is_free_again_is_no_ones():
-    scheduler = make(keep=(2, 1))
-    for name, value in (("a", 0.5), ("b", 0.4), ("c", 0.3)):
-        scheduler.report(name, 0, value)
-    assert scheduler.last_kept(0) == "b"
-    scheduler.discard("a")
-    assert scheduler.last_kept(0) == "c"
-    scheduler.discard("b")
-    assert scheduler.last_kept(0) is None
-    assert scheduler.last_kept(2) is None
-
-
 @given(seed=st.integers(0, 10**6), workers=st.integers(1, 4))
 @settings(max_examples=20, deadline=None)
 def test_left_over_time_takes_every_trial_to_the_end(seed, workers):

@@ -9,7 +9,7 @@ import pytest
 from autodistill.runs.checkpoints import open_stages
 from autodistill.runs.results.row import Status
 from autodistill.search.campaign.disk_limit import StageKeeper
-from autodistill.search.campaign.state import TrialState
+from autodistill.search.campaign.state import Candidate, TrialState
 from autodistill.search.worker.messages import TrialTask
 from autodistill.strategy.space import load_space
 from autodistill.strategy.strategy import Strategy
@@ -31,7 +31,15 @@ def trial(name: str, stage: str, rung: int = -1, value: float | None = None, **f
         straight=straight,
         stage=stage,
     )
-    known = {"number": 0, "kind": "student", "name": name, "point": None, "fits": (), "rung": rung, "value": value}
+    known = {
+        "number": 0,
+        "kind": "student",
+        "name": name,
+        "point": None,
+        "candidate": Candidate(strategy=Strategy()),
+        "rung": rung,
+        "value": value,
+    }
     return TrialState(task=task, **(known | fields))  # type: ignore[arg-type]
 
 

@@ -14,14 +14,14 @@ from autodistill.runs.results.objectives import OBJECTIVES
 from autodistill.runs.results.row import Row, Status, rows_of
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import chosen, confirming
+from autodistill.runs.run_log import RunLog
 from autodistill.runs.students import remove_student, send_student, student_bytes
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.disk_limit import StudentKeeper, needed
-from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.campaign.state import Candidate, Question, TrialState
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import RungReport, TrialTask
 from autodistill.strategy.strategy import Strategy
-from autodistill.utils.event_log import EventLog
 from autodistill.utils.storage import Storage
 from tests.search.campaign.test_campaign import PLAN, campaign, question, worker
 from tests.search.finish.test_finish import row as finished
@@ -56,7 +56,7 @@ def there(folder: Path) -> set[str]:
 
 
 def validation(folder: Path) -> list[Row]:
-    return rows_of(EventLog(folder / "trials.jsonl").read())
+    return rows_of(RunLog(folder / "trials.jsonl").read())
 
 
 def run(search: Campaign, folder: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_limit_is_held_but_for_what_is_needed(tmp_path: Path, limit: int) -> N
     # Those whose rows were read last, the worst, were in use while better ones went.
     assert safe <= there(tmp_path)
     assert len(there(tmp_path)) == count
-    events = [one for one in EventLog(tmp_path / "trials.jsonl").read() if one["event"] == "students-collected"]
+    events = [one for one in RunLog(tmp_path / "trials.jsonl").read() if one["event"] == "students-collected"]
     assert sum(one["bytes"] for one in events) == BYTES * (10 - count)
     assert {name for one in events for name in one["trials"]} == {one.task.id for one in ended if one.collected}
     # Each under all of its deployments before it went.
@@ -101,18 +101,18 @@ def test_what_a_kill_left_is_removed_and_never_asked_for_again(tmp_path: Path) -
     whole = tmp_path / "whole"
     search = campaign(whole, asked(), limit=500)
     run(search, whole)
-    log = EventLog(whole / "trials.jsonl").read()
+    log = RunLog(whole / "trials.jsonl").read()
     places = [place for place, event in enumerate(log) if event["event"] == "students-collected"]
     assert len(places) > 1
     for kept in (places[0], places[0] + 1, places[1], len(log)):
         cut = tmp_path / f"cut{kept}"
         for event in log[:kept]:
             cut.mkdir(exist_ok=True)
-            EventLog(cut / "trials.jsonl").append(event)
+            RunLog(cut / "trials.jsonl").append(event)
             if event["event"] == "row":
                 student(cut, event["row"]["trial"])
         again = campaign(cut, asked(), limit=500)
-        again.replay(EventLog(cut / "trials.jsonl").read())
+        again.replay(RunLog(cut / "trials.jsonl").read())
         gone = {name for event in log[: kept + 1] for name in event.get("trials", ())}
         assert {name for name, one in again.trials.items() if one.collected} >= gone
         run(again, cut)
@@ -134,8 +134,13 @@ def test_checkpoints_have_what_students_leave_of_the_limit(tmp_path: Path) -> No
         assert there(tmp_path) == {"b000"}
 
 
+def made_by(trial: str) -> dict[str, Any]:
+    """A strategy of a trial's own, as plain data."""
+    return {"distillation": {"learning_rate": 1e-5 * (1 + sum(map(ord, trial)))}}
+
+
 def row(trial: str, value: float, packing: str = "f16", **fields: Any) -> Row:
-    trained: dict[str, Any] = {"train_tokens": 1000, "strategy": {"name": trial}}
+    trained: dict[str, Any] = {"train_tokens": 1000, "strategy": made_by(trial)}
     return finished(trial, "accuracy", value, packing, **trained | fields)
 
 
@@ -143,7 +148,14 @@ def states(*names: str, **fields: Any) -> dict[str, TrialState]:
     found = {}
     for name in names:
         task = TrialTask(id=name, strategy=Strategy(), seed=0, deployments=(), probe=question().deployments[0])
-        known = {"number": 0, "kind": "student", "name": name, "point": None, "fits": (), "status": Status.COMPLETED}
+        known = {
+            "number": 0,
+            "kind": "student",
+            "name": name,
+            "point": None,
+            "candidate": Candidate(strategy=Strategy()),
+            "status": Status.COMPLETED,
+        }
         found[name] = TrialState(task=task, **known | fields)
     return found
 
@@ -213,11 +225,11 @@ def test_what_the_best_is_compared_with_is_needed() -> None:
     baselines = [
         row("b000", 0.2, kind="baseline"),
         row("b001", 0.1, kind="baseline"),
-        row("b001x", 0.15, kind="baseline", train_tokens=2000, strategy={"name": "b001"}),
+        row("b001x", 0.15, kind="baseline", train_tokens=2000, strategy=made_by("b001")),
     ]
     # The better of as many tokens, the only one of more, and what that was before.
     assert safe([*ROWS, *baselines]) == {"t007", "t006", "t005", "b000", "b001x", "b001"}
-    further = row("t000x", 0.9, strategy={"name": "t000"}, train_tokens=3000)
+    further = row("t000x", 0.9, strategy=made_by("t000"), train_tokens=3000)
     assert safe([*ROWS, further]) == {"t000x", "t007", "t006", "t000"}
 
 

@@ -40,7 +40,7 @@ def row(trial: str, packing: str, accuracy: float, kind: str = "student", **fiel
         "fidelity": 1.0,
         "accuracy": accuracy,
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 SEARCH = {

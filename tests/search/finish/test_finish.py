@@ -19,11 +19,19 @@ from autodistill.runs.results.selection import in_order
 from autodistill.search.campaign.state import Question
 from autodistill.search.finish import finish
 from autodistill.search.finish.export_choice import candidates, next_candidate, passed_over, trained_rows
-from autodistill.search.finish.finish import _first_that_fits, _gguf_beside, _leave_out_removed, _notes, _with_measured
+from autodistill.search.finish.finish import (
+    _Exported,
+    _first_that_fits,
+    _gguf_beside,
+    _leave_out_removed,
+    _notes,
+    _with_measured,
+)
 from autodistill.search.finish.test_split import compared_with, gains_on_test, known_on_test
 from autodistill.search.planning.durations import Speed
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import load_space
+from autodistill.strategy.strategy import Strategy
 from autodistill.testing import small_plan
 
 CONFIG = {
@@ -72,7 +80,7 @@ def row(trial: str, metric: str, value: float | None, packing: str = "f16", **fi
         "seed": 0,
         metric: value,
     }
-    return Row(**least | fields)
+    return Row.from_json(least | fields)
 
 
 @pytest.mark.parametrize(("metric", "direction"), [("accuracy", "max"), ("perplexity", "min")])
@@ -166,12 +174,11 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
     students.append(row("t004", "accuracy", 0.05, memory_bytes=940))
     made, lines = [], []
 
-    def export(one: Row, _: object, paths: dict[str, Path], checks: dict[str, object]) -> Row:
+    def export(one: Row, _: object) -> _Exported:
         made.append(one.trial)
         folder = tmp_path / "gguf"
         folder.mkdir()
-        paths["gguf"], checks["gguf"] = folder / "student.gguf", None
-        return measured(one, 50)
+        return _Exported(row=measured(one, 50), deployment=one.deployment, path=folder / "student.gguf")
 
     monkeypatch.setattr("autodistill.search.finish.finish._export", export)
     finisher = SimpleNamespace(
@@ -180,23 +187,20 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
         line=lines.append,
         whole=lambda row: True,
     )
-    paths: dict[str, Path] = {}
-    found = _first_that_fits(students, [], finisher, paths, {})  # type: ignore[arg-type]
-    assert (found and found.trial, made, list(paths)) == ("t004", ["t000", "t004"], ["gguf"])
+    found, rejected = _first_that_fits(students, [], finisher)  # type: ignore[arg-type]
+    assert (found and found.row.trial, made, [one.trial for one in rejected]) == ("t004", ["t000", "t004"], ["t000"])
     assert len(lines) == 1
     assert (tmp_path / "gguf").is_dir()
     (tmp_path / "gguf").rmdir()
-    paths.clear()
     written: list[tuple[str, Row]] = []
     made.clear()
     finisher.whole, finisher.write = (lambda row: row.trial != "t004"), (lambda kind, row: written.append((kind, row)))
-    assert _first_that_fits(students, [], finisher, paths, {}) is None  # type: ignore[arg-type]
+    assert _first_that_fits(students, [], finisher)[0] is None  # type: ignore[arg-type]
     assert "t004" not in made
     assert [(kind, row.trial, row.feasible, row.reason) for kind, row in written] == [("row", "t004", False, DAMAGED)]
     finisher.whole = lambda row: True
-    paths.clear()
-    assert _first_that_fits(students[:4], [], finisher, paths, {}) is None  # type: ignore[arg-type]
-    assert (paths, list(tmp_path.iterdir())) == ({}, [])
+    assert _first_that_fits(students[:4], [], finisher)[0] is None  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("failure", [InputError("no such cut"), VerificationError("another weight")])
@@ -207,18 +211,15 @@ def test_a_gguf_file_that_fails_does_not_end_what_has_a_verified_best(
     finisher = SimpleNamespace(
         question=question("accuracy", "max"), run=SimpleNamespace(student=lambda name: folder), whole=lambda row: True
     )
-    paths, checks = {"compressed-tensors": tmp_path}, {"compressed-tensors": "verified"}
 
-    def export(row: Row, finisher: object, paths: dict[str, Any], checks: dict[str, Any]) -> Row:
+    def export(row: Row, finisher: object) -> Row:
         folder.mkdir()
-        paths["gguf"] = checks["gguf"] = folder
         raise failure
 
     monkeypatch.setattr(finish, "_export", export)
-    beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher, paths, checks)  # type: ignore[arg-type]
+    beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher)  # type: ignore[arg-type]
     assert beside is None
     assert notes == (f"there is no GGUF file beside the best student: {failure}",)
-    assert list(paths) == list(checks) == ["compressed-tensors"]
     assert not folder.exists()
 
 
@@ -259,7 +260,7 @@ def test_rows_whose_student_is_gone_are_not_chosen_by_who_reads_the_log() -> Non
     events: list[dict[str, Any]] = [{"event": "row", "row": one.to_json()} for one in rows]
     finisher: Any = SimpleNamespace(
         question=question("accuracy", "max"),
-        run=SimpleNamespace(events=SimpleNamespace(read=lambda: events)),
+        run=SimpleNamespace(events=SimpleNamespace(rows=lambda: rows_of(events))),
         has=lambda one: one.trial in ("t000", "t002"),
         write=lambda kind, one: events.append({"event": kind, "row": one.to_json()}),
     )
@@ -277,10 +278,10 @@ def test_rows_whose_student_is_gone_are_not_chosen_by_who_reads_the_log() -> Non
 
 
 def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be_scored() -> None:
-    strategy, other = {"name": "a"}, {"name": "b"}
+    strategy, other = ({"init": {"depth": depth}} for depth in (0.8, 0.7))
     best = row("t000", "accuracy", 0.5, "q8_0", strategy=strategy, train_tokens=100)
     baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy=other, train_tokens=100)
-    compared = [(baseline, Deployment.from_json(baseline.deployment))]
+    compared = [(baseline, baseline.deployment)]
     plain = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
     expected = [
         row("teacher", "accuracy", 0.6, kind="teacher", deployment=plain, row_id="teacher-huggingface", train_tokens=0),
@@ -293,7 +294,9 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
 
     def known(rows: list[Row], of: Row = best, untrained: Row | None = None) -> tuple[Row, ...] | None:
         events = [{"event": "test", "row": one.to_json()} for one in rows]
-        finisher: Any = SimpleNamespace(run=SimpleNamespace(events=SimpleNamespace(read=lambda: events)))
+        finisher: Any = SimpleNamespace(
+            run=SimpleNamespace(events=SimpleNamespace(rows=lambda kind: rows_of(events, (kind,))))
+        )
         return known_on_test(of, untrained, compared, finisher)
 
     assert known(expected) == tuple(expected)
@@ -301,29 +304,29 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
     assert known([*expected, replace(expected[3], trial="t001", row_id="t001-q8_0-test")]) == tuple(expected)
     for missing in range(5):
         assert known(expected[:missing] + expected[missing + 1 :]) is None, "that opening was killed"
-    assert known(expected, of=replace(best, deployment=FORMATS["f16"])) is None
+    assert known(expected, of=replace(best, deployment=Deployment.from_json(FORMATS["f16"]))) is None
     assert known(expected, of=replace(best, trial="t001")) is None
     assert known(expected, of=replace(best, train_tokens=200)) is None, "it was trained on since"
-    assert known(expected, of=replace(best, strategy=other)) is None
+    assert known(expected, of=replace(best, strategy=Strategy.from_json(other))) is None
     beside = replace(expected[1], split="validation", row_id="teacher-gguf-q8_0")
     assert known(expected, untrained=beside) == tuple(expected), "it is scored as the teacher of that deployment"
-    assert known(expected, untrained=replace(beside, deployment=FORMATS["f16"])) is None
+    assert known(expected, untrained=replace(beside, deployment=Deployment.from_json(FORMATS["f16"]))) is None
     begun = replace(expected[2], trial="t000i", split="validation", row_id="t000i-gguf-q8_0")
     assert known(expected, untrained=begun) == tuple(expected), "it is the beginning of what is exported"
-    assert known(expected, untrained=replace(begun, strategy={"init": {"depth": 0.5}})) is None
+    assert known(expected, untrained=replace(begun, strategy=Strategy.from_json({"init": {"depth": 0.5}}))) is None
     without = (*expected[:2], expected[4])
     assert known(list(without), of=beside) == without, "a teacher that is exported has no beginning"
 
 
 def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_after_as_many_tokens() -> None:
     """The gain is one of equal tokens; where the baseline was trained as far, it is of those."""
-    strategy = {"name": "a"}
+    strategy, b, c, d = ({"init": {"depth": depth}} for depth in (0.8, 0.7, 0.6, 0.5))
     plain = row("t000", "accuracy", 0.5, "q8_0", strategy=strategy, train_tokens=100)
-    other = row("t001", "accuracy", 0.6, strategy={"name": "b"}, train_tokens=100)
+    other = row("t001", "accuracy", 0.6, strategy=b, train_tokens=100)
     best = row("t000x", "accuracy", 0.7, strategy=strategy, train_tokens=400)
-    baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy={"name": "c"}, train_tokens=100)
-    worse = row("b001", "accuracy", 0.3, kind="baseline", strategy={"name": "d"}, train_tokens=100)
-    further = row("b000x", "accuracy", 0.45, kind="baseline", strategy={"name": "c"}, train_tokens=350)
+    baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy=c, train_tokens=100)
+    worse = row("b001", "accuracy", 0.3, kind="baseline", strategy=d, train_tokens=100)
+    further = row("b000x", "accuracy", 0.45, kind="baseline", strategy=c, train_tokens=350)
     as_far = replace(further, row_id="far", train_tokens=400)
     finisher = SimpleNamespace(
         question=question("accuracy", "max"), has=lambda row: True, whole=lambda row: row.trial not in damaged

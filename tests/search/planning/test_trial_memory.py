@@ -18,15 +18,17 @@ from autodistill.hardware.machine import Gpu, Machine
 from autodistill.models.config import spec_from_config
 from autodistill.runs.results.row import Status
 from autodistill.runs.results.savings import saved
+from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
-from autodistill.search.campaign.admission import admit, training_need
+from autodistill.search.campaign.admission import admit, candidate_of, with_training
 from autodistill.search.campaign.agenda import observation
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.planning.placement import Place, Share
 from autodistill.search.planning.trial_memory import TrainingNeed, TrialMemory
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.request.validate import Checked, check_request
+from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.request.validate import check_request
 from autodistill.search.search import search
 from autodistill.search.setup import loading
 from autodistill.search.setup.training_setup import memory_of_trials, planned_for
@@ -34,7 +36,6 @@ from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Alignment, Distillation, Init, Lora, Strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.units import format_bytes
-from autodistill.utils.event_log import EventLog
 from tests.search.campaign.test_campaign import campaign, drive, question
 
 # About a billion weights.
@@ -146,7 +147,7 @@ def middle() -> int:
     """Between what the smallest and the largest student of the campaign's space take."""
     made = asked_with(10**12)
     needs = [
-        training_need(made, Strategy(init=Init(depth=depth, ffn=1.0), distillation=Distillation()))
+        with_training(made, candidate_of(made, Strategy(init=Init(depth=depth, ffn=1.0)))).training
         for depth in (0.6, 1.0)
     ]
     return sum(one.need_bytes for one in needs if one) // 2
@@ -159,14 +160,13 @@ def test_a_trial_that_has_fewer_at_once_shares_a_stage_with_those_of_as_many() -
         training = None if at_once is None else TrainingNeed(need_bytes=1, limit_bytes=2, micro_batch=at_once)
         trial = admit(
             asked,
-            HALF,
+            replace(candidate_of(asked, HALF), training=training),
             trial_id="t000",
             number=0,
             kind="student",
             name="",
             point=None,
             length=length,
-            training=training,
         )
         return trial.task.stage, trial.task.micro_batch
 
@@ -190,30 +190,30 @@ def test_one_whose_training_does_not_fit_is_rejected_and_the_sampler_told(tmp_pa
     assert not {trial.task.id for trial in rejected} & {trial for trial, _ in done}
     assert sum(trial.number is not None and trial.status is not Status.REJECTED for trial in made.trials.values()) == 9
     for trial in made.trials.values():
-        found = training_need(asked, trial.task.strategy)
+        found = with_training(asked, candidate_of(asked, trial.task.strategy)).training
         assert found is not None
         assert (found.slack > 0) == untrained(trial)
         if trial.point is not None:
-            deployed = min(fit.slack for fit in trial.fits)
+            deployed = min(fit.slack for fit in trial.candidate.fits)
             assert deployed < 0
             told = observation(trial, asked, forkable=False)
             assert told.constraint == max(deployed, math.log(found.need_bytes / middle()))
             assert (told.constraint > 0) == (told.state is Status.REJECTED)
-    total = saved(EventLog(tmp_path / "trials.jsonl").read(), asked.plan)
+    total = saved(RunLog(tmp_path / "trials.jsonl").read(), asked.plan)
     assert total.rejected == len(rejected)
     assert total.rejected_tokens == len(rejected) * asked.plan.rungs[0]
 
 
 def strategies(folder: Path) -> list[tuple[str, str]]:
-    events = EventLog(folder / "trials.jsonl").read()
+    events = RunLog(folder / "trials.jsonl").read()
     return [(event["trial"], event["strategy_id"]) for event in events if event["event"] == "trial"]
 
 
-@pytest.mark.parametrize("kept", [2, 3, 5, 9, 17, 30])
+@pytest.mark.parametrize("kept", [2, 5, 17])
 def test_what_was_admitted_or_rejected_stays_so_on_a_machine_of_other_memory(tmp_path: Path, kept: int) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     drive(campaign(whole, asked_with(middle())))
-    events = EventLog(whole / "trials.jsonl").read()
+    events = RunLog(whole / "trials.jsonl").read()
     # Right behind a rejected trial, before its rejection, among others.
     first = next(place for place, event in enumerate(events) if event.get("status") == "rejected")
     for count in (kept, first):
@@ -221,9 +221,9 @@ def test_what_was_admitted_or_rejected_stays_so_on_a_machine_of_other_memory(tmp
             folder = cut / f"{count}-{limit}"
             folder.mkdir(parents=True)
             for event in events[:count]:
-                EventLog(folder / "trials.jsonl").append(event)
+                RunLog(folder / "trials.jsonl").append(event)
             again = campaign(folder, asked_with(limit))
-            again.replay(EventLog(folder / "trials.jsonl").read())
+            again.replay(RunLog(folder / "trials.jsonl").read())
             before = {event["trial"]: event["training"] for event in events[:count] if event["event"] == "trial"}
             for name, recorded in before.items():
                 trial = again.trials[name]
@@ -231,22 +231,22 @@ def test_what_was_admitted_or_rejected_stays_so_on_a_machine_of_other_memory(tmp
     # On the same machine a search that was cut off proposes what it would have.
     same = campaign(cut, asked_with(middle()))
     for event in events[:kept]:
-        EventLog(cut / "trials.jsonl").append(event)
-    same.replay(EventLog(cut / "trials.jsonl").read())
+        RunLog(cut / "trials.jsonl").append(event)
+    same.replay(RunLog(cut / "trials.jsonl").read())
     drive(same)
     assert strategies(cut) == strategies(whole)
 
 
 def test_trials_of_an_earlier_version_are_not_asked(tmp_path: Path) -> None:
     drive(campaign(tmp_path, question()))
-    events = EventLog(tmp_path / "trials.jsonl").read()
+    events = RunLog(tmp_path / "trials.jsonl").read()
     assert all(event["training"] is None for event in events if event["event"] == "trial")
     for event in events:
         event.pop("training", None)
     again = Campaign(
         asked_with(1),
         sampler=Sampler(question().space, seed=0),
-        log=EventLog(tmp_path / "again.jsonl"),
+        log=RunLog(tmp_path / "again.jsonl"),
         checkpoints=tmp_path / "checkpoints",
     )
     again.replay(events)
@@ -256,14 +256,14 @@ def test_trials_of_an_earlier_version_are_not_asked(tmp_path: Path) -> None:
 def test_what_was_trained_is_not_asked_again_for_further_seeds(tmp_path: Path) -> None:
     asked = replace(question(), confirm=1)
     drive(campaign(tmp_path, asked))
-    events = EventLog(tmp_path / "trials.jsonl").read()
+    events = RunLog(tmp_path / "trials.jsonl").read()
     begun = next(place for place, event in enumerate(events) if event["event"] == "trial" and "s" in event["trial"])
     cut = tmp_path / "cut"
     cut.mkdir()
     for event in events[:begun]:
-        EventLog(cut / "trials.jsonl").append(event)
+        RunLog(cut / "trials.jsonl").append(event)
     again = campaign(cut, replace(asked_with(1), confirm=1))
-    again.replay(EventLog(cut / "trials.jsonl").read())
+    again.replay(RunLog(cut / "trials.jsonl").read())
     drive(again)
     assert strategies(cut) == strategies(tmp_path)
     assert not any(trial.status is Status.REJECTED for trial in again.trials.values())
@@ -280,17 +280,18 @@ deployments:
 """
 
 
-@pytest.fixture
-def wide(tmp_path: Path) -> Checked:
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
     """A request in a space of depths, as of a teacher of a billion weights."""
-    (tmp_path / "space.yaml").write_text(WIDE)
+    folder = tmp_path_factory.mktemp("wide")
+    (folder / "space.yaml").write_text(WIDE)
     asked = SearchRequest(
         budget=Budget(memory_bytes=10**12, context=256),
-        teacher=str(save_tiny_teacher(tmp_path / "teacher", layers=20)),
-        data=str(tiny_text(tmp_path / "text")),
-        space=str(tmp_path / "space.yaml"),
-        out=tmp_path / "runs",
-        cache=tmp_path / "cache",
+        teacher=str(save_tiny_teacher(folder / "teacher", layers=20)),
+        data=str(tiny_text(folder / "text")),
+        space=str(folder / "space.yaml"),
+        out=folder / "runs",
+        cache=folder / "cache",
         runner="inline",
     )
     return replace(check_request(asked), spec=TEACHER)
@@ -306,7 +307,9 @@ def on_gpus(*memories: float, share: float = 1.0) -> TrialMemory:
     return memory_of_trials(place, TEACHER, held)
 
 
-def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(wide: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(
+    wide: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no states of 8 bits
     strategies = {depth / 20: Strategy(init=Init(depth=depth / 20)) for depth in range(1, 21)}
     strategies = {
@@ -334,7 +337,7 @@ def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(wide: Checked, mon
     assert (strategy.init.depth, most, note) == (1.0, TEACHER.parameters, "")
 
 
-def test_the_most_weights_may_be_of_another_than_what_takes_most_memory(wide: Checked) -> None:
+def test_the_most_weights_may_be_of_another_than_what_takes_most_memory(wide: SearchConfig) -> None:
     """Of low-rank changes neither gradients nor states take much."""
     changes = {"none": None, "changes": {"rank": 8, "alpha": 16.0, "layers": "ffn"}}
     space = wide.space.to_json()
@@ -345,7 +348,7 @@ def test_the_most_weights_may_be_of_another_than_what_takes_most_memory(wide: Ch
     assert student.parameters < most == TEACHER.parameters
 
 
-def test_a_search_is_refused_where_nothing_of_its_space_can_be_trained(wide: Checked) -> None:
+def test_a_search_is_refused_where_nothing_of_its_space_can_be_trained(wide: SearchConfig) -> None:
     with pytest.raises(InputError, match=r"nothing of the space wide can be trained here, not even what takes least"):
         planned_for(wide, on_gpus(1e9), 256)
     assert planned_for(wide, on_gpus(24e9, share=0.5), 256)[3]

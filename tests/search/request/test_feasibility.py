@@ -23,7 +23,8 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.search.planning.placement import Place, Share
 from autodistill.search.request.feasibility import narrowed
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.request.validate import Checked, _check_kind, check_request
+from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.request.validate import _check_kind, check_request
 from autodistill.search.setup.loading import load
 from autodistill.search.setup.training_setup import trainable
 from autodistill.strategy.space import Space, load_space
@@ -62,6 +63,9 @@ def needs(spec: ModelSpec) -> dict[str, int]:
     return {fit.deployment.name: fit.need for fit in fits(spec, SPACE.deployments, Budget(memory_bytes=10**12))}
 
 
+LARGE = Budget(memory_bytes=10**12, context=256)
+
+
 def test_a_student_of_the_teachers_shape_is_for_a_budget_that_holds_it_in_some_deployment() -> None:
     spec = spec_from_config(SMALL)
     narrowest = min(needs(spec).values())
@@ -74,7 +78,7 @@ def test_a_student_of_the_teachers_shape_is_for_a_budget_that_holds_it_in_some_d
 def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
     folder = tmp_path_factory.mktemp("inputs")
     return SearchRequest(
-        budget=Budget(memory_bytes=10**12, context=256),
+        budget=LARGE,
         teacher=str(save_tiny_teacher(folder / "teacher", layers=5)),
         data=str(tiny_text(folder / "text")),
         out=folder / "runs",
@@ -83,11 +87,11 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
     )
 
 
-def checked_below(asked: SearchRequest) -> Checked:
+def checked_below(asked: SearchRequest) -> SearchConfig:
     """The request under a budget that its teacher exceeds in every deployment."""
     spec = check_request(asked).spec
-    need = min(fit.need for fit in fits(spec, SPACE.deployments, asked.budget))
-    return check_request(replace(asked, budget=replace(asked.budget, memory_bytes=need - 1)))
+    need = min(fit.need for fit in fits(spec, SPACE.deployments, LARGE))
+    return check_request(replace(asked, budget=replace(LARGE, memory_bytes=need - 1)))
 
 
 def test_a_resumed_run_keeps_the_space_that_it_was_searched_in(asked: SearchRequest, tmp_path: Path) -> None:
@@ -106,16 +110,16 @@ def test_a_resumed_run_keeps_the_space_that_it_was_searched_in(asked: SearchRequ
             "speed": {"cache": 1.0, "score": 1.0, "worker_train": 1.0, "worker_score": 1.0},
             "sampler": "tpe",
             "seed": 0,
-            "budget": checked.request.budget.to_json(),
+            "budget": checked.budget.to_json(),
             "plan": small_plan().to_json(),
         }
         with RunFolder.create(tmp_path, name) as run:
             write_json(run.search_file, stored)
-        again = check_request(replace(checked.request, out=tmp_path, name=name, resume=True))
+        again = check_request(replace(asked, budget=checked.budget, out=tmp_path, name=name, resume=True))
         assert again.space.dimensions == checked.space.dimensions
         # And warm-starts a search under either budget.
         for other in (tight, wide):
-            warmed = replace(other.request, out=tmp_path, warm_start=name)
+            warmed = replace(asked, budget=other.budget, out=tmp_path, warm_start=name)
             assert check_request(warmed).space.dimensions == other.space.dimensions
 
 
@@ -144,7 +148,7 @@ LISTED = {
 }
 
 
-def uncut(tmp_path: Path, *deployments: str, **changes: object) -> Checked:
+def uncut(tmp_path: Path, *deployments: str, **changes: object) -> SearchConfig:
     """A request for a teacher whose text llama.cpp would cut otherwise, in a space of such deployments."""
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=4)
     path = teacher / "tokenizer.json"
@@ -164,7 +168,7 @@ def uncut(tmp_path: Path, *deployments: str, **changes: object) -> Checked:
 
 def test_a_baseline_that_a_teacher_does_not_allow_is_named(asked: SearchRequest) -> None:
     with pytest.raises(InputError, match=r"the strategy narrow does not suit this teacher: alignment\.count is 8"):
-        check_request(replace(asked, baselines=("hand_designed", "narrow")))
+        check_request(replace(asked, baseline=("hand_designed", "narrow")))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +183,7 @@ def test_a_baseline_that_a_teacher_does_not_allow_is_named(asked: SearchRequest)
 def test_a_run_is_resumed_by_the_command_that_made_it(
     strategy: str | None, dimensions: dict[str, Any], said: str | None
 ) -> None:
-    checked: Any = SimpleNamespace(name="mine", request=SimpleNamespace(strategy=strategy))
+    checked: Any = SimpleNamespace(name="mine", strategy=strategy)
     with pytest.raises(InputError, match=re.escape(said)) if said else nullcontext():
         _check_kind(checked, {"space_definition": {"dimensions": dimensions}})
 

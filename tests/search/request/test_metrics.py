@@ -13,13 +13,14 @@ import torch
 import yaml
 
 from autodistill import plugins
-from autodistill.cli.summary import leaderboard_of, search_summary
+from autodistill.cli.summary import search_summary
 from autodistill.errors import InputError
 from autodistill.hardware.budget import Budget
 from autodistill.runs.results.differences import differences
 from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.standing import leaderboard_of
 from autodistill.search.request.metrics import ask, moved
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
@@ -31,6 +32,15 @@ import json, sys
 from pathlib import Path
 size = sum(path.stat().st_size for path in Path(sys.argv[1]).glob("*.safetensors"))
 print(json.dumps([{"id": json.loads(line)["id"], "score": size / 1e6} for line in open(sys.argv[2])]))
+"""
+
+SPACE = """
+dimensions:
+  distillation.learning_rate: {low: 1e-4, high: 1e-2, log: true}
+deployments:
+  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
+  - {runtime: transformers, format: huggingface, bits: 16, group_size: 0}
+baselines: [logit_kd]
 """
 
 
@@ -56,11 +66,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
     texts = {"name": "long", "files": "q.jsonl", "metric": "perplexity", "template": {"text": "{q} {q} {q}"}}
     (folder / "tasks.yaml").write_text(yaml.safe_dump({"tasks": [task, texts]}))
     (folder / "score.py").write_text(PROGRAM)
+    (folder / "space.yaml").write_text(SPACE)
     return SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=256),
         teacher=str(save_tiny_teacher(folder / "teacher", layers=3)),
         data=str(tiny_text(folder / "text", documents=30, sentences=24)),
-        tasks=(folder / "tasks.yaml",),
+        space=str(folder / "space.yaml"),
+        task=(folder / "tasks.yaml",),
         students_only=True,
         trials=2,
         tokens=2304,
@@ -136,32 +148,32 @@ def test_differences_need_the_same_examples(by_task: tuple[Outcome, SearchReques
 
 def test_a_run_is_resumed_with_the_same_tasks_alone(by_task: tuple[Outcome, SearchRequest], tmp_path: Path) -> None:
     request = by_task[1]
-    again = check_request(replace(request, resume=True, tasks=None, metric=None))
+    again = check_request(replace(request, resume=True, task=None, metric=None))
     assert again.metric == "task:miller"
     assert moved(again.asked.record, again.asked.record) == ()
     # The same files may lie elsewhere by now, under whatever names.
-    copy = shutil.copy((request.tasks or ())[0], tmp_path / "copy.yaml")
-    shutil.copy((request.tasks or ())[0].with_name("q.jsonl"), tmp_path)
-    elsewhere = check_request(replace(request, resume=True, tasks=(copy,)))
+    copy = shutil.copy((request.task or ())[0], tmp_path / "copy.yaml")
+    shutil.copy((request.task or ())[0].with_name("q.jsonl"), tmp_path)
+    elsewhere = check_request(replace(request, resume=True, task=(copy,)))
     (told,) = moved(elsewhere.asked.record, again.asked.record)
     assert told.startswith(f"the task files are read from {copy.resolve()}; before, from")
     with pytest.raises(InputError, match=r"task file /gone/tasks.yaml is not on this machine: give it by --task"):
-        ask(replace(request, tasks=None), {"asked": {"tasks": ["/gone/tasks.yaml"]}})
-    changed = yaml.safe_load((request.tasks or ())[0].read_text())
+        ask(replace(request, task=None), {"asked": {"tasks": ["/gone/tasks.yaml"]}})
+    changed = yaml.safe_load((request.task or ())[0].read_text())
     changed["tasks"][0]["limit"] = 5
-    other = (request.tasks or ())[0].with_name("other.yaml")
+    other = (request.task or ())[0].with_name("other.yaml")
     other.write_text(yaml.safe_dump(changed))
     with pytest.raises(InputError, match="another task or command"):
-        check_request(replace(request, resume=True, tasks=(other,)))
+        check_request(replace(request, resume=True, task=(other,)))
 
 
 def test_a_command_ranks_by_its_own_direction(base: SearchRequest) -> None:
-    program = (base.tasks or ())[0].with_name("score.py")
+    program = (base.task or ())[0].with_name("score.py")
     outcome = search(
         replace(
             base,
             name="command",
-            tasks=None,
+            task=None,
             metric_command=f"{sys.executable} {program} {{student}} {{data}}",
             metric_direction="min",
         )
@@ -207,7 +219,7 @@ def test_every_node_is_asked_for_the_files_of_a_command(base: SearchRequest, mon
         ({"metric": "accuracyy"}, "no metric that can rank; the metrics are .*accuracy, agreement, ece"),
         ({"metric_direction": "min"}, "give --metric-command"),
         ({"metric_command": "no-such-program {student}"}, "no program"),
-        ({"tasks": (Path("none.yaml"),)}, "none.yaml cannot be read"),
+        ({"task": (Path("none.yaml"),)}, "none.yaml cannot be read"),
         ({"metric": "exact_match"}, "needs questions with answers"),
     ],
 )
@@ -220,11 +232,11 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
 
 def test_two_files_with_a_task_of_one_name(base: SearchRequest) -> None:
     with pytest.raises(InputError, match="two of the task files have a task miller"):
-        check_request(replace(base, name="twice", tasks=(base.tasks or ()) * 2))
+        check_request(replace(base, name="twice", task=(base.task or ()) * 2))
 
 
 def test_a_command_that_fails_on_the_teacher_ends_the_search_before_its_trials(base: SearchRequest) -> None:
-    program = (base.tasks or ())[0].with_name("wrong.py")
+    program = (base.task or ())[0].with_name("wrong.py")
     program.write_text("print('[NaN]')")
     with pytest.raises(InputError, match="does not work on the teacher: item 0"):
         search(replace(base, name="wrong", metric_command=f"{sys.executable} {program} {{student}}"))
@@ -305,17 +317,17 @@ def test_a_third_partys_evaluator_is_found_conforms_and_ranks(base: SearchReques
         test = getattr(Suite(), name)
         (tmp_path / name).mkdir()
         test(*([tmp_path / name] if test.__code__.co_argcount > 1 else []))
-    checked = check_request(replace(base, name="third", tasks=None, metric="surprising"))
+    checked = check_request(replace(base, name="third", task=None, metric="surprising"))
     assert (checked.metric, checked.direction) == ("surprising", "min")
-    outcome = search(replace(base, name="third", tasks=None, metric="surprising"))
+    outcome = search(replace(base, name="third", task=None, metric="surprising"))
     assert all(row.figure("surprising") is not None for row in outcome.rows)
     assert all((row.documents or {})["metric"] == "surprising" for row in outcome.rows)
 
 
 def test_a_small_box_reads_fewer_examples_and_says_so(base: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autodistill.search.setup.measure_plan._ASKED_SHARE", 1e-9)
-    plan = plan_search(replace(base, name="box", trials=None, tokens=None, time_seconds=300.0))["plan"]
+    plan = plan_search(replace(base, name="box", trials=None, tokens=None, time=300.0))["plan"]
     assert 0 <= plan["example_share"] < 0.01
     assert any("of the tasks' examples" in note for note in plan["notes"])
-    whole = plan_search(replace(base, name="box", tasks=None))
+    whole = plan_search(replace(base, name="box", task=None))
     assert (whole["plan"]["example_share"], whole["speed"]["asked"]) == (1.0, 0.0)

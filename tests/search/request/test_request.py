@@ -18,7 +18,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.search.planning.durations import TRAINING
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.utils.json_files import write_json
 from autodistill.utils.storage import Storage
@@ -50,7 +50,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
 def test_baselines_of_ones_own_take_the_place_of_the_spaces(asked: SearchRequest, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("init: {depth: 0.6}\n")
-    checked = check_request(replace(asked, baselines=("full_recipe", str(mine))))
+    checked = check_request(replace(asked, baseline=("full_recipe", str(mine))))
     assert list(checked.space.baselines) == ["full_recipe", "mine"]
     assert checked.space.baselines["full_recipe"] == load_strategy("full_recipe")
     assert checked.space.baselines["mine"].init.depth == 0.6
@@ -60,14 +60,14 @@ def test_baselines_of_ones_own_take_the_place_of_the_spaces(asked: SearchRequest
 def test_a_run_goes_on_with_its_own_baselines_and_with_no_others(asked: SearchRequest, tmp_path: Path) -> None:
     stored = stored_run(asked) | {
         "baselines": ["gkd"],
-        "space_hash": check_request(replace(asked, baselines=("gkd",))).space.hash,
+        "space_hash": check_request(replace(asked, baseline=("gkd",))).space.hash,
     }
     with RunFolder.create(tmp_path, "run") as run:
         write_json(run.search_file, stored)
     resumed = replace(asked, out=tmp_path, name="run", resume=True)
     assert list(check_request(resumed).space.baselines) == ["gkd"]
     with pytest.raises(InputError, match=r"another baseline \(gkd, now full_recipe\)"):
-        check_request(replace(resumed, baselines=("full_recipe",)))
+        check_request(replace(resumed, baseline=("full_recipe",)))
 
 
 def stored_run(asked: SearchRequest) -> dict[str, Any]:
@@ -103,8 +103,8 @@ def stored_run(asked: SearchRequest) -> dict[str, Any]:
         ({"explore": 0.5, "confirm": 2}, ["--explore 0.5", "--confirm", "leave one of them out"]),
         ({"explore": 0.5, "space": "longer.yaml"}, ["--explore 0.5", "(lengths)", "leave one of them out"]),
         ({"explore": 0.5, "trials": 2, "tokens": 512}, ["--explore 0.5", "no time budget", "leave one of them out"]),
-        ({"baselines": ("full_recipe", "./full_recipe.yaml")}, ["there is no strategy file ./full_recipe.yaml"]),
-        ({"baselines": ("gkd", "gkd")}, ["--baseline needs a name of its own", "gkd, gkd"]),
+        ({"baseline": ("full_recipe", "./full_recipe.yaml")}, ["there is no strategy file ./full_recipe.yaml"]),
+        ({"baseline": ("gkd", "gkd")}, ["--baseline needs a name of its own", "gkd, gkd"]),
         ({"warm_start": "nobody"}, ["no run 'nobody'"]),
         ({"warm_start": "a,a"}, ["each once"]),
         ({"resume": True}, ["--resume", "--name"]),
@@ -186,7 +186,7 @@ def test_a_run_goes_on_with_its_device_as_it_was(asked: SearchRequest, tmp_path:
     measured = replace(pi, bandwidth=0.9 * pi.bandwidth, usable_bytes=pi.usable_bytes - 1, sources={})
     now = replace(before, device=measured, memory_bytes=measured.usable_bytes)
     found = check_request(replace(again, budget=now))
-    assert (found.request.budget, found.device) == (before, pi)
+    assert (found.budget, found.device) == (before, pi)
     other = find_device("pi 4", devices())
     for changed, what in (
         (replace(now, latency=parse_latency("11s")), "budget"),
@@ -197,39 +197,38 @@ def test_a_run_goes_on_with_its_device_as_it_was(asked: SearchRequest, tmp_path:
         with pytest.raises(InputError, match=f"another {what}"):
             check_request(replace(again, budget=changed))
     # Where nobody named one, another machine goes on with the run's.
-    elsewhere = replace(before, device=other)
-    assert check_request(replace(again, budget=elsewhere, device_by_default=True)).request.budget == before
+    assert check_request(replace(again, budget=None)).budget == before
 
 
 def test_a_context_that_nobody_asked_for_is_what_teacher_and_pretrained_models_read(
     asked: SearchRequest, tmp_path: Path
 ) -> None:
-    plain = replace(asked, budget=Budget(memory_bytes=10**9), context_by_default=True)
-    assert check_request(plain).request.budget == Budget(memory_bytes=10**9, context=512)
+    plain = replace(asked, budget="1GB")
+    assert check_request(plain).budget == Budget(memory_bytes=10**9, context=512)
     sibling = save_tiny_teacher(tmp_path / "sibling", layers=2, width=64)
     config = json.loads((sibling / "config.json").read_text())
     (sibling / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
     init = {"source": "pretrained", "model": str(sibling), "depth": 1.0}
     (tmp_path / "mine.yaml").write_text(json.dumps({"init": init}))
     both = replace(plain, strategy=str(tmp_path / "mine.yaml"))
-    assert check_request(both).request.budget.context == 300
+    assert check_request(both).budget.context == 300
     wide = save_tiny_teacher(tmp_path / "wide", layers=5)
     (wide / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5, "max_position_embeddings": 9000}))
-    assert check_request(replace(plain, teacher=str(wide))).request.budget.context == 2048
+    assert check_request(replace(plain, teacher=str(wide))).budget.context == 2048
     with pytest.raises(
         InputError, match=r"a context of 512 tokens, and the budget is stated at 2048: .*or leave it out"
     ):
-        check_request(replace(plain, context_by_default=False))
+        check_request(replace(plain, context=2048))
 
 
 def test_a_run_goes_on_at_its_own_context_unless_another_is_asked_for(asked: SearchRequest, tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, "run") as run:
         write_json(run.search_file, stored_run(asked))
     again = replace(asked, out=tmp_path, name="run", resume=True)
-    wider = Budget(memory_bytes=asked.budget.memory_bytes)
-    assert check_request(replace(again, budget=wider, context_by_default=True)).request.budget == asked.budget
+    memory = "16GB"
+    assert check_request(replace(again, budget=memory)).budget == asked.budget
     with pytest.raises(InputError, match="another budget"):
-        check_request(replace(again, budget=wider))
+        check_request(replace(again, budget=memory, context=2048))
 
 
 def test_a_run_that_another_machine_goes_on_with_is_refused(asked: SearchRequest, tmp_path: Path) -> None:
@@ -281,13 +280,13 @@ def test_time_that_holds_no_training_is_refused_where_a_run_has_finished(asked: 
     with pytest.raises(
         InputError, match=r"--time .* adds no training to the run 'whole'.*: give --time \d+s or more"
     ) as no:
-        check_request(replace(whole, time_seconds=160.0, trials=12))
+        check_request(replace(whole, time=160.0, trials=12))
     # A tenth more than 150 s, and 1,024 tokens at 100 a second, which take a tenth longer than was measured.
     least = int(str(no.value).rpartition("--time ")[2].removesuffix("s or more"))
     assert least == pytest.approx(1.1 * (150 + 1024 / 100 * TRAINING), abs=3)
-    check_request(replace(whole, time_seconds=float(least)))
+    check_request(replace(whole, time=float(least)))
     check_request(whole)
-    check_request(replace(cut, time_seconds=60.0))
+    check_request(replace(cut, time=60.0))
 
 
 def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_path: Path) -> None:
@@ -309,7 +308,7 @@ def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_
         ({"confirm": 2}, 1.0),
         ({"confirm": 2, "explore": 1.0}, 1.0),
         ({"trials": 3, "tokens": 512}, 1.0),
-        ({"trials": 3, "tokens": 512, "time_seconds": 60.0}, 0.5),
+        ({"trials": 3, "tokens": 512, "time": 60.0}, 0.5),
         ({"space": "longer.yaml"}, 1.0),
         ({"strategy": "logit_kd"}, 1.0),
     ],
@@ -363,8 +362,42 @@ def test_a_search_for_a_device_leaves_out_what_the_device_does_not_serve(asked: 
     assert runtimes("4090") == {"llama.cpp", "vllm", "transformers"}
 
 
-@pytest.mark.parametrize("name", ["metric_command", "metric", "space", "storage", "warm_start", "runner", "baselines"])
+@pytest.mark.parametrize("name", ["metric_command", "metric", "space", "storage", "warm_start", "runner", "baseline"])
 @pytest.mark.parametrize("blank", ["", "  "])
 def test_an_empty_text_is_no_default(asked: SearchRequest, name: str, blank: str) -> None:
     with pytest.raises(InputError, match=f"{name} is empty"):
-        replace(asked, **{name: (blank,) if name == "baselines" else blank})
+        replace(asked, **{name: (blank,) if name == "baseline" else blank})
+
+
+@pytest.mark.parametrize(("batch", "most"), [(None, 16), (16, 16), (32, 32)])
+def test_streams_of_a_latency_are_held_in_memory_whatever_batch_allows_them(
+    asked: SearchRequest, batch: int | None, most: int
+) -> None:
+    placed = replace(asked, budget=None, device="t4", latency="5s@streams=16", batch=batch, context=64)
+    assert check_request(placed).budget.batch == most
+
+
+def test_texts_are_read_once_whoever_gives_them() -> None:
+    typed = SearchRequest(
+        budget="8GB", time="1h30m", latency="50ms", metric_timeout="2m", cache_limit="1GiB", device="t4"
+    )
+    assert (typed.budget, typed.time, typed.metric_timeout, typed.cache_limit) == (8 * 10**9, 5400.0, 120.0, 2**30)
+    assert typed.latency == parse_latency("50ms")
+    again = replace(typed, seed=1)
+    assert (again.budget, again.time, again.latency) == (typed.budget, typed.time, typed.latency)
+    assert SearchRequest(budget=8 * 10**9, time=5400.0).time == typed.time
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "search needs the memory"),
+        ({"budget": "8GB", "time": "soon"}, "'soon' is not a duration"),
+        ({"budget": "8GB", "devices": ["mine.yaml"]}, "choose one with --device"),
+        ({"device": "t4", "latency": "50ms@streams=16", "batch": 4}, "contradicts --latency @streams=16"),
+        ({"budget": "8GB", "context": 0}, "--context must be at least 1"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused_before_a_device_is_looked_for(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        SearchRequest(**given)

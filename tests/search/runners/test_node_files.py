@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from autodistill.errors import AutoDistillError
@@ -80,13 +81,20 @@ def test_what_changed_is_sent_anew(setting: TrialSetting, tmp_path: Path, monkey
     assert (fetch(sent).data / "below" / "file").read_text() == "longer data"
 
 
+# Begins a process for each folder that it is told, which holds its copy until it is killed, or this one ends.
 FETCH = """
-import sys
+import os, signal, sys
 from autodistill.search.runners.node_files import hold_copy
 from autodistill.utils.storage import Storage
-storage, name = Storage(sys.argv[1]), sys.argv[2]
-print(storage.fetch_folder(name, hold_copy(storage, name)), flush=True)
-sys.stdin.read()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+reading, writing = os.pipe()
+for line in sys.stdin:
+    if os.fork() == 0:
+        os.close(writing)
+        storage, name = Storage(sys.argv[1]), line.strip()
+        print(os.getpid(), storage.fetch_folder(name, hold_copy(storage, name)), flush=True)
+        os.read(reading, 1)
+        os._exit(0)
 """
 
 
@@ -98,18 +106,24 @@ def test_a_nodes_copies_are_collected_under_the_limit_but_for_those_in_use(
     storage = Storage(f"file://{tmp_path}/shared")
     (tmp_path / "big").write_bytes(bytes(1000))
     copies: dict[str, Path] = {}
-    others: dict[str, subprocess.Popen[str]] = {}
+    others: dict[str, psutil.Process] = {}
+    words = [sys.executable, "-c", FETCH, storage.uri]
+    starter = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     for name in ("held", "old", "new"):
         storage.send_folder(tmp_path / "big", name)
-        words = [sys.executable, "-c", FETCH, storage.uri, name]
-        others[name] = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        copies[name] = Path(others[name].stdout.readline().strip())  # type: ignore[union-attr]
+        starter.stdin.write(f"{name}\n")  # type: ignore[union-attr]
+        process, copy = starter.stdout.readline().split()  # type: ignore[union-attr]
+        others[name], copies[name] = psutil.Process(int(process)), Path(copy)
 
     def left() -> set[str]:
         return {name for name, copy in copies.items() if copy.exists()}
 
+    def end(name: str) -> None:
+        others[name].kill()
+        others[name].wait()
+
     for name in ("old", "new"):
-        others[name].communicate("")
+        end(name)
     partial = copies["old"].with_name(".fetch-killed")
     partial.mkdir()
     os.utime(partial, (0, 0))
@@ -119,7 +133,8 @@ def test_a_nodes_copies_are_collected_under_the_limit_but_for_those_in_use(
     fetch(send(setting, storage, 1))
     assert left() == {"held"}
     assert (found.teacher / "below" / "file").read_text() == "teacher"
-    others["held"].communicate("")
+    end("held")
+    starter.communicate()
     fetch(send(setting, storage, 1))
     assert left() == set()
     assert (storage.fetch_folder("held", copies["held"]) / "big").read_bytes() == bytes(1000)

@@ -78,6 +78,7 @@ def ray() -> Iterator[Any]:
     local.leave()
 
 
+@pytest.mark.slow
 def test_ray_names_the_node_of_an_actor_that_died(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the count of a node is that of its kernel; a group whose process was ended for memory says so."""
     (node,) = [node for node in ray.nodes() if node["Alive"]]

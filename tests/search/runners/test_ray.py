@@ -22,6 +22,7 @@ from autodistill.errors import AutoDistillError
 from autodistill.hardware.budget import Budget
 from autodistill.hardware.machine import detect
 from autodistill.runs.results.row import Status, rows_of
+from autodistill.runs.run_log import RunLog
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.request.request import SearchRequest
@@ -32,7 +33,6 @@ from autodistill.search.runners.ray_cluster import LocalRay
 from autodistill.search.search import search
 from autodistill.search.worker.failures import KILLED
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.utils.event_log import EventLog
 
 
 class Killer(Observer):
@@ -124,9 +124,18 @@ def test_what_ray_says_of_a_dead_worker_goes_to_whoever_gave_the_work(
     assert last == ("third", {"failure": ("error", "so"), "trained": 512})
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
+SPACE = """
+dimensions:
+  distillation.learning_rate: {low: 1e-4, high: 1e-2, log: true}
+deployments:
+  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
+baselines: [logit_kd]
+"""
+
+
+@pytest.mark.parametrize(("times", "trials"), [(1, 2), pytest.param(3, 4, marks=pytest.mark.slow)])
 def test_a_search_through_ray_survives_the_death_of_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, trials: int
 ) -> None:
     """Work whose worker died is done by another one, and recorded as failed if that one dies too."""
     monkeypatch.chdir(tmp_path)
@@ -137,13 +146,15 @@ def test_a_search_through_ray_survives_the_death_of_workers(
     )
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=24)
+    (tmp_path / "space.yaml").write_text(SPACE)
     killer = Killer(times)
     outcome = search(
         SearchRequest(
             budget=Budget(memory_bytes=16 * 10**9, context=256),
             teacher="teacher",
             data="text",
-            trials=4,
+            space="space.yaml" if times == 1 else "default",
+            trials=trials,
             tokens=2304,
             out=Path("runs"),
             name="run",
@@ -151,7 +162,7 @@ def test_a_search_through_ray_survives_the_death_of_workers(
         ),
         killer,
     )
-    events = EventLog(Path("runs/run/trials.jsonl")).read()
+    events = RunLog(Path("runs/run/trials.jsonl")).read()
     states = {event["trial"]: event for event in events if event["event"] == "status"}
     assert killer.killed, "no worker was seen"
     failed = [event for event in states.values() if event["status"] == Status.FAILED]
@@ -163,7 +174,7 @@ def test_a_search_through_ray_survives_the_death_of_workers(
     assert {event["trial"] for event in failed} <= {event["trial"] for event in retried}
     if times == 1:
         assert not failed
-    assert sum(event["status"] != Status.REJECTED for event in states.values()) == 5
+    assert sum(event["status"] != Status.REJECTED for event in states.values()) == trials + 1
     assert outcome.finish.best.feasible
     assert Path("runs/run/student/gguf/student.gguf").is_file()
     assert {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
@@ -183,7 +194,7 @@ class DiskFiller(Observer):
             self._watch.start()
 
     def _run(self) -> None:
-        while not any(event["event"] == "rung" for event in EventLog(self._log).read()):
+        while not any(event["event"] == "rung" for event in RunLog(self._log).read()):
             time.sleep(0.05)
         (self._log.parent / "full").symlink_to("/dev/full")
         self._log.rename(self._log.parent / "kept")
@@ -215,7 +226,7 @@ def test_a_log_that_cannot_be_written_ends_a_search_through_ray_with_what_to_do(
     before = log.read_bytes()
     outcome = search(replace(asked, resume=True, runner="inline"))
     assert log.read_bytes().startswith(before)
-    rungs = [(event["trial"], event["rung"]) for event in EventLog(log).read() if event["event"] == "rung"]
+    rungs = [(event["trial"], event["rung"]) for event in RunLog(log).read() if event["event"] == "rung"]
     assert len(set(rungs)) == len(rungs)
     assert outcome.finish.best.feasible
 
@@ -252,6 +263,7 @@ def sigterm_handler() -> int | None:
     return get(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_worker_with_nothing_to_do_keeps_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 

@@ -463,7 +463,7 @@ def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_find
             teacher=str(tmp_path / "teacher"),
             data=str(tmp_path / "text"),
             space=str(tmp_path / "space.yaml"),
-            baselines=(str(tmp_path / "changes.yaml"), str(tmp_path / "weights.yaml")),
+            baseline=(str(tmp_path / "changes.yaml"), str(tmp_path / "weights.yaml")),
             trials=3,
             tokens=4608,
             step_tokens=512,

@@ -22,7 +22,8 @@ from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.placement import Place, Share
 from autodistill.search.planning.plan import ENOUGH_STEPS
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.request.validate import Checked, check_request
+from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.request.validate import check_request
 from autodistill.search.setup.loading import Loaded, load
 from autodistill.search.setup.measure_plan import OutputsPace, _sizes, plan_from_measurement
 from autodistill.search.setup.teacher_phase import teacher_phase
@@ -43,7 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _checked(inputs: Path, **fields: object) -> Checked:
+def _checked(inputs: Path, **fields: object) -> SearchConfig:
     return check_request(
         SearchRequest(
             budget=Budget(memory_bytes=16 * 10**9, context=64),
@@ -174,7 +175,7 @@ def test_few_tokens_have_small_steps(planned) -> None:  # type: ignore[no-untype
 
 def test_a_short_box_has_small_steps(planned) -> None:  # type: ignore[no-untyped-def]
     boxes = (45.0, 300.0)
-    plans = [planned(trials=None, tokens=None, time_seconds=box, runner="inline")[0] for box in boxes]
+    plans = [planned(trials=None, tokens=None, time=box, runner="inline")[0] for box in boxes]
     assert plans[0].batch_tokens < plans[1].batch_tokens == 4 * LENGTH
     for plan in plans:
         assert plan.batch_tokens == LENGTH or plan.tokens // plan.batch_tokens >= ENOUGH_STEPS
@@ -204,11 +205,9 @@ def test_no_more_sequences_are_timed_than_memory_is_predicted_to_hold(planned, i
 def test_a_trial_reads_no_more_tokens_than_the_cache_may_hold(planned, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("autodistill.search.setup.teacher_phase.calibration_file", lambda *given: None)
     fast = {size: 1e3 * rate for size, rate in RATES.items()}
-    free, _, _ = planned(trials=1, tokens=None, time_seconds=600.0, runner="inline", rates=fast)
+    free, _, _ = planned(trials=1, tokens=None, time=600.0, runner="inline", rates=fast)
     limit = 60 * 1000  # bytes for each of 16 tokens' outputs are more than 1,000 in all
-    held, _, timed = planned(
-        trials=1, tokens=None, time_seconds=600.0, runner="inline", rates=fast, cache_limit_bytes=limit
-    )
+    held, _, timed = planned(trials=1, tokens=None, time=600.0, runner="inline", rates=fast, cache_limit=limit)
     assert held.tokens < free.tokens
     assert timed == [1]
     assert any("--cache-limit" in note for note in held.notes)
@@ -230,7 +229,7 @@ def test_the_teacher_that_was_timed_is_asked_too(inputs: Path, monkeypatch: pyte
         "tasks: [{name: miller, files: q.jsonl, metric: multiple_choice, "
         "template: {prompt: '{q}', choices: '{choices}', answer: '{gold}'}}]"
     )
-    checked = _checked(inputs, trials=1, tokens=10**4, tasks=(questions,))
+    checked = _checked(inputs, trials=1, tokens=10**4, task=(questions,))
     here = replace(GPU, gpus=())
     loaded = load(checked, Place(here=here, machines=(here,), share=Share()))
     timed, asked, load_teacher = [], [], Loaded.load_teacher

@@ -64,7 +64,7 @@ def _workers(processes: int) -> Workers:
     return Workers(count=1, threads=1, bf16=False, device="cpu", processes=processes)
 
 
-@pytest.mark.parametrize(("processes", "held"), [(1, 5), (2, 3), (4, 2), (8, 1)])
+@pytest.mark.parametrize(("processes", "held"), [(1, 5), (4, 2), (8, 1)])
 def test_of_a_student_that_several_processes_share_no_more_layers_are_run_than_lie_in_one(
     teacher: Path, monkeypatch: pytest.MonkeyPatch, processes: int, held: int
 ) -> None:

@@ -13,7 +13,8 @@ from autodistill.hardware.machine import Gpu, Machine
 from autodistill.models.config import spec_from_config
 from autodistill.search.planning.placement import Place, Share, share_out
 from autodistill.search.setup.training_setup import _lora, main_memory, memory_of_trials
-from autodistill.strategy.space import load_space, load_strategy
+from autodistill.strategy.named import load_strategy
+from autodistill.strategy.space import load_space
 from autodistill.strategy.strategy import Distillation, Lora, Strategy
 from tests.estimates.test_training_fit import QWEN_1_5B
 

@@ -271,7 +271,7 @@ def test_a_budget_below_the_smallest_storage_names_it_and_ends_with_3(
     smallest, least = options_of(teacher).smallest()
     with pytest.raises(NothingFitsError, match=f"the smallest storage, {smallest.name.replace('+', '.')}, needs"):
         solve(asked(teacher, text, tmp_path, least.total_bytes - 1))
-    words = ["solve", str(teacher), "--budget", "1MB", "--context", "256", "--cache", str(tmp_path), "--format", "json"]
+    words = ["solve", str(teacher), "--budget", "1MB", "--context", "256", "--cache", str(tmp_path), "--json"]
     assert main(words) == 3
     assert smallest.name in json.loads(capsys.readouterr().out)["error"]
 

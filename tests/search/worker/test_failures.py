@@ -78,10 +78,20 @@ def test_each_error_has_a_cause(error: Exception, cause: str) -> None:
     assert (cause in RETRIED) == (cause == "error")
 
 
+SPACE = """
+dimensions:
+  distillation.learning_rate: {low: 1e-4, high: 1e-2, log: true}
+deployments:
+  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
+baselines: [logit_kd]
+"""
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     teacher = save_tiny_teacher(folder / "teacher", layers=5)
+    (folder / "space.yaml").write_text(SPACE)
     return teacher, tiny_text(folder / "text", documents=30, sentences=24), folder / "cache"
 
 
@@ -95,6 +105,7 @@ def test_a_disk_that_is_full_while_students_are_saved_costs_one_trial_at_most(
         budget=Budget(memory_bytes=16 * 10**9, context=256),
         teacher=str(teacher),
         data=str(text),
+        space=str(teacher.with_name("space.yaml")),
         trials=2,
         tokens=1024,
         runner="inline",
@@ -135,6 +146,7 @@ def test_a_disk_that_is_full_before_the_first_trial_ends_the_search_with_how_to_
         budget=Budget(memory_bytes=16 * 10**9, context=256),
         teacher=str(teacher),
         data=str(text),
+        space=str(teacher.with_name("space.yaml")),
         strategy="logit_kd",
         tokens=1024,
         runner="inline",

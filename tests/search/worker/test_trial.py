@@ -41,13 +41,10 @@ from autodistill.distillation.training.learning_rate import branch_point, end_of
 from autodistill.errors import DamagedError, InputError, TrialFailedError
 from autodistill.estimates.fit import holdable
 from autodistill.evaluation import evaluate as evaluation_module
-from autodistill.evaluation.base import Measurement, Quantity
-from autodistill.evaluation.early_stopping import Bar
 from autodistill.evaluation.evaluate import deployed_weights, evaluate
 from autodistill.evaluation.statistics import per_document
 from autodistill.export.verify import verify
 from autodistill.hardware.budget import Budget
-from autodistill.inference import batching as parallel
 from autodistill.inference.half_precision import load_held
 from autodistill.inference.outputs import Answers, TeacherReference
 from autodistill.inference.scoring import score, score_teacher
@@ -67,7 +64,7 @@ from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
 from autodistill.search.worker.trial import Trial
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import load_strategy
+from autodistill.strategy.named import load_strategy
 from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Init, Lora, Strategy
 from autodistill.testing import save_tiny_teacher
 from autodistill.utils.clock import Moment
@@ -301,7 +298,7 @@ def test_a_metric_that_is_no_mean_ranks_by_its_figure_alone(lab):
             trial="t000",
             kind="student",
             name="a",
-            deployment=deployment.to_json(),
+            deployment=deployment,
             status="completed",
             feasible=True,
             fidelity=1.0,
@@ -395,7 +392,7 @@ def test_what_a_rung_judged_is_kept_where_that_is_asked_for_until_the_end_is_rea
     reference = TeacherReference.load(lab.reference).head(data.tokens[:, 1:].size)
     spec = student_spec(STRATEGY, setting.teacher_spec)
     again, _ = evaluate(model, spec, Q4, data, reference, budget=setting.budget, evaluators=setting.evaluators)
-    assert again == replace(judged.evaluation, reading=None)
+    assert again == judged.evaluation
     trial.run(2)
     assert [path.name for path in (tmp_path / "t000").iterdir()] == ["student"]
 
@@ -1017,7 +1014,11 @@ def test_two_processes_go_on_where_the_first_cannot_write_a_checkpoint_and_leave
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    processes = multiprocessing.spawn(_member, (port, setting, _task(), tmp_path), nprocs=2, join=False)
+    # Forks of one process, which has imported what both need.
+    multiprocessing.set_forkserver_preload([__name__, "tests.conftest"])
+    processes = multiprocessing.start_processes(
+        _member, (port, setting, _task(), tmp_path), nprocs=2, join=False, start_method="forkserver"
+    )
     ends = time.monotonic() + 400
     try:
         while not processes.join(timeout=5):
@@ -1127,206 +1128,3 @@ def test_answers_need_questions(lab, tmp_path):
             budget=setting.budget,
             evaluators=("exact_match",),
         )
-
-
-def _given(asked, monkeypatch):
-    """Counts what is asked of the model: the sequences scored and the questions answered, in order."""
-    scored, answered = evaluation_module.score, evaluation_module.answer
-
-    def score(model, data, *more, **options):
-        asked.append(len(data.tokens))
-        return scored(model, data, *more, **options)
-
-    def answer(model, questions, **options):
-        asked.append([questions.entries[place].document for place in options["places"]])
-        return answered(model, questions, **options)
-
-    monkeypatch.setattr(evaluation_module, "score", score)
-    monkeypatch.setattr(evaluation_module, "answer", answer)
-
-
-def _raised(reading, gain=1):
-    """The bar of a student that is right wherever it could be; `gain` is the share of what was wrong that it is not."""
-    looks = tuple(
-        look | {"sum": [s + round(gain * (c - s)) for s, c in zip(look["sum"], look["count"], strict=True)]}
-        for look in reading.looks
-    )
-    return Bar(trial="t009", value=sum(looks[-1]["sum"]) / sum(looks[-1]["count"]), looks=looks)
-
-
-def _read(lab, setting, **options):
-    data = load_split(lab.data.folder, "validation").head(512)
-    reference = TeacherReference.load(lab.reference).head(data.predicted)
-    model, _ = build_student(lab.teacher, STRATEGY.init)
-    spec = student_spec(STRATEGY, setting.teacher_spec)
-    metric = options.pop("metric", "accuracy")
-    evaluators = options.pop("evaluators", setting.evaluators)
-    found, scores = evaluate(
-        model,
-        spec,
-        Q4,
-        data,
-        reference,
-        budget=setting.budget,
-        evaluators=evaluators,
-        metric=metric,
-        tokenizer=lab.teacher,
-        **options,
-    )
-    return found, scores, data, model
-
-
-@pytest.fixture
-def in_passes_of_two(lab, monkeypatch):
-    """Sequences are read two at a time."""
-    monkeypatch.setattr(parallel, "CPU_PASS_TOKENS", 2 * lab.plan.sequence_length)
-
-
-@pytest.mark.parametrize("metric", ["accuracy", "perplexity", "kl"])
-@pytest.mark.usefixtures("in_passes_of_two")
-def test_what_is_read_in_parts_is_the_same_to_the_last_bit_and_is_read_once(lab, metric, monkeypatch):
-    setting, asked = lab.setting(Path()), []
-    evaluators = (*setting.evaluators, "kl", "calibration")
-    whole, scores, data, _ = _read(lab, setting, metric=metric, evaluators=evaluators)
-    _given(asked, monkeypatch)
-    found, again, _, _ = _read(lab, setting, metric=metric, evaluators=evaluators, in_parts=True)
-    assert asked == [4, 4, 4, 4]
-    assert replace(found, reading=None) == whole
-    assert all(np.array_equal(value, getattr(again, name)) for name, value in vars(scores).items())
-    assert (found.reading.unit, found.reading.read, found.reading.of) == ("tokens", data.predicted, data.predicted)
-    own = {key: whole.documents[key] for key in ("ids", "count", "sum")}
-    assert {key: found.reading.looks[-1][key] for key in own} == own
-    # After a part the documents are those of the sequences up to there.
-    half = {key: value for key, value in vars(scores).items() if key in ("correct", "nll", "divergence", "documents")}
-    count = data.part(0, 8).predicted
-    values = half[{"accuracy": "correct", "perplexity": "nll", "kl": "divergence"}[metric]][:count]
-    expected = per_document(values, half["documents"][:count])
-    assert {key: found.reading.looks[1][key] for key in expected} == expected
-
-
-@pytest.mark.usefixtures("in_passes_of_two")
-def test_an_evaluation_ends_once_it_is_certain_to_fall_short_and_says_what_it_read(lab, monkeypatch):
-    setting, asked = lab.setting(Path()), []
-    whole, scores, data, model = _read(lab, setting, in_parts=True)
-    bar = _raised(whole.reading)
-    _given(asked, monkeypatch)
-    found, again, _, model = _read(lab, setting, in_parts=True, bar=bar)
-    end = sum(asked)
-    assert 4 <= end < 16
-    right = scores.correct[: data.part(0, end).predicted]
-    # No part before could have done: all that was unread together with what was right there reached the bar.
-    unread = data.predicted - right.size
-    assert right.sum() + unread < sum(bar.looks[-1]["sum"])
-    before = scores.correct[: data.part(0, end - 4).predicted]
-    assert end == 4 or before.sum() + data.predicted - before.size >= sum(bar.looks[-1]["sum"])
-    assert found.measurements["accuracy"].value == right.mean()
-    assert found.measurements["perplexity"].detail["tokens"] == again.correct.size == right.size
-    reading = found.reading
-    assert (reading.read, reading.of, reading.bar, reading.looks) == (right.size, data.predicted, "t009", ())
-    theirs = sum(bar.looks[end // 4 - 1]["sum"])
-    assert reading.estimate == pytest.approx(bar.value + (right.sum() - theirs) / right.size)
-    assert found.teacher_accuracy == scores.teacher_correct[: right.size].mean()
-    fresh, _ = build_student(lab.teacher, STRATEGY.init)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
-    # A bar that is no better is not certain to be missed, and one of other tokens says nothing.
-    for other in (_raised(whole.reading, gain=0), replace(bar, looks=tuple({**one, "ids": []} for one in bar.looks))):
-        assert _read(lab, setting, in_parts=True, bar=other)[0] == whole
-
-
-@pytest.mark.usefixtures("in_passes_of_two")
-def test_a_trial_is_held_to_the_bar_at_a_rung_and_read_whole_at_the_last(lab, tmp_path):
-    setting = lab.setting(tmp_path)
-    trial = Trial(Workbench(setting), _task())
-    judged = trial.run(0)
-    bar = _raised(judged.evaluation.reading)
-    short = trial.run(0, bar=bar)
-    assert short.evaluation.reading.bar == "t009"
-    assert short.evaluation.reading.read < judged.evaluation.reading.read == short.evaluation.reading.of
-    trial.run(1)
-    assert trial.run(2, bar=bar).evaluation.reading is None
-
-
-class _Asked:
-    """Asks the student; one that is read in parts is so by its own count."""
-
-    name, needs, measures = "asked", "student", {"asked": Quantity("fraction", "max")}
-    right = 0.0
-
-    def __init__(self):
-        self.read = []
-
-    def supports(self, deployment):
-        return True
-
-    def _found(self, count):
-        self.read.append(count)
-        documents = {"ids": [*range(count)], "count": [1] * count, "sum": [round(self.right)] * count}
-        return (
-            Measurement(
-                name="asked",
-                value=self.right,
-                unit="fraction",
-                direction="max",
-                source="simulated",
-                documents=documents,
-                bound=1.0,
-            ),
-        )
-
-    def evaluate(self, subject):
-        assert subject.student is not None
-        return self._found(40)
-
-
-class _AskedInParts(_Asked):
-    def in_parts(self, subject):
-        assert subject.student is not None
-        return (self._found(count) for count in (10, 20, 30, 40))
-
-
-@pytest.mark.usefixtures("in_passes_of_two")
-def test_an_evaluator_that_asks_the_student_is_read_in_parts_where_it_says_so(lab):
-    """A person's command, or a task of lm-eval, is not, be it the metric or beside it."""
-    setting = lab.setting(Path())
-    bar = Bar(
-        trial="t009",
-        value=1.0,
-        looks=tuple({"ids": [*range(n)], "count": [1] * n, "sum": [1] * n} for n in (10, 20, 30, 40)),
-    )
-    plain, parted = _Asked(), _AskedInParts()
-    found, scores, data, _ = _read(lab, setting, metric="asked", evaluators=(plain,), in_parts=True, bar=bar)
-    assert plain.read == [40]
-    assert found.reading is None
-    assert scores.correct.size == data.predicted
-    found, scores, _, _ = _read(lab, setting, metric="asked", evaluators=(parted, "accuracy"), in_parts=True, bar=bar)
-    assert parted.read == [10]
-    assert (found.reading.unit, found.reading.read, found.reading.of) == ("questions", 10, 40)
-    assert scores.correct.size == data.part(0, 4).predicted == found.measurements["accuracy"].detail["tokens"]
-    parted, plain = _AskedInParts(), _Asked()
-    accuracy = _raised(_read(lab, setting, in_parts=True)[0].reading)
-    plain.name, plain.measures = "plain", {}
-    found, scores, _, _ = _read(lab, setting, evaluators=("accuracy", parted, plain), in_parts=True, bar=accuracy)
-    looks = round(scores.correct.size / data.part(0, 4).predicted)
-    assert parted.read == [10, 20, 30, 40][:looks]
-    assert plain.read == [40]
-    assert found.reading.unit == "tokens"
-
-
-def test_questions_are_answered_in_parts_each_once_and_no_more_once_it_is_certain(quiz, monkeypatch):
-    setting, asked = quiz.setting(Path(), evaluators=("exact_match",), metric="exact_match"), []
-    monkeypatch.setattr(evaluation_module, "at_once", lambda device: 2)
-    _given(asked, monkeypatch)
-    found, _, data, _ = _read(quiz, setting, metric="exact_match", in_parts=True)
-    count = len(data.questions.entries)
-    parts = [part for part in asked if isinstance(part, list)]
-    assert len(parts) == 4
-    assert sorted(document for part in parts for document in part) == sorted(
-        entry.document for entry in data.questions.entries
-    )
-    assert (found.reading.unit, found.reading.read) == ("questions", count)
-    assert sum(found.reading.looks[0]["count"]) == len(parts[0]) < count
-    asked.clear()
-    short, _, _, _ = _read(quiz, setting, metric="exact_match", in_parts=True, bar=_raised(found.reading))
-    read = [document for part in asked if isinstance(part, list) for document in part]
-    assert short.measurements["exact_match"].detail["questions"] == len(read) == short.reading.read < count
-    assert short.documents["ids"] == sorted(set(read))

@@ -1,0 +1,1 @@
+"""What the Python API returns: runs, their students, and answers."""

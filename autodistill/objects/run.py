@@ -1,0 +1,220 @@
+"""A run as an object: what it found, shown and exported, and how it goes on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autodistill.hardware.budget import Budget, read_budget
+from autodistill.objects.html import facts, table
+from autodistill.objects.plots import Plots
+from autodistill.objects.student import Student
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.standing import best_of, leaderboard_of
+from autodistill.search.request.request import SearchRequest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from autodistill.search.campaign.observer import Observer
+    from autodistill.search.explain import Explanation
+
+
+class Run:
+    """A run on disk, finished or under way. What it says is read anew each time it is asked.
+
+    Attributes:
+        name: The run's name.
+        path: Its folder.
+    """
+
+    def __init__(self, folder: RunFolder, *, cache: str | Path | None = None) -> None:
+        self.name, self.path, self._cache = folder.name, folder.path, cache
+
+    @property
+    def _folder(self) -> RunFolder:
+        """The folder, opened anew: the run may have gone on, here or elsewhere."""
+        return RunFolder.open(self.path.parent, self.name)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked, and the plan: the content of `search.json`."""
+        return self._folder.asked()
+
+    @property
+    def state(self) -> str:
+        """ "finished", "under way", or "stopped", from where `resume` goes on."""
+        return self._folder.state
+
+    @property
+    def metric(self) -> str:
+        """What ranks."""
+        return str(self._folder.asked("metric")["metric"])
+
+    @property
+    def budget(self) -> Budget:
+        """The limits of a deployed student."""
+        return read_budget(self._folder.asked("budget")["budget"])
+
+    @property
+    def students(self) -> list[Student]:
+        """What was evaluated on the validation split, the best first, the teacher and untrained students too."""
+        folder = self._folder
+        return [Student(one.row, folder) for one in leaderboard_of(folder)[0]]
+
+    @property
+    def best(self) -> Student | None:
+        """The best that keeps to the budget; None where nothing does yet."""
+        folder = self._folder
+        best = best_of(folder, folder.events.rows(split="validation"))
+        return None if best is None else Student(best, folder)
+
+    @property
+    def test(self) -> list[Student]:
+        """What was evaluated on the test split, with the figures of that: the exported one and what it is held to."""
+        folder = self._folder
+        return [Student(row, folder) for row in folder.events.rows("row", "test", split="test")]
+
+    @property
+    def plot(self) -> Plots:
+        """Its charts: `plot.pareto()` and `plot.importance()`."""
+        return Plots(self._folder)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The leaderboard as a pandas DataFrame: a row a student, its metrics, and each dimension of its strategy."""
+        import pandas as pd
+
+        return pd.DataFrame([_cells(place, student) for place, student in enumerate(self.students, start=1)])
+
+    def explain(self) -> Explanation:
+        """Say which dimensions mattered, what was stopped early, which limit binds and what to try next.
+
+        Raises:
+            InputError: There is no trial yet.
+        """
+        from autodistill.search.explain import explain
+
+        return explain(self._folder)
+
+    def resume(
+        self, time: str | float | None = None, *, observer: Observer | None = None, **options: Any
+    ) -> SearchResult:
+        """Go on with the run: to its end where it was stopped, or for longer where it has finished.
+
+        Args:
+            time: More time, like "1h", or seconds; what is left of the run's own by default.
+            observer: Told what happens meanwhile; by default lines go to stderr.
+            options: Of `search` that may change, such as `trials`, `confirm`, `runner` or `cache`.
+
+        Raises:
+            InputError: An option that contradicts what the run was made with, or another process goes on with it.
+        """
+        stored = self._folder.asked()
+        given = {"strategy": stored.get("strategy"), "runner": stored.get("runner", "ray"), "cache": self._cache}
+        command = shlex.join(["autodistill", "search", "--resume", "--name", self.name, "--out", str(self.path.parent)])
+        named = {"name": self.name, "out": self.path.parent, "command": command}
+        return run_search(SearchRequest(resume=True, time=time, **{**given, **options, **named}), observer)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self.state}, best {self.best!r}>"
+
+    def _repr_html_(self) -> str:
+        asked, best = self.settings, self.best
+        lines = {
+            **{name: asked.get(name, {}).get("name") for name in ("teacher", "data")},
+            "budget": self.budget.describe(),
+            "state": self.state,
+            "folder": self.path,
+        }
+        metric = self.metric
+        columns = ("", "name", "deployment", metric, "memory")
+        rows = [
+            (place, one.name, one.deployment.name, *(one.metrics.get(name, "") for name in (metric, "memory_bytes")))
+            for place, one in enumerate(self.students[:10], start=1)
+        ]
+        shown = "" if best is None else best._repr_html_()
+        return facts(f"Run {self.name}", lines) + shown + table("Leaderboard", columns, rows)
+
+
+class SearchResult(Run):
+    """A run that has just ended.
+
+    Attributes:
+        document: All that it found, as `autodistill search --json` prints it.
+    """
+
+    def __init__(self, folder: RunFolder, document: dict[str, Any], *, cache: str | Path | None = None) -> None:
+        super().__init__(folder, cache=cache)
+        self.document = document
+
+    @property
+    def best(self) -> Student:
+        """What was exported: the best that keeps to the budget."""
+        wanted = self.document["best"]["row_id"]
+        folder = self._folder
+        return Student(next(row for row in folder.events.rows() if row.row_id == wanted), folder)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person must know of the result, in sentences."""
+        return list(self.document["notes"])
+
+
+def run_search(request: SearchRequest, observer: Observer | None = None) -> SearchResult:
+    """Search as is asked, and give what was found.
+
+    Args:
+        request: What is asked.
+        observer: Told what happens meanwhile; by default lines go to stderr.
+
+    Raises:
+        InputError, NothingFitsError, InterruptedSearchError, VerificationError: As `search.search.search`.
+    """
+    from autodistill.search.search import search
+
+    found = search(request, observer or lines(), request.callbacks)
+    folder = RunFolder.open(Path(request.out), found.document["name"])
+    return SearchResult(folder, dict(found.document), cache=request.cache)
+
+
+def lines() -> Observer:
+    """An observer that prints each phase and each line to stderr."""
+    from autodistill.search.campaign.observer import Observer
+
+    class Lines(Observer):
+        """Prints lines."""
+
+        def phase(self, name: str) -> None:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+
+        def line(self, text: str) -> None:
+            print(text, file=sys.stderr, flush=True)
+
+    return Lines()
+
+
+def _cells(place: int, student: Student) -> dict[str, Any]:
+    """A student as a row of a table."""
+    cells: dict[str, Any] = {
+        "place": place,
+        "id": student.id,
+        "name": student.name,
+        "kind": student.kind,
+        "deployment": student.deployment.name,
+        "feasible": student.feasible,
+    }
+    for name, metric in student.metrics.items():
+        cells[name] = metric.value
+        if metric.stderr is not None:
+            cells[f"{name}_stderr"] = metric.stderr
+    return cells | ({} if student.strategy is None else _flat(student.strategy.to_json()))
+
+
+def _flat(value: dict[str, Any], under: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, as a space names its dimensions."""
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        found |= _flat(item, f"{under}{name}.") if isinstance(item, dict) else {f"{under}{name}": item}
+    return found

@@ -1,0 +1,135 @@
+"""A model that a run has evaluated: how it is made and packed, what was measured of it, and where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autodistill.objects.html import facts
+from autodistill.runs.results.differences import paired, paired_difference
+from autodistill.runs.results.row import Row, finite
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.standing import best_of
+from autodistill.units import format_bytes
+
+_FIGURES = (
+    *("accuracy", "perplexity", "agreement", "retention", "memory_bytes", "size_bytes", "params"),
+    *("latency_ms", "tokens_per_second", "train_tokens", "train_seconds", "fidelity"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A figure of a student.
+
+    Attributes:
+        value: The figure.
+        stderr: Its standard error; None where none is known.
+        source: "measured" in the runtime, or "predicted", where the run says so.
+    """
+
+    value: float
+    stderr: float | None = None
+    source: str | None = None
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __str__(self) -> str:
+        told = f"{self.value:,.0f}" if float(self.value).is_integer() else f"{self.value:.4g}"
+        told += "" if self.stderr is None else f" ± {self.stderr:.2g}"
+        return told if self.source is None else f"{told} ({self.source})"
+
+
+class Student:
+    """A model that a run has evaluated in one deployment; the teacher itself, quantised, is one too.
+
+    Attributes:
+        id: Of its row on the leaderboard.
+        name: For people.
+        kind: "student", "baseline", "confirmation", "teacher", or "initial", which is a student without training.
+        feasible: Whether it keeps to the budget; `reason` says why it does not.
+        strategy: How it is made; None of the teacher.
+        deployment: How its weights are packed, and what serves them.
+        metrics: Figures on the validation split, by name, with their standard errors.
+    """
+
+    def __init__(self, row: Row, run: RunFolder) -> None:
+        self._row, self._run = row, run
+        self.id, self.name, self.kind = row.row_id, row.name, row.kind
+        self.feasible, self.reason = row.feasible, row.reason
+        self.strategy = row.strategy
+        self.deployment = row.deployment
+        self.metrics: Mapping[str, Metric] = _metrics(row)
+
+    @property
+    def path(self) -> Path | None:
+        """The file or folder that its runtime is given, where it is what its run exported; else None: `export` it."""
+        if not self.feasible:
+            return None
+        best = best_of(self._run, self._run.events.rows(split="validation"))
+        folder = self._run.student(self.deployment.container)
+        if best is None or best.row_id != self.id or not folder.is_dir():
+            return None
+        return next(folder.glob("*.gguf"), folder)
+
+    def export(self, to: str, out: str | Path, *, notify: Callable[[str], None] = lambda line: None) -> Path:
+        """Write this student in a container, and verify that what was written is what was evaluated.
+
+        Args:
+            to: The container: "gguf", "huggingface", "compressed-tensors", or one of an exporter that you installed.
+            out: Folder to write into; the container gets a folder in it.
+            notify: Told what a person must know of the student.
+
+        Returns:
+            The file or folder that a runtime is given.
+
+        Raises:
+            InputError: No such container, a student that is not on disk any more, or a folder that is not empty.
+            VerificationError: What was written is not what was evaluated.
+        """
+        from autodistill.search.finish.export_run import export_run
+
+        return export_run(self._run, self.id, [to], Path(out), notify)[to]
+
+    def difference(self, other: Student, metric: str = "accuracy") -> Metric | None:
+        """By how much a metric is higher here than of another student, paired by document; None where it cannot be.
+
+        Args:
+            other: A student of the same run and split.
+            metric: Its name.
+        """
+        found = paired_difference(paired(self._row, metric), paired(other._row, metric))
+        return None if found is None else Metric(value=found[0], stderr=found[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its row of the leaderboard as plain data."""
+        return self._row.to_json()
+
+    def __repr__(self) -> str:
+        accuracy = self.metrics.get("accuracy")
+        told = "" if accuracy is None else f", accuracy {accuracy}"
+        return f"<Student {self.id} of {self._run.name}: {self.name} as {self.deployment.name}{told}>"
+
+    def _repr_html_(self) -> str:
+        lines: dict[str, object] = {"run": self._run.name, "kind": self.kind, "deployment": self.deployment.name}
+        lines |= {name: _shown(name, metric) for name, metric in self.metrics.items()}
+        kept = None if self.feasible else f"does not keep to the budget: {self.reason}"
+        return facts(f"{self.name} ({self.id})", lines | {"budget": kept, "path": self.path})
+
+
+def _metrics(row: Row) -> dict[str, Metric]:
+    """The figures of a row, those of further evaluators too."""
+    names = [*_FIGURES, *(name for name in row.other if not name.endswith("_stderr"))]
+    sources = {"memory_bytes": row.memory_source, "latency_ms": row.latency_source}
+    return {
+        name: Metric(value=value, stderr=finite(row.figure(f"{name}_stderr")), source=sources.get(name))
+        for name in names
+        if (value := finite(row.figure(name))) is not None
+    }
+
+
+def _shown(name: str, metric: Metric) -> str:
+    return format_bytes(metric.value) if name.endswith("_bytes") else str(metric)

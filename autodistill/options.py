@@ -1,0 +1,145 @@
+"""One declaration of an option, from which the command line and the Python API both take it."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from autodistill.hardware.budget import LatencyLimit, parse_latency
+
+T = TypeVar("T")
+RUNS = Path("results/runs")
+"""Where runs are, unless a person says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What an argument is on the command line; it stands in the `Annotated` type of a parameter or of a field.
+
+    Its name, its default and its type in Python are those of the parameter.
+
+    Attributes:
+        help: What it does, for a person.
+        metavar: What stands for its value in the help.
+        typed: What the command line reads: str, int, float, Path, bool (a flag), a Literal, or list[...] (repeatable).
+        parse: Reads a text, also where Python gives one; the request then holds what it returns.
+        complete: What a shell offers: "runs", "devices", "spaces", "strategies" or "formats".
+        section: Heading of the help under which it is shown.
+        least: The smallest number.
+        argument: Whether it is given by its place instead of by its name.
+        required: Whether a command line must have it, though the request can do without.
+        python: Whether it is for Python alone: an object that no command line can say.
+        commands: Those that have it, of several that share a request; all where there are none.
+        helps: Another help text, by command.
+    """
+
+    help: str
+    metavar: str | None = None
+    typed: Any = str
+    parse: Callable[[str], Any] | None = None
+    complete: str = ""
+    section: str = ""
+    least: int | None = None
+    argument: bool = False
+    required: bool = False
+    python: bool = False
+    commands: tuple[str, ...] = ()
+    helps: Mapping[str, str] = field(default_factory=dict)
+
+
+def option_of(hint: Any) -> Option | None:
+    """The option that a parameter's type declares, if it does."""
+    return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Option)), None)
+
+
+def options_of(declared: Any, command: str = "") -> dict[str, Option]:
+    """The options that the parameters of a function, or the fields of a dataclass, declare.
+
+    Args:
+        declared: The function or the dataclass.
+        command: Only those of this command.
+    """
+    hints = typing.get_type_hints(declared, include_extras=True)
+    found = {name: option for name, hint in hints.items() if (option := option_of(hint)) is not None}
+    return {name: one for name, one in found.items() if not (command and one.commands) or command in one.commands}
+
+
+def parsed(value: str | T | None) -> T | None:
+    """The value of a field that `Option.parse` has read."""
+    assert not isinstance(value, str)
+    return value
+
+
+LATENCY_HELP = (
+    'Latency limit: 50ms for each token, or several in quotes, like "ttft_p95=300ms, tpot_p99=50ms @streams=16": the '
+    "95th percentile of the time to the first token, the 99th of each later one, 16 sequences at once"
+)
+BUDGET_HELP = "Memory limit for the deployed student, like 16GB or 900MiB"
+_LATENCY = f"{LATENCY_HELP}. Applies to --device, or else to this machine."
+
+# Options that several commands share.
+Latency = Annotated[
+    str | tuple[LatencyLimit, ...] | None,
+    Option(
+        help=f"{LATENCY_HELP}. Applies to --device, or else to this machine.",
+        metavar="LIMITS",
+        parse=parse_latency,
+        section="Budget",
+    ),
+]
+Devices = Annotated[
+    Sequence[str | Path] | None,
+    Option(
+        help="YAML file that describes your own devices. Repeatable.",
+        metavar="FILE",
+        typed=list[Path],
+        section="Budget",
+    ),
+]
+Context = Annotated[
+    int | None,
+    Option(
+        help="Context length the memory must cover (default: 2048, or the model's limit).",
+        metavar="TOKENS",
+        typed=int,
+        section="Budget",
+    ),
+]
+Batch = Annotated[
+    int | None,
+    Option(help="Number of sequences decoded at once (default: 1).", metavar="N", typed=int, section="Budget"),
+]
+TEACHER = Option(
+    help="Teacher model: a transformers folder, a .gguf file, a hub id, or smollm2 (default).",
+    metavar="REF",
+    section="Model and data",
+)
+Out = Annotated[str | Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path, section="Run")]
+Cache = Annotated[
+    str | Path | None,
+    Option(
+        help="Folder for what later runs can reuse (default: ~/.cache/autodistill).",
+        metavar="DIR",
+        typed=Path,
+        section="Storage",
+    ),
+]
+Storage = Annotated[
+    str | None,
+    Option(
+        help="Also keep events, checkpoints and students there: an s3://, gs:// or file:// address.",
+        metavar="URI",
+        section="Storage",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    Option(
+        help="Join a running Ray cluster from one of its nodes, given as auto or as host:port.",
+        metavar="ADDR",
+        section="Workers",
+    ),
+]

@@ -1,0 +1,1 @@
+"""Charts of runs, for notebooks and pages."""

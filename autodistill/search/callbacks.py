@@ -1,0 +1,202 @@
+"""Callbacks: what a Python user may be told of while a search runs, in the process that drives it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from autodistill.errors import InputError
+
+if TYPE_CHECKING:
+    from autodistill.runs.results.row import Row
+    from autodistill.strategy.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialStarted:
+    """A trial is given to a worker for the first time in this session.
+
+    Attributes:
+        trial: Its id, like "t003".
+        name: The baseline's name, or the trial's.
+        kind: "student", "baseline" or "confirmation".
+        strategy: How its student is made.
+        seed: Of its data order and projections.
+        parameters: Weights of its student, where they are known.
+    """
+
+    trial: str
+    name: str
+    kind: str
+    strategy: Strategy
+    seed: int
+    parameters: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """An optimiser step of a trial. Workers keep at most 20 between two rungs, and report them with the rung.
+
+    Attributes:
+        trial: Its id.
+        tokens: Trained on so far, this step included.
+        loss: What was descended.
+        learning_rate: Of the student.
+        gradient_norm: Before clipping.
+        tokens_per_second: Of this step.
+    """
+
+    trial: str
+    tokens: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungReached:
+    """A trial was evaluated at a rung.
+
+    Attributes:
+        trial: Its id.
+        rung: Index of the rung, from 0.
+        tokens: Trained on so far.
+        metric: Name of the metric that ranks.
+        value: Of the metric there; None of a student that does not fit the budget.
+        decision: "continue", "pause" or "stop".
+    """
+
+    trial: str
+    rung: int
+    tokens: int
+    metric: str
+    value: float | None
+    decision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialFinished:
+    """A trial ended, or was rejected before it began.
+
+    Attributes:
+        trial: Its id.
+        name: The baseline's name, or the trial's.
+        status: "completed", "stopped", "rejected" or "failed".
+        reason: Why, where it did not complete.
+        value: Of the metric at its last rung; None where it reached none.
+    """
+
+    trial: str
+    name: str
+    status: str
+    reason: str | None
+    value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A student was exported and verified.
+
+    Attributes:
+        container: "gguf", "compressed-tensors" or "huggingface".
+        path: The file or folder.
+        best: The row of the best student; the GGUF file beside it may be of another one.
+    """
+
+    container: str
+    path: Path
+    best: Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFinished:
+    """The search is at its end, and all of its files are written.
+
+    Attributes:
+        run: Its folder.
+        best: The exported row.
+        rows: Of the validation split.
+    """
+
+    run: Path
+    best: Row
+    rows: tuple[Row, ...]
+
+
+Event: TypeAlias = TrialStarted | Step | RungReached | TrialFinished | Exported | SearchFinished
+
+
+class Callback:
+    """What is told of a search while it runs: subclass it, and write the methods of what you want to know.
+
+    The methods run in the process that drives the search, which waits for them. What one of them raises is logged once,
+    with its name, and does not end the search; KeyboardInterrupt does.
+    """
+
+    def trial_started(self, event: TrialStarted) -> None:
+        """A trial is given to a worker."""
+
+    def step(self, event: Step) -> None:
+        """A trial took an optimiser step; told with the rung that follows."""
+
+    def rung_reached(self, event: RungReached) -> None:
+        """A trial was evaluated at a rung."""
+
+    def trial_finished(self, event: TrialFinished) -> None:
+        """A trial ended."""
+
+    def exported(self, event: Exported) -> None:
+        """A student was exported and verified."""
+
+    def search_finished(self, event: SearchFinished) -> None:
+        """The search is at its end."""
+
+
+_METHODS = {
+    TrialStarted: "trial_started",
+    Step: "step",
+    RungReached: "rung_reached",
+    TrialFinished: "trial_finished",
+    Exported: "exported",
+    SearchFinished: "search_finished",
+}
+
+
+class Callbacks:
+    """Calls callbacks with events, in their order; no failure of theirs ends a search.
+
+    Args:
+        callbacks: Each a `Callback`.
+
+    Raises:
+        InputError: One of them is none.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
+        for number, callback in enumerate(callbacks):
+            if not isinstance(callback, Callback):
+                raise InputError(
+                    f"callbacks[{number}] is of type {type(callback).__name__}: give objects of classes that inherit "
+                    "from autodistill.Callback"
+                )
+        self._callbacks = tuple(callbacks)
+        self._failed: set[int] = set()
+
+    def __call__(self, event: Event) -> None:
+        """Call each callback with an event."""
+        method = _METHODS[type(event)]
+        for number, callback in enumerate(self._callbacks):
+            try:
+                getattr(callback, method)(event)
+            except Exception:  # whatever a person's code raises: hours of training do not end for it
+                if number not in self._failed:
+                    self._failed.add(number)
+                    logging.getLogger("autodistill").exception(
+                        "the callback %s failed in %s; the search goes on, and further failures of it are not reported",
+                        type(callback).__qualname__,
+                        method,
+                    )

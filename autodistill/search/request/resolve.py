@@ -1,0 +1,363 @@
+"""A request resolved: what is asked, or was before, or is the default, for every setting and in this one place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from autodistill.data.dataset import SEQUENCE_LENGTH
+from autodistill.data.documents import DataSource, resolve_data
+from autodistill.data.loaded import data_reference
+from autodistill.distillation.teacher.loaded import teacher_reference
+from autodistill.distillation.teacher.resolve import TeacherRef, resolve_teacher
+from autodistill.errors import InputError
+from autodistill.evaluation.base import Direction
+from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, Limits, read_budget
+from autodistill.hardware.catalog import device_from_json
+from autodistill.hardware.device import LOCAL, Device
+from autodistill.hardware.local import choose_device
+from autodistill.models.config import spec_from_config
+from autodistill.models.spec import ModelSpec
+from autodistill.options import parsed
+from autodistill.runs.results import selection as choice
+from autodistill.runs.results.objectives import Objective
+from autodistill.runs.run_folder import default_cache
+from autodistill.search.planning.plan import EXPLORE
+from autodistill.search.request.earlier_runs import parse_runs
+from autodistill.search.request.feasibility import narrowed, on_its_device, shortest_context
+from autodistill.search.request.metrics import Asked, ask
+from autodistill.search.request.request import (
+    DEFAULT_DATA,
+    DEFAULT_SAMPLER,
+    DEFAULT_SPACE,
+    DEFAULT_TEACHER,
+    SearchRequest,
+    joined,
+)
+from autodistill.strategy.named import load_strategy
+from autodistill.strategy.space import Space, load_space, space_reference
+from autodistill.strategy.strategy import Strategy
+from autodistill.utils.durable import make_folder
+from autodistill.utils.json_files import replacing
+from autodistill.utils.storage import Storage
+
+T = TypeVar("T")
+_LEAST_EXPLORED = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The settings of a search, final: nothing here is "as before" or "by default" any more.
+
+    Attributes:
+        name, named: Of the run, and whether somebody chose it; another one may get a number at its end.
+        strategy: Reference of the strategy that alone is trained; None of a search.
+        baselines: References of the strategies to beat; None where they are the space's own.
+        device: Where latencies are predicted, if they are.
+        trials, tokens, time_seconds, step_tokens, gpus_per_trial, cpus_per_trial, checkpoint_limit_bytes: None is left
+            to the plan, which knows the machine; on resuming, to that which there is.
+        stored: `search.json` of the run that goes on; None of a new one.
+        notes: What a person must know of the settings, in sentences.
+    """
+
+    name: str
+    named: bool
+    strategy: str | None
+    budget: Budget
+    teacher: TeacherRef
+    teacher_reference: str
+    source: DataSource
+    data_reference: str
+    space: Space
+    space_reference: str
+    baselines: tuple[str, ...] | None
+    asked: Asked
+    objectives: tuple[Objective, ...]
+    device: Device | None
+    sampler: str
+    time_seconds: float | None
+    trials: int | None
+    tokens: int | None
+    sequence_length: int
+    step_tokens: int | None
+    warm_start: tuple[str, ...]
+    explore: float
+    confirm: int
+    students_only: bool
+    seed: int
+    spec: ModelSpec
+    out: Path
+    runner: str
+    ray_address: str | None
+    gpus_per_trial: float | None
+    cpus_per_trial: int | None
+    storage: Storage | None
+    cache: Path
+    cache_limit_bytes: int
+    checkpoint_limit_bytes: int | None
+    sharing: bool
+    forking: bool
+    command: str
+    started: float
+    stored: Mapping[str, Any] | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def metric(self) -> str:
+        """What ranks, and chooses what is exported: the first of the objectives."""
+        return self.objectives[0].name
+
+    @property
+    def direction(self) -> Direction:
+        """Whether more or less of it is better."""
+        return self.objectives[0].direction
+
+
+def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchConfig:
+    """Says of every setting what it is: what is asked for, or as it was before, or the default.
+
+    Args:
+        request: What is asked.
+        stored: `search.json` of the run that goes on; None of a new one.
+
+    Raises:
+        InputError: A reference that names nothing, or settings that contradict each other.
+    """
+    known = stored or {}
+    cache = Path(request.cache) if request.cache is not None else default_cache()
+    asked, objectives = ask(request, known)
+    limits = _limits(request, known, cache)
+    named_teacher = _first(_teacher(request, cache), known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
+    data = None if request.data is None else data_reference(cast(Any, request.data), cache)
+    named_data = _first(data, known.get("data", {}).get("reference"), DEFAULT_DATA)
+    space = None if request.space is None else space_reference(request.space, cache)
+    named_space = _first(space, known.get("space"), DEFAULT_SPACE)
+    teacher = resolve_teacher(_as_before(named_teacher, known.get("teacher", {})))
+    source = resolve_data(named_data)
+    strategy = _reference(request.strategy, cache)
+    searched = load_space(named_space)
+    baselines = tuple(map(str, request.baseline)) if request.baseline else _named(known.get("baselines"))
+    if baselines is not None:
+        searched = against(searched, baselines)
+    if strategy is not None:
+        searched = single(searched, strategy)
+    spec = spec_from_config(teacher.config)
+    budget, notes = _budget(limits, known, spec, searched)
+    searched = _under_budget(searched, spec, budget, known)
+    confirm = request.confirm if request.confirm is not None else known.get("confirm", 0)
+    warm_start = joined(request.warm_start)
+    storage = request.storage or known.get("storage")
+    return SearchConfig(
+        name=request.name or datetime.now().strftime("search-%Y%m%d-%H%M%S"),
+        named=request.name is not None,
+        strategy=strategy,
+        budget=budget,
+        teacher=teacher,
+        teacher_reference=named_teacher,
+        source=source,
+        data_reference=named_data,
+        space=searched,
+        space_reference=named_space,
+        baselines=baselines,
+        asked=asked.with_divergences(searched.divergences),
+        objectives=objectives,
+        device=_device(request.device, budget, known, objectives, cache),
+        sampler=_first(request.sampler, known.get("sampler"), DEFAULT_SAMPLER),
+        time_seconds=parsed(request.time),
+        trials=request.trials,
+        tokens=request.tokens,
+        sequence_length=request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH,
+        step_tokens=request.step_tokens,
+        warm_start=warmed_by(known) if warm_start is None else parse_runs(warm_start),
+        explore=_explore(request, known, searched),
+        confirm=confirm,
+        students_only=_students_only(request, stored),
+        seed=request.seed if request.seed is not None else known.get("seed", 0),
+        spec=spec,
+        out=Path(request.out),
+        runner=request.runner,
+        ray_address=request.ray_address,
+        gpus_per_trial=request.gpus_per_trial,
+        cpus_per_trial=request.cpus_per_trial,
+        storage=None if storage is None else Storage(storage),
+        cache=cache,
+        cache_limit_bytes=_number(request.cache_limit),
+        checkpoint_limit_bytes=parsed(request.checkpoint_limit),
+        sharing=known.get("sharing", request.sharing),
+        forking=known.get("forking", request.forking),
+        command=request.command,
+        started=request.started,
+        stored=stored,
+        notes=notes,
+    )
+
+
+def _first(*given: str | Path | None) -> str:
+    """What is asked, or was before, or is the default; an empty text is asked too, and refused for what it is."""
+    return str(next(one for one in given if one is not None))
+
+
+def _teacher(request: SearchRequest, cache: Path) -> str | None:
+    """The reference of the teacher that is asked for; a loaded model is saved in the cache."""
+    if request.teacher is not None:
+        return teacher_reference(cast(Any, request.teacher), cast(Any, request.tokenizer), cache)
+    if request.tokenizer is not None:
+        raise InputError("tokenizer is that of a loaded model: give the model as teacher, or leave tokenizer out")
+    return None
+
+
+def _number(value: str | int) -> int:
+    assert not isinstance(value, str)  # a request has read it
+    return value
+
+
+def _reference(strategy: str | Path | Strategy | None, cache: Path) -> str | None:
+    """The name or file of a strategy; one that is given as an object is kept as a file, so that its run can go on."""
+    if not isinstance(strategy, Strategy):
+        return None if strategy is None else str(strategy)
+    path = cache / "strategies" / f"{strategy.id}.yaml"
+    if not path.exists():
+        make_folder(path.parent)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(strategy.to_json()), encoding="utf-8")
+    return str(path)
+
+
+def _limits(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> Limits:
+    """The limits that are asked for; a latency without a device is of this machine, where the run had no other."""
+    if isinstance(request.budget, Budget):
+        return Limits.of(request.budget)
+    memory, latency, named = parsed(request.budget), parsed(request.latency) or (), request.device
+    if named is None and latency and known.get("budget", {}).get("device") is None:
+        named = LOCAL
+        # A run that goes on has the memory that it had.
+        memory = memory or known.get("budget", {}).get("memory_bytes")
+    device = None if named is None else choose_device(named, cache, [Path(file) for file in request.devices or ()])
+    return Limits(memory_bytes=memory, context=request.context, batch=request.batch, device=device, latency=latency)
+
+
+def _budget(limits: Limits, known: Mapping[str, Any], spec: ModelSpec, space: Space) -> tuple[Budget, tuple[str, ...]]:
+    """The budget, and what a person must know of it; its context is lowered to what the models read where nobody asks
+    for another.
+    """
+    if "budget" in known:
+        return limits.resumed(read_budget(known["budget"])), ()
+    budget = limits.budget(CONTEXT)
+    if limits.context is not None:
+        return budget, ()
+    context = min(CONTEXT, shortest_context(spec, space)[0])
+    told = f"the budget is stated at a context of {context} tokens: a model of this search reads no more"
+    return replace(budget, context=context), (told,) if context < CONTEXT else ()
+
+
+def _device(
+    named: str | None, budget: Budget, known: Mapping[str, Any], objectives: Sequence[Objective], cache: Path
+) -> Device | None:
+    """Where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
+    if all(one.name != "latency" for one in objectives):
+        return None
+    before = device_from_json(known["device"]) if known.get("device") else None
+    if isinstance(budget, DeviceBudget):
+        found = budget.device
+    elif named is None and before is not None:
+        return before
+    else:
+        found = choose_device(named or LOCAL, cache)
+    return before if before is not None and before.name == found.name else found
+
+
+def _as_before(reference: str, known: Mapping[str, Any]) -> str:
+    """A teacher's reference, on resuming with the commit of the hub's that the run was made with."""
+    revision = known.get("revision")
+    if revision is None or reference != known.get("reference") or "@" in reference:
+        return reference
+    return f"{reference}@{revision}"
+
+
+def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> float:
+    """Share of the time for training that goes to trials, on resuming as before; all of it where nothing is left of the
+    box for training the best on.
+    """
+    asked = request.explore
+    if asked is not None and not _LEAST_EXPLORED <= asked <= 1:
+        raise InputError(f"--explore is a share from {_LEAST_EXPLORED:g} to 1, which trains nothing on, not {asked:g}")
+    if known:
+        before = known.get("explore", 1.0)
+        if asked not in (None, before):
+            raise InputError(
+                f"the run {request.name!r} was planned with --explore {before:g}, not {asked:g}: resume it without it, "
+                "or start a new run under another --name"
+            )
+        if known.get("plan", {}).get("longest", 1.0) > 1 and request.confirm:
+            raise InputError(
+                f"the run {request.name!r} trained its best on in the rest of its box, so that --confirm, which trains "
+                "again what the plan's tokens gave, would not compare the same: start a new run with --confirm"
+            )
+        return float(before)
+    taken = {
+        "--confirm trains the best again on further seeds": bool(request.confirm),
+        f"the space {space.name} says how far the best are trained further (lengths)": len(space.lengths) > 1,
+        "--trials and --tokens fix the work, and there is no time budget": bool(
+            request.trials and request.tokens and request.time is None
+        ),
+    }
+    why = next((reason for reason, holds in taken.items() if holds), None)
+    if why is not None and asked is not None and asked < 1:
+        raise InputError(f"--explore {asked:g} leaves time to train the best further, but {why}: leave one of them out")
+    if why is not None or request.strategy is not None:
+        return 1.0
+    return EXPLORE if asked is None else asked
+
+
+def _students_only(request: SearchRequest, stored: Mapping[str, Any] | None) -> bool:
+    """Whether trained students alone are chosen among: where that is asked for, and of one strategy alone always."""
+    if request.students_only is None and stored is not None:
+        return choice.students_only(stored)
+    return bool(request.students_only) or request.strategy is not None
+
+
+def _under_budget(space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any]) -> Space:
+    """The space that this budget is searched in, on resuming that which it was."""
+    if known:
+        whole = space if known.get("space_definition", {}).get("optional") else space.required()
+        # Runs of earlier versions have deployments that their device does not serve.
+        return whole if whole.hash == known.get("space_hash") else on_its_device(whole, budget)
+    return narrowed(on_its_device(space, budget), spec, budget)
+
+
+def warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the runs that a stored one was warm-started by."""
+    return tuple(stored.get("warm_start", {}).get("runs", ()))
+
+
+def _named(stored: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if stored is None else tuple(stored)
+
+
+def against(space: Space, references: Sequence[str]) -> Space:
+    """The space with other baselines, each by the name of its file.
+
+    Raises:
+        InputError: No such strategy, or two of one name.
+    """
+    named = {Path(reference).stem: load_strategy(reference) for reference in references}
+    if len(named) < len(references):
+        raise InputError(f"each --baseline needs a name of its own, not {', '.join(references)}: rename a file")
+    return replace(space, baselines=named)
+
+
+def single(space: Space, reference: str) -> Space:
+    """The space that holds one strategy alone, under the deployments of another space."""
+    strategy = load_strategy(reference)
+    return replace(
+        space,
+        name=Path(reference).stem,
+        dimensions=(),
+        starts={},
+        optional={},
+        baselines={Path(reference).stem: strategy},
+    )

@@ -1,0 +1,126 @@
+"""The registry of divergences by name, with what a strategy must know of each; loads no torch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from autodistill import plugins
+from autodistill.errors import InputError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_ABOUT = "_autodistill_about"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """A measure of how far the student's distribution is from the teacher's.
+
+    Attributes:
+        name: As strategies have it.
+        function: From log-probabilities of the teacher and of the student, [rows, outcomes] each, and, where it has a
+            third parameter, `distillation.mixture`, to the divergence of each row, [rows]; autograd then finds the
+            slope. With `gives_slope` it gives the slope itself: see `losses.divergence.DivergenceAndSlope`.
+        gives_slope: Whether it does.
+        unbiased_when_sampled: Whether the weighted sum over tokens drawn from the teacher estimates it without bias,
+            which takes the outcomes' shares of it: the signal "sampled" is for such alone.
+        moving_target: Whether the mixture is where a target starts that moves to the teacher while the student learns.
+        nonnegative: Whether it is 0 or more for any two distributions, which its conformance suite then asks for.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    gives_slope: bool = False
+    unbiased_when_sampled: bool = False
+    moving_target: bool = False
+    nonnegative: bool = False
+
+    def __post_init__(self) -> None:
+        if self.unbiased_when_sampled and not self.gives_slope:
+            raise InputError(f"the divergence {self.name!r} is for sampled tokens: let it give terms and slope")
+        if self._parameters not in (2, 3):
+            raise InputError(
+                f"the divergence {self.name!r} takes {self._parameters} arguments: it must take log_p and log_q, and "
+                "may take the mixture as a third one"
+            )
+
+    @cached_property
+    def _parameters(self) -> int:
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the divergence {self.name!r} is no function: {error}") from error
+        return sum(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in parameters)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it has a mixture, which lies between 0 and 1."""
+        return self._parameters == 3
+
+
+def about(**facts: bool) -> Callable[[_Function], _Function]:
+    """Say of a divergence that an entry point declares what its code does not show.
+
+    Args:
+        facts: Fields of `Divergence`: `gives_slope`, `unbiased_when_sampled`, `moving_target`, `nonnegative`.
+    """
+
+    def noted(function: _Function) -> _Function:
+        setattr(function, _ABOUT, facts)
+        return function
+
+    return noted
+
+
+def register_divergence(name: str, **facts: bool) -> Callable[[_Function], _Function]:
+    """Make a function a divergence of this Python session, which a space's `distillation.divergence` may name.
+
+    Workers get it by Ray's own serialiser. It is never written to disk: rows record its name and a hash of its source,
+    and a run is resumed where the same one is registered.
+
+    Args:
+        name: As strategies are to have it.
+        facts: As for `about`.
+
+    Raises:
+        InputError: An installed divergence has the name, or the function takes other arguments than a divergence does.
+
+    Example:
+        >>> @register_divergence("total_variation", nonnegative=True)
+        ... def total_variation(log_p, log_q):
+        ...     return (log_p.exp() - log_q.exp()).abs().sum(dim=1) / 2
+        >>> "total_variation" in divergence_names()
+        True
+    """
+
+    def registered(function: _Function) -> _Function:
+        made = Divergence(name=name, function=function, **facts)
+        plugins.register("divergences", name, made, written_as=function)
+        return function
+
+    return registered
+
+
+def divergence_names() -> tuple[str, ...]:
+    """Return the sorted names of the installed and registered divergences, importing none."""
+    return plugins.names("divergences")
+
+
+def get_divergence(name: str) -> Divergence:
+    """Return the installed or registered divergence of a name.
+
+    Raises:
+        InputError: As `plugins.load`, or of a function that is no divergence.
+    """
+    found = plugins.load("divergences", name)
+    if isinstance(found, Divergence):
+        return found
+    return Divergence(name=name, function=found, **getattr(found, _ABOUT, {}))
+
+
+def known_divergence(name: str) -> Divergence | None:
+    """Return the same, or None if there is none of this name."""
+    return get_divergence(name) if name in divergence_names() else None

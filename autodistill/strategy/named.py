@@ -1,0 +1,102 @@
+"""Strategies by name or YAML file, and the files that ship in `search_spaces/`."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from autodistill.errors import InputError
+from autodistill.strategy.divergence import get_divergence
+from autodistill.strategy.domains import near
+from autodistill.strategy.strategy import Alignment, Distillation, Init, Strategy
+from autodistill.utils.plain_dataclass import check
+from autodistill.utils.yaml_files import read_yaml
+
+_ONE = {"spaces": "space", "strategies": "strategy"}
+_OF_THE_DIVERGENCE = ("divergence", "mixture", "temperature", "standardise", "signal", "signal_tokens")
+
+
+def load_strategy(ref: str | Path) -> Strategy:
+    """Load the strategy of a name in `search_spaces/strategies/`, or of a YAML file.
+
+    Raises:
+        InputError: No such strategy or file, YAML that is not plain data, a broken rule, a divergence that nothing
+            declares, or parts that can have no effect.
+    """
+    data = read_yaml(find_file(ref, "strategies"))
+    try:
+        strategy = Strategy.from_json(data)
+        check_effect(strategy)
+        get_divergence(strategy.distillation.divergence)
+        return strategy
+    except InputError as error:
+        raise InputError(f"strategy {ref}: {error}") from None
+
+
+def packaged_files(what: str) -> dict[str, Path]:
+    """Return the YAML files of the package by their names.
+
+    Args:
+        what: "spaces" or "strategies".
+    """
+    folder = {"spaces": ".", "strategies": "strategies"}[what]
+    home = Path(str(files("autodistill.search_spaces"))) / folder
+    return {path.stem: path for path in sorted(home.glob("*.yaml"))}
+
+
+def packaged_file(what: str, name: str) -> Path:
+    """Return one YAML file of the package.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    known = packaged_files(what)
+    if name not in known:
+        raise InputError(f"there is no {_ONE[what]} {name!r}; {near(name, known)}; or give a .yaml file")
+    return known[name]
+
+
+def find_file(ref: str | Path, what: str) -> Path:
+    """Return the YAML file of a packaged name, or of a path.
+
+    Args:
+        ref: A name, or a path.
+        what: "spaces" or "strategies".
+
+    Raises:
+        InputError: There is none.
+    """
+    if isinstance(ref, Path) or ref.endswith((".yaml", ".yml")) or "/" in ref or "\\" in ref:
+        check(not Path(ref).is_dir(), f"{ref} is a folder: give a YAML file in it")
+        check(Path(ref).is_file(), f"there is no {_ONE[what]} file {ref}")
+        return Path(ref)
+    return packaged_file(what, ref)
+
+
+def check_effect(strategy: Strategy) -> None:
+    """Refuse a user's strategy with settings that have no effect; a space may propose those at a dimension's end.
+
+    Args:
+        strategy: What is not written in it has its default, and is not refused.
+
+    Raises:
+        InputError: Names the fields, and what they would need.
+    """
+    init, recipe, plain = strategy.init, strategy.distillation, Distillation()
+    if init.depth == 1 and init.layers != Init().layers:
+        raise InputError(
+            f"init.layers {init.layers} chooses among the layers, and with init.depth 1 all are kept: leave "
+            "init.layers out, or lower init.depth"
+        )
+    idle = [f"distillation.{name}" for name in _OF_THE_DIVERGENCE if getattr(recipe, name) != getattr(plain, name)]
+    if idle and not recipe.weighs_teacher:
+        raise InputError(
+            f"{', '.join(idle)} say how the teacher's outputs are followed, and with distillation.divergence_weight 0 "
+            "they are not: leave them out, or give divergence_weight or final_divergence_weight a value above 0"
+        )
+    alignment = recipe.alignment
+    if alignment and alignment.projection == "none" and alignment.projection_rate != Alignment().projection_rate:
+        raise InputError(
+            "distillation.alignment.projection_rate is of a projection's weights, and projection none has none: leave "
+            "it out, or choose a projection"
+        )

@@ -1,0 +1,164 @@
+"""The conformance suite of exporters, which the author of one subclasses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autodistill import plugins
+from autodistill.errors import InputError, VerificationError
+from autodistill.estimates.fit import cannot_hold
+from autodistill.estimates.serving_memory import BASIS, memory
+from autodistill.estimates.speed import speed
+from autodistill.export.base import Artifact, Exporter
+from autodistill.export.verify import verify, verify_runtime
+from autodistill.hardware.catalog import devices
+from autodistill.models.config import spec_from_config
+from autodistill.models.spec import ModelSpec
+from autodistill.quantization.formats import get_format, weights_bytes
+from autodistill.quantization.grids import Grid
+from autodistill.strategy.deployment import Deployment, serving
+from autodistill.testing.models import save_tiny_teacher
+
+_SEQUENCES = np.random.default_rng(0).integers(3, 300, (4, 64)).astype(np.int32)
+
+
+class ExporterConformance:
+    """What holds for every exporter. Subclass it in a test file as `TestMine`, and say which it is:
+
+        class TestMine(ExporterConformance):
+            exporter = "mine"
+
+    Attributes:
+        exporter: Its name, as an entry point declares it.
+    """
+
+    exporter = ""
+
+    def made(self) -> Exporter:
+        """The exporter under test, made anew."""
+        found: Exporter = plugins.load("exporters", self.exporter)
+        return found
+
+    def deployments(self) -> tuple[Deployment, ...]:
+        """What is tried; by default each format once, as the first of what its linear layers may be stored as."""
+        return tuple(_first(form.name) for form in self.made().formats)
+
+    def student(self, folder: Path) -> Path:
+        """What is exported; by default a tiny Llama whose rows all grids of ours can be cut from."""
+        return save_tiny_teacher(folder / "student", layers=2, width=256, ffn=256, seed=1)
+
+    def test_it_says_what_it_holds_and_what_serves_it(self) -> None:
+        """Each format is found by its name, is its container's own, and is served by a runtime that is known."""
+        made = self.made()
+        assert made.name == self.exporter
+        assert made.formats, "an exporter names what it holds in `formats`"
+        known = {*BASIS, *(runtime.name for runtime in made.runtimes)}
+        for form in made.formats:
+            assert get_format(form.name) == form
+            assert form.container == made.name
+            assert form.runtimes, f"nothing serves {form.name}"
+            assert set(form.runtimes) <= known, f"{form.name} is served by {form.runtimes}; known are {sorted(known)}"
+
+    def test_memory_and_speed_are_predicted(self, tmp_path: Path) -> None:
+        """Before anything is exported, of every deployment and each device that has its runtime."""
+        spec = _spec(self.student(tmp_path))
+        for deployment in self.deployments():
+            assert cannot_hold(spec, deployment) == ""
+            need = memory(spec, deployment, context=256, batch=1)
+            assert need.weights_bytes > 0
+            assert need.total_bytes > need.weights_bytes
+            assert memory(spec, deployment, context=512, batch=1).total_bytes > need.total_bytes
+            served = [device for device in devices() if not device.lacks(deployment.runtime)]
+            assert served, f"no class of devices has {deployment.runtime}"
+            assert speed(spec, deployment, served[0], context=256).tokens_per_second > 0
+
+    def test_what_it_wrote_is_what_was_evaluated(self, tmp_path: Path) -> None:
+        """Every tensor, read back from disk, to the last bit, and in as many bytes as were predicted."""
+        student = self.student(tmp_path)
+        spec = _spec(student)
+        before = _content(student)
+        for deployment in self.deployments():
+            artifact = self._export(student, deployment, tmp_path)
+            found = verify(self.made(), artifact, student, deployment)
+            assert found.tensors == len(spec.tensors)
+            assert artifact.size_bytes >= weights_bytes(spec.tensors, deployment)
+        assert _content(student) == before, "the student's own folder was changed"
+
+    def test_another_student_s_weights_are_found(self, tmp_path: Path) -> None:
+        """What it reads back is what is on disk, and not what it was given."""
+        student, deployment = self.student(tmp_path), self.deployments()[0]
+        other = self.student(tmp_path / "other")
+        artifact = self._export(student, deployment, tmp_path)
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(other / "model.safetensors")
+        name = next(name for name in weights if name.endswith("up_proj.weight"))
+        save_file(weights | {name: 2 * weights[name]}, other / "model.safetensors", metadata={"format": "pt"})
+        try:
+            verify(self.made(), artifact, other, deployment)
+        except VerificationError:
+            return
+        raise AssertionError(f"{name} is twice as large in the student, and verify did not see it")
+
+    def test_it_writes_the_same_each_time(self, tmp_path: Path) -> None:
+        """By another instance, byte for byte."""
+        student, deployment = self.student(tmp_path), self.deployments()[0]
+        first, second = (self._export(student, deployment, tmp_path / name) for name in ("a", "b"))
+        assert _content(first.path) == _content(second.path)
+
+    def test_its_runtime_chooses_what_was_simulated(self, tmp_path: Path) -> None:
+        """The runtime computes with the exported weights what torch does."""
+        student, deployment, made = self.student(tmp_path), self.deployments()[0], self.made()
+        artifact = self._export(student, deployment, tmp_path)
+        simulated = _choices(student, dict(made.unpack(artifact.path)))
+        check = verify_runtime(made, artifact, deployment, simulated, _SEQUENCES, 1, student)
+        assert check.text, "it wrote nothing"
+
+    def test_what_is_no_student_is_refused(self, tmp_path: Path) -> None:
+        """In one line, and nothing is left that looks like an export."""
+        (tmp_path / "empty").mkdir()
+        try:
+            self.made().export(tmp_path / "empty", self.deployments()[0], tmp_path / "out")
+        except InputError:
+            assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+            return
+        raise AssertionError("an empty folder was exported")
+
+    def _export(self, student: Path, deployment: Deployment, folder: Path) -> Artifact:
+        return self.made().export(student, deployment, folder / deployment.name)
+
+
+def _first(name: str) -> Deployment:
+    """A format's first deployment."""
+    form = get_format(name)
+    storage = form.linears[0]
+    grid = (storage.bits, storage.group_size, storage.symmetric) if isinstance(storage, Grid) else (16, 0, True)
+    bits, group_size, symmetric = grid
+    plain = Deployment(runtime=form.runtimes[-1], format=name, bits=bits, group_size=group_size, symmetric=symmetric)
+    return Deployment(**{**plain.to_json(), "runtime": serving(plain)[0], "keep": ()})
+
+
+def _spec(student: Path) -> ModelSpec:
+    return spec_from_config(json.loads((student / "config.json").read_text(encoding="utf-8")))
+
+
+def _content(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def _choices(student: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
+    """The likeliest token after each, and by how much it leads, of a student with other weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    model.load_state_dict({name: torch.from_numpy(np.array(one)) for name, one in weights.items()}, strict=False)
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(_SEQUENCES.astype(np.int64))).logits
+        best, second = logits.topk(2).values.unbind(-1)
+    return logits.argmax(-1).numpy(), (best - second).numpy()

@@ -1,0 +1,194 @@
+"""Tiny models, tokenizers, texts and plans, the same for the same arguments."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autodistill.distillation.training.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_SUBJECTS = ("the miller", "the teacher", "a sailor", "the young student", "a fox", "the old gardener")
+_VERBS = ("carries", "measures", "paints", "forgets", "follows", "repairs")
+_OBJECTS = ("the wooden boat", "a silver lamp", "the north wall", "a small garden", "the long letter", "two apples")
+_PLACES = ("near the river", "in the market", "under the bridge", "behind the mill", "at the harbour")
+
+
+def _sentence(dice: random.Random) -> str:
+    """One sentence in which the verb follows from the subject and the place mostly from the object."""
+    subject, thing = dice.randrange(len(_SUBJECTS)), dice.randrange(len(_OBJECTS))
+    place = thing % len(_PLACES) if dice.random() < 0.8 else dice.randrange(len(_PLACES))
+    return f"{_SUBJECTS[subject].capitalize()} {_VERBS[subject]} {_OBJECTS[thing]} {_PLACES[place]}."
+
+
+def tiny_text(folder: Path, documents: int = 24, sentences: int = 40, seed: int = 0) -> Path:
+    """Writes a small corpus that even a tiny model can learn a little of, the same for the same arguments.
+
+    Args:
+        folder: Made if missing; receives one .txt file for each document.
+        documents: Number of files.
+        sentences: Sentences of each, about 12 words long.
+        seed: Another seed gives other documents.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(documents):
+        dice = random.Random(f"{seed}/{index}")
+        text = " ".join(_sentence(dice) for _ in range(sentences))
+        (folder / f"{index:03d}.txt").write_text(f"Story {index}. {text}\n", encoding="utf-8")
+    return folder
+
+
+def tiny_tokenizer(vocabulary: int = 300, *, begins: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that can write any text, trained on a few sentences.
+
+    Args:
+        vocabulary: Number of entries: 3 special ones (`<s>`, `</s>`, `<pad>`), 256 bytes, the rest merges.
+        begins: Whether it begins every text with `<s>`, as Gemma's and Llama 3's do with theirs.
+
+    Raises:
+        ValueError: A vocabulary too small for the bytes, or larger than the sentences give.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    dice = random.Random(0)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_sentence(dice) for _ in range(200)], trainer)
+    if tokenizer.get_vocab_size() != vocabulary:
+        raise ValueError(f"a tiny tokenizer cannot have {vocabulary} entries, but {tokenizer.get_vocab_size()}")
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512
+    )
+
+
+def tiny_config(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
+    """The config of a tiny model as plain data, with whatever else transformers' config of its kind has.
+
+    Args:
+        architecture: transformers' `model_type`.
+        changes: Fields of the config.
+    """
+    from transformers import AutoConfig
+
+    sizes = {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 192,
+        "vocab_size": 256,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
+    config: dict[str, Any] = AutoConfig.for_model(architecture, **(sizes | changes)).to_dict()
+    return config
+
+
+def save_tiny_teacher(
+    folder: Path,
+    *,
+    architecture: str = "llama",
+    layers: int = 6,
+    width: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    ffn: int = 128,
+    tied: bool = True,
+    seed: int = 0,
+    vocabulary: int = 300,
+) -> Path:
+    """Saves random weights as a transformers folder: config, float32 safetensors, tokenizer, generation config.
+
+    Weights are spread wider than training would begin with, so that the most likely token is decided, and norms and
+    biases differ from 1 and 0, so that a test notices when one is left out.
+
+    Args:
+        folder: Made if missing.
+        architecture: transformers' `model_type`, one of `autodistill.models.families`. Two of three layers of
+            "gemma3_text" have a sliding window of 16 tokens.
+        layers, width, heads, kv_heads, ffn: Sizes; heads are `width / heads` wide. "gpt_neox" has no `kv_heads`.
+        tied: Whether the head is the embedding table.
+        seed: Of the weights; torch's own random state is left as it was.
+        vocabulary: Entries of the tokenizer and of the embedding table.
+
+    Returns:
+        The folder.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tiny_tokenizer(vocabulary)
+    grouped = {"num_key_value_heads": kv_heads, "head_dim": width // heads}
+    sliding = ["full_attention" if (layer + 1) % 3 == 0 else "sliding_attention" for layer in range(layers)]
+    own = {
+        "gpt_neox": {},
+        "gemma3_text": grouped
+        | {"query_pre_attn_scalar": width // heads, "sliding_window": 16, "layer_types": sliding},
+    }
+    config = AutoConfig.for_model(
+        architecture,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=ffn,
+        vocab_size=vocabulary,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,
+        **own.get(architecture, grouped),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def small_plan(**changes: Any) -> Plan:
+    """A plan of nine trials and three rungs, with changes to any of its fields."""
+    plan = Plan(
+        trials=9,
+        tokens=9216,
+        rungs=(1024, 3072, 9216),
+        keep=(4, 2),
+        sequence_length=256,
+        batch_tokens=256,
+        warmup_tokens=512,
+        decay=0.2,
+        rung_eval_tokens=1024,
+        eval_tokens=2048,
+        test_tokens=2048,
+        workers=2,
+        threads=1,
+        bf16=False,
+        seed=0,
+        box_seconds=None,
+        seconds={"export": 1.0, "test": 1.0},
+    )
+    return replace(plan, **changes)
