@@ -55,6 +55,7 @@ class Latency:
             vocabulary=subject.spec.vocabulary,
             context=min(subject.budget.context, subject.spec.max_context),
             threads=subject.threads,
+            cache_types=subject.deployment.cache_types,
         )
         limited = {limit.name: 1e3 * timed.seconds(limit) for limit in limits}
         detail = timed.to_json() | {"limits": limited}

@@ -67,7 +67,8 @@ def _estimate(subject: Subject, of_gpu: bool) -> MemoryEstimate:
 def _in_llama_cpp(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
     """What llama.cpp takes for a file, and where."""
     context, batch = subject.budget.context, subject.budget.batch
-    with LlamaServer(artifact, context, subject.threads, batch) as server:
+    keys, values = subject.deployment.cache_types
+    with LlamaServer(artifact, context, subject.threads, batch, cache_type_k=keys, cache_type_v=values) as server:
         server.begin([_prompt(subject, min(_PROMPT, _read(subject) - 1))])
         where = _where(server.accelerated)
         of_gpu = where["device_class"] == DISCRETE

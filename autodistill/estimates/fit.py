@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from autodistill.errors import InputError
-from autodistill.estimates.serving_memory import MemoryEstimate, memory
+from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory
 from autodistill.estimates.speed import limit_seconds
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
 from autodistill.models.spec import ModelSpec
@@ -140,11 +140,13 @@ def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
     """Refuse a quantisation scheme that cannot hold a model at all, whatever the memory.
 
     Raises:
-        InputError: Why its format holds no such model, or as `QuantizationScheme.check_model`.
+        InputError: Why its format holds no such model, or as `QuantizationScheme.check_model` and `check_cache`.
     """
     if reason := get_format(scheme.format).refuses(spec):
         raise InputError(reason)
     scheme.check_model(spec.tensors)
+    if isinstance(scheme, Deployment):
+        check_cache(spec, scheme.runtime, scheme.cache_types)
 
 
 def holdable(spec: ModelSpec, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:

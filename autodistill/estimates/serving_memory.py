@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 from autodistill.errors import InputError
@@ -13,12 +14,9 @@ from autodistill.models.families import FAMILIES
 from autodistill.models.llama_cpp_graphs import WINDOWED_GRAPHS
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
-from autodistill.quantization.formats import get_format, tensor_bytes, weights_bytes
+from autodistill.quantization.formats import CACHE_BYTES, get_format, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
-
-KV_BYTES: Mapping[str, tuple[int, int]] = {"f16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}
-"""Bytes of a block of keys or values, and how many of them it holds, by type."""
 
 _UBATCH = 512  # llama.cpp's n_ubatch: the most tokens that one graph of its works on
 _CACHE_CELLS = 256  # llama.cpp rounds a sequence's context up to a multiple of this
@@ -135,7 +133,7 @@ class _Serving:
     runtime: str
     context: int
     batch: int
-    kv_type: str
+    cache_types: tuple[str, str]
     read: int
     on_gpu: bool
 
@@ -156,7 +154,7 @@ def memory(
     *,
     context: int,
     batch: int,
-    kv_type: str = "f16",
+    kv_type: str | None = None,
     weights: int | None = None,
     runtime: str | None = None,
     read: int | None = None,
@@ -168,7 +166,8 @@ def memory(
         spec: The model's shape.
         deployment: How it is packed, and by what it is served.
         context, batch: Tokens of each sequence, and sequences at once.
-        kv_type: What keys and values are held in: "f16", or in llama.cpp "q8_0" or "q4_0".
+        kv_type: What keys and values are held in: "f16", or in llama.cpp "q8_0" or "q4_0"; by default as the deployment
+            says.
         weights: Bytes of the stored tensors where they are known, of a GGUF file say; else as `deployment` packs them.
         runtime: Another engine than the deployment's, one of `BASIS` or one that a plug-in's exporter describes.
         read: Tokens of each sequence that a pass of ONNX Runtime takes, whose graphs are made for a length: the context
@@ -184,15 +183,8 @@ def memory(
         raise InputError(f"context and batch must be at least 1, not {context} and {batch}")
     if runtime not in BASIS and runtime not in (brought := further_runtimes()):
         raise InputError(f"there is no runtime {runtime!r}; the runtimes are {', '.join([*BASIS, *brought])}")
-    if kv_type not in KV_BYTES or (kv_type != "f16" and runtime != "llama.cpp"):
-        known = ", ".join(KV_BYTES) if runtime == "llama.cpp" else "f16"
-        raise InputError(f"{runtime} holds no KV cache in {kv_type!r}; it can be {known}")
-    block, row = KV_BYTES[kv_type][1], spec.latent or spec.head_dim
-    if row % block:
-        raise InputError(
-            f"llama.cpp holds keys and values in {kv_type} by blocks of {block}, which do not divide the {row} of this "
-            "model: leave --kv-type out, or give f16"
-        )
+    cache_types = deployment.cache_types if kv_type is None else (kv_type, kv_type)
+    check_cache(spec, runtime, cache_types)
     if read is not None and (runtime != "onnxruntime" or not 1 <= read <= context):
         raise InputError(f"{runtime} reads no {read} tokens of {context} in a pass of their own; leave read out")
     if weights is None:
@@ -206,7 +198,7 @@ def memory(
         runtime=runtime,
         context=context,
         batch=batch,
-        kv_type=kv_type,
+        cache_types=cache_types,
         read=read or context,
         on_gpu=on_gpu,
     )
@@ -225,12 +217,30 @@ def memory(
     )
 
 
-def kv_bytes(spec: ModelSpec, layers: int, tokens: int, kv_type: str) -> int:
-    """Return the bytes of keys and values of `tokens` tokens in some layers, or of the latents that replace them."""
-    size, count = KV_BYTES[kv_type]
+def check_cache(spec: ModelSpec, runtime: str, cache_types: tuple[str, str]) -> None:
+    """Refuses types of keys and values that a runtime does not hold of a model.
+
+    Raises:
+        InputError: A type of cache that the runtime has not, or whose blocks do not divide a head.
+    """
+    for kind in cache_types:
+        if kind not in CACHE_BYTES or (kind != "f16" and runtime != "llama.cpp"):
+            known = ", ".join(CACHE_BYTES) if runtime == "llama.cpp" else "f16"
+            raise InputError(f"{runtime} holds no KV cache in {kind!r}; it can be {known}")
+        block, row = CACHE_BYTES[kind][1], spec.latent or spec.head_dim
+        if row % block:
+            raise InputError(
+                f"llama.cpp holds keys and values in {kind} by blocks of {block}, which do not divide the {row} of "
+                "this model: leave --kv-type out, or give f16"
+            )
+
+
+def kv_bytes(spec: ModelSpec, layers: int, tokens: int, cache_types: tuple[str, str]) -> int:
+    """Keys and values of `tokens` tokens in some of the layers, or the latents that both are made of, kept as keys."""
+    sizes = [Fraction(*CACHE_BYTES[kind]) for kind in cache_types]
     if spec.latent:
-        return layers * tokens * spec.latent * size // count
-    return 2 * layers * tokens * spec.kv_heads * spec.head_dim * size // count
+        return int(layers * tokens * spec.latent * sizes[0])
+    return int(layers * tokens * spec.kv_heads * spec.head_dim * sum(sizes))
 
 
 def window_in(spec: ModelSpec, runtime: str) -> tuple[int, int]:
@@ -283,8 +293,8 @@ def _graph(spec: ModelSpec) -> str:
 def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
     """Return the cache bytes where layers without a window hold `full` tokens, and those with one `windowed`."""
     spec, narrow = serving.spec, window_in(serving.spec, serving.runtime)[1]
-    wide = kv_bytes(spec, spec.layers - narrow, full, serving.kv_type)
-    return wide + kv_bytes(spec, narrow, min(full, windowed), serving.kv_type)
+    wide = kv_bytes(spec, spec.layers - narrow, full, serving.cache_types)
+    return wide + kv_bytes(spec, narrow, min(full, windowed), serving.cache_types)
 
 
 def _further(serving: _Serving) -> _Parts:
@@ -317,7 +327,7 @@ def _llama_cpp(serving: _Serving) -> _Parts:
     peak = max(4 * tokens * max(ffn, attention, *_fused(spec)), logits)
     compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
     overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
-    cache = kv_bytes(spec, spec.layers, cells * batch, serving.kv_type)
+    cache = kv_bytes(spec, spec.layers, cells * batch, serving.cache_types)
     window, _ = window_in(spec, serving.runtime)
     if window:
         windowed = min(cells, _round_up(window + tokens, _CACHE_CELLS))
@@ -358,7 +368,7 @@ def _transformers(serving: _Serving) -> _Parts:
     activations = 2 * tokens * activation_rows(spec)
     masks = 2 * serving.context**2 if 0 < window_in(spec, serving.runtime)[0] < serving.context else 0
     logits = (2 + 4) * batch * spec.vocabulary
-    cache = kv_bytes(spec, spec.layers, tokens, serving.kv_type)
+    cache = kv_bytes(spec, spec.layers, tokens, serving.cache_types)
     if serving.on_gpu:
         overhead = CUBLAS_WORKSPACE_BYTES + TORCH_SEGMENT_BYTES
         return _Parts(weights, cache, activations + masks + logits, overhead, TRANSFORMERS_SERVING_BYTES)
@@ -400,7 +410,7 @@ def _onnxruntime(serving: _Serving) -> _Parts:
     logits = 4 * tokens * spec.vocabulary
     scores = ONNX_SCORE_BYTES * tokens * spec.heads * serving.context
     mask = 4 * serving.read * serving.context
-    cache = 2 * kv_bytes(spec, spec.layers, 2 * cells - tokens, "f16")
+    cache = 2 * kv_bytes(spec, spec.layers, 2 * cells - tokens, ("f16", "f16"))
     compute = activations + rows + scores + mask + logits
     if serving.on_gpu:
         return _Parts(_onnx_weights(serving), cache, compute, CUBLAS_WORKSPACE_BYTES, ONNX_PROCESS_BYTES)
@@ -416,7 +426,7 @@ def _onnx_weights(serving: _Serving) -> int:
     """
     total = 0.0
     spec = serving.spec
-    for tensor, times in [(tensor, 1) for tensor in spec.tensors] if serving.deployment.keep else spec.kinds:
+    for tensor, times in [(tensor, 1) for tensor in spec.tensors] if serving.deployment.by_name else spec.kinds:
         count = times * math.prod(tensor.shape)
         storage = serving.deployment.storage(tensor)
         if tensor.role is Role.LINEAR and isinstance(storage, Grid):

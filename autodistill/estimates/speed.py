@@ -84,7 +84,7 @@ def speed(
     context: int,
     batch: int = 1,
     prompt: int | None = None,
-    kv_type: str = "f16",
+    kv_type: str | None = None,
     weights: int | None = None,
 ) -> SpeedEstimate:
     """Predict decoding at a full context, and the time to the first token of a prompt.
@@ -122,14 +122,19 @@ def speed(
 
 
 def _step(
-    spec: ModelSpec, deployment: Deployment, context: int, batch: int, kv_type: str = "f16", weights: int | None = None
+    spec: ModelSpec,
+    deployment: Deployment,
+    context: int,
+    batch: int,
+    kv_type: str | None = None,
+    weights: int | None = None,
 ) -> Work:
     """Return the work of decoding one token in each stream."""
     return work(spec, deployment, tokens=batch, sequences=batch, behind=context, kv_type=kv_type, weights=weights)
 
 
 def _read(
-    spec: ModelSpec, deployment: Deployment, prompt: int, kv_type: str = "f16", weights: int | None = None
+    spec: ModelSpec, deployment: Deployment, prompt: int, kv_type: str | None = None, weights: int | None = None
 ) -> Work:
     """Return the work of reading a prompt; its tokens attend to half of it on average."""
     return work(spec, deployment, tokens=prompt, sequences=1, behind=prompt / 2, kv_type=kv_type, weights=weights)
@@ -237,7 +242,7 @@ def work(
     tokens: int,
     sequences: int,
     behind: float,
-    kv_type: str = "f16",
+    kv_type: str | None = None,
     weights: int | None = None,
 ) -> Work:
     """Return bytes and operations of a pass over `tokens` tokens in `sequences` sequences, after `behind` tokens each.
@@ -249,8 +254,8 @@ def work(
     chosen = spec.active_experts / spec.experts if spec.experts else 1.0
     met = 1 - (1 - chosen) ** tokens if chosen < 1 else 1.0
     read = multiplied = head = plain = 0.0
-    # Which tensors are kept off the grid goes by their names; else those of a kind are stored alike.
-    tensors = [(tensor, 1) for tensor in spec.tensors] if deployment.keep else spec.kinds
+    # What is stored in another way than its kind goes by names; else those of a kind are stored alike.
+    tensors = [(tensor, 1) for tensor in spec.tensors] if deployment.by_name else spec.kinds
     for tensor, times in tensors:
         table = tensor.role is Role.EMBEDDING
         if len(tensor.shape) < 2 or (table and not spec.tied):
@@ -271,7 +276,8 @@ def work(
         read *= weights / weights_bytes(spec.tensors, deployment)
     window, narrow = window_in(spec, deployment.runtime)
     seen, wide = min(behind, window), spec.layers - narrow
-    cache = sequences * (kv_bytes(spec, wide, int(behind), kv_type) + kv_bytes(spec, narrow, int(seen), kv_type))
+    kinds = deployment.cache_types if kv_type is None else (kv_type, kv_type)
+    cache = sequences * (kv_bytes(spec, wide, int(behind), kinds) + kv_bytes(spec, narrow, int(seen), kinds))
     attended = 4 * tokens * spec.heads * spec.head_dim * (wide * behind + narrow * seen)
     products = 2 * (tokens * multiplied + sequences * head)
     return Work(

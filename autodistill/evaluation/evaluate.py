@@ -21,6 +21,7 @@ from autodistill.inference.generation import answer
 from autodistill.inference.half_precision import held_as_deployed, is_held
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.packed_student import PackedStudent
+from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import score
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
@@ -56,6 +57,8 @@ def deployed_weights(
 ) -> Iterator[None]:
     """Puts the values that the runtime will see into the model, and the master weights back at the end.
 
+    Keys and values are those of the deployment's cache meanwhile.
+
     Of a model on an accelerator the masters wait in this machine's memory: beside them it would hold the weights twice.
 
     Args:
@@ -65,7 +68,8 @@ def deployed_weights(
         scales: Those that were learned for this packing, or are the teacher's own, by name of the weight.
     """
     if is_held(model):
-        with held_as_deployed(model, {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}, scales):
+        storages = {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}
+        with held_as_deployed(model, storages, scales), quantized_cache(model, deployment.cache_types):
             yield
         return
     parameters = dict(model.named_parameters())
@@ -77,7 +81,8 @@ def deployed_weights(
             packed = deploy_tensor(parameter.data, deployment.storage(tensor), learned)
             masters[tensor.name] = parameter.data.cpu()
             parameter.data = packed
-        yield
+        with quantized_cache(model, deployment.cache_types):
+            yield
     finally:
         for name, master in masters.items():
             parameters[name].data = master.to(parameters[name].device)

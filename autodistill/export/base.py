@@ -85,7 +85,14 @@ class Exporter(Protocol):
         """Yield each stored tensor by transformers' name, dequantised from the bytes on disk."""
         ...
 
-    def run(self, artifact: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path) -> Ran:
+    def run(
+        self,
+        artifact: Path,
+        sequences: npt.NDArray[np.integer[Any]],
+        threads: int,
+        student: Path,
+        deployment: Deployment,
+    ) -> Ran:
         """Run an artifact in its runtime, to compare it with the simulation of the same packed weights.
 
         Args:
@@ -93,6 +100,7 @@ class Exporter(Protocol):
             sequences: int [sequences, tokens].
             threads: CPU threads of the runtime. Beside other work, one is the fastest in llama.cpp.
             student: The folder that the artifact was made of; it has the tokenizer.
+            deployment: How it was packed; it also has the types of the KV cache.
 
         Raises:
             VerificationError: It cannot be loaded, does not write, or cuts text into other tokens.

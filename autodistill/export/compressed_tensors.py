@@ -85,7 +85,14 @@ class CompressedTensorsExporter:
         if parts:
             raise VerificationError(f"{min(parts)} lacks a part of its packed weights: export the student again")
 
-    def run(self, artifact: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path) -> Ran:
+    def run(
+        self,
+        artifact: Path,
+        sequences: npt.NDArray[np.integer[Any]],
+        threads: int,
+        student: Path,
+        deployment: Deployment,
+    ) -> Ran:
         """Runs the folder in transformers, also where vLLM will serve it; see `Exporter.run`."""
         return run_in_transformers(artifact, sequences, threads)
 

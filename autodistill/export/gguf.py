@@ -135,13 +135,24 @@ class GgufExporter:
             order = row_order(graph, tensor.name, heads, kv_heads)
             yield name, order.to_transformers(values) if order else values
 
-    def run(self, artifact: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path) -> Ran:
+    def run(
+        self,
+        artifact: Path,
+        sequences: npt.NDArray[np.integer[Any]],
+        threads: int,
+        student: Path,
+        deployment: Deployment,
+    ) -> Ran:
         """Runs the file in llama.cpp; see `Exporter.run`."""
-        return _run(artifact, sequences, threads, student)
+        return _run(artifact, sequences, threads, student, deployment)
 
 
-def _run(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path) -> Ran:
-    with LlamaServer(path, sequences.shape[1] + WRITTEN_TOKENS, threads, whole_cache=True) as server:
+def _run(
+    path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path, deployment: Deployment
+) -> Ran:
+    keys, values = deployment.cache_types
+    context = sequences.shape[1] + WRITTEN_TOKENS
+    with LlamaServer(path, context, threads, cache_type_k=keys, cache_type_v=values, whole_cache=True) as server:
         # Each prompt is the one before and a token more, so that only that token is computed.
         top1 = [[server.next_token(row[: end + 1]) for end in range(len(row))] for row in sequences.tolist()]
         written = server.complete(sequences[0, :PROMPT_TOKENS].tolist(), WRITTEN_TOKENS, ignore_end=True)

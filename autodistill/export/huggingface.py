@@ -53,7 +53,14 @@ class HuggingFaceExporter:
         for name, tensor in read_arrays(artifact / WEIGHTS):
             yield name, unpack({"data": tensor.view(torch.uint16).numpy()}, "bf16", tuple(tensor.shape))
 
-    def run(self, artifact: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path) -> Ran:
+    def run(
+        self,
+        artifact: Path,
+        sequences: npt.NDArray[np.integer[Any]],
+        threads: int,
+        student: Path,
+        deployment: Deployment,
+    ) -> Ran:
         """Runs the folder in transformers; see `Exporter.run`."""
         return run_in_transformers(artifact, sequences, threads)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,7 +100,7 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             f"# {plain(origin.name_of(row))}",
             "",
             _made(row, origin),
-            f"It is stored here as {here}.{'' if measured else ' ' + _NO_ROW}",
+            f"It is stored here as {here}.{'' if measured else ' ' + _NO_ROW}{_cache(deployment)}",
             "",
             f"- Licence of the teacher, which its students inherit: {plain(license or NOT_STATED)}",
             f"- Licence of the text it {read} ({plain(origin.data)}): {plain(origin.data_license or NOT_STATED)}",
@@ -119,6 +120,14 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             ),
         ]
     )
+
+
+def _cache(deployment: Deployment) -> str:
+    """Say how the KV cache must be set up; empty for the runtime's default."""
+    arguments = shlex.join(deployment.server_arguments)
+    if not arguments:
+        return ""
+    return f" Serve it with `{arguments}`: the figures are of this KV cache, and the file does not set it."
 
 
 def _indented(strategy: Strategy) -> str:

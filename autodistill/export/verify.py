@@ -137,7 +137,7 @@ def verify_runtime(
     if not expected.size or sequences.shape != expected.shape or leads.shape != expected.shape:
         raise ValueError(f"{list(sequences.shape)} tokens, and choices of {list(expected.shape)}")
     clear = leads >= np.quantile(leads, 1 - CLEAR_SHARE)
-    top1, text, same_cut = exporter.run(artifact.path, sequences, threads, student)
+    top1, text, same_cut = exporter.run(artifact.path, sequences, threads, student, deployment)
     if top1.shape != expected.shape:
         raise ValueError(f"{exporter.name} ran {list(sequences.shape)} tokens, and gives choices of {list(top1.shape)}")
     same = top1 == expected

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, TypeAlias
 
 from autodistill import plugins
@@ -31,6 +32,11 @@ from autodistill.quantization.grids import (
     integer_grid,
     integer_suffix,
 )
+from autodistill.utils.hashing import content_hash
+from autodistill.utils.plain_dataclass import left_out
+
+CACHE_BYTES: Mapping[str, tuple[int, int]] = {"f16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}
+"""Bytes of a block of keys or values, and how many of them it holds, by type of cache."""
 
 _Key: TypeAlias = tuple[int, int, bool]
 
@@ -119,6 +125,9 @@ class QuantizationScheme:
         symmetric: Whether a group has only a scale, and no offset.
         keep: What stays in 16 bits (mixed precision): "attention", "embeddings", "head", or part of a weight's dotted
             name in transformers, like "layers.0", "down_proj" or "layers.0.mlp.down_proj". In alphabetical order.
+        types: Of GGUF, what single matrices are stored as whatever the format says: pairs of a part of the model, as in
+            `keep`, and a name of `TYPES`. Of several parts that a weight belongs to, the one of most names decides. In
+            alphabetical order.
     """
 
     format: str
@@ -126,9 +135,11 @@ class QuantizationScheme:
     group_size: int
     symmetric: bool = True
     keep: tuple[str, ...] = ()
+    types: tuple[tuple[str, str], ...] = left_out((), mapping=True)
 
     def __post_init__(self) -> None:
         linear = self.linear  # held by the format, or refused
+        self._check_types()
         if self.keep and not isinstance(linear, Grid):
             raise InputError(f"{self.format} holds all weights in 16 bits: leave keep out")
         for part in self.keep:
@@ -138,6 +149,32 @@ class QuantizationScheme:
                     "layers.0 or mlp.down_proj"
                 )
         object.__setattr__(self, "keep", tuple(sorted(set(self.keep))))
+        object.__setattr__(self, "types", tuple(sorted(self.types)))
+
+    def _check_types(self) -> None:
+        if not self.types:
+            return
+        if self.container != "gguf":
+            raise InputError(f"types are of GGUF, and {self.format} has one type for all: leave types out")
+        if self.keep:
+            raise InputError(
+                "keep and types both say how single weights are stored: write what is kept as f16 in types"
+            )
+        for part, kind in self.types:
+            if not _KEEP.fullmatch(part):
+                raise InputError(
+                    f"types has {part!r}: it can be attention, embeddings, head, or part of a weight's name such as "
+                    "layers.0 or mlp.down_proj"
+                )
+            if kind not in TYPES:
+                raise InputError(f"types has {part} as {kind!r}; a type can be {', '.join(TYPES)}")
+        if len(dict(self.types)) < len(self.types):
+            raise InputError("types names a part of the model twice: name each once")
+
+    @property
+    def by_name(self) -> bool:
+        """Whether tensors of one role and shape may be stored in different ways, by their names."""
+        return bool(self.keep or self.types)
 
     @property
     def scheme(self) -> QuantizationScheme:
@@ -160,10 +197,16 @@ class QuantizationScheme:
 
     @property
     def name(self) -> str:
-        """Short readable name, like "gguf-q4_0", "compressed-tensors-int4-g64-asym" or "gguf-q4_0+attention"."""
+        """Short readable name, like "gguf-q4_0", "compressed-tensors-int4-g64-asym" or "gguf-q4_0+attention".
+
+        A few types of single parts are named, as in "gguf-q4_1+embeddings-q5_0"; of more there is a hash.
+        """
         choices = len(get_format(self.format).linears)
         suffix = integer_suffix(self.bits, self.group_size, self.symmetric) if choices > 1 else ""
-        return "+".join([self.format + suffix, *self.keep])
+        named = [f"{part}-{kind}" for part, kind in self.types]
+        if len(named) > _NAMED_TYPES:
+            named = [f"types-{content_hash(list(map(list, self.types)), 8)}"]
+        return "+".join([self.format + suffix, *self.keep, *named])
 
     def storage(self, tensor: TensorSpec) -> Storage:
         """Return how `tensor` is stored; if super-blocks do not divide its rows, this is the fallback grid.
@@ -178,6 +221,9 @@ class QuantizationScheme:
             return held.vectors
         if any(_is_part(part, tensor) for part in self.keep):
             return held.kept
+        if (own := self._own_type(tensor)) is not None:
+            check_tensor(tensor, TYPES[own])
+            return TYPES[own]
         table = tensor.more_bits if held.mixture else tensor.role is not Role.LINEAR
         storage = held.tables if table else self.linear
         if isinstance(storage, Grid) and storage.fallback and not storage.divides(tensor.shape[-1]):
@@ -186,14 +232,47 @@ class QuantizationScheme:
         check_tensor(tensor, storage)
         return storage
 
+    def _own_type(self, tensor: TensorSpec) -> str | None:
+        """The name of the type that `types` give a matrix, if they do.
+
+        Raises:
+            InputError: Two parts of equally many names give it two types.
+        """
+        if not self.types:
+            return None
+        found: dict[int, dict[str, str]] = {}
+        for part, size in _parts_of(tensor):
+            if part in self._types:
+                found.setdefault(size, {})[part] = self._types[part]
+        if not found:
+            return None
+        most = found[max(found)]
+        if len(set(most.values())) > 1:
+            raise InputError(
+                f"types gives {tensor.name} two types, by {' and by '.join(sorted(most))}: name it in full"
+            )
+        return next(iter(most.values()))
+
+    @cached_property
+    def _types(self) -> Mapping[str, str]:
+        return dict(self.types)
+
     def check_model(self, tensors: Iterable[TensorSpec]) -> None:
         """Refuse a model that cannot be stored under this scheme.
 
         Raises:
-            InputError: A tensor that cannot be cut into the groups, a part to keep that would be on no grid, or linear
-                layers of which none can be cut into the format's super-blocks.
+            InputError: A tensor that cannot be cut into the groups, a part to keep that would be on no grid, a type for
+                a part that the model does not have, or linear layers of which none can be cut into the format's
+                super-blocks.
         """
         storages = {tensor: self.storage(tensor) for tensor in tensors}
+        matrices = [tensor for tensor in storages if tensor.role in (Role.LINEAR, Role.EMBEDDING, Role.HEAD)]
+        known = {part for tensor in matrices for part, _ in _parts_of(tensor)} if self.types else ()
+        if absent := [part for part, _ in self.types if part not in known]:
+            raise InputError(
+                f"types names {', '.join(absent)}, but no matrix of this model is called so: leave it out (a tied head "
+                "is the embeddings)"
+            )
         if isinstance(self.linear, Grid) and self.linear.fallback:
             self._check_blocks(self.linear, storages)
         if not self.keep:
@@ -222,6 +301,21 @@ class QuantizationScheme:
             f"linear layers are: all would be stored as {_either(sorted(one.name for one in grids))}, so choose "
             f"{'that format' if len(grids) == 1 else 'one of these'}"
         )
+
+
+_NAMED_TYPES = 2  # that a deployment's name has in full
+
+
+@lru_cache(maxsize=2**14)
+def _parts_of(tensor: TensorSpec) -> tuple[tuple[str, int], ...]:
+    """Every part of the model that a matrix belongs to, and of how many names each is; words for many count as none."""
+    words = [word for word, role in _ROLES.items() if role is tensor.role]
+    if _is_part("attention", tensor):
+        words.append("attention")
+    names = tensor.name.removesuffix(".weight").split(".")
+    spans = [(first, last) for first in range(len(names)) for last in range(first + 1, len(names) + 1)]
+    parts = {".".join(names[first:last]): last - first for first, last in spans}
+    return (*((word, 0) for word in words), *((part, size) for part, size in parts.items() if part not in words))
 
 
 _ROLES = {"embeddings": Role.EMBEDDING, "head": Role.HEAD}
@@ -317,6 +411,13 @@ def all_formats() -> dict[str, Format]:
     return found
 
 
+TYPES: Mapping[str, Storage] = {
+    "f16": "f16",
+    **{grid.name.removeprefix("gguf-"): grid for grid in (Q8_0, Q6_K, Q5_1, Q5_0, Q5_K, Q4_1, Q4_0, Q4_K, Q3_K, Q2_K)},
+}
+"""What a single matrix of a GGUF file may be stored as, by llama.cpp's names in small letters, the most bits first."""
+
+
 def get_format(name: str) -> Format:
     """Look up a format by name; plug-ins are asked for one that is not this project's own.
 
@@ -327,6 +428,50 @@ def get_format(name: str) -> Format:
     if name not in found:
         raise InputError(f"there is no format {name!r}; the formats are {', '.join(found)}")
     return found[name]
+
+
+_IN_A_LAYER = re.compile(r"layers\.\d+\.(.+)\.weight")
+
+
+def scheme_by_tensor(types: Mapping[TensorSpec, str]) -> QuantizationScheme:
+    """The scheme of GGUF that stores each matrix of a model as a type of its own, said in as few words as it takes.
+
+    Its format is that of the type that most weights of linear layers have. What all layers have alike is named once.
+
+    Args:
+        types: Of every matrix of a model, a name of `TYPES`.
+
+    Raises:
+        InputError: Rows that the groups of their type do not divide.
+    """
+    weights: Counter[str] = Counter()
+    for tensor, kind in types.items():
+        check_tensor(tensor, TYPES[kind])
+        weights[kind] += math.prod(tensor.shape) if tensor.role is Role.LINEAR else 0
+    form = FORMATS[f"gguf-{max(weights, key=lambda kind: weights[kind])}"]
+    bits, group_size, symmetric = _key(form.linears[0])
+    plain = QuantizationScheme(format=form.name, bits=bits, group_size=group_size, symmetric=symmetric)
+    named: dict[str, str] = {}
+    alike: dict[str, set[str]] = {}
+    for tensor, kind in types.items():
+        if found := _IN_A_LAYER.search(tensor.name):
+            alike.setdefault(found[1], set()).add(kind)
+    for tensor, kind in types.items():
+        if _stores(plain, tensor, kind):
+            continue
+        words = [word for word, role in _ROLES.items() if role is tensor.role]
+        found = _IN_A_LAYER.search(tensor.name)
+        if found and len(alike[found[1]]) == 1:
+            words = [found[1]]
+        named[words[0] if words else tensor.name.partition(".")[2].removesuffix(".weight")] = kind
+    return replace(plain, types=tuple(named.items()))
+
+
+def _stores(scheme: QuantizationScheme, tensor: TensorSpec, kind: str) -> bool:
+    try:
+        return scheme.storage(tensor) == TYPES[kind]
+    except InputError:  # rows that its groups do not divide
+        return False
 
 
 def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from autodistill.models.config import spec_from_config
 from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Scales
+from autodistill.utils.plain_dataclass import plain
 
 SCALES_FILE = "grid_scales.safetensors"
 
@@ -31,21 +32,48 @@ def write_scales(folder: Path, scheme: QuantizationScheme, scales: Mapping[str, 
 
 
 def read_scales(folder: Path, scheme: QuantizationScheme) -> dict[str, Scales]:
-    """Read the learned scales of a quantisation scheme; empty if its scales follow from the weights."""
+    """What was learned for `scheme`; empty where scales follow from the weights, as under any other scheme.
+
+    Where matrices have types of their own, what was learned holds for those that both schemes store alike.
+
+    Args:
+        folder: Of a model, with its config.json.
+        scheme: What its weights are packed in.
+    """
     if not (folder / SCALES_FILE).is_file():
         return {}
     with safe_open(folder / SCALES_FILE, framework="numpy") as file:
-        if file.metadata()["packing"] != _text(scheme):
-            return {}
+        learned = file.metadata()["packing"]
         names = set(file.keys())
+        found = sorted(key.removesuffix(".scales") for key in names if key.endswith(".scales"))
+        if learned != _text(scheme):
+            found = _stored_alike(folder, found, _scheme(learned), scheme)
         return {
             name: Scales(
                 file.get_tensor(f"{name}.scales"),
                 file.get_tensor(f"{name}.offsets") if f"{name}.offsets" in names else None,
             )
-            for name in sorted(key.removesuffix(".scales") for key in names if key.endswith(".scales"))
+            for name in found
         }
 
 
+def _stored_alike(
+    folder: Path, names: Iterable[str], learned: QuantizationScheme, scheme: QuantizationScheme
+) -> list[str]:
+    """Those matrices of a model that two schemes store alike; none where neither has types by tensor."""
+    if not (learned.types or scheme.types):
+        return []
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = {tensor.name: tensor for tensor in spec_from_config(config).tensors}
+    return [name for name in names if learned.storage(tensors[name]) == scheme.storage(tensors[name])]
+
+
+def _scheme(text: str) -> QuantizationScheme:
+    """The inverse of `_text`."""
+    fields = json.loads(text)
+    keep, types = tuple(fields.pop("keep")), tuple(fields.pop("types", {}).items())
+    return QuantizationScheme(**fields, keep=keep, types=types)
+
+
 def _text(scheme: QuantizationScheme) -> str:
-    return json.dumps(asdict(scheme.scheme), sort_keys=True)
+    return json.dumps(plain(scheme.scheme), sort_keys=True)

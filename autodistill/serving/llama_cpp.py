@@ -68,7 +68,7 @@ class LlamaServer:
         context: Tokens of context of each sequence; llama.cpp rounds it up to a multiple of 256.
         threads: CPU threads.
         parallel: Sequences that it makes room for.
-        kv_type: What keys and values are held in: "f16", "q8_0" or "q4_0".
+        cache_type_k, cache_type_v: What keys and values are held in: "f16", "q8_0" or "q4_0".
         whole_cache: Whether layers with a sliding window keep all tokens' keys and values. Otherwise a prompt that goes
             on from the one before is read from its beginning while it is shorter than the window.
 
@@ -84,8 +84,9 @@ class LlamaServer:
         context: int,
         threads: int,
         parallel: int = 1,
-        kv_type: str = "f16",
         *,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
         whole_cache: bool = False,
     ) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
@@ -99,7 +100,8 @@ class LlamaServer:
             "context": context,
             "threads": threads,
             "parallel": parallel,
-            "kv_type": kv_type,
+            "cache_type_k": cache_type_k,
+            "cache_type_v": cache_type_v,
             "whole_cache": whole_cache,
         }
 

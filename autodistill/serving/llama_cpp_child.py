@@ -22,8 +22,8 @@ def _load(settings: dict[str, Any]) -> Any:
     params.model.path = settings["path"]
     params.n_parallel = settings["parallel"]
     params.n_ctx = settings["context"] * settings["parallel"]
-    kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{settings['kv_type'].upper()}")
-    params.cache_type_k = params.cache_type_v = kind
+    for name in ("cache_type_k", "cache_type_v"):
+        setattr(params, name, getattr(xllamacpp.ggml_type, f"GGML_TYPE_{settings[name].upper()}"))
     params.swa_full = settings["whole_cache"]
     params.cpuparams.n_threads = settings["threads"]
     params.cpuparams_batch.n_threads = settings["threads"]

@@ -52,15 +52,24 @@ class Server(Protocol):
         ...
 
 
-def serve(path: Path, runtime: str, *, context: int, threads: int, parallel: int) -> Server:
-    """Return the artifact in its runtime, for use in a `with` statement.
+def serve(
+    path: Path,
+    runtime: str,
+    *,
+    context: int,
+    threads: int,
+    parallel: int,
+    cache_types: tuple[str, str] = ("f16", "f16"),
+) -> Server:
+    """The artifact in its runtime, for use in a `with` statement.
 
     Raises:
         MissingDependencyError: The runtime is not installed.
         InputError: No runtime of that name is known here, or nothing here can run it.
     """
     if runtime == "llama.cpp":
-        return LlamaServer(path, context, threads, parallel, whole_cache=True)
+        keys, values = cache_types
+        return LlamaServer(path, context, threads, parallel, cache_type_k=keys, cache_type_v=values, whole_cache=True)
     if runtime in RUNTIMES:
         return PythonServer(path, runtime, context, threads, parallel)
     opens = further_runtime(runtime).server
@@ -217,8 +226,17 @@ class Timed:
         }
 
 
-def time_serving(path: Path, runtime: str, load: Load, *, vocabulary: int, context: int, threads: int) -> Timed:
-    """Time an artifact in its runtime, after warming up.
+def time_serving(
+    path: Path,
+    runtime: str,
+    load: Load,
+    *,
+    vocabulary: int,
+    context: int,
+    threads: int,
+    cache_types: tuple[str, str] = ("f16", "f16"),
+) -> Timed:
+    """Times an artifact in its runtime, after warming up.
 
     Args:
         path: A GGUF file, or a folder.
@@ -227,12 +245,14 @@ def time_serving(path: Path, runtime: str, load: Load, *, vocabulary: int, conte
         vocabulary: Entries of it: prompts are its first ids in turn, since times do not depend on them.
         context: Tokens of each sequence.
         threads: CPU threads.
+        cache_types: What llama.cpp holds keys and values in.
 
     Raises:
         VerificationError: The runtime cannot load the artifact.
     """
     load = load.within(context)
-    server = serve(path, runtime, context=context, threads=threads, parallel=max(load.streams))
+    streams = max(load.streams)
+    server = serve(path, runtime, context=context, threads=threads, parallel=streams, cache_types=cache_types)
     with server:
         server.begin([_prompt(load.prompts[0], vocabulary, 0)])
         server.step()

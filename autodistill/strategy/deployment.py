@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autodistill.models.tensors import TensorSpec
-from autodistill.quantization.formats import QuantizationScheme, get_format
-from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice
+from autodistill.quantization.formats import CACHE_BYTES, QuantizationScheme, get_format
+from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out
 
 # vLLM fuses each of these sets of layers to one matrix, which has one storage.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -21,13 +21,42 @@ class Deployment(QuantizationScheme, PlainDataclass):
 
     Attributes:
         runtime: The runtime that serves it: "llama.cpp", "vllm" or "transformers".
+        cache_type_k, cache_type_v: What llama.cpp holds the keys and the values of its cache in, of `CACHE_BYTES`; the
+            others hold 16 bits.
     """
 
     runtime: str
+    cache_type_k: str = left_out("f16")
+    cache_type_v: str = left_out("f16")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(f"the runtime of {self.name}", self.runtime, serving(self))
+        known = tuple(CACHE_BYTES) if self.runtime == "llama.cpp" else ("f16",)
+        check_choice(f"cache_type_k in {self.runtime}", self.cache_type_k, known)
+        check_choice(f"cache_type_v in {self.runtime}", self.cache_type_v, known)
+
+    @property
+    def cache_types(self) -> tuple[str, str]:
+        """What keys and values are held in."""
+        return self.cache_type_k, self.cache_type_v
+
+    @property
+    def server_arguments(self) -> tuple[str, ...]:
+        """Arguments of llama.cpp's server for a cache of fewer than 16 bits, of which a GGUF file says nothing."""
+        keys, values = self.cache_types
+        if (keys, values) == ("f16", "f16"):
+            return ()
+        return ("--cache-type-k", keys, "--cache-type-v", values, "--flash-attn", "on")
+
+    @property
+    def name(self) -> str:
+        """As `QuantizationScheme.name`, and a cache of fewer than 16 bits, as in "gguf-q4_0+kv-q8_0"."""
+        keys, values = self.cache_types
+        if (keys, values) == ("f16", "f16"):
+            return super().name
+        cache = f"kv-{keys}" if keys == values else f"k-{keys}-v-{values}"
+        return f"{super().name}+{cache}"
 
     def check_model(self, tensors: Iterable[TensorSpec]) -> None:
         """Refuse a model that cannot be quantised or served in this way.

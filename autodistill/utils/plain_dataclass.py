@@ -40,6 +40,16 @@ def check_no_blank(request: Any) -> None:
         check(not blank, f"{field.name} is empty: give it a text, or leave it out")
 
 
+def left_out(default: Any, *, mapping: bool = False) -> Any:
+    """Make a field that plain data leave out while it has its default, so that older data stay the same.
+
+    Args:
+        default: Its default.
+        mapping: Whether its pairs are a mapping in plain data.
+    """
+    return dataclasses.field(default=default, metadata={"left_out": True, "mapping": mapping})
+
+
 class PlainDataclass:
     """A frozen dataclass that reads and writes plain data, with each field checked by name and type."""
 
@@ -65,8 +75,8 @@ class PlainDataclass:
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the part as plain data, with every field."""
-        return typing.cast(dict[str, Any], _plain(self))
+        """Return the part as plain data, with every field but those that are `left_out`."""
+        return typing.cast(dict[str, Any], plain(self))
 
 
 @cache
@@ -75,11 +85,17 @@ def _hints(part: type[PlainDataclass]) -> dict[str, Any]:
     return typing.get_type_hints(part)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A frozen dataclass, or a value of one of its fields, as plain data."""
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        found = {}
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            if not (field.metadata.get("left_out") and item == field.default):
+                found[field.name] = dict(item) if field.metadata.get("mapping") else plain(item)
+        return found
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -92,6 +108,13 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, type) and issubclass(hint, PlainDataclass):
         return hint.from_json(value, where)
     if typing.get_origin(hint) is tuple:
+        (inner, *_) = typing.get_args(hint)
+        if typing.get_origin(inner) is tuple:
+            check(isinstance(value, Mapping), f"{where} must be a mapping, not {value!r}")
+            return tuple(
+                tuple(_convert(item, kind, where) for item, kind in zip(pair, typing.get_args(inner), strict=True))
+                for pair in value.items()
+            )
         check(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}")
         return tuple(_convert(item, typing.get_args(hint)[0], where) for item in value)
     if hint is float and type(value) is int:

@@ -82,7 +82,7 @@ def measure(case: Case, folder: Path) -> tuple[list[str], float]:
     deployment = deployment_named(case.form)
     path = folder / "model.gguf"
     write_gguf(case, spec, deployment, path)
-    with LlamaServer(path, case.context, 1, case.batch, case.kv_type) as server:
+    with LlamaServer(path, case.context, 1, case.batch, cache_type_k=case.kv_type, cache_type_v=case.kv_type) as server:
         found = server.buffers()
     path.unlink()
     guess = memory(spec, deployment, context=case.context, batch=case.batch, kv_type=case.kv_type)

@@ -55,6 +55,8 @@ VERBS = {
     "--layers --width --heads --kv-heads --head-dim --ffn --vocab --experts --active-experts --window --tied --cache "
     "--json",
     "pick": "--budget --device --context --streams --latency --min-accuracy --tiers --devices --out --cache --json",
+    "solve": "--budget --sweep --device --data --context --batch --tokens --sequence-length --out --export --devices "
+    "--cache --json",
 }
 ROW_FIELDS = (
     "row_id schema_version strategy_id strategy deployment status split accuracy accuracy_stderr perplexity agreement "
@@ -142,6 +144,7 @@ BAD = [
     ("estimate @/teacher --devices @/none.yaml", ["only describes devices", "--device"]),
     ("estimate @/teacher --device t4 --devices @/none.yaml", ["none.yaml"]),
     ("search --budget 1GB --devices @/none.yaml", ["only describes devices", "--device"]),
+    ("solve --budget 1GB --devices @/none.yaml", ["only describes devices", "--device"]),
     ("pick --budget 1GB --devices @/none.yaml", ["only describes devices", "--device"]),
     ("write --prompts @/text --out @/o.jsonl --timeout 5m", ["--timeout applies to requests to an endpoint"]),
     (

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from autodistill.advisor.describe import deployment_named, describe, shape, spec_of
 from autodistill.errors import InputError
-from autodistill.estimates.serving_memory import BASIS, KV_BYTES, basis_of, memory
+from autodistill.estimates.serving_memory import BASIS, basis_of, memory
+from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.serving.llama_cpp import LlamaServer
 from benchmarks.common import model_files
 
@@ -45,7 +46,9 @@ def test_buffers_are_what_llama_cpp_allocates(case: dict[str, Any], tmp_path: Pa
     asked = model_files.Case(**(SMALL | case))
     spec, deployment = spec_of(asked.config()), deployment_named(asked.form)
     model_files.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
-    with LlamaServer(tmp_path / "model.gguf", asked.context, 1, 1, asked.kv_type) as server:
+    with LlamaServer(
+        tmp_path / "model.gguf", asked.context, 1, cache_type_k=asked.kv_type, cache_type_v=asked.kv_type
+    ) as server:
         found = server.buffers()
     guess = memory(spec, deployment, context=asked.context, batch=1, kv_type=asked.kv_type)
     assert guess.weights_bytes == pytest.approx(found.model_bytes, rel=0.01, abs=20_000)
@@ -70,11 +73,11 @@ def test_of_latent_attention_llama_cpp_caches_one_vector_a_token_and_layer(
     asked = model_files.Case(family="deepseek_v2", **sizes)
     spec, deployment = spec_of(asked.config()), deployment_named(asked.form)
     model_files.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
-    with LlamaServer(tmp_path / "model.gguf", asked.context, 1, 1, kv_type) as server:
+    with LlamaServer(tmp_path / "model.gguf", asked.context, 1, cache_type_k=kv_type, cache_type_v=kv_type) as server:
         found = server.buffers()
         assert server.complete([3, 4, 5, 6], 2, ignore_end=True).tokens  # and computes with it
     guess = memory(spec, deployment, context=asked.context, batch=1, kv_type=kv_type)
-    size, count = KV_BYTES[kv_type]
+    size, count = CACHE_BYTES[kv_type]
     assert guess.kv_cache_bytes == asked.layers * 1024 * (rank + 32) * size // count
     assert guess.kv_cache_bytes == pytest.approx(found.kv_bytes, rel=0.001, abs=20_000)
     assert guess.weights_bytes == pytest.approx(found.model_bytes, rel=0.01, abs=20_000)
@@ -85,7 +88,9 @@ def test_of_latent_attention_llama_cpp_caches_one_vector_a_token_and_layer(
 def test_a_cache_in_fewer_bits_is_smaller_by_the_blocks() -> None:
     spec = shape(SIZES).spec
     values = 2 * 4 * 2 * 32 * 1024
-    sizes = {kv_type: memory(spec, Q8, context=1024, batch=1, kv_type=kv_type).kv_cache_bytes for kv_type in KV_BYTES}
+    sizes = {
+        kv_type: memory(spec, Q8, context=1024, batch=1, kv_type=kv_type).kv_cache_bytes for kv_type in CACHE_BYTES
+    }
     assert sizes == {"f16": 2 * values, "q8_0": values * 34 // 32, "q4_0": values * 18 // 32}
 
 

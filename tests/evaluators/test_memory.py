@@ -65,7 +65,7 @@ class _OnGpu:
 
     accelerated = True
 
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def __enter__(self) -> Self:
         return self

@@ -191,3 +191,11 @@ def test_a_license_of_another_kind_makes_a_card(license: Any) -> None:
     card = model_card(BEST, Q4, ROWS, Origin.of(search))
     expected = "mit, apache-2.0" if isinstance(license, list) else None
     assert yaml.safe_load(card.split("---\n", 2)[1]).get("license") == expected
+
+
+def test_a_cache_of_few_bits_is_told_with_the_arguments_that_set_it() -> None:
+    cached = replace(Q4, cache_type_k="q8_0", cache_type_v="q4_0")
+    card = model_card(row("t001", cached, 0.4), cached, [], ORIGIN)
+    assert "It is stored here as gguf-q4_0+k-q8_0-v-q4_0." in card
+    assert "`--cache-type-k q8_0 --cache-type-v q4_0 --flash-attn on`" in card
+    assert "--cache-type" not in model_card(BEST, Q4, ROWS, ORIGIN)

@@ -26,7 +26,14 @@ from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import Format, QuantizationScheme, all_formats, weights_bytes
+from autodistill.quantization.formats import (
+    TYPES,
+    Format,
+    QuantizationScheme,
+    all_formats,
+    scheme_by_tensor,
+    weights_bytes,
+)
 from autodistill.quantization.grids import Floats, Grid, Scales, Storage
 from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
 from autodistill.quantization.packing import (
@@ -192,13 +199,23 @@ def storing(types: Sequence[tuple[TensorSpec, str]], *, keeping: bool = False) -
 
     Args:
         types: Of `stored_types`.
-        keeping: Whether it may keep parts of the model off its grid.
+        keeping: Whether it may keep parts of the model off its grid, or name types matrix by matrix.
     """
     of_gguf = [scheme for scheme in quantization_schemes().values() if scheme.container == "gguf" and types]
     if keeping and any(kind == "F16" for _, kind in types):
         kept = [parts for count in (1, 2, 3) for parts in combinations(_KEEPABLE, count)]
         of_gguf += [replace(one, keep=parts) for parts in kept for one in of_gguf if isinstance(one.linear, Grid)]
-    return next((scheme for scheme in of_gguf if _stores(scheme, types)), None)
+    known = next((scheme for scheme in of_gguf if _stores(scheme, types)), None)
+    return _by_tensor(types) if known is None and keeping else known
+
+
+def _by_tensor(types: Sequence[tuple[TensorSpec, str]]) -> QuantizationScheme | None:
+    """The scheme of GGUF that has those types matrix by matrix, where each is one that is written here."""
+    matrices = {tensor: kind.lower() for tensor, kind in types if tensor.role in _ROLES}
+    if not matrices or not set(matrices.values()) <= set(TYPES):
+        return None
+    found = scheme_by_tensor(matrices)
+    return found if _stores(found, types) else None
 
 
 def _stores(scheme: QuantizationScheme, types: Iterable[tuple[TensorSpec, str]]) -> bool:

@@ -49,7 +49,7 @@ def _deployment(name: str, bits: int = 0, group_size: int = 0, symmetric: bool =
     if not others and isinstance(grid, Grid):
         bits, group_size, symmetric = grid.bits, grid.group_size, grid.symmetric
     scheme = QuantizationScheme(format=name, bits=bits, group_size=group_size, symmetric=symmetric, **more)
-    fields = {field: getattr(scheme, field) for field in ("format", "bits", "group_size", "symmetric", "keep")}
+    fields = {field: getattr(scheme, field) for field in ("format", "bits", "group_size", "symmetric", "keep", "types")}
     return Deployment(runtime=serving(scheme)[0], **fields)
 
 
@@ -228,10 +228,16 @@ def test_a_mixture_is_a_deployment_where_a_format_has_it_and_said_where_none_has
     of_five = type(table)(**{**vars(table), "type": int(Kind.Q5_0)})
     mixed = of_gguf(type(file)(path=file.path, metadata=file.metadata, tensors=(*others, of_five)), spec)
     assert mixed is not None
-    assert mixed.deployment is None
     assert mixed.types == "its matrices lie on Q4_1, its table on Q5_0"
-    assert mixed.note.startswith(f"the teacher is pre-quantised: {mixed.types}, and no format here has these types")
-    assert mixed.among(()) == ()
+    assert mixed.deployment == _deployment("gguf-q4_1", types=(("embeddings", "q5_0"),))
+
+    of_others = type(table)(**{**vars(table), "type": int(Kind.IQ4_NL)})
+    unknown = of_gguf(type(file)(path=file.path, metadata=file.metadata, tensors=(*others, of_others)), spec)
+    assert unknown is not None
+    assert unknown.deployment is None
+    assert unknown.types == "its matrices lie on Q4_1, its table on IQ4_NL"
+    assert unknown.note.startswith(f"the teacher is pre-quantised: {unknown.types}, and no format here has these types")
+    assert unknown.among(()) == ()
 
 
 def test_its_own_deployment_is_added_once() -> None:

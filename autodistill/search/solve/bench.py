@@ -1,0 +1,154 @@
+"""A teacher shown in one storage after another, and how far each moves it on held-out or calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from autodistill.data.dataset import TokenSet
+from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
+from autodistill.inference.outputs import TeacherReference
+from autodistill.inference.quantized_cache import quantized_cache
+from autodistill.inference.scoring import score, score_teacher
+from autodistill.models.spec import ModelSpec
+from autodistill.quantization.grids import Scales, Storage
+from autodistill.quantization.rounding import deploy_tensor
+from autodistill.strategy.deployment import Deployment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a storage does to a teacher on some text, per predicted token.
+
+    Attributes:
+        kl: KL(teacher || stored teacher) in nats, over the teacher's likeliest tokens and the rest as one outcome.
+        nll: Negative log-likelihood of the text in nats.
+        kl_stderr, nll_stderr: Standard errors over documents; None of a single one.
+        counts, kl_sums, nll_sums: Of each document, for paired comparisons.
+    """
+
+    kl: float
+    nll: float
+    kl_stderr: float | None
+    nll_stderr: float | None
+    counts: tuple[float, ...]
+    kl_sums: tuple[float, ...]
+    nll_sums: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        return cls(**fields)
+
+    def kl_above(self, other: Measured) -> tuple[float, float]:
+        """By how much this KL is above another one on the same text, and the standard error of that."""
+        gaps = np.array([np.subtract(self.kl_sums, other.kl_sums)])
+        found, errors = paired_bootstrap(gaps, np.array(self.counts))
+        return float(found[0]), float(np.nan_to_num(errors[0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Some sequences, and what the teacher itself says of them.
+
+    Attributes:
+        name: "calibration" or "held-out".
+        data: The sequences.
+        reference: The teacher's.
+        teacher: Of the teacher as it is.
+    """
+
+    name: str
+    data: TokenSet
+    reference: TeacherReference
+    teacher: Measured
+
+
+class Bench:
+    """Holds a teacher in float32, and shows it as a deployment stores it.
+
+    Only what differs from the storage before is rounded anew, since K-quants take long to be fitted.
+
+    Args:
+        model: In float32, on `device`.
+        spec: Its shape.
+        own: How the teacher's own file stores each tensor, and its scales there, by name; empty where it is on no grid.
+        device: Where it lies.
+    """
+
+    def __init__(
+        self, model: Any, spec: ModelSpec, own: Mapping[str, tuple[Storage, Scales]], device: str = "cpu"
+    ) -> None:
+        self.model, self.spec, self.device = model, spec, device
+        self._own = own
+        self._parameters = dict(model.named_parameters())
+        self._masters: dict[str, Tensor] = {}
+        self._shown: dict[str, Storage] = {}
+
+    def sample(self, name: str, data: TokenSet) -> Sample:
+        """Reads text with the teacher as it is."""
+        with self.shown({}):
+            scores, reference = score_teacher(self.model, data, device=self.device)
+        return Sample(name=name, data=data, reference=reference, teacher=_measured(scores.nll, None, scores.documents))
+
+    def measure(self, deployment: Deployment, sample: Sample) -> Measured:
+        """What a deployment of all matrices and the cache does to the teacher."""
+        return self.measure_parts(
+            {tensor.name: deployment.storage(tensor) for tensor in self.spec.tensors}, deployment.cache_types, sample
+        )
+
+    def measure_parts(self, storages: Mapping[str, Storage], cache_types: tuple[str, str], sample: Sample) -> Measured:
+        """The same where only some tensors are stored in another way, by name."""
+        with self.shown(storages), quantized_cache(self.model, cache_types):
+            scores, _ = score(self.model, sample.data, sample.reference, device=self.device)
+        return _measured(scores.nll, scores.divergence, scores.documents)
+
+    def stored(self, name: str, storage: Storage, weight: Tensor | None = None) -> Tensor:
+        """The float32 values of a tensor in a storage, under the teacher's own scales where it was stored so."""
+        kept, scales = self._own.get(name, (None, None))
+        master = self._masters.get(name, self._parameters[name].data) if weight is None else weight
+        return deploy_tensor(master, storage, scales if kept == storage else None)
+
+    @contextmanager
+    def shown(self, storages: Mapping[str, Storage]) -> Iterator[None]:
+        """Within the context the model computes with those tensors as they are stored, and with its own others."""
+        for name in [name for name, storage in self._shown.items() if storages.get(name) != storage]:
+            self._parameters[name].data = self._masters.pop(name)
+            del self._shown[name]
+        for name, storage in storages.items():
+            if name not in self._shown:
+                values = self.stored(name, storage)
+                self._masters[name] = self._parameters[name].data
+                self._parameters[name].data = values
+                self._shown[name] = storage
+        with torch.no_grad():
+            yield
+
+
+def _measured(
+    nll: npt.NDArray[np.float64], divergence: npt.NDArray[np.float64] | None, documents: npt.NDArray[np.int32]
+) -> Measured:
+    kl = np.zeros_like(nll) if divergence is None else divergence
+    (mean_kl, kl_stderr), (mean_nll, nll_stderr) = clustered_mean(kl, documents), clustered_mean(nll, documents)
+    _, places = np.unique(documents, return_inverse=True)
+    return Measured(
+        kl=mean_kl,
+        nll=mean_nll,
+        kl_stderr=kl_stderr,
+        nll_stderr=nll_stderr,
+        counts=tuple(np.bincount(places).astype(float).tolist()),
+        kl_sums=tuple(np.bincount(places, weights=kl).tolist()),
+        nll_sums=tuple(np.bincount(places, weights=nll).tolist()),
+    )

@@ -1,0 +1,261 @@
+"""What each matrix costs in each type, and the cache, in KL to the teacher: scored once, kept for all budgets."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autodistill import inference, quantization
+from autodistill.errors import InputError
+from autodistill.quantization.formats import TYPES
+from autodistill.search.solve.bench import Bench, Measured, Sample
+from autodistill.search.solve.options import KEYS, VALUES, Options
+from autodistill.strategy.deployment import Deployment
+from autodistill.utils.hashing import content_hash, file_hash
+from autodistill.utils.json_files import read_json, write_json
+
+_PASS_TOKENS = 1024  # that are read forward and backward at once
+_FACTORS = (0.5, 4.0)  # between which lies what tokens have in common
+_IN_A_LAYER = re.compile(r"layers\.\d+\.(.+)\.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a type costs.
+
+    Attributes:
+        kl: Nats per token, by which the KL to the teacher grows.
+        stderr: Its standard error over sequences or documents; infinite of a single one.
+        exact: Whether the type was put in and the KL measured; else it is of second order, from gradients.
+    """
+
+    kl: float
+    stderr: float
+    exact: bool
+
+
+class Library:
+    """The scores of a teacher on a text, in a file that grows with each of them.
+
+    Matrices of linear layers are scored all at once by gradients. With x the inputs of a matrix, D the change that a
+    type makes to it, and g the gradient, at its outputs, of the log-probability of tokens that the teacher itself
+    draws, KL grows to second order by half the mean square of the sum of g . D x, the Fisher information along D. The
+    sum over a whole sequence is right and scatters much, a square of each token's part scatters little and leaves out
+    what tokens have in common: matrices have the second, times the ratio of both over all matrices of the same name in
+    all layers. Tables and the cache are put in and measured.
+
+    Args:
+        path: The file.
+        bench: The teacher.
+        options: What is scored.
+        sample: On what text.
+        notify: Told of what is done.
+    """
+
+    def __init__(
+        self, path: Path, bench: Bench, options: Options, sample: Sample, notify: Callable[[str], None]
+    ) -> None:
+        self._path, self._bench, self._options, self._sample = path, bench, options, sample
+        self._notify = notify
+        self._held = _read(path)
+        self._gradients: dict[str, dict[str, Score]] | None = None
+
+    def build(self) -> None:
+        """Scores what is not in the file yet; it is written after each pass."""
+        passes = list(self._passes())
+        missing = [index for index in range(len(passes)) if str(index) not in self._held["passes"]]
+        for index in missing:
+            self._notify(f"scoring all matrices by gradients, pass {index + 1} of {len(passes)}")
+            tokens = torch.from_numpy(self._sample.data.tokens[passes[index]].astype(np.int64))
+            sums = _second_order(self._bench, self._options, tokens, index)
+            self._held["passes"][str(index)] = sums
+            self._save()
+        for name, kind in self._exact():
+            if _key(name, kind) not in self._held["exact"]:
+                self._notify(f"scoring {name} in {kind}")
+                self._held["exact"][_key(name, kind)] = self._measure_one(name, kind).to_json()
+                self._save()
+
+    def _passes(self) -> Iterator[slice]:
+        sequences, length = self._sample.data.tokens.shape
+        at_once = max(1, _PASS_TOKENS // length)
+        return (slice(start, min(start + at_once, sequences)) for start in range(0, sequences, at_once))
+
+    def _exact(self) -> Iterator[tuple[str, str]]:
+        for name, tensor in self._options.tables.items():
+            yield from ((name, kind) for kind in self._options.kinds(tensor))
+        for name, half in ((KEYS, 0), (VALUES, 1)):
+            kinds = dict.fromkeys(pair[half] for pair in self._options.caches)
+            yield from ((name, kind) for kind in kinds if kind != "f16")
+
+    def _measure_one(self, name: str, kind: str) -> Measured:
+        cache_types = (kind if name == KEYS else "f16", kind if name == VALUES else "f16")
+        storages = {name: TYPES[kind]} if name in self._options.tables else {}
+        return self._bench.measure_parts(storages, cache_types, self._sample)
+
+    def score(self, name: str, kind: str) -> Score:
+        """What it costs to store a matrix, or a half of the cache, as a type."""
+        if name in (KEYS, VALUES) and kind == "f16":
+            return Score(kl=0.0, stderr=0.0, exact=True)
+        if name in self._options.matrices:
+            if self._gradients is None:
+                self._gradients = self._by_gradients()
+            return self._gradients[name][kind]
+        found = Measured.from_json(self._held["exact"][_key(name, kind)])
+        return Score(kl=found.kl, stderr=math.inf if found.kl_stderr is None else found.kl_stderr, exact=True)
+
+    def _by_gradients(self) -> dict[str, dict[str, Score]]:
+        found: dict[str, dict[str, Score]] = {}
+        passes = [self._held["passes"][key] for key in sorted(self._held["passes"], key=int)]
+        of_kind: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for name, tensor in self._options.matrices.items():
+            for kind in self._options.kinds(tensor):
+                apart, together = np.concatenate([one[name][kind] for one in passes], axis=1)
+                error = float(apart.std(ddof=1)) / math.sqrt(len(apart)) if len(apart) > 1 else math.inf
+                found.setdefault(name, {})[kind] = Score(kl=float(apart.mean()), stderr=error, exact=False)
+                of_kind[alike(name)].append((float(apart.mean()), float(together.mean())))
+        sums = {name: np.sum(pairs, axis=0) for name, pairs in of_kind.items()}
+        for name, scores in found.items():
+            apart, together = sums[alike(name)]
+            factor = float(np.clip(together / apart, *_FACTORS)) if apart > 0 else 1.0
+            found[name] = {
+                kind: Score(kl=factor * one.kl, stderr=factor * one.stderr, exact=False) for kind, one in scores.items()
+            }
+        return found
+
+    def predict(self, deployment: Deployment) -> tuple[float, float]:
+        """The sum of the scores of a deployment, and its standard error with scores taken as independent."""
+        keys, values = deployment.cache_types
+        chosen = [*self._options.types(deployment).items(), (KEYS, keys), (VALUES, values)]
+        scores = [self.score(name, kind) for name, kind in chosen]
+        return sum(one.kl for one in scores), math.sqrt(sum(one.stderr**2 for one in scores))
+
+    def joint(self, deployment: Deployment, sample: Sample) -> Measured:
+        """What a whole deployment does on a sample, measured once and kept."""
+        key = f"{sample.name} {content_hash(deployment.to_json(), 16)}"
+        if key not in self._held["joint"]:
+            self._notify(f"measuring {deployment.name} on {sample.name} text")
+            found = self._bench.measure(deployment, sample)
+            if not math.isfinite(found.kl) or not math.isfinite(found.nll):
+                raise InputError(
+                    f"the teacher as {deployment.name} gives no finite likelihoods: choose another teacher"
+                )
+            self._held["joint"][key] = found.to_json()
+            self._save()
+        return Measured.from_json(self._held["joint"][key])
+
+    def _save(self) -> None:
+        write_json(self._path, self._held)
+
+
+def library_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...], options: Options) -> Path:
+    """Where the scores of a teacher on a text are kept; what they depend on beside those is the code that makes them.
+
+    Args:
+        cache: Root of caches.
+        teacher, data: Fingerprints.
+        tokens: Of the calibration and the held-out sample, and of a sequence.
+        options: What is scored.
+    """
+    code = [
+        file_hash(path)
+        for package in (quantization, inference)
+        for folder in package.__path__
+        for path in sorted(Path(folder).glob("*.py"))
+    ]
+    code += [file_hash(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in _SCORED_BY]
+    key = content_hash([teacher, data, list(tokens), [list(pair) for pair in options.caches], code], 16)
+    return cache / "solve" / f"{key}.json"
+
+
+_SCORED_BY = ("bench", "library", "options")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's scores, or none of a file that is missing or damaged, which is made again."""
+    try:
+        held = read_json(path)
+    except InputError:
+        held = {}
+    return {name: held.get(name, {}) for name in ("passes", "exact", "joint")}
+
+
+def alike(name: str) -> str:
+    """What the matrices of all layers that do the same are called, like "mlp.down_proj"."""
+    found = _IN_A_LAYER.search(name)
+    return found[1] if found else name
+
+
+def _key(name: str, kind: str) -> str:
+    return f"{name}={kind}"
+
+
+_Sums: TypeAlias = dict[str, dict[str, list[list[float]]]]
+"""By matrix and type: of each sequence half the mean square with tokens apart, and with them together."""
+
+
+def _second_order(bench: Bench, options: Options, tokens: Tensor, seed: int) -> _Sums:
+    """Half the mean squared change of the log-probability of drawn tokens, by matrix, type and sequence.
+
+    Args:
+        bench: The teacher.
+        options: Matrices and their types.
+        tokens: int64 [sequences, length].
+        seed: Of the tokens that are drawn.
+    """
+    model = bench.model
+    found: _Sums = {}
+    modules = {f"{path}.weight": module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+    def watch(name: str, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        taken = inputs[0].detach()
+        output.register_hook(lambda gradient: score(name, module.weight.data, taken, gradient))
+
+    def score(name: str, weight: Tensor, taken: Tensor, gradient: Tensor) -> None:
+        found[name] = {}
+        for kind in options.kinds(options.matrices[name]):
+            change = bench.stored(name, TYPES[kind], weight) - weight
+            moved = (functional.linear(taken, change) * gradient).sum(dim=-1).double()
+            apart, together = moved.square().sum(dim=1), moved.sum(dim=1).square()
+            found[name][kind] = (torch.stack([apart, together]) / (2 * moved.shape[1])).tolist()
+
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with bench.shown({}), torch.enable_grad(), ExitStack() as hooks:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+            hooks.callback(parameter.requires_grad_, True)
+        for name in options.matrices:
+            hooks.callback(modules[name].register_forward_hook(partial(watch, name)).remove)
+        begun = model.get_input_embeddings()(tokens.to(bench.device)).detach().requires_grad_()
+        states = model.base_model(inputs_embeds=begun, use_cache=False).last_hidden_state
+        states.backward(_of_drawn_tokens(model, states.detach(), seed))
+    return found
+
+
+def _of_drawn_tokens(model: Any, states: Tensor, seed: int) -> Tensor:
+    """The gradient at the last states, [sequences, length, width], of the log-probability of a token drawn at each."""
+    head, dice = model.get_output_embeddings(), torch.Generator(device="cpu").manual_seed(seed)
+    gradients = torch.empty_like(states)
+    for row, gradient in zip(states, gradients, strict=True):
+        leaf = row.clone().requires_grad_()
+        log_probabilities = torch.log_softmax(head(leaf).float(), dim=-1)
+        # By the inverse of the distribution, so that the draw is the same wherever the model lies.
+        drawn = torch.rand(len(row), 1, generator=dice, dtype=torch.float64).to(row.device)
+        sums = log_probabilities.detach().double().exp().cumsum(dim=-1)
+        token = torch.searchsorted(sums, drawn * sums[:, -1:]).clamp(max=sums.shape[1] - 1)
+        log_probabilities.gather(1, token).sum().backward()
+        assert leaf.grad is not None
+        gradient.copy_(leaf.grad)
+    return gradients

@@ -1,0 +1,143 @@
+"""What may be chosen when a model is stored: the type of each matrix, and those of the cache, with their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+
+from autodistill.errors import InputError
+from autodistill.estimates.fit import check_holds
+from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory
+from autodistill.hardware.budget import Budget, on_gpu
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import Role, TensorSpec
+from autodistill.quantization.formats import CACHE_BYTES, TYPES, scheme_by_tensor, tensor_bytes
+from autodistill.quantization.grids import Grid
+from autodistill.strategy.deployment import Deployment
+
+KEYS, VALUES = "cache keys", "cache values"
+"""What a choice calls the two halves of the cache."""
+
+_MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.HEAD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What all solutions of a kind have in common: the types of the tables and of the cache.
+
+    Attributes:
+        tables: Of each table, by name.
+        cache_types: Of keys and values.
+        bytes: Memory of the process with the smallest types for all other matrices.
+    """
+
+    tables: Mapping[str, str]
+    cache_types: tuple[str, str]
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The types that llama.cpp can hold each matrix and the cache of a model in.
+
+    Attributes:
+        spec: The model's shape.
+        budget: Context and batch for the memory, and whose memory it is.
+    """
+
+    spec: ModelSpec
+    budget: Budget
+
+    @cached_property
+    def matrices(self) -> dict[str, TensorSpec]:
+        """The matrices of linear layers, by name."""
+        return {tensor.name: tensor for tensor in self.spec.tensors if tensor.role is Role.LINEAR}
+
+    @cached_property
+    def tables(self) -> dict[str, TensorSpec]:
+        """The embedding and an untied head, by name."""
+        return {tensor.name: tensor for tensor in self.spec.tensors if tensor.role in (Role.EMBEDDING, Role.HEAD)}
+
+    def kinds(self, tensor: TensorSpec) -> tuple[str, ...]:
+        """The types whose blocks divide a matrix's rows, the most bits first."""
+        return tuple(
+            kind for kind, storage in TYPES.items() if not isinstance(storage, Grid) or storage.divides(tensor.shape[1])
+        )
+
+    @cached_property
+    def caches(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of types for keys and values whose blocks divide a head.
+
+        On a GPU both are of one type: llama.cpp's usual builds have no kernels for others.
+        """
+        found = []
+        for pair in ((keys, values) for keys in CACHE_BYTES for values in CACHE_BYTES):
+            try:
+                check_cache(self.spec, "llama.cpp", pair)
+            except InputError:
+                continue
+            if pair[0] == pair[1] or not (on_gpu(self.budget) or self.spec.latent):
+                found.append(pair)
+        return tuple(found)
+
+    def smallest_types(self) -> dict[str, str]:
+        """The type of fewest bytes of every matrix."""
+        found = {}
+        for name, tensor in (self.matrices | self.tables).items():
+            found[name] = min(self.kinds(tensor), key=lambda kind: tensor_bytes(tensor, TYPES[kind]))
+        return found
+
+    def families(self) -> Iterator[Family]:
+        """Every choice of types for tables and cache."""
+        smallest = self.smallest_types()
+        for cache_types in self.caches:
+            for kinds in product(*(self.kinds(tensor) for tensor in self.tables.values())):
+                tables = dict(zip(self.tables, kinds, strict=True))
+                need = self.memory(self.deployment(smallest | tables, cache_types)).total_bytes
+                yield Family(tables=tables, cache_types=cache_types, bytes=need)
+
+    def deployment(self, types: Mapping[str, str], cache_types: tuple[str, str]) -> Deployment:
+        """The deployment of a type for every matrix, by name, and two for the cache."""
+        tensors = self.matrices | self.tables
+        scheme = scheme_by_tensor({tensors[name]: kind for name, kind in types.items()})
+        return Deployment(
+            runtime="llama.cpp",
+            format=scheme.format,
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            types=scheme.types,
+            cache_type_k=cache_types[0],
+            cache_type_v=cache_types[1],
+        )
+
+    def types(self, deployment: Deployment) -> dict[str, str]:
+        """The type of every matrix in a deployment, by name: the inverse of `deployment`."""
+        names = {storage: kind for kind, storage in TYPES.items()}
+        return {name: names[deployment.storage(tensor)] for name, tensor in (self.matrices | self.tables).items()}
+
+    def memory(self, deployment: Deployment) -> MemoryEstimate:
+        """What the process, or the GPU, takes."""
+        budget = self.budget
+        return memory(self.spec, deployment, context=budget.context, batch=budget.batch, on_gpu=on_gpu(budget))
+
+    def smallest(self) -> tuple[Deployment, MemoryEstimate]:
+        """The solution of the least memory, and what it takes."""
+        family = min(self.families(), key=lambda one: one.bytes)
+        found = self.deployment(self.smallest_types() | dict(family.tables), family.cache_types)
+        return found, self.memory(found)
+
+    def check(self) -> None:
+        """Refuses a model that llama.cpp cannot hold in any of the types.
+
+        Raises:
+            InputError: Says what it does not compute, or that the rows of a matrix are divided by no type's blocks.
+        """
+        check_holds(self.spec, self.deployment(self.smallest_types(), ("f16", "f16")))
+
+
+def with_cache(deployment: Deployment, cache_types: tuple[str, str]) -> Deployment:
+    """The same weights with another cache."""
+    return replace(deployment, cache_type_k=cache_types[0], cache_type_v=cache_types[1])

@@ -1,0 +1,75 @@
+"""What a person would take instead of a solution: the teacher's own codes, plain formats, llama.cpp's mixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from autodistill.estimates.fit import cannot_hold
+from autodistill.quantization.formats import FORMATS, TYPES
+from autodistill.search.solve.options import Options, with_cache
+from autodistill.strategy.deployment import Deployment
+
+_CACHES = (("f16", "f16"), ("q8_0", "q8_0"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A storage that nobody has to search for.
+
+    Attributes:
+        what: In words.
+        deployment: Which.
+    """
+
+    what: str
+    deployment: Deployment
+
+
+def rivals(
+    options: Options, own: Deployment | None, limit: int, predict: Callable[[Deployment], float]
+) -> tuple[Rival, ...]:
+    """The plain storages, the teacher's own first, each once as it is and once as what of it fits a limit best.
+
+    Args:
+        options: Of the model and budget.
+        own: The deployment that has the teacher's own codes, if its file lies on grids of GGUF.
+        limit: Bytes.
+        predict: The KL of a deployment.
+    """
+    found: dict[Deployment, str] = {}
+    for what, plain in _plain(options, own):
+        found.setdefault(plain, what)
+        if options.memory(plain).total_bytes <= limit:
+            continue
+        smaller = [one for one in _smaller(options, plain) if options.memory(one).total_bytes <= limit]
+        if smaller:
+            found.setdefault(min(smaller, key=predict), f"{what}, smaller table or cache")
+    return tuple(Rival(what=what, deployment=deployment) for deployment, what in found.items())
+
+
+def _plain(options: Options, own: Deployment | None) -> Iterator[tuple[str, Deployment]]:
+    if own is not None:
+        yield "teacher's own codes", own
+    for form in FORMATS.values():
+        if form.container != "gguf":
+            continue
+        (linear,) = form.linears
+        grid = (16, 0, True) if isinstance(linear, str) else (linear.bits, linear.group_size, linear.symmetric)
+        plain = Deployment(runtime="llama.cpp", format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
+        if not cannot_hold(options.spec, plain):
+            yield "mixture of llama.cpp" if form.mixture else "uniform", plain
+
+
+def _smaller(options: Options, plain: Deployment) -> Iterator[Deployment]:
+    """The same matrices with tables of fewer bits, and with a cache of 8."""
+    types = options.types(plain)
+    order = list(TYPES)
+    kinds = [set(options.kinds(tensor)) for tensor in options.tables.values()]
+    held = [order.index(types[name]) for name in options.tables]
+    for kind in order:
+        if all(kind in one for one in kinds) and order.index(kind) >= max(held, default=0):
+            for cache_types in _CACHES:
+                if cache_types in options.caches:
+                    table = dict.fromkeys(options.tables, kind)
+                    yield with_cache(options.deployment(types | table, ("f16", "f16")), cache_types)

@@ -1,0 +1,305 @@
+"""Solves a teacher's storage for budgets: loads, scores, solves, measures, and says what it found beside its rivals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autodistill.data.dataset import Prepared, load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.data.tokenization import check_ids
+from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
+from autodistill.distillation.teacher.stored_grids import stored_as
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.export.tokenizer_check import cannot_cut
+from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.models.spec import ModelSpec
+from autodistill.quantization.learned_scales import read_scales
+from autodistill.search.solve.bench import Bench, Measured, Sample
+from autodistill.search.solve.export import export
+from autodistill.search.solve.library import Library, library_file
+from autodistill.search.solve.options import Options
+from autodistill.search.solve.rivals import rivals
+from autodistill.search.solve.solver import Found, Solver
+from autodistill.strategy.deployment import Deployment
+from autodistill.units import format_bytes
+from autodistill.utils.file_locks import alone
+from autodistill.utils.json_files import read_json, write_json
+from autodistill.utils.plain_dataclass import check_no_blank
+
+DOCUMENT = "solve.json"
+_MORE = 5 * 10**6  # bytes, of which is told what they would buy
+_RIVALS = 3  # that are measured whole, beside the teacher's own codes
+_CLEAR = 2.0  # standard errors by which a solution must be better than a plain storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveRequest:
+    """What is solved, for which budgets, and where it goes.
+
+    Attributes:
+        budgets: Limits of the process's memory at one context and batch, and perhaps on a device.
+        cache: Folder of teachers, data and scores.
+        teacher: As `resolve_teacher` takes it.
+        data: As `resolve_data` takes it.
+        tokens: Of the calibration text; the held-out text has twice as many.
+        sequence_length: Of either, each read on its own. A longer one shows more of what the cache's types do.
+        out: Folder in which the document is kept, and the solution where it is exported; None keeps nothing.
+        export: Whether the solution is written and verified in its runtime.
+        context_by_default: Whether nobody asked for the budgets' context, so that a model's shorter one goes before it.
+    """
+
+    budgets: tuple[Budget, ...]
+    cache: Path
+    teacher: str = "smollm2"
+    data: str = "pydoc"
+    tokens: int = 2048
+    sequence_length: int = 256
+    out: Path | None = None
+    export: bool = False
+    context_by_default: bool = False
+
+    def __post_init__(self) -> None:
+        check_no_blank(self)
+        if not self.budgets:
+            raise InputError("solve takes a budget: give --budget like 200MB, --sweep like 100MB..400MB, or --device")
+        if self.export and (self.out is None or len(self.budgets) > 1):
+            raise InputError(
+                "--export writes the solution of one budget into a folder: give --budget or --device, and --out"
+            )
+        if self.tokens < 2 * self.sequence_length or self.sequence_length < 2:
+            raise InputError(
+                f"{self.tokens} tokens are fewer than two sequences of {self.sequence_length}, of which scores have "
+                "errors: give more --tokens"
+            )
+        for budget in self.budgets:
+            if isinstance(budget, DeviceBudget) and (lacks := budget.device.lacks("llama.cpp")):
+                raise InputError(f"solutions are of llama.cpp, and {lacks}: name another --device")
+
+
+def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Finds for each budget how a teacher is stored at the least KL to itself, before anything is trained.
+
+    What is scored and measured is kept in the cache, so that a call that was cut off goes on, and another budget costs
+    seconds.
+
+    Args:
+        request: What is asked for.
+        notify: Told of what is done.
+
+    Returns:
+        Plain data: under "solutions" for each budget that something fits the solution and its rivals, and under
+        "nothing_fits" the others; the smallest storage; the teacher's own NLL on the held-out text.
+
+    Raises:
+        InputError: A teacher that is not found, or that llama.cpp cannot hold; too little data.
+        NothingFitsError: No budget is met by the smallest storage, which is named.
+        VerificationError: The solution, exported, is not what was measured.
+    """
+    found = resolve_teacher(request.teacher)
+    spec = spec_from_config(found.config)
+    request = _within_context(request, spec)
+    # Before anything is downloaded or converted.
+    options = [Options(spec=spec, budget=budget) for budget in request.budgets]
+    _check_fits(options)
+    source = resolve_data(request.data)
+    if source.conversations:
+        raise InputError(f"{request.data} holds conversations: solve takes plain text, of which every token counts")
+    teacher = materialise(found, request.cache)
+    spec = spec_from_config(read_json(teacher.folder / "config.json"))
+    if reason := cannot_cut(teacher.folder, spec.vocabulary):
+        raise InputError(f"a GGUF file cannot hold this teacher: {reason}")
+    teacher, stored = stored_as(found, teacher, spec, request.cache)
+    own = stored.deployment if stored and stored.deployment and stored.deployment.container == "gguf" else None
+    fingerprint = tokenizer_fingerprint(teacher.folder)
+    data = prepare(source, teacher.folder, fingerprint, request.sequence_length, request.cache)
+    bench = _bench(teacher, spec, own)
+    samples = _samples(request, data, bench)
+    calibration, held_out = samples
+    documents, misses = [], []
+    smallest, least = options[0].smallest()
+    tokens = (request.tokens, held_out.data.tokens.size, request.sequence_length)
+    for one in options:
+        if least.total_bytes > one.budget.memory_bytes:
+            misses.append(one.budget.to_json())
+            continue
+        path = library_file(request.cache, teacher.fingerprint, data.fingerprint, tokens, one)
+        with alone(path):
+            library = Library(path, bench, one, calibration, notify)
+            library.build()
+            documents.append(_solved(one, library, samples, own, thorough=len(options) == 1))
+    document: dict[str, Any] = {
+        "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint, "stored": stored and stored.note},
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "license": data.license},
+        "calibration_tokens": int(calibration.data.predicted),
+        "held_out_tokens": int(held_out.data.predicted),
+        "sequence_length": request.sequence_length,
+        "teacher_nll": held_out.teacher.nll,
+        "teacher_nll_stderr": held_out.teacher.nll_stderr,
+        "smallest": {"name": smallest.name, "bytes": least.total_bytes},
+        "solutions": documents,
+        "nothing_fits": misses,
+        "exported": None,
+    }
+    if request.export:
+        assert request.out is not None
+        deployment = Deployment.from_json(documents[0]["solution"]["deployment"])
+        notify(f"writing {deployment.name} and running it in llama.cpp")
+        document["exported"] = export(bench, teacher, deployment, request.budgets[0], data, request.out)
+    if request.out is not None:
+        write_json(request.out / DOCUMENT, document)
+    return document
+
+
+def _within_context(request: SolveRequest, spec: ModelSpec) -> SolveRequest:
+    """The request with the model's context where nobody asked for one.
+
+    Raises:
+        InputError: A context, or sequences, beyond the model's.
+    """
+    most = spec.max_context
+    if request.context_by_default and most < CONTEXT:
+        request = replace(request, budgets=tuple(replace(one, context=most) for one in request.budgets))
+    if request.budgets[0].context > most:
+        raise InputError(f"{request.teacher} has a context of {most} tokens: give --context {most} or less")
+    if request.sequence_length > most:
+        raise InputError(f"{request.teacher} reads {most} tokens: give --sequence-length {most} or less")
+    return request
+
+
+def _check_fits(options: Sequence[Options]) -> None:
+    """Refuses budgets of which none holds even the smallest storage.
+
+    Raises:
+        InputError: The model is nothing that llama.cpp holds.
+        NothingFitsError: Names the smallest storage and what would hold it.
+    """
+    first = options[0]
+    first.check()
+    smallest, least = first.smallest()
+    largest = max(one.budget.memory_bytes for one in options)
+    if least.total_bytes > largest:
+        need = least.total_bytes
+        raise NothingFitsError(
+            f"nothing fits {format_bytes(largest)}: the smallest storage, {smallest.name}, needs {format_bytes(need)} "
+            f"at context {first.budget.context}, {format_bytes(need - largest)} more; give a --budget of "
+            f"{math.ceil(need / 1e6)}MB, or a shorter --context, or cut the model with autodistill search"
+        )
+
+
+def _bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Bench:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(teacher.folder, torch.float32, device)
+    scales = read_scales(teacher.folder, own) if own else {}
+    tensors = {tensor.name: tensor for tensor in spec.tensors}
+    kept = {name: (own.storage(tensors[name]), scale) for name, scale in scales.items()} if own else {}
+    return Bench(model, spec, kept, device)
+
+
+def _samples(request: SolveRequest, data: Prepared, bench: Bench) -> tuple[Sample, Sample]:
+    train, validation = load_split(data.folder, "train"), load_split(data.folder, "validation")
+    check_ids(int(max(train.tokens.max(initial=0), validation.tokens.max(initial=0))), bench.spec.vocabulary, "teacher")
+    if train.tokens.size < 2 * request.sequence_length:
+        raise InputError(
+            f"{request.data} has less than two sequences of {request.sequence_length} tokens: give more text"
+        )
+    calibration = bench.sample("calibration", train.head(request.tokens))
+    return calibration, bench.sample("held-out", validation.head(2 * request.tokens))
+
+
+def _solved(
+    options: Options, library: Library, samples: tuple[Sample, Sample], own: Deployment | None, *, thorough: bool
+) -> dict[str, Any]:
+    """The solution for a budget with its rivals, as plain data."""
+    calibration, held_out = samples
+    limit = options.budget.memory_bytes
+    plain = rivals(options, own, limit, lambda one: library.predict(one)[0])
+    need = {one.deployment: options.memory(one.deployment).total_bytes for one in plain}
+    fitting = sorted(
+        (one.deployment for one in plain if need[one.deployment] <= limit), key=lambda one: library.predict(one)[0]
+    )[:_RIVALS]
+    solver = Solver(options, library, calibration)
+    found = solver.solve(limit, fitting, thorough=thorough)
+    assert found is not None, "the smallest storage fits"
+    mine = library.joint(found.deployment, held_out)
+    lines, as_good = [], None
+    for one in plain:
+        measured = one.deployment in fitting or one.deployment == own
+        joint = library.joint(one.deployment, held_out) if measured else None
+        above = None if joint is None else joint.kl_above(mine)
+        fits = need[one.deployment] <= limit
+        if fits and above is not None and as_good is None and above[0] <= _CLEAR * above[1]:
+            as_good = one.deployment.name
+        lines.append(
+            {
+                "what": one.what,
+                "name": one.deployment.name,
+                "deployment": one.deployment.to_json(),
+                "bytes": need[one.deployment],
+                "fits": fits,
+                "predicted_kl": library.predict(one.deployment)[0],
+                **_figures(joint),
+                "kl_above_solution": above and above[0],
+                "kl_above_solution_stderr": above and above[1],
+            }
+        )
+    return {
+        "budget": options.budget.to_json(),
+        "solution": _solution(options, library, found, mine),
+        "next": _next(solver, found, limit),
+        "rivals": lines,
+        "as_good": as_good,
+    }
+
+
+def _solution(options: Options, library: Library, found: Found, held_out: Measured) -> dict[str, Any]:
+    deployment, estimate = found.deployment, options.memory(found.deployment)
+    return {
+        "name": deployment.name,
+        "deployment": deployment.to_json(),
+        "types": _counted(options, deployment),
+        "bytes": estimate.total_bytes,
+        "weights_bytes": estimate.weights_bytes,
+        "kv_cache_bytes": estimate.kv_cache_bytes,
+        "compute_bytes": estimate.compute_bytes,
+        "overhead_bytes": estimate.overhead_bytes,
+        "left_bytes": options.budget.memory_bytes - estimate.total_bytes,
+        "predicted_kl": found.predicted[0],
+        "predicted_kl_stderr": found.predicted[1] if math.isfinite(found.predicted[1]) else None,
+        "calibration_kl": found.joint.kl,
+        "calibration_kl_stderr": found.joint.kl_stderr,
+        **_figures(held_out),
+    }
+
+
+def _figures(joint: Measured | None) -> dict[str, float | None]:
+    names = ("kl", "kl_stderr", "nll", "nll_stderr")
+    return {name: None if joint is None else getattr(joint, name) for name in names}
+
+
+def _counted(options: Options, deployment: Deployment) -> dict[str, Any]:
+    """The tables' types, the cache's, and how many other matrices have each type."""
+    types = options.types(deployment)
+    matrices: dict[str, int] = {}
+    for name in options.matrices:
+        matrices[types[name]] = matrices.get(types[name], 0) + 1
+    tables = {name.split(".")[-2]: types[name] for name in options.tables}
+    keys, values = deployment.cache_types
+    return {"tables": tables, "cache_keys": keys, "cache_values": values, "matrices": matrices}
+
+
+def _next(solver: Solver, found: Found, limit: int) -> dict[str, Any]:
+    """What some more bytes would buy, by the scores alone."""
+    here, more = solver.predicted(limit), solver.predicted(limit + _MORE)
+    assert here is not None
+    assert more is not None
+    return {"more_bytes": _MORE, "predicted_kl": more[0], "predicted_gain": max(0.0, here[0] - more[0])}

@@ -1,0 +1,155 @@
+"""The storage of least KL within so many bytes: solved from scores, then searched on the KL of the whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autodistill.quantization.formats import TYPES, tensor_bytes
+from autodistill.search.solve.bench import Measured, Sample
+from autodistill.search.solve.knapsack import Knapsack
+from autodistill.search.solve.library import Library, alike
+from autodistill.search.solve.options import KEYS, VALUES, Family, Options
+from autodistill.strategy.deployment import Deployment
+
+_FAMILIES = 4  # that are measured whole
+_SWAPS, _PATIENCE = 6, 2  # exchanges that are tried at the most, and in vain one after another
+_LEAST_DOUBT = 0.3  # of a score, as a share of it: what the sum of single scores leaves out
+_NOTHING = 1e-6  # of a KL, in nats: no exchange pays below it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A storage with what is predicted of it, and measured where it was.
+
+    Attributes:
+        deployment: Which.
+        predicted: Sum of the scores, in nats, and its standard error.
+        joint: Of the whole on the calibration sample.
+    """
+
+    deployment: Deployment
+    predicted: tuple[float, float]
+    joint: Measured
+
+
+class Solver:
+    """Finds storages for any limit from one library of scores.
+
+    Args:
+        options: What may be chosen.
+        library: What it costs.
+        sample: The calibration text, on which whole storages are compared.
+    """
+
+    def __init__(self, options: Options, library: Library, sample: Sample) -> None:
+        self._options, self._library, self._sample = options, library, sample
+        self._families = tuple(options.families())
+        self._least = sum(
+            tensor_bytes(options.matrices[name], TYPES[kind])
+            for name, kind in options.smallest_types().items()
+            if name in options.matrices
+        )
+        self._knapsack = self._made({})
+
+    def _made(self, factors: Mapping[str, float]) -> Knapsack:
+        """The knapsack of all matrices, with the scores of some times a factor."""
+        items = {}
+        for name, tensor in self._options.matrices.items():
+            items[name] = {
+                kind: (tensor_bytes(tensor, TYPES[kind]), self._library.score(name, kind).kl * factors.get(name, 1.0))
+                for kind in self._options.kinds(tensor)
+            }
+        return Knapsack(items)
+
+    def predicted(self, limit: int) -> tuple[float, Deployment] | None:
+        """The least sum of scores within a limit, and what has it; None where nothing fits."""
+        found = self._best_of_families(limit)
+        return (found[0][0], found[0][2]) if found else None
+
+    def _best_of_families(self, limit: int) -> list[tuple[float, Family, Deployment]]:
+        """The best of each family that fits, the least sum of scores first."""
+        sums = []
+        for family in self._families:
+            best = self._knapsack.best(limit - family.bytes + self._least)
+            if best is not None:
+                sums.append((best[0] + self._of_family(family), family, best[1]))
+        sums.sort(key=lambda one: one[0])
+        return [(cost, family, self._deployment(types, family)) for cost, family, types in sums[:_FAMILIES]]
+
+    def _of_family(self, family: Family) -> float:
+        keys, values = family.cache_types
+        chosen = [*family.tables.items(), (KEYS, keys), (VALUES, values)]
+        return sum(self._library.score(name, kind).kl for name, kind in chosen)
+
+    def _deployment(self, types: Mapping[str, str], family: Family) -> Deployment:
+        return self._options.deployment(dict(types) | dict(family.tables), family.cache_types)
+
+    def solve(self, limit: int, others: Sequence[Deployment], *, thorough: bool = True) -> Found | None:
+        """The storage within a limit whose KL is least as a whole; None where nothing fits.
+
+        The best of some families are measured, and storages that others propose; then matrices are exchanged within
+        the bytes of the best: its knapsack is solved again under scores that are changed at random by as much as they
+        are uncertain, and what is better on the calibration text is kept, until that fails some times.
+
+        Args:
+            limit: Bytes.
+            others: Storages that are members too, where they fit.
+            thorough: Whether matrices are exchanged.
+        """
+        best_of_families = self._best_of_families(limit)
+        if not best_of_families:
+            return None
+        count = _FAMILIES if thorough else 1
+        members = [deployment for _, _, deployment in best_of_families[:count]]
+        members += [one for one in others if self._options.memory(one).total_bytes <= limit]
+        found = [self._found(deployment) for deployment in dict.fromkeys(members)]
+        best = min(found, key=self._order)
+        return self._exchanged(best, limit) if thorough else best
+
+    def _found(self, deployment: Deployment) -> Found:
+        joint = self._library.joint(deployment, self._sample)
+        return Found(deployment=deployment, predicted=self._library.predict(deployment), joint=joint)
+
+    def _order(self, one: Found) -> tuple[float, int]:
+        """The KL, and among those that lose nothing the memory."""
+        kl = one.joint.kl
+        return (kl if kl >= _NOTHING else 0.0, self._options.memory(one.deployment).total_bytes)
+
+    def _exchanged(self, best: Found, limit: int) -> Found:
+        types = self._options.types(best.deployment)
+        family = next(
+            one
+            for one in self._families
+            if one.cache_types == best.deployment.cache_types and one.tables.items() <= types.items()
+        )
+        room = limit - family.bytes + self._least
+        dice, seen, failures = np.random.default_rng(0), {best.deployment}, 0
+        for _ in range(_SWAPS):
+            if best.joint.kl < _NOTHING or failures == _PATIENCE:
+                break
+            chosen = self._made(self._drawn(dice)).best(room)
+            if chosen is None:
+                break
+            deployment = self._deployment(chosen[1], family)
+            if deployment in seen:
+                continue
+            seen.add(deployment)
+            tried = self._found(deployment)
+            better = self._order(tried) < self._order(best)
+            best, failures = (tried, 0) if better else (best, failures + 1)
+        return best
+
+    def _drawn(self, dice: np.random.Generator) -> dict[str, float]:
+        """A factor of the scores of each matrix: one for all that do the same in their layers, and one of its own."""
+        common = {name: dice.normal() for name in dict.fromkeys(map(alike, self._options.matrices))}
+        factors = {}
+        for name, tensor in self._options.matrices.items():
+            worst = max((self._library.score(name, kind) for kind in self._options.kinds(tensor)), key=lambda s: s.kl)
+            doubt = worst.stderr / worst.kl if worst.kl > 0 and math.isfinite(worst.stderr) else 0.0
+            drawn = _LEAST_DOUBT * common[alike(name)] + max(doubt, _LEAST_DOUBT) * dice.normal()
+            factors[name] = math.exp(min(drawn, 3.0))
+        return factors

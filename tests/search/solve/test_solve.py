@@ -1,0 +1,305 @@
+"""What `solve` scores, finds, writes and refuses, on a tiny teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.stats import spearmanr
+
+from autodistill.cli.app import main
+from autodistill.data.dataset import load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.stored_grids import stored_as
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.export.gguf import GgufExporter
+from autodistill.export.student_reader import StudentFiles
+from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
+from autodistill.models.gguf_reader import read_gguf
+from autodistill.models.loading import load_model
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.quantization.formats import TYPES
+from autodistill.quantization.rounding import deploy_tensor
+from autodistill.search.solve import SolveRequest, solve
+from autodistill.search.solve.bench import Bench
+from autodistill.search.solve.library import Library
+from autodistill.search.solve.options import KEYS, Options
+from autodistill.strategy.deployment import Deployment
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.utils.json_files import read_json
+
+CONTEXT, LENGTH = 256, 64
+SIZES: dict[str, Any] = {"layers": 3, "width": 128, "heads": 2, "kv_heads": 1, "ffn": 256}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_teacher(tmp_path_factory.mktemp("teacher"), seed=3, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_text(tmp_path_factory.mktemp("text"), documents=48)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def options_of(folder: Path, limit: int = 10**9) -> Options:
+    spec = spec_from_config(read_json(folder / "config.json"))
+    return Options(spec=spec, budget=Budget(memory_bytes=limit, context=CONTEXT))
+
+
+def asked(teacher: Path, text: Path, cache: Path, *limits: int, **more: Any) -> SolveRequest:
+    budgets = tuple(Budget(memory_bytes=limit, context=CONTEXT) for limit in limits)
+    return SolveRequest(
+        budgets=budgets,
+        cache=cache,
+        teacher=str(teacher),
+        data=str(text),
+        **{"tokens": 512, "sequence_length": LENGTH, **more},
+    )
+
+
+def middle(options: Options) -> int:
+    """A limit between the smallest storage and 8 bits."""
+    eight = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
+    return (options.smallest()[1].total_bytes + options.memory(eight).total_bytes) // 2
+
+
+@pytest.fixture(scope="module")
+def found(teacher: Path, text: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    limit = middle(options_of(teacher))
+    return solve(asked(teacher, text, cache, limit, export=True, out=tmp_path_factory.mktemp("out")))
+
+
+def test_scores_are_what_replacing_a_matrix_costs(teacher: Path, text: Path, cache: Path, tmp_path: Path) -> None:
+    options = options_of(teacher)
+    data = prepare(resolve_data(str(text)), teacher, tokenizer_fingerprint(teacher), LENGTH, cache)
+    tokens = load_split(data.folder, "train").head(1024)
+    bench = Bench(load_model(teacher, torch.float32), options.spec, {})
+    sample = bench.sample("calibration", tokens)
+    library = Library(tmp_path / "library.json", bench, options, sample, lambda _: None)
+    library.build()
+
+    model = load_model(teacher, torch.float32)
+    weights = dict(model.named_parameters())
+    ids = torch.from_numpy(tokens.tokens.astype(np.int64))
+
+    def log_probabilities() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.log_softmax(model(ids).logits[:, :-1].double(), dim=-1)
+
+    def replaced(name: str, kind: str) -> float:
+        master = weights[name].data
+        weights[name].data = deploy_tensor(master, TYPES[kind])
+        moved = log_probabilities()
+        weights[name].data = master
+        return float((before.exp() * (before - moved)).sum(-1).mean())
+
+    before = log_probabilities()
+    for name in options.tables:
+        for kind in ("q8_0", "q4_0"):
+            score = library.score(name, kind)
+            assert score.exact
+            assert score.kl == pytest.approx(replaced(name, kind), rel=0.02, abs=1e-5)
+    pairs = [
+        (library.score(name, kind).kl, replaced(name, kind))
+        for name in options.matrices
+        for kind in ("q5_0", "q4_0", "q2_k")
+        if kind in options.kinds(options.matrices[name])
+    ]
+    scored, direct = np.array(pairs).T
+    assert spearmanr(scored, direct).statistic > 0.9
+    assert 0.7 < scored.sum() / direct.sum() < 1.4
+    assert library.score(KEYS, "f16").kl == 0 < library.score(KEYS, "q8_0").kl < library.score(KEYS, "q4_0").kl
+
+
+def test_a_solution_fits_is_written_and_beats_what_is_plain(found: dict[str, Any], teacher: Path) -> None:
+    (one,) = found["solutions"]
+    solution, options = one["solution"], options_of(teacher)
+    deployment = Deployment.from_json(solution["deployment"])
+    estimate = options.memory(deployment)
+    assert solution["bytes"] == estimate.total_bytes <= one["budget"]["memory_bytes"]
+    assert solution["left_bytes"] == one["budget"]["memory_bytes"] - solution["bytes"]
+    # The bytes that are counted are those of the file.
+    file = gguf.GGUFReader(found["exported"]["path"])
+    assert sum(int(tensor.n_bytes) for tensor in file.tensors) == solution["weights_bytes"]
+    types = {tensor.name: tensor.tensor_type.name.lower() for tensor in file.tensors}
+    assert types["token_embd.weight"] == solution["types"]["tables"]["embed_tokens"]
+    assert found["exported"]["agreement"] > 0.97
+    assert solution["types"]["cache_keys"] in ("f16", found["exported"]["serve"].partition("type-k ")[2].split(" ")[0])
+
+    fitting = [rival for rival in one["rivals"] if rival["fits"] and rival["kl"] is not None]
+    assert fitting
+    assert all(solution["kl"] < rival["kl"] for rival in fitting)
+    assert one["as_good"] is None
+    assert solution["predicted_kl"] == pytest.approx(solution["calibration_kl"], rel=0.4)
+    assert {rival["what"].split(",")[0] for rival in one["rivals"]} == {"uniform", "mixture of llama.cpp"}
+
+
+def test_more_memory_never_costs_more_and_a_budget_below_the_smallest_is_told(
+    teacher: Path, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    options = options_of(teacher)
+    smallest = options.smallest()[1].total_bytes
+    limits = [smallest - 1, smallest, middle(options), 10**9]
+    swept = solve(asked(teacher, text, cache, *limits, out=tmp_path))
+    assert [miss["memory_bytes"] for miss in swept["nothing_fits"]] == [smallest - 1]
+    assert swept["smallest"] == {"name": options.smallest()[0].name, "bytes": smallest}
+    least, between, most = (one["solution"] for one in swept["solutions"])
+    assert least["left_bytes"] == 0
+    assert least["calibration_kl"] > between["calibration_kl"] > most["calibration_kl"]
+    assert most["kl"] < 1e-4
+    assert json.loads((tmp_path / "solve.json").read_text())["solutions"][0]["solution"]["name"] == least["name"]
+
+
+def test_a_call_that_was_cut_off_goes_on_to_the_same_solution(
+    found: dict[str, Any], teacher: Path, text: Path, tmp_path: Path
+) -> None:
+    request = asked(teacher, text, tmp_path, middle(options_of(teacher)))
+
+    def cut_at(message: int) -> tuple[list[str], dict[str, Any] | None]:
+        told: list[str] = []
+
+        def notify(line: str) -> None:
+            told.append(line)
+            if len(told) == message:
+                raise KeyboardInterrupt
+
+        try:
+            return told, solve(request, notify)
+        except KeyboardInterrupt:
+            return told, None
+
+    assert cut_at(3)[1] is None
+    assert cut_at(14)[1] is None
+    told, again = cut_at(0)
+    assert again is not None
+    assert not any("gradients" in line for line in told)
+    assert again["solutions"] == found["solutions"]
+    # All that is known is read, and nothing is done again; a damaged file is made anew.
+    assert cut_at(1)[1] == again
+    (library,) = (tmp_path / "solve").glob("*.json")
+    library.write_text(library.read_text()[:1000])
+    assert solve(request)["solutions"] == found["solutions"]
+
+
+def test_a_smaller_table_leaves_the_codes_of_a_file_as_they_are(teacher: Path, tmp_path: Path) -> None:
+    mixed = Deployment(
+        runtime="llama.cpp",
+        format="gguf-q4_1",
+        bits=4,
+        group_size=32,
+        symmetric=False,
+        types=(("embeddings", "q5_1"), ("layers.1.mlp.up_proj", "q8_0")),
+    )
+    file = GgufExporter().export(teacher, mixed, tmp_path / "made").path
+    reference = resolve_teacher(str(file))
+    made = materialise(reference, tmp_path / "cache")
+    folder, stored = stored_as(reference, made, options_of(made.folder).spec, tmp_path / "cache")
+    assert stored is not None
+    assert (stored.deployment, stored.exact) == (mixed, True)
+    # With a smaller table, the codes of all others stay as they are.
+    smaller = Deployment.from_json(mixed.to_json() | {"types": dict(mixed.types) | {"embeddings": "q4_0"}})
+    own = read_gguf(file)
+    with StudentFiles(folder.folder, smaller) as files:
+        for tensor in own.tensors:
+            name = str(own.family.from_gguf_name(tensor.name))
+            assert np.array_equal(files.deployed(name), own.values(tensor)) == ("embed" not in name), name
+
+
+def test_a_teachers_own_codes_are_a_member_and_lose_nothing(teacher: Path, text: Path, tmp_path: Path) -> None:
+    own = Deployment(runtime="llama.cpp", format="gguf-q4_1", bits=4, group_size=32, symmetric=False)
+    quantised = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    with StudentFiles(teacher, own) as files:
+        weights = {name: torch.from_numpy(files.deployed(name).copy()) for name in files.specs}
+    save_file(weights, quantised / "model.safetensors", metadata={"format": "pt"})
+    found = solve(asked(quantised, text, tmp_path / "cache", options_of(teacher).memory(own).total_bytes))
+    (one,) = found["solutions"]
+    assert Deployment.from_json(one["solution"]["deployment"]) == own
+    assert one["solution"]["kl"] < 1e-9
+    assert one["as_good"] == own.name == one["rivals"][0]["name"]
+    assert one["rivals"][0]["what"] == "teacher's own codes"
+    assert found["teacher"]["stored"].startswith("the teacher is pre-quantised: its matrices lie on Q4_1")
+
+
+def made(fields: dict[str, Any]) -> SolveRequest:
+    return SolveRequest(**fields)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokens": LENGTH}, "fewer than two sequences"),
+        ({"export": True}, "--export writes the solution of one budget into a folder"),
+        ({"budgets": (Budget(memory_bytes=10**9, context=1024),)}, "has a context of 512 tokens: give --context 512"),
+        ({"sequence_length": 600, "tokens": 2048}, "give --sequence-length 512 or less"),
+        ({"budgets": ()}, "solve takes a budget"),
+    ],
+)
+def test_what_cannot_be_solved_is_refused(
+    changes: dict[str, Any], words: str, teacher: Path, text: Path, cache: Path
+) -> None:
+    fields = vars(asked(teacher, text, cache, 10**9)) | changes
+    with pytest.raises(InputError, match=words):
+        solve(made(fields))
+
+
+def test_conversations_are_refused(teacher: Path, cache: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"what is {n}", "answer": "a number"}) for n in range(50)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="holds conversations: solve takes plain text"):
+        solve(asked(teacher, tmp_path / "asked.jsonl", cache, 10**9))
+
+
+def test_a_budget_below_the_smallest_storage_names_it_and_ends_with_3(
+    teacher: Path, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    smallest, least = options_of(teacher).smallest()
+    with pytest.raises(NothingFitsError, match=f"the smallest storage, {smallest.name.replace('+', '.')}, needs"):
+        solve(asked(teacher, text, tmp_path, least.total_bytes - 1))
+    words = ["solve", str(teacher), "--budget", "1MB", "--context", "256", "--cache", str(tmp_path), "--json"]
+    assert main(words) == 3
+    assert smallest.name in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "solve takes --budget"),
+        (("--budget", "1GB", "--sweep", "1GB..2GB"), "give one of the two"),
+        (("--sweep", "1GB"), "write two sizes, like"),
+        (("--sweep", "2GB..1GB"), "from a smaller size to a larger"),
+        (("--budget", "1GB", "--batch", "0"), "--batch must be at least 1"),
+    ],
+)
+def test_command_lines_that_make_no_budget(
+    options: tuple[str, ...], words: str, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["solve", str(teacher), *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_person_reads_parts_rivals_and_what_more_would_buy(
+    found: dict[str, Any], teacher: Path, text: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = found["solutions"][0]["budget"]["memory_bytes"]
+    words = ["--data", str(text), "--context", str(CONTEXT), "--tokens", "512", "--sequence-length", str(LENGTH)]
+    assert main(["solve", str(teacher), "--budget", f"{limit}B", *words, "--cache", str(cache)]) == 0
+    said = capsys.readouterr().out
+    assert found["solutions"][0]["solution"]["name"] in said
+    for word in ("kv cache", "overhead", "predicted KL", "gguf-q4_0", "5.00 MB more would take", "too large"):
+        assert word in said
