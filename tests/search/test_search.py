@@ -310,7 +310,8 @@ def buckets(request: pytest.FixtureRequest) -> Callable[[str], str]:
     return request.getfixturevalue
 
 
-@pytest.mark.parametrize("kind", ["s3", pytest.param("gcs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["s3", "gcs"])
 def test_a_search_goes_on_elsewhere_with_nothing_but_what_a_bucket_has(
     inputs: tuple[Path, Path, Path],
     outcome: tuple[Outcome, Path],
