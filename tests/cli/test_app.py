@@ -567,7 +567,7 @@ def test_a_run_that_exists_is_neither_overwritten_nor_mixed(
 def test_a_run_that_is_resumed_has_the_budget_it_had(
     ran: Ran, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    def check(request: Any, view: Any) -> None:
+    def check(request: Any, view: Any, callbacks: Any) -> None:
         raise InterruptedSearchError(check_request(request).budget.describe())
 
     monkeypatch.setattr("autodistill.search.search.search", check)

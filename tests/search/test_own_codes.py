@@ -70,7 +70,7 @@ def test_its_own_codes_are_a_row_that_loses_nothing_though_the_space_does_not_ha
     rows = {row.deployment_name: row for row in outcome[0].rows if row.kind == "teacher"}
     assert rows.keys() == {"gguf-f16", "gguf-q4_0", "gguf-q4_1"}
     own = rows["gguf-q4_1"]
-    assert own.deployment == OWN.to_json()
+    assert own.deployment == OWN
     # To the last bit what the teacher does, so that it agrees with it at every token; rounded again it does not.
     assert (own.agreement, own.retention) == (1.0, 1.0)
     assert (rows["gguf-q4_0"].agreement or 0.0) < 1.0

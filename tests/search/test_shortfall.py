@@ -14,7 +14,7 @@ PLAN: Any = SimpleNamespace(trials=9, keep=(5, 2))
 
 def trial(status: Status | None, rung: int = 0, kind: str = "student", **more: Any) -> Any:
     number = 0 if kind == "student" else None
-    least = {"value": 0.4 if rung >= 0 else None, "number": number, "training": None}
+    least = {"value": 0.4 if rung >= 0 else None, "number": number, "candidate": SimpleNamespace(training=None)}
     least |= {"task": SimpleNamespace(length=1)}
     return SimpleNamespace(**least | {"status": status, "rung": rung, "kind": kind} | more)
 
@@ -64,9 +64,8 @@ def test_a_space_that_holds_no_more_or_of_which_nothing_fits_is_said_to() -> Non
         said = told(*few, *[REJECTED] * REJECTIONS_IN_A_ROW, box=box, exhausted=True)
         assert said.startswith(f"the last {REJECTIONS_IN_A_ROW} strategies that were proposed did not fit")
         assert "tried 5 of the 9 planned trials: raise --budget" in said
-        large = trial(
-            Status.REJECTED, -1, training=SimpleNamespace(miss=SimpleNamespace(said="its training needs 20 GB"))
-        )
+        miss = SimpleNamespace(said="its training needs 20 GB")
+        large = trial(Status.REJECTED, -1, candidate=SimpleNamespace(training=SimpleNamespace(miss=miss)))
         said = told(*few, *[large] * REJECTIONS_IN_A_ROW, box=box, exhausted=True)
         assert "cannot be trained here or do not fit" in said
         assert said.endswith("its training needs 20 GB")

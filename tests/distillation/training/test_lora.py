@@ -181,7 +181,7 @@ def test_what_cannot_hold_is_refused(workshop):
         check_lora(Lora(rank=32), spec)
     check_lora(Lora(rank=32, layers="ffn"), spec)
     scratch = Init(source="scratch", depth=0.5)
-    with pytest.raises(InputError, match="lora changes weights a little"):
+    with pytest.raises(InputError, match="lora changes weights only a little"):
         Strategy(init=scratch, distillation=Distillation(lora=LORA, train_embeddings=True))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import scipy.stats
 from autodistill.evaluators.calibration import Calibration
 
+import autodistill as ad
 from autodistill.evaluation.base import Subject
 from autodistill.evaluation.statistics import widening
 from autodistill.hardware.budget import Budget
@@ -138,12 +138,7 @@ def test_a_mean_and_bins_of_one_metric_are_not_compared() -> None:
     assert [item.metric for item in differences([found, swapped])] == ["accuracy"]
 
 
-def test_the_documents_way_from_python_gives_the_difference_of_any_two_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The blocks of docs/python.md that read a run, as they stand there."""
-    document = (Path(__file__).parents[3] / "docs" / "python.md").read_text(encoding="utf-8")
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", document, re.DOTALL) if "RunFolder.open" in block]
+def test_the_way_from_python_gives_the_difference_of_any_two_students(tmp_path: Path) -> None:
     mine, theirs = [50, 60, 40, 50], [46, 58, 41, 49]
     with RunFolder.create(tmp_path / "results" / "runs", "first") as folder:
         write_json(folder.search_file, {"metric": "accuracy", "direction": "max"})
@@ -151,12 +146,8 @@ def test_the_documents_way_from_python_gives_the_difference_of_any_two_rows(
             named = {"trial": trial, "row_id": f"{trial}-gguf-q8_0", "split": "validation"}
             one = replace(row(kind, Q8, right), **named, accuracy=float(np.mean(right)) / 100)
             folder.events.append({"event": "row", "row": one.to_json()})
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
-    assert [one.row.row_id for one in names["rows"]] == ["t001-gguf-q8_0", "b000-gguf-q8_0"]
-    difference, error = map(float, re.findall(r"-?\d+\.\d+", capsys.readouterr().out))
+    students = {one.id.partition("-")[0]: one for one in ad.load_run(tmp_path / "results" / "runs" / "first").students}
+    found = students["t001"].difference(students["b000"], "accuracy")
     gaps = np.subtract(mine, theirs) / 100
-    assert difference == pytest.approx(gaps.mean())
-    assert error == pytest.approx(scipy.stats.sem(gaps) * widening(4), rel=0.1)
+    assert found.value == pytest.approx(gaps.mean())
+    assert found.stderr == pytest.approx(scipy.stats.sem(gaps) * widening(4), rel=0.1)

@@ -50,8 +50,8 @@ def test_names_are_read_in_their_order() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("accuracy,speed", ["'speed'", "no direction", *OBJECTIVES]),
-        ("accuracy,", ["''", "no direction"]),
+        ("accuracy,speed", ["'speed'", "whose direction is not known", *OBJECTIVES]),
+        ("accuracy,", ["''", "whose direction is not known"]),
         ("accuracy,memory,accuracy", ["twice"]),
         ("memory,accuracy", ["'memory'", "put one of accuracy, agreement, kl, ece, perplexity, exact_match first"]),
     ],

@@ -99,15 +99,6 @@ def test_work_is_compared_with_what_was_expected_of_the_tokens_it_trained_on() -
     assert not found.holds(101)
 
 
-def test_what_was_not_read_was_not_expected_to_take_time() -> None:
-    """Twice as slow is twice as slow, however much was read; what asks the student may have been read whole."""
-    for read in (1.0, 0.25):
-        found = TimeBox(replace(QUESTION, speed=replace(SPEED, asked=8.0)), time.monotonic() + 100)
-        found.learn(Assignment(task=TASK, rung=0), -1, 2 * (1.1 * 10 + read * 5 + 8), trained=1000, read=read)
-        assert found.holds(34)
-        assert not found.holds(36)
-
-
 def test_a_worker_that_was_slow_to_begin_makes_no_slow_machine() -> None:
     found = box(100)
     work = Assignment(task=TASK, rung=0)
