@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from autodistill.errors import AutoDistillError, InputError, NothingFitsError
 
 if TYPE_CHECKING:
-    from autodistill.api import devices, distill, estimate, load_run, measure, pick, plan, search, write
+    from autodistill.api import devices, distill, estimate, load_run, measure, pick, plan, search, solve, write
     from autodistill.evaluation.base import Evaluator, Measurement, Quantity, Subject, register_evaluator
     from autodistill.hardware.budget import Budget
     from autodistill.objects.answers import Estimate, Pick
     from autodistill.objects.run import Run, SearchResult
+    from autodistill.objects.solutions import Rival, Solution, Solutions
     from autodistill.objects.student import Metric, Student
     from autodistill.search.callbacks import (
         Callback,
@@ -51,10 +52,13 @@ __all__ = [
     "NothingFitsError",
     "Pick",
     "Quantity",
+    "Rival",
     "Run",
     "RungReached",
     "SearchFinished",
     "SearchResult",
+    "Solution",
+    "Solutions",
     "Space",
     "Step",
     "Strategy",
@@ -77,15 +81,17 @@ __all__ = [
     "register_divergence",
     "register_evaluator",
     "search",
+    "solve",
     "write",
 ]
 
 # Where each name lies; it is imported once somebody asks for it.
 _MODULES = {
-    "api": ("devices", "distill", "estimate", "load_run", "measure", "pick", "plan", "write"),
+    "api": ("devices", "distill", "estimate", "load_run", "measure", "pick", "plan", "solve", "write"),
     "hardware.budget": ("Budget",),
     "objects.answers": ("Estimate", "Pick"),
     "objects.run": ("Run", "SearchResult"),
+    "objects.solutions": ("Rival", "Solution", "Solutions"),
     "objects.student": ("Metric", "Student"),
     "search.callbacks": (
         *("Callback", "TrialStarted", "Step", "RungReached", "TrialFinished", "Exported", "SearchFinished"),

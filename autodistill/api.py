@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeAlias, TypeVar, get_type_hints
 
 from autodistill.errors import InputError
-from autodistill.hardware.budget import Price, check_streams, parse_latency, parse_price
+from autodistill.hardware.budget import (
+    CONTEXT,
+    Budget,
+    DeviceBudget,
+    Price,
+    check_streams,
+    memory_on,
+    parse_latency,
+    parse_price,
+)
 from autodistill.hardware.device import LOCAL, Device
 from autodistill.objects.answers import Estimate, Pick
 from autodistill.objects.run import Run, SearchResult, lines, run_search
+from autodistill.objects.solutions import Solutions
 from autodistill.options import (
     BUDGET_HELP,
     RUNS,
@@ -43,6 +53,7 @@ R = TypeVar("R")
 Strategies: TypeAlias = str | Path | Strategy
 
 RUN_SHAPE = "A shape in the place of MODEL"
+_STEPS = 7  # budgets of a sweep
 _SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "active_experts", "window")
 
 
@@ -331,7 +342,6 @@ def pick(
     from autodistill.advisor.pick import TIERS, pick_tiers, tier_of
     from autodistill.advisor.pick import pick as best
     from autodistill.advisor.requirements import Wanted
-    from autodistill.hardware.budget import memory_on
     from autodistill.hardware.catalog import listed
     from autodistill.hardware.local import choose_device
 
@@ -408,6 +418,108 @@ def _no_collection() -> Iterator[None]:
             gc.freeze()
             gc.unfreeze()
             gc.enable()
+
+
+def solve(
+    teacher: Annotated[
+        str | Path | None,
+        Option(
+            help="A transformers folder, a .gguf file, a hub id, or smollm2 (default).",
+            metavar="TEACHER",
+            argument=True,
+        ),
+    ] = None,
+    *,
+    budget: Annotated[
+        str | int | None, Option(help="Memory limit for the deployed model, like 16GB or 900MiB.", metavar="SIZE")
+    ] = None,
+    sweep: Annotated[
+        str | None, Option(help=f"Solve for {_STEPS} budgets instead, like 100MB..400MB.", metavar="SIZE..SIZE")
+    ] = None,
+    device: Annotated[
+        str | None,
+        Option(
+            help='Device that it will run on, like "pi 5" or local; sets the budget.',
+            metavar="NAME",
+            complete="devices",
+        ),
+    ] = None,
+    data: Annotated[
+        str | Path | None,
+        Option(help="Text to score on: a folder, a .txt, .jsonl or .parquet file, or pydoc (default).", metavar="REF"),
+    ] = None,
+    context: Context = None,
+    batch: Batch = None,
+    tokens: Annotated[
+        int, Option(help="Tokens of text to score on; twice as many are held out.", metavar="TOKENS", typed=int)
+    ] = 2048,
+    sequence_length: Annotated[
+        int, Option(help="Length of the sequences that are read.", metavar="TOKENS", typed=int)
+    ] = 256,
+    out: Annotated[
+        str | Path | None,
+        Option(help="Folder for the result, and for the solution with --export.", metavar="DIR", typed=Path),
+    ] = None,
+    export: Annotated[
+        bool, Option(help="Write the solution as a GGUF file and verify it in llama.cpp.", typed=bool)
+    ] = False,
+    devices: Devices = None,
+    cache: Cache = None,
+    notify: Callable[[str], None] = lambda line: None,
+) -> Solutions:
+    """Choose the storage type of every matrix, table and cache that costs least within a budget. Nothing is trained.
+
+    Raises:
+        InputError: No such teacher, data or device, a model that llama.cpp cannot hold, or arguments that contradict
+            each other.
+        NothingFitsError: No budget holds the smallest storage; the message names it.
+        VerificationError: What was written is not what was measured.
+    """
+    if budget is not None and sweep is not None:
+        raise InputError("--budget is one limit and --sweep several: give one of the two")
+    if budget is None and sweep is None and device is None:
+        raise InputError("solve takes --budget like 200MB, --sweep like 100MB..400MB, or --device like local")
+    one = parse_bytes(budget) if isinstance(budget, str) else budget
+    limits: Sequence[int | None] = [one] if sweep is None else _sweep(sweep)
+    files = _own(devices, device is not None)
+    load: dict[str, Any] = {
+        "context": CONTEXT if context is None else context,
+        "batch": 1 if batch is None else batch,
+    }
+    budgets: list[Budget]
+    if device is None:
+        budgets = [Budget(memory_bytes=limit or 0, **load) for limit in limits]
+    else:
+        from autodistill.hardware.local import choose_device
+
+        found = choose_device(device, _cache(cache), files)
+        budgets = [DeviceBudget(memory_bytes=memory_on(found, limit), device=found, **load) for limit in limits]
+    from autodistill.search.solve import SolveRequest
+    from autodistill.search.solve import solve as solved
+
+    named = {name: str(value) for name, value in (("teacher", teacher), ("data", data)) if value is not None}
+    request = SolveRequest(
+        budgets=tuple(budgets),
+        cache=_cache(cache),
+        tokens=tokens,
+        sequence_length=sequence_length,
+        out=_path(out),
+        export=export,
+        context_by_default=context is None,
+        **named,
+    )
+    return Solutions(solved(request, notify))
+
+
+def _sweep(text: str) -> list[int]:
+    """Limits that are evenly spread between two sizes."""
+    first, dots, last = text.partition("..")
+    if not dots:
+        raise InputError(f"--sweep {text!r} is no range: write two sizes, like 100MB..400MB")
+    low, high = parse_bytes(first), parse_bytes(last)
+    if low >= high:
+        raise InputError(f"--sweep {text!r} must go from a smaller size to a larger one")
+    return [low + (high - low) * step // (_STEPS - 1) for step in range(_STEPS)]
 
 
 def measure(

@@ -30,6 +30,7 @@ SMALLER = {
     'budget="8GB", time="2h", name="first"': 'budget="8GB", trials=1, tokens=768, space="space.yaml", **HERE',
     'budget="8GB", time="2h"': 'budget="8GB", trials=1, tokens=768, runner="inline", cache="cache"',
     'budget="210MB"': 'budget="210MB", tokens=512, name="one", runner="inline", cache="cache"',
+    'budget="200MB", data="./docs"': 'budget="23.7MB", data="./docs", tokens=256, sequence_length=64, cache="cache"',
     'resume(time="1h")': "resume(trials=2)",
     "print(event.trial, ": "told.append(event); print(event.trial, ",
 }
@@ -145,6 +146,23 @@ def test_what_is_planned_estimated_and_picked(page: dict[str, Any]):
     assert page["picked"].student.feasible
     assert ad.pick(budget="8GB", runs=["first"]).student.id == page["picked"].student.id
     assert "raspberry" in ad.devices("raspberry pi")[0].name.lower()
+
+
+def test_what_is_solved_is_the_document_of_the_command_line(page: dict[str, Any]):
+    solved, solution = page["solved"], page["solution"]
+    (found,) = solved.document["solutions"]
+    assert solution.memory_bytes == found["solution"]["bytes"] <= solution.budget_bytes
+    assert solution.deployment.to_json() == found["solution"]["deployment"]
+    assert (solution.kl.value, solution.kl.stderr) == (found["solution"]["kl"], found["solution"]["kl_stderr"])
+    assert [rival.deployment.name for rival in solution.rivals] == [rival["name"] for rival in found["rivals"]]
+    measured = [rival for rival in solution.rivals if rival.kl_above_solution is not None]
+    assert measured
+    for rival in measured:
+        assert rival.kl_above_solution.value == pytest.approx(rival.kl.value - solution.kl.value)
+    assert {rival.kl for rival in solution.rivals if not rival.fits} == {None}
+    assert solved.path is None
+    assert solved._repr_html_() == solution._repr_html_()
+    assert solution.deployment.name in solution._repr_html_()
 
 
 def test_an_estimate_has_the_memory_on_the_device_that_was_named(page: dict[str, Any]):

@@ -131,7 +131,7 @@ def test_a_file_begins_with_one_sentence(module):
     [
         ("ray", ("search.runners.",)),
         ("optuna", ("search.algorithms.optuna_study",)),
-        ("typer", ("cli.app", "cli.help", "cli.options", "cli.solve")),
+        ("typer", ("cli.app", "cli.help", "cli.options")),
         ("xllamacpp", ("serving.llama_cpp_child",)),
     ],
 )

@@ -19,7 +19,7 @@ from autodistill.cli import commands
 from autodistill.cli.help import PlainCommand, PlainGroup, SectionedCommand
 from autodistill.cli.options import SECTIONS, Json, parameters, typed
 from autodistill.cli.printing import line_width, lines, packaged_text, rows, show, tables
-from autodistill.cli.solve import solve
+from autodistill.cli.solve import solve_text
 from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.summary import plan_summary, search_summary, written_summary
 from autodistill.cli.tables import open_view, printable
@@ -247,9 +247,12 @@ _verb(commands.spaces, dict, packaged_text)
 _verb(api.estimate, attrgetter("document"), _estimate_text, quiet=_models, sections=(api.RUN_SHAPE,))
 _verb(api.pick, attrgetter("document"), _pick_text)
 _verb(api.measure, dict, _measured_text, quiet=lambda given: [str(given["student"])])
-
-
-app.command(cls=PlainCommand)(solve)
+_verb(
+    api.solve,
+    attrgetter("document"),
+    lambda found: solve_text(found.document, line_width()),
+    quiet=lambda given: [given.get("teacher"), given.get("data")],
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

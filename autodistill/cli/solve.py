@@ -1,134 +1,13 @@
-"""`autodistill solve`: what fits a budget and what it costs, before anything is trained."""
+"""Solutions of `autodistill solve` beside their rivals, as text for a person."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from autodistill.cli import completion
-from autodistill.cli.printing import line_width, show
-from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.summary import table
-from autodistill.cli.tables import open_view, wrapped
-from autodistill.errors import InputError
-from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, memory_on
-from autodistill.runs.run_folder import default_cache
-from autodistill.units import format_bytes, parse_bytes
-
-_STEPS = 7  # budgets of a sweep
-
-
-def option(name: str, text: str, metavar: str, **more: Any) -> Any:
-    """One option: its flag, its help and what stands for its value."""
-    return typer.Option(name, help=text, metavar=metavar, **more)
-
-
-def solve(
-    ctx: typer.Context,
-    teacher: Annotated[
-        str | None,
-        typer.Argument(help="A transformers folder, a .gguf file, a hub id, or smollm2 (default).", metavar="TEACHER"),
-    ] = None,
-    budget: Annotated[
-        str | None, option("--budget", "Memory limit for the deployed model, like 16GB or 900MiB.", "SIZE")
-    ] = None,
-    sweep: Annotated[
-        str | None, option("--sweep", f"Solve for {_STEPS} budgets instead, like 100MB..400MB.", "SIZE..SIZE")
-    ] = None,
-    device: Annotated[
-        str | None,
-        option(
-            "--device",
-            'Device that it will run on, like "pi 5" or local; sets the budget.',
-            "NAME",
-            autocompletion=completion.devices,
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        option("--data", "Text to score on: a folder, a .txt, .jsonl or .parquet file, or pydoc (default).", "REF"),
-    ] = None,
-    context: Annotated[
-        int | None,
-        option("--context", "Context length the memory must cover (default: 2048, or the model's limit).", "TOKENS"),
-    ] = None,
-    batch: Annotated[int | None, option("--batch", "Number of sequences decoded at once (default: 1).", "N")] = None,
-    tokens: Annotated[
-        int, option("--tokens", "Tokens of text to score on; twice as many are held out.", "TOKENS")
-    ] = 2048,
-    sequence_length: Annotated[
-        int, option("--sequence-length", "Length of the sequences that are read.", "TOKENS")
-    ] = 256,
-    out: Annotated[
-        Path | None, option("--out", "Folder for the result, and for the solution with --export.", "DIR")
-    ] = None,
-    export: Annotated[
-        bool, typer.Option("--export", help="Write the solution as a GGUF file and verify it in llama.cpp.")
-    ] = False,
-    own: Annotated[
-        list[Path] | None, option("--devices", "YAML file that describes your own devices. Repeatable.", "FILE")
-    ] = None,
-    cache: Annotated[
-        Path | None,
-        option("--cache", "Folder for what later runs can reuse (default: ~/.cache/autodistill).", "DIR"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> None:
-    """Choose the storage type of every matrix, table and cache that costs least within a budget. Nothing is trained."""
-    show(as_json, lambda: solved(ctx.params), dict, lambda document: solve_text(document, line_width()))
-
-
-def solved(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a command line asks to be solved, solved under a live view."""
-    budgets = _budgets(given)
-    quiet_libraries(given["teacher"], given["data"])
-    from autodistill.search.solve import SolveRequest
-    from autodistill.search.solve import solve as find
-
-    request = SolveRequest(
-        budgets=budgets,
-        cache=given["cache"] or default_cache(),
-        **{name: given[name] for name in ("teacher", "data") if given[name] is not None},
-        **{name: given[name] for name in ("tokens", "sequence_length", "out", "export")},
-        context_by_default=given["context"] is None,
-    )
-    with open_view() as view:
-        return find(request, view.log)
-
-
-def _budgets(given: Mapping[str, Any]) -> tuple[Budget, ...]:
-    """The limits that are typed: one, or those of a sweep, on a device where one is named."""
-    if given["budget"] is not None and given["sweep"] is not None:
-        raise InputError("--budget is one limit and --sweep several: give one of the two")
-    if given["budget"] is None and given["sweep"] is None and given["device"] is None:
-        raise InputError("solve takes --budget like 200MB, --sweep like 100MB..400MB, or --device like local")
-    if given["own"] and given["device"] is None:
-        raise InputError("--devices only describes devices: choose one with --device")
-    limits: Sequence[int | None] = [None if given["budget"] is None else parse_bytes(given["budget"])]
-    if given["sweep"] is not None:
-        limits = _sweep(given["sweep"])
-    defaults = {"context": CONTEXT, "batch": 1}
-    load: dict[str, Any] = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
-    if given["device"] is None:
-        return tuple(Budget(memory_bytes=limit or 0, **load) for limit in limits)
-    from autodistill.hardware.local import choose_device
-
-    found = choose_device(given["device"], given["cache"] or default_cache(), given["own"] or ())
-    return tuple(DeviceBudget(memory_bytes=memory_on(found, limit), device=found, **load) for limit in limits)
-
-
-def _sweep(text: str) -> list[int]:
-    """Limits that are evenly spread between two sizes."""
-    first, dots, last = text.partition("..")
-    if not dots:
-        raise InputError(f"--sweep {text!r} is no range: write two sizes, like 100MB..400MB")
-    low, high = parse_bytes(first), parse_bytes(last)
-    if low >= high:
-        raise InputError(f"--sweep {text!r} must go from a smaller size to a larger one")
-    return [low + (high - low) * step // (_STEPS - 1) for step in range(_STEPS)]
+from autodistill.cli.tables import wrapped
+from autodistill.units import format_bytes
 
 
 def solve_text(document: Mapping[str, Any], width: int) -> str:

@@ -8,6 +8,7 @@ same bits, on any device: a student is trained with the scales that its file wil
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -57,7 +58,13 @@ def stored(values: Any, grid: Grid, xp: ModuleType) -> Any:
     return (units * multipliers + 0.0).reshape(values.shape)
 
 
-def fitted(groups: Any, grid: Grid, xp: ModuleType, at_once: int = AT_ONCE) -> tuple[Any, Any]:
+def fitted(
+    groups: Any,
+    grid: Grid,
+    xp: ModuleType,
+    at_once: int = AT_ONCE,
+    search: Callable[[Any, Grid], tuple[Any, ...]] | None = None,
+) -> tuple[Any, Any]:
     """Return the scales, and minima, whose codes are nearest to the weights among those that are tried.
 
     Each of the grid's `cuts` gives codes, these their best scale and minimum by least squares, and the nearest of all
@@ -68,15 +75,34 @@ def fitted(groups: Any, grid: Grid, xp: ModuleType, at_once: int = AT_ONCE) -> t
         grid: One of super-blocks.
         xp: numpy or torch.
         at_once: Weights that are handled at once.
+        search: Finds the nearest codes in one pass over memory, with the bits that single operations give, and returns
+            what `_search_minimum` or `_search_symmetric` does; None is by those.
 
     Returns:
         Scales and minima as they are stored, float32 [groups] each; None for minima on a symmetric grid.
     """
-    rows = max(1, at_once // grid.block_size) * grid.groups_per_block
-    fit = _fit_symmetric if grid.symmetric else _fit_minimum
-    parts = [fit(_columns(groups[start : start + rows], xp), grid, xp) for start in range(0, len(groups), rows)]
-    scales, minima = zip(*parts, strict=True)
-    return xp.concatenate(scales), None if grid.symmetric else xp.concatenate(minima)
+    if search is None:
+        rows = max(1, at_once // grid.block_size) * grid.groups_per_block
+        by_operations = _search_symmetric if grid.symmetric else _search_minimum
+        starts = range(0, len(groups), rows)
+        parts = [by_operations(_columns(groups[start : start + rows], xp), grid, xp) for start in starts]
+        found = tuple(xp.concatenate(column) for column in zip(*parts, strict=True))
+    else:
+        found = search(groups, grid)
+    if grid.symmetric:
+        return stored(found[0], grid, xp), None
+    minima, *kept = found
+    sums = _Sums(*kept)
+    minima = 0.0 - stored(-minima, grid, xp)
+    scales = (sums.products - minima * sums.codes) / _positive(sums.squares, xp)
+    return stored(scales, grid, xp), minima
+
+
+def tries(grid: Grid) -> list[tuple[float, float]]:
+    """Return, of each try, what the step from code to code is multiplied by, and how many steps the minimum moves."""
+    if grid.symmetric:
+        return [(grid.divisor / (grid.divisor + above), 0.0) for _, above in grid.cuts]
+    return [(1 - (below + above) / grid.divisor, below) for below, above in grid.cuts]
 
 
 def _columns(groups: Any, xp: ModuleType) -> Any:
@@ -86,7 +112,8 @@ def _columns(groups: Any, xp: ModuleType) -> Any:
     return columns
 
 
-def _fit_minimum(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, Any]:
+def _search_minimum(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ...]:
+    """Return the minima of the nearest codes of columns of weights, and their `_Sums`."""
     codes, buffer = xp.empty_like(weights), xp.empty_like(weights)
     count = float(len(weights))
     total = _halves(weights, xp.add, buffer)
@@ -95,8 +122,8 @@ def _fit_minimum(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, Any]:
     low = xp.clip(_halves(weights, xp.minimum, buffer), None, 0)
     step = (_halves(weights, xp.maximum, buffer) - low) * (1 / grid.divisor)
     best: tuple[Any, ...] | None = None
-    for below, above in grid.cuts:
-        _codes(weights, step * (1 - (below + above) / grid.divisor), low + step * below, grid, xp, codes)
+    for factor, shift in tries(grid):
+        _codes(weights, step * factor, low + step * shift, grid, xp, codes)
         tried = _sums(weights, codes, xp, buffer)
         spread = tried.squares * count - tried.codes * tried.codes
         scale = (tried.products * count - tried.codes * total) / _positive(spread, xp)
@@ -108,27 +135,24 @@ def _fit_minimum(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, Any]:
         left = squared - scale * tried.products - minimum * total
         best = _nearer((left, minimum, *tried), best, xp)
     assert best is not None
-    _, minima, *kept = best
-    sums = _Sums(*kept)
-    minima = 0.0 - stored(-minima, grid, xp)
-    scales = (sums.products - minima * sums.codes) / _positive(sums.squares, xp)
-    return stored(scales, grid, xp), minima
+    return best[1:]
 
 
-def _fit_symmetric(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, None]:
+def _search_symmetric(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ...]:
+    """Return the best scale of the nearest codes of columns of weights."""
     codes, buffer = xp.empty_like(weights), xp.empty_like(weights)
     high, low = _halves(weights, xp.maximum, buffer), _halves(weights, xp.minimum, buffer)
     # As a product, for which see `on_block_grid`.
     step = xp.where(high > -low, high, low) * (1 / grid.divisor)
     best: tuple[Any, ...] | None = None
-    for _, above in grid.cuts:
-        _codes(weights, step * (grid.divisor / (grid.divisor + above)), None, grid, xp, codes)
+    for factor, _ in tries(grid):
+        _codes(weights, step * factor, None, grid, xp, codes)
         tried = _sums(weights, codes, xp, buffer)
         scale = tried.products / _positive(tried.squares, xp)
         # What is left of the sum of squares is smaller by this.
         best = _nearer((-(scale * tried.products), scale), best, xp)
     assert best is not None
-    return stored(best[1], grid, xp), None
+    return best[1:]
 
 
 def _nearer(tried: tuple[Any, ...], best: tuple[Any, ...] | None, xp: ModuleType) -> tuple[Any, ...]:

@@ -65,7 +65,9 @@ def fitted_scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     if grid.block_size:
         groups = weight.contiguous().view(-1, grid.group_size)
         at_once = _SEARCHED if weight.device.type == "cpu" else _CHUNK
-        searched, minima = super_blocks.fitted(groups, grid, torch, at_once)
+        compiled = loops()
+        search = compiled.nearest if compiled is not None and compiled.fits(groups) else None
+        searched, minima = super_blocks.fitted(groups, grid, torch, at_once, search)
         return searched.view(shape), None if minima is None else minima.view(shape)
     size = grid.group(weight.shape[1])
     found = [fitted_steps(groups, grid, _extremes) for _, groups in chunks(size, weight)]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.group_scales import Steps
+from autodistill.quantization.k_quants import tries
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -32,8 +33,10 @@ _UPPER, _HALF_ULP, _ONE = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
 _SIZE, _INFINITY, _NAN = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000), np.uint32(0x7FC0)
 # The largest number of 32 bits, and where its sign lies.
 _MOST, _SIGN = np.int32(0x7FFFFFFF), np.int32(31)
-_ZERO, _HALF = np.float32(0.0), np.float32(0.5)
+_ZERO, _HALF, _WHOLE, _ENDLESS = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(math.inf)
 _BELOW_HALF = np.float32(0.5 - 2.0**-25)
+# Groups of a super-block's grid that are searched side by side, each in a column of a table in the nearest cache.
+_SIDE_BY_SIDE = 64
 # Weights below which further threads are not worth waking.
 _LEAST_PART = 2**16
 
@@ -211,6 +214,160 @@ def _stop_clipped(incoming: Array | None, short: Array | None, inside: Array, ou
             out[group, i] = arriving[i] * np.float32(inside[group, i])
 
 
+@_compiled()
+def _in_columns(weights: Array, start: int, columns: Array) -> None:
+    """Copy some groups into columns; those beyond the last group have the first of them."""
+    count, size = weights.shape
+    for j in range(_SIDE_BY_SIDE):
+        group = start + j if start + j < count else start
+        for i in range(size):
+            columns[i, j] = weights[group, i]
+
+
+@_compiled()
+def _add_halves(rows: Array) -> None:
+    """Add the rows' halves, and halves of these, until the first row is the sum of all: the order of `k_quants`."""
+    half = len(rows) // 2
+    while half > 0:
+        for i in range(half):
+            for j in range(_SIDE_BY_SIDE):
+                rows[i, j] = rows[i, j] + rows[i + half, j]
+        half //= 2
+
+
+@_compiled()
+def _bounds(columns: Array, lowest: Array, highest: Array) -> None:
+    lowest[:] = columns[0]
+    highest[:] = columns[0]
+    for i in range(1, len(columns)):
+        for j in range(_SIDE_BY_SIDE):
+            weight = columns[i, j]
+            lowest[j] = weight if weight < lowest[j] else lowest[j]
+            highest[j] = weight if weight > highest[j] else highest[j]
+
+
+@_compiled()
+def _code_sums(
+    columns: Array,
+    scales: Array,
+    minima: Array,
+    low: np.float32,
+    high: np.float32,
+    codes: Array,
+    squares: Array,
+    products: Array,
+) -> None:
+    """Write the sums over codes, their squares and their products with the weights into the first rows."""
+    for i in range(len(columns)):
+        for j in range(_SIDE_BY_SIDE):
+            weight = columns[i, j]
+            code = np.rint((weight - minima[j]) / scales[j])
+            code = low if code < low else code
+            code = high if code > high else code
+            codes[i, j] = code
+            squares[i, j] = code * code
+            products[i, j] = code * weight
+    _add_halves(codes)
+    _add_halves(squares)
+    _add_halves(products)
+
+
+@_compiled()
+def _nearest_minimum(
+    weights: Array,
+    minima: Array,
+    codes_sums: Array,
+    squares_sums: Array,
+    products_sums: Array,
+    factors: Array,
+    shifts: Array,
+    per_step: np.float32,
+    low: np.float32,
+    high: np.float32,
+) -> None:
+    """As `k_quants._search_minimum`, operation by operation."""
+    count, size = weights.shape
+    columns, codes = np.empty((size, _SIDE_BY_SIDE), np.float32), np.empty((size, _SIDE_BY_SIDE), np.float32)
+    squares, products = np.empty_like(columns), np.empty_like(columns)
+    total, squared = np.empty(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
+    lowest, step = np.empty(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
+    bases, divisors = np.empty(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
+    best = np.empty((5, _SIDE_BY_SIDE), np.float32)
+    number, share = np.float32(size), np.float32(1.0) / np.float32(size)
+    for start in range(0, count, _SIDE_BY_SIDE):
+        _in_columns(weights, start, columns)
+        for i in range(size):
+            for j in range(_SIDE_BY_SIDE):
+                codes[i, j] = columns[i, j]
+                squares[i, j] = columns[i, j] * columns[i, j]
+        _add_halves(codes)
+        _add_halves(squares)
+        total[:] = codes[0]
+        squared[:] = squares[0]
+        _bounds(columns, lowest, step)
+        for j in range(_SIDE_BY_SIDE):
+            lowest[j] = _ZERO if lowest[j] > _ZERO else lowest[j]
+            step[j] = (step[j] - lowest[j]) * per_step
+        for cut in range(len(factors)):
+            for j in range(_SIDE_BY_SIDE):
+                scale = step[j] * factors[cut]
+                divisors[j] = _ENDLESS if scale == _ZERO else scale
+                bases[j] = lowest[j] + step[j] * shifts[cut]
+            _code_sums(columns, divisors, bases, low, high, codes, squares, products)
+            for j in range(_SIDE_BY_SIDE):
+                of_codes, of_squares, of_products = codes[0, j], squares[0, j], products[0, j]
+                spread = of_squares * number - of_codes * of_codes
+                scale = (of_products * number - of_codes * total[j]) / (spread if spread > _ZERO else _WHOLE)
+                minimum = (total[j] - scale * of_codes) * share
+                if minimum > _ZERO:
+                    scale = of_products / (of_squares if of_squares > _ZERO else _WHOLE)
+                    minimum = _ZERO
+                left = squared[j] - scale * of_products - minimum * total[j]
+                if cut == 0 or left < best[0, j]:
+                    best[0, j] = left
+                    best[1, j] = minimum
+                    best[2, j] = of_codes
+                    best[3, j] = of_squares
+                    best[4, j] = of_products
+        for j in range(min(_SIDE_BY_SIDE, count - start)):
+            minima[start + j] = best[1, j]
+            codes_sums[start + j] = best[2, j]
+            squares_sums[start + j] = best[3, j]
+            products_sums[start + j] = best[4, j]
+
+
+@_compiled()
+def _nearest_symmetric(
+    weights: Array, scales: Array, factors: Array, per_step: np.float32, low: np.float32, high: np.float32
+) -> None:
+    """As `k_quants._search_symmetric`, operation by operation."""
+    count, size = weights.shape
+    columns, codes = np.empty((size, _SIDE_BY_SIDE), np.float32), np.empty((size, _SIDE_BY_SIDE), np.float32)
+    squares, products = np.empty_like(columns), np.empty_like(columns)
+    lowest, step = np.empty(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
+    zeros, divisors = np.zeros(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
+    best = np.empty((2, _SIDE_BY_SIDE), np.float32)
+    for start in range(0, count, _SIDE_BY_SIDE):
+        _in_columns(weights, start, columns)
+        _bounds(columns, lowest, step)
+        for j in range(_SIDE_BY_SIDE):
+            step[j] = (step[j] if step[j] > -lowest[j] else lowest[j]) * per_step
+        for cut in range(len(factors)):
+            for j in range(_SIDE_BY_SIDE):
+                scale = step[j] * factors[cut]
+                divisors[j] = _ENDLESS if scale == _ZERO else scale
+            _code_sums(columns, divisors, zeros, low, high, codes, squares, products)
+            for j in range(_SIDE_BY_SIDE):
+                of_squares, of_products = squares[0, j], products[0, j]
+                scale = of_products / (of_squares if of_squares > _ZERO else _WHOLE)
+                left = -(scale * of_products)
+                if cut == 0 or left < best[0, j]:
+                    best[0, j] = left
+                    best[1, j] = scale
+        for j in range(min(_SIDE_BY_SIDE, count - start)):
+            scales[start + j] = best[1, j]
+
+
 def fits(*tensors: Tensor | None) -> bool:
     """Return whether the loops can handle these tensors: on a CPU, float32, bfloat16 or bytes, and contiguous."""
     return all(
@@ -254,6 +411,29 @@ def values(weight: Tensor, steps: Steps, grid: Grid, *, rounded: bool, out: Tens
         *_by_type(out, size),
         constants=(steps.inverse, _ROUNDINGS[steps.rounding], np.float32(grid.qmin), np.float32(grid.qmax), rounded),
     )
+
+
+def nearest(groups: Tensor, grid: Grid) -> tuple[Tensor, ...]:
+    """Return what the nearest codes of each group have, as `k_quants.fitted` asks for it: float32 [groups] each.
+
+    Args:
+        groups: float32 [groups, group].
+        grid: One of super-blocks.
+    """
+    found = torch.empty((1 if grid.symmetric else 4, len(groups)))
+    factors, shifts = np.array(tries(grid), dtype=np.float32).T.copy()
+    _over_threads(
+        _nearest_symmetric if grid.symmetric else _nearest_minimum,
+        _groups(groups, grid.group_size),
+        *_array(found),
+        constants=(
+            *((factors,) if grid.symmetric else (factors, shifts)),
+            np.float32(1 / grid.divisor),
+            np.float32(grid.qmin),
+            np.float32(grid.qmax),
+        ),
+    )
+    return found.unbind()
 
 
 def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid, out: Tensor) -> Tensor:

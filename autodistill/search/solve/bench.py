@@ -79,7 +79,7 @@ class Sample:
 class Bench:
     """Holds a teacher in float32, and shows it as a deployment stores it.
 
-    Only what differs from the storage before is rounded anew, since K-quants take long to be fitted.
+    Only what differs from the storage before is rounded anew.
 
     Args:
         model: In float32, on `device`.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import local
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from autodistill import inference, quantization
 from autodistill.errors import InputError
+from autodistill.inference.batching import map_sequences
 from autodistill.quantization.formats import TYPES
 from autodistill.search.solve.bench import Bench, Measured, Sample
 from autodistill.search.solve.options import KEYS, VALUES, Options
@@ -215,47 +217,74 @@ def _second_order(bench: Bench, options: Options, tokens: Tensor, seed: int) -> 
         tokens: int64 [sequences, length].
         seed: Of the tokens that are drawn.
     """
-    model = bench.model
-    found: _Sums = {}
-    modules = {f"{path}.weight": module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = list(options.matrices)
+    parameters = dict(bench.model.named_parameters())
+    with bench.shown({}):
+        watched = _watched(bench.model, names, tokens.to(bench.device), seed, bench.device)
+
+        def score(index: int) -> dict[str, list[list[float]]]:
+            name = names[index]
+            # Given up one by one: gradients of all matrices take more memory than what is made of them.
+            taken, gradient = (torch.stack(column) for column in zip(*(one.pop(name) for one in watched), strict=True))
+            weight, found = parameters[name].data, {}
+            for kind in options.kinds(options.matrices[name]):
+                change = bench.stored(name, TYPES[kind], weight) - weight
+                if not change.any():
+                    found[kind] = [[0.0] * len(tokens)] * 2
+                    continue
+                moved = functional.linear(taken, change).mul_(gradient).sum(dim=-1).double()
+                apart, together = moved.square().sum(dim=1), moved.sum(dim=1).square()
+                found[kind] = (torch.stack([apart, together]) / (2 * moved.shape[1])).tolist()
+            return found
+
+        return dict(zip(names, map_sequences(score, len(names), bench.device), strict=True))
+
+
+def _watched(
+    model: Any, names: Sequence[str], tokens: Tensor, seed: int, device: str
+) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """The inputs of each matrix, [length, in], and the gradients at its outputs, [length, out], of each sequence."""
+    here = local()
 
     def watch(name: str, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        taken = inputs[0].detach()
-        output.register_hook(lambda gradient: score(name, module.weight.data, taken, gradient))
+        found, taken = here.found, inputs[0].detach()
+        output.register_hook(lambda gradient: found.update({name: (taken[0], gradient[0])}))
 
-    def score(name: str, weight: Tensor, taken: Tensor, gradient: Tensor) -> None:
-        found[name] = {}
-        for kind in options.kinds(options.matrices[name]):
-            change = bench.stored(name, TYPES[kind], weight) - weight
-            moved = (functional.linear(taken, change) * gradient).sum(dim=-1).double()
-            apart, together = moved.square().sum(dim=1), moved.sum(dim=1).square()
-            found[name][kind] = (torch.stack([apart, together]) / (2 * moved.shape[1])).tolist()
+    def read(index: int) -> dict[str, tuple[Tensor, Tensor]]:
+        here.found = {}
+        with torch.enable_grad():
+            begun = model.get_input_embeddings()(tokens[index : index + 1]).detach().requires_grad_()
+            states = model.base_model(inputs_embeds=begun, use_cache=False).last_hidden_state
+            states.backward(_of_drawn_tokens(model, states.detach()[0], chances[index])[None])
+        found: dict[str, tuple[Tensor, Tensor]] = here.found
+        return found
 
+    dice = torch.Generator(device="cpu").manual_seed(seed)
+    chances = [torch.rand(tokens.shape[1], 1, generator=dice, dtype=torch.float64) for _ in tokens]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with bench.shown({}), torch.enable_grad(), ExitStack() as hooks:
+    modules = {f"{path}.weight": module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    with ExitStack() as hooks:
         for parameter in wanted:
             parameter.requires_grad_(False)
             hooks.callback(parameter.requires_grad_, True)
-        for name in options.matrices:
+        for name in names:
             hooks.callback(modules[name].register_forward_hook(partial(watch, name)).remove)
-        begun = model.get_input_embeddings()(tokens.to(bench.device)).detach().requires_grad_()
-        states = model.base_model(inputs_embeds=begun, use_cache=False).last_hidden_state
-        states.backward(_of_drawn_tokens(model, states.detach(), seed))
-    return found
+        return list(map_sequences(read, len(tokens), device))
 
 
-def _of_drawn_tokens(model: Any, states: Tensor, seed: int) -> Tensor:
-    """The gradient at the last states, [sequences, length, width], of the log-probability of a token drawn at each."""
-    head, dice = model.get_output_embeddings(), torch.Generator(device="cpu").manual_seed(seed)
-    gradients = torch.empty_like(states)
-    for row, gradient in zip(states, gradients, strict=True):
-        leaf = row.clone().requires_grad_()
-        log_probabilities = torch.log_softmax(head(leaf).float(), dim=-1)
-        # By the inverse of the distribution, so that the draw is the same wherever the model lies.
-        drawn = torch.rand(len(row), 1, generator=dice, dtype=torch.float64).to(row.device)
-        sums = log_probabilities.detach().double().exp().cumsum(dim=-1)
-        token = torch.searchsorted(sums, drawn * sums[:, -1:]).clamp(max=sums.shape[1] - 1)
-        log_probabilities.gather(1, token).sum().backward()
-        assert leaf.grad is not None
-        gradient.copy_(leaf.grad)
-    return gradients
+def _of_drawn_tokens(model: Any, states: Tensor, chances: Tensor) -> Tensor:
+    """The gradient at the last states, [length, width], of the log-probability of a token drawn at each.
+
+    Args:
+        model: Whose head it is.
+        states: [length, width].
+        chances: Numbers from 0 to 1, by which the tokens are drawn, float64 [length, 1].
+    """
+    leaf = states.clone().requires_grad_()
+    log_probabilities = torch.log_softmax(model.get_output_embeddings()(leaf).float(), dim=-1)
+    # By the inverse of the distribution, so that the draw is the same wherever the model lies.
+    sums = log_probabilities.detach().double().exp().cumsum(dim=-1)
+    drawn = torch.searchsorted(sums, chances.to(sums.device) * sums[:, -1:]).clamp(max=sums.shape[1] - 1)
+    log_probabilities.gather(1, drawn).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad

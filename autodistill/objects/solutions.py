@@ -1,0 +1,127 @@
+"""How a model is best stored within a budget, without training, beside what a person would take instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from autodistill.objects.html import table
+from autodistill.objects.student import Metric
+from autodistill.strategy.deployment import Deployment
+from autodistill.units import format_bytes
+
+_COLUMNS = ("storage", "", "memory", "fits", "KL", "NLL", "KL above the solution")
+
+
+class Rival:
+    """A storage that nobody has to search for: the teacher's own codes, a plain format, or a mixture of llama.cpp.
+
+    Attributes:
+        what: Which of these it is, in words.
+        deployment: How it is stored and served.
+        memory_bytes: What its process takes, as predicted.
+        fits: Whether that is within the budget.
+        predicted_kl: Sum of its scores, in nats per token.
+        kl, nll: KL to the teacher and negative log-likelihood in nats per token of the held-out text; None where it was
+            not measured, since it does not fit or is worse by the scores.
+        kl_above_solution: By how much its KL is above the solution's, paired by document; None where it was not
+            measured.
+    """
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self.what: str = found["what"]
+        self.fits = bool(found["fits"])
+        self.deployment = Deployment.from_json(found["deployment"])
+        self.memory_bytes, self.predicted_kl = int(found["bytes"]), float(found["predicted_kl"])
+        self.kl, self.nll = _metric(found, "kl"), _metric(found, "nll")
+        self.kl_above_solution = _metric(found, "kl_above_solution")
+
+    def __repr__(self) -> str:
+        kept = "" if self.fits else ", which does not fit"
+        return f"<Rival {self.deployment.name}: {format_bytes(self.memory_bytes)}{kept}>"
+
+
+class Solution:
+    """The storage of least KL to the teacher that was found within one budget.
+
+    Attributes:
+        budget_bytes: The limit.
+        deployment: Types of all matrices, the tables and the cache, and what serves them.
+        memory_bytes: What its process takes, as predicted.
+        predicted_kl: Sum of its scores, in nats per token.
+        kl, nll: KL to the teacher and negative log-likelihood in nats per token of the held-out text.
+        rivals: What a person would take instead, the teacher's own codes first.
+        as_good: Name of the first rival that fits and is as good within the error; None where none is.
+        document: All of it as plain data.
+    """
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        found = document["solution"]
+        self.document = document
+        self.budget_bytes = int(document["budget"]["memory_bytes"])
+        self.deployment = Deployment.from_json(found["deployment"])
+        self.memory_bytes, self.predicted_kl = int(found["bytes"]), float(found["predicted_kl"])
+        self.kl, self.nll = _measured(found, "kl"), _measured(found, "nll")
+        self.rivals = tuple(map(Rival, document["rivals"]))
+        self.as_good: str | None = document["as_good"]
+
+    def __repr__(self) -> str:
+        return f"<Solution {self.deployment.name}: {format_bytes(self.memory_bytes)}, KL {self.kl}>"
+
+    def _repr_html_(self) -> str:
+        rows = [_row("solved", self, True, None)]
+        rows += [_row(one.what, one, one.fits, one.kl_above_solution) for one in self.rivals]
+        budget = self.document["budget"]
+        load = f"context {budget['context']}, batch {budget['batch']}"
+        return table(f"Storage within {format_bytes(self.budget_bytes)} at {load}", _COLUMNS, rows)
+
+
+class Solutions:
+    """What was found for one budget or several.
+
+    Attributes:
+        document: All of it, as `autodistill solve --json` prints it.
+        solutions: One for each budget that something fits, in the order of the budgets.
+    """
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+        self.solutions = tuple(map(Solution, document["solutions"]))
+
+    @property
+    def best(self) -> Solution:
+        """The solution for the largest budget; of one budget its own."""
+        return max(self.solutions, key=lambda one: one.budget_bytes)
+
+    @property
+    def path(self) -> Path | None:
+        """The file that was written and verified; None unless that was asked for."""
+        exported = self.document["exported"]
+        return None if exported is None else Path(exported["path"])
+
+    def __repr__(self) -> str:
+        return f"<Solutions of {self.document['teacher']['name']}: {', '.join(map(repr, self.solutions))}>"
+
+    def _repr_html_(self) -> str:
+        if len(self.solutions) == 1:
+            return self.best._repr_html_()
+        rows = [
+            (format_bytes(one.budget_bytes), one.deployment.name, format_bytes(one.memory_bytes), one.kl, one.nll)
+            for one in self.solutions
+        ]
+        title = f"Storage of {self.document['teacher']['name']}"
+        return table(title, ("budget", "storage", "memory", "KL", "NLL"), rows)
+
+
+def _row(what: str, one: Solution | Rival, fits: bool, above: Metric | None) -> tuple[object, ...]:
+    told = ("-" if figure is None else figure for figure in (one.kl, one.nll, above))
+    return (one.deployment.name, what, format_bytes(one.memory_bytes), "yes" if fits else "no", *told)
+
+
+def _metric(found: Mapping[str, Any], name: str) -> Metric | None:
+    return None if found[name] is None else _measured(found, name)
+
+
+def _measured(found: Mapping[str, Any], name: str) -> Metric:
+    return Metric(value=float(found[name]), stderr=found[f"{name}_stderr"])
