@@ -246,6 +246,20 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     }.items():
         for value in dice.sample(values, min(len(values), 9)):
             yield case("measure", teacher, "--out", "runs", "--cache", "cache", option, value)
+    # A budget that nothing fits, so that what is meant is not solved.
+    solve = ("solve", teacher, "--data", text, "--budget", "1kB", "--cache", "cache", "--out", "solved")
+    for option, values in {
+        "--budget": _AMOUNTS,
+        "--sweep": (*_AMOUNTS, *(f"{amount}..2GB" for amount in _AMOUNTS), "2GB..1GB", "1GB..", "..", "1kB..2kB..3kB"),
+        "--device": _NAMES,
+        "--context": _NUMBERS,
+        "--batch": _NUMBERS,
+        "--tokens": _NUMBERS,
+        "--sequence-length": _NUMBERS,
+    }.items():
+        base = _without(solve, "--budget") if option in ("--budget", "--sweep") else solve
+        for value in dice.sample(values, min(len(values), 16)):
+            yield case(*_without(base, option), option, value, codes=(2, 3))
     for command in ("leaderboard", "explain", "export", "pick"):
         for value in _NAMES:
             more = (

@@ -579,7 +579,9 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
 
         build = partial(Case, area="folders", make=make)
         yield build(name=f"{name}-estimate", argv=("estimate", "model"), codes=codes if described else (0, *codes))
-        asked = kit.plan(teacher="model") if dice.random() < 0.5 else kit.write("model")
+        solve = ("solve", "model", "--data", str(kit.text), "--budget", "1GB", "--cache", "cache")
+        short = ("--tokens", "64", "--sequence-length", "16")
+        asked = dice.choice([kit.plan(teacher="model"), kit.write("model"), (*solve, *short)])
         yield build(name=f"{name}-{asked[0]}", argv=asked, codes=codes)
 
     for fault in faults():

@@ -34,6 +34,8 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "estimate": (".gguf", ("estimate",)),
         "estimate-strategy": (".yaml", ("estimate", teacher, "--strategy")),
         "estimate-cache": ("", ("estimate", teacher, "--device", "local", "--cache")),
+        "solve": (".gguf", ("solve", "--budget", "1kB")),
+        "solve-data": (".txt", ("solve", teacher, "--budget", "1GB", "--data")),
         "measure": (".gguf", ("measure",)),
         "measure-result": ("", ("measure", teacher, "--result")),
         "measure-script": ("", ("measure", str(kit.gguf), "--script")),

@@ -133,6 +133,7 @@ def _import_all() -> None:
         "autodistill.search.explain",
         "autodistill.search.finish.export_run",
         "autodistill.search.search",
+        "autodistill.search.solve.run",
         "autodistill.advisor.estimate",
         "autodistill.distillation.teacher.write_data",
         "datasets",
