@@ -78,7 +78,6 @@ LATENCY_HELP = (
     "95th percentile of the time to the first token, the 99th of each later one, 16 sequences at once"
 )
 BUDGET_HELP = "Memory limit for the deployed student, like 16GB or 900MiB"
-_LATENCY = f"{LATENCY_HELP}. Applies to --device, or else to this machine."
 
 # Options that several commands share.
 Latency = Annotated[
