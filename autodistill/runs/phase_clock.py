@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from autodistill.utils.clock import now
 
-_PHASES = ("load", "cache", "train", "evaluate", "export")
+_PHASES = ("load", "solve", "plan", "cache", "train", "evaluate", "export")
 
 
 class Clock:

@@ -67,6 +67,7 @@ class Search(TypedDict):
     space_hash: NotRequired[str]
     baselines: NotRequired[tuple[str, ...] | None]
     space_definition: NotRequired[Mapping[str, Any]]
+    constructions: NotRequired[tuple[Mapping[str, Any], ...]]
     objectives: NotRequired[tuple[str, ...]]
     device: NotRequired[Mapping[str, Any] | None]
     directions: NotRequired[Mapping[str, Direction]]

@@ -31,6 +31,7 @@ from autodistill.search.request.metrics import moved
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded, load
 from autodistill.search.setup.measure_plan import plan_from_measurement
+from autodistill.search.setup.solve_phase import construct
 from autodistill.search.setup.teacher_phase import check_cache_limit, teacher_phase
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.utils.json_files import write_json
@@ -39,8 +40,9 @@ from autodistill.utils.typed_data import check_typed
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A loaded and planned run; `document` is the content of `search.json`."""
+    """A loaded and planned run; `document` is the content of `search.json`, and `config` knows what was solved."""
 
+    config: SearchConfig
     loaded: Loaded
     plan: Plan
     speed: Speed
@@ -82,6 +84,8 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
     else:
         fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
         check_fingerprints(checked.out, checked.warm_start, fingerprints)
+        with clock.phase("solve", "solving what fits"):
+            checked = construct(checked, loaded, observer.line)
         check_cache_limit(checked, loaded)
         with clock.phase("plan", "measuring this machine"):
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.started)
@@ -100,11 +104,12 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
         *plan.notes,
     ):
         observer.line(note)
-    return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
+    return Planned(config=checked, loaded=loaded, plan=plan, speed=speed, document=document)
 
 
-def prepare_trials(checked: SearchConfig, planned: Planned, run: RunFolder, clock: Clock) -> Ready:
+def prepare_trials(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
     """Caches the teacher's outputs, scores it, and writes its rows; what a resumed run has of that, it keeps."""
+    checked = planned.config
     setting = teacher_phase(checked, planned.loaded, planned.plan, run, clock, run.events.read())
     question = Question(
         space=checked.space,
@@ -313,6 +318,7 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
         "space_hash": checked.space.hash,
         "baselines": checked.baselines and list(checked.baselines),
         "space_definition": checked.space.to_json(),
+        "constructions": [one.to_json() for one in checked.constructions],
         "metric": checked.metric,
         "direction": checked.direction,
         "objectives": [objective.name for objective in checked.objectives],

@@ -50,6 +50,7 @@ from autodistill.search.runners.inline import run_inline
 from autodistill.search.runners.node_files import send
 from autodistill.search.setup.loading import load
 from autodistill.search.setup.measure_plan import plan_from_measurement
+from autodistill.search.setup.solve_phase import construct
 from autodistill.search.setup.teacher_phase import cache_settings, calibration_file, check_cache_limit
 from autodistill.search.setup.training_setup import trainable
 from autodistill.search.worker.failures import is_disk_broken, is_disk_full
@@ -102,6 +103,8 @@ def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price 
     observer.phase("loading teacher and data")
     loaded = load(checked, place)
     check_cache_limit(checked, loaded)
+    observer.phase("solving what fits")
+    checked = construct(checked, loaded, observer.line)
     observer.phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.started)
     loaded = loaded.stepping(plan.batch_tokens)
@@ -122,6 +125,7 @@ def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price 
         "evaluation_bytes": loaded.fit.evaluation_bytes,
         "budget": checked.budget.to_json(),
         "baselines": list(checked.space.baselines),
+        "constructions": [one.to_json() for one in checked.constructions],
         "notes": list(loaded.notes),
         "expected_seconds": sum(plan.seconds.values()),
         **cost(plan, place.machines, price),
@@ -266,6 +270,7 @@ def _search(
     if checked.stored is not None:
         run.check_together(len(checked.stored["plan"]["rungs"]), whole=True)
     planned = plan_run(checked, place, run, clock, observer)
+    checked = planned.config
     if storage is not None:
         keep(run.search_file, storage)
     ended = last_ended(run.events.read(), run.path, storage)
@@ -298,7 +303,7 @@ def _trials(
     tell: Callbacks,
 ) -> tuple[Campaign, Ready, TrialSetting]:
     """Runs the trials; `earlier` is the log of the sessions before this one."""
-    ready = prepare_trials(checked, planned, run, clock)
+    ready = prepare_trials(planned, run, clock)
     loaded, plan, question, setting = planned.loaded, planned.plan, ready.question, ready.setting
     if storage is not None:
         with clock.phase("load", "sending what trials read"):

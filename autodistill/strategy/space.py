@@ -35,7 +35,9 @@ from autodistill.utils.yaml_files import read_yaml
 
 _NO_DIMENSION = "dimensions must be a mapping with an entry"
 
-_SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines", "starts", "optional", "lengths")
+_SPACE_FIELDS = (
+    *("name", "description", "dimensions", "deployments", "baselines", "starts", "optional", "lengths", "solved"),
+)
 
 Domain = Float | Int | Choice | Mapping[str, Any]
 """What a dimension may be, as Python declares it, or as plain data like a YAML file's."""
@@ -63,7 +65,10 @@ class Space:
         optional: Of dimensions the choices that a search does without where no student of them fits its budget, or can
             be trained on its machines.
         lengths: Multiples of the plan's tokens, 1 and above, that the best trials are trained on to.
-        narrowed_from: Hash of the space that this one was made of by `required`; runs of the two are of one space.
+        solved: Whether how a student begins and is stored (`init`, `finishing`) is solved for the budget; the dimensions
+            then say what is raced beside it.
+        narrowed_from: Hash of the space that this one was made of, by `required` or with what was solved; runs of the
+            two are of one space.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -74,6 +79,7 @@ class Space:
     starts: Mapping[str, Strategy]
     optional: Mapping[str, tuple[Value, ...]]
     lengths: tuple[float, ...]
+    solved: bool
     narrowed_from: str | None
 
     def __init__(
@@ -87,17 +93,18 @@ class Space:
         starts: Sequence[str] | Mapping[str, Strategy | Mapping[str, Any]] = (),
         optional: Mapping[str, Sequence[Value]] | None = None,
         lengths: Sequence[float] = (1.0,),
+        solved: bool = False,
         narrowed_from: str | None = None,
     ) -> None:
         """Read a space and check that each of its corners is a strategy.
 
         Args:
             dimensions: By dotted path in a strategy, what each may be.
-            name, description, lengths: See the attributes.
+            name, description, lengths, solved: See the attributes.
             deployments: Those of the default space where none are given.
             baselines, starts: Names of strategies, like "gkd", or strategies by names of your own.
             optional: By path, some of a dimension's choices.
-            narrowed_from: Of spaces that `required` makes alone.
+            narrowed_from: Of spaces that are made of another one alone.
 
         Raises:
             InputError: Anything wrong with it, naming the dimension.
@@ -112,6 +119,7 @@ class Space:
             "starts": starts if read else _named("starts", starts),
             "optional": optional if read else _optional({} if optional is None else optional),
             "lengths": lengths if read else _lengths(lengths),
+            "solved": solved,
             "narrowed_from": narrowed_from,
         }
         for field_name, value in given.items():
@@ -120,6 +128,12 @@ class Space:
             self._check()
 
     def _check(self) -> None:
+        check(isinstance(self.solved, bool), f"solved is true or false, not {self.solved!r}")
+        told = [one.path for one in self.dimensions if part_of(one.path) in ("init", "finishing")]
+        check(
+            not (self.solved and (told or self.starts or self.optional)),
+            f"a solved space leaves init and finishing to the solver: leave out {', '.join(told) or 'starts, optional'}",
+        )
         _check_corners(self)
         _check_optional(self)
         for name, strategy in self.starts.items():
@@ -240,6 +254,7 @@ class Space:
         data = self.to_json()
         parts = [list(data["dimensions"].items()), data["deployments"], data["baselines"], list(data["starts"].items())]
         parts += [data["optional"]] if self.optional else []
+        parts += ["solved"] if self.solved else []
         return content_hash(parts + ([data["lengths"]] if len(self.lengths) > 1 else []))
 
     def to_json(self) -> dict[str, Any]:
@@ -253,6 +268,7 @@ class Space:
             "starts": {name: strategy.to_json() for name, strategy in self.starts.items()},
             "optional": {path: list(labels) for path, labels in self.optional.items()},
             "lengths": list(self.lengths),
+            **({"solved": True} if self.solved else {}),
         }
 
     def to_yaml(self) -> str:

@@ -18,22 +18,16 @@ from autodistill.strategy.deployment import Deployment, serving
 from autodistill.strategy.strategy import Strategy
 
 
-def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...], *, own_first: bool = False) -> Deployment:
-    """Return the deployment that a rung is judged by: the widest, since a trial is worth what its best deployment is.
-
-    Of those of as many bits it is the finishing stage's own grid.
+def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...]) -> Deployment:
+    """Return the deployment that a rung is judged by: the grid that training ends on, or else the widest.
 
     Args:
         strategy: Of the trial.
         deployments: Allowed ones, at least one.
-        own_first: Whether the finishing's own grid is taken before wider ones, as where less memory counts too.
     """
-    widest, finishing = max(deployments, key=_width), strategy.finishing
-    for deployment in deployments:
-        own = finishing is not None and deployment.scheme == finishing.scheme
-        if own and (own_first or deployment.bits >= widest.bits):
-            return deployment
-    return widest
+    finishing = strategy.finishing
+    own = (one for one in deployments if finishing is not None and one.scheme == finishing.scheme)
+    return next(own, max(deployments, key=_width))
 
 
 def _width(deployment: Deployment) -> tuple[int, bool, float, str]:

@@ -54,9 +54,7 @@ def admit(
     miss = None
     if candidate.reason is None:
         miss = nearest_miss(fitting, question.budget) or (training.miss if training else None)
-    # Of several objectives a narrower grid serves the others; where nothing is proposed, a strategy has no rival.
-    own_first = bool(question.further) or not question.space.dimensions
-    probe = probe_deployment(strategy, allowed or question.deployments, own_first=own_first)
+    probe = probe_deployment(strategy, allowed or question.deployments)
     seed = question.plan.seed if seed is None else seed
     # Nobody goes on from a further seed, nor from anything where nothing is proposed.
     shares = question.sharing and kind != CONFIRMATION and bool(question.space.dimensions)

@@ -26,6 +26,9 @@ from autodistill.options import parsed
 from autodistill.runs.results import selection as choice
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.run_folder import default_cache
+from autodistill.search.construction.construction import Construction, with_constructions
+from autodistill.search.construction.plain import plain_constructions
+from autodistill.search.construction.recipe import first_recipe
 from autodistill.search.planning.plan import EXPLORE
 from autodistill.search.request.earlier_runs import parse_runs
 from autodistill.search.request.feasibility import narrowed, on_its_device, shortest_context
@@ -58,6 +61,8 @@ class SearchConfig:
         strategy: Reference of the strategy that alone is trained; None of a search.
         baselines: References of the strategies to beat; None where they are the space's own.
         device: Where latencies are predicted, if they are.
+        declared: The space as it was read; `space` is what is searched.
+        constructions: What a solved space offers under the budget, by plain rules until the teacher is there.
         trials, tokens, time_seconds, step_tokens, gpus_per_trial, cpus_per_trial, checkpoint_limit_bytes: None is left
             to the plan, which knows the machine; on resuming, to that which there is.
         stored: `search.json` of the run that goes on; None of a new one.
@@ -73,6 +78,8 @@ class SearchConfig:
     source: DataSource
     data_reference: str
     space: Space
+    declared: Space
+    constructions: tuple[Construction, ...]
     space_reference: str
     baselines: tuple[str, ...] | None
     asked: Asked
@@ -116,6 +123,11 @@ class SearchConfig:
         """Whether more or less of it is better."""
         return self.objectives[0].direction
 
+    def with_constructions(self, constructions: Sequence[Construction]) -> SearchConfig:
+        """The settings with other constructions, in the space that has them as choices."""
+        space = with_constructions(self.declared, constructions, first_recipe(self.spec))
+        return replace(self, constructions=tuple(constructions), space=space)
+
 
 def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchConfig:
     """Says of every setting what it is: what is asked for, or as it was before, or the default.
@@ -147,7 +159,8 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         searched = single(searched, strategy)
     spec = spec_from_config(teacher.config)
     budget, notes = _budget(limits, known, spec, searched)
-    searched = _under_budget(searched, spec, budget, known)
+    declared = on_its_device(searched, budget) if searched.solved else searched
+    constructions, searched = _under_budget(declared, spec, budget, known)
     confirm = request.confirm if request.confirm is not None else known.get("confirm", 0)
     warm_start = joined(request.warm_start)
     storage = request.storage or known.get("storage")
@@ -161,6 +174,8 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         source=source,
         data_reference=named_data,
         space=searched,
+        declared=declared,
+        constructions=constructions,
         space_reference=named_space,
         baselines=baselines,
         asked=asked.with_divergences(searched.divergences),
@@ -320,13 +335,25 @@ def _students_only(request: SearchRequest, stored: Mapping[str, Any] | None) -> 
     return bool(request.students_only) or request.strategy is not None
 
 
-def _under_budget(space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any]) -> Space:
-    """The space that this budget is searched in, on resuming that which it was."""
+def _under_budget(
+    space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any]
+) -> tuple[tuple[Construction, ...], Space]:
+    """The constructions and the space that this budget is searched with, on resuming those of before.
+
+    Raises:
+        NothingFitsError: Of a solved space nothing fits.
+    """
+    if known.get("constructions"):
+        constructions = tuple(map(Construction.from_json, known["constructions"]))
+        return constructions, replace(Space.from_json(known["space_definition"]), narrowed_from=space.hash)
     if known:
         whole = space if known.get("space_definition", {}).get("optional") else space.required()
         # Runs of earlier versions have deployments that their device does not serve.
-        return whole if whole.hash == known.get("space_hash") else on_its_device(whole, budget)
-    return narrowed(on_its_device(space, budget), spec, budget)
+        return (), whole if whole.hash == known.get("space_hash") else on_its_device(whole, budget)
+    if space.solved:
+        constructions = plain_constructions(spec, space, budget)
+        return constructions, with_constructions(space, constructions, first_recipe(spec))
+    return (), narrowed(on_its_device(space, budget), spec, budget)
 
 
 def warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
@@ -359,5 +386,6 @@ def single(space: Space, reference: str) -> Space:
         dimensions=(),
         starts={},
         optional={},
+        solved=False,
         baselines={Path(reference).stem: strategy},
     )

@@ -105,8 +105,15 @@ class Loaded:
         return (*self.data.notes, *few_positions(self.data), *caveat, *self.templates.values())
 
     def teacher_deployments(self, checked: SearchConfig) -> tuple[Deployment, ...]:
-        """Those that the teacher is evaluated under: of the space, and the one that has its own codes."""
+        """Those that the teacher is evaluated under: of the space, and the one that has its own codes.
+
+        Where constructions were solved, those of the whole teacher stand for all of the space's, beside 16 bits.
+        """
         deployments = checked.space.deployments
+        if checked.constructions:
+            constructed = [one.deployment for one in checked.constructions if one.whole]
+            wide = [one for one in deployments if one.bits == 16 and not one.types]
+            deployments = tuple(dict.fromkeys((*constructed, *wide[:1])))
         if self.stored is not None:
             deployments = served(self.stored.among(deployments), checked.budget)
         return holdable(self.spec, deployments)

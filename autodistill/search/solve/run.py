@@ -122,7 +122,7 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
     own = stored.deployment if stored and stored.deployment and stored.deployment.container == "gguf" else None
     fingerprint = tokenizer_fingerprint(teacher.folder)
     data = prepare(source, teacher.folder, fingerprint, request.sequence_length, request.cache)
-    bench = _bench(teacher, spec, own)
+    bench = load_bench(teacher, spec, own)
     samples = _samples(request, data, bench)
     calibration, held_out = samples
     documents, misses = [], []
@@ -196,7 +196,7 @@ def _check_fits(options: Sequence[Options]) -> None:
         )
 
 
-def _bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Bench:
+def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Bench:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(teacher.folder, torch.float32, device)
     scales = read_scales(teacher.folder, own) if own else {}

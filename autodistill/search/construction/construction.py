@@ -1,0 +1,148 @@
+"""A construction: how a student begins and how it is stored, and the space in which constructions are choices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.dimension import Dimension, Point, find, look_up
+from autodistill.strategy.domains import Range, Value
+from autodistill.strategy.space import Space
+from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+
+_NOT_TRAINED_ON = "none"  # the label of a finishing that is none
+_FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no arm beside it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Construction:
+    """How a student begins, and how it is stored, before anything is trained.
+
+    Attributes:
+        init: Its shape and first weights.
+        deployment: Its storage, which fits the budget.
+        bytes: Memory that it needs, as predicted.
+        solved: Whether its types were solved for the budget; a plain one is what a person would take.
+        kl, kl_stderr: KL of the teacher to it on calibration text, in nats a token, and its standard error; None where
+            nobody measured it.
+    """
+
+    init: Init
+    deployment: Deployment
+    bytes: int
+    solved: bool = False
+    kl: float | None = None
+    kl_stderr: float | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the whole teacher."""
+        return self.init == WHOLE
+
+    @property
+    def finishing(self) -> Finishing | None:
+        """The grid that its training ends on, which is what it is stored on; None of 16 bits."""
+        scheme = self.deployment.scheme
+        return None if scheme.bits == 16 and not scheme.types else Finishing(**asdict(scheme))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self) | {"init": self.init.to_json(), "deployment": self.deployment.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        parts = {"init": Init.from_json(data["init"]), "deployment": Deployment.from_json(data["deployment"])}
+        return cls(**{**data, **parts})
+
+
+WHOLE = Init(depth=1.0)
+
+
+def arms(constructions: Sequence[Construction]) -> tuple[Construction, ...]:
+    """The constructions that a search races, the first one being "no search".
+
+    That is the whole teacher in the best plain storage that fits, or where none holds it the best plain cut. Then the
+    best that was solved of each shape follows, as far as its KL is not hopeless beside the best.
+    """
+    plain = min((one for one in constructions if not one.solved), key=_order, default=None)
+    best: dict[Init, Construction] = {}
+    for one in sorted((one for one in constructions if one.solved), key=_order):
+        best.setdefault(one.init, one)
+    others = list(best.values())
+    known = [one.kl for one in (plain, *others) if one is not None and one.kl is not None]
+    near = [one for one in others if one.kl is None or one.kl <= min(known) + _FAR]
+    return tuple(dict.fromkeys(one for one in (plain, *near) if one is not None))
+
+
+def _order(one: Construction) -> tuple[bool, bool, float, int]:
+    """The whole teacher first, and of a shape what is known to be nearest to it, then what is larger."""
+    return (not one.whole, one.kl is None, one.kl or 0.0, -one.bytes)
+
+
+def with_constructions(declared: Space, constructions: Sequence[Construction], recipe: Distillation) -> Space:
+    """The space whose `init` and `finishing` are those of constructions, which its starts are the arms of.
+
+    Args:
+        declared: A space that leaves both to the solver.
+        constructions: At least one.
+        recipe: How a student is trained where nothing is known better; what the space says otherwise goes before it.
+    """
+    raced = arms(constructions)
+    inits = {label(one): one.init.to_json() for one in raced}
+    grids = {_of_grid(one): one.finishing and one.finishing.to_json() for one in raced}
+    dimensions = (
+        Dimension.from_json("init", {"choices": inits}),
+        Dimension.from_json("finishing", {"choices": grids}),
+        *declared.dimensions,
+    )
+    deployments = dict.fromkeys((*(one.deployment for one in constructions), *declared.deployments))
+    made = replace(
+        declared,
+        dimensions=dimensions,
+        deployments=tuple(deployments),
+        solved=False,
+        narrowed_from=declared.hash,
+    )
+    data = Strategy(distillation=recipe).to_json()
+    starts = {}
+    for one in raced:
+        point = _nearest(made, data, {"init": label(one), "finishing": _of_grid(one)})
+        starts[_name(one, raced)] = made.strategy(point)
+    return replace(made, starts=starts)
+
+
+def label(one: Construction) -> str:
+    """What a shape is called among the choices of a space."""
+    if one.whole:
+        return "whole"
+    return one.init.describe().replace("100% even ", "").replace(" ", "-")
+
+
+def _of_grid(one: Construction) -> str:
+    return _NOT_TRAINED_ON if one.finishing is None else one.deployment.scheme.name
+
+
+def _name(one: Construction, raced: Sequence[Construction]) -> str:
+    return "no search" if one is raced[0] and not one.solved else f"solved {label(one)}"
+
+
+def _nearest(space: Space, data: Mapping[str, Any], fixed: Mapping[str, Value]) -> Point:
+    """The point with some values and, of all other dimensions, what plain data of a strategy say or what is nearest."""
+    point: Point = {}
+    for dimension in space.dimensions:
+        if not dimension.active(point):
+            continue
+        if dimension.path in fixed:
+            point[dimension.path] = fixed[dimension.path]
+            continue
+        wanted = look_up(data, dimension.path)
+        domain = dimension.domain
+        if isinstance(domain, Range) and isinstance(wanted, int | float):
+            point[dimension.path] = domain.snap(min(max(float(wanted), domain.low), domain.high))
+        else:
+            found = find(domain, wanted)
+            point[dimension.path] = domain.at(0.0) if found is None else found
+    return point

@@ -1,0 +1,96 @@
+"""Plain constructions: the shapes and storages that a person would take under a budget, without a solver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from autodistill.distillation.student.check import student_spec
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimates.fit import Fit, fits, holdable, smallest
+from autodistill.hardware.budget import Budget, served
+from autodistill.models.spec import ModelSpec
+from autodistill.search.construction.construction import WHOLE, Construction
+from autodistill.search.solve.options import Options
+from autodistill.search.solve.rivals import rivals
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Space
+from autodistill.strategy.strategy import Init, Strategy
+from autodistill.units import format_bytes
+
+SHAPES = (
+    WHOLE,
+    *(Init(depth=1.0, ffn=ffn) for ffn in (0.7, 0.4)),
+    *(Init(depth=depth, layers="block-influence") for depth in (0.8, 0.6)),
+)
+"""The teacher whole, narrower, and shallower: the least that a budget is tried with."""
+
+
+def plain_constructions(spec: ModelSpec, space: Space, budget: Budget) -> tuple[Construction, ...]:
+    """The widest plain storage of each shape within a budget; of the whole teacher also the next ones.
+
+    Args:
+        spec: The teacher's shape.
+        space: Whose deployments say which runtimes serve the student.
+        budget: Of the student.
+
+    Raises:
+        InputError: None of the space's deployments holds any of the shapes.
+        NothingFitsError: None of them fits, not even the smallest, which is named.
+    """
+    found, nearest, refused = [], None, None
+    for init in SHAPES:
+        try:
+            student = student_spec(Strategy(init=init), spec)
+        except InputError:
+            continue
+        try:
+            tried = list(_tried(student, space, budget))
+        except InputError as error:
+            refused = refused or error
+            continue
+        for fit in sorted((fit for fit in tried if fit.slack <= 0), key=lambda fit: -fit.need)[:1]:
+            found.append(Construction(init=init, deployment=fit.deployment, bytes=fit.need))
+        least = smallest(tried)
+        if nearest is None or least.slack < nearest[1].slack:
+            nearest = init, least
+    if found:
+        return tuple(found)
+    if nearest is None:
+        assert refused is not None
+        raise refused
+    init, fit = nearest
+    raise NothingFitsError(
+        f"nothing fits, not even the student with the lowest requirements ({init.describe()}): the smallest "
+        f"deployment, {fit.deployment.name}, needs {format_bytes(fit.need)} at context {budget.context}, "
+        f"{format_bytes(fit.need - fit.limit)} over the {format_bytes(fit.limit)} budget; raise --budget, or lower "
+        "--context"
+    )
+
+
+def in_gguf(space: Space, budget: Budget) -> bool:
+    """Whether llama.cpp may serve the student, whose types alone are solved."""
+    return any(one.runtime == "llama.cpp" for one in served(space.deployments, budget))
+
+
+def _tried(student: ModelSpec, space: Space, budget: Budget) -> Iterator[Fit]:
+    """How the plain storages of a shape stand to a budget: those of the space, and in GGUF with smaller tables.
+
+    Raises:
+        InputError: None holds the shape.
+    """
+    held = list(holdable(student, served(space.deployments, budget)))
+    if in_gguf(space, budget):
+        options = Options(spec=student, budget=budget)
+        try:
+            options.check()
+            plain = rivals(options, None, budget.memory_bytes, lambda one: -_bytes(options, one))
+            held += [one.deployment for one in plain] + [options.smallest()[0]]
+        except InputError:
+            pass
+    if not held:
+        raise InputError(f"no deployment of the space {space.name} can hold the student")
+    yield from fits(student, tuple(dict.fromkeys(held)), budget)
+
+
+def _bytes(options: Options, deployment: Deployment) -> float:
+    return float(options.memory(deployment).total_bytes)
