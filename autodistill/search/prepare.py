@@ -128,6 +128,7 @@ def prepare_trials(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
         device=planned.loaded.workers.device,
         sharing=checked.sharing,
         students_only=checked.students_only,
+        raced=bool(checked.constructions) and not checked.objectives[1:],
         memory=planned.loaded.memory,
     )
     document = dict(planned.document)

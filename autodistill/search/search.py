@@ -316,7 +316,7 @@ def _trials(
             checked.space,
             name=checked.sampler,
             seed=checked.seed,
-            direction=question.direction,
+            direction=question.judge_direction,
             further=question.further,
             earlier=ready.warm.observations,
             first=ready.warm.first,

@@ -174,15 +174,15 @@ DECAY = 0.2
 _FINALISTS = 2
 
 # A rung of fewer optimiser steps takes longer beside its training than in it, and its order says little.
-_LEAST_STEPS = 3
+_LEAST_STEPS = 4
 
 CONFIRMED = 3  # students that are trained on further seeds, where that is asked for
 
 
 def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
-    """Geometric rungs in whole steps: a ninth of the tokens, if that is three steps, a third and all of them."""
+    """Geometric rungs in whole steps: a ninth and a third of the tokens, where these are four steps, and all of them."""
     ninth, third = (max(2, round(tokens / batch / REDUCTION**level)) * batch for level in (2, 1))
-    inner = {third} | ({ninth} if ninth >= _LEAST_STEPS * batch else set())
+    inner = {rung for rung in (ninth, third) if rung >= _LEAST_STEPS * batch}
     return (*sorted(rung for rung in inner if rung < tokens), tokens)
 
 

@@ -104,6 +104,9 @@ def candidate_of(question: Question, strategy: Strategy) -> Candidate:
     try:
         check_strategy(strategy, question.teacher_spec)
         deployments = served(with_own(strategy, question.deployments), question.budget)
+        if question.raced and strategy.finishing is not None:
+            scheme = strategy.finishing.scheme
+            deployments = tuple(one for one in deployments if one.scheme == scheme)
         fitting = fits(spec, holdable(spec, deployments), question.budget)
     except InputError as error:
         return Candidate(strategy=strategy, spec=spec, reason=str(error))

@@ -323,8 +323,8 @@ class Agenda:
 
     def _best_first(self, trials: Iterable[TrialState]) -> list[TrialState]:
         """Those that have a value, from the highest rung downwards, and of a rung the best first."""
-        sign = -1.0 if self._question.direction == "max" else 1.0
-        ranked = sorted((-t.rung, sign * t.value, t.task.id) for t in trials if t.value is not None)
+        sign = -1.0 if self._question.judge_direction == "max" else 1.0
+        ranked = sorted((-t.rung, sign * t.judged, t.task.id) for t in trials if t.judged is not None)
         return [self._trials[trial_id] for _, _, trial_id in ranked]
 
     def _proposal(self) -> Assignment | None:
@@ -418,7 +418,7 @@ def observation(trial: TrialState, question: Question, *, forkable: bool) -> Obs
     return Observation(
         point=trial.point,
         state=trial.status or waiting,
-        value=trial.value,
+        value=trial.judged,
         further=trial.further,
         fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
         constraint=slack,

@@ -14,13 +14,14 @@ from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Decision, Row, Status, rows_of
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.run_log import RunLog
+from autodistill.search.algorithms.race import clearly_behind
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving
 from autodistill.search.callbacks import Event, RungReached, Step, TrialFinished, TrialStarted
 from autodistill.search.campaign.admission import admit, candidate_of, with_training
 from autodistill.search.campaign.agenda import Agenda
 from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper, stage_facts
-from autodistill.search.campaign.state import Candidate, Question, TrialState
+from autodistill.search.campaign.state import LIKELIHOOD, Candidate, Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
 from autodistill.search.planning.trial_memory import TrainingNeed
 from autodistill.search.worker.attempt import Assignment
@@ -92,15 +93,17 @@ class Campaign:
         self.watch: Callable[[], None] = lambda: None
         # While a log is replayed: the deployment of each trial's latest row, and kills when work was last begun.
         self._judged: dict[str, str] = {}
+        self._rows: dict[str, Row] = {}
+        self._behind: dict[str, tuple[float, float]] = {}
         self._kills = 0
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
-        self._stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.direction)
+        self._stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.judge_direction)
         self._scheduler = halving(
             trials=plan.trials,
             rungs=plan.rungs,
             keep=plan.keep,
-            direction=question.direction,
+            direction=question.judge_direction,
             further=[objective.direction for objective in question.further],
         )
         self._agenda = Agenda(
@@ -262,6 +265,8 @@ class Campaign:
         trial.rung = report.rung
         self._ended_at(trial, report.tokens)
         trial.value = row.figure(self.question.metric) if row.feasible else None
+        trial.judged = row.figure(self.question.judge) if row.feasible else None
+        self._rows[trial.task.id] = row
         trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
         decision = self._judge(trial)
@@ -275,6 +280,7 @@ class Campaign:
                 "rung": report.rung,
                 "tokens": report.tokens,
                 "value": trial.value,
+                "judged": trial.judged,
                 "further": list(trial.further),
                 "decision": decision.value,
                 "seconds": report.seconds,
@@ -333,7 +339,22 @@ class Campaign:
         # A baseline runs straight to the end and takes nobody's place at a rung.
         if trial.task.straight:
             return Decision.STOP
-        return self._scheduler.report(trial.task.id, trial.rung, trial.value, further=trial.further)
+        decision = self._scheduler.report(trial.task.id, trial.rung, trial.judged, further=trial.further)
+        if self.question.raced:
+            self._race(trial.rung)
+        return decision
+
+    def _race(self, rung: int) -> None:
+        """Takes the trials out that are clearly behind the best at a rung, whatever place they have."""
+        here = {
+            trial.task.id: self._rows[trial.task.id]
+            for trial in self.trials.values()
+            if trial.status is None and trial.rung == rung and trial.judged is not None and not trial.task.straight
+        }
+        for name, (behind, error) in clearly_behind(here, LIKELIHOOD).items():
+            if name not in self._behind:
+                self._behind[name] = (behind, error)
+                self._scheduler.discard(name)
 
     def _ended_at(self, trial: TrialState, tokens: int) -> None:
         """What was trained on for as long as the box had time is as long as it became."""
@@ -424,6 +445,9 @@ class Campaign:
         for trial in self.trials.values():
             if trial.status is None:
                 reason = f"stopped at rung {trial.rung + 1} of {len(self.question.plan.rungs)}"
+                if trial.task.id in self._behind:
+                    gap, error = self._behind[trial.task.id]
+                    reason += f": {gap:.4f} ± {error:.4f} nats a token behind the best there"
                 self._end(
                     trial, Status.STOPPED, reason if trial.rung >= 0 else "the time budget ended before its first rung"
                 )
@@ -503,6 +527,7 @@ class Campaign:
         if row.split != "validation":
             return
         self._judged[row.trial] = row.deployment_name
+        self._rows[row.trial] = row
         trial.settled.add(row.deployment_name)
         # A training's is followed by its rung; all other work has ended with it.
         for piece in [piece for piece in trial.begun if piece[1] is not None]:
@@ -511,6 +536,7 @@ class Campaign:
     def _replay_rung(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["trial"]]
         trial.rung, trial.value, trial.further = event["rung"], event["value"], tuple(event.get("further", ()))
+        trial.judged = event.get("judged", trial.value)
         self._ended_at(trial, event["tokens"])
         trial.train_seconds += event["seconds"]["train"]
         trial.trained_tokens += event.get("trained", 0) + event.get("resumed", 0)

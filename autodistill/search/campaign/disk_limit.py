@@ -33,7 +33,7 @@ class StageKeeper:
         limit: Bytes that its checkpoints, and students beside them, may take, those that are never removed aside; None
             for no limit.
         plan: Says where stretches begin.
-        direction: Whether more or less of the metric is better.
+        direction: Whether more or less of what trials are compared by is better.
     """
 
     def __init__(self, stages: StageStore, limit: int | None, plan: Plan, direction: Direction) -> None:
@@ -171,10 +171,10 @@ class StageKeeper:
         return worth
 
     def _value(self, trial: TrialState) -> float:
-        """Of the metric, higher for better, below all where there is none or it is of a further seed."""
-        if trial.kind == CONFIRMATION or trial.value is None or not math.isfinite(trial.value):
+        """What it is compared by, higher for better, below all where there is none or it is of a further seed."""
+        if trial.kind == CONFIRMATION or trial.judged is None or not math.isfinite(trial.judged):
             return -math.inf
-        return self._sign * trial.value
+        return self._sign * trial.judged
 
 
 def stage_facts(report: RungReport) -> dict[str, Any]:
@@ -376,7 +376,7 @@ def _confirmed(trials: Collection[TrialState], rows: Sequence[Row], question: Qu
     begun = {confirmed_trial(row) for row in rows if row.kind == CONFIRMATION}
     if not question.confirm:
         return begun
-    sign = -1.0 if question.direction == "max" else 1.0
+    sign = -1.0 if question.judge_direction == "max" else 1.0
     students = [one for one in trials if one.kind == "student" and one.status is Status.COMPLETED]
-    valued = sorted((sign * one.value, one.task.id) for one in students if one.value is not None)
+    valued = sorted((sign * one.judged, one.task.id) for one in students if one.judged is not None)
     return begun | {name for _, name in valued[:CONFIRMED]}

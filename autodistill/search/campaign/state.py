@@ -22,6 +22,8 @@ from autodistill.strategy.dimension import Point
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 
+LIKELIHOOD = "perplexity"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
@@ -30,7 +32,9 @@ class Question:
     `explore` is the share of the time for training that goes to trials; in the rest the best are trained on.
     `further` are objectives beside the metric; latencies are predicted on `served_on`, where one of them is a latency.
     `sharing` is off where it is to be measured what sharing stages is worth: every trial then trains all of its own.
-    `students_only` is on where what needs no training is not chosen, however good it is.
+    `students_only` is on where what needs no training is not chosen, however good it is. `raced` is on where
+    constructions were solved: students are then compared by their likelihood, paired by document, which decides on
+    fewer tokens than the metric does, and are packed on the grid that they were trained on alone.
     `memory` is what a trial has where it runs, which is this session's alone; None where nobody asks for it.
     """
 
@@ -50,7 +54,18 @@ class Question:
     device: str = "cpu"
     sharing: bool = True
     students_only: bool = False
+    raced: bool = False
     memory: TrialMemory | None = None
+
+    @property
+    def judge(self) -> str:
+        """The figure that rungs are judged by; the metric has the last word on what is exported."""
+        return LIKELIHOOD if self.raced else self.metric
+
+    @property
+    def judge_direction(self) -> Direction:
+        """Whether more or less of it is better."""
+        return "min" if self.raced else self.direction
 
     @property
     def best(self) -> Callable[..., float]:
@@ -96,6 +111,7 @@ class TrialState:
         point: Of the space, or None for a baseline outside of it.
         rung: Last rung reported, -1 before the first.
         value, further: Of the metric there, and of the further objectives; before, what is predicted of these.
+        judged: What it is compared by there: the metric, or in a race its likelihood.
         running: Whether a worker trains it.
         status, reason, cause: Once it has ended; the cause is that of a failure.
         miss: The limit for which it is rejected; None of one that is not, or that contradicts its teacher.
@@ -118,6 +134,7 @@ class TrialState:
     point: Point | None
     rung: int = -1
     value: float | None = None
+    judged: float | None = None
     further: tuple[float | None, ...] = ()
     train_seconds: float = 0.0
     trained_tokens: int = 0

@@ -81,7 +81,7 @@ def warm_start(out: Path, runs: Sequence[str], question: Question) -> WarmStart:
         out, runs: As checked by `check_space` and `check_fingerprints`.
         question: Of this search.
     """
-    sign = 1.0 if question.direction == "max" else -1.0
+    sign = 1.0 if question.judge_direction == "max" else -1.0
     found: dict[str, Observation] = {}
     first: list[Point] = []
     for name in runs:
@@ -137,7 +137,7 @@ def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cau
     usable = [
         (row.train_tokens, row.deployment, row)
         for row in rows
-        if row.train_tokens and row.figure(question.metric) is not None
+        if row.train_tokens and row.figure(question.judge) is not None
     ]
     usable = [item for item in usable if item[1] in trial.task.deployments]
     if not usable:
@@ -151,7 +151,7 @@ def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cau
     return Observation(
         point=trial.point,
         state=Status.COMPLETED if whole else Status.STOPPED,
-        value=seen[deployment].figure(question.metric),
+        value=seen[deployment].figure(question.judge),
         fidelity=min(1.0, level / tokens),
         constraint=slack,
         further=tuple(_further(item, trial, deployment, seen[deployment], question) for item in question.further),

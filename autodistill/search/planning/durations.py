@@ -71,6 +71,7 @@ class Demand:
         longest: How many times a trial's tokens the best are trained on to, as the space asks for; their time is what
             the box has left.
         explore: Share of the time for training that goes to trials; in the rest the best are trained on.
+        arms: Of a race, that are proposed first; 0 of a search without one.
         exports: Kinds of files that are written and measured: of the best student, and as GGUF where it is another.
     """
 
@@ -94,6 +95,7 @@ class Demand:
     explore: float = 1.0
     cached_tokens: float = math.inf
     exports: int = 1
+    arms: int = 0
 
 
 def evaluated_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:

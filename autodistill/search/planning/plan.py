@@ -32,8 +32,9 @@ from autodistill.search.planning.durations import (
 from autodistill.search.planning.placement import Workers
 from autodistill.units import format_duration
 
-# With fewer optimiser steps than this at full fidelity, strategies cannot be told apart.
-_FEWEST_STEPS = 24
+# With fewer optimiser steps than this at full fidelity, strategies cannot be told apart; in a race, whose likelihoods
+# are compared by document and whose winner is trained on, a third of them do.
+_FEWEST_STEPS, _FEWEST_RACED = 24, 8
 
 # The first rung, a ninth of these, then still has those.
 ENOUGH_STEPS = _FEWEST_STEPS * REDUCTION**2
@@ -46,11 +47,24 @@ _LEAST_STEPS = 3
 
 _TRIALS, _FEWEST_TRIALS = 12, 3
 
+
+def _fewest_steps(demand: Demand) -> int:
+    return _FEWEST_RACED if demand.arms else _FEWEST_STEPS
+
+
 # Share of the box that is planned; the rest absorbs a machine that slows down.
 _PLANNED_SHARE = 0.93
 
 EXPLORE = 0.5
 """Share of the time for training that goes to trials, by default; in the rest the best are trained on."""
+
+_RACE, _RACE_LONG, _LONG = 0.2, 0.25, 3600.0
+
+
+def race_share(box_seconds: float | None) -> float:
+    """The same where constructions are solved, so that trials race what is left uncertain."""
+    return _RACE_LONG if (box_seconds or 0.0) >= _LONG else _RACE
+
 
 WORTHWHILE = 1.25
 """Nothing is trained on to fewer than so many times the plan's tokens: more than half would go into a second decay."""
@@ -147,16 +161,16 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
         # Trials too short to choose by would leave nothing that is worth training on.
         least = _FEWEST_STEPS // 2 * batch
         trials, tokens = _held(demand, speed, workers)
-        if tokens < least:
+        if tokens < least and not demand.arms:
             tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
         # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
         path, shared = path_seconds(demand, speed, trials, tokens), shared_seconds(demand, speed, trials, tokens)
         if demand.trials is None and (tokens > most or path > shared / workers.count):
             trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
         tokens = max(fewest_tokens(batch), min(tokens, most))
-        if trials < _TRIALS and demand.trials is None:
+        if trials < _TRIALS and demand.trials is None and not demand.arms:
             notes.append(f"the time budget holds {trials} trials; {_TRIALS} are usual: give it more --time")
-        if tokens < _FEWEST_STEPS * batch:
+        if tokens < _fewest_steps(demand) * batch:
             notes.append(f"{tokens // batch} optimiser steps a trial hardly tell strategies apart: give it more --time")
     plan = _build(demand, speed, workers, trials, tokens, tuple(notes))
     if demand.explore < 1 and plan.longest == 1:
@@ -299,8 +313,9 @@ def _held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
     """
     if demand.trials is not None:
         return demand.trials, _most_tokens(demand, speed, workers, demand.trials)
-    held = [(trials, _most_tokens(demand, speed, workers, trials)) for trials in range(_TRIALS, _FEWEST_TRIALS - 1, -1)]
-    for steps in (_FEWEST_STEPS, _FEWEST_STEPS // 2):
+    fewest = demand.arms or _FEWEST_TRIALS
+    held = [(trials, _most_tokens(demand, speed, workers, trials)) for trials in range(_TRIALS, fewest - 1, -1)]
+    for steps in (_fewest_steps(demand), _fewest_steps(demand) // 2):
         enough = [item for item in held if item[1] >= steps * demand.step_tokens]
         if enough:
             return enough[0]

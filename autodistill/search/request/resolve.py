@@ -29,7 +29,7 @@ from autodistill.runs.run_folder import default_cache
 from autodistill.search.construction.construction import Construction, with_constructions
 from autodistill.search.construction.plain import plain_constructions
 from autodistill.search.construction.recipe import first_recipe
-from autodistill.search.planning.plan import EXPLORE
+from autodistill.search.planning.plan import EXPLORE, race_share
 from autodistill.search.request.earlier_runs import parse_runs
 from autodistill.search.request.feasibility import narrowed, on_its_device, shortest_context
 from autodistill.search.request.metrics import Asked, ask
@@ -188,7 +188,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         sequence_length=request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH,
         step_tokens=request.step_tokens,
         warm_start=warmed_by(known) if warm_start is None else parse_runs(warm_start),
-        explore=_explore(request, known, searched),
+        explore=_explore(request, known, declared),
         confirm=confirm,
         students_only=_students_only(request, stored),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
@@ -325,7 +325,9 @@ def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> 
         raise InputError(f"--explore {asked:g} leaves time to train the best further, but {why}: leave one of them out")
     if why is not None or request.strategy is not None:
         return 1.0
-    return EXPLORE if asked is None else asked
+    if asked is not None:
+        return asked
+    return race_share(parsed(request.time)) if space.solved else EXPLORE
 
 
 def _students_only(request: SearchRequest, stored: Mapping[str, Any] | None) -> bool:

@@ -181,6 +181,9 @@ def _demand(
         ]
         for _, student in students
     ]
+    # What is trained on a grid is packed on that one alone.
+    raced = [start for start in checked.space.starts.values() if checked.constructions]
+    on_grids = bool(raced) and all(start.finishing is not None for start in raced)
     return Demand(
         box_seconds=box_seconds,
         spent_seconds=spent,
@@ -188,7 +191,8 @@ def _demand(
         tokens=checked.tokens,
         baselines=len(checked.space.baselines),
         teacher_deployments=len(loaded.teacher_deployments(checked)),
-        deployments=max(map(len, allowed)),
+        deployments=1 if on_grids else max(map(len, allowed)),
+        arms=len(raced),
         train_tokens=train_tokens,
         validation_tokens=splits["validation"].sequences * checked.sequence_length,
         test_tokens=splits["test"].sequences * checked.sequence_length,
