@@ -65,8 +65,8 @@ class Space:
         optional: Of dimensions the choices that a search does without where no student of them fits its budget, or can
             be trained on its machines.
         lengths: Multiples of the plan's tokens, 1 and above, that the best trials are trained on to.
-        solved: Whether how a student begins and is stored (`init`, `finishing`) is solved for the budget; the dimensions
-            then say what is raced beside it.
+        solved: Whether how a student begins and is stored (`init`, `finishing`) is solved for the budget; then the
+            dimensions say what is raced beside it.
         narrowed_from: Hash of the space that this one was made of, by `required` or with what was solved; runs of the
             two are of one space.
     """
@@ -132,7 +132,8 @@ class Space:
         told = [one.path for one in self.dimensions if part_of(one.path) in ("init", "finishing")]
         check(
             not (self.solved and (told or self.starts or self.optional)),
-            f"a solved space leaves init and finishing to the solver: leave out {', '.join(told) or 'starts, optional'}",
+            "a solved space leaves init and finishing to the solver: leave out "
+            f"{', '.join(told) or 'starts and optional'}",
         )
         _check_corners(self)
         _check_optional(self)

@@ -180,7 +180,7 @@ CONFIRMED = 3  # students that are trained on further seeds, where that is asked
 
 
 def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
-    """Geometric rungs in whole steps: a ninth and a third of the tokens, where these are four steps, and all of them."""
+    """Geometric rungs in whole steps: a ninth and a third of the tokens, each if it is four steps, and all."""
     ninth, third = (max(2, round(tokens / batch / REDUCTION**level)) * batch for level in (2, 1))
     inner = {rung for rung in (ninth, third) if rung >= _LEAST_STEPS * batch}
     return (*sorted(rung for rung in inner if rung < tokens), tokens)

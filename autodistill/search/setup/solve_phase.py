@@ -21,7 +21,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.utils.file_locks import alone
 
 _PLAIN = 3  # plain storages that are measured
-_TOKENS, _MORE_TOKENS, _LONG = 1024, 2048, 1800.0  # of calibration text; the more in a time budget of so many seconds
+_TOKENS, _MORE_TOKENS, _LONG = 512, 2048, 1800.0  # of calibration text; the more in a time budget of so many seconds
 
 
 def solved_constructions(
@@ -50,7 +50,8 @@ def solved_constructions(
     if options.smallest()[1].total_bytes > budget.memory_bytes:
         return (), None
     train = load_split(loaded.data.folder, "train")
-    wanted = _MORE_TOKENS if (config.time_seconds or 0.0) >= _LONG else _TOKENS
+    thorough = (config.time_seconds or 0.0) >= _LONG
+    wanted = max(_MORE_TOKENS if thorough else _TOKENS, 2 * config.sequence_length)
     text = train.head(min(wanted, train.tokens.size))
     own = loaded.stored.deployment if loaded.stored else None
     own = own if own and own.container == "gguf" and served((own,), budget) and not cannot_hold(spec, own) else None
@@ -68,7 +69,7 @@ def solved_constructions(
         listed = rivals(options, own, budget.memory_bytes, predicted)
         plain = [one.deployment for one in listed if _fits(options, one.deployment)]
         plain = sorted(plain, key=predicted)[:_PLAIN]
-        solution = Solver(options, library, sample).solve(budget.memory_bytes, plain, thorough=True)
+        solution = Solver(options, library, sample).solve(budget.memory_bytes, plain, thorough=thorough)
         chosen = [*plain, *([solution.deployment] if solution and _fits(options, solution.deployment) else [])]
         found = []
         for deployment in dict.fromkeys(chosen):
