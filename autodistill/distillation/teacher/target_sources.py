@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from autodistill.distillation.losses.targets import FullTarget, Target, WrittenT
 from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.errors import InputError
 from autodistill.inference.half_precision import load_held
-from autodistill.models.loading import load_head, load_model
+from autodistill.models.loading import decoder_layers, load_head, load_model
 from autodistill.models.model_folder import HeldType
 from autodistill.strategy.strategy import Distillation
 
@@ -33,6 +34,7 @@ class LiveTeacher:
     def __init__(self, folder: Path, device: str = "cpu", bf16: bool = False, held: HeldType = "float32") -> None:
         self._folder, self._device, self._held = folder, device, held
         self._type = torch.bfloat16 if bf16 else torch.float32
+        self._last: tuple[Tensor, Mapping[int | str, Tensor]] | None = None
 
     @cached_property
     def _model(self) -> Any:
@@ -55,9 +57,38 @@ class LiveTeacher:
         Args:
             ids: int64 [sequences, length].
         """
-        with torch.no_grad():
-            hidden: Tensor = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden[:, :-1].flatten(0, 1)
+        return self.read(ids, ())["final"]
+
+    def state(self, ids: Tensor, layer: int, layers: Sequence[int]) -> Tensor:
+        """Return the output of one layer, float32 [sequences * (length - 1), width].
+
+        Args:
+            ids: int64 [sequences, length].
+            layer: Which.
+            layers: All that are asked for of these sequences, so that one pass gives them.
+        """
+        return self.read(ids, layers)[layer].float()
+
+    def read(self, ids: Tensor, layers: Sequence[int]) -> Mapping[int | str, Tensor]:
+        """Return the last hidden states and those of layers, from the last pass where it was over the same ids."""
+        before = self._last
+        if before is not None and before[0].equal(ids) and all(layer in before[1] for layer in layers):
+            return before[1]
+        found: dict[int | str, Tensor] = {}
+
+        def kept(states: Tensor) -> Tensor:
+            return states[:, :-1].flatten(0, 1)
+
+        with torch.no_grad(), ExitStack() as hooks:
+            for layer in layers:
+
+                def hook(module: Any, arguments: Any, output: Any, layer: int = layer) -> None:
+                    found[layer] = kept(output[0] if isinstance(output, tuple) else output)
+
+                hooks.callback(decoder_layers(self._model)[layer].register_forward_hook(hook).remove)
+            found["final"] = kept(self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        self._last = ids, found
+        return found
 
 
 def check_logprobs(recipes: Iterable[Distillation], told: bool) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.losses.attention import Heads, TeacherBlock, attention_loss, watch
 from autodistill.distillation.losses.divergence import divergence_of
-from autodistill.distillation.losses.hidden_states import Pair, alignment_loss, layer_map, projection
+from autodistill.distillation.losses.hidden_states import Pair, alignment_loss, layer_map, projection, rms_normalize
 from autodistill.distillation.losses.logits import logit_loss
 from autodistill.distillation.losses.targets import Target
 from autodistill.distillation.losses.token_selection import Learnt, learnt_tokens, uncertain_logits
@@ -115,6 +115,10 @@ class StepLoss:
         self._frozen_head: Tensor | None = None
         alignment, width = recipe.alignment, model.config.hidden_size
         self._pairs: tuple[Pair, ...] = layer_map(alignment, kept, teacher_layers) if alignment else ()
+        # Beside the student, the teacher gives all that is read of it.
+        self._teacher = teacher if recipe.signal == "online" else None
+        followed = [teacher_block.layer - 1] if teacher_block else []
+        self._layers = tuple({*(pair.teacher_state for pair in self._pairs), *followed})
         self.projections = nn.ModuleList(
             projection(alignment, width, teacher_width, seed + index) for index in range(len(self._pairs)) if alignment
         ).to(device)
@@ -179,7 +183,7 @@ class StepLoss:
                     for pair, project in zip(self._pairs, self.projections, strict=True)
                 ]
         labels, heard = ids[:, 1:].flatten()[learnt.rows], learnt.heard
-        target = self._advice(indices, ids, at.temperature).take(learnt.teachers) if at.weight > 0 else None
+        target = self._advice(indices, at.temperature).take(learnt.teachers) if at.weight > 0 else None
         if chosen is not None:
             known = chosen[chosen < heard]
             labels, heard, target = labels[chosen], len(known), target.take(known) if target else None
@@ -231,32 +235,43 @@ class StepLoss:
 
     def _alignment_loss(self, projected: list[Tensor], indices: list[int], learnt: Learnt, distance: str) -> Tensor:
         """Return the mean loss over layer pairs and learnt tokens, of the projected student states."""
-        assert self._cache is not None
         if learnt.heard == 0:
             return torch.stack([0.0 * states.sum() for states in projected]).sum()
         losses = []
         for pair, states in zip(self._pairs, projected, strict=True):
-            target = self._cache.state(indices, pair.teacher_state).to(self._device)[learnt.teachers]
-            size = None
-            if distance == "l2":
-                size = self._cache.state_size(indices, pair.teacher_state).to(self._device)[learnt.teachers]
-            losses.append(alignment_loss(states, target, size))
+            target, size = (part[learnt.teachers] for part in self._teacher_state(indices, pair.teacher_state))
+            losses.append(alignment_loss(states, target, size if distance == "l2" else None))
         return torch.stack(losses).mean() * (learnt.heard / learnt.size)
 
-    def _advice(self, indices: list[int], ids: Tensor, temperature: float) -> Target:
+    def _advice(self, indices: list[int], temperature: float) -> Target:
         """Return the teacher's targets for all predicted tokens of its rendering, with the student's end of answers."""
-        if self._data.teacher is None:
-            return self._target(indices, ids, temperature)
-        read = torch.from_numpy(np.asarray(self._data.teacher.tokens[indices], dtype=np.int64)).to(self._device)
+        read = self._read(indices)
+        if self._teacher is not None:
+            # One pass for all that is read of the teacher.
+            self._teacher.read(read, self._layers)
         target = self._target(indices, read, temperature)
-        return target.renamed(*self._data.ends) if self._data.ends else target
+        return target.renamed(*self._data.ends) if self._data.teacher is not None and self._data.ends else target
+
+    def _read(self, indices: list[int]) -> Tensor:
+        """Return the tokens of some sequences as the teacher reads them."""
+        tokens = (self._data.teacher or self._data).tokens[indices]
+        return torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(self._device)
+
+    def _teacher_state(self, indices: list[int], layer: int) -> tuple[Tensor, Tensor]:
+        """Return the normalised output of a layer of the teacher, [tokens, width], and its root mean squares, [tokens, 1]:
+        from the cache, or of the teacher itself where it runs beside the student.
+        """
+        if self._teacher is None:
+            assert self._cache is not None
+            cached = self._cache.state(indices, layer), self._cache.state_size(indices, layer)
+            return cached[0].to(self._device), cached[1].to(self._device)
+        state = self._teacher.state(self._read(indices), layer, self._layers)
+        return rms_normalize(state), state.square().mean(dim=1, keepdim=True).sqrt()
 
     def _teacher_heads(self, indices: list[int], attention: Attention) -> list[Heads]:
-        """Return the teacher's attention heads for the comparison, computed from the cached input of its layer."""
+        """Return the teacher's attention heads for the comparison, computed from the input of its layer."""
         assert self._teacher_block is not None
-        assert self._cache is not None
-        layer = self._teacher_block.layer - 1
-        states, sizes = (part(indices, layer).to(self._device) for part in (self._cache.state, self._cache.state_size))
+        states, sizes = self._teacher_state(indices, self._teacher_block.layer - 1)
         states = (states.float() * sizes).unflatten(0, (len(indices), -1))
         with self._autocast():
             return self._teacher_block.heads(states, attention)

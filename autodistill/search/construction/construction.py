@@ -96,6 +96,11 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], r
     dimensions = (
         Dimension.from_json("init", {"choices": inits}),
         Dimension.from_json("finishing", {"choices": grids}),
+        *(
+            Dimension.from_json(f"distillation.{name}", {"choices": [getattr(recipe, name)]})
+            for name in ("signal", "signal_tokens")
+            if not any(f"distillation.{name}".startswith(one.path) for one in declared.dimensions)
+        ),
         *declared.dimensions,
     )
     deployments = dict.fromkeys((*(one.deployment for one in constructions), *declared.deployments))

@@ -127,10 +127,11 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
         "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
         "workers": 15.0 if demand.ray else 0.0,
         "export": demand.exports * (12.0 + per_weight * demand.parameters),
-        # The teacher up to three times, the best that needs no training, the undistilled student, the found one, that
-        # as it was after a trial's tokens if it was trained on, and the baseline; each is loaded and packed. And before
-        # that, on validation, the student as it began.
-        "test": (7 if demand.explore == 1 else 8) * (test / speed.score + 3e-8 * demand.parameters + speed.asked)
+        # The teacher as it is and in two packings, the undistilled student and the found one, each loaded and packed;
+        # with a baseline that, and the found one as it was after as many tokens. And before that, on validation, the
+        # student as it began.
+        "test": (5 + min(1, demand.baselines) * (2 if demand.explore == 1 else 3))
+        * (test / speed.score + 3e-8 * demand.parameters + speed.asked)
         + full_eval / speed.score
         + 3e-8 * demand.parameters
         + speed.asked,

@@ -38,24 +38,27 @@ def _depths(dimension: Dimension, teacher_layers: int) -> tuple[Value, ...]:
 
 
 def alignment_cases(space: Space, teacher_layers: int) -> tuple[tuple[Init, Alignment], ...]:
-    """Every way of keeping layers and choosing aligned ones that a space and its baselines hold.
+    """Every way of keeping layers and choosing aligned ones that a space and its baselines hold, and that the cache is
+    read for.
 
-    The teacher's hidden states that a search may need follow from it. Other fields of both parts are examples.
+    The teacher's hidden states that a search may keep follow from it. Other fields of both parts are examples.
     """
-    aligned = (f"distillation.alignment{name}" for name in ("", ".layers", ".count"))
+    aligned = ("distillation.signal", *(f"distillation.alignment{name}" for name in ("", ".layers", ".count")))
     found: dict[tuple[str, str, float, str, str, int], tuple[Init, Alignment]] = {}
     for strategy in cases(space, {*_LAYERS, *aligned, "distillation"}, teacher_layers):
         init, alignment = strategy.init, strategy.distillation.alignment
-        if alignment is not None:
+        if alignment is not None and strategy.distillation.signal != "online":
             key = (init.source, init.model, init.depth, init.layers, alignment.layers, alignment.count)
             found.setdefault(key, (init, alignment))
     return tuple(found[key] for key in sorted(found))
 
 
 def attention_cases(space: Space, teacher_layers: int) -> tuple[Attention, ...]:
-    """Every choice of the teacher's layer whose attention is followed; other fields are examples."""
-    paths = {"distillation", "distillation.attention", "distillation.attention.teacher_depth"}
-    followed = (strategy.distillation.attention for strategy in cases(space, paths, teacher_layers))
+    """Every choice of the teacher's layer whose attention is followed from the cache; other fields are examples."""
+    parts = ("attention", "attention.teacher_depth", "signal")
+    paths = {"distillation", *(f"distillation.{part}" for part in parts)}
+    recipes = (strategy.distillation for strategy in cases(space, paths, teacher_layers))
+    followed = (recipe.attention for recipe in recipes if recipe.signal != "online")
     found = {attention.teacher_depth: attention for attention in followed if attention is not None}
     return tuple(found[depth] for depth in sorted(found))
 

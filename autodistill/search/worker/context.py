@@ -79,9 +79,10 @@ class Workbench:
         recipe, layers = strategy.distillation, self.setting.teacher_spec.layers
         check_rendering(strategy, self.setting.renderings)
         check_logprobs([recipe], self.train.told is not None)
-        pairs = layer_map(recipe.alignment, kept, layers) if recipe.alignment else ()
+        cached = recipe.signal != "online"
+        pairs = layer_map(recipe.alignment, kept, layers) if recipe.alignment and cached else ()
         states = {pair.teacher_state for pair in pairs}
-        if recipe.attention:
+        if recipe.attention and cached:
             states.add(teacher_layer(recipe.attention, layers) - 1)
         needed = CacheSettings.for_recipes([recipe], states, self.setting.plan.bf16)
         held = self.cache.settings if self.cache else CacheSettings(top_k=0, temperatures=())
