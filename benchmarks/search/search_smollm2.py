@@ -164,7 +164,7 @@ def ready(tokens: int, trials: int, context: int = CONTEXT, **inputs: str) -> It
     """Everything before the first trial of the search, common to all arms; a cache of its own tells what it takes."""
     folder = default_cache() / "benchmarks" / "smollm2"
     folder.mkdir(parents=True, exist_ok=True)
-    space = read_yaml(Path(__file__).parents[2] / "search_spaces" / "default.yaml")
+    space = read_yaml(Path(__file__).parents[2] / "search_spaces" / "declared.yaml")
     space["deployments"] = [one for one in space["deployments"] if one["runtime"] == "llama.cpp"]
     (folder / "space.yaml").write_text(json.dumps(space))
     request = SearchRequest(

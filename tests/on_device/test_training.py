@@ -40,7 +40,7 @@ def _fitted(strategy, layers):
 
 
 def _cache(workshop, name, strategy, spec, calibration, root, device):
-    space = dataclasses.replace(load_space("default"), dimensions=(), baselines={name: strategy})
+    space = dataclasses.replace(load_space("declared"), dimensions=(), baselines={name: strategy})
     settings = cache_settings(space, spec, bf16=False, calibration=calibration)
     if settings.empty:
         return None

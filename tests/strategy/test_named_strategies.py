@@ -33,7 +33,7 @@ def test_it_trains(workshop, tmp_path, name):
         recipe = dataclasses.replace(strategy.distillation, alignment=dataclasses.replace(alignment, count=layers))
         strategy = dataclasses.replace(strategy, distillation=recipe)
     check_strategy(strategy, spec)
-    space = dataclasses.replace(load_space("default"), dimensions=(), baselines={name: strategy})
+    space = dataclasses.replace(load_space("declared"), dimensions=(), baselines={name: strategy})
     calibration = None
     if strategy.init.selective:
         calibration = tmp_path / "calibration.safetensors"

@@ -64,7 +64,7 @@ def test_the_same_space_in_yaml_has_the_same_hash(tmp_path: Path) -> None:
 
 
 def test_what_is_written_reads_back_as_the_same_space(tmp_path: Path) -> None:
-    for name, space in {"mine": python_space(), "default": load_space("default")}.items():
+    for name, space in {"mine": python_space(), "declared": load_space("declared")}.items():
         (tmp_path / f"{name}.yaml").write_text(space.to_yaml())
         assert load_space(tmp_path / f"{name}.yaml") == space
 

@@ -38,7 +38,7 @@ def random_point(space: Space, seed: int):
 
 
 def test_the_default_space_searches_what_the_project_is_known_by():
-    space = load_space("default")
+    space = load_space("declared")
     strategies = [space.strategy(random_point(space, seed)) for seed in range(600)]
     distillations = [strategy.distillation for strategy in strategies]
     alignments = [distillation.alignment for distillation in distillations if distillation.alignment]
@@ -99,7 +99,7 @@ def test_the_documents_space_of_k_quants_is_one(tmp_path: Path):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_point_and_its_strategy_go_both_ways(seed):
-    space = load_space("default")
+    space = load_space("declared")
     point = random_point(space, seed)
     assert space.point(space.strategy(point)) == point
 
@@ -116,8 +116,8 @@ def test_named_strategies():
     assert (full.distillation.alignment.projection, full.distillation.alignment.distance) == ("linear", "l2")
     assert load_strategy("logit_kd").distillation.divergence_weight == 1.0
     assert load_strategy("cross_entropy").distillation.divergence_weight == 0.0
-    assert load_space("default").baselines == {"hand_designed": recipe}
-    assert load_space("default").point(recipe) is not None
+    assert load_space("declared").baselines == {"hand_designed": recipe}
+    assert load_space("declared").point(recipe) is not None
 
 
 def test_a_strategy_outside_has_no_point():
@@ -139,7 +139,7 @@ def test_a_space_of_a_baseline_alone_is_read_from_records_and_refused_as_a_file(
 
 
 def test_json_and_yaml_round_trips(tmp_path: Path):
-    space = load_space("default")
+    space = load_space("declared")
     again = Space.from_json(yaml.safe_load(yaml.safe_dump(space.to_json(), sort_keys=False)))
     assert again == space
     assert again.hash == space.hash
@@ -149,7 +149,7 @@ def test_json_and_yaml_round_trips(tmp_path: Path):
 
 
 def test_the_hash_is_of_what_matters():
-    space = load_space("default")
+    space = load_space("declared")
     data = space.to_json()
     assert Space.from_json(data | {"description": "other words"}).hash == space.hash
     for change in ({"deployments": data["deployments"][:3]}, {"baselines": {}}):
@@ -159,7 +159,7 @@ def test_the_hash_is_of_what_matters():
 
 
 def test_conditions_come_first_whatever_the_order_of_the_file():
-    data = load_space("default").to_json()
+    data = load_space("declared").to_json()
     for seed in range(10):
         items = list(data["dimensions"].items())
         random.Random(seed).shuffle(items)
@@ -194,7 +194,7 @@ def test_a_constant_temperature_ends_where_it_starts():
 
 
 def test_the_extremes_are_the_corners_of_how_a_student_begins():
-    space = load_space("default")
+    space = load_space("declared")
     inits = {(strategy.init.depth, strategy.init.layers, strategy.init.ffn) for strategy in space.required().extremes()}
     assert {strategy.init for strategy in space.extremes()} - {item.init for item in space.required().extremes()} == {
         Init(depth=1.0)
@@ -465,7 +465,7 @@ def test_a_strategy_file(tmp_path):
 
 
 def test_reading_changes_nothing():
-    data = load_space("default").to_json()
+    data = load_space("declared").to_json()
     before = copy.deepcopy(data)
     space = Space.from_json(data)
     for point in itertools.islice(space.points(lambda dimension: dimension.domain.corners), 50):
@@ -475,7 +475,7 @@ def test_reading_changes_nothing():
 
 def test_it_loads_neither_torch_nor_ray_nor_optuna():
     program = (
-        "import sys; from autodistill.strategy.space import load_space; load_space('default');"
+        "import sys; from autodistill.strategy.space import load_space; load_space('declared');"
         "print([name for name in ('torch', 'ray', 'optuna', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -483,7 +483,7 @@ def test_it_loads_neither_torch_nor_ray_nor_optuna():
 
 
 def test_starts_lie_in_the_space_and_count_in_its_hash(tmp_path):
-    space = load_space("default")
+    space = load_space("declared")
     assert list(space.starts) == ["narrow", "quantized"]
     assert Space.from_json(space.to_json()) == space
     assert dataclasses.replace(space, starts={}).hash != space.hash

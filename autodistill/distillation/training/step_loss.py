@@ -258,8 +258,9 @@ class StepLoss:
         return torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(self._device)
 
     def _teacher_state(self, indices: list[int], layer: int) -> tuple[Tensor, Tensor]:
-        """Return the normalised output of a layer of the teacher, [tokens, width], and its root mean squares, [tokens, 1]:
-        from the cache, or of the teacher itself where it runs beside the student.
+        """Return the normalised output of a teacher layer, [tokens, width], and its root mean squares, [tokens, 1].
+
+        They are those of the cache, or of the teacher itself where it runs beside the student.
         """
         if self._teacher is None:
             assert self._cache is not None

@@ -43,6 +43,14 @@ class Speed:
         """Of a worker that trains the best on."""
         return max(self.alone, self.worker_train)
 
+    def with_teacher_beside(self) -> Speed:
+        """The speed of training where the teacher reads each step's tokens too."""
+        return replace(
+            self,
+            worker_train=1 / (1 / self.worker_train + 1 / self.worker_score),
+            alone=self.alone and 1 / (1 / self.alone + 1 / self.score),
+        )
+
     def with_steps_longer(self, seconds: float, tokens: int) -> Speed:
         """The speed of training whose steps, of so many tokens, take so many seconds more than was timed."""
         rates = (timed / (1 + timed * seconds / tokens) for timed in (self.worker_train, self.alone))
@@ -71,6 +79,7 @@ class Demand:
         longest: How many times a trial's tokens the best are trained on to, as the space asks for; their time is what
             the box has left.
         explore: Share of the time for training that goes to trials; in the rest the best are trained on.
+        caches: Whether outputs of the teacher are cached before the first trial.
         arms: Of a race, that are proposed first; 0 of a search without one.
         exports: Kinds of files that are written and measured: of the best student, and as GGUF where it is another.
     """
@@ -95,6 +104,7 @@ class Demand:
     explore: float = 1.0
     cached_tokens: float = math.inf
     exports: int = 1
+    caches: bool = True
     arms: int = 0
 
 
@@ -121,21 +131,24 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
     # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server.
     # Two thirds of them go into 2,000 positions in the runtime, each with a pass of its own.
     per_weight = 3.2e-7
+    rows = 5 if not demand.baselines else 7 if demand.explore == 1 else 8
+    one_row = speed.asked + 3e-8 * demand.parameters
     return {
         "load": demand.spent_seconds,
-        "cache": min(cached, demand.train_tokens) / speed.cache * CACHING + full_eval / speed.score,
+        "cache": caching_seconds(demand, speed, cached) + full_eval / speed.score,
         "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
         "workers": 15.0 if demand.ray else 0.0,
         "export": demand.exports * (12.0 + per_weight * demand.parameters),
         # The teacher as it is and in two packings, the undistilled student and the found one, each loaded and packed;
         # with a baseline that, and the found one as it was after as many tokens. And before that, on validation, the
         # student as it began.
-        "test": (5 + min(1, demand.baselines) * (2 if demand.explore == 1 else 3))
-        * (test / speed.score + 3e-8 * demand.parameters + speed.asked)
-        + full_eval / speed.score
-        + 3e-8 * demand.parameters
-        + speed.asked,
+        "test": rows * (test / speed.score + one_row) + full_eval / speed.score + one_row,
     }
+
+
+def caching_seconds(demand: Demand, speed: Speed, tokens: float) -> float:
+    """Expected seconds in which the teacher's outputs for so many tokens are cached; 0 where none are."""
+    return min(tokens, demand.train_tokens) / speed.cache * CACHING if demand.caches else 0.0
 
 
 def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, *, judged: bool) -> float:

@@ -272,7 +272,7 @@ def _rest(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: i
     fixed = sum(fixed_seconds(demand, speed, tokens).values())
     free = demand.box_seconds * _PLANNED_SHARE - fixed - trials_seconds(demand, speed, workers, trials, tokens)
     # Every further token is cached as well, once, as far as there are any.
-    caching, training = CACHING / speed.cache, TRAINING / speed.train_on
+    caching, training = (CACHING / speed.cache if demand.caches else 0.0), TRAINING / speed.train_on
     most, seconds = _trained_on(demand, speed, tokens, free * training / (training + caching))
     data = _data_tokens(demand, tokens, most)
     if most <= data:

@@ -26,6 +26,7 @@ from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import get_format
 from autodistill.search.planning.durations import Demand, Speed
 from autodistill.search.planning.plan import ENOUGH_STEPS, check_box, make_plan, step_sequences
+from autodistill.search.planning.representatives import signal_cases
 from autodistill.search.request.feasibility import by_size
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
@@ -88,6 +89,8 @@ def plan_from_measurement(checked: SearchConfig, loaded: Loaded, spent: float) -
             # Answering the questions of so many tokens takes about as long again as scoring them.
             speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
         speed, share, notes = _time_asked(checked, loaded, teacher, speed, box)
+    if any(one.signal == "online" and one.weighs_teacher for one in signal_cases(checked.space)):
+        speed = speed.with_teacher_beside()
     demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
     demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
     fit = loaded.fit_step(demand.step_tokens)
@@ -192,6 +195,7 @@ def _demand(
         baselines=len(checked.space.baselines),
         teacher_deployments=len(loaded.teacher_deployments(checked)),
         deployments=1 if on_grids else max(map(len, allowed)),
+        caches=not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty,
         arms=len(raced),
         train_tokens=train_tokens,
         validation_tokens=splits["validation"].sequences * checked.sequence_length,

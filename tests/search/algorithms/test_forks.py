@@ -13,7 +13,7 @@ from autodistill.search.algorithms.optuna_study import Observation
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.strategy.space import Space, load_space
 
-SPACE = load_space("default")
+SPACE = load_space("declared")
 CHANGED = {dimension.path for dimension in SPACE.dimensions if finishing(dimension)}
 
 

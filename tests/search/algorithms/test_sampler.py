@@ -50,14 +50,14 @@ PROGRAM = """
 import json, sys
 sys.path.insert(0, "tests/search/algorithms")
 from test_sampler import history, load_space, Sampler
-space = load_space("default")
+space = load_space("declared")
 print(json.dumps([Sampler(space, name=name, seed=3).propose(number, history(space))
                   for name in ("tpe", "gp", "nsga2", "random") for number in (2, 14)]))
 """
 
 
 def test_another_process_proposes_the_same():
-    space = load_space("default")
+    space = load_space("declared")
     here = [
         Sampler(space, name=name, seed=3).propose(number, history(space))
         for name in ("tpe", "gp", "nsga2", "random")
@@ -69,7 +69,7 @@ def test_another_process_proposes_the_same():
 
 
 def test_one_sampler_keeps_nothing_between_calls():
-    space = load_space("default")
+    space = load_space("declared")
     sampler = Sampler(space, seed=5)
     first = sampler.propose(9, history(space))
     sampler.propose(10, history(space))
@@ -79,7 +79,7 @@ def test_one_sampler_keeps_nothing_between_calls():
 
 @pytest.mark.parametrize("name", ["tpe", "random"])
 def test_proposals_lie_in_the_space_and_differ(name):
-    space = load_space("default")
+    space = load_space("declared")
     observations = history(space)
     ids = {space.strategy(observation.point).id for observation in observations}
     for number in range(len(observations), len(observations) + 8):
@@ -140,7 +140,7 @@ def test_what_is_spread_of_the_first_proposals_visits_each_part_of_a_domain_once
 
 def test_of_a_dozen_trials_one_changes_the_shape_of_the_best_and_one_its_finishing() -> None:
     """Whichever kind of shape is best: what a default search tries is more than rates and temperatures."""
-    space = load_space("default")
+    space = load_space("declared")
     for start in space.starts.values():
         best = Observation(point=space.point(start) or {}, state=Status.COMPLETED, value=0.5, fidelity=1.0)
         observations, changed = [best], []
@@ -155,7 +155,7 @@ def test_of_a_dozen_trials_one_changes_the_shape_of_the_best_and_one_its_finishi
 
 
 def test_every_other_proposal_changes_one_dimension_of_the_best_in_turn():
-    space = load_space("default")
+    space = load_space("declared")
     known = space.point(space.baselines["hand_designed"])
     worse = Sampler(space, name="random").propose(5)
     other = worse | {"distillation.learning_rate": 7e-4}
@@ -318,12 +318,12 @@ def test_bad_use():
 def test_it_is_quiet(caplog):
     with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):
         warnings.simplefilter("error")
-        Sampler(load_space("default")).propose(12, history(load_space("default")))
+        Sampler(load_space("declared")).propose(12, history(load_space("declared")))
     assert not caplog.records
 
 
 def test_a_strategy_is_worked_out_once_for_all_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
-    space = load_space("default")
+    space = load_space("declared")
     observations = history(space, 12)
     sampler = Sampler(space, seed=5)
     expected = [sampler.propose(number, observations) for number in (12, 13)]
@@ -335,7 +335,7 @@ def test_a_strategy_is_worked_out_once_for_all_proposals(monkeypatch: pytest.Mon
 
 
 def test_the_starts_of_a_space_are_proposed_first_and_once():
-    space = load_space("default")
+    space = load_space("declared")
     first = space.point(space.starts["narrow"])
     for name in ("tpe", "random"):
         sampler = Sampler(space, name=name, seed=5)
@@ -415,7 +415,7 @@ PERPLEXITY = OBJECTIVES["perplexity"]
 @pytest.mark.parametrize("name", ["tpe", "gp", "nsga2", "random"])
 def test_several_objectives_suit_every_sampler(name):
     """Of trials in every state, some without a value; the proposal is the same when it is asked for again."""
-    space = load_space("default")
+    space = load_space("declared")
     observations = [
         replace(item, further=(None if item.value is None else 1e6 * (7 - place % 5), 10.0))
         for place, item in enumerate(history(space, 12 if name == "gp" else 24))

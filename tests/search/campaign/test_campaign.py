@@ -66,7 +66,7 @@ Worker = Callable[[Assignment], RungReport]
 
 
 def question(memory: int = 10**9) -> Question:
-    space = load_space("default")
+    space = load_space("declared")
     return Question(
         space=space,
         deployments=space.deployments,
@@ -515,7 +515,7 @@ def test_a_finishing_is_also_evaluated_on_its_own_grid(tmp_path: Path) -> None:
     own = Finishing(format="compressed-tensors", bits=2, group_size=0, symmetric=False, keep=("attention",))
     impossible = Finishing(format="gguf-q4_1", bits=4, group_size=32, symmetric=False, keep=("layers.77",))
     space = replace(
-        load_space("default"),
+        load_space("declared"),
         dimensions=(),
         starts={},
         baselines={name: Strategy(finishing=finishing) for name, finishing in (("own", own), ("not", impossible))},

@@ -17,7 +17,7 @@ from autodistill.testing import small_plan
 
 PLAN = small_plan()  # rungs 1024, 3072, 9216: decays branch off at 768, 2560 and 7424
 POINTS = (768, 2560, 7424)
-DEPLOYMENTS = load_space("default").deployments
+DEPLOYMENTS = load_space("declared").deployments
 
 
 def trial(name: str, stage: str, rung: int = -1, value: float | None = None, **fields: object) -> TrialState:

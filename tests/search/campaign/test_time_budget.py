@@ -22,7 +22,7 @@ from autodistill.testing import small_plan
 from autodistill.utils import clock as moments
 from autodistill.utils.clock import Moment, now
 
-SPACE = load_space("default")
+SPACE = load_space("declared")
 SPEC = spec_from_config(
     {
         "model_type": "llama",

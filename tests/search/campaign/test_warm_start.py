@@ -56,7 +56,7 @@ CONFIG = {
 
 
 def question() -> Question:
-    space = load_space("default")
+    space = load_space("declared")
     return Question(
         space=space,
         deployments=space.deployments,
@@ -269,7 +269,7 @@ def test_it_is_the_same_after_being_written_down(tmp_path: Path) -> None:
 
 
 def test_another_space_teacher_or_data_is_refused_by_name(tmp_path: Path) -> None:
-    space = load_space("default")
+    space = load_space("declared")
     rate = next(item for item in space.dimensions if item.path == "distillation.learning_rate")
     wider = replace(rate, domain=replace(rate.domain, high=0.5))
     dimensions = tuple(wider if item is rate else item for item in space.dimensions)

@@ -51,7 +51,7 @@ FORMATS = {
 
 
 def question(metric: str, direction: Direction) -> Question:
-    space = load_space("default")
+    space = load_space("declared")
     return Question(
         space=space,
         deployments=space.deployments,

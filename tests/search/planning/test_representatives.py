@@ -22,7 +22,7 @@ def space_of(dimensions: dict[str, Any], **fields: Any) -> Space:
 
 
 def test_alignment_cases_hold_whatever_a_trial_may_need() -> None:
-    space = load_space("default")
+    space = load_space("declared")
     cases = alignment_cases(space, 30)
     known = {(int(init.depth * 30 + 1e-9), init.layers, item.layers, item.count) for init, item in cases}
     # Four alignments of three depths with three choices of layers, and of all layers.
@@ -59,7 +59,7 @@ def test_attention_cases_hold_every_layer_that_a_trial_may_follow() -> None:
     cases = attention_cases(space_of(dimensions, baselines=["full_recipe"]), 10)
     assert {int(item.teacher_depth * 10 + 1e-9) for item in cases} == {4, 5, 6, 7, 8, 10}
     assert all(isinstance(item, Attention) for item in cases)
-    assert attention_cases(load_space("default"), 30) == ()
+    assert attention_cases(load_space("declared"), 30) == ()
 
 
 def test_signal_cases_hold_every_signal_and_temperature() -> None:
@@ -84,5 +84,5 @@ def test_signal_cases_hold_every_signal_and_temperature() -> None:
 
 def test_signal_cases_without_dimensions_are_the_baselines() -> None:
     strategy = load_strategy("gkd")
-    space = dataclasses.replace(load_space("default"), dimensions=(), baselines={"gkd": strategy})
+    space = dataclasses.replace(load_space("declared"), dimensions=(), baselines={"gkd": strategy})
     assert signal_cases(space) == (strategy.distillation,)

@@ -50,7 +50,7 @@ SEVEN = SMALL | {
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
 }
-SPACE = load_space("default")
+SPACE = load_space("declared")
 
 
 def whole(space: Space) -> bool:
@@ -102,7 +102,7 @@ def test_a_resumed_run_keeps_the_space_that_it_was_searched_in(asked: SearchRequ
         stored = {
             "teacher": {"reference": asked.teacher, "fingerprint": "made-up"},
             "data": {"reference": asked.data, "fingerprint": "made-up"},
-            "space": "default",
+            "space": "declared",
             "space_hash": checked.space.hash,
             "space_definition": checked.space.to_json(),
             "metric": "accuracy",

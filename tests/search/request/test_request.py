@@ -75,7 +75,7 @@ def stored_run(asked: SearchRequest) -> dict[str, Any]:
     return {
         "teacher": {"reference": asked.teacher, "fingerprint": "t"},
         "data": {"reference": asked.data, "fingerprint": "d"},
-        "space": "default",
+        "space": "declared",
         "space_hash": check_request(asked).space.hash,
         "metric": "accuracy",
         "sampler": "tpe",

@@ -27,7 +27,7 @@ def test_workers_on_a_cpu_have_room_for_the_teacher_that_each_loads(signal: str,
     """Four fifths of 64 GB, by 8.5 GB of training and what lies beside it in float32."""
     machine = Machine(cpus=8, memory_bytes=64 * 10**9)
     recipe = Distillation(signal=signal, signal_tokens=64 if signal == "top-k" else 0)
-    space = replace(load_space("default"), dimensions=(), baselines={"one": Strategy(distillation=recipe)})
+    space = replace(load_space("declared"), dimensions=(), baselines={"one": Strategy(distillation=recipe)})
     teacher = TeacherFit(held="float32", stored="bfloat16", weights_bytes=8 * 1_543_714_304, pass_bytes=0)
     fit: Any = SimpleNamespace(total_bytes=8_500_000_000)
     place = Place(here=machine, machines=(machine,), share=Share())
@@ -67,7 +67,7 @@ def test_a_trial_has_what_others_leave_free() -> None:
 def test_low_rank_changes_count_where_every_trial_trains_them() -> None:
     strategies = {name: load_strategy(name) for name in ("lora", "logit_kd")}
     wider = replace(strategies["lora"], distillation=replace(strategies["lora"].distillation, lora=Lora(rank=32)))
-    space = replace(load_space("default"), dimensions=())
+    space = replace(load_space("declared"), dimensions=())
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
     spec = spec_from_config({"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 512, **sizes})
     for baselines, expected in (

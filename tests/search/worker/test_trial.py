@@ -92,7 +92,7 @@ def _task(strategy=STRATEGY, **changes):
         strategy=strategy,
         seed=0,
         deployments=ALL,
-        probe=probe_deployment(strategy, ALL, own_first=True),
+        probe=probe_deployment(strategy, ALL),
         straight=False,
     )
     return replace(task, **changes)
@@ -114,7 +114,7 @@ def test_probe_is_the_widest_and_of_those_the_finishing_grid():
     assert probe_deployment(STRATEGY, (Q4, INT4, INT4_64)) == probe_deployment(STRATEGY, (INT4_64, INT4, Q4)) == Q4
     assert probe_deployment(STRATEGY, ALL) == probe_deployment(plain, ALL)
     assert probe_deployment(STRATEGY, ALL).bits > Q4.bits
-    assert probe_deployment(STRATEGY, ALL, own_first=True) == Q4
+    assert probe_deployment(STRATEGY, ALL) == Q4
     assert probe_deployment(STRATEGY, (Q8, INT4)) == Q8
     assert probe_deployment(plain, (INT4_64, Q4, Q8)) == Q8
     assert probe_deployment(plain, (INT4_64, INT4)) == INT4
@@ -525,7 +525,7 @@ def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(request
     deployments = with_own(strategy, ALL)
     assert deployments[: len(ALL)] == ALL
     own = deployments[-1]
-    probe = probe_deployment(strategy, deployments, own_first=True)
+    probe = probe_deployment(strategy, deployments)
     assert probe.scheme == finishing.scheme
     task = _task(strategy, deployments=deployments, probe=probe, straight=True)
     shown = {}
@@ -584,7 +584,7 @@ def test_named_finishings_run(lab, tmp_path, name):
     setting = lab.setting(tmp_path)
     check_strategy(strategy, setting.teacher_spec)
     deployments = holdable(student_spec(strategy, setting.teacher_spec), with_own(strategy, ALL))
-    probe = probe_deployment(strategy, deployments, own_first=True)
+    probe = probe_deployment(strategy, deployments)
     assert strategy.finishing is not None
     assert probe.scheme == strategy.finishing.scheme
     report = Trial(Workbench(setting), _task(strategy, deployments=deployments, probe=probe, straight=True)).run(2)
@@ -613,7 +613,7 @@ def test_the_metric_of_training_gets_better(lab, tmp_path):
     trial = Trial(Workbench(lab.setting(tmp_path, plan=plan)), _task(strategy))
     first, last = trial.run(0), trial.run(1)
     before, after = (report.evaluation.measurements["perplexity"].value for report in (first, last))
-    assert last.evaluation.deployment == probe_deployment(strategy, ALL, own_first=True)
+    assert last.evaluation.deployment == probe_deployment(strategy, ALL)
     assert after < before
 
 
