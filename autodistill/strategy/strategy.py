@@ -9,7 +9,7 @@ from functools import cached_property
 from autodistill.quantization.formats import QuantizationScheme
 from autodistill.strategy.divergence import known_divergence
 from autodistill.utils.hashing import content_hash
-from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice
+from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out
 
 # Choices of layers that depend on measured activations of the teacher.
 _BY_INFLUENCE = ("influence", "block-influence")
@@ -34,6 +34,10 @@ class Init(PlainDataclass):
         ffn: Fraction of each layer's FFN neurons.
         heads: Fraction of each layer's attention heads, in whole groups that share keys and values.
         width: Fraction of the hidden channels.
+        dropped: The first of the teacher's layers that are left out, and their number: one block, where it is known and
+            not chosen by `layers`; else empty. Layers count from 0; the first and the last layer are kept.
+        repair: Whether the last matrix of each FFN that was cut is fitted, by least squares on some of the training
+            text, to give what the whole FFN gave. Neurons are then chosen by the size of what they add to that.
     """
 
     source: str = "teacher"
@@ -43,6 +47,8 @@ class Init(PlainDataclass):
     ffn: float = 1.0
     heads: float = 1.0
     width: float = 1.0
+    dropped: tuple[int, ...] = left_out(())
+    repair: bool = left_out(False)
 
     def __post_init__(self) -> None:
         check_choice("init.source", self.source, ("teacher", "scratch", "pretrained"))
@@ -57,6 +63,25 @@ class Init(PlainDataclass):
         check(whole or not pretrained, "a pretrained model is taken whole: set init.depth (and every fraction) to 1")
         chosen = self.layers != "even"
         check(self.source == "teacher" or not chosen, 'init.layers is "even" where they are not the teacher\'s')
+        self._check_cut()
+
+    def _check_cut(self) -> None:
+        if self.dropped:
+            first, count = self.dropped if len(self.dropped) == 2 else (0, 0)
+            check(
+                first >= 1 and count >= 1,
+                "init.dropped is the first layer that is left out, 1 or more, and how many are, like [12, 4], not "
+                f"{list(self.dropped)}",
+            )
+            check(
+                (self.source, self.depth, self.layers) == ("teacher", 1, "even"),
+                "init.dropped names the layers that are left out of the teacher's: leave init.source and init.layers "
+                "out, and give init.depth 1",
+            )
+        check(
+            not self.repair or (self.source == "teacher" and self.ffn < 1),
+            "init.repair fits FFNs that were cut from the teacher's: give init.ffn below 1, or leave repair out",
+        )
 
     @property
     def by_influence(self) -> bool:
@@ -74,8 +99,12 @@ class Init(PlainDataclass):
         if self.source == "pretrained":
             return f"from {self.model}"
         kept = f"{_percent(self.depth)} {self.layers if self.source == 'teacher' else 'from scratch'}"
+        if self.dropped:
+            first, count = self.dropped
+            kept = f"without layer {first}" if count == 1 else f"without layers {first} to {first + count - 1}"
         fractions = {name: getattr(self, name) for name in ("ffn", "heads", "width")}
-        return " ".join([kept, *(f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1)])
+        cut = [f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1]
+        return " ".join([kept, *cut, *(["repaired"] if self.repair else [])])
 
 
 def _percent(fraction: float) -> str:

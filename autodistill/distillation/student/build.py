@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from autodistill.data.student_template import copy_text
 from autodistill.distillation.student.pretrained import load_pretrained, pretrained_spec
+from autodistill.distillation.student.repair import ffn_moments, last_matrix, repaired
 from autodistill.distillation.student.shapes import cut_spec, layer_choices, student_depth
 from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import resized, spec_from_config
@@ -86,12 +88,14 @@ class Selection(NamedTuple):
         channels: int64 [width].
         neurons: int64 [layers, ffn width], for each kept layer its own.
         groups: int64 [layers, key-value heads], for each kept layer its own.
+        repaired: The last matrix of each kept layer's FFN, [teacher's width, kept neurons], in place of the teacher's.
     """
 
     layers: tuple[int, ...]
     channels: Tensor | None
     neurons: Tensor | None
     groups: Tensor | None
+    repaired: Sequence[Tensor] | None = None
 
 
 def select(
@@ -149,14 +153,17 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
         return None
 
     weights = {}
+    last = f"{last_matrix(spec.architecture)}.weight"
     for tensor in spec.tensors:
-        layer, name = -1, tensor.name
+        layer, name, refit = -1, tensor.name, None
         if (part := family.layer_part(name)) is not None:
             layer = part[0]
             name = f"{family.body}.layers.{selection.layers[layer]}.{part[1]}"
-        weight = parameters[name].detach()
+            if selection.repaired is not None and part[1] == last:
+                refit = selection.repaired[layer]
+        weight = parameters[name].detach() if refit is None else refit
         for dimension, axis in enumerate(family.axes(tensor.name)):
-            indices = kept(axis, layer)
+            indices = None if refit is not None and axis is Axis.FFN else kept(axis, layer)
             if indices is not None:
                 weight = weight.index_select(dimension, indices.to(weight.device))
         weights[tensor.name] = weight.float()
@@ -231,8 +238,9 @@ def build_student(
     if init.selective and calibration is None:
         raise ValueError("a calibration says which parts of the teacher matter: make one first")
     if init.source == "teacher":
-        # In the folder's own type: what is kept becomes float32, the rest need not.
-        return cut_student(load_model(teacher, getattr(torch, stored_type(teacher))), init, calibration)
+        # In the folder's own type: what is kept becomes float32, the rest need not, where nothing is computed with it.
+        held = torch.float32 if init.repair else getattr(torch, stored_type(teacher))
+        return cut_student(load_model(teacher, held), init, calibration)
     teacher_layers = spec_from_config(read_config(teacher)).layers
     if init.source == "scratch":
         return new_student(teacher, init, seed), kept_layers(init, teacher_layers)
@@ -242,12 +250,32 @@ def build_student(
     return load_pretrained(pretrained, teacher), same_depth(layers, teacher_layers)
 
 
-def cut_student(model: Any, init: Init, calibration: PartImportance | None) -> tuple[Any, tuple[int, ...]]:
-    """Return the parts of a teacher that `init` keeps, and the kept layers."""
+def cut_student(
+    model: Any,
+    init: Init,
+    calibration: PartImportance | None,
+    moments: Iterable[Tensor] | None = None,
+    device: str = "cpu",
+) -> tuple[Any, tuple[int, ...]]:
+    """Return the parts of a teacher that `init` keeps, and the kept layers.
+
+    Args:
+        model: The teacher; in float32 where `init.repair`.
+        init: What is kept.
+        calibration: Of the teacher, where `init.selective`.
+        moments: `repair.ffn_moments` of the calibration's text, where they are known.
+        device: Where the teacher lies.
+    """
     whole = spec_from_config(model.config.to_dict())
     spec = cut_spec(init, whole)
     layers = kept_layers(init, whole.layers, calibration)
-    return cut(model, spec, select(spec, whole, layers, calibration)), layers
+    selection = select(spec, whole, layers, calibration)
+    # Without a calibration shapes are all that counts; and a fraction may round to the whole.
+    if init.repair and calibration is not None and selection.neurons is not None:
+        found = ffn_moments(model, calibration.text, device) if moments is None else moments
+        neurons, matrices = repaired(model, layers, spec.ffn_width, found)
+        selection = selection._replace(neurons=neurons, repaired=matrices)
+    return cut(model, spec, selection), layers
 
 
 def save_student(model: Any, text: Path, folder: Path) -> None:

@@ -17,7 +17,9 @@ Super-blocks do not divide it: rows that are no multiples of theirs have a grid 
 
 
 def student_depth(init: Init, teacher_layers: int) -> int:
-    """Return the number of kept layers: the fraction rounded down, at least one."""
+    """Return the number of kept layers: the fraction rounded down, at least one, or all but those named."""
+    if init.dropped:
+        return teacher_layers - init.dropped[1]
     # 0.7 * 30 is 20.999... in binary; the nudge keeps such products on the side that was meant.
     return max(1, int(init.depth * teacher_layers + 1e-9))
 
@@ -30,7 +32,18 @@ def layer_choices(init: Init, teacher_layers: int) -> tuple[tuple[int, ...], ...
     neighboring layers, which a calibration chooses: one choice for each layer after which it may begin, in that order;
     "block-influence" leaves out any layers, of which these are examples: some after the first, the others before the
     last.
+
+    Raises:
+        InputError: Layers are named that are left out, and the teacher has none of these, or only just.
     """
+    if init.dropped:
+        first, stop = init.dropped[0], sum(init.dropped)
+        if stop >= teacher_layers:
+            raise InputError(
+                f"init.dropped leaves out layers {first} to {stop - 1}, and the last layer that can be left out of the "
+                f"teacher's {teacher_layers} is {teacher_layers - 2}"
+            )
+        return ((*range(first), *range(stop, teacher_layers)),)
     depth = student_depth(init, teacher_layers)
     if depth == 1 or init.layers == "even":
         return (spread(depth, teacher_layers),)

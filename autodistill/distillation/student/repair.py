@@ -1,0 +1,104 @@
+"""FFNs that were cut, with their last matrix fitted to give what the whole FFN gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodistill.inference.blocks import embedded, through_block
+from autodistill.models.config import spec_from_config
+from autodistill.models.families import Axis, get_family
+
+RIDGE = 0.1
+"""Of the mean square of a neuron's activation: what a change of a weight costs (see benchmarks/engine/cut_shapes)."""
+
+
+def last_matrix(architecture: str) -> str:
+    """Return the name in a block of the linear layer that reads the FFN's neurons."""
+    return get_family(architecture).reading(Axis.FFN)
+
+
+def ffn_moments(model: Any, text: Tensor, device: str = "cpu") -> Iterator[Tensor]:
+    """Yield of each layer the second moments of its neurons' activations over a text, float32 [neurons, neurons].
+
+    The states of one layer are in memory at a time.
+
+    Args:
+        model: In float32 on `device`.
+        text: int32 [sequences, length].
+        device: Where the model lies.
+    """
+    if not len(text):
+        raise ValueError("a repair is fitted to some text, and this calibration has none")
+    spec = spec_from_config(model.config.to_dict())
+    watched = last_matrix(spec.architecture)
+    states = embedded(model, text.numpy(), device)
+    for index in range(spec.layers):
+        after = []
+        found = torch.zeros(spec.ffn_width, spec.ffn_width, dtype=torch.float64, device=device)
+        for passed in through_block(model, index, states, watched, device):
+            assert passed.seen is not None
+            after.append(passed.after)
+            found += (passed.seen.T @ passed.seen).double()
+        states = after
+        yield (found / text.numel()).float()
+
+
+def strongest(moments: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Return the neurons that add most to an FFN's output, by its mean square, ascending: int64 [count].
+
+    Args:
+        moments: [neurons, neurons], of the activations.
+        weight: The last matrix, [width, neurons].
+        count: How many.
+    """
+    added = moments.diagonal().double().sqrt() * weight.double().norm(dim=0)
+    # A stable sort, so that equal ones are kept in the teacher's order on every machine.
+    return added.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def refitted(moments: Tensor, weight: Tensor, neurons: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Return the last matrix for some of the neurons, fitted to the output of all: float32 [width, kept].
+
+    With activations A over the text, those kept K and the others R, it is W_K + D of the least mean square of
+    A_K D - A_R W_R, plus `ridge` times the mean square of an activation times the square of D.
+
+    Args:
+        moments, weight: As for `strongest`.
+        neurons: Those kept, int64 [kept].
+        ridge: See above.
+    """
+    moments, weight = moments.double(), weight.double()
+    lost = torch.ones(len(moments), dtype=torch.bool, device=moments.device)
+    lost[neurons] = False
+    kept = moments[neurons]
+    own = kept[:, neurons].clone()
+    # Where nothing is ever active, nothing is changed.
+    own.diagonal().add_(max(ridge * float(moments.diagonal().mean()), torch.finfo(torch.float64).tiny))
+    change = torch.cholesky_solve(kept[:, lost] @ weight[:, lost].T, torch.linalg.cholesky(own))
+    return (weight[:, neurons] + change.T).float()
+
+
+def repaired(
+    model: Any, layers: tuple[int, ...], count: int, moments: Iterable[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the kept neurons of some layers, int64 [layers, count], and the last matrix of each, [width, count].
+
+    Args:
+        model: The teacher, in float32.
+        layers: Those of its layers that are kept, ascending.
+        count: Neurons of each.
+        moments: Of all its layers.
+    """
+    spec = spec_from_config(model.config.to_dict())
+    family, parameters = get_family(spec.architecture), dict(model.named_parameters())
+    neurons, matrices = [], []
+    for index, found in enumerate(moments):
+        if index in layers:
+            weight = parameters[f"{family.body}.layers.{index}.{last_matrix(spec.architecture)}.weight"].detach()
+            neurons.append(strongest(found, weight, count))
+            matrices.append(refitted(found, weight, neurons[-1]))
+    return torch.stack(neurons), matrices
