@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import groupby
 
 from autodistill.quantization.formats import QuantizationScheme
 from autodistill.strategy.divergence import known_divergence
 from autodistill.utils.hashing import content_hash
-from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice
+from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out
 
 # Choices of layers that depend on measured activations of the teacher.
 _BY_INFLUENCE = ("influence", "block-influence")
@@ -32,6 +33,8 @@ class Init(PlainDataclass):
             the layers between the first and the last that change it least, each by itself (Men et al., arXiv
             2403.03853). The last three need `source` "teacher".
         ffn: Fraction of each layer's FFN neurons.
+        ffn_widths: Of each kept layer, from the first on, the number of its FFN neurons, in place of `ffn`; () for
+            none. It needs `source` "teacher".
         heads: Fraction of each layer's attention heads, in whole groups that share keys and values.
         width: Fraction of the hidden channels.
     """
@@ -43,6 +46,7 @@ class Init(PlainDataclass):
     ffn: float = 1.0
     heads: float = 1.0
     width: float = 1.0
+    ffn_widths: tuple[int, ...] = left_out(())
 
     def __post_init__(self) -> None:
         check_choice("init.source", self.source, ("teacher", "scratch", "pretrained"))
@@ -57,6 +61,21 @@ class Init(PlainDataclass):
         check(whole or not pretrained, "a pretrained model is taken whole: set init.depth (and every fraction) to 1")
         chosen = self.layers != "even"
         check(self.source == "teacher" or not chosen, 'init.layers is "even" where they are not the teacher\'s')
+        self._check_widths()
+
+    def _check_widths(self) -> None:
+        widths = self.ffn_widths
+        check(
+            self.source == "teacher" or not widths,
+            "init.ffn_widths says how much of the teacher's layers is kept: leave it out where init.source is "
+            f"{self.source}",
+        )
+        check(
+            self.ffn == 1 or not widths,
+            f"init.ffn {self.ffn:g} and init.ffn_widths both say how many FFN neurons are kept: leave one of them out",
+        )
+        least = min(widths, default=1)
+        check(least >= 1, f"init.ffn_widths are numbers of FFN neurons of 1 and more, and one of them is {least}")
 
     @property
     def by_influence(self) -> bool:
@@ -67,7 +86,7 @@ class Init(PlainDataclass):
     def selective(self) -> bool:
         """Whether the choice of any parts depends on the teacher's activations."""
         whole = (self.ffn, self.heads, self.width) == (1, 1, 1)
-        return self.source == "teacher" and (not whole or self.by_influence)
+        return self.source == "teacher" and (not whole or self.by_influence or self.ffn_widths != ())
 
     def describe(self) -> str:
         """Return the init in a few words, for a table."""
@@ -75,7 +94,20 @@ class Init(PlainDataclass):
             return f"from {self.model}"
         kept = f"{_percent(self.depth)} {self.layers if self.source == 'teacher' else 'from scratch'}"
         fractions = {name: getattr(self, name) for name in ("ffn", "heads", "width")}
-        return " ".join([kept, *(f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1)])
+        words = [kept, *(f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1)]
+        return " ".join([*words, *([_of_widths(self.ffn_widths)] if self.ffn_widths else [])])
+
+
+def _of_widths(widths: tuple[int, ...]) -> str:
+    """Describe widths by layer, as in "ffn 512x3+1536x2": all of a few runs, else the ends and a hash."""
+    runs = [(width, len(list(alike))) for width, alike in groupby(widths)]
+    if len(runs) > _TOLD_RUNS:
+        return f"ffn {min(widths)}-{max(widths)} ({content_hash(list(widths), 6)})"
+    return "ffn " + "+".join(f"{width}x{count}" if count > 1 else str(width) for width, count in runs)
+
+
+_TOLD_RUNS = 4
+"""Runs of layers of one FFN width that a description has room for."""
 
 
 def _percent(fraction: float) -> str:
