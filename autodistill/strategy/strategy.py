@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import groupby
 
 from autodistill.quantization.formats import QuantizationScheme
 from autodistill.strategy.divergence import known_divergence
@@ -32,6 +33,8 @@ class Init(PlainDataclass):
             the layers between the first and the last that change it least, each by itself (Men et al., arXiv
             2403.03853). The last three need `source` "teacher".
         ffn: Fraction of each layer's FFN neurons.
+        ffn_widths: Of each kept layer, from the first on, the number of its FFN neurons, in place of `ffn`; () for
+            none. It needs `source` "teacher".
         heads: Fraction of each layer's attention heads, in whole groups that share keys and values.
         width: Fraction of the hidden channels.
         dropped: The first of the teacher's layers that are left out, and their number: one block, where it is known and
@@ -47,6 +50,7 @@ class Init(PlainDataclass):
     ffn: float = 1.0
     heads: float = 1.0
     width: float = 1.0
+    ffn_widths: tuple[int, ...] = left_out(())
     dropped: tuple[int, ...] = left_out(())
     repair: bool = left_out(False)
 
@@ -63,6 +67,7 @@ class Init(PlainDataclass):
         check(whole or not pretrained, "a pretrained model is taken whole: set init.depth (and every fraction) to 1")
         chosen = self.layers != "even"
         check(self.source == "teacher" or not chosen, 'init.layers is "even" where they are not the teacher\'s')
+        self._check_widths()
         self._check_cut()
 
     def _check_cut(self) -> None:
@@ -79,9 +84,24 @@ class Init(PlainDataclass):
                 "out, and give init.depth 1",
             )
         check(
-            not self.repair or (self.source == "teacher" and self.ffn < 1),
-            "init.repair fits FFNs that were cut from the teacher's: give init.ffn below 1, or leave repair out",
+            not self.repair or (self.source == "teacher" and (self.ffn < 1 or self.ffn_widths != ())),
+            "init.repair fits FFNs that were cut from the teacher's: give init.ffn below 1 or init.ffn_widths, or "
+            "leave repair out",
         )
+
+    def _check_widths(self) -> None:
+        widths = self.ffn_widths
+        check(
+            self.source == "teacher" or not widths,
+            "init.ffn_widths says how much of the teacher's layers is kept: leave it out where init.source is "
+            f"{self.source}",
+        )
+        check(
+            self.ffn == 1 or not widths,
+            f"init.ffn {self.ffn:g} and init.ffn_widths both say how many FFN neurons are kept: leave one of them out",
+        )
+        least = min(widths, default=1)
+        check(least >= 1, f"init.ffn_widths are numbers of FFN neurons of 1 and more, and one of them is {least}")
 
     @property
     def by_influence(self) -> bool:
@@ -92,7 +112,7 @@ class Init(PlainDataclass):
     def selective(self) -> bool:
         """Whether the choice of any parts depends on the teacher's activations."""
         whole = (self.ffn, self.heads, self.width) == (1, 1, 1)
-        return self.source == "teacher" and (not whole or self.by_influence)
+        return self.source == "teacher" and (not whole or self.by_influence or self.ffn_widths != ())
 
     def describe(self) -> str:
         """Return the init in a few words, for a table."""
@@ -103,8 +123,21 @@ class Init(PlainDataclass):
             first, count = self.dropped
             kept = f"without layer {first}" if count == 1 else f"without layers {first} to {first + count - 1}"
         fractions = {name: getattr(self, name) for name in ("ffn", "heads", "width")}
-        cut = [f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1]
-        return " ".join([kept, *cut, *(["repaired"] if self.repair else [])])
+        words = [kept, *(f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1)]
+        words += [_of_widths(self.ffn_widths)] if self.ffn_widths else []
+        return " ".join([*words, *(["repaired"] if self.repair else [])])
+
+
+def _of_widths(widths: tuple[int, ...]) -> str:
+    """Describe widths by layer, as in "ffn 512x3+1536x2": all of a few runs, else the ends and a hash."""
+    runs = [(width, len(list(alike))) for width, alike in groupby(widths)]
+    if len(runs) > _TOLD_RUNS:
+        return f"ffn {min(widths)}-{max(widths)} ({content_hash(list(widths), 6)})"
+    return "ffn " + "+".join(f"{width}x{count}" if count > 1 else str(width) for width, count in runs)
+
+
+_TOLD_RUNS = 4
+"""Runs of layers of one FFN width that a description has room for."""
 
 
 def _percent(fraction: float) -> str:

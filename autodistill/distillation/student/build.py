@@ -12,11 +12,12 @@ from torch import Tensor
 
 from autodistill.data.student_template import copy_text
 from autodistill.distillation.student.pretrained import load_pretrained, pretrained_spec
-from autodistill.distillation.student.repair import ffn_moments, last_matrix, repaired
+from autodistill.distillation.student.repair import Refit, ffn_moments, last_matrix, repaired
 from autodistill.distillation.student.shapes import cut_spec, layer_choices, student_depth
 from autodistill.distillation.teacher.importance import PartImportance
-from autodistill.models.config import resized, spec_from_config
+from autodistill.models.config import per_layer_config, resized, spec_from_config
 from autodistill.models.families import Axis, get_family
+from autodistill.models.layer_widths import model_class
 from autodistill.models.loading import ATTENTION, load_model, model_from_weights
 from autodistill.models.model_folder import read_config
 from autodistill.models.spec import ModelSpec
@@ -86,16 +87,16 @@ class Selection(NamedTuple):
     Attributes:
         layers: Indices, ascending.
         channels: int64 [width].
-        neurons: int64 [layers, ffn width], for each kept layer its own.
+        neurons: Of each kept layer int64 [its ffn width], or None.
         groups: int64 [layers, key-value heads], for each kept layer its own.
-        repaired: The last matrix of each kept layer's FFN, [teacher's width, kept neurons], in place of the teacher's.
+        refits: Of each kept layer the last matrix of its FFN, in place of the teacher's; None where that stays.
     """
 
     layers: tuple[int, ...]
     channels: Tensor | None
-    neurons: Tensor | None
+    neurons: tuple[Tensor | None, ...]
     groups: Tensor | None
-    repaired: Sequence[Tensor] | None = None
+    refits: Sequence[Refit | None] = ()
 
 
 def select(
@@ -113,11 +114,12 @@ def select(
     kept = list(layers)
     channels = torch.zeros(teacher.width) if calibration is None else calibration.channels
     neurons = torch.zeros(len(kept), teacher.ffn_width) if calibration is None else calibration.neurons[kept]
+    whole = [row[: teacher.ffn_by_layer[layer]] for layer, row in zip(kept, neurons, strict=True)]
     groups = torch.zeros(len(kept), teacher.kv_heads) if calibration is None else calibration.groups[kept]
     return Selection(
         layers=layers,
         channels=_most_important(channels, spec.width),
-        neurons=_most_important(neurons, spec.ffn_width),
+        neurons=tuple(_most_important(own, width) for own, width in zip(whole, spec.ffn_by_layer, strict=True)),
         groups=_most_important(groups, spec.kv_heads),
     )
 
@@ -145,7 +147,7 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
         if axis is Axis.WIDTH:
             return selection.channels
         if axis is Axis.FFN:
-            return None if selection.neurons is None else selection.neurons[layer]
+            return selection.neurons[layer]
         if axis in (Axis.QUERIES, Axis.KEYS, Axis.FUSED) and selection.groups is not None:
             heads = {Axis.QUERIES: spec.heads // spec.kv_heads, Axis.KEYS: 1, Axis.FUSED: 3}[axis]
             block = heads * spec.head_dim
@@ -159,9 +161,9 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
         if (part := family.layer_part(name)) is not None:
             layer = part[0]
             name = f"{family.body}.layers.{selection.layers[layer]}.{part[1]}"
-            if selection.repaired is not None and part[1] == last:
-                refit = selection.repaired[layer]
-        weight = parameters[name].detach() if refit is None else refit
+            if selection.refits and part[1] == last:
+                refit = selection.refits[layer]
+        weight = parameters[name].detach() if refit is None else refit.matrix
         for dimension, axis in enumerate(family.axes(tensor.name)):
             indices = None if refit is not None and axis is Axis.FFN else kept(axis, layer)
             if indices is not None:
@@ -196,6 +198,8 @@ def _config_changes(config: Any, spec: ModelSpec, layers: tuple[int, ...]) -> di
     }
     if not get_family(spec.architecture).heads_fill_width:
         changes |= {"num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim}
+    if spec.ffn_widths or config.is_heterogeneous:
+        changes["per_layer_config"] = per_layer_config(spec) or None
     if getattr(config, "layer_types", None):
         changes["layer_types"] = [config.layer_types[index] for index in layers]
     return changes
@@ -203,7 +207,7 @@ def _config_changes(config: Any, spec: ModelSpec, layers: tuple[int, ...]) -> di
 
 def new_student(teacher: Path, init: Init, seed: int) -> Any:
     """Return a model in the teacher's proportions with new weights, drawn from `seed` as transformers draws them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(teacher, local_files_only=True, trust_remote_code=False)
     spec = cut_spec(init, spec_from_config(config.to_dict()))
@@ -211,7 +215,7 @@ def new_student(teacher: Path, init: Init, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = type(config).from_dict(config.to_dict() | changes)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+        model = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     return model.eval()
 
 
@@ -271,10 +275,12 @@ def cut_student(
     layers = kept_layers(init, whole.layers, calibration)
     selection = select(spec, whole, layers, calibration)
     # Without a calibration shapes are all that counts; and a fraction may round to the whole.
-    if init.repair and calibration is not None and selection.neurons is not None:
+    if init.repair and calibration is not None:
         found = ffn_moments(model, calibration.text, device) if moments is None else moments
-        neurons, matrices = repaired(model, layers, spec.ffn_width, found)
-        selection = selection._replace(neurons=neurons, repaired=matrices)
+        refits = repaired(model, dict(zip(layers, spec.ffn_by_layer, strict=True)), found)
+        selection = selection._replace(
+            neurons=tuple(None if refit is None else refit.neurons for refit in refits), refits=refits
+        )
     return cut(model, spec, selection), layers
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,10 @@ from torch import Tensor
 from autodistill.inference.blocks import embedded, through_block
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import Axis, get_family
+from autodistill.models.loading import decoder_layers
 
 RIDGE = 0.1
-"""Of the mean square of a neuron's activation: what a change of a weight costs (see benchmarks/engine/cut_shapes)."""
+"""Of the mean square of a neuron's activation: what a change of a weight costs (see the report on cut shapes)."""
 
 
 def last_matrix(architecture: str) -> str:
@@ -38,7 +39,8 @@ def ffn_moments(model: Any, text: Tensor, device: str = "cpu") -> Iterator[Tenso
     states = embedded(model, text.numpy(), device)
     for index in range(spec.layers):
         after = []
-        found = torch.zeros(spec.ffn_width, spec.ffn_width, dtype=torch.float64, device=device)
+        neurons = spec.ffn_by_layer[index]
+        found = torch.zeros(neurons, neurons, dtype=torch.float64, device=device)
         for passed in through_block(model, index, states, watched, device):
             assert passed.seen is not None
             after.append(passed.after)
@@ -82,23 +84,45 @@ def refitted(moments: Tensor, weight: Tensor, neurons: Tensor, ridge: float = RI
     return (weight[:, neurons] + change.T).float()
 
 
-def repaired(
-    model: Any, layers: tuple[int, ...], count: int, moments: Iterable[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the kept neurons of some layers, int64 [layers, count], and the last matrix of each, [width, count].
+class Refit(NamedTuple):
+    """An FFN that was cut.
+
+    Attributes:
+        neurons: Those kept, ascending, int64 [kept].
+        matrix: The last matrix, float32 [width, kept].
+    """
+
+    neurons: Tensor
+    matrix: Tensor
+
+
+def repaired(model: Any, widths: Mapping[int, int], moments: Iterable[Tensor]) -> list[Refit | None]:
+    """Return the FFN of some layers with some of its neurons; None where all are kept.
 
     Args:
         model: The teacher, in float32.
-        layers: Those of its layers that are kept, ascending.
-        count: Neurons of each.
+        widths: Neurons that are kept, by layer, the layers ascending.
         moments: Of all its layers.
     """
-    spec = spec_from_config(model.config.to_dict())
-    family, parameters = get_family(spec.architecture), dict(model.named_parameters())
-    neurons, matrices = [], []
-    for index, found in enumerate(moments):
-        if index in layers:
-            weight = parameters[f"{family.body}.layers.{index}.{last_matrix(spec.architecture)}.weight"].detach()
-            neurons.append(strongest(found, weight, count))
-            matrices.append(refitted(found, weight, neurons[-1]))
-    return torch.stack(neurons), matrices
+    matrices = last_matrices(model)
+    return [
+        refit(found, matrices[layer], widths[layer]) for layer, found in enumerate(moments) if layer in widths
+    ]
+
+
+def last_matrices(model: Any) -> list[Tensor]:
+    """Return of each layer the matrix that reads the FFN's neurons, [width, neurons]."""
+    name = last_matrix(model.config.model_type)
+    return [layer.get_submodule(name).weight.detach() for layer in decoder_layers(model)]
+
+
+def refit(moments: Tensor, weight: Tensor, count: int) -> Refit | None:
+    """Return an FFN with its strongest neurons; None where all are kept.
+
+    Args:
+        moments, weight, count: As for `strongest`.
+    """
+    if count == weight.shape[1]:
+        return None
+    neurons = strongest(moments, weight, count)
+    return Refit(neurons, refitted(moments, weight, neurons))

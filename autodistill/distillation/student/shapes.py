@@ -67,7 +67,7 @@ def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
     """Return the shape of a student that keeps fractions of a teacher, or is made new in these proportions.
 
     Layers are rounded down; attention heads to whole groups of those that share keys and values, at least one group;
-    channels and neurons to multiples of 64. Where data decide which layers are kept, sliding windows are those of a
+    channels and neurons to multiples of 64; numbers of neurons that are given by layer stay as they are. Where data decide which layers are kept, sliding windows are those of a
     choice that llama.cpp could not run, if there is one. New layers have those of the teacher's first ones.
 
     Raises:
@@ -87,17 +87,43 @@ def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
             f"init.heads {init.heads:g} leaves {heads} heads, which do not divide the width of {width}: transformers' "
             f"{teacher.architecture} needs that"
         )
-    sizes = {
-        "width": width,
-        "heads": heads,
-        "kv_heads": groups,
-        "ffn_width": _rounded("ffn", "neurons", init.ffn, teacher.ffn_width),
-    }
+    sizes = {"width": width, "heads": heads, "kv_heads": groups}
     if init.source == "scratch":
-        return resized(teacher, range(student_depth(init, teacher.layers)), **sizes)
+        kept = tuple(range(student_depth(init, teacher.layers)))
+        return resized(teacher, kept, **sizes, ffn_widths=_ffn_widths(init, teacher, kept))
+    if teacher.ffn_widths and init.by_influence:
+        raise InputError(
+            f"the teacher's layers differ in width, and init.layers {init.layers} would choose among them by data, "
+            "which no size can be told before: choose even or contiguous"
+        )
     choices = {tuple(layer in teacher.windowed for layer in kept): kept for kept in layer_choices(init, teacher.layers)}
-    students = [resized(teacher, kept, **sizes) for kept in choices.values()]
+    students = [
+        resized(teacher, kept, **sizes, ffn_widths=_ffn_widths(init, teacher, kept)) for kept in choices.values()
+    ]
     return next((student for student in students if cannot_run(student)), students[0])
+
+
+def _ffn_widths(init: Init, teacher: ModelSpec, kept: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the FFN neurons of each kept layer.
+
+    Raises:
+        InputError: Widths for another number of layers, or more neurons than a layer has.
+    """
+    whole = [teacher.ffn_by_layer[layer] for layer in kept]
+    if not init.ffn_widths:
+        return tuple(_rounded("ffn", "neurons", init.ffn, width) for width in whole)
+    if len(init.ffn_widths) != len(kept):
+        raise InputError(
+            f"init.ffn_widths has {len(init.ffn_widths)} numbers, and {len(kept)} of the teacher's {teacher.layers} "
+            "layers are kept: give one for each of these"
+        )
+    for layer, own, most in zip(kept, init.ffn_widths, whole, strict=True):
+        if own > most:
+            raise InputError(
+                f"init.ffn_widths keeps {own} FFN neurons of the teacher's layer {layer} (counted from 0), which has "
+                f"{most}: give no more than that"
+            )
+    return init.ffn_widths
 
 
 def _rounded(field: str, what: str, fraction: float, count: int) -> int:

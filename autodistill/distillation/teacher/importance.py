@@ -40,7 +40,7 @@ class PartImportance:
         similarity: [layers + 1, layers + 1], cosine of the state that layer i is fed and the one that layer j is fed;
             the last is what the last layer gives. 1 - similarity[i, i + 1] is block influence (Men et al., 2024,
             arXiv:2403.03853).
-        neurons: [layers, ffn width], magnitude of each neuron's activation.
+        neurons: [layers, ffn width], magnitude of each neuron's activation; 0 beyond those of a narrower layer.
         groups: [layers, key-value heads], Euclidean norm of each head's output, added over the heads of a group.
         channels: [width], magnitude of each channel after each norm of the width, added over the norms.
         text: int32 [sequences, length], training sequences on which students are repaired.
@@ -94,7 +94,8 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
         states.append((output[0] if isinstance(output, tuple) else output)[0])
 
     def see_neurons(index: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        add(neurons[index], inputs[0][0].abs())
+        magnitudes = inputs[0][0].abs()
+        add(neurons[index, : magnitudes.shape[-1]], magnitudes)
 
     def see_heads(index: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
         heads = inputs[0][0].unflatten(-1, (spec.kv_heads, -1, spec.head_dim))
