@@ -13,7 +13,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.families import Axis, get_family
 from autodistill.models.loading import decoder_layers
 
-RIDGE = 0.1
+RIDGE = 0.3
 """Of the mean square of a neuron's activation: what a change of a weight costs (see the report on cut shapes)."""
 
 
@@ -105,9 +105,7 @@ def repaired(model: Any, widths: Mapping[int, int], moments: Iterable[Tensor]) -
         moments: Of all its layers.
     """
     matrices = last_matrices(model)
-    return [
-        refit(found, matrices[layer], widths[layer]) for layer, found in enumerate(moments) if layer in widths
-    ]
+    return [refit(found, matrices[layer], widths[layer]) for layer, found in enumerate(moments) if layer in widths]
 
 
 def last_matrices(model: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""A teacher shown in one storage after another, and how far each moves it on held-out or calibration text."""
+"""A model shown in one storage after another, and how far each is from the teacher on held-out or calibration text."""
 
 from __future__ import annotations
 
@@ -86,12 +86,19 @@ class Bench:
         spec: Its shape.
         own: How the teacher's own file stores each tensor, and its scales there, by name; empty where it is on no grid.
         device: Where it lies.
+        cut: Whether it is a student, which is not the teacher in any storage.
     """
 
     def __init__(
-        self, model: Any, spec: ModelSpec, own: Mapping[str, tuple[Storage, Scales]], device: str = "cpu"
+        self,
+        model: Any,
+        spec: ModelSpec,
+        own: Mapping[str, tuple[Storage, Scales]],
+        device: str = "cpu",
+        *,
+        cut: bool = False,
     ) -> None:
-        self.model, self.spec, self.device = model, spec, device
+        self.model, self.spec, self.device, self._cut = model, spec, device, cut
         self._own = own
         self._parameters = dict(model.named_parameters())
         self._masters: dict[str, Tensor] = {}
@@ -101,7 +108,7 @@ class Bench:
         """Reads text with the teacher as it is."""
         with self.shown({}):
             scores, reference = score_teacher(self.model, data, device=self.device)
-        return Sample(name=name, data=data, reference=reference, teacher=_measured(scores.nll, None, scores.documents))
+        return Sample(name=name, data=data, reference=reference, teacher=measured(scores.nll, None, scores.documents))
 
     def measure(self, deployment: Deployment, sample: Sample) -> Measured:
         """What a deployment of all matrices and the cache does to the teacher."""
@@ -113,10 +120,10 @@ class Bench:
         """The same where only some tensors are stored in another way, by name; what changes nothing is not read."""
         with self.shown(storages), quantized_cache(self.model, cache_types):
             changed = (name for name, master in self._masters.items() if not self._parameters[name].data.equal(master))
-            if cache_types == ("f16", "f16") and next(changed, None) is None:
+            if not self._cut and cache_types == ("f16", "f16") and next(changed, None) is None:
                 return sample.teacher
             scores, _ = score(self.model, sample.data, sample.reference, device=self.device)
-        return _measured(scores.nll, scores.divergence, scores.documents)
+        return measured(scores.nll, scores.divergence, scores.documents)
 
     def stored(self, name: str, storage: Storage, weight: Tensor | None = None) -> Tensor:
         """The float32 values of a tensor in a storage, under the teacher's own scales where it was stored so."""
@@ -140,9 +147,10 @@ class Bench:
             yield
 
 
-def _measured(
+def measured(
     nll: npt.NDArray[np.float64], divergence: npt.NDArray[np.float64] | None, documents: npt.NDArray[np.int32]
 ) -> Measured:
+    """What single tokens have, by document and on the whole; a divergence of None is nought."""
     kl = np.zeros_like(nll) if divergence is None else divergence
     (mean_kl, kl_stderr), (mean_nll, nll_stderr) = clustered_mean(kl, documents), clustered_mean(nll, documents)
     _, places = np.unique(documents, return_inverse=True)
