@@ -25,7 +25,9 @@ LAYERS, FFN = 3, 192
 @pytest.fixture(scope="module", params=["llama", "gpt_neox"])
 def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
-    return save_tiny_teacher(folder, architecture=request.param, layers=LAYERS, width=64, heads=4, kv_heads=4, ffn=FFN, seed=5)
+    return save_tiny_teacher(
+        folder, architecture=request.param, layers=LAYERS, width=64, heads=4, kv_heads=4, ffn=FFN, seed=5
+    )
 
 
 @pytest.fixture(scope="module")
