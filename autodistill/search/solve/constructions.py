@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from autodistill.distillation.student.shapes import cut_spec
-from autodistill.models.families import get_family
+from autodistill.models.families import GGUF_BY_LAYER, get_family
 from autodistill.models.tensors import TensorSpec
 from autodistill.search.solve.bench import Measured, Sample
 from autodistill.search.solve.library import Library, Score
 from autodistill.search.solve.options import KEYS, VALUES, Options
 from autodistill.search.solve.shapes import Shapes
 from autodistill.search.solve.solver import Solver
+from autodistill.search.solve.widths import Widths
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
 
-FAMILIES = ("whole", "narrow", "shallow")
-"""Of shapes: the teacher's own, narrower FFNs, and one block of layers left out."""
+FAMILIES = ("whole", "narrow", "layered", "shallow")
+"""Of shapes: the teacher's own, all FFNs as narrow, each FFN as narrow as it may be, one block of layers left out."""
 
 _MEASURED = 2  # shapes of a family that are measured whole
 _PATIENCE = 2  # shapes in vain, one after another, after which no smaller ones are asked for
@@ -108,7 +109,7 @@ def constructions(
                     bytes=options.memory(solved.deployment).total_bytes,
                 )
             )
-    for family, proposed in (("narrow", _narrow), ("shallow", _shallow)):
+    for family, proposed in (("narrow", _narrow), ("layered", _layered), ("shallow", _shallow)):
         if family in families:
             best = _best(family, proposed(options, library, shapes), limit, sample, thorough=thorough)
             found += [] if best is None else [best]
@@ -240,6 +241,19 @@ def _narrow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutS
     for width in shapes.widths[1:]:
         init = Init(depth=1.0, ffn=width / whole, repair=True)
         costs = [shapes.ffn(layer, width) for layer in layers]
+        yield CutScores(init, layers, costs, options, library, shapes)
+
+
+def _layered(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
+    """The teacher with the widths of least cost, where llama.cpp holds layers that differ."""
+    if get_family(options.spec.architecture).gguf not in GGUF_BY_LAYER:
+        return
+    shapes.build()
+    layers = range(options.spec.layers)
+    widths = Widths(options, library, shapes).best(options.budget.memory_bytes)
+    if widths is not None and len(set(widths)) > 1:
+        init = Init(depth=1.0, ffn_widths=widths, repair=True)
+        costs = [shapes.ffn(layer, width) for layer, width in zip(layers, widths, strict=True)]
         yield CutScores(init, layers, costs, options, library, shapes)
 
 
