@@ -29,7 +29,9 @@ def in_blocks(config: Mapping[str, Any], scheme: QuantizationScheme) -> tuple[bo
     if not isinstance(grid, Grid) or not grid.fallback:
         return ()
     queries = config["num_attention_heads"] * config["head_dim"]
-    return tuple(grid.divides(length) for length in (config["hidden_size"], config["intermediate_size"], queries))
+    own = (length for sizes in config.get("per_layer_config", {}).values() for length in sizes.values())
+    lengths = (config["hidden_size"], config["intermediate_size"], queries, *own)
+    return tuple(grid.divides(length) for length in lengths)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from autodistill import plugins
 from autodistill.errors import InputError
+from autodistill.models.config import uniform
 from autodistill.models.llama_cpp_graphs import cannot_run
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
@@ -79,6 +80,7 @@ class Format:
         kept: Storage of weights that a scheme keeps off its grid.
         vectors: Storage of norms and biases.
         norms_above_one: Storage of norms to which a model adds 1; None for that of other vectors.
+        layers_differ: Whether a layer may be narrower than others; else a model is held with all as wide as the widest.
         dense_in: Runtimes that hold its grids as 16-bit weights while they serve it.
         refuses: Returns why it cannot hold a model of some shape in any scheme, or "".
     """
@@ -92,6 +94,7 @@ class Format:
     vectors: Literal["f32", "bf16"]
     mixture: bool = False
     norms_above_one: Literal["f32_plus_1"] | None = None
+    layers_differ: bool = False
     dense_in: tuple[str, ...] = ()
     refuses: Callable[[ModelSpec], str] = lambda spec: ""
 
@@ -339,6 +342,7 @@ def _gguf(name: str, linears: Storage, tables: Storage, *, mixture: bool = False
         vectors="f32",
         mixture=mixture,
         norms_above_one="f32_plus_1",
+        layers_differ=True,
         refuses=_not_in_llama_cpp,
     )
 
@@ -428,6 +432,11 @@ def get_format(name: str) -> Format:
     if name not in found:
         raise InputError(f"there is no format {name!r}; the formats are {', '.join(found)}")
     return found[name]
+
+
+def as_held(spec: ModelSpec, scheme: QuantizationScheme) -> ModelSpec:
+    """Return the shape in which a scheme's format holds a model: where layers may not differ, as wide as the widest."""
+    return uniform(spec) if spec.ffn_widths and not get_format(scheme.format).layers_differ else spec
 
 
 _IN_A_LAYER = re.compile(r"layers\.\d+\.(.+)\.weight")
