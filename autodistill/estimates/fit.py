@@ -144,7 +144,13 @@ def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
     Raises:
         InputError: Why its format holds no such model, or as `QuantizationScheme.check_model` and `check_cache`.
     """
-    if reason := get_format(scheme.format).refuses(spec):
+    held = get_format(scheme.format)
+    if spec.ffn_widths and held.layer_widths == "one":
+        raise InputError(
+            f"{held.name} holds models of one FFN width in all layers, and these have {min(spec.ffn_widths)} to "
+            f"{max(spec.ffn_widths)} neurons: give all of them as many, or choose another format"
+        )
+    if reason := held.refuses(spec):
         raise InputError(reason)
     scheme.check_model(spec.tensors)
     if isinstance(scheme, Deployment):

@@ -73,8 +73,8 @@ class StudentFiles:
 
     Attributes:
         config: Content of config.json.
-        spec: The model that it describes; where layers differ and the scheme's format holds no such model, it and all
-            that follows from it is of the one with zeros behind narrower layers, which computes the same.
+        spec: The model that it describes. Where the scheme's format pads narrower layers with zeros, all that is given
+            here is of the padded model, which computes the same.
         specs: Every stored tensor by name; a tied head is not among them.
 
     Raises:

@@ -437,9 +437,7 @@ def _layout(
     return tuple(kinds), Layout(found)
 
 
-def resized(
-    spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int | str | tuple[int, ...]
-) -> ModelSpec:
+def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int | str | tuple[int, ...]) -> ModelSpec:
     """Return the same model with other sizes.
 
     Args:

@@ -190,7 +190,9 @@ def stock_model(model: Any) -> Any:
         return model
     spec = uniform(spec_from_config(model.config.to_dict()))
     parameters = dict(model.named_parameters())
-    arrays = {tensor.name: padded(parameters[tensor.name].detach().cpu().numpy(), tensor.shape) for tensor in spec.tensors}
+    arrays = {
+        tensor.name: padded(parameters[tensor.name].detach().cpu().numpy(), tensor.shape) for tensor in spec.tensors
+    }
     weights = {name: torch.from_numpy(values) for name, values in arrays.items()}
     return model_from_weights(model, {"per_layer_config": None, "intermediate_size": spec.ffn_width}, weights)
 
