@@ -23,7 +23,7 @@ from autodistill.export.tokenizer_check import agreement, cannot_cut, comparable
 from autodistill.export.verify import falls_short
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.families import FAMILIES, GGUF_FAMILIES, get_family
-from autodistill.models.llama_cpp_graphs import SLIDING, rotary, rotary_dims, row_order, window_period
+from autodistill.models.llama_cpp_graphs import SLIDING, graph_of, rotary, rotary_dims, row_order, window_period
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
 from autodistill.quantization.formats import formats_of, tensor_bytes
@@ -96,7 +96,7 @@ class GgufExporter:
             InputError: The student cannot be read or be held by GGUF, or `out` not be written.
         """
         with StudentFiles(student, deployment) as files, replacing(out) as partial:
-            writer = GGUFWriter(os.fspath(partial / FILE), get_family(files.spec.architecture).gguf)
+            writer = GGUFWriter(os.fspath(partial / FILE), graph_of(files.spec))
             try:
                 check_holds(files.spec, deployment)
                 if reason := cannot_cut(student, files.spec.vocabulary):
@@ -192,7 +192,7 @@ def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployme
         writer.write_tensor_data(factors)
     for name in storages:
         data = files.pack(name)["data"]
-        order = row_order(family.gguf, family.gguf_name(name), files.spec.heads, files.spec.kv_heads)
+        order = row_order(writer.arch, family.gguf_name(name), files.spec.heads, files.spec.kv_heads)
         writer.write_tensor_data(order.to_graph(data) if order else data)
 
 
@@ -204,7 +204,7 @@ def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any],
     writer.add_block_count(spec.layers)
     writer.add_context_length(spec.max_context)
     writer.add_embedding_length(spec.width)
-    writer.add_feed_forward_length(spec.ffn_width)
+    writer.add_feed_forward_length(spec.ffn_widths or spec.ffn_width)
     writer.add_head_count(spec.heads)
     writer.add_head_count_kv(spec.kv_heads)
     writer.add_vocab_size(spec.vocabulary)

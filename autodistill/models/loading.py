@@ -15,9 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from autodistill.errors import InputError
-from autodistill.models.config import check_tokens, spec_from_config
+from autodistill.models.config import check_tokens, spec_from_config, uniform
 from autodistill.models.families import FAMILIES, get_family
-from autodistill.models.layer_widths import model_class
+from autodistill.models.layer_widths import model_class, padded
 from autodistill.models.model_folder import check_files, read_config, read_json, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import check_stored
@@ -178,6 +178,23 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
     made.generation_config = model.generation_config
     made.config._name_or_path = model.config._name_or_path
     return made.eval()
+
+
+def stock_model(model: Any) -> Any:
+    """Return a model that transformers' own class loads, float32: itself, or one with zeros behind narrower layers.
+
+    Args:
+        model: In float32, of one of the families.
+    """
+    if not model.config.is_heterogeneous:
+        return model
+    spec = uniform(spec_from_config(model.config.to_dict()))
+    parameters = dict(model.named_parameters())
+    arrays = {
+        tensor.name: padded(parameters[tensor.name].detach().cpu().numpy(), tensor.shape) for tensor in spec.tensors
+    }
+    weights = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    return model_from_weights(model, {"per_layer_config": None, "intermediate_size": spec.ffn_width}, weights)
 
 
 @contextmanager

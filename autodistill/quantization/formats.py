@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from autodistill import plugins
 from autodistill.errors import InputError
+from autodistill.models.config import uniform
 from autodistill.models.llama_cpp_graphs import cannot_run
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
@@ -79,6 +80,8 @@ class Format:
         kept: Storage of weights that a scheme keeps off its grid.
         vectors: Storage of norms and biases.
         norms_above_one: Storage of norms to which a model adds 1; None for that of other vectors.
+        layer_widths: How it holds layers of different widths: "own", each as it is; "padded", with zeros to the widest;
+            "one", not at all.
         dense_in: Runtimes that hold its grids as 16-bit weights while they serve it.
         refuses: Returns why it cannot hold a model of some shape in any scheme, or "".
     """
@@ -92,6 +95,7 @@ class Format:
     vectors: Literal["f32", "bf16"]
     mixture: bool = False
     norms_above_one: Literal["f32_plus_1"] | None = None
+    layer_widths: Literal["one", "padded", "own"] = "one"
     dense_in: tuple[str, ...] = ()
     refuses: Callable[[ModelSpec], str] = lambda spec: ""
 
@@ -339,6 +343,7 @@ def _gguf(name: str, linears: Storage, tables: Storage, *, mixture: bool = False
         vectors="f32",
         mixture=mixture,
         norms_above_one="f32_plus_1",
+        layer_widths="own",
         refuses=_not_in_llama_cpp,
     )
 
@@ -373,6 +378,7 @@ FORMATS: Mapping[str, Format] = {
             tables="bf16",
             kept="bf16",
             vectors="bf16",
+            layer_widths="padded",
             # Its first forward pass decompresses them.
             dense_in=("transformers",),
         ),
@@ -384,6 +390,7 @@ FORMATS: Mapping[str, Format] = {
             tables="bf16",
             kept="bf16",
             vectors="bf16",
+            layer_widths="padded",
         ),
     )
 }
@@ -428,6 +435,11 @@ def get_format(name: str) -> Format:
     if name not in found:
         raise InputError(f"there is no format {name!r}; the formats are {', '.join(found)}")
     return found[name]
+
+
+def as_held(spec: ModelSpec, scheme: QuantizationScheme) -> ModelSpec:
+    """Return the shape in which a scheme's format holds a model, in which layers may be padded to the widest."""
+    return uniform(spec) if spec.ffn_widths and get_format(scheme.format).layer_widths == "padded" else spec
 
 
 _IN_A_LAYER = re.compile(r"layers\.\d+\.(.+)\.weight")
