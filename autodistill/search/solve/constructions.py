@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from autodistill.distillation.student.shapes import cut_spec
+from autodistill.distillation.student.shapes import cut_spec, layer_choices
 from autodistill.models.families import GGUF_BY_LAYER, get_family
 from autodistill.models.tensors import TensorSpec
 from autodistill.search.solve.bench import Measured, Sample
@@ -135,26 +135,19 @@ class CutScores:
     """What storages cost a student: the costs of its cuts, and of types the share of the teacher's that is kept.
 
     Args:
-        init: How it is made.
-        layers: The teacher's that it keeps.
-        costs: Of its cuts.
+        init: How it is made: FFNs narrower, a block of layers left out, or both.
         teacher: Options of the teacher.
         library: The teacher's.
         shapes: Where the student is made and measured.
     """
 
-    def __init__(
-        self,
-        init: Init,
-        layers: Sequence[int],
-        costs: Sequence[Score],
-        teacher: Options,
-        library: Library,
-        shapes: Shapes,
-    ) -> None:
-        self.init, self._costs, self._library, self._shapes = init, costs, library, shapes
+    def __init__(self, init: Init, teacher: Options, library: Library, shapes: Shapes) -> None:
+        self.init, self._library, self._shapes = init, library, shapes
+        (layers,) = layer_choices(init, teacher.spec.layers)
         self._deep = len(layers) / teacher.spec.layers
         spec = cut_spec(init, teacher.spec)
+        self._costs = [shapes.ffn(layer, width) for layer, width in zip(layers, spec.ffn_by_layer, strict=True)]
+        self._costs += [shapes.span(*init.dropped)] if init.dropped else []
         tensors = {tensor.name: tensor for tensor in teacher.spec.tensors}
         family = get_family(spec.architecture)
         self._origins: dict[str, tuple[str, float]] = {}
@@ -237,11 +230,8 @@ def _narrow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutS
     """The teacher with all FFNs as narrow, and repaired; the wider ones first."""
     shapes.build()
     whole = options.spec.ffn_width
-    layers = range(options.spec.layers)
     for width in shapes.widths[1:]:
-        init = Init(depth=1.0, ffn=width / whole, repair=True)
-        costs = [shapes.ffn(layer, width) for layer in layers]
-        yield CutScores(init, layers, costs, options, library, shapes)
+        yield CutScores(Init(depth=1.0, ffn=width / whole, repair=True), options, library, shapes)
 
 
 def _layered(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
@@ -249,12 +239,9 @@ def _layered(options: Options, library: Library, shapes: Shapes) -> Iterator[Cut
     if get_family(options.spec.architecture).gguf not in GGUF_BY_LAYER:
         return
     shapes.build()
-    layers = range(options.spec.layers)
     widths = Widths(options, library, shapes).best(options.budget.memory_bytes)
     if widths is not None and len(set(widths)) > 1:
-        init = Init(depth=1.0, ffn_widths=widths, repair=True)
-        costs = [shapes.ffn(layer, width) for layer, width in zip(layers, widths, strict=True)]
-        yield CutScores(init, layers, costs, options, library, shapes)
+        yield CutScores(Init(depth=1.0, ffn_widths=widths, repair=True), options, library, shapes)
 
 
 def _shallow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
@@ -265,6 +252,5 @@ def _shallow(options: Options, library: Library, shapes: Shapes) -> Iterator[Cut
         kept = Options(spec=cut_spec(init, options.spec), budget=options.budget)
         if kept.smallest()[1].total_bytes > options.budget.memory_bytes:
             continue
-        first, cost = shapes.spans(count)[0]
-        layers = [*range(first), *range(first + count, total)]
-        yield CutScores(replace(init, dropped=(first, count)), layers, [cost], options, library, shapes)
+        first, _ = shapes.spans(count)[0]
+        yield CutScores(replace(init, dropped=(first, count)), options, library, shapes)

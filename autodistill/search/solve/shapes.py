@@ -171,10 +171,11 @@ class Shapes:
         layers = self._bench.spec.layers
         similarity = self._calibration.similarity
         firsts = sorted(range(1, layers - count), key=lambda first: -float(similarity[first, first + count]))
-        found = [(first, self._span(first, count)) for first in firsts[:_SPANS]]
+        found = [(first, self.span(first, count)) for first in firsts[:_SPANS]]
         return tuple(sorted(found, key=lambda one: one[1].kl))
 
-    def _span(self, first: int, count: int) -> Score:
+    def span(self, first: int, count: int) -> Score:
+        """What it costs to leave out so many layers from one on; measured on demand."""
         key, layers = f"{first}+{count}", self._bench.spec.layers
         if key not in self._held["spans"]:
             self._notify(f"scoring without layers {first} to {first + count - 1}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from autodistill.strategy.strategy import Init
 Choices = Mapping[str, tuple[int, float]]
 """Bytes and cost of each."""
 
-_CAPS = 4  # times that a knapsack is solved with what a narrower widest layer frees
+_STEPS = (4, 2, 1)  # between the widths that are tried for the widest layer
 
 
 class Widths:
@@ -54,15 +55,20 @@ class Widths:
         Args:
             limit: Bytes of the whole process.
         """
-        cap, found = self._options.spec.ffn_width, None
-        for _ in range(_CAPS):
-            solved = self._within(limit, cap)
-            if solved is None or (found is not None and solved[0] >= found[0]):
-                break
-            found = solved
-            if max(found[1]) == cap:
-                break
-            cap = max(found[1])
+        caps = self._shapes.widths
+        solved: dict[int, tuple[float, tuple[int, ...]] | None] = {}
+
+        def cost(index: int) -> float:
+            if index not in solved:
+                solved[index] = self._within(limit, caps[index]) if 0 <= index < len(caps) else None
+            found = solved[index]
+            return math.inf if found is None else found[0]
+
+        # With a cap, what the widest layer computes in is smaller: the best cap is between extremes, and looked for so.
+        best = min(range(0, len(caps), _STEPS[0]), key=cost)
+        for step in _STEPS[1:]:
+            best = min((best, best - step, best + step), key=cost)
+        found = solved[best]
         return None if found is None else found[1]
 
     def _within(self, limit: int, cap: int) -> tuple[float, tuple[int, ...]] | None:
@@ -94,7 +100,9 @@ class Widths:
         options = self._options
         inside = {name for names in self._ffns.values() for name in names}
         items: dict[str, Choices] = {
-            name: {kind: (self._bytes(name, kind), self._library.score(name, kind).kl) for kind in options.kinds(tensor)}
+            name: {
+                kind: (self._bytes(name, kind), self._library.score(name, kind).kl) for kind in options.kinds(tensor)
+            }
             for name, tensor in options.matrices.items()
             if name not in inside
         }
