@@ -119,7 +119,7 @@ def powers_of_two(values: Any, xp: ModuleType) -> Any:
 
 
 def nearest_codes(steps: Any, grid: Grid, xp: ModuleType) -> Any:
-    """Return the codes of a codebook that are nearest to steps, float32 in their shape; what is no number stays none."""
+    """Return the codes of a codebook that are nearest to steps, float32 in their shape; NaN stays NaN."""
     table = xp.asarray(grid.nearest, device=steps.device)
     places = xp.clip((xp.nan_to_num(steps) - float(grid.qmin)) * 2.0, 0, len(table) - 1)
     return xp.where(xp.isnan(steps), steps, xp.take(table, xp.asarray(places, dtype=xp.int64)))

@@ -52,7 +52,7 @@ from autodistill.strategy.deployment import Deployment, serving
 from autodistill.utils.file_locks import alone
 from autodistill.utils.json_files import write_json
 
-_VERSION = 1  # of what is kept of a teacher here: to be raised with any change of it
+_VERSION = 2  # of what is kept of a teacher here: to be raised with any change of it
 _ON_GRID = 0.01
 """Share of the squared error of rounding normal weights below which weights lie on a grid already; what they moved by
 when they were rounded to 16 bits since, as far as that is seen, is added."""
