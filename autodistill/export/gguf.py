@@ -27,7 +27,22 @@ from autodistill.models.llama_cpp_graphs import SLIDING, graph_of, rotary, rotar
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
 from autodistill.quantization.formats import formats_of, tensor_bytes
-from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Floats, Storage
+from autodistill.quantization.grids import (
+    IQ4_NL,
+    MXFP4,
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Floats,
+    Storage,
+)
 from autodistill.quantization.packing import unpack
 from autodistill.serving.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
@@ -41,7 +56,9 @@ _FILE_TYPES = {
     "gguf-q5_1": LlamaFileType.MOSTLY_Q5_1,
     "gguf-q5_0": LlamaFileType.MOSTLY_Q5_0,
     "gguf-q4_1": LlamaFileType.MOSTLY_Q4_1,
+    "gguf-iq4_nl": LlamaFileType.MOSTLY_IQ4_NL,
     "gguf-q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "gguf-mxfp4": LlamaFileType.MOSTLY_MXFP4_MOE,
     "gguf-q6_k": LlamaFileType.MOSTLY_Q6_K,
     "gguf-q5_k": LlamaFileType.MOSTLY_Q5_K_S,
     "gguf-q4_k": LlamaFileType.MOSTLY_Q4_K_S,
@@ -58,7 +75,9 @@ _TYPES: Mapping[Storage, GGMLQuantizationType] = {
     Q5_1: GGMLQuantizationType.Q5_1,
     Q5_0: GGMLQuantizationType.Q5_0,
     Q4_1: GGMLQuantizationType.Q4_1,
+    IQ4_NL: GGMLQuantizationType.IQ4_NL,
     Q4_0: GGMLQuantizationType.Q4_0,
+    MXFP4: GGMLQuantizationType.MXFP4,
     Q6_K: GGMLQuantizationType.Q6_K,
     Q5_K: GGMLQuantizationType.Q5_K,
     Q4_K: GGMLQuantizationType.Q4_K,

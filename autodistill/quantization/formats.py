@@ -17,6 +17,8 @@ from autodistill.models.llama_cpp_graphs import cannot_run
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.grids import (
+    IQ4_NL,
+    MXFP4,
     Q2_K,
     Q3_K,
     Q4_0,
@@ -359,7 +361,7 @@ FORMATS: Mapping[str, Format] = {
         _gguf("gguf-f16", "f16", "f16"),
         _gguf("gguf-q8_0", Q8_0, Q8_0),
         # The table stays at 8 bits: tied, it is also the output head, and llama.cpp's own Q4_0 files keep it above 4.
-        *(_gguf(grid.name, grid, Q8_0) for grid in (Q5_1, Q5_0, Q4_1, Q4_0)),
+        *(_gguf(grid.name, grid, Q8_0) for grid in (Q5_1, Q5_0, Q4_1, IQ4_NL, Q4_0, MXFP4)),
         # One grid for all linear layers, where llama.cpp's types that end in _S, _M and _L mix some; the tables as the
         # heads of its files.
         *(_gguf(grid.name, grid, Q6_K) for grid in (Q6_K, Q5_K, Q4_K, Q3_K, Q2_K)),
@@ -420,7 +422,10 @@ def all_formats() -> dict[str, Format]:
 
 TYPES: Mapping[str, Storage] = {
     "f16": "f16",
-    **{grid.name.removeprefix("gguf-"): grid for grid in (Q8_0, Q6_K, Q5_1, Q5_0, Q5_K, Q4_1, Q4_0, Q4_K, Q3_K, Q2_K)},
+    **{
+        grid.name.removeprefix("gguf-"): grid
+        for grid in (Q8_0, Q6_K, Q5_1, Q5_0, Q5_K, Q4_1, IQ4_NL, Q4_0, Q4_K, MXFP4, Q3_K, Q2_K)
+    },
 }
 """What a single matrix of a GGUF file may be stored as, by llama.cpp's names in small letters, the most bits first."""
 
@@ -498,7 +503,7 @@ def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
         if storage.block_size:
             blocks = count // storage.block_size
             return count * storage.bits // 8 + values * (2 * blocks + rows * groups * storage.multiplier_bits // 8)
-        return count * storage.bits // 8 + rows * groups * 2 * values
+        return count * storage.bits // 8 + rows * groups * storage.scale_bytes * values
     zero_points = 0 if storage.symmetric else _words(rows, storage.bits) * groups
     return rows * (_words(columns, storage.bits) + 2 * groups) + zero_points + 16
 

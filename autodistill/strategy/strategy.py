@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import groupby
 
-from autodistill.quantization.formats import QuantizationScheme
+from autodistill.quantization.formats import TYPES, QuantizationScheme
+from autodistill.quantization.grids import Grid
 from autodistill.strategy.divergence import known_divergence
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out
@@ -429,8 +430,8 @@ class Finishing(QuantizationScheme, PlainDataclass):
 
     Attributes:
         scales: "absmax" derives a group's scale from its weights in every step, as the tools of its container do, or
-            by least squares for K-quants. "learned" trains it (LSQ, arXiv:1902.08153), and the export uses the learned
-            scales.
+            by least squares for K-quants and grids with a codebook. "learned" trains it (LSQ, arXiv:1902.08153), and
+            the export uses the learned scales; of a codebook none are learned.
         start: Share of the decay, 0 to below 1, after which the weights are rounded to the grid.
     """
 
@@ -441,6 +442,13 @@ class Finishing(QuantizationScheme, PlainDataclass):
         super().__post_init__()
         check(self.bits < 16, "finishing trains on a quantised grid: for a 16-bit student, leave finishing out")
         check_choice("finishing.scales", self.scales, ("absmax", "learned"))
+        grids = [self.linear, *(TYPES[kind] for _, kind in self.types)]
+        uneven = [one.name for one in grids if isinstance(one, Grid) and one.codebook]
+        check(
+            self.scales == "absmax" or not uneven,
+            f"scales are learned of grids with even steps, and those of {' and '.join(uneven)} are not: leave "
+            "finishing.scales out",
+        )
         check(0 <= self.start < 1, f"finishing.start is a share of the decay, 0 to below 1, not {self.start}")
 
 

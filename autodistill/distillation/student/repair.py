@@ -11,7 +11,7 @@ from torch import Tensor
 from autodistill.inference.blocks import embedded, through_block
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import Axis, get_family
-from autodistill.models.loading import decoder_layers
+from autodistill.models.spec import ModelSpec
 
 RIDGE = 0.3
 """Of the mean square of a neuron's activation: what a change of a weight costs (see the report on cut shapes)."""
@@ -104,14 +104,18 @@ def repaired(model: Any, widths: Mapping[int, int], moments: Iterable[Tensor]) -
         widths: Neurons that are kept, by layer, the layers ascending.
         moments: Of all its layers.
     """
-    matrices = last_matrices(model)
-    return [refit(found, matrices[layer], widths[layer]) for layer, found in enumerate(moments) if layer in widths]
+    names, parameters = last_matrices(spec_from_config(model.config.to_dict())), dict(model.named_parameters())
+    return [
+        refit(found, parameters[names[layer]].detach(), widths[layer])
+        for layer, found in enumerate(moments)
+        if layer in widths
+    ]
 
 
-def last_matrices(model: Any) -> list[Tensor]:
-    """Return of each layer the matrix that reads the FFN's neurons, [width, neurons]."""
-    name = last_matrix(model.config.model_type)
-    return [layer.get_submodule(name).weight.detach() for layer in decoder_layers(model)]
+def last_matrices(spec: ModelSpec) -> list[str]:
+    """Return the name of each layer's matrix that reads the FFN's neurons."""
+    body, name = get_family(spec.architecture).body, last_matrix(spec.architecture)
+    return [f"{body}.layers.{layer}.{name}.weight" for layer in range(spec.layers)]
 
 
 def refit(moments: Tensor, weight: Tensor, count: int) -> Refit | None:

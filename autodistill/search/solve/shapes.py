@@ -113,8 +113,10 @@ class Shapes:
             return
         self._notify("reading the activations of the FFNs")
         moments = self._moments
+        assert self._states  # of the teacher as it is, before anything takes its place
+        names = last_matrices(spec)
         with bench.shown({}):
-            matrices = last_matrices(bench.model)
+            matrices = [bench.master(name) for name in names]
             found = ffn_moments(bench.model, self._calibration.text, bench.device) if moments is None else moments
             for layer, moment in enumerate(found):
                 if layer not in missing:
@@ -125,25 +127,17 @@ class Shapes:
                     assert made is not None
                     whole = torch.zeros_like(matrices[layer])
                     whole[:, made.neurons] = made.matrix
-                    self._held["ffn"][_ffn_key(layer, width)] = self._replaced(layer, matrices[layer], whole).to_json()
+                    with bench.replaced([(names[layer], whole)]):
+                        cut = self._from_layer(layer, range(layer, spec.layers))
+                    self._held["ffn"][_ffn_key(layer, width)] = cut.to_json()
                 self._save()
-
-    def _replaced(self, layer: int, matrix: Tensor, other: Tensor) -> Measured:
-        """The teacher with another last matrix in a layer's FFN."""
-        assert self._states  # of the teacher as it is
-        before = matrix.clone()
-        matrix.copy_(other)
-        try:
-            return self._from_layer(layer, range(layer, self._bench.spec.layers))
-        finally:
-            matrix.copy_(before)
 
     def _from_layer(self, first: int, kept: Iterable[int]) -> Measured:
         """The teacher with some of its layers, all below `first` among them."""
         bench = self._bench
         with only_blocks(bench.model, set(kept)):
             scores, _ = score(bench.model, self._text, self._reference, device=bench.device, begun=self._states[first])
-        return measured(scores.nll, scores.divergence, scores.documents)
+        return measured(scores)
 
     def ffn(self, layer: int, width: int) -> Score:
         """What it costs that a layer keeps so many FFN neurons; measured, or taken from the two widths that are."""
