@@ -463,6 +463,14 @@ def solve(
     export: Annotated[
         bool, Option(help="Write the solution as a GGUF file and verify it in llama.cpp.", typed=bool)
     ] = False,
+    candidate: Annotated[
+        str | Path | Sequence[str | Path] | None,
+        Option(
+            help="Measure this GGUF file of the same model too, and take it if it is better; may be repeated.",
+            metavar="FILE",
+            typed=list[str],
+        ),
+    ] = None,
     devices: Devices = None,
     cache: Cache = None,
     notify: Callable[[str], None] = lambda line: None,
@@ -470,9 +478,9 @@ def solve(
     """Choose the storage type of every matrix, table and cache that costs least within a budget. Nothing is trained.
 
     Raises:
-        InputError: No such teacher, data or device, a model that llama.cpp cannot hold, or arguments that contradict
-            each other.
-        NothingFitsError: No budget holds the smallest storage; the message names it.
+        InputError: No such teacher, data or device, a model that llama.cpp cannot hold, a candidate of another model,
+            or arguments that contradict each other.
+        NothingFitsError: No budget holds the smallest storage, or what was written takes more than the budget.
         VerificationError: What was written is not what was measured.
     """
     if budget is not None and sweep is not None:
@@ -505,6 +513,7 @@ def solve(
         sequence_length=sequence_length,
         out=_path(out),
         export=export,
+        candidates=tuple(map(Path, [candidate] if isinstance(candidate, str | Path) else candidate or ())),
         context_by_default=context is None,
         **named,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from autodistill.evaluation.base import Measurement, Needs, Quantity, Source, Subject
-from autodistill.quantization.formats import weights_bytes
+from autodistill.quantization.formats import as_held, weights_bytes
 from autodistill.strategy.deployment import Deployment
 
 
@@ -28,4 +28,4 @@ class Size:
 
 
 def _predicted(subject: Subject) -> int:
-    return weights_bytes(subject.spec.tensors, subject.deployment)
+    return weights_bytes(as_held(subject.spec, subject.deployment).tensors, subject.deployment)

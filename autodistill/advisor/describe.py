@@ -259,7 +259,7 @@ def _instead(name: str, known: Iterable[str]) -> str:
             f"{kind.upper()}"
         )
     if _I_QUANT.search(asked):
-        return "llama.cpp's I-quants are not supported: its gguf-q4_k, gguf-q4_0 and the like are"
+        return "of llama.cpp's I-quants gguf-iq4_nl alone is supported; gguf-q4_k, gguf-q4_0 and the like are too"
     ends = [form for text, form in plain.items() if asked and asked in text.split("-", 1)[-1]]
     close = [plain[text] for text in difflib.get_close_matches(asked, plain, n=3, cutoff=0.6)]
     meant = list(dict.fromkeys([*ends[:3], *close]))[:3]

@@ -20,7 +20,8 @@ def solve_text(document: Mapping[str, Any], width: int) -> str:
     teacher = document["teacher"]
     head = (
         f"{teacher['name']} on {document['data']['name']}: KL to the teacher and NLL in nats a token, on "
-        f"{document['held_out_tokens']:,} held-out tokens; the teacher's own NLL is {document['teacher_nll']:.4f}."
+        f"{document['held_out_tokens']:,} held-out tokens, and the share of them that is likeliest. The teacher's own "
+        f"NLL is {document['teacher_nll']:.4f}, and its accuracy {document['teacher_accuracy']:.4f}."
     )
     sections = ["\n".join(wrapped(head, width))]
     if teacher["stored"]:
@@ -48,7 +49,7 @@ def _one(found: Mapping[str, Any], width: int) -> str:
         for name in ("weights", "kv_cache", "compute", "overhead")
     ]
     parts += [("total", format_bytes(solution["bytes"])), ("left", format_bytes(solution["left_bytes"]))]
-    rows = [("storage", "", "memory", "fits", "predicted KL", "KL", "NLL", "KL above the solution")]
+    rows = [("storage", "", "memory", "fits", "predicted KL", "KL", "NLL", "accuracy", "KL above the solution")]
     rows.append(("solved", "", format_bytes(solution["bytes"]), "yes", *_figures(solution), ""))
     too_large = []
     for rival in found["rivals"]:
@@ -67,7 +68,11 @@ def _one(found: Mapping[str, Any], width: int) -> str:
     )
     if too_large:
         said += f" Plain formats that are too large: {', '.join(too_large)}."
-    if found["as_good"]:
+    if found["winner"]:
+        said += (
+            f" {found['winner']['name']} has a lower KL on the calibration text than all that was solved: take that."
+        )
+    elif found["as_good"]:
         said += f" {found['as_good']} is as good, within the error, and plainer: take that."
     return "\n".join([*lines, table(parts, left=1), "", table(rows, left=2), *wrapped(said, width)])
 
@@ -80,21 +85,19 @@ def _types(types: Mapping[str, Any]) -> str:
 
 def _curve(solutions: Sequence[Mapping[str, Any]]) -> str:
     """A line for each budget."""
-    rows = [("budget", "storage", "takes", "predicted KL", "KL", "NLL", "as good")]
+    rows = [("budget", "storage", "takes", "predicted KL", "KL", "NLL", "accuracy", "as good")]
     for found in solutions:
         one = found["solution"]
         takes = format_bytes(one["bytes"])
         limit = format_bytes(found["budget"]["memory_bytes"])
-        rows.append((limit, one["name"], takes, *_figures(one), found["as_good"] or ""))
+        better = found["winner"]["name"] if found["winner"] else found["as_good"] or ""
+        rows.append((limit, one["name"], takes, *_figures(one), better))
     return table(rows, left=2)
 
 
-def _figures(one: Mapping[str, Any]) -> tuple[str, str, str]:
-    return (
-        f"{one['predicted_kl']:.4f}",
-        _with_error(one["kl"], one["kl_stderr"]),
-        _with_error(one["nll"], one["nll_stderr"]),
-    )
+def _figures(one: Mapping[str, Any]) -> tuple[str, ...]:
+    measured = (_with_error(one[name], one[f"{name}_stderr"]) for name in ("kl", "nll", "accuracy"))
+    return (_with_error(one["predicted_kl"], None), *measured)
 
 
 def _with_error(value: float | None, error: float | None) -> str:
@@ -105,12 +108,9 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 def _exported(exported: Mapping[str, Any]) -> str:
     low, high = exported["agreement_interval"]
-    over = exported["over_budget_bytes"]
-    beyond = f", {format_bytes(over)} over the budget: lower --budget by as much" if over > 0 else ""
     return (
-        f"Written to {exported['path']} ({format_bytes(exported['size_bytes'])}): its {exported['tensors']} tensors "
-        f"are those that were measured, llama.cpp chooses the simulation's token at {exported['agreement']:.1%} "
-        f"({low:.1%} to {high:.1%}) of {exported['positions']} clear positions, and takes "
-        f"{format_bytes(exported['memory_bytes'])} ({exported['memory_source']}){beyond}. Serve it with: "
-        f"{exported['serve']}"
+        f"{exported['name']} is in {exported['path']} ({format_bytes(exported['size_bytes'])}): its "
+        f"{exported['tensors']} tensors are those that were measured, llama.cpp chooses the simulation's token at "
+        f"{exported['agreement']:.1%} ({low:.1%} to {high:.1%}) of {exported['positions']} clear positions, and takes "
+        f"{format_bytes(exported['memory_bytes'])} ({exported['memory_source']}). Serve it with: {exported['serve']}"
     )

@@ -29,7 +29,9 @@ def in_blocks(config: Mapping[str, Any], scheme: QuantizationScheme) -> tuple[bo
     if not isinstance(grid, Grid) or not grid.fallback:
         return ()
     queries = config["num_attention_heads"] * config["head_dim"]
-    return tuple(grid.divides(length) for length in (config["hidden_size"], config["intermediate_size"], queries))
+    own = (length for sizes in config.get("per_layer_config", {}).values() for length in sizes.values())
+    lengths = (config["hidden_size"], config["intermediate_size"], queries, *own)
+    return tuple(grid.divides(length) for length in lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,13 @@ def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
     Raises:
         InputError: Why its format holds no such model, or as `QuantizationScheme.check_model` and `check_cache`.
     """
-    if reason := get_format(scheme.format).refuses(spec):
+    held = get_format(scheme.format)
+    if spec.ffn_widths and held.layer_widths == "one":
+        raise InputError(
+            f"{held.name} holds models of one FFN width in all layers, and these have {min(spec.ffn_widths)} to "
+            f"{max(spec.ffn_widths)} neurons: give all of them as many, or choose another format"
+        )
+    if reason := held.refuses(spec):
         raise InputError(reason)
     scheme.check_model(spec.tensors)
     if isinstance(scheme, Deployment):

@@ -14,7 +14,7 @@ from autodistill.models.families import FAMILIES
 from autodistill.models.llama_cpp_graphs import WINDOWED_GRAPHS
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
-from autodistill.quantization.formats import CACHE_BYTES, get_format, tensor_bytes, weights_bytes
+from autodistill.quantization.formats import CACHE_BYTES, as_held, get_format, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
 
@@ -163,7 +163,7 @@ def memory(
     """Predict the memory that serving a model takes.
 
     Args:
-        spec: The model's shape.
+        spec: The model's shape; where a format holds no layers of different widths, what it holds is the padded one.
         deployment: How it is packed, and by what it is served.
         context, batch: Tokens of each sequence, and sequences at once.
         kv_type: What keys and values are held in: "f16", or in llama.cpp "q8_0" or "q4_0"; by default as the deployment
@@ -185,6 +185,7 @@ def memory(
         raise InputError(f"there is no runtime {runtime!r}; the runtimes are {', '.join([*BASIS, *brought])}")
     cache_types = deployment.cache_types if kv_type is None else (kv_type, kv_type)
     check_cache(spec, runtime, cache_types)
+    spec = as_held(spec, deployment)
     if read is not None and (runtime != "onnxruntime" or not 1 <= read <= context):
         raise InputError(f"{runtime} reads no {read} tokens of {context} in a pass of their own; leave read out")
     if weights is None:
@@ -273,7 +274,17 @@ def _rows(spec: ModelSpec, suffix: str) -> list[int]:
 
 def activation_rows(spec: ModelSpec) -> int:
     """Return the values of a token in a layer: four rows of the width, and three of the FFN (two without a gate)."""
-    return 4 * spec.width + _active_ffn(spec) * (3 if _gated(spec) else 2)
+    return 4 * spec.width + _active_ffn(spec) * _ffn_rows(spec)
+
+
+def all_activation_rows(spec: ModelSpec) -> int:
+    """Return the values of a token in all layers, each with its own width."""
+    narrower = sum(spec.ffn_width - width for width in spec.ffn_by_layer)
+    return spec.layers * activation_rows(spec) - narrower * _ffn_rows(spec)
+
+
+def _ffn_rows(spec: ModelSpec) -> int:
+    return 3 if _gated(spec) else 2
 
 
 def _fused(spec: ModelSpec) -> tuple[int, ...]:

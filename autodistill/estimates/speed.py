@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autodistill.estimates.serving_memory import activation_rows, kv_bytes, window_in
+from autodistill.estimates.serving_memory import all_activation_rows, kv_bytes, window_in
 from autodistill.hardware.budget import LatencyLimit
 from autodistill.hardware.device import Device
 from autodistill.hardware.runtime import Shares
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec, is_expert
-from autodistill.quantization.formats import get_format, tensor_bytes, weights_bytes
+from autodistill.quantization.formats import as_held, get_format, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid, Storage
 from autodistill.strategy.deployment import Deployment
 
@@ -250,6 +250,7 @@ def work(
     Weights are read once a pass, those of experts as far as the tokens are likely to take them; an embedding table that
     is not also the head is not read. Logits are of one token a sequence.
     """
+    spec = as_held(spec, deployment)
     dense = deployment.runtime in get_format(deployment.format).dense_in
     chosen = spec.active_experts / spec.experts if spec.experts else 1.0
     met = 1 - (1 - chosen) ** tokens if chosen < 1 else 1.0
@@ -285,7 +286,7 @@ def work(
         operations=products + attended,
         attended=attended,
         plain=2 * tokens * plain,
-        activations=2 * tokens * spec.layers * activation_rows(spec),
+        activations=2 * tokens * all_activation_rows(spec),
     )
 
 

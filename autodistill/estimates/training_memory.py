@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
+from autodistill.models.config import uniform
 from autodistill.models.families import Axis, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
@@ -137,12 +138,16 @@ def training_memory(
         adapters, ranks = lora.rank * sum(map(sum, shapes)), lora.rank * len(shapes)
         trained = adapters + spec.vocabulary * spec.width - frozen
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    layer = width * spec.width + attended * (queries + keys) + ffn * spec.ffn_width
+    layer = width * spec.width + attended * (queries + keys)
     layer += (2 if bf16 else 4) * ranks // spec.layers
-    kept = 4 * spec.layers * spec.width + layer if checkpointing else spec.layers * layer
-    # Checkpointed layers show theirs one after another; a head is shown by the loss.
+    if checkpointing:
+        kept = 4 * spec.layers * spec.width + layer + ffn * spec.ffn_width
+    else:
+        kept = spec.layers * layer + ffn * sum(spec.ffn_by_layer)
+    # Checkpointed layers show theirs one after another, the widest too; a head is shown by the loss.
     table = spec.vocabulary * spec.width
-    linear = sum(math.prod(tensor.shape) for tensor in spec.tensors if tensor.role is Role.LINEAR) // (
+    held = uniform(spec) if checkpointing and spec.ffn_widths else spec
+    linear = sum(math.prod(tensor.shape) for tensor in held.tensors if tensor.role is Role.LINEAR) // (
         spec.layers if checkpointing else 1
     )
     shown = (2 if bf16 else 4 if on_grid else 0) * (linear + table)

@@ -23,6 +23,7 @@ from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.packed_student import PackedStudent
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import score
+from autodistill.models.loading import stock_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.rounding import deploy_tensor
@@ -191,4 +192,4 @@ def _save_packed(model: Any, text: Path, folder: Path) -> None:
         raise InputError(
             "a teacher that memory does not hold in float32 cannot be written out for a command: use a smaller one"
         )
-    save_student(model, text, folder)
+    save_student(stock_model(model), text, folder)

@@ -23,11 +23,26 @@ from autodistill.export.tokenizer_check import agreement, cannot_cut, comparable
 from autodistill.export.verify import falls_short
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.families import FAMILIES, GGUF_FAMILIES, get_family
-from autodistill.models.llama_cpp_graphs import SLIDING, rotary, rotary_dims, row_order, window_period
+from autodistill.models.llama_cpp_graphs import SLIDING, graph_of, rotary, rotary_dims, row_order, window_period
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
 from autodistill.quantization.formats import formats_of, tensor_bytes
-from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Floats, Storage
+from autodistill.quantization.grids import (
+    IQ4_NL,
+    MXFP4,
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Floats,
+    Storage,
+)
 from autodistill.quantization.packing import unpack
 from autodistill.serving.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
@@ -41,7 +56,9 @@ _FILE_TYPES = {
     "gguf-q5_1": LlamaFileType.MOSTLY_Q5_1,
     "gguf-q5_0": LlamaFileType.MOSTLY_Q5_0,
     "gguf-q4_1": LlamaFileType.MOSTLY_Q4_1,
+    "gguf-iq4_nl": LlamaFileType.MOSTLY_IQ4_NL,
     "gguf-q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "gguf-mxfp4": LlamaFileType.MOSTLY_MXFP4_MOE,
     "gguf-q6_k": LlamaFileType.MOSTLY_Q6_K,
     "gguf-q5_k": LlamaFileType.MOSTLY_Q5_K_S,
     "gguf-q4_k": LlamaFileType.MOSTLY_Q4_K_S,
@@ -58,7 +75,9 @@ _TYPES: Mapping[Storage, GGMLQuantizationType] = {
     Q5_1: GGMLQuantizationType.Q5_1,
     Q5_0: GGMLQuantizationType.Q5_0,
     Q4_1: GGMLQuantizationType.Q4_1,
+    IQ4_NL: GGMLQuantizationType.IQ4_NL,
     Q4_0: GGMLQuantizationType.Q4_0,
+    MXFP4: GGMLQuantizationType.MXFP4,
     Q6_K: GGMLQuantizationType.Q6_K,
     Q5_K: GGMLQuantizationType.Q5_K,
     Q4_K: GGMLQuantizationType.Q4_K,
@@ -96,7 +115,7 @@ class GgufExporter:
             InputError: The student cannot be read or be held by GGUF, or `out` not be written.
         """
         with StudentFiles(student, deployment) as files, replacing(out) as partial:
-            writer = GGUFWriter(os.fspath(partial / FILE), get_family(files.spec.architecture).gguf)
+            writer = GGUFWriter(os.fspath(partial / FILE), graph_of(files.spec))
             try:
                 check_holds(files.spec, deployment)
                 if reason := cannot_cut(student, files.spec.vocabulary):
@@ -192,7 +211,7 @@ def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployme
         writer.write_tensor_data(factors)
     for name in storages:
         data = files.pack(name)["data"]
-        order = row_order(family.gguf, family.gguf_name(name), files.spec.heads, files.spec.kv_heads)
+        order = row_order(writer.arch, family.gguf_name(name), files.spec.heads, files.spec.kv_heads)
         writer.write_tensor_data(order.to_graph(data) if order else data)
 
 
@@ -204,7 +223,7 @@ def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any],
     writer.add_block_count(spec.layers)
     writer.add_context_length(spec.max_context)
     writer.add_embedding_length(spec.width)
-    writer.add_feed_forward_length(spec.ffn_width)
+    writer.add_feed_forward_length(spec.ffn_widths or spec.ffn_width)
     writer.add_head_count(spec.heads)
     writer.add_head_count_kv(spec.kv_heads)
     writer.add_vocab_size(spec.vocabulary)

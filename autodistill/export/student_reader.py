@@ -20,10 +20,11 @@ from autodistill.errors import InputError
 from autodistill.export.base import Artifact
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import FAMILIES, get_family
+from autodistill.models.layer_widths import padded
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.stored_tensors import check_stored
-from autodistill.quantization.formats import QuantizationScheme
-from autodistill.quantization.grids import Floats, Scales
+from autodistill.quantization.formats import QuantizationScheme, as_held
+from autodistill.quantization.grids import Floats, Grid, Scales
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.packing import Arrays, deployed, pack
 from autodistill.utils.durable import make_folder, sync, sync_below
@@ -72,7 +73,8 @@ class StudentFiles:
 
     Attributes:
         config: Content of config.json.
-        spec: The model that it describes.
+        spec: The model that it describes. Where the scheme's format pads narrower layers with zeros, all that is given
+            here is of the padded model, which computes the same.
         specs: Every stored tensor by name; a tied head is not among them.
 
     Raises:
@@ -84,8 +86,12 @@ class StudentFiles:
         self._scheme = scheme
         self._scales: dict[str, Scales] = read_scales(folder, scheme)
         self.config = read_json(folder / "config.json")
-        self.spec = spec_from_config(self.config)
-        check_stored(folder, self.spec)
+        spec = spec_from_config(self.config)
+        check_stored(folder, spec)
+        self.spec = as_held(spec, scheme)
+        if not self.spec.ffn_widths:
+            self.config.pop("per_layer_config", None)
+            self.config["intermediate_size"] = self.spec.ffn_width
         self.specs = {tensor.name: tensor for tensor in self.spec.tensors}
         self._open = ExitStack()
         self._files: dict[str, tuple[Any, str]] = {}
@@ -105,16 +111,26 @@ class StudentFiles:
 
     def pack(self, name: str) -> Arrays:
         """Return the stored form of one tensor, with the scales that were learned for this scheme, if any."""
-        return pack(self._read(name), self._scheme.storage(self.specs[name]), self._scales.get(name))
+        return pack(self._read(name), self._scheme.storage(self.specs[name]), self._scales_of(name))
 
     def deployed(self, name: str) -> Floats:
         """Return the float32 values that the runtime will use for a tensor."""
-        return deployed(self._read(name), self._scheme.storage(self.specs[name]), self._scales.get(name))
+        return deployed(self._read(name), self._scheme.storage(self.specs[name]), self._scales_of(name))
 
     def _read(self, name: str) -> Floats:
         file, stored = self._files[name]
         values: Floats = file.get_tensor(stored).to(torch.float32).numpy()
-        return values
+        return padded(values, self.specs[name].shape)
+
+    def _scales_of(self, name: str) -> Scales | None:
+        """Return learned scales, with any for the zeros that pad the matrix."""
+        found, storage = self._scales.get(name), self._scheme.storage(self.specs[name])
+        if found is None or not isinstance(storage, Grid):
+            return found
+        rows, columns = self.specs[name].shape
+        shape = (rows, columns // storage.group(columns))
+        offsets = None if found.offsets is None else padded(found.offsets, shape)
+        return Scales(padded(found.scales, shape, fill=1), offsets)
 
 
 def read_arrays(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -71,6 +71,25 @@ class _Multiples(NamedTuple):
         return (self.units[rows].float() * self.multipliers[rows] + 0.0).flatten(1)
 
 
+class _Singles(NamedTuple):
+    """Scales that are stored one by one.
+
+    Attributes:
+        values: [out, groups], in 16 bits where that holds them.
+    """
+
+    values: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, grid: Grid) -> _Singles:
+        """Convert stored values, float32 [out, groups]."""
+        return cls(values.half() if grid.scale_dtype == "f16" else values)
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        """Return the values of some rows, float32 [rows, groups]."""
+        return self.values[rows].float()
+
+
 _Own: TypeAlias = tuple[Tensor, Tensor | None]
 """Scales and offsets that are given, float32 [out, groups] each."""
 
@@ -78,28 +97,28 @@ _Own: TypeAlias = tuple[Tensor, Tensor | None]
 class _Deployed:
     """How a matrix is stored in the simulated deployment, for all modules that are tied to it.
 
-    Scales of super-blocks take several times as long to find as a product with a few tokens takes: they are searched
-    for once, when a product first reads the matrix.
+    Scales that are searched for take several times as long to find as a product with a few tokens takes: they are found
+    once, when a product first reads the matrix.
     """
 
     def __init__(self, storage: Storage, own: _Own | None = None) -> None:
         self._storage = storage
         self._own = own
-        self._found: tuple[_Multiples, _Multiples | None] | None = None
+        self._found: tuple[_Multiples | _Singles, _Multiples | None] | None = None
         # On a CPU sequences are read by a thread each, and come to a matrix at the same time.
         self._searching = Lock()
 
     def search(self, weight: Tensor) -> None:
         """Search for the scales of the matrix, [out, in], if the format needs it and they are not known yet."""
         grid = self._storage
-        if not isinstance(grid, Grid) or not grid.block_size or self._own is not None:
+        if not isinstance(grid, Grid) or not grid.searched or self._own is not None:
             return
         with self._searching:
             if self._found is None:
                 parts = [fitted_scales(weight[rows].float(), grid) for rows in _parts(weight)]
                 scales, minima = zip(*parts, strict=True)
                 self._found = (
-                    _Multiples.of(torch.cat(scales), grid),
+                    (_Multiples if grid.block_size else _Singles).of(torch.cat(scales), grid),
                     None if grid.symmetric else _Multiples.of(-torch.cat(minima), grid),
                 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,12 @@ _CHUNK_ROWS = 128
 
 
 def score(
-    model: Any, data: TokenSet, reference: TeacherReference | None = None, *, device: str = "cpu"
+    model: Any,
+    data: TokenSet,
+    reference: TeacherReference | None = None,
+    *,
+    device: str = "cpu",
+    begun: Sequence[Tensor] | None = None,
 ) -> tuple[TokenScores, npt.NDArray[np.int32]]:
     """Score a model in float32.
 
@@ -33,11 +38,12 @@ def score(
         reference: The teacher's, for each of `data.predicted` tokens, in its own rendering and its own end of answers;
             None scores the teacher itself, which agrees with itself everywhere and diverges nowhere.
         device: Where the model lies.
+        begun: What the first block is given instead of embedded tokens, [1, length, width] of each sequence.
 
     Returns:
         The scores, and the model's own most likely tokens, int32 [data.predicted].
     """
-    scores, columns = _score(model, data, reference, device, lambda logits, total, rows: [])
+    scores, columns = _score(model, data, reference, device, lambda logits, total, rows: [], begun)
     return scores, columns[0]
 
 
@@ -62,6 +68,7 @@ def _score(
     reference: TeacherReference | None,
     device: str,
     keep: Callable[[Tensor, Tensor, slice], list[Tensor]],
+    begun: Sequence[Tensor] | None = None,
 ) -> tuple[TokenScores, list[npt.NDArray[Any]]]:
     """Return scores, most likely tokens, and what `keep` takes of logits [rows, vocab] and their logsumexp [rows]."""
 
@@ -83,7 +90,7 @@ def _score(
     if reference is not None and data.ends is not None:
         reference = reference.renamed(*data.ends)
     counted = np.ones(data.tokens.shape, dtype=bool) if data.scored is None else data.scored
-    nll, predicted, confidence, divergence, *kept = _over_rows(model, data, counted, device, work)
+    nll, predicted, confidence, divergence, *kept = _over_rows(model, data, counted, device, work, begun)
     labels_all = data.tokens[:, 1:][counted[:, 1:]]
     scores = TokenScores(
         nll=nll,
@@ -146,6 +153,7 @@ def _over_rows(
     counted: npt.NDArray[np.bool_],
     device: str,
     work: Callable[[Tensor, Tensor, slice], list[Tensor]],
+    begun: Sequence[Tensor] | None = None,
 ) -> list[npt.NDArray[Any]]:
     """Apply `work` to logits, float32 [rows, vocab], and true tokens, int64 [rows], and join its results in order.
 
@@ -153,6 +161,7 @@ def _over_rows(
 
     Args:
         counted: [sequences, length], the tokens that are predicted; no logits are computed for others.
+        begun: As for `score`.
     """
     model.eval()
     head = model.get_output_embeddings()
@@ -167,7 +176,8 @@ def _over_rows(
         row, column = np.nonzero(counted[part, 1:])
         chosen = torch.from_numpy(row * length + column).to(device)
         with torch.no_grad():
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[chosen]
+            given = {"input_ids": ids} if begun is None else {"inputs_embeds": torch.cat(list(begun[part]))}
+            hidden = model.base_model(**given, use_cache=False).last_hidden_state.flatten(0, 1)[chosen]
             parts = zip(hidden.split(at_once), ids.flatten()[chosen + 1].split(at_once), strict=True)
             found, start = [], int(starts[batch.start])
             for rows, labels in parts:

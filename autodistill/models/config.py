@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from operator import itemgetter
@@ -13,7 +14,7 @@ from autodistill.errors import InputError
 from autodistill.models.families import FAMILIES, Axis, get_family
 from autodistill.models.llama_cpp_graphs import FULL, SLIDING, not_computed
 from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
-from autodistill.models.tensors import Entry, Layout, Tensors
+from autodistill.models.tensors import Entry, Layout, Role, Tensors, TensorSpec
 
 MOST_EXPERTS = 10_000
 """Of a layer: more are a slip or an attack, and no mixture."""
@@ -22,6 +23,11 @@ MOST_LABELS = 100_000
 """Of a classifier, which no teacher is: transformers makes a name for each."""
 
 Check = Callable[[Any], bool]
+
+_LAYER = re.compile(r"[0-9]{1,9}")
+
+_FFN = "intermediate_size"
+"""The one property that a layer may have for itself, in transformers' `per_layer_config`."""
 
 
 def _whole(least: int, most: int) -> Check:
@@ -57,6 +63,14 @@ def _numbers(value: Any) -> bool:
 
 def _text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _layers(value: Any) -> bool:
+    """Return whether a value gives single layers an FFN width of their own, and nothing else."""
+    return isinstance(value, Mapping) and all(
+        isinstance(layer, str) and _LAYER.fullmatch(layer) and isinstance(own, Mapping) and set(own) == {_FFN}
+        for layer, own in value.items()
+    )
 
 
 def _switch(value: Any) -> bool:
@@ -109,7 +123,7 @@ _FIELDS: Mapping[str, tuple[Check, str]] = {
     # What would have transformers read other files, make other modules or give outputs of another kind.
     "transformers_weights": _ABSENT,
     "fusion_config": _ABSENT,
-    "per_layer_config": _ABSENT,
+    "per_layer_config": (_layers, f'a mapping like {{"0": {{"{_FFN}": 128}}}}, from layers to their FFN width alone'),
     "return_dict": (lambda value: value is True, "true"),
     "is_encoder_decoder": (lambda value: value is False, "false"),
     "output_attentions": (lambda value: value is False, "false"),
@@ -249,7 +263,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         head_dim=width // heads
         if family.heads_fill_width
         else _size(config, "head_dim", family.head_dim or width // heads),
-        ffn_width=_size(config, "intermediate_size"),
+        ffn_width=_size(config, _FFN),
         vocabulary=_size(config, "vocab_size"),
         max_context=_size(config, "max_position_embeddings"),
         tied=bool(config.get("tie_word_embeddings", family.tied)),
@@ -257,8 +271,11 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     )
     window, windowed = _windows(config, spec.layers)
     spec = replace(spec, window=window, windowed=windowed, not_in_gguf=_not_in_gguf(config, spec))
+    spec = _with_widths(spec, _ffn_widths(config, spec))
     fields = tuple((name, bool(config.get(name, default))) for name, default in family.conditions)
     kinds, layout = _layout(architecture, spec.layers, spec.tied, fields)
+    if spec.ffn_widths:
+        return replace(spec, tensors=_tensors(spec, (entry[:2] for entry in layout.entries)))
     lengths = _lengths(spec)
     return replace(spec, tensors=Tensors(layout, [tuple(lengths[axis] for axis in axes) for axes in kinds]))
 
@@ -273,6 +290,7 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
     if spec.experts:
         raise InputError("the shape of a mixture of experts is not kept")
     names = {name.rpartition(".layers.0.")[2] for tensor in spec.tensors if (name := tensor.name).endswith(".bias")}
+    own = per_layer_config(spec)
     return {
         "model_type": spec.architecture,
         "num_hidden_layers": spec.layers,
@@ -289,7 +307,17 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
         "sliding_window": spec.window or None,
         "layer_types": [SLIDING if layer in spec.windowed else FULL for layer in range(spec.layers)],
         "not_in_gguf": spec.not_in_gguf or spec.text_not_in_gguf,
+        **({"per_layer_config": own} if own else {}),
     }
+
+
+def per_layer_config(spec: ModelSpec) -> dict[str, dict[str, int]]:
+    """Return transformers' field for layers whose FFN is narrower than the widest; empty where none is.
+
+    Numbers of layers have as many digits as the last of them, as transformers writes them.
+    """
+    narrow = [layer for layer, width in enumerate(spec.ffn_widths) if width < spec.ffn_width]
+    return {str(layer).zfill(len(str(narrow[-1]))): {_FFN: spec.ffn_widths[layer]} for layer in narrow}
 
 
 _SIZES = itemgetter(
@@ -306,7 +334,8 @@ def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, .
     """Return what two models must have in common to be compared by size, and their sizes.
 
     Of two that are packed alike, one that is no smaller in any size takes no less memory, and no less time, under any
-    load on any device: if the rows of both are `in_blocks` alike. Else a narrower model of K-quants, whose rows are on
+    load on any device: if the rows of both are `in_blocks` alike, and their layers differ from each other alike if they
+    do. Else a narrower model of K-quants, whose rows are on
     the grid that stands in for theirs, may take more bytes and more time than a wider one, so that whoever passes over
     a model by its sizes compares that too.
 
@@ -314,7 +343,8 @@ def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, .
         config: As `config_of` gives it.
     """
     full = config["layer_types"].count(FULL)
-    return _ALIKE(config), (*_SIZES(config), full, config["num_hidden_layers"] - full)
+    own = tuple((layer, *sizes.values()) for layer, sizes in config.get("per_layer_config", {}).items())
+    return (*_ALIKE(config), own), (*_SIZES(config), full, config["num_hidden_layers"] - full)
 
 
 def _not_in_gguf(config: Mapping[str, Any], spec: ModelSpec) -> str:
@@ -340,6 +370,30 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ..
     else:
         windowed = [layer for layer in range(layers) if not period or (layer + 1) % period]
     return (window, tuple(windowed)) if windowed else (0, ())
+
+
+def _ffn_widths(config: Mapping[str, Any], spec: ModelSpec) -> tuple[int, ...]:
+    """Return the FFN's width in each layer, as transformers reads a config.
+
+    Raises:
+        InputError: A layer that is not there, or is named twice, or a width that is no positive number.
+    """
+    widths = [spec.ffn_width] * spec.layers
+    given = {int(layer): own for layer, own in (config.get("per_layer_config") or {}).items()}
+    if len(given) < len(config.get("per_layer_config") or {}) or any(layer >= spec.layers for layer in given):
+        raise InputError(
+            f"the model's config must give per_layer_config for some of its {spec.layers} layers, counted from 0, and "
+            "each once: check it"
+        )
+    for layer, own in given.items():
+        widths[layer] = _size(own, _FFN)
+    return tuple(widths)
+
+
+def _with_widths(spec: ModelSpec, widths: tuple[int, ...]) -> ModelSpec:
+    """Return a description with these widths of each layer's FFN, without its tensors."""
+    alike = len(set(widths)) == 1
+    return replace(spec, ffn_width=max(widths), ffn_widths=() if alike else widths)
 
 
 def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -383,26 +437,42 @@ def _layout(
     return tuple(kinds), Layout(found)
 
 
-def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int | str) -> ModelSpec:
+def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int | str | tuple[int, ...]) -> ModelSpec:
     """Return the same model with other sizes.
 
     Args:
         spec: The model.
         layers: Which of its layers are kept; all by default.
-        sizes: The fields of the description that differ, `layers` apart.
+        sizes: The fields of the description that differ, `layers` apart; `ffn_width` is that of every layer, and with
+            `ffn_widths` each has its own.
     """
     kept = range(spec.layers) if layers is None else layers
+    widths = tuple(spec.ffn_by_layer[layer] for layer in kept)
     windowed = tuple(new for new, old in enumerate(kept) if old in set(spec.windowed))
     changed = replace(spec, layers=len(kept), windowed=windowed, window=spec.window if windowed else 0)
-    changed = replace(changed, **sizes)  # type: ignore[arg-type]
-    family, lengths = get_family(spec.architecture), _lengths(changed)
-    tensors = (
-        replace(
-            tensor,
-            shape=tuple(lengths[axis] for axis in family.axes(tensor.name)),
-            more_bits=family.more_bits(tensor.name, changed.layers, changed.tied),
-        )
-        for tensor in spec.tensors
-        if (part := family.layer_part(tensor.name)) is None or part[0] < changed.layers
-    )
-    return replace(changed, tensors=tuple(tensors))
+    if "ffn_width" in sizes:
+        widths = (int(sizes.pop("ffn_width")),) * len(kept)  # type: ignore[arg-type]
+    widths = sizes.pop("ffn_widths", widths)  # type: ignore[assignment]
+    changed = _with_widths(replace(changed, **sizes), widths)  # type: ignore[arg-type]
+    family = get_family(spec.architecture)
+    named = ((tensor.name, tensor.role) for tensor in spec.tensors)
+    there = ((name, role) for name, role in named if (family.layer_part(name) or (0,))[0] < changed.layers)
+    return replace(changed, tensors=_tensors(changed, there))
+
+
+def uniform(spec: ModelSpec) -> ModelSpec:
+    """Return a model that computes the same where all layers are as wide as the widest, the rest of them nought."""
+    return resized(spec, ffn_width=spec.ffn_width)
+
+
+def _tensors(spec: ModelSpec, named: Iterable[tuple[str, Role]]) -> tuple[TensorSpec, ...]:
+    """Return the tensors of these names and roles, in the shapes that a description gives them."""
+    family, lengths = get_family(spec.architecture), _lengths(spec)
+    found = []
+    for name, role in named:
+        layer = (family.layer_part(name) or (0,))[0]
+        lengths[Axis.FFN] = spec.ffn_by_layer[layer]
+        shape = tuple(lengths[axis] for axis in family.axes(name))
+        more_bits = family.more_bits(name, spec.layers, spec.tied)
+        found.append(TensorSpec(name=name, role=role, shape=shape, more_bits=more_bits))
+    return tuple(found)

@@ -302,9 +302,14 @@ FAMILIES: Mapping[str, Family] = {
 }
 """By transformers' `model_type`."""
 
+GGUF_BY_LAYER: Mapping[str, str] = {"llama": "deci"}
+"""llama.cpp's graphs that compute the same with sizes of each layer's own, by those that have one size for all."""
+
+_GRAPHS = {family.gguf: name for name, family in reversed(FAMILIES.items())}
+
 GGUF_FAMILIES: Mapping[str, str] = {
-    graph: next(name for name, family in FAMILIES.items() if family.gguf == graph)
-    for graph in dict.fromkeys(family.gguf for family in FAMILIES.values())
+    **dict(reversed(_GRAPHS.items())),
+    **{by_layer: _GRAPHS[graph] for graph, by_layer in GGUF_BY_LAYER.items()},
 }
 """transformers' `model_type` by the name of llama.cpp's graph: the first family of those that one graph computes."""
 

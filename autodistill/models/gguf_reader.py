@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill.errors import InputError
-from autodistill.models.families import GGUF_FAMILIES, Family, get_family
+from autodistill.models.families import GGUF_BY_LAYER, GGUF_FAMILIES, Family, get_family
 from autodistill.models.llama_cpp_graphs import FULL, LAYERS_OF_27B, SLIDING, row_order
 from autodistill.models.tensors import Role
 from autodistill.utils.input_files import check_file
@@ -152,7 +152,7 @@ class GgufFile:
             "model_type": known[name],
             "num_hidden_layers": self._size("block_count"),
             "hidden_size": width,
-            "intermediate_size": self._size("feed_forward_length"),
+            **self._ffn(),
             "num_attention_heads": heads,
             "max_position_embeddings": self._size("context_length"),
             "vocab_size": shapes["token_embd.weight"][0],
@@ -170,6 +170,19 @@ class GgufFile:
         if name == "gemma3":
             config |= self._gemma(width // heads if config["num_hidden_layers"] == LAYERS_OF_27B else head_dim)
         return config
+
+    def _ffn(self) -> dict[str, Any]:
+        """Return the fields of the FFN's width, which a graph with sizes of each layer's own may have as a list."""
+        widths, layers = self._key("feed_forward_length"), self._size("block_count")
+        if not isinstance(widths, list) or self.architecture not in GGUF_BY_LAYER.values():
+            return {"intermediate_size": self._size("feed_forward_length")}
+        if len(widths) != layers or any(type(width) is not int or width < 1 for width in widths):
+            raise InputError(
+                f"{self.path} must have {self.architecture}.feed_forward_length above 0 for each of its {layers} "
+                "layers: a layer without an FFN is not supported"
+            )
+        own = {str(layer): {"intermediate_size": width} for layer, width in enumerate(widths) if width < max(widths)}
+        return {"intermediate_size": max(widths), **({"per_layer_config": own} if own else {})}
 
     def _rotary(self, theta: float) -> dict[str, Any]:
         found = {"rope_theta": theta, "rope_type": "default"}

@@ -19,6 +19,7 @@ import numpy as np
 
 from autodistill.errors import InputError
 from autodistill.models.gguf_reader import GgufFile
+from autodistill.models.layer_widths import model_class
 from autodistill.models.pretokenizers import pretokenizer_named
 from autodistill.utils.hashing import file_hash
 
@@ -73,13 +74,13 @@ def is_whole(folder: Path) -> bool:
 def _write_config(file: GgufFile, folder: Path) -> None:
     """Write config and generation config, after a check that the tensors are those of the model."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     values = file.config()
     try:
         config = AutoConfig.for_model(**values)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = model_class(config)._from_config(config)
     except Exception as error:  # whatever transformers raises of sizes that do not go together
         said = " ".join(str(error).split())
         raise InputError(

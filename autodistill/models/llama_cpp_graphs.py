@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.models.families import get_family
+from autodistill.models.families import GGUF_BY_LAYER, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
 
@@ -89,6 +89,15 @@ def not_computed(config: Mapping[str, Any], head_dim: int) -> str:
     return ""
 
 
+def graph_of(spec: ModelSpec) -> str:
+    """Return llama.cpp's name of the graph that computes a model; where layers differ, of one that has their sizes.
+
+    Where it has none, `cannot_run` says so.
+    """
+    graph = get_family(spec.architecture).gguf
+    return GGUF_BY_LAYER.get(graph, graph) if spec.ffn_widths else graph
+
+
 def rotary_dims(config: Mapping[str, Any], head_dim: int) -> int:
     """Return the number of channels of a head that are rotated."""
     return int(head_dim * rotary(config)["partial_rotary_factor"])
@@ -99,6 +108,11 @@ def cannot_run(spec: ModelSpec) -> str:
     if spec.not_in_gguf or spec.text_not_in_gguf:
         return spec.not_in_gguf or spec.text_not_in_gguf
     graph = get_family(spec.architecture).gguf
+    if spec.ffn_widths and graph not in GGUF_BY_LAYER:
+        return (
+            f"llama.cpp computes {spec.architecture} with one FFN width in all layers, and these have "
+            f"{min(spec.ffn_widths)} to {max(spec.ffn_widths)} neurons: give all of them as many, or leave GGUF out"
+        )
     biases = any(tensor.role is Role.BIAS and ".attention." in tensor.name for tensor in spec.tensors)
     if graph == "gptneox":
         if spec.tied:
@@ -163,8 +177,9 @@ class RowOrder:
 def row_order(graph: str, name: str, heads: int, kv_heads: int) -> RowOrder | None:
     """Return the row order of a tensor if the graph's order differs from that of transformers, else None.
 
-    In a head, transformers rotates row i together with row i + half, llama.cpp's "llama" rows 2i and 2i + 1. Queries,
-    keys and values of GPT-NeoX lie in transformers head by head, in llama.cpp's "gptneox" those of all heads together.
+    In a head, transformers rotates row i together with row i + half, llama.cpp's "llama" and "deci" rows 2i and 2i + 1.
+    Queries, keys and values of GPT-NeoX lie in transformers head by head, in llama.cpp's "gptneox" those of all heads
+    together.
 
     Args:
         graph: llama.cpp's name.
@@ -172,7 +187,7 @@ def row_order(graph: str, name: str, heads: int, kv_heads: int) -> RowOrder | No
         heads, kv_heads: Of the model.
     """
     found = re.fullmatch(r"blk\.\d+\.attn_(q|k|qkv)\.(?:weight|bias)", name)
-    if found and graph == "llama":
+    if found and graph in ("llama", "deci"):
         return RowOrder((heads if found[1] == "q" else kv_heads, 2, -1), (1, 2))
     if found and graph == "gptneox":
         return RowOrder((heads, 3, -1), (0, 1))

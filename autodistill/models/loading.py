@@ -15,8 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from autodistill.errors import InputError
-from autodistill.models.config import check_tokens, spec_from_config
+from autodistill.models.config import check_tokens, spec_from_config, uniform
 from autodistill.models.families import FAMILIES, get_family
+from autodistill.models.layer_widths import model_class, padded
 from autodistill.models.model_folder import check_files, read_config, read_json, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import check_stored
@@ -51,15 +52,16 @@ def check_model(folder: Path) -> None:
 def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> None:
     """Let transformers build the model of a folder without memory for weights, and read two tokens with it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     path = folder / "config.json"
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         taken = [name for name in content if callable(getattr(type(config), name, None))]
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-            made = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            made = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            model = made.eval()
+            shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
     except Exception as error:  # whatever transformers and torch raise over a field that they cannot use
         raise InputError(
@@ -67,7 +69,7 @@ def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> No
         ) from error
     if taken:
         raise InputError(f"{path} sets {taken[0]}, which is no field of a model's config: remove it")
-    if made != {tensor.name: tensor.shape for tensor in spec.tensors} or logits.shape != (1, 2, spec.vocabulary):
+    if shapes != {tensor.name: tensor.shape for tensor in spec.tensors} or logits.shape != (1, 2, spec.vocabulary):
         raise InputError(f"{path} describes no plain {spec.architecture}: take out what makes it another model")
 
 
@@ -94,16 +96,17 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrai
         InputError: Weights that are not those of the model that the folder's config describes.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_stored(folder, spec_from_config(read_config(folder)))
     with _no_progress_bar():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            loaded: Any = model_class(config).from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype,
                 attn_implementation=ATTENTION,
-                trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # they are in the report
@@ -154,10 +157,10 @@ def load_head(folder: Path) -> torch.Tensor:
 
 
 def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
-    """Make a float32 model of the class of `model` from another config and other weights, as transformers does.
+    """Make a float32 model of the family of `model` from another config and other weights, as transformers does.
 
     Args:
-        model: Gives class, config and generation config; it is not changed.
+        model: Gives config and generation config; it is not changed.
         changes: Fields of the config that differ.
         weights: By name, a tied head left out; the tensors themselves become the parameters.
     """
@@ -169,12 +172,29 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
         # Under the name in files, or transformers would save it under another one than it read.
         stored[f"{FAMILIES[config.model_type].stored_head}.weight"] = stored.pop("lm_head.weight")
     with _no_progress_bar():
-        made = type(model).from_pretrained(
+        made = model_class(config).from_pretrained(
             None, config=config, state_dict=stored, dtype=torch.float32, attn_implementation=ATTENTION
         )
     made.generation_config = model.generation_config
     made.config._name_or_path = model.config._name_or_path
     return made.eval()
+
+
+def stock_model(model: Any) -> Any:
+    """Return a model that transformers' own class loads, float32: itself, or one with zeros behind narrower layers.
+
+    Args:
+        model: In float32, of one of the families.
+    """
+    if not model.config.is_heterogeneous:
+        return model
+    spec = uniform(spec_from_config(model.config.to_dict()))
+    parameters = dict(model.named_parameters())
+    arrays = {
+        tensor.name: padded(parameters[tensor.name].detach().cpu().numpy(), tensor.shape) for tensor in spec.tensors
+    }
+    weights = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    return model_from_weights(model, {"per_layer_config": None, "intermediate_size": spec.ffn_width}, weights)
 
 
 @contextmanager

@@ -23,7 +23,9 @@ class ModelSpec:
 
     Attributes:
         architecture: transformers' `model_type`, like "llama".
-        layers, width, heads, kv_heads, head_dim, ffn_width, vocabulary, max_context: Sizes.
+        layers, width, heads, kv_heads, head_dim, vocabulary, max_context: Sizes.
+        ffn_width: Neurons of an FFN; where layers differ, of the widest.
+        ffn_widths: Of each layer, where they differ; else ().
         tied: Whether the head is the embedding table.
         tensors: Every stored tensor once, under transformers' name; a tied head is not among them. The experts' share
             of a mixture is one matrix each of gates, ups and downs in a layer.
@@ -55,6 +57,12 @@ class ModelSpec:
     latent: int = 0
     not_in_gguf: str = ""
     text_not_in_gguf: str = ""
+    ffn_widths: tuple[int, ...] = ()
+
+    @property
+    def ffn_by_layer(self) -> tuple[int, ...]:
+        """Neurons of each layer's FFN, whether they differ or not."""
+        return self.ffn_widths or (self.ffn_width,) * self.layers
 
     @property
     def windowed_layers(self) -> int:

@@ -11,20 +11,23 @@ from autodistill.objects.student import Metric
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
 
-_COLUMNS = ("storage", "", "memory", "fits", "KL", "NLL", "KL above the solution")
+_COLUMNS = ("storage", "", "memory", "fits", "KL", "NLL", "accuracy", "KL above the solution")
 
 
 class Rival:
-    """A storage that nobody has to search for: the teacher's own codes, a plain format, or a mixture of llama.cpp.
+    """A storage that nobody has to search for: own codes, a plain format, a mixture of llama.cpp, or a named file.
 
     Attributes:
         what: Which of these it is, in words.
-        deployment: How it is stored and served.
+        name: Of its deployment, or its file.
+        deployment: How it is stored and served; None of a file with types that are not written here.
+        path: The file that was named as a candidate; else None.
         memory_bytes: What its process takes, as predicted.
         fits: Whether that is within the budget.
-        predicted_kl: Sum of its scores, in nats per token.
+        predicted_kl: Sum of its scores, in nats per token; None of a file.
         kl, nll: KL to the teacher and negative log-likelihood in nats per token of the held-out text; None where it was
             not measured, since it does not fit or is worse by the scores.
+        accuracy: Share of the held-out tokens that are the likeliest ones; None where it was not measured.
         kl_above_solution: By how much its KL is above the solution's, paired by document; None where it was not
             measured.
     """
@@ -32,14 +35,17 @@ class Rival:
     def __init__(self, found: Mapping[str, Any]) -> None:
         self.what: str = found["what"]
         self.fits = bool(found["fits"])
-        self.deployment = Deployment.from_json(found["deployment"])
-        self.memory_bytes, self.predicted_kl = int(found["bytes"]), float(found["predicted_kl"])
-        self.kl, self.nll = _metric(found, "kl"), _metric(found, "nll")
+        self.name: str = found["name"]
+        self.deployment = found["deployment"] and Deployment.from_json(found["deployment"])
+        self.path = Path(found["path"]) if "path" in found else None
+        self.memory_bytes = int(found["bytes"])
+        self.predicted_kl: float | None = found["predicted_kl"]
+        self.kl, self.nll, self.accuracy = (_metric(found, name) for name in ("kl", "nll", "accuracy"))
         self.kl_above_solution = _metric(found, "kl_above_solution")
 
     def __repr__(self) -> str:
         kept = "" if self.fits else ", which does not fit"
-        return f"<Rival {self.deployment.name}: {format_bytes(self.memory_bytes)}{kept}>"
+        return f"<Rival {self.name}: {format_bytes(self.memory_bytes)}{kept}>"
 
 
 class Solution:
@@ -51,8 +57,10 @@ class Solution:
         memory_bytes: What its process takes, as predicted.
         predicted_kl: Sum of its scores, in nats per token.
         kl, nll: KL to the teacher and negative log-likelihood in nats per token of the held-out text.
+        accuracy: Share of the held-out tokens that are the likeliest ones.
         rivals: What a person would take instead, the teacher's own codes first.
         as_good: Name of the first rival that fits and is as good within the error; None where none is.
+        winner: The candidate's file that fits and has the least KL on the calibration text; None where it is this.
         document: All of it as plain data.
     """
 
@@ -62,12 +70,18 @@ class Solution:
         self.budget_bytes = int(document["budget"]["memory_bytes"])
         self.deployment = Deployment.from_json(found["deployment"])
         self.memory_bytes, self.predicted_kl = int(found["bytes"]), float(found["predicted_kl"])
-        self.kl, self.nll = _measured(found, "kl"), _measured(found, "nll")
+        self.kl, self.nll, self.accuracy = (_measured(found, name) for name in ("kl", "nll", "accuracy"))
         self.rivals = tuple(map(Rival, document["rivals"]))
         self.as_good: str | None = document["as_good"]
+        self.winner = document["winner"] and Path(document["winner"]["path"])
+
+    @property
+    def name(self) -> str:
+        """Of its deployment."""
+        return self.deployment.name
 
     def __repr__(self) -> str:
-        return f"<Solution {self.deployment.name}: {format_bytes(self.memory_bytes)}, KL {self.kl}>"
+        return f"<Solution {self.name}: {format_bytes(self.memory_bytes)}, KL {self.kl}>"
 
     def _repr_html_(self) -> str:
         rows = [_row("solved", self, True, None)]
@@ -115,8 +129,8 @@ class Solutions:
 
 
 def _row(what: str, one: Solution | Rival, fits: bool, above: Metric | None) -> tuple[object, ...]:
-    told = ("-" if figure is None else figure for figure in (one.kl, one.nll, above))
-    return (one.deployment.name, what, format_bytes(one.memory_bytes), "yes" if fits else "no", *told)
+    told = ("-" if figure is None else figure for figure in (one.kl, one.nll, one.accuracy, above))
+    return (one.name, what, format_bytes(one.memory_bytes), "yes" if fits else "no", *told)
 
 
 def _metric(found: Mapping[str, Any], name: str) -> Metric | None:

@@ -12,10 +12,13 @@ from typing import Literal, TypeAlias
 
 from autodistill import plugins
 from autodistill.errors import InputError
+from autodistill.models.config import uniform
 from autodistill.models.llama_cpp_graphs import cannot_run
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.grids import (
+    IQ4_NL,
+    MXFP4,
     Q2_K,
     Q3_K,
     Q4_0,
@@ -79,6 +82,8 @@ class Format:
         kept: Storage of weights that a scheme keeps off its grid.
         vectors: Storage of norms and biases.
         norms_above_one: Storage of norms to which a model adds 1; None for that of other vectors.
+        layer_widths: How it holds layers of different widths: "own", each as it is; "padded", with zeros to the widest;
+            "one", not at all.
         dense_in: Runtimes that hold its grids as 16-bit weights while they serve it.
         refuses: Returns why it cannot hold a model of some shape in any scheme, or "".
     """
@@ -92,6 +97,7 @@ class Format:
     vectors: Literal["f32", "bf16"]
     mixture: bool = False
     norms_above_one: Literal["f32_plus_1"] | None = None
+    layer_widths: Literal["one", "padded", "own"] = "one"
     dense_in: tuple[str, ...] = ()
     refuses: Callable[[ModelSpec], str] = lambda spec: ""
 
@@ -339,6 +345,7 @@ def _gguf(name: str, linears: Storage, tables: Storage, *, mixture: bool = False
         vectors="f32",
         mixture=mixture,
         norms_above_one="f32_plus_1",
+        layer_widths="own",
         refuses=_not_in_llama_cpp,
     )
 
@@ -354,7 +361,7 @@ FORMATS: Mapping[str, Format] = {
         _gguf("gguf-f16", "f16", "f16"),
         _gguf("gguf-q8_0", Q8_0, Q8_0),
         # The table stays at 8 bits: tied, it is also the output head, and llama.cpp's own Q4_0 files keep it above 4.
-        *(_gguf(grid.name, grid, Q8_0) for grid in (Q5_1, Q5_0, Q4_1, Q4_0)),
+        *(_gguf(grid.name, grid, Q8_0) for grid in (Q5_1, Q5_0, Q4_1, IQ4_NL, Q4_0, MXFP4)),
         # One grid for all linear layers, where llama.cpp's types that end in _S, _M and _L mix some; the tables as the
         # heads of its files.
         *(_gguf(grid.name, grid, Q6_K) for grid in (Q6_K, Q5_K, Q4_K, Q3_K, Q2_K)),
@@ -373,6 +380,7 @@ FORMATS: Mapping[str, Format] = {
             tables="bf16",
             kept="bf16",
             vectors="bf16",
+            layer_widths="padded",
             # Its first forward pass decompresses them.
             dense_in=("transformers",),
         ),
@@ -384,6 +392,7 @@ FORMATS: Mapping[str, Format] = {
             tables="bf16",
             kept="bf16",
             vectors="bf16",
+            layer_widths="padded",
         ),
     )
 }
@@ -413,7 +422,10 @@ def all_formats() -> dict[str, Format]:
 
 TYPES: Mapping[str, Storage] = {
     "f16": "f16",
-    **{grid.name.removeprefix("gguf-"): grid for grid in (Q8_0, Q6_K, Q5_1, Q5_0, Q5_K, Q4_1, Q4_0, Q4_K, Q3_K, Q2_K)},
+    **{
+        grid.name.removeprefix("gguf-"): grid
+        for grid in (Q8_0, Q6_K, Q5_1, Q5_0, Q5_K, Q4_1, IQ4_NL, Q4_0, Q4_K, MXFP4, Q3_K, Q2_K)
+    },
 }
 """What a single matrix of a GGUF file may be stored as, by llama.cpp's names in small letters, the most bits first."""
 
@@ -428,6 +440,11 @@ def get_format(name: str) -> Format:
     if name not in found:
         raise InputError(f"there is no format {name!r}; the formats are {', '.join(found)}")
     return found[name]
+
+
+def as_held(spec: ModelSpec, scheme: QuantizationScheme) -> ModelSpec:
+    """Return the shape in which a scheme's format holds a model, in which layers may be padded to the widest."""
+    return uniform(spec) if spec.ffn_widths and get_format(scheme.format).layer_widths == "padded" else spec
 
 
 _IN_A_LAYER = re.compile(r"layers\.\d+\.(.+)\.weight")
@@ -486,7 +503,7 @@ def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
         if storage.block_size:
             blocks = count // storage.block_size
             return count * storage.bits // 8 + values * (2 * blocks + rows * groups * storage.multiplier_bits // 8)
-        return count * storage.bits // 8 + rows * groups * 2 * values
+        return count * storage.bits // 8 + rows * groups * storage.scale_bytes * values
     zero_points = 0 if storage.symmetric else _words(rows, storage.bits) * groups
     return rows * (_words(columns, storage.bits) + 2 * groups) + zero_points + 16
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -43,13 +44,17 @@ class Grid:
     Where scales are given and not derived (`Scales`), and in super-blocks, a code is in both the quotient by the stored
     scale (+ zero point), rounded with ties to the even neighbour.
 
+    On a grid with a codebook a code stands for one of a few whole numbers, which lie at unequal steps. Here a "code" is
+    that number itself, so that a weight is read as on any other grid; its place in the codebook is what bytes hold. It
+    is the number nearest to the quotient by the stored scale, and the scale is searched for as in super-blocks.
+
     Attributes:
         name: Like "gguf-q4_0" or "compressed-tensors-int4-g64".
         container: The container whose arithmetic and layout it follows.
         bits: Width of a code.
         group_size: Weights that share a scale; 0 where a whole row does.
         qmin, qmax: The codes used; what rounds beyond them is clipped.
-        scale_dtype: Of the stored scale.
+        scale_dtype: Of the stored scale; "e8m0" is a power of two in a byte, half of what the byte alone would say.
         scale_rule, divisor: How the scale follows from the group.
         rounding: Where a tie goes under a scale that is derived: "half_up" (to the larger), "half_away" (from zero) or
             "half_even".
@@ -62,6 +67,8 @@ class Grid:
             "least_squares". Chosen greedily among some hundred by the squared error that the best of them leaves of
             normal weights, of Student's t with four degrees of freedom and of a trained model's; but for one of Q4_K
             and Q5_K, by which weights that lie on a grid of as many levels, or one fewer, stay where they are.
+        codebook: The codes that there are, in the order in which bytes number them; empty where all from `qmin` to
+            `qmax` are.
         fallback: The grid of a matrix whose rows the super-blocks do not divide; as llama.cpp chooses it, but that
             what it puts on IQ4_NL goes on Q4_0.
     """
@@ -72,7 +79,7 @@ class Grid:
     group_size: int
     qmin: int
     qmax: int
-    scale_dtype: Literal["f16", "bf16"]
+    scale_dtype: Literal["f16", "bf16", "e8m0"]
     scale_rule: Literal["absmax", "signed_absmax", "range", "least_squares"]
     divisor: float
     rounding: Literal["half_up", "half_away", "half_even"]
@@ -80,12 +87,31 @@ class Grid:
     block_size: int = 0
     multiplier_bits: int = 0
     cuts: tuple[tuple[float, float], ...] = ()
+    codebook: tuple[int, ...] = ()
     fallback: Grid | None = None
 
     @property
     def symmetric(self) -> bool:
         """Whether the code 0 means the value 0."""
         return self.offset == "none"
+
+    @property
+    def searched(self) -> bool:
+        """Whether scales that follow from the weights are those of the nearest codes among some that are tried."""
+        return self.scale_rule == "least_squares"
+
+    @cached_property
+    def reach(self) -> tuple[float, float]:
+        """The steps beyond which a weight is clipped: half a step, of those at the ends, beyond the codes."""
+        held = sorted(self.codebook) or (self.qmin, self.qmin + 1, self.qmax - 1, self.qmax)
+        return held[0] - (held[1] - held[0]) / 2, held[-1] + (held[-1] - held[-2]) / 2
+
+    @cached_property
+    def nearest(self) -> Floats:
+        """The code of a codebook nearest to every half step from `qmin` to `qmax`, the larger of two as near."""
+        halves, held = np.arange(self.qmin, self.qmax + 0.5, 0.5), np.unique(self.codebook)
+        middles = (held[1:] + held[:-1]) / 2
+        return held[np.searchsorted(middles, halves, side="right")].astype(np.float32)
 
     @property
     def levels(self) -> int:
@@ -95,6 +121,11 @@ class Grid:
     def group(self, columns: int) -> int:
         """Return the number of weights that share a scale in a row of `columns`."""
         return self.group_size or columns
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a scale that is stored by itself."""
+        return 1 if self.scale_dtype == "e8m0" else 2
 
     @property
     def groups_per_block(self) -> int:
@@ -122,7 +153,7 @@ class Scales(NamedTuple):
     """What is stored beside the codes of a matrix.
 
     Attributes:
-        scales: float32 [out, groups], values of the grid's scale dtype, or multiples of them that a super-block holds.
+        scales: float32 [out, groups], values of the grid's scale type, or multiples of them that a super-block holds.
         offsets: float32 [out, groups], minima or zero points; None on a symmetric grid.
     """
 
@@ -131,7 +162,8 @@ class Scales(NamedTuple):
 
 
 def _gguf_grid(kind: str, bits: int, **rule: Any) -> Grid:
-    return Grid(name=f"gguf-{kind}", container="gguf", bits=bits, group_size=32, scale_dtype="f16", **rule)
+    fixed: Mapping[str, Any] = {"name": f"gguf-{kind}", "container": "gguf", "bits": bits, "group_size": 32}
+    return Grid(**{"scale_dtype": "f16"} | fixed | rule)
 
 
 _SIGNED: Mapping[str, Any] = {"scale_rule": "signed_absmax", "rounding": "half_up"}
@@ -141,6 +173,34 @@ Q4_1 = _gguf_grid("q4_1", 4, qmin=0, qmax=15, divisor=15.0, **_MINIMUM)
 Q5_0 = _gguf_grid("q5_0", 5, qmin=-16, qmax=15, divisor=-16.0, **_SIGNED)
 Q5_1 = _gguf_grid("q5_1", 5, qmin=0, qmax=31, divisor=31.0, **_MINIMUM)
 Q8_0 = _gguf_grid("q8_0", 8, qmin=-127, qmax=127, divisor=127.0, scale_rule="absmax", rounding="half_away")
+
+
+# Scales are tried that give the largest magnitude the code of the divisor plus a cut, each fitted by least squares
+# after; of a power of two there are two that come into question.
+IQ4_NL = _gguf_grid(
+    "iq4_nl",
+    4,
+    qmin=-127,
+    qmax=113,
+    scale_dtype="f16",
+    scale_rule="least_squares",
+    divisor=-127.0,
+    rounding="half_even",
+    codebook=(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    cuts=((0, -3), (0, 241), (0, 5), (0, -9), (0, 19), (0, 247)),
+)
+MXFP4 = _gguf_grid(
+    "mxfp4",
+    4,
+    qmin=-12,
+    qmax=12,
+    scale_dtype="e8m0",
+    scale_rule="least_squares",
+    divisor=8.0,
+    rounding="half_even",
+    codebook=(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+    cuts=((0, 0), (0, -4)),
+)
 
 
 def _k_grid(kind: str, bits: int, group_size: int, multiplier_bits: int, fallback: Grid, **rule: Any) -> Grid:

@@ -50,6 +50,8 @@ def given_steps(scales: Tensor, offsets: Tensor | None, grid: Grid) -> Steps:
     """Return the scaling for given scales and offsets, [out, groups] each; scales may lie between storable values."""
     if grid.block_size:
         return stored_steps(super_blocks.stored(scales, grid, torch), offsets, grid)
+    if grid.scale_dtype == "e8m0":
+        return stored_steps(scales, offsets, grid)  # no such scale is learned: these are powers of two
     return stored_steps((scales.half() if grid.scale_dtype == "f16" else scales.bfloat16()).float(), offsets, grid)
 
 
@@ -128,7 +130,7 @@ def _signed_absmax(groups: Tensor, extremes_of: ExtremesOf) -> Tensor:
 
 def clips(grid: Grid) -> bool:
     """Return whether a weight can be clipped under a scale that follows from its group."""
-    if grid.scale_rule == "least_squares":
+    if grid.searched:
         return True
     if grid.scale_rule == "range":
         return grid.offset == "zero_point"

@@ -1,4 +1,4 @@
-"""The scales of super-blocks, in numpy and torch: fitted by least squares and rounded to the grid of their block.
+"""Scales that are searched for, in numpy and torch: those of super-blocks, rounded to their grid, and of codebooks.
 
 Each function is given the module whose arrays it works on, and uses what numpy and torch do alike: single operations on
 float32, elementwise, in an order that is written down. Sums are of halves, and of halves of these. So both give the
@@ -69,10 +69,11 @@ def fitted(
 
     Each of the grid's `cuts` gives codes, these their best scale and minimum by least squares, and the nearest of all
     is taken; minima are put on their blocks' grid, scales fitted once more to what became of them, and put there too.
+    Powers of two are tried as they are.
 
     Args:
         groups: float32 [groups, group], of whole super-blocks.
-        grid: One of super-blocks.
+        grid: One of super-blocks or with a codebook.
         xp: numpy or torch.
         at_once: Weights that are handled at once.
         search: Finds the nearest codes in one pass over memory, with the bits that single operations give, and returns
@@ -82,13 +83,15 @@ def fitted(
         Scales and minima as they are stored, float32 [groups] each; None for minima on a symmetric grid.
     """
     if search is None:
-        rows = max(1, at_once // grid.block_size) * grid.groups_per_block
+        rows = max(1, at_once // (grid.block_size or grid.group_size)) * grid.groups_per_block
         by_operations = _search_symmetric if grid.symmetric else _search_minimum
         starts = range(0, len(groups), rows)
         parts = [by_operations(_columns(groups[start : start + rows], xp), grid, xp) for start in starts]
         found = tuple(xp.concatenate(column) for column in zip(*parts, strict=True))
     else:
         found = search(groups, grid)
+    if grid.codebook:
+        return _single(found[0], grid, xp), None
     if grid.symmetric:
         return stored(found[0], grid, xp), None
     minima, *kept = found
@@ -96,6 +99,30 @@ def fitted(
     minima = 0.0 - stored(-minima, grid, xp)
     scales = (sums.products - minima * sums.codes) / _positive(sums.squares, xp)
     return stored(scales, grid, xp), minima
+
+
+def _single(scales: Any, grid: Grid, xp: ModuleType) -> Any:
+    """Return scales as they are stored one by one."""
+    if grid.scale_dtype == "e8m0":
+        # None of them is 0: the least makes nothing of a group of zeros either.
+        return xp.clip(scales, LEAST_POWER, None)
+    return xp.asarray(xp.asarray(scales, dtype=xp.float16), dtype=xp.float32) + 0.0
+
+
+LEAST_POWER = 2.0**-126
+"""The least power of two that is taken for a scale: below it float32 has fewer digits."""
+
+
+def powers_of_two(values: Any, xp: ModuleType) -> Any:
+    """Return the largest power of two in the magnitude of each float32, by its bits; 0 of what lies below normals."""
+    return (values.view(xp.int32) & 0x7F800000).view(xp.float32)
+
+
+def nearest_codes(steps: Any, grid: Grid, xp: ModuleType) -> Any:
+    """Return the codes of a codebook that are nearest to steps, float32 in their shape; NaN stays NaN."""
+    table = xp.asarray(grid.nearest, device=steps.device)
+    places = xp.clip((xp.nan_to_num(steps) - float(grid.qmin)) * 2.0, 0, len(table) - 1)
+    return xp.where(xp.isnan(steps), steps, xp.take(table, xp.asarray(places, dtype=xp.int64)))
 
 
 def tries(grid: Grid) -> list[tuple[float, float]]:
@@ -142,15 +169,19 @@ def _search_symmetric(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ..
     """Return the best scale of the nearest codes of columns of weights."""
     codes, buffer = xp.empty_like(weights), xp.empty_like(weights)
     high, low = _halves(weights, xp.maximum, buffer), _halves(weights, xp.minimum, buffer)
+    largest = xp.where(high > -low, high, low)
+    power = grid.scale_dtype == "e8m0"
     # As a product, for which see `on_block_grid`.
-    step = xp.where(high > -low, high, low) * (1 / grid.divisor)
+    step = (powers_of_two(largest, xp) if power else largest) * (1 / grid.divisor)
     best: tuple[Any, ...] | None = None
     for factor, _ in tries(grid):
         _codes(weights, step * factor, None, grid, xp, codes)
         tried = _sums(weights, codes, xp, buffer)
-        scale = tried.products / _positive(tried.squares, xp)
+        scale = step * factor if power else tried.products / _positive(tried.squares, xp)
         # What is left of the sum of squares is smaller by this.
-        best = _nearer((-(scale * tried.products), scale), best, xp)
+        gain = scale * tried.products
+        gain = gain + gain - scale * scale * tried.squares if power else gain
+        best = _nearer((-gain, scale), best, xp)
     assert best is not None
     return best[1:]
 
@@ -171,6 +202,9 @@ def _codes(weights: Any, scales: Any, minima: Any, grid: Grid, xp: ModuleType, o
     else:
         xp.subtract(weights, minima, out=out)
         xp.divide(out, divisors, out=out)
+    if grid.codebook:
+        out[:] = nearest_codes(out, grid, xp)
+        return
     xp.round(out, out=out)
     xp.clip(out, grid.qmin, grid.qmax, out=out)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from autodistill.errors import InputError
 from autodistill.quantization.grids import Floats, FloatType, Grid, Scales, Storage
 from autodistill.quantization.k_quant_bytes import Block, from_bytes, to_bytes
-from autodistill.quantization.k_quants import fitted, on_block_grid
+from autodistill.quantization.k_quants import fitted, nearest_codes, on_block_grid
 
 Codes: TypeAlias = npt.NDArray[np.int8]
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -69,7 +69,7 @@ def quantize(weights: Floats, grid: Grid, scales: Scales | None = None) -> tuple
             scales, steps = _fitted(groups, grid)
             rounded = _round(steps, grid)
         else:
-            rounded = np.rint(_steps(groups, scales, grid))
+            rounded = _nearest(_steps(groups, scales, grid), grid)
         codes = rounded.clip(grid.qmin, grid.qmax).astype(np.int8)
     return codes.reshape(weights.shape), scales
 
@@ -77,7 +77,7 @@ def quantize(weights: Floats, grid: Grid, scales: Scales | None = None) -> tuple
 def _fitted(groups: Floats, grid: Grid) -> tuple[Scales, Floats]:
     """Return the scales and offsets of groups [out, groups, group], and the weights in grid steps."""
     offsets = None
-    if grid.block_size:
+    if grid.searched:
         found, minima = fitted(groups.reshape(-1, groups.shape[-1]), grid, np)
         shape = groups.shape[:2]
         given = Scales(found.reshape(shape), None if minima is None else minima.reshape(shape))
@@ -122,9 +122,15 @@ def _steps(groups: Floats, given: Scales, grid: Grid) -> Floats:
     return (groups - offsets) / scales if grid.offset == "minimum" else groups / scales + offsets
 
 
+def _nearest(steps: Floats, grid: Grid) -> Floats:
+    """Return the nearest codes, of two the even one, or of a codebook the larger one."""
+    found: Floats = nearest_codes(steps, grid, np) if grid.codebook else np.rint(steps)
+    return found
+
+
 def _round(steps: Floats, grid: Grid) -> Floats:
     if grid.rounding == "half_even":
-        return np.rint(steps)
+        return _nearest(steps, grid)
     if grid.rounding == "half_up":
         # llama.cpp truncates the sum of step, offset and a half, and that sum is rounded to float32 first.
         offset = np.float32(-grid.qmin)
@@ -206,7 +212,7 @@ def _pack_codes(codes: Codes, scales: Scales, grid: Grid) -> Arrays:
         return {"data": _pack_blocks(codes, scales, grid)}
     if grid.container == "gguf":
         blocks = codes.reshape(rows, -1, grid.group_size)
-        head = [values.astype("<f2")[..., None].view(np.uint8) for values in scales if values is not None]
+        head = [_scale_bytes(values, grid) for values in scales if values is not None]
         return {"data": np.concatenate([*head, *_gguf_codes(blocks, grid)], axis=-1).reshape(rows, -1)}
     arrays: Arrays = {
         "weight_packed": _pack_words(codes, grid),
@@ -217,6 +223,25 @@ def _pack_codes(codes: Codes, scales: Scales, grid: Grid) -> Arrays:
         # Packed along the rows of the matrix, not along its groups.
         arrays["weight_zero_point"] = np.ascontiguousarray(_pack_words(scales.offsets.T.astype(np.int8), grid).T)
     return arrays
+
+
+def _scale_bytes(values: Floats, grid: Grid) -> npt.NDArray[np.uint8]:
+    """Return the bytes of scales or minima that GGUF stores one by one, uint8 [out, groups, bytes]."""
+    if grid.scale_dtype == "e8m0":
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        exponents = bits >> np.uint32(23)
+        # Of half a power of two, which makes the two least of them numbers below float32's normals.
+        return np.where(exponents > 0, exponents + 1, bits >> np.uint32(22)).astype(np.uint8)[..., None]
+    return values.astype("<f2")[..., None].view(np.uint8)
+
+
+def _scales_of(data: npt.NDArray[np.uint8], grid: Grid) -> Floats:
+    """The inverse of `_scale_bytes` for what stands before the codes: float32 [out, groups, 1 or 2]."""
+    if grid.scale_dtype == "e8m0":
+        wide = data.astype(np.uint32)
+        bits = np.where(wide < 2, np.uint32(0x200000) << wide, (wide - 1) << np.uint32(23))
+        return bits.astype(np.uint32).view(np.float32)
+    return np.ascontiguousarray(data).view("<f2").astype(np.float32)
 
 
 def _pack_blocks(codes: Codes, scales: Scales, grid: Grid) -> npt.NDArray[np.uint8]:
@@ -247,7 +272,14 @@ def _gguf_codes(blocks: Codes, grid: Grid) -> list[npt.NDArray[np.uint8]]:
     """Return the bytes of codes [out, blocks, 32]."""
     if grid.bits == 8:
         return [blocks.view(np.uint8)]
-    unsigned = (blocks - np.int8(grid.qmin)).view(np.uint8)
+    if grid.codebook:
+        # By the code as a byte; of two places with the same code the first.
+        places = np.zeros(256, np.uint8)
+        for place in reversed(range(len(grid.codebook))):
+            places[grid.codebook[place]] = place
+        unsigned = places[blocks.view(np.uint8)]
+    else:
+        unsigned = (blocks - np.int8(grid.qmin)).view(np.uint8)
     # A block's first half lies in the low nibbles, its second half in the high ones, and fifth bits before them.
     low, high = np.split(unsigned & np.uint8(15), 2, axis=-1)
     nibbles = low | (high << np.uint8(4))
@@ -316,9 +348,9 @@ def unpack_codes(arrays: Mapping[str, npt.NDArray[Any]], grid: Grid, shape: tupl
         return _unpack_blocks(arrays["data"], grid, shape)
     if grid.container == "gguf":
         blocks = arrays["data"].reshape(shape[0], shape[1] // grid.group_size, -1)
-        count = 1 if grid.symmetric else 2
-        head = np.ascontiguousarray(blocks[..., : 2 * count]).view("<f2").astype(np.float32)
-        codes = _gguf_blocks(np.ascontiguousarray(blocks[..., 2 * count :]), grid)
+        count = grid.scale_bytes * (1 if grid.symmetric else 2)
+        head = _scales_of(blocks[..., :count], grid)
+        codes = _gguf_blocks(np.ascontiguousarray(blocks[..., count:]), grid)
         return codes.reshape(shape), Scales(*np.moveaxis(head, -1, 0))
     scales = from_bf16_bits(arrays["weight_scale"])
     offsets = None
@@ -335,4 +367,6 @@ def _gguf_blocks(packed: npt.NDArray[np.uint8], grid: Grid) -> Codes:
     unsigned = np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], axis=-1)
     if grid.bits == 5:
         unsigned |= np.unpackbits(packed[..., :4], axis=-1, bitorder="little") << np.uint8(4)
+    if grid.codebook:
+        return np.array(grid.codebook, np.int8)[unsigned]
     return unsigned.astype(np.int8) + np.int8(grid.qmin)

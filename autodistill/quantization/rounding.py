@@ -62,7 +62,7 @@ def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None
 def fitted_scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """Return the stored scales and offsets that follow from the weights: float32 [out, groups] each."""
     shape = (len(weight), -1)
-    if grid.block_size:
+    if grid.searched:
         groups = weight.contiguous().view(-1, grid.group_size)
         at_once = _SEARCHED if weight.device.type == "cpu" else _CHUNK
         compiled = loops()
@@ -90,7 +90,7 @@ def fitted_values(
         inside: bool [out, in], which is filled with whether each weight was not clipped; or None.
         dtype: What the values are rounded to at last, as autocast would round them: one pass over them instead of two.
     """
-    if grid.block_size:
+    if grid.searched:
         return given_values(weight, stored_steps(*fitted_scales(weight, grid), grid), grid, dtype, inside)
     return _values(weight, lambda groups, part: fitted_steps(groups, grid, _extremes), grid, dtype, inside)
 
@@ -138,7 +138,7 @@ def _values(
         in_steps(groups, steps, step)
         if mask is not None:
             # A comparison written as floats is vectorised, one written as booleans is not.
-            mask[part].copy_(step.clamp(grid.qmin - 0.5, grid.qmax + 0.5).eq_(step))
+            mask[part].copy_(step.clamp(*grid.reach).eq_(step))
         _round(step, steps, grid)
         _scaled(step, steps, exact)
         if brief is not None:
@@ -171,7 +171,9 @@ def _rows(tensor: Tensor, size: int) -> int:
 
 def _round(step: Tensor, steps: Steps, grid: Grid) -> None:
     """Round steps to codes in place, as `packing.quantize` does, except that a code of 0 may be -0."""
-    if steps.rounding == "half_up":
+    if grid.codebook:
+        step.copy_(super_blocks.nearest_codes(step, grid, torch))
+    elif steps.rounding == "half_up":
         step.add_(0.5 - grid.qmin).floor_().clamp_(0, grid.qmax - grid.qmin).add_(grid.qmin)
     elif steps.rounding == "half_even":
         step.clamp_(grid.qmin, grid.qmax).round_()

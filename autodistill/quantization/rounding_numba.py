@@ -34,6 +34,7 @@ _SIZE, _INFINITY, _NAN = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000), np.uint32
 # The largest number of 32 bits, and where its sign lies.
 _MOST, _SIGN = np.int32(0x7FFFFFFF), np.int32(31)
 _ZERO, _HALF, _WHOLE, _ENDLESS = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(math.inf)
+_TWICE = np.float32(2.0)
 _BELOW_HALF = np.float32(0.5 - 2.0**-25)
 # Groups of a super-block's grid that are searched side by side, each in a column of a table in the nearest cache.
 _SIDE_BY_SIDE = 64
@@ -79,6 +80,15 @@ def _upper_half(bits: np.uint32) -> np.uint32:
 
 
 @_compiled()
+def _code_near(step: np.float32, table: Array, low: np.float32) -> np.float32:
+    """As `k_quants.nearest_codes`; what is no number has the first code."""
+    place = (step - low) * _TWICE
+    place = place if place > _ZERO else _ZERO
+    last = np.float32(len(table) - 1)
+    return table[np.int64(last if place > last else place)]
+
+
+@_compiled()
 def _values(
     weights: Array,
     factors: Array,
@@ -93,6 +103,9 @@ def _values(
     rounding: int,
     low: np.float32,
     high: np.float32,
+    reach_low: np.float32,
+    reach_high: np.float32,
+    table: Array | None,
     rounded: bool,
 ) -> None:
     count, size = weights.shape
@@ -117,9 +130,12 @@ def _values(
                 steps[i] = steps[i] + zero_points[group]
         if inside is not None:
             for i in range(size):
-                inside[group, i] = (steps[i] >= low - _HALF) & (steps[i] <= high + _HALF)
+                inside[group, i] = (steps[i] >= reach_low) & (steps[i] <= reach_high)
         # Comparisons are such that what is no number stays none.
-        if rounding == _HALF_UP:
+        if table is not None:
+            for i in range(size):
+                steps[i] = _code_near(steps[i], table, low) if steps[i] == steps[i] else steps[i]
+        elif rounding == _HALF_UP:
             span = high - low
             for i in range(size):
                 code = np.floor(steps[i] + (_HALF - low))
@@ -253,6 +269,7 @@ def _code_sums(
     minima: Array,
     low: np.float32,
     high: np.float32,
+    table: Array | None,
     codes: Array,
     squares: Array,
     products: Array,
@@ -261,9 +278,13 @@ def _code_sums(
     for i in range(len(columns)):
         for j in range(_SIDE_BY_SIDE):
             weight = columns[i, j]
-            code = np.rint((weight - minima[j]) / scales[j])
-            code = low if code < low else code
-            code = high if code > high else code
+            code = (weight - minima[j]) / scales[j]
+            if table is None:
+                code = np.rint(code)
+                code = low if code < low else code
+                code = high if code > high else code
+            else:
+                code = _code_near(code, table, low)
             codes[i, j] = code
             squares[i, j] = code * code
             products[i, j] = code * weight
@@ -313,7 +334,7 @@ def _nearest_minimum(
                 scale = step[j] * factors[cut]
                 divisors[j] = _ENDLESS if scale == _ZERO else scale
                 bases[j] = lowest[j] + step[j] * shifts[cut]
-            _code_sums(columns, divisors, bases, low, high, codes, squares, products)
+            _code_sums(columns, divisors, bases, low, high, None, codes, squares, products)
             for j in range(_SIDE_BY_SIDE):
                 of_codes, of_squares, of_products = codes[0, j], squares[0, j], products[0, j]
                 spread = of_squares * number - of_codes * of_codes
@@ -338,7 +359,14 @@ def _nearest_minimum(
 
 @_compiled()
 def _nearest_symmetric(
-    weights: Array, scales: Array, factors: Array, per_step: np.float32, low: np.float32, high: np.float32
+    weights: Array,
+    scales: Array,
+    factors: Array,
+    per_step: np.float32,
+    low: np.float32,
+    high: np.float32,
+    table: Array | None,
+    power: bool,
 ) -> None:
     """As `k_quants._search_symmetric`, operation by operation."""
     count, size = weights.shape
@@ -346,21 +374,33 @@ def _nearest_symmetric(
     squares, products = np.empty_like(columns), np.empty_like(columns)
     lowest, step = np.empty(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
     zeros, divisors = np.zeros(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
+    bits = step.view(np.uint32)
     best = np.empty((2, _SIDE_BY_SIDE), np.float32)
     for start in range(0, count, _SIDE_BY_SIDE):
         _in_columns(weights, start, columns)
         _bounds(columns, lowest, step)
         for j in range(_SIDE_BY_SIDE):
-            step[j] = (step[j] if step[j] > -lowest[j] else lowest[j]) * per_step
+            step[j] = step[j] if step[j] > -lowest[j] else lowest[j]
+        if power:
+            for j in range(_SIDE_BY_SIDE):
+                bits[j] = bits[j] & _INFINITY
+        for j in range(_SIDE_BY_SIDE):
+            step[j] = step[j] * per_step
         for cut in range(len(factors)):
             for j in range(_SIDE_BY_SIDE):
                 scale = step[j] * factors[cut]
                 divisors[j] = _ENDLESS if scale == _ZERO else scale
-            _code_sums(columns, divisors, zeros, low, high, codes, squares, products)
+            _code_sums(columns, divisors, zeros, low, high, table, codes, squares, products)
             for j in range(_SIDE_BY_SIDE):
                 of_squares, of_products = squares[0, j], products[0, j]
-                scale = of_products / (of_squares if of_squares > _ZERO else _WHOLE)
-                left = -(scale * of_products)
+                if power:
+                    scale = step[j] * factors[cut]
+                    gain = scale * of_products
+                    gain = gain + gain - scale * scale * of_squares
+                else:
+                    scale = of_products / (of_squares if of_squares > _ZERO else _WHOLE)
+                    gain = scale * of_products
+                left = -gain
                 if cut == 0 or left < best[0, j]:
                     best[0, j] = left
                     best[1, j] = scale
@@ -409,7 +449,11 @@ def values(weight: Tensor, steps: Steps, grid: Grid, *, rounded: bool, out: Tens
         _flat(steps.bases),
         None if inside is None else _groups(inside.view(torch.uint8), size),
         *_by_type(out, size),
-        constants=(steps.inverse, _ROUNDINGS[steps.rounding], np.float32(grid.qmin), np.float32(grid.qmax), rounded),
+        constants=(
+            *(steps.inverse, _ROUNDINGS[steps.rounding]),
+            *(np.float32(bound) for bound in (grid.qmin, grid.qmax, *grid.reach)),
+            *(_table(grid), rounded),
+        ),
     )
 
 
@@ -418,7 +462,7 @@ def nearest(groups: Tensor, grid: Grid) -> tuple[Tensor, ...]:
 
     Args:
         groups: float32 [groups, group].
-        grid: One of super-blocks.
+        grid: One of super-blocks, or with a codebook.
     """
     found = torch.empty((1 if grid.symmetric else 4, len(groups)))
     factors, shifts = np.array(tries(grid), dtype=np.float32).T.copy()
@@ -431,6 +475,7 @@ def nearest(groups: Tensor, grid: Grid) -> tuple[Tensor, ...]:
             np.float32(1 / grid.divisor),
             np.float32(grid.qmin),
             np.float32(grid.qmax),
+            *((_table(grid), grid.scale_dtype == "e8m0") if grid.symmetric else ()),
         ),
     )
     return found.unbind()
@@ -473,6 +518,10 @@ def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
     """
     size = gradient.shape[-1]
     _over_threads(_stop_clipped, *_by_type(gradient, size), _groups(inside.view(torch.uint8), size), _groups(out, size))
+
+
+def _table(grid: Grid) -> Array | None:
+    return grid.nearest if grid.codebook else None
 
 
 class _Memory:

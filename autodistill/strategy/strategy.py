@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import groupby
 
-from autodistill.quantization.formats import QuantizationScheme
+from autodistill.quantization.formats import TYPES, QuantizationScheme
+from autodistill.quantization.grids import Grid
 from autodistill.strategy.divergence import known_divergence
 from autodistill.utils.hashing import content_hash
-from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice
+from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out
 
 # Choices of layers that depend on measured activations of the teacher.
 _BY_INFLUENCE = ("influence", "block-influence")
@@ -32,8 +34,14 @@ class Init(PlainDataclass):
             the layers between the first and the last that change it least, each by itself (Men et al., arXiv
             2403.03853). The last three need `source` "teacher".
         ffn: Fraction of each layer's FFN neurons.
+        ffn_widths: Of each kept layer, from the first on, the number of its FFN neurons, in place of `ffn`; () for
+            none. It needs `source` "teacher".
         heads: Fraction of each layer's attention heads, in whole groups that share keys and values.
         width: Fraction of the hidden channels.
+        dropped: The first of the teacher's layers that are left out, and their number: one block, where it is known and
+            not chosen by `layers`; else empty. Layers count from 0; the first and the last layer are kept.
+        repair: Whether the last matrix of each FFN that was cut is fitted, by least squares on some of the training
+            text, to give what the whole FFN gave. Neurons are then chosen by the size of what they add to that.
     """
 
     source: str = "teacher"
@@ -43,6 +51,9 @@ class Init(PlainDataclass):
     ffn: float = 1.0
     heads: float = 1.0
     width: float = 1.0
+    ffn_widths: tuple[int, ...] = left_out(())
+    dropped: tuple[int, ...] = left_out(())
+    repair: bool = left_out(False)
 
     def __post_init__(self) -> None:
         check_choice("init.source", self.source, ("teacher", "scratch", "pretrained"))
@@ -57,6 +68,41 @@ class Init(PlainDataclass):
         check(whole or not pretrained, "a pretrained model is taken whole: set init.depth (and every fraction) to 1")
         chosen = self.layers != "even"
         check(self.source == "teacher" or not chosen, 'init.layers is "even" where they are not the teacher\'s')
+        self._check_widths()
+        self._check_cut()
+
+    def _check_cut(self) -> None:
+        if self.dropped:
+            first, count = self.dropped if len(self.dropped) == 2 else (0, 0)
+            check(
+                first >= 1 and count >= 1,
+                "init.dropped is the first layer that is left out, 1 or more, and how many are, like [12, 4], not "
+                f"{list(self.dropped)}",
+            )
+            check(
+                (self.source, self.depth, self.layers) == ("teacher", 1, "even"),
+                "init.dropped names the layers that are left out of the teacher's: leave init.source and init.layers "
+                "out, and give init.depth 1",
+            )
+        check(
+            not self.repair or (self.source == "teacher" and (self.ffn < 1 or self.ffn_widths != ())),
+            "init.repair fits FFNs that were cut from the teacher's: give init.ffn below 1 or init.ffn_widths, or "
+            "leave repair out",
+        )
+
+    def _check_widths(self) -> None:
+        widths = self.ffn_widths
+        check(
+            self.source == "teacher" or not widths,
+            "init.ffn_widths says how much of the teacher's layers is kept: leave it out where init.source is "
+            f"{self.source}",
+        )
+        check(
+            self.ffn == 1 or not widths,
+            f"init.ffn {self.ffn:g} and init.ffn_widths both say how many FFN neurons are kept: leave one of them out",
+        )
+        least = min(widths, default=1)
+        check(least >= 1, f"init.ffn_widths are numbers of FFN neurons of 1 and more, and one of them is {least}")
 
     @property
     def by_influence(self) -> bool:
@@ -67,15 +113,32 @@ class Init(PlainDataclass):
     def selective(self) -> bool:
         """Whether the choice of any parts depends on the teacher's activations."""
         whole = (self.ffn, self.heads, self.width) == (1, 1, 1)
-        return self.source == "teacher" and (not whole or self.by_influence)
+        return self.source == "teacher" and (not whole or self.by_influence or self.ffn_widths != ())
 
     def describe(self) -> str:
         """Return the init in a few words, for a table."""
         if self.source == "pretrained":
             return f"from {self.model}"
         kept = f"{_percent(self.depth)} {self.layers if self.source == 'teacher' else 'from scratch'}"
+        if self.dropped:
+            first, count = self.dropped
+            kept = f"without layer {first}" if count == 1 else f"without layers {first} to {first + count - 1}"
         fractions = {name: getattr(self, name) for name in ("ffn", "heads", "width")}
-        return " ".join([kept, *(f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1)])
+        words = [kept, *(f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1)]
+        words += [_of_widths(self.ffn_widths)] if self.ffn_widths else []
+        return " ".join([*words, *(["repaired"] if self.repair else [])])
+
+
+def _of_widths(widths: tuple[int, ...]) -> str:
+    """Describe widths by layer, as in "ffn 512x3+1536x2": all of a few runs, else the ends and a hash."""
+    runs = [(width, len(list(alike))) for width, alike in groupby(widths)]
+    if len(runs) > _TOLD_RUNS:
+        return f"ffn {min(widths)}-{max(widths)} ({content_hash(list(widths), 6)})"
+    return "ffn " + "+".join(f"{width}x{count}" if count > 1 else str(width) for width, count in runs)
+
+
+_TOLD_RUNS = 4
+"""Runs of layers of one FFN width that a description has room for."""
 
 
 def _percent(fraction: float) -> str:
@@ -367,8 +430,8 @@ class Finishing(QuantizationScheme, PlainDataclass):
 
     Attributes:
         scales: "absmax" derives a group's scale from its weights in every step, as the tools of its container do, or
-            by least squares for K-quants. "learned" trains it (LSQ, arXiv:1902.08153), and the export uses the learned
-            scales.
+            by least squares for K-quants and grids with a codebook. "learned" trains it (LSQ, arXiv:1902.08153), and
+            the export uses the learned scales; of a codebook none are learned.
         start: Share of the decay, 0 to below 1, after which the weights are rounded to the grid.
     """
 
@@ -379,6 +442,13 @@ class Finishing(QuantizationScheme, PlainDataclass):
         super().__post_init__()
         check(self.bits < 16, "finishing trains on a quantised grid: for a 16-bit student, leave finishing out")
         check_choice("finishing.scales", self.scales, ("absmax", "learned"))
+        grids = [self.linear, *(TYPES[kind] for _, kind in self.types)]
+        uneven = [one.name for one in grids if isinstance(one, Grid) and one.codebook]
+        check(
+            self.scales == "absmax" or not uneven,
+            f"scales are learned of grids with even steps, and those of {' and '.join(uneven)} are not: leave "
+            "finishing.scales out",
+        )
         check(0 <= self.start < 1, f"finishing.start is a share of the decay, 0 to below 1, not {self.start}")
 
 

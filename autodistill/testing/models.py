@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autodistill.distillation.training.plan import Plan
+from autodistill.models.config import per_layer_config, resized, spec_from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,7 +112,7 @@ def save_tiny_teacher(
     width: int = 64,
     heads: int = 4,
     kv_heads: int = 2,
-    ffn: int = 128,
+    ffn: int | Sequence[int] = 128,
     tied: bool = True,
     seed: int = 0,
     vocabulary: int = 300,
@@ -124,7 +126,8 @@ def save_tiny_teacher(
         folder: Made if missing.
         architecture: transformers' `model_type`, one of `autodistill.models.families`. Two of three layers of
             "gemma3_text" have a sliding window of 16 tokens.
-        layers, width, heads, kv_heads, ffn: Sizes; heads are `width / heads` wide. "gpt_neox" has no `kv_heads`.
+        layers, width, heads, kv_heads, ffn: Sizes; heads are `width / heads` wide. "gpt_neox" has no `kv_heads`. An
+            `ffn` of several numbers is of each layer its own.
         tied: Whether the head is the embedding table.
         seed: Of the weights; torch's own random state is left as it was.
         vocabulary: Entries of the tokenizer and of the embedding table.
@@ -136,6 +139,7 @@ def save_tiny_teacher(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer(vocabulary)
+    widths = (ffn,) * layers if isinstance(ffn, int) else tuple(ffn)
     grouped = {"num_key_value_heads": kv_heads, "head_dim": width // heads}
     sliding = ["full_attention" if (layer + 1) % 3 == 0 else "sliding_attention" for layer in range(layers)]
     own = {
@@ -148,7 +152,7 @@ def save_tiny_teacher(
         num_hidden_layers=layers,
         hidden_size=width,
         num_attention_heads=heads,
-        intermediate_size=ffn,
+        intermediate_size=max(widths),
         vocab_size=vocabulary,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
@@ -164,10 +168,24 @@ def save_tiny_teacher(
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    if len(set(widths)) > 1:
+        model = _narrowed(model, widths)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _narrowed(model: Any, widths: Sequence[int]) -> Any:
+    """Return a model with the first neurons of each layer's FFN."""
+    from autodistill.models.loading import model_from_weights
+
+    spec = resized(spec_from_config(model.config.to_dict()), ffn_widths=tuple(widths))
+    whole = dict(model.named_parameters())
+    weights = {
+        tensor.name: whole[tensor.name].detach()[tuple(map(slice, tensor.shape))].clone() for tensor in spec.tensors
+    }
+    return model_from_weights(model, {"per_layer_config": per_layer_config(spec)}, weights)
 
 
 def small_plan(**changes: Any) -> Plan:

@@ -317,7 +317,7 @@ def test_a_packing_of_others_is_no_format_of_ours(changes: dict[str, Any], tmp_p
         ("gguf-q4_k_s", "of llama.cpp's mixtures .* gguf-q4_k_m are written; gguf-q4_k has all linear layers in Q4_K"),
         ("Q3_K_XL", "of types gguf-q5_k_m and gguf-q4_k_m are written; gguf-q3_k has all linear layers in Q3_K"),
         ("Q6_K", "did you mean gguf-q6_k"),
-        ("iq4_xs", "I-quants are not supported"),
+        ("iq4_xs", "I-quants gguf-iq4_nl alone is supported"),
         ("zzz", "there are gguf-f16, gguf-q8_0"),
     ],
 )

@@ -96,7 +96,7 @@ def test_rows_on_the_grid_that_stands_in_for_a_k_quants_are_as_slow_as_that(name
     ("name", "fast"),
     [
         *((f"gguf-{name}", True) for name in ("q4_0", "q8_0", "q6_k", "q3_k", "q2_k")),
-        *((name, False) for name in ("gguf-q5_0", "gguf-q5_1", "gguf-q4_1", "gguf-f16")),
+        *((name, False) for name in ("gguf-q5_0", "gguf-q5_1", "gguf-q4_1", "gguf-iq4_nl", "gguf-mxfp4", "gguf-f16")),
     ],
 )
 def test_of_every_other_format_all_operations_are_at_its_own_rate(name: str, fast: bool, sizes: Any) -> None:

@@ -407,6 +407,32 @@ def test_k_quants_are_in_the_file_where_rows_allow_and_run(
     assert np.mean(served(artifact.path, tokens) == expected) >= 0.8
 
 
+@pytest.mark.parametrize(("name", "table", "file_type"), [("gguf-iq4_nl", "mxfp4", 25), ("gguf-mxfp4", "iq4_nl", 38)])
+def test_files_on_codebooks_are_read_by_gguf_and_run_with_the_same_tokens(
+    tmp_path: Path, name: str, table: str, file_type: int
+) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", width=192, layers=2)
+    types = (("embeddings", table), ("layers.1.mlp", "q8_0"))
+    deployment = Deployment(runtime="llama.cpp", format=name, bits=4, group_size=32, types=types)
+    artifact = GgufExporter().export(teacher, deployment, tmp_path / "out")
+    verify(GgufExporter(), artifact, teacher, deployment)
+    assert metadata(artifact.path)["general.file_type"] == file_type
+    family, found = get_family("llama"), dict(GgufExporter().unpack(artifact.path))
+    kinds = {}
+    for tensor in gguf.GGUFReader(artifact.path).tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        order = row_order("llama", tensor.name, 4, 2)
+        np.testing.assert_array_equal(
+            found[family.from_gguf_name(tensor.name)], order.to_transformers(values) if order else values
+        )
+        kinds[tensor.name] = tensor.tensor_type.name
+    assert kinds["token_embd.weight"] == table.upper()
+    assert kinds["blk.0.attn_q.weight"] == name.removeprefix("gguf-").upper()
+    tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
+    weights = {key: torch.from_numpy(np.array(values)) for key, values in found.items()}
+    assert np.mean(served(artifact.path, tokens) == choices(teacher, weights, tokens)) >= 0.9
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "gpt_neox"])
 def test_k_quants_of_other_families_run(tmp_path: Path, architecture: str) -> None:
     tied = architecture != "gpt_neox"

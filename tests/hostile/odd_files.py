@@ -36,6 +36,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "estimate-cache": ("", ("estimate", teacher, "--device", "local", "--cache")),
         "solve": (".gguf", ("solve", "--budget", "1kB")),
         "solve-data": (".txt", ("solve", teacher, "--budget", "1GB", "--data")),
+        "solve-candidate": (".gguf", ("solve", teacher, "--budget", "1GB", "--candidate")),
         "measure": (".gguf", ("measure",)),
         "measure-result": ("", ("measure", teacher, "--result")),
         "measure-script": ("", ("measure", str(kit.gguf), "--script")),

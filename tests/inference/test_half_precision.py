@@ -24,7 +24,7 @@ from autodistill.models.families import FAMILIES
 from autodistill.models.loading import load_model
 from autodistill.models.stored_tensors import stored_type
 from autodistill.quantization import k_quants as super_blocks
-from autodistill.quantization.grids import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+from autodistill.quantization.grids import IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
 from autodistill.testing import save_tiny_teacher
@@ -33,6 +33,7 @@ GRIDS = [
     Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=32),
     Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0),
     Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32),
+    *(Deployment(runtime="llama.cpp", format=grid.name, bits=4, group_size=32) for grid in (IQ4_NL, MXFP4)),
 ]
 K_QUANTS = [
     Deployment(

@@ -203,7 +203,7 @@ def test_more_layers_never_have_fewer_of_more_bits():
 
 def test_names_tell_packings_apart():
     names = [scheme.name for scheme in PACKINGS]
-    assert len(set(names)) == len(names) == 54
+    assert len(set(names)) == len(names) == 56
     assert {"gguf-q4_0", "compressed-tensors-int4-g64", "compressed-tensors-int2-row-asym"} <= set(names)
     kept = _packing("gguf-q4_0", 4, 32, keep=("layers.0", "attention", "layers.0"))
     assert kept.name == "gguf-q4_0+attention+layers.0"

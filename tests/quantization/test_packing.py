@@ -13,16 +13,43 @@ from hypothesis.extra import numpy as npst
 
 from autodistill.errors import InputError
 from autodistill.quantization.formats import get_format
-from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Scales
-from autodistill.quantization.k_quants import stored
-from autodistill.quantization.packing import deployed, dequantize, from_bf16_bits, pack, quantize, to_bf16_bits, unpack
-from autodistill.quantization.rounding import deploy_tensor
+from autodistill.quantization.grids import (
+    IQ4_NL,
+    MXFP4,
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Scales,
+)
+from autodistill.quantization.k_quants import fitted, stored
+from autodistill.quantization.packing import (
+    deployed,
+    dequantize,
+    from_bf16_bits,
+    pack,
+    quantize,
+    to_bf16_bits,
+    unpack,
+    unpack_codes,
+)
+from autodistill.quantization.rounding import deploy_tensor, loops
 
 INTEGERS = get_format("compressed-tensors").linears
 GGUF = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0]
 BLOCKS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
-GRIDS = [*GGUF, *BLOCKS, *INTEGERS]
-QTYPES = {grid.name: gguf.GGMLQuantizationType[grid.name.removeprefix("gguf-").upper()] for grid in [*GGUF, *BLOCKS]}
+CODEBOOKS = [IQ4_NL, MXFP4]
+GRIDS = [*GGUF, *BLOCKS, *CODEBOOKS, *INTEGERS]
+QTYPES = {
+    grid.name: gguf.GGMLQuantizationType[grid.name.removeprefix("gguf-").upper()]
+    for grid in [*GGUF, *BLOCKS, *CODEBOOKS]
+}
 
 
 def _weights():
@@ -72,6 +99,62 @@ def test_super_blocks_are_read_by_gguf_as_they_were_meant(grid, weights):
     expected = gguf.quants.dequantize(packed, QTYPES[grid.name])
     np.testing.assert_array_equal(_bits(unpack({"data": packed}, grid, weights.shape)), _bits(expected))
     np.testing.assert_array_equal(_bits(deployed(weights, grid)), _bits(expected))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("grid", CODEBOOKS, ids=lambda grid: grid.name)
+def test_codebooks_are_read_by_gguf_as_they_were_meant_and_lose_no_more_than_by_their_own_tools(grid, weights):
+    packed = pack(weights, grid)["data"]
+    expected = gguf.quants.dequantize(packed, QTYPES[grid.name])
+    np.testing.assert_array_equal(_bits(unpack({"data": packed}, grid, weights.shape)), _bits(expected))
+    np.testing.assert_array_equal(_bits(deployed(weights, grid)), _bits(expected))
+    groups = weights.reshape(-1, 32).astype(np.float64)
+    lost = np.square(expected.reshape(-1, 32) - groups).sum(axis=1)
+    size = np.square(groups).sum(axis=1)
+    if grid is MXFP4:
+        theirs = gguf.quants.dequantize(gguf.quants.quantize(weights, QTYPES[grid.name]), QTYPES[grid.name])
+        assert (lost <= np.square(theirs.reshape(-1, 32) - groups).sum(axis=1) + 1e-6 * size).all()
+    else:
+        # The rule of llama.cpp without its search, in float64: the largest weight has the least code.
+        first = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)
+        book = np.array(grid.codebook, np.float64)
+        scales = (first / -127).astype(np.float16).astype(np.float64)
+        nearest = np.abs(groups[:, :, None] - scales[:, :, None] * book).argmin(axis=2)
+        plain = np.square(scales * book[nearest] - groups).sum(axis=1)
+        # Scales that float16 holds coarsely may fall either way.
+        assert lost.sum() <= plain.sum() + 1e-6 * size.sum() or np.abs(groups).max() < 1e-3
+
+
+@pytest.mark.parametrize("grid", CODEBOOKS, ids=lambda grid: grid.name)
+def test_any_block_of_a_codebook_is_read_as_gguf_reads_it_and_packs_again_to_its_values(grid):
+    kind = QTYPES[grid.name]
+    random = np.random.default_rng(3)
+    packed = random.integers(0, 256, (300, 4 * gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    if grid is MXFP4:
+        packed[:256, 0] = np.arange(256)
+    expected = gguf.quants.dequantize(packed, kind)
+    rows = np.isfinite(expected).all(axis=1)  # a random scale may be no number: no file has one
+    packed, expected = packed[rows], expected[rows]
+    found = unpack({"data": packed}, grid, expected.shape)
+    np.testing.assert_array_equal(found, expected)
+    own = unpack_codes({"data": packed}, grid, expected.shape)[1]
+    usual = (np.abs(own.scales) > 2.0**-120).all(axis=1)
+    assert usual.sum() > 200
+    given = Scales(own.scales[usual])
+    again = pack(expected[usual], grid, given)["data"]
+    np.testing.assert_array_equal(unpack({"data": again}, grid, expected[usual].shape), expected[usual])
+
+
+@pytest.mark.parametrize("grid", CODEBOOKS, ids=lambda grid: grid.name)
+def test_torch_and_compiled_loops_find_the_codebook_scales_of_numpy(grid):
+    compiled = loops()
+    assert compiled is not None
+    for name, weights in WEIGHTS.items():
+        groups = weights.reshape(-1, 32)
+        mine = fitted(groups, grid, np)[0]
+        for search in (None, compiled.nearest):
+            theirs = fitted(torch.from_numpy(groups), grid, torch, search=search)[0]
+            np.testing.assert_array_equal(_bits(mine), _bits(theirs.numpy()), err_msg=name)
 
 
 @pytest.mark.parametrize("grid", BLOCKS, ids=lambda grid: grid.name)
@@ -260,7 +343,13 @@ def test_packing_and_unpacking_are_inverse_on_the_grid(grid):
         on_grid = dequantize(codes, scales, grid)
         packed = pack(weights, grid)
         np.testing.assert_array_equal(unpack(packed, grid, weights.shape), on_grid)
-        if grid.block_size:
+        if grid.codebook:
+            held = scales.scales[..., None, None].astype(np.float64) * np.unique(grid.codebook)
+            groups = weights.reshape(*scales.scales.shape, -1).astype(np.float64)
+            nearest = np.abs(groups[..., None] - held).min(axis=-1)
+            size = np.abs(groups).max(axis=-1, keepdims=True)
+            assert (np.abs(on_grid.reshape(groups.shape) - groups) <= nearest + 1e-5 * size + 2.0**-120).all()
+        if grid.searched:
             # Packed again under its own scales, what was read has the same bytes.
             np.testing.assert_array_equal(pack(on_grid, grid, scales)["data"], packed["data"])
             return

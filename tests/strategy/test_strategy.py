@@ -111,8 +111,13 @@ distillations = st.builds(
 )
 GRIDS = [(name, grid) for name, held in FORMATS.items() for grid in held.linears if isinstance(grid, Grid)]
 finishings = st.builds(
-    lambda grid, **more: Finishing(
-        format=grid[0], bits=grid[1].bits, group_size=grid[1].group_size, symmetric=grid[1].symmetric, **more
+    lambda grid, scales, **more: Finishing(
+        format=grid[0],
+        bits=grid[1].bits,
+        group_size=grid[1].group_size,
+        symmetric=grid[1].symmetric,
+        scales="absmax" if grid[1].codebook else scales,
+        **more,
     ),
     st.sampled_from(GRIDS),
     keep=st.lists(st.sampled_from(["attention", "head", "layers.0", "down_proj"])).map(tuple),
@@ -120,6 +125,13 @@ finishings = st.builds(
     start=st.floats(0, 1, exclude_max=True),
 )
 strategies = st.builds(Strategy, init=inits, distillation=distillations, finishing=st.none() | finishings)
+
+
+def test_scales_on_a_codebook_are_not_learned():
+    plain = {"bits": 4, "group_size": 32, "scales": "learned"}
+    for more in ({"format": "gguf-mxfp4"}, {"format": "gguf-q4_0", "types": (("attention", "mxfp4"),)}):
+        with pytest.raises(InputError, match=r"those of gguf-mxfp4 are not: leave finishing\.scales out"):
+            Finishing(**plain | more)
 
 
 @given(strategies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from autodistill.data.student_template import copy_text
 from autodistill.distillation.student.pretrained import load_pretrained, pretrained_spec
+from autodistill.distillation.student.repair import Refit, ffn_moments, last_matrix, repaired
 from autodistill.distillation.student.shapes import cut_spec, layer_choices, student_depth
 from autodistill.distillation.teacher.importance import PartImportance
-from autodistill.models.config import resized, spec_from_config
+from autodistill.models.config import per_layer_config, resized, spec_from_config
 from autodistill.models.families import Axis, get_family
+from autodistill.models.layer_widths import model_class
 from autodistill.models.loading import ATTENTION, load_model, model_from_weights
 from autodistill.models.model_folder import read_config
 from autodistill.models.spec import ModelSpec
@@ -84,14 +87,16 @@ class Selection(NamedTuple):
     Attributes:
         layers: Indices, ascending.
         channels: int64 [width].
-        neurons: int64 [layers, ffn width], for each kept layer its own.
+        neurons: Of each kept layer int64 [its ffn width], or None.
         groups: int64 [layers, key-value heads], for each kept layer its own.
+        refits: Of each kept layer the last matrix of its FFN, in place of the teacher's; None where that stays.
     """
 
     layers: tuple[int, ...]
     channels: Tensor | None
-    neurons: Tensor | None
+    neurons: tuple[Tensor | None, ...]
     groups: Tensor | None
+    refits: Sequence[Refit | None] = ()
 
 
 def select(
@@ -109,11 +114,12 @@ def select(
     kept = list(layers)
     channels = torch.zeros(teacher.width) if calibration is None else calibration.channels
     neurons = torch.zeros(len(kept), teacher.ffn_width) if calibration is None else calibration.neurons[kept]
+    whole = [row[: teacher.ffn_by_layer[layer]] for layer, row in zip(kept, neurons, strict=True)]
     groups = torch.zeros(len(kept), teacher.kv_heads) if calibration is None else calibration.groups[kept]
     return Selection(
         layers=layers,
         channels=_most_important(channels, spec.width),
-        neurons=_most_important(neurons, spec.ffn_width),
+        neurons=tuple(_most_important(own, width) for own, width in zip(whole, spec.ffn_by_layer, strict=True)),
         groups=_most_important(groups, spec.kv_heads),
     )
 
@@ -141,7 +147,7 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
         if axis is Axis.WIDTH:
             return selection.channels
         if axis is Axis.FFN:
-            return None if selection.neurons is None else selection.neurons[layer]
+            return selection.neurons[layer]
         if axis in (Axis.QUERIES, Axis.KEYS, Axis.FUSED) and selection.groups is not None:
             heads = {Axis.QUERIES: spec.heads // spec.kv_heads, Axis.KEYS: 1, Axis.FUSED: 3}[axis]
             block = heads * spec.head_dim
@@ -149,14 +155,17 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
         return None
 
     weights = {}
+    last = f"{last_matrix(spec.architecture)}.weight"
     for tensor in spec.tensors:
-        layer, name = -1, tensor.name
+        layer, name, refit = -1, tensor.name, None
         if (part := family.layer_part(name)) is not None:
             layer = part[0]
             name = f"{family.body}.layers.{selection.layers[layer]}.{part[1]}"
-        weight = parameters[name].detach()
+            if selection.refits and part[1] == last:
+                refit = selection.refits[layer]
+        weight = parameters[name].detach() if refit is None else refit.matrix
         for dimension, axis in enumerate(family.axes(tensor.name)):
-            indices = kept(axis, layer)
+            indices = None if refit is not None and axis is Axis.FFN else kept(axis, layer)
             if indices is not None:
                 weight = weight.index_select(dimension, indices.to(weight.device))
         weights[tensor.name] = weight.float()
@@ -189,6 +198,8 @@ def _config_changes(config: Any, spec: ModelSpec, layers: tuple[int, ...]) -> di
     }
     if not get_family(spec.architecture).heads_fill_width:
         changes |= {"num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim}
+    if spec.ffn_widths or config.is_heterogeneous:
+        changes["per_layer_config"] = per_layer_config(spec) or None
     if getattr(config, "layer_types", None):
         changes["layer_types"] = [config.layer_types[index] for index in layers]
     return changes
@@ -196,7 +207,7 @@ def _config_changes(config: Any, spec: ModelSpec, layers: tuple[int, ...]) -> di
 
 def new_student(teacher: Path, init: Init, seed: int) -> Any:
     """Return a model in the teacher's proportions with new weights, drawn from `seed` as transformers draws them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(teacher, local_files_only=True, trust_remote_code=False)
     spec = cut_spec(init, spec_from_config(config.to_dict()))
@@ -204,7 +215,7 @@ def new_student(teacher: Path, init: Init, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = type(config).from_dict(config.to_dict() | changes)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+        model = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     return model.eval()
 
 
@@ -231,8 +242,9 @@ def build_student(
     if init.selective and calibration is None:
         raise ValueError("a calibration says which parts of the teacher matter: make one first")
     if init.source == "teacher":
-        # In the folder's own type: what is kept becomes float32, the rest need not.
-        return cut_student(load_model(teacher, getattr(torch, stored_type(teacher))), init, calibration)
+        # In the folder's own type: what is kept becomes float32, the rest need not, where nothing is computed with it.
+        held = torch.float32 if init.repair else getattr(torch, stored_type(teacher))
+        return cut_student(load_model(teacher, held), init, calibration)
     teacher_layers = spec_from_config(read_config(teacher)).layers
     if init.source == "scratch":
         return new_student(teacher, init, seed), kept_layers(init, teacher_layers)
@@ -242,12 +254,34 @@ def build_student(
     return load_pretrained(pretrained, teacher), same_depth(layers, teacher_layers)
 
 
-def cut_student(model: Any, init: Init, calibration: PartImportance | None) -> tuple[Any, tuple[int, ...]]:
-    """Return the parts of a teacher that `init` keeps, and the kept layers."""
+def cut_student(
+    model: Any,
+    init: Init,
+    calibration: PartImportance | None,
+    moments: Iterable[Tensor] | None = None,
+    device: str = "cpu",
+) -> tuple[Any, tuple[int, ...]]:
+    """Return the parts of a teacher that `init` keeps, and the kept layers.
+
+    Args:
+        model: The teacher; in float32 where `init.repair`.
+        init: What is kept.
+        calibration: Of the teacher, where `init.selective`.
+        moments: `repair.ffn_moments` of the calibration's text, where they are known.
+        device: Where the teacher lies.
+    """
     whole = spec_from_config(model.config.to_dict())
     spec = cut_spec(init, whole)
     layers = kept_layers(init, whole.layers, calibration)
-    return cut(model, spec, select(spec, whole, layers, calibration)), layers
+    selection = select(spec, whole, layers, calibration)
+    # Without a calibration shapes are all that counts; and a fraction may round to the whole.
+    if init.repair and calibration is not None:
+        found = ffn_moments(model, calibration.text, device) if moments is None else moments
+        refits = repaired(model, dict(zip(layers, spec.ffn_by_layer, strict=True)), found)
+        selection = selection._replace(
+            neurons=tuple(None if refit is None else refit.neurons for refit in refits), refits=refits
+        )
+    return cut(model, spec, selection), layers
 
 
 def save_student(model: Any, text: Path, folder: Path) -> None:

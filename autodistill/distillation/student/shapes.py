@@ -17,7 +17,9 @@ Super-blocks do not divide it: rows that are no multiples of theirs have a grid 
 
 
 def student_depth(init: Init, teacher_layers: int) -> int:
-    """Return the number of kept layers: the fraction rounded down, at least one."""
+    """Return the number of kept layers: the fraction rounded down, at least one, or all but those named."""
+    if init.dropped:
+        return teacher_layers - init.dropped[1]
     # 0.7 * 30 is 20.999... in binary; the nudge keeps such products on the side that was meant.
     return max(1, int(init.depth * teacher_layers + 1e-9))
 
@@ -30,7 +32,18 @@ def layer_choices(init: Init, teacher_layers: int) -> tuple[tuple[int, ...], ...
     neighboring layers, which a calibration chooses: one choice for each layer after which it may begin, in that order;
     "block-influence" leaves out any layers, of which these are examples: some after the first, the others before the
     last.
+
+    Raises:
+        InputError: Layers are named that are left out, and the teacher has none of these, or only just.
     """
+    if init.dropped:
+        first, stop = init.dropped[0], sum(init.dropped)
+        if stop >= teacher_layers:
+            raise InputError(
+                f"init.dropped leaves out layers {first} to {stop - 1}, and the last layer that can be left out of the "
+                f"teacher's {teacher_layers} is {teacher_layers - 2}"
+            )
+        return ((*range(first), *range(stop, teacher_layers)),)
     depth = student_depth(init, teacher_layers)
     if depth == 1 or init.layers == "even":
         return (spread(depth, teacher_layers),)
@@ -54,8 +67,9 @@ def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
     """Return the shape of a student that keeps fractions of a teacher, or is made new in these proportions.
 
     Layers are rounded down; attention heads to whole groups of those that share keys and values, at least one group;
-    channels and neurons to multiples of 64. Where data decide which layers are kept, sliding windows are those of a
-    choice that llama.cpp could not run, if there is one. New layers have those of the teacher's first ones.
+    channels and neurons to multiples of 64; numbers of neurons that are given by layer stay as they are. Where data
+    decide which layers are kept, sliding windows are those of a choice that llama.cpp could not run, if there is one.
+    New layers have those of the teacher's first ones.
 
     Raises:
         InputError: A fraction that leaves nothing, or sizes that transformers' model of this family cannot have.
@@ -74,17 +88,43 @@ def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
             f"init.heads {init.heads:g} leaves {heads} heads, which do not divide the width of {width}: transformers' "
             f"{teacher.architecture} needs that"
         )
-    sizes = {
-        "width": width,
-        "heads": heads,
-        "kv_heads": groups,
-        "ffn_width": _rounded("ffn", "neurons", init.ffn, teacher.ffn_width),
-    }
+    sizes = {"width": width, "heads": heads, "kv_heads": groups}
     if init.source == "scratch":
-        return resized(teacher, range(student_depth(init, teacher.layers)), **sizes)
+        kept = tuple(range(student_depth(init, teacher.layers)))
+        return resized(teacher, kept, **sizes, ffn_widths=_ffn_widths(init, teacher, kept))
+    if teacher.ffn_widths and init.by_influence:
+        raise InputError(
+            f"the teacher's layers differ in width, and init.layers {init.layers} would choose among them by data, "
+            "which no size can be told before: choose even or contiguous"
+        )
     choices = {tuple(layer in teacher.windowed for layer in kept): kept for kept in layer_choices(init, teacher.layers)}
-    students = [resized(teacher, kept, **sizes) for kept in choices.values()]
+    students = [
+        resized(teacher, kept, **sizes, ffn_widths=_ffn_widths(init, teacher, kept)) for kept in choices.values()
+    ]
     return next((student for student in students if cannot_run(student)), students[0])
+
+
+def _ffn_widths(init: Init, teacher: ModelSpec, kept: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the FFN neurons of each kept layer.
+
+    Raises:
+        InputError: Widths for another number of layers, or more neurons than a layer has.
+    """
+    whole = [teacher.ffn_by_layer[layer] for layer in kept]
+    if not init.ffn_widths:
+        return tuple(_rounded("ffn", "neurons", init.ffn, width) for width in whole)
+    if len(init.ffn_widths) != len(kept):
+        raise InputError(
+            f"init.ffn_widths has {len(init.ffn_widths)} numbers, and {len(kept)} of the teacher's {teacher.layers} "
+            "layers are kept: give one for each of these"
+        )
+    for layer, own, most in zip(kept, init.ffn_widths, whole, strict=True):
+        if own > most:
+            raise InputError(
+                f"init.ffn_widths keeps {own} FFN neurons of the teacher's layer {layer} (counted from 0), which has "
+                f"{most}: give no more than that"
+            )
+    return init.ffn_widths
 
 
 def _rounded(field: str, what: str, fraction: float, count: int) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,12 +25,14 @@ from autodistill.utils.hashing import content_hash
 
 SEQUENCES = 16
 """Training sequences that are read, the first of the split: a function of the data and of nothing else."""
-_VERSION = 1
+TEXT_TOKENS = 4096
+"""Training tokens on which students are repaired, in sequences that are spread evenly over the split."""
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PartImportance:
-    """Mean activations over all tokens of the calibration sequences, float64.
+    """Mean activations over all tokens of the calibration sequences, float64, and text for more of them.
 
     Importances are Minitron's (Muralidharan et al., 2024, arXiv:2407.14679): mean magnitudes of activations.
 
@@ -37,15 +40,17 @@ class PartImportance:
         similarity: [layers + 1, layers + 1], cosine of the state that layer i is fed and the one that layer j is fed;
             the last is what the last layer gives. 1 - similarity[i, i + 1] is block influence (Men et al., 2024,
             arXiv:2403.03853).
-        neurons: [layers, ffn width], magnitude of each neuron's activation.
+        neurons: [layers, ffn width], magnitude of each neuron's activation; 0 beyond those of a narrower layer.
         groups: [layers, key-value heads], Euclidean norm of each head's output, added over the heads of a group.
         channels: [width], magnitude of each channel after each norm of the width, added over the norms.
+        text: int32 [sequences, length], training sequences on which students are repaired.
     """
 
     similarity: Tensor
     neurons: Tensor
     groups: Tensor
     channels: Tensor
+    text: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int32))
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, completely or not at all."""
@@ -63,7 +68,7 @@ class PartImportance:
 
 
 def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartImportance:
-    """Run a teacher over the first `SEQUENCES` sequences of `data`.
+    """Run a teacher over the first `SEQUENCES` sequences of `data`, and keep others for what is measured later.
 
     Args:
         model: In float32.
@@ -89,7 +94,8 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
         states.append((output[0] if isinstance(output, tuple) else output)[0])
 
     def see_neurons(index: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        add(neurons[index], inputs[0][0].abs())
+        magnitudes = inputs[0][0].abs()
+        add(neurons[index, : magnitudes.shape[-1]], magnitudes)
 
     def see_heads(index: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
         heads = inputs[0][0].unflatten(-1, (spec.kv_heads, -1, spec.head_dim))
@@ -122,8 +128,18 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
             handle.remove()
     count = len(sequences)
     return PartImportance(
-        similarity=similarity / count, neurons=neurons / count, groups=groups / count, channels=channels / count
+        similarity=similarity / count,
+        neurons=neurons / count,
+        groups=groups / count,
+        channels=channels / count,
+        text=torch.from_numpy(_spread(data.tokens).astype(np.int32)),
     )
+
+
+def _spread(tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Some sequences of [sequences, length], evenly spread."""
+    count = min(len(tokens), max(1, TEXT_TOKENS // tokens.shape[1]))
+    return tokens[(np.arange(count) * 2 + 1) * len(tokens) // (2 * count)]
 
 
 def ensure_importance(

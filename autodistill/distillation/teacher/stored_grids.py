@@ -52,7 +52,7 @@ from autodistill.strategy.deployment import Deployment, serving
 from autodistill.utils.file_locks import alone
 from autodistill.utils.json_files import write_json
 
-_VERSION = 1  # of what is kept of a teacher here: to be raised with any change of it
+_VERSION = 2  # of what is kept of a teacher here: to be raised with any change of it
 _ON_GRID = 0.01
 """Share of the squared error of rounding normal weights below which weights lie on a grid already; what they moved by
 when they were rounded to 16 bits since, as far as that is seen, is added."""
@@ -339,8 +339,8 @@ def _rounded_since(weights: Floats) -> float:
 def own_scales(weights: Floats, grid: Grid, *, thorough: bool = True) -> Scales:
     """Return the scales under which weights on a grid change least; the default ones if none is better.
 
-    The rule takes a group's largest weight for one of the largest code, which it need not have; of super-blocks there
-    is the rule alone, which fits them by least squares.
+    The rule takes a group's largest weight for one of the largest code, which it need not have; of super-blocks and
+    codebooks there is the rule alone, which fits them by least squares.
 
     Args:
         weights: float32 [out, in].
@@ -348,7 +348,7 @@ def own_scales(weights: Floats, grid: Grid, *, thorough: bool = True) -> Scales:
         thorough: Whether scales are found to the last digit also where weights are read in bfloat16, which hides it.
     """
     _, rule = quantize(weights, grid)
-    if grid.block_size:
+    if grid.searched:
         return rule
     groups = weights.reshape(-1, grid.group(weights.shape[1]))
     best = [None if part is None else part.reshape(-1, 1).copy() for part in rule]

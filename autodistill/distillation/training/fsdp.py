@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from autodistill.errors import InputError
+from autodistill.models.layer_widths import model_class
 
 # How long a process may wait for another in a collective. While one sends a checkpoint to a storage, or fetches it, the
 # others do: over a slow line a hundred gigabytes take hours. Whoever holds the group sees that one of them ended.
@@ -113,7 +114,6 @@ class Sharding:
 def whole_model(sharding: Sharding, model: Any) -> Any | None:
     """Return a plain model with whole weights on the CPU in the first process, and None in the others."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     weights = {}
     for name, parameter in model.named_parameters():
@@ -124,7 +124,7 @@ def whole_model(sharding: Sharding, model: Any) -> Any | None:
         return None
     # Buffers follow from the config; no weights are made only to be replaced.
     with init_empty_weights(include_buffers=False):
-        plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        plain = model_class(model.config)._from_config(model.config, dtype=torch.float32)
     _, unknown = plain.load_state_dict(weights, strict=False, assign=True)
     assert not unknown
     plain.tie_weights()

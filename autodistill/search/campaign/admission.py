@@ -12,7 +12,7 @@ from autodistill.estimates.serving_memory import memory
 from autodistill.estimates.speed import speed
 from autodistill.hardware.budget import on_gpu, served
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import weights_bytes
+from autodistill.quantization.formats import as_held, weights_bytes
 from autodistill.runs.checkpoints import stage_key
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.results.selection import KIND as CONFIRMATION
@@ -90,7 +90,7 @@ def untrained_figure(objective: Objective, spec: ModelSpec, deployment: Deployme
         load: dict[str, Any] = {"context": budget.context, "batch": budget.batch, "on_gpu": on_gpu(budget)}
         return float(memory(spec, deployment, **load).total_bytes)
     if objective.name == "size":
-        return float(weights_bytes(spec.tensors, deployment))
+        return float(weights_bytes(as_held(spec, deployment).tensors, deployment))
     assert question.served_on is not None
     return speed(spec, deployment, question.served_on, context=budget.context).decode_ms_high
 

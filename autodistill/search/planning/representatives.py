@@ -10,7 +10,7 @@ from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Alignment, Attention, Distillation, Init, Strategy
 
 # What decides the layers that a student has or stands for.
-_LAYERS = ("init", "init.depth", "init.layers", "init.source", "init.model")
+_LAYERS = ("init", "init.depth", "init.layers", "init.dropped", "init.source", "init.model")
 # What decides which outputs of the teacher a strategy reads.
 _SIGNAL = (
     "distillation",
@@ -44,11 +44,12 @@ def alignment_cases(space: Space, teacher_layers: int) -> tuple[tuple[Init, Alig
     The teacher's hidden states that a search may keep follow from it. Other fields of both parts are examples.
     """
     aligned = ("distillation.signal", *(f"distillation.alignment{name}" for name in ("", ".layers", ".count")))
-    found: dict[tuple[str, str, float, str, str, int], tuple[Init, Alignment]] = {}
+    found: dict[tuple[str, str, float, str, tuple[int, ...], str, int], tuple[Init, Alignment]] = {}
     for strategy in cases(space, {*_LAYERS, *aligned, "distillation"}, teacher_layers):
         init, alignment = strategy.init, strategy.distillation.alignment
         if alignment is not None and strategy.distillation.signal != "online":
-            key = (init.source, init.model, init.depth, init.layers, alignment.layers, alignment.count)
+            kept = (init.source, init.model, init.depth, init.layers, init.dropped)
+            key = (*kept, alignment.layers, alignment.count)
             found.setdefault(key, (init, alignment))
     return tuple(found[key] for key in sorted(found))
 

@@ -1,20 +1,19 @@
-"""A teacher shown in one storage after another, and how far each moves it on held-out or calibration text."""
+"""A model shown in one storage after another, and how far each is from the teacher on held-out or calibration text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
 from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
-from autodistill.inference.outputs import TeacherReference
+from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import score, score_teacher
 from autodistill.models.spec import ModelSpec
@@ -30,14 +29,17 @@ class Measured:
     Attributes:
         kl: KL(teacher || stored teacher) in nats, over the teacher's likeliest tokens and the rest as one outcome.
         nll: Negative log-likelihood of the text in nats.
-        kl_stderr, nll_stderr: Standard errors over documents; None of a single one.
+        accuracy: Share of the tokens that are the likeliest ones.
+        kl_stderr, nll_stderr, accuracy_stderr: Standard errors over documents; None of a single one.
         counts, kl_sums, nll_sums: Of each document, for paired comparisons.
     """
 
     kl: float
     nll: float
+    accuracy: float
     kl_stderr: float | None
     nll_stderr: float | None
+    accuracy_stderr: float | None
     counts: tuple[float, ...]
     kl_sums: tuple[float, ...]
     nll_sums: tuple[float, ...]
@@ -86,12 +88,19 @@ class Bench:
         spec: Its shape.
         own: How the teacher's own file stores each tensor, and its scales there, by name; empty where it is on no grid.
         device: Where it lies.
+        cut: Whether it is a student, which is not the teacher in any storage.
     """
 
     def __init__(
-        self, model: Any, spec: ModelSpec, own: Mapping[str, tuple[Storage, Scales]], device: str = "cpu"
+        self,
+        model: Any,
+        spec: ModelSpec,
+        own: Mapping[str, tuple[Storage, Scales]],
+        device: str = "cpu",
+        *,
+        cut: bool = False,
     ) -> None:
-        self.model, self.spec, self.device = model, spec, device
+        self.model, self.spec, self.device, self._cut = model, spec, device, cut
         self._own = own
         self._parameters = dict(model.named_parameters())
         self._masters: dict[str, Tensor] = {}
@@ -101,7 +110,7 @@ class Bench:
         """Reads text with the teacher as it is."""
         with self.shown({}):
             scores, reference = score_teacher(self.model, data, device=self.device)
-        return Sample(name=name, data=data, reference=reference, teacher=_measured(scores.nll, None, scores.documents))
+        return Sample(name=name, data=data, reference=reference, teacher=measured(scores))
 
     def measure(self, deployment: Deployment, sample: Sample) -> Measured:
         """What a deployment of all matrices and the cache does to the teacher."""
@@ -113,10 +122,36 @@ class Bench:
         """The same where only some tensors are stored in another way, by name; what changes nothing is not read."""
         with self.shown(storages), quantized_cache(self.model, cache_types):
             changed = (name for name, master in self._masters.items() if not self._parameters[name].data.equal(master))
-            if cache_types == ("f16", "f16") and next(changed, None) is None:
+            if not self._cut and cache_types == ("f16", "f16") and next(changed, None) is None:
                 return sample.teacher
             scores, _ = score(self.model, sample.data, sample.reference, device=self.device)
-        return _measured(scores.nll, scores.divergence, scores.documents)
+        return measured(scores)
+
+    def measure_weights(
+        self, weights: Iterable[tuple[str, Tensor]], cache_types: tuple[str, str], samples: Sequence[Sample]
+    ) -> tuple[Measured, ...]:
+        """What other weights in the teacher's place do, by name, on each of several samples."""
+        with self.replaced(weights), quantized_cache(self.model, cache_types):
+            found = [score(self.model, one.data, one.reference, device=self.device)[0] for one in samples]
+        return tuple(map(measured, found))
+
+    def master(self, name: str) -> Tensor:
+        """The teacher's own values of a tensor."""
+        return self._masters.get(name, self._parameters[name].data)
+
+    @contextmanager
+    def replaced(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+        """Within the context the model computes with other weights, by name, and with its own others."""
+        with self.shown({}):
+            held: dict[str, Tensor] = {}
+            try:
+                for name, values in weights:
+                    held[name] = self._parameters[name].data
+                    self._parameters[name].data = values
+                yield
+            finally:
+                for name, values in held.items():
+                    self._parameters[name].data = values
 
     def stored(self, name: str, storage: Storage, weight: Tensor | None = None) -> Tensor:
         """The float32 values of a tensor in a storage, under the teacher's own scales where it was stored so."""
@@ -140,17 +175,20 @@ class Bench:
             yield
 
 
-def _measured(
-    nll: npt.NDArray[np.float64], divergence: npt.NDArray[np.float64] | None, documents: npt.NDArray[np.int32]
-) -> Measured:
-    kl = np.zeros_like(nll) if divergence is None else divergence
+def measured(scores: TokenScores) -> Measured:
+    """What single tokens have, by document and on the whole; a divergence of None is nought."""
+    nll, documents = scores.nll, scores.documents
+    kl = np.zeros_like(nll) if scores.divergence is None else scores.divergence
     (mean_kl, kl_stderr), (mean_nll, nll_stderr) = clustered_mean(kl, documents), clustered_mean(nll, documents)
+    accuracy, accuracy_stderr = clustered_mean(scores.correct, documents)
     _, places = np.unique(documents, return_inverse=True)
     return Measured(
         kl=mean_kl,
         nll=mean_nll,
+        accuracy=accuracy,
         kl_stderr=kl_stderr,
         nll_stderr=nll_stderr,
+        accuracy_stderr=accuracy_stderr,
         counts=tuple(np.bincount(places).astype(float).tolist()),
         kl_sums=tuple(np.bincount(places, weights=kl).tolist()),
         nll_sums=tuple(np.bincount(places, weights=nll).tolist()),

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from autodistill.data.dataset import Prepared, load_split
 from autodistill.distillation.teacher.resolve import Teacher
+from autodistill.errors import NothingFitsError
 from autodistill.evaluation.base import Subject, load_evaluator
-from autodistill.export.base import load_exporter
+from autodistill.export.base import Artifact, load_exporter
+from autodistill.export.gguf import FILE
+from autodistill.export.student_reader import replacing
 from autodistill.export.verify import POSITIONS, verify, verify_runtime
 from autodistill.hardware.budget import Budget
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import choices
 from autodistill.search.solve.bench import Bench
+from autodistill.search.solve.candidates import Candidate
 from autodistill.strategy.deployment import Deployment
+from autodistill.units import format_bytes
 
 
 def export(
-    bench: Bench, teacher: Teacher, deployment: Deployment, budget: Budget, data: Prepared, out: Path
+    bench: Bench, teacher: Teacher, chosen: Deployment | Candidate, budget: Budget, data: Prepared, out: Path
 ) -> dict[str, Any]:
-    """Writes a deployment of the teacher, and holds the file and its runtime to what was measured.
+    """Writes a deployment of the teacher, or copies a candidate, and holds file and runtime to what was measured.
 
     Args:
         bench: The teacher in memory.
         teacher: Its folder.
-        deployment: What is written.
+        chosen: What is written.
         budget: At whose context and batch memory is measured.
         data: Whose validation text the runtime reads.
         out: Folder that the file goes into.
@@ -39,32 +46,61 @@ def export(
     Raises:
         InputError: `out` cannot be written.
         VerificationError: The file, or what the runtime makes of it, is not what was measured.
+        NothingFitsError: The process takes more than the budget, measured; the file is removed.
     """
-    exporter = load_exporter("gguf")
-    artifact = exporter.export(
-        teacher.folder, deployment, out, teacher=teacher.name, license=teacher.license, name=f"{teacher.name}, solved"
-    )
-    checked = verify(exporter, artifact, teacher.folder, deployment)
+    exporter, deployment = load_exporter("gguf"), chosen
+    if isinstance(chosen, Candidate):
+        deployment, tensors = chosen.deployment, len(chosen.file.tensors)
+        artifact = _copied(chosen.path, out)
+    else:
+        artifact = exporter.export(
+            teacher.folder, chosen, out, teacher=teacher.name, license=teacher.license, name=f"{teacher.name}, solved"
+        )
+        tensors = verify(exporter, artifact, teacher.folder, chosen).tensors
     sequences = math.ceil(POSITIONS / (data.sequence_length - 1))
     read = load_split(data.folder, "validation").head(sequences * data.sequence_length)
-    storages = {tensor.name: deployment.storage(tensor) for tensor in bench.spec.tensors}
-    with bench.shown(storages), quantized_cache(bench.model, deployment.cache_types):
+    with _shown(bench, chosen), quantized_cache(bench.model, deployment.cache_types):
         simulated = choices(bench.model, read, device=bench.device)
     run = verify_runtime(exporter, artifact, deployment, simulated, read.tokens[:, :-1], 1, teacher.folder)
     subject = Subject(spec=bench.spec, deployment=deployment, budget=budget, artifact=artifact.path, threads=1)
     (memory,) = load_evaluator("memory").evaluate(subject)
+    over = int(memory.value) - budget.memory_bytes
+    if over > 0 and memory.source == "measured":
+        if not (isinstance(chosen, Candidate) and artifact.path.samefile(chosen.path)):
+            artifact.path.unlink()
+        takes = f"{format_bytes(int(memory.value))} in llama.cpp, {format_bytes(over)} over the budget"
+        raise NothingFitsError(
+            f"{chosen.name} takes {takes}, though less was predicted: give a --budget of "
+            f"{max(0, budget.memory_bytes - over) // 10**6}MB to solve for"
+        )
     server = ["llama-server", "--model", str(artifact.path), "--ctx-size", str(budget.context)]
     return {
         "path": str(artifact.path),
         "size_bytes": artifact.size_bytes,
-        "tensors": checked.tensors,
+        "name": chosen.name,
+        "tensors": tensors,
         "agreement": run.agreement,
         "agreement_interval": list(run.interval),
         "raw_agreement": run.raw_agreement,
         "positions": run.positions,
         "memory_bytes": int(memory.value),
         "memory_source": memory.source,
-        "over_budget_bytes": max(0, int(memory.value) - budget.memory_bytes),
         "text": run.text,
         "serve": shlex.join([*server, *deployment.server_arguments]),
     }
+
+
+def _shown(bench: Bench, chosen: Deployment | Candidate) -> AbstractContextManager[None]:
+    """The teacher with the weights of what is written."""
+    if isinstance(chosen, Candidate):
+        return bench.replaced(chosen.weights(bench))
+    return bench.shown({tensor.name: chosen.storage(tensor) for tensor in bench.spec.tensors})
+
+
+def _copied(path: Path, out: Path) -> Artifact:
+    """A candidate's file in the folder that solutions are written to; one that lies there already stays."""
+    target = out / FILE
+    if not (target.exists() and target.samefile(path)):
+        with replacing(out) as partial:
+            shutil.copyfile(path, partial / FILE)
+    return Artifact(path=target, size_bytes=target.stat().st_size)

@@ -23,7 +23,7 @@ class Knapsack:
     """
 
     def __init__(self, items: Mapping[str, Mapping[str, tuple[int, float]]]) -> None:
-        self._items = {name: _undominated(options) for name, options in items.items()}
+        self._items = {name: undominated(options) for name, options in items.items()}
         self.least = sum(min(size for size, _ in options.values()) for options in self._items.values())
         most = sum(max(size for size, _ in options.values()) for options in self._items.values())
         extras = {
@@ -37,11 +37,11 @@ class Knapsack:
             name: {kind: -(-extra // self._unit) for kind, extra in options.items()} for name, options in extras.items()
         }
         cells = 1 + sum(max(steps.values()) for steps in self._steps.values())
-        self._taken: list[npt.NDArray[np.int8]] = []
+        self._taken: list[npt.NDArray[np.int16]] = []
         costs = np.zeros(cells)
         for name, options in self._items.items():
             best = np.full(cells, np.inf)
-            taken = np.zeros(cells, dtype=np.int8)
+            taken = np.zeros(cells, dtype=np.int16)
             for index, (kind, (_, cost)) in enumerate(options.items()):
                 step = self._steps[name][kind]
                 found = costs[: cells - step] + cost
@@ -69,7 +69,7 @@ class Knapsack:
         return cost, {name: chosen[name] for name in self._items}
 
 
-def _undominated(options: Mapping[str, tuple[int, float]]) -> dict[str, tuple[int, float]]:
+def undominated(options: Mapping[str, tuple[int, float]]) -> dict[str, tuple[int, float]]:
     """The options than which no other one is both smaller and cheaper, the smallest first."""
     found: dict[str, tuple[int, float]] = {}
     least = math.inf

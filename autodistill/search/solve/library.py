@@ -146,17 +146,32 @@ class Library:
 
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
         """What a whole deployment does on a sample, measured once and kept."""
-        key = f"{sample.name} {content_hash(deployment.to_json(), 16)}"
-        if key not in self._held["joint"]:
-            self._notify(f"measuring {deployment.name} on {sample.name} text")
-            found = self._bench.measure(deployment, sample)
-            if not math.isfinite(found.kl) or not math.isfinite(found.nll):
-                raise InputError(
-                    f"the teacher as {deployment.name} gives no finite likelihoods: choose another teacher"
-                )
-            self._held["joint"][key] = found.to_json()
+
+        def measure(sample: Sample) -> tuple[Measured, ...]:
+            return (self._bench.measure(deployment, sample),)
+
+        return self.kept(content_hash(deployment.to_json(), 16), deployment.name, (sample,), measure)[0]
+
+    def kept(
+        self, key: str, name: str, samples: Sequence[Sample], measure: Callable[..., Sequence[Measured]]
+    ) -> tuple[Measured, ...]:
+        """What something is known to do on samples, else measured and kept.
+
+        Args:
+            key: Under which it is kept.
+            name: For a person.
+            samples: The texts.
+            measure: Measures it on all of these, as arguments.
+        """
+        keys = [f"{sample.name} {key}" for sample in samples]
+        if not self._held["joint"].keys() >= set(keys):
+            self._notify(f"measuring {name} on {' and '.join(sample.name for sample in samples)} text")
+            for place, found in zip(keys, measure(*samples), strict=True):
+                if not math.isfinite(found.kl) or not math.isfinite(found.nll):
+                    raise InputError(f"the teacher as {name} gives no finite likelihoods: choose another one")
+                self._held["joint"][place] = found.to_json()
             self._save()
-        return Measured.from_json(self._held["joint"][key])
+        return tuple(Measured.from_json(self._held["joint"][place]) for place in keys)
 
     def _save(self) -> None:
         write_json(self._path, self._held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.search.solve.bench import Bench, Measured, Sample
+from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.export import export
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
@@ -55,6 +56,7 @@ class SolveRequest:
         sequence_length: Of either, each read on its own. A longer one shows more of what the cache's types do.
         out: Folder in which the document is kept, and the solution where it is exported; None keeps nothing.
         export: Whether the solution is written and verified in its runtime.
+        candidates: GGUF files of the same model that are measured beside the solution, and may be taken in its place.
         context_by_default: Whether nobody asked for the budgets' context, so that a model's shorter one goes before it.
     """
 
@@ -66,6 +68,7 @@ class SolveRequest:
     sequence_length: int = 256
     out: Path | None = None
     export: bool = False
+    candidates: tuple[Path, ...] = ()
     context_by_default: bool = False
 
     def __post_init__(self) -> None:
@@ -101,7 +104,8 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         "nothing_fits" the others; the smallest storage; the teacher's own NLL on the held-out text.
 
     Raises:
-        InputError: A teacher that is not found, or that llama.cpp cannot hold; too little data.
+        InputError: A teacher that is not found, or that llama.cpp cannot hold; a candidate of another model or
+            tokenizer, or a damaged one; too little data.
         NothingFitsError: No budget is met by the smallest storage, which is named.
         VerificationError: The solution, exported, is not what was measured.
     """
@@ -111,6 +115,7 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
     # Before anything is downloaded or converted.
     options = [Options(spec=spec, budget=budget) for budget in request.budgets]
     _check_fits(options)
+    candidates = [open_candidate(path, spec) for path in request.candidates]
     source = resolve_data(request.data)
     if source.conversations:
         raise InputError(f"{request.data} holds conversations: solve takes plain text, of which every token counts")
@@ -118,6 +123,8 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     if reason := cannot_cut(teacher.folder, spec.vocabulary):
         raise InputError(f"a GGUF file cannot hold this teacher: {reason}")
+    for candidate in candidates:
+        check_candidate(candidate, teacher.folder, spec)
     teacher, stored = stored_as(found, teacher, spec, request.cache)
     own = stored.deployment if stored and stored.deployment and stored.deployment.container == "gguf" else None
     fingerprint = tokenizer_fingerprint(teacher.folder)
@@ -136,7 +143,8 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         with alone(path):
             library = Library(path, bench, one, calibration, notify)
             library.build()
-            documents.append(_solved(one, library, samples, own, thorough=len(options) == 1))
+            thorough = len(options) == 1
+            documents.append(_solved(one, library, bench, samples, own, candidates, thorough=thorough))
     document: dict[str, Any] = {
         "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint, "stored": stored and stored.note},
         "data": {"name": data.name, "fingerprint": data.fingerprint, "license": data.license},
@@ -145,6 +153,8 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         "sequence_length": request.sequence_length,
         "teacher_nll": held_out.teacher.nll,
         "teacher_nll_stderr": held_out.teacher.nll_stderr,
+        "teacher_accuracy": held_out.teacher.accuracy,
+        "teacher_accuracy_stderr": held_out.teacher.accuracy_stderr,
         "smallest": {"name": smallest.name, "bytes": least.total_bytes},
         "solutions": documents,
         "nothing_fits": misses,
@@ -152,9 +162,12 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
     }
     if request.export:
         assert request.out is not None
-        deployment = Deployment.from_json(documents[0]["solution"]["deployment"])
-        notify(f"writing {deployment.name} and running it in llama.cpp")
-        document["exported"] = export(bench, teacher, deployment, request.budgets[0], data, request.out)
+        winner = next((one for one in candidates if str(one.path) == (documents[0]["winner"] or {}).get("path")), None)
+        chosen: Deployment | Candidate = Deployment.from_json(documents[0]["solution"]["deployment"])
+        if winner is not None:
+            chosen = winner.fitting(options[0])
+        notify(f"writing {chosen.name} and running it in llama.cpp")
+        document["exported"] = export(bench, teacher, chosen, request.budgets[0], data, request.out)
     if request.out is not None:
         write_json(request.out / DOCUMENT, document)
     return document
@@ -217,9 +230,16 @@ def _samples(request: SolveRequest, data: Prepared, bench: Bench) -> tuple[Sampl
 
 
 def _solved(
-    options: Options, library: Library, samples: tuple[Sample, Sample], own: Deployment | None, *, thorough: bool
+    options: Options,
+    library: Library,
+    bench: Bench,
+    samples: tuple[Sample, Sample],
+    own: Deployment | None,
+    candidates: Sequence[Candidate],
+    *,
+    thorough: bool,
 ) -> dict[str, Any]:
-    """The solution for a budget with its rivals, as plain data."""
+    """The solution for a budget with its rivals and candidates, as plain data."""
     calibration, held_out = samples
     limit = options.budget.memory_bytes
     plain = rivals(options, own, limit, lambda one: library.predict(one)[0])
@@ -231,34 +251,69 @@ def _solved(
     found = solver.solve(limit, fitting, thorough=thorough)
     assert found is not None, "the smallest storage fits"
     mine = library.joint(found.deployment, held_out)
-    lines, as_good = [], None
+    lines = []
     for one in plain:
         measured = one.deployment in fitting or one.deployment == own
         joint = library.joint(one.deployment, held_out) if measured else None
-        above = None if joint is None else joint.kl_above(mine)
-        fits = need[one.deployment] <= limit
-        if fits and above is not None and as_good is None and above[0] <= _CLEAR * above[1]:
-            as_good = one.deployment.name
         lines.append(
             {
                 "what": one.what,
                 "name": one.deployment.name,
                 "deployment": one.deployment.to_json(),
                 "bytes": need[one.deployment],
-                "fits": fits,
+                "fits": need[one.deployment] <= limit,
                 "predicted_kl": library.predict(one.deployment)[0],
-                **_figures(joint),
-                "kl_above_solution": above and above[0],
-                "kl_above_solution_stderr": above and above[1],
+                **_beside(mine, joint),
             }
         )
+    best, winner = found.joint.kl, None
+    for candidate in (one.fitting(options) for one in candidates):
+        known, joint = library.kept(
+            candidate.key,
+            candidate.name,
+            samples,
+            lambda *texts, one=candidate: bench.measure_weights(one.weights(bench), one.cache_types, texts),
+        )
+        takes = candidate.memory(options).total_bytes
+        if takes <= limit and known.kl < best:
+            best, winner = known.kl, {"name": candidate.name, "path": str(candidate.path)}
+        stored = candidate.stored and candidate.deployment.to_json()
+        lines.append(
+            {
+                "what": "candidate",
+                "name": candidate.name,
+                "path": str(candidate.path),
+                "deployment": stored,
+                "bytes": takes,
+                "fits": takes <= limit,
+                "predicted_kl": None,
+                **_beside(mine, joint),
+            }
+        )
+    won = winner and winner["name"]
     return {
         "budget": options.budget.to_json(),
         "solution": _solution(options, library, found, mine),
         "next": _next(solver, found, limit),
         "rivals": lines,
-        "as_good": as_good,
+        "as_good": next((line["name"] for line in lines if _as_good(line) and line["name"] != won), None),
+        "winner": winner,
     }
+
+
+def _beside(mine: Measured, joint: Measured | None) -> dict[str, float | None]:
+    """The figures of a rival, and how far its KL is above the solution's."""
+    above = None if joint is None else joint.kl_above(mine)
+    return {
+        **_figures(joint),
+        "kl_above_solution": above and above[0],
+        "kl_above_solution_stderr": above and above[1],
+    }
+
+
+def _as_good(line: Mapping[str, Any]) -> bool:
+    above = line["kl_above_solution"]
+    return bool(line["fits"] and above is not None and above <= _CLEAR * line["kl_above_solution_stderr"])
 
 
 def _solution(options: Options, library: Library, found: Found, held_out: Measured) -> dict[str, Any]:
@@ -282,7 +337,7 @@ def _solution(options: Options, library: Library, found: Found, held_out: Measur
 
 
 def _figures(joint: Measured | None) -> dict[str, float | None]:
-    names = ("kl", "kl_stderr", "nll", "nll_stderr")
+    names = ("kl", "kl_stderr", "nll", "nll_stderr", "accuracy", "accuracy_stderr")
     return {name: None if joint is None else getattr(joint, name) for name in names}
 
 

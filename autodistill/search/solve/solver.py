@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from autodistill.quantization.formats import TYPES, tensor_bytes
 from autodistill.search.solve.bench import Measured, Sample
 from autodistill.search.solve.knapsack import Knapsack
-from autodistill.search.solve.library import Library, alike
+from autodistill.search.solve.library import Score, alike
 from autodistill.search.solve.options import KEYS, VALUES, Family, Options
 from autodistill.strategy.deployment import Deployment
 
@@ -36,6 +37,22 @@ class Found:
     joint: Measured
 
 
+class Scores(Protocol):
+    """What storages cost a model: a `Library`, or what stands for one of a student."""
+
+    def score(self, name: str, kind: str) -> Score:
+        """What it costs to store a matrix, or a half of the cache, as a type."""
+        ...
+
+    def predict(self, deployment: Deployment) -> tuple[float, float]:
+        """The sum of the scores of a deployment, and its standard error."""
+        ...
+
+    def joint(self, deployment: Deployment, sample: Sample) -> Measured:
+        """What a whole deployment does on a sample."""
+        ...
+
+
 class Solver:
     """Finds storages for any limit from one library of scores.
 
@@ -45,7 +62,7 @@ class Solver:
         sample: The calibration text, on which whole storages are compared.
     """
 
-    def __init__(self, options: Options, library: Library, sample: Sample) -> None:
+    def __init__(self, options: Options, library: Scores, sample: Sample) -> None:
         self._options, self._library, self._sample = options, library, sample
         self._families = tuple(options.families())
         self._least = sum(

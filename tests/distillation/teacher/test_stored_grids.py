@@ -31,7 +31,7 @@ from autodistill.quantization.packing import deployed, from_bf16_bits, to_bf16_b
 from autodistill.strategy.deployment import Deployment, serving
 from autodistill.testing import save_tiny_teacher
 
-SIMPLE = ("gguf-q4_0", "gguf-q4_1", "gguf-q5_0", "gguf-q5_1", "gguf-q8_0")
+SIMPLE = ("gguf-q4_0", "gguf-q4_1", "gguf-q5_0", "gguf-q5_1", "gguf-q8_0", "gguf-iq4_nl", "gguf-mxfp4")
 INTEGERS = [
     (8, 32, True),
     (8, 64, False),
@@ -231,11 +231,11 @@ def test_a_mixture_is_a_deployment_where_a_format_has_it_and_said_where_none_has
     assert mixed.types == "its matrices lie on Q4_1, its table on Q5_0"
     assert mixed.deployment == _deployment("gguf-q4_1", types=(("embeddings", "q5_0"),))
 
-    of_others = type(table)(**{**vars(table), "type": int(Kind.IQ4_NL)})
+    of_others = type(table)(**{**vars(table), "type": int(Kind.IQ4_XS)})
     unknown = of_gguf(type(file)(path=file.path, metadata=file.metadata, tensors=(*others, of_others)), spec)
     assert unknown is not None
     assert unknown.deployment is None
-    assert unknown.types == "its matrices lie on Q4_1, its table on IQ4_NL"
+    assert unknown.types == "its matrices lie on Q4_1, its table on IQ4_XS"
     assert unknown.note.startswith(f"the teacher is pre-quantised: {unknown.types}, and no format here has these types")
     assert unknown.among(()) == ()
 

@@ -25,13 +25,28 @@ from autodistill.errors import InputError
 from autodistill.quantization import group_scales as grid_steps
 from autodistill.quantization import rounding as grid_values
 from autodistill.quantization.formats import get_format
-from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Grid, Scales
+from autodistill.quantization.grids import (
+    IQ4_NL,
+    MXFP4,
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Grid,
+    Scales,
+)
 from autodistill.quantization.packing import deployed, quantize
 from autodistill.quantization.rounding import deploy_tensor, fitted_scales
 
 BLOCKS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
 # The integer grids first, by bits, then size of groups, then symmetric or not.
-GRIDS = [*get_format("compressed-tensors").linears, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, *BLOCKS]
+GRIDS = [*get_format("compressed-tensors").linears, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, *BLOCKS, IQ4_NL, MXFP4]
 TYPES = (torch.float32, torch.bfloat16)
 # By compiled loops, in one thread or several, or operation by operation, on all groups at once or on some.
 WAYS = ("compiled", "in threads", "at once", "in chunks")
@@ -40,17 +55,22 @@ WAYS = ("compiled", "in threads", "at once", "in chunks")
 def _path(grid):
     """All of a grid that code branches on: those that differ in figures alone go the same way through it."""
     kind = (grid.container, grid.scale_rule, grid.rounding, grid.offset, grid.scale_dtype)
-    return (*kind, bool(grid.block_size), bool(grid.group_size))
+    return (*kind, bool(grid.block_size), bool(grid.group_size), bool(grid.codebook))
 
 
 # The first grid of each path goes all ways; each of the others goes one, in turn.
 PATHS = list({_path(grid): grid for grid in reversed(GRIDS)}.values())
 PAIRS = [(grid, way) for grid in PATHS for way in WAYS]
 PAIRS += [(grid, WAYS[(n // 8 + n // 2 + 2 * n) % 4]) for n, grid in enumerate(GRIDS) if grid not in PATHS]
+LEARNED = [(grid, way) for grid, way in PAIRS if not grid.codebook]
 by_way = pytest.mark.parametrize("way", WAYS, indirect=True)
 by_path = pytest.mark.parametrize("grid", PATHS, ids=lambda grid: grid.name)
-by_pair = pytest.mark.parametrize(
-    ("grid", "way"), PAIRS, indirect=["way"], ids=[f"{grid.name}-{way}" for grid, way in PAIRS]
+by_learned_path = pytest.mark.parametrize(
+    "grid", [grid for grid in PATHS if not grid.codebook], ids=lambda grid: grid.name
+)
+by_pair, by_learned_pair = (
+    pytest.mark.parametrize(("grid", "way"), pairs, indirect=["way"], ids=[f"{grid.name}-{way}" for grid, way in pairs])
+    for pairs in (PAIRS, LEARNED)
 )
 
 
@@ -186,9 +206,13 @@ def test_float_storage_is_deployed_too(storage):
 
 
 def _inside(weights: np.ndarray, grid: Grid) -> np.ndarray:
-    """In float64: whether weight / scale is at most qmax + 1/2, and at least qmin - 1/2."""
+    """In float64: whether weight / scale is at most qmax + 1/2, and at least qmin - 1/2.
+
+    Between the codes at the ends of a codebook half a step is more.
+    """
+    below, above = {"gguf-iq4_nl": (11.5, 12.0), "gguf-mxfp4": (2.0, 2.0)}.get(grid.name, (0.5, 0.5))
     groups = weights.astype(np.float64).reshape(weights.shape[0], -1, grid.group_size or weights.shape[1])
-    if grid.block_size:
+    if grid.block_size or grid.codebook:
         _, (scales, minima) = quantize(weights, grid)
         offset = 0 if minima is None else minima.astype(np.float64)[..., None]
         steps = (groups - offset) / np.where(scales == 0, np.inf, scales)[..., None]
@@ -202,9 +226,9 @@ def _inside(weights: np.ndarray, grid: Grid) -> np.ndarray:
     else:
         _, (scales, offsets) = quantize(weights, grid)
         steps = groups / scales.astype(np.float64)[..., None] + (0 if offsets is None else offsets[..., None])
-    for limit in (grid.qmin - 0.5, grid.qmax + 0.5):
+    for limit in (grid.qmin - below, grid.qmax + above):
         assert (np.abs(steps - limit) > 1e-6).all(), "a weight this close to clipping could go either way"
-    return ((steps <= grid.qmax + 0.5) & (steps >= grid.qmin - 0.5)).reshape(weights.shape)
+    return ((steps <= grid.qmax + above) & (steps >= grid.qmin - below)).reshape(weights.shape)
 
 
 @by_pair
@@ -218,7 +242,7 @@ def test_gradient_passes_inside_and_stops_where_clipped(grid, way):
             (gradient,) = torch.autograd.grad(fake_quantize(tensor, grid, dtype), tensor, incoming)
             passed = np.where(inside, incoming.float().numpy(), 0)
             np.testing.assert_array_equal(gradient.numpy(), passed, err_msg=f"{name}, {dtype}")
-        if grid.symmetric and grid.group_size == 32:
+        if grid.symmetric and grid.group_size == 32 and not grid.codebook:
             assert inside.all() == (grid is Q8_0)
 
 
@@ -290,7 +314,7 @@ def _learned_scales(weight, grid):
     return (0.7 * scale).to(dtype).float(), offset
 
 
-@by_pair
+@by_learned_pair
 def test_learned_scales_have_the_published_gradient(grid, way):
     for dtype in TYPES:
         _check_learned(grid, way, dtype)
@@ -334,7 +358,7 @@ def test_the_memory_of_what_was_put_on_a_grid_can_still_be_freed(way, learned):
         tensor.untyped_storage().resize_(0)
 
 
-@by_path
+@by_learned_path
 def test_learned_scales_show_what_is_deployed(grid):
     master = nn.Parameter(torch.from_numpy(WEIGHTS["normal"]).clone())
     shown = FakeQuantized(master, grid, learned=True)
@@ -396,7 +420,7 @@ def test_a_scale_whose_multiplier_is_0_has_the_gradient_of_what_it_is(grid):
         assert (gradient.double() - reference).norm() / reference.norm() < 1e-5
 
 
-@pytest.mark.parametrize("grid", [grid for grid in PATHS if not grid.block_size], ids=lambda grid: grid.name)
+@pytest.mark.parametrize("grid", [grid for grid in PATHS if not grid.searched], ids=lambda grid: grid.name)
 def test_a_scale_of_0_that_is_stored_by_itself_stays(grid):
     """Nothing is near it but float16's least numbers, or bfloat16's."""
     weight = torch.from_numpy(WEIGHTS["normal"]).clone().requires_grad_()
@@ -538,8 +562,11 @@ def test_a_frozen_weight_is_quantized_again_only_when_it_changes(monkeypatch):
     assert len(calls) == 3
 
 
-@by_path
-@pytest.mark.parametrize("learned", [False, True], ids=["absmax", "learned"])
+@pytest.mark.parametrize(
+    ("grid", "learned"),
+    [(grid, learned) for grid in PATHS for learned in (False, True) if not (learned and grid.codebook)],
+    ids=lambda one: getattr(one, "name", "learned" if one else "absmax"),
+)
 def test_several_passes_of_a_step_have_the_gradients_of_one_over_all(grid, learned):
     """By the closed forms above, float64: the sum of what arrives, through the grid."""
     random = torch.Generator().manual_seed(0)

@@ -1,0 +1,130 @@
+"""FFNs that were cut, with their last matrix fitted to give what the whole FFN gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autodistill.inference.blocks import embedded, through_block
+from autodistill.models.config import spec_from_config
+from autodistill.models.families import Axis, get_family
+from autodistill.models.spec import ModelSpec
+
+RIDGE = 0.3
+"""Of the mean square of a neuron's activation: what a change of a weight costs (see the report on cut shapes)."""
+
+
+def last_matrix(architecture: str) -> str:
+    """Return the name in a block of the linear layer that reads the FFN's neurons."""
+    return get_family(architecture).reading(Axis.FFN)
+
+
+def ffn_moments(model: Any, text: Tensor, device: str = "cpu") -> Iterator[Tensor]:
+    """Yield of each layer the second moments of its neurons' activations over a text, float32 [neurons, neurons].
+
+    The states of one layer are in memory at a time.
+
+    Args:
+        model: In float32 on `device`.
+        text: int32 [sequences, length].
+        device: Where the model lies.
+    """
+    if not len(text):
+        raise ValueError("a repair is fitted to some text, and this calibration has none")
+    spec = spec_from_config(model.config.to_dict())
+    watched = last_matrix(spec.architecture)
+    states = embedded(model, text.numpy(), device)
+    for index in range(spec.layers):
+        after = []
+        neurons = spec.ffn_by_layer[index]
+        found = torch.zeros(neurons, neurons, dtype=torch.float64, device=device)
+        for passed in through_block(model, index, states, watched, device):
+            assert passed.seen is not None
+            after.append(passed.after)
+            found += (passed.seen.T @ passed.seen).double()
+        states = after
+        yield (found / text.numel()).float()
+
+
+def strongest(moments: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Return the neurons that add most to an FFN's output, by its mean square, ascending: int64 [count].
+
+    Args:
+        moments: [neurons, neurons], of the activations.
+        weight: The last matrix, [width, neurons].
+        count: How many.
+    """
+    added = moments.diagonal().double().sqrt() * weight.double().norm(dim=0)
+    # A stable sort, so that equal ones are kept in the teacher's order on every machine.
+    return added.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def refitted(moments: Tensor, weight: Tensor, neurons: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Return the last matrix for some of the neurons, fitted to the output of all: float32 [width, kept].
+
+    With activations A over the text, those kept K and the others R, it is W_K + D of the least mean square of
+    A_K D - A_R W_R, plus `ridge` times the mean square of an activation times the square of D.
+
+    Args:
+        moments, weight: As for `strongest`.
+        neurons: Those kept, int64 [kept].
+        ridge: See above.
+    """
+    moments, weight = moments.double(), weight.double()
+    lost = torch.ones(len(moments), dtype=torch.bool, device=moments.device)
+    lost[neurons] = False
+    kept = moments[neurons]
+    own = kept[:, neurons].clone()
+    # Where nothing is ever active, nothing is changed.
+    own.diagonal().add_(max(ridge * float(moments.diagonal().mean()), torch.finfo(torch.float64).tiny))
+    change = torch.cholesky_solve(kept[:, lost] @ weight[:, lost].T, torch.linalg.cholesky(own))
+    return (weight[:, neurons] + change.T).float()
+
+
+class Refit(NamedTuple):
+    """An FFN that was cut.
+
+    Attributes:
+        neurons: Those kept, ascending, int64 [kept].
+        matrix: The last matrix, float32 [width, kept].
+    """
+
+    neurons: Tensor
+    matrix: Tensor
+
+
+def repaired(model: Any, widths: Mapping[int, int], moments: Iterable[Tensor]) -> list[Refit | None]:
+    """Return the FFN of some layers with some of its neurons; None where all are kept.
+
+    Args:
+        model: The teacher, in float32.
+        widths: Neurons that are kept, by layer, the layers ascending.
+        moments: Of all its layers.
+    """
+    names, parameters = last_matrices(spec_from_config(model.config.to_dict())), dict(model.named_parameters())
+    return [
+        refit(found, parameters[names[layer]].detach(), widths[layer])
+        for layer, found in enumerate(moments)
+        if layer in widths
+    ]
+
+
+def last_matrices(spec: ModelSpec) -> list[str]:
+    """Return the name of each layer's matrix that reads the FFN's neurons."""
+    body, name = get_family(spec.architecture).body, last_matrix(spec.architecture)
+    return [f"{body}.layers.{layer}.{name}.weight" for layer in range(spec.layers)]
+
+
+def refit(moments: Tensor, weight: Tensor, count: int) -> Refit | None:
+    """Return an FFN with its strongest neurons; None where all are kept.
+
+    Args:
+        moments, weight, count: As for `strongest`.
+    """
+    if count == weight.shape[1]:
+        return None
+    neurons = strongest(moments, weight, count)
+    return Refit(neurons, refitted(moments, weight, neurons))

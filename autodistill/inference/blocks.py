@@ -1,0 +1,105 @@
+"""A model's blocks, run some at a time: the others pass on what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from threading import local
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from autodistill.inference.batching import map_sequences
+from autodistill.models.families import get_family
+from autodistill.models.loading import decoder_layers
+
+
+class _Same(nn.Module):
+    """Stands in the place of a block that is left out, so that those behind it keep their index."""
+
+    def forward(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return states
+
+
+@contextmanager
+def only_blocks(model: Any, kept: Collection[int]) -> Iterator[None]:
+    """Within the context a model computes with some of its blocks alone.
+
+    Args:
+        model: A causal language model of transformers.
+        kept: Indices of these.
+    """
+    layers, body = decoder_layers(model), model.base_model
+    same = _Same()
+    body.layers = nn.ModuleList(layer if index in kept else same for index, layer in enumerate(layers))
+    try:
+        yield
+    finally:
+        body.layers = layers
+
+
+def embedded(model: Any, tokens: npt.NDArray[Any], device: str = "cpu") -> list[Tensor]:
+    """The states of sequences before the first block, [1, length, width] of each.
+
+    Args:
+        model: In float32 on `device`.
+        tokens: [sequences, length].
+        device: Where the model lies.
+    """
+    begun = [{"input_ids": torch.from_numpy(one.astype(np.int64))[None].to(device)} for one in tokens]
+    return [one.after for one in _passed(model, (), begun, None, device)]
+
+
+class Passed(NamedTuple):
+    """A sequence after a block.
+
+    Attributes:
+        after: States, [1, length, width].
+        seen: What a module of the block was given, [length, in]; None where none is watched.
+    """
+
+    after: Tensor
+    seen: Tensor | None
+
+
+def through_block(
+    model: Any, index: int, states: Sequence[Tensor], watched: str | None = None, device: str = "cpu"
+) -> Iterator[Passed]:
+    """Sequences run through one block, one after another.
+
+    Args:
+        model: In float32 on `device`.
+        index: Of the block.
+        states: Of each sequence what the block is given.
+        watched: Name of a module in the block.
+        device: Where the model lies.
+    """
+    module = None if watched is None else decoder_layers(model)[index].get_submodule(watched)
+    yield from _passed(model, (index,), [{"inputs_embeds": one} for one in states], module, device)
+
+
+def _passed(
+    model: Any, kept: Collection[int], begun: Sequence[dict[str, Tensor]], watched: nn.Module | None, device: str
+) -> Iterator[Passed]:
+    here = local()
+
+    def see(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        setattr(here, name, inputs[0])
+
+    def run(index: int) -> Passed:
+        here.seen = None
+        with torch.no_grad():
+            model.base_model(**begun[index], use_cache=False)
+        return Passed(here.after, None if here.seen is None else here.seen[0])
+
+    norm = model.base_model.get_submodule(get_family(model.config.model_type).final_norm)
+    with ExitStack() as hooks:
+        hooks.callback(norm.register_forward_pre_hook(partial(see, "after")).remove)
+        if watched is not None:
+            hooks.callback(watched.register_forward_pre_hook(partial(see, "seen")).remove)
+        hooks.enter_context(only_blocks(model, kept))
+        yield from map_sequences(run, len(begun), device)

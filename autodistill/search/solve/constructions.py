@@ -1,0 +1,256 @@
+"""Students within a budget before any training: of each family of shapes the best, with its types, measured whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from autodistill.distillation.student.shapes import cut_spec, layer_choices
+from autodistill.models.families import GGUF_BY_LAYER, get_family
+from autodistill.models.tensors import TensorSpec
+from autodistill.search.solve.bench import Measured, Sample
+from autodistill.search.solve.library import Library, Score
+from autodistill.search.solve.options import KEYS, VALUES, Options
+from autodistill.search.solve.shapes import Shapes
+from autodistill.search.solve.solver import Solver
+from autodistill.search.solve.widths import Widths
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Init
+
+FAMILIES = ("whole", "narrow", "layered", "shallow")
+"""Of shapes: the teacher's own, all FFNs as narrow, each FFN as narrow as it may be, one block of layers left out."""
+
+_MEASURED = 2  # shapes of a family that are measured whole
+_PATIENCE = 2  # shapes in vain, one after another, after which no smaller ones are asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Construction:
+    """A student that fits, before it is trained.
+
+    Attributes:
+        family: One of `FAMILIES`.
+        init: How it is made.
+        deployment: How it is stored and served.
+        predicted: Sum of the scores, in nats, and its standard error; infinite where a score has none.
+        joint: The student's KL and NLL as it is stored, on the calibration sample.
+        bytes: Memory of its process, as predicted.
+    """
+
+    family: str
+    init: Init
+    deployment: Deployment
+    predicted: tuple[float, float]
+    joint: Measured
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        kl, stderr = self.predicted
+        return {
+            "family": self.family,
+            "init": self.init.to_json(),
+            "deployment": self.deployment.to_json(),
+            "predicted_kl": kl,
+            "predicted_kl_stderr": stderr if math.isfinite(stderr) else None,
+            "joint": self.joint.to_json(),
+            "bytes": self.bytes,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        stderr = data["predicted_kl_stderr"]
+        return cls(
+            family=data["family"],
+            init=Init.from_json(data["init"]),
+            deployment=Deployment.from_json(data["deployment"]),
+            predicted=(data["predicted_kl"], math.inf if stderr is None else stderr),
+            joint=Measured.from_json(data["joint"]),
+            bytes=data["bytes"],
+        )
+
+
+def constructions(
+    options: Options,
+    library: Library,
+    shapes: Shapes,
+    sample: Sample,
+    *,
+    families: Sequence[str] = FAMILIES,
+    others: Sequence[Deployment] = (),
+    thorough: bool = False,
+) -> tuple[Construction, ...]:
+    """The best student of each family that fits, the least KL to the teacher first.
+
+    Args:
+        options: Of the teacher and the budget.
+        library: The teacher's, built.
+        shapes: The scores of its cuts; those that are missing are made.
+        sample: The calibration text of both.
+        families: Which of `FAMILIES`.
+        others: Storages of the whole teacher that are members too, where they fit.
+        thorough: Whether types are then exchanged in the best of each family, as `Solver.solve` does.
+    """
+    found = []
+    limit = options.budget.memory_bytes
+    if "whole" in families:
+        solved = Solver(options, library, sample).solve(limit, others, thorough=thorough)
+        if solved is not None:
+            found.append(
+                Construction(
+                    family="whole",
+                    init=Init(depth=1.0),
+                    deployment=solved.deployment,
+                    predicted=solved.predicted,
+                    joint=solved.joint,
+                    bytes=options.memory(solved.deployment).total_bytes,
+                )
+            )
+    for family, proposed in (("narrow", _narrow), ("layered", _layered), ("shallow", _shallow)):
+        if family in families:
+            best = _best(family, proposed(options, library, shapes), limit, sample, thorough=thorough)
+            found += [] if best is None else [best]
+    return tuple(sorted(found, key=lambda one: one.joint.kl))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutOptions(Options):
+    """The types that a student's matrices may have: those that the teacher's were scored in.
+
+    Attributes:
+        scored: Of each matrix, by the student's name of it.
+    """
+
+    scored: Mapping[str, tuple[str, ...]]
+
+    def kinds(self, tensor: TensorSpec) -> tuple[str, ...]:
+        """The types whose blocks divide a matrix's rows, the most bits first."""
+        return tuple(kind for kind in super().kinds(tensor) if kind in self.scored[tensor.name])
+
+
+class CutScores:
+    """What storages cost a student: the costs of its cuts, and of types the share of the teacher's that is kept.
+
+    Args:
+        init: How it is made: FFNs narrower, a block of layers left out, or both.
+        teacher: Options of the teacher.
+        library: The teacher's.
+        shapes: Where the student is made and measured.
+    """
+
+    def __init__(self, init: Init, teacher: Options, library: Library, shapes: Shapes) -> None:
+        self.init, self._library, self._shapes = init, library, shapes
+        (layers,) = layer_choices(init, teacher.spec.layers)
+        self._deep = len(layers) / teacher.spec.layers
+        spec = cut_spec(init, teacher.spec)
+        self._costs = [shapes.ffn(layer, width) for layer, width in zip(layers, spec.ffn_by_layer, strict=True)]
+        self._costs += [shapes.span(*init.dropped)] if init.dropped else []
+        tensors = {tensor.name: tensor for tensor in teacher.spec.tensors}
+        family = get_family(spec.architecture)
+        self._origins: dict[str, tuple[str, float]] = {}
+        for tensor in spec.tensors:
+            part = family.layer_part(tensor.name)
+            origin = tensor.name if part is None else f"{family.body}.layers.{layers[part[0]]}.{part[1]}"
+            share = math.prod(tensor.shape) / math.prod(tensors[origin].shape)
+            self._origins[tensor.name] = (origin, share)
+        scored = {
+            name: teacher.kinds(tensors[origin])
+            for name, (origin, _) in self._origins.items()
+            if origin in teacher.matrices or origin in teacher.tables
+        }
+        self.options = CutOptions(spec=spec, budget=teacher.budget, scored=scored)
+
+    def score(self, name: str, kind: str) -> Score:
+        """What it costs to store a matrix, or a half of the cache, as a type."""
+        origin, share = (name, self._deep) if name in (KEYS, VALUES) else self._origins[name]
+        found = self._library.score(origin, kind)
+        return replace(found, kl=share * found.kl, stderr=share * found.stderr, exact=found.exact and share == 1)
+
+    def predict(self, deployment: Deployment) -> tuple[float, float]:
+        """The sum of the scores of the cuts and of a deployment, and its standard error with scores independent."""
+        keys, values = deployment.cache_types
+        chosen = [*self.options.types(deployment).items(), (KEYS, keys), (VALUES, values)]
+        scores = [*self._costs, *(self.score(name, kind) for name, kind in chosen)]
+        return sum(one.kl for one in scores), math.sqrt(sum(one.stderr**2 for one in scores))
+
+    @property
+    def cost(self) -> float:
+        """Of the cuts alone, in nats."""
+        return sum(one.kl for one in self._costs)
+
+    def joint(self, deployment: Deployment, sample: Sample) -> Measured:
+        """What the whole student does on a sample."""
+        return self._shapes.joint(self.init, deployment, sample)
+
+
+def _best(
+    family: str, proposed: Iterator[CutScores], limit: int, sample: Sample, *, thorough: bool
+) -> Construction | None:
+    """The one of least KL as a whole among the shapes of the least sums of scores.
+
+    Args:
+        family: Of the shapes.
+        proposed: Shapes that cost more and more by themselves; asked for until that is more than another's all.
+        limit: Bytes.
+        sample: The calibration text.
+        thorough: As for `constructions`.
+    """
+    sums: list[tuple[float, CutScores, Solver]] = []
+    least, vain = math.inf, 0
+    for cut in proposed:
+        vain = vain + 1 if cut.cost >= least else 0
+        if vain == _PATIENCE:
+            break
+        solver = Solver(cut.options, cut, sample)
+        found = solver.predicted(limit)
+        if found is not None:
+            sums.append((cut.cost + found[0], cut, solver))
+            least = min(least, sums[-1][0])
+    measured = []
+    for _, cut, solver in sorted(sums, key=lambda one: one[0])[:_MEASURED]:
+        solved = solver.solve(limit, (), thorough=thorough)
+        assert solved is not None
+        measured.append(
+            Construction(
+                family=family,
+                init=cut.init,
+                deployment=solved.deployment,
+                predicted=solved.predicted,
+                joint=solved.joint,
+                bytes=cut.options.memory(solved.deployment).total_bytes,
+            )
+        )
+    return min(measured, key=lambda one: one.joint.kl, default=None)
+
+
+def _narrow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
+    """The teacher with all FFNs as narrow, and repaired; the wider ones first."""
+    shapes.build()
+    whole = options.spec.ffn_width
+    for width in shapes.widths[1:]:
+        yield CutScores(Init(depth=1.0, ffn=width / whole, repair=True), options, library, shapes)
+
+
+def _layered(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
+    """The teacher with the widths of least cost, where llama.cpp holds layers that differ."""
+    if get_family(options.spec.architecture).gguf not in GGUF_BY_LAYER:
+        return
+    shapes.build()
+    widths = Widths(options, library, shapes).best(options.budget.memory_bytes)
+    if widths is not None and len(set(widths)) > 1:
+        yield CutScores(Init(depth=1.0, ffn_widths=widths, repair=True), options, library, shapes)
+
+
+def _shallow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
+    """The teacher without a block of layers, for each number of layers the block that costs least; few layers first."""
+    total = options.spec.layers
+    for count in range(1, total - 1):
+        init = Init(depth=1.0, dropped=(1, count))
+        kept = Options(spec=cut_spec(init, options.spec), budget=options.budget)
+        if kept.smallest()[1].total_bytes > options.budget.memory_bytes:
+            continue
+        first, _ = shapes.spans(count)[0]
+        yield CutScores(replace(init, dropped=(first, count)), options, library, shapes)

@@ -1,0 +1,243 @@
+"""What it costs to cut a teacher, in KL to it: each FFN to some widths, and blocks of layers; scored once and kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodistill import inference, quantization
+from autodistill.data.dataset import TokenSet
+from autodistill.distillation import student
+from autodistill.distillation.student.build import cut_student
+from autodistill.distillation.student.repair import ffn_moments, last_matrices, refit
+from autodistill.distillation.student.shapes import MULTIPLE
+from autodistill.distillation.teacher.importance import PartImportance
+from autodistill.errors import InputError
+from autodistill.inference.blocks import embedded, only_blocks, through_block
+from autodistill.inference.outputs import TeacherReference
+from autodistill.inference.scoring import score
+from autodistill.models.config import spec_from_config
+from autodistill.search.solve.bench import Bench, Measured, Sample, measured
+from autodistill.search.solve.library import Score
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Init
+from autodistill.utils.hashing import content_hash, file_hash
+from autodistill.utils.json_files import read_json, write_json
+
+_TOKENS = 512  # of the sample, on which single cuts are scored
+_SCORED = (0.7, 0.4)  # fractions of an FFN whose cost is measured
+_POWERS = (1.0, 4.0)  # of the share that is cut, by which the cost of other widths grows
+_MOMENTS_BYTES = 2**31  # that are held; more are computed anew for each student
+_SPANS = 3  # blocks of layers of each length that are measured, of those that turn the states least
+
+
+class Shapes:
+    """The scores of a teacher's cuts on a text, in a file that grows with each of them.
+
+    An FFN that is cut is repaired by least squares and takes the teacher's place in its layer; the layers above it are
+    computed again, and no others. Two widths of each are measured, and others follow from these: the cost grows with a
+    power of the share that is cut. A block of layers is left out and measured as a whole.
+
+    Args:
+        path: The file.
+        bench: The teacher.
+        sample: On what text.
+        calibration: By which students are cut, and on whose text they are repaired.
+        notify: Told of what is done.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        bench: Bench,
+        sample: Sample,
+        calibration: PartImportance,
+        notify: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._path, self._bench, self._calibration, self._notify = path, bench, calibration, notify
+        self._text: TokenSet = sample.data.head(_TOKENS)
+        self._reference: TeacherReference = sample.reference.head(self._text.predicted)
+        self._held = _read(path)
+        self._students: dict[Init, Bench] = {}
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The FFN widths that may be kept of a layer, the whole first."""
+        whole = self._bench.spec.ffn_width
+        least = max(MULTIPLE, whole // 8)
+        return (whole, *(width for width in range(whole - 1, least - 1, -1) if width % MULTIPLE == 0))
+
+    @cached_property
+    def _scored(self) -> tuple[int, ...]:
+        """Widths that are measured, each a multiple of 64 below the whole, the wider first."""
+        whole = self._bench.spec.ffn_width
+        near = (max(MULTIPLE, round(share * whole / MULTIPLE) * MULTIPLE) for share in _SCORED)
+        return tuple(dict.fromkeys(width for width in near if width < whole))
+
+    @cached_property
+    def _states(self) -> list[list[Tensor]]:
+        """What each layer is given, of each sequence."""
+        model, device = self._bench.model, self._bench.device
+        with self._bench.shown({}):
+            found = [embedded(model, self._text.tokens, device)]
+            for index in range(self._bench.spec.layers - 1):
+                found.append([one.after for one in through_block(model, index, found[-1], device=device)])
+        return found
+
+    @cached_property
+    def _kept_moments(self) -> list[Tensor]:
+        with self._bench.shown({}):
+            return list(ffn_moments(self._bench.model, self._calibration.text, self._bench.device))
+
+    @property
+    def _moments(self) -> Iterable[Tensor] | None:
+        """Of the activations in each layer; None where they are too many to be held."""
+        layers = self._bench.spec.ffn_by_layer
+        return self._kept_moments if 4 * sum(width**2 for width in layers) <= _MOMENTS_BYTES else None
+
+    def build(self) -> None:
+        """Scores the FFNs that are not in the file yet; it is written after each layer."""
+        spec, bench = self._bench.spec, self._bench
+        missing = [
+            layer
+            for layer in range(spec.layers)
+            if any(_ffn_key(layer, width) not in self._held["ffn"] for width in self._scored)
+        ]
+        if not missing:
+            return
+        self._notify("reading the activations of the FFNs")
+        moments = self._moments
+        assert self._states  # of the teacher as it is, before anything takes its place
+        names = last_matrices(spec)
+        with bench.shown({}):
+            matrices = [bench.master(name) for name in names]
+            found = ffn_moments(bench.model, self._calibration.text, bench.device) if moments is None else moments
+            for layer, moment in enumerate(found):
+                if layer not in missing:
+                    continue
+                self._notify(f"scoring narrower FFNs of layer {layer + 1} of {spec.layers}")
+                for width in self._scored:
+                    made = refit(moment, matrices[layer], width)
+                    assert made is not None
+                    whole = torch.zeros_like(matrices[layer])
+                    whole[:, made.neurons] = made.matrix
+                    with bench.replaced([(names[layer], whole)]):
+                        cut = self._from_layer(layer, range(layer, spec.layers))
+                    self._held["ffn"][_ffn_key(layer, width)] = cut.to_json()
+                self._save()
+
+    def _from_layer(self, first: int, kept: Iterable[int]) -> Measured:
+        """The teacher with some of its layers, all below `first` among them."""
+        bench = self._bench
+        with only_blocks(bench.model, set(kept)):
+            scores, _ = score(bench.model, self._text, self._reference, device=bench.device, begun=self._states[first])
+        return measured(scores)
+
+    def ffn(self, layer: int, width: int) -> Score:
+        """What it costs that a layer keeps so many FFN neurons; measured, or taken from the two widths that are."""
+        whole = self._bench.spec.ffn_width
+        if width == whole:
+            return Score(kl=0.0, stderr=0.0, exact=True)
+        known = {one: _score(self._held["ffn"][_ffn_key(layer, one)]) for one in self._scored}
+        if width in known:
+            return known[width]
+        cut = {one: 1 - one / whole for one in known}
+        near = min(known, key=lambda one: (abs(one - width), one))
+        power = 2.0
+        if len(known) == 2:
+            (first, last), least = self._scored, 1e-12
+            rise = math.log(max(known[last].kl, least) / max(known[first].kl, least))
+            power = min(max(rise / math.log(cut[last] / cut[first]), _POWERS[0]), _POWERS[1])
+        factor = ((1 - width / whole) / cut[near]) ** power
+        return Score(kl=factor * known[near].kl, stderr=factor * known[near].stderr, exact=False)
+
+    def spans(self, count: int) -> tuple[tuple[int, Score], ...]:
+        """Some blocks of so many layers, and what it costs to leave them out: the first layer of each, the best first.
+
+        Those are measured, on demand, that turn the states least.
+        """
+        layers = self._bench.spec.layers
+        similarity = self._calibration.similarity
+        firsts = sorted(range(1, layers - count), key=lambda first: -float(similarity[first, first + count]))
+        found = [(first, self.span(first, count)) for first in firsts[:_SPANS]]
+        return tuple(sorted(found, key=lambda one: one[1].kl))
+
+    def span(self, first: int, count: int) -> Score:
+        """What it costs to leave out so many layers from one on; measured on demand."""
+        key, layers = f"{first}+{count}", self._bench.spec.layers
+        if key not in self._held["spans"]:
+            self._notify(f"scoring without layers {first} to {first + count - 1}")
+            with self._bench.shown({}):
+                found = self._from_layer(first, [layer for layer in range(first, layers) if layer >= first + count])
+            self._held["spans"][key] = found.to_json()
+            self._save()
+        return _score(self._held["spans"][key])
+
+    def joint(self, init: Init, deployment: Deployment, sample: Sample) -> Measured:
+        """What the student that `init` makes is to the teacher as a deployment stores it; measured once and kept."""
+        key = f"{sample.name} {content_hash([init.to_json(), deployment.to_json()], 16)}"
+        if key not in self._held["joint"]:
+            self._notify(f"measuring {init.describe()} as {deployment.name} on {sample.name} text")
+            found = self.student(init).measure(deployment, sample)
+            if not math.isfinite(found.kl) or not math.isfinite(found.nll):
+                raise InputError(f"the student {init.describe()} gives no finite likelihoods: choose another teacher")
+            self._held["joint"][key] = found.to_json()
+            self._save()
+        return Measured.from_json(self._held["joint"][key])
+
+    def student(self, init: Init) -> Bench:
+        """The student that `init` makes, as a search builds it; the last one is held."""
+        if init not in self._students:
+            bench = self._bench
+            with bench.shown({}):
+                moments = self._moments if init.repair else None
+                model, _ = cut_student(bench.model, init, self._calibration, moments, bench.device)
+            model.to(bench.device)
+            spec = spec_from_config(model.config.to_dict())
+            self._students = {init: Bench(model, spec, {}, bench.device, cut=True)}
+        return self._students[init]
+
+    def _save(self) -> None:
+        write_json(self._path, self._held)
+
+
+def shapes_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...]) -> Path:
+    """Where the scores of a teacher's cuts on a text are kept; they depend on the code that makes them too.
+
+    Args:
+        cache: Root of caches.
+        teacher, data: Fingerprints.
+        tokens: Of the calibration and the held-out sample, and of a sequence.
+    """
+    code = [
+        file_hash(path)
+        for package in (quantization, inference, student)
+        for folder in package.__path__
+        for path in sorted(Path(folder).glob("*.py"))
+    ]
+    code += [file_hash(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in ("bench", "shapes")]
+    return cache / "solve" / f"{content_hash([teacher, data, list(tokens), code], 16)}-shapes.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's scores, or none of a file that is missing or damaged, which is made again."""
+    try:
+        held = read_json(path)
+    except InputError:
+        held = {}
+    return {name: held.get(name, {}) for name in ("ffn", "spans", "joint")}
+
+
+def _ffn_key(layer: int, width: int) -> str:
+    return f"{layer}={width}"
+
+
+def _score(held: dict[str, Any]) -> Score:
+    found = Measured.from_json(held)
+    return Score(kl=found.kl, stderr=math.inf if found.kl_stderr is None else found.kl_stderr, exact=True)

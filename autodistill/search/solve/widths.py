@@ -1,0 +1,142 @@
+"""The FFN width of each layer and the types of all matrices, chosen at once: one knapsack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from autodistill.distillation.student.shapes import cut_spec
+from autodistill.models.families import Axis, get_family
+from autodistill.quantization.formats import TYPES, tensor_bytes
+from autodistill.search.solve.knapsack import Knapsack, undominated
+from autodistill.search.solve.library import Library
+from autodistill.search.solve.options import KEYS, VALUES, Family, Options
+from autodistill.search.solve.shapes import Shapes
+from autodistill.strategy.strategy import Init
+
+Choices = Mapping[str, tuple[int, float]]
+"""Bytes and cost of each."""
+
+_STEPS = (4, 2, 1)  # between the widths that are tried for the widest layer
+
+
+class Widths:
+    """Finds the widths of least cost for any limit.
+
+    An item is a layer's FFN, whose options are a width with a type of each matrix, or another matrix. What is chosen
+    for tables and cache is tried whole.
+
+    Args:
+        options: Of the teacher and the budget.
+        library: The costs of types; of a narrower matrix the share that is kept of them.
+        shapes: The costs of widths.
+    """
+
+    def __init__(self, options: Options, library: Library, shapes: Shapes) -> None:
+        self._options, self._library, self._shapes = options, library, shapes
+        family = get_family(options.spec.architecture)
+        parts = {f"{one.name}.weight" for one in family.linears if Axis.FFN in (one.outputs, one.inputs)}
+        self._ffns: dict[int, list[str]] = {}
+        for name in options.matrices:
+            part = family.layer_part(name)
+            if part is not None and part[1] in parts:
+                self._ffns.setdefault(part[0], []).append(name)
+        self._families = tuple(options.families())
+        self._least = sum(self._bytes(name, kind) for name, kind in options.smallest_types().items())
+        self._least -= sum(self._bytes(name, options.smallest_types()[name]) for name in options.tables)
+
+    def _bytes(self, name: str, kind: str) -> int:
+        return tensor_bytes((self._options.matrices | self._options.tables)[name], TYPES[kind])
+
+    def best(self, limit: int) -> tuple[int, ...] | None:
+        """The widths of all layers at the least sum of costs within a limit; None where nothing fits.
+
+        Args:
+            limit: Bytes of the whole process.
+        """
+        caps = self._shapes.widths
+        solved: dict[int, tuple[float, tuple[int, ...]] | None] = {}
+
+        def cost(index: int) -> float:
+            if index not in solved:
+                solved[index] = self._within(limit, caps[index]) if 0 <= index < len(caps) else None
+            found = solved[index]
+            return math.inf if found is None else found[0]
+
+        # With a cap, what the widest layer computes in is smaller: the best cap is between extremes, and looked for so.
+        best = min(range(0, len(caps), _STEPS[0]), key=cost)
+        for step in _STEPS[1:]:
+            best = min((best, best - step, best + step), key=cost)
+        found = solved[best]
+        return None if found is None else found[1]
+
+    def _within(self, limit: int, cap: int) -> tuple[float, tuple[int, ...]] | None:
+        """The least sum with no layer wider than `cap`, whose computation takes so much less memory."""
+        knapsack = Knapsack(self._items(cap))
+        freed = self._compute_bytes(self._options.spec.ffn_width) - self._compute_bytes(cap)
+        solved = []
+        for family in self._families:
+            best = knapsack.best(limit - family.bytes + self._least + freed)
+            if best is not None:
+                solved.append((best[0] + self._of_family(family), best[1]))
+        if not solved:
+            return None
+        cost, chosen = min(solved, key=lambda one: one[0])
+        return cost, tuple(int(chosen[_item(layer)].partition(":")[0]) for layer in self._ffns)
+
+    def _compute_bytes(self, width: int) -> int:
+        init = Init(depth=1.0, ffn_widths=(width,) * self._options.spec.layers)
+        cut = Options(spec=cut_spec(init, self._options.spec), budget=self._options.budget)
+        estimate = cut.memory(cut.deployment(cut.smallest_types(), ("f16", "f16")))
+        return estimate.compute_bytes + estimate.overhead_bytes
+
+    def _of_family(self, family: Family) -> float:
+        keys, values = family.cache_types
+        chosen = [*family.tables.items(), (KEYS, keys), (VALUES, values)]
+        return sum(self._library.score(name, kind).kl for name, kind in chosen)
+
+    def _items(self, cap: int) -> dict[str, Choices]:
+        options = self._options
+        inside = {name for names in self._ffns.values() for name in names}
+        items: dict[str, Choices] = {
+            name: {
+                kind: (self._bytes(name, kind), self._library.score(name, kind).kl) for kind in options.kinds(tensor)
+            }
+            for name, tensor in options.matrices.items()
+            if name not in inside
+        }
+        for layer in self._ffns:
+            found: dict[str, tuple[int, float]] = {}
+            for width in self._shapes.widths:
+                if width <= cap:
+                    found |= self._ffn(layer, width)
+            items[_item(layer)] = undominated(found)
+        return items
+
+    def _ffn(self, layer: int, width: int) -> Choices:
+        """The options of a layer at a width: the types of its matrices, those than which none is better."""
+        whole = self._options.spec.ffn_width
+        axes = get_family(self._options.spec.architecture).axes
+        found: Choices = {f"{width}:": (0, self._shapes.ffn(layer, width).kl)}
+        for name in self._ffns[layer]:
+            tensor = self._options.matrices[name]
+            sizes = zip(axes(name), tensor.shape, strict=True)
+            narrow = replace(tensor, shape=tuple(width if axis is Axis.FFN else size for axis, size in sizes))
+            kinds = [kind for kind in self._options.kinds(narrow) if kind in self._options.kinds(tensor)]
+            added = {
+                kind: (tensor_bytes(narrow, TYPES[kind]), width / whole * self._library.score(name, kind).kl)
+                for kind in kinds
+            }
+            found = undominated(
+                {
+                    f"{before},{kind}": (size + more, cost + loss)
+                    for before, (size, cost) in found.items()
+                    for kind, (more, loss) in added.items()
+                }
+            )
+        return found
+
+
+def _item(layer: int) -> str:
+    return f"ffn {layer}"

@@ -1,0 +1,148 @@
+"""Repaired FFNs against least squares by another library, and as a student is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from autodistill.distillation.student.build import build_student
+from autodistill.distillation.student.repair import RIDGE, ffn_moments, refit, refitted, strongest
+from autodistill.distillation.teacher.importance import PartImportance
+from autodistill.errors import InputError
+from autodistill.models.families import Axis, get_family
+from autodistill.models.loading import decoder_layers, load_model
+from autodistill.strategy.strategy import Init
+from autodistill.testing import save_tiny_teacher
+
+LAYERS, FFN = 3, 192
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt_neox"])
+def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    return save_tiny_teacher(
+        folder, architecture=request.param, layers=LAYERS, width=64, heads=4, kv_heads=4, ffn=FFN, seed=5
+    )
+
+
+@pytest.fixture(scope="module")
+def calibration() -> PartImportance:
+    dice = torch.Generator().manual_seed(2)
+    return PartImportance(
+        similarity=torch.rand(LAYERS + 1, LAYERS + 1, dtype=torch.float64, generator=dice),
+        neurons=torch.rand(LAYERS, FFN, dtype=torch.float64, generator=dice),
+        groups=torch.ones(LAYERS, 4, dtype=torch.float64),
+        channels=torch.ones(64, dtype=torch.float64),
+        text=torch.randint(3, 300, (5, 40), generator=dice, dtype=torch.int32),
+    )
+
+
+def activations(model: Any, text: Tensor) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+    """What the last matrix of each FFN is given, in one pass of transformers."""
+    seen: list[Tensor] = []
+    name = get_family(model.config.model_type).reading(Axis.FFN)
+    hooks = [
+        layer.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        for layer in decoder_layers(model)
+    ]
+    with torch.no_grad():
+        model(text.long())
+    for hook in hooks:
+        hook.remove()
+    return [one.flatten(0, 1).double().numpy() for one in seen]
+
+
+def matrices(model: Any) -> list[Tensor]:
+    name = get_family(model.config.model_type).reading(Axis.FFN)
+    return [layer.get_submodule(name).weight.detach() for layer in decoder_layers(model)]
+
+
+def test_a_built_student_has_what_least_squares_finds(teacher: Path, calibration: PartImportance) -> None:
+    model = load_model(teacher, torch.float32)
+    student, kept = build_student(
+        teacher, Init(depth=1.0, dropped=(1, 1), ffn=1 / 3, repair=True), calibration=calibration
+    )
+    assert kept == (0, 2)
+    seen = activations(model, calibration.text)
+    for layer, found in zip(kept, matrices(student), strict=True):
+        inputs, weight = seen[layer], matrices(model)[layer].double().numpy()
+        added = np.sqrt((inputs**2).mean(0)) * np.sqrt((weight**2).sum(0))
+        neurons = np.sort(np.argsort(-added, kind="stable")[:64])
+        others = np.setdiff1d(np.arange(FFN), neurons)
+        # The ridge as rows of its own.
+        ridge = np.sqrt(RIDGE * (inputs**2).mean() * len(inputs)) * np.eye(64)
+        rows = np.concatenate([inputs[:, neurons], ridge])
+        wanted = np.concatenate([inputs[:, others] @ weight[:, others].T, np.zeros((64, 64))])
+        change = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+        np.testing.assert_allclose(found.double().numpy(), weight[:, neurons] + change, atol=2e-5)
+        assert np.abs(change).max() > 1e-3
+        # Which is nearer to the whole FFN than the same neurons as they were.
+        lost = np.square(inputs[:, others] @ weight[:, others].T).mean()
+        assert np.square(inputs[:, neurons] @ change.T - inputs[:, others] @ weight[:, others].T).mean() < 0.9 * lost
+
+
+def test_without_a_ridge_copied_neurons_are_made_up_for_exactly() -> None:
+    dice = torch.Generator().manual_seed(0)
+    half = torch.randn(200, 8, generator=dice)
+    inputs, weight = torch.cat([half, 2 * half], dim=1), torch.randn(5, 16, generator=dice)
+    neurons = torch.arange(8)
+    found = refitted(inputs.T @ inputs / 200, weight, neurons, ridge=0.0)
+    torch.testing.assert_close(found, weight[:, :8] + 2 * weight[:, 8:], atol=1e-4, rtol=1e-4)
+
+
+def test_the_strongest_neurons_add_most_and_a_silent_ffn_stays_as_it_is() -> None:
+    moments, weight = torch.diag(torch.tensor([1.0, 4.0, 0.0, 9.0])), torch.tensor([[3.0, 1.0, 9.0, 1.0]])
+    assert strongest(moments, weight, 2).tolist() == [0, 3]
+    silent = refit(torch.zeros(4, 4), weight, 2)
+    assert silent is not None
+    assert torch.equal(silent.matrix, weight[:, silent.neurons])
+    assert refit(moments, weight, 4) is None
+
+
+def test_a_student_that_is_repaired_by_layer_leaves_whole_layers_alone(
+    teacher: Path, calibration: PartImportance
+) -> None:
+    if "neox" in str(load_model(teacher, torch.float32).config.model_type):
+        pytest.skip("layers of different widths are of the Llama family")
+    init = Init(depth=1.0, ffn_widths=(FFN, 64, FFN), repair=True)
+    student, _ = build_student(teacher, init, calibration=calibration)
+    model = load_model(teacher, torch.float32)
+    before, after = matrices(model), matrices(student)
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[2], after[2])
+    moments = list(ffn_moments(model, calibration.text))
+    made = refit(moments[1], before[1], 64)
+    assert made is not None
+    assert torch.equal(after[1], made.matrix)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"repair": True}, "init.repair fits FFNs that were cut"),
+        ({"source": "scratch", "ffn": 0.5, "repair": True}, "init.repair fits FFNs that were cut"),
+        ({"dropped": (3,), "depth": 1.0}, "how many are, like"),
+        ({"dropped": (0, 2), "depth": 1.0}, "1 or more"),
+        ({"dropped": (2, 2)}, "give init.depth 1"),
+    ],
+)
+def test_cuts_that_make_no_sense_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Init(**fields)
+
+
+def test_the_last_layer_stays(teacher: Path) -> None:
+    with pytest.raises(InputError, match="the last layer that can be left out of the teacher's 3 is 1"):
+        build_student(teacher, Init(depth=1.0, dropped=(1, 2)))
+
+
+def test_older_strategies_keep_their_identity() -> None:
+    assert set(Init().to_json()) == {"source", "model", "depth", "layers", "ffn", "heads", "width"}
+    told = Init(depth=1.0, dropped=(4, 3), ffn=0.5, repair=True)
+    assert Init.from_json(told.to_json()) == told
+    assert told.describe() == "without layers 4 to 6 ffn 50% repaired"

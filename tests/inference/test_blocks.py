@@ -1,0 +1,43 @@
+"""Blocks run by themselves against transformers' own pass, in every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autodistill.inference.blocks import embedded, only_blocks, through_block
+from autodistill.models.families import FAMILIES, Axis, get_family
+from autodistill.models.loading import decoder_layers, load_model
+from autodistill.testing import save_tiny_teacher
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path) -> None:
+    # So deep that each family with sliding windows has layers of both kinds.
+    model = load_model(save_tiny_teacher(tmp_path, architecture=architecture, layers=7), torch.float32)
+    tokens = np.random.default_rng(0).integers(3, 300, (2, 24))
+    ids = torch.from_numpy(tokens)
+    with torch.no_grad():
+        whole = model.base_model(ids, output_hidden_states=True, use_cache=False)
+    layers = decoder_layers(model)
+    name = get_family(architecture).reading(Axis.FFN)
+
+    states = embedded(model, tokens)
+    for index in range(7):
+        torch.testing.assert_close(torch.cat(states), whole.hidden_states[index])
+        passed = list(through_block(model, index, states, name))
+        states = [one.after for one in passed]
+        seen = passed[0].seen
+        assert seen is not None
+        assert seen.shape == (24, layers[index].get_submodule(name).weight.shape[1])
+    with torch.no_grad():
+        ended = model.base_model.get_submodule(get_family(architecture).final_norm)(torch.cat(states))
+        torch.testing.assert_close(ended, whole.last_hidden_state)
+        # From the middle on, a model needs its upper blocks alone, each with its own window.
+        with only_blocks(model, range(4, 7)):
+            upper = model.base_model(inputs_embeds=whole.hidden_states[4], use_cache=False)
+    torch.testing.assert_close(upper.last_hidden_state, whole.last_hidden_state)
+    assert decoder_layers(model) is layers

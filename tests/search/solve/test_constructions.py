@@ -1,0 +1,180 @@
+"""What cuts cost, and which students are found within a budget, on a tiny teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from autodistill.data.dataset import TokenSet, load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.student.build import build_student
+from autodistill.distillation.teacher.importance import PartImportance, measure_importance
+from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.quantization.rounding import deploy_tensor
+from autodistill.search.solve.bench import Bench, Sample
+from autodistill.search.solve.constructions import Construction, constructions
+from autodistill.search.solve.library import Library
+from autodistill.search.solve.options import Options
+from autodistill.search.solve.shapes import Shapes
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Init
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.utils.json_files import read_json
+
+LAYERS, FFN, CONTEXT, LENGTH = 4, 256, 256, 64
+
+
+class Setting(NamedTuple):
+    teacher: Path
+    text: TokenSet
+    bench: Bench
+    sample: Sample
+    calibration: PartImportance
+    options: Options
+    library: Library
+    shapes: Shapes
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    folder = tmp_path_factory.mktemp("setting")
+    teacher = save_tiny_teacher(folder / "teacher", layers=LAYERS, width=128, heads=2, kv_heads=1, ffn=FFN, seed=3)
+    data = prepare(
+        resolve_data(str(tiny_text(folder, documents=48))), teacher, tokenizer_fingerprint(teacher), LENGTH, folder
+    )
+    train = load_split(data.folder, "train")
+    spec = spec_from_config(read_json(teacher / "config.json"))
+    options = Options(spec=spec, budget=Budget(memory_bytes=10**9, context=CONTEXT))
+    bench = Bench(load_model(teacher, torch.float32), spec, {})
+    sample = bench.sample("calibration", train.head(512))
+    calibration = measure_importance(load_model(teacher, torch.float32), train)
+    library = Library(folder / "library.json", bench, options, sample, lambda _: None)
+    library.build()
+    shapes = Shapes(folder / "shapes.json", bench, sample, calibration)
+    shapes.build()
+    return Setting(teacher, sample.data, bench, sample, calibration, options, library, shapes)
+
+
+def within(setting: Setting, limit: int) -> Options:
+    return Options(spec=setting.options.spec, budget=Budget(memory_bytes=limit, context=CONTEXT))
+
+
+def log_probabilities(model: Any, text: TokenSet) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(torch.from_numpy(text.tokens.astype(np.int64))).logits[:, :-1]
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+def kl(setting: Setting, init: Init, deployment: Deployment | None = None) -> float:
+    """KL of a student that is built from the teacher's folder, over the whole vocabulary."""
+    student, _ = build_student(setting.teacher, init, calibration=setting.calibration)
+    if deployment is not None:
+        tensors = {tensor.name: tensor for tensor in spec_from_config(student.config.to_dict()).tensors}
+        for name, weight in student.named_parameters():
+            weight.data = deploy_tensor(weight.data, deployment.storage(tensors[name]))
+    before = log_probabilities(load_model(setting.teacher, torch.float32), setting.text)
+    return float((before.exp() * (before - log_probabilities(student, setting.text))).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("layer", "width"), [(0, 192), (0, 128), (2, 128), (3, 192)])
+def test_a_narrow_ffn_costs_what_the_student_with_it_loses(setting: Setting, layer: int, width: int) -> None:
+    widths = tuple(width if index == layer else FFN for index in range(LAYERS))
+    found = setting.shapes.ffn(layer, width)
+    assert found.exact
+    wanted = kl(setting, Init(depth=1.0, ffn_widths=widths, repair=True))
+    assert found.kl == pytest.approx(wanted, rel=0.02, abs=1e-6)
+    assert found.stderr > 0
+
+
+def test_other_widths_are_told_to_follow_from_those(setting: Setting) -> None:
+    assert setting.shapes.widths == (256, 192, 128, 64)
+    for layer in range(LAYERS):
+        costs = [setting.shapes.ffn(layer, width) for width in setting.shapes.widths]
+        assert [one.kl for one in costs] == sorted(one.kl for one in costs)
+        assert [one.exact for one in costs] == [True, True, True, False]
+        first, last, other = (one.kl for one in costs[1:])
+        # A straight line in logarithms through both.
+        slope = np.clip(np.log(last / first) / np.log(2), 1, 4)
+        assert other == pytest.approx(last * 1.5**slope)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_block_of_layers_costs_what_the_student_without_it_loses(setting: Setting, count: int) -> None:
+    spans = setting.shapes.spans(count)
+    assert [cost.kl for _, cost in spans] == sorted(cost.kl for _, cost in spans)
+    assert {first for first, _ in spans} == set(range(1, LAYERS - count))
+    for first, cost in spans:
+        assert cost.kl == pytest.approx(kl(setting, Init(depth=1.0, dropped=(first, count))), rel=0.02)
+
+
+def test_below_the_smallest_types_the_shape_gives_way(setting: Setting) -> None:
+    limit = setting.options.smallest()[1].total_bytes - 60_000
+    found = constructions(within(setting, limit), setting.library, setting.shapes, setting.sample)
+    assert {one.family for one in found} == {"narrow", "shallow"}
+    assert [one.joint.kl for one in found] == sorted(one.joint.kl for one in found)
+    for one in found:
+        assert one.bytes <= limit
+        # What is trained and exported is built from the teacher's folder; the cache is simulated apart.
+        plain = Deployment.from_json(
+            {name: value for name, value in one.deployment.to_json().items() if "cache_type" not in name}
+        )
+        student, _ = build_student(setting.teacher, one.init, calibration=setting.calibration)
+        spec = spec_from_config(student.config.to_dict())
+        options = Options(spec=spec, budget=setting.options.budget)
+        assert options.memory(one.deployment).total_bytes == one.bytes
+        measured = Bench(student, spec, {}, cut=True).measure(plain, setting.sample)
+        assert measured.kl == pytest.approx(kl(setting, one.init, plain), rel=0.02)
+        assert setting.shapes.joint(one.init, plain, setting.sample).kl == pytest.approx(measured.kl, rel=1e-5)
+        assert one.predicted[0] == pytest.approx(one.joint.kl, rel=0.6)
+        assert Construction.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+def test_where_the_whole_teacher_fits_it_is_the_best(setting: Setting) -> None:
+    limit = setting.options.smallest()[1].total_bytes + 100_000
+    found = constructions(within(setting, limit), setting.library, setting.shapes, setting.sample)
+    assert found[0].family == "whole"
+    assert {one.family for one in found} == {"whole", "narrow", "shallow"}
+    assert found[0].init == Init(depth=1.0)
+    (alone,) = constructions(
+        within(setting, limit), setting.library, setting.shapes, setting.sample, families=("narrow",)
+    )
+    assert alone in found
+
+
+def test_nothing_fits_nothing(setting: Setting) -> None:
+    assert constructions(within(setting, 10**6), setting.library, setting.shapes, setting.sample) == ()
+
+
+def test_what_is_in_the_file_is_not_measured_again(setting: Setting, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def notify(line: str) -> None:
+        told.append(line)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    def made() -> Shapes:
+        return Shapes(tmp_path / "shapes.json", setting.bench, setting.sample, setting.calibration, notify)
+
+    with pytest.raises(KeyboardInterrupt):
+        made().build()
+    told.clear()
+    held = read_json(tmp_path / "shapes.json")
+    assert set(held["ffn"]) == {"0=192", "0=128"}
+    assert held["ffn"]["0=128"]["kl"] == setting.shapes.ffn(0, 128).kl
+    with pytest.raises(KeyboardInterrupt):
+        made().build()
+    assert set(read_json(tmp_path / "shapes.json")["ffn"]) == {"0=192", "0=128", "1=192", "1=128"}
+    (tmp_path / "shapes.json").write_text("{")
+    told.clear()
+    with pytest.raises(KeyboardInterrupt):
+        made().build()
