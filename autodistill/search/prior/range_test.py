@@ -292,7 +292,7 @@ def _as_it_was(model: Any, strategy: Strategy) -> Iterator[Callable[[], None]]:
     trained = [parameter for parameter in model.parameters() if parameter is not table]
     held = [parameter.detach().to("cpu", copy=True) for parameter in trained]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    training, checkpointing = model.training, model.is_gradient_checkpointing
+    training, checkpointing = model.training, _checkpoints(model)
     devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
 
     @torch.no_grad()
@@ -310,8 +310,13 @@ def _as_it_was(model: Any, strategy: Strategy) -> Iterator[Callable[[], None]]:
                 parameter.requires_grad_(trains)
                 parameter.grad = gradient
             model.train(training)
-            if model.is_gradient_checkpointing and not checkpointing:
+            if _checkpoints(model) and not checkpointing:
                 model.gradient_checkpointing_disable()
+
+
+def _checkpoints(model: Any) -> bool:
+    """Whether some layer computes its activations again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -> float | None:
