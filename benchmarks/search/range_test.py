@@ -51,7 +51,9 @@ from autodistill.strategy.space import load_space
 from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.hashing import content_hash
-from benchmarks.common import report, trials
+from benchmarks.common import math_table, report, trials
+from benchmarks.common.math_search import STEP
+from benchmarks.common.math_table import Line
 from benchmarks.common.plans import straight_plan
 from benchmarks.common.program import parse, parser_of
 
@@ -59,13 +61,14 @@ FAMILIES, WIDTHS = ("llama", "qwen3", "gemma3_text"), (32, 64, 128)
 # The layers and the vocabulary of a small teacher, and how it is trained.
 LAYERS, VOCABULARY, LENGTH, BATCH = 4, 300, 64, 512
 TEACHER_STEPS, TEACHER_RATE = 300, 3e-3
-SHORT, LONG = (8, 16), 64
+SHORT, LONG = (8,), 64
 Q4_0 = Finishing(format="gguf-q4_0", bits=4, group_size=32)
 SHAPES = {"whole": Init(depth=1.0), "narrow": Init(depth=1.0, ffn=0.5)}
 RECIPE = Distillation(divergence_weight=0.25)
-# Rates are the prior's times powers of `FACTOR`.
-POWERS = (-4, -3, -2, -1, 0, 1)
-SMOLLM2_POWERS = (-3, -2, -1, 0, 1)
+# Rates are the first one times powers of `FACTOR`; small students begin with the rule, and SmolLM2's with the prior.
+POWERS = (-3, -2, -1, 0, 1)
+SMOLLM2_POWERS = (-1, 0, 1)
+SMOLLM2_FIRST = {"whole": 1e-4, "narrow": 3e-4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,11 @@ class Case:
     shape: str
     teacher: tuple[str, int] | None = None
     seed: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Under which rules are compared."""
+        return f"{'SmolLM2' if self.teacher is None else 'small'}, {self.shape}"
 
 
 def cases(seeds: int, long: int) -> list[Case]:
@@ -238,39 +246,47 @@ def opened(case: Case, teacher_steps: int, eval_tokens: int) -> Iterator[Student
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a case's trainings came to.
+    """What a student's trainings came to.
 
     Attributes:
-        case: Which.
-        counts, before: Tokens and nats of each held-out document, before training.
-        after: Nats of each document by steps and power; None where they are not finite.
+        kind: Under which rules are compared.
+        name: Of the student.
+        first: The rate that a test begins with.
+        steps: Of the long training.
+        counts: Tokens of each held-out document; none where they were not kept.
+        tried: By steps, the rates as a range test has them, ascending.
     """
 
-    case: Case
-    counts: list[int]
-    before: list[float]
-    after: Mapping[tuple[int, int], list[float] | None]
+    kind: str
+    name: str
+    first: float
+    steps: int
+    counts: Sequence[int]
+    tried: Mapping[int, Sequence[TriedRate]]
 
-    def tried(self, steps: int) -> list[TriedRate]:
-        """The trainings of so many steps as a range test has them."""
-        found = []
-        for power in self.case.powers:
-            sums = self.after[steps, power]
-            gain, stderr = paired(self.counts, self.before, sums) if sums else (None, None)
-            rate = self.case.first * FACTOR**power
-            found.append(TriedRate(rate=rate, gain=gain, stderr=stderr, sums=tuple(sums or ()), seconds=0.0))
-        return found
+    @property
+    def ends(self) -> list[TriedRate]:
+        """The long trainings that stayed finite."""
+        return [one for one in self.tried[self.steps] if one.gain is not None]
 
     def gain(self, rate: float) -> float:
-        """Nats per token that the long training wins at a rate; between two rates on a line over its logarithm."""
-        known = [(math.log(one.rate), one.gain) for one in self.tried(self.case.steps) if one.gain is not None]
-        rates, gains = zip(*known, strict=True)
-        return float(np.interp(math.log(rate), rates, gains)) if math.log(rate) <= rates[-1] + 1e-9 else -math.inf
+        """Nats per token that the long training wins at a rate: on a line between two, over the rate's logarithm."""
+        rates, gains = zip(*((math.log(one.rate), one.gain) for one in self.ends), strict=True)
+        return float(np.interp(math.log(rate), rates, gains))
 
     @property
     def most(self) -> float:
         """The gain of the best rate."""
-        return max(one.gain for one in self.tried(self.case.steps) if one.gain is not None)
+        return max(one.gain or 0.0 for one in self.ends)
+
+    def lost(self, rate: float) -> float:
+        """Nats per token that a rate loses against the best."""
+        return self.most - self.gain(rate)
+
+    def below(self, rate: float) -> float:
+        """By how many standard errors the long training at a rate ends below the untrained student; 0 for above."""
+        near = min(self.ends, key=lambda one: abs(math.log(one.rate / rate)))
+        return max(0.0, -self.gain(rate)) / (near.stderr or math.inf)
 
 
 def measured(case: Case, kept: report.Kept, teacher_steps: int, eval_tokens: int) -> Found:
@@ -293,7 +309,49 @@ def measured(case: Case, kept: report.Kept, teacher_steps: int, eval_tokens: int
             (steps, power): get(f"{steps} steps, power {power}", lambda student, p=power, s=steps: student.after(p, s))
             for steps, power in wanted
         }
-    return Found(case=case, counts=before["counts"], before=before["sums"], after=after)
+    tried = {}
+    for steps in (*case.short, case.steps):
+        tried[steps] = [_tried(case.first * FACTOR**power, before, after[steps, power]) for power in case.powers]
+    return Found(
+        kind=case.kind,
+        name=case.name,
+        first=case.first,
+        steps=case.steps,
+        counts=before["counts"],
+        tried=tried,
+    )
+
+
+def _tried(rate: float, before: Mapping[str, Any], sums: list[float] | None) -> TriedRate:
+    gain, stderr = paired(before["counts"], before["sums"], sums) if sums else (None, None)
+    return TriedRate(rate=rate, gain=gain, stderr=stderr, sums=tuple(sums or ()), seconds=0.0)
+
+
+def of_sums() -> list[Found]:
+    """The recorded students of sums that have all four rates; the logarithm of accuracy stands for nats."""
+    groups: dict[Any, list[Line]] = {}
+    for line in math_table.read():
+        strategy = Strategy.from_json(line.strategy)
+        same = replace(strategy, distillation=replace(strategy.distillation, learning_rate=1e-3))
+        groups.setdefault((same.describe(), line.seed), []).append(line)
+    found = []
+    for (name, seed), lines in groups.items():
+        if len(lines) < len(math_table.RATES):
+            continue
+        tried: dict[int, list[TriedRate]] = {}
+        for line in sorted(lines, key=_rate):
+            for tokens, accuracy in zip(line.tokens, line.decayed, strict=True):
+                gain = math.log(accuracy / line.initial)
+                told = TriedRate(rate=_rate(line), gain=gain, stderr=None, sums=(), seconds=0.0)
+                tried.setdefault(tokens // STEP, []).append(told)
+        found.append(
+            Found(kind="sums", name=f"{name}, seed {seed}", first=2e-3, steps=max(tried), counts=(), tried=tried)
+        )
+    return found
+
+
+def _rate(line: Line) -> float:
+    return Strategy.from_json(line.strategy).distillation.learning_rate
 
 
 Rule = Callable[[Sequence[TriedRate], Sequence[int], float], float]
@@ -303,7 +361,7 @@ def _best(tried: Sequence[TriedRate]) -> int:
     return max(range(len(tried)), key=lambda place: -math.inf if tried[place].gain is None else tried[place].gain)
 
 
-def below(tried: Sequence[TriedRate], factor: float) -> float:
+def lower(tried: Sequence[TriedRate], factor: float) -> float:
     """The rate of the lowest NLL, divided by a factor, no less than the smallest."""
     return max(tried[0].rate, tried[_best(tried)].rate / factor)
 
@@ -313,43 +371,111 @@ def not_clearly_worse(tried: Sequence[TriedRate], counts: Sequence[int], pick: C
     best = tried[_best(tried)]
 
     def near(one: TriedRate) -> bool:
-        if not one.sums:
-            return False
+        if one is best or not one.sums:
+            return one is best
         gap, error = paired(counts, one.sums, best.sums)
         return gap <= (error or 0.0)
 
     return pick(one.rate for one in tried if near(one))
 
 
-def top(tried: Sequence[TriedRate], longer: float, power: float) -> float:
-    """The top of the parabola, moved by a power of the length."""
-    return choose(tried, longer, power)
-
-
+POWERS_OF_LENGTH = (0.0, -0.2, -0.35, -0.5)
 RULES: dict[str, Rule] = {
-    "lowest NLL": lambda tried, counts, longer: below(tried, 1.0),
-    "half a step below": lambda tried, counts, longer: below(tried, FACTOR**0.5),
-    "one step below": lambda tried, counts, longer: below(tried, FACTOR),
-    "two steps below": lambda tried, counts, longer: below(tried, FACTOR**2),
-    "largest not clearly worse": lambda tried, counts, longer: not_clearly_worse(tried, counts, max),
-    "smallest not clearly worse": lambda tried, counts, longer: not_clearly_worse(tried, counts, min),
-    "top of the parabola": lambda tried, counts, longer: top(tried, longer, 0.0),
-    "top, by length to -0.2": lambda tried, counts, longer: top(tried, longer, -0.2),
-    "top, by length to -0.4": lambda tried, counts, longer: top(tried, longer, -0.4),
-    "top, by length to -0.6": lambda tried, counts, longer: top(tried, longer, -0.6),
+    "lowest NLL": lambda tried, counts, longer: lower(tried, 1.0),
+    "half a step below the lowest": lambda tried, counts, longer: lower(tried, FACTOR**0.5),
+    "one step below the lowest": lambda tried, counts, longer: lower(tried, FACTOR),
+    "two steps below the lowest": lambda tried, counts, longer: lower(tried, FACTOR**2),
+    "largest that is not clearly worse": lambda tried, counts, longer: not_clearly_worse(tried, counts, max),
+    "smallest that is not clearly worse": lambda tried, counts, longer: not_clearly_worse(tried, counts, min),
+    **{
+        f"top of the parabola, times length to the power of {power:g}": (
+            lambda tried, counts, longer, power=power: choose(tried, longer, power)
+        )
+        for power in POWERS_OF_LENGTH
+    },
 }
 
 
 def adaptive(found: Found, steps: int) -> list[TriedRate]:
-    """The rates that the product's range test would try, of those that were trained."""
-    known = {round(math.log(one.rate / found.case.first, FACTOR)): one for one in found.tried(steps)}
+    """The rates that the range test would try, of those that were trained."""
+    known = {round(math.log(one.rate / found.first, FACTOR)): one for one in found.tried[steps]}
     tried: list[TriedRate] = []
-    while (rate := next_rate(found.case.first, tried, found.counts)) is not None:
-        power = round(math.log(rate / found.case.first, FACTOR))
+    while (rate := next_rate(found.first, tried, found.counts)) is not None:
+        power = round(math.log(rate / found.first, FACTOR))
         if power not in known:
             break
         tried.append(known[power])
     return tried
+
+
+def _kinds(found: Sequence[Found]) -> dict[str, list[Found]]:
+    kinds: dict[str, list[Found]] = {}
+    for one in found:
+        kinds.setdefault(one.kind, []).append(one)
+    return kinds
+
+
+def _shorter(found: Found) -> list[int]:
+    """The lengths of short trainings that are a quarter of the long one or less."""
+    return [steps for steps in found.tried if 4 * steps <= found.steps]
+
+
+def rules_table(found: Sequence[Found]) -> str:
+    """What each rule loses at the end of the long training."""
+    kinds = _kinds(found)
+    lines = []
+    for name, rule in RULES.items():
+        cells = [name]
+        for members in kinds.values():
+            if "clearly" in name and not members[0].counts:
+                cells.append("")
+                continue
+            picked = [
+                (one, rule(one.tried[steps], one.counts, one.steps / steps))
+                for one in members
+                for steps in _shorter(one)
+            ]
+            cells.append(_losses(picked))
+        lines.append(cells)
+    cells = ["the rate that the test begins with, untested"]
+    cells += [_losses([(one, one.first) for one in members]) for members in kinds.values()]
+    lines.append(cells)
+    cells = ["the range test as it is, which tries few rates"]
+    for members in kinds.values():
+        picked = [
+            (one, choose(adaptive(one, steps), one.steps / steps))
+            for one in members
+            if one.counts
+            for steps in _shorter(one)
+        ]
+        cells.append(_losses(picked) if picked else "")
+    lines.append(cells)
+    return report.table(["rule", *(f"{kind} ({len(members)})" for kind, members in kinds.items())], lines)
+
+
+def _losses(picked: Sequence[tuple[Found, float]]) -> str:
+    lost = [1000 * one.lost(rate) for one, rate in picked]
+    ruined = sum(one.below(rate) > 2 for one, rate in picked)
+    return f"{np.mean(lost):.1f}, {max(lost):.1f}" + (f", {ruined} below" if ruined else "")
+
+
+def best_table(found: Sequence[Found]) -> str:
+    """The best rate of each student by the length of its training."""
+    lines = []
+    for one in found:
+        tops = []
+        for steps in one.tried:
+            top = choose(one.tried[steps], 1.0, 0.0)
+            tops.append(f"{steps}: {top:.1e}")
+        gains = f"{one.most:.4f}"
+        chosen = [
+            f"{choose(adaptive(one, steps), one.steps / steps):.1e} after {len(adaptive(one, steps))} rates"
+            for steps in _shorter(one)
+            if one.counts
+        ]
+        lines.append([one.name, f"{one.first:.1e}", ", ".join(tops), ", ".join(chosen), gains])
+    titles = ["student", "first", "best rate by steps", "chosen by the range test", "nats won at best"]
+    return report.table(titles, lines)
 
 
 def main() -> None:
@@ -359,7 +485,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=LONG, help="of a long training of a small student")
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="of a small teacher's training")
     parser.add_argument("--eval-tokens", type=int, default=4096, help="held-out tokens that are read")
-    arguments = parse(parser, steps=16, teacher_steps=4, eval_tokens=256)
+    arguments = parse(parser, steps=32, teacher_steps=4, eval_tokens=256)
     torch.set_num_threads(1)
     keep_freed_memory()
     wanted = cases(arguments.seeds, arguments.steps)
@@ -370,14 +496,28 @@ def main() -> None:
         [RECIPE.to_json(), Q4_0.to_json(), BATCH, LENGTH, arguments.teacher_steps, arguments.eval_tokens]
     )
     kept = report.Kept("range-test", source, arguments.time)
-    found = [measured(case, kept, arguments.teacher_steps, arguments.eval_tokens) for case in wanted]
-    for one in found:
-        n = sum(one.counts)
-        print(
-            one.case.name,
-            sum(one.before) / n,
-            {k: (None if v is None else round((sum(one.before) - sum(v)) / n, 4)) for k, v in one.after.items()},
-        )
+    found = [measured(case, kept, arguments.teacher_steps, arguments.eval_tokens) for case in wanted] + of_sums()
+    title = "Which learning rate do a few steps choose for a longer training?"
+    print(report.write("range-test", title, sections(found)))
+
+
+def sections(found: Sequence[Found]) -> list[str]:
+    """The report's parts."""
+    small = next(one for one in found if one.counts)
+    families, widths = ", ".join(FAMILIES), ", ".join(map(str, WIDTHS))
+    return [
+        f"Students of small teachers ({families}; widths {widths}), whole and with half of their FFN neurons, learn a "
+        f"text of the kind that the teacher was trained on, in steps of {BATCH} tokens; those of SmolLM2 learn the "
+        f"default text, in steps of 256. The decay is on Q4_0, and in Q4_0 they are judged, on {sum(small.counts):,} "
+        f"held-out tokens of {len(small.counts)} documents. Rates lie {FACTOR:.3g} times apart. The students of sums "
+        "are those of `math_table`: 100 steps, rates twice apart, and the logarithm of accuracy stands for nats.",
+        "## Rules\n\nEach rule knows trainings of a quarter of the steps or fewer, at all rates. Thousandths of a nat "
+        "per held-out token that it loses at the end of the long training against the best rate there: the mean, the "
+        "most, and how many students end more than two standard errors below what they were untrained. In brackets "
+        "the number of students.\n\n" + rules_table(found),
+        "## Students\n\nThe best rates are tops of parabolas through the gains, within the rates that were tried.\n\n"
+        + best_table(found),
+    ]
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ _LOWEST, _HIGHEST = -6, 2
 # Of standard errors, for one rate to be clearly better than another.
 _CLEAR = 2.0
 # The best rate falls with the length of a training: as steps to the power of this.
-_HORIZON = -0.4
+_HORIZON = -0.35
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,11 +367,20 @@ def choose(tried: Sequence[TriedRate], longer: float, power: float = _HORIZON) -
     if ordered[best].gain is None:
         return rate / FACTOR
     if 0 < best < len(ordered) - 1:
-        below, top, above = (_gain(one) for one in ordered[best - 1 : best + 2])
-        bend = 2 * top - below - above
-        if math.isfinite(bend) and bend > 0:
-            rate *= FACTOR ** ((above - below) / (2 * bend))
+        near = ordered[best - 1 : best + 2]
+        rate = _top([math.log(one.rate) for one in near], [_gain(one) for one in near]) or rate
     return min(ordered[best].rate, max(ordered[0].rate, rate * max(1.0, longer) ** power))
+
+
+def _top(places: Sequence[float], gains: Sequence[float]) -> float | None:
+    """Return e to the place of the top of a parabola through three points, ascending; None where it has none."""
+    if not all(map(math.isfinite, gains)):
+        return None
+    below, above = places[1] - places[0], places[2] - places[1]
+    rise, fall = (gains[1] - gains[0]) / below, (gains[1] - gains[2]) / above
+    if rise + fall <= 0:
+        return None
+    return math.exp(places[1] + (rise * above - fall * below) / (2 * (rise + fall)))
 
 
 def _gain(one: TriedRate) -> float:
