@@ -123,7 +123,14 @@ def cases(seeds: int, long: int) -> list[Case]:
 def smollm2_cases() -> list[Case]:
     """SmolLM2 as it is on a grid, and with half of its FFN neurons."""
     return [
-        Case(name=f"smollm2 {shape}", first=2e-4, powers=SMOLLM2_POWERS, short=(STEPS,), steps=LONG, shape=shape)
+        Case(
+            name=f"smollm2 {shape}",
+            first=SMOLLM2_FIRST[shape],
+            powers=SMOLLM2_POWERS,
+            short=(STEPS,),
+            steps=LONG,
+            shape=shape,
+        )
         for shape in SHAPES
     ]
 
