@@ -58,7 +58,7 @@ def moments_of(model: Any, data: TokenSet) -> dict[str, Tensor]:
     try:
         with torch.no_grad():
             for row in data.tokens:
-                model.base_model(input_ids=torch.from_numpy(row[None]), use_cache=False)
+                model.base_model(input_ids=torch.tensor(row[None]), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -137,13 +137,13 @@ def main() -> None:
             told = "" if error is None else f" ± {error:.4f}"
             cells += [f"{one['plain']:.4f}", f"{one['compensated']:.4f}", f"{gap:+.4f}{told}"]
         lines.append([kind, *cells, f"{seconds:.0f}"])
-    titles = [
-        f"{name}{part}" for name in ("KL", "NLL", "accuracy") for part in (", plain", ", made up", ": difference")
-    ]
+    parts = (", plain", ", made up for", ": difference")
+    titles = [f"{name}{part}" for name in ("KL", "NLL", "accuracy") for part in parts]
+    documents = len(set(held_out.documents.flatten().tolist()))
     head = (
-        f"{arguments.teacher}, moments of {train.tokens.size:,} training tokens, judged on {held_out.predicted:,} tokens "
-        f"of {len(set(held_out.documents.flatten().tolist()))} held-out documents. SmolLM2's own file has its matrices "
-        "in Q4_1, so that these are rounded twice. Differences are paired by document; seconds are of one core."
+        f"{arguments.teacher}, moments of {train.tokens.size:,} training tokens, judged on {held_out.predicted:,} "
+        f"tokens of {documents} held-out documents. SmolLM2's own file has its matrices in Q4_1, so that these are "
+        "rounded twice. Differences are paired by document; seconds are of one core."
     )
     sections = [head, report.table(["matrices in", *titles, "seconds"], lines)]
     print(report.write("error-compensation", "Rounding that makes up for its errors", sections))
