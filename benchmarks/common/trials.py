@@ -294,7 +294,7 @@ def run(
     )
     named_missing = {name: strategies[name] for name, _ in missing.values()}
     with (
-        _ready(request, named_missing, workers, eval_tokens) as (setting, deployments),
+        ready(request, named_missing, workers, eval_tokens) as (setting, deployments),
         ProcessPoolExecutor(workers, spawned, initializer=_open, initargs=(setting,)) as pool,
     ):
         futures = []
@@ -320,7 +320,7 @@ def run(
 
 
 @contextmanager
-def _ready(
+def ready(
     request: SearchRequest, strategies: Mapping[str, Strategy], workers: int, eval_tokens: int
 ) -> Iterator[tuple[TrialSetting, Sequence[Deployment]]]:
     """What trials of these strategies read, and the space's deployments; its run is gone after the block."""

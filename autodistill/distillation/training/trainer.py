@@ -35,6 +35,7 @@ from autodistill.errors import TrialFailedError
 from autodistill.estimates.training_memory import OptimizerState
 from autodistill.inference.torch_memory import TooManyAtOnce, give_back_memory, is_out_of_memory
 from autodistill.models.config import spec_from_config
+from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.strategy.divergence import get_divergence
 from autodistill.strategy.strategy import Strategy
@@ -218,6 +219,21 @@ class Trainer:
             yield from self._train(until, rate, storage_of, shown)
         self.scales = {name: scales for name, weight in shown.items() if (scales := weight.stored()) is not None}
         self._merge()
+
+    def finish(self, until: int, spec: ModelSpec) -> Iterator[StepRecord]:
+        """Train the decay as the strategy says: on the grid of its finishing, or without one.
+
+        Args:
+            until: Tokens at the end, a whole number of steps.
+            spec: The student's shape.
+        """
+        finishing = self._strategy.finishing
+        if finishing is None:
+            return self.train_decay(until)
+        storages = {tensor.name: finishing.storage(tensor) for tensor in spec.tensors}
+        grids = {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
+        learned = finishing.scales == "learned"
+        return self.train_decay(until, grids.get, on_grid_after=finishing.start, learned=learned)
 
     def _merge(self) -> None:
         if self._adapters is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -21,19 +21,20 @@ from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.distillation.training.checkpoint import read_metadata
 from autodistill.distillation.training.fsdp import whole_model
 from autodistill.distillation.training.learning_rate import branch_point, end_of
+from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import StepRecord, Trainer
 from autodistill.errors import DamagedError, TrialFailedError
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
 from autodistill.models.loading import load_model
-from autodistill.quantization.grids import Grid, Scales
+from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
 from autodistill.runs.checkpoints import Checkpoint, open_stages
 from autodistill.runs.students import send_student, student_folder, trained_student
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import RungReport, TrialSetting, TrialTask
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Init
+from autodistill.strategy.strategy import Init, Strategy
 from autodistill.utils.checksums import check_seal, write_list
 from autodistill.utils.clock import Moment
 from autodistill.utils.durable import make_folder, put
@@ -191,7 +192,7 @@ class Trial:
                 saved = time.perf_counter()
             if trainer.tokens < point:
                 break
-        for record in self._decay(trainer, stretch.target):
+        for record in trainer.finish(stretch.target, self._spec):
             stretch.steps.append(record)
             if until is None:
                 self._on_step(record)
@@ -375,37 +376,10 @@ class Trial:
         )[0]
 
     def _trainer(self) -> Trainer:
-        setting, task = self._bench.setting, self._task
-        model, kept = initial_student(setting, task.strategy.init, task.seed)
-        self._bench.check(task.strategy, kept)
-        attention = task.strategy.distillation.attention
-        layers, plan = setting.teacher_spec.layers, setting.plan
-        return Trainer(
-            model.to(setting.device) if self._bench.sharding is None else model,
-            kept=kept,
-            teacher_layers=layers,
-            teacher_width=setting.teacher_spec.width,
-            strategy=task.strategy,
-            plan=replace(plan, micro_batch=min(plan.micro_batch, task.micro_batch or plan.micro_batch)),
-            data=self._bench.read("train", task.strategy.init).head(plan.most_tokens),
-            cache=self._bench.cache,
-            teacher_block=self._bench.teacher_block(teacher_layer(attention, layers)) if attention else None,
-            seed=task.seed,
-            device=setting.device,
-            teacher=self._bench.teacher,
-            sharding=self._bench.sharding,
-        )
-
-    def _decay(self, trainer: Trainer, target: int) -> Iterator[StepRecord]:
-        """The decay, on the finishing stage's grid where there is one."""
-        finishing = self._task.strategy.finishing
-        if finishing is None:
-            return trainer.train_decay(target)
-        storages = {tensor.name: finishing.storage(tensor) for tensor in self._spec.tensors}
-        grids = {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
-        return trainer.train_decay(
-            target, grids.get, on_grid_after=finishing.start, learned=finishing.scales == "learned"
-        )
+        model, kept = initial_student(self._bench.setting, self._task.strategy.init, self._task.seed)
+        self._bench.check(self._task.strategy, kept)
+        model = model.to(self._bench.setting.device) if self._bench.sharding is None else model
+        return trainer_of(self._bench, self._task, model, kept)
 
     def _save_student(self, model: Any, scales: Mapping[str, Scales], tokens: int | None) -> str:
         """Writes the trained master weights as a folder that transformers loads, whole or not at all.
@@ -431,6 +405,42 @@ class Trial:
         if (storage := self._bench.setting.storage) is not None:
             send_student(self._folder, storage, tokens)
         return written
+
+
+def trainer_of(
+    bench: Workbench,
+    task: TrialTask,
+    model: Any,
+    kept: tuple[int, ...],
+    strategy: Strategy | None = None,
+    plan: Plan | None = None,
+) -> Trainer:
+    """What trains a student, on the worker's data, cache and teacher.
+
+    Args:
+        bench: The worker's.
+        task: Which trial.
+        model: Its student, on the trials' device, or of several processes on the CPU.
+        kept: Teacher layer that each of its layers stands for.
+        strategy, plan: Others than the task's and the search's, where it is trained otherwise for once.
+    """
+    setting, strategy, plan = bench.setting, strategy or task.strategy, plan or bench.setting.plan
+    attention, layers = strategy.distillation.attention, setting.teacher_spec.layers
+    return Trainer(
+        model,
+        kept=kept,
+        teacher_layers=layers,
+        teacher_width=setting.teacher_spec.width,
+        strategy=strategy,
+        plan=replace(plan, micro_batch=min(plan.micro_batch, task.micro_batch or plan.micro_batch)),
+        data=bench.read("train", strategy.init).head(setting.plan.most_tokens),
+        cache=bench.cache,
+        teacher_block=bench.teacher_block(teacher_layer(attention, layers)) if attention else None,
+        seed=task.seed,
+        device=setting.device,
+        teacher=bench.teacher,
+        sharding=bench.sharding,
+    )
 
 
 def initial_student(setting: TrialSetting, init: Init, seed: int) -> tuple[Any, tuple[int, ...]]:

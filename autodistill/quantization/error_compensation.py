@@ -1,0 +1,96 @@
+"""Rounding that makes up for its errors: each column's error is spread over those that are not rounded yet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autodistill.quantization.grids import Grid, Scales
+from autodistill.quantization.group_scales import Steps, given_steps, in_steps
+from autodistill.quantization.rounding import fitted_scales, given_values
+
+# Of the mean of the moments' diagonal, which is added to it: inputs of a short text do not span all directions.
+DAMPING = 0.01
+# Columns whose errors reach the others behind them together.
+_BLOCK = 128
+
+
+@torch.no_grad()
+def compensated(
+    weight: Tensor, moments: Tensor, grid: Grid, *, scales: Scales | None = None, damping: float = DAMPING
+) -> tuple[Tensor, Scales]:
+    """Round a matrix so that its outputs change little, which plain rounding does to its weights.
+
+    With H the inputs' second moments, a rounded column j and its error e, the columns F that are not rounded yet move
+    by -e H^-1[j, F] / H^-1[j, j], H restricted to j and F: the least mean square of the outputs' change. Columns with
+    the largest moments come first; scales are fixed before, so that groups need not. GPTQ (Frantar et al., 2022,
+    arXiv:2210.17323), by the Cholesky factor of H^-1 and in blocks of columns.
+
+    Args:
+        weight: float32 [out, in], `in` a multiple of the grid's groups.
+        moments: [in, in], mean over tokens of input times input, transposed.
+        grid: The grid.
+        scales: Scales and offsets to use; by default those that follow from the weights.
+        damping: Share of the mean moment that is added to the diagonal.
+
+    Returns:
+        The values that a runtime reads, float32 [out, in], and the scales that they are packed with.
+
+    Raises:
+        ValueError: Moments of another size, or that are not finite.
+    """
+    columns = weight.shape[1]
+    if moments.shape != (columns, columns) or not torch.isfinite(moments).all():
+        raise ValueError(f"moments of {columns} inputs are finite numbers, [{columns}, {columns}]")
+    if scales is None:
+        fitted, offsets = fitted_scales(weight, grid)
+    else:
+        fitted, offsets = (None if part is None else torch.from_numpy(part).to(weight.device) for part in scales)
+    assert fitted is not None
+    steps = given_steps(fitted, offsets, grid)
+    stored = Scales(steps.scales.view_as(fitted).cpu().numpy(), None if offsets is None else offsets.cpu().numpy())
+    diagonal = moments.double().diagonal()
+    if not diagonal.mean() > 0:
+        return given_values(weight, steps, grid), stored
+    order = diagonal.argsort(descending=True, stable=True)
+    factor = _factor(moments.double()[order][:, order], damping).to(weight.dtype)
+    left, out = weight[:, order], torch.empty_like(weight)
+    places = (order // grid.group(columns)).tolist()
+    groups = columns // grid.group(columns)
+    for start in range(0, columns, _BLOCK):
+        end = min(start + _BLOCK, columns)
+        part, errors = left[:, start:end], torch.empty((len(weight), end - start), device=weight.device)
+        for place in range(end - start):
+            column = part[:, place : place + 1]
+            values = _on_grid(column, _of_group(steps, places[start + place], groups), grid)
+            out[:, order[start + place]] = values[:, 0]
+            row = factor[start + place, start + place : end]
+            errors[:, place] = (column - values)[:, 0] / row[0]
+            part[:, place:] -= errors[:, place : place + 1] * row
+        left[:, end:] -= errors @ factor[start:end, end:]
+    return out, stored
+
+
+def _factor(moments: Tensor, damping: float) -> Tensor:
+    """Return the upper Cholesky factor of the inverse, whose row j, over its first value, spreads an error at j."""
+    damped = moments + damping * moments.diagonal().mean() * torch.eye(len(moments), device=moments.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _of_group(steps: Steps, place: int, groups: int) -> Steps:
+    """Return the scaling of one group of each row."""
+    return steps.part(slice(place, None, groups))
+
+
+def _on_grid(column: Tensor, steps: Steps, grid: Grid) -> Tensor:
+    """Return a column's values, [out, 1], as `given_values` would."""
+    codes = torch.empty_like(column)
+    in_steps(column, steps, codes)
+    codes.clamp_(grid.qmin, grid.qmax).round_().add_(0.0)  # a code of 0 is never -0
+    if steps.zero_points is not None:
+        codes.sub_(steps.zero_points)
+    codes.mul_(steps.scales)
+    if steps.bases is not None:
+        codes.add_(steps.bases)
+    return codes.bfloat16().float() if grid.container == "compressed-tensors" else codes

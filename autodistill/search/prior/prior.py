@@ -1,0 +1,184 @@
+"""The recipe that a search begins with, and how unsure each of its dimensions is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autodistill.models.spec import ModelSpec
+from autodistill.search.prior.knowledge import (
+    CHOICES,
+    LAW,
+    RATE,
+    UNITS,
+    Belief,
+    Knowledge,
+    alignment_of,
+    covariates,
+    load,
+)
+from autodistill.strategy.strategy import Distillation, Temperature
+
+_LINEAR = "distillation.divergence_weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberPrior:
+    """What is believed of a number of the recipe.
+
+    Attributes:
+        value: The most likely best value.
+        low, high: One standard deviation below and above it, within what the number may be.
+        stake: Nats per held-out token that `value` is expected to lose against the best one.
+    """
+
+    value: float
+    low: float
+    high: float
+    stake: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoicePrior:
+    """What is believed of a choice of the recipe.
+
+    Attributes:
+        value: The choice that loses least; another one than the first where it is three times as likely to be better as
+            to be worse.
+        nats: Of each choice, the nats per held-out token that it is expected to lose over the first one, and the
+            standard deviation of that.
+        stake: Nats that the best other choice is expected to win where it is better, times how likely that is.
+    """
+
+    value: str
+    nats: Mapping[str, tuple[float, float]]
+    stake: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """What a search begins with.
+
+    Attributes:
+        recipe: The most likely best one.
+        numbers, choices: What is believed of each dimension, by its path in a space.
+        family_seen: Whether students of the teacher's family are among what was learnt from; else the rate needs a
+            range test.
+    """
+
+    recipe: Distillation
+    numbers: Mapping[str, NumberPrior]
+    choices: Mapping[str, ChoicePrior]
+    family_seen: bool
+
+    def stakes(self) -> dict[str, float]:
+        """Nats at stake by dimension, the largest first: what a race can win by trying other values."""
+        found = {path: one.stake for path, one in (*self.numbers.items(), *self.choices.items())}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def unsure(self, nats: float) -> tuple[str, ...]:
+        """Dimensions of which at least so many nats are at stake, the largest first."""
+        return tuple(path for path, stake in self.stakes().items() if stake >= nats)
+
+
+def prior_for(
+    teacher: ModelSpec,
+    *,
+    batch_tokens: int,
+    steps: int,
+    cut: bool,
+    width: int | None = None,
+    knowledge: Knowledge | None = None,
+) -> Prior:
+    """Return the recipe for students of a teacher.
+
+    Args:
+        teacher: Its shape and family.
+        batch_tokens: Tokens of an optimiser step.
+        steps: Optimiser steps of the training.
+        cut: Whether the student is smaller than the teacher; else it is the teacher on a coarser grid.
+        width: The student's hidden width; the teacher's by default.
+        knowledge: What is known; by default what ships.
+    """
+    known = load() if knowledge is None else knowledge
+    factors = covariates(width=width or teacher.width, batch=batch_tokens, steps=max(1, steps), cut=cut)
+    parts = [(factors[name], known.beliefs[name]) for name in LAW] + [(1.0, known.family(teacher.architecture))]
+    mean = sum(factor * one.mean for factor, one in parts)
+    spread = math.sqrt(sum((factor * one.sd) ** 2 for factor, one in parts))
+    beliefs = {path: Belief(mean=mean, sd=spread) if path == RATE else known.beliefs[path] for path in UNITS}
+    numbers = {path: _number(path, belief, known) for path, belief in beliefs.items()}
+    choices = {path: _choice(path, known, "cut" if cut else "whole") for path in CHOICES}
+    temperature = _temperature(
+        choices["distillation.temperature.shape"].value,
+        numbers["distillation.temperature.start"].value,
+        numbers["distillation.temperature.end"].value,
+    )
+    recipe = Distillation(
+        learning_rate=numbers[RATE].value,
+        divergence_weight=numbers[_LINEAR].value,
+        temperature=temperature,
+        alignment=alignment_of(
+            choices["distillation.alignment"].value,
+            choices["distillation.alignment.projection"].value,
+            numbers["distillation.alignment.weight"].value,
+        ),
+    )
+    seen = f"family {teacher.architecture}" in known.beliefs
+    return Prior(recipe=recipe, numbers=numbers, choices=choices, family_seen=seen)
+
+
+# Standard deviations that a normal variate stays below in three of four cases.
+_DOUBT = 0.674
+# What the numbers may be.
+_BOUNDS = {
+    RATE: (1e-7, 3e-2),
+    _LINEAR: (0.0, 1.0),
+    "distillation.temperature.start": (0.5, 8.0),
+    "distillation.temperature.end": (0.5, 8.0),
+    "distillation.alignment.weight": (1e-3, 1e3),
+}
+
+
+def _number(path: str, belief: Belief, known: Knowledge) -> NumberPrior:
+    least, most = _BOUNDS[path]
+
+    def shown(value: float) -> float:
+        """Return a value as a recipe has it, with three digits."""
+        plain = value if path == _LINEAR else 10 ** min(5.0, max(-9.0, value))
+        return float(f"{min(most, max(least, plain)):.3g}")
+
+    cost = math.exp(known.beliefs[f"cost {path}"].mean)
+    sd = math.hypot(belief.sd, known.between[path])
+    return NumberPrior(
+        value=shown(belief.mean),
+        low=shown(belief.mean - sd),
+        high=shown(belief.mean + sd),
+        stake=cost * (sd / UNITS[path]) ** 2,
+    )
+
+
+def _choice(path: str, known: Knowledge, kind: str) -> ChoicePrior:
+    first, *others = CHOICES[path]
+    nats = {first: (0.0, 0.0)}
+    for name in others:
+        belief = known.beliefs[f"{kind} {path}={name}"]
+        nats[name] = (belief.mean, belief.sd)
+    # Another than the first, which is the plainest, has to be likely to be better.
+    value = min(nats, key=lambda name: nats[name][0] + _DOUBT * nats[name][1])
+    gains = [_expected_gain(nats[value], nats[name]) for name in nats if name != value]
+    return ChoicePrior(value=value, nats=nats, stake=max(gains))
+
+
+def _expected_gain(mine: tuple[float, float], other: tuple[float, float]) -> float:
+    """Mean of what another choice wins, counted as 0 where it loses, both normal and independent."""
+    behind, sd = other[0] - mine[0], math.hypot(mine[1], other[1])
+    if sd == 0:
+        return max(0.0, -behind)
+    z = behind / sd
+    return sd * (math.exp(-z * z / 2) / math.sqrt(2 * math.pi) - z * math.erfc(z / math.sqrt(2)) / 2)
+
+
+def _temperature(shape: str, start: float, end: float) -> Temperature:
+    """Return the schedule; a constant one is at 1."""
+    return Temperature() if shape == "constant" else Temperature(shape=shape, start=start, end=end)

@@ -1,0 +1,58 @@
+"""A range test of the learning rate as a worker's piece of work."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from autodistill.distillation.student.check import student_spec
+from autodistill.search.prior.range_test import STEPS, RangeTest, range_test
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.messages import TrialTask
+from autodistill.search.worker.trial import initial_student, trainer_of
+from autodistill.strategy.deployment import Deployment
+
+
+def try_rates(
+    bench: Workbench,
+    task: TrialTask,
+    *,
+    horizon: int,
+    tokens: int,
+    deployment: Deployment | None = None,
+    steps: int = STEPS,
+    seconds: float = math.inf,
+) -> RangeTest:
+    """Builds a trial's student once, and tests the rates around that of its strategy.
+
+    Args:
+        bench: The worker's, of one process.
+        task: Which trial.
+        horizon: Optimiser steps of the training that a rate is chosen for.
+        tokens: Of validation that each rate is judged on.
+        deployment: What the student is judged as; by default the task's probe.
+        steps, seconds: As for `range_test`.
+
+    Raises:
+        TrialFailedError: As `range_test`.
+        ValueError: Several processes train together.
+    """
+    setting, strategy = bench.setting, task.strategy
+    if bench.sharding is not None:
+        raise ValueError("a range test needs the whole student in one process")
+    model, kept = initial_student(setting, strategy.init, task.seed)
+    bench.check(strategy, kept)
+    model = model.to(setting.device)
+    return range_test(
+        model,
+        partial(trainer_of, bench, task, model, kept),
+        spec=student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model)),
+        strategy=strategy,
+        plan=setting.plan,
+        held_out=bench.held_out(tokens, strategy.init)[0],
+        deployment=deployment or task.probe,
+        horizon=horizon,
+        steps=steps,
+        seconds=seconds,
+        device=setting.device,
+    )

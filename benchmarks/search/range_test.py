@@ -1,0 +1,531 @@
+"""Which learning rate do a few steps choose for a longer training, and what is lost against the best rate at its end?
+
+    python -m benchmarks.search.range_test [--seeds 2] [--cases NAME ...] [--time 10m]
+
+Students of small teachers of three families and three widths, and of SmolLM2 with --cases, are trained for some steps,
+and for many more, at rates from far too low to far too high. Rules that know the short trainings alone then
+choose a rate. The students of sums are those that `math_table` recorded. What is measured is kept, and the same command
+goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from autodistill.data.dataset import load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.student.build import build_student, save_student
+from autodistill.distillation.student.check import probe_deployment, student_spec
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.errors import TrialFailedError
+from autodistill.hardware.budget import Budget
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.runs.run_folder import default_cache
+from autodistill.search.prior.range_test import (
+    FACTOR,
+    STEPS,
+    HeldOut,
+    TriedRate,
+    choose,
+    next_rate,
+    paired,
+    train_briefly,
+)
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.messages import TrialTask
+from autodistill.search.worker.trial import initial_student, trainer_of
+from autodistill.strategy.space import load_space
+from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.utils.hashing import content_hash
+from benchmarks.common import math_table, report, trials
+from benchmarks.common.math_search import STEP
+from benchmarks.common.math_table import Line
+from benchmarks.common.plans import straight_plan
+from benchmarks.common.program import parse, parser_of
+
+FAMILIES, WIDTHS = ("llama", "qwen3", "gemma3_text"), (32, 64, 128)
+# The layers and the vocabulary of a small teacher, and how it is trained.
+LAYERS, VOCABULARY, LENGTH, BATCH = 4, 300, 64, 512
+TEACHER_STEPS, TEACHER_RATE = 300, 3e-3
+SHORT, LONG = (8,), 64
+Q4_0 = Finishing(format="gguf-q4_0", bits=4, group_size=32)
+SHAPES = {"whole": Init(depth=1.0), "narrow": Init(depth=1.0, ffn=0.5)}
+RECIPE = Distillation(divergence_weight=0.25)
+# Rates are the first one times powers of `FACTOR`; small students begin with the rule, and SmolLM2's with the prior.
+POWERS = (-3, -2, -1, 0, 1)
+SMOLLM2_POWERS = (-1, 0, 1)
+SMOLLM2_FIRST = {"whole": 1e-4, "narrow": 3e-4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One student of one teacher.
+
+    Attributes:
+        name: What it is called.
+        first: The rate that a test begins with.
+        powers: Of `FACTOR`, the rates that are trained.
+        short, steps: Of the short trainings, and of the long one.
+        shape: Of the student.
+        teacher: Family and width of a small teacher; None for SmolLM2.
+        seed: Of data order, and of a small teacher.
+    """
+
+    name: str
+    first: float
+    powers: tuple[int, ...]
+    short: tuple[int, ...]
+    steps: int
+    shape: str
+    teacher: tuple[str, int] | None = None
+    seed: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Under which rules are compared."""
+        return f"{'SmolLM2' if self.teacher is None else 'small'}, {self.shape}"
+
+
+def cases(seeds: int, long: int) -> list[Case]:
+    """The small students; rates begin with the rule 2e-4 x 576 / width."""
+    return [
+        Case(
+            name=f"{family}-{width} {shape}, seed {seed}",
+            first=2e-4 * 576 / width,
+            powers=POWERS,
+            short=SHORT,
+            steps=long,
+            shape=shape,
+            teacher=(family, width),
+            seed=seed,
+        )
+        for seed in range(seeds)
+        for width in WIDTHS
+        for family in FAMILIES
+        for shape in SHAPES
+    ]
+
+
+def smollm2_cases() -> list[Case]:
+    """SmolLM2 as it is on a grid, and with half of its FFN neurons."""
+    return [
+        Case(
+            name=f"smollm2 {shape}",
+            first=SMOLLM2_FIRST[shape],
+            powers=SMOLLM2_POWERS,
+            short=(STEPS,),
+            steps=LONG,
+            shape=shape,
+        )
+        for shape in SHAPES
+    ]
+
+
+def small_teacher(family: str, width: int, seed: int, steps: int) -> tuple[Path, Path]:
+    """A small model trained on a small text, and the folder of another text, on which its students are trained."""
+    cache = default_cache() / "benchmarks" / "range-test"
+    text, other = (tiny_text(cache / f"text-{kind}", documents=240, sentences=10, seed=kind) for kind in (1, 2))
+    key = content_hash([family, width, seed, steps, LAYERS, VOCABULARY, TEACHER_RATE])
+    folder = cache / key
+    if folder.exists():
+        return folder, other
+    start = save_tiny_teacher(
+        cache / f"{key}-start",
+        architecture=family,
+        layers=LAYERS,
+        width=width,
+        heads=4,
+        kv_heads=2,
+        ffn=2 * width,
+        vocabulary=VOCABULARY,
+        seed=seed,
+    )
+    data = prepare(resolve_data(str(text)), start, tokenizer_fingerprint(start), LENGTH, cache)
+    strategy = Strategy(
+        init=Init(depth=1.0),
+        distillation=Distillation(
+            divergence_weight=0.0, learning_rate=TEACHER_RATE * 64 / width, train_embeddings=True
+        ),
+    )
+    model, kept = build_student(start, strategy.init)
+    trainer = Trainer(
+        model,
+        kept=kept,
+        teacher_layers=LAYERS,
+        teacher_width=width,
+        strategy=strategy,
+        plan=straight_plan(
+            steps * BATCH,
+            sequence_length=LENGTH,
+            batch_tokens=BATCH,
+            micro_batch=BATCH // LENGTH,
+            warmup_tokens=10 * BATCH,
+        ),
+        data=load_split(data.folder, "train"),
+        cache=None,
+        seed=seed,
+    )
+    for _ in trainer.train_stable(steps * BATCH * 4 // 5):
+        pass
+    for _ in trainer.train_decay(steps * BATCH):
+        pass
+    save_student(model, start, folder)
+    return folder, other
+
+
+class Student:
+    """A student before training, in memory, that is trained from there again and again.
+
+    Args:
+        bench: With the teacher, its outputs and the text.
+        case: Which.
+        tokens: Of validation that are read.
+    """
+
+    def __init__(self, bench: Workbench, case: Case, tokens: int) -> None:
+        setting = bench.setting
+        self._plan, self._first = setting.plan, case.first
+        self._strategy = Strategy(init=SHAPES[case.shape], distillation=RECIPE, finishing=Q4_0)
+        self._spec = student_spec(self._strategy, setting.teacher_spec)
+        deployment = probe_deployment(self._strategy, load_space("default").deployments)
+        task = TrialTask(id="x", strategy=self._strategy, seed=case.seed, deployments=(deployment,), probe=deployment)
+        model, kept = initial_student(setting, self._strategy.init, case.seed)
+        self._weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+        self._make = partial(trainer_of, bench, task, model, kept)
+        self._held = HeldOut(model, self._spec, bench.held_out(tokens)[0], deployment, "cpu")
+
+    def before(self) -> dict[str, Any]:
+        """Tokens and nats of each held-out document before training."""
+        return {"counts": self._held.counts, "sums": self._held.sums(None)}
+
+    def after(self, power: int, steps: int) -> list[float] | None:
+        """Nats of each held-out document after training; None where these are not finite."""
+        with torch.no_grad():
+            for parameter, values in self._weights:
+                parameter.copy_(values)
+        rate = self._first * FACTOR**power
+        try:
+            _, scales = train_briefly(self._make, self._strategy, self._plan, self._spec, rate, steps)
+        except TrialFailedError:
+            return None
+        found = self._held.sums(scales)
+        return None if found is None else list(found)
+
+
+@contextmanager
+def opened(case: Case, teacher_steps: int, eval_tokens: int) -> Iterator[Student]:
+    """A case's student, ready to be trained."""
+    batch, length, teacher, data = 256, 256, "smollm2", "pydoc"
+    if case.teacher is not None:
+        folder, text = small_teacher(*case.teacher, case.seed, teacher_steps)
+        batch, length, teacher, data = BATCH, LENGTH, str(folder), str(text)
+    strategy = Strategy(init=SHAPES[case.shape], distillation=RECIPE, finishing=Q4_0)
+    request = SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9, context=length),
+        teacher=teacher,
+        data=data,
+        trials=1,
+        tokens=case.steps * batch,
+        step_tokens=batch,
+        sequence_length=length,
+        runner="inline",
+        name="trials",
+    )
+    with trials.ready(request, {"x": strategy}, 2, eval_tokens) as (setting, _):
+        # All sequences of a step at once, which small models are trained faster with.
+        plan = replace(setting.plan, micro_batch=batch // length, threads=1)
+        yield Student(Workbench(replace(setting, plan=plan)), case, eval_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a student's trainings came to.
+
+    Attributes:
+        kind: Under which rules are compared.
+        name: Of the student.
+        first: The rate that a test begins with.
+        steps: Of the long training.
+        counts: Tokens of each held-out document; none where they were not kept.
+        tried: By steps, the rates as a range test has them, ascending.
+    """
+
+    kind: str
+    name: str
+    first: float
+    steps: int
+    counts: Sequence[int]
+    tried: Mapping[int, Sequence[TriedRate]]
+
+    @property
+    def ends(self) -> list[TriedRate]:
+        """The long trainings that stayed finite."""
+        return [one for one in self.tried[self.steps] if one.gain is not None]
+
+    def gain(self, rate: float) -> float:
+        """Nats per token that the long training wins at a rate: on a line between two, over the rate's logarithm."""
+        rates, gains = zip(*((math.log(one.rate), one.gain) for one in self.ends), strict=True)
+        return float(np.interp(math.log(rate), rates, gains))
+
+    @property
+    def most(self) -> float:
+        """The gain of the best rate."""
+        return max(one.gain or 0.0 for one in self.ends)
+
+    def lost(self, rate: float) -> float:
+        """Nats per token that a rate loses against the best."""
+        return self.most - self.gain(rate)
+
+    def below(self, rate: float) -> float:
+        """By how many standard errors the long training at a rate ends below the untrained student; 0 for above."""
+        near = min(self.ends, key=lambda one: abs(math.log(one.rate / rate)))
+        return max(0.0, -self.gain(rate)) / (near.stderr or math.inf)
+
+
+def measured(case: Case, kept: report.Kept, teacher_steps: int, eval_tokens: int) -> Found:
+    """What a case's trainings come to; what is known is not measured again."""
+    students: list[Student] = []
+    with ExitStack() as stack:
+
+        def get(key: str, make: Callable[[Student], Any]) -> Any:
+            def made() -> Any:
+                if not students:
+                    students.append(stack.enter_context(opened(case, teacher_steps, eval_tokens)))
+                print(f"{case.name}: {key}", file=sys.stderr, flush=True)
+                return make(students[0])
+
+            return kept.get(f"{case.name}: {key}", made)
+
+        before = get("before", lambda student: student.before())
+        wanted = [(steps, power) for steps in (*case.short, case.steps) for power in case.powers]
+        after = {
+            (steps, power): get(f"{steps} steps, power {power}", lambda student, p=power, s=steps: student.after(p, s))
+            for steps, power in wanted
+        }
+    tried = {}
+    for steps in (*case.short, case.steps):
+        tried[steps] = [_tried(case.first * FACTOR**power, before, after[steps, power]) for power in case.powers]
+    return Found(
+        kind=case.kind,
+        name=case.name,
+        first=case.first,
+        steps=case.steps,
+        counts=before["counts"],
+        tried=tried,
+    )
+
+
+def _tried(rate: float, before: Mapping[str, Any], sums: list[float] | None) -> TriedRate:
+    gain, stderr = paired(before["counts"], before["sums"], sums) if sums else (None, None)
+    return TriedRate(rate=rate, gain=gain, stderr=stderr, sums=tuple(sums or ()), seconds=0.0)
+
+
+def of_sums() -> list[Found]:
+    """The recorded students of sums that have all four rates; the logarithm of accuracy stands for nats."""
+    groups: dict[Any, list[Line]] = {}
+    for line in math_table.read():
+        strategy = Strategy.from_json(line.strategy)
+        same = replace(strategy, distillation=replace(strategy.distillation, learning_rate=1e-3))
+        groups.setdefault((same.describe(), line.seed), []).append(line)
+    found = []
+    for (name, seed), lines in groups.items():
+        if len(lines) < len(math_table.RATES):
+            continue
+        tried: dict[int, list[TriedRate]] = {}
+        for line in sorted(lines, key=_rate):
+            for tokens, accuracy in zip(line.tokens, line.decayed, strict=True):
+                gain = math.log(accuracy / line.initial)
+                told = TriedRate(rate=_rate(line), gain=gain, stderr=None, sums=(), seconds=0.0)
+                tried.setdefault(tokens // STEP, []).append(told)
+        found.append(
+            Found(kind="sums", name=f"{name}, seed {seed}", first=2e-3, steps=max(tried), counts=(), tried=tried)
+        )
+    return found
+
+
+def _rate(line: Line) -> float:
+    return Strategy.from_json(line.strategy).distillation.learning_rate
+
+
+Rule = Callable[[Sequence[TriedRate], Sequence[int], float], float]
+
+
+def _best(tried: Sequence[TriedRate]) -> int:
+    return max(range(len(tried)), key=lambda place: -math.inf if tried[place].gain is None else tried[place].gain)
+
+
+def lower(tried: Sequence[TriedRate], factor: float) -> float:
+    """The rate of the lowest NLL, divided by a factor, no less than the smallest."""
+    return max(tried[0].rate, tried[_best(tried)].rate / factor)
+
+
+def not_clearly_worse(tried: Sequence[TriedRate], counts: Sequence[int], pick: Callable[..., float]) -> float:
+    """Of the rates that are within a standard error of the lowest NLL, the smallest or the largest."""
+    best = tried[_best(tried)]
+
+    def near(one: TriedRate) -> bool:
+        if one is best or not one.sums:
+            return one is best
+        gap, error = paired(counts, one.sums, best.sums)
+        return gap <= (error or 0.0)
+
+    return pick(one.rate for one in tried if near(one))
+
+
+POWERS_OF_LENGTH = (0.0, -0.2, -0.35, -0.5)
+RULES: dict[str, Rule] = {
+    "lowest NLL": lambda tried, counts, longer: lower(tried, 1.0),
+    "half a step below the lowest": lambda tried, counts, longer: lower(tried, FACTOR**0.5),
+    "one step below the lowest": lambda tried, counts, longer: lower(tried, FACTOR),
+    "two steps below the lowest": lambda tried, counts, longer: lower(tried, FACTOR**2),
+    "largest that is not clearly worse": lambda tried, counts, longer: not_clearly_worse(tried, counts, max),
+    "smallest that is not clearly worse": lambda tried, counts, longer: not_clearly_worse(tried, counts, min),
+    **{
+        f"top of the parabola, times length to the power of {power:g}": (
+            lambda tried, counts, longer, power=power: choose(tried, longer, power)
+        )
+        for power in POWERS_OF_LENGTH
+    },
+}
+
+
+def adaptive(found: Found, steps: int) -> list[TriedRate]:
+    """The rates that the range test would try, of those that were trained."""
+    known = {round(math.log(one.rate / found.first, FACTOR)): one for one in found.tried[steps]}
+    tried: list[TriedRate] = []
+    while (rate := next_rate(found.first, tried, found.counts)) is not None:
+        power = round(math.log(rate / found.first, FACTOR))
+        if power not in known:
+            break
+        tried.append(known[power])
+    return tried
+
+
+def _kinds(found: Sequence[Found]) -> dict[str, list[Found]]:
+    kinds: dict[str, list[Found]] = {}
+    for one in found:
+        kinds.setdefault(one.kind, []).append(one)
+    return kinds
+
+
+def _shorter(found: Found) -> list[int]:
+    """The lengths of short trainings that are a quarter of the long one or less."""
+    return [steps for steps in found.tried if 4 * steps <= found.steps]
+
+
+def rules_table(found: Sequence[Found]) -> str:
+    """What each rule loses at the end of the long training."""
+    kinds = _kinds(found)
+    lines = []
+    for name, rule in RULES.items():
+        cells = [name]
+        for members in kinds.values():
+            if "clearly" in name and not members[0].counts:
+                cells.append("")
+                continue
+            picked = [
+                (one, rule(one.tried[steps], one.counts, one.steps / steps))
+                for one in members
+                for steps in _shorter(one)
+            ]
+            cells.append(_losses(picked))
+        lines.append(cells)
+    cells = ["the rate that the test begins with, untested"]
+    cells += [_losses([(one, one.first) for one in members]) for members in kinds.values()]
+    lines.append(cells)
+    cells = ["the range test as it is, which tries few rates"]
+    for members in kinds.values():
+        picked = [
+            (one, choose(adaptive(one, steps), one.steps / steps))
+            for one in members
+            if one.counts
+            for steps in _shorter(one)
+        ]
+        cells.append(_losses(picked) if picked else "")
+    lines.append(cells)
+    return report.table(["rule", *(f"{kind} ({len(members)})" for kind, members in kinds.items())], lines)
+
+
+def _losses(picked: Sequence[tuple[Found, float]]) -> str:
+    lost = [1000 * one.lost(rate) for one, rate in picked]
+    ruined = sum(one.below(rate) > 2 for one, rate in picked)
+    return f"{np.mean(lost):.1f}, {max(lost):.1f}" + (f", {ruined} below" if ruined else "")
+
+
+def best_table(found: Sequence[Found]) -> str:
+    """The best rate of each student by the length of its training."""
+    lines = []
+    for one in found:
+        tops = []
+        for steps in one.tried:
+            top = choose(one.tried[steps], 1.0, 0.0)
+            tops.append(f"{steps}: {top:.1e}")
+        gains = f"{one.most:.4f}"
+        chosen = [
+            f"{choose(adaptive(one, steps), one.steps / steps):.1e} after {len(adaptive(one, steps))} rates"
+            for steps in _shorter(one)
+            if one.counts
+        ]
+        lines.append([one.name, f"{one.first:.1e}", ", ".join(tops), ", ".join(chosen), gains])
+    titles = ["student", "first", "best rate by steps", "chosen by the range test", "nats won at best"]
+    return report.table(titles, lines)
+
+
+def main() -> None:
+    """Measures what is not known yet, and writes the report."""
+    parser = parser_of(__doc__, seeds=1, time=True)
+    parser.add_argument("--smollm2", action="store_true", help="students of SmolLM2 too: some 20 minutes of a core")
+    parser.add_argument("--steps", type=int, default=LONG, help="of a long training of a small student")
+    parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="of a small teacher's training")
+    parser.add_argument("--eval-tokens", type=int, default=4096, help="held-out tokens that are read")
+    arguments = parse(parser, steps=32, teacher_steps=4, eval_tokens=256)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    wanted = cases(arguments.seeds, arguments.steps)
+    if arguments.smoke:
+        wanted = [replace(wanted[0], powers=(-1, 0, 1), short=(4,))]
+    wanted += smollm2_cases() if arguments.smollm2 else []
+    source = content_hash(
+        [RECIPE.to_json(), Q4_0.to_json(), BATCH, LENGTH, arguments.teacher_steps, arguments.eval_tokens]
+    )
+    kept = report.Kept("range-test", source, arguments.time)
+    found = [measured(case, kept, arguments.teacher_steps, arguments.eval_tokens) for case in wanted] + of_sums()
+    title = "Which learning rate do a few steps choose for a longer training?"
+    print(report.write("range-test", title, sections(found)))
+
+
+def sections(found: Sequence[Found]) -> list[str]:
+    """The report's parts."""
+    small = next(one for one in found if one.counts)
+    families, widths = ", ".join(FAMILIES), ", ".join(map(str, WIDTHS))
+    return [
+        f"Students of small teachers ({families}; widths {widths}), whole and with half of their FFN neurons, learn a "
+        f"text of the kind that the teacher was trained on, in steps of {BATCH} tokens; those of SmolLM2 learn the "
+        f"default text, in steps of 256. The decay is on Q4_0, and in Q4_0 they are judged, on {sum(small.counts):,} "
+        f"held-out tokens of {len(small.counts)} documents. Rates lie {FACTOR:.3g} times apart. The students of sums "
+        "are those of `math_table`: 100 steps, rates twice apart, and the logarithm of accuracy stands for nats.",
+        "## Rules\n\nEach rule knows trainings of a quarter of the steps or fewer, at all rates. Thousandths of a nat "
+        "per held-out token that it loses at the end of the long training against the best rate there: the mean, the "
+        "most, and how many students end more than two standard errors below what they were untrained. In brackets "
+        "the number of students.\n\n" + rules_table(found),
+        "## Students\n\nThe best rates are tops of parabolas through the gains, within the rates that were tried.\n\n"
+        + best_table(found),
+    ]
+
+
+if __name__ == "__main__":
+    main()

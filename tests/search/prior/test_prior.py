@@ -1,0 +1,83 @@
+"""The recipe that a search begins with: what changes it, what is unsure, and that a strategy may have it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from autodistill.models.config import spec_from_config
+from autodistill.search.prior.knowledge import CHOICES, RATE, UNITS, Belief, load
+from autodistill.search.prior.prior import prior_for
+from autodistill.strategy.space import load_space
+from autodistill.testing import tiny_config
+
+SPEC = replace(spec_from_config(tiny_config()), width=576)
+
+
+def prior(spec=SPEC, **asked):
+    return prior_for(spec, **{"batch_tokens": 256, "steps": 24, "cut": False, **asked})
+
+
+def test_the_rate_follows_the_law():
+    beliefs = load().beliefs
+    base = 10 ** (beliefs["rate"].mean + beliefs["family llama"].mean)
+    assert prior().recipe.learning_rate == pytest.approx(base, rel=0.01)
+    for asked, name, decades in (
+        ({"width": 5760}, "rate.width", 1),
+        ({"batch_tokens": 25600}, "rate.batch", 2),
+        ({"steps": 2400}, "rate.steps", 2),
+        ({"cut": True}, "rate.cut", 1),
+    ):
+        found = prior(**asked).recipe.learning_rate
+        assert found == pytest.approx(base * 10 ** (decades * beliefs[name].mean), rel=0.01), name
+    assert prior(width=5760).recipe.learning_rate < prior().recipe.learning_rate
+    assert prior(steps=2400).recipe.learning_rate < prior().recipe.learning_rate
+
+
+def test_an_unseen_family_begins_lower_and_is_less_sure():
+    unseen = prior(replace(SPEC, architecture="gpt_neox"))
+    assert prior().family_seen
+    assert not unseen.family_seen
+    assert unseen.recipe.learning_rate < prior().recipe.learning_rate
+
+    def spread(found):
+        return found.numbers[RATE].high / found.numbers[RATE].low
+
+    assert spread(unseen) > spread(prior())
+    assert unseen.stakes()[RATE] > prior().stakes()[RATE]
+    assert next(iter(unseen.stakes())) == RATE
+
+
+def test_every_dimension_is_one_of_a_space_and_has_a_spread():
+    found = prior(cut=True)
+    assert {*found.numbers, *found.choices} == {*UNITS, *CHOICES}
+    assert {*found.numbers, *found.choices} <= {dimension.path for dimension in load_space("default").dimensions}
+    for path, one in found.numbers.items():
+        assert one.low < one.value < one.high, path
+    for path, one in found.choices.items():
+        assert one.value in CHOICES[path]
+        assert set(one.nats) == set(CHOICES[path])
+    stakes = list(found.stakes().values())
+    assert stakes == sorted(stakes, reverse=True)
+    assert found.unsure(stakes[2]) == tuple(found.stakes())[:3]
+    assert found.unsure(math.inf) == ()
+
+
+def test_a_choice_other_than_the_first_has_to_be_likely():
+    name = "whole distillation.alignment=even-4"
+    known = load()
+    for mean, expected in ((-0.005, None), (-0.05, "even-4")):
+        beliefs = {**known.beliefs, name: Belief(mean=mean, sd=0.01)}
+        alignment = prior(knowledge=replace(known, beliefs=beliefs)).recipe.alignment
+        assert (alignment and alignment.name) == expected
+
+
+def test_what_a_choice_may_win_is_the_mean_of_a_cut_off_normal():
+    import numpy as np
+
+    known = load()
+    names = [f"whole distillation.temperature.shape={one}" for one in ("linear", "cosine", "exponential")]
+    beliefs = {**known.beliefs, **dict.fromkeys(names, Belief(mean=1.0, sd=0.0)), names[0]: Belief(mean=0.01, sd=0.02)}
+    stake = prior(knowledge=replace(known, beliefs=beliefs)).choices["distillation.temperature.shape"].stake
+    drawn = np.random.default_rng(0).normal(0.01, 0.02, 10**6)
+    assert stake == pytest.approx(np.maximum(0, -drawn).mean(), rel=0.02)

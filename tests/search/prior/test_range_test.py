@@ -1,0 +1,285 @@
+"""A range test on a tiny student: what it finds, how it ends, and that it leaves everything as it was."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from autodistill.data.dataset import TokenSet
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.errors import InputError, TrialFailedError
+from autodistill.inference.scoring import score
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.search.prior.range_test import FACTOR, RangeTest, TriedRate, choose, next_rate, paired, range_test
+from autodistill.strategy.deployment import IN_16_BITS, Deployment
+from autodistill.strategy.strategy import Distillation, Finishing, Lora, Strategy
+from autodistill.testing import save_tiny_teacher, small_plan
+
+LENGTH, DOCUMENTS = 32, 12
+Q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+PLAN = small_plan(sequence_length=LENGTH, batch_tokens=2 * LENGTH, micro_batch=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_teacher(tmp_path_factory.mktemp("range") / "teacher", layers=2, width=32, ffn=64)
+
+
+def text(seed, sequences=DOCUMENTS):
+    """Sequences that count upwards, which a model can learn; a document each."""
+    starts = np.random.default_rng(seed).integers(3, 40, (sequences, 1))
+    tokens = (starts + np.arange(LENGTH) % 8).astype(np.int32)
+    return TokenSet(tokens=tokens, documents=np.repeat(np.arange(sequences, dtype=np.int32)[:, None], LENGTH, axis=1))
+
+
+class Subject:
+    """A student, and a range test of it."""
+
+    def __init__(self, folder, **recipe):
+        self.model = load_model(folder, torch.float32)
+        self.spec = spec_from_config(self.model.config.to_dict())
+        self.finishing = recipe.pop("finishing", None)
+        self.recipe = Distillation(divergence_weight=0.0, **recipe)
+        self.trained = []
+
+    def trainer(self, strategy, plan):
+        self.trained.append(strategy.distillation.learning_rate)
+        return Trainer(
+            self.model,
+            kept=(0, 1),
+            teacher_layers=2,
+            teacher_width=32,
+            strategy=strategy,
+            plan=plan,
+            data=text(1, 64),
+            cache=None,
+            seed=0,
+        )
+
+    def test(self, rate, **options):
+        asked = {"held_out": text(2), "deployment": IN_16_BITS, "horizon": 8, "steps": 8} | options
+        strategy = Strategy(
+            distillation=Distillation(**{**self.recipe.__dict__, "learning_rate": rate}), finishing=self.finishing
+        )
+        return range_test(self.model, self.trainer, spec=self.spec, strategy=strategy, plan=PLAN, **asked)
+
+
+def test_it_goes_down_from_too_high_a_rate_and_up_from_too_low_a_one(folder):
+    high, low = Subject(folder).test(0.9), Subject(folder).test(1e-5)
+    assert [one.rate for one in high.tried[:2]] == pytest.approx([0.9, 0.9 / FACTOR])
+    assert high.chosen < 0.3
+    assert max(one.rate for one in low.tried) == pytest.approx(1e-5 * FACTOR**2)
+    assert high.beats_beginning
+    # What it says it won is what an independent scoring finds.
+    assert high.best.gain == pytest.approx((sum(high.sums) - sum(high.best.sums)) / sum(high.counts))
+
+
+def test_gains_are_those_of_the_product_s_own_training(folder):
+    subject = Subject(folder)
+    found = subject.test(1e-2)
+    model = load_model(folder, torch.float32)
+    before = score(model, text(2))[0].nll
+    assert sum(found.sums) == pytest.approx(before.sum(), rel=1e-3)  # it is stored in bfloat16
+    assert found.counts == (LENGTH - 1,) * DOCUMENTS
+    one = found.tried[0]
+    gaps = (np.array(found.sums) - np.array(one.sums)) / (LENGTH - 1)
+    assert one.gain == pytest.approx(gaps.mean())
+    # Documents are equally long: the error is that of a mean, within what a bootstrap scatters and few documents cost.
+    assert one.stderr == pytest.approx(gaps.std(ddof=1) / math.sqrt(DOCUMENTS), rel=0.15)
+
+
+@pytest.mark.parametrize("recipe", [{}, {"train_embeddings": True}, {"lora": Lora(rank=4)}])
+def test_model_flags_and_random_state_are_left_as_they_were(folder, recipe):
+    subject = Subject(folder, **recipe)
+    subject.model.eval()
+    next(subject.model.parameters()).requires_grad_(False)
+    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in subject.model.parameters()]
+    random, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    found = subject.test(1e-2)
+    assert found.beats_beginning
+    assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
+    assert [parameter.requires_grad for parameter in subject.model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in subject.model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert torch.get_num_threads() == threads
+    assert not subject.model.training
+
+
+def test_the_same_seed_finds_the_same_whatever_was_drawn_before(folder):
+    first = Subject(folder).test(1e-2)
+    torch.rand(7)
+    second = Subject(folder).test(1e-2)
+
+    def untimed(found):
+        return [(one.rate, one.gain, one.sums) for one in found.tried], found.chosen
+
+    assert untimed(first) == untimed(second)
+
+
+def test_a_rate_that_explodes_is_worse_than_any_other(folder):
+    subject = Subject(folder)
+    make = subject.trainer
+
+    def exploding(strategy, plan):
+        if strategy.distillation.learning_rate > 0.05:
+            raise TrialFailedError("nan", "loss or gradient was not finite")
+        return make(strategy, plan)
+
+    subject.trainer = exploding
+    found = subject.test(0.09)
+    first, second = found.tried[:2]
+    assert (first.gain, first.sums) == (None, ())
+    assert second.gain > 0
+    assert found.chosen < 0.05
+    assert "not finite" in found.describe()
+    with pytest.raises(ValueError, match="no difference"):
+        found.difference(first, second)
+
+
+def test_weights_that_became_infinite_are_not_finite_and_come_back(folder):
+    subject = Subject(folder)
+    make = subject.trainer
+
+    class Spoilt:
+        def __init__(self, trainer):
+            self.trainer, self.scales = trainer, {}
+
+        def train_stable(self, until):
+            return self.trainer.train_stable(until)
+
+        def finish(self, until, spec):
+            yield from self.trainer.finish(until, spec)
+            with torch.no_grad():
+                next(subject.model.parameters()).fill_(math.inf)
+
+    subject.recipe = Distillation(divergence_weight=0.0, train_embeddings=True)
+    subject.trainer = lambda strategy, plan: (
+        Spoilt(make(strategy, plan)) if strategy.distillation.learning_rate > 0.005 else make(strategy, plan)
+    )
+    found = subject.test(0.01)
+    assert found.tried[0].gain is None
+    assert found.tried[1].gain is not None
+
+
+def test_another_failure_is_not_hidden(folder):
+    subject = Subject(folder)
+
+    def failing(strategy, plan):
+        raise TrialFailedError("out-of-memory", "full")
+
+    subject.trainer = failing
+    with pytest.raises(TrialFailedError, match="full"):
+        subject.test(1e-3)
+
+
+def test_it_says_when_no_rate_beats_the_untrained_student(folder):
+    """The teacher has learnt the held-out text; what it is trained on now contradicts it."""
+    subject = Subject(folder)
+    learnt = text(2)
+    subject.trainer = lambda strategy, plan: Trainer(
+        subject.model,
+        kept=(0, 1),
+        teacher_layers=2,
+        teacher_width=32,
+        strategy=strategy,
+        plan=plan,
+        data=learnt,
+        cache=None,
+        seed=0,
+    )
+    trainer = subject.trainer(Strategy(distillation=subject.recipe), PLAN)
+    for _ in trainer.train_stable(120 * PLAN.batch_tokens):
+        pass
+    noise = np.random.default_rng(3).integers(3, 60, (64, LENGTH)).astype(np.int32)
+    learnt = TokenSet(tokens=noise, documents=np.zeros_like(noise))
+    found = subject.test(1e-2)
+    assert not found.beats_beginning
+    assert "none beats" in found.describe()
+    assert found.chosen < 1e-2
+
+
+def test_it_trains_on_the_grid_that_the_strategy_finishes_on(folder):
+    finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32)
+    on_grid = Subject(folder, finishing=finishing).test(1e-2, deployment=Q4_0)
+    off_grid = Subject(folder).test(1e-2, deployment=Q4_0)
+    assert on_grid.sums == off_grid.sums
+    assert on_grid.tried[0].sums != off_grid.tried[0].sums
+
+
+def test_seconds_bound_it(folder):
+    subject = Subject(folder)
+    assert subject.test(1e-2, seconds=1e-3).tried == ()
+    none = subject.test(1e-2, seconds=1e-3)
+    assert (none.chosen, none.steps, none.beats_beginning) == (1e-2, 0, False)
+    assert "lack of time" in none.describe()
+    plenty = subject.test(1e-2, seconds=1e6)
+    assert plenty.steps == 8
+    assert len(plenty.tried) >= 2
+
+
+def test_too_few_steps_are_refused(folder):
+    with pytest.raises(ValueError, match="at least 4"):
+        Subject(folder).test(1e-2, steps=3)
+
+
+def test_plain_data_come_back_as_they_were(folder):
+    found = Subject(folder).test(0.9)
+    assert RangeTest.from_json(json.loads(json.dumps(found.to_json()))) == found
+    with pytest.raises(InputError, match="lacks the field chosen"):
+        RangeTest.from_json({name: value for name, value in found.to_json().items() if name != "chosen"})
+
+
+COUNTS = (10,) * 30
+
+
+def tried(**gains):
+    """Rates by their power of the factor; each gain the same in all documents but for a little noise."""
+    dice = np.random.default_rng(0).normal(0, 0.01, 30)
+    found = []
+    for power, gain in gains.items():
+        place = int(power.replace("m", "-").replace("p", ""))
+        sums = () if gain is None else tuple(30 - 10 * gain + np.roll(dice, place))
+        found.append(TriedRate(rate=1e-3 * FACTOR**place, gain=gain, stderr=0.001, sums=sums, seconds=1.0))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gains", "power"),
+    [
+        ({}, 0),
+        ({"p0": 0.1}, -1),
+        ({"p0": None}, -1),
+        ({"p0": 0.1, "m1": 0.2}, -2),
+        ({"p0": 0.2, "m1": 0.1}, 1),
+        ({"p0": 0.2, "m1": 0.2001}, None),
+        ({"p0": 0.1, "m1": 0.2, "m2": 0.15}, None),
+        ({"p0": 0.2, "m1": 0.1, "p1": 0.3}, 2),
+        ({"p0": 0.2, "m1": 0.1, "p1": 0.3, "p2": 0.4}, None),
+        ({"p0": None, "m1": None, "m2": None}, -3),
+        ({"m6": 0.4, "m5": 0.3, "p0": 0.1}, None),
+    ],
+)
+def test_the_next_rate(gains, power):
+    found = next_rate(1e-3, tried(**gains), COUNTS)
+    assert found == (None if power is None else pytest.approx(1e-3 * FACTOR**power))
+
+
+def test_the_chosen_rate_is_the_top_of_a_parabola_and_less_for_longer():
+    places = {"m3": -3, "m2": -2, "m1": -1, "p0": 0}
+    found = tried(**{name: 0.5 - 0.1 * (place + 1.3) ** 2 for name, place in places.items()})
+    top = choose(found, 1.0, 0.0)
+    assert top == pytest.approx(1e-3 * FACTOR**-1.3)
+    assert choose(found, 10.0, -0.4) == pytest.approx(top * 10**-0.4)
+    # Never outside of what was tried, nor above the best that was.
+    assert choose(found, 1e9, -0.4) == pytest.approx(1e-3 * FACTOR**-3)
+    above = tried(**{name: 0.5 - 0.1 * (place + 0.7) ** 2 for name, place in places.items()})
+    assert choose(above, 1.0, 0.0) == pytest.approx(1e-3 * FACTOR**-1)
+    assert choose(tried(p0=None, m1=None), 1.0) == pytest.approx(1e-3 * FACTOR**-2)
+
+
+def test_a_single_document_has_no_error():
+    assert paired((10,), (20.0,), (10.0,)) == (1.0, None)
