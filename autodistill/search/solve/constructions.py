@@ -8,19 +8,27 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from autodistill.distillation.student.shapes import cut_spec, layer_choices
+from autodistill.models.families import FAMILIES as MODEL_FAMILIES
 from autodistill.models.families import GGUF_BY_LAYER, get_family
+from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import TensorSpec
 from autodistill.search.solve.bench import Measured, Sample
 from autodistill.search.solve.library import Library, Score
 from autodistill.search.solve.options import KEYS, VALUES, Options
-from autodistill.search.solve.shapes import Shapes
-from autodistill.search.solve.solver import Solver
+from autodistill.search.solve.shapes import Shapes, ffn_widths
+from autodistill.search.solve.solver import Found, Scores, Solver
 from autodistill.search.solve.widths import Widths
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
 
 FAMILIES = ("whole", "narrow", "layered", "shallow")
 """Of shapes: the teacher's own, all FFNs as narrow, each FFN as narrow as it may be, one block of layers left out."""
+
+CUTS = FAMILIES[1:]
+"""The families of those that are not whole."""
+
+WHOLE = Init(depth=1.0)
+"""How the teacher itself begins."""
 
 _MEASURED = 2  # shapes of a family that are measured whole
 _PATIENCE = 2  # shapes in vain, one after another, after which no smaller ones are asked for
@@ -73,6 +81,40 @@ class Construction:
         )
 
 
+def can_cut(spec: ModelSpec) -> bool:
+    """Whether students are cut from a model of this architecture."""
+    return spec.architecture in MODEL_FAMILIES and not spec.experts
+
+
+def smallest(options: Options) -> tuple[str, int]:
+    """The student of the least memory in any family: its name, and what it takes.
+
+    Args:
+        options: Of the teacher and the budget.
+    """
+    found = [(WHOLE, options)]
+    if can_cut(options.spec):
+        layers, whole = options.spec.layers, options.spec.ffn_width
+        cuts = (
+            [Init(depth=1.0, ffn=ffn_widths(whole)[-1] / whole, repair=True)] if whole > ffn_widths(whole)[-1] else []
+        )
+        cuts += [Init(depth=1.0, dropped=(1, _most_dropped(layers)))] if _most_dropped(layers) else []
+        found += [(init, Options(spec=cut_spec(init, options.spec), budget=options.budget)) for init in cuts]
+    sizes = [(init, *cut.smallest()) for init, cut in found]
+    init, deployment, estimate = min(sizes, key=lambda one: one[2].total_bytes)
+    return named(init, deployment), estimate.total_bytes
+
+
+def named(init: Init, deployment: Deployment) -> str:
+    """What a student in a storage is called: as the storage where it is the whole teacher."""
+    return deployment.name if init == WHOLE else f"{deployment.name} ({init.describe()})"
+
+
+def _most_dropped(layers: int) -> int:
+    """How many layers are left out at the most: half of them, and neither the first nor the last."""
+    return max(0, min(layers // 2, layers - 2))
+
+
 def constructions(
     options: Options,
     library: Library,
@@ -94,26 +136,62 @@ def constructions(
         others: Storages of the whole teacher that are members too, where they fit.
         thorough: Whether types are then exchanged in the best of each family, as `Solver.solve` does.
     """
-    found = []
-    limit = options.budget.memory_bytes
+    forms = []
     if "whole" in families:
-        solved = Solver(options, library, sample).solve(limit, others, thorough=thorough)
-        if solved is not None:
-            found.append(
-                Construction(
-                    family="whole",
-                    init=Init(depth=1.0),
-                    deployment=solved.deployment,
-                    predicted=solved.predicted,
-                    joint=solved.joint,
-                    bytes=options.memory(solved.deployment).total_bytes,
-                )
-            )
+        solved = Solver(options, library, sample).solve(options.budget.memory_bytes, others, thorough=thorough)
+        forms += [Form(family="whole", init=WHOLE, options=options, scores=library, found=solved)] if solved else []
+    if can_cut(options.spec):
+        forms += cut_forms(options, library, shapes, sample, families=families, thorough=thorough)
+    found = [
+        Construction(
+            family=form.family,
+            init=form.init,
+            deployment=form.found.deployment,
+            predicted=form.found.predicted,
+            joint=form.found.joint,
+            bytes=form.options.memory(form.found.deployment).total_bytes,
+        )
+        for form in forms
+    ]
+    return tuple(sorted(found, key=lambda one: one.joint.kl))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A shape with the best storage of it.
+
+    Attributes:
+        family: One of `FAMILIES`.
+        init: How it is made.
+        options: What may be chosen for it.
+        scores: What that costs.
+        found: The best.
+    """
+
+    family: str
+    init: Init
+    options: Options
+    scores: Scores
+    found: Found
+
+
+def cut_forms(
+    options: Options,
+    library: Library,
+    shapes: Shapes,
+    sample: Sample,
+    *,
+    families: Sequence[str] = CUTS,
+    thorough: bool = False,
+) -> list[Form]:
+    """The best of each family of cuts that has one; arguments as for `constructions`."""
+    found = []
     for family, proposed in (("narrow", _narrow), ("layered", _layered), ("shallow", _shallow)):
         if family in families:
+            limit = options.budget.memory_bytes
             best = _best(family, proposed(options, library, shapes), limit, sample, thorough=thorough)
             found += [] if best is None else [best]
-    return tuple(sorted(found, key=lambda one: one.joint.kl))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +264,7 @@ class CutScores:
         return self._shapes.joint(self.init, deployment, sample)
 
 
-def _best(
-    family: str, proposed: Iterator[CutScores], limit: int, sample: Sample, *, thorough: bool
-) -> Construction | None:
+def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample, *, thorough: bool) -> Form | None:
     """The one of least KL as a whole among the shapes of the least sums of scores.
 
     Args:
@@ -213,17 +289,8 @@ def _best(
     for _, cut, solver in sorted(sums, key=lambda one: one[0])[:_MEASURED]:
         solved = solver.solve(limit, (), thorough=thorough)
         assert solved is not None
-        measured.append(
-            Construction(
-                family=family,
-                init=cut.init,
-                deployment=solved.deployment,
-                predicted=solved.predicted,
-                joint=solved.joint,
-                bytes=cut.options.memory(solved.deployment).total_bytes,
-            )
-        )
-    return min(measured, key=lambda one: one.joint.kl, default=None)
+        measured.append(Form(family=family, init=cut.init, options=cut.options, scores=cut, found=solved))
+    return min(measured, key=lambda one: one.found.joint.kl, default=None)
 
 
 def _narrow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
@@ -247,7 +314,7 @@ def _layered(options: Options, library: Library, shapes: Shapes) -> Iterator[Cut
 def _shallow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
     """The teacher without a block of layers, for each number of layers the block that costs least; few layers first."""
     total = options.spec.layers
-    for count in range(1, total - 1):
+    for count in range(1, _most_dropped(total) + 1):
         init = Init(depth=1.0, dropped=(1, count))
         kept = Options(spec=cut_spec(init, options.spec), budget=options.budget)
         if kept.smallest()[1].total_bytes > options.budget.memory_bytes:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,6 +17,8 @@ from autodistill.data.dataset import Prepared, load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.data.tokenization import check_ids
+from autodistill.distillation.student.build import save_student
+from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
@@ -26,12 +31,15 @@ from autodistill.models.spec import ModelSpec
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.search.solve.bench import Bench, Measured, Sample
 from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
+from autodistill.search.solve.constructions import CUTS, FAMILIES, WHOLE, Form, can_cut, cut_forms, named, smallest
 from autodistill.search.solve.export import export
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import rivals
+from autodistill.search.solve.shapes import Shapes, shapes_file
 from autodistill.search.solve.solver import Found, Solver
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Init
 from autodistill.units import format_bytes
 from autodistill.utils.file_locks import alone
 from autodistill.utils.json_files import read_json, write_json
@@ -40,6 +48,7 @@ from autodistill.utils.plain_dataclass import check_no_blank
 DOCUMENT = "solve.json"
 _MORE = 5 * 10**6  # bytes, of which is told what they would buy
 _RIVALS = 3  # that are measured whole, beside the teacher's own codes
+_TIGHT = 0.1  # nats that the whole teacher loses, beyond which cuts are looked at
 _CLEAR = 2.0  # standard errors by which a solution must be better than a plain storage
 
 
@@ -133,18 +142,21 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
     samples = _samples(request, data, bench)
     calibration, held_out = samples
     documents, misses = [], []
-    smallest, least = options[0].smallest()
+    name, least = smallest(options[0])
     tokens = (request.tokens, held_out.data.tokens.size, request.sequence_length)
     for one in options:
-        if least.total_bytes > one.budget.memory_bytes:
+        if least > one.budget.memory_bytes:
             misses.append(one.budget.to_json())
             continue
         path = library_file(request.cache, teacher.fingerprint, data.fingerprint, tokens, one)
         with alone(path):
             library = Library(path, bench, one, calibration, notify)
             library.build()
+            shapes = partial(_shapes, request, bench, calibration, teacher, data, tokens, notify)
             thorough = len(options) == 1
-            documents.append(_solved(one, library, bench, samples, own, candidates, thorough=thorough))
+            solved = _solved(one, library, bench, shapes, samples, own, candidates, thorough=thorough)
+            documents += [solved] if solved else []
+            misses += [] if solved else [one.budget.to_json()]
     document: dict[str, Any] = {
         "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint, "stored": stored and stored.note},
         "data": {"name": data.name, "fingerprint": data.fingerprint, "license": data.license},
@@ -155,7 +167,7 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         "teacher_nll_stderr": held_out.teacher.nll_stderr,
         "teacher_accuracy": held_out.teacher.accuracy,
         "teacher_accuracy_stderr": held_out.teacher.accuracy_stderr,
-        "smallest": {"name": smallest.name, "bytes": least.total_bytes},
+        "smallest": {"name": name, "bytes": least},
         "solutions": documents,
         "nothing_fits": misses,
         "exported": None,
@@ -167,7 +179,16 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         if winner is not None:
             chosen = winner.fitting(options[0])
         notify(f"writing {chosen.name} and running it in llama.cpp")
-        document["exported"] = export(bench, teacher, chosen, request.budgets[0], data, request.out)
+        init = Init.from_json(documents[0]["solution"]["init"])
+        with ExitStack() as stack:
+            if winner is None and init != WHOLE:
+                path = library_file(request.cache, teacher.fingerprint, data.fingerprint, tokens, options[0])
+                stack.enter_context(alone(path))
+                bench = _shapes(request, bench, calibration, teacher, data, tokens, notify).student(init)
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix=".student-", dir=request.cache)))
+                save_student(bench.model, teacher.folder, folder)
+                teacher = replace(teacher, folder=folder)
+            document["exported"] = export(bench, teacher, chosen, request.budgets[0], data, request.out)
     if request.out is not None:
         write_json(request.out / DOCUMENT, document)
     return document
@@ -198,14 +219,13 @@ def _check_fits(options: Sequence[Options]) -> None:
     """
     first = options[0]
     first.check()
-    smallest, least = first.smallest()
+    name, need = smallest(first)
     largest = max(one.budget.memory_bytes for one in options)
-    if least.total_bytes > largest:
-        need = least.total_bytes
+    if need > largest:
         raise NothingFitsError(
-            f"nothing fits {format_bytes(largest)}: the smallest storage, {smallest.name}, needs {format_bytes(need)} "
-            f"at context {first.budget.context}, {format_bytes(need - largest)} more; give a --budget of "
-            f"{math.ceil(need / 1e6)}MB, or a shorter --context, or cut the model with autodistill search"
+            f"nothing fits {format_bytes(largest)}: the smallest that is solved for, {name}, needs "
+            f"{format_bytes(need)} at context {first.budget.context}, {format_bytes(need - largest)} more; give a "
+            f"--budget of {math.ceil(need / 1e6)}MB, or a shorter --context"
         )
 
 
@@ -216,6 +236,29 @@ def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Ben
     tensors = {tensor.name: tensor for tensor in spec.tensors}
     kept = {name: (own.storage(tensors[name]), scale) for name, scale in scales.items()} if own else {}
     return Bench(model, spec, kept, device)
+
+
+def _shapes(
+    request: SolveRequest,
+    bench: Bench,
+    calibration: Sample,
+    teacher: Teacher,
+    data: Prepared,
+    tokens: tuple[int, ...],
+    notify: Callable[[str], None],
+) -> Shapes:
+    """What cuts of the teacher cost, made where it is not known."""
+    with bench.shown({}):
+        importance = ensure_importance(
+            lambda: bench.model,
+            teacher_fingerprint=teacher.fingerprint,
+            data_fingerprint=data.fingerprint,
+            data=load_split(data.folder, "train"),
+            root=request.cache / "calibrations",
+            device=bench.device,
+        )
+    path = shapes_file(request.cache, teacher.fingerprint, data.fingerprint, tokens)
+    return Shapes(path, bench, calibration, PartImportance.load(importance), notify)
 
 
 def _samples(request: SolveRequest, data: Prepared, bench: Bench) -> tuple[Sample, Sample]:
@@ -233,13 +276,14 @@ def _solved(
     options: Options,
     library: Library,
     bench: Bench,
+    shapes: Callable[[], Shapes],
     samples: tuple[Sample, Sample],
     own: Deployment | None,
     candidates: Sequence[Candidate],
     *,
     thorough: bool,
-) -> dict[str, Any]:
-    """The solution for a budget with its rivals and candidates, as plain data."""
+) -> dict[str, Any] | None:
+    """The solution for a budget with its rivals and candidates, as plain data; None where nothing fits."""
     calibration, held_out = samples
     limit = options.budget.memory_bytes
     plain = rivals(options, own, limit, lambda one: library.predict(one)[0])
@@ -247,10 +291,15 @@ def _solved(
     fitting = sorted(
         (one.deployment for one in plain if need[one.deployment] <= limit), key=lambda one: library.predict(one)[0]
     )[:_RIVALS]
-    solver = Solver(options, library, calibration)
-    found = solver.solve(limit, fitting, thorough=thorough)
-    assert found is not None, "the smallest storage fits"
-    mine = library.joint(found.deployment, held_out)
+    whole = Solver(options, library, calibration).solve(limit, fitting, thorough=thorough)
+    forms = [Form(family=FAMILIES[0], init=WHOLE, options=options, scores=library, found=whole)] if whole else []
+    if can_cut(options.spec) and (whole is None or whole.joint.kl > _TIGHT):
+        forms += cut_forms(options, library, shapes(), calibration, thorough=thorough)
+    if not forms:
+        return None
+    best = min(forms, key=lambda one: one.found.joint.kl)
+    found, mine = best.found, best.scores.joint(best.found.deployment, held_out)
+    solver = Solver(best.options, best.scores, calibration)
     lines = []
     for one in plain:
         measured = one.deployment in fitting or one.deployment == own
@@ -266,7 +315,21 @@ def _solved(
                 **_beside(mine, joint),
             }
         )
-    best, winner = found.joint.kl, None
+    for form in forms:
+        if form is not best:
+            lines.append(
+                {
+                    "what": form.family,
+                    "name": named(form.init, form.found.deployment),
+                    "init": form.init.to_json(),
+                    "deployment": form.found.deployment.to_json(),
+                    "bytes": form.options.memory(form.found.deployment).total_bytes,
+                    "fits": True,
+                    "predicted_kl": form.found.predicted[0],
+                    **_beside(mine, form.scores.joint(form.found.deployment, held_out)),
+                }
+            )
+    least, winner = found.joint.kl, None
     for candidate in (one.fitting(options) for one in candidates):
         known, joint = library.kept(
             candidate.key,
@@ -275,8 +338,8 @@ def _solved(
             lambda *texts, one=candidate: bench.measure_weights(one.weights(bench), one.cache_types, texts),
         )
         takes = candidate.memory(options).total_bytes
-        if takes <= limit and known.kl < best:
-            best, winner = known.kl, {"name": candidate.name, "path": str(candidate.path)}
+        if takes <= limit and known.kl < least:
+            least, winner = known.kl, {"name": candidate.name, "path": str(candidate.path)}
         stored = candidate.stored and candidate.deployment.to_json()
         lines.append(
             {
@@ -293,7 +356,11 @@ def _solved(
     won = winner and winner["name"]
     return {
         "budget": options.budget.to_json(),
-        "solution": _solution(options, library, found, mine),
+        "solution": {
+            "family": best.family,
+            "init": best.init.to_json(),
+            **_solution(best.options, named(best.init, found.deployment), found, mine),
+        },
         "next": _next(solver, found, limit),
         "rivals": lines,
         "as_good": next((line["name"] for line in lines if _as_good(line) and line["name"] != won), None),
@@ -313,13 +380,18 @@ def _beside(mine: Measured, joint: Measured | None) -> dict[str, float | None]:
 
 def _as_good(line: Mapping[str, Any]) -> bool:
     above = line["kl_above_solution"]
-    return bool(line["fits"] and above is not None and above <= _CLEAR * line["kl_above_solution_stderr"])
+    return bool(
+        line["what"] not in CUTS
+        and line["fits"]
+        and above is not None
+        and above <= _CLEAR * line["kl_above_solution_stderr"]
+    )
 
 
-def _solution(options: Options, library: Library, found: Found, held_out: Measured) -> dict[str, Any]:
+def _solution(options: Options, name: str, found: Found, held_out: Measured) -> dict[str, Any]:
     deployment, estimate = found.deployment, options.memory(found.deployment)
     return {
-        "name": deployment.name,
+        "name": name,
         "deployment": deployment.to_json(),
         "types": _counted(options, deployment),
         "bytes": estimate.total_bytes,

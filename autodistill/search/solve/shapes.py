@@ -69,9 +69,7 @@ class Shapes:
     @property
     def widths(self) -> tuple[int, ...]:
         """The FFN widths that may be kept of a layer, the whole first."""
-        whole = self._bench.spec.ffn_width
-        least = max(MULTIPLE, whole // 8)
-        return (whole, *(width for width in range(whole - 1, least - 1, -1) if width % MULTIPLE == 0))
+        return ffn_widths(self._bench.spec.ffn_width)
 
     @cached_property
     def _scored(self) -> tuple[int, ...]:
@@ -205,6 +203,12 @@ class Shapes:
 
     def _save(self) -> None:
         write_json(self._path, self._held)
+
+
+def ffn_widths(whole: int) -> tuple[int, ...]:
+    """The widths that an FFN may be cut to, the whole first: multiples of 64 down to an eighth."""
+    least = max(MULTIPLE, whole // 8)
+    return (whole, *(width for width in range(whole - 1, least - 1, -1) if width % MULTIPLE == 0))
 
 
 def shapes_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...]) -> Path:
