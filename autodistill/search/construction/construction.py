@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+from autodistill.search.solve.constructions import WHOLE
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Dimension, Point, find, look_up
 from autodistill.strategy.domains import Range, Value
@@ -56,9 +57,6 @@ class Construction:
         """The inverse of `to_json`."""
         parts = {"init": Init.from_json(data["init"]), "deployment": Deployment.from_json(data["deployment"])}
         return cls(**{**data, **parts})
-
-
-WHOLE = Init(depth=1.0)
 
 
 def arms(constructions: Sequence[Construction]) -> tuple[Construction, ...]:

@@ -9,7 +9,8 @@ from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.fit import Fit, fits, holdable, smallest
 from autodistill.hardware.budget import Budget, served
 from autodistill.models.spec import ModelSpec
-from autodistill.search.construction.construction import WHOLE, Construction
+from autodistill.search.construction.construction import Construction
+from autodistill.search.solve.constructions import WHOLE
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import rivals
 from autodistill.strategy.deployment import Deployment
@@ -19,8 +20,8 @@ from autodistill.units import format_bytes
 
 SHAPES = (
     WHOLE,
-    *(Init(depth=1.0, ffn=ffn) for ffn in (0.7, 0.4)),
-    *(Init(depth=depth, layers="block-influence") for depth in (0.8, 0.6)),
+    *(Init(depth=1.0, ffn=ffn) for ffn in (0.7, 0.4, 0.2)),
+    *(Init(depth=depth, layers="block-influence") for depth in (0.8, 0.6, 0.5)),
 )
 """The teacher whole, narrower, and shallower: the least that a budget is tried with."""
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 
 from autodistill.data.dataset import load_split
+from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold, fits
 from autodistill.hardware.budget import served
-from autodistill.search.construction.construction import WHOLE, Construction
+from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.solve.bench import Bench, Sample
+from autodistill.search.solve.bench import Bench, Measured, Sample
+from autodistill.search.solve.constructions import CUTS, WHOLE, can_cut, constructions
 from autodistill.search.solve.constructions import Construction as Solved
-from autodistill.search.solve.constructions import constructions
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import rivals
 from autodistill.search.solve.run import load_bench
 from autodistill.search.solve.shapes import Shapes, shapes_file
+from autodistill.search.solve.solver import Solver
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Strategy
 from autodistill.utils.file_locks import alone
 
 _PLAIN = 3  # plain storages that are measured
@@ -83,30 +87,72 @@ def solved_constructions(
         library = Library(path, bench, options, sample, notify)
         library.build()
         plain = _plain(options, library, own)
-        solved = constructions(
-            options, library, _shapes(config, loaded, bench, sample, key, notify),
-            sample, families=("whole",), others=plain, thorough=thorough
-        )
-        found = [_measured(deployment, options, library, sample) for deployment in plain]
-        if not solved or solved[0].joint.kl > _NEAR:
+        solution = Solver(options, library, sample).solve(budget.memory_bytes, plain, thorough=thorough)
+        found = [
+            _of_whole(one, options, library.joint(one, sample), solved=one not in plain)
+            for one in dict.fromkeys((*plain, *([solution.deployment] if solution else [])))
+        ]
+        if can_cut(spec) and (solution is None or solution.joint.kl > _NEAR):
             shapes = _shapes(config, loaded, bench, sample, key, notify)
-            cut = ("narrow", "layered", "shallow")
-            solved = (*solved, *constructions(options, library, shapes, sample, families=cut, thorough=thorough))
-    taken = [_of(one) for one in solved if one.deployment not in plain and _fits(options, one)]
-    return (*found, *taken), ""
+            cut = constructions(options, library, shapes, sample, families=CUTS, thorough=thorough)
+            found += [_of_cut(one) for one in cut]
+    return tuple(one for one in found if _in_time(one, config)), ""
+
+
+def _plain(options: Options, library: Library, own: Deployment | None) -> list[Deployment]:
+    """The plain storages of the whole teacher that fit, those of the least predicted KL."""
+
+    def predicted(one: Deployment) -> float:
+        return library.predict(one)[0]
+
+    limit = options.budget.memory_bytes
+    listed = (one.deployment for one in rivals(options, own, limit, predicted))
+    return sorted((one for one in listed if options.memory(one).total_bytes <= limit), key=predicted)[:_PLAIN]
+
+
+def _of_whole(deployment: Deployment, options: Options, joint: Measured, *, solved: bool) -> Construction:
+    return Construction(
+        init=WHOLE,
+        deployment=deployment,
+        bytes=options.memory(deployment).total_bytes,
+        solved=solved,
+        kl=joint.kl,
+        kl_stderr=joint.kl_stderr,
+    )
+
+
+def _of_cut(one: Solved) -> Construction:
+    return Construction(
+        init=one.init,
+        deployment=one.deployment,
+        bytes=one.bytes,
+        solved=True,
+        kl=one.joint.kl,
+        kl_stderr=one.joint.kl_stderr,
+    )
+
+
+def _in_time(one: Construction, config: SearchConfig) -> bool:
+    """Whether a construction keeps to the limits of latency too, which nothing is solved under."""
+    (fit,) = fits(student_spec(Strategy(init=one.init), config.spec), (one.deployment,), config.budget)
+    return fit.slack <= 0
 
 
 def _shapes(
-    config: SearchConfig, loaded: Loaded, bench: Bench, sample: Sample, key: tuple, notify: Callable[[str], None]
+    config: SearchConfig,
+    loaded: Loaded,
+    bench: Bench,
+    sample: Sample,
+    key: tuple[Path, str, str, tuple[int, ...]],
+    notify: Callable[[str], None],
 ) -> Shapes:
-    importance = PartImportance.load(
-        ensure_importance(
-            loaded.load_teacher,
-            teacher_fingerprint=loaded.outputs_of,
-            data_fingerprint=loaded.data.fingerprint,
-            data=load_split(loaded.data.folder, "train"),
-            root=config.cache / "calibrations",
-            device=loaded.device,
-        )
+    """The scores of the teacher's cuts."""
+    importance = ensure_importance(
+        loaded.load_teacher,
+        teacher_fingerprint=loaded.outputs_of,
+        data_fingerprint=loaded.data.fingerprint,
+        data=load_split(loaded.data.folder, "train"),
+        root=config.cache / "calibrations",
+        device=loaded.device,
     )
-    return Shapes(shapes_file(*key), bench, sample, importance, notify)
+    return Shapes(shapes_file(*key), bench, sample, PartImportance.load(importance), notify)
