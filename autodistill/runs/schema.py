@@ -68,6 +68,7 @@ class Search(TypedDict):
     baselines: NotRequired[tuple[str, ...] | None]
     space_definition: NotRequired[Mapping[str, Any]]
     constructions: NotRequired[tuple[Mapping[str, Any], ...]]
+    rates: NotRequired[Mapping[str, Any]]
     objectives: NotRequired[tuple[str, ...]]
     device: NotRequired[Mapping[str, Any] | None]
     directions: NotRequired[Mapping[str, Direction]]

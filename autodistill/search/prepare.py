@@ -31,6 +31,7 @@ from autodistill.search.request.metrics import moved
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded, load
 from autodistill.search.setup.measure_plan import plan_from_measurement
+from autodistill.search.setup.rate_phase import for_plan, tested, to_test
 from autodistill.search.setup.solve_phase import construct
 from autodistill.search.setup.teacher_phase import check_cache_limit, teacher_phase
 from autodistill.search.worker.messages import TrialSetting
@@ -51,8 +52,11 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """Everything that stands before the first trial; `document` is the content of `search.json`."""
+    """Everything that stands before the first trial; `document` is the content of `search.json`, and `config` has the
+    rate that was tested.
+    """
 
+    config: SearchConfig
     question: Question
     setting: TrialSetting
     warm: WarmStart
@@ -92,6 +96,7 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
         differ = steps_differ(checked.out, checked.warm_start, plan.batch_tokens)
         plan = replace(plan, notes=(*loaded.of_teacher, *plan.notes, *differ))
         loaded = loaded.stepping(plan.batch_tokens)
+        checked = for_plan(checked, plan)
     document = _describe(checked, loaded, plan, speed) | {"box": _box(checked, plan, clock.started_at)}
     write_json(run.search_file, document)
     told = moved(checked.asked.record, checked.stored.get("asked", {})) if checked.stored else ()
@@ -107,10 +112,17 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
     return Planned(config=checked, loaded=loaded, plan=plan, speed=speed, document=document)
 
 
-def prepare_trials(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
+def prepare_trials(planned: Planned, run: RunFolder, clock: Clock, observer: Observer) -> Ready:
     """Caches the teacher's outputs, scores it, and writes its rows; what a resumed run has of that, it keeps."""
     checked = planned.config
+    document = dict(planned.document)
     setting = teacher_phase(checked, planned.loaded, planned.plan, run, clock, run.events.read())
+    if to_test(checked, planned.loaded.workers) and "rates" not in document:
+        with clock.phase("plan", "testing learning rates"):
+            checked, rates = tested(checked, planned.plan, setting, observer.line)
+        # Written down before a trial has it.
+        document |= {"rates": rates, "space_definition": checked.space.to_json()}
+        write_json(run.search_file, document)
     question = Question(
         space=checked.space,
         deployments=checked.space.deployments,
@@ -131,13 +143,12 @@ def prepare_trials(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
         raced=bool(checked.constructions) and not checked.objectives[1:],
         memory=planned.loaded.memory,
     )
-    document = dict(planned.document)
     if "observations" not in document["warm_start"]:
         # Written down, since the earlier runs may go on, or away, before this one is resumed.
         document["warm_start"] = warm_start(checked.out, checked.warm_start, question).to_json()
         write_json(run.search_file, document)
     warm = WarmStart.from_json(document["warm_start"])
-    return Ready(question=question, setting=setting, warm=warm, document=document)
+    return Ready(config=checked, question=question, setting=setting, warm=warm, document=document)
 
 
 def _spent(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:

@@ -303,7 +303,8 @@ def _trials(
     tell: Callbacks,
 ) -> tuple[Campaign, Ready, TrialSetting]:
     """Runs the trials; `earlier` is the log of the sessions before this one."""
-    ready = prepare_trials(planned, run, clock)
+    ready = prepare_trials(planned, run, clock, observer)
+    checked = ready.config
     loaded, plan, question, setting = planned.loaded, planned.plan, ready.question, ready.setting
     if storage is not None:
         with clock.phase("load", "sending what trials read"):

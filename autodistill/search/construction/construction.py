@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+from autodistill.search.prior.knowledge import RATE
+from autodistill.search.prior.prior import Prior
 from autodistill.search.solve.constructions import WHOLE
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Dimension, Point, find, look_up
 from autodistill.strategy.domains import Range, Value
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 
 _NOT_TRAINED_ON = "none"  # the label of a finishing that is none
+# Of numbers that are believed in whatever the other choices are: temperatures are so of schedules alone.
+_BELIEVED = (RATE, "distillation.divergence_weight", "distillation.alignment.weight")
 _FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no arm beside it
 
 
@@ -80,14 +84,16 @@ def _order(one: Construction) -> tuple[bool, bool, float, int]:
     return (not one.whole, one.kl is None, one.kl or 0.0, -one.bytes)
 
 
-def with_constructions(declared: Space, constructions: Sequence[Construction], recipe: Distillation) -> Space:
+def with_constructions(declared: Space, constructions: Sequence[Construction], prior: Prior) -> Space:
     """The space whose `init` and `finishing` are those of constructions, which its starts are the arms of.
 
     Args:
         declared: A space that leaves both to the solver.
         constructions: At least one.
-        recipe: How a student is trained where nothing is known better; what the space says otherwise goes before it.
+        prior: How a student is trained where nothing is known better, and how far from that others are proposed; what
+            the space says goes before it.
     """
+    recipe = prior.recipe
     raced = arms(constructions)
     inits = {label(one): one.init.to_json() for one in raced}
     grids = {_of_grid(one): one.finishing and one.finishing.to_json() for one in raced}
@@ -99,7 +105,7 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], r
             for name in ("signal", "signal_tokens")
             if not any(f"distillation.{name}".startswith(one.path) for one in declared.dimensions)
         ),
-        *declared.dimensions,
+        *(_near(one, prior) for one in declared.dimensions),
     )
     deployments = dict.fromkeys((*(one.deployment for one in constructions), *declared.deployments))
     made = replace(
@@ -115,6 +121,16 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], r
         point = _nearest(made, data, {"init": label(one), "finishing": _of_grid(one)})
         starts[_name(one, raced)] = made.strategy(point)
     return replace(made, starts=starts)
+
+
+def _near(dimension: Dimension, prior: Prior) -> Dimension:
+    """A dimension within what the prior believes of it, as far as the space has that."""
+    domain = dimension.domain
+    believed = prior.numbers.get(dimension.path) if dimension.path in _BELIEVED else None
+    if believed is None or not isinstance(domain, Range) or domain.step is not None:
+        return dimension
+    low, high = max(domain.low, believed.low), min(domain.high, believed.high)
+    return replace(dimension, domain=replace(domain, low=low, high=high)) if low < high else dimension
 
 
 def label(one: Construction) -> str:

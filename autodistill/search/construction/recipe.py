@@ -1,26 +1,39 @@
-"""The recipe that a search begins with, before it has learnt anything of its teacher."""
+"""The recipe that a search begins with, and how far from it others are proposed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autodistill.hardware.machine import memory_bytes
 from autodistill.models.spec import ModelSpec
-from autodistill.strategy.strategy import Distillation
+from autodistill.search.prior.knowledge import RATE
+from autodistill.search.prior.prior import NumberPrior, Prior, prior_for
 
-_RATE, _WIDTH = 1e-4, 576  # what was best of a llama of this width on its own grid; rates go with 1 / width
-_WEIGHT = 0.25  # of the divergence: most of the loss is on the true tokens
+STEPS = 128
+"""Optimiser steps of the training that a recipe is for, until a plan says how many."""
+
 _BESIDE = 0.1  # of the machine's memory, that a teacher beside each student may take
+_TESTED = 2.0  # times a rate that was tested, up and down, within which others are proposed
 
 
-def first_recipe(spec: ModelSpec) -> Distillation:
-    """The recipe for students of a teacher.
+def first_prior(spec: ModelSpec, *, batch_tokens: int, steps: int = STEPS, rate: float | None = None) -> Prior:
+    """What a search begins with.
 
     Where memory holds the teacher beside each student with ease, it runs there: that gives the whole divergence, and no
     trial waits for outputs that it does not read. Else they are cached.
 
     Args:
         spec: The teacher's shape.
+        batch_tokens: Tokens of an optimiser step.
+        steps: Optimiser steps of the longest training.
+        rate: The learning rate that a range test chose; None for what is believed.
     """
+    prior = prior_for(spec, batch_tokens=batch_tokens, steps=steps, cut=False)
     beside = 4 * spec.parameters <= _BESIDE * memory_bytes()
     signal, tokens = ("online", 0) if beside else ("top-k", 64)
-    rate = float(f"{_RATE * _WIDTH / spec.width:.1g}")
-    return Distillation(learning_rate=rate, divergence_weight=_WEIGHT, signal=signal, signal_tokens=tokens)
+    recipe = replace(prior.recipe, signal=signal, signal_tokens=tokens)
+    if rate is None:
+        return replace(prior, recipe=recipe)
+    stake = prior.numbers[RATE].stake
+    tested = NumberPrior(value=rate, low=rate / _TESTED, high=rate * _TESTED, stake=stake)
+    return replace(prior, recipe=replace(recipe, learning_rate=rate), numbers={**prior.numbers, RATE: tested})

@@ -79,6 +79,7 @@ class Demand:
         longest: How many times a trial's tokens the best are trained on to, as the space asks for; their time is what
             the box has left.
         explore: Share of the time for training that goes to trials; in the rest the best are trained on.
+        rates: Share of the box that a test of learning rates takes.
         caches: Whether outputs of the teacher are cached before the first trial.
         arms: Of a race, that are proposed first; 0 of a search without one.
         exports: Kinds of files that are written and measured: of the best student, and as GGUF where it is another.
@@ -104,6 +105,7 @@ class Demand:
     explore: float = 1.0
     cached_tokens: float = math.inf
     exports: int = 1
+    rates: float = 0.0
     caches: bool = True
     arms: int = 0
 
@@ -137,6 +139,7 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
         "load": demand.spent_seconds,
         "cache": caching_seconds(demand, speed, cached) + full_eval / speed.score,
         "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
+        "rates": demand.rates * (demand.box_seconds or 0.0),
         "workers": 15.0 if demand.ray else 0.0,
         "export": demand.exports * (12.0 + per_weight * demand.parameters),
         # The teacher as it is and in two packings, the undistilled student and the found one, each loaded and packed;

@@ -58,6 +58,9 @@ _PLANNED_SHARE = 0.93
 EXPLORE = 0.5
 """Share of the time for training that goes to trials, by default; in the rest the best are trained on."""
 
+RATES = 0.1
+"""Share of the box that a test of learning rates may take, where there is one."""
+
 _RACE, _RACE_LONG, _LONG = 0.2, 0.25, 3600.0
 
 

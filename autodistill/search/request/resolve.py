@@ -28,8 +28,9 @@ from autodistill.runs.results.objectives import Objective
 from autodistill.runs.run_folder import default_cache
 from autodistill.search.construction.construction import Construction, with_constructions
 from autodistill.search.construction.plain import plain_constructions
-from autodistill.search.construction.recipe import first_recipe
+from autodistill.search.construction.recipe import first_prior
 from autodistill.search.planning.plan import EXPLORE, race_share
+from autodistill.search.prior.prior import Prior
 from autodistill.search.request.earlier_runs import parse_runs
 from autodistill.search.request.feasibility import narrowed, on_its_device, shortest_context
 from autodistill.search.request.metrics import Asked, ask
@@ -123,9 +124,10 @@ class SearchConfig:
         """Whether more or less of it is better."""
         return self.objectives[0].direction
 
-    def with_constructions(self, constructions: Sequence[Construction]) -> SearchConfig:
-        """The settings with other constructions, in the space that has them as choices."""
-        space = with_constructions(self.declared, constructions, first_recipe(self.spec))
+    def with_constructions(self, constructions: Sequence[Construction], prior: Prior | None = None) -> SearchConfig:
+        """The settings with other constructions, or another prior, in the space that has them as choices."""
+        believed = prior or first_prior(self.spec, batch_tokens=self.step_tokens or self.sequence_length)
+        space = with_constructions(self.declared, constructions, believed)
         return replace(self, constructions=tuple(constructions), space=space)
 
 
@@ -354,7 +356,7 @@ def _under_budget(
         return (), whole if whole.hash == known.get("space_hash") else on_its_device(whole, budget)
     if space.solved:
         constructions = plain_constructions(spec, space, budget)
-        return constructions, with_constructions(space, constructions, first_recipe(spec))
+        return constructions, with_constructions(space, constructions, first_prior(spec, batch_tokens=SEQUENCE_LENGTH))
     return (), narrowed(on_its_device(space, budget), spec, budget)
 
 

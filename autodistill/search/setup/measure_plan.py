@@ -25,11 +25,12 @@ from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import get_format
 from autodistill.search.planning.durations import Demand, Speed
-from autodistill.search.planning.plan import ENOUGH_STEPS, check_box, make_plan, step_sequences
+from autodistill.search.planning.plan import ENOUGH_STEPS, RATES, check_box, make_plan, step_sequences
 from autodistill.search.planning.representatives import signal_cases
 from autodistill.search.request.feasibility import by_size
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
+from autodistill.search.setup.rate_phase import to_test
 from autodistill.search.setup.teacher_phase import cache_settings, most_cached
 from autodistill.search.setup.throughput import measure_speed, moving_seconds
 from autodistill.strategy.deployment import IN_16_BITS
@@ -196,6 +197,7 @@ def _demand(
         teacher_deployments=len(loaded.teacher_deployments(checked)),
         deployments=1 if on_grids else max(map(len, allowed)),
         caches=not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty,
+        rates=RATES if to_test(checked, loaded.workers) else 0.0,
         arms=len(raced),
         train_tokens=train_tokens,
         validation_tokens=splits["validation"].sequences * checked.sequence_length,
