@@ -444,7 +444,7 @@ def test_files_that_are_not_plain_yaml(text, said, tmp_path):
 def test_unknown_names_and_files(tmp_path):
     with pytest.raises(InputError, match="did you mean default"):
         load_space("defualt")
-    with pytest.raises(InputError, match="known: default"):
+    with pytest.raises(InputError, match="known: declared, default"):
         load_space("zzz")
     with pytest.raises(InputError, match="did you mean logit_kd"):
         load_strategy("logit-kd")

@@ -362,6 +362,9 @@ class Agenda:
 
     def _proposals_over(self) -> bool:
         first, reserve = self._box.first_stretch(), self._reserve()
+        if not any(trial.number is not None and not trial.reason for trial in self._trials.values()):
+            # Something is to be trained, whatever is set aside for training it on.
+            return self._all_proposed() or not self._box.holds(first, whole=True)
         return self._all_proposed() or not (self._holds(first) and self._box.holds(first + reserve, whole=True))
 
     def _holds(self, seconds: float, *, whole: bool = False) -> bool:

@@ -113,7 +113,7 @@ class Loaded:
         if checked.constructions:
             constructed = [one.deployment for one in checked.constructions if one.whole]
             wide = [one for one in deployments if one.bits == 16 and not one.types]
-            deployments = tuple(dict.fromkeys((*constructed, *wide[:1])))
+            return holdable(self.spec, tuple(dict.fromkeys((*constructed, *wide[:1]))))
         if self.stored is not None:
             deployments = served(self.stored.among(deployments), checked.budget)
         return holdable(self.spec, deployments)

@@ -133,10 +133,11 @@ def test_tokens_that_were_asked_for_are_those_that_a_box_must_hold() -> None:
 
 def test_rungs_are_a_ninth_a_third_and_all() -> None:
     assert rung_tokens(9 * 2560, 256) == (2560, 7680, 23040)
-    assert rung_tokens(768, 256) == (512, 768)
-    # Of two steps, one of them decay, a ninth says little.
+    # Of three steps, one of them decay, a rung says little.
+    assert rung_tokens(8 * 256, 256) == (8 * 256,)
     assert rung_tokens(13 * 256, 256) == (4 * 256, 13 * 256)
-    assert rung_tokens(24 * 256, 256) == (3 * 256, 8 * 256, 24 * 256)
+    assert rung_tokens(24 * 256, 256) == (8 * 256, 24 * 256)
+    assert rung_tokens(36 * 256, 256) == (4 * 256, 12 * 256, 36 * 256)
 
 
 PLENTY = 1000 * ENOUGH_STEPS
