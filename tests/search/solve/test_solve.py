@@ -279,7 +279,7 @@ def test_conversations_are_refused(teacher: Path, cache: Path, tmp_path: Path) -
 def test_a_cut_student_is_written_and_runs_as_it_was_measured(
     family: str, teacher: Path, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = options_of(teacher).smallest()[1].total_bytes - 40_000
+    limit = options_of(teacher).smallest()[1].total_bytes - 20_000
     monkeypatch.setattr(run, "cut_forms", partial(cut_forms, families=(family,)))
     # So small a model saves most where its widest layer is narrower, so that all are.
     monkeypatch.setattr(Widths, "best", lambda solver, limit: (192, 64, 128))
