@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from autodistill.advisor.solved import Solved, keep_solved
 from autodistill.data.dataset import Prepared, load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
@@ -18,7 +19,7 @@ from autodistill.distillation.teacher.resolve import Teacher, materialise, resol
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.export.tokenizer_check import cannot_cut
-from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget
+from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, on_gpu
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
@@ -74,7 +75,9 @@ class SolveRequest:
     def __post_init__(self) -> None:
         check_no_blank(self)
         if not self.budgets:
-            raise InputError("solve takes a budget: give --budget like 200MB, --sweep like 100MB..400MB, or --device")
+            raise InputError(
+                "solve takes a budget: give --budget like 200MB, --sweep like 100MB..400MB, --device or --tiers"
+            )
         if self.export and (self.out is None or len(self.budgets) > 1):
             raise InputError(
                 "--export writes the solution of one budget into a folder: give --budget or --device, and --out"
@@ -145,6 +148,7 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
             library.build()
             thorough = len(options) == 1
             documents.append(_solved(one, library, bench, samples, own, candidates, thorough=thorough))
+    keep_solved(request.cache, teacher.fingerprint, _known(documents, options, teacher, data, held_out))
     document: dict[str, Any] = {
         "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint, "stored": stored and stored.note},
         "data": {"name": data.name, "fingerprint": data.fingerprint, "license": data.license},
@@ -171,6 +175,33 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
     if request.out is not None:
         write_json(request.out / DOCUMENT, document)
     return document
+
+
+def _known(
+    documents: Sequence[Mapping[str, Any]],
+    options: Sequence[Options],
+    teacher: Teacher,
+    data: Prepared,
+    held_out: Sample,
+) -> Iterator[Solved]:
+    """What others may be told of the solutions."""
+    budgets = {one.budget.memory_bytes: one.budget for one in options}
+    for one in documents:
+        budget, found = budgets[one["budget"]["memory_bytes"]], one["solution"]
+        yield Solved(
+            teacher=teacher.name,
+            data=data.name,
+            budget_bytes=budget.memory_bytes,
+            context=budget.context,
+            batch=budget.batch,
+            on_gpu=on_gpu(budget),
+            name=found["name"],
+            bytes=found["bytes"],
+            kl=found["kl"],
+            nll=found["nll"],
+            accuracy=found["accuracy"],
+            tokens=int(held_out.data.predicted),
+        )
 
 
 def _within_context(request: SolveRequest, spec: ModelSpec) -> SolveRequest:
