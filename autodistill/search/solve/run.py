@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from autodistill.quantization.learned_scales import read_scales
 from autodistill.search.solve.bench import Bench, Measured, Sample
 from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.export import export
+from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import rivals
@@ -35,7 +37,7 @@ from autodistill.search.solve.solver import Found, Solver
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
 from autodistill.utils.file_locks import alone
-from autodistill.utils.json_files import read_json, write_json
+from autodistill.utils.json_files import read_json, unwritable, write_json
 from autodistill.utils.plain_dataclass import check_no_blank
 
 DOCUMENT = "solve.json"
@@ -144,11 +146,13 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
             continue
         path = library_file(request.cache, teacher.fingerprint, data.fingerprint, tokens, one)
         with alone(path):
+            use(path)
             library = Library(path, bench, one, calibration, notify)
             library.build()
             thorough = len(options) == 1
             documents.append(_solved(one, library, bench, samples, own, candidates, thorough=thorough))
-    keep_solved(request.cache, teacher.fingerprint, _known(documents, options, teacher, data, held_out))
+    with suppress(OSError, InputError):  # a full disk loses a line that pick would show
+        keep_solved(request.cache, teacher.fingerprint, _known(documents, options, teacher, data, held_out))
     document: dict[str, Any] = {
         "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint, "stored": stored and stored.note},
         "data": {"name": data.name, "fingerprint": data.fingerprint, "license": data.license},
@@ -173,7 +177,10 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         notify(f"writing {chosen.name} and running it in llama.cpp")
         document["exported"] = export(bench, teacher, chosen, request.budgets[0], data, request.out)
     if request.out is not None:
-        write_json(request.out / DOCUMENT, document)
+        try:
+            write_json(request.out / DOCUMENT, document)
+        except OSError as error:
+            raise unwritable(request.out, error) from error
     return document
 
 
