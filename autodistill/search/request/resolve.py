@@ -23,6 +23,7 @@ from autodistill.hardware.local import choose_device
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.options import parsed
+from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.runs.results import selection as choice
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.run_folder import default_cache
@@ -38,15 +39,18 @@ from autodistill.search.request.request import (
     SearchRequest,
     joined,
 )
+from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.named import load_strategy
 from autodistill.strategy.space import Space, load_space, space_reference
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.durable import make_folder
 from autodistill.utils.json_files import replacing
+from autodistill.utils.plain_dataclass import check_choice
 from autodistill.utils.storage import Storage
 
 T = TypeVar("T")
 _LEAST_EXPLORED = 0.1
+_LLAMA_CPP = "llama.cpp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +149,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         searched = against(searched, baselines)
     if strategy is not None:
         searched = single(searched, strategy)
+    searched = _cached(searched, request.kv_type, known)
     spec = spec_from_config(teacher.config)
     budget, notes = _budget(limits, known, spec, searched)
     searched = _under_budget(searched, spec, budget, known)
@@ -318,6 +323,33 @@ def _students_only(request: SearchRequest, stored: Mapping[str, Any] | None) -> 
     if request.students_only is None and stored is not None:
         return choice.students_only(stored)
     return bool(request.students_only) or request.strategy is not None
+
+
+def _cached(space: Space, kind: str | None, known: Mapping[str, Any]) -> Space:
+    """The space whose students llama.cpp serves with a cache of a type, on resuming that which they all had.
+
+    Raises:
+        InputError: No such type, no deployment in llama.cpp, or another type than the run began with.
+    """
+    before = [Deployment.from_json(one) for one in known.get("space_definition", {}).get("deployments", ())]
+    types = {one.cache_types for one in before if one.runtime == _LLAMA_CPP}
+    if kind is not None:
+        check_choice("--kv-type", kind, tuple(CACHE_BYTES))
+        if not any(one.runtime == _LLAMA_CPP for one in space.deployments):
+            raise InputError(f"--kv-type is llama.cpp's, in which the space {space.name} deploys nothing: leave it out")
+        if types - {(kind, kind)}:
+            raise InputError(
+                f"the run began with another cache than --kv-type {kind}: leave it out, or begin a new run"
+            )
+        types = {(kind, kind)}
+    if len(types) != 1:
+        return space
+    ((keys, values),) = types
+    held = (
+        replace(one, cache_type_k=keys, cache_type_v=values) if one.runtime == _LLAMA_CPP else one
+        for one in space.deployments
+    )
+    return replace(space, deployments=tuple(dict.fromkeys(held)))
 
 
 def _under_budget(space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any]) -> Space:

@@ -314,6 +314,7 @@ def test_a_budget_below_the_smallest_storage_names_it_and_ends_with_3(
     [
         ((), "solve takes --budget"),
         (("--budget", "1GB", "--sweep", "1GB..2GB"), "give one of the two"),
+        (("--tiers", "--device", "4090"), "leave --budget, --sweep and --device out"),
         (("--sweep", "1GB"), "write two sizes, like"),
         (("--sweep", "2GB..1GB"), "from a smaller size to a larger"),
         (("--budget", "1GB", "--batch", "0"), "--batch must be at least 1"),
@@ -324,6 +325,25 @@ def test_command_lines_that_make_no_budget(
 ) -> None:
     assert main(["solve", str(teacher), *options]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_every_class_of_gpus_has_its_solution_of_one_library(
+    teacher: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(text), "--tokens", "256", "--sequence-length", str(LENGTH), "--cache", str(tmp_path)]
+    assert main(["solve", str(teacher), "--tiers", *words, "--batch", "40000", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # Of so many streams the caches alone take more than a small GPU has.
+    budgets = [one["budget"] for one in found["solutions"]]
+    sizes = [one["tier_bytes"] for one in budgets]
+    assert sizes == [size * 10**9 for size in (8, 12, 16, 24, 48, 80)]
+    assert [miss["tier_bytes"] for miss in found["nothing_fits"]] == [4 * 10**9]
+    assert budgets[2]["least_device"] == "NVIDIA T4"
+    kept = [one["solution"]["calibration_kl"] for one in found["solutions"]]
+    assert kept == sorted(kept, reverse=True)
+    for one in found["solutions"]:
+        assert one["solution"]["types"]["cache_keys"] == one["solution"]["types"]["cache_values"]
+    assert len(list((tmp_path / "solve").glob("*.json"))) == 1
 
 
 def test_a_person_reads_parts_rivals_and_what_more_would_buy(
