@@ -18,6 +18,7 @@ from autodistill.hardware.budget import (
     Budget,
     DeviceBudget,
     Price,
+    TierBudget,
     check_streams,
     memory_on,
     parse_latency,
@@ -47,6 +48,7 @@ from autodistill.units import parse_bytes, parse_duration
 
 if TYPE_CHECKING:
     from autodistill.advisor.describe import Described
+    from autodistill.advisor.requirements import Wanted
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -375,9 +377,27 @@ def pick(
         timed = tuple(read_measured(folder)) if found else ()
         wanted = replace(asked, overheads=recalibrated_by(rows), measured=timed)
         if tiers:
-            return Pick(pick_tiers(rows, wanted, [tier_of(size, listed()) for size in TIERS]), folder)
+            answer = pick_tiers(rows, wanted, [tier_of(size, listed()) for size in TIERS])
+            on_gpus = replace(wanted, device=None, gpu=True)
+            for one in answer["tiers"]:
+                one["solved"] = _solved_before(one["pick"], folder, one["usable_bytes"], on_gpus, _cache(cache))
+            return Pick(answer, folder)
         answer = best(rows, wanted)
-    return Pick(answer | {"next": _to_get(answer["pick"], folder)}, folder)
+    solved = _solved_before(answer["pick"], folder, wanted.memory_bytes, wanted, _cache(cache))
+    return Pick(answer | {"next": _to_get(answer["pick"], folder), "solved": solved}, folder)
+
+
+def _solved_before(
+    picked: Mapping[str, Any] | None, runs: Path, limit: int, wanted: Wanted, cache: Path
+) -> Mapping[str, Any] | None:
+    """What `solve` found earlier for the teacher of the run of a row that was picked, within the same memory."""
+    from autodistill.advisor.solved import solved_within
+
+    known = RunFolder.open(runs, picked["run"]).asked().get("teacher", {}) if picked else {}
+    if picked is None or "fingerprint" not in known:
+        return None
+    load = {"context": picked["context"], "batch": wanted.streams, "on_gpu": wanted.on_gpu}
+    return solved_within(cache, known["fingerprint"], limit, **load)
 
 
 def _together(runs: Sequence[str | Path | Run], out: Path) -> tuple[Path, list[str]]:
@@ -444,6 +464,7 @@ def solve(
             complete="devices",
         ),
     ] = None,
+    tiers: Annotated[bool, Option(help="Solve for GPUs of 4 to 80 GB instead, as pick has them.", typed=bool)] = False,
     data: Annotated[
         str | Path | None,
         Option(help="Text to score on: a folder, a .txt, .jsonl or .parquet file, or pydoc (default).", metavar="REF"),
@@ -485,8 +506,10 @@ def solve(
     """
     if budget is not None and sweep is not None:
         raise InputError("--budget is one limit and --sweep several: give one of the two")
-    if budget is None and sweep is None and device is None:
-        raise InputError("solve takes --budget like 200MB, --sweep like 100MB..400MB, or --device like local")
+    if tiers and not budget is sweep is device is None:
+        raise InputError("--tiers has the memory of GPUs for its budgets: leave --budget, --sweep and --device out")
+    if not tiers and budget is sweep is device is None:
+        raise InputError("solve takes --budget like 200MB, --sweep like 100MB..400MB, --device like local, or --tiers")
     one = parse_bytes(budget) if isinstance(budget, str) else budget
     limits: Sequence[int | None] = [one] if sweep is None else _sweep(sweep)
     files = _own(devices, device is not None)
@@ -495,7 +518,16 @@ def solve(
         "batch": 1 if batch is None else batch,
     }
     budgets: list[Budget]
-    if device is None:
+    if tiers:
+        from autodistill.advisor.pick import TIERS, tier_of
+        from autodistill.hardware.catalog import listed
+
+        known = [tier_of(size, listed()) for size in TIERS]
+        budgets = [
+            TierBudget(memory_bytes=tier.usable_bytes, tier_bytes=tier.nominal_bytes, least_device=tier.device, **load)
+            for tier in known
+        ]
+    elif device is None:
         budgets = [Budget(memory_bytes=limit or 0, **load) for limit in limits]
     else:
         from autodistill.hardware.local import choose_device

@@ -107,6 +107,14 @@ Context = Annotated[
         section="Budget",
     ),
 ]
+KvType = Annotated[
+    str | None,
+    Option(
+        help="Type of llama.cpp's KV cache: f16, q8_0 or q4_0 (default: as the space says, else f16).",
+        metavar="TYPE",
+        section="Budget",
+    ),
+]
 Batch = Annotated[
     int | None,
     Option(help="Number of sequences decoded at once (default: 1).", metavar="N", typed=int, section="Budget"),

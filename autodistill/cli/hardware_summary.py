@@ -180,7 +180,20 @@ def pick_text(document: Mapping[str, Any]) -> str:
             f"\nFor {count_of(document['better_unknown'], 'better row')} the memory or time under this load is unknown."
         )
     then = f"\n{document['next']}" if document.get("next") else ""
+    then += _solved_text(document.get("solved"))
     return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{tie}{others}{source}{on_gpu}{kept}{then}"
+
+
+def _solved_text(solved: Mapping[str, Any] | None) -> str:
+    """What `solve` found earlier within the same memory."""
+    if solved is None:
+        return ""
+    return (
+        f"\nSolved before for {format_bytes(solved['budget_bytes'])}, without training: {solved['teacher']} as "
+        f"{solved['name']} takes {format_bytes(solved['bytes'])}, with an accuracy of {solved['accuracy']:.4f} and a "
+        f"KL to the teacher of {solved['kl']:.4f} on {solved['tokens']:,} tokens of {solved['data']}. It is written by "
+        "autodistill solve --export."
+    )
 
 
 def _tiers_text(document: Mapping[str, Any], head: Sequence[str]) -> str:
@@ -191,13 +204,14 @@ def _tiers_text(document: Mapping[str, Any], head: Sequence[str]) -> str:
             format_bytes(one["usable_bytes"]),
             one["least_device"] or "-",
             *_picked(one["pick"]),
+            "-" if one.get("solved") is None else f"{one['solved']['name']}, {one['solved']['accuracy']:.4f}",
         )
         for one in document["tiers"]
     ]
     context = document["context"] or f"{CONTEXT}, or what a student reads where that is less"
     rests = "".join(f"\nMemory in {runtime} is {basis}." for runtime, basis in document["memory_basis"].items())
     return (
-        f"{table([('GPU', 'usable', 'least on', *head[1:]), *lines], left=6)}\n"
+        f"{table([('GPU', 'usable', 'least on', *head[1:], 'solved, accuracy'), *lines], left=6)}\n"
         f"At context {context}; {count_of(document['streams'], 'stream')}. Usable is the memory that every listed GPU "
         f"of this class leaves; if none is listed, 10^9 bytes for each GB, less what GPUs reserve.{rests}"
     )

@@ -89,7 +89,9 @@ def _curve(solutions: Sequence[Mapping[str, Any]]) -> str:
     for found in solutions:
         one = found["solution"]
         takes = format_bytes(one["bytes"])
-        limit = format_bytes(found["budget"]["memory_bytes"])
+        budget = found["budget"]
+        tier = f"GPU of {format_bytes(budget['tier_bytes'])}: " if "tier_bytes" in budget else ""
+        limit = f"{tier}{format_bytes(budget['memory_bytes'])}"
         better = found["winner"]["name"] if found["winner"] else found["as_good"] or ""
         rows.append((limit, one["name"], takes, *_figures(one), better))
     return table(rows, left=2)

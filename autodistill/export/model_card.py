@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
+from autodistill.models.config import spec_from_config
 from autodistill.models.licenses import stated
-from autodistill.quantization.formats import get_format
+from autodistill.models.llama_cpp_graphs import graph_of
+from autodistill.quantization.formats import as_held, get_format
 from autodistill.runs.markdown import fenced, plain
 from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import Row
@@ -101,6 +103,7 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             "",
             _made(row, origin),
             f"It is stored here as {here}.{'' if measured else ' ' + _NO_ROW}{_cache(deployment)}",
+            *_widths(row, deployment),
             "",
             f"- Licence of the teacher, which its students inherit: {plain(license or NOT_STATED)}",
             f"- Licence of the text it {read} ({plain(origin.data)}): {plain(origin.data_license or NOT_STATED)}",
@@ -128,6 +131,25 @@ def _cache(deployment: Deployment) -> str:
     if not arguments:
         return ""
     return f" Serve it with `{arguments}`: the figures are of this KV cache, and the file does not set it."
+
+
+def _widths(row: Row, deployment: Deployment) -> list[str]:
+    """Say what programs make of layers that differ in width; nothing of a model whose layers are alike."""
+    spec = None if row.shape is None else spec_from_config(row.shape)
+    if spec is None or not spec.ffn_widths:
+        return []
+    differ = f"Its layers differ in FFN width, from {min(spec.ffn_widths)} to {max(spec.ffn_widths)} neurons"
+    held = as_held(spec, deployment)
+    if held.ffn_widths:
+        return [
+            f'{differ}: llama.cpp computes such a model as its architecture "{graph_of(spec)}". Stock transformers and '
+            "vLLM refuse it, and a folder for them is padded with zeros."
+        ]
+    return [
+        f"{differ}, which stock transformers and vLLM refuse. In this folder narrower layers are padded with zeros to "
+        f"the widest: it computes the same, and holds {held.parameters:,} weights for the {spec.parameters:,} of the "
+        "student."
+    ]
 
 
 def _indented(strategy: Strategy) -> str:

@@ -80,8 +80,27 @@ class DeviceBudget(Budget):
         return super().to_json() | {"device": self.device.to_json(), "latency": limits}
 
 
+@dataclass(frozen=True, kw_only=True)
+class TierBudget(Budget):
+    """A budget on every discrete GPU of a class.
+
+    Attributes:
+        tier_bytes: The memory that GPUs of the class are sold with.
+        least_device: The one that leaves least of it; None where none of so much is known.
+    """
+
+    tier_bytes: int
+    least_device: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the budget as plain data."""
+        return super().to_json() | {"tier_bytes": self.tier_bytes, "least_device": self.least_device}
+
+
 def on_gpu(budget: Budget) -> bool:
     """Return whether the budget's memory is that of a discrete GPU, rather than that of a process."""
+    if isinstance(budget, TierBudget):
+        return True
     return isinstance(budget, DeviceBudget) and budget.device.discrete
 
 

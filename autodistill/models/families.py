@@ -305,10 +305,10 @@ FAMILIES: Mapping[str, Family] = {
 GGUF_BY_LAYER: Mapping[str, str] = {"llama": "deci"}
 """llama.cpp's graphs that compute the same with sizes of each layer's own, by those that have one size for all."""
 
-_GRAPHS = {family.gguf: name for name, family in reversed(FAMILIES.items())}
+_GRAPHS = {family.gguf: name for name, family in reversed(list(FAMILIES.items()))}
 
 GGUF_FAMILIES: Mapping[str, str] = {
-    **dict(reversed(_GRAPHS.items())),
+    **dict(reversed(list(_GRAPHS.items()))),
     **{by_layer: _GRAPHS[graph] for graph, by_layer in GGUF_BY_LAYER.items()},
 }
 """transformers' `model_type` by the name of llama.cpp's graph: the first family of those that one graph computes."""

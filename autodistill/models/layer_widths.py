@@ -35,7 +35,7 @@ def model_class(config: Any) -> Any:
 def _differing(plain: Any) -> Any:
     """Return a class of transformers with FFNs of each layer's own width; it has the name that files know."""
 
-    class Differing(plain):  # type: ignore[misc]
+    class Differing(plain):
         def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
             given = vars(config).pop(_DIFFERS)
             try:

@@ -189,11 +189,8 @@ def stock_model(model: Any) -> Any:
     if not model.config.is_heterogeneous:
         return model
     spec = uniform(spec_from_config(model.config.to_dict()))
-    parameters = dict(model.named_parameters())
-    arrays = {
-        tensor.name: padded(parameters[tensor.name].detach().cpu().numpy(), tensor.shape) for tensor in spec.tensors
-    }
-    weights = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    own = {name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()}
+    weights = {one.name: torch.from_numpy(padded(own[one.name], one.shape)) for one in spec.tensors}
     return model_from_weights(model, {"per_layer_config": None, "intermediate_size": spec.ffn_width}, weights)
 
 

@@ -69,6 +69,7 @@ class Search(TypedDict):
     space_definition: NotRequired[Mapping[str, Any]]
     constructions: NotRequired[tuple[Mapping[str, Any], ...]]
     rates: NotRequired[Mapping[str, Any]]
+    kv_type: NotRequired[str | None]
     objectives: NotRequired[tuple[str, ...]]
     device: NotRequired[Mapping[str, Any] | None]
     directions: NotRequired[Mapping[str, Direction]]

@@ -330,6 +330,7 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
         "space_hash": checked.space.hash,
         "baselines": checked.baselines and list(checked.baselines),
         "space_definition": checked.space.to_json(),
+        "kv_type": checked.kv_type,
         "constructions": [one.to_json() for one in checked.constructions],
         "metric": checked.metric,
         "direction": checked.direction,

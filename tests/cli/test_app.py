@@ -39,10 +39,10 @@ deployments:
 baselines: [logit_kd]
 """
 VERBS = {
-    "search": "--budget --device --latency --devices "
+    "search": "--budget --device --latency --devices --kv-type "
     "--teacher --data --space --metric --trials --tokens --time --context --batch --seed "
     "--name --out --resume --plan --price --runner --json --cache --cache-limit --checkpoint-limit",
-    "distill": "--budget --device --latency --devices "
+    "distill": "--budget --device --latency --devices --kv-type "
     "--teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
     "--json --cache --cache-limit",
     "write": "--prompts --out --teacher --endpoint --model --max-tokens --temperature --top-p --seed --top-k --batch "
@@ -55,8 +55,8 @@ VERBS = {
     "--layers --width --heads --kv-heads --head-dim --ffn --vocab --experts --active-experts --window --tied --cache "
     "--json",
     "pick": "--budget --device --context --streams --latency --min-accuracy --tiers --devices --out --cache --json",
-    "solve": "--budget --sweep --device --data --context --batch --tokens --sequence-length --out --export --devices "
-    "--cache --json",
+    "solve": "--budget --sweep --device --tiers --candidate --data --context --batch --tokens --sequence-length --out "
+    "--export --devices --cache --json",
 }
 ROW_FIELDS = (
     "row_id schema_version strategy_id strategy deployment status split accuracy accuracy_stderr perplexity agreement "

@@ -15,6 +15,7 @@ from autodistill.estimates.serving_memory import memory
 from autodistill.estimates.speed import speed, work
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
+from autodistill.models.config import resized
 
 F16, Q4 = deployment_named("gguf-f16"), deployment_named("gguf-q4_0")
 SIZES = {"layers": 4, "width": 256, "heads": 8, "kv_heads": 2, "ffn": 512, "vocab": 1000}
@@ -34,6 +35,21 @@ def test_a_step_reads_each_weight_once_and_each_key_and_value() -> None:
     assert four.operations == 4 * one.operations
     tied = work(shape(SIZES, tied=True).spec, F16, tokens=1, sequences=1, behind=100)
     assert tied == one
+
+
+def test_layers_are_read_and_computed_by_their_own_width_unless_they_are_padded() -> None:
+    wide = shape(SIZES).spec
+    spec = resized(wide, ffn_widths=(512, 64, 128, 512))
+    less = 3 * 256 * (512 - 64 + 512 - 128)
+    whole, found = (work(one, F16, tokens=8, sequences=1, behind=10) for one in (wide, spec))
+    assert whole.bytes - found.bytes == 2 * less
+    assert whole.operations - found.operations == 2 * 8 * less
+    assert whole.activations - found.activations == 2 * 8 * less // 256
+    padded = deployment_named("huggingface")
+    assert work(spec, padded, tokens=1, sequences=1, behind=10) == work(wide, padded, tokens=1, sequences=1, behind=10)
+    mixed = replace(Q4, types=(("layers.0.mlp.up_proj", "q8_0"),))
+    read = work(spec, mixed, tokens=1, sequences=1, behind=0).bytes
+    assert read == work(spec, Q4, tokens=1, sequences=1, behind=0).bytes + 256 * 512 * 16 // 32
 
 
 def test_k_quants_are_read_by_their_blocks_at_the_rate_of_q4_0() -> None:

@@ -16,6 +16,7 @@ from autodistill.distillation.losses.hidden_states import alignment_loss, projec
 from autodistill.distillation.training.trainer import adamw
 from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.models.config import ARCHITECTURES, spec_from_config
+from autodistill.models.layer_widths import model_class
 from autodistill.models.loading import decoder_layers
 from autodistill.strategy.strategy import Alignment, Attention, Distillation, Lora
 from autodistill.testing import tiny_config as config
@@ -82,6 +83,38 @@ def test_two_more_layers_keep_what_torch_keeps_of_two_more(architecture: str, bf
         )
         told.append(training_memory(spec_from_config(described), tokens=tokens, bf16=bf16).activations_bytes)
     assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.015)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_layers_keep_by_their_own_width(bf16: bool) -> None:
+    tokens, kept, told = 250, [], []
+    for widths in ((192, 64, 128), (192, 192, 192)):
+        own = {str(layer): {"intermediate_size": width} for layer, width in enumerate(widths) if width < 192}
+        described = config(num_hidden_layers=3) | ({"per_layer_config": own} if own else {})
+        made = transformers.AutoConfig.for_model(**described)
+        model = model_class(made)(made).float()
+        owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        shapes: dict[int, tuple[int, torch.Size]] = {}
+
+        def keep(tensor: torch.Tensor, shapes: dict[int, tuple[int, torch.Size]] = shapes) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            shapes.setdefault(storage.data_ptr(), (storage.nbytes(), tensor.shape))
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        kept.append(sum(nbytes for place, (nbytes, _) in shapes.items() if place not in owned))
+        spec = spec_from_config(described)
+        estimate = training_memory(spec, tokens=tokens, bf16=bf16)
+        assert estimate.weights_bytes == sum(parameter.nbytes for parameter in model.parameters())
+        told.append(estimate.activations_bytes + estimate.shown_bytes)
+        assert training_memory(spec, tokens=tokens, checkpointing=True).activations_bytes == 4 * tokens * (
+            3 * 64 + 24 * 64 // 4 + 8 * (64 + 32) // 4 + 4 * 192
+        )
+    assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=1e-6)
 
 
 def test_gradients_come_as_what_was_kept_goes_in_a_step_of_one_pass() -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from autodistill.advisor.describe import describe
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import memory
@@ -128,7 +129,10 @@ def test_a_deci_file_is_read_as_the_model_that_it_was_made_of(tmp_path: Path) ->
     student = save_tiny_teacher(tmp_path / "student", layers=3, ffn=WIDTHS)
     path = run(student, F16, tmp_path / "out")
     file = read_gguf(path)
-    assert spec_from_config(file.config()).ffn_widths == WIDTHS
+    spec = spec_from_config(file.config())
+    assert spec.ffn_widths == WIDTHS
+    told = describe(str(path))
+    assert (told.spec.tensors, told.weights_bytes) == (spec.tensors, weights_bytes(spec.tensors, F16))
     convert(file, tmp_path / "again")
     found, expected = load_model(tmp_path / "again", torch.float32), load_model(student, torch.float32)
     for name, weight in expected.named_parameters():

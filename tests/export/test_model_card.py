@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from autodistill.export.model_card import NOT_STATED, Origin, model_card
+from autodistill.models.config import config_of, resized, spec_from_config, uniform
 from autodistill.runs.results.row import Row
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
+from autodistill.testing import tiny_config
 
 Q4 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
 Q8 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
@@ -44,6 +46,17 @@ def row(trial: str, deployment: Deployment, accuracy: float, kind: str = "studen
         "strategy_id": strategy.id,
     }
     return Row.from_json(least | fields)
+
+
+def test_layers_that_differ_are_told_with_what_programs_make_of_them() -> None:
+    spec = resized(spec_from_config(tiny_config(num_hidden_layers=3)), ffn_widths=(64, 192, 128))
+    best = replace(BEST, shape=config_of(spec))
+    card = model_card(best, Q4, [best], ORIGIN)
+    assert 'from 64 to 192 neurons: llama.cpp computes such a model as its architecture "deci". Stock' in card
+    card = model_card(best, PLAIN, [best], ORIGIN)
+    assert f"holds {uniform(spec).parameters:,} weights for the {spec.parameters:,} of the student" in card
+    alike = replace(BEST, shape=config_of(uniform(spec)))
+    assert "FFN width" not in model_card(alike, PLAIN, [alike], ORIGIN) + model_card(BEST, Q4, [BEST], ORIGIN)
 
 
 BEST = row(

@@ -486,7 +486,11 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     "layer_types": (5, "full_attention", [1], {"a": 1}, [None], [["full_attention"]]),
     "num_labels": (10**9, -1, "x", 2.5),
     "transformers_weights": ("other.safetensors", "../other.safetensors", 5),
-    "per_layer_config": ([{"hidden_size": 32}], {"0": {}}),
+    "per_layer_config": (
+        *([{"hidden_size": 32}], {"0": {}}, {"0": {"skip": ["mlp"]}}, {"0": {"hidden_size": 32}}, {"x": {}}, 5),
+        *({"0": {"intermediate_size": size}} for size in (0, -1, "64", 64.0, True, None, 10**18)),
+        *({layer: {"intermediate_size": 64}} for layer in ("99", "-1", "1.0", "", "9" * 5000)),
+    ),
     "fusion_config": ({"a": True}, 5),
     "return_dict": (False, 0, "no"),
     "is_encoder_decoder": (True, 1),

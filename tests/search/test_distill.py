@@ -12,16 +12,23 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from autodistill import api
+from autodistill.advisor.candidates import stored
+from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.training.lora import Adapters
 from autodistill.errors import InputError
 from autodistill.export.huggingface import load_in_transformers
 from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config, uniform
+from autodistill.models.model_folder import read_config
+from autodistill.quantization.formats import weights_bytes
 from autodistill.quantization.grids import integer_grid
 from autodistill.quantization.packing import deployed
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.finish.export_run import export_run
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
+from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.named import load_strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 
@@ -114,6 +121,51 @@ def test_why_a_student_has_no_gguf_is_said_before_it_is_trained(inputs, tmp_path
     asked = request((teacher, *inputs[1:]), tmp_path / "out", written(tmp_path, depth=0.84), space=two)
     (note,) = [note for note in plan_search(asked)["plan"]["notes"] if "GGUF cannot hold" in note]
     assert "of these 5 it is 3, 5: keep all layers" in note
+
+
+def test_a_student_whose_layers_differ_is_trained_on_a_grid_exported_and_read(inputs, tmp_path: Path) -> None:
+    strategy, widths = tmp_path / "mine.yaml", (192, 64, 128, 32, 192, 96)
+    grid = {"format": "gguf-q4_0", "bits": 4, "group_size": 32, "scales": "learned"}
+    init = {"depth": 0.75, "layers": "influence", "ffn_widths": list(widths)}
+    strategy.write_text(yaml.safe_dump({"init": init, "distillation": {"divergence_weight": 0.5}, "finishing": grid}))
+    mixed = {"runtime": "llama.cpp", **grid, "types": {"embeddings": "q4_0", "layers.1.mlp.up_proj": "q8_0"}}
+    del mixed["scales"]
+    space = yaml.safe_load((inputs[1].parent / "two.yaml").read_text())
+    space["deployments"].append(mixed)
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    asked = request(inputs, tmp_path / "runs", strategy, space=str(tmp_path / "space.yaml"), tokens=4096)
+    outcome = search(asked)
+    rows = {row.deployment_name: row for row in outcome.rows if row.kind == "baseline"}
+    assert len(rows) == 4
+    spec = student_spec(load_strategy(strategy), spec_from_config(read_config(inputs[0])))
+    assert spec.ffn_widths == widths
+    for row in rows.values():
+        assert (row.params, spec_from_config(row.shape)) == (spec.parameters, spec)
+        assert row.name == "mine"
+        assert "75% influence ffn 32-192" in row.strategy.describe()
+    run = RunFolder.open(tmp_path / "runs", "run")
+    paths = export_run(run, rows["gguf-q8_0"].row_id, ["gguf", "huggingface"], tmp_path / "out")
+    paths["mixed"] = export_run(run, rows[Deployment.from_json(mixed).name].row_id, ["gguf"], tmp_path / "mixed")[
+        "gguf"
+    ]
+    for name in ("gguf", "mixed"):
+        fields = GGUFReader(paths[name]).fields
+        assert fields["general.architecture"].contents() == "deci"
+        assert fields["deci.feed_forward_length"].contents() == list(widths)
+    stock = AutoModelForCausalLM.from_pretrained(paths["huggingface"])
+    assert stock.config.intermediate_size == 192
+    assert stock.num_parameters() == uniform(spec).parameters
+    size = (paths["huggingface"] / "model.safetensors").stat().st_size
+    assert rows["huggingface"].size_bytes == pytest.approx(size, rel=0.02)
+    assert f"holds {uniform(spec).parameters:,} weights" in (paths["huggingface"] / "README.md").read_text()
+    # What reads rows reads these.
+    (kept,) = [one for one in stored(tmp_path / "runs") if one.cells["row_id"] == rows["gguf-q8_0"].row_id]
+    assert kept.spec == spec
+    chosen = api.pick(budget="16GB", context=256, out=tmp_path / "runs").document["pick"]
+    assert chosen["row_id"] in {row.row_id for row in outcome.rows}
+    told = api.estimate(inputs[0], strategy=str(strategy), format="gguf-q8_0", context=256).document
+    assert told["weights_bytes"] == weights_bytes(spec.tensors, rows["gguf-q8_0"].deployment)
+    assert f"| {rows['gguf-q8_0'].row_id} | mine |" in (run.path / "report.md").read_text()
 
 
 def test_a_pretrained_sibling_is_the_student(inputs, tmp_path: Path) -> None:

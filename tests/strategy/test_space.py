@@ -261,6 +261,25 @@ def test_a_strategy_lies_at_the_fullest_choice_that_agrees_with_it_be_that_an_em
         assert space.point(space.strategy(point)) == point, name
 
 
+def test_widths_by_layer_are_a_choice_like_any():
+    parts = {"narrow": {"depth": 1.0, "ffn": 0.5}, "own": {"depth": 1.0, "ffn_widths": [64, 128]}}
+    fields = {"deployments": [{"runtime": "llama.cpp", "format": "gguf-f16", "bits": 16, "group_size": 0}]}
+    by_name = Space.from_json({"dimensions": {"init": {"choices": parts}}, **fields})
+    strategy = by_name.strategy({"init": "own"})
+    assert strategy.init.ffn_widths == (64, 128)
+    assert by_name.point(strategy) == {"init": "own"}
+    assert Space.from_json(by_name.to_json()).hash == by_name.hash
+    widths = {"init.ffn_widths": {"choices": {"first": [64, 128], "last": [128, 64]}}}
+    alone = Space.from_json({"dimensions": widths, **fields})
+    assert alone.strategy({"init.ffn_widths": "last"}).init.ffn_widths == (128, 64)
+    assert alone.point(Strategy(init=Init(ffn_widths=(64, 128)))) == {"init.ffn_widths": "first"}
+    with pytest.raises(InputError, match=r"init\.ffn_widths: this is no number: give choices"):
+        Space.from_json({"dimensions": {"init.ffn_widths": {"low": 1, "high": 2}}, **fields})
+    contradicting = {"init.ffn": {"choices": [0.5]}, **widths}
+    with pytest.raises(InputError, match=r"init\.ffn 0\.5 and init\.ffn_widths both say"):
+        Space.from_json({"dimensions": contradicting, **fields})
+
+
 def test_choices_tell_true_from_one():
     domain = Choices(values={True: True, False: False})
     assert domain.holds(True)

@@ -209,6 +209,14 @@ def test_it_is_frozen_and_hashable():
     assert len({SAMPLE, Strategy.from_json(json.loads(TEXT))}) == 1
 
 
+def test_widths_by_layer_are_left_out_of_plain_data_where_there_are_none():
+    assert "ffn_widths" not in Strategy().to_json()["init"]
+    strategy = Strategy(init=Init(depth=1.0, ffn_widths=(64, 128)))
+    assert strategy.to_json()["init"]["ffn_widths"] == [64, 128]
+    assert Strategy.from_json(json.loads(json.dumps(strategy.to_json()))) == strategy
+    assert strategy.id != Strategy(init=Init(depth=1.0, ffn_widths=(128, 64))).id
+
+
 GGUF = {"format": "gguf-q8_0", "bits": 8, "group_size": 32}
 RULES = [
     ("init.source", "void", "can be teacher, scratch, pretrained"),
@@ -219,6 +227,12 @@ RULES = [
     ("init", {"source": "scratch", "layers": "influence"}, "even"),
     ("init.ffn", 0.0, "init.ffn is a fraction"),
     ("init.heads", 1.5, "init.heads is a fraction"),
+    ("init", {"ffn": 0.5, "ffn_widths": [64]}, "init.ffn 0.5 and init.ffn_widths both say"),
+    ("init", {"source": "scratch", "ffn_widths": [64]}, "leave it out where init.source is scratch"),
+    ("init.ffn_widths", [64, 0], "numbers of FFN neurons of 1 and more, and one of them is 0"),
+    ("init.ffn_widths", 64, "init.ffn_widths must be a list, not 64"),
+    ("init.ffn_widths", [64, 0.5], "init.ffn_widths must be of type int, not 0.5"),
+    ("init.ffn_widths", [True], "init.ffn_widths must be of type int, not True"),
     ("init.layers", "odd", "even, contiguous"),
     ("init.depth", 0.0, "fraction"),
     ("init.depth", 1.01, "fraction"),
@@ -481,6 +495,9 @@ def test_the_line_of_a_strategy():
         alignment=Alignment(weight=5.71),
         learning_rate=0.00164,
     )
+    widths = {(64,): "ffn 64", (64, 64, 32, 64): "ffn 64x2+32+64", (8, 9) * 3: "ffn 8-9 (d9372a)"}
+    for by_layer, said in widths.items():
+        assert Init(ffn_widths=by_layer).describe() == f"80% even {said}"
     strategy = Strategy(distillation=recipe, finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32))
     assert strategy.describe() == (
         "80% even, taid(0.4) 0.98 T3.2>1.5 cosine, signal states, lr 0.00164, last none x5.71, QAT gguf-q4_0"

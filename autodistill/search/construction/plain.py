@@ -26,13 +26,16 @@ SHAPES = (
 """The teacher whole, narrower, and shallower: the least that a budget is tried with."""
 
 
-def plain_constructions(spec: ModelSpec, space: Space, budget: Budget) -> tuple[Construction, ...]:
+def plain_constructions(
+    spec: ModelSpec, space: Space, budget: Budget, kv_type: str | None = None
+) -> tuple[Construction, ...]:
     """The widest plain storage of each shape within a budget; of the whole teacher also the next ones.
 
     Args:
         spec: The teacher's shape.
         space: Whose deployments say which runtimes serve the student.
         budget: Of the student.
+        kv_type: Of all caches in llama.cpp; None for any.
 
     Raises:
         InputError: None of the space's deployments holds any of the shapes.
@@ -45,7 +48,7 @@ def plain_constructions(spec: ModelSpec, space: Space, budget: Budget) -> tuple[
         except InputError:
             continue
         try:
-            tried = list(_tried(student, space, budget))
+            tried = list(_tried(student, space, budget, kv_type))
         except InputError as error:
             refused = refused or error
             continue
@@ -73,7 +76,7 @@ def in_gguf(space: Space, budget: Budget) -> bool:
     return any(one.runtime == "llama.cpp" for one in served(space.deployments, budget))
 
 
-def _tried(student: ModelSpec, space: Space, budget: Budget) -> Iterator[Fit]:
+def _tried(student: ModelSpec, space: Space, budget: Budget, kv_type: str | None) -> Iterator[Fit]:
     """How the plain storages of a shape stand to a budget: those of the space, and in GGUF with smaller tables.
 
     Raises:
@@ -81,7 +84,7 @@ def _tried(student: ModelSpec, space: Space, budget: Budget) -> Iterator[Fit]:
     """
     held = list(holdable(student, served(space.deployments, budget)))
     if in_gguf(space, budget):
-        options = Options(spec=student, budget=budget)
+        options = Options(spec=student, budget=budget, cache_type=kv_type)
         try:
             options.check()
             plain = rivals(options, None, budget.memory_bytes, lambda one: -_bytes(options, one))

@@ -20,6 +20,7 @@ from autodistill.options import (
     Cache,
     Context,
     Devices,
+    KvType,
     Latency,
     Option,
     Out,
@@ -94,6 +95,7 @@ class SearchRequest:
     devices: Devices = None
     context: Context = None
     batch: Batch = None
+    kv_type: KvType = None
     teacher: Annotated[str | Path | object | None, TEACHER] = None
     tokenizer: Annotated[
         object | None, Option(help="Tokenizer of a teacher that is given as a loaded model.", python=True)

@@ -23,6 +23,7 @@ from autodistill.hardware.local import choose_device
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.options import parsed
+from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.runs.results import selection as choice
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.run_folder import default_cache
@@ -47,10 +48,12 @@ from autodistill.strategy.space import Space, load_space, space_reference
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.durable import make_folder
 from autodistill.utils.json_files import replacing
+from autodistill.utils.plain_dataclass import check_choice
 from autodistill.utils.storage import Storage
 
 T = TypeVar("T")
 _LEAST_EXPLORED = 0.1
+_LLAMA_CPP = "llama.cpp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,7 @@ class SearchConfig:
         device: Where latencies are predicted, if they are.
         declared: The space as it was read; `space` is what is searched.
         constructions: What a solved space offers under the budget, by plain rules until the teacher is there.
+        kv_type: Of all caches in llama.cpp; None where a solver may choose, and others have 16 bits.
         trials, tokens, time_seconds, step_tokens, gpus_per_trial, cpus_per_trial, checkpoint_limit_bytes: None is left
             to the plan, which knows the machine; on resuming, to that which there is.
         stored: `search.json` of the run that goes on; None of a new one.
@@ -81,6 +85,7 @@ class SearchConfig:
     space: Space
     declared: Space
     constructions: tuple[Construction, ...]
+    kv_type: str | None
     space_reference: str
     baselines: tuple[str, ...] | None
     asked: Asked
@@ -159,10 +164,12 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         searched = against(searched, baselines)
     if strategy is not None:
         searched = single(searched, strategy)
+    kv_type = _kv_type(request, known)
+    searched = _cached(searched, kv_type)
     spec = spec_from_config(teacher.config)
     budget, notes = _budget(limits, known, spec, searched)
     declared = on_its_device(searched, budget) if searched.solved else searched
-    constructions, searched = _under_budget(declared, spec, budget, known)
+    constructions, searched = _under_budget(declared, spec, budget, known, kv_type)
     confirm = request.confirm if request.confirm is not None else known.get("confirm", 0)
     warm_start = joined(request.warm_start)
     storage = request.storage or known.get("storage")
@@ -178,6 +185,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         space=searched,
         declared=declared,
         constructions=constructions,
+        kv_type=kv_type,
         space_reference=named_space,
         baselines=baselines,
         asked=asked.with_divergences(searched.divergences),
@@ -339,8 +347,38 @@ def _students_only(request: SearchRequest, stored: Mapping[str, Any] | None) -> 
     return bool(request.students_only) or request.strategy is not None
 
 
+def _cached(space: Space, kind: str | None) -> Space:
+    """The space whose students llama.cpp serves with a cache of one type, where that is asked for.
+
+    Raises:
+        InputError: No such type, or no deployment in llama.cpp.
+    """
+    if kind is None:
+        return space
+    check_choice("--kv-type", kind, tuple(CACHE_BYTES))
+    if not any(one.runtime == _LLAMA_CPP for one in space.deployments):
+        raise InputError(f"--kv-type is llama.cpp's, in which the space {space.name} deploys nothing: leave it out")
+    held = (
+        replace(one, cache_type_k=kind, cache_type_v=kind) if one.runtime == _LLAMA_CPP else one
+        for one in space.deployments
+    )
+    return replace(space, deployments=tuple(dict.fromkeys(held)))
+
+
+def _kv_type(request: SearchRequest, known: Mapping[str, Any]) -> str | None:
+    """The type of all caches in llama.cpp, where one is asked for, on resuming as before.
+
+    Raises:
+        InputError: Another type than the run began with.
+    """
+    asked, before = request.kv_type, known.get("kv_type")
+    if known and asked not in (None, before):
+        raise InputError(f"the run began with another cache than --kv-type {asked}: leave it out, or begin a new run")
+    return asked or before
+
+
 def _under_budget(
-    space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any]
+    space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any], kv_type: str | None
 ) -> tuple[tuple[Construction, ...], Space]:
     """The constructions and the space that this budget is searched with, on resuming those of before.
 
@@ -355,7 +393,7 @@ def _under_budget(
         # Runs of earlier versions have deployments that their device does not serve.
         return (), whole if whole.hash == known.get("space_hash") else on_its_device(whole, budget)
     if space.solved:
-        constructions = plain_constructions(spec, space, budget)
+        constructions = plain_constructions(spec, space, budget, kv_type)
         return constructions, with_constructions(space, constructions, first_prior(spec, batch_tokens=SEQUENCE_LENGTH))
     return (), narrowed(on_its_device(space, budget), spec, budget)
 

@@ -69,7 +69,7 @@ def solved_constructions(
         return (), "no deployment of the space is of llama.cpp, whose types alone are solved"
     if loaded.teacher_fit.held != "float32":
         return (), "memory does not hold the teacher in float32, which it is scored in"
-    options = Options(spec=spec, budget=budget)
+    options = Options(spec=spec, budget=budget, cache_type=config.kv_type)
     try:
         options.check()
     except InputError as error:

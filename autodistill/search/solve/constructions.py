@@ -99,7 +99,7 @@ def smallest(options: Options) -> tuple[str, int]:
             [Init(depth=1.0, ffn=ffn_widths(whole)[-1] / whole, repair=True)] if whole > ffn_widths(whole)[-1] else []
         )
         cuts += [Init(depth=1.0, dropped=(1, _most_dropped(layers)))] if _most_dropped(layers) else []
-        found += [(init, Options(spec=cut_spec(init, options.spec), budget=options.budget)) for init in cuts]
+        found += [(init, replace(options, spec=cut_spec(init, options.spec))) for init in cuts]
     sizes = [(init, *cut.smallest()) for init, cut in found]
     init, deployment, estimate = min(sizes, key=lambda one: one[2].total_bytes)
     return named(init, deployment), estimate.total_bytes
@@ -239,7 +239,7 @@ class CutScores:
             for name, (origin, _) in self._origins.items()
             if origin in teacher.matrices or origin in teacher.tables
         }
-        self.options = CutOptions(spec=spec, budget=teacher.budget, scored=scored)
+        self.options = CutOptions(spec=spec, budget=teacher.budget, cache_type=teacher.cache_type, scored=scored)
 
     def score(self, name: str, kind: str) -> Score:
         """What it costs to store a matrix, or a half of the cache, as a type."""
@@ -316,7 +316,7 @@ def _shallow(options: Options, library: Library, shapes: Shapes) -> Iterator[Cut
     total = options.spec.layers
     for count in range(1, _most_dropped(total) + 1):
         init = Init(depth=1.0, dropped=(1, count))
-        kept = Options(spec=cut_spec(init, options.spec), budget=options.budget)
+        kept = replace(options, spec=cut_spec(init, options.spec))
         if kept.smallest()[1].total_bytes > options.budget.memory_bytes:
             continue
         first, _ = shapes.spans(count)[0]

@@ -73,6 +73,7 @@ class Library:
         self._notify = notify
         self._held = _read(path)
         self._gradients: dict[str, dict[str, Score]] | None = None
+        self._told = False  # that they cannot be kept
 
     def build(self) -> None:
         """Scores what is not in the file yet; it is written after each pass."""
@@ -174,7 +175,14 @@ class Library:
         return tuple(Measured.from_json(self._held["joint"][place]) for place in keys)
 
     def _save(self) -> None:
-        write_json(self._path, self._held)
+        """Writes what is known; where the disk is full it stays in memory, and in the file what was known before."""
+        try:
+            write_json(self._path, self._held)
+        except (OSError, InputError) as error:
+            if not self._told:
+                said = error.strerror if isinstance(error, OSError) else error
+                self._notify(f"scores cannot be kept in {self._path} ({said}): a later call will make these again")
+            self._told = True
 
 
 def library_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...], options: Options) -> Path:

@@ -45,10 +45,12 @@ class Options:
     Attributes:
         spec: The model's shape.
         budget: Context and batch for the memory, and whose memory it is.
+        cache_type: The one type of keys and values that may be chosen; None for all.
     """
 
     spec: ModelSpec
     budget: Budget
+    cache_type: str | None = None
 
     @cached_property
     def matrices(self) -> dict[str, TensorSpec]:
@@ -77,6 +79,8 @@ class Options:
             try:
                 check_cache(self.spec, "llama.cpp", pair)
             except InputError:
+                continue
+            if self.cache_type is not None and pair != (self.cache_type, self.cache_type):
                 continue
             if pair[0] == pair[1] or not (on_gpu(self.budget) or self.spec.latent):
                 found.append(pair)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from autodistill.advisor.solved import Solved, keep_solved
 from autodistill.data.dataset import Prepared, load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
@@ -23,7 +24,7 @@ from autodistill.distillation.teacher.resolve import Teacher, materialise, resol
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.export.tokenizer_check import cannot_cut
-from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget
+from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, on_gpu
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
@@ -33,6 +34,7 @@ from autodistill.search.solve.bench import Bench, Measured, Sample
 from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.constructions import CUTS, FAMILIES, WHOLE, Form, can_cut, cut_forms, named, smallest
 from autodistill.search.solve.export import export
+from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import rivals
@@ -42,7 +44,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
 from autodistill.units import format_bytes
 from autodistill.utils.file_locks import alone
-from autodistill.utils.json_files import read_json, write_json
+from autodistill.utils.json_files import read_json, unwritable, write_json
 from autodistill.utils.plain_dataclass import check_no_blank
 
 DOCUMENT = "solve.json"
@@ -83,7 +85,9 @@ class SolveRequest:
     def __post_init__(self) -> None:
         check_no_blank(self)
         if not self.budgets:
-            raise InputError("solve takes a budget: give --budget like 200MB, --sweep like 100MB..400MB, or --device")
+            raise InputError(
+                "solve takes a budget: give --budget like 200MB, --sweep like 100MB..400MB, --device or --tiers"
+            )
         if self.export and (self.out is None or len(self.budgets) > 1):
             raise InputError(
                 "--export writes the solution of one budget into a folder: give --budget or --device, and --out"
@@ -150,6 +154,7 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
             continue
         path = library_file(request.cache, teacher.fingerprint, data.fingerprint, tokens, one)
         with alone(path):
+            use(path)
             library = Library(path, bench, one, calibration, notify)
             library.build()
             shapes = partial(_shapes, request, bench, calibration, teacher, data, tokens, notify)
@@ -157,6 +162,8 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
             solved = _solved(one, library, bench, shapes, samples, own, candidates, thorough=thorough)
             documents += [solved] if solved else []
             misses += [] if solved else [one.budget.to_json()]
+    with suppress(OSError, InputError):  # a full disk loses a line that pick would show
+        keep_solved(request.cache, teacher.fingerprint, _known(documents, options, teacher, data, held_out))
     document: dict[str, Any] = {
         "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint, "stored": stored and stored.note},
         "data": {"name": data.name, "fingerprint": data.fingerprint, "license": data.license},
@@ -190,8 +197,38 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
                 teacher = replace(teacher, folder=folder)
             document["exported"] = export(bench, teacher, chosen, request.budgets[0], data, request.out)
     if request.out is not None:
-        write_json(request.out / DOCUMENT, document)
+        try:
+            write_json(request.out / DOCUMENT, document)
+        except OSError as error:
+            raise unwritable(request.out, error) from error
     return document
+
+
+def _known(
+    documents: Sequence[Mapping[str, Any]],
+    options: Sequence[Options],
+    teacher: Teacher,
+    data: Prepared,
+    held_out: Sample,
+) -> Iterator[Solved]:
+    """What others may be told of the solutions."""
+    budgets = {one.budget.memory_bytes: one.budget for one in options}
+    for one in documents:
+        budget, found = budgets[one["budget"]["memory_bytes"]], one["solution"]
+        yield Solved(
+            teacher=teacher.name,
+            data=data.name,
+            budget_bytes=budget.memory_bytes,
+            context=budget.context,
+            batch=budget.batch,
+            on_gpu=on_gpu(budget),
+            name=found["name"],
+            bytes=found["bytes"],
+            kl=found["kl"],
+            nll=found["nll"],
+            accuracy=found["accuracy"],
+            tokens=int(held_out.data.predicted),
+        )
 
 
 def _within_context(request: SolveRequest, spec: ModelSpec) -> SolveRequest:
@@ -258,6 +295,7 @@ def _shapes(
             device=bench.device,
         )
     path = shapes_file(request.cache, teacher.fingerprint, data.fingerprint, tokens)
+    use(path)
     return Shapes(path, bench, calibration, PartImportance.load(importance), notify)
 
 

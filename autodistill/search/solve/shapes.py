@@ -202,7 +202,11 @@ class Shapes:
         return self._students[init]
 
     def _save(self) -> None:
-        write_json(self._path, self._held)
+        """Writes what is known; where the disk is full it stays in memory, as in a `Library`."""
+        try:
+            write_json(self._path, self._held)
+        except (OSError, InputError) as error:
+            self._notify(f"scores of cuts cannot be kept in {self._path} ({error}): a later call will make these again")
 
 
 def ffn_widths(whole: int) -> tuple[int, ...]:

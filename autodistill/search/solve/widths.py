@@ -87,7 +87,7 @@ class Widths:
 
     def _compute_bytes(self, width: int) -> int:
         init = Init(depth=1.0, ffn_widths=(width,) * self._options.spec.layers)
-        cut = Options(spec=cut_spec(init, self._options.spec), budget=self._options.budget)
+        cut = replace(self._options, spec=cut_spec(init, self._options.spec))
         estimate = cut.memory(cut.deployment(cut.smallest_types(), ("f16", "f16")))
         return estimate.compute_bytes + estimate.overhead_bytes
 

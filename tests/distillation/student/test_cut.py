@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.build import build_student, init_spec
 from autodistill.distillation.teacher.importance import PartImportance, measure_importance
+from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import FAMILIES
 from autodistill.models.loading import decoder_layers, load_model
@@ -68,9 +69,9 @@ def output_of_ffn(layer, neox):
     return layer.mlp.dense_4h_to_h if neox else layer.mlp.down_proj
 
 
-def silence_neurons(model, importance, neox):
-    for layer, gone in zip(model.base_model.layers, removed(importance.neurons, 64), strict=True):
-        output_of_ffn(layer, neox).weight.data[:, gone] = 0
+def silence_neurons(model, importance, neox, widths=(64,) * 4):
+    for layer, own, width in zip(model.base_model.layers, importance.neurons, widths, strict=True):
+        output_of_ffn(layer, neox).weight.data[:, removed(own, width)] = 0
 
 
 def silence_groups(model, importance, neox):
@@ -114,6 +115,46 @@ def silence_channels(model, importance, kind):
     for name in norms:
         parent, _, last = name.rpartition(".")
         setattr(body.get_submodule(parent), last, NormOfKept(body.get_submodule(name), gone, kind, eps))
+
+
+def test_a_student_keeps_as_many_neurons_in_each_layer_as_it_is_told(teacher, importance):
+    widths = (192, 64, 100, 32)
+    init = Init(depth=1.0, ffn_widths=widths)
+    student, _ = build_student(teacher, init, calibration=importance)
+    spec = init_spec(init, spec_from_config(json.loads((teacher / "config.json").read_text())))
+    assert spec.ffn_widths == widths
+    assert spec == spec_from_config(student.config.to_dict())
+    whole = double(teacher)
+    silence_neurons(whole, importance, family_of(teacher) == "gpt_neox", widths)
+    with torch.no_grad():
+        expected = whole(IDS).logits
+        actual = student.double()(IDS).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=3e-5 * expected.abs().max().item())
+
+
+def test_a_teacher_whose_layers_differ_is_cut_like_any(teacher, importance, tmp_path):
+    widths = (192, 64, 128, 100)
+    first, _ = build_student(teacher, Init(depth=1.0, ffn_widths=widths), calibration=importance)
+    first.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 32)).astype(np.int32)
+    data = TokenSet(tokens=tokens, documents=tokens)
+    measured = measure_importance(load_model(tmp_path, torch.float32), data)
+    assert [int((own > 0).sum()) for own in measured.neurons] == list(widths)
+    for init, expected in (
+        (Init(depth=0.5), (192, 100)),
+        (Init(depth=0.5, ffn=0.66), (128, 64)),
+        (Init(depth=0.5, ffn_widths=(10, 100)), (10, 100)),
+        (Init(depth=1.0, ffn_widths=(64,) * 4), ()),
+    ):
+        student, _ = build_student(tmp_path, init, calibration=measured)
+        assert spec_from_config(student.config.to_dict()).ffn_widths == expected
+        assert student.config.is_heterogeneous == (expected != ())
+        assert student(IDS).logits.isfinite().all()
+    own = spec_from_config(json.loads((tmp_path / "config.json").read_text()))
+    with pytest.raises(InputError, match="keeps 101 FFN neurons of the teacher's layer 3"):
+        init_spec(Init(depth=0.5, ffn_widths=(192, 101)), own)
+    with pytest.raises(InputError, match=r"layers differ in width, and init\.layers influence would choose"):
+        init_spec(Init(depth=0.5, layers="influence"), own)
 
 
 @pytest.mark.parametrize("part", ["ffn", "heads", "width", "all"])

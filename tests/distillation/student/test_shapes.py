@@ -69,6 +69,20 @@ def test_impossible_sizes_are_refused_with_their_rule(fractions: dict[str, float
         sizes(Init(**fractions))  # type: ignore[arg-type]
 
 
+def test_widths_are_of_the_kept_layers() -> None:
+    layers = LLAMA["num_hidden_layers"]
+    widths = tuple(64 * (1 + layer % 5) for layer in range(layers // 2))
+    for way in ("even", "influence"):
+        spec = cut_spec(Init(depth=0.5, layers=way, ffn_widths=widths), spec_from_config(LLAMA))
+        assert (spec.ffn_widths, spec.ffn_width) == (widths, 320)
+        assert [t.shape[0] for t in spec.tensors if t.name.endswith("up_proj.weight")] == list(widths)
+    assert Init(depth=0.5, ffn_widths=widths).selective
+    with pytest.raises(InputError, match=rf"has {layers} numbers, and {layers // 2} of the teacher's {layers} layers"):
+        cut_spec(Init(depth=0.5, ffn_widths=(64,) * layers), spec_from_config(LLAMA))
+    with pytest.raises(InputError, match=r"keeps 1537 FFN neurons of the teacher's layer 0 .* which has 1536"):
+        cut_spec(Init(depth=0.5, ffn_widths=(1537,) * (layers // 2)), spec_from_config(LLAMA))
+
+
 fractions = st.floats(0.05, 1)
 
 

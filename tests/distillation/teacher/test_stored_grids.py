@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,10 @@ def test_its_own_deployment_is_added_once() -> None:
     stored = StoredAs(types="its matrices lie on Q4_1", deployment=own, exact=True)
     assert stored.among((other,)) == (other, own)
     assert stored.among((own, other)) == (own, other)
+    # A cache that all deployments have is its own too.
+    smaller = replace(other, cache_type_k="q8_0", cache_type_v="q8_0")
+    assert stored.among((smaller,)) == (smaller, replace(own, cache_type_k="q8_0", cache_type_v="q8_0"))
+    assert stored.among((smaller, other)) == (smaller, other, own)
 
 
 def test_a_mixture_of_k_quants_is_kept_by_its_own_scales_which_a_search_would_not_find_again(tmp_path: Path) -> None:

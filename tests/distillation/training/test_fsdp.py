@@ -22,6 +22,7 @@ from autodistill.distillation.training.fsdp import Sharding, whole_model
 from autodistill.errors import InputError
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Lora, Strategy
+from autodistill.testing import save_tiny_teacher
 
 ALIGNED = Strategy(
     distillation=Distillation(
@@ -133,6 +134,7 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(
     def task(name, strategy, until=STEP, bench=bare, **more):
         return Task(bench, workshop.folder, strategy, until, tmp_path / name, **more)
 
+    narrow = save_tiny_teacher(tmp_path / "narrow", layers=6, ffn=(128, 32, 64, 128, 96, 32))
     further = {"strategy": CHANGED, "begin": tmp_path / "changed.1", "until": 3 * STEP, "learned": False}
     cases = {
         "plain": {"strategy": PLAIN},
@@ -143,6 +145,7 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(
         "related": {"strategy": RELATED, "plan": (("micro_batch", 1),)},
         "uncertain": {"strategy": UNCERTAIN, "bench": marked},
         "balanced": {"strategy": BALANCED, "bench": marked},
+        "widths": {"strategy": PLAIN, "learned": False, "bench": replace(bare, teacher=narrow)},
         "grid": {"strategy": PLAIN, "learned": False},
         "frozen grid": {"strategy": ALIGNED, "learned": False, "plan": (("checkpointing", True),)},
         "learned": {"strategy": PLAIN, "learned": True},
@@ -169,6 +172,8 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(
     assert one.files == other.files != []
     for name in one.files:
         np.testing.assert_allclose(other[name], one[name], rtol=1e-3)
+    gathered = load_file(tmp_path / "widths.2.student")
+    assert [len(gathered[f"model.layers.{layer}.mlp.up_proj.weight"]) for layer in range(4)] == [128, 64, 128, 32]
     start = dict(workshop.trainer(CHANGED).model.named_parameters())
     for name in ("merged", "changed grid", "changed, learned"):
         one, other = (load_file(tmp_path / f"{name}.{processes}.student") for processes in (1, 2))

@@ -17,6 +17,7 @@ from autodistill.runs.remote_copy import keep
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.planning.durations import TRAINING
 from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.resolve import resolve
 from autodistill.search.request.validate import check_request
 from autodistill.strategy.named import load_strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
@@ -55,6 +56,30 @@ def test_baselines_of_ones_own_take_the_place_of_the_spaces(asked: SearchRequest
     assert checked.space.baselines["full_recipe"] == load_strategy("full_recipe")
     assert checked.space.baselines["mine"].init.depth == 0.6
     assert checked.space.dimensions == check_request(asked).space.dimensions
+
+
+def test_a_type_of_cache_is_that_of_every_deployment_in_llama_cpp(asked: SearchRequest, tmp_path: Path) -> None:
+    plain = check_request(asked).space
+    checked = check_request(replace(asked, kv_type="q8_0")).space
+    assert {one.cache_types for one in checked.deployments if one.runtime == "llama.cpp"} == {("q8_0", "q8_0")}
+    others = [one for one in checked.deployments if one.runtime != "llama.cpp"]
+    assert others == [one for one in plain.deployments if one.runtime != "llama.cpp"]
+    assert len(checked.deployments) == len(plain.deployments)
+    assert checked.hash != plain.hash
+    with pytest.raises(InputError, match=r"--kv-type is 'q5_0'; it can be f16, q8_0, q4_0"):
+        check_request(replace(asked, kv_type="q5_0"))
+    (tmp_path / "transformers.yaml").write_text(SPACE)
+    with pytest.raises(InputError, match=r"--kv-type is llama.cpp's, in which the space .* deploys nothing"):
+        check_request(replace(asked, space=str(tmp_path / "transformers.yaml"), kv_type="q8_0"))
+
+
+def test_a_run_goes_on_with_its_cache_and_with_no_other(asked: SearchRequest) -> None:
+    begun = check_request(replace(asked, kv_type="q8_0"))
+    stored = {"space_definition": begun.space.to_json(), "space_hash": begun.space.hash}
+    assert resolve(asked, stored).space.hash == begun.space.hash
+    assert resolve(replace(asked, kv_type="q8_0"), stored).space.hash == begun.space.hash
+    with pytest.raises(InputError, match="began with another cache than --kv-type f16: leave it out"):
+        resolve(replace(asked, kv_type="f16"), stored)
 
 
 def test_a_run_goes_on_with_its_own_baselines_and_with_no_others(asked: SearchRequest, tmp_path: Path) -> None:

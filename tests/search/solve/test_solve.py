@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from autodistill.cli.app import main
 from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
+from autodistill.distillation.student.shapes import cut_spec
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
@@ -30,11 +33,14 @@ from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.quantization.formats import TYPES
 from autodistill.quantization.rounding import deploy_tensor
-from autodistill.search.solve import SolveRequest, solve
+from autodistill.search.solve import SolveRequest, run, solve
 from autodistill.search.solve.bench import Bench
+from autodistill.search.solve.constructions import CUTS, cut_forms, smallest
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import KEYS, Options
+from autodistill.search.solve.widths import Widths
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Init
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.json_files import read_json
 
@@ -154,16 +160,20 @@ def test_more_memory_never_costs_more_and_a_budget_below_the_smallest_is_told(
     teacher: Path, text: Path, cache: Path, tmp_path: Path
 ) -> None:
     options = options_of(teacher)
-    smallest = options.smallest()[1].total_bytes
-    limits = [smallest - 1, smallest, middle(options), 10**9]
+    whole = options.smallest()[1].total_bytes
+    name, need = smallest(options)
+    assert need < whole
+    limits = [need - 1, whole - 30_000, whole, middle(options), 10**9]
     swept = solve(asked(teacher, text, cache, *limits, out=tmp_path))
-    assert [miss["memory_bytes"] for miss in swept["nothing_fits"]] == [smallest - 1]
-    assert swept["smallest"] == {"name": options.smallest()[0].name, "bytes": smallest}
-    least, between, most = (one["solution"] for one in swept["solutions"])
-    assert least["left_bytes"] == 0
-    assert least["calibration_kl"] > between["calibration_kl"] > most["calibration_kl"]
+    assert [miss["memory_bytes"] for miss in swept["nothing_fits"]] == [need - 1]
+    assert swept["smallest"] == {"name": name, "bytes": need}
+    cut, least, between, most = (one["solution"] for one in swept["solutions"])
+    assert cut["family"] in CUTS
+    assert cut["bytes"] <= whole - 30_000
+    assert least["bytes"] <= whole
+    assert cut["calibration_kl"] > least["calibration_kl"] > between["calibration_kl"] > most["calibration_kl"]
     assert most["kl"] < 1e-4
-    assert json.loads((tmp_path / "solve.json").read_text())["solutions"][0]["solution"]["name"] == least["name"]
+    assert json.loads((tmp_path / "solve.json").read_text())["solutions"][1]["solution"]["name"] == least["name"]
 
 
 def test_a_call_that_was_cut_off_goes_on_to_the_same_solution(
@@ -265,15 +275,38 @@ def test_conversations_are_refused(teacher: Path, cache: Path, tmp_path: Path) -
         solve(asked(teacher, tmp_path / "asked.jsonl", cache, 10**9))
 
 
+@pytest.mark.parametrize("family", CUTS)
+def test_a_cut_student_is_written_and_runs_as_it_was_measured(
+    family: str, teacher: Path, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = options_of(teacher).smallest()[1].total_bytes - 20_000
+    monkeypatch.setattr(run, "cut_forms", partial(cut_forms, families=(family,)))
+    # So small a model saves most where its widest layer is narrower, so that all are.
+    monkeypatch.setattr(Widths, "best", lambda solver, limit: (192, 64, 128))
+    found = solve(asked(teacher, text, cache, limit, export=True, out=tmp_path))
+    (one,) = found["solutions"]
+    solution, exported = one["solution"], found["exported"]
+    assert solution["family"] == family
+    assert "without layer" in solution["name"] if family == "shallow" else "ffn" in solution["name"]
+    assert not any(rival["fits"] for rival in one["rivals"])
+    # The file has the student's shape, and llama.cpp chooses what was measured.
+    file = gguf.GGUFReader(exported["path"])
+    assert sum(int(tensor.n_bytes) for tensor in file.tensors) == solution["weights_bytes"]
+    student = cut_spec(Init.from_json(solution["init"]), options_of(teacher).spec)
+    assert exported["tensors"] == len(student.tensors)
+    assert exported["agreement"] > 0.97
+    assert not list(cache.glob(".student-*"))
+
+
 def test_a_budget_below_the_smallest_storage_names_it_and_ends_with_3(
     teacher: Path, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    smallest, least = options_of(teacher).smallest()
-    with pytest.raises(NothingFitsError, match=f"the smallest storage, {smallest.name.replace('+', '.')}, needs"):
-        solve(asked(teacher, text, tmp_path, least.total_bytes - 1))
+    name, need = smallest(options_of(teacher))
+    with pytest.raises(NothingFitsError, match=f"the smallest that is solved for, {re.escape(name)}, needs"):
+        solve(asked(teacher, text, tmp_path, need - 1))
     words = ["solve", str(teacher), "--budget", "1MB", "--context", "256", "--cache", str(tmp_path), "--json"]
     assert main(words) == 3
-    assert smallest.name in json.loads(capsys.readouterr().out)["error"]
+    assert name in json.loads(capsys.readouterr().out)["error"]
 
 
 @pytest.mark.parametrize(
@@ -281,6 +314,7 @@ def test_a_budget_below_the_smallest_storage_names_it_and_ends_with_3(
     [
         ((), "solve takes --budget"),
         (("--budget", "1GB", "--sweep", "1GB..2GB"), "give one of the two"),
+        (("--tiers", "--device", "4090"), "leave --budget, --sweep and --device out"),
         (("--sweep", "1GB"), "write two sizes, like"),
         (("--sweep", "2GB..1GB"), "from a smaller size to a larger"),
         (("--budget", "1GB", "--batch", "0"), "--batch must be at least 1"),
@@ -291,6 +325,25 @@ def test_command_lines_that_make_no_budget(
 ) -> None:
     assert main(["solve", str(teacher), *options]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_every_class_of_gpus_has_its_solution_of_one_library(
+    teacher: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(text), "--tokens", "256", "--sequence-length", str(LENGTH), "--cache", str(tmp_path)]
+    assert main(["solve", str(teacher), "--tiers", *words, "--batch", "40000", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # Of so many streams the caches alone take more than a small GPU has.
+    budgets = [one["budget"] for one in found["solutions"]]
+    sizes = [one["tier_bytes"] for one in budgets]
+    assert sizes == [size * 10**9 for size in (8, 12, 16, 24, 48, 80)]
+    assert [miss["tier_bytes"] for miss in found["nothing_fits"]] == [4 * 10**9]
+    assert budgets[2]["least_device"] == "NVIDIA T4"
+    kept = [one["solution"]["calibration_kl"] for one in found["solutions"]]
+    assert kept == sorted(kept, reverse=True)
+    for one in found["solutions"]:
+        assert one["solution"]["types"]["cache_keys"] == one["solution"]["types"]["cache_values"]
+    assert len(list((tmp_path / "solve").glob("*.json"))) == 1
 
 
 def test_a_person_reads_parts_rivals_and_what_more_would_buy(

@@ -1,0 +1,98 @@
+"""Solutions that `autodistill solve` found, kept by teacher, so that `pick` can name them beside stored students."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+from autodistill.errors import InputError
+from autodistill.utils.file_locks import alone
+from autodistill.utils.json_files import read_json, write_json
+from autodistill.utils.typed_data import check_typed
+
+_MOST = 256  # solutions of a teacher that are kept, the newest
+
+
+class Solved(TypedDict):
+    """A solution for a budget.
+
+    Attributes:
+        teacher, data: As they were named.
+        budget_bytes, context, batch, on_gpu: What it was solved for.
+        name, bytes: Of the solution, and the memory that it takes.
+        kl, nll, accuracy: On so many held-out tokens of the data.
+        tokens: That many.
+    """
+
+    teacher: str
+    data: str
+    budget_bytes: int
+    context: int
+    batch: int
+    on_gpu: bool
+    name: str
+    bytes: int
+    kl: float
+    nll: float
+    accuracy: float
+    tokens: int
+
+
+def keep_solved(cache: Path, fingerprint: str, found: Iterable[Solved]) -> None:
+    """Adds solutions to those of a teacher, in place of older ones for the same budget.
+
+    Args:
+        cache: Root of caches.
+        fingerprint: The teacher's.
+        found: What was solved.
+    """
+    path = _path(cache, fingerprint)
+    with alone(path):
+        kept = {_asked(one): one for one in _read(path)}
+        for one in found:
+            kept.pop(_asked(one), None)
+            kept[_asked(one)] = one
+        write_json(path, {"solutions": list(kept.values())[-_MOST:]})
+
+
+def solved_within(
+    cache: Path, fingerprint: str, limit: int, *, context: int, batch: int, on_gpu: bool
+) -> Solved | None:
+    """The solution of least KL that is known to take no more than a limit; nothing is solved.
+
+    Of several texts those of the one that was solved on last are compared.
+
+    Args:
+        cache: Root of caches.
+        fingerprint: The teacher's.
+        limit: Bytes.
+        context, batch, on_gpu: What it is served at, and whether a discrete GPU does.
+    """
+    alike = [one for one in _read(_path(cache, fingerprint)) if one["bytes"] <= limit]
+    alike = [one for one in alike if (one["context"], one["batch"], one["on_gpu"]) == (context, batch, on_gpu)]
+    if not alike:
+        return None
+    text = (alike[-1]["data"], alike[-1]["tokens"])
+    return min((one for one in alike if (one["data"], one["tokens"]) == text), key=lambda one: one["kl"])
+
+
+def _path(cache: Path, fingerprint: str) -> Path:
+    return cache / "solve" / "found" / f"{fingerprint}.json"
+
+
+def _asked(one: Solved) -> tuple[Any, ...]:
+    return (one["data"], one["tokens"], one["budget_bytes"], one["context"], one["batch"], one["on_gpu"])
+
+
+def _read(path: Path) -> list[Solved]:
+    """What is kept; nothing of a file that is missing or damaged."""
+    if not path.exists():
+        return []
+    try:
+        held: Mapping[str, Any] = read_json(path)
+        check_typed(held.get("solutions"), list[Solved], "solutions")
+    except InputError:
+        return []
+    found: list[Solved] = held["solutions"]
+    return found

@@ -1,0 +1,179 @@
+"""What is left of scores after a kill, on a full disk, and beyond the disk's limit; and models that are refused."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from autodistill.errors import InputError
+from autodistill.export.gguf import GgufExporter
+from autodistill.export.verify import verify
+from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
+from autodistill.search.solve import SolveRequest, solve
+from autodistill.search.solve import library as scores
+from autodistill.search.solve.kept import use
+from autodistill.search.solve.options import Options
+from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.strategy.deployment import Deployment
+from autodistill.testing import save_tiny_teacher, tiny_text, tiny_tokenizer
+from autodistill.utils import json_files
+
+SIZES: dict[str, Any] = {"layers": 2, "width": 64, "heads": 2, "kv_heads": 1, "ffn": 64}
+# A process that ends in the middle of a file, after so many messages, so that nothing can be cleaned up any more.
+KILLED = """
+import os, sys
+from pathlib import Path
+from autodistill.hardware.budget import Budget
+from autodistill.search.solve import SolveRequest, solve
+from autodistill.utils import json_files
+
+teacher, data, cache, number = sys.argv[1:]
+told = []
+
+def notify(line):
+    told.append(line)
+    if len(told) == int(number):
+        json_files.put = lambda temporary, path: os._exit(9)
+
+budgets = (Budget(memory_bytes=10**9, context=256),)
+load = {"tokens": 2048, "sequence_length": 64}
+solve(SolveRequest(budgets=budgets, cache=Path(cache), teacher=teacher, data=data, **load), notify)
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_teacher(tmp_path_factory.mktemp("teacher"), seed=3, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_text(tmp_path_factory.mktemp("text"), documents=300)
+
+
+def asked(teacher: Path, text: Path, cache: Path) -> SolveRequest:
+    budgets = (Budget(memory_bytes=10**9, context=256),)
+    load = {"tokens": 2048, "sequence_length": 64}
+    return SolveRequest(budgets=budgets, cache=cache, teacher=str(teacher), data=str(text), **load)
+
+
+@pytest.fixture(scope="module")
+def found(teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return solve(asked(teacher, text, tmp_path_factory.mktemp("cache")))
+
+
+def test_a_process_that_is_killed_between_its_passes_leaves_what_it_scored_and_the_same_solution(
+    found: dict[str, Any], teacher: Path, text: Path, tmp_path: Path
+) -> None:
+    # While the scores of its second pass are written, after those of the first.
+    words = [sys.executable, "-c", KILLED, str(teacher), str(text), str(tmp_path), "2"]
+    killed = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    (file,) = (one for one in (tmp_path / "solve").glob("*.json") if not one.name.startswith("."))
+    held = json_files.read_json(file)
+    assert (list(held["passes"]), held["exact"]) == (["0"], {})
+    told: list[str] = []
+    again = solve(asked(teacher, text, tmp_path), told.append)
+    assert again["solutions"] == found["solutions"]
+    assert [line for line in told if "gradients" in line] == ["scoring all matrices by gradients, pass 2 of 2"]
+
+
+def test_a_full_disk_is_told_once_and_costs_no_solution(
+    found: dict[str, Any], teacher: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrote = scores.write_json
+    saved: list[Path] = []
+
+    def filling(path: Path, data: Any) -> None:
+        if len(saved) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        saved.append(path)
+        wrote(path, data)
+
+    told: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(scores, "write_json", filling)
+        full = solve(asked(teacher, text, tmp_path), told.append)
+    assert full["solutions"] == found["solutions"]
+    (line,) = (line for line in told if "cannot be kept" in line)
+    assert "No space left on device" in line
+    assert len(json_files.read_json(saved[0])["passes"]) == 2
+    told.clear()
+    assert solve(asked(teacher, text, tmp_path), told.append)["solutions"] == found["solutions"]
+    assert not any("gradients" in line for line in told)
+
+
+def test_what_was_used_least_recently_is_removed_first_unless_it_is_in_use(tmp_path: Path) -> None:
+    def made(name: str, age: int, size: int = 100) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b" " * size)
+        when = path.stat().st_mtime - age
+        os.utime(path, (when, when))
+        return path
+
+    mine, old, held = made("mine.json", 10**6), made("old.json", 5000), made("held.json", 9000)
+    told, new = made("found/teacher.json", 7000), made("new.json", 10)
+    half, fresh = made(".gone.1.json", 4000), made(".now.2.json", 10)
+    lock = tmp_path / ".held.json.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        use(mine, limit=500)
+    assert not half.exists()
+    assert not told.exists()
+    assert all(path.exists() for path in (mine, held, new, fresh, old))
+    use(tmp_path / "next.json", limit=300)  # which is not there yet
+    assert not held.exists()
+    assert not old.exists()
+    assert all(path.exists() for path in (mine, new, fresh))
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_a_mixture_of_experts_is_refused_for_what_it_is(architecture: str, text: Path, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
+    tiny_tokenizer(300).save_pretrained(tmp_path / "experts")
+    with pytest.raises(InputError, match=f"is a mixture of experts .'{architecture}'., which is not supported"):
+        solve(asked(tmp_path / "experts", text, tmp_path))
+
+
+def test_a_gemma_is_solved_written_and_run(text: Path, tmp_path: Path) -> None:
+    """Scaled embeddings, norms above one, norms of heads and sliding windows."""
+    folder = save_tiny_teacher(tmp_path / "gemma", architecture="gemma3_text", **SIZES | {"layers": 3})
+    spec = spec_from_config(json_files.read_json(folder / "config.json"))
+    limit = Options(spec=spec, budget=Budget(memory_bytes=10**9, context=256)).smallest()[1].total_bytes + 50_000
+    request = replace(asked(folder, text, tmp_path), budgets=(Budget(memory_bytes=limit, context=256),), tokens=512)
+    found = solve(request)
+    deployment = Deployment.from_json(found["solutions"][0]["solution"]["deployment"])
+    solution = found["solutions"][0]["solution"]
+    assert solution["bytes"] <= limit
+    assert 0.4 < solution["predicted_kl"] / solution["calibration_kl"] < 2.5
+    assert len(solution["types"]["matrices"]) > 1
+    # What a process takes beside so small a model varies by more than its weights: it is not held to a budget here.
+    artifact = GgufExporter().export(folder, deployment, tmp_path / "out")
+    verify(GgufExporter(), artifact, folder, deployment)
+    keys, values = deployment.cache_types
+    with LlamaServer(artifact.path, 64, 1, cache_type_k=keys, cache_type_v=values) as server:
+        assert len(server.complete([5, 6, 7], 8, ignore_end=True).tokens) == 8
