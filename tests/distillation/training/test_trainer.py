@@ -542,6 +542,17 @@ def test_a_step_of_sequences_without_an_answer_changes_nothing(workshop, strateg
     _same(_weights(trainer), learnt)
 
 
+def test_a_pass_of_nothing_has_no_loss_and_no_gradient(workshop):
+    """It stands beside passes that count in other processes, whose gradients are averaged with its own."""
+    trainer = workshop.trainer(PLAIN)
+    loss = trainer._loss.of_nothing([0, 1])
+    loss.backward()
+    assert loss.item() == 0
+    gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
+
+
 def test_a_step_in_which_nothing_counts_does_not_stand_between_two_spoilt_ones(workshop):
     answers = np.ones(workshop.data.tokens.shape, dtype=bool)
     order = np.random.default_rng((0, 0)).permutation(len(answers))
