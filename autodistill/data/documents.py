@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autodistill.data import reasoning_gym as tasks
 from autodistill.data.conversations import (
@@ -28,17 +29,21 @@ from autodistill.errors import InputError
 from autodistill.models.licenses import stated
 from autodistill.utils.input_files import check_file
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 _FOLDER_SUFFIXES = (".txt", ".md", ".rst")
 _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _KINDS = (
     "pydoc, a folder of .txt, .md or .rst files, a .txt, .jsonl or .parquet file, reasoning-gym:TASK, "
-    "or a hub id like owner/name"
+    "or a hub id like owner/name, or of one revision owner/name@commit"
 )
 TEXTS = ("text", "content")
 USABLE = f"{', '.join(TEXTS)}, {'|'.join(PROMPTS)} with {'|'.join(ANSWERS)}, {MESSAGES}"
 # JSON may name one of the two halves that UTF-16 has of a character; alone it is no text, and has no tokens.
 _HALF = re.compile("[\ud800-\udfff]")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Document = str | Conversation
 
@@ -61,6 +66,7 @@ class DataSource:
             its own text.
         task: The reference of the task that made the conversations and can mark answers; None elsewhere.
         blank: How many files or records there are besides, of which nothing can be learnt.
+        revision: The commit of a hub's data set that was read, where it is known; None of what lies here.
     """
 
     name: str
@@ -70,6 +76,7 @@ class DataSource:
     fingerprint: str
     task: str | None = None
     blank: int = 0
+    revision: str | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -94,8 +101,8 @@ def resolve_data(ref: str, field: str | None = None) -> DataSource:
     Args:
         ref: "pydoc" (Python's language reference, each topic a document), a folder (each .txt, .md or .rst file in it
             a document), a .txt file (one long text), a .jsonl or .parquet file (each record a document),
-            "reasoning-gym:TASK?option=value&..." (see `tasks.read_task`), or a hub id "owner/name", read whole through
-            `datasets`.
+            "reasoning-gym:TASK?option=value&..." (see `tasks.read_task`), or a hub id "owner/name", which may name a
+            revision ("owner/name@commit"), read whole through `datasets`.
         field: Name of the field of a record that holds its text. By default the first of these that the records
             have: text; content; a prompt (or question, or instruction) with an answer (or response, completion,
             output); messages. The last two make conversations.
@@ -270,12 +277,16 @@ def _hub(ref: str, field: str | None) -> DataSource:
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
 
+    named = _HUB_ID.fullmatch(ref)
+    assert named is not None
+    name, asked = named.groups()
+    revision: str | None = asked
     try:
         # Asked first, because load_dataset tries a dead connection for half a minute. In the hub's offline mode it
         # opens what was downloaded before.
         with contextlib.suppress(OfflineModeIsEnabled):
-            huggingface_hub.HfApi().dataset_info(ref, timeout=10)
-        loaded = datasets.load_dataset(ref)
+            revision = huggingface_hub.HfApi().dataset_info(name, revision=asked, timeout=10).sha or asked
+        loaded = datasets.load_dataset(name, revision=revision)
     except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -284,8 +295,22 @@ def _hub(ref: str, field: str | None) -> DataSource:
         ) from error
     splits = dict(loaded)
     split = splits["train"] if "train" in splits else next(iter(splits.values()))
+    # Without a connection the library gives the newest that is here, whatever commit was asked for.
+    read = _commit_of(split)
+    if read and revision and _COMMIT.fullmatch(revision) and read != revision:
+        raise InputError(
+            f"the hub's data set {name} is here at commit {read} alone, and {revision} is asked for: connect to the "
+            "hub, or give the data of that commit as a local file"
+        )
     records = [(f"record {number}", record) for number, record in enumerate(split, start=1)]
-    return _source(ref, "hub", _record_documents(records, field, ref), ref, stated(split.info.license))
+    source = _source(name, "hub", _record_documents(records, field, ref), ref, stated(split.info.license))
+    return replace(source, revision=read or revision)
+
+
+def _commit_of(split: Dataset) -> str | None:
+    """Return the commit that a data set's files in the cache of `datasets` are of: the name of their folder."""
+    folders = [Path(file["filename"]).parent.name for file in split.cache_files]
+    return next((name for name in folders if _COMMIT.fullmatch(name)), None)
 
 
 def _record_documents(records: list[tuple[str, Record]], field: str | None, ref: str) -> list[Document | None]:

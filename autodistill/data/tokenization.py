@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,12 +16,15 @@ import numpy.typing as npt
 from autodistill.errors import InputError
 from autodistill.hardware.machine import memory_bytes
 from autodistill.units import format_bytes
+from autodistill.utils.timeouts import CallTimeoutError, call_with_timeout
 
 AT_ONCE = 1_000_000
 """Characters tokenised at once."""
 _BYTES = 100  # that a tokenizer takes of memory for each character of them: 400 a token
 _LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 _TRIED = 8  # line ends at which a long text may be cut, before it is left whole
+_SLOWEST = 20_000  # characters a second of a processor: slower is no tokenizer, but a pattern that blows up
+_SECONDS = 10.0  # of a processor for any texts beside
 _AROUND = 2_000  # characters on each side of a cut that are tokenised to see whether it changes a token
 
 
@@ -64,11 +68,23 @@ def tokenized(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
         options: Of its call.
 
     Raises:
-        InputError: It fails on a text, as one without a token for what it does not know.
+        InputError: It fails on a text, as one without a token for what it does not know, or does not come to an end.
     """
+    characters = len(texts) if isinstance(texts, str) else sum(map(len, texts))
+    seconds = _SECONDS + characters / _SLOWEST
     try:
         # Not verbose: the model never sees a text longer than a sequence.
-        return tokenizer(texts, add_special_tokens=False, verbose=False, **options)
+        return call_with_timeout(
+            lambda: tokenizer(texts, add_special_tokens=False, verbose=False, **options),
+            seconds,
+            "tokenizer",
+            clock=time.process_time,
+        )
+    except CallTimeoutError:
+        raise InputError(
+            f"the tokenizer takes more than {seconds:.0f} s for {characters:,} characters, as one does whose pattern "
+            "(pre_tokenizer or normalizer of tokenizer.json) tries without end: get its files again"
+        ) from None
     except BaseException as error:
         raise _failed(error, "the tokenizer fails on these texts", "get its files again") from error
 

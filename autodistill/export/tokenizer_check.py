@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter
 
-from autodistill.data.tokenization import load_tokenizer
+from autodistill.data.tokenization import load_tokenizer, tokenized
 from autodistill.errors import InputError, VerificationError
 from autodistill.export.gguf_tokenizer import Spaces, add_tokenizer, is_certain, refusal, spaces
 from autodistill.serving.llama_cpp import LlamaServer
@@ -83,8 +83,7 @@ def agreement(tokenizer: Any, server: LlamaServer, texts: Iterable[str]) -> Agre
     same = total = 0
     first = ""
     for text in (unicodedata.normalize("NFC", text) for text in texts):
-        # Not verbose: the model does not see it.
-        mine = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        mine = tokenized(tokenizer, text)["input_ids"]
         expected, found = (_without(tokenizer.bos_token_id, tokens) for tokens in (mine, server.tokenize(text)))
         total += max(len(expected), len(found))
         if found == expected:

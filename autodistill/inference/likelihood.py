@@ -89,7 +89,7 @@ def _likelihoods(
         if ids.shape[1] > 1:
             cache = first.past_key_values
             cache.batch_select_indices(owner)
-            later = model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
+            later = model.base_model(input_ids=ids[:, :-1], cache=cache, use_cache=True).last_hidden_state
             hidden = torch.cat([hidden, later], dim=1)
         counted = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         parts = [

@@ -11,12 +11,15 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError
 from autodistill.evaluation.base import Direction
 from autodistill.hardware.budget import read_budget
+from autodistill.runs.results.gains import Gain
 from autodistill.runs.results.row import SCHEMA_VERSION, Decision, Row, Status
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.json_files import read_json
 from autodistill.utils.typed_data import check_typed
 
+# What is told of an exported row, all of it or nothing.
+_GAINS = ("gain_over_untrained", "gain_over_baseline", "gain_unit")
 # Names of trials become names of folders.
 _TRIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z", re.ASCII)
 
@@ -29,6 +32,7 @@ class Source(TypedDict):
     name: NotRequired[str]
     reference: NotRequired[str]
     fingerprint: NotRequired[str]
+    revision: NotRequired[str | None]
     quantised: NotRequired[str | None]
     tokens: NotRequired[Mapping[str, int]]
 
@@ -48,6 +52,14 @@ class Box(TypedDict):
 
     seconds: float | None
     since: float
+
+
+class Exported(TypedDict):
+    """What a run exported."""
+
+    row_id: str
+    named: str
+    trained: bool
 
 
 class Search(TypedDict):
@@ -92,6 +104,10 @@ class Search(TypedDict):
     notes: NotRequired[tuple[str, ...]]
     saved: NotRequired[Mapping[str, Any]]
     test: NotRequired[tuple[str, ...]]
+    exported: NotRequired[Exported]
+    gain_over_untrained: NotRequired[Gain | None]
+    gain_over_baseline: NotRequired[Gain | None]
+    gain_unit: NotRequired[str]
 
 
 class Session(TypedDict):
@@ -360,7 +376,7 @@ def read_search(path: Path, *needed: str) -> dict[str, Any]:
             )
         check_typed(found, Search, "search")
         check_typed(found.get("plan", {}), Plan, "search.plan", whole="plan" in needed)
-        missing = [name for name in needed if not _has(found, name)]
+        missing = [name for name in (*needed, *(_GAINS if "exported" in found else ())) if not _has(found, name)]
         if missing:
             raise InputError(f"search lacks {', '.join(missing)}")
         if "budget" in found:

@@ -318,6 +318,7 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
             "reference": checked.data_reference,
             "name": loaded.data.name,
             "fingerprint": loaded.data.fingerprint,
+            "revision": checked.source.revision,
             "tokens": {name: split.tokens for name, split in loaded.data.splits.items()},
             "answers": {
                 name: {"tokens": split.answers, "with_log_probabilities": split.told}

@@ -39,7 +39,7 @@ class Transformers:
         self._run(self._next)
 
     def _run(self, tokens: Any) -> None:
-        found = self._model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        found = self._model(tokens, cache=self._cache, use_cache=True, logits_to_keep=1)
         self._cache = found.past_key_values
         self._next = found.logits[:, -1:].argmax(-1)
         if self.device != "cpu":

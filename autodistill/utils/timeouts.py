@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
+_LEAST_WAIT = 0.01  # seconds
 # Of each call that was left alone, whether it has ended. A thread's own word counts for nothing once an interrupt has
 # met `Thread.join`, which takes it for ended then (Python 3.11).
 _left: list[threading.Event] = []
@@ -16,13 +18,17 @@ class CallTimeoutError(Exception):
     """A call did not end in time; its state is unknown."""
 
 
-def call_with_timeout(call: Callable[[], _Result], seconds: float | None, name: str) -> _Result:
+def call_with_timeout(
+    call: Callable[[], _Result], seconds: float | None, name: str, clock: Callable[[], float] = time.monotonic
+) -> _Result:
     """Return or raise what a call does; an interrupt or SIGTERM reaches this thread while it waits.
 
     Args:
         call: Made in a daemon thread.
         seconds: It may take; None where it is left alone on an interrupt only.
         name: Of the thread.
+        clock: Counts the seconds; `time.process_time` those that this process works, so that a busy machine does not
+            shorten them.
 
     Raises:
         CallTimeoutError: It takes longer, and goes on.
@@ -41,7 +47,9 @@ def call_with_timeout(call: Callable[[], _Result], seconds: float | None, name: 
 
     try:
         threading.Thread(target=run, name=name, daemon=True).start()
-        ended.wait(seconds)
+        began = clock()
+        while not ended.is_set() and (seconds is None or clock() - began < seconds):
+            ended.wait(None if seconds is None else max(seconds - (clock() - began), _LEAST_WAIT))
     finally:
         if not ended.is_set():
             _left.append(ended)

@@ -283,8 +283,10 @@ def workshop(reference: str, root: Path, length: int, tokens: int, folder: Path)
     return Workshop(teacher, layers, kept, model, data, TeacherCache(cached), cached)
 
 
-def arms(shop: Workshop, length: int, tokens: int, threads: int) -> dict[str, Callable[[], Taken]]:
-    """One step of each arm, the first of them being the one that others are compared with."""
+def arms(
+    shop: Workshop, length: int, tokens: int, threads: int, wanted: Sequence[str]
+) -> dict[str, Callable[[], Taken]]:
+    """One step of each arm that is wanted, and of those that they are compared with, the first of them first."""
     plan = straight_plan(10**9, sequence_length=length, batch_tokens=tokens, decay=0.25, threads=threads, bf16=True)
     live = LiveTeacher(shop.teacher.folder, bf16=True)
     trainers = {
@@ -294,6 +296,7 @@ def arms(shop: Workshop, length: int, tokens: int, threads: int) -> dict[str, Ca
             cache=shop.cache, seed=0, teacher=live,
         )
         for name, recipe in ARMS.items()
+        if name == BASE or name in wanted
     }  # fmt: skip
     # One state of AdamW is enough for all that train the same parameters, and keeps the memory of ten arms small.
     optimizer = trainers[BASE]._optimizer
@@ -307,7 +310,8 @@ def arms(shop: Workshop, length: int, tokens: int, threads: int) -> dict[str, Ca
     runs: dict[str, Callable[[], Taken]] = {
         name: lambda own=own: seconds(lambda: next(own)) for name, own in steps.items() if name != QAT
     }
-    runs[QAT] = lambda: quantized_seconds(trainers[QAT], grids, tokens)
+    if QAT in trainers:
+        runs[QAT] = lambda: quantized_seconds(trainers[QAT], grids, tokens)
     runs[PLAIN] = lambda: seconds(lambda: plain_step(shop.model, optimizer, ids))
     runs[EXPERIMENTAL] = lambda: seconds(lambda: experimental_step(shop.model, wanted, optimizer, ids))
     runs[STABLE] = lambda: seconds(lambda: stable_step(shop.model, wanted, optimizer, ids))
@@ -418,8 +422,7 @@ def main() -> None:
         reading = list(cache_lines(shop.cache, shop.folder, sizes[0][1]))
         taken: dict[tuple[int, int], dict[str, list[Taken]]] = {}
         for count, length in sizes:
-            runs = arms(shops[length], length, count * length, arguments.threads)
-            runs = {name: run for name, run in runs.items() if name in (*COMPARED, *arguments.arms)}
+            runs = arms(shops[length], length, count * length, arguments.threads, arguments.arms)
             taken[count, length] = timed(runs, arguments.rounds)
             if (count, length) == sizes[0]:
                 with FlopCounterMode(display=False) as counter:

@@ -62,7 +62,7 @@ class Prefill(torch.nn.Module):
         cache = transformers.DynamicCache() if past else None
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        found = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        found = self.model(input_ids=tokens, cache=cache, use_cache=True)
         return (found.logits, *(part for layer in found.past_key_values.layers for part in (layer.keys, layer.values)))
 
 

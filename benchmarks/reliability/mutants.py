@@ -2,10 +2,12 @@
 
     python -m benchmarks.reliability.mutants [--mutants 100] [--seed 0] [--jobs 2] [--limit 120] [--stop-after S]
 
-First each test file runs once over a copy of the tree whose core marks every statement that is reached, so that it is
-known which tests get where, and what each costs. A mutant is then run against those that reach its line, the module's
-own and the cheapest files first, until one fails; one that outlasts the tests that found it unharmed by far counts as
-found too. `--limit` is the processor time, as it was without the mutant, that the tests of one mutant may take.
+First test files run once over a copy of the tree whose core marks every statement that is reached, so that it is
+known which tests get where, and what each costs. Those are the files that lie where the mutated module does (`tests/`
+has the folders of `autodistill/`) and name it; `--all-tests` takes every file, whole searches among them, which is an
+hour of a processor more. A mutant is then run against the tests that reach its line, the module's own and the cheapest
+files first, until one fails; one that outlasts the tests that found it unharmed by far counts as found too. `--limit`
+is the processor time, as it was without the mutant, that the tests of one mutant may take.
 
 What was found out lies in `--work`, and the same command goes on from there: a test file that has changed is run
 again, and so are mutants that survived before tests changed. After a change of the core no test is run again to see
@@ -513,6 +515,22 @@ def _id(mutant: Mutation) -> str:
     return hashlib.sha256("\0".join(said).encode()).hexdigest()[:12]
 
 
+def near(modules: Iterable[str]) -> list[Path]:
+    """The test files that are named after some of the core's files, or lie in the folder of one and import it."""
+    found = set()
+    for module in modules:
+        path = Path(module)
+        folder = ROOT / "tests" / path.parent.relative_to(path.parts[0])
+        dotted = f"{'.'.join(path.parent.parts)}.{path.stem}"
+        apart = f"from {'.'.join(path.parent.parts)} import {path.stem}"
+        for test in folder.glob("test_*.py"):
+            text = test.read_text(encoding="utf-8")
+            if test.stem == f"test_{path.stem}" or dotted in text or apart in text:
+                found.add(test)
+        found.update((ROOT / "tests").rglob(f"test_{path.name}"))
+    return sorted(found)
+
+
 def core_of(files: Sequence[Path] | None) -> list[str]:
     """The core's files that test files are named after; all without any."""
     return [name for name in CORE if not files or f"test_{Path(name).name}" in {path.name for path in files}]
@@ -540,6 +558,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "results" / "runs" / "mutants", help="folder that is kept")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which nothing more is begun")
     parser.add_argument("--trace-only", action="store_true", help="end once it is known what each test reaches")
+    parser.add_argument("--all-tests", action="store_true", help="trace every test file, not those near a mutant alone")
     parser.add_argument(
         "--files", nargs="+", type=Path, help="test files, whose modules alone are changed; all by default"
     )
@@ -561,7 +580,10 @@ def main() -> int:
 
 def measure(options: argparse.Namespace, began: float) -> int:
     """Traces the tests, runs the mutants drawn, and tells of them; 3 where time was up first."""
-    bench = Bench(work=options.work, jobs=options.jobs, files=options.files)
+    same = equivalents()
+    mutants = drawn(options.mutants, options.seed, core_of(options.files))
+    close = None if options.all_tests else near({one.module for one in mutants})
+    bench = Bench(work=options.work, jobs=options.jobs, files=options.files or close)
     if not bench.trace(began + options.stop_after):
         return 3
     traced = time.monotonic() - began
@@ -573,8 +595,6 @@ def measure(options: argparse.Namespace, began: float) -> int:
     known: dict[str, dict[str, Any]] = {}
     for line in log.read_text().splitlines() if log.exists() else ():
         known[json.loads(line)["id"]] = json.loads(line)
-    same = equivalents()
-    mutants = drawn(options.mutants, options.seed, core_of(options.files))
     record: list[dict[str, Any]] = []
     work, again = [], []
     for number, mutant in enumerate(mutants):

@@ -7,6 +7,8 @@ import platform
 import socket
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -267,18 +269,71 @@ def test_a_hub_id_is_asked_of_datasets_and_its_failure_is_said(monkeypatch: pyte
     import datasets
     import huggingface_hub
 
-    def load(name: str) -> datasets.DatasetDict:
+    def load(name: str, revision: str | None) -> datasets.DatasetDict:
+        assert revision == "a" * 40
         if name != "somebody/stories":
             raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
         train = datasets.Dataset.from_dict({"text": ["one", "two"]})
         return datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["no"]}), "train": train})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, ref, timeout: None)
+    info = SimpleNamespace(sha="a" * 40)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, ref, revision, timeout: info)
     source = resolve_data("somebody/stories")
-    assert (source.kind, source.documents) == ("hub", ("one", "two"))
+    assert (source.kind, source.documents, source.revision) == ("hub", ("one", "two"), "a" * 40)
     with pytest.raises(InputError, match=r"no data at nobody/nothing here, and the hub .*Couldn't reach"):
         resolve_data("nobody/nothing")
+
+
+class Hub:
+    """A hub of one data set, whose main revision may move on, and the cache of `datasets` on this machine."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import datasets
+        import huggingface_hub
+
+        self.commit, self.reached = "a" * 40, True
+        self._root = root
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", self._info)
+        monkeypatch.setattr(datasets, "load_dataset", self._load)
+
+    def _info(self, name: str, *, revision: str | None, timeout: int) -> Any:
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        assert name == "somebody/stories"
+        if not self.reached:
+            raise OfflineModeIsEnabled("offline")
+        return SimpleNamespace(sha=self.commit if revision in (None, "main") else revision)
+
+    def _load(self, name: str, *, revision: str | None) -> Any:
+        """What `datasets` gives: without a connection the newest that is here, whatever is asked for."""
+        import datasets
+
+        commit = revision if self.reached else max(path.name for path in (self._root / "0.0.0").iterdir())
+        assert commit is not None
+        folder = self._root / "0.0.0" / commit
+        if not folder.is_dir():
+            datasets.Dataset.from_dict({"text": [f"one of {commit[0]}", "two"]}).save_to_disk(str(folder))
+        return {"train": datasets.load_from_disk(str(folder))}
+
+
+def test_the_commit_of_a_hub_s_data_is_known_and_may_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(tmp_path, monkeypatch)
+    first = resolve_data("somebody/stories")
+    assert (first.revision, first.documents[0]) == ("a" * 40, "one of a")
+    hub.commit = "b" * 40
+    assert resolve_data("somebody/stories@main").revision == "b" * 40
+    pinned = resolve_data("somebody/stories@" + "a" * 40)
+    assert (pinned.name, pinned.revision, pinned.documents) == ("somebody/stories", "a" * 40, first.documents)
+    hub.reached = False
+    assert resolve_data("somebody/stories").revision == "b" * 40
+    with pytest.raises(InputError, match=r"is here at commit bbb.* alone, and aaa.* is asked for: connect to the hub"):
+        resolve_data("somebody/stories@" + "a" * 40)
+    for wrong in ("somebody/stories@", "somebody/stories@a@b", "somebody/stories@../x", "@a"):
+        with pytest.raises(InputError, match="there is no data at"):
+            resolve_data(wrong)
 
 
 def test_a_dead_connection_is_said_at_once() -> None:

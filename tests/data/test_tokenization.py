@@ -121,3 +121,13 @@ def test_a_saved_tokenizer_cuts_texts_as_it_did(tmp_path: Path, legacy: bool) ->
     assert load_tokenizer(tmp_path)("a</s>b")["input_ids"] == tokens
     # Where it is legacy, text behind a special token begins with a space too.
     assert tokens.count(vocab["\u2581"]) == 1 + legacy
+
+
+def test_a_pattern_that_tries_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each place costs some million steps, which is below the library's own limit for one place."""
+    monkeypatch.setattr(tokenizing, "_SECONDS", 0.1)
+    slow = pre_tokenizers.Split(Regex(r"[\s\S]{0,1500}[\s\S]{0,1500}(?!\w|\W)"), behavior="isolated")
+    tokenizer = _bpe(None, slow)
+    with pytest.raises(InputError, match=r"takes more than \d+ s for 3,060 characters, as one does whose pattern"):
+        encode(tokenizer, ["a miller " * 340])  # which ends after some seconds all the same
+    assert len(encode(tokenizer, ["a"])[0]) > 0

@@ -125,6 +125,12 @@ def test_of_activations_and_cache_a_half_more_is_held_in_transformers() -> None:
     assert parts[1].compute_bytes - parts[0].compute_bytes == activations + (activations + 4 * 2 * 64 * 2) // 2
 
 
+def test_a_step_of_vllm_has_activations_of_the_tokens_that_it_batches_and_logits_of_its_streams() -> None:
+    """By hand, in 16 bits, of 2,048 tokens in a layer of 128 with FFNs of 256; logits once more in float32."""
+    parts = memory(shape(SIZES).spec, F16, context=512, batch=3, runtime="vllm")
+    assert parts.compute_bytes == 2 * 2048 * (4 * 128 + 3 * 256) + (2 + 4) * 3 * 1000
+
+
 def test_a_step_of_onnx_runtime_reads_one_token_with_the_rest_as_inputs() -> None:
     spec = shape(SIZES, tied=True).spec
     prompt, step = (memory(spec, F16, context=512, batch=2, runtime="onnxruntime", read=read) for read in (None, 1))

@@ -59,6 +59,23 @@ def test_a_7_6b_teachers_bytes_by_hand() -> None:
         fit_teacher(spec, stored="bfloat16", sequence_length=256, machine=_machine(16e9))
 
 
+def test_a_pass_runs_on_every_core_or_once_on_a_gpu() -> None:
+    """From the same machine with one core: what a pass takes beside the weights is taken by each."""
+
+    def passes(cpus: int, *gpus: Gpu, memory: float = 24e9) -> int:
+        machine = Machine(cpus=cpus, memory_bytes=int(memory), gpus=gpus)
+        spec = spec_from_config(QWEN_7_6B)
+        return fit_teacher(spec, stored="bfloat16", sequence_length=256, machine=machine).pass_bytes
+
+    layer = 256 * (8 * 3584 + 4 * 18944)
+    assert passes(1) > 4 * layer
+    assert passes(4) - passes(1) == 3 * (passes(2) - passes(1)) > 3 * 4 * layer
+    gpu = Gpu(name="", memory_bytes=24 * 10**9)
+    assert passes(4, gpu, memory=128e9) == passes(1, gpu, memory=128e9) == passes(1)
+    whole = fit_teacher(spec_from_config(QWEN_1_5B), stored="bfloat16", sequence_length=256, machine=_machine(24e9))
+    assert whole.weights_bytes == 2 * whole.held_bytes == 8 * spec_from_config(QWEN_1_5B).parameters
+
+
 @pytest.mark.parametrize(
     ("machine", "said"),
     [

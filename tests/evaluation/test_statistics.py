@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 
 from autodistill.evaluation.statistics import (
+    binned_difference,
     binomial_interval,
     binomial_tail,
     clustered_bootstrap,
@@ -179,3 +181,19 @@ def test_the_bootstrap_does_not_depend_on_what_else_is_compared() -> None:
     counts = np.arange(1.0, 13)
     alone = [paired_bootstrap(gap[None], counts)[1][0] for gap in gaps[::100]]
     assert paired_bootstrap(gaps, counts)[1][::100] == pytest.approx(alone)
+
+
+def test_two_binned_errors_differ_by_what_each_is_and_scatter_as_documents_are_drawn() -> None:
+    dice = np.random.default_rng(6)
+    mine, theirs, counts = dice.normal(size=(40, 3)), dice.normal(size=(40, 3)), dice.integers(5, 50, 40).astype(float)
+
+    def error(part: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any]) -> float:
+        return float(np.abs(part[drawn].sum(axis=0)).sum() / counts[drawn].sum())
+
+    value, stderr = binned_difference(mine, theirs, counts)
+    every = np.arange(40)
+    assert value == pytest.approx(error(mine, every) - error(theirs, every))
+    assert binned_difference(theirs, mine, counts)[0] == pytest.approx(-value)
+    drawn = [dice.integers(0, 40, 40) for _ in range(4_000)]
+    assert stderr == pytest.approx(np.std([error(mine, one) - error(theirs, one) for one in drawn]), rel=0.1)
+    assert binned_difference(mine[:1], theirs[:1], counts[:1])[1] is None

@@ -49,6 +49,17 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         spoilt = copy.deepcopy(whole["tokenizer.json"])
         change(spoilt)
         yield from case(name, partial(_write, name="tokenizer.json", text=json.dumps(spoilt)))
+    endless = copy.deepcopy(whole["tokenizer.json"])
+    _split(_SLOW)(endless)
+    yield Case(
+        area="tokenizers",
+        name="pattern-slow-text",
+        argv=kit.plan(teacher="teacher", data="long.txt"),
+        make=lambda folder: (
+            _write(kit.teacher_copy(folder / "teacher"), "tokenizer.json", json.dumps(endless)),
+            _write(folder, "long.txt", "The miller carries two apples. " * 1_000),
+        ),
+    )
     for name, change in _SETTINGS.items():
         yield from case(
             f"setting-{name}",
@@ -96,6 +107,9 @@ def _split(pattern: str) -> Callable[[dict[str, Any]], None]:
 def _renumbered(data: dict[str, Any], by: Callable[[int], int]) -> None:
     data["model"]["vocab"] = {token: by(number) for token, number in data["model"]["vocab"].items()}
 
+
+# Below the library's limit of steps at each place of a text, and endless over all of them.
+_SLOW = r"[\s\S]{0,1500}[\s\S]{0,1500}(?!\w|\W)"
 
 _CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no-merges": _model(merges=[]),

@@ -96,9 +96,9 @@ def test_on_a_cpu_a_pass_has_a_few_hundred_tokens(workshop, tmp_path, monkeypatc
         root=tmp_path,
         limit_bytes=10**8,
     )
-    assert shapes == 3 * [*(count // 3 * [(3, length)]), *([(count % 3, length)] if count % 3 else [])]
+    assert sorted(shapes) == sorted(3 * [*(count // 3 * [(3, length)]), *([(count % 3, length)] if count % 3 else [])])
     shapes.clear()
     monkeypatch.setattr(parallel, "CPU_PASS_TOKENS", 40)
     rolling(model, [np.arange(50).tolist(), [1, 2, 3]], window=16, stride=8)
-    # Padded behind their ends to the longest of the pass, which come first.
-    assert shapes == [(2, 16), (2, 16), (2, 16), (1, 3)]
+    # Padded behind their ends to the longest of the pass; passes run side by side, and end in any order.
+    assert sorted(shapes) == [(1, 3), (2, 16), (2, 16), (2, 16)]

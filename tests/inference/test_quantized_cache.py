@@ -56,7 +56,7 @@ def test_a_cache_of_16_bits_changes_nothing_and_another_is_put_back(tmp_path: Pa
             # A token at a time attends to the same rounded rows.
             cache, parts = None, []
             for token in tokens[0]:
-                step = model(token[None, None], past_key_values=cache, use_cache=True)
+                step = model(token[None, None], cache=cache, use_cache=True)
                 cache = step.past_key_values
                 parts.append(step.logits)
         assert torch.allclose(torch.cat(parts, dim=1), values, atol=1e-3)

@@ -70,6 +70,12 @@ def teacher(folder):
 
 
 @pytest.fixture(scope="module")
+def shallow(folder):
+    """A third of the layers, where more say nothing: each operation of the device is a call of Python."""
+    return save_tiny_teacher(folder / "shallow", layers=2)
+
+
+@pytest.fixture(scope="module")
 def data(folder, teacher):
     return prepare(resolve_data(str(tiny_text(folder / "text"))), teacher, "tokenizer", LENGTH, folder)
 
@@ -348,13 +354,13 @@ def _measure(teacher, device, largest=_half, **more):
     )
 
 
-def test_the_machine_is_measured(teacher, device):
-    speed, rates = _measure(teacher, device)
+def test_the_machine_is_measured(shallow, device):
+    speed, rates = _measure(shallow, device)
     assert min(speed.cache, speed.score, speed.worker_train, speed.worker_score) > 0
     assert rates == {1: speed.worker_train}
 
 
-def test_a_device_holds_the_teacher_or_the_student_when_it_is_measured(teacher, device, monkeypatch):
+def test_a_device_holds_the_teacher_or_the_student_when_it_is_measured(shallow, device, monkeypatch):
     models, together, gradients = [], [], []
     forward = torch.nn.Embedding.forward
 
@@ -370,7 +376,7 @@ def test_a_device_holds_the_teacher_or_the_student_when_it_is_measured(teacher, 
         return forward(module, ids)
 
     monkeypatch.setattr(torch.nn.Embedding, "forward", watched)
-    _measure(teacher, device, cut, sizes=(1, 2))
+    _measure(shallow, device, cut, sizes=(1, 2))
     assert ([{"cpu"}, {device}], True) in together
     assert {tuple(map(frozenset, lying)) for lying, _ in together if lying} == {
         (frozenset({"cpu"}), frozenset({device}))
@@ -379,7 +385,7 @@ def test_a_device_holds_the_teacher_or_the_student_when_it_is_measured(teacher, 
     assert set(gradients) == {None}
 
 
-def test_steps_of_more_sequences_are_timed_as_far_as_memory_holds_them(teacher, device, monkeypatch):
+def test_steps_of_more_sequences_are_timed_as_far_as_memory_holds_them(shallow, device, monkeypatch):
     monkeypatch.setattr(pace, "WORTH", 0.0)
     forward, sizes = torch.nn.Embedding.forward, []
 
@@ -391,7 +397,7 @@ def test_steps_of_more_sequences_are_timed_as_far_as_memory_holds_them(teacher, 
         return forward(module, ids)
 
     monkeypatch.setattr(torch.nn.Embedding, "forward", holding)
-    speed, rates = _measure(teacher, device, sizes=(1, 2, 4, 8))
+    speed, rates = _measure(shallow, device, sizes=(1, 2, 4, 8))
     assert list(rates) == [1, 2]
     assert set(sizes) == {1, 2, 4}
     assert min(speed.cache, *rates.values()) > 0
@@ -421,7 +427,7 @@ def _cached(teacher, model, data, root, device):
         data=data,
         vocabulary=300,
         width=64,
-        settings=CacheSettings(top_k=16, draws=(12,), final=True, states=(1, 5)),
+        settings=CacheSettings(top_k=16, draws=(12,), final=True, states=(0, 1)),
         root=root,
         limit_bytes=10**8,
         device=device,
@@ -430,18 +436,18 @@ def _cached(teacher, model, data, root, device):
     assert cache.sequences == len(data.tokens)
     top, drawn = cache.top(every, 2.0, 16), cache.sampled(every, 1.0, 12)
     sparse = [top.ids, top.log_p, drawn.ids, drawn.weights]
-    return [*sparse, cache.final(every).float(), cache.state(every, 5).float(), cache.state_size(every, 1)]
+    return [*sparse, cache.final(every).float(), cache.state(every, 1).float(), cache.state_size(every, 0)]
 
 
-def test_a_batched_cache_is_the_unbatched_one(teacher, data, tmp_path, device, monkeypatch):
-    tokens, found, model = load_split(data.folder, "train").head(13 * LENGTH), [], load_model(teacher, torch.float32)
+def test_a_batched_cache_is_the_unbatched_one(shallow, data, tmp_path, device, monkeypatch):
+    tokens, found, model = load_split(data.folder, "train").head(13 * LENGTH), [], load_model(shallow, torch.float32)
     # Logits of two sequences are worked on at once.
     monkeypatch.setattr(parallel, "_LOGITS_BYTES", 4 * 300 * 2 * LENGTH)
     cases = {"alone": (LENGTH, 99, 13 * [1]), "batched": (5 * LENGTH, 99, [5, 5, 3]), "short": (99 * LENGTH, 4, None)}
     for name, (most, holds, expected) in cases.items():
         monkeypatch.setattr(parallel, "PASS_TOKENS", most)
         with _passes(model, holds) as sizes:
-            found.append(_cached(teacher, model, tokens, tmp_path / name, device))
+            found.append(_cached(shallow, model, tokens, tmp_path / name, device))
         assert sizes == (expected or [13, 6, 3, 3, 3, 3, 1]), name
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
@@ -456,11 +462,11 @@ def test_the_writing_of_a_cache_is_timed_and_leaves_nothing(teacher, data, tmp_p
     assert not list((tmp_path / "root").iterdir())
 
 
-def test_batched_scores_are_those_of_one_sequence_at_a_time(teacher, data, device, monkeypatch):
+def test_batched_scores_are_those_of_one_sequence_at_a_time(shallow, data, device, monkeypatch):
     held_out = load_split(data.folder, "validation").head(7 * LENGTH)
     marked = np.random.default_rng(0).random(held_out.tokens.shape) < 0.4
     marked[2] = False
-    model = load_model(teacher, torch.float32, device)
+    model = load_model(shallow, torch.float32, device)
     monkeypatch.setattr(parallel, "_LOGITS_BYTES", 4 * 300 * 40)
     for tokens in (held_out, replace(held_out, answers=marked)):
         found = []
@@ -480,11 +486,11 @@ def test_batched_scores_are_those_of_one_sequence_at_a_time(teacher, data, devic
                 np.testing.assert_allclose(two, one, rtol=0, atol=1e-4)
 
 
-def test_batched_windows_and_continuations_are_those_of_one_at_a_time(teacher, device, monkeypatch):
+def test_batched_windows_and_continuations_are_those_of_one_at_a_time(shallow, device, monkeypatch):
     dice = np.random.default_rng(3)
     texts = [dice.integers(3, 300, size).tolist() for size in (90, 1, 7, 2, 33)]
     pairs = [(dice.integers(3, 300, 5).tolist(), dice.integers(3, 300, size).tolist()) for size in (1, 4, 2, 6, 3, 1)]
-    model = load_model(teacher, torch.float32, device)
+    model = load_model(shallow, torch.float32, device)
     monkeypatch.setattr(parallel, "_LOGITS_BYTES", 4 * 300 * 10)
     found, counts = [], []
     for most in (1, 10**6):
@@ -500,10 +506,10 @@ def test_batched_windows_and_continuations_are_those_of_one_at_a_time(teacher, d
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-4)
 
 
-def test_what_is_written_at_once_is_what_is_written_alone(teacher, device):
+def test_what_is_written_at_once_is_what_is_written_alone(shallow, device):
     dice = np.random.default_rng(4)
     prompts = [dice.integers(3, 300, size).tolist() for size in (3, 9, 1, 4, 6)]
-    model, found, firsts = load_model(teacher, torch.float32, device), [], []
+    model, found, firsts = load_model(shallow, torch.float32, device), [], []
     for batch, holds in ((1, 9), (None, 9), (None, 2)):
         with _passes(model, holds) as sizes:
             found.append(dict(write(model, prompts, stops=(1,), max_tokens=4, batch=batch, device=device)))

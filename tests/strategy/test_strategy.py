@@ -406,6 +406,8 @@ def test_names_of_deployments():
 def test_the_likeliest_tokens_are_approximate_and_all_tokens_and_draws_are_not():
     full = {"signal": "states", "signal_tokens": 0}
     assert Distillation(divergence="reverse_kl").approximation(300).startswith("reverse_kl of 64 tokens and the rest")
+    assert Distillation(signal_tokens=299).approximation(300).startswith("forward_kl of 299 tokens and the rest")
+    assert Distillation(signal_tokens=300).approximation(300) is None, "which are all there are"
     warm = Distillation(temperature=Temperature(shape="linear", start=5.0, end=1.0))
     assert warm.approximation(300).startswith("forward_kl of 64 tokens and the rest")
     told = Distillation(signal="written", signal_tokens=0, divergence="jsd", mixture=0.5)

@@ -46,3 +46,13 @@ def test_an_interrupt_ends_the_wait_and_the_call_counts_as_left() -> None:
         call_with_timeout(interrupt, 600.0, "interrupting")
     assert calls_left()
     goes_on.set()
+
+
+def test_seconds_of_another_clock_may_be_counted() -> None:
+    """As those that this process works, which waits here."""
+    seconds = iter([0.0, 0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
+    done = threading.Event()
+    with pytest.raises(CallTimeoutError):
+        call_with_timeout(done.wait, 0.25, "counted", clock=lambda: next(seconds))
+    assert next(seconds) == 0.3
+    done.set()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -21,15 +23,15 @@ from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.losses.hidden_states import rms_normalize
-from autodistill.distillation.teacher.output_cache import FILE, META, CacheSettings, id_type
-from autodistill.errors import InputError
+from autodistill.distillation.teacher.output_cache import FILE, META, CacheSettings, TeacherCache, id_type, part_hashes
+from autodistill.errors import DamagedError, InputError
 from autodistill.inference.batching import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.models.loading import decoder_layers
 from autodistill.units import format_bytes, written_bytes
 from autodistill.utils.file_locks import alone, claimed
-from autodistill.utils.hashing import content_hash, file_hash
+from autodistill.utils.hashing import content_hash
 
-_VERSION = 2
+_VERSION = 3
 _PARTIAL = ".partial-"
 # A writer that has written nothing for this long was killed.
 _ABANDONED_SECONDS = 3600
@@ -126,11 +128,10 @@ def writing_rate(model: Any, data: TokenSet, settings: CacheSettings, root: Path
 def _is_whole(folder: Path) -> bool:
     """Return whether both files have exactly the bytes that were written."""
     try:
-        meta = json.loads((folder / META).read_text())
-        checksum = meta.pop("checksum")
-        return bool(checksum == content_hash(meta) and meta["sha256"] == file_hash(folder / FILE))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        TeacherCache(folder).check()
+    except DamagedError:
         return False
+    return True
 
 
 def _make_room(root: Path, allowed: int) -> None:
@@ -159,17 +160,23 @@ def _write(
     temporary = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
     try:
         first = next(batches)
+        ends = []
         with pa.OSFile(str(temporary / FILE), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
-            writer.write_batch(first)
-            for batch in batches:
+            for batch in itertools.chain([first], batches):
                 writer.write_batch(batch)
+                ends.append(sink.tell())
+        with (temporary / FILE).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as written:
+            ends.append(len(written))
+            hashes = part_hashes(written, [0, *ends])
         meta = {
             "sequences": sequences,
             "settings": asdict(settings),
             "data": data,
-            "sha256": file_hash(temporary / FILE),
+            # Of each sequence, and of what follows the last: the schema, and where the sequences lie.
+            "ends": ends,
+            "hashes": hashes,
         }
-        (temporary / META).write_text(json.dumps(meta | {"checksum": content_hash(meta)}, indent=2))
+        (temporary / META).write_text(json.dumps(meta | {"checksum": content_hash(meta)}))
         try:
             temporary.rename(root / name)
         except OSError:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+import mmap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,9 @@ from torch import Tensor
 
 from autodistill.distillation.losses.schedules import GRID, snap
 from autodistill.distillation.losses.targets import SampledTarget, TopTarget
-from autodistill.errors import InputError
+from autodistill.errors import DamagedError, InputError
 from autodistill.strategy.strategy import Distillation
+from autodistill.utils.hashing import content_hash
 
 FILE = "outputs.arrow"
 META = "meta.json"
@@ -103,8 +107,14 @@ def id_type(vocabulary: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocabulary <= 65536 else np.uint32)
 
 
+def part_hashes(data: mmap.mmap, places: Sequence[int]) -> list[str]:
+    """Return the hash of each part of a file that lies between two of some places, 16 digits of its SHA-256."""
+    with memoryview(data) as view:
+        return [hashlib.sha256(view[start:end]).hexdigest()[:16] for start, end in pairwise(places)]
+
+
 class TeacherCache:
-    """Read access to one cache, memory-mapped.
+    """Read access to one cache, memory-mapped; each sequence is held to its checksum when it is first read.
 
     A cached sequence of `length` tokens has `length` - 1 predicted tokens: position i predicts token i + 1.
 
@@ -113,26 +123,72 @@ class TeacherCache:
         data: Fingerprint of the data that it must be of, which covers tokenizer and sequence length; None for any.
 
     Raises:
-        InputError: It is of other data. One from before caches said of which they are is known by its folder's name.
+        DamagedError: It is not as it was written.
+        InputError: It is of other data.
     """
 
     def __init__(self, folder: Path, data: str | None = None) -> None:
-        meta = json.loads((folder / META).read_text())
-        found = meta.get("data")
-        if data is not None and found is not None and found != data:
+        self._folder = folder
+        try:
+            meta = json.loads((folder / META).read_bytes())
+            checksum = meta.pop("checksum")
+            whole = checksum == content_hash(meta)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._damaged(META) from error
+        if not whole:
+            raise self._damaged(META)
+        if data is not None and meta["data"] != data:
             raise InputError(
-                f"the teacher cache in {folder} is of the data {found}, and these are {data}: of another text, "
+                f"the teacher cache in {folder} is of the data {meta['data']}, and these are {data}: of another text, "
                 "tokenizer or sequence length; let the search make the cache of its own data"
             )
         self.sequences: int = meta["sequences"]
         lists = {name: tuple(value) for name, value in meta["settings"].items() if isinstance(value, list)}
         self.settings = CacheSettings(**(meta["settings"] | lists))
-        self._reader = pa.ipc.open_file(pa.memory_map(str(folder / FILE)))
+        self._places: list[int] = [0, *meta["ends"]]
+        self._hashes: list[str] = meta["hashes"]
+        self._checked: set[int] = set()
+        try:
+            with (folder / FILE).open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise self._damaged(FILE) from error
+        if len(self._bytes) != self._places[-1]:
+            raise self._damaged(FILE)
+        # Before Arrow reads it: the schema, and where the batches lie.
+        self._check(self.sequences)
+        self._reader = pa.ipc.open_file(pa.py_buffer(self._bytes))
+
+    def check(self) -> None:
+        """Hold all of the file to its checksums: about a second a gigabyte, where the disk is as fast.
+
+        Raises:
+            DamagedError: It is not as it was written.
+        """
+        for part in range(self.sequences + 1):
+            self._check(part)
+
+    def _check(self, part: int) -> None:
+        """Hold a part of the file, a sequence's or what follows all of them, to its checksum, once."""
+        if part not in self._checked:
+            if part_hashes(self._bytes, self._places[part : part + 2]) != [self._hashes[part]]:
+                raise self._damaged(FILE)
+            self._checked.add(part)
+
+    def _damaged(self, name: str) -> DamagedError:
+        return DamagedError(
+            f"{self._folder / name} is not what was written of the teacher's outputs: a search, or --resume, makes "
+            "them again"
+        )
+
+    def _batch(self, index: int) -> pa.RecordBatch:
+        self._check(index)
+        return self._reader.get_batch(index)
 
     def _column(self, name: str, indices: Iterable[int]) -> npt.NDArray[Any]:
         parts = []
         for index in indices:
-            column = self._reader.get_batch(int(index)).column(name)
+            column = self._batch(int(index)).column(name)
             flat = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
             parts.append(flat.to_numpy(zero_copy_only=True).reshape(len(column), -1))
         return np.concatenate(parts)
@@ -168,7 +224,7 @@ class TeacherCache:
             KeyError, ValueError: Other draws than the cache holds, or another temperature.
         """
         indices = list(indices)
-        lists = [self._reader.get_batch(int(index)).column(f"drawn_{draws}") for index in indices]
+        lists = [self._batch(int(index)).column(f"drawn_{draws}") for index in indices]
         counts = np.concatenate([np.diff(column.offsets.to_numpy()) for column in lists])
         shape = (len(counts), counts.max())
         filled = np.arange(shape[1]) < counts[:, None]

@@ -21,7 +21,7 @@ from autodistill.data.chat_template import Renderer
 from autodistill.data.conversations import ANSWERING, TOLD, Turn, WriterLogprobs, logprobs_of, logprobs_record
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.data.documents import resolve_prompts
-from autodistill.data.tokenization import check_ids
+from autodistill.data.tokenization import check_ids, tokenized
 from autodistill.distillation.teacher.endpoint import MOST_LOGPROBS, Endpoint, Reply
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher, text_files
 from autodistill.errors import (
@@ -394,7 +394,7 @@ class _Matcher:
     def __init__(self, folder: Path) -> None:
         renderer = Renderer(folder)
         self.vocabulary, tokenizer = renderer.vocabulary, renderer.tokenizer
-        self._encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        self._encode = lambda text: tokenized(tokenizer, text)["input_ids"]
         names: dict[str, list[int]] = {}
         self._names = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
         for token, name in enumerate(self._names):

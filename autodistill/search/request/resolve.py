@@ -156,7 +156,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
     space = None if request.space is None else space_reference(request.space, cache)
     named_space = _first(space, known.get("space"), DEFAULT_SPACE)
     teacher = resolve_teacher(_as_before(named_teacher, known.get("teacher", {})))
-    source = resolve_data(named_data)
+    source = resolve_data(_as_before(named_data, known.get("data", {})))
     strategy = _reference(request.strategy, cache)
     searched = load_space(named_space)
     baselines = tuple(map(str, request.baseline)) if request.baseline else _named(known.get("baselines"))
@@ -296,7 +296,7 @@ def _device(
 
 
 def _as_before(reference: str, known: Mapping[str, Any]) -> str:
-    """A teacher's reference, on resuming with the commit of the hub's that the run was made with."""
+    """A reference to a teacher or data, on resuming with the commit of the hub's that the run was made with."""
     revision = known.get("revision")
     if revision is None or reference != known.get("reference") or "@" in reference:
         return reference

@@ -19,7 +19,7 @@ from autodistill.distillation.losses.schedules import GRID
 from autodistill.distillation.teacher import build_cache as cache_making
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import META, CacheSettings, TeacherCache
-from autodistill.errors import InputError
+from autodistill.errors import DamagedError, InputError
 from autodistill.models.loading import load_model
 from autodistill.runs.run_folder import RunFolder
 from autodistill.strategy.strategy import Distillation, Temperature
@@ -291,6 +291,33 @@ def test_damage_is_found_and_made_good(ensure, teacher, damage):
     assert (folder / "outputs.arrow").read_bytes() == content
     assert ensure() == folder
     assert teacher.loads == 2
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_found_where_the_cache_is_read(ensure, damage):
+    """By a worker, say, which opens what the search held to its checksums long before."""
+    folder = ensure()
+    damage(folder)
+    with pytest.raises(DamagedError, match=r"is not what was written of the teacher's outputs: a search, or --resume"):
+        TeacherCache(folder).top([0, 1], 1.0, K)
+
+
+def test_every_byte_is_held_to_a_checksum_and_each_sequence_when_it_is_read(ensure):
+    folder = ensure()
+    meta = json.loads((folder / "meta.json").read_text())
+    path, ends = folder / "outputs.arrow", meta["ends"]
+    whole = path.read_bytes()
+    assert ends[-1] == len(whole)
+    for part, place in enumerate([0, *ends[:-1]]):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        if part == 2:  # what follows both sequences
+            with pytest.raises(DamagedError):
+                TeacherCache(folder)
+            continue
+        cache = TeacherCache(folder)
+        assert cache.top([1 - part], 1.0, K).ids.shape == (31, K)
+        with pytest.raises(DamagedError):
+            cache.top([part], 1.0, K)
 
 
 def test_size_is_foretold_and_limited(ensure, tmp_path, teacher):

@@ -523,6 +523,47 @@ def test_three_spoilt_steps_in_a_row_end_the_trial(workshop):
     assert trainer.tokens == 256
 
 
+@pytest.mark.parametrize("strategy", [PLAIN, ALIGNED], ids=["plain", "aligned"])
+def test_a_step_of_sequences_without_an_answer_changes_nothing(workshop, strategy):
+    """As of questions whose answers were all cut off: no token counts, and a mean over none is no number."""
+    answers = np.zeros(workshop.data.tokens.shape, dtype=bool)
+    order = np.random.default_rng((0, 0)).permutation(len(answers))
+    answers[order[2:4], 5:9] = True  # of the second step's sequences
+    trainer = replace(workshop, data=replace(workshop.data, answers=answers)).trainer(strategy)
+    before = _weights(trainer)
+    steps = trainer.train_stable(256)
+    first = next(steps)
+    assert (first.loss, first.divergence, first.alignment, first.gradient_norm) == (0, 0, 0, 0)
+    _same(_weights(trainer), before)
+    assert next(steps).loss > 0
+    learnt = _weights(trainer)
+    assert any(not torch.equal(learnt[name], value) for name, value in before.items())
+    assert [record.loss for record in steps] == [0, 0]
+    _same(_weights(trainer), learnt)
+
+
+def test_a_pass_of_nothing_has_no_loss_and_no_gradient(workshop):
+    """It stands beside passes that count in other processes, whose gradients are averaged with its own."""
+    trainer = workshop.trainer(PLAIN)
+    loss = trainer._loss.of_nothing([0, 1])
+    loss.backward()
+    assert loss.item() == 0
+    gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_a_step_in_which_nothing_counts_does_not_stand_between_two_spoilt_ones(workshop):
+    answers = np.ones(workshop.data.tokens.shape, dtype=bool)
+    order = np.random.default_rng((0, 0)).permutation(len(answers))
+    answers[order[4:6]] = False  # of the third step
+    data = replace(workshop.data, answers=answers)
+    trainer = replace(workshop, data=data).trainer(PLAIN, cache=Poisoned(workshop.cache, {0, 1, 2}))
+    with pytest.raises(TrialFailedError, match="not finite in 3 steps in a row"):
+        list(trainer.train_stable(512))
+    assert trainer.tokens == 256
+
+
 @pytest.mark.parametrize(("spoilt", "ends"), [({1, 2, 3}, True), ({1, 3, 4}, False)], ids=["in a row", "two of them"])
 @pytest.mark.parametrize("until", [128, 192])
 def test_three_in_a_row_are_counted_over_a_checkpoint(workshop, tmp_path, spoilt, ends, until):

@@ -1,5 +1,8 @@
 """Which student is exported and how it is packed; what cannot be is refused before anything is written."""
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 from gguf import GGUFReader
 from safetensors.torch import load_file
 
+from autodistill.cli.app import main
 from autodistill.errors import DamagedError, InputError, VerificationError
 from autodistill.export.gguf import GgufExporter
 from autodistill.runs.results.row import Row
@@ -238,6 +242,31 @@ def test_an_export_that_was_interrupted_twice_can_be_given_again(run: RunFolder,
     paths = export_run(run, None, ["huggingface"], tmp_path / "out")
     assert not left.exists()
     assert (paths["huggingface"] / "model.safetensors").is_file()
+
+
+def test_ctrl_c_twice_while_it_is_written_is_one_line_and_the_same_command_then_exports(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first one meets a file that is half written, and the second the removal of that file."""
+    out = tmp_path / "out"
+    words = ["export", run.path.name, "--runs", str(run.path.parent), "--to", "gguf", "--out", str(out)]
+    signals = []
+
+    def interrupted(*given: Any, **more: Any) -> None:
+        signals.append(given)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    with monkeypatch.context() as twice:
+        twice.setattr("autodistill.export.gguf.add_tokenizer", interrupted)
+        twice.setattr("autodistill.export.student_reader.shutil.rmtree", interrupted)
+        assert main(words) == 130
+    assert len(signals) == 2
+    assert capfd.readouterr().err.splitlines()[1:] == ["error: stopped"]
+    assert not list(out.rglob("student.gguf"))
+    assert main(words) == 0
+    assert stored(out / "gguf" / "student.gguf")[0] == "Q4_0"
+    assert sorted(path.name for path in (out / "gguf").iterdir()) == ["LICENSE", "README.md", "student.gguf"]
 
 
 def test_what_is_on_disk_is_held_to_the_student(

@@ -23,6 +23,7 @@ from autodistill.strategy.named import load_strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.utils.json_files import write_json
 from autodistill.utils.storage import Storage
+from tests.data.test_documents import Hub as DataHub
 from tests.distillation.teacher.test_resolve import Hub
 
 SPACE = """
@@ -375,6 +376,23 @@ def test_a_run_of_a_hub_teacher_goes_on_at_the_commit_that_it_was_made_with(
     assert check_request(replace(asked, name="another")).teacher.revision == "b" * 40
     with pytest.raises(InputError, match=r"another teacher \(somebody/model, now somebody/model@bbb"):
         check_request(replace(resumed, teacher="somebody/model@" + "b" * 40))
+
+
+def test_a_run_of_a_hub_s_data_goes_on_at_the_commit_that_it_was_made_with(
+    asked: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = DataHub(tmp_path / "hub", monkeypatch)
+    asked = replace(asked, data="somebody/stories", out=tmp_path, name="run")
+    stored = stored_run(asked)
+    with RunFolder.create(tmp_path, "run") as run:
+        write_json(run.search_file, stored | {"data": stored["data"] | {"revision": hub.commit}})
+    hub.commit = "b" * 40
+    resumed = replace(asked, resume=True)
+    for data in ("somebody/stories", None):
+        assert check_request(replace(resumed, data=data)).source.revision == "a" * 40
+    assert check_request(replace(asked, name="another")).source.revision == "b" * 40
+    with pytest.raises(InputError, match=r"another data \(somebody/stories, now somebody/stories@bbb"):
+        check_request(replace(resumed, data="somebody/stories@" + "b" * 40))
 
 
 def test_a_search_for_a_device_leaves_out_what_the_device_does_not_serve(asked: SearchRequest) -> None:

@@ -22,6 +22,7 @@ from autodistill.hardware.budget import Budget
 from autodistill.hardware.process_memory import killed_for_memory
 from autodistill.inference.outputs import TeacherReference
 from autodistill.runs.results.row import Status
+from autodistill.runs.run_log import RunLog
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import _disk, search
 from autodistill.search.worker.failures import KILLED, RETRIED, death, explained
@@ -137,7 +138,7 @@ def test_a_disk_that_is_full_while_students_are_saved_costs_one_trial_at_most(
     assert not [path for path in left if path.is_file() or any(path.iterdir())]
 
 
-def test_a_disk_that_is_full_before_the_first_trial_ends_the_search_with_how_to_go_on(
+def test_a_disk_that_is_full_before_the_first_trial_or_read_only_after_it_ends_the_search_with_how_to_go_on(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
@@ -164,6 +165,17 @@ def test_a_disk_that_is_full_before_the_first_trial_ends_the_search_with_how_to_
         patch.setattr(TeacherReference, "save", saving)
         with pytest.raises(AutoDistillError, match=r"File too large\): make room in .*; every finished .* --resume$"):
             search(asked)
+
+    def read_only(self: RunLog, event: dict[str, Any]) -> None:
+        if event["event"] == "rung":
+            raise OSError(errno.EROFS, "Read-only file system")
+        append(self, event)
+
+    append = RunLog.append
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "append", read_only)
+        with pytest.raises(AutoDistillError, match=r"^a disk failed \(Read-only file system\): look .* To go on: "):
+            search(replace(asked, resume=True))
     assert search(replace(asked, resume=True)).finish.best.trial == "b000"
 
 

@@ -58,6 +58,7 @@ from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
 from autodistill.runs.students import student_folder, trained_student
 from autodistill.search.worker import trial as trial_module
+from autodistill.search.worker.attempt import Assignment, work
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
 from autodistill.search.worker.trial import Trial
@@ -688,11 +689,20 @@ def test_a_cache_of_other_data_is_refused(lab, workshop, tmp_path):
     """That of another tokenizer's tokens, which would be read as these."""
     with pytest.raises(InputError, match=f"is of the data data, and these are {lab.data.fingerprint}: of another text"):
         Workbench(lab.setting(tmp_path, cache=workshop.folder))
-    old = shutil.copytree(lab.cache, tmp_path / "old")
-    meta = json.loads((old / "meta.json").read_text())
-    assert meta.pop("data") == lab.data.fingerprint
-    (old / "meta.json").write_text(json.dumps(meta))
-    assert Workbench(lab.setting(tmp_path, cache=old)).cache is not None
+
+
+def test_a_cache_that_changes_between_trials_fails_them_and_says_what_to_do(lab, tmp_path):
+    """The search holds it to its checksums; a worker opens it later, on another disk perhaps."""
+    copy = shutil.copytree(lab.cache, tmp_path / "copy")
+    bench = Workbench(lab.setting(tmp_path, cache=copy))
+    with (copy / "outputs.arrow").open("r+b") as file:
+        file.seek(file.seek(0, 2) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(TrialFailedError, match=r"outputs\.arrow is not what was written of the teacher") as said:
+        work(bench, Assignment(task=_task(), rung=2), lambda record: None)
+    assert said.value.cause == "error"
 
 
 def test_what_the_cache_lacks_is_refused_before_anything_is_trained(lab, tmp_path, monkeypatch):
