@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,10 @@ class SmallTeacher:
     @property
     def newest(self) -> Path | None:
         """The teacher after most tokens; None before its first checkpoint."""
-        found = [one for one in self.folder.iterdir() if one.name.startswith("tokens-")]
-        return max(found, key=lambda one: int(one.name.removeprefix("tokens-")), default=None)
+        return next(reversed(self._teachers()), None)
+
+    def _teachers(self) -> list[Path]:
+        return sorted(self.folder.glob("tokens-*"), key=_tokens)
 
     def train(self, tokens: int, seconds: float = float("inf")) -> None:
         """Trains on to so many tokens or to the end of the time or text, with a checkpoint at the end too."""
@@ -146,8 +148,9 @@ class SmallTeacher:
         seconds: float,
         loss: float,
     ) -> None:
-        """Writes the checkpoint, then the teacher; of earlier teachers two stay for those who read them now."""
-        tokens = step * SEQUENCE * BATCH
+        """Writes the checkpoint, then the teacher; of earlier ones the last stays, and every fourth."""
+        size = SEQUENCE * BATCH
+        tokens = step * size
         state = {"model": model.state_dict(), "averaged": averaged, "optimizer": optimizer.state_dict()}
         partial = self._checkpoint.with_suffix(".partial")
         torch.save(state | {"step": step, "seconds": seconds}, partial)
@@ -174,9 +177,9 @@ class SmallTeacher:
         self.tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(made, indent=1, allow_nan=True) + "\n", encoding="utf-8")
         os.rename(folder, self.folder / f"tokens-{tokens}")
-        others = sorted(self.folder.glob("tokens-*"), key=lambda one: int(one.name.removeprefix("tokens-")))
-        for old in others[:-3]:
-            shutil.rmtree(old)
+        for old in self._teachers()[:-2]:
+            if _tokens(old) % (4 * self._every) >= size:
+                shutil.rmtree(old)
         line = f"{tokens:,} tokens, {seconds:.0f} s, loss {loss:.3f}, test NLL {nll:.4f}, accuracy {accuracy:.4f}"
         print(line, file=sys.stderr, flush=True)
 
@@ -232,9 +235,9 @@ class SmallTeacher:
     def _encoded(self, texts: Iterator[str], most: float = float("inf")) -> npt.NDArray[np.uint16]:
         end, parts, count = self.tokenizer.eos_token_id, list[npt.NDArray[np.uint16]](), 0
         for some in _batches(texts, 64):
-            for ids in self.tokenizer(some, add_special_tokens=False)["input_ids"]:
-                parts.append(np.array([*ids, end], dtype=np.uint16))
-                count += len(ids) + 1
+            for one in self.tokenizer.backend_tokenizer.encode_batch_fast(some, add_special_tokens=False):
+                parts.append(np.array([*one.ids, end], dtype=np.uint16))
+                count += len(one.ids) + 1
             if count >= most:
                 break
         joined = np.concatenate(parts)
@@ -244,6 +247,10 @@ class SmallTeacher:
         with self._texts.train.open(encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)["text"]
+
+
+def _tokens(folder: Path) -> int:
+    return int(folder.name.removeprefix("tokens-"))
 
 
 def _folder_texts(folder: Path) -> Iterator[str]:
@@ -258,7 +265,7 @@ def _up_to(texts: Iterator[str], characters: int) -> Iterator[str]:
             return
 
 
-def _batches(texts: Iterator[str], size: int) -> Iterator[Sequence[str]]:
+def _batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
     some = list[str]()
     for text in texts:
         some.append(text)
@@ -269,13 +276,16 @@ def _batches(texts: Iterator[str], size: int) -> Iterator[Sequence[str]]:
         yield some
 
 
-def small_teacher() -> Path:
-    """The newest folder of the teacher.
+def small_teacher(tokens: int | None = None) -> Path:
+    """The folder of the teacher after so many tokens, or the newest.
 
     Raises:
         SystemExit: There is none yet.
     """
-    found = SmallTeacher(debian_texts.debian_texts()).newest
+    one = SmallTeacher(debian_texts.debian_texts())
+    found = one.newest if tokens is None else one.folder / f"tokens-{tokens}"
+    if found is not None and not found.exists():
+        sys.exit(f"the small teacher has no folder after {tokens:,} tokens: leave the tokens out for the newest one")
     if found is None:
         sys.exit("the small teacher has no checkpoint yet: run python -m benchmarks.search.small_teacher first")
     return found
