@@ -2,9 +2,9 @@
 
     python -m benchmarks.common.debian_texts
 
-Packages are downloaded once by `apt-get download`, and nothing of theirs is installed or run. Their documents become a
-file of lines to train on, `train.jsonl`, and folders of documents that it lacks: `manuals`, every eighth document of the
-same packages; `postgresql`, a package of its own; each with a part for tests, `-test`; and `python`, a general text
+Packages are downloaded once by `apt-get download`, and nothing of theirs is installed or run. Their documents become
+lines of a file to train on, `train.jsonl`, and folders of documents that it lacks: `manuals`, every eighth document of
+the same packages; `postgresql`, a package of its own; each with a part for tests, `-test`; and `python`, a general text
 that nobody trains on.
 """
 

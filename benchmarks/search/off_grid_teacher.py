@@ -2,11 +2,11 @@
 
     python -m benchmarks.search.off_grid_teacher [--rate 1e-3] [--steps 600]
 
-SmolLM2 is distributed with 4 and 8 bits a weight, so that whatever is said of 4 bits on it is said of rounding twice. It
-is fine-tuned on documentation, in the plainest way, until quantising its weights again moves them as much as weights that
-never saw the grid: of each matrix the error, under the scales that fit it best, over that of a uniform error in a step;
-beside it the same of normal weights with as many rows. Then the rate goes down to nothing. Figures before and after stand
-in the report, and in `training.json` of the folder in the cache.
+SmolLM2 is distributed with 4 and 8 bits a weight, so that whatever is said of 4 bits on it is said of rounding twice.
+It is fine-tuned on documentation, in the plainest way, until quantising its weights again moves them as much as weights
+that never saw the grid: of each matrix the error, under the scales that fit it best, over that of a uniform error in a
+step; beside it the same of normal weights with as many rows. Then the rate goes down to nothing. Figures before and
+after stand in the report, and in `training.json` of the folder in the cache.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Recipe:
 
 
 def errors(model: Any, spec: ModelSpec) -> dict[str, tuple[float, float]]:
-    """For matrices and table the squared error of packing over that of a uniform one, and the same of normal weights."""
+    """For matrices and table the squared error of packing over a uniform one, and the same of normal weights."""
     parameters, dice = dict(model.named_parameters()), np.random.default_rng(0)
     sums: dict[str, npt.NDArray[np.float64]] = {}
     for tensor in spec.tensors:
@@ -216,8 +216,8 @@ def sections(told: dict[str, Any]) -> list[str]:
     first, last = told["curve"][0], told["curve"][-1]
     head = (
         f"{told['teacher']} trained on for {last['step']} steps of {told['tokens'] // last['step']} tokens "
-        f"({told['tokens']:,} in all, {told['seconds']:.0f} s) at a rate of {told['rate']:g}, {DECAY} steps of them a decay. "
-        f"NLL of unseen documents: {first['test_nll']:.4f} before, {last['test_nll']:.4f} after."
+        f"({told['tokens']:,} in all, {told['seconds']:.0f} s) at a rate of {told['rate']:g}, {DECAY} steps of them a "
+        f"decay. NLL of unseen documents: {first['test_nll']:.4f} before, {last['test_nll']:.4f} after."
     )
     rows = []
     for one in told["curve"]:

@@ -4,9 +4,9 @@
 
 A Llama of three layers and a tokenizer of its own are trained from nothing on the texts of `common.debian_texts`, each
 document read once, on one thread, at a constant rate after a warm-up. The teacher is the exponential average of the
-weights, which needs no decay: every half a million tokens it is written anew, whole, as a folder that transformers reads, with
-`training.json` beside its weights: how many tokens it has had, and what it is worth on documents that it never reads.
-The same command goes on where it was stopped, to the same bits.
+weights, which needs no decay: every half a million tokens it is written anew, whole, as a folder that transformers
+reads, with `training.json` beside its weights: how many tokens it has had, and what it is worth on documents that it
+never reads. The same command goes on where it was stopped, to the same bits.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
 }
-VOCABULARY, SEQUENCE, BATCH = 2048, 512, 4
-RATE, WARMUP, WEIGHT_DECAY, BETAS, AVERAGED = 2e-3, 200, 0.1, (0.9, 0.95), 0.999
+VOCABULARY, SEQUENCE, BATCH = 2048, 512, 1
+RATE, WARMUP, WEIGHT_DECAY, BETAS, AVERAGED = 1e-3, 200, 0.1, (0.9, 0.98), 0.999
 # 30 tokens for each parameter.
 TOKENS = 69_000_000
 EVERY, TEST_TOKENS = 500_000, 32_768
@@ -130,7 +130,9 @@ class SmallTeacher:
         )
         return LlamaForCausalLM(config)
 
-    def _load(self, model: Any, averaged: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    def _load(
+        self, model: Any, averaged: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+    ) -> tuple[int, float]:
         if not self._checkpoint.exists():
             return 0, 0.0
         state = torch.load(self._checkpoint, weights_only=True)
