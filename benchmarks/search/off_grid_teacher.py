@@ -116,10 +116,10 @@ def trained(recipe: Recipe, train: Iterator[str], test: Iterator[str]) -> dict[s
     start = materialise(resolve_teacher(recipe.teacher), cache).folder
     spec = spec_from_config(read_json(start / "config.json"))
     tokenizer = AutoTokenizer.from_pretrained(start)
-    model = load_model(start, torch.float32)
+    model: Any = load_model(start, torch.float32)
     held_out = _rows(test, tokenizer, recipe.sequence)
     unseen = torch.stack([next(held_out) for _ in range(max(1, TEST_TOKENS // recipe.sequence))])
-    curve = [{"step": 0, "errors": errors(model, spec), "test_nll": _nll(model, unseen)}]
+    curve: list[dict[str, Any]] = [{"step": 0, "errors": errors(model, spec), "test_nll": _nll(model, unseen)}]
     print(curve[-1], file=sys.stderr, flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.0, fused=True)
     rows, began, end, step = _rows(train, tokenizer, recipe.sequence), time.monotonic(), None, 0

@@ -35,7 +35,7 @@ from benchmarks.common.program import parse, parser_of, tiny_data
 from benchmarks.common.report import stamp
 
 # Width and FFN are multiples of 256, which super-blocks of K-quants ask for.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -64,7 +64,7 @@ class SmallTeacher:
     """
 
     def __init__(
-        self, texts: Texts, shape: dict[str, int] = SHAPE, vocabulary: int = VOCABULARY, every: int = EVERY
+        self, texts: Texts, shape: dict[str, Any] = SHAPE, vocabulary: int = VOCABULARY, every: int = EVERY
     ) -> None:
         recipe = [shape, vocabulary, SEQUENCE, BATCH, RATE, WARMUP, WEIGHT_DECAY, BETAS, AVERAGED, every]
         self._texts, self._shape, self._vocabulary, self._every = texts, shape, vocabulary, every

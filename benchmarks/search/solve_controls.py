@@ -39,7 +39,7 @@ from benchmarks.common.report import Kept
 from benchmarks.search.constructions import SEQUENCE, Construction, Lab
 from benchmarks.search.small_teacher import small_teacher
 
-CONTEXT, HELD_OUT, BUDGETS = 512, 16384, "1.0,0.8"
+CONTEXT, HELD_OUT, BUDGETS = 512, 8192, "1.0,0.8"
 UNIFORM, TABLE, ALL = "uniform, table too", "table and cache chosen", "all types solved"
 CACHES = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"))
 # Of the storages with one type of matrices, how many are measured: those of most bits.
@@ -177,7 +177,7 @@ def main() -> None:
     source = content_hash([teacher.name, teacher.parent.name, lab.fingerprint, held_out, step])
     kept = Kept("solve-controls", source, arguments.time)
     itself = kept.get("teacher", lab.teacher_itself)
-    rows, differences = [], []
+    rows, differences = list[list[str]](), list[list[str]]()
     for share in map(float, arguments.budgets.split(",")):
         budget = budget_of(lab.spec, share)
         chosen = kept.get(f"{share:g}, storages", partial(storages, lab, budget, data, sequence))

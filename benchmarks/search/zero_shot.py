@@ -11,7 +11,8 @@ anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from benchmarks.common.report import Kept
 from benchmarks.search.constructions import Construction, Lab
 from benchmarks.search.small_teacher import small_teacher
 
-CONTEXT, HELD_OUT, NEAR = 512, 16384, 0.3
+CONTEXT, HELD_OUT, NEAR = 512, 8192, 0.3
 # Shares of weights and cache of the whole teacher in Q4_0 with an 8-bit cache.
 BUDGETS = (1.0, 0.8, 0.65)
 # Shapes by family, each with its storages.
@@ -172,10 +173,8 @@ def main() -> None:
     itself = kept.get("teacher", lab.teacher_itself)
     found, all_of = [], list(constructions(lab.spec))
     for one, size in all_of[:3] if arguments.smoke else all_of:
-        before = kept.get(f"{one.name}, untrained", lambda one=one: _short(lab.untrained(one)))
-        after = kept.get(
-            f"{one.name}, {arguments.tokens}", lambda one=one: _short(lab.trained(one, arguments.tokens, seed=0))
-        )
+        before = kept.get(f"{one.name}, untrained", partial(_short, lab.untrained, one))
+        after = kept.get(f"{one.name}, {arguments.tokens}", partial(_short, lab.trained, one, arguments.tokens, seed=0))
         told = {"name": one.name, "family": one.family, "bytes": size, "kl": before["kl"], "before": before["nll"]}
         found.append(told | {"nll": after["nll"], "accuracy": after["accuracy"]})
     whole = next(size for one, size in all_of if one.name == "whole, q4_0")
@@ -199,8 +198,9 @@ def _made_by(tokens: int) -> str:
     return f"-m benchmarks.search.zero_shot --tokens {tokens}"
 
 
-def _short(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the sums by document, which nothing here is paired by."""
+def _short(read: Callable[..., Mapping[str, Any]], *given: Any, **named: Any) -> dict[str, Any]:
+    """What is read, without the sums by document, which nothing here is paired by."""
+    found = read(*given, **named)
     return {name: value for name, value in found.items() if not name.endswith("_sums") and name != "count"}
 
 

@@ -160,7 +160,7 @@ class Versus:
             own = Path(folder) / "cache"
             own.mkdir()
             (own / "data").symlink_to(cache / "data")
-            given = {
+            given: dict[str, Any] = {
                 "teacher": self.reference(block.teacher),
                 "data": str(data),
                 "budget": [budget.memory_bytes, budget.context],
@@ -181,8 +181,7 @@ class Versus:
             if done.returncode:
                 raise RuntimeError(f"{block.name}/{arm} ended with code {done.returncode}: see {log}")
             told = json.loads(done.stdout.splitlines()[-1])
-            row = {"arm": arm, "block": block.name, "seconds": wall, "teacher_from": self.reference(block.teacher)}
-            row["teacher_from"] = Path(row["teacher_from"]).name
+            row = {"arm": arm, "block": block.name, "seconds": wall, "teacher": Path(given["teacher"]).name}
             if "nothing_fits" in told:
                 return row | told
             file_of, deployment = Path(told.pop("file")), told["deployment"]
