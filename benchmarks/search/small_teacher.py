@@ -27,12 +27,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
 from autodistill.runs.run_folder import default_cache
 from autodistill.utils.hashing import content_hash
-from benchmarks.common import debian_texts
+from autodistill.utils.json_files import read_json
+from benchmarks.common import debian_texts, report
 from benchmarks.common.debian_texts import Texts
 from benchmarks.common.program import parse, parser_of, tiny_data
-from benchmarks.common.report import stamp
+from benchmarks.search.off_grid_teacher import errors, off_grid
 
 # Width and FFN are multiples of 256, which super-blocks of K-quants ask for.
 SHAPE: dict[str, Any] = {
@@ -77,9 +80,10 @@ class SmallTeacher:
     @property
     def newest(self) -> Path | None:
         """The teacher after most tokens; None before its first checkpoint."""
-        return next(reversed(self._teachers()), None)
+        return next(reversed(self.folders()), None)
 
-    def _teachers(self) -> list[Path]:
+    def folders(self) -> list[Path]:
+        """The teachers that are kept, that of fewest tokens first."""
         return sorted(self.folder.glob("tokens-*"), key=_tokens)
 
     def train(self, tokens: int, seconds: float = float("inf")) -> None:
@@ -171,7 +175,7 @@ class SmallTeacher:
             "test_nll": nll,
             "test_accuracy": accuracy,
             "texts": self._texts.record,
-            "made": stamp(),
+            "made": report.stamp(),
         }
         folder = self.folder / ".partial"
         shutil.rmtree(folder, ignore_errors=True)
@@ -179,7 +183,7 @@ class SmallTeacher:
         self.tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(made, indent=1, allow_nan=True) + "\n", encoding="utf-8")
         os.rename(folder, self.folder / f"tokens-{tokens}")
-        for old in self._teachers()[:-2]:
+        for old in self.folders()[:-2]:
             if _tokens(old) % (4 * self._every) >= size:
                 shutil.rmtree(old)
         line = f"{tokens:,} tokens, {seconds:.0f} s, loss {loss:.3f}, test NLL {nll:.4f}, accuracy {accuracy:.4f}"
@@ -307,6 +311,35 @@ def _tiny(tokens: int) -> SmallTeacher:
     return SmallTeacher(Texts(folder=folder, record={}), shape, vocabulary=288, every=tokens // 2)
 
 
+def sections(teacher: SmallTeacher) -> list[str]:
+    """The report's parts: how far the teacher has come, that it lies on no grid, and what it has read."""
+    folder = teacher.newest
+    assert folder is not None
+    model = load_model(folder, torch.float32)
+    found = errors(model, spec_from_config(read_json(folder / "config.json")))
+    rows = []
+    for one in teacher.folders():
+        told = read_json(one / "training.json")
+        share = f"{told['tokens_per_parameter']:.2f}"
+        read = f"{told['test_nll']:.4f}", f"{100 * told['test_accuracy']:.2f}"
+        rows.append([f"{told['tokens']:,}", share, f"{told['seconds']:.0f}", *read])
+        report.note("training", told, told["made"])
+    report.note("errors", found)
+    kinds = [[kind, f"{error:.4f}", f"{normal:.4f}"] for kind, (error, normal) in found.items()]
+    packages = told["texts"].get("packages", {})
+    licenses = ", ".join(f"{name} ({one['license']})" for name, one in packages.items())
+    return [
+        f"{told['parameters']:,} parameters. {TOKENS:,} tokens, 30 a parameter, are the aim; this one has had "
+        f"{told['tokens']:,}. Read on {TEST_TOKENS:,} tokens of documents that it does not read, the folders that are "
+        "kept:",
+        report.table(["tokens", "a parameter", "s", "NLL", "accuracy, %"], rows),
+        "Squared error of packing over that of a uniform error in a step, under the scales that fit best. "
+        f"{'It lies on no grid.' if off_grid(found) else '**It is not off the grid.**'}",
+        report.table(["grid", "its weights", "normal weights"], kinds),
+        f"Packages of Debian and their licences: {licenses}.",
+    ]
+
+
 def main() -> None:
     """Trains the teacher on, and says what it is worth."""
     parser = parser_of(__doc__, time=True)
@@ -320,7 +353,7 @@ def main() -> None:
     if one.newest is None:
         sys.exit("no time for a step: give more")
     print(one.newest)
-    print((one.newest / "training.json").read_text())
+    print(report.write("small-teacher", "A small language model off any grid", sections(one)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
+from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import NothingFitsError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import memory
@@ -90,26 +91,32 @@ class Made:
 
 
 def untrained(task: Task) -> Made:
-    """The storage of least KL: the solution, or a plain one."""
-    cache = task.cache
-    document = solve(_solving(task), lambda line: print(line, file=sys.stderr, flush=True))
-    (found,) = document["solutions"]
-    rivals = [one for one in found["rivals"] if one["fits"] and one["kl"] is not None]
-    best = min([found["solution"], *rivals], key=lambda one: float(one["kl"]))
-    deployment = Deployment.from_json(best["deployment"])
-    teacher = materialise(resolve_teacher(task.teacher), cache)
-    exported = load_exporter("gguf").export(teacher.folder, deployment, task.out / "gguf", teacher=teacher.name)
-    return Made(file=exported.path, deployment=deployment, tokens=0, name=f"untrained, {best.get('what') or 'solved'}")
-
-
-def _solving(task: Task) -> SolveRequest:
-    return SolveRequest(
+    """The construction of least KL: the solution, or a plain storage."""
+    request = SolveRequest(
         budgets=(task.budget,),
         cache=task.cache,
         teacher=task.teacher,
         data=task.data,
         sequence_length=task.sequence,
     )
+    document = solve(request, _say)
+    (found,) = document["solutions"]
+    rivals = [one for one in found["rivals"] if one["fits"] and one["kl"] is not None]
+    best = min([found["solution"], *rivals], key=lambda one: float(one["kl"]))
+    deployment, name = Deployment.from_json(best["deployment"]), f"{best.get('what') or 'solved'}, untrained"
+    if Init.from_json(best.get("init", WHOLE.to_json())) != WHOLE:
+        # A cut teacher is written by the solver, from what it has scored.
+        exported = solve(replace(request, out=task.out, export=True), _say)["exported"]
+        return Made(file=Path(exported["path"]), deployment=deployment, tokens=0, name=name)
+    reference = resolve_teacher(task.teacher)
+    # With the scales of its own codes, where its file has such.
+    teacher, _ = stored_as(reference, materialise(reference, task.cache), _spec(task), task.cache)
+    artifact = load_exporter("gguf").export(teacher.folder, deployment, task.out / "plain", teacher=teacher.name)
+    return Made(file=artifact.path, deployment=deployment, tokens=0, name=name)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def no_search(task: Task) -> Made:
