@@ -1,6 +1,6 @@
 """Trains the default teacher on until its weights have left the grid that its file was rounded to.
 
-    python -m benchmarks.search.off_grid_teacher [--rate 1e-3] [--steps 600]
+    python -m benchmarks.search.off_grid_teacher [--rate 2e-3] [--steps 400] [--threads 1]
 
 SmolLM2 is distributed with 4 and 8 bits a weight, so that whatever is said of 4 bits on it is said of rounding twice.
 It is fine-tuned on documentation, in the plainest way, until quantising its weights again moves them as much as weights
@@ -43,8 +43,8 @@ from autodistill.utils.json_files import read_json
 from benchmarks.common import debian_texts, report
 from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
 
-TEACHER, RATE, STEPS = "smollm2", 1e-3, 600
-SEQUENCE, WARMUP, DECAY, EVERY = 256, 10, 60, 20
+TEACHER, RATE, STEPS = "smollm2", 2e-3, 400
+SEQUENCE, WARMUP, DECAY, EVERY = 128, 10, 60, 10
 # The grids of the file: of matrices, and of the table.
 MATRICES, TABLE = "q4_1", "q8_0"
 # Of the error of normal weights, what counts as such an error; and rows of a matrix that are read.
@@ -239,7 +239,9 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--steps", type=int, default=STEPS, help="at the most, beside the decay")
+    parser.add_argument("--threads", type=int, default=1, help="on a busy machine more than one wait for each other")
     arguments = parse(parser, rate=1e-2, steps=EVERY)
+    torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     if arguments.smoke:
         # Weights that never saw a grid are off it at the first look.

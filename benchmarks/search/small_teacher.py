@@ -297,6 +297,18 @@ def small_teacher(tokens: int | None = None) -> Path:
     return found
 
 
+def described(folder: Path) -> str:
+    """The teacher in a folder in words: how far it has come; another model is its folder's name."""
+    record = folder / "training.json"
+    if not record.exists():
+        return folder.name
+    told = read_json(record)
+    return (
+        f"the small language model after {told['tokens']:,} tokens, {told['tokens_per_parameter']:.2f} a parameter "
+        f"(of 30 that are its aim)"
+    )
+
+
 def _tiny(tokens: int) -> SmallTeacher:
     """One of tiny sizes, for a smoke run."""
     text = Path(tiny_data(60))

@@ -37,7 +37,7 @@ from benchmarks.common import debian_texts, over_seeds, report
 from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
 from benchmarks.common.report import Kept
 from benchmarks.search.constructions import SEQUENCE, Construction, Lab
-from benchmarks.search.small_teacher import small_teacher
+from benchmarks.search.small_teacher import described, small_teacher
 
 CONTEXT, HELD_OUT, BUDGETS = 512, 8192, "1.0,0.8"
 UNIFORM, TABLE, ALL = "uniform, table too", "table and cache chosen", "all types solved"
@@ -211,7 +211,7 @@ def main() -> None:
         "accuracy, %",
     ]
     said = (
-        f"The small language model ({teacher.name}), whole, text {Path(data).name}: {held_out:,} held-out tokens, "
+        f"Of {described(teacher)}, whole, text {Path(data).name}: {held_out:,} held-out tokens, "
         f"{arguments.seeds} seeds of {arguments.tokens:,} training tokens each, on the grid that each is stored in. "
         f"MB of weights and cache at context {CONTEXT}. The teacher itself: NLL {itself['nll']:.4f}."
     )

@@ -33,7 +33,7 @@ from benchmarks.common import debian_texts, report
 from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
 from benchmarks.common.report import Kept
 from benchmarks.search.constructions import Construction, Lab
-from benchmarks.search.small_teacher import small_teacher
+from benchmarks.search.small_teacher import described, small_teacher
 
 CONTEXT, HELD_OUT, NEAR = 512, 8192, 0.3
 # Shares of weights and cache of the whole teacher in Q4_0 with an 8-bit cache.
@@ -118,7 +118,7 @@ def regret(found: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any] |
 def sections(found: Sequence[Mapping[str, Any]], limits: Mapping[float, int], told: Mapping[str, Any]) -> Iterator[str]:
     """The report's parts."""
     yield (
-        f"{told['teacher']}, text {told['data']}: KL to the teacher, NLL and accuracy on {told['held_out']:,} held-out "
+        f"Students of {told['teacher']}, text {told['data']}: KL to the teacher, NLL and accuracy on {told['held_out']:,} held-out "
         f"tokens; each student trained on {told['tokens']:,} tokens (forward KL from the live teacher 0.25, rate by "
         f"width, the last fifth on the grid of its storage), seed 0. The teacher itself: NLL {told['teacher_nll']:.4f}."
     )
@@ -180,7 +180,7 @@ def main() -> None:
     whole = next(size for one, size in all_of if one.name == "whole, q4_0")
     limits = {share: int(share * whole) for share in BUDGETS}
     told = {
-        "teacher": f"The small language model ({teacher.name})",
+        "teacher": described(teacher),
         "data": Path(data).name,
         "held_out": held_out,
         "tokens": arguments.tokens,

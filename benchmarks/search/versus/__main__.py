@@ -219,7 +219,7 @@ def sections(versus: Versus, rows: Mapping[Block, Mapping[str, Row]], first_look
     """The report's parts."""
     asked = versus.asked
     if first_look:
-        yield "**A first look, with other times than the file's: no target is decided by it.**"
+        yield "**A first look, with other times or another teacher than the file's: no target is decided by it.**"
     yield (
         f"Every arm has its seconds on {THREADS} cores, all of it included but the tokens of the texts; its file is "
         "read back and scored in float32 with its cache as it is served, on "
@@ -296,6 +296,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="BLOCK/ARM", help="a row, a block, an arm or a teacher: no others are made")
     parser.add_argument("--time", type=parse_duration, help="of each arm, instead of the file's: a first look")
     parser.add_argument("--stop", type=parse_duration, default=float("inf"), help="no row is begun after so long")
+    parser.add_argument("--teacher-tokens", type=int, help="of the small teacher, instead of the file's: a first look")
     parser.add_argument("--plan", action="store_true", help="say which rows are missing, and make none")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parse(parser, time=20.0)
@@ -324,9 +325,10 @@ def main() -> None:
     rows = versus.known()
     if not rows:
         sys.exit("no row is there yet: nothing to report")
-    name = f"versus-{arguments.time:g}s" if arguments.time is not None else "versus"
+    first_look = arguments.time is not None or arguments.teacher_tokens is not None
+    name = "versus-first-look" if first_look else "versus"
     title = "This search beside everyone who does less, in equal time"
-    parts = [*sections(versus, rows, arguments.time is not None)]
+    parts = [*sections(versus, rows, first_look)]
     print(report.write(name, title, parts, made_by="-m benchmarks.search.versus"))
     if failed:
         sys.exit(f"{failed} rows failed: see above")
@@ -347,6 +349,8 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 def _whole(arguments: argparse.Namespace) -> Versus:
     asked = read_blocks()
+    if arguments.teacher_tokens is not None:
+        asked["teachers"]["small"]["tokens"] = arguments.teacher_tokens
     return Versus(asked, arguments.time, debian_texts.debian_texts().folder, {}, arguments.stop)
 
 
