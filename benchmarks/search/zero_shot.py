@@ -118,9 +118,10 @@ def regret(found: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any] |
 def sections(found: Sequence[Mapping[str, Any]], limits: Mapping[float, int], told: Mapping[str, Any]) -> Iterator[str]:
     """The report's parts."""
     yield (
-        f"Students of {told['teacher']}, text {told['data']}: KL to the teacher, NLL and accuracy on {told['held_out']:,} held-out "
-        f"tokens; each student trained on {told['tokens']:,} tokens (forward KL from the live teacher 0.25, rate by "
-        f"width, the last fifth on the grid of its storage), seed 0. The teacher itself: NLL {told['teacher_nll']:.4f}."
+        f"Students of {told['teacher']}, text {told['data']}: KL to the teacher, NLL and accuracy on "
+        f"{told['held_out']:,} held-out tokens; each student trained on {told['tokens']:,} tokens (forward KL from the "
+        "live teacher 0.25, rate by width, the last fifth on the grid of its storage), seed 0. The teacher itself: "
+        f"NLL {told['teacher_nll']:.4f}."
     )
     rows = [
         [one["name"], f"{one['bytes'] / 1e6:.3f}", f"{one['kl']:.4f}", f"{one['before']:.4f}", f"{one['nll']:.4f}",

@@ -79,6 +79,7 @@ class Versus:
         self._texts, self._teachers, self._stop, self._tokens = texts, teachers, stop, tokens
         self._kept: dict[str, Kept] = {}
         self._known_teachers: dict[str, Teacher] = {}
+        self._rows: dict[str, Row] = {}
 
     def teacher(self, name: str) -> Teacher:
         """A teacher by its name in the file."""
@@ -105,9 +106,8 @@ class Versus:
                 kept = self.kept(block.teacher)
             except SystemExit:
                 continue
-            rows = {
-                arm: kept.get(key, dict) for arm in (ITSELF, *block.arms) if kept.knows(key := self._key(block, arm))
-            }
+            arms = [arm for arm in (ITSELF, *block.arms) if kept.knows(self._key(block, arm))]
+            rows = {arm: self.row(block, arm) for arm in arms}
             if rows:
                 found[block] = rows
         return found
@@ -123,14 +123,17 @@ class Versus:
         return list({self._key(*one): one for one in found}.values())
 
     def _key(self, block: Block, arm: str) -> str:
-        """The teacher's own row is that of its text."""
-        tokens = f"{self.asked['test_tokens']}-{self.asked['general_tokens']}"
+        """Under which a row is kept; the teacher's own is that of its text."""
+        tokens = f"{block.teacher} {self.asked['test_tokens']}-{self.asked['general_tokens']}"
         own = f"{block.text}/{arm} {block.sequence}" if arm == ITSELF else block.key(arm)
         return f"{own} {tokens}"
 
-    def make(self, block: Block, arm: str) -> None:
-        """Makes a row in a process of its own, and writes it down."""
-        self.kept(block.teacher).get(self._key(block, arm), partial(self._made, block, arm))
+    def row(self, block: Block, arm: str) -> Row:
+        """A row, made in a process of its own and written down where it is not there."""
+        key = self._key(block, arm)
+        if key not in self._rows:
+            self._rows[key] = self.kept(block.teacher).get(key, partial(self._made, block, arm))
+        return self._rows[key]
 
     def judge(self, block: Block) -> Judge:
         """Of the block's text."""
@@ -315,7 +318,7 @@ def main() -> None:
     for block, arm in versus.missing(arguments.only):
         print(f"{block.name}/{arm} ...", file=sys.stderr, flush=True)
         try:
-            versus.make(block, arm)
+            versus.row(block, arm)
         except RuntimeError as error:
             print(error, file=sys.stderr)
             failed += 1
