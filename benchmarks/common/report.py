@@ -175,6 +175,10 @@ class Kept:
         self._known = {entry["key"]: entry["value"] for entry in entries}
         self._made = {entry["key"]: entry["made"] for entry in entries if "made" in entry}
 
+    def knows(self, key: str) -> bool:
+        """Whether a result is there."""
+        return key in self._known
+
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """The result of a key, made and written down where it is not known, and noted for the report's record.
 

@@ -18,7 +18,9 @@ from benchmarks.engine import distill_step
 from benchmarks.reliability import mutants
 
 MODULES = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
-PROGRAMS = sorted(".".join(path.with_suffix("").parts) for path, text in MODULES.items() if "\ndef main()" in text)
+MAINS = {".".join(path.with_suffix("").parts) for path, text in MODULES.items() if "\ndef main()" in text}
+# A program of several files is run by the name of its folder.
+PROGRAMS = sorted(name.removesuffix(".__main__") for name in MAINS)
 # What a program alone needs, and no extra installs: a package, or a library that its command line names.
 NEEDED = {"benchmarks.engine.torchao_reference": "torchao", "benchmarks.engine.mixture_types": "a library of llama.cpp"}
 # Those whose smoke runs take about two seconds.
@@ -27,7 +29,7 @@ QUICK = ("benchmarks.reliability.figures",)
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_says_what_a_program_answers(name, monkeypatch, capsys):
-    program = importlib.import_module(name)
+    program = importlib.import_module(name if name in MAINS else f"{name}.__main__")
     monkeypatch.setattr("sys.argv", [name, "--help"])
     with pytest.raises(SystemExit) as ended:
         program.main()

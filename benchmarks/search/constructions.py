@@ -1,0 +1,164 @@
+"""Students of a teacher as they begin and are stored, read without training and after a short one; no search."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autodistill.data.dataset import TokenSet, load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.student.build import build_student
+from autodistill.distillation.teacher.importance import PartImportance, measure_importance
+from autodistill.distillation.teacher.target_sources import LiveTeacher
+from autodistill.distillation.training.learning_rate import branch_point
+from autodistill.distillation.training.trainer import Trainer
+from autodistill.evaluation.evaluate import deployed_weights
+from autodistill.evaluation.statistics import clustered_mean, per_document
+from autodistill.inference.outputs import TeacherReference, TokenScores
+from autodistill.inference.scoring import score, score_teacher
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import TensorSpec
+from autodistill.quantization.grids import Grid
+from autodistill.runs.run_folder import default_cache
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.utils.json_files import read_json
+from benchmarks.common.plans import straight_plan
+
+SEQUENCE, DECAY = 256, 0.2
+# The known rule of rates by width, and a quarter of the loss for the teacher, which runs beside the student.
+_RATE, _WIDTH = 2e-4, 576
+
+
+@dataclass(frozen=True, kw_only=True)
+class Construction:
+    """How a student begins and is stored.
+
+    Attributes:
+        name: For a table.
+        family: What constructions of a kind have in common.
+        init: Its shape.
+        deployment: Its storage.
+    """
+
+    name: str
+    family: str
+    init: Init
+    deployment: Deployment
+
+
+class Lab:
+    """A teacher, a text, and students of both.
+
+    Args:
+        teacher: Folder.
+        data: Reference of the text.
+        held_out: Tokens of validation that students are read on.
+        sequence: Tokens of a sequence.
+        step: Tokens of an optimiser step.
+    """
+
+    def __init__(
+        self, teacher: Path, data: str, *, held_out: int, sequence: int = SEQUENCE, step: int = SEQUENCE
+    ) -> None:
+        self.teacher, self._sequence, self._step = teacher, sequence, step
+        self.spec: ModelSpec = spec_from_config(read_json(teacher / "config.json"))
+        source = resolve_data(data)
+        prepared = prepare(source, teacher, tokenizer_fingerprint(teacher), sequence, default_cache())
+        self.fingerprint = prepared.fingerprint
+        self._train = load_split(prepared.folder, "train")
+        self._held_out: TokenSet = load_split(prepared.folder, "validation").head(held_out)
+        self._live = LiveTeacher(teacher)
+
+    @cached_property
+    def reference(self) -> TeacherReference:
+        """What the teacher says of the held-out text."""
+        return self._scored_teacher[1]
+
+    @cached_property
+    def _scored_teacher(self) -> tuple[TokenScores, TeacherReference]:
+        return score_teacher(load_model(self.teacher, torch.float32).eval(), self._held_out)
+
+    @cached_property
+    def _importance(self) -> PartImportance:
+        return measure_importance(load_model(self.teacher, torch.float32), self._train)
+
+    def teacher_itself(self) -> dict[str, Any]:
+        """NLL and accuracy of the teacher."""
+        return figures(self._scored_teacher[0])
+
+    def begun(self, init: Init) -> tuple[Any, tuple[int, ...]]:
+        """An untrained student, and the teacher's layer of each of its layers."""
+        return build_student(self.teacher, init, calibration=self._importance if init.selective else None)
+
+    def untrained(self, one: Construction) -> dict[str, Any]:
+        """A student as it begins, in its storage."""
+        model, _ = self.begun(one.init)
+        return self._read(model, one.deployment)
+
+    def trained(self, one: Construction, tokens: int, seed: int) -> dict[str, Any]:
+        """The same after a training of so many tokens, whose last fifth is on the grid of its storage."""
+        model, kept = self.begun(one.init)
+        rate = float(f"{_RATE * _WIDTH / self.spec.width:.2g}")
+        recipe = Distillation(
+            signal="online", signal_tokens=0, divergence_weight=0.25, learning_rate=rate, train_embeddings=True
+        )
+        grid = finishing(one.deployment)
+        fields = {"warmup_tokens": max(self._step, tokens // 20 // self._step * self._step)}
+        plan = straight_plan(tokens, sequence_length=self._sequence, batch_tokens=self._step, **fields)
+        plan = replace(plan, micro_batch=self._step // self._sequence)
+        trainer = Trainer(
+            model,
+            kept=kept,
+            teacher_layers=self.spec.layers,
+            teacher_width=self.spec.width,
+            strategy=Strategy(init=one.init, distillation=recipe, finishing=grid),
+            plan=plan,
+            data=self._train,
+            cache=None,
+            seed=seed,
+            teacher=self._live,
+        )
+        model.train()
+        for _ in trainer.train_stable(branch_point(tokens, DECAY, self._step)):
+            pass
+        tensors = {tensor.name: tensor for tensor in spec_from_config(model.config.to_dict()).tensors}
+        for _ in trainer.train_decay(tokens, None if grid is None else lambda name: _grid(grid, tensors[name])):
+            pass
+        return self._read(model, one.deployment)
+
+    def _read(self, model: Any, deployment: Deployment) -> dict[str, Any]:
+        spec = spec_from_config(model.config.to_dict())
+        model.eval()
+        with torch.no_grad(), deployed_weights(model, spec, deployment):
+            scores, _ = score(model, self._held_out, self.reference)
+        return figures(scores)
+
+
+def figures(scores: TokenScores) -> dict[str, Any]:
+    """NLL, accuracy and KL to the teacher, as means, and as sums by document."""
+    found: dict[str, Any] = {"count": per_document(scores.nll, scores.documents)["count"]}
+    for name, values in (("nll", scores.nll), ("accuracy", scores.correct), ("kl", scores.divergence)):
+        if values is not None:
+            found[name] = clustered_mean(values, scores.documents)[0]
+            found[f"{name}_sums"] = per_document(values, scores.documents)["sum"]
+    return found
+
+
+def finishing(deployment: Deployment) -> Finishing | None:
+    """The grid of a storage, on which training ends."""
+    scheme = deployment.scheme
+    return None if scheme.bits == 16 and not scheme.types else Finishing(**asdict(scheme))
+
+
+def _grid(scheme: Finishing, tensor: TensorSpec) -> Grid | None:
+    storage = scheme.storage(tensor)
+    return storage if isinstance(storage, Grid) else None

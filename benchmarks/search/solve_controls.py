@@ -1,0 +1,241 @@
+"""What is solving worth beyond the choice of the table's type?
+
+    python -m benchmarks.search.solve_controls [--tokens 6144] [--seeds 3] [--budgets 1.0,0.8] [--time 20m]
+
+The whole small language model within shares of what it takes in Q4_0 with its table and an 8-bit cache, stored in three
+ways: all of it in the best single type that fits; all matrices in one type, and the types of table and cache chosen for
+it; and every type chosen, as `autodistill solve` does it. Each is read as it is, and after the same training on its
+grid, so that all take the same seconds but for the solving. Differences are paired by document. Cut shapes are not
+among them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from autodistill.errors import NothingFitsError
+from autodistill.estimates.fit import cannot_hold
+from autodistill.estimates.serving_memory import memory
+from autodistill.evaluation.statistics import paired_bootstrap
+from autodistill.hardware.budget import Budget
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.spec import ModelSpec
+from autodistill.runs.run_folder import default_cache
+from autodistill.search.solve import SolveRequest, solve
+from autodistill.search.solve.options import Options
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Init
+from autodistill.utils.hashing import content_hash
+from benchmarks.common import debian_texts, over_seeds, report
+from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
+from benchmarks.common.report import Kept
+from benchmarks.search.constructions import SEQUENCE, Construction, Lab
+from benchmarks.search.small_teacher import described, small_teacher
+
+CONTEXT, HELD_OUT, BUDGETS = 512, 8192, "1.0,0.8"
+UNIFORM, TABLE, ALL = "uniform, table too", "table and cache chosen", "all types solved"
+CACHES = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"))
+# Of the storages with one type of matrices, how many are measured: those of most bits.
+_MEASURED = 4
+
+
+def budget_of(spec: ModelSpec, share: float) -> Budget:
+    """A share of weights and cache of the whole model in Q4_0 with an 8-bit cache, and what the runtime takes."""
+    need = memory(spec, _deployment(spec, "q4_0", "q4_0", ("q8_0", "q8_0")), context=CONTEXT, batch=1)
+    own = int(share * (need.weights_bytes + need.kv_cache_bytes))
+    return Budget(memory_bytes=need.compute_bytes + need.overhead_bytes + own, context=CONTEXT)
+
+
+def _deployment(spec: ModelSpec, matrices: str, table: str, cache_types: tuple[str, str]) -> Deployment:
+    options = _options(spec)
+    types = dict.fromkeys(options.matrices, matrices) | dict.fromkeys(options.tables, table)
+    return options.deployment(types, cache_types)
+
+
+def _options(spec: ModelSpec) -> Options:
+    return Options(spec=spec, budget=Budget(memory_bytes=1, context=CONTEXT))
+
+
+def _fitting(spec: ModelSpec, budget: Budget, tables: Sequence[str] | None) -> Iterator[tuple[str, str, Deployment]]:
+    """Storages that fit, with one type for all matrices: its name, the table's, and the storage.
+
+    Args:
+        spec: The model's shape.
+        budget: The limit.
+        tables: Types of the table; None for that of the matrices and a cache of 8 bits.
+    """
+    options = _options(spec)
+    tensors = options.matrices | options.tables
+    kinds = [kind for kind in options.kinds(next(iter(tensors.values()))) if kind != "f16"]
+    kinds = [kind for kind in kinds if all(kind in options.kinds(tensor) for tensor in tensors.values())]
+    for kind in kinds:
+        for table in tables or (kind,):
+            for cache_types in CACHES if tables else (("q8_0", "q8_0"),):
+                if cache_types not in options.caches or table not in kinds:
+                    continue
+                one = _deployment(spec, kind, table, cache_types)
+                fits = memory(spec, one, context=CONTEXT, batch=1).total_bytes <= budget.memory_bytes
+                if fits and not cannot_hold(spec, one):
+                    yield kind, table, one
+
+
+def uniform(lab: Lab, budget: Budget) -> Deployment:
+    """The single type of most bits that fits.
+
+    Raises:
+        NothingFitsError: None does.
+    """
+    found = next(_fitting(lab.spec, budget, None), None)
+    if found is None:
+        raise NothingFitsError("no single type fits")
+    return found[2]
+
+
+def with_table(lab: Lab, budget: Budget) -> Deployment:
+    """One type for all matrices, and those of table and cache for which the KL is least, of the largest that fit."""
+    kinds = [kind for kind in _options(lab.spec).kinds(next(iter(_options(lab.spec).tables.values()))) if kind != "f16"]
+    largest: dict[tuple[str, tuple[str, str]], Deployment] = {}
+    for kind, _, one in _fitting(lab.spec, budget, kinds):
+        # Of a type of matrices and a cache the table of most bits comes first.
+        largest.setdefault((kind, one.cache_types), one)
+    if not largest:
+        raise NothingFitsError("no single type of matrices fits")
+    sizes = sorted(largest.values(), key=lambda one: -memory(lab.spec, one, context=CONTEXT, batch=1).total_bytes)
+    return min(sizes[:_MEASURED], key=lambda one: float(_read(lab, one)["kl"]))
+
+
+def _read(lab: Lab, deployment: Deployment) -> dict[str, Any]:
+    return lab.untrained(_whole(deployment))
+
+
+def _whole(deployment: Deployment) -> Construction:
+    return Construction(name=deployment.name, family="whole", init=Init(depth=1.0), deployment=deployment)
+
+
+def solved(lab: Lab, budget: Budget, data: str, sequence: int) -> Deployment:
+    """Every type, by the product's own solver."""
+    request = SolveRequest(
+        budgets=(budget,), cache=default_cache(), teacher=str(lab.teacher), data=data, sequence_length=sequence
+    )
+    (found,) = solve(request)["solutions"]
+    return Deployment.from_json(found["solution"]["deployment"])
+
+
+def storages(lab: Lab, budget: Budget, data: str, sequence: int) -> dict[str, Any]:
+    """The three storages as plain data, with the seconds that choosing each took; none where nothing fits."""
+    found: dict[str, Any] = {}
+    makers = {
+        UNIFORM: partial(uniform, lab, budget),
+        TABLE: partial(with_table, lab, budget),
+        ALL: partial(solved, lab, budget, data, sequence),
+    }
+    for name, make in makers.items():
+        began = time.monotonic()
+        try:
+            deployment = make()
+        except NothingFitsError:
+            continue
+        need = memory(lab.spec, deployment, context=CONTEXT, batch=1)
+        size = need.weights_bytes + need.kv_cache_bytes
+        found[name] = {"deployment": deployment.to_json(), "bytes": size, "seconds": time.monotonic() - began}
+    return found
+
+
+def less(mine: Mapping[str, Any], other: Mapping[str, Any], what: str) -> tuple[float, float]:
+    """A difference a token, and its standard error, paired by document."""
+    gaps = np.asarray(mine[f"{what}_sums"], float) - np.asarray(other[f"{what}_sums"], float)
+    values, errors = paired_bootstrap(gaps[None], np.asarray(mine["count"], float))
+    return float(values[0]), float(errors[0])
+
+
+def main() -> None:
+    """Trains what is missing and writes the report."""
+    parser = parser_of(__doc__, seeds=3, time=True)
+    parser.add_argument("--tokens", type=int, default=6144, help="that each is trained on")
+    parser.add_argument("--budgets", default=BUDGETS, help=f"shares, {BUDGETS} by default")
+    parser.add_argument("--data", help="the held-apart manuals by default")
+    parser.add_argument("--teacher-tokens", type=int, help="of the small teacher; the newest by default")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parse(parser, tokens=1024, seeds=1, budgets="1.0")
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    held_out, step, sequence = HELD_OUT, 512, SEQUENCE
+    if arguments.smoke:
+        teacher = Path(tiny_teacher(layers=2, width=256, heads=4, ffn=256))
+        arguments.data, held_out = tiny_data(60), 512
+    else:
+        teacher = small_teacher(arguments.teacher_tokens)
+    data = arguments.data or str(debian_texts.debian_texts().folder / "manuals")
+    lab = Lab(teacher, data, held_out=held_out, sequence=sequence, step=step)
+    source = content_hash([teacher.name, teacher.parent.name, lab.fingerprint, held_out, step])
+    kept = Kept("solve-controls", source, arguments.time)
+    itself = kept.get("teacher", lab.teacher_itself)
+    rows, differences = list[list[str]](), list[list[str]]()
+    for share in map(float, arguments.budgets.split(",")):
+        budget = budget_of(lab.spec, share)
+        chosen = kept.get(f"{share:g}, storages", partial(storages, lab, budget, data, sequence))
+        read: dict[str, Any] = {}
+        for name, one in chosen.items():
+            whole = _whole(Deployment.from_json(one["deployment"]))
+            before = kept.get(f"{share:g}, {name}, untrained", partial(lab.untrained, whole))
+            after = [
+                kept.get(
+                    f"{share:g}, {name}, {arguments.tokens}, {seed}",
+                    partial(lab.trained, whole, arguments.tokens, seed),
+                )
+                for seed in range(arguments.seeds)
+            ]
+            read[name] = before, after
+            nll, points = ([found[what] for found in after] for what in ("nll", "accuracy"))
+            size, seconds = f"{one['bytes'] / 1e6:.3f}", f"{one['seconds']:.0f}"
+            cells = [f"{share:g}", name, whole.deployment.name, size, seconds]
+            cells += [f"{before['kl']:.4f}", f"{before['nll']:.4f}"]
+            rows.append([*cells, over_seeds.mean(nll), over_seeds.mean(points, 2, factor=100)])
+        differences += _differences(share, read)
+    titles = [
+        "budget",
+        "storage",
+        "types",
+        "MB",
+        "s to choose",
+        "KL untrained",
+        "NLL untrained",
+        "NLL after",
+        "accuracy, %",
+    ]
+    said = (
+        f"Of {described(teacher)}, whole, text {Path(data).name}: {held_out:,} held-out tokens, "
+        f"{arguments.seeds} seeds of {arguments.tokens:,} training tokens each, on the grid that each is stored in. "
+        f"MB of weights and cache at context {CONTEXT}. The teacher itself: NLL {itself['nll']:.4f}."
+    )
+    titles_of = ["budget", "storage", "less", "nats untrained", "nats after, by seed", "points after, by seed"]
+    sections = [
+        said,
+        report.table(titles, rows),
+        "Differences in NLL and accuracy, paired by document; below zero in nats is better:\n\n"
+        + report.table(titles_of, differences),
+        "Cut shapes were not solved here: this program has storages of the whole teacher alone.",
+    ]
+    print(report.write("solve-controls", "What solving is worth beyond the table's type", sections))
+
+
+def _differences(share: float, read: Mapping[str, tuple[Any, Sequence[Any]]]) -> Iterator[list[str]]:
+    for name, other in ((TABLE, UNIFORM), (ALL, TABLE), (ALL, UNIFORM)):
+        if name not in read or other not in read:
+            continue
+        value, error = less(read[name][0], read[other][0], "nll")
+        pairs = list(zip(read[name][1], read[other][1], strict=True))
+        nats = ", ".join("{:+.4f} ± {:.4f}".format(*less(mine, theirs, "nll")) for mine, theirs in pairs)
+        points = ", ".join("{:+.2f}".format(100 * less(mine, theirs, "accuracy")[0]) for mine, theirs in pairs)
+        yield [f"{share:g}", name, other, f"{value:+.4f} ± {error:.4f}", nats, points]
+
+
+if __name__ == "__main__":
+    main()

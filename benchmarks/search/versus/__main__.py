@@ -1,0 +1,382 @@
+"""Is a search ahead of everyone who does less: who trains nothing, who searches nothing, and who goes by a recipe?
+
+    python -m benchmarks.search.versus [--only small-manuals-0.8-0/search] [--time 90s] [--stop 2h] [--plan]
+
+Teachers, texts, budgets, seeds, arms and targets stand in `versus/blocks.yaml`. Every arm is a process of its own that
+has the same seconds on the same two cores, loading, planning and export included; what it exports is read back and
+scored on documents that no arm saw. The tokens of the texts alone are made beforehand. A row is written down when it is
+whole, and what is there is not made again. `--time` gives each arm another time than the file's, for a first look that
+stands apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
+from autodistill.errors import NothingFitsError
+from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.runs.run_folder import default_cache
+from autodistill.strategy.deployment import Deployment
+from autodistill.units import format_bytes, parse_duration
+from autodistill.utils.json_files import read_json
+from benchmarks.common import debian_texts, report
+from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
+from benchmarks.common.report import Kept
+from benchmarks.search.off_grid_teacher import off_grid_teacher
+from benchmarks.search.small_teacher import small_teacher
+from benchmarks.search.versus.arms import ARMS, Task, budget_of, share_of
+from benchmarks.search.versus.blocks import Block, blocks, read_blocks
+from benchmarks.search.versus.judge import Judge
+from benchmarks.search.versus.targets import MINE, Row, best_rival, gap, has_figures, verdicts
+
+THREADS = 2
+ITSELF = "teacher"
+LOGS = "versus-logs"
+
+
+class Versus:
+    """The rows of all blocks, in the cache.
+
+    Args:
+        asked: Content of the blocks' file.
+        box: Seconds of each arm, instead of the file's.
+        texts: Folder of the texts.
+        teachers: References by name, instead of those that the programs here train.
+        stop: Seconds after which no row is begun.
+        tokens: That arms train on, in a smoke run, whatever the time.
+    """
+
+    def __init__(
+        self,
+        asked: Mapping[str, Any],
+        box: float | None,
+        texts: Path,
+        teachers: Mapping[str, str],
+        stop: float = float("inf"),
+        tokens: int | None = None,
+    ) -> None:
+        self.asked, self.blocks = asked, list(blocks(asked, box))
+        self._texts, self._teachers, self._stop, self._tokens = texts, teachers, stop, tokens
+        self._kept: dict[str, Kept] = {}
+        self._known_teachers: dict[str, Teacher] = {}
+        self._rows: dict[str, Row] = {}
+
+    def teacher(self, name: str) -> Teacher:
+        """A teacher by its name in the file."""
+        if name not in self._known_teachers:
+            given = self._teachers.get(name)
+            if given is None and name == "small":
+                given = str(small_teacher(self.asked["teachers"]["small"].get("tokens")))
+            elif given is None and name == "off-grid":
+                given = str(off_grid_teacher())
+            self._known_teachers[name] = materialise(resolve_teacher(given or name), default_cache())
+        return self._known_teachers[name]
+
+    def kept(self, name: str) -> Kept:
+        """The rows of a teacher, which another one of the same name has not."""
+        if name not in self._kept:
+            self._kept[name] = Kept(f"versus-{name}", self.teacher(name).fingerprint, self._stop)
+        return self._kept[name]
+
+    def known(self) -> dict[Block, dict[str, Row]]:
+        """All rows that are there, and none is made; a teacher that is not trained has none."""
+        found: dict[Block, dict[str, Row]] = {}
+        for block in self.blocks:
+            try:
+                kept = self.kept(block.teacher)
+            except SystemExit:
+                continue
+            arms = [arm for arm in (ITSELF, *block.arms) if kept.knows(self._key(block, arm))]
+            rows = {arm: self.row(block, arm) for arm in arms}
+            if rows:
+                found[block] = rows
+        return found
+
+    def missing(self, only: str | None) -> list[tuple[Block, str]]:
+        """The rows that are not there, of some blocks and arms alone."""
+        found = []
+        for block in self.blocks:
+            for arm in (ITSELF, *block.arms):
+                wanted = only is None or only in (block.name, arm, f"{block.name}/{arm}", block.teacher)
+                if wanted and not self.kept(block.teacher).knows(self._key(block, arm)):
+                    found.append((block, arm))
+        return list({self._key(*one): one for one in found}.values())
+
+    def _key(self, block: Block, arm: str) -> str:
+        """Under which a row is kept; the teacher's own is that of its text."""
+        tokens = f"{block.teacher} {self.asked['test_tokens']}-{self.asked['general_tokens']}"
+        own = f"{block.text}/{arm} {block.sequence}" if arm == ITSELF else block.key(arm)
+        return f"{own} {tokens}"
+
+    def row(self, block: Block, arm: str) -> Row:
+        """A row, made in a process of its own and written down where it is not there."""
+        key = self._key(block, arm)
+        if key not in self._rows:
+            self._rows[key] = self.kept(block.teacher).get(key, partial(self._made, block, arm))
+        return self._rows[key]
+
+    def judge(self, block: Block) -> Judge:
+        """Of the block's text."""
+        test, general = (self._texts / name for name in (f"{block.text}-test", self.asked["general"]))
+        return Judge(
+            teacher=self.teacher(block.teacher).folder,
+            test=test,
+            general=general,
+            sequence=block.sequence,
+            test_tokens=self.asked["test_tokens"],
+            general_tokens=self.asked["general_tokens"],
+            cache=default_cache() / "benchmarks" / "versus",
+        )
+
+    def _made(self, block: Block, arm: str) -> dict[str, Any]:
+        if arm == ITSELF:
+            return self.judge(block).teacher_itself()
+        teacher, data = self.teacher(block.teacher), self._texts / block.text
+        cache = default_cache() / "benchmarks" / "versus"
+        # Before the clock begins: all arms read the same tokens.
+        prepare(resolve_data(str(data)), teacher.folder, tokenizer_fingerprint(teacher.folder), block.sequence, cache)
+        spec = spec_from_config(read_json(teacher.folder / "config.json"))
+        budget = budget_of(spec, block.budget, block.context)
+        logs = default_cache() / "benchmarks" / LOGS
+        logs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="versus-") as folder:
+            own = Path(folder) / "cache"
+            own.mkdir()
+            (own / "data").symlink_to(cache / "data")
+            given: dict[str, Any] = {
+                "teacher": self.reference(block.teacher),
+                "data": str(data),
+                "budget": [budget.memory_bytes, budget.context],
+                "sequence": block.sequence,
+                "seed": block.seed,
+                "ends": time.time() + share_of(arm) * block.box,
+                "cache": str(own),
+                "out": str(Path(folder) / "runs"),
+                "tokens": self._tokens,
+            }
+            began = time.monotonic()
+            command = [sys.executable, "-m", "benchmarks.search.versus", "--child", arm, json.dumps(given)]
+            environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false"}
+            log = logs / f"{block.name}-{arm}-{block.box:g}s.log"
+            with log.open("w", encoding="utf-8") as file:
+                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment)
+            wall = time.monotonic() - began
+            if done.returncode:
+                raise RuntimeError(f"{block.name}/{arm} ended with code {done.returncode}: see {log}")
+            told = json.loads(done.stdout.splitlines()[-1])
+            row = {"arm": arm, "block": block.name, "seconds": wall, "teacher": Path(given["teacher"]).name}
+            if "nothing_fits" in told:
+                return row | told
+            file_of, deployment = Path(told.pop("file")), told["deployment"]
+            found = self.judge(block).judge(file_of, Deployment.from_json(deployment), budget)
+            bits = 8 * found["weights"] / spec.parameters
+            return row | told | found | {"budget": budget.to_json(), "bits": bits}
+
+    def reference(self, name: str) -> str:
+        """What an arm is told of a teacher: one that is a file stays it, so that its codes are known."""
+        if name in ("small", "off-grid") or name in self._teachers:
+            return str(self.teacher(name).folder)
+        return name
+
+
+def child(arm: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """One arm, in this process."""
+    torch.set_num_threads(THREADS)
+    memory_bytes, context = given["budget"]
+    task = Task(
+        **{
+            **given,
+            "budget": Budget(memory_bytes=memory_bytes, context=context),
+            "cache": Path(given["cache"]),
+            "out": Path(given["out"]),
+        }
+    )
+    try:
+        made = ARMS[arm](task)
+    except NothingFitsError as error:
+        return {"nothing_fits": str(error)}
+    return {**asdict(made), "file": str(made.file), "deployment": made.deployment.to_json()}
+
+
+def sections(versus: Versus, rows: Mapping[Block, Mapping[str, Row]], first_look: bool) -> Iterator[str]:
+    """The report's parts."""
+    asked = versus.asked
+    if first_look:
+        yield "**A first look, with other times or another teacher than the file's: no target is decided by it.**"
+    yield (
+        f"Every arm has its seconds on {THREADS} cores, all of it included but the tokens of the texts; its file is "
+        "read back and scored in float32 with its cache as it is served, on "
+        f"{asked['test_tokens']:,} tokens of documents that no arm saw. NLL in nats a token; general KL is to the "
+        f"teacher on {asked['general_tokens']:,} tokens of the text `{asked['general']}`, on which nobody trained. "
+        "Differences are paired and bootstrapped by document, and below zero where the arm is better than the best "
+        "rival. Memory is predicted, of weights and cache."
+    )
+    lines = []
+    for block, found in rows.items():
+        rival = best_rival(found, asked["rivals"])
+        for arm in (ITSELF, *block.arms):
+            if arm in found:
+                lines.append(_line(block, arm, found[arm], found.get(rival or ""), rival))
+    titles = ["block", "arm", "what", "weights + cache", "NLL", "less best rival", "accuracy, %", "general KL"]
+    yield report.table([*titles, "tokens", "s"], lines)
+    yield _run_and_not(versus, rows)
+    said = verdicts(asked["targets"], rows, asked["rivals"])
+    table = []
+    for one in asked["targets"]:
+        verdict = said[one["id"]]
+        table.append([one["id"], one["text"] + _bound(one), verdict.state, verdict.said])
+    yield "## Targets\n\n" + report.table(["target", "what", "state", "figures"], table)
+
+
+def _bound(target: Mapping[str, Any]) -> str:
+    bounds = {"least": "at least", "most": "at most"}
+    return "".join(f" ({words} {target[name]})" for name, words in bounds.items() if name in target)
+
+
+def _line(block: Block, arm: str, row: Row, rival: Row | None, named: str | None) -> list[str]:
+    head = [f"{block.name}, {block.box:g} s", arm]
+    if not has_figures(row):
+        return [*head, f"nothing fits: {row['nothing_fits']}", *["-"] * 6, f"{row['seconds']:.0f}"]
+    test, size = row["test"], "-" if row["bytes"] is None else format_bytes(row["weights"] + row["kv_cache"])
+    less = "-"
+    if rival is not None and arm not in (named, ITSELF):
+        value, one = gap(row, rival, "nll")
+        less = f"{value:+.4f} ± {one:.4f}"
+    elif arm == named:
+        less = "the best rival"
+    return [
+        *head,
+        "the teacher in 32 bits" if arm == ITSELF else f"{row['name']} as {_name(row)}",
+        size,
+        f"{test['nll'][0]:.4f}",
+        less,
+        f"{100 * test['accuracy'][0]:.2f} ± {100 * (test['accuracy'][1] or 0):.2f}",
+        f"{row['general']['kl'][0]:.4f}",
+        f"{row['tokens']:,}" if row.get("tokens") else "-",
+        f"{row['seconds']:.0f}" if "seconds" in row else "-",
+    ]
+
+
+def _name(row: Row) -> str:
+    return Deployment.from_json(row["deployment"]).name
+
+
+def _run_and_not(versus: Versus, rows: Mapping[Block, Mapping[str, Row]]) -> str:
+    """How much of what the file asks for is there."""
+    wanted = sum(len(block.arms) for block in versus.blocks)
+    there = sum(sum(arm in found for arm in block.arms) for block, found in rows.items())
+    whole = sum(all(arm in found for arm in block.arms) for block, found in rows.items())
+    mine = sum(MINE in found for found in rows.values())
+    return (
+        f"{there} of {wanted} rows are there, {whole} of {len(versus.blocks)} blocks are whole; {mine} blocks have the "
+        "search's own row. What is missing was not run."
+    )
+
+
+def main() -> None:
+    """Makes what is missing, and writes the report of what is there."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--only", metavar="BLOCK/ARM", help="a row, a block, an arm or a teacher: no others are made")
+    parser.add_argument("--time", type=parse_duration, help="of each arm, instead of the file's: a first look")
+    parser.add_argument("--stop", type=parse_duration, default=float("inf"), help="no row is begun after so long")
+    parser.add_argument("--teacher-tokens", type=int, help="of the small teacher, instead of the file's: a first look")
+    parser.add_argument("--plan", action="store_true", help="say which rows are missing, and make none")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parse(parser, time=20.0)
+    if arguments.child:
+        arm, given = arguments.child
+        with _stdout_to_stderr():
+            told = child(arm, json.loads(given))
+        print(json.dumps(told))
+        return
+    versus = _tiny(arguments.time) if arguments.smoke else _whole(arguments)
+    if arguments.plan:
+        for block, arm in versus.missing(arguments.only):
+            print(f"{block.name}/{arm}: {share_of(arm) * block.box:.0f} s")
+        return
+    failed = 0
+    for block, arm in versus.missing(arguments.only):
+        print(f"{block.name}/{arm} ...", file=sys.stderr, flush=True)
+        try:
+            versus.row(block, arm)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            failed += 1
+        except SystemExit as ended:
+            print(ended, file=sys.stderr)
+            break
+    rows = versus.known()
+    if not rows:
+        sys.exit("no row is there yet: nothing to report")
+    first_look = arguments.time is not None or arguments.teacher_tokens is not None
+    name = "versus-first-look" if first_look else "versus"
+    title = "This search beside everyone who does less, in equal time"
+    parts = [*sections(versus, rows, first_look)]
+    print(report.write(name, title, parts, made_by="-m benchmarks.search.versus"))
+    if failed:
+        sys.exit(f"{failed} rows failed: see above")
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What libraries print is no part of what a child tells."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _whole(arguments: argparse.Namespace) -> Versus:
+    asked = read_blocks()
+    if arguments.teacher_tokens is not None:
+        asked["teachers"]["small"]["tokens"] = arguments.teacher_tokens
+    return Versus(asked, arguments.time, debian_texts.debian_texts().folder, {}, arguments.stop)
+
+
+def _tiny(box: float) -> Versus:
+    """Two arms of one block, tiny."""
+    texts = Path(tempfile.mkdtemp())
+    for name in ("tiny", "tiny-test", "general"):
+        shutil.copytree(tiny_data(60), texts / name)
+    asked = {
+        **read_blocks(),
+        "teachers": {"tiny": {"context": 256, "sequence": 64, "box": box}},
+        "texts": ["tiny"],
+        "general": "general",
+        "budgets": [0.9],
+        "seeds": [0],
+        "test_tokens": 512,
+        "general_tokens": 256,
+        "arms": {"untrained": "", "no-search": ""},
+        "further": {},
+    }
+    teacher = tiny_teacher(layers=2, width=128, heads=2, kv_heads=1, ffn=256)
+    return Versus(asked, box, texts, {"tiny": teacher}, tokens=1024)
+
+
+if __name__ == "__main__":
+    main()

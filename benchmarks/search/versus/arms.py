@@ -1,0 +1,297 @@
+"""What each arm makes of a teacher within a budget and a time: the file that it exports, and how that is served."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autodistill.distillation.student.check import student_spec
+from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
+from autodistill.distillation.teacher.stored_grids import stored_as
+from autodistill.errors import NothingFitsError
+from autodistill.estimates.fit import cannot_hold
+from autodistill.estimates.serving_memory import memory
+from autodistill.export.base import load_exporter
+from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
+from autodistill.models.spec import ModelSpec
+from autodistill.objects.run import run_search
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.solve import SolveRequest, solve
+from autodistill.search.solve.options import Options
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.named import load_strategy
+from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.utils.json_files import read_json
+
+# Of the time, what a search has that must reach its rivals' end with 40% less.
+SHORT = 0.6
+# Storages of one type, which a person takes who searches none, the most bits first, with an 8-bit cache.
+PLAIN = ("q8_0", "q6_k", "q5_0", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k")
+_RATE, _WIDTH = 1e-4, 576
+WHOLE = Init(depth=1.0)
+_FOUR_BITS = PLAIN[:6]
+# Of the hand-designed recipe, its own first; and of Minitron's pruning.
+_RECIPE_DEPTHS = (0.8, 0.7, 0.6, 0.5, 0.4)
+_DEPTHS, _FFNS = (1.0, 0.9, 0.8, 0.7, 0.6), tuple(round(1 - 0.05 * step, 2) for step in range(15))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What an arm is given.
+
+    Attributes:
+        teacher, data: References.
+        budget: Bytes of the process, and the context.
+        sequence, seed: Of training.
+        ends: When its time is over, as `time.time()` has it.
+        cache: Its own, in which only the tokens of the data are.
+        out: Its folder.
+        tokens: Trained on instead of as many as the time holds, in a smoke run.
+    """
+
+    teacher: str
+    data: str
+    budget: Budget
+    sequence: int
+    seed: int
+    ends: float
+    cache: Path
+    out: Path
+    tokens: int | None = None
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(1.0, self.ends - time.time())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What an arm exports.
+
+    Attributes:
+        file: For llama.cpp.
+        deployment: How it is stored and served.
+        tokens: Trained on.
+        name: What it is, in words.
+    """
+
+    file: Path
+    deployment: Deployment
+    tokens: int
+    name: str
+
+
+def untrained(task: Task) -> Made:
+    """The construction of least KL: the solution, or a plain storage."""
+    request = SolveRequest(
+        budgets=(task.budget,),
+        cache=task.cache,
+        teacher=task.teacher,
+        data=task.data,
+        sequence_length=task.sequence,
+    )
+    document = solve(request, _say)
+    (found,) = document["solutions"]
+    rivals = [one for one in found["rivals"] if one["fits"] and one["kl"] is not None]
+    best = min([found["solution"], *rivals], key=lambda one: float(one["kl"]))
+    deployment, name = Deployment.from_json(best["deployment"]), f"{best.get('what') or 'solved'}, untrained"
+    if Init.from_json(best.get("init", WHOLE.to_json())) != WHOLE:
+        # A cut teacher is written by the solver, from what it has scored.
+        exported = solve(replace(request, out=task.out, export=True), _say)["exported"]
+        return Made(file=Path(exported["path"]), deployment=deployment, tokens=0, name=name)
+    reference = resolve_teacher(task.teacher)
+    # With the scales of its own codes, where its file has such.
+    teacher, _ = stored_as(reference, materialise(reference, task.cache), _spec(task), task.cache)
+    artifact = load_exporter("gguf").export(teacher.folder, deployment, task.out / "plain", teacher=teacher.name)
+    return Made(file=artifact.path, deployment=deployment, tokens=0, name=name)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def no_search(task: Task) -> Made:
+    """The recipe that is known beforehand, trained on a plain type: the whole teacher, or where none holds it a cut."""
+    spec = _spec(task)
+    try:
+        init, deployment = WHOLE, _plain(task, spec)
+    except NothingFitsError:
+        init, deployment = _cut(task, spec)
+    return _distilled(task, Strategy(init=init, distillation=_known(spec), finishing=_on(deployment)), deployment)
+
+
+def finetune(task: Task) -> Made:
+    """The whole teacher trained on the labels, and quantised at the end."""
+    spec = _spec(task)
+    recipe = replace(_known(spec), divergence_weight=0.0)
+    return _distilled(task, Strategy(init=WHOLE, distillation=recipe), _plain(task, spec))
+
+
+def recipe(task: Task) -> Made:
+    """The hand-designed recipe, trained on the type that it is stored in, with as many of its layers as fit."""
+    spec, whole = _spec(task), load_strategy("hand_designed")
+    for depth in _RECIPE_DEPTHS:
+        init = replace(whole.init, depth=depth)
+        with contextlib.suppress(NothingFitsError):
+            deployment = _plain(task, student_spec(Strategy(init=init), spec), _FOUR_BITS)
+            return _distilled(task, replace(whole, init=init, finishing=_on(deployment)), deployment)
+    raise NothingFitsError("no part of the recipe's layers fits with 4 bits or more")
+
+
+def minitron(task: Task) -> Made:
+    """Pruned as little as a storage of 4 bits asks for, distilled from logits, then quantised."""
+    init, deployment = _cut(task, _spec(task))
+    return _distilled(task, Strategy(init=init, distillation=load_strategy("logit_kd").distillation), deployment)
+
+
+def _cut(task: Task, spec: ModelSpec) -> tuple[Init, Deployment]:
+    """The largest cut whose 4 bits fit, of at most 40% of the layers and 70% of the FFN; of two the deeper one."""
+    found = list[tuple[int, Init, Deployment]]()
+    for depth in _DEPTHS:
+        for ffn in _FFNS:
+            init = Init(depth=depth, ffn=ffn, layers="block-influence" if depth < 1 else "even")
+            cut = student_spec(Strategy(init=init), spec)
+            plain = _stored(cut, "q4_0")
+            if plain is not None and _fits(task, cut, plain):
+                found.append((cut.parameters, init, plain))
+                break
+    if not found:
+        raise NothingFitsError("no cut of at most 40% of the layers and 70% of the FFN fits with 4 bits")
+    _, init, plain = max(found, key=lambda one: one[0])
+    return init, plain
+
+
+def search(task: Task) -> Made:
+    """The command, as it is; it ends by itself."""
+    command = ["search", "--budget", f"{task.budget.memory_bytes / 1e6}MB", "--context", str(task.budget.context)]
+    command += ["--teacher", task.teacher, "--data", task.data, "--time", f"{task.left:.0f}s"]
+    command += ["--seed", str(task.seed), "--sequence-length", str(task.sequence)]
+    command += ["--cache", str(task.cache), "--out", str(task.out), "--json"]
+    done = subprocess.run([sys.executable, "-m", "autodistill", *command], stdout=subprocess.PIPE, text=True)
+    if done.returncode == NothingFitsError.exit_code:
+        raise NothingFitsError("the search says that nothing fits")
+    if done.returncode:
+        raise RuntimeError(f"the search ended with code {done.returncode}: see its log")
+    return _exported(json.loads(done.stdout))
+
+
+ARMS: Mapping[str, Callable[[Task], Made]] = {
+    "untrained": untrained,
+    "no-search": no_search,
+    "finetune": finetune,
+    "recipe": recipe,
+    "minitron": minitron,
+    "search": search,
+    "search-short": search,
+}
+
+
+def share_of(arm: str) -> float:
+    """Of the block's time that an arm has."""
+    return SHORT if arm == "search-short" else 1.0
+
+
+def _distilled(task: Task, strategy: Strategy, deployment: Deployment) -> Made:
+    """The student of one strategy, trained in all of the time and stored in one way."""
+    task.out.mkdir(parents=True, exist_ok=True)
+    files = {"strategy.yaml": strategy.to_json(), "space.yaml": _space(deployment)}
+    for name, data in files.items():
+        (task.out / name).write_text(json.dumps(data), encoding="utf-8")
+    request = SearchRequest(
+        strategy=task.out / "strategy.yaml",
+        space=task.out / "space.yaml",
+        budget=task.budget,
+        teacher=task.teacher,
+        data=task.data,
+        time=None if task.tokens else task.left,
+        tokens=task.tokens,
+        seed=task.seed,
+        sequence_length=task.sequence,
+        cache=task.cache,
+        out=task.out,
+        runner="inline",
+    )
+    return _exported(run_search(request).document)
+
+
+def _space(deployment: Deployment) -> dict[str, Any]:
+    """A space that says nothing but how students are stored."""
+    return {"name": "versus", "dimensions": {"init.depth": {"choices": [1.0]}}, "deployments": [deployment.to_json()]}
+
+
+def _exported(document: Mapping[str, Any]) -> Made:
+    best = document["best"]
+    return Made(
+        file=Path(document["paths"]["gguf"]),
+        deployment=Deployment.from_json(best["deployment"]),
+        tokens=int(best["train_tokens"] or 0),
+        name=str(best["name"]),
+    )
+
+
+def _known(spec: ModelSpec) -> Distillation:
+    """The recipe that is known before a search: a rate by width, and a quarter of the loss for the teacher."""
+    return Distillation(learning_rate=float(f"{_RATE * _WIDTH / spec.width:.2g}"), divergence_weight=0.25)
+
+
+def _on(deployment: Deployment) -> Finishing | None:
+    scheme = deployment.scheme
+    return Finishing(**asdict(scheme)) if scheme.bits < 16 else None
+
+
+def _plain(task: Task, spec: ModelSpec, kinds: Sequence[str] = PLAIN) -> Deployment:
+    """The plain type of most bits in which a model fits."""
+    for kind in kinds:
+        plain = _stored(spec, kind)
+        if plain is not None and _fits(task, spec, plain):
+            return plain
+    raise NothingFitsError("the model fits in no plain type")
+
+
+def _stored(spec: ModelSpec, kind: str) -> Deployment | None:
+    """All matrices and the tables in one type, and a cache of 8 bits; None where the type does not divide them."""
+    options = Options(spec=spec, budget=Budget(memory_bytes=1, context=1))
+    tensors = options.matrices | options.tables
+    if any(kind not in options.kinds(tensor) for tensor in tensors.values()) or ("q8_0", "q8_0") not in options.caches:
+        return None
+    found = options.deployment(dict.fromkeys(tensors, kind), ("q8_0", "q8_0"))
+    return None if cannot_hold(spec, found) else found
+
+
+def _fits(task: Task, spec: ModelSpec, deployment: Deployment) -> bool:
+    budget = task.budget
+    return memory(spec, deployment, context=budget.context, batch=1).total_bytes <= budget.memory_bytes
+
+
+def _spec(task: Task) -> ModelSpec:
+    return spec_from_config(read_json(_materialised(task).folder / "config.json"))
+
+
+def _materialised(task: Task) -> Teacher:
+    return materialise(resolve_teacher(task.teacher), task.cache)
+
+
+def budget_of(spec: ModelSpec, share: float, context: int) -> Budget:
+    """The budget of a block: a share of weights and cache of the whole model in Q4_0 and an 8-bit cache, or bytes.
+
+    Args:
+        spec: The teacher's shape.
+        share: Above 1, bytes of the process.
+        context: Tokens.
+    """
+    if share > 1:
+        return Budget(memory_bytes=int(share), context=context)
+    plain = _stored(spec, "q4_0")
+    assert plain is not None, "the teacher's rows are divided by 32"
+    need = memory(spec, plain, context=context, batch=1)
+    serves = need.compute_bytes + need.overhead_bytes
+    return Budget(memory_bytes=serves + int(share * (need.weights_bytes + need.kv_cache_bytes)), context=context)

@@ -1,0 +1,91 @@
+"""Blocks of the comparison: a teacher, a text, a budget and a seed, as `blocks.yaml` names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autodistill.units import parse_bytes
+from autodistill.utils.hashing import content_hash
+from autodistill.utils.yaml_files import read_yaml
+
+FILE = Path(__file__).with_name("blocks.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What all arms of a comparison have in common.
+
+    Attributes:
+        teacher, text: By name.
+        budget: A share of the whole teacher's weights and cache at 4 and 8 bits; above 1, bytes of the process.
+        seed: Of data order and proposals.
+        context: Tokens that memory is counted at.
+        sequence: Tokens of a sequence.
+        box: Seconds of an arm.
+        arms: By name.
+    """
+
+    teacher: str
+    text: str
+    budget: float
+    seed: int
+    context: int
+    sequence: int
+    box: float
+    arms: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """As `--only` takes it, like "small-manuals-0.8-0"."""
+        return f"{self.cell}-{self.seed}"
+
+    @property
+    def cell(self) -> str:
+        """The block without its seed."""
+        size = f"{self.budget:g}" if self.budget <= 1 else f"{self.budget / 1e6:g}MB"
+        return f"{self.teacher}-{self.text}-{size}"
+
+    def key(self, arm: str) -> str:
+        """Under which the row of an arm is kept; the other arms are none of its business."""
+        own = {name: value for name, value in asdict(self).items() if name != "arms"}
+        return f"{self.name}/{arm} {content_hash(own)}"
+
+
+def read_blocks(path: Path = FILE) -> dict[str, Any]:
+    """The whole file."""
+    found = read_yaml(path)
+    return dict(found)
+
+
+def blocks(asked: Mapping[str, Any], box: float | None = None) -> Iterator[Block]:
+    """All blocks, those of the core first, the cheaper teacher's first.
+
+    Args:
+        asked: The file's content.
+        box: Seconds of each arm, instead of the file's.
+    """
+    arms = tuple(asked["arms"])
+    for teacher, sizes in asked["teachers"].items():
+        yield from _blocks({**asked, **sizes, "teachers": [teacher], "arms": arms}, box)
+    for part in asked.get("further", {}).values():
+        yield from _blocks(part, box)
+
+
+def _blocks(part: Mapping[str, Any], box: float | None) -> Iterator[Block]:
+    for teacher in part["teachers"]:
+        for seed in part["seeds"]:
+            for text in part["texts"]:
+                for budget in part["budgets"]:
+                    yield Block(
+                        teacher=teacher,
+                        text=text,
+                        budget=float(parse_bytes(budget) if isinstance(budget, str) else budget),
+                        seed=seed,
+                        context=part["context"],
+                        sequence=part["sequence"],
+                        box=float(box or part["box"]),
+                        arms=tuple(part["arms"]),
+                    )

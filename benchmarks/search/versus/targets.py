@@ -1,0 +1,154 @@
+"""What the rows say of each target: met, failed with its number, or not run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from autodistill.evaluation.statistics import paired_bootstrap
+from benchmarks.common.over_seeds import error, is_clear
+from benchmarks.search.versus.blocks import Block
+
+Row: TypeAlias = Mapping[str, Any]
+Rows: TypeAlias = Mapping[Block, Mapping[str, Row]]
+"""By block and arm; an arm that nothing fitted has a row without figures."""
+
+MET, FAILED, NOT_RUN = "met", "failed", "not run"
+MINE, QUICK = "search", "search-short"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Of a target.
+
+    Attributes:
+        state: Met, failed or not run.
+        said: With its numbers.
+    """
+
+    state: str
+    said: str
+
+
+def has_figures(row: Row | None) -> bool:
+    """Whether an arm exported something that was read."""
+    return row is not None and "test" in row
+
+
+def gap(mine: Row, other: Row, what: str, text: str = "test") -> tuple[float, float]:
+    """By how much a sum over tokens is higher, a token, and its standard error, paired by document."""
+    first, second = mine[text]["documents"], other[text]["documents"]
+    gaps = np.asarray(first[what], float) - np.asarray(second[what], float)
+    values, errors = paired_bootstrap(gaps[None], np.asarray(first["count"], float))
+    return float(values[0]), float(errors[0])
+
+
+def best_rival(rows: Mapping[str, Row], rivals: Sequence[str]) -> str | None:
+    """The arm of least NLL on test among those that exported something and fit."""
+    known = {arm: rows[arm]["test"]["nll"][0] for arm in rivals if has_figures(rows.get(arm)) and rows[arm]["fits"]}
+    return min(known, key=lambda arm: known[arm], default=None)
+
+
+def verdicts(targets: Sequence[Mapping[str, Any]], rows: Rows, rivals: Sequence[str]) -> dict[str, Verdict]:
+    """Of each target by its id."""
+    core = {
+        block: found
+        for block, found in rows.items()
+        if all(arm in found for arm in (*rivals, MINE)) and has_figures(found[MINE]) and best_rival(found, rivals)
+    }
+    found = {}
+    for target in targets:
+        if "measure" not in target:
+            found[target["id"]] = Verdict(state=NOT_RUN, said=target["where"])
+            continue
+        of = rows if target["measure"] == "packaged" else core
+        found[target["id"]] = _MEASURES[target["measure"]](target, of, rivals)
+    return found
+
+
+def _ahead(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
+    cells = defaultdict(list)
+    for block, found in rows.items():
+        rival = best_rival(found, rivals)
+        assert rival is not None
+        cells[block.cell].append(-gap(found[MINE], found[rival], "nll")[0])
+    means = {cell: float(np.mean(gains)) for cell, gains in cells.items()}
+    said = ", ".join(f"{cell} {mean:+.4f}" for cell, mean in means.items())
+    return _verdict(means, all(mean > 0 for mean in means.values()), f"nats ahead of the best rival: {said}")
+
+
+def _gain(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
+    gains = []
+    for found in rows.values():
+        rival = best_rival(found, rivals)
+        assert rival is not None
+        gains.append(100 * gap(found[MINE], found[rival], "correct")[0])
+    if not gains:
+        return _verdict(gains, False, "")
+    mean, clear = float(np.mean(gains)), is_clear(gains)
+    spread = f" ± {error(gains):.2f}" if len(gains) > 1 else ", one block"
+    said = f"{mean:+.2f}{spread} points over {len(gains)} blocks"
+    return _verdict(gains, mean >= target["least"] and clear, said)
+
+
+def _short(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
+    gains = []
+    for found in rows.values():
+        rival = best_rival(found, rivals)
+        assert rival is not None
+        if has_figures(found.get(QUICK)):
+            gains.append(-gap(found[QUICK], found[rival], "nll")[0])
+    said = f"with 40% less time {np.mean(gains) if gains else 0:+.4f} nats ahead of the best rival's end"
+    return _verdict(gains, bool(gains) and float(np.mean(gains)) >= 0, said)
+
+
+def _guard(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
+    worse = []
+    for found in rows.values():
+        if has_figures(found["untrained"]):
+            worse.append(gap(found[MINE], found["untrained"], "kl", "general"))
+    said = ", ".join(f"{value:+.4f} ± {one:.4f}" for value, one in worse)
+    held = all(value <= one for value, one in worse)
+    return _verdict(worse, held, f"nats of general-text KL above the untrained row, by block: {said}")
+
+
+def _kl(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
+    ratios = []
+    for found in rows.values():
+        known = [found[arm] for arm in rivals if has_figures(found[arm]) and found[arm]["fits"]]
+        if found[MINE]["bits"] <= target["bits"]:
+            least = min(one["general"]["kl"][0] for one in known)
+            ratios.append(found[MINE]["general"]["kl"][0] / max(least, 1e-9))
+    said = f"{np.mean(ratios) if ratios else 0:.2f} of the least of the rivals, over {len(ratios)} blocks"
+    return _verdict(ratios, bool(ratios) and float(np.mean(ratios)) <= target["most"], said)
+
+
+def _packaged(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
+    gains = {}
+    for block, found in rows.items():
+        if block.budget > 1 and has_figures(found.get(MINE)) and has_figures(found.get("untrained")):
+            value, one = gap(found[MINE], found["untrained"], "correct")
+            gains[block.cell] = (100 * value, 100 * one)
+    said = ", ".join(f"{cell} {value:+.2f} ± {one:.2f}" for cell, (value, one) in gains.items())
+    return _verdict(gains, all(value >= target["least"] for value, _ in gains.values()), f"{said} points")
+
+
+def _verdict(known: Any, held: bool, said: str) -> Verdict:
+    if not len(known):
+        return Verdict(state=NOT_RUN, said="no block has all the rows that it takes")
+    return Verdict(state=MET if held else FAILED, said=said)
+
+
+_Measure: TypeAlias = Callable[[Mapping[str, Any], Rows, Sequence[str]], Verdict]
+_MEASURES: Mapping[str, _Measure] = {
+    "ahead": _ahead,
+    "gain": _gain,
+    "short": _short,
+    "guard": _guard,
+    "kl": _kl,
+    "packaged": _packaged,
+}

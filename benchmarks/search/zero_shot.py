@@ -1,0 +1,209 @@
+"""Does what a construction loses without training say what it is worth after a short distillation?
+
+    python -m benchmarks.search.zero_shot [--tokens 6144] [--data DIR] [--time 20m]
+
+Thirty students of the small language model: whole, with fewer layers, FFN neurons or heads, each in several storages.
+Of each the KL to the teacher as it begins, and NLL and accuracy after the same number of tokens. Told are Kendall's tau
+between both orders, over all pairs, over pairs within 0.3 nats, within and between families; and the regret of who
+takes the one of least KL among those that fit a budget. What was trained is not trained again; `--tokens` may be given
+anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from autodistill.distillation.student.check import student_spec
+from autodistill.estimates.serving_memory import memory
+from autodistill.hardware.budget import Budget
+from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.spec import ModelSpec
+from autodistill.search.solve.options import Options
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Init, Strategy
+from autodistill.utils.hashing import content_hash
+from benchmarks.common import debian_texts, report
+from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
+from benchmarks.common.report import Kept
+from benchmarks.search.constructions import Construction, Lab
+from benchmarks.search.small_teacher import described, small_teacher
+
+CONTEXT, HELD_OUT, NEAR = 512, 8192, 0.3
+# Shares of weights and cache of the whole teacher in Q4_0 with an 8-bit cache.
+BUDGETS = (1.0, 0.8, 0.65)
+# Shapes by family, each with its storages.
+SHAPES: Sequence[tuple[str, str, Init, tuple[str, ...]]] = (
+    ("whole", "whole", Init(depth=1.0), ("q8_0", "q5_0", "q4_0", "q3_k", "q2_k")),
+    ("FFN 75%", "narrow", Init(depth=1.0, ffn=0.75), ("q8_0", "q5_0", "q4_0")),
+    ("FFN 50%", "narrow", Init(depth=1.0, ffn=0.5), ("q8_0", "q5_0", "q4_0", "q3_k", "q2_k")),
+    ("FFN 25%", "narrow", Init(depth=1.0, ffn=0.25), ("q8_0", "q5_0", "q4_0")),
+    ("2 layers, even", "shallow", Init(depth=0.67), ("q8_0", "q4_0", "q3_k")),
+    ("2 layers, influence", "shallow", Init(depth=0.67, layers="influence"), ("q8_0", "q4_0", "q3_k")),
+    ("1 layer", "shallow", Init(depth=0.34), ("q8_0", "q4_0")),
+    ("half of the heads", "heads", Init(depth=1.0, heads=0.5), ("q8_0", "q4_0", "q3_k")),
+    ("2 layers, FFN 50%", "both", Init(depth=0.67, ffn=0.5), ("q8_0", "q4_0", "q3_k")),
+)
+
+
+def constructions(spec: ModelSpec) -> Iterator[tuple[Construction, int]]:
+    """The students, each with the bytes of its weights and cache; a storage that its rows are not divided by is not."""
+    for name, family, init, kinds in SHAPES:
+        cut = student_spec(Strategy(init=init), spec)
+        options = Options(spec=cut, budget=Budget(memory_bytes=1, context=CONTEXT))
+        tensors = options.matrices | options.tables
+        for kind in kinds:
+            if any(kind not in options.kinds(tensor) for tensor in tensors.values()):
+                continue
+            deployment = options.deployment(dict.fromkeys(tensors, kind), ("q8_0", "q8_0"))
+            yield (
+                Construction(name=f"{name}, {kind}", family=family, init=init, deployment=deployment),
+                _size(cut, deployment),
+            )
+
+
+def _size(spec: ModelSpec, deployment: Deployment) -> int:
+    need = memory(spec, deployment, context=CONTEXT, batch=1)
+    return need.weights_bytes + need.kv_cache_bytes
+
+
+def tau(pairs: Sequence[tuple[float, float]]) -> tuple[float, int]:
+    """Kendall's tau-a of pairs of differences, and how many there are; NaN of none."""
+    signs = [np.sign(first) * np.sign(second) for first, second in pairs]
+    return (float(np.mean(signs)) if signs else float("nan")), len(signs)
+
+
+def orders(found: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
+    """Tau of KL before and NLL after, over pairs of several kinds."""
+    kinds: dict[str, list[tuple[float, float]]] = {
+        "all pairs": [],
+        f"within {NEAR} nats of KL": [],
+        "within a family": [],
+        "between families": [],
+        f"between families, within {NEAR} nats": [],
+    }
+    for one, other in combinations(found, 2):
+        gap = one["kl"] - other["kl"], one["nll"] - other["nll"]
+        near, same = abs(gap[0]) <= NEAR, one["family"] == other["family"]
+        wanted = (True, near, same, not same, near and not same)
+        for kind, holds in zip(kinds, wanted, strict=True):
+            if holds:
+                kinds[kind].append(gap)
+    return {kind: tau(pairs) for kind, pairs in kinds.items()}
+
+
+def regret(found: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any] | None:
+    """What who takes the least KL within so many bytes loses, in nats and points, against the best after training."""
+    fitting = [one for one in found if one["bytes"] <= limit]
+    if len(fitting) < 2:
+        return None
+    chosen = min(fitting, key=lambda one: float(one["kl"]))
+    best = min(fitting, key=lambda one: float(one["nll"]))
+    most = max(float(one["accuracy"]) for one in fitting)
+    return {
+        "fitting": len(fitting),
+        "chosen": chosen["name"],
+        "best": best["name"],
+        "nats": chosen["nll"] - best["nll"],
+        "points": 100 * (most - chosen["accuracy"]),
+    }
+
+
+def sections(found: Sequence[Mapping[str, Any]], limits: Mapping[float, int], told: Mapping[str, Any]) -> Iterator[str]:
+    """The report's parts."""
+    yield (
+        f"Students of {told['teacher']}, text {told['data']}: KL to the teacher, NLL and accuracy on "
+        f"{told['held_out']:,} held-out tokens; each student trained on {told['tokens']:,} tokens (forward KL from the "
+        "live teacher 0.25, rate by width, the last fifth on the grid of its storage), seed 0. The teacher itself: "
+        f"NLL {told['teacher_nll']:.4f}."
+    )
+    rows = [
+        [one["name"], f"{one['bytes'] / 1e6:.3f}", f"{one['kl']:.4f}", f"{one['before']:.4f}", f"{one['nll']:.4f}",
+         f"{100 * one['accuracy']:.2f}"]
+        for one in sorted(found, key=lambda one: float(one["kl"]))
+    ]  # fmt: skip
+    titles = ["student", "MB of weights and cache", "KL untrained", "NLL untrained", "NLL after", "accuracy after, %"]
+    yield report.table(titles, rows)
+    lines = [[kind, f"{value:+.3f}", count] for kind, (value, count) in orders(found).items()]
+    yield "Kendall's tau between KL untrained and NLL after:\n\n" + report.table(["pairs", "tau", "number"], lines)
+    lines = []
+    for share, limit in limits.items():
+        one = regret(found, limit)
+        if one is not None:
+            lines.append(
+                [f"{share:g}", one["fitting"], one["chosen"], one["best"], f"{one['nats']:.4f}", f"{one['points']:.2f}"]
+            )
+    yield "Regret of the zero-shot choice among what fits:\n\n" + report.table(
+        ["budget", "fit", "chosen by KL", "best after", "nats", "points"], lines
+    )
+    (value, _), regrets = orders(found)["all pairs"], [regret(found, limit) for limit in limits.values()]
+    worst = max((one["points"] for one in regrets if one is not None), default=0.0)
+    held = value >= 0.7 and worst <= 1.0
+    yield (
+        f"The kill test asks for a tau of .7 and a regret of at most a point: **{'held' if held else 'not held'}** "
+        f"(tau {value:.3f}, worst regret {worst:.2f} points)."
+    )
+
+
+def main() -> None:
+    """Trains what is missing and writes the report."""
+    parser = parser_of(__doc__, time=True)
+    parser.add_argument("--tokens", type=int, default=6144, help="that each student is trained on")
+    parser.add_argument("--data", help="the held-apart manuals by default")
+    parser.add_argument("--teacher-tokens", type=int, help="of the small teacher; the newest by default")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parse(parser, tokens=1024)
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    held_out, step = HELD_OUT, 512
+    if arguments.smoke:
+        teacher = Path(tiny_teacher(layers=3, width=256, heads=4, ffn=512))
+        arguments.data, held_out = tiny_data(60), 512
+    else:
+        teacher = small_teacher(arguments.teacher_tokens)
+    data = arguments.data or str(debian_texts.debian_texts().folder / "manuals")
+    lab = Lab(teacher, data, held_out=held_out, step=step)
+    source = content_hash([teacher.name, teacher.parent.name, lab.fingerprint, held_out, step])
+    kept = Kept("zero-shot", source, arguments.time)
+    itself = kept.get("teacher", lab.teacher_itself)
+    found, all_of = [], list(constructions(lab.spec))
+    for one, size in all_of[:3] if arguments.smoke else all_of:
+        before = kept.get(f"{one.name}, untrained", partial(_short, lab.untrained, one))
+        after = kept.get(f"{one.name}, {arguments.tokens}", partial(_short, lab.trained, one, arguments.tokens, seed=0))
+        told = {"name": one.name, "family": one.family, "bytes": size, "kl": before["kl"], "before": before["nll"]}
+        found.append(told | {"nll": after["nll"], "accuracy": after["accuracy"]})
+    whole = next(size for one, size in all_of if one.name == "whole, q4_0")
+    limits = {share: int(share * whole) for share in BUDGETS}
+    told = {
+        "teacher": described(teacher),
+        "data": Path(data).name,
+        "held_out": held_out,
+        "tokens": arguments.tokens,
+        "teacher_nll": itself["nll"],
+    }
+    title = "What a construction loses untrained, and what it is worth after a short distillation"
+    print(
+        report.write(
+            f"zero-shot-{arguments.tokens}", title, sections(found, limits, told), made_by=_made_by(arguments.tokens)
+        )
+    )
+
+
+def _made_by(tokens: int) -> str:
+    return f"-m benchmarks.search.zero_shot --tokens {tokens}"
+
+
+def _short(read: Callable[..., Mapping[str, Any]], *given: Any, **named: Any) -> dict[str, Any]:
+    """What is read, without the sums by document, which nothing here is paired by."""
+    found = read(*given, **named)
+    return {name: value for name, value in found.items() if not name.endswith("_sums") and name != "count"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""What the comparison with everyone who does less rests on: blocks, targets, orders, texts, and teachers made here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import kendalltau
+
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.testing import save_tiny_teacher, tiny_config
+from benchmarks.common import debian_texts
+from benchmarks.search import off_grid_teacher, small_teacher, solve_controls, zero_shot
+from benchmarks.search.versus import arms, targets
+from benchmarks.search.versus.blocks import blocks, read_blocks
+
+COUNTS = [100] * 40
+
+
+def row(nll, kl=0.1, bits=4.0, fits=True, accuracy=0.3, seed=0):
+    """A row made up, whose documents scatter about its figures."""
+    noise = np.random.default_rng(seed).normal(scale=0.01, size=len(COUNTS))
+
+    def sums(mean):
+        return [100 * (mean + one) for one in noise]
+
+    read = {"count": COUNTS, "nll": sums(nll), "correct": sums(accuracy), "kl": sums(kl)}
+    text = {"nll": (nll, 0.01), "accuracy": (accuracy, 0.01), "kl": (kl, 0.01), "documents": read}
+    return {"test": text, "general": text, "fits": fits, "bits": bits, "bytes": 10}
+
+
+def test_the_file_s_blocks_are_a_product_and_what_is_beside_it():
+    asked = read_blocks()
+    found = list(blocks(asked))
+    core = [one for one in found if one.budget <= 1]
+    assert len(core) == len({one.name for one in core}) == 2 * 2 * 2 * 2
+    assert [one.name for one in found if one.budget > 1] == ["smollm2-postgresql-175MB-0", "smollm2-postgresql-210MB-0"]
+    assert set(asked["arms"]) == set(arms.ARMS) == {*asked["rivals"], targets.MINE, targets.QUICK}
+    core_hours = sum(one.box * arms.share_of(arm) for one in core for arm in one.arms) * 2 / 3600
+    assert core_hours < 30
+    assert all("measure" in one or "where" in one for one in asked["targets"])
+
+
+def test_a_row_is_of_its_block_and_not_of_the_other_arms():
+    first = next(blocks(read_blocks()))
+    assert first.key("search") == replace(first, arms=("search",)).key("search")
+    changed = [replace(first, seed=5), replace(first, box=3.0), replace(first, context=64), replace(first, budget=0.5)]
+    assert len({one.key("search") for one in (first, *changed)}) == 5
+    assert next(blocks(read_blocks(), 3.0)) == replace(first, box=3.0)
+
+
+def test_targets_are_met_failed_or_not_run():
+    asked = read_blocks()
+    core = [one for one in blocks(asked) if one.budget <= 1]
+    rivals = asked["rivals"]
+    none = targets.verdicts(asked["targets"], {}, rivals)
+    assert {one.state for one in none.values()} == {targets.NOT_RUN}
+
+    def rows(mine, quick, kl, points):
+        found = {}
+        for seed, block in enumerate(core):
+            others = {arm: row(3.0 + 0.1 * place, kl=0.2) for place, arm in enumerate(rivals)}
+            own = row(mine, kl=kl, accuracy=0.3 + points / 100, seed=0)
+            found[block] = {**others, targets.MINE: own, targets.QUICK: row(quick + 1e-4 * seed)}
+        return targets.verdicts(asked["targets"], found, rivals)
+
+    good = rows(mine=2.9, quick=2.95, kl=0.1, points=2.0)
+    for name in ("ahead-everywhere", "gain", "less-compute", "guard", "kl-at-4.6-bits"):
+        assert good[name].state == targets.MET, name
+    assert "+2.00" in good["gain"].said
+    bad = rows(mine=3.1, quick=3.2, kl=0.3, points=-1.0)
+    for name in ("ahead-everywhere", "gain", "less-compute", "guard", "kl-at-4.6-bits"):
+        assert bad[name].state == targets.FAILED, name
+    assert good["packaged"].state == good["arithmetic"].state == targets.NOT_RUN
+
+
+def test_an_arm_that_nothing_fits_or_that_does_not_fit_is_no_rival():
+    found = {"finetune": {"nothing_fits": "too large"}, "recipe": row(2.0, fits=False), "minitron": row(3.0)}
+    assert targets.best_rival(found, [*found]) == "minitron"
+    assert targets.best_rival({}, [*found]) is None
+
+
+def test_a_gap_is_that_of_the_sums_of_documents():
+    value, error = targets.gap(row(2.0, seed=1), row(2.5, seed=2), "nll")
+    first, second = (np.array(row(nll, seed=seed)["test"]["documents"]["nll"]) for nll, seed in ((2.0, 1), (2.5, 2)))
+    assert value == pytest.approx((first - second).sum() / 4000)
+    assert error == pytest.approx(np.std((first - second) / 100) / np.sqrt(40), rel=0.2)
+
+
+def test_budgets_are_shares_of_weights_and_cache():
+    spec = spec_from_config(tiny_config("llama", hidden_size=256, intermediate_size=512, head_dim=64))
+    whole, part = (arms.budget_of(spec, share, 256).memory_bytes for share in (1.0, 0.5))
+    constant = 2 * part - whole
+    other = arms.budget_of(spec, 0.25, 256).memory_bytes
+    assert other == pytest.approx(constant + 0.25 * (whole - constant), abs=2)
+    assert arms.budget_of(spec, 2e8, 256).memory_bytes == 200_000_000
+    assert solve_controls.budget_of(spec, 0.5).context == solve_controls.CONTEXT
+
+
+def test_tau_is_scipy_s_where_nothing_ties():
+    dice = np.random.default_rng(0)
+    kl, noise = dice.uniform(0, 3, 12), dice.normal(size=12)
+    found = [
+        {"kl": one, "nll": one + other, "family": "ab"[place % 2], "bytes": place, "accuracy": -one, "name": str(place)}
+        for place, (one, other) in enumerate(zip(kl, noise, strict=True))
+    ]
+    orders = zero_shot.orders(found)
+    assert orders["all pairs"][0] == pytest.approx(kendalltau(kl, kl + noise).statistic)
+    assert orders["within a family"][1] + orders["between families"][1] == orders["all pairs"][1] == 66
+    assert orders["between families, within 0.3 nats"][1] <= orders["within 0.3 nats of KL"][1]
+    one = zero_shot.regret(found, 5)
+    assert one is not None
+    assert one["fitting"] == 6
+    assert one["chosen"] == str(int(np.argmin(kl[:6])))
+    assert one["nats"] == pytest.approx((kl + noise)[:6][np.argmin(kl[:6])] - (kl + noise)[:6].min())
+    assert zero_shot.regret(found, 0) is None
+
+
+def test_markup_is_no_text():
+    page = "<head><title>x</title></head><p>One &amp; two</p><script>if (a < b) {}</script>\n\n\n<pre>  kept</pre>"
+    assert debian_texts._plain(page, "html") == "One & two\n\n  kept"
+    assert debian_texts._plain("a  \n\n\n\nb\n", "rst") == "a\n\nb"
+
+
+def test_a_teacher_that_is_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_teacher, "SEQUENCE", 64)
+    monkeypatch.setattr(small_teacher, "TEST_TOKENS", 512)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    weights = []
+    for name, parts in (("once", (8,)), ("twice", (3, 8))):
+        monkeypatch.setattr(small_teacher, "default_cache", lambda name=name: tmp_path / name)
+        for steps in parts:
+            teacher = small_teacher._tiny(6 * 64)
+            teacher.train(steps * 64)
+        assert teacher.newest is not None
+        weights.append(load_file(teacher.newest / "model.safetensors"))
+    for first, second in pairwise(weights):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(load_model(teacher.newest, torch.float32).model.layers) == 1
+
+
+def test_weights_that_were_rounded_are_on_the_grid_and_others_are_not(tmp_path):
+    folder = save_tiny_teacher(tmp_path / "teacher", layers=1)
+    model = load_model(folder, torch.float32)
+    spec = spec_from_config(model.config.to_dict())
+    assert off_grid_teacher.off_grid(off_grid_teacher.errors(model, spec))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                # Each group of 32 has 16 evenly spaced values, the ends among them, which both grids hold.
+                steps = torch.arange(parameter.numel()) % 16
+                parameter.copy_((steps.reshape(parameter.shape) - 8) * 0.125)
+    found = off_grid_teacher.errors(model, spec)
+    assert found[off_grid_teacher.MATRICES][0] == pytest.approx(0, abs=1e-6)
+    assert not off_grid_teacher.off_grid(found)
