@@ -167,8 +167,8 @@ def range_test(
 
     All rates see the same sequences, and their weights begin the same. Each ends with a short decay, on the strategy's
     own grid where it has one. Rates go down from the strategy's while none beats the untrained student, or the smallest
-    is clearly the best, and up while the largest is. With fixed steps and unlimited seconds the outcome is the same each
-    time.
+    is clearly the best, and up while the largest is. With fixed steps and unlimited seconds the outcome is the same
+    each time.
 
     Afterwards the model is as it was: weights, flags and gradients; and so is torch's random state. A copy of the
     weights that are trained lies in this machine's memory meanwhile.
