@@ -18,7 +18,6 @@ from dataclasses import replace
 import yaml
 
 from autodistill.distillation.student.check import student_spec
-from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.prior.knowledge import (
     CHOICES,
@@ -29,19 +28,21 @@ from autodistill.search.prior.knowledge import (
     Evidence,
     Knowledge,
     alignment_of,
-    evidence_of,
+    evidence_of_run,
     is_cut,
     names,
     telling,
     updated,
 )
 from autodistill.search.prior.prior import Prior, prior_for
+from autodistill.search.prior.range_test import FACTOR
 from autodistill.strategy.strategy import Init, Strategy
 from benchmarks.common import math_table, report, trials
 from benchmarks.common.math_search import STEP
 from benchmarks.common.program import ROOT, TRACKED, parse, parser_of
 from benchmarks.common.simulate import teacher_spec
 from benchmarks.search.baseline_sweep import candidates
+from benchmarks.search.range_test import RECIPE, SHAPES, smollm2_cases
 
 REFERENCE = ROOT / "results" / "reference"
 # SmolLM2, the teacher of the records that do not say it.
@@ -107,14 +108,7 @@ def vague() -> Knowledge:
 def of_reference() -> Iterator[Evidence]:
     """Students of the reference runs, at every rung."""
     for path in sorted(REFERENCE.glob("*/search.json")):
-        run = RunFolder.open(REFERENCE, path.parent.name)
-        batch = run.asked("plan.batch_tokens")["plan"]["batch_tokens"]
-        rows = {}
-        for event in run.events.read():
-            if event["event"] == "row":
-                row = Row.from_json(event["row"])
-                rows[row.row_id, row.train_tokens] = row
-        yield from evidence_of(list(rows.values()), batch=batch, teacher="smollm2", name=run.name)
+        yield from evidence_of_run(RunFolder.open(REFERENCE, path.parent.name), "smollm2")
 
 
 def of_sweep() -> Iterator[Evidence]:
@@ -160,6 +154,22 @@ def of_sums() -> Iterator[Evidence]:
             )
 
 
+def of_range_test() -> Iterator[Evidence]:
+    """Students of SmolLM2 at several rates; small teachers, which are no language models, say nothing of others."""
+    for path in sorted(TRACKED.glob("*-range-test.json"))[-1:]:
+        record = json.loads(path.read_text())["record"]
+        for case in smollm2_cases():
+            if (before := record.get(f"{case.name}: before")) is None:
+                continue
+            for steps, power in itertools.product((*case.short, case.steps), case.powers):
+                (sums,) = record[f"{case.name}: {steps} steps, power {power}"]
+                if sums is not None:
+                    recipe = replace(RECIPE, learning_rate=case.first * FACTOR**power)
+                    strategy = Strategy(init=SHAPES[case.shape], distillation=recipe)
+                    nll = sum(sums) / sum(before[0]["counts"])
+                    yield _told(f"range test, {case.name}, {steps} steps", strategy, steps, nll)
+
+
 def _told(group: str, strategy: Strategy, steps: int, nll: float) -> Evidence:
     return Evidence(
         teacher="smollm2",
@@ -179,6 +189,7 @@ SOURCES = {
     "sweep of the recipe": of_sweep,
     "alignments": of_alignments,
     "sums": of_sums,
+    "range test": of_range_test,
 }
 
 

@@ -1,11 +1,11 @@
 """Which learning rate do a few steps choose for a longer training, and what is lost against the best rate at its end?
 
-    python -m benchmarks.search.range_test [--seeds 2] [--cases NAME ...] [--time 10m]
+    python -m benchmarks.search.range_test [--seeds 1] [--smollm2 whole narrow] [--time 10m]
 
-Students of small teachers of three families and three widths, and of SmolLM2 with --cases, are trained for some steps,
-and for many more, at rates from far too low to far too high. Rules that know the short trainings alone then
-choose a rate. The students of sums are those that `math_table` recorded. What is measured is kept, and the same command
-goes on.
+Students of small teachers of three families and three widths, and of SmolLM2 with --smollm2, are trained for some
+steps, and for many more, at rates from far too low to far too high. Rules that know the short trainings alone then
+choose a rate. The students of sums are those that `math_table` recorded. What is measured is kept, and the same
+command goes on.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ from benchmarks.common.plans import straight_plan
 from benchmarks.common.program import parse, parser_of
 
 FAMILIES, WIDTHS = ("llama", "qwen3", "gemma3_text"), (32, 64, 128)
-# The layers and the vocabulary of a small teacher, and how it is trained.
-LAYERS, VOCABULARY, LENGTH, BATCH = 4, 300, 64, 512
+# Layers, FFN neurons over the width, and vocabulary of a small teacher, and how it is trained.
+LAYERS, FFN, VOCABULARY, LENGTH, BATCH = 4, 4, 300, 64, 512
 TEACHER_STEPS, TEACHER_RATE = 300, 3e-3
 SHORT, LONG = (8,), 64
 Q4_0 = Finishing(format="gguf-q4_0", bits=4, group_size=32)
@@ -139,7 +139,7 @@ def small_teacher(family: str, width: int, seed: int, steps: int) -> tuple[Path,
     """A small model trained on a small text, and the folder of another text, on which its students are trained."""
     cache = default_cache() / "benchmarks" / "range-test"
     text, other = (tiny_text(cache / f"text-{kind}", documents=240, sentences=10, seed=kind) for kind in (1, 2))
-    key = content_hash([family, width, seed, steps, LAYERS, VOCABULARY, TEACHER_RATE])
+    key = content_hash([family, width, seed, steps, LAYERS, FFN, VOCABULARY, TEACHER_RATE])
     folder = cache / key
     if folder.exists():
         return folder, other
@@ -150,7 +150,7 @@ def small_teacher(family: str, width: int, seed: int, steps: int) -> tuple[Path,
         width=width,
         heads=4,
         kv_heads=2,
-        ffn=2 * width,
+        ffn=FFN * width,
         vocabulary=VOCABULARY,
         seed=seed,
     )
@@ -488,7 +488,14 @@ def best_table(found: Sequence[Found]) -> str:
 def main() -> None:
     """Measures what is not known yet, and writes the report."""
     parser = parser_of(__doc__, seeds=1, time=True)
-    parser.add_argument("--smollm2", action="store_true", help="students of SmolLM2 too: some 20 minutes of a core")
+    shapes = tuple(SHAPES)
+    parser.add_argument(
+        "--smollm2",
+        nargs="+",
+        choices=shapes,
+        default=(),
+        help="students of SmolLM2 too: some 10 minutes of a core each",
+    )
     parser.add_argument("--steps", type=int, default=LONG, help="of a long training of a small student")
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="of a small teacher's training")
     parser.add_argument("--eval-tokens", type=int, default=4096, help="held-out tokens that are read")
@@ -498,9 +505,9 @@ def main() -> None:
     wanted = cases(arguments.seeds, arguments.steps)
     if arguments.smoke:
         wanted = [replace(wanted[0], powers=(-1, 0, 1), short=(4,))]
-    wanted += smollm2_cases() if arguments.smollm2 else []
+    wanted += [case for case in smollm2_cases() if case.shape in arguments.smollm2]
     source = content_hash(
-        [RECIPE.to_json(), Q4_0.to_json(), BATCH, LENGTH, arguments.teacher_steps, arguments.eval_tokens]
+        [FFN, RECIPE.to_json(), Q4_0.to_json(), BATCH, LENGTH, arguments.teacher_steps, arguments.eval_tokens]
     )
     kept = report.Kept("range-test", source, arguments.time)
     found = [measured(case, kept, arguments.teacher_steps, arguments.eval_tokens) for case in wanted] + of_sums()

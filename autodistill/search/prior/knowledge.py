@@ -15,6 +15,7 @@ from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import Row
+from autodistill.runs.run_folder import RunFolder
 from autodistill.strategy.strategy import Alignment, Distillation, Strategy
 from autodistill.utils.plain_dataclass import PlainDataclass
 from autodistill.utils.typed_data import check_typed
@@ -201,6 +202,27 @@ def evidence_of(rows: Sequence[Row], *, batch: int, teacher: str, name: str) -> 
         )
         found.setdefault((row.trial, tokens), told)
     return tuple(found.values())
+
+
+def evidence_of_run(run: RunFolder, teacher: str | None = None) -> tuple[Evidence, ...]:
+    """Return what a run tells, finished or not: its students at every rung.
+
+    Args:
+        run: On disk; a warm start's, say.
+        teacher: Teacher and text; by default their fingerprints.
+
+    Raises:
+        InputError: A log or settings that cannot be read.
+    """
+    asked = run.asked("plan.batch_tokens", "teacher.fingerprint", "data.fingerprint")
+    if teacher is None:
+        teacher = f"{asked['teacher']['fingerprint']} {asked['data']['fingerprint']}"
+    rows: dict[tuple[str, int | None], Row] = {}
+    for event in run.events.read():
+        if event["event"] == "row":
+            row = Row.from_json(event["row"])
+            rows[row.row_id, row.train_tokens] = row
+    return evidence_of(list(rows.values()), batch=asked["plan"]["batch_tokens"], teacher=teacher, name=run.name)
 
 
 def is_cut(strategy: Strategy) -> bool:

@@ -123,7 +123,7 @@ class RangeTest(PlainDataclass):
         verdict = (
             f"{self.chosen:.3g} is taken"
             if self.beats_beginning
-            else (f"none beats the untrained student, and {self.chosen:.3g} loses least")
+            else (f"none beats the untrained student, and {self.chosen:.3g} is taken as the safest")
         )
         return f"learning rate after {self.steps} steps each, in nats won per held-out token: {figures}; {verdict}"
 
@@ -166,8 +166,9 @@ def range_test(
     """Train a student for some steps at each of several learning rates, and choose one for a longer training.
 
     All rates see the same sequences, and their weights begin the same. Each ends with a short decay, on the strategy's
-    own grid where it has one. Rates go down from the strategy's while the smallest is clearly the best, and up while
-    the largest is. With fixed steps and unlimited seconds the outcome is the same each time.
+    own grid where it has one. Rates go down from the strategy's while none beats the untrained student, or the smallest
+    is clearly the best, and up while the largest is. With fixed steps and unlimited seconds the outcome is the same
+    each time.
 
     Afterwards the model is as it was: weights, flags and gradients; and so is torch's random state. A copy of the
     weights that are trained lies in this machine's memory meanwhile.
@@ -333,28 +334,38 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
     low, high = min(places), max(places)
     best = max(places, key=lambda place: (_gain(places[place]), -place))
 
+    def at(place: int) -> float | None:
+        return first * FACTOR**place if _LOWEST <= place <= _HIGHEST else None
+
     def clear(neighbour: int) -> bool:
-        """Whether the best is clearly better than a neighbour, where that has been tried."""
+        """Whether the best is clearly better than a neighbour, or that has not been tried."""
         other = places.get(neighbour)
         if other is None or not (other.sums and places[best].sums):
             return True
         gap, error = paired(counts, other.sums, places[best].sums)
         return gap > _CLEAR * (error or 0.0)
 
+    if _gain(places[best]) <= 0:
+        # Whatever the differences of rates that ruin a student: down, until training changes nothing.
+        smallest = places[low]
+        error = smallest.stderr or 0.0
+        if len(tried) > 1 and _gain(smallest) >= -error:
+            return None
+        return at(low - 2 if _gain(smallest) < -_CLEAR * error else low - 1) or at(low - 1)
     # Down first: too high a rate costs more than too low a one.
     if low == high or (best == low and clear(low + 1)):
-        return first * FACTOR ** (low - 1) if low > _LOWEST else None
+        return at(low - 1)
     if best == high and clear(high - 1):
-        return first * FACTOR ** (high + 1) if high < _HIGHEST else None
-    return None
+        return at(high + 1)
+    return at(best + 1) if best < high and best + 1 not in places else None
 
 
 def choose(tried: Sequence[TriedRate], longer: float, power: float = _HORIZON) -> float:
     """Return the rate to train with for `longer` times the steps at which these were tried.
 
     A parabola through the gains of the best rate and of its neighbours, over the logarithm of the rate, has its top at
-    the best rate for so many steps; the best one falls with their number. Of no rate that stayed finite it is the
-    smallest, and less.
+    the best rate for so many steps; the best one falls with their number. Where none beats the untrained student it is
+    the smallest that stayed finite, or less than all.
 
     Args:
         tried: At least one rate.
@@ -364,8 +375,8 @@ def choose(tried: Sequence[TriedRate], longer: float, power: float = _HORIZON) -
     ordered = sorted(tried, key=lambda one: one.rate)
     best = max(range(len(ordered)), key=lambda place: (_gain(ordered[place]), -place))
     rate = ordered[best].rate
-    if ordered[best].gain is None:
-        return rate / FACTOR
+    if _gain(ordered[best]) <= 0:
+        return min((one.rate for one in ordered if one.gain is not None), default=ordered[0].rate / FACTOR)
     if 0 < best < len(ordered) - 1:
         near = ordered[best - 1 : best + 2]
         rate = _top([math.log(one.rate) for one in near], [_gain(one) for one in near]) or rate

@@ -3,14 +3,25 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from autodistill.errors import InputError
 from autodistill.runs.results.row import Row
+from autodistill.runs.run_folder import RunFolder
 from autodistill.search.prior import knowledge as module
-from autodistill.search.prior.knowledge import RATE, UNITS, Evidence, Knowledge, evidence_of, load, updated
+from autodistill.search.prior.knowledge import (
+    RATE,
+    UNITS,
+    Evidence,
+    Knowledge,
+    evidence_of,
+    evidence_of_run,
+    load,
+    updated,
+)
 from autodistill.strategy.strategy import Alignment, Attention, Distillation, Init, Strategy, Temperature
 from autodistill.testing import tiny_config
 
@@ -151,6 +162,17 @@ def test_rows_of_trained_students_are_evidence():
     assert (first.nll, first.steps, first.width, first.architecture, first.cut) == (math.log(20), 2, 64, "llama", True)
     assert (last.cut, first.group == last.group) == (False, False)
     assert first.recipe == strategy.distillation
+
+
+def test_a_run_tells_of_its_students_at_every_rung():
+    folder = Path(__file__).parents[3] / "results" / "reference"
+    found = evidence_of_run(RunFolder.open(folder, "budget-210MB"))
+    assert {(one.steps, one.width, one.batch) for one in found} >= {(3, 576, 256), (8, 576, 256), (24, 576, 256)}
+    # Each student once at each length, whatever it was deployed as.
+    assert len({(one.group, one.recipe) for one in found}) == len(found)
+    assert len({one.teacher for one in found}) == 1
+    after = updated(load(), found, own=True)
+    assert all(belief.sd <= load().beliefs[name].sd + 0.2 for name, belief in after.beliefs.items())
 
 
 def test_the_model_is_the_documented_sum():

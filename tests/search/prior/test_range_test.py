@@ -13,7 +13,17 @@ from autodistill.errors import InputError, TrialFailedError
 from autodistill.inference.scoring import score
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
-from autodistill.search.prior.range_test import FACTOR, RangeTest, TriedRate, choose, next_rate, paired, range_test
+from autodistill.search.prior.range_test import (
+    FACTOR,
+    HeldOut,
+    RangeTest,
+    TriedRate,
+    choose,
+    next_rate,
+    paired,
+    range_test,
+    train_briefly,
+)
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.strategy.strategy import Distillation, Finishing, Lora, Strategy
 from autodistill.testing import save_tiny_teacher, small_plan
@@ -39,6 +49,7 @@ class Subject:
     """A student, and a range test of it."""
 
     def __init__(self, folder, **recipe):
+        self.width = recipe.pop("width", 32)
         self.model = load_model(folder, torch.float32)
         self.spec = spec_from_config(self.model.config.to_dict())
         self.finishing = recipe.pop("finishing", None)
@@ -51,7 +62,7 @@ class Subject:
             self.model,
             kept=(0, 1),
             teacher_layers=2,
-            teacher_width=32,
+            teacher_width=self.width,
             strategy=strategy,
             plan=plan,
             data=text(1, 64),
@@ -202,6 +213,26 @@ def test_it_says_when_no_rate_beats_the_untrained_student(folder):
     assert found.chosen < 1e-2
 
 
+@pytest.mark.parametrize(("architecture", "width"), [("llama", 32), ("qwen3", 64), ("gemma3_text", 96)])
+def test_the_chosen_rate_does_not_ruin_what_was_learnt(tmp_path, architecture, width):
+    """A model that knows the text already, tested from a rate that would ruin it, and trained on at the chosen one."""
+    start = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, layers=2, width=width, ffn=64)
+    subject = Subject(start, width=width)
+    strategy = Strategy(distillation=Distillation(divergence_weight=0.0, learning_rate=5e-3))
+    for _ in subject.trainer(strategy, PLAN).train_stable(100 * PLAN.batch_tokens):
+        pass
+    found = subject.test(0.5, horizon=32)
+    assert found.tried[0].gain is None or found.tried[0].gain < 0
+    recipe = Distillation(divergence_weight=0.0, learning_rate=found.chosen)
+    records, _ = train_briefly(
+        subject.trainer, Strategy(distillation=recipe), PLAN, subject.spec, found.chosen, found.horizon
+    )
+    assert len(records) == 32
+    after = HeldOut(subject.model, subject.spec, text(2), IN_16_BITS, "cpu").sums(None)
+    gain, stderr = paired(found.counts, found.sums, after)
+    assert gain > -2 * stderr
+
+
 def test_it_trains_on_the_grid_that_the_strategy_finishes_on(folder):
     finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32)
     on_grid = Subject(folder, finishing=finishing).test(1e-2, deployment=Q4_0)
@@ -252,14 +283,24 @@ def tried(**gains):
     [
         ({}, 0),
         ({"p0": 0.1}, -1),
-        ({"p0": None}, -1),
+        ({"p0": None}, -2),
+        ({"p0": -0.1}, -2),
+        ({"p0": -0.0005}, -1),
+        ({"p0": -3.0, "m2": -3.0}, -4),
+        ({"p0": -3.0, "m2": -0.0015}, -3),
+        ({"p0": -3.0, "m2": -0.0005}, None),
+        ({"p0": -3.0, "m2": 0.1}, -3),
+        ({"p0": -3.0, "m2": 0.1, "m3": 0.05}, -1),
+        ({"p0": -3.0, "m2": 0.1, "m3": 0.05, "m1": 0.02}, None),
         ({"p0": 0.1, "m1": 0.2}, -2),
         ({"p0": 0.2, "m1": 0.1}, 1),
         ({"p0": 0.2, "m1": 0.2001}, None),
         ({"p0": 0.1, "m1": 0.2, "m2": 0.15}, None),
         ({"p0": 0.2, "m1": 0.1, "p1": 0.3}, 2),
         ({"p0": 0.2, "m1": 0.1, "p1": 0.3, "p2": 0.4}, None),
-        ({"p0": None, "m1": None, "m2": None}, -3),
+        ({"p0": None, "m2": None}, -4),
+        ({"p0": None, "m2": None, "m4": None, "m5": None}, -6),
+        ({"p0": None, "m2": None, "m4": None, "m6": None}, None),
         ({"m6": 0.4, "m5": 0.3, "p0": 0.1}, None),
     ],
 )
@@ -279,6 +320,7 @@ def test_the_chosen_rate_is_the_top_of_a_parabola_and_less_for_longer():
     above = tried(**{name: 0.5 - 0.1 * (place + 0.7) ** 2 for name, place in places.items()})
     assert choose(above, 1.0, 0.0) == pytest.approx(1e-3 * FACTOR**-1)
     assert choose(tried(p0=None, m1=None), 1.0) == pytest.approx(1e-3 * FACTOR**-2)
+    assert choose(tried(p0=-0.1, m1=-0.05, m2=-0.06), 1.0) == pytest.approx(1e-3 * FACTOR**-2)
 
 
 def test_a_single_document_has_no_error():
