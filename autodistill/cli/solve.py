@@ -49,7 +49,9 @@ def _one(found: Mapping[str, Any], width: int) -> str:
         for name in ("weights", "kv_cache", "compute", "overhead")
     ]
     parts += [("total", format_bytes(solution["bytes"])), ("left", format_bytes(solution["left_bytes"]))]
-    rows = [("storage", "", "memory", "fits", "predicted KL", "KL", "NLL", "accuracy", "KL above the solution")]
+    rows: list[tuple[str, ...]] = [
+        ("storage", "", "memory", "fits", "predicted KL", "KL", "NLL", "accuracy", "KL above the solution")
+    ]
     rows.append(("solved", "", format_bytes(solution["bytes"]), "yes", *_figures(solution), ""))
     too_large = []
     for rival in found["rivals"]:
