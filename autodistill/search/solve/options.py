@@ -137,9 +137,11 @@ class Options:
         """Refuses a model that llama.cpp cannot hold in any of the types.
 
         Raises:
-            InputError: Says what it does not compute, or that the rows of a matrix are divided by no type's blocks.
+            InputError: Says what it does not compute, or that the rows of a matrix are divided by no type's blocks, or a
+                head not by those of the cache.
         """
-        check_holds(self.spec, self.deployment(self.smallest_types(), ("f16", "f16")))
+        kind = self.cache_type or "f16"
+        check_holds(self.spec, self.deployment(self.smallest_types(), (kind, kind)))
 
 
 def with_cache(deployment: Deployment, cache_types: tuple[str, str]) -> Deployment:

@@ -38,7 +38,9 @@ def rivals(
         predict: The KL of a deployment.
     """
     found: dict[Deployment, str] = {}
-    for what, plain in _plain(options, own):
+    for what, one in _plain(options, own):
+        kind = options.cache_type
+        plain = one if kind is None else with_cache(one, (kind, kind))
         found.setdefault(plain, what)
         if options.memory(plain).total_bytes <= limit:
             continue

@@ -1,0 +1,139 @@
+"""Constructions as choices of a space: what is raced, where it lies, and that every dimension beside it varies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
+from autodistill.search.algorithms.sampler import Sampler
+from autodistill.search.construction.construction import Construction, arms, with_constructions
+from autodistill.search.construction.plain import plain_constructions
+from autodistill.search.construction.recipe import first_prior
+from autodistill.search.solve.constructions import WHOLE
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Space, load_space
+from autodistill.strategy.strategy import Init
+from autodistill.testing import tiny_config
+
+SPEC = spec_from_config(tiny_config())
+Q4 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+MIXED = replace(Q4, types=(("embeddings", "q5_0"),), cache_type_k="q8_0", cache_type_v="q8_0")
+NARROW = Init(depth=1.0, ffn=0.5)
+
+
+def grid(bits: int, group: int) -> Deployment:
+    return Deployment(runtime="vllm", format="compressed-tensors", bits=bits, group_size=group)
+
+
+def made(deployment: Deployment = Q4, **fields: object) -> Construction:
+    fields = {"init": WHOLE, "bytes": 100, "solved": True, "kl": 0.1} | fields
+    return Construction(deployment=deployment, **fields)  # type: ignore[arg-type]
+
+
+def test_no_search_is_the_best_plain_storage_of_the_whole_teacher_and_hopeless_cuts_are_no_arms() -> None:
+    plain, worse = made(Q4, solved=False, kl=0.2), made(F16, solved=False, kl=0.3)
+    solved, near, far = made(MIXED, kl=0.1), made(Q4, init=NARROW, kl=0.3), made(init=Init(depth=0.5), kl=0.5)
+    assert arms([worse, plain, far, near, solved]) == (plain, solved, near)
+
+
+def test_of_a_shape_the_solved_storage_of_least_kl_is_raced() -> None:
+    best = made(Q4, init=NARROW, kl=0.15)
+    assert arms([made(MIXED, init=NARROW, kl=0.2), best]) == (best,)
+
+
+def test_a_construction_is_its_plain_data() -> None:
+    one = made(MIXED, kl_stderr=0.01)
+    assert Construction.from_json(one.to_json()) == one
+    assert made(F16).finishing is None
+    finishing = one.finishing
+    assert finishing is not None
+    assert finishing.scheme == MIXED.scheme
+
+
+def test_arms_are_starts_of_the_space_which_is_known_by_what_was_declared() -> None:
+    declared = load_space("default")
+    assert declared.solved
+    found = [made(Q4, solved=False), made(MIXED), made(Q4, init=NARROW)]
+    space = with_constructions(declared, found, first_prior(SPEC, batch_tokens=256))
+    assert not space.solved
+    assert space.hash == declared.hash
+    assert list(space.starts) == ["no search", "solved whole", "solved ffn-50%"]
+    assert all(space.point(one) is not None for one in space.starts.values())
+    assert [one.init for one in space.starts.values()] == [WHOLE, WHOLE, NARROW]
+    assert space.deployments[:2] == (Q4, MIXED)
+    assert set(declared.deployments) <= set(space.deployments)
+    again = Space.from_json(space.to_json())
+    assert again.starts == space.starts
+
+
+def test_a_recipe_outside_of_a_space_is_moved_to_its_nearest_end() -> None:
+    declared = Space({"distillation.learning_rate": {"low": 0.1, "high": 0.2}}, solved=True)
+    space = with_constructions(declared, [made()], first_prior(SPEC, batch_tokens=256))
+    (start,) = space.starts.values()
+    assert start.distillation.learning_rate == 0.1
+
+
+def test_a_space_of_five_dimensions_varies_every_one() -> None:
+    declared = Space(
+        {
+            "distillation.divergence_weight": {"choices": [0.5]},
+            "distillation.temperature.shape": {"choices": ["constant", "linear", "cosine"]},
+            "distillation.temperature.start": {"low": 1.0, "high": 6.0},
+            "distillation.temperature.end": {
+                "low": 0.5,
+                "high": 3.0,
+                "when": {"distillation.temperature.shape": ["linear", "cosine"]},
+            },
+            "distillation.alignment": {"choices": {"last": {"layers": "last"}, "even-2": {"layers": "even", "count": 2}}},
+            "distillation.alignment.projection": {"choices": ["none", "linear", "mlp"]},
+        },
+        solved=True,
+    )
+    grids = [made(grid(bits, group), kl=bits / 100) for bits in (4, 8) for group in (32, 64)]
+    # Each is a shape of its own, so that all are raced.
+    found = [replace(one, init=Init(depth=1.0, ffn=0.5 + place / 10)) for place, one in enumerate(grids)]
+    space = with_constructions(declared, found, first_prior(SPEC, batch_tokens=256))
+    sampler = Sampler(space, name="random")
+    strategies = [space.strategy(point) for number in range(40) if (point := sampler.propose(number)) is not None]
+    told = [one.distillation for one in strategies]
+    assert {one.temperature.shape for one in told} == {"constant", "linear", "cosine"}
+    assert len({(one.temperature.start, one.temperature.end) for one in told}) > 20
+    assert {one.alignment.layers for one in told if one.alignment} == {"last", "even"}
+    assert {one.alignment.projection for one in told if one.alignment} == {"none", "linear", "mlp"}
+    assert {one.finishing.bits for one in strategies if one.finishing} == {4, 8}
+    assert {one.finishing.group_size for one in strategies if one.finishing} == {32, 64}
+
+
+def test_a_solved_space_says_nothing_of_how_students_begin_and_are_stored() -> None:
+    with pytest.raises(InputError, match=r"leave out init\.depth"):
+        Space({"init.depth": {"low": 0.5, "high": 1.0}}, solved=True)
+    with pytest.raises(InputError, match="solved is true or false"):
+        Space({"distillation.divergence_weight": {"low": 0.5, "high": 1.0}}, solved="yes")  # type: ignore[arg-type]
+
+
+def test_plain_constructions_fit_and_the_smallest_is_named_where_none_does() -> None:
+    space = load_space("default")
+    budget = Budget(memory_bytes=10**9, context=64)
+    found = plain_constructions(SPEC, space, budget)
+    assert found[0].init == WHOLE
+    assert all(one.bytes <= budget.memory_bytes and not one.solved for one in found)
+    tight = replace(budget, memory_bytes=min(one.bytes for one in found) - 1)
+    assert all(one.bytes <= tight.memory_bytes for one in plain_constructions(SPEC, space, tight))
+    with pytest.raises(NothingFitsError, match=r"the smallest deployment, .* needs .* over the 1(\.0+)? MB budget"):
+        plain_constructions(SPEC, space, replace(budget, memory_bytes=10**6))
+
+
+def test_a_cache_that_is_asked_for_is_the_only_one() -> None:
+    space = load_space("default")
+    wide = spec_from_config(tiny_config(head_dim=32))
+    cached = replace(F16, cache_type_k="q8_0", cache_type_v="q8_0")
+    tight = Budget(memory_bytes=22 * 10**6, context=64)
+    found = plain_constructions(wide, replace(space, deployments=(cached,)), tight, "q8_0")
+    assert {one.deployment.cache_types for one in found} == {("q8_0", "q8_0")}
+    with pytest.raises(InputError, match="no deployment of the space"):
+        plain_constructions(SPEC, replace(space, deployments=(cached,)), tight, "q8_0")
