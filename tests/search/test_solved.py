@@ -1,0 +1,103 @@
+"""The default search from solver to export: what is solved is raced, trained, exported as it was trained, and kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from autodistill.errors import InputError
+from autodistill.hardware.budget import Budget
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.search import Outcome, search
+from autodistill.strategy.deployment import Deployment
+from autodistill.testing import save_tiny_teacher, tiny_text
+
+
+def _request(folder: Path) -> SearchRequest:
+    return SearchRequest(
+        budget=Budget(memory_bytes=25 * 10**6, context=64),
+        teacher=str(folder / "teacher"),
+        data=str(folder / "text"),
+        trials=3,
+        tokens=1024,
+        sequence_length=64,
+        runner="inline",
+        out=folder / "runs",
+        name="run",
+        cache=folder / "cache",
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("solved")
+    save_tiny_teacher(folder / "teacher", layers=4, width=128, ffn=512)
+    tiny_text(folder / "text", documents=20, sentences=24)
+    request = _request(folder)
+    # Between the teacher in its fewest bits and in 16 bits, wherever these lie.
+    return search(replace(request, budget=Budget(memory_bytes=_limit(folder), context=64))), folder
+
+
+def _limit(folder: Path) -> int:
+    from autodistill.models.config import spec_from_config
+    from autodistill.search.solve.options import Options
+
+    spec = spec_from_config(json.loads((folder / "teacher" / "config.json").read_text()))
+    options = Options(spec=spec, budget=Budget(memory_bytes=10**9, context=64))
+    wide = options.deployment(dict.fromkeys(options.matrices | options.tables, "q8_0"), ("f16", "f16"))
+    return (options.smallest()[1].total_bytes + options.memory(wide).total_bytes) // 2
+
+
+def test_what_was_solved_is_written_down_and_raced(run: tuple[Outcome, Path]) -> None:
+    folder = run[1] / "runs" / "run"
+    asked = json.loads((folder / "search.json").read_text())
+    found = asked["constructions"]
+    assert any(one["solved"] for one in found)
+    assert all(one["bytes"] <= asked["budget"]["memory_bytes"] and one["kl"] >= 0 for one in found)
+    assert next(iter(asked["space_definition"]["starts"])) == "no search"
+    assert "cache" not in asked["seconds"] or not (run[1] / "cache" / "teacher-outputs").exists()
+
+
+def test_a_student_is_packed_on_the_grid_that_it_was_trained_on(run: tuple[Outcome, Path]) -> None:
+    trained = [row for row in run[0].rows if row.kind == "student" and row.strategy and row.strategy.finishing]
+    assert trained
+    assert all(row.strategy and row.strategy.finishing.scheme == row.deployment.scheme for row in trained)
+
+
+def test_the_untrained_solution_is_a_rival_and_the_export_fits(run: tuple[Outcome, Path]) -> None:
+    asked = json.loads((run[1] / "runs" / "run" / "search.json").read_text())
+    whole = {Deployment.from_json(one["deployment"]) for one in asked["constructions"] if one["init"]["ffn"] == 1}
+    teachers = {row.deployment for row in run[0].rows if row.kind == "teacher"}
+    assert whole <= teachers
+    best = run[0].finish.best
+    assert best.feasible
+    assert run[0].finish.gains.untrained is not None
+    assert (run[1] / "runs" / "run" / "student" / "gguf" / "student.gguf").exists()
+
+
+def test_rungs_are_judged_by_likelihood(run: tuple[Outcome, Path]) -> None:
+    folder = RunFolder.open(run[1] / "runs", "run")
+    rungs = [event for event in folder.events.read() if event["event"] == "rung"]
+    rows = {row.trial: row for row in run[0].rows if row.kind == "student"}
+    assert rungs
+    assert all(rungs[-1]["judged"] != event["value"] for event in rungs)
+    last = {event["trial"]: event["judged"] for event in rungs}
+    assert all(last[name] == pytest.approx(row.perplexity) for name, row in rows.items() if row.trial in last)
+
+
+def test_it_goes_on_with_the_space_that_was_solved(run: tuple[Outcome, Path]) -> None:
+    before = json.loads((run[1] / "runs" / "run" / "search.json").read_text())
+    more = replace(_request(run[1]), budget=None, resume=True, trials=4)
+    again = search(more)
+    after = json.loads((run[1] / "runs" / "run" / "search.json").read_text())
+    assert after["constructions"] == before["constructions"]
+    assert after["space_definition"] == before["space_definition"]
+    assert {row.row_id for row in run[0].rows} <= {row.row_id for row in again.rows}
+    with pytest.raises(InputError, match="another cache than --kv-type q8_0"):
+        search(replace(more, kv_type="q8_0"))
