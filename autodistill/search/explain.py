@@ -14,6 +14,7 @@ from autodistill.errors import InputError
 from autodistill.estimates.fit import fits, holdable
 from autodistill.hardware.budget import NO_LIMIT, read_budget
 from autodistill.models.config import spec_from_config
+from autodistill.runs.results.differences import paired, paired_difference
 from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
 from autodistill.runs.results.memory_correction import corrected, least_beyond
@@ -24,6 +25,8 @@ from autodistill.runs.results.selection import chosen, contenders, students_only
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.test_split_ledger import opened, openings_of
 from autodistill.search.algorithms.optuna_study import Importance, Observation, importance
+from autodistill.search.campaign.state import LIKELIHOOD
+from autodistill.search.construction.construction import Construction
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Point
 from autodistill.strategy.space import Space
@@ -73,6 +76,8 @@ class Explanation:
 
     Attributes:
         metric: That the search was judged by.
+        constructions: What the solver found within the budget before anything was trained, in lines.
+        race: How the trials of as many tokens as planned compare with the best of them, in lines.
         importance: By objective, which dimensions set the better trials apart, of values at the first rung, which every
             trial reports.
         rejected: Proposals that were rejected, by cause, the most first.
@@ -92,6 +97,8 @@ class Explanation:
     """
 
     metric: str
+    constructions: tuple[str, ...]
+    race: tuple[str, ...]
     importance: Mapping[str, Importance]
     rejected: tuple[Ended, ...]
     stopped: Mapping[int, int]
@@ -112,7 +119,10 @@ class Explanation:
 
     def describe(self) -> str:
         """The explanation as lines for a person."""
-        lines = []
+        lines = ["What fits, before anything is trained:"] if self.constructions else []
+        lines += [f"  {one}" for one in self.constructions]
+        lines += ["What the race decided:"] if self.race else []
+        lines += [f"  {one}" for one in self.race]
         for objective, found in self.importance.items():
             lines += _table(objective, found)
         lines.append("Where trials ended:")
@@ -157,6 +167,8 @@ def explain(run: RunFolder) -> Explanation:
         raise InputError(f"{run.events.path} has a row whose shape cannot be read ({error}): restore it") from None
     return Explanation(
         metric=asked["metric"],
+        constructions=tuple(Construction.from_json(one).describe() for one in asked.get("constructions", ())),
+        race=_race(run.events.rows("validation"), plan) if asked.get("constructions") else (),
         importance={
             objective.name: importance(
                 space, _results(points, first.values(), place), objective.direction, least=FEWEST_RESULTS
@@ -177,6 +189,21 @@ def explain(run: RunFolder) -> Explanation:
         binding=binding,
         next=following,
     )
+
+
+def _race(rows: Sequence[Row], plan: Plan) -> tuple[str, ...]:
+    """The students of as many tokens as planned, the best first, each with its paired distance to that one."""
+    raced = [row for row in rows if row.kind == "student" and row.train_tokens == plan.tokens and row.perplexity]
+    ranked = sorted(raced, key=lambda row: row.perplexity or math.inf)
+    firsts = list({row.trial: row for row in reversed(ranked)}.values())[::-1]
+    lines = []
+    for row in firsts:
+        said = f"{named(row)}: {math.log(row.perplexity or math.inf):.4f} nats a token"
+        gap = paired_difference(paired(row, LIKELIHOOD), paired(firsts[0], LIKELIHOOD))
+        if row is not firsts[0] and gap is not None:
+            said += f", {gap[0]:.4f}{'' if gap[1] is None else f' ± {gap[1]:.4f}'} behind"
+        lines.append(said)
+    return tuple(lines)
 
 
 def _objectives(asked: Mapping[str, Any]) -> tuple[Objective, ...]:

@@ -14,6 +14,7 @@ from autodistill.strategy.dimension import Dimension, Point, find, look_up
 from autodistill.strategy.domains import Range, Value
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Finishing, Init, Strategy
+from autodistill.units import format_bytes
 
 _NOT_TRAINED_ON = "none"  # the label of a finishing that is none
 # Of numbers that are believed in whatever the other choices are: temperatures are so of schedules alone.
@@ -51,6 +52,14 @@ class Construction:
         """The grid that its training ends on, which is what it is stored on; None of 16 bits."""
         scheme = self.deployment.scheme
         return None if scheme.bits == 16 and not scheme.types else Finishing(**asdict(scheme))
+
+    def describe(self) -> str:
+        """What it is, what it needs, and what it loses, in a line for a person."""
+        said = f"{label(self)} as {self.deployment.name}, {'solved' if self.solved else 'plain'}"
+        if self.kl is None:
+            return f"{said}, {format_bytes(self.bytes)}"
+        error = "" if self.kl_stderr is None else f" ± {self.kl_stderr:.4f}"
+        return f"{said}, {format_bytes(self.bytes)}: {self.kl:.4f}{error} nats a token from the teacher, untrained"
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""

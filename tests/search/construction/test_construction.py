@@ -89,7 +89,9 @@ def test_a_space_of_five_dimensions_varies_every_one() -> None:
                 "high": 3.0,
                 "when": {"distillation.temperature.shape": ["linear", "cosine"]},
             },
-            "distillation.alignment": {"choices": {"last": {"layers": "last"}, "even-2": {"layers": "even", "count": 2}}},
+            "distillation.alignment": {
+                "choices": {"last": {"layers": "last"}, "even-2": {"layers": "even", "count": 2}}
+            },
             "distillation.alignment.projection": {"choices": ["none", "linear", "mlp"]},
         },
         solved=True,
