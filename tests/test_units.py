@@ -68,12 +68,6 @@ def test_a_limit_as_it_is_typed_is_no_shorter_and_hardly_longer(seconds: float, 
     assert (read.name, seconds <= read.seconds < 1.11 * seconds) == (limit.name, True)
 
 
-@pytest.mark.parametrize(("seconds", "typed"), [(10.0, "10s"), (9.5, "9500ms"), (0.25, "250ms"), (0.0078125, "7813us")])
-def test_a_limit_is_typed_in_the_largest_unit_of_which_it_has_ten(seconds: float, typed: str) -> None:
-    limit = LatencyLimit(quantity="ttft", percentile=50, seconds=seconds, streams=1)
-    assert limit.typed() == f"ttft_p50={typed}@streams=1"
-
-
 @given(number=st.integers(1, 10**6), unit=st.sampled_from(sorted(BYTES)))
 def test_whole_amounts_are_exact(number, unit):
     assert parse_bytes(f"{number}{unit}") == number * BYTES[unit]

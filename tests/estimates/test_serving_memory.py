@@ -150,6 +150,16 @@ def test_of_a_cell_onnx_runtime_turns_the_keys_and_copies_shared_ones_before(kv_
     assert more.compute_bytes - one.compute_bytes == pytest.approx(4 * copies * 128 + 17 * 4 + 4, abs=1)
 
 
+def test_a_token_more_that_onnx_runtime_reads_has_activations_rows_scores_a_mask_and_logits() -> None:
+    """By hand, in float32, of a layer of 128 with FFNs of 256 and four heads, at 512 tokens, of 1000 in all."""
+    spec = shape(SIZES | {"kv_heads": 4}).spec
+    one, two = (memory(spec, F16, context=512, batch=1, runtime="onnxruntime", read=read) for read in (1, 2))
+    activations, rows, logits = 4 * (4 * 128 + 3 * 256), 4 * 11 * 128, 4 * 1000
+    assert two.compute_bytes - one.compute_bytes == pytest.approx(
+        activations + rows + 17 * 4 * 512 + 4 * 512 + logits, abs=1
+    )
+
+
 def test_of_onnx_runtime_s_weights_on_a_grid_the_table_stays_wide() -> None:
     spec = shape(SIZES, tied=True).spec
     four, eight = (

@@ -14,7 +14,7 @@ from autodistill.advisor.describe import deployment_named, shape
 from autodistill.errors import InputError
 from autodistill.estimates.fit import fits, latencies, nearest_miss
 from autodistill.estimates.speed import limit_seconds, speed
-from autodistill.hardware.budget import Budget, DeviceBudget, memory_on, parse_latency, read_budget
+from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, memory_on, parse_latency, read_budget
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 
@@ -33,6 +33,19 @@ def test_both_budgets_read_back_as_they_were_written() -> None:
 def test_what_is_no_budget_is_refused(data: dict[str, object]) -> None:
     with pytest.raises(InputError, match="no budget as a run stores it"):
         read_budget(data)
+
+
+def test_a_budget_of_no_memory_is_refused() -> None:
+    assert Budget(memory_bytes=1).memory_bytes == 1
+    for size in (0, -1):
+        with pytest.raises(InputError, match=f"a budget of {size} bytes holds nothing: give an amount like 16GB"):
+            Budget(memory_bytes=size)
+
+
+@pytest.mark.parametrize(("seconds", "typed"), [(10.0, "10s"), (9.5, "9500ms"), (0.25, "250ms"), (0.0078125, "7813us")])
+def test_a_limit_is_typed_in_the_largest_unit_of_which_it_has_ten(seconds: float, typed: str) -> None:
+    limit = LatencyLimit(quantity="ttft", percentile=50, seconds=seconds, streams=1)
+    assert limit.typed() == f"ttft_p50={typed}@streams=1"
 
 
 def test_a_budget_without_limits_of_latency_is_one_of_memory() -> None:

@@ -11,8 +11,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from autodistill.distillation.student.build import build_student
-from autodistill.distillation.teacher.target_sources import LiveTeacher
-from autodistill.errors import TrialFailedError
+from autodistill.distillation.teacher.target_sources import LiveTeacher, check_logprobs
+from autodistill.errors import InputError, TrialFailedError
 from autodistill.models.loading import load_model
 from autodistill.strategy.strategy import Distillation, Init, Strategy, Temperature
 from autodistill.testing import save_tiny_teacher
@@ -297,3 +297,12 @@ def test_a_step_without_answers_is_no_good_step_between_two_spoilt_ones(workshop
         seen.extend(record.loss for record in trainer.train_stable(512))
     assert np.isnan(seen[:2]).all()
     assert seen[2:] == [0.0]
+
+
+def test_what_learns_from_told_probabilities_is_refused_where_none_are_told():
+    written = Distillation(signal="written", signal_tokens=0)
+    others = [Distillation(), Distillation(signal="states", signal_tokens=0), replace(written, divergence_weight=0.0)]
+    check_logprobs(others, told=False)
+    check_logprobs([*others, written], told=True)
+    with pytest.raises(InputError, match=r'the signal "written" needs answers with their writer\'s log-probabilities'):
+        check_logprobs([*others, written], told=False)

@@ -144,6 +144,9 @@ def test_a_later_row_supersedes_an_earlier_one() -> None:
         {"event": "row", "row": LEAST | {"accuracy": 0.2}},
     ]
     assert [(row.row_id, row.accuracy) for row in rows_of(events)] == [("t001-gguf-q4_0", 0.2), ("other", None)]
+    # Neither an event of another kind, whatever it holds, nor one that holds none.
+    odd = [{"event": "seen", "row": LEAST | {"row_id": "odd"}}, {"event": "row"}, {"event": "row", "row": "t001"}]
+    assert rows_of([*events, *odd]) == rows_of(events)
 
 
 def test_parquet_holds_the_rows_under_an_explicit_schema(tmp_path: Path) -> None:

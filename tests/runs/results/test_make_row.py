@@ -1,0 +1,92 @@
+"""A row of what was measured: each figure in its field, the rest beside it, and whether it keeps to the budget."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from autodistill.evaluation.base import Direction, Measurement
+from autodistill.evaluation.evaluate import Evaluation
+from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
+from autodistill.runs.results.make_row import make_row
+from autodistill.runs.results.row import Row, Status
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Distillation, Strategy
+from autodistill.testing import small_plan
+
+Q8 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+}
+
+
+def measured(name: str, value: float, stderr: float | None = None, direction: Direction = "max") -> Measurement:
+    return Measurement(name=name, value=value, unit="", direction=direction, source="simulated", stderr=stderr)
+
+
+def made(*found: Measurement, **changes: Any) -> Row:
+    evaluation = Evaluation(
+        deployment=Q8, measurements={one.name: one for one in found}, documents=None, teacher_accuracy=0.5
+    )
+    plan = small_plan()
+    least: dict[str, Any] = {
+        "trial": "t001",
+        "kind": "student",
+        "name": "t001",
+        "strategy": Strategy(distillation=Distillation(divergence_weight=0.0)),
+        "spec": spec_from_config(CONFIG),
+        "status": Status.COMPLETED,
+        "split": "validation",
+        "budget": Budget(memory_bytes=1000, context=256),
+        "plan": plan,
+        "train_tokens": plan.tokens // 2,
+        "train_seconds": 1.5,
+        "seed": 7,
+    }
+    return make_row(evaluation, **(least | changes))
+
+
+def test_figures_are_in_their_fields_and_the_others_and_errors_beside_them() -> None:
+    row = made(
+        measured("accuracy", 0.4, 0.01), measured("memory_bytes", 999.0, direction="min"), measured("own", 3.0, 0.5)
+    )
+    assert (row.accuracy, row.accuracy_stderr, row.retention) == (0.4, 0.01, pytest.approx(0.8))
+    assert (row.memory_bytes, type(row.memory_bytes), row.memory_source) == (999, int, "simulated")
+    assert row.other == {"own": 3.0, "own_stderr": 0.5}
+    assert (row.row_id, row.fidelity, row.feasible, row.reason) == ("t001-gguf-q8_0", 0.5, True, None)
+    assert made(split="test").row_id == "t001-gguf-q8_0-test"
+    assert made(kind="teacher").fidelity is None
+
+
+@pytest.mark.parametrize(
+    ("memory", "reason"),
+    [
+        (1000.0, None),
+        (1001.0, "memory: 1001 bytes, 1 over the budget of 1000"),
+        (math.nan, "memory: it was not measured"),
+        (None, "memory: it was not measured"),
+    ],
+)
+def test_what_needs_more_than_the_budget_or_was_not_measured_does_not_fit(
+    memory: float | None, reason: str | None
+) -> None:
+    row = made(*([] if memory is None else [measured("memory_bytes", memory)]))
+    assert (row.feasible, row.reason) == (reason is None, reason)
+    if memory is not None and math.isnan(memory):
+        # No whole number; it stays what it is beside the fields.
+        assert row.memory_bytes is None
+        assert math.isnan(row.other["memory_bytes"])
+
+
+def test_a_loss_that_stands_in_for_another_is_remarked() -> None:
+    row = made(strategy=Strategy(distillation=Distillation(divergence_weight=0.5)))
+    assert row.other["approximate"].startswith("forward_kl of 64 tokens and the rest as one outcome")
