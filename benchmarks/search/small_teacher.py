@@ -78,6 +78,11 @@ class SmallTeacher:
         self._text = self._made_tokens()
 
     @property
+    def text_tokens(self) -> int:
+        """Of all documents that it reads once."""
+        return len(self._text)
+
+    @property
     def newest(self) -> Path | None:
         """The teacher after most tokens; None before its first checkpoint."""
         return next(reversed(self.folders()), None)
@@ -341,14 +346,14 @@ def sections(teacher: SmallTeacher) -> list[str]:
     packages = told["texts"].get("packages", {})
     licenses = ", ".join(f"{name} ({one['license']})" for name, one in packages.items())
     return [
-        f"{told['parameters']:,} parameters. {TOKENS:,} tokens, 30 a parameter, are the aim; this one has had "
-        f"{told['tokens']:,}. Read on {TEST_TOKENS:,} tokens of documents that it does not read, the folders that are "
-        "kept:",
+        f"{told['parameters']:,} parameters. {TOKENS:,} tokens, 30 a parameter, are the aim; the text ends at "
+        f"{teacher.text_tokens:,}, and this one has had {told['tokens']:,}. Read on {TEST_TOKENS:,} tokens of "
+        "documents that it does not read, the folders that are kept:",
         report.table(["tokens", "a parameter", "s", "NLL", "accuracy, %"], rows),
         "Squared error of packing over that of a uniform error in a step, under the scales that fit best. "
         f"{'It lies on no grid.' if off_grid(found) else '**It is not off the grid.**'}",
         report.table(["grid", "its weights", "normal weights"], kinds),
-        f"Packages of Debian and their licences: {licenses}.",
+        f"Packages of Debian that all texts are made of, with their licences: {licenses}.",
     ]
 
 
