@@ -87,7 +87,7 @@ def _types(types: Mapping[str, Any]) -> str:
 
 def _curve(solutions: Sequence[Mapping[str, Any]]) -> str:
     """A line for each budget."""
-    rows = [("budget", "storage", "takes", "predicted KL", "KL", "NLL", "accuracy", "as good")]
+    rows: list[tuple[str, ...]] = [("budget", "storage", "takes", "predicted KL", "KL", "NLL", "accuracy", "as good")]
     for found in solutions:
         one = found["solution"]
         takes = format_bytes(one["bytes"])
