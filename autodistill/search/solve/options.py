@@ -137,8 +137,8 @@ class Options:
         """Refuses a model that llama.cpp cannot hold in any of the types.
 
         Raises:
-            InputError: Says what it does not compute, or that the rows of a matrix are divided by no type's blocks, or a
-                head not by those of the cache.
+            InputError: Says what it does not compute, or that the rows of a matrix are divided by no type's blocks, or
+                a head not by those of the cache.
         """
         kind = self.cache_type or "f16"
         check_holds(self.spec, self.deployment(self.smallest_types(), (kind, kind)))
