@@ -12,9 +12,9 @@ import torch
 from autodistill.errors import InputError
 from autodistill.hardware.budget import Budget
 from autodistill.runs.run_folder import RunFolder
+from autodistill.search.construction.construction import Construction, arms
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import Outcome, search
-from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 
@@ -72,8 +72,10 @@ def test_a_student_is_packed_on_the_grid_that_it_was_trained_on(run: tuple[Outco
 
 def test_the_untrained_solution_is_a_rival_and_the_export_fits(run: tuple[Outcome, Path]) -> None:
     asked = json.loads((run[1] / "runs" / "run" / "search.json").read_text())
-    whole = {Deployment.from_json(one["deployment"]) for one in asked["constructions"] if one["init"]["ffn"] == 1}
+    raced = arms([Construction.from_json(one) for one in asked["constructions"]])
+    whole = {one.deployment for one in raced if one.whole}
     teachers = {row.deployment for row in run[0].rows if row.kind == "teacher"}
+    assert len(whole) > 1
     assert whole <= teachers
     best = run[0].finish.best
     assert best.feasible

@@ -221,8 +221,8 @@ class SearchRequest:
     explore: Annotated[
         float | None,
         Option(
-            help="Share of the training time for trying strategies; the rest trains the best (default: 0.2, or 0.25 from "
-            "an hour on; 0.5 where the space is not solved).",
+            help="Share of the training time for trying strategies; the rest trains the best (default: 0.2, from an "
+            "hour on 0.25; 0.5 where the space is not solved).",
             metavar="SHARE",
             typed=float,
             section="Search",

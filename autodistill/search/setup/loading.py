@@ -35,6 +35,7 @@ from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import stored_type
 from autodistill.quantization.formats import get_format
+from autodistill.search.construction.construction import arms
 from autodistill.search.planning.placement import Place, Workers, process_bytes, share_out
 from autodistill.search.planning.representatives import cases, signal_cases
 from autodistill.search.planning.trial_memory import TrialMemory
@@ -107,11 +108,11 @@ class Loaded:
     def teacher_deployments(self, checked: SearchConfig) -> tuple[Deployment, ...]:
         """Those that the teacher is evaluated under: of the space, and the one that has its own codes.
 
-        Where constructions were solved, those of the whole teacher stand for all of the space's, beside 16 bits.
+        Where constructions are raced, those of the whole teacher stand for all of the space's, beside 16 bits.
         """
         deployments = checked.space.deployments
         if checked.constructions:
-            constructed = [one.deployment for one in checked.constructions if one.whole]
+            constructed = [one.deployment for one in arms(checked.constructions) if one.whole]
             wide = [one for one in deployments if one.bits == 16 and not one.types]
             return holdable(self.spec, tuple(dict.fromkeys((*constructed, *wide[:1]))))
         if self.stored is not None:
