@@ -49,7 +49,9 @@ def _one(found: Mapping[str, Any], width: int) -> str:
         for name in ("weights", "kv_cache", "compute", "overhead")
     ]
     parts += [("total", format_bytes(solution["bytes"])), ("left", format_bytes(solution["left_bytes"]))]
-    rows = [("storage", "", "memory", "fits", "predicted KL", "KL", "NLL", "accuracy", "KL above the solution")]
+    rows: list[tuple[str, ...]] = [
+        ("storage", "", "memory", "fits", "predicted KL", "KL", "NLL", "accuracy", "KL above the solution")
+    ]
     rows.append(("solved", "", format_bytes(solution["bytes"]), "yes", *_figures(solution), ""))
     too_large = []
     for rival in found["rivals"]:
@@ -85,7 +87,7 @@ def _types(types: Mapping[str, Any]) -> str:
 
 def _curve(solutions: Sequence[Mapping[str, Any]]) -> str:
     """A line for each budget."""
-    rows = [("budget", "storage", "takes", "predicted KL", "KL", "NLL", "accuracy", "as good")]
+    rows: list[tuple[str, ...]] = [("budget", "storage", "takes", "predicted KL", "KL", "NLL", "accuracy", "as good")]
     for found in solutions:
         one = found["solution"]
         takes = format_bytes(one["bytes"])

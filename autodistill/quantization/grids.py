@@ -162,8 +162,8 @@ class Scales(NamedTuple):
 
 
 def _gguf_grid(kind: str, bits: int, **rule: Any) -> Grid:
-    fixed: Mapping[str, Any] = {"name": f"gguf-{kind}", "container": "gguf", "bits": bits, "group_size": 32}
-    return Grid(**{"scale_dtype": "f16"} | fixed | rule)
+    given: dict[str, Any] = {"scale_dtype": "f16", **rule}
+    return Grid(name=f"gguf-{kind}", container="gguf", bits=bits, group_size=32, **given)
 
 
 _SIGNED: Mapping[str, Any] = {"scale_rule": "signed_absmax", "rounding": "half_up"}

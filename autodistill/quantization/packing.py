@@ -92,6 +92,7 @@ def _fitted(groups: Floats, grid: Grid) -> tuple[Scales, Floats]:
     else:
         extent = np.abs(groups).max(axis=-1, keepdims=True)
     scales = extent / np.float32(grid.divisor)
+    assert grid.scale_dtype != "e8m0", "powers of two are searched for"
     stored = round_to(scales, grid.scale_dtype)
     if grid.container == "gguf":
         inverse = np.float32(1) / scales

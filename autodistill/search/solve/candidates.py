@@ -137,7 +137,7 @@ def open_candidate(path: Path, spec: ModelSpec) -> Candidate:
             raise InputError(f"{path} has {has} for {name}, where the teacher has {had}: {_GIVE}")
     # That of a file in 16 bits alone is not looked for.
     stored = of_gguf(file, spec) if stored_types(file, spec) else None
-    return Candidate(file=file, stored=stored and stored.deployment)
+    return Candidate(file=file, stored=None if stored is None else stored.deployment)
 
 
 def check_candidate(candidate: Candidate, folder: Path, spec: ModelSpec) -> None:

@@ -48,7 +48,7 @@ def export(
         VerificationError: The file, or what the runtime makes of it, is not what was measured.
         NothingFitsError: The process takes more than the budget, measured; the file is removed.
     """
-    exporter, deployment = load_exporter("gguf"), chosen
+    exporter = load_exporter("gguf")
     if isinstance(chosen, Candidate):
         deployment, tensors = chosen.deployment, len(chosen.file.tensors)
         artifact = _copied(chosen.path, out)
@@ -56,7 +56,7 @@ def export(
         artifact = exporter.export(
             teacher.folder, chosen, out, teacher=teacher.name, license=teacher.license, name=f"{teacher.name}, solved"
         )
-        tensors = verify(exporter, artifact, teacher.folder, chosen).tensors
+        deployment, tensors = chosen, verify(exporter, artifact, teacher.folder, chosen).tensors
     sequences = math.ceil(POSITIONS / (data.sequence_length - 1))
     read = load_split(data.folder, "validation").head(sequences * data.sequence_length)
     with _shown(bench, chosen), quantized_cache(bench.model, deployment.cache_types):

@@ -378,7 +378,7 @@ def _solved(
         takes = candidate.memory(options).total_bytes
         if takes <= limit and known.kl < least:
             least, winner = known.kl, {"name": candidate.name, "path": str(candidate.path)}
-        stored = candidate.stored and candidate.deployment.to_json()
+        stored = None if candidate.stored is None else candidate.deployment.to_json()
         lines.append(
             {
                 "what": "candidate",

@@ -21,6 +21,7 @@ from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.loading import load_model
 from autodistill.search.solve import SolveRequest, run, solve
 from autodistill.search.solve import export as exporting
+from autodistill.search.solve.bench import Bench
 from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.options import Options
 from autodistill.strategy.deployment import Deployment
@@ -58,7 +59,7 @@ def file(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(teacher: Path, text: Path, cache: Path, limit: int, **more: Any) -> SolveRequest:
     budgets = (Budget(memory_bytes=limit, context=256),)
-    load = {"tokens": 256, "sequence_length": 64}
+    load: dict[str, Any] = {"tokens": 256, "sequence_length": 64}
     return SolveRequest(budgets=budgets, cache=cache, teacher=str(teacher), data=str(text), **load, **more)
 
 
@@ -189,7 +190,7 @@ def test_types_that_are_not_written_here_are_measured(teacher: Path, file: Path)
     """IQ4_XS say: the bytes are another tool's, which the gguf package reads."""
     candidate = replace(open_candidate(file, options_of(teacher).spec), stored=None)
     assert candidate.memory(options_of(teacher)).total_bytes == options_of(teacher).memory(Q5_0).total_bytes
-    bench = run.Bench(load_model(teacher, torch.float32), options_of(teacher).spec, {})
+    bench = Bench(load_model(teacher, torch.float32), options_of(teacher).spec, {})
     before = {name: weight.clone() for name, weight in bench.model.named_parameters()}
     with bench.replaced(candidate.weights(bench)):
         moved = {name for name, weight in bench.model.named_parameters() if not weight.equal(before[name])}

@@ -63,7 +63,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(teacher: Path, text: Path, cache: Path) -> SolveRequest:
     budgets = (Budget(memory_bytes=10**9, context=256),)
-    load = {"tokens": 2048, "sequence_length": 64}
+    load: dict[str, Any] = {"tokens": 2048, "sequence_length": 64}
     return SolveRequest(budgets=budgets, cache=cache, teacher=str(teacher), data=str(text), **load)
 
 
@@ -91,7 +91,7 @@ def test_a_process_that_is_killed_between_its_passes_leaves_what_it_scored_and_t
 def test_a_full_disk_is_told_once_and_costs_no_solution(
     found: dict[str, Any], teacher: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrote = scores.write_json
+    wrote = json_files.write_json
     saved: list[Path] = []
 
     def filling(path: Path, data: Any) -> None:
