@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 import numpy as np
@@ -15,13 +15,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from autodistill.advisor.describe import describe
+from autodistill.data.dataset import TokenSet
+from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import memory
-from autodistill.evaluation.evaluate import deployed_weights
+from autodistill.evaluation.base import Measurement, Subject
+from autodistill.evaluation.evaluate import deployed_weights, evaluate
 from autodistill.export.base import load_exporter
 from autodistill.export.student_reader import StudentFiles
 from autodistill.export.verify import verify, verify_runtime
+from autodistill.hardware.budget import Budget
 from autodistill.models.config import resized, spec_from_config, uniform
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.gguf_to_transformers import convert
@@ -252,3 +257,55 @@ def test_stock_transformers_loads_what_is_exported(tmp_path: Path) -> None:
     student = save_tiny_teacher(tmp_path / "student", layers=3, ffn=WIDTHS)
     folder = run(student, IN_16_BITS, tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(folder).config.intermediate_size == 128
+
+
+class Saving:
+    """An evaluator that has the packed student written, as a command of a user's is given it."""
+
+    name, needs = "saving", "student"
+    measures: ClassVar = {}
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+        assert subject.student is not None
+        subject.student.save(self.folder)
+        return ()
+
+    def supports(self, deployment: Deployment) -> bool:
+        return True
+
+
+def test_what_a_command_is_given_is_a_stock_folder(tmp_path: Path) -> None:
+    student = save_tiny_teacher(tmp_path / "student", layers=3, ffn=WIDTHS)
+    model = load_model(student, torch.float32)
+    tokens = SEQUENCES.astype(np.int32)
+    evaluate(
+        model,
+        spec_from_config(model.config.to_dict()),
+        Q4_0,
+        TokenSet(tokens=tokens, documents=np.zeros_like(tokens)),
+        None,
+        budget=Budget(memory_bytes=10**9, context=128),
+        evaluators=[Saving(tmp_path / "saved")],
+        tokenizer=student,
+    )
+    with torch.inference_mode():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(torch.from_numpy(SEQUENCES)).logits.argmax(-1)
+    np.testing.assert_array_equal(found.numpy(), simulated(student, Q4_0)[0])
+
+
+def test_the_own_codes_of_a_deci_teacher_are_kept(tmp_path: Path) -> None:
+    student = save_tiny_teacher(tmp_path / "student", layers=3, ffn=WIDTHS)
+    path = run(student, MIXED, tmp_path / "out")
+    found = resolve_teacher(str(path))
+    teacher, own = stored_as(found, materialise(found, tmp_path), spec_from_config(found.config), tmp_path)
+    assert own is not None
+    assert own.deployment is not None
+    with StudentFiles(teacher.folder, own.deployment) as files:
+        assert files.spec.ffn_widths == WIDTHS
+        stored = dict(load_exporter("gguf").unpack(path))
+        assert stored.keys() == files.specs.keys()
+        for name, values in stored.items():
+            np.testing.assert_array_equal(files.deployed(name), values, err_msg=name)

@@ -121,6 +121,17 @@ def test_why_a_student_has_no_gguf_is_said_before_it_is_trained(inputs, tmp_path
     asked = request((teacher, *inputs[1:]), tmp_path / "out", written(tmp_path, depth=0.84), space=two)
     (note,) = [note for note in plan_search(asked)["plan"]["notes"] if "GGUF cannot hold" in note]
     assert "of these 5 it is 3, 5: keep all layers" in note
+    wide = written(tmp_path, depth=1.0, ffn_widths=[192, 64, 128, 192, 64, 32])
+    asked = request((teacher, *inputs[1:]), tmp_path / "out", wide, space=two)
+    (note,) = [note for note in plan_search(asked)["plan"]["notes"] if "GGUF cannot hold" in note]
+    assert "llama.cpp computes gemma3_text with one FFN width in all layers, and these have 32 to 192 neurons" in note
+    grid = {"format": "gguf-q8_0", "bits": 8, "group_size": 32}
+    wide.write_text(yaml.safe_dump(yaml.safe_load(wide.read_text()) | {"finishing": grid}))
+    with pytest.raises(InputError, match=r"GGUF cannot hold this gemma3_text: llama\.cpp computes"):
+        plan_search(asked)
+    few = written(tmp_path, depth=0.5, ffn_widths=[192, 64])
+    with pytest.raises(InputError, match=r"init\.ffn_widths has 2 numbers, and 3 of the teacher's 6 layers are kept"):
+        plan_search(request((teacher, *inputs[1:]), tmp_path / "out", few, space=two))
 
 
 def test_a_student_whose_layers_differ_is_trained_on_a_grid_exported_and_read(inputs, tmp_path: Path) -> None:
