@@ -14,7 +14,8 @@ from autodistill.models.families import Axis, get_family
 from autodistill.models.spec import ModelSpec
 
 RIDGE = 0.3
-"""Of the mean square of a neuron's activation: what a change of a weight costs (see the report on cut shapes)."""
+"""What a change of a weight costs, as a share of the mean square of an activation. Of 0.001 to 0.3 this lost least of
+SmolLM2 on text kept apart, at 75% and at 50% of its neurons: with less the fit follows its few thousand tokens."""
 
 
 def last_matrix(architecture: str) -> str:

@@ -31,6 +31,7 @@ WHOLE = Init(depth=1.0)
 """How the teacher itself begins."""
 
 _MEASURED = 2  # shapes of a family that are measured whole
+_ROUNDS = 4  # of widths by layer, each of which may have narrower ones measured
 _PATIENCE = 2  # shapes in vain, one after another, after which no smaller ones are asked for
 
 
@@ -306,7 +307,15 @@ def _layered(options: Options, library: Library, shapes: Shapes) -> Iterator[Cut
     if get_family(options.spec.architecture).gguf not in GGUF_BY_LAYER:
         return
     shapes.build()
-    widths = Widths(options, library, shapes).best(options.budget.memory_bytes)
+    widths = None
+    for _ in range(_ROUNDS):
+        widths = Widths(options, library, shapes).best(options.budget.memory_bytes)
+        # What is narrower than all that was measured is measured before it is relied on.
+        beyond = [(layer, width) for layer, width in enumerate(widths or ()) if width < shapes.scored[-1]]
+        beyond = [(layer, width) for layer, width in beyond if not shapes.ffn(layer, width).exact]
+        if not beyond:
+            break
+        shapes.measure(beyond)
     if widths is not None and len(set(widths)) > 1:
         yield CutScores(Init(depth=1.0, ffn_widths=widths, repair=True), options, library, shapes)
 

@@ -33,6 +33,7 @@ from autodistill.utils.json_files import read_json, write_json
 _TOKENS = 512  # of the sample, on which single cuts are scored
 _SCORED = (0.7, 0.4)  # fractions of an FFN whose cost is measured
 _POWERS = (1.0, 4.0)  # of the share that is cut, by which the cost of other widths grows
+_LEAST = 1e-12  # of a cost, whose logarithm is taken
 _MOMENTS_BYTES = 2**31  # that are held; more are computed anew for each student
 _SPANS = 3  # blocks of layers of each length that are measured, of those that turn the states least
 
@@ -72,7 +73,7 @@ class Shapes:
         return ffn_widths(self._bench.spec.ffn_width)
 
     @cached_property
-    def _scored(self) -> tuple[int, ...]:
+    def scored(self) -> tuple[int, ...]:
         """Widths that are measured, each a multiple of 64 below the whole, the wider first."""
         whole = self._bench.spec.ffn_width
         near = (max(MULTIPLE, round(share * whole / MULTIPLE) * MULTIPLE) for share in _SCORED)
@@ -100,13 +101,20 @@ class Shapes:
         return self._kept_moments if 4 * sum(width**2 for width in layers) <= _MOMENTS_BYTES else None
 
     def build(self) -> None:
-        """Scores the FFNs that are not in the file yet; it is written after each layer."""
+        """Scores two widths of each FFN, as far as they are not in the file yet."""
+        self.measure((layer, width) for layer in range(self._bench.spec.layers) for width in self.scored)
+
+    def measure(self, cuts: Iterable[tuple[int, int]]) -> None:
+        """Scores cuts that are not in the file yet; it is written after each layer.
+
+        Args:
+            cuts: Layers, and how many of its neurons each keeps.
+        """
         spec, bench = self._bench.spec, self._bench
-        missing = [
-            layer
-            for layer in range(spec.layers)
-            if any(_ffn_key(layer, width) not in self._held["ffn"] for width in self._scored)
-        ]
+        missing: dict[int, list[int]] = {}
+        for layer, width in cuts:
+            if width < spec.ffn_width and _ffn_key(layer, width) not in self._held["ffn"]:
+                missing.setdefault(layer, []).append(width)
         if not missing:
             return
         self._notify("reading the activations of the FFNs")
@@ -120,7 +128,7 @@ class Shapes:
                 if layer not in missing:
                     continue
                 self._notify(f"scoring narrower FFNs of layer {layer + 1} of {spec.layers}")
-                for width in self._scored:
+                for width in missing[layer]:
                     made = refit(moment, matrices[layer], width)
                     assert made is not None
                     whole = torch.zeros_like(matrices[layer])
@@ -138,22 +146,25 @@ class Shapes:
         return measured(scores)
 
     def ffn(self, layer: int, width: int) -> Score:
-        """What it costs that a layer keeps so many FFN neurons; measured, or taken from the two widths that are."""
+        """What it costs that a layer keeps so many FFN neurons; measured, or taken from the nearest widths that are."""
         whole = self._bench.spec.ffn_width
         if width == whole:
             return Score(kl=0.0, stderr=0.0, exact=True)
-        known = {one: _score(self._held["ffn"][_ffn_key(layer, one)]) for one in self._scored}
-        if width in known:
-            return known[width]
-        cut = {one: 1 - one / whole for one in known}
-        near = min(known, key=lambda one: (abs(one - width), one))
-        power = 2.0
-        if len(known) == 2:
-            (first, last), least = self._scored, 1e-12
-            rise = math.log(max(known[last].kl, least) / max(known[first].kl, least))
-            power = min(max(rise / math.log(cut[last] / cut[first]), _POWERS[0]), _POWERS[1])
-        factor = ((1 - width / whole) / cut[near]) ** power
-        return Score(kl=factor * known[near].kl, stderr=factor * known[near].stderr, exact=False)
+        prefix = _ffn_key(layer, "")
+        held = {int(key[len(prefix) :]): one for key, one in self._held["ffn"].items() if key.startswith(prefix)}
+        if width in held:
+            return _score(held[width])
+        near = min(held, key=lambda one: (abs(one - width), one))
+        power, others = 2.0, sorted(held, key=lambda one: abs(one - width))
+        beside = [one for one in others if (one - width) * (near - width) < 0] or others[1:]
+        if beside:
+            pair = _score(held[near]).kl, _score(held[beside[0]]).kl
+            rise = math.log(max(pair[1], _LEAST) / max(pair[0], _LEAST))
+            power = rise / math.log((whole - beside[0]) / (whole - near))
+            power = min(max(power, _POWERS[0]), _POWERS[1])
+        factor = ((whole - width) / (whole - near)) ** power
+        found = _score(held[near])
+        return Score(kl=factor * found.kl, stderr=factor * found.stderr, exact=False)
 
     def spans(self, count: int) -> tuple[tuple[int, Score], ...]:
         """Some blocks of so many layers, and what it costs to leave them out: the first layer of each, the best first.
@@ -242,7 +253,7 @@ def _read(path: Path) -> dict[str, Any]:
     return {name: held.get(name, {}) for name in ("ffn", "spans", "joint")}
 
 
-def _ffn_key(layer: int, width: int) -> str:
+def _ffn_key(layer: int, width: int | str) -> str:
     return f"{layer}={width}"
 
 
