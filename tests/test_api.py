@@ -29,7 +29,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 SMALLER = {
     '"Qwen/Qwen2.5-1.5B"': '"./model"',
     'budget="8GB", time="2h", name="first"': 'budget="8GB", trials=1, tokens=768, space="space.yaml", **HERE',
-    'budget="8GB", time="2h"': 'budget="8GB", trials=1, tokens=768, space="space.yaml", runner="inline", cache="cache"',
+    'budget="8GB", time="2h")  # trains': 'budget="8GB", trials=1, tokens=768, space="space.yaml", cache="cache")  #',
+    'budget="8GB", time="2h"': 'budget="8GB", trials=1, tokens=768, runner="inline", cache="cache"',
     'budget="210MB"': 'budget="210MB", tokens=512, name="one", runner="inline", cache="cache"',
     'budget="200MB", data="./docs"': 'budget="23.7MB", data="./docs", tokens=256, sequence_length=64, cache="cache"',
     'resume(time="1h")': "resume(trials=2)",

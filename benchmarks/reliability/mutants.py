@@ -432,10 +432,9 @@ class Bench:
     def tests_of(self, mutant: Mutation) -> list[Test]:
         """The tests that reach a mutant: the module's own first, then file by file, the cheapest first."""
         own = f"test_{Path(mutant.module).stem}.py"
-        if mutant.reached is None:
+        found = [t for t in self.tests if (mutant.module, mutant.reached) in t.reached]
+        if not found:  # what is done once, when the module is imported
             found = [t for t in self.tests if Path(t.file).name == own or any(m == mutant.module for m, _ in t.reached)]
-        else:
-            found = [t for t in self.tests if (mutant.module, mutant.reached) in t.reached]
         costs: Counter[str] = Counter()
         for test in found:
             costs[test.file] += test.seconds  # type: ignore[assignment]
