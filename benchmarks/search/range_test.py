@@ -347,7 +347,7 @@ def of_sums() -> list[Found]:
     for line in math_table.read():
         strategy = Strategy.from_json(line.strategy)
         same = replace(strategy, distillation=replace(strategy.distillation, learning_rate=1e-3))
-        groups.setdefault((same.describe(), line.seed), []).append(line)
+        groups.setdefault((same.describe().replace(", lr 0.001", ""), line.seed), []).append(line)
     found = []
     for (name, seed), lines in groups.items():
         if len(lines) < len(math_table.RATES):
@@ -496,6 +496,7 @@ def main() -> None:
     """Measures what is not known yet, and writes the report."""
     parser = parser_of(__doc__, seeds=1, time=True)
     parser.add_argument("--students", type=int, default=None, help="how many small ones, of all by default")
+    parser.add_argument("--report", action="store_true", help="only the report of the students that are there")
     shapes = tuple(SHAPES)
     parser.add_argument(
         "--smollm2",
@@ -517,8 +518,15 @@ def main() -> None:
     source = content_hash(
         [FFN, RECIPE.to_json(), Q4_0.to_json(), BATCH, LENGTH, arguments.teacher_steps, arguments.eval_tokens]
     )
-    kept = report.Kept("range-test", source, arguments.time)
-    found = [measured(case, kept, arguments.teacher_steps, arguments.eval_tokens) for case in wanted] + of_sums()
+    kept = report.Kept("range-test", source, -1.0 if arguments.report else arguments.time)
+    found = []
+    for case in wanted:
+        try:
+            found.append(measured(case, kept, arguments.teacher_steps, arguments.eval_tokens))
+        except SystemExit:
+            if not arguments.report:
+                raise
+    found += of_sums()
     title = "Which learning rate do a few steps choose for a longer training?"
     print(report.write("range-test", title, sections(found)))
 
