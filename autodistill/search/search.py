@@ -451,7 +451,9 @@ def _result(
     """The search's one JSON document."""
     ranked = rank(contenders(rows), checked.metric, checked.direction)
     short = _short_of_the_end(finished.best, rows, checked, run, plan)
-    notes = [*told, *plan.notes, *short, *finished.notes, *shortfall(campaign, plan)]
+    alone = checked.constructions and not checked.space.baselines
+    beside = ["no hand-designed recipe was trained to be beaten: --baseline hand_designed has one"] if alone else []
+    notes = [*told, *plan.notes, *short, *finished.notes, *shortfall(campaign, plan), *beside]
     return {
         "name": run.name,
         "best": finished.best.to_json(),
