@@ -434,7 +434,8 @@ class Bench:
         own = f"test_{Path(mutant.module).stem}.py"
         found = [t for t in self.tests if (mutant.module, mutant.reached) in t.reached]
         if not found:  # what is done once, when the module is imported
-            found = [t for t in self.tests if Path(t.file).name == own or any(m == mutant.module for m, _ in t.reached)]
+            close = {str(path.relative_to(ROOT)) for path in near([mutant.module])}
+            found = [t for t in self.tests if t.file in close]
         costs: Counter[str] = Counter()
         for test in found:
             costs[test.file] += test.seconds  # type: ignore[assignment]
