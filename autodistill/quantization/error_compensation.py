@@ -42,11 +42,7 @@ def compensated(
     columns = weight.shape[1]
     if moments.shape != (columns, columns) or not torch.isfinite(moments).all():
         raise ValueError(f"moments of {columns} inputs are finite numbers, [{columns}, {columns}]")
-    if scales is None:
-        fitted, offsets = fitted_scales(weight, grid)
-    else:
-        fitted, offsets = (None if part is None else torch.from_numpy(part).to(weight.device) for part in scales)
-    assert fitted is not None
+    fitted, offsets = fitted_scales(weight, grid) if scales is None else _as_tensors(scales, weight.device)
     steps = given_steps(fitted, offsets, grid)
     stored = Scales(steps.scales.view_as(fitted).cpu().numpy(), None if offsets is None else offsets.cpu().numpy())
     diagonal = moments.double().diagonal()
@@ -69,6 +65,11 @@ def compensated(
             part[:, place:] -= errors[:, place : place + 1] * row
         left[:, end:] -= errors @ factor[start:end, end:]
     return out, stored
+
+
+def _as_tensors(scales: Scales, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    offsets = None if scales.offsets is None else torch.from_numpy(scales.offsets).to(device)
+    return torch.from_numpy(scales.scales).to(device), offsets
 
 
 def _factor(moments: Tensor, damping: float) -> Tensor:

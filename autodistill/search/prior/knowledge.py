@@ -143,7 +143,7 @@ class Knowledge:
         if not isinstance(data, Mapping) or not isinstance(data.get("beliefs"), Mapping):
             raise InputError(f"{where} has no beliefs")
         beliefs = {str(name): Belief.from_json(one, f"{where}: {name}") for name, one in data["beliefs"].items()}
-        between = data.get("between")
+        between: Any = data.get("between")
         check_typed(between, dict[str, float], f"{where}: between")
         missing = [name for name in names() if name not in beliefs] + [path for path in UNITS if path not in between]
         if missing:

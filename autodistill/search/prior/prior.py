@@ -74,7 +74,8 @@ class Prior:
 
     def stakes(self) -> dict[str, float]:
         """Nats at stake by dimension, the largest first: what a race can win by trying other values."""
-        found = {path: one.stake for path, one in (*self.numbers.items(), *self.choices.items())}
+        found = {path: one.stake for path, one in self.numbers.items()}
+        found |= {path: one.stake for path, one in self.choices.items()}
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def unsure(self, nats: float) -> tuple[str, ...]:
