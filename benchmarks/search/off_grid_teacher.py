@@ -1,6 +1,6 @@
 """Trains the default teacher on until its weights have left the grid that its file was rounded to.
 
-    python -m benchmarks.search.off_grid_teacher [--rate 2e-3] [--steps 400] [--threads 1]
+    python -m benchmarks.search.off_grid_teacher [--rate 5e-4] [--steps 4000] [--threads 1]
 
 SmolLM2 is distributed with 4 and 8 bits a weight, so that whatever is said of 4 bits on it is said of rounding twice.
 It is fine-tuned on documentation, in the plainest way, until quantising its weights again moves them as much as weights
@@ -43,7 +43,7 @@ from autodistill.utils.json_files import read_json
 from benchmarks.common import debian_texts, report
 from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
 
-TEACHER, RATE, STEPS = "smollm2", 2e-3, 400
+TEACHER, RATE, STEPS = "smollm2", 5e-4, 4000
 SEQUENCE, WARMUP, DECAY, EVERY = 128, 10, 60, 10
 # The grids of the file: of matrices, and of the table.
 MATRICES, TABLE = "q4_1", "q8_0"
@@ -258,7 +258,9 @@ def main() -> None:
             else trained(recipe, _lines(texts.train), _files(texts.folder / "manuals-test"))
         )
     report.note("off-grid-teacher", told, told["made"])
-    print(report.write("off-grid-teacher", "The default teacher off the grid of its file", sections(told)))
+    made_by = f"-m benchmarks.search.off_grid_teacher --rate {arguments.rate:g} --steps {arguments.steps}"
+    title = "The default teacher off the grid of its file"
+    print(report.write("off-grid-teacher", title, sections(told), made_by=made_by))
 
 
 if __name__ == "__main__":
