@@ -32,7 +32,7 @@ from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.beginnings import worsened
 from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, limits_of, nearest
-from autodistill.runs.results.row import DAMAGED, REMOVED, Row
+from autodistill.runs.results.row import DAMAGED, REMOVED, Row, Status
 from autodistill.runs.results.selection import Confirmation, confirmations, in_order, untrained_in_order
 from autodistill.search.finish.beginnings import settle, settled_candidate
 from autodistill.search.finish.context import Finisher
@@ -316,6 +316,12 @@ def _nothing(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
     closest = nearest(needs, limits)
     if closest is None and judged:
         return "no student that was judged is there to be exported: go on with --resume and more --time"
+    failed = [event for event in finisher.run.events.read() if event.get("status") == Status.FAILED]
+    if closest is None and failed:
+        return (
+            f"no student was trained, since {len(failed)} training{'s' if len(failed) > 1 else ''} failed, the first by "
+            f"{failed[0]['reason']}: change the strategy, a lower distillation.learning_rate say, and start a new run"
+        )
     if closest is None:
         return "nothing was trained as far as a rung: go on with --resume and more --time, or start with fewer --tokens"
     return f"nothing fits the budget: the nearest candidate, {closest.candidate}, {closest.describe()}; raise --budget"

@@ -408,3 +408,12 @@ def test_a_gain_over_a_baseline_is_told_where_there_is_one() -> None:
     baseline = row("b000", "accuracy", 0.4, kind="baseline")
     (note,) = (note for note in _notes(best, [best, baseline], finisher) if "300%" in note)
     assert "gain over the baseline" in note
+
+
+def test_a_search_whose_trainings_all_failed_names_the_failure() -> None:
+    events = [{"event": "status", "trial": "t000", "status": "failed", "reason": "nan: the loss is not finite"}]
+    run = SimpleNamespace(events=SimpleNamespace(read=lambda: events))
+    finisher: Any = SimpleNamespace(question=question("accuracy", "max"), run=run)
+    assert "1 training failed, the first by nan: the loss is not finite" in finish._nothing([], False, finisher)
+    events.clear()
+    assert finish._nothing([], False, finisher).startswith("nothing was trained as far as a rung")
