@@ -221,7 +221,7 @@ def sections(told: dict[str, Any]) -> list[str]:
     )
     rows = []
     for one in told["curve"]:
-        cells = [f"{one['errors'][kind][part]:.4f}" for kind in one["errors"] for part in (0, 1)]
+        cells = [f"{one['errors'][kind][part]:.4f}" for kind in (MATRICES, TABLE) for part in (0, 1)]
         rows.append([one["step"], *cells])
     titles = ["step"]
     for kind, what in ((MATRICES, "matrices"), (TABLE, "table")):
