@@ -23,8 +23,10 @@ from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.objects.run import run_search
+from autodistill.search.construction.recipe import first_prior
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.solve import SolveRequest, solve
+from autodistill.search.solve.constructions import WHOLE
 from autodistill.search.solve.options import Options
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.named import load_strategy
@@ -35,9 +37,9 @@ from autodistill.utils.json_files import read_json
 SHORT = 0.6
 # Storages of one type, which a person takes who searches none, the most bits first, with an 8-bit cache.
 PLAIN = ("q8_0", "q6_k", "q5_0", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k")
-_RATE, _WIDTH = 1e-4, 576
-WHOLE = Init(depth=1.0)
+
 _FOUR_BITS = PLAIN[:6]
+_SEQUENCE = 256  # tokens of an optimiser step
 # Of the hand-designed recipe, its own first; and of Minitron's pruning.
 _RECIPE_DEPTHS = (0.8, 0.7, 0.6, 0.5, 0.4)
 _DEPTHS, _FFNS = (1.0, 0.9, 0.8, 0.7, 0.6), tuple(round(1 - 0.05 * step, 2) for step in range(15))
@@ -239,8 +241,8 @@ def _exported(document: Mapping[str, Any]) -> Made:
 
 
 def _known(spec: ModelSpec) -> Distillation:
-    """The recipe that is known before a search: a rate by width, and a quarter of the loss for the teacher."""
-    return Distillation(learning_rate=float(f"{_RATE * _WIDTH / spec.width:.2g}"), divergence_weight=0.25)
+    """The recipe that is known before a search, which the search begins with too."""
+    return first_prior(spec, batch_tokens=_SEQUENCE).recipe
 
 
 def _on(deployment: Deployment) -> Finishing | None:
