@@ -319,8 +319,8 @@ def _nothing(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
     failed = [event for event in finisher.run.events.read() if event.get("status") == Status.FAILED]
     if closest is None and failed:
         return (
-            f"no student was trained, since {len(failed)} training{'s' if len(failed) > 1 else ''} failed, the first by "
-            f"{failed[0]['reason']}: change the strategy, a lower distillation.learning_rate say, and start a new run"
+            f"no student was trained, since {len(failed)} training{'s' if len(failed) > 1 else ''} failed, the first "
+            f"by {failed[0]['reason']}: change the strategy, a lower distillation.learning_rate say, and start a new run"
         )
     if closest is None:
         return "nothing was trained as far as a rung: go on with --resume and more --time, or start with fewer --tokens"
