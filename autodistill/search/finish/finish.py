@@ -320,7 +320,7 @@ def _nothing(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
     if closest is None and failed:
         return (
             f"no student was trained, since {len(failed)} training{'s' if len(failed) > 1 else ''} failed, the first "
-            f"by {failed[0]['reason']}: change the strategy, a lower distillation.learning_rate say, and start a new run"
+            f"by {failed[0]['reason']}: change the strategy, its distillation.learning_rate say, and start a new run"
         )
     if closest is None:
         return "nothing was trained as far as a rung: go on with --resume and more --time, or start with fewer --tokens"
