@@ -39,6 +39,7 @@ def trial(name: str, stage: str, rung: int = -1, value: float | None = None, **f
         "candidate": Candidate(strategy=Strategy()),
         "rung": rung,
         "value": value,
+        "judged": value,
     }
     return TrialState(task=task, **(known | fields))  # type: ignore[arg-type]
 

@@ -202,7 +202,7 @@ def test_what_further_seeds_choose_among_is_needed_before_and_after_they_are_tra
     baseline = row("b000", 0.9, kind="baseline")
     trials = states("b000", kind="baseline")
     for one in ROWS:
-        trials |= states(one.trial, value=one.accuracy)
+        trials |= states(one.trial, value=one.accuracy, judged=one.accuracy)
     assert "t005" not in safe([baseline, *ROWS], trials)
     assert safe([baseline, *ROWS], trials, confirm=2) == {"b000", "t007", "t006", "t005"}
     worst = min(ROWS, key=lambda one: one.accuracy or 0.0)
