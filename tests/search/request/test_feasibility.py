@@ -79,6 +79,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
     folder = tmp_path_factory.mktemp("inputs")
     return SearchRequest(
         budget=LARGE,
+        space="declared",
         teacher=str(save_tiny_teacher(folder / "teacher", layers=5)),
         data=str(tiny_text(folder / "text")),
         out=folder / "runs",

@@ -41,6 +41,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
     (folder / "file").write_text("no folder")
     return SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=256),
+        space="declared",
         teacher=str(save_tiny_teacher(folder / "teacher", layers=5)),
         data=str(tiny_text(folder / "text")),
         out=folder / "runs",
@@ -76,7 +77,11 @@ def test_a_type_of_cache_is_that_of_every_deployment_in_llama_cpp(asked: SearchR
 
 def test_a_run_goes_on_with_its_cache_and_with_no_other(asked: SearchRequest) -> None:
     begun = check_request(replace(asked, kv_type="q8_0"))
-    stored = {"space_definition": begun.space.to_json(), "space_hash": begun.space.hash}
+    stored = {
+        "space_definition": begun.space.to_json(),
+        "space_hash": begun.space.hash,
+        "kv_type": begun.kv_type,
+    }
     assert resolve(asked, stored).space.hash == begun.space.hash
     assert resolve(replace(asked, kv_type="q8_0"), stored).space.hash == begun.space.hash
     with pytest.raises(InputError, match="began with another cache than --kv-type f16: leave it out"):
@@ -147,7 +152,7 @@ def stored_run(asked: SearchRequest) -> dict[str, Any]:
 )
 def test_what_cannot_be_is_refused_in_one_line(asked: SearchRequest, changes: dict[str, Any], words: list[str]) -> None:
     folder = asked.out.parent
-    if "space" in changes:
+    if changes.get("space", "default") != "default":
         changes = changes | {"space": str(folder / changes["space"])}
     if "cache" in changes:
         changes = changes | {"cache": folder / changes["cache"]}
@@ -337,12 +342,14 @@ def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_
         ({"trials": 3, "tokens": 512, "time": 60.0}, 0.5),
         ({"space": "longer.yaml"}, 1.0),
         ({"strategy": "logit_kd"}, 1.0),
+        ({"space": "default"}, 0.2),
+        ({"space": "default", "time": 3600.0}, 0.25),
     ],
 )
 def test_half_of_a_box_is_for_the_best_unless_something_else_has_the_rest(
     asked: SearchRequest, changes: dict[str, Any], share: float
 ) -> None:
-    if "space" in changes:
+    if changes.get("space", "default") != "default":
         changes = changes | {"space": str(asked.out.parent / changes["space"])}
     assert check_request(replace(asked, **changes)).explore == share
 
