@@ -72,6 +72,7 @@ def request(inputs: tuple[Path, Path, Path], out: Path, **changes: object) -> Se
     teacher, text, cache = inputs
     fields: dict[str, object] = {
         "budget": Budget(memory_bytes=16 * 10**9, context=256),
+        "space": "declared",
         "teacher": str(teacher),
         "data": str(text),
         "trials": 3,

@@ -349,6 +349,7 @@ def test_a_warm_start_from_a_killed_run_is_of_what_it_had(tmp_path: Path) -> Non
 def test_bad_use_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     asked = SearchRequest(
         budget=Budget(memory_bytes=10**9, context=256),
+        space="declared",
         teacher=str(save_tiny_teacher(tmp_path / "teacher", layers=5)),
         data=str(tiny_text(tmp_path / "text")),
         out=tmp_path,

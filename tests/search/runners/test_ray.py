@@ -208,6 +208,7 @@ def test_a_log_that_cannot_be_written_ends_a_search_through_ray_with_what_to_do(
     tiny_text(tmp_path / "text", documents=30, sentences=24)
     asked = SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=256),
+        space="declared",
         teacher=str(tmp_path / "teacher"),
         data=str(tmp_path / "text"),
         trials=3,

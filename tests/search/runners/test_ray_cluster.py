@@ -354,6 +354,7 @@ def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pyt
         monkeypatch,
         SearchRequest(
             budget=Budget(memory_bytes=16 * 10**9, context=256),
+            space="declared",
             teacher=str(tmp_path / "teacher"),
             data=str(tmp_path / "text"),
             # Both of them pass the rung, whichever is better: what is lost is overtaken by none.

@@ -48,6 +48,7 @@ def _checked(inputs: Path, **fields: object) -> SearchConfig:
     return check_request(
         SearchRequest(
             budget=Budget(memory_bytes=16 * 10**9, context=64),
+            space="declared",
             teacher=str(inputs / "teacher"),
             data=str(inputs / "text"),
             cache=inputs / "cache",

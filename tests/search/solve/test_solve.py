@@ -336,14 +336,14 @@ def test_every_class_of_gpus_has_its_solution_of_one_library(
     # Of so many streams the caches alone take more than a small GPU has.
     budgets = [one["budget"] for one in found["solutions"]]
     sizes = [one["tier_bytes"] for one in budgets]
-    assert sizes == [size * 10**9 for size in (8, 12, 16, 24, 48, 80)]
-    assert [miss["tier_bytes"] for miss in found["nothing_fits"]] == [4 * 10**9]
-    assert budgets[2]["least_device"] == "NVIDIA T4"
+    misses = [miss["tier_bytes"] for miss in found["nothing_fits"]]
+    assert misses + sizes == [size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80)]
+    assert next(one["least_device"] for one in budgets if one["tier_bytes"] == 16 * 10**9) == "NVIDIA T4"
     kept = [one["solution"]["calibration_kl"] for one in found["solutions"]]
     assert kept == sorted(kept, reverse=True)
     for one in found["solutions"]:
         assert one["solution"]["types"]["cache_keys"] == one["solution"]["types"]["cache_values"]
-    assert len(list((tmp_path / "solve").glob("*.json"))) == 1
+    assert len([one for one in (tmp_path / "solve").glob("*.json") if not one.stem.endswith("-shapes")]) == 1
 
 
 def test_a_person_reads_parts_rivals_and_what_more_would_buy(
