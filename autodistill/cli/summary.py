@@ -14,7 +14,6 @@ from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
 from autodistill.runs.results.row import Row, task_figures
 from autodistill.runs.results.savings import Saved
 from autodistill.runs.run_folder import RunFolder
-from autodistill.search.construction.construction import Construction
 from autodistill.units import format_bytes, format_duration
 
 _SHOWN_ROWS = 15
@@ -109,7 +108,7 @@ def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
     column = max(map(len, lines)) + 2
     told = [f"{name.ljust(column)}{words}" for name, words in lines.items()]
     said = [f"{note[:1].upper()}{note[1:]}." for note in (*document["notes"], *plan["notes"])]
-    fits = [f"  {Construction.from_json(one).describe()}" for one in document["constructions"]]
+    fits = [f"  {one}" for one in document.get("fits", ())]
     told = [*told, *(["What fits:"] if fits else []), *fits]
     indented = [line for one in told for line in wrapped(one, width, indent=column)]
     return "\n".join([*indented, *(line for note in said for line in wrapped(note, width))])

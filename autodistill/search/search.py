@@ -126,6 +126,7 @@ def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price 
         "budget": checked.budget.to_json(),
         "baselines": list(checked.space.baselines),
         "constructions": [one.to_json() for one in checked.constructions],
+        "fits": [one.describe() for one in checked.constructions],
         "notes": list(loaded.notes),
         "expected_seconds": sum(plan.seconds.values()),
         **cost(plan, place.machines, price),

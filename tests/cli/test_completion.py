@@ -48,7 +48,7 @@ def folder(tmp_path):
         ("autodistill search --out other --warm-start ", ["third"]),
         ("autodistill search --device 409", ["4090"]),
         ("autodistill distill logit", ["logit_kd"]),
-        ("autodistill search --space de", ["default"]),
+        ("autodistill search --space def", ["default"]),
         ("autodistill estimate --format gguf-q8", ["gguf-q8_0"]),
     ],
 )

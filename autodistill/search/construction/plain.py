@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimates.fit import Fit, fits, holdable, smallest
+from autodistill.estimates.fit import Fit, Miss, fits, holdable, nearest_miss, smallest
 from autodistill.hardware.budget import Budget, served
 from autodistill.models.spec import ModelSpec
 from autodistill.search.construction.construction import Construction
@@ -16,7 +16,6 @@ from autodistill.search.solve.rivals import rivals
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Init, Strategy
-from autodistill.units import format_bytes
 
 SHAPES = (
     WHOLE,
@@ -63,11 +62,27 @@ def plain_constructions(
         assert refused is not None
         raise refused
     init, fit = nearest
-    raise NothingFitsError(
-        f"nothing fits, not even the student with the lowest requirements ({init.describe()}): the smallest "
-        f"deployment, {fit.deployment.name}, needs {format_bytes(fit.need)} at context {budget.context}, "
-        f"{format_bytes(fit.need - fit.limit)} over the {format_bytes(fit.limit)} budget; raise --budget, or lower "
-        "--context"
+    miss = nearest_miss((fit,), budget)
+    assert miss is not None, "nothing fits"
+    raise nothing_fits(init, miss, budget)
+
+
+def nothing_fits(init: Init, miss: Miss, budget: Budget) -> NothingFitsError:
+    """The error of a budget that nothing meets.
+
+    Args:
+        init: Of the student that needs least.
+        miss: Which limit it misses, and by how much.
+        budget: Of the student.
+    """
+    remedy = (
+        "--latency, or name a faster --device"
+        if miss.limit == "latency"
+        else "--budget, or lower --context" + (" or the streams (--batch, @streams)" if budget.batch > 1 else "")
+    )
+    return NothingFitsError(
+        f"nothing fits, not even the student with the lowest requirements ({init.describe()}): {miss.said}; raise "
+        f"{remedy}"
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autodistill.distillation.student.check import check_strategy, student_spec
-from autodistill.errors import InputError, NothingFitsError
+from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold, fits, holdable, nearest_miss
 from autodistill.hardware.budget import Budget, DeviceBudget, served
 from autodistill.models.spec import ModelSpec
+from autodistill.search.construction.plain import nothing_fits
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 
@@ -96,15 +97,7 @@ def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
     least = min(held, key=lambda strategy: min(fit.slack for fit in held[strategy]))
     miss = nearest_miss(held[least], budget)
     if miss is not None:
-        remedy = (
-            "--latency, or name a faster --device"
-            if miss.limit == "latency"
-            else "--budget, or lower --context" + (" or the streams (--batch, @streams)" if budget.batch > 1 else "")
-        )
-        raise NothingFitsError(
-            f"nothing fits, not even the student with the lowest requirements ({least.init.describe()}): {miss.said}; "
-            f"raise {remedy}"
-        )
+        raise nothing_fits(least.init, miss, budget)
 
 
 def by_size(space: Space, teacher: ModelSpec) -> list[tuple[Strategy, ModelSpec]]:
