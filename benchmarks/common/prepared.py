@@ -69,7 +69,7 @@ def prepared(request: SearchRequest, **planned: Any) -> Iterator[Prepared]:
         clock = Clock(time.monotonic(), lambda text: None)
         found = plan_run(checked, Place.alone(), run, clock, Observer())
         plan = replace(found.plan, **{"threads": 1, "workers": 1, **planned})
-        ready = prepare_trials(checked, replace(found, plan=plan), run, clock)
+        ready = prepare_trials(replace(found, plan=plan), run, clock, Observer())
         yield Prepared(question=ready.question, setting=ready.setting, run=run, seconds=time.perf_counter() - began)
 
 

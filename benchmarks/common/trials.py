@@ -339,4 +339,4 @@ def ready(
             plan = replace(planned.plan, threads=threads, eval_tokens=eval_tokens, tokens=tokens)
             for strategy in strategies.values():
                 student_spec(strategy, planned.loaded.spec)  # refuses what this teacher has no student for
-            yield prepare_trials(checked, replace(planned, plan=plan), run_folder, clock).setting, deployments
+            yield prepare_trials(replace(planned, plan=plan), run_folder, clock, Observer()).setting, deployments

@@ -111,7 +111,7 @@ def searched(inputs: Path, out: Path, limit: int | None = None, **changes: objec
     clock = Clock(time.monotonic(), lambda phase: None)
     with RunFolder.create(out, "run") as run:
         planned = plan_run(checked, Place.alone(), run, clock, Observer())
-        ready = prepare_trials(checked, planned, run, clock)
+        ready = prepare_trials(planned, run, clock, Observer())
         campaign = Campaign(
             ready.question,
             sampler=Sampler(checked.space, seed=checked.seed, forking=checked.forking),
@@ -182,7 +182,7 @@ def test_stages_are_those_of_the_machines_that_train_whichever_drives(inputs: Pa
         planned = plan_run(checked, Place.alone(), run, clock, Observer())
         workers = replace(planned.loaded.workers, device="cuda")
         elsewhere = replace(planned, loaded=replace(planned.loaded, device="cpu", workers=workers))
-        question = prepare_trials(checked, elsewhere, run, clock).question
+        question = prepare_trials(elsewhere, run, clock, Observer()).question
     strategy = checked.space.baselines["logit_kd"]
     trial = admit(
         question,
