@@ -139,7 +139,8 @@ def test_trials_that_share_stages_have_the_figures_of_trials_that_train_all_them
     totals = saved(shared.events, shared.plan), saved(alone.events, alone.plan)
     assert totals[0].shared_tokens > 0
     assert totals[1].shared_tokens == 0
-    assert totals[1].trained_tokens > totals[0].trained_tokens + totals[0].shared_tokens
+    # More where a rung's decay is trained beside what goes on from its branch.
+    assert totals[1].trained_tokens >= totals[0].trained_tokens + totals[0].shared_tokens
 
 
 def test_forks_train_their_decays_alone_and_that_is_counted(shared: Searched) -> None:

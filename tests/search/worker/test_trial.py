@@ -110,12 +110,11 @@ def _kept(folder, stage):
     return [checkpoint.tokens for checkpoint in open_stages(folder).checkpoints(stage)]
 
 
-def test_probe_is_the_widest_and_of_those_the_finishing_grid():
+def test_probe_is_the_finishing_grid_or_else_the_widest():
     plain = replace(STRATEGY, finishing=None)
     assert probe_deployment(STRATEGY, (Q4, INT4, INT4_64)) == probe_deployment(STRATEGY, (INT4_64, INT4, Q4)) == Q4
-    assert probe_deployment(STRATEGY, ALL) == probe_deployment(plain, ALL)
-    assert probe_deployment(STRATEGY, ALL).bits > Q4.bits
     assert probe_deployment(STRATEGY, ALL) == Q4
+    assert probe_deployment(plain, ALL).bits > Q4.bits
     assert probe_deployment(STRATEGY, (Q8, INT4)) == Q8
     assert probe_deployment(plain, (INT4_64, Q4, Q8)) == Q8
     assert probe_deployment(plain, (INT4_64, INT4)) == INT4
