@@ -239,8 +239,10 @@ class StepLoss:
             return torch.stack([0.0 * states.sum() for states in projected]).sum()
         losses = []
         for pair, states in zip(self._pairs, projected, strict=True):
-            target, size = (part[learnt.teachers] for part in self._teacher_state(indices, pair.teacher_state))
-            losses.append(alignment_loss(states, target, size if distance == "l2" else None))
+            target, size = self._teacher_state(indices, pair.teacher_state, sized=distance == "l2")
+            losses.append(
+                alignment_loss(states, target[learnt.teachers], None if size is None else size[learnt.teachers])
+            )
         return torch.stack(losses).mean() * (learnt.heard / learnt.size)
 
     def _advice(self, indices: list[int], temperature: float) -> Target:
@@ -257,22 +259,23 @@ class StepLoss:
         tokens = (self._data.teacher or self._data).tokens[indices]
         return torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(self._device)
 
-    def _teacher_state(self, indices: list[int], layer: int) -> tuple[Tensor, Tensor]:
+    def _teacher_state(self, indices: list[int], layer: int, *, sized: bool) -> tuple[Tensor, Tensor | None]:
         """Return the normalised output of a teacher layer, [tokens, width], and its root mean squares, [tokens, 1].
 
-        They are those of the cache, or of the teacher itself where it runs beside the student.
+        They are those of the cache, or of the teacher itself where it runs beside the student. The latter is None where
+        it is not asked for (`sized`).
         """
         if self._teacher is None:
             assert self._cache is not None
-            cached = self._cache.state(indices, layer), self._cache.state_size(indices, layer)
-            return cached[0].to(self._device), cached[1].to(self._device)
+            size = self._cache.state_size(indices, layer).to(self._device) if sized else None
+            return self._cache.state(indices, layer).to(self._device), size
         state = self._teacher.state(self._read(indices), layer, self._layers)
         return rms_normalize(state), state.square().mean(dim=1, keepdim=True).sqrt()
 
     def _teacher_heads(self, indices: list[int], attention: Attention) -> list[Heads]:
         """Return the teacher's attention heads for the comparison, computed from the input of its layer."""
         assert self._teacher_block is not None
-        states, sizes = self._teacher_state(indices, self._teacher_block.layer - 1)
+        states, sizes = self._teacher_state(indices, self._teacher_block.layer - 1, sized=True)
         states = (states.float() * sizes).unflatten(0, (len(indices), -1))
         with self._autocast():
             return self._teacher_block.heads(states, attention)
