@@ -88,8 +88,9 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
     else:
         fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
         check_fingerprints(checked.out, checked.warm_start, fingerprints)
-        with clock.phase("solve", "solving what fits"):
-            checked = construct(checked, loaded, observer.line)
+        if checked.declared.solved:
+            with clock.phase("solve", "solving what fits"):
+                checked = construct(checked, loaded, observer.line)
         check_cache_limit(checked, loaded)
         with clock.phase("plan", "measuring this machine"):
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.started)

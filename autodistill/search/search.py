@@ -103,8 +103,9 @@ def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price 
     observer.phase("loading teacher and data")
     loaded = load(checked, place)
     check_cache_limit(checked, loaded)
-    observer.phase("solving what fits")
-    checked = construct(checked, loaded, observer.line)
+    if checked.declared.solved:
+        observer.phase("solving what fits")
+        checked = construct(checked, loaded, observer.line)
     observer.phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.started)
     loaded = loaded.stepping(plan.batch_tokens)

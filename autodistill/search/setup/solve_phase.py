@@ -37,12 +37,10 @@ def construct(config: SearchConfig, loaded: Loaded, notify: Callable[[str], None
     """The settings with the constructions that the solver finds, and the space in which these are choices.
 
     Args:
-        config: With plain constructions.
+        config: With plain constructions, in a space that is solved.
         loaded: Teacher and data.
         notify: Told of what is done.
     """
-    if not config.declared.solved:
-        return config
     found, why_not = solved_constructions(config, loaded, notify)
     if why_not:
         notify(f"nothing is solved, and plain storages and shapes are searched: {why_not}")
