@@ -270,7 +270,7 @@ class StepLoss:
             size = self._cache.state_size(indices, layer).to(self._device) if sized else None
             return self._cache.state(indices, layer).to(self._device), size
         state = self._teacher.state(self._read(indices), layer, self._layers)
-        return rms_normalize(state), state.square().mean(dim=1, keepdim=True).sqrt()
+        return rms_normalize(state), state.square().mean(dim=1, keepdim=True).sqrt() if sized else None
 
     def _teacher_heads(self, indices: list[int], attention: Attention) -> list[Heads]:
         """Return the teacher's attention heads for the comparison, computed from the input of its layer."""
