@@ -276,6 +276,7 @@ class StepLoss:
         """Return the teacher's attention heads for the comparison, computed from the input of its layer."""
         assert self._teacher_block is not None
         states, sizes = self._teacher_state(indices, self._teacher_block.layer - 1, sized=True)
+        assert sizes is not None
         states = (states.float() * sizes).unflatten(0, (len(indices), -1))
         with self._autocast():
             return self._teacher_block.heads(states, attention)
