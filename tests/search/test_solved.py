@@ -60,7 +60,7 @@ def test_what_was_solved_is_written_down_and_raced(run: tuple[Outcome, Path]) ->
     found = asked["constructions"]
     assert any(one["solved"] for one in found)
     assert all(one["bytes"] <= asked["budget"]["memory_bytes"] and one["kl"] >= 0 for one in found)
-    assert next(iter(asked["space_definition"]["starts"])) == "no search"
+    assert "no search" in asked["space_definition"]["starts"]
     assert "cache" not in asked["seconds"] or not (run[1] / "cache" / "teacher-outputs").exists()
 
 

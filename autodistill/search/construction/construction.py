@@ -73,19 +73,22 @@ class Construction:
 
 
 def arms(constructions: Sequence[Construction]) -> tuple[Construction, ...]:
-    """The constructions that a search races, the first one being "no search".
+    """The constructions that a search races, the one of least KL first: a short box trains that one alone.
 
-    That is the whole teacher in the best plain storage that fits, or where none holds it the best plain cut. Then the
-    best that was solved of each shape follows, as far as its KL is not hopeless beside the best.
+    "No search" is among them: the whole teacher in the best plain storage that fits, or where none holds it the best
+    plain cut. The others are the best that was solved of each shape, as far as its KL is not hopeless beside the best.
     """
     plain = min((one for one in constructions if not one.solved), key=_order, default=None)
     best: dict[Init, Construction] = {}
-    for one in sorted((one for one in constructions if one.solved), key=_order):
+    # Where nothing could be scored, plain cuts are raced beside the whole teacher.
+    unknown = all(one.kl is None for one in constructions)
+    for one in sorted((one for one in constructions if one.solved or unknown), key=_order):
         best.setdefault(one.init, one)
     others = list(best.values())
     known = [one.kl for one in (plain, *others) if one is not None and one.kl is not None]
     near = [one for one in others if one.kl is None or one.kl <= min(known) + _FAR]
-    return tuple(dict.fromkeys(one for one in (plain, *near) if one is not None))
+    raced = dict.fromkeys(one for one in (plain, *near) if one is not None)
+    return tuple(sorted(raced, key=lambda one: (one.kl is None, one.kl or 0.0)))
 
 
 def _order(one: Construction) -> tuple[bool, bool, float, int]:
@@ -154,7 +157,8 @@ def _of_grid(one: Construction) -> str:
 
 
 def _name(one: Construction, raced: Sequence[Construction]) -> str:
-    return "no search" if one is raced[0] and not one.solved else f"solved {label(one)}"
+    plain = next((other for other in raced if not other.solved), None)
+    return "no search" if one is plain else f"{'solved' if one.solved else 'plain'} {label(one)}"
 
 
 def _nearest(space: Space, data: Mapping[str, Any], fixed: Mapping[str, Value]) -> Point:

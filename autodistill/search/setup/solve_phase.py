@@ -45,7 +45,7 @@ def construct(config: SearchConfig, loaded: Loaded, notify: Callable[[str], None
     if why_not:
         notify(f"nothing is solved, and plain storages and shapes are searched: {why_not}")
     shapes = {one.init for one in found}
-    rest = () if any(one.solved for one in found) else config.constructions
+    rest = () if found else config.constructions
     return config.with_constructions((*found, *(one for one in rest if one.init not in shapes)))
 
 

@@ -38,12 +38,19 @@ def made(deployment: Deployment = Q4, **fields: object) -> Construction:
 def test_no_search_is_the_best_plain_storage_of_the_whole_teacher_and_hopeless_cuts_are_no_arms() -> None:
     plain, worse = made(Q4, solved=False, kl=0.2), made(F16, solved=False, kl=0.3)
     solved, near, far = made(MIXED, kl=0.1), made(Q4, init=NARROW, kl=0.3), made(init=Init(depth=0.5), kl=0.5)
-    assert arms([worse, plain, far, near, solved]) == (plain, solved, near)
+    assert arms([worse, plain, far, near, solved]) == (solved, plain, near)
 
 
 def test_of_a_shape_the_solved_storage_of_least_kl_is_raced() -> None:
     best = made(Q4, init=NARROW, kl=0.15)
     assert arms([made(MIXED, init=NARROW, kl=0.2), best]) == (best,)
+
+
+def test_where_nothing_was_scored_plain_cuts_are_raced_too() -> None:
+    plain = made(Q4, solved=False, kl=None)
+    cut = made(Q4, solved=False, kl=None, init=NARROW)
+    assert arms([cut, plain]) == (plain, cut)
+    assert arms([replace(cut, kl=0.2), replace(plain, kl=0.1)]) == (replace(plain, kl=0.1),)
 
 
 def test_a_construction_is_its_plain_data() -> None:
@@ -58,7 +65,7 @@ def test_a_construction_is_its_plain_data() -> None:
 def test_arms_are_starts_of_the_space_which_is_known_by_what_was_declared() -> None:
     declared = load_space("default")
     assert declared.solved
-    found = [made(Q4, solved=False), made(MIXED), made(Q4, init=NARROW)]
+    found = [made(Q4, solved=False), made(MIXED, kl=0.2), made(Q4, init=NARROW, kl=0.3)]
     space = with_constructions(declared, found, first_prior(SPEC, batch_tokens=256))
     assert not space.solved
     assert space.hash == declared.hash
