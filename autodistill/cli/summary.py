@@ -14,6 +14,7 @@ from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
 from autodistill.runs.results.row import Row, task_figures
 from autodistill.runs.results.savings import Saved
 from autodistill.runs.run_folder import RunFolder
+from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, format_duration
 
 _SHOWN_ROWS = 15
@@ -302,7 +303,10 @@ def _paths(document: Mapping[str, Any]) -> str:
         lines.append(
             f"Serve {what} with llama.cpp's server (github.com/ggml-org/llama.cpp, or brew install llama.cpp):"
         )
-        lines.append(f"  llama-server -m {paths['gguf']} -c {document['budget']['context']}")
+        # A GGUF file says nothing of the cache that its memory was counted with.
+        cached = container == "gguf" and "cache_type_k" in best["deployment"]
+        more = Deployment.from_json(best["deployment"]).server_arguments if cached else ()
+        lines.append(" ".join([f"  llama-server -m {paths['gguf']} -c {document['budget']['context']}", *more]))
     elif "compressed-tensors" in paths:
         lines.append(f"Serve {best['row_id']} with vLLM (pip install vllm):")
         lines.append(f"  vllm serve {paths['compressed-tensors']}")

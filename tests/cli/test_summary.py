@@ -288,3 +288,12 @@ def test_what_was_confirmed_is_shown_with_means_and_differences() -> None:
     assert "\nt003: 80% even, last none x5.71" in section
     assert "\nb000: hand_designed" in section
     assert re.search(r"b000-gguf-q8_0 +0\.4000 ± 0\.0010 +-0\.0200 ± 0\.0030", text)
+
+
+def test_a_student_is_served_with_the_cache_that_its_memory_was_counted_with() -> None:
+    best = DOCUMENT["best"] | {
+        "deployment": {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32}
+        | {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}
+    }
+    line = search_summary(DOCUMENT | {"best": best}, RANKED, "accuracy").splitlines()[-3]
+    assert line.endswith("student.gguf -c 1024 --cache-type-k q8_0 --cache-type-v q8_0 --flash-attn on")
