@@ -37,8 +37,11 @@ def compensated(
         The values that a runtime reads, float32 [out, in], and the scales that they are packed with.
 
     Raises:
-        ValueError: Moments of another size, or that are not finite.
+        ValueError: Moments of another size, or that are not finite; or a grid of a codebook, whose values are not evenly
+            spaced.
     """
+    if grid.codebook:
+        raise ValueError("values of a codebook are not evenly spaced: errors are compensated on other grids")
     columns = weight.shape[1]
     if moments.shape != (columns, columns) or not torch.isfinite(moments).all():
         raise ValueError(f"moments of {columns} inputs are finite numbers, [{columns}, {columns}]")
