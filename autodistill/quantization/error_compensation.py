@@ -37,8 +37,8 @@ def compensated(
         The values that a runtime reads, float32 [out, in], and the scales that they are packed with.
 
     Raises:
-        ValueError: Moments of another size, or that are not finite; or a grid of a codebook, whose values are not evenly
-            spaced.
+        ValueError: Moments of another size, or that are not finite; or a grid of a codebook, whose values are not
+            evenly spaced.
     """
     if grid.codebook:
         raise ValueError("values of a codebook are not evenly spaced: errors are compensated on other grids")
