@@ -25,6 +25,7 @@ SPEEDS = ("latency_ms", "ttft_ms", "tokens_per_second", "answer_ms")
 """Figures that hold on one machine, in one runtime."""
 
 _FEW_DOCUMENTS = 10
+_ALIKE = 1.01  # times the memory of a row, within which another is no larger: less than a prediction is off by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,8 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
     Rows that have the metric come before those that lack it, feasible ones before infeasible ones, those of full
     fidelity before others, higher fidelity before lower, then the metric decides; of a row of which not all was read,
     what it is taken to be over all (`Row.standing`). Among feasible rows of full fidelity, the best by the metric and
-    all that are tied with it form a set, whose smallest (memory, then size) is put first: a row is tied where its
-    paired difference to the best is within one standard error, bootstrapped by document. No row that is better by the
+    all that are tied with it form a set, whose smallest (memory, within a hundredth the better by the metric) is put
+    first: a row is tied where its paired difference to the best is within one standard error, bootstrapped by document. No row that is better by the
     metric and no larger stands behind the first.
 
     Args:
@@ -79,8 +80,9 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
     tied = {index for index, (gap, error) in enumerate(differences) if gap <= error}
     places = list(range(len(ordered)))
     if tied:
-        # Of equally small rows `min` takes the first, which is the best of them by the metric.
-        winner = min(sorted(tied), key=lambda index: smallness(ordered[index]))
+        # Of rows of about one size the first, which is the best of them by the metric.
+        least = min(smallness(ordered[index])[0] for index in tied)
+        winner = min(index for index in tied if smallness(ordered[index])[0] <= _ALIKE * least)
         # A better row that is no larger may stand outside of the set, where its difference to the best is more certain.
         limit = smallness(ordered[winner])
         winner = next(index for index in range(len(comparable)) if smallness(ordered[index]) <= limit)

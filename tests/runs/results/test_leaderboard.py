@@ -155,6 +155,15 @@ def test_rows_tie_within_one_standard_error_and_no_more(lead: float, tied: bool)
     assert error == pytest.approx(0.01 / math.sqrt(400), rel=0.05)
 
 
+@pytest.mark.parametrize(("memory", "first"), [(1000, "best"), (1009, "best"), (1011, "smaller")])
+def test_of_tied_rows_of_about_one_size_the_better_one_wins(memory: int, first: str) -> None:
+    rows = [
+        row("best", accuracy=0.5, memory_bytes=memory, documents=documents([50.0, 60.0, 40.0, 50.0])),
+        row("smaller", accuracy=0.4975, memory_bytes=1000, documents=documents([46.0, 64.0, 36.0, 53.0])),
+    ]
+    assert rank(rows)[0].row.name == first
+
+
 def test_the_smallest_of_the_tied_is_still_so_once_it_was_measured() -> None:
     """Its runtime takes 250 bytes beyond what is predicted, and would of the other."""
     top = documents([50.0, 60.0, 40.0, 50.0])
