@@ -57,8 +57,8 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
     fidelity before others, higher fidelity before lower, then the metric decides; of a row of which not all was read,
     what it is taken to be over all (`Row.standing`). Among feasible rows of full fidelity, the best by the metric and
     all that are tied with it form a set, whose smallest (memory, within a hundredth the better by the metric) is put
-    first: a row is tied where its paired difference to the best is within one standard error, bootstrapped by document. No row that is better by the
-    metric and no larger stands behind the first.
+    first: a row is tied where its paired difference to the best is within one standard error, bootstrapped by document.
+    No row that is better by the metric and no larger stands behind the first.
 
     Args:
         rows: Of one split.

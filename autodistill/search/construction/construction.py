@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from autodistill.search.prior.knowledge import RATE
 from autodistill.search.prior.prior import Prior
-from autodistill.search.solve.constructions import WHOLE
+from autodistill.search.solve.forms import WHOLE
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Dimension, Point, find, look_up
 from autodistill.strategy.domains import Range, Value

@@ -10,7 +10,7 @@ from autodistill.estimates.fit import Fit, Miss, fits, holdable, nearest_miss, s
 from autodistill.hardware.budget import Budget, served
 from autodistill.models.spec import ModelSpec
 from autodistill.search.construction.construction import Construction
-from autodistill.search.solve.constructions import WHOLE
+from autodistill.search.solve.forms import WHOLE
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import rivals
 from autodistill.strategy.deployment import Deployment

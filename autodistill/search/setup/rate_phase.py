@@ -53,8 +53,7 @@ def tested(
         TrialFailedError: The first arm cannot be trained a single step.
     """
     strategy = next(iter(config.space.starts.values()))
-    first = config.constructions[0].deployment
-    own = tuple(one.deployment for one in config.constructions if one.init == strategy.init) or (first,)
+    own = tuple(one.deployment for one in config.constructions if one.init == strategy.init)
     probe = probe_deployment(strategy, own)
     task = TrialTask(id="rates", strategy=strategy, seed=plan.seed, deployments=(probe,), probe=probe)
     seconds = float("inf") if plan.box_seconds is None else RATES * plan.box_seconds

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 from autodistill.data.dataset import load_split
 from autodistill.distillation.student.check import student_spec
-from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold, fits
 from autodistill.hardware.budget import served
@@ -15,22 +14,18 @@ from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.solve.bench import Bench, Measured, Sample
-from autodistill.search.solve.constructions import CUTS, WHOLE, can_cut, constructions
-from autodistill.search.solve.constructions import Construction as Solved
+from autodistill.search.solve.bench import Measured, load_bench
+from autodistill.search.solve.forms import WHOLE, Form, best_forms
+from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
-from autodistill.search.solve.rivals import rivals
-from autodistill.search.solve.run import load_bench
-from autodistill.search.solve.shapes import Shapes, shapes_file
-from autodistill.search.solve.solver import Solver
+from autodistill.search.solve.rivals import fitting, rivals
+from autodistill.search.solve.shapes import open_shapes
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.file_locks import alone
 
-_PLAIN = 3  # plain storages that are measured
 _TOKENS, _MORE_TOKENS, _LONG = 512, 2048, 1800.0  # of calibration text; the more in a time budget of so many seconds
-_NEAR = 0.1  # nats: where the whole teacher fits at less KL, cutting it cannot pay, and no cut is scored
 
 
 def construct(config: SearchConfig, loaded: Loaded, notify: Callable[[str], None]) -> SearchConfig:
@@ -44,9 +39,7 @@ def construct(config: SearchConfig, loaded: Loaded, notify: Callable[[str], None
     found, why_not = solved_constructions(config, loaded, notify)
     if why_not:
         notify(f"nothing is solved, and plain storages and shapes are searched: {why_not}")
-    shapes = {one.init for one in found}
-    rest = () if found else config.constructions
-    return config.with_constructions((*found, *(one for one in rest if one.init not in shapes)))
+    return config.with_constructions(found or config.constructions)
 
 
 def solved_constructions(
@@ -80,53 +73,43 @@ def solved_constructions(
     bench = load_bench(loaded.teacher, spec, own)
     sample = bench.sample("calibration", text)
     tokens = (text.tokens.size, 0, config.sequence_length)
-    key = (config.cache, loaded.teacher.fingerprint, loaded.data.fingerprint, tokens)
-    with alone(path := library_file(*key, options)):
+    teacher, data = loaded.teacher.fingerprint, loaded.data
+    with alone(path := library_file(config.cache, teacher, data.fingerprint, tokens, options)):
+        use(path)
         library = Library(path, bench, options, sample, notify)
         library.build()
-        plain = _plain(options, library, own)
-        solution = Solver(options, library, sample).solve(budget.memory_bytes, plain, thorough=thorough)
-        found = [
-            _of_whole(one, options, library.joint(one, sample), solved=one not in plain)
-            for one in dict.fromkeys((*plain, *([solution.deployment] if solution else [])))
-        ]
-        if can_cut(spec) and (solution is None or solution.joint.kl > _NEAR):
-            shapes = _shapes(config, loaded, bench, sample, key, notify)
-            cut = constructions(options, library, shapes, sample, families=CUTS, thorough=thorough)
-            found += [_of_cut(one) for one in cut]
+
+        def predicted(one: Deployment) -> float:
+            return library.predict(one)[0]
+
+        plain = fitting(rivals(options, own, budget.memory_bytes, predicted), options, predicted)
+        shapes = partial(open_shapes, config.cache, bench, sample, teacher, data, tokens, notify)
+        forms = best_forms(options, library, shapes, sample, plain, thorough=thorough)
+        found = [_of(one, one.deployment not in plain) for one in forms]
+        solved = {one.deployment for one in forms if one.init == WHOLE}
+        beside = (one for one in plain if one not in solved)
+        found += [_plain(one, options, library.joint(one, sample)) for one in beside]
     return tuple(one for one in found if _in_time(one, config)), ""
 
 
-def _plain(options: Options, library: Library, own: Deployment | None) -> list[Deployment]:
-    """The plain storages of the whole teacher that fit, those of the least predicted KL."""
+def _of(form: Form, solved: bool) -> Construction:
+    return Construction(
+        init=form.init,
+        deployment=form.deployment,
+        bytes=form.bytes,
+        solved=solved,
+        kl=form.joint.kl,
+        kl_stderr=form.joint.kl_stderr,
+    )
 
-    def predicted(one: Deployment) -> float:
-        return library.predict(one)[0]
 
-    limit = options.budget.memory_bytes
-    listed = (one.deployment for one in rivals(options, own, limit, predicted))
-    return sorted((one for one in listed if options.memory(one).total_bytes <= limit), key=predicted)[:_PLAIN]
-
-
-def _of_whole(deployment: Deployment, options: Options, joint: Measured, *, solved: bool) -> Construction:
+def _plain(deployment: Deployment, options: Options, joint: Measured) -> Construction:
     return Construction(
         init=WHOLE,
         deployment=deployment,
         bytes=options.memory(deployment).total_bytes,
-        solved=solved,
         kl=joint.kl,
         kl_stderr=joint.kl_stderr,
-    )
-
-
-def _of_cut(one: Solved) -> Construction:
-    return Construction(
-        init=one.init,
-        deployment=one.deployment,
-        bytes=one.bytes,
-        solved=True,
-        kl=one.joint.kl,
-        kl_stderr=one.joint.kl_stderr,
     )
 
 
@@ -134,23 +117,3 @@ def _in_time(one: Construction, config: SearchConfig) -> bool:
     """Whether a construction keeps to the limits of latency too, which nothing is solved under."""
     (fit,) = fits(student_spec(Strategy(init=one.init), config.spec), (one.deployment,), config.budget)
     return fit.slack <= 0
-
-
-def _shapes(
-    config: SearchConfig,
-    loaded: Loaded,
-    bench: Bench,
-    sample: Sample,
-    key: tuple[Path, str, str, tuple[int, ...]],
-    notify: Callable[[str], None],
-) -> Shapes:
-    """The scores of the teacher's cuts."""
-    importance = ensure_importance(
-        loaded.load_teacher,
-        teacher_fingerprint=loaded.outputs_of,
-        data_fingerprint=loaded.data.fingerprint,
-        data=load_split(loaded.data.folder, "train"),
-        root=config.cache / "calibrations",
-        device=loaded.device,
-    )
-    return Shapes(shapes_file(*key), bench, sample, PartImportance.load(importance), notify)

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
+from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import score, score_teacher
+from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales, Storage
+from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.strategy.deployment import Deployment
 
@@ -100,7 +103,7 @@ class Bench:
         *,
         cut: bool = False,
     ) -> None:
-        self.model, self.spec, self.device, self._cut = model, spec, device, cut
+        self.model, self.spec, self.device, self.cut = model, spec, device, cut
         self._own = own
         self._parameters = dict(model.named_parameters())
         self._masters: dict[str, Tensor] = {}
@@ -122,7 +125,7 @@ class Bench:
         """The same where only some tensors are stored in another way, by name; what changes nothing is not read."""
         with self.shown(storages), quantized_cache(self.model, cache_types):
             changed = (name for name, master in self._masters.items() if not self._parameters[name].data.equal(master))
-            if not self._cut and cache_types == ("f16", "f16") and next(changed, None) is None:
+            if not self.cut and cache_types == ("f16", "f16") and next(changed, None) is None:
                 return sample.teacher
             scores, _ = score(self.model, sample.data, sample.reference, device=self.device)
         return measured(scores)
@@ -173,6 +176,21 @@ class Bench:
                 self._shown[name] = storage
         with torch.no_grad():
             yield
+
+
+def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Bench:
+    """A teacher in float32, on an accelerator where there is one.
+
+    Args:
+        teacher: Its folder.
+        spec: Its shape.
+        own: The deployment that has its own codes, if its file lies on grids of GGUF.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scales = read_scales(teacher.folder, own) if own else {}
+    tensors = {tensor.name: tensor for tensor in spec.tensors}
+    kept = {name: (own.storage(tensors[name]), scale) for name, scale in scales.items()} if own else {}
+    return Bench(load_model(teacher.folder, torch.float32, device), spec, kept, device)
 
 
 def measured(scores: TokenScores) -> Measured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from autodistill.estimates.fit import cannot_hold
@@ -10,6 +10,7 @@ from autodistill.quantization.formats import FORMATS, TYPES
 from autodistill.search.solve.options import Options, with_cache
 from autodistill.strategy.deployment import Deployment
 
+_MEASURED = 3
 _CACHES = (("f16", "f16"), ("q8_0", "q8_0"))
 
 
@@ -48,6 +49,19 @@ def rivals(
         if smaller:
             found.setdefault(min(smaller, key=predict), f"{what}, smaller table or cache")
     return tuple(Rival(what=what, deployment=deployment) for deployment, what in found.items())
+
+
+def fitting(plain: Iterable[Rival], options: Options, predict: Callable[[Deployment], float]) -> list[Deployment]:
+    """The few plain storages within the budget that are predicted to lose least: those that are measured.
+
+    Args:
+        plain: As `rivals` gives them.
+        options: Of the model and budget.
+        predict: The KL of a deployment.
+    """
+    limit = options.budget.memory_bytes
+    held = (one.deployment for one in plain if options.memory(one.deployment).total_bytes <= limit)
+    return sorted(held, key=predict)[:_MEASURED]
 
 
 def _plain(options: Options, own: Deployment | None) -> Iterator[tuple[str, Deployment]]:

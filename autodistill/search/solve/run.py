@@ -11,34 +11,29 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from autodistill.advisor.solved import Solved, keep_solved
 from autodistill.data.dataset import Prepared, load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.data.tokenization import check_ids
 from autodistill.distillation.student.build import save_student
-from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, on_gpu
 from autodistill.models.config import spec_from_config
-from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.learned_scales import read_scales
-from autodistill.search.solve.bench import Bench, Measured, Sample
+from autodistill.search.solve.bench import Bench, Measured, Sample, load_bench
 from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
-from autodistill.search.solve.constructions import CUTS, FAMILIES, WHOLE, Form, can_cut, cut_forms, named, smallest
 from autodistill.search.solve.export import export
+from autodistill.search.solve.forms import CUTS, WHOLE, Form, best_forms, smallest
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
-from autodistill.search.solve.rivals import rivals
-from autodistill.search.solve.shapes import Shapes, shapes_file
+from autodistill.search.solve.rivals import Rival, fitting, rivals
+from autodistill.search.solve.shapes import Shapes, open_shapes
 from autodistill.search.solve.solver import Found, Solver
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
@@ -49,8 +44,6 @@ from autodistill.utils.plain_dataclass import check_no_blank
 
 DOCUMENT = "solve.json"
 _MORE = 5 * 10**6  # bytes, of which is told what they would buy
-_RIVALS = 3  # that are measured whole, beside the teacher's own codes
-_TIGHT = 0.1  # nats that the whole teacher loses, beyond which cuts are looked at
 _CLEAR = 2.0  # standard errors by which a solution must be better than a plain storage
 
 
@@ -148,6 +141,7 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
     documents, misses = [], []
     name, least = smallest(options[0])
     tokens = (request.tokens, held_out.data.tokens.size, request.sequence_length)
+    shapes = partial(open_shapes, request.cache, bench, calibration, teacher.fingerprint, data, tokens, notify)
     for one in options:
         if least > one.budget.memory_bytes:
             misses.append(one.budget.to_json())
@@ -157,7 +151,6 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
             use(path)
             library = Library(path, bench, one, calibration, notify)
             library.build()
-            shapes = partial(_shapes, request, bench, calibration, teacher, data, tokens, notify)
             thorough = len(options) == 1
             solved = _solved(one, library, bench, shapes, samples, own, candidates, thorough=thorough)
             documents += [solved] if solved else []
@@ -180,28 +173,42 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         "exported": None,
     }
     if request.export:
-        assert request.out is not None
-        winner = next((one for one in candidates if str(one.path) == (documents[0]["winner"] or {}).get("path")), None)
-        chosen: Deployment | Candidate = Deployment.from_json(documents[0]["solution"]["deployment"])
-        if winner is not None:
-            chosen = winner.fitting(options[0])
+        path = library_file(request.cache, teacher.fingerprint, data.fingerprint, tokens, options[0])
+
+        def cut(init: Init) -> Bench:
+            with alone(path):
+                return shapes().student(init)
+
+        chosen = _chosen(documents[0], candidates, options[0])
         notify(f"writing {chosen.name} and running it in llama.cpp")
-        init = Init.from_json(documents[0]["solution"]["init"])
-        with ExitStack() as stack:
-            if winner is None and init != WHOLE:
-                path = library_file(request.cache, teacher.fingerprint, data.fingerprint, tokens, options[0])
-                stack.enter_context(alone(path))
-                bench = _shapes(request, bench, calibration, teacher, data, tokens, notify).student(init)
-                folder = Path(stack.enter_context(TemporaryDirectory(prefix=".student-", dir=request.cache)))
-                save_student(bench.model, teacher.folder, folder)
-                teacher = replace(teacher, folder=folder)
-            document["exported"] = export(bench, teacher, chosen, request.budgets[0], data, request.out)
+        init = WHOLE if isinstance(chosen, Candidate) else Init.from_json(documents[0]["solution"]["init"])
+        document["exported"] = _export(request, chosen, bench if init == WHOLE else cut(init), teacher, data)
     if request.out is not None:
         try:
             write_json(request.out / DOCUMENT, document)
         except OSError as error:
             raise unwritable(request.out, error) from error
     return document
+
+
+def _chosen(solved: Mapping[str, Any], candidates: Sequence[Candidate], options: Options) -> Deployment | Candidate:
+    """The solution of a budget, or the file of another tool that is better."""
+    path = (solved["winner"] or {}).get("path")
+    winner = next((one for one in candidates if str(one.path) == path), None)
+    return Deployment.from_json(solved["solution"]["deployment"]) if winner is None else winner.fitting(options)
+
+
+def _export(
+    request: SolveRequest, chosen: Deployment | Candidate, bench: Bench, teacher: Teacher, data: Prepared
+) -> dict[str, Any]:
+    """Writes what was chosen and verifies it in its runtime; a cut student is laid down beside the teacher's text."""
+    assert request.out is not None
+    with ExitStack() as stack:
+        if bench.cut:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix=".student-", dir=request.cache)))
+            save_student(bench.model, teacher.folder, folder)
+            teacher = replace(teacher, folder=folder)
+        return export(bench, teacher, chosen, request.budgets[0], data, request.out)
 
 
 def _known(
@@ -266,39 +273,6 @@ def _check_fits(options: Sequence[Options]) -> None:
         )
 
 
-def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Bench:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(teacher.folder, torch.float32, device)
-    scales = read_scales(teacher.folder, own) if own else {}
-    tensors = {tensor.name: tensor for tensor in spec.tensors}
-    kept = {name: (own.storage(tensors[name]), scale) for name, scale in scales.items()} if own else {}
-    return Bench(model, spec, kept, device)
-
-
-def _shapes(
-    request: SolveRequest,
-    bench: Bench,
-    calibration: Sample,
-    teacher: Teacher,
-    data: Prepared,
-    tokens: tuple[int, ...],
-    notify: Callable[[str], None],
-) -> Shapes:
-    """What cuts of the teacher cost, made where it is not known."""
-    with bench.shown({}):
-        importance = ensure_importance(
-            lambda: bench.model,
-            teacher_fingerprint=teacher.fingerprint,
-            data_fingerprint=data.fingerprint,
-            data=load_split(data.folder, "train"),
-            root=request.cache / "calibrations",
-            device=bench.device,
-        )
-    path = shapes_file(request.cache, teacher.fingerprint, data.fingerprint, tokens)
-    use(path)
-    return Shapes(path, bench, calibration, PartImportance.load(importance), notify)
-
-
 def _samples(request: SolveRequest, data: Prepared, bench: Bench) -> tuple[Sample, Sample]:
     train, validation = load_split(data.folder, "train"), load_split(data.folder, "validation")
     check_ids(int(max(train.tokens.max(initial=0), validation.tokens.max(initial=0))), bench.spec.vocabulary, "teacher")
@@ -323,51 +297,84 @@ def _solved(
 ) -> dict[str, Any] | None:
     """The solution for a budget with its rivals and candidates, as plain data; None where nothing fits."""
     calibration, held_out = samples
-    limit = options.budget.memory_bytes
-    plain = rivals(options, own, limit, lambda one: library.predict(one)[0])
-    need = {one.deployment: options.memory(one.deployment).total_bytes for one in plain}
-    fitting = sorted(
-        (one.deployment for one in plain if need[one.deployment] <= limit), key=lambda one: library.predict(one)[0]
-    )[:_RIVALS]
-    whole = Solver(options, library, calibration).solve(limit, fitting, thorough=thorough)
-    forms = [Form(family=FAMILIES[0], init=WHOLE, options=options, scores=library, found=whole)] if whole else []
-    if can_cut(options.spec) and (whole is None or whole.joint.kl > _TIGHT):
-        forms += cut_forms(options, library, shapes(), calibration, thorough=thorough)
+
+    def predicted(one: Deployment) -> float:
+        return library.predict(one)[0]
+
+    plain = rivals(options, own, options.budget.memory_bytes, predicted)
+    near = fitting(plain, options, predicted)
+    forms = best_forms(options, library, shapes, calibration, near, thorough=thorough)
     if not forms:
         return None
-    best = min(forms, key=lambda one: one.found.joint.kl)
-    found, mine = best.found, best.scores.joint(best.found.deployment, held_out)
-    solver = Solver(best.options, best.scores, calibration)
-    lines = []
-    for one in plain:
-        measured = one.deployment in fitting or one.deployment == own
-        joint = library.joint(one.deployment, held_out) if measured else None
-        lines.append(
-            {
-                "what": one.what,
-                "name": one.deployment.name,
-                "deployment": one.deployment.to_json(),
-                "bytes": need[one.deployment],
-                "fits": need[one.deployment] <= limit,
-                "predicted_kl": library.predict(one.deployment)[0],
-                **_beside(mine, joint),
-            }
-        )
-    for form in forms:
-        if form is not best:
-            lines.append(
-                {
-                    "what": form.family,
-                    "name": named(form.init, form.found.deployment),
-                    "init": form.init.to_json(),
-                    "deployment": form.found.deployment.to_json(),
-                    "bytes": form.options.memory(form.found.deployment).total_bytes,
-                    "fits": True,
-                    "predicted_kl": form.found.predicted[0],
-                    **_beside(mine, form.scores.joint(form.found.deployment, held_out)),
-                }
-            )
-    least, winner = found.joint.kl, None
+    best, *others = forms
+    mine = best.scores.joint(best.deployment, held_out)
+    lines = [_of_plain(one, options, library, mine, held_out, measured=one.deployment in (*near, own)) for one in plain]
+    lines += [_of_form(one, mine, held_out) for one in others]
+    tried, winner = _of_candidates(candidates, options, library, bench, samples, best.joint.kl, mine)
+    lines += tried
+    won = winner and winner["name"]
+    return {
+        "budget": options.budget.to_json(),
+        "solution": {
+            "family": best.family,
+            "init": best.init.to_json(),
+            **_solution(best.options, best.name, best.found, mine),
+        },
+        "next": _next(Solver(best.options, best.scores, calibration), best.found, options.budget.memory_bytes),
+        "rivals": lines,
+        "as_good": next((line["name"] for line in lines if _as_good(line) and line["name"] != won), None),
+        "winner": winner,
+    }
+
+
+def _of_plain(
+    rival: Rival, options: Options, library: Library, mine: Measured, held_out: Sample, *, measured: bool
+) -> dict[str, Any]:
+    """A plain storage beside the solution."""
+    deployment = rival.deployment
+    need = options.memory(deployment).total_bytes
+    return {
+        "what": rival.what,
+        "name": deployment.name,
+        "deployment": deployment.to_json(),
+        "bytes": need,
+        "fits": need <= options.budget.memory_bytes,
+        "predicted_kl": library.predict(deployment)[0],
+        **_beside(mine, library.joint(deployment, held_out) if measured else None),
+    }
+
+
+def _of_form(form: Form, mine: Measured, held_out: Sample) -> dict[str, Any]:
+    """The best of another family beside the solution."""
+    return {
+        "what": form.family,
+        "name": form.name,
+        "init": form.init.to_json(),
+        "deployment": form.deployment.to_json(),
+        "bytes": form.bytes,
+        "fits": True,
+        "predicted_kl": form.found.predicted[0],
+        **_beside(mine, form.scores.joint(form.deployment, held_out)),
+    }
+
+
+def _of_candidates(
+    candidates: Sequence[Candidate],
+    options: Options,
+    library: Library,
+    bench: Bench,
+    samples: tuple[Sample, Sample],
+    least: float,
+    mine: Measured,
+) -> tuple[list[dict[str, Any]], dict[str, str] | None]:
+    """Files of other tools beside the solution; and the one that loses less than it on the calibration text, if any.
+
+    Args:
+        candidates, options, library, bench, samples: As for `_solved`.
+        least: KL of the solution on the calibration text.
+        mine: The solution on the held-out text.
+    """
+    lines, winner = [], None
     for candidate in (one.fitting(options) for one in candidates):
         known, joint = library.kept(
             candidate.key,
@@ -376,34 +383,22 @@ def _solved(
             lambda *texts, one=candidate: bench.measure_weights(one.weights(bench), one.cache_types, texts),
         )
         takes = candidate.memory(options).total_bytes
-        if takes <= limit and known.kl < least:
+        fits = takes <= options.budget.memory_bytes
+        if fits and known.kl < least:
             least, winner = known.kl, {"name": candidate.name, "path": str(candidate.path)}
-        stored = None if candidate.stored is None else candidate.deployment.to_json()
         lines.append(
             {
                 "what": "candidate",
                 "name": candidate.name,
                 "path": str(candidate.path),
-                "deployment": stored,
+                "deployment": None if candidate.stored is None else candidate.deployment.to_json(),
                 "bytes": takes,
-                "fits": takes <= limit,
+                "fits": fits,
                 "predicted_kl": None,
                 **_beside(mine, joint),
             }
         )
-    won = winner and winner["name"]
-    return {
-        "budget": options.budget.to_json(),
-        "solution": {
-            "family": best.family,
-            "init": best.init.to_json(),
-            **_solution(best.options, named(best.init, found.deployment), found, mine),
-        },
-        "next": _next(solver, found, limit),
-        "rivals": lines,
-        "as_good": next((line["name"] for line in lines if _as_good(line) and line["name"] != won), None),
-        "winner": winner,
-    }
+    return lines, winner
 
 
 def _beside(mine: Measured, joint: Measured | None) -> dict[str, float | None]:

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from autodistill import inference, quantization
-from autodistill.data.dataset import TokenSet
+from autodistill.data.dataset import Prepared, TokenSet, load_split
 from autodistill.distillation import student
 from autodistill.distillation.student.build import cut_student
 from autodistill.distillation.student.repair import ffn_moments, last_matrices, refit
 from autodistill.distillation.student.shapes import MULTIPLE
-from autodistill.distillation.teacher.importance import PartImportance
+from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.errors import InputError
 from autodistill.inference.blocks import embedded, only_blocks, through_block
 from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.scoring import score
 from autodistill.models.config import spec_from_config
 from autodistill.search.solve.bench import Bench, Measured, Sample, measured
+from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Score
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
@@ -224,6 +225,40 @@ def ffn_widths(whole: int) -> tuple[int, ...]:
     """The widths that an FFN may be cut to, the whole first: multiples of 64 down to an eighth."""
     least = max(MULTIPLE, whole // 8)
     return (whole, *(width for width in range(whole - 1, least - 1, -1) if width % MULTIPLE == 0))
+
+
+def open_shapes(
+    cache: Path,
+    bench: Bench,
+    sample: Sample,
+    teacher: str,
+    data: Prepared,
+    tokens: tuple[int, ...],
+    notify: Callable[[str], None],
+) -> Shapes:
+    """What cuts of a teacher cost, as far as it is known; the importance of its parts is measured if it is not.
+
+    Args:
+        cache: Root of caches.
+        bench: The teacher.
+        sample: The calibration text.
+        teacher: The teacher's fingerprint.
+        data: That the text is of.
+        tokens: As for `shapes_file`.
+        notify: Told of what is done.
+    """
+    with bench.shown({}):
+        importance = ensure_importance(
+            lambda: bench.model,
+            teacher_fingerprint=teacher,
+            data_fingerprint=data.fingerprint,
+            data=load_split(data.folder, "train"),
+            root=cache / "calibrations",
+            device=bench.device,
+        )
+    path = shapes_file(cache, teacher, data.fingerprint, tokens)
+    use(path)
+    return Shapes(path, bench, sample, PartImportance.load(importance), notify)
 
 
 def shapes_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...]) -> Path:

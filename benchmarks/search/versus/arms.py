@@ -26,7 +26,7 @@ from autodistill.objects.run import run_search
 from autodistill.search.construction.recipe import first_prior
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.solve import SolveRequest, solve
-from autodistill.search.solve.constructions import WHOLE
+from autodistill.search.solve.forms import WHOLE
 from autodistill.search.solve.options import Options
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.named import load_strategy

@@ -33,9 +33,9 @@ from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.quantization.formats import TYPES
 from autodistill.quantization.rounding import deploy_tensor
-from autodistill.search.solve import SolveRequest, run, solve
+from autodistill.search.solve import SolveRequest, forms, solve
 from autodistill.search.solve.bench import Bench
-from autodistill.search.solve.constructions import CUTS, cut_forms, smallest
+from autodistill.search.solve.forms import CUTS, cut_forms, smallest
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import KEYS, Options
 from autodistill.search.solve.widths import Widths
@@ -280,7 +280,7 @@ def test_a_cut_student_is_written_and_runs_as_it_was_measured(
     family: str, teacher: Path, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = options_of(teacher).smallest()[1].total_bytes - 20_000
-    monkeypatch.setattr(run, "cut_forms", partial(cut_forms, families=(family,)))
+    monkeypatch.setattr(forms, "cut_forms", partial(cut_forms, families=(family,)))
     # So small a model saves most where its widest layer is narrower, so that all are.
     monkeypatch.setattr(Widths, "best", lambda solver, limit: (192, 64, 128))
     found = solve(asked(teacher, text, cache, limit, export=True, out=tmp_path))

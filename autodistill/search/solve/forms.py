@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
 
 from autodistill.distillation.student.shapes import cut_spec, layer_choices
 from autodistill.models.families import FAMILIES as MODEL_FAMILIES
@@ -30,56 +29,10 @@ CUTS = FAMILIES[1:]
 WHOLE = Init(depth=1.0)
 """How the teacher itself begins."""
 
+_TIGHT = 0.1  # nats that the whole teacher loses, beyond which cuts are looked at
 _MEASURED = 2  # shapes of a family that are measured whole
 _ROUNDS = 4  # of widths by layer, each of which may have narrower ones measured
 _PATIENCE = 2  # shapes in vain, one after another, after which no smaller ones are asked for
-
-
-@dataclass(frozen=True, kw_only=True)
-class Construction:
-    """A student that fits, before it is trained.
-
-    Attributes:
-        family: One of `FAMILIES`.
-        init: How it is made.
-        deployment: How it is stored and served.
-        predicted: Sum of the scores, in nats, and its standard error; infinite where a score has none.
-        joint: The student's KL and NLL as it is stored, on the calibration sample.
-        bytes: Memory of its process, as predicted.
-    """
-
-    family: str
-    init: Init
-    deployment: Deployment
-    predicted: tuple[float, float]
-    joint: Measured
-    bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        kl, stderr = self.predicted
-        return {
-            "family": self.family,
-            "init": self.init.to_json(),
-            "deployment": self.deployment.to_json(),
-            "predicted_kl": kl,
-            "predicted_kl_stderr": stderr if math.isfinite(stderr) else None,
-            "joint": self.joint.to_json(),
-            "bytes": self.bytes,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`."""
-        stderr = data["predicted_kl_stderr"]
-        return cls(
-            family=data["family"],
-            init=Init.from_json(data["init"]),
-            deployment=Deployment.from_json(data["deployment"]),
-            predicted=(data["predicted_kl"], math.inf if stderr is None else stderr),
-            joint=Measured.from_json(data["joint"]),
-            bytes=data["bytes"],
-        )
 
 
 def can_cut(spec: ModelSpec) -> bool:
@@ -116,47 +69,6 @@ def _most_dropped(layers: int) -> int:
     return max(0, min(layers // 2, layers - 2))
 
 
-def constructions(
-    options: Options,
-    library: Library,
-    shapes: Shapes,
-    sample: Sample,
-    *,
-    families: Sequence[str] = FAMILIES,
-    others: Sequence[Deployment] = (),
-    thorough: bool = False,
-) -> tuple[Construction, ...]:
-    """The best student of each family that fits, the least KL to the teacher first.
-
-    Args:
-        options: Of the teacher and the budget.
-        library: The teacher's, built.
-        shapes: The scores of its cuts; those that are missing are made.
-        sample: The calibration text of both.
-        families: Which of `FAMILIES`.
-        others: Storages of the whole teacher that are members too, where they fit.
-        thorough: Whether types are then exchanged in the best of each family, as `Solver.solve` does.
-    """
-    forms = []
-    if "whole" in families:
-        solved = Solver(options, library, sample).solve(options.budget.memory_bytes, others, thorough=thorough)
-        forms += [Form(family="whole", init=WHOLE, options=options, scores=library, found=solved)] if solved else []
-    if can_cut(options.spec):
-        forms += cut_forms(options, library, shapes, sample, families=families, thorough=thorough)
-    found = [
-        Construction(
-            family=form.family,
-            init=form.init,
-            deployment=form.found.deployment,
-            predicted=form.found.predicted,
-            joint=form.found.joint,
-            bytes=form.options.memory(form.found.deployment).total_bytes,
-        )
-        for form in forms
-    ]
-    return tuple(sorted(found, key=lambda one: one.joint.kl))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Form:
     """A shape with the best storage of it.
@@ -175,6 +87,54 @@ class Form:
     scores: Scores
     found: Found
 
+    @property
+    def deployment(self) -> Deployment:
+        """How it is stored and served."""
+        return self.found.deployment
+
+    @property
+    def joint(self) -> Measured:
+        """Its KL and NLL as it is stored, on the calibration sample."""
+        return self.found.joint
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its process, as predicted."""
+        return self.options.memory(self.deployment).total_bytes
+
+    @property
+    def name(self) -> str:
+        """What it is called: as its storage where it is the whole teacher."""
+        return named(self.init, self.deployment)
+
+
+def best_forms(
+    options: Options,
+    library: Library,
+    shapes: Callable[[], Shapes],
+    sample: Sample,
+    others: Sequence[Deployment] = (),
+    *,
+    thorough: bool = False,
+) -> list[Form]:
+    """The best student of each family that fits, the least KL to the teacher first.
+
+    Cuts are looked at where the whole teacher does not fit, or loses much.
+
+    Args:
+        options: Of the teacher and the budget.
+        library: The teacher's, built.
+        shapes: Gives the scores of its cuts, once they are asked for.
+        sample: The calibration text of both.
+        others: Storages of the whole teacher that are members too, where they fit.
+        thorough: Whether types are then exchanged in the best of each family, as `Solver.solve` does.
+    """
+    whole = Solver(options, library, sample).solve(options.budget.memory_bytes, others, thorough=thorough)
+    found = [Form(family=FAMILIES[0], init=WHOLE, options=options, scores=library, found=whole)] if whole else []
+    if can_cut(options.spec) and (whole is None or whole.joint.kl > _TIGHT):
+        found += cut_forms(options, library, shapes(), sample, thorough=thorough)
+    return sorted(found, key=lambda one: one.joint.kl)
+
 
 def cut_forms(
     options: Options,
@@ -185,7 +145,13 @@ def cut_forms(
     families: Sequence[str] = CUTS,
     thorough: bool = False,
 ) -> list[Form]:
-    """The best of each family of cuts that has one; arguments as for `constructions`."""
+    """The best of each family of cuts that has one.
+
+    Args:
+        options, library, sample, thorough: As for `best_forms`.
+        shapes: The scores of the cuts; those that are missing are made.
+        families: Which of `CUTS`.
+    """
     found = []
     for family, proposed in (("narrow", _narrow), ("layered", _layered), ("shallow", _shallow)):
         if family in families:
@@ -273,7 +239,7 @@ def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample
         proposed: Shapes that cost more and more by themselves; asked for until that is more than another's all.
         limit: Bytes.
         sample: The calibration text.
-        thorough: As for `constructions`.
+        thorough: As for `best_forms`.
     """
     sums: list[tuple[float, CutScores, Solver]] = []
     least, vain = math.inf, 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.search.solve.bench import Bench, Sample
-from autodistill.search.solve.constructions import Construction, constructions
+from autodistill.search.solve.forms import Form, best_forms, cut_forms
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.shapes import Shapes
@@ -66,6 +65,14 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 def within(setting: Setting, limit: int) -> Options:
     return Options(spec=setting.options.spec, budget=Budget(memory_bytes=limit, context=CONTEXT))
+
+
+def formed(setting: Setting, limit: int) -> list[Form]:
+    return best_forms(within(setting, limit), setting.library, lambda: setting.shapes, setting.sample)
+
+
+def unasked() -> Shapes:
+    raise AssertionError("no cut is looked at")
 
 
 def log_probabilities(model: Any, text: TokenSet) -> torch.Tensor:
@@ -118,7 +125,7 @@ def test_a_block_of_layers_costs_what_the_student_without_it_loses(setting: Sett
 
 def test_below_the_smallest_types_the_shape_gives_way(setting: Setting) -> None:
     limit = setting.options.smallest()[1].total_bytes - 60_000
-    found = constructions(within(setting, limit), setting.library, setting.shapes, setting.sample)
+    found = formed(setting, limit)
     assert {one.family for one in found} == {"narrow", "shallow"}
     assert [one.joint.kl for one in found] == sorted(one.joint.kl for one in found)
     for one in found:
@@ -134,24 +141,26 @@ def test_below_the_smallest_types_the_shape_gives_way(setting: Setting) -> None:
         measured = Bench(student, spec, {}, cut=True).measure(plain, setting.sample)
         assert measured.kl == pytest.approx(kl(setting, one.init, plain), rel=0.02)
         assert setting.shapes.joint(one.init, plain, setting.sample).kl == pytest.approx(measured.kl, rel=1e-5)
-        assert one.predicted[0] == pytest.approx(one.joint.kl, rel=0.6)
-        assert Construction.from_json(json.loads(json.dumps(one.to_json()))) == one
+        assert one.found.predicted[0] == pytest.approx(one.joint.kl, rel=0.6)
 
 
-def test_where_the_whole_teacher_fits_it_is_the_best(setting: Setting) -> None:
+def test_where_the_whole_teacher_fits_and_loses_little_no_cut_is_looked_at(setting: Setting) -> None:
+    (found,) = best_forms(setting.options, setting.library, unasked, setting.sample)
+    assert (found.family, found.init) == ("whole", Init(depth=1.0))
+    assert found.joint.kl < 0.1
+
+
+def test_a_family_alone_is_as_among_all(setting: Setting) -> None:
     limit = setting.options.smallest()[1].total_bytes + 100_000
-    found = constructions(within(setting, limit), setting.library, setting.shapes, setting.sample)
-    assert found[0].family == "whole"
-    assert {one.family for one in found} == {"whole", "narrow", "shallow"}
-    assert found[0].init == Init(depth=1.0)
-    (alone,) = constructions(
-        within(setting, limit), setting.library, setting.shapes, setting.sample, families=("narrow",)
-    )
-    assert alone in found
+    options = within(setting, limit)
+    every = cut_forms(options, setting.library, setting.shapes, setting.sample)
+    assert {one.family for one in every} == {"narrow", "shallow"}
+    (alone,) = cut_forms(options, setting.library, setting.shapes, setting.sample, families=("narrow",))
+    assert (alone.init, alone.deployment) in {(one.init, one.deployment) for one in every}
 
 
 def test_nothing_fits_nothing(setting: Setting) -> None:
-    assert constructions(within(setting, 10**6), setting.library, setting.shapes, setting.sample) == ()
+    assert formed(setting, 10**6) == []
 
 
 def test_what_is_in_the_file_is_not_measured_again(setting: Setting, tmp_path: Path) -> None:
