@@ -10,7 +10,7 @@ from autodistill.estimates.fit import Fit, Miss, fits, holdable, nearest_miss, s
 from autodistill.hardware.budget import Budget, served
 from autodistill.models.spec import ModelSpec
 from autodistill.search.construction.construction import Construction
-from autodistill.search.solve.forms import WHOLE
+from autodistill.search.solve import forms
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import rivals
 from autodistill.strategy.deployment import Deployment
@@ -18,7 +18,7 @@ from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Init, Strategy
 
 SHAPES = (
-    WHOLE,
+    forms.WHOLE,
     *(Init(depth=1.0, ffn=ffn) for ffn in (0.7, 0.4, 0.2)),
     *(Init(depth=depth, layers="block-influence") for depth in (0.8, 0.6, 0.5)),
 )
@@ -41,7 +41,9 @@ def plain_constructions(
         NothingFitsError: None of them fits, not even the smallest, which is named.
     """
     found, nearest, refused = [], None, None
-    for init in SHAPES:
+    for init in (*SHAPES, *_smallest(spec, space, budget, kv_type)):
+        if found and init not in SHAPES:
+            break
         try:
             student = student_spec(Strategy(init=init), spec)
         except InputError:
@@ -89,6 +91,16 @@ def nothing_fits(init: Init, miss: Miss, budget: Budget) -> NothingFitsError:
 def in_gguf(space: Space, budget: Budget) -> bool:
     """Whether llama.cpp may serve the student, whose types alone are solved."""
     return any(one.runtime == "llama.cpp" for one in served(space.deployments, budget))
+
+
+def _smallest(spec: ModelSpec, space: Space, budget: Budget, kv_type: str | None) -> tuple[Init, ...]:
+    """The shape of the smallest student that is solved for, which is taken where nothing else fits."""
+    options = Options(spec=spec, budget=budget, cache_type=kv_type)
+    try:
+        options.check()
+    except InputError:
+        return ()
+    return (forms.smallest(options)[0],) if in_gguf(space, budget) else ()
 
 
 def _tried(student: ModelSpec, space: Space, budget: Budget, kv_type: str | None) -> Iterator[Fit]:

@@ -40,8 +40,8 @@ def can_cut(spec: ModelSpec) -> bool:
     return spec.architecture in MODEL_FAMILIES and not spec.experts
 
 
-def smallest(options: Options) -> tuple[str, int]:
-    """The student of the least memory in any family: its name, and what it takes.
+def smallest(options: Options) -> tuple[Init, Deployment, int]:
+    """The student of the least memory in any family: its shape, its storage, and what it takes.
 
     Args:
         options: Of the teacher and the budget.
@@ -56,7 +56,7 @@ def smallest(options: Options) -> tuple[str, int]:
         found += [(init, replace(options, spec=cut_spec(init, options.spec))) for init in cuts]
     sizes = [(init, *cut.smallest()) for init, cut in found]
     init, deployment, estimate = min(sizes, key=lambda one: one[2].total_bytes)
-    return named(init, deployment), estimate.total_bytes
+    return init, deployment, estimate.total_bytes
 
 
 def named(init: Init, deployment: Deployment) -> str:

@@ -28,7 +28,7 @@ from autodistill.models.spec import ModelSpec
 from autodistill.search.solve.bench import Bench, Measured, Sample, load_bench
 from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.export import export
-from autodistill.search.solve.forms import CUTS, WHOLE, Form, best_forms, smallest
+from autodistill.search.solve.forms import CUTS, WHOLE, Form, best_forms, named, smallest
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
@@ -139,7 +139,7 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
     samples = _samples(request, data, bench)
     calibration, held_out = samples
     documents, misses = [], []
-    name, least = smallest(options[0])
+    init, deployment, least = smallest(options[0])
     tokens = (request.tokens, held_out.data.tokens.size, request.sequence_length)
     shapes = partial(open_shapes, request.cache, bench, calibration, teacher.fingerprint, data, tokens, notify)
     for one in options:
@@ -167,7 +167,7 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         "teacher_nll_stderr": held_out.teacher.nll_stderr,
         "teacher_accuracy": held_out.teacher.accuracy,
         "teacher_accuracy_stderr": held_out.teacher.accuracy_stderr,
-        "smallest": {"name": name, "bytes": least},
+        "smallest": {"name": named(init, deployment), "bytes": least},
         "solutions": documents,
         "nothing_fits": misses,
         "exported": None,
@@ -263,11 +263,11 @@ def _check_fits(options: Sequence[Options]) -> None:
     """
     first = options[0]
     first.check()
-    name, need = smallest(first)
+    init, deployment, need = smallest(first)
     largest = max(one.budget.memory_bytes for one in options)
     if need > largest:
         raise NothingFitsError(
-            f"nothing fits {format_bytes(largest)}: the smallest that is solved for, {name}, needs "
+            f"nothing fits {format_bytes(largest)}: the smallest that is solved for, {named(init, deployment)}, needs "
             f"{format_bytes(need)} at context {first.budget.context}, {format_bytes(need - largest)} more; give a "
             f"--budget of {math.ceil(need / 1e6)}MB, or a shorter --context"
         )

@@ -35,7 +35,7 @@ from autodistill.quantization.formats import TYPES
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.search.solve import SolveRequest, forms, solve
 from autodistill.search.solve.bench import Bench
-from autodistill.search.solve.forms import CUTS, cut_forms, smallest
+from autodistill.search.solve.forms import CUTS, cut_forms, named, smallest
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import KEYS, Options
 from autodistill.search.solve.widths import Widths
@@ -161,7 +161,8 @@ def test_more_memory_never_costs_more_and_a_budget_below_the_smallest_is_told(
 ) -> None:
     options = options_of(teacher)
     whole = options.smallest()[1].total_bytes
-    name, need = smallest(options)
+    *least, need = smallest(options)
+    name = named(*least)
     assert need < whole
     limits = [need - 1, whole - 30_000, whole, middle(options), 10**9]
     swept = solve(asked(teacher, text, cache, *limits, out=tmp_path))
@@ -301,7 +302,8 @@ def test_a_cut_student_is_written_and_runs_as_it_was_measured(
 def test_a_budget_below_the_smallest_storage_names_it_and_ends_with_3(
     teacher: Path, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    name, need = smallest(options_of(teacher))
+    *least, need = smallest(options_of(teacher))
+    name = named(*least)
     with pytest.raises(NothingFitsError, match=f"the smallest that is solved for, {re.escape(name)}, needs"):
         solve(asked(teacher, text, tmp_path, need - 1))
     words = ["solve", str(teacher), "--budget", "1MB", "--context", "256", "--cache", str(tmp_path), "--json"]
