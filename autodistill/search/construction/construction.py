@@ -13,12 +13,14 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Dimension, Point, find, look_up
 from autodistill.strategy.domains import Range, Value
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Finishing, Init, Strategy
+from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
 from autodistill.units import format_bytes
 
 _NOT_TRAINED_ON = "none"  # the label of a finishing that is none
-# Of numbers that are believed in whatever the other choices are: temperatures are so of schedules alone.
-_BELIEVED = (RATE, "distillation.divergence_weight", "distillation.alignment.weight")
+# Of numbers that are believed in whatever the other choices are: temperatures are so of schedules alone, and how much
+# of the loss is the teacher's depends on how far the text is from it.
+_BELIEVED = (RATE, "distillation.alignment.weight")
+_LABELS = "labels alone"
 _FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no arm beside it
 
 
@@ -127,12 +129,19 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
         solved=False,
         narrowed_from=declared.hash,
     )
-    data = Strategy(distillation=recipe).to_json()
-    starts = {}
-    for one in raced:
-        point = _nearest(made, data, {"init": label(one), "finishing": _of_grid(one)})
-        starts[_name(one, raced)] = made.strategy(point)
+    starts = {_name(one, raced): _start(made, one, recipe) for one in raced}
+    # The first control of a distillation: the same student without its teacher, who says nothing new of its own text.
+    alone = _start(made, raced[0], replace(recipe, divergence_weight=0.0))
+    if not alone.distillation.weighs_teacher:
+        first, *others = starts.items()
+        starts = dict([first, (_LABELS, alone), *others])
     return replace(made, starts=starts)
+
+
+def _start(space: Space, one: Construction, recipe: Distillation) -> Strategy:
+    """The strategy of a construction that is nearest to a recipe."""
+    data = Strategy(distillation=recipe).to_json()
+    return space.strategy(_nearest(space, data, {"init": label(one), "finishing": _of_grid(one)}))
 
 
 def _near(dimension: Dimension, prior: Prior) -> Dimension:

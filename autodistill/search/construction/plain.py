@@ -40,7 +40,9 @@ def plain_constructions(
         InputError: None of the space's deployments holds any of the shapes.
         NothingFitsError: None of them fits, not even the smallest, which is named.
     """
-    found, nearest, refused = [], None, None
+    found: list[Construction] = []
+    nearest: tuple[Init, Fit] | None = None
+    refused: InputError | None = None
     for init in (*SHAPES, *_smallest(spec, space, budget, kv_type)):
         if found and init not in SHAPES:
             break

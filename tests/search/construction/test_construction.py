@@ -69,9 +69,12 @@ def test_arms_are_starts_of_the_space_which_is_known_by_what_was_declared() -> N
     space = with_constructions(declared, found, first_prior(SPEC, batch_tokens=256))
     assert not space.solved
     assert space.hash == declared.hash
-    assert list(space.starts) == ["no search", "solved whole", "solved ffn-50%"]
+    assert list(space.starts) == ["no search", "labels alone", "solved whole", "solved ffn-50%"]
     assert all(space.point(one) is not None for one in space.starts.values())
-    assert [one.init for one in space.starts.values()] == [WHOLE, WHOLE, NARROW]
+    assert [one.init for one in space.starts.values()] == [WHOLE, WHOLE, WHOLE, NARROW]
+    known, alone = space.starts["no search"], space.starts["labels alone"]
+    assert known.distillation.weighs_teacher
+    assert alone == replace(known, distillation=replace(known.distillation, divergence_weight=0.0))
     assert space.deployments[:2] == (Q4, MIXED)
     assert set(declared.deployments) <= set(space.deployments)
     again = Space.from_json(space.to_json())
