@@ -110,10 +110,18 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
     recipe = prior.recipe
     raced = arms(constructions)
     inits = {label(one): one.init.to_json() for one in raced}
-    grids = {_of_grid(one): one.finishing and one.finishing.to_json() for one in raced}
+    ending = declared.restriction.training
+    taken = {one.path.rpartition(".")[2] for one in ending}
+    grids = {
+        _of_grid(one): one.finishing
+        and {name: value for name, value in one.finishing.to_json().items() if name not in taken}
+        for one in raced
+    }
+    trained = tuple(label for label, grid in grids.items() if grid is not None)
     dimensions = (
         Dimension.from_json("init", {"choices": inits}),
         Dimension.from_json("finishing", {"choices": grids}),
+        *(replace(one, when={"finishing": trained}) for one in ending if trained),
         *(
             Dimension.from_json(f"distillation.{name}", {"choices": [getattr(recipe, name)]})
             for name in ("signal", "signal_tokens")
@@ -127,6 +135,8 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
         dimensions=dimensions,
         deployments=tuple(deployments),
         solved=False,
+        restrictions=(),
+        types_solved=False,
         narrowed_from=declared.hash,
     )
     starts = {_name(one, raced): _start(made, one, recipe) for one in raced}
