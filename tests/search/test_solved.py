@@ -97,7 +97,12 @@ def test_rungs_are_judged_by_likelihood(run: tuple[Outcome, Path]) -> None:
 
 def test_a_space_that_restricts_the_solver_is_kept_to(run: tuple[Outcome, Path]) -> None:
     folder = run[1]
-    dimensions = {"finishing.bits": {"choices": [5]}, "init.depth": {"choices": [1.0]}, "init.ffn": {"choices": [1.0]}}
+    dimensions = {
+        "finishing.bits": {"choices": [5]},
+        "init.depth": {"choices": [1.0]},
+        "init.ffn": {"choices": [1.0]},
+        "distillation.learning_rate": {"low": 1e-5, "high": 1e-3},
+    }
     space = Space(dimensions, solved=True)
     (folder / "restricted.yaml").write_text(space.to_yaml())
     request = replace(

@@ -91,8 +91,8 @@ def nothing_fits(init: Init, miss: Miss, budget: Budget, among: str = "") -> Not
         else "--budget, or lower --context" + (" or the streams (--batch, @streams)" if budget.batch > 1 else "")
     )
     return NothingFitsError(
-        f"nothing fits, not even the student with the lowest requirements{among} ({init.describe()}): {miss.said}; raise "
-        f"{remedy}"
+        f"nothing fits, not even the student with the lowest requirements{among} ({init.describe()}): {miss.said}; "
+        f"raise {remedy}"
     )
 
 
