@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
+from autodistill.distillation.teacher.any_model import load_any, transposed
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import score, score_teacher
-from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales, Storage
 from autodistill.quantization.learned_scales import read_scales
@@ -106,6 +106,8 @@ class Bench:
         self.model, self.spec, self.device, self.cut = model, spec, device, cut
         self._own = own
         self._parameters = dict(model.named_parameters())
+        self._transposed = transposed(model)
+        self._matrices = {name for name, one in self._parameters.items() if one.dim() == 3 or name in self._transposed}
         self._masters: dict[str, Tensor] = {}
         self._shown: dict[str, Storage] = {}
 
@@ -160,7 +162,21 @@ class Bench:
         """The float32 values of a tensor in a storage, under the teacher's own scales where it was stored so."""
         kept, scales = self._own.get(name, (None, None))
         master = self._masters.get(name, self._parameters[name].data) if weight is None else weight
-        return deploy_tensor(master, storage, scales if kept == storage else None)
+        rows = self.matrices(name, master).flatten(0, 1) if name in self._matrices else master
+        found = deploy_tensor(rows, storage, scales if kept == storage else None)
+        return self._as_held(name, found) if name in self._matrices else found
+
+    def matrices(self, name: str, values: Tensor) -> Tensor:
+        """The values of a matrix, or of the experts of a layer, as [matrices, out, in]."""
+        found = values.transpose(-1, -2) if name in self._transposed else values
+        return found[None] if found.dim() == 2 else found
+
+    def _as_held(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of matrices in the layout in which the model holds them."""
+        held = self._parameters[name].shape
+        turned = (*held[:-2], held[-1], held[-2]) if name in self._transposed else held
+        found = rows.view(turned)
+        return found.transpose(-1, -2).contiguous() if name in self._transposed else found
 
     @contextmanager
     def shown(self, storages: Mapping[str, Storage]) -> Iterator[None]:
@@ -190,7 +206,7 @@ def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Ben
     scales = read_scales(teacher.folder, own) if own else {}
     tensors = {tensor.name: tensor for tensor in spec.tensors}
     kept = {name: (own.storage(tensors[name]), scale) for name, scale in scales.items()} if own else {}
-    return Bench(load_model(teacher.folder, torch.float32, device), spec, kept, device)
+    return Bench(load_any(teacher.folder, torch.float32, device), spec, kept, device)
 
 
 def measured(scores: TokenScores) -> Measured:

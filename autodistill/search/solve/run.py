@@ -17,12 +17,13 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.data.tokenization import check_ids
 from autodistill.distillation.student.build import save_student
+from autodistill.distillation.teacher.any_model import holds_cache, is_known, spec_of
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
+from autodistill.export.gguf_mixtures import cannot_write
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, on_gpu
-from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.search.solve.bench import Bench, Measured, Sample, load_bench
@@ -115,23 +116,30 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         NothingFitsError: No budget is met by the smallest storage, which is named.
         VerificationError: The solution, exported, is not what was measured.
     """
-    found = resolve_teacher(request.teacher)
-    spec = spec_from_config(found.config)
+    found = resolve_teacher(request.teacher, trained=False)
+    spec = spec_of(found.config)
     request = _within_context(request, spec)
     # Before anything is downloaded or converted.
-    options = [Options(spec=spec, budget=budget) for budget in request.budgets]
+    cache_type = None if holds_cache(found.config) else "f16"
+    options = [Options(spec=spec, budget=budget, cache_type=cache_type) for budget in request.budgets]
+    unwritten = cannot_write(spec, found.config)
+    if request.export and unwritten:
+        raise InputError(f"{found.name} is solved and not exported: {unwritten}; leave --export out")
     _check_fits(options)
     candidates = [open_candidate(path, spec) for path in request.candidates]
     source = resolve_data(request.data)
     if source.conversations:
         raise InputError(f"{request.data} holds conversations: solve takes plain text, of which every token counts")
     teacher = materialise(found, request.cache)
-    spec = spec_from_config(read_json(teacher.folder / "config.json"))
-    if reason := cannot_cut(teacher.folder, spec.vocabulary):
+    config = read_json(teacher.folder / "config.json")
+    spec = spec_of(config)
+    reason = cannot_cut(teacher.folder, spec.vocabulary)
+    if reason and (is_known(config) or request.export):
         raise InputError(f"a GGUF file cannot hold this teacher: {reason}")
+    unwritten = unwritten or reason or ""
     for candidate in candidates:
         check_candidate(candidate, teacher.folder, spec)
-    teacher, stored = stored_as(found, teacher, spec, request.cache)
+    teacher, stored = stored_as(found, teacher, spec, request.cache) if is_known(config) else (teacher, None)
     own = stored.deployment if stored and stored.deployment and stored.deployment.container == "gguf" else None
     fingerprint = tokenizer_fingerprint(teacher.folder)
     data = prepare(source, teacher.folder, fingerprint, request.sequence_length, request.cache)
@@ -170,6 +178,7 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         "smallest": {"name": named(init, deployment), "bytes": least},
         "solutions": documents,
         "nothing_fits": misses,
+        "not_exported": unwritten or None,
         "exported": None,
     }
     if request.export:
