@@ -34,6 +34,8 @@ def solve_text(document: Mapping[str, Any], width: int) -> str:
         smallest = document["smallest"]
         need = f"the smallest, {smallest['name']}, needs {format_bytes(smallest['bytes'])}"
         sections.append("\n".join(wrapped(f"Nothing fits {format_bytes(miss['memory_bytes'])}: {need}.", width)))
+    if document["not_exported"]:
+        sections.append("\n".join(wrapped(f"It cannot be exported: {document['not_exported']}.", width)))
     if document["exported"]:
         sections.append("\n".join(wrapped(_exported(document["exported"]), width)))
     return "\n\n".join(sections)

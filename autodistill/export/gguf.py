@@ -84,9 +84,7 @@ KINDS: Mapping[Storage, GGMLQuantizationType] = {
     Q3_K: GGMLQuantizationType.Q3_K,
     Q2_K: GGMLQuantizationType.Q2_K,
 }
-STORAGES: Mapping[GGMLQuantizationType, Storage] = {
-    kind: storage for storage, kind in reversed(list(KINDS.items()))
-}
+STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(KINDS.items()))}
 _ROPE_FACTORS = "rope_freqs.weight"
 MIN_SAME_CUT = 0.99
 """Least share of the tokens of validation text that the runtime cuts it into as the tokenizer does. Of rare characters
@@ -205,9 +203,7 @@ def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployme
         size = tensor_bytes(files.specs[name], storage)
         # The shape of the weights, with a dtype that keeps the writer from taking it for one of bytes.
         dtype = np.dtype(np.float32 if storage in ("f32", "f32_plus_1") else np.float16)
-        writer.add_tensor_info(
-            family.gguf_name(name), files.specs[name].shape, dtype, size, raw_dtype=KINDS[storage]
-        )
+        writer.add_tensor_info(family.gguf_name(name), files.specs[name].shape, dtype, size, raw_dtype=KINDS[storage])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

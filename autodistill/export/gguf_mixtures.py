@@ -46,7 +46,8 @@ def cannot_write(spec: ModelSpec, config: Mapping[str, Any]) -> str:
     if name != "mixtral" and bool(config.get("norm_topk_prob", False)) != _NORMALISED[name]:
         return f"llama.cpp computes {name} with norm_topk_prob {str(_NORMALISED[name]).lower()} alone"
     if name == "olmoe" and spec.kv_heads != spec.heads:
-        return f"llama.cpp computes olmoe with as many heads of keys as of queries, and not {spec.kv_heads} of {spec.heads}"
+        heads = f"{spec.kv_heads} for {spec.heads}"
+        return f"llama.cpp computes olmoe with as many heads of keys as of queries, and not {heads}"
     if config.get("clip_qkv") is not None:
         return "llama.cpp clips no queries and keys (clip_qkv)"
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:

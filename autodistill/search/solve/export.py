@@ -59,14 +59,9 @@ def export(
     if isinstance(chosen, Candidate):
         deployment, tensors = chosen.deployment, len(chosen.file.tensors)
         artifact = _copied(chosen.path, out)
-    elif bench.spec.architecture in GGUF_MIXTURES:
-        artifact, tensors = _mixture(bench, teacher, chosen, out)
-        deployment = chosen
     else:
-        artifact = exporter.export(
-            teacher.folder, chosen, out, teacher=teacher.name, license=teacher.license, name=f"{teacher.name}, solved"
-        )
-        deployment, tensors = chosen, verify(exporter, artifact, teacher.folder, chosen).tensors
+        deployment = chosen
+        artifact, tensors = write_solution(bench, teacher, chosen, out)
     sequences = math.ceil(POSITIONS / (data.sequence_length - 1))
     read = load_split(data.folder, "validation").head(sequences * data.sequence_length)
     with _shown(bench, chosen), quantized_cache(bench.model, deployment.cache_types):
@@ -100,8 +95,21 @@ def export(
     }
 
 
-def _mixture(bench: Bench, teacher: Teacher, chosen: Deployment, out: Path) -> tuple[Artifact, int]:
-    """A mixture of experts as a file, whose tensors are compared with what was measured; and how many there are."""
+def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment, out: Path) -> tuple[Artifact, int]:
+    """Writes a deployment of the teacher, compares the file's tensors with what was measured, and counts them.
+
+    Args:
+        bench, teacher, chosen, out: As for `export`.
+
+    Raises:
+        InputError, VerificationError: As `export`.
+    """
+    name = f"{teacher.name}, solved"
+    if bench.spec.architecture not in GGUF_MIXTURES:
+        exporter = load_exporter("gguf")
+        told = {"teacher": teacher.name, "license": teacher.license, "name": name}
+        artifact = exporter.export(teacher.folder, chosen, out, **told)
+        return artifact, verify(exporter, artifact, teacher.folder, chosen).tensors
     storages = {tensor.name: chosen.storage(tensor) for tensor in bench.spec.tensors}
 
     def own(name: str) -> Floats:
@@ -117,7 +125,7 @@ def _mixture(bench: Bench, teacher: Teacher, chosen: Deployment, out: Path) -> t
         chosen,
         teacher.folder,
         out,
-        name=f"{teacher.name}, solved",
+        name=name,
         teacher=teacher.name,
         license=teacher.license,
     )
