@@ -464,6 +464,10 @@ def solve(
             complete="devices",
         ),
     ] = None,
+    latency: Latency = None,
+    file_size: Annotated[
+        str | int | None, Option(help="Limit of all weights in the file, like 120MB.", metavar="SIZE")
+    ] = None,
     tiers: Annotated[bool, Option(help="Solve for GPUs of 4 to 80 GB instead, as pick has them.", typed=bool)] = False,
     data: Annotated[
         str | Path | None,
@@ -506,6 +510,10 @@ def solve(
     """
     if budget is not None and sweep is not None:
         raise InputError("--budget is one limit and --sweep several: give one of the two")
+    limits_of_time = parse_latency(latency, 1 if batch is None else batch) if isinstance(latency, str) else latency
+    if tiers and limits_of_time:
+        raise InputError("--tiers compares memory alone, and latency depends on the device: leave --latency out")
+    device = LOCAL if device is None and limits_of_time else device
     if tiers and not budget is sweep is device is None:
         raise InputError("--tiers has the memory of GPUs for its budgets: leave --budget, --sweep and --device out")
     if not tiers and budget is sweep is device is None:
@@ -533,6 +541,7 @@ def solve(
         from autodistill.hardware.local import choose_device
 
         found = choose_device(device, _cache(cache), files)
+        load["latency"] = limits_of_time or ()
         budgets = [DeviceBudget(memory_bytes=memory_on(found, limit), device=found, **load) for limit in limits]
     from autodistill.search.solve import SolveRequest
     from autodistill.search.solve import solve as solved
@@ -546,6 +555,7 @@ def solve(
         out=_path(out),
         export=export,
         candidates=tuple(map(Path, [candidate] if isinstance(candidate, str | Path) else candidate or ())),
+        file_bytes=parse_bytes(file_size) if isinstance(file_size, str) else file_size,
         context_by_default=context is None,
         **named,
     )

@@ -70,6 +70,11 @@ def _one(found: Mapping[str, Any], width: int) -> str:
         f"{solution['calibration_kl']:.4f}. {format_bytes(more['more_bytes'])} more would take "
         f"{more['predicted_gain']:.4f} off the KL, as predicted."
     )
+    if solution["teacher_copied"] > solution["copied"]:
+        said += (
+            f" Of a text that repeats itself it copies {solution['copied']:.1%}, and the teacher "
+            f"{solution['teacher_copied']:.1%}."
+        )
     if too_large:
         said += f" Plain formats that are too large: {', '.join(too_large)}."
     if found["winner"]:

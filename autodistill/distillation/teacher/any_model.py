@@ -236,7 +236,7 @@ def load_any(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
 
 def has_attention(kind: Any) -> bool:
     """Whether a class of transformers lets its attention be replaced, as a quantised cache's is."""
-    return bool(getattr(kind, "_supports_attention_backend", False))
+    return bool(getattr(kind, "_supports_attention_backend", False) and getattr(kind, "_supports_sdpa", False))
 
 
 def _check_head(model: Any, device: str) -> None:

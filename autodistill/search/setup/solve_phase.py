@@ -14,7 +14,7 @@ from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.solve.bench import Measured, load_bench
+from autodistill.search.solve.bench import Measured, copying, load_bench
 from autodistill.search.solve.forms import WHOLE, Form, best_forms, whole_allowed
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
@@ -25,6 +25,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.file_locks import alone
 
+_PROBED = 512  # tokens of a text that is copied, at the most
 _TOKENS, _MORE_TOKENS, _LONG = 512, 2048, 1800.0  # of calibration text; the more in a time budget of so many seconds
 
 
@@ -85,7 +86,8 @@ def solved_constructions(
         told = rivals(options, own, budget.memory_bytes, predicted) if whole_allowed(options) else ()
         plain = fitting((one for one in told if options.allows(one.deployment)), options, predicted)
         shapes = partial(open_shapes, config.cache, bench, sample, teacher, data, tokens, notify)
-        forms = best_forms(options, library, shapes, sample, plain, thorough=thorough)
+        probe = copying(bench, sample.data, min(budget.context, spec.max_context, _PROBED))
+        forms = best_forms(options, library, shapes, sample, plain, thorough=thorough, probe=probe)
         found = [_of(one, one.deployment not in plain) for one in forms]
         solved = {one.deployment for one in forms if one.init == WHOLE}
         beside = (one for one in plain if one not in solved)

@@ -194,6 +194,28 @@ class Bench:
             yield
 
 
+def copying(bench: Bench, text: TokenSet, length: int) -> Sample:
+    """A sequence that repeats itself, of which the second half is scored: whoever looks back can copy it.
+
+    Short text shows nothing of what a cache of few bits, or a layer that is left out, does to what lies far behind.
+
+    Args:
+        bench: The teacher.
+        text: Whose tokens are drawn from, in no order.
+        length: Of the sequence, in tokens.
+    """
+    half = length // 2
+    drawn = np.random.default_rng(0).choice(np.unique(text.tokens), half).astype(np.int32)
+    tokens = np.concatenate([drawn, drawn])[None]
+    scored = np.concatenate([np.zeros(half, dtype=bool), np.ones(half, dtype=bool)])[None]
+    # As many documents as have an error of their own.
+    documents = (np.arange(2 * half, dtype=np.int32) // max(1, half // _PARTS))[None]
+    return bench.sample("copying", TokenSet(tokens=tokens, documents=documents, answers=scored))
+
+
+_PARTS = 8
+
+
 def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Bench:
     """A teacher in float32, on an accelerator where there is one.
 

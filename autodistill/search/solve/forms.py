@@ -35,6 +35,9 @@ WHOLE = Init(depth=1.0)
 _TIGHT = 0.1  # nats that the whole teacher loses, beyond which cuts are looked at
 _MEASURED = 2  # shapes of a family that are measured whole
 _ROUNDS = 4  # of widths by layer, each of which may have narrower ones measured
+_SAFER = ("q8_0", "f16")  # types of the cache that are tried where one of fewer bits forgets
+_COPIES = 0.3  # share of a text that repeats itself, from which on a teacher copies
+_FORGOTTEN = 0.05  # of it, by which a student may copy less
 _NAMED = 4  # of the shapes that a space names
 _PATIENCE = 2  # shapes in vain, one after another, after which no smaller ones are asked for
 
@@ -185,10 +188,12 @@ def best_forms(
     others: Sequence[Deployment] = (),
     *,
     thorough: bool = False,
+    probe: Sample | None = None,
 ) -> list[Form]:
     """The best student of each family that fits, the least KL to the teacher first.
 
-    Cuts are looked at where the whole teacher does not fit, or loses much.
+    Cuts are looked at where the whole teacher does not fit, or loses much. What cannot copy as the teacher does gives
+    way to the best with a cache of more bits, where that fits and can.
 
     Args:
         options: Of the teacher and the budget.
@@ -197,12 +202,39 @@ def best_forms(
         sample: The calibration text of both.
         others: Storages of the whole teacher that are members too, where they fit.
         thorough: Whether types are then exchanged in the best of each family, as `Solver.solve` does.
+        probe: Text that is copied, as `bench.copying` makes it; None asks for nothing.
     """
     found: list[Form] = []
     for variant in options.variants():
         members = [one for one in others if variant.fixed in (None, one)]
-        found += _forms_of(variant, library, shapes, sample, members, thorough=thorough)
-    return sorted(found, key=lambda one: one.joint.kl)
+        made = _forms_of(variant, library, shapes, sample, members, thorough=thorough)
+        for kind in _SAFER if variant.cache_type is None and variant.fixed is None else ():
+            families = {one.family for one in made if forgets(one, probe)}
+            if families and (kind, kind) in variant.caches:
+                safer = replace(variant, cache_type=kind)
+                again = _forms_of(safer, library, shapes, sample, members, thorough=thorough)
+                made = [one for one in made if one.family not in families]
+                made += [one for one in again if one.family in families]
+        found += made
+    left = [one for one in found if not forgets(one, probe)]
+    return sorted(left or found, key=lambda one: one.joint.kl)
+
+
+def forgets(form: Form, probe: Sample | None) -> bool:
+    """Whether a student copies clearly less than the teacher does, of what lies far behind.
+
+    Asked of what has a cache of few bits, or layers left out; a teacher that does not copy says nothing.
+    """
+    if probe is None or probe.teacher.accuracy < _COPIES:
+        return False
+    if form.deployment.cache_types == ("f16", "f16") and not form.init.dropped and form.init.depth == 1:
+        return False
+    return copied(form, probe) < probe.teacher.accuracy - _FORGOTTEN
+
+
+def copied(form: Form, probe: Sample) -> float:
+    """The share of the probe's tokens that a student copies; measured once and kept."""
+    return form.scores.joint(form.deployment, probe).accuracy
 
 
 def _forms_of(
@@ -370,7 +402,7 @@ def _named(options: Options, library: Library, shapes: Shapes, sample: Sample) -
     found = []
     for init in options.limits.inits or ():
         kept = replace(options, spec=cut_spec(init, options.spec))
-        if init == WHOLE or not _storable(kept) or kept.smallest()[1].total_bytes > options.budget.memory_bytes:
+        if init == WHOLE or not _storable(kept) or not kept.fits(kept.smallest()[0]):
             continue
         found.append(CutScores(init, options, library, shapes, shapes.whole(init, sample)))
     yield from sorted(found, key=lambda one: one.cost)
@@ -413,7 +445,7 @@ def _shallow(options: Options, library: Library, shapes: Shapes) -> Iterator[Cut
     widths = widths[:1] if widths[0] == spec.ffn_width else widths
     for count, width in product(allowed_drops(options), widths):
         kept = replace(options, spec=cut_spec(_dropped(1, count, width, spec), spec)) if count else options
-        if not count or kept.smallest()[1].total_bytes > options.budget.memory_bytes:
+        if not count or not kept.fits(kept.smallest()[0]):
             continue
         if width < spec.ffn_width:
             shapes.build()

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import product
 
 from autodistill.errors import InputError
-from autodistill.estimates.fit import check_holds
+from autodistill.estimates.fit import check_holds, latencies
 from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory
 from autodistill.hardware.budget import Budget, on_gpu
 from autodistill.models.spec import ModelSpec
@@ -33,11 +33,13 @@ class Family:
         tables: Of each table, by name.
         cache_types: Of keys and values.
         bytes: Memory of the process with the smallest types for all other matrices.
+        weights_bytes: Of that all weights.
     """
 
     tables: Mapping[str, str]
     cache_types: tuple[str, str]
     bytes: int
+    weights_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class Options:
         cache_type: The one type of keys and values that may be chosen; None for all.
         limits: What a space restricts the choice to.
         fixed: The one storage that may be chosen, whatever else is said; None where types are.
+        file_bytes: What all weights may take in a file; None for no limit.
     """
 
     spec: ModelSpec
@@ -57,6 +60,7 @@ class Options:
     cache_type: str | None = None
     limits: Restriction = field(default_factory=Restriction)
     fixed: Deployment | None = None
+    file_bytes: int | None = None
 
     @property
     def free(self) -> Options:
@@ -144,8 +148,10 @@ class Options:
         for cache_types in self.caches:
             for kinds in product(*(self.kinds(tensor) for tensor in self.tables.values())):
                 tables = dict(zip(self.tables, kinds, strict=True))
-                need = self.memory(self.deployment(smallest | tables, cache_types)).total_bytes
-                yield Family(tables=tables, cache_types=cache_types, bytes=need)
+                need = self.memory(self.deployment(smallest | tables, cache_types))
+                yield Family(
+                    tables=tables, cache_types=cache_types, bytes=need.total_bytes, weights_bytes=need.weights_bytes
+                )
 
     def deployment(self, types: Mapping[str, str], cache_types: tuple[str, str]) -> Deployment:
         """The deployment of a type for every matrix, by name, and two for the cache."""
@@ -173,6 +179,25 @@ class Options:
         """What the process, or the GPU, takes."""
         budget = self.budget
         return memory(self.spec, deployment, context=budget.context, batch=budget.batch, on_gpu=on_gpu(budget))
+
+    def fits(self, deployment: Deployment, limit: int | None = None) -> bool:
+        """Whether a storage keeps to the limits of memory, of the file and of latency.
+
+        Args:
+            deployment: The storage.
+            limit: Of memory, in bytes; by default the budget's.
+        """
+        need = self.memory(deployment)
+        held = need.total_bytes <= (self.budget.memory_bytes if limit is None else limit)
+        return held and self.fits_file(need.weights_bytes) and self.in_time(deployment)
+
+    def fits_file(self, weights: int) -> bool:
+        """Whether a file may hold weights of so many bytes."""
+        return self.file_bytes is None or weights <= self.file_bytes
+
+    def in_time(self, deployment: Deployment) -> bool:
+        """Whether a storage keeps to the budget's limits of latency, as predicted."""
+        return all(seconds <= one.seconds for one, seconds in latencies(self.spec, deployment, self.budget).items())
 
     def smallest(self) -> tuple[Deployment, MemoryEstimate]:
         """The solution of the least memory, and what it takes."""

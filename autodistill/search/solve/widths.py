@@ -81,7 +81,8 @@ class Widths:
         freed = self._compute_bytes(self._options.spec.ffn_width) - self._compute_bytes(cap)
         solved = []
         for family in self._families:
-            best = knapsack.best(limit - family.bytes + self._least + freed)
+            room, file = limit - family.bytes + self._least + freed, self._options.file_bytes
+            best = knapsack.best(room if file is None else min(room, file - family.weights_bytes + self._least))
             if best is not None:
                 solved.append((best[0] + self._of_family(family), best[1]))
         if not solved:

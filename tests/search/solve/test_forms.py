@@ -20,7 +20,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.quantization.rounding import deploy_tensor
-from autodistill.search.solve.bench import Bench, Sample
+from autodistill.search.solve.bench import Bench, Sample, copying
 from autodistill.search.solve.forms import Form, best_forms, cut_forms
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
@@ -189,6 +189,42 @@ def test_what_is_in_the_file_is_not_measured_again(setting: Setting, tmp_path: P
     told.clear()
     with pytest.raises(KeyboardInterrupt):
         made().build()
+
+
+class Copier:
+    """Scores under which whatever has a cache of 4 bits copies nothing; else those of a library."""
+
+    def __init__(self, library: Any, probe: Sample) -> None:
+        self._library, self._probe, self.asked = library, probe, list[Deployment]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def joint(self, deployment: Deployment, sample: Sample) -> Any:
+        if sample is not self._probe:
+            return self._library.joint(deployment, sample)
+        self.asked.append(deployment)
+        return replace(self._probe.teacher, accuracy=0.1 if "q4_0" in deployment.cache_types else 0.9)
+
+
+def test_a_cache_with_which_nothing_is_copied_gives_way(setting: Setting) -> None:
+    wide = setting.options.smallest_types() | dict.fromkeys(setting.options.tables, "q8_0")
+    limit = setting.options.memory(setting.options.deployment(wide, ("q8_0", "q8_0"))).total_bytes
+    forced = replace(within(setting, limit), cache_type=None)
+    probe = copying(setting.bench, setting.text, 64)
+    assert probe.data.predicted == 32
+    assert (probe.data.tokens[0, :32] == probe.data.tokens[0, 32:]).all()
+    able = replace(probe, teacher=replace(probe.teacher, accuracy=0.9))
+    library = Copier(setting.library, able)
+    found = best_forms(forced, library, lambda: setting.shapes, setting.sample, probe=able)  # type: ignore[arg-type]
+    assert found
+    whole = [one for one in found if one.family == "whole"]
+    assert all("q4_0" not in one.deployment.cache_types for one in whole)
+    # A teacher that copies nothing vetoes nothing.
+    unable = replace(probe, teacher=replace(probe.teacher, accuracy=0.0))
+    blind = Copier(setting.library, unable)
+    assert best_forms(forced, blind, lambda: setting.shapes, setting.sample, probe=unable)  # type: ignore[arg-type]
+    assert not blind.asked
 
 
 def restricted(setting: Setting, limit: int, dimensions: dict[str, Any], *deployments: Any) -> list[Form]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from autodistill.distillation.student.shapes import cut_spec
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimates.speed import limit_seconds
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.student_reader import StudentFiles
-from autodistill.hardware.budget import Budget
+from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit
+from autodistill.hardware.catalog import listed
 from autodistill.models.config import spec_from_config
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.loading import load_model
@@ -154,6 +157,40 @@ def test_a_solution_fits_is_written_and_beats_what_is_plain(found: dict[str, Any
     assert one["as_good"] is None
     assert solution["predicted_kl"] == pytest.approx(solution["calibration_kl"], rel=0.4)
     assert {rival["what"].split(",")[0] for rival in one["rivals"]} == {"uniform", "mixture of llama.cpp"}
+
+
+def test_files_and_latency_are_limits_too(teacher: Path, text: Path, cache: Path) -> None:
+    options = options_of(teacher)
+    wide = middle(options) + 200_000
+    (free,) = solve(asked(teacher, text, cache, wide))["solutions"]
+    limit = (free["solution"]["weights_bytes"] + options.smallest()[1].weights_bytes) // 2
+    (small,) = solve(asked(teacher, text, cache, wide, file_bytes=limit))["solutions"]
+    assert small["solution"]["weights_bytes"] <= limit < free["solution"]["weights_bytes"]
+    # What the file may not hold goes into the cache.
+    assert small["solution"]["kv_cache_bytes"] >= free["solution"]["kv_cache_bytes"]
+    with pytest.raises(NothingFitsError, match=r"nothing fits a file of .* give a --file-size of"):
+        solve(asked(teacher, text, cache, wide, file_bytes=1000))
+
+    device = next(one for one in listed() if "llama.cpp" in one.runtimes and not one.discrete)
+    quick = LatencyLimit(quantity="tpot", percentile=95, seconds=1.0, streams=1)
+
+    def within(seconds: float) -> dict[str, Any]:
+        limits = (replace(quick, seconds=seconds),)
+        budget = DeviceBudget(memory_bytes=wide, context=CONTEXT, device=device, latency=limits)
+        return solve(replace(asked(teacher, text, cache, wide), budgets=(budget,)))
+
+    def takes(found: dict[str, Any]) -> float:
+        (solution,) = found["solutions"]
+        deployment = Deployment.from_json(solution["solution"]["deployment"])
+        return limit_seconds(options.spec, deployment, device, quick, context=CONTEXT)
+
+    slow = takes(within(10.0))
+    least = limit_seconds(options.spec, options.smallest()[0], device, quick, context=CONTEXT)
+    between = (slow + least) / 2
+    assert least < between < slow
+    assert takes(within(between)) <= between
+    with pytest.raises(NothingFitsError, match="nothing keeps to the latency"):
+        within(1e-9)
 
 
 def test_more_memory_never_costs_more_and_a_budget_below_the_smallest_is_told(
