@@ -488,6 +488,9 @@ def solve(
     export: Annotated[
         bool, Option(help="Write the solution as a GGUF file and verify it in llama.cpp.", typed=bool)
     ] = False,
+    plan: Annotated[
+        bool, Option(help="Say what solving would take on this machine, and solve nothing.", typed=bool)
+    ] = False,
     candidate: Annotated[
         str | Path | Sequence[str | Path] | None,
         Option(
@@ -543,7 +546,7 @@ def solve(
         found = choose_device(device, _cache(cache), files)
         load["latency"] = limits_of_time or ()
         budgets = [DeviceBudget(memory_bytes=memory_on(found, limit), device=found, **load) for limit in limits]
-    from autodistill.search.solve import SolveRequest
+    from autodistill.search.solve import SolveRequest, plan_solve
     from autodistill.search.solve import solve as solved
 
     named = {name: str(value) for name, value in (("teacher", teacher), ("data", data)) if value is not None}
@@ -559,7 +562,7 @@ def solve(
         context_by_default=context is None,
         **named,
     )
-    return Solutions(solved(request, notify))
+    return Solutions(plan_solve(request) if plan else solved(request, notify))
 
 
 def _sweep(text: str) -> list[int]:

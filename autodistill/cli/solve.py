@@ -7,7 +7,7 @@ from typing import Any
 
 from autodistill.cli.summary import table
 from autodistill.cli.tables import wrapped
-from autodistill.units import format_bytes
+from autodistill.units import format_bytes, format_duration
 
 
 def solve_text(document: Mapping[str, Any], width: int) -> str:
@@ -18,6 +18,8 @@ def solve_text(document: Mapping[str, Any], width: int) -> str:
         width: Characters of a line.
     """
     teacher = document["teacher"]
+    if "plan" in document:
+        return "\n".join(wrapped(_planned(document), width))
     head = (
         f"{teacher['name']} on {document['data']['name']}: KL to the teacher and NLL in nats a token, on "
         f"{document['held_out_tokens']:,} held-out tokens, and the share of them that is likeliest. The teacher's own "
@@ -39,6 +41,28 @@ def solve_text(document: Mapping[str, Any], width: int) -> str:
     if document["exported"]:
         sections.append("\n".join(wrapped(_exported(document["exported"]), width)))
     return "\n\n".join(sections)
+
+
+def _planned(document: Mapping[str, Any]) -> str:
+    """What solving would take, as `plan_solve` says it."""
+    teacher, plan = document["teacher"], document["plan"]
+    said = (
+        f"Solving {teacher['name']}, {teacher['parameters'] / 1e9:.3g}B weights, would take about "
+        f"{format_duration(plan['seconds'])} here for the types"
+    )
+    if plan["seconds_with_cuts"] is not None:
+        said += f", and {format_duration(plan['cuts_seconds'])} more where cuts have to be scored"
+    said += (
+        f", and {format_bytes(plan['memory_bytes'])} of memory beside the process's own, of the "
+        f"{format_bytes(plan['machine_bytes'])} that this machine has. All of it is predicted."
+    )
+    if plan["memory_bytes"] > plan["machine_bytes"]:
+        said += " That is more than there is: solve it on a machine with more memory."
+    smallest = document["smallest"]
+    said += f" The smallest that is solved for, {smallest['name']}, needs {format_bytes(smallest['bytes'])}."
+    if document["not_exported"]:
+        said += f" It cannot be exported: {document['not_exported']}."
+    return said
 
 
 def _one(found: Mapping[str, Any], width: int) -> str:

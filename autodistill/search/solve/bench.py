@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +21,7 @@ from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import score, score_teacher
 from autodistill.models.spec import ModelSpec
+from autodistill.quantization.formats import TYPES
 from autodistill.quantization.grids import Scales, Storage
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.rounding import deploy_tensor
@@ -214,6 +217,28 @@ def copying(bench: Bench, text: TokenSet, length: int) -> Sample:
 
 
 _PARTS = 8
+
+
+def speeds() -> tuple[float, dict[str, float]]:
+    """How many operations of products this machine does in a second, and the seconds that rounding a weight takes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, weights = torch.ones(_MULTIPLIED, _MULTIPLIED, device=device), torch.randn(*_ROUNDED, device=device)
+
+    def takes(work: Callable[[], Any], times: int) -> float:
+        work()
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / times
+
+    rate = 2 * _MULTIPLIED**3 / takes(lambda: rows @ rows, 10)
+    kinds = {kind: takes(partial(deploy_tensor, weights, storage), 2) for kind, storage in TYPES.items()}
+    return rate, {kind: seconds / weights.numel() for kind, seconds in kinds.items()}
+
+
+_MULTIPLIED, _ROUNDED = 1024, (256, 2048)  # sizes of what is multiplied, and rounded, to measure a machine
 
 
 def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Bench:

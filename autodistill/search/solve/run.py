@@ -23,15 +23,17 @@ from autodistill.distillation.teacher.resolve import Teacher, materialise, resol
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.fit import fits
+from autodistill.estimates.solving import CUT_SCORES, solving_work
 from autodistill.export.gguf_mixtures import cannot_write
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, on_gpu
+from autodistill.hardware.machine import memory_bytes
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
-from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
+from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench, speeds
 from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.export import export
-from autodistill.search.solve.forms import CUTS, WHOLE, Form, best_forms, copied, named, smallest
+from autodistill.search.solve.forms import CUTS, WHOLE, Form, best_forms, can_cut, copied, named, smallest
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
@@ -204,6 +206,45 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         except OSError as error:
             raise unwritable(request.out, error) from error
     return document
+
+
+def plan_solve(request: SolveRequest) -> dict[str, Any]:
+    """What solving would take on this machine, as plain data: nothing is downloaded, converted or scored.
+
+    How fast this machine multiplies and rounds is measured, for about a second.
+
+    Raises:
+        InputError, NothingFitsError: As `solve`, as far as the teacher's config says so.
+    """
+    found = resolve_teacher(request.teacher, trained=False)
+    spec = spec_of(found.config)
+    request = _within_context(request, spec)
+    options = Options(spec=spec, budget=request.budgets[0], file_bytes=request.file_bytes)
+    _check_fits([replace(options, budget=one) for one in request.budgets])
+    kinds = {name: options.kinds(tensor) for name, tensor in (options.matrices | options.tables).items()}
+    caches = sum(len({pair[half] for pair in options.caches} - {"f16"}) for half in (0, 1))
+    work = solving_work(spec, kinds, caches, request.tokens)
+    rate, rounding = speeds()
+    seconds = work.seconds(rate, rounding)
+    cuts = work.operations[CUT_SCORES] / rate if can_cut(spec) else 0.0
+    init, deployment, least = smallest(options)
+    return {
+        "teacher": {"name": found.name, "parameters": spec.parameters},
+        "plan": {
+            "seconds": seconds - work.operations[CUT_SCORES] / rate,
+            "seconds_with_cuts": seconds if can_cut(spec) else None,
+            "cuts_seconds": cuts,
+            "memory_bytes": work.memory_bytes,
+            "machine_bytes": memory_bytes(),
+            "operations": dict(work.operations),
+            "operations_per_second": rate,
+        },
+        "smallest": {"name": named(init, deployment), "bytes": least},
+        "solutions": [],
+        "nothing_fits": [],
+        "not_exported": cannot_write(spec, found.config) or None,
+        "exported": None,
+    }
 
 
 def _chosen(solved: Mapping[str, Any], candidates: Sequence[Candidate], options: Options) -> Deployment | Candidate:

@@ -19,6 +19,7 @@ from autodistill.distillation.student.repair import ffn_moments, last_matrices, 
 from autodistill.distillation.student.shapes import MULTIPLE
 from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.errors import InputError
+from autodistill.estimates.solving import CUT_TOKENS
 from autodistill.inference.blocks import embedded, only_blocks, through_block
 from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.scoring import score
@@ -31,7 +32,6 @@ from autodistill.strategy.strategy import Init
 from autodistill.utils.hashing import content_hash, file_hash
 from autodistill.utils.json_files import read_json, write_json
 
-_TOKENS = 512  # of the sample, on which single cuts are scored
 _SCORED = (0.7, 0.4)  # fractions of an FFN whose cost is measured
 _POWERS = (1.0, 4.0)  # of the share that is cut, by which the cost of other widths grows
 _LEAST = 1e-12  # of a cost, whose logarithm is taken
@@ -64,7 +64,7 @@ class Shapes:
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._path, self._bench, self._calibration, self._notify = path, bench, calibration, notify
-        self._text: TokenSet = sample.data.head(_TOKENS)
+        self._text: TokenSet = sample.data.head(CUT_TOKENS)
         self._reference: TeacherReference = sample.reference.head(self._text.predicted)
         self._held = _read(path)
         self._students: dict[Init, Bench] = {}
