@@ -128,8 +128,8 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
     request = _within_context(request, spec)
     # Before anything is downloaded or converted.
     cache_type = None if holds_cache(found.config) else "f16"
-    told = {"cache_type": cache_type, "file_bytes": request.file_bytes}
-    options = [Options(spec=spec, budget=budget, **told) for budget in request.budgets]
+    first = Options(spec=spec, budget=request.budgets[0], cache_type=cache_type, file_bytes=request.file_bytes)
+    options = [replace(first, budget=budget) for budget in request.budgets]
     unwritten = cannot_write(spec, found.config)
     if request.export and unwritten:
         raise InputError(f"{found.name} is solved and not exported: {unwritten}; leave --export out")
@@ -219,7 +219,8 @@ def plan_solve(request: SolveRequest) -> dict[str, Any]:
     found = resolve_teacher(request.teacher, trained=False)
     spec = spec_of(found.config)
     request = _within_context(request, spec)
-    options = Options(spec=spec, budget=request.budgets[0], file_bytes=request.file_bytes)
+    cache_type = None if holds_cache(found.config) else "f16"
+    options = Options(spec=spec, budget=request.budgets[0], cache_type=cache_type, file_bytes=request.file_bytes)
     _check_fits([replace(options, budget=one) for one in request.budgets])
     kinds = {name: options.kinds(tensor) for name, tensor in (options.matrices | options.tables).items()}
     caches = sum(len({pair[half] for pair in options.caches} - {"f16"}) for half in (0, 1))
