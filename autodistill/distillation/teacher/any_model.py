@@ -62,16 +62,11 @@ def any_spec(config: Mapping[str, Any]) -> ModelSpec:
         InputError: transformers makes no causal model of it, or one without a cache of keys and values, or with experts
             that are matrices of their own.
     """
-    check_config(config)
     made = _on_meta(config)
     sizes = made.config.get_text_config()
     table, head = made.get_input_embeddings(), made.get_output_embeddings()
     layers, width, heads = (_size(sizes, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    if layers > MOST_LAYERS:
-        raise InputError(f"the model's config gives {layers} layers, which no model has: check it")
     experts = next((found for name in _EXPERTS if (found := _size(sizes, name, 0))), 0)
-    if experts > MOST_EXPERTS:
-        raise InputError(f"the model's config gives {experts} experts, which no model has: check it")
     own_ffn = _size(sizes, "intermediate_size", 4 * width)
     rank = _size(sizes, "kv_lora_rank", 0)
     return ModelSpec(
@@ -110,6 +105,12 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
     """The model of a config, without memory for its weights."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
 
+    check_config(config)
+    # Before a model of so many modules is made.
+    for key, value in config.items():
+        most = MOST_LAYERS if "layer" in str(key) else MOST_EXPERTS if "expert" in str(key) else MOST_OF_A_SIZE
+        if type(value) is int and value > most:
+            raise InputError(f"the model's config gives {key} as {value if value < 10**12 else 'far more'}: check it")
     name = str(config.get("model_type"))
     try:
         read = AutoConfig.for_model(**dict(config))

