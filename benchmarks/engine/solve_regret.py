@@ -107,28 +107,30 @@ def main() -> None:
     report.note("regrets", rows)
     worst = max(row["solved"] - row["least"] for row in rows)
     verdict = "kept" if worst <= MOST else "NOT kept"
-    report.write(
-        "solve-regret",
-        "A solution beside the best of all choices",
-        [
-            f"Tiny models of one layer, {len(kinds)} types for each of 7 matrices: {len(kinds) ** 7:,} choices, each "
-            f"measured whole on {arguments.tokens} tokens. KL to the teacher in nats a token, on the text that was "
-            f"chosen on. The largest regret is {worst:.4f} nats; at most {MOST} was asked for, which is {verdict}.",
-            report.table(
-                ["seed", "limit", "least KL of all", "solved", "regret", "core-seconds"],
-                [
+    print(
+        report.write(
+            "solve-regret",
+            "A solution beside the best of all choices",
+            [
+                f"Tiny models of one layer, {len(kinds)} types for each of 7 matrices: {len(kinds) ** 7:,} choices, each "
+                f"measured whole on {arguments.tokens} tokens. KL to the teacher in nats a token, on the text that was "
+                f"chosen on. The largest regret is {worst:.4f} nats; at most {MOST} was asked for, which is {verdict}.",
+                report.table(
+                    ["seed", "limit", "least KL of all", "solved", "regret", "core-seconds"],
                     [
-                        str(row["seed"]),
-                        f"{row['bytes'] / 1e6:.3f} MB",
-                        f"{row['least']:.4f}",
-                        f"{row['solved']:.4f}",
-                        f"{row['solved'] - row['least']:.4f}",
-                        f"{row['core_seconds']:.1f}",
-                    ]
-                    for row in rows
-                ],
-            ),
-        ],
+                        [
+                            str(row["seed"]),
+                            f"{row['bytes'] / 1e6:.3f} MB",
+                            f"{row['least']:.4f}",
+                            f"{row['solved']:.4f}",
+                            f"{row['solved'] - row['least']:.4f}",
+                            f"{row['core_seconds']:.1f}",
+                        ]
+                        for row in rows
+                    ],
+                ),
+            ],
+        )
     )
 
 

@@ -110,7 +110,7 @@ class Bench:
         self._own = own
         self._parameters = dict(model.named_parameters())
         self._transposed = transposed(model)
-        self._matrices = {name for name, one in self._parameters.items() if one.dim() == 3 or name in self._transposed}
+        self._reshaped = {name for name, one in self._parameters.items() if one.dim() == 3 or name in self._transposed}
         self._masters: dict[str, Tensor] = {}
         self._shown: dict[str, Storage] = {}
 
@@ -165,9 +165,9 @@ class Bench:
         """The float32 values of a tensor in a storage, under the teacher's own scales where it was stored so."""
         kept, scales = self._own.get(name, (None, None))
         master = self._masters.get(name, self._parameters[name].data) if weight is None else weight
-        rows = self.matrices(name, master).flatten(0, 1) if name in self._matrices else master
+        rows = self.matrices(name, master).flatten(0, 1) if name in self._reshaped else master
         found = deploy_tensor(rows, storage, scales if kept == storage else None)
-        return self._as_held(name, found) if name in self._matrices else found
+        return self._as_held(name, found) if name in self._reshaped else found
 
     def matrices(self, name: str, values: Tensor) -> Tensor:
         """The values of a matrix, or of the experts of a layer, as [matrices, out, in]."""

@@ -52,9 +52,15 @@ def smallest(options: Options) -> tuple[Init, Deployment, int]:
 
     Args:
         options: Of the teacher and the budget.
+
+    Raises:
+        InputError: A space allows shapes that none of the types that it allows can hold.
     """
-    found = [(init, replace(options, spec=cut_spec(init, options.spec))) for init in _extremes(options)]
-    sizes = [(init, *cut.smallest()) for init, cut in [*([(WHOLE, options)] if whole_allowed(options) else []), *found]]
+    found = [(WHOLE, options)] if whole_allowed(options) else []
+    found += [(init, replace(options, spec=cut_spec(init, options.spec))) for init in _extremes(options)]
+    sizes = [(init, *cut.smallest()) for init, cut in found if _storable(cut)]
+    if not sizes:
+        raise InputError("the shapes that the space allows have rows that no type divides that it allows: allow others")
     init, deployment, estimate = min(sizes, key=lambda one: one[2].total_bytes)
     return init, deployment, estimate.total_bytes
 
