@@ -21,6 +21,7 @@ _NOT_TRAINED_ON = "none"  # the label of a finishing that is none
 # of the loss is the teacher's depends on how far the text is from it.
 _BELIEVED = (RATE, "distillation.alignment.weight")
 _LABELS = "labels alone"
+_BY_SCALES = " by its scales"  # follows the label of a grid whose scales alone are trained
 _FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no arm beside it
 
 
@@ -50,10 +51,20 @@ class Construction:
         return self.init == WHOLE
 
     @property
-    def finishing(self) -> Finishing | None:
-        """The grid that its training ends on, which is what it is stored on; None of 16 bits."""
+    def finishings(self) -> dict[str, Finishing | None]:
+        """How it may be trained on what it is stored on, by the names of a space; the first is what is known best.
+
+        The whole teacher's weights are near the best that their grid has, and in as many steps as a search trains its
+        scales alone reach further. A cut student has to find other weights.
+        """
         scheme = self.deployment.scheme
-        return None if scheme.bits == 16 and not scheme.types else Finishing(**asdict(scheme))
+        if scheme.bits == 16 and not scheme.types:
+            return {_NOT_TRAINED_ON: None}
+        weights = Finishing(**asdict(scheme))
+        if not weights.scalable:
+            return {scheme.name: weights}
+        found = {f"{scheme.name}{_BY_SCALES}": replace(weights, scales="alone"), scheme.name: weights}
+        return found if self.whole else dict(reversed(found.items()))
 
     def describe(self) -> str:
         """What it is, what it needs, and what it loses, in a line for a person."""
@@ -110,7 +121,7 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
     recipe = prior.recipe
     raced = arms(constructions)
     inits = {label(one): one.init.to_json() for one in raced}
-    grids = {_of_grid(one): one.finishing and one.finishing.to_json() for one in raced}
+    grids = {name: grid and grid.to_json() for one in raced for name, grid in one.finishings.items()}
     dimensions = (
         Dimension.from_json("init", {"choices": inits}),
         Dimension.from_json("finishing", {"choices": grids}),
@@ -141,7 +152,7 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
 def _start(space: Space, one: Construction, recipe: Distillation) -> Strategy:
     """The strategy of a construction that is nearest to a recipe."""
     data = Strategy(distillation=recipe).to_json()
-    return space.strategy(_nearest(space, data, {"init": label(one), "finishing": _of_grid(one)}))
+    return space.strategy(_nearest(space, data, {"init": label(one), "finishing": next(iter(one.finishings))}))
 
 
 def _near(dimension: Dimension, prior: Prior) -> Dimension:
@@ -159,10 +170,6 @@ def label(one: Construction) -> str:
     if one.whole:
         return "whole"
     return one.init.describe().replace("100% even ", "").replace(" ", "-")
-
-
-def _of_grid(one: Construction) -> str:
-    return _NOT_TRAINED_ON if one.finishing is None else one.deployment.scheme.name
 
 
 def _name(one: Construction, raced: Sequence[Construction]) -> str:
