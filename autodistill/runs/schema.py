@@ -94,7 +94,6 @@ class Search(TypedDict):
     runner: NotRequired[str]
     storage: NotRequired[str | None]
     sharing: NotRequired[bool]
-    forking: NotRequired[bool]
     plan: NotRequired[Mapping[str, Any]]
     speed: NotRequired[Numbers]
     box: NotRequired[Box]
@@ -236,7 +235,7 @@ class Retry(TypedDict):
 class Collected(TypedDict):
     """Checkpoints were removed."""
 
-    gone: tuple[str, ...]
+    checkpoints: NotRequired[tuple[str, ...]]
     bytes: NotRequired[int]
 
 
@@ -384,7 +383,7 @@ def read_search(path: Path, *needed: str) -> dict[str, Any]:
         if "plan" in needed:
             _check_plan(Plan.from_json(found["plan"]))
         if "space_definition" in needed:
-            Space.from_json(found["space_definition"])
+            Space.stored(found["space_definition"])
     except (InputError, ValueError, OverflowError) as error:
         raise InputError(f"{path} is not what a search writes: {error}; restore it, or leave that run out") from None
     return found

@@ -148,7 +148,7 @@ def explain(run: RunFolder) -> Explanation:
         InputError: There is no trial yet.
     """
     asked, events = run.asked("metric", "direction", "plan", "space_definition"), run.events.read()
-    plan, space = Plan.from_json(asked["plan"]), Space.from_json(asked["space_definition"])
+    plan, space = Plan.from_json(asked["plan"]), Space.stored(asked["space_definition"])
     run.check_together(len(plan.rungs))
     trials = {event["trial"]: event for event in events if event["event"] == "trial"}
     if not trials:
@@ -308,7 +308,7 @@ def _fits(row: Row, asked: Mapping[str, Any], beyond: Mapping[str, int]) -> list
     if row.shape is None:
         return []
     spec, budget = spec_from_config(row.shape), read_budget(asked["budget"])
-    deployments = Space.from_json(asked["space_definition"]).deployments
+    deployments = Space.stored(asked["space_definition"]).deployments
     found = []
     for fit in fits(spec, holdable(spec, deployments), budget):
         need = fit.need + beyond.get(fit.deployment.runtime, 0)

@@ -349,7 +349,6 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
         "runner": checked.runner,
         "storage": checked.storage.uri if checked.storage else None,
         "sharing": checked.sharing,
-        "forking": checked.forking,
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licenses(loaded),

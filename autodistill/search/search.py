@@ -52,7 +52,6 @@ from autodistill.search.setup.loading import load
 from autodistill.search.setup.measure_plan import plan_from_measurement
 from autodistill.search.setup.solve_phase import construct
 from autodistill.search.setup.teacher_phase import cache_settings, calibration_file, check_cache_limit
-from autodistill.search.setup.training_setup import trainable
 from autodistill.search.worker.failures import is_disk_broken, is_disk_full
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.units import format_duration
@@ -96,7 +95,7 @@ def plan_search(request: SearchRequest, observer: Observer | None = None, price:
     checked = check_request(request)
     with _disk(str(checked.cache), lambda: ""), _workplace(checked) as (place, _):
         told = observer or Observer()
-        return _plan(trainable(checked, place, told.line), place, told, price)
+        return _plan(checked, place, told, price)
 
 
 def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price | None) -> dict[str, Any]:
@@ -161,7 +160,7 @@ def search(request: SearchRequest, observer: Observer | None = None, callbacks: 
                 _workplace(checked) as (place, joined),
                 _stored(checked, run, observer) as storage,
             ):
-                asked = trainable(replace(checked, name=run.name), place, observer.line)
+                asked = replace(checked, name=run.name)
                 return _search(asked, place, joined, run, storage, observer, tell)
         except KeyboardInterrupt:
             if not run.search_file.exists():
@@ -323,7 +322,6 @@ def _trials(
             further=question.further,
             earlier=ready.warm.observations,
             first=ready.warm.first,
-            forking=checked.forking,
         ),
         log=run.events,
         checkpoints=run.checkpoints,

@@ -353,7 +353,6 @@ def simulate(
     seed: int = 0,
     stopping: bool = False,
     sharing: bool = True,
-    forking: bool | None = None,
     rejection: bool = True,
     live_teacher: bool = False,
     space: Space | None = None,
@@ -368,7 +367,6 @@ def simulate(
         sampler, seed: Of the proposals.
         stopping: Whether trials are stopped at rungs, and never paused and promoted.
         sharing: Whether stages are shared.
-        forking: Whether some proposals fork on purpose; as `sharing` by default.
         rejection: Whether what no deployment can hold is rejected without training.
         live_teacher: Whether there is no cache.
         space: Other than the table's.
@@ -393,7 +391,6 @@ def simulate(
         name=sampler,
         seed=seed,
         direction="max",
-        forking=sharing if forking is None else forking,
         **hints,
     )
     kind = Campaign if rejection else Unrejecting

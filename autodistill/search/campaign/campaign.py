@@ -292,7 +292,6 @@ class Campaign:
             }
         )
         trial.lost = 0
-        self._stages.learn(trial, report.unsaved)
         reused = f", {report.shared:,} of them from a shared stage" if report.shared else ""
         self._notify(f"{trial.task.id} {trial.name}: {self._shown(row)} after {report.tokens:,} tokens{reused}")
         if report.unsaved is not None:
@@ -493,7 +492,6 @@ class Campaign:
             "kept": lambda event: setattr(self.trials[event["trial"]], "kept", event["kept"]),
             "unevaluated": lambda event: self.trials[event["trial"]].settled.add(event["deployment"]),
             "retry": lambda event: self._retry(self.trials[event["trial"]], event["rung"], event["deployment"]),
-            "collected": lambda event: self._stages.forget(event["gone"]),
             "students-collected": self._replay_collection,
         }
         for event in events:
@@ -544,7 +542,6 @@ class Campaign:
         trial.lost = 0
         trial.settled = {self._judged[trial.task.id]} if trial.task.id in self._judged else set()
         self._keep_none()
-        self._stages.learn(trial, event.get("unsaved"))
         self._hold(trial, event.get("steps", ()))
         self._judge(trial)
 

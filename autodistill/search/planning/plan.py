@@ -13,8 +13,14 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError
 from autodistill.hardware.budget import Price
 from autodistill.hardware.machine import Machine
-from autodistill.search.algorithms.forks import FEW
-from autodistill.search.algorithms.successive_halving import DECAY, REDUCTION, confirmed, kept_at_rungs, rung_tokens
+from autodistill.search.algorithms.successive_halving import (
+    BEST,
+    DECAY,
+    REDUCTION,
+    confirmed,
+    kept_at_rungs,
+    rung_tokens,
+)
 from autodistill.search.planning.durations import (
     CACHING,
     TRAINING,
@@ -407,7 +413,7 @@ def students_disk(plan: Plan, parameters: int, *, baselines: int, confirm: int) 
     Returns:
         "students", at most so many, and "students_bytes".
     """
-    few = min(FEW, plan.keep[-1] if plan.keep else plan.trials) + min(1, baselines)
+    few = min(BEST, plan.keep[-1] if plan.keep else plan.trials) + min(1, baselines)
     longer = (len(plan.lengths) - 1) * few
     if plan.longest > 1:
         # The best alone on the cores of one machine; elsewhere the next best, and the baseline, beside it.

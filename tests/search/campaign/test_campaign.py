@@ -811,36 +811,31 @@ def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     return [event for event in RunLog(folder / "trials.jsonl").read() if event["event"] in kinds]
 
 
-@pytest.fixture
-def forks_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These plans are too short for a fork otherwise."""
-    monkeypatch.setattr("autodistill.search.algorithms.forks.FROM", 3)
+def sharing() -> Question:
+    """A search whose first two proposals differ in their finishing alone."""
+    asked = question()
+    plain = replace(asked.space.starts["narrow"], finishing=None)
+    grid = Finishing(format="gguf-q8_0", bits=8, group_size=32)
+    starts = {"plain": plain, "on_a_grid": replace(plain, finishing=grid)}
+    return replace(asked, space=replace(asked.space, starts=starts))
 
 
-@pytest.mark.usefixtures("forks_from_the_first")
-def test_every_fourth_proposal_forks_a_trial_and_trains_its_decays_alone(tmp_path: Path) -> None:
-    search = campaign(tmp_path, question())
+def test_a_trial_that_shares_a_stage_trains_its_decays_alone(tmp_path: Path) -> None:
+    search = campaign(tmp_path, sharing())
     drive(search, keeping(tmp_path))
-    stages = {trial: state.task.stage for trial, state in search.trials.items()}
-    for fork in ("t003", "t007"):
-        assert stages[fork] in {stage for trial, stage in stages.items() if trial < fork}
-        first = next(event for event in events(tmp_path, "rung") if event["trial"] == fork)
-        assert (first["shared"], first["trained"]) == (768, 1024 - 768)
+    assert search.trials["t001"].task.stage == search.trials["t000"].task.stage
+    first = next(event for event in events(tmp_path, "rung") if event["trial"] == "t001")
+    assert (first["shared"], first["trained"]) == (768, 1024 - 768)
     assert len({state.task.strategy.id for state in search.trials.values()}) == len(search.trials)
     total = saved(events(tmp_path, "trial", "rung", "status"), PLAN)
     assert total.shared_tokens == sum(event["shared"] for event in events(tmp_path, "rung"))
-    assert total.sharing >= 2
+    assert total.sharing >= 1
 
 
-@pytest.mark.usefixtures("forks_from_the_first")
-def test_without_sharing_every_stage_is_a_trials_own_and_nothing_is_forked(tmp_path: Path) -> None:
-    search = campaign(tmp_path, replace(question(), sharing=False))
+def test_without_sharing_every_stage_is_a_trials_own(tmp_path: Path) -> None:
+    search = campaign(tmp_path, replace(sharing(), sharing=False))
     drive(search)
     assert {state.task.stage for state in search.trials.values()} == {""}
-    stable = {trial: state.task.strategy.stable_id for trial, state in search.trials.items()}
-    # A neighbour may change the best's finishing alone, which is a proposal like any other.
-    for fork in ("t003", "t007"):
-        assert stable[fork] not in {other for trial, other in stable.items() if trial < fork}
 
 
 def test_a_limit_is_held_and_the_end_keeps_the_best_few(tmp_path: Path) -> None:
@@ -864,13 +859,12 @@ def test_a_limit_is_held_and_the_end_keeps_the_best_few(tmp_path: Path) -> None:
     assert sum(event["bytes"] for event in collected) == 100 * sum(len(event["checkpoints"]) for event in collected)
 
 
-@pytest.mark.usefixtures("forks_from_the_first")
 @pytest.mark.parametrize("kept", range(3, 60, 8))
-def test_forks_and_collections_are_the_same_after_a_kill(tmp_path: Path, kept: int) -> None:
+def test_shared_stages_and_collections_are_the_same_after_a_kill(tmp_path: Path, kept: int) -> None:
     """Cut off after any event, with the disk as it was then."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     cut.mkdir()
-    search = campaign(whole, question(), limit=500)
+    search = campaign(whole, sharing(), limit=500)
     log = RunLog(whole / "trials.jsonl")
     answer = keeping(whole)
     while (assignment := search.next()) is not None:
@@ -879,7 +873,7 @@ def test_forks_and_collections_are_the_same_after_a_kill(tmp_path: Path, kept: i
             (cut / "trials.jsonl").write_bytes(log.path.read_bytes())
             shutil.copytree(whole / "checkpoints", cut / "checkpoints")
     search.close()
-    again = campaign(cut, question(), limit=500)
+    again = campaign(cut, sharing(), limit=500)
     again.replay(RunLog(cut / "trials.jsonl").read())
     drive(again, keeping(cut))
     kinds = ("trial", "rung", "collected", "status", "row")
@@ -890,11 +884,10 @@ def test_forks_and_collections_are_the_same_after_a_kill(tmp_path: Path, kept: i
     assert held == expected
 
 
-@pytest.mark.usefixtures("forks_from_the_first")
 def test_what_a_kill_left_of_a_rung_is_collected_before_anything_is_proposed(tmp_path: Path) -> None:
     """The log has the rung, and not yet what was to be removed after it; as a kill between any two events leaves it."""
     whole = tmp_path / "whole"
-    search, log, answer = campaign(whole, question(), limit=500), RunLog(whole / "trials.jsonl"), keeping(whole)
+    search, log, answer = campaign(whole, sharing(), limit=500), RunLog(whole / "trials.jsonl"), keeping(whole)
     cuts = 0
     while (assignment := search.next()) is not None:
         # What the stretch leaves on the disk is there before it is reported.
@@ -912,7 +905,7 @@ def test_what_a_kill_left_of_a_rung_is_collected_before_anything_is_proposed(tmp
     search.close()
     assert cuts > 2
     for cut in tmp_path.glob("cut*"):
-        again = campaign(cut, question(), limit=500)
+        again = campaign(cut, sharing(), limit=500)
         again.replay(RunLog(cut / "trials.jsonl").read())
         drive(again, keeping(cut))
         kinds = ("trial", "rung", "collected", "status", "row")
@@ -926,8 +919,7 @@ def without_times(event: dict[str, Any]) -> dict[str, Any]:
     return {**event, "time": None, "row": row and {**row, "train_seconds": None}}
 
 
-@pytest.mark.usefixtures("forks_from_the_first")
-def test_a_checkpoint_that_could_not_be_written_is_recorded_and_not_forked(tmp_path: Path) -> None:
+def test_a_checkpoint_that_could_not_be_written_is_recorded(tmp_path: Path) -> None:
     def full(assignment: Assignment) -> RungReport:
         return replace(worker(assignment), unsaved="the disk is full")
 
@@ -936,9 +928,6 @@ def test_a_checkpoint_that_could_not_be_written_is_recorded_and_not_forked(tmp_p
     drive(search, full)
     assert {event["unsaved"] for event in events(tmp_path, "rung")} == {"the disk is full"}
     assert "b000: the disk is full" in said
-    stable = {trial: state.task.strategy.stable_id for trial, state in search.trials.items()}
-    for fork in ("t003", "t007"):
-        assert stable[fork] not in {other for trial, other in stable.items() if trial < fork}
 
 
 def test_two_workers_do_not_train_one_stage_at_once(tmp_path: Path) -> None:
@@ -1387,7 +1376,7 @@ def test_a_trial_whose_worker_is_killed_for_memory_twice_is_out_of_memory(tmp_pa
             search.report(assignment, worker(assignment))
     assert tries == 2
     assert (search.trials["t003"].status, search.trials["t003"].cause) == (Status.FAILED, "out-of-memory")
-    assert observation(search.trials["t003"], search.question, forkable=False).constraint > 0
+    assert observation(search.trials["t003"], search.question).constraint > 0
     found = saved(RunLog(tmp_path / "trials.jsonl").read(), PLAN)
     assert found.trained_tokens == 2 * 512
 
@@ -1472,7 +1461,7 @@ def test_what_follows_from_the_shape_of_a_rejected_strategy_is_told(tmp_path: Pa
     rejected = [trial for trial in search.trials.values() if trial.status is Status.REJECTED and trial.point]
     assert rejected
     for trial in rejected:
-        told = observation(trial, asked, forkable=False)
+        told = observation(trial, asked)
         spec = student_spec(trial.task.strategy, asked.teacher_spec)
         (judged,) = (fit for fit in fits(spec, asked.deployments, asked.budget) if fit.deployment == trial.task.probe)
         size = weights_bytes(spec.tensors, trial.task.probe)

@@ -196,7 +196,7 @@ def test_one_whose_training_does_not_fit_is_rejected_and_the_sampler_told(tmp_pa
         if trial.point is not None:
             deployed = min(fit.slack for fit in trial.candidate.fits)
             assert deployed < 0
-            told = observation(trial, asked, forkable=False)
+            told = observation(trial, asked)
             assert told.constraint == max(deployed, math.log(found.need_bytes / middle()))
             assert (told.constraint > 0) == (told.state is Status.REJECTED)
     total = saved(RunLog(tmp_path / "trials.jsonl").read(), asked.plan)
