@@ -12,8 +12,8 @@ from autodistill.quantization.formats import get_format
 from autodistill.runs.results.gains import Gains
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
 from autodistill.runs.results.row import Row, task_figures
-from autodistill.runs.results.savings import Saved
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.savings import Saved
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, format_duration
 

@@ -17,6 +17,7 @@ from autodistill.hardware.budget import Price
 from autodistill.hardware.machine import detect_for_training
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.runs.checkpoints import default_limit
+from autodistill.runs.events import RunEvent, SessionBegan
 from autodistill.runs.phase_clock import Clock
 from autodistill.runs.remote_copy import Lease, StoredLog, check_free, keep, pull
 from autodistill.runs.report import write_report
@@ -25,10 +26,10 @@ from autodistill.runs.results.gains import named
 from autodistill.runs.results.leaderboard import DISTILLED, rank
 from autodistill.runs.results.objectives import front
 from autodistill.runs.results.row import Row, Status, to_parquet
-from autodistill.runs.results.savings import saved
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.savings import saved
 from autodistill.runs.sessions import SignsOfLife, by_phase, last_ended, lasted
 from autodistill.runs.students import student_bytes
 from autodistill.search.algorithms.sampler import Sampler
@@ -274,13 +275,13 @@ def _search(
     checked = planned.config
     if storage is not None:
         keep(run.search_file, storage)
-    ended = last_ended(run.events.read(), run.path, storage)
+    ended = last_ended(run.events.all(), run.path, storage)
     if ended is not None:
-        run.events.append(ended)
-    earlier = run.events.read()
+        run.events.add(ended)
+    earlier = run.events.all()
     clock.earlier = by_phase(earlier)
     # Written down once there is a plan, it says when the session began, from where the time box counts.
-    run.events.append({"event": "session", "time": clock.started_at})
+    run.events.add(SessionBegan(time=clock.started_at))
     with SignsOfLife(run.path, storage, clock.started_at, clock.session):
         # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
         with _runner(checked, place, joined, lambda: _to_go_on(checked, run)) as runner:
@@ -299,7 +300,7 @@ def _trials(
     run: RunFolder,
     storage: Storage | None,
     clock: Clock,
-    earlier: list[dict[str, Any]],
+    earlier: Sequence[RunEvent],
     observer: Observer,
     tell: Callbacks,
 ) -> tuple[Campaign, Ready, TrialSetting]:
@@ -423,7 +424,7 @@ def _runner(
         cluster.leave()
 
 
-def _deadline(planned: Planned, earlier: Sequence[Mapping[str, Any]], clock: Clock, observer: Observer) -> float | None:
+def _deadline(planned: Planned, earlier: Sequence[RunEvent], clock: Clock, observer: Observer) -> float | None:
     """`time.monotonic()` after which no trial may run, so that export and test still fit what is left of the box."""
     box, plan = planned.document["box"], planned.plan
     if box["seconds"] is None:
@@ -472,7 +473,7 @@ def _result(
         "budget": checked.budget.to_json(),
         "plan": plan.to_json(),
         "seconds": dict(seconds),
-        "saved": saved(run.events.read(), plan).to_json(),
+        "saved": saved(run.events.all(), plan).to_json(),
         "notes": notes,
         "paths": {"run": str(run.path), **{name: str(path) for name, path in finished.paths.items()}},
     }

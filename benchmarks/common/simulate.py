@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +17,7 @@ from autodistill.evaluation.base import Measurement
 from autodistill.evaluation.evaluate import Evaluation
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
+from autodistill.runs.events import RunEvent
 from autodistill.runs.results.row import Decision
 from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
@@ -168,15 +168,15 @@ class Memory(RunLog):
 
     def __init__(self) -> None:
         super().__init__(Path("/nowhere"))
-        self.events: list[dict[str, Any]] = []
+        self._kept: list[RunEvent] = []
 
-    def append(self, event: Mapping[str, Any]) -> None:
+    def add(self, event: RunEvent) -> None:
         """Keeps an event."""
-        self.events.append(json.loads(json.dumps(event)))
+        self._kept.append(event)
 
-    def read(self) -> list[dict[str, Any]]:
+    def all(self) -> list[RunEvent]:
         """All events."""
-        return self.events
+        return self._kept
 
 
 class Stopping(SuccessiveHalving):

@@ -205,7 +205,7 @@ def real(table: Table, prepared: Prepared, seed: int) -> dict[str, float]:
     setting = replace(prepared.setting, plan=made, evaluators=(METRIC, "memory", "size"))
     sampler = Sampler(table.space, seed=seed)
     campaign = Campaign(question, sampler=sampler, log=prepared.run.events, checkpoints=prepared.run.checkpoints)
-    campaign.replay(prepared.run.events.read())
+    campaign.replay(prepared.run.events.all())
     run_inline(campaign, setting, None)
     _, looked_up = simulate(table, made, seed=seed)
     trained = prepared.run.events.read()

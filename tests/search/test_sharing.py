@@ -15,10 +15,10 @@ from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
 from autodistill.hardware.budget import Budget
 from autodistill.runs.checkpoints import open_stages, stage_key
+from autodistill.runs.events import read_events, rows_of
 from autodistill.runs.phase_clock import Clock
-from autodistill.runs.results.row import rows_of
-from autodistill.runs.results.savings import saved
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.savings import saved
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.campaign.admission import admit, candidate_of
 from autodistill.search.campaign.campaign import Campaign
@@ -66,7 +66,7 @@ class Searched:
 
     @property
     def rows(self) -> dict[str, object]:
-        return {row.row_id: without_times(row.to_json()) for row in rows_of(self.events)}
+        return {row.row_id: without_times(row.to_json()) for row in rows_of(read_events(self.events))}
 
 
 def without_times(value: object) -> object:
@@ -133,7 +133,7 @@ def test_trials_that_share_stages_have_the_figures_of_trials_that_train_all_them
     monkeypatch.setattr("autodistill.runs.checkpoints.StageStore.find", lambda *arguments: None)
     alone = searched(inputs, tmp_path)
     assert shared.rows == alone.rows
-    totals = saved(shared.events, shared.plan), saved(alone.events, alone.plan)
+    totals = [saved(read_events(one.events), one.plan) for one in (shared, alone)]
     assert totals[0].shared_tokens > 0
     assert totals[1].shared_tokens == 0
     # More where a rung's decay is trained beside what goes on from its branch.
@@ -167,7 +167,7 @@ def test_a_tiny_limit_changes_nothing_but_what_is_kept(inputs: Path, shared: Sea
 
 def test_without_sharing_nothing_is_reused(inputs: Path, tmp_path: Path) -> None:
     found = searched(inputs, tmp_path, sharing=False)
-    assert saved(found.events, found.plan).shared_tokens == 0
+    assert saved(read_events(found.events), found.plan).shared_tokens == 0
     assert json.loads(found.run.search_file.read_text())["sharing"] is False
 
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
 from autodistill.evaluation.base import Direction
 from autodistill.runs.checkpoints import Checkpoint, StageStore
+from autodistill.runs.events import CheckpointsRemoved, RunEvent, StudentsRemoved
 from autodistill.runs.results.leaderboard import DISTILLED, pareto, rank, smallness
 from autodistill.runs.results.row import Row, Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
@@ -20,7 +20,6 @@ from autodistill.runs.run_log import RunLog
 from autodistill.runs.students import remove_student, student_bytes
 from autodistill.search.algorithms.successive_halving import BEST, CONFIRMED
 from autodistill.search.campaign.state import Question, TrialState
-from autodistill.search.worker.messages import RungReport
 from autodistill.utils.storage import Storage
 
 
@@ -158,12 +157,6 @@ class StageKeeper:
         return self._sign * trial.judged
 
 
-def stage_facts(report: RungReport) -> dict[str, Any]:
-    """What a rung's event says of its stage."""
-    unsaved = {} if report.unsaved is None else {"unsaved": report.unsaved}
-    return {"trained": report.trained, "shared": report.shared, **unsaved}
-
-
 class Collector:
     """Removes what nothing needs any more; the log says so before, so that a kill in between is made good.
 
@@ -183,7 +176,7 @@ class Collector:
         trials: Mapping[str, TrialState],
         *,
         log: RunLog,
-        write: Callable[[Mapping[str, Any]], None],
+        write: Callable[[RunEvent], None],
         notify: Callable[[str], None],
     ) -> None:
         self._stages = stages
@@ -217,7 +210,7 @@ class Collector:
             names = self._students.surplus(self._trials, rows, sizes, over)
             if not names:
                 return
-            self._write({"event": "students-collected", "trials": names, "bytes": sum(sizes[name] for name in names)})
+            self._write(StudentsRemoved(trials=tuple(names), bytes=sum(sizes[name] for name in names)))
             for name in names:
                 self._trials[name].collected = True
             self._students.remove(names)
@@ -237,9 +230,8 @@ class Collector:
             checkpoints = chosen()
             if not checkpoints:
                 return
-            keys = [checkpoint.key for checkpoint in checkpoints]
-            size = sum(checkpoint.bytes for checkpoint in checkpoints)
-            self._write({"event": "collected", "checkpoints": keys, "bytes": size})
+            keys = tuple(checkpoint.key for checkpoint in checkpoints)
+            self._write(CheckpointsRemoved(checkpoints=keys, bytes=sum(one.bytes for one in checkpoints)))
             self._stages.remove(checkpoints)
         except OSError as error:
             self._notify(f"no checkpoints could be collected this time: {error}")
