@@ -37,7 +37,7 @@ def headline(run: RunFolder) -> str:
 
 
 def _read(asked: Mapping[str, Any]) -> list[str]:
-    """How much of validation figures are of: a box decides, and runs that read differently do not compare."""
+    """How much of validation figures are of: a time budget decides, and runs that read differently do not compare."""
     held = (asked.get("data") or {}).get("tokens", {}).get("validation")
     read = (asked.get("plan") or {}).get("eval_tokens")
     return [f"{read:,} of {held:,} validation tokens read"] if held and read else []

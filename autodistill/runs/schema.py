@@ -43,7 +43,7 @@ class Asked(TypedDict, total=False):
 
 
 class Box(TypedDict):
-    """A run's time box."""
+    """A run's time budget."""
 
     seconds: float | None
     since: float
@@ -88,7 +88,6 @@ class Search(TypedDict):
     seed: NotRequired[int]
     runner: NotRequired[str]
     storage: NotRequired[str | None]
-    sharing: NotRequired[bool]
     plan: NotRequired[Mapping[str, Any]]
     speed: NotRequired[Numbers]
     box: NotRequired[Box]

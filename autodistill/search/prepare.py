@@ -141,7 +141,6 @@ def prepare_trials(planned: Planned, run: RunFolder, clock: Clock, observer: Obs
         further=checked.objectives[1:],
         served_on=checked.device,
         device=planned.loaded.workers.device,
-        sharing=checked.sharing,
         students_only=checked.students_only,
         raced=bool(checked.constructions) and not checked.objectives[1:],
         memory=planned.loaded.memory,
@@ -220,7 +219,7 @@ def _extends(checked: SearchConfig, trials: int) -> bool:
 
 
 def _box(checked: SearchConfig, plan: Plan, started_at: float) -> dict[str, float | None]:
-    """The run's time box, in seconds, and when the session began from which they count for it.
+    """The run's time budget, in seconds, and when the session began from which they count for it.
 
     One that has not finished keeps its box, or has another for all of it; what a finished one is extended by has its
     own. It is written down, so that a kill changes neither.
@@ -344,7 +343,6 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
         "seed": checked.seed,
         "runner": checked.runner,
         "storage": checked.storage.uri if checked.storage else None,
-        "sharing": checked.sharing,
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licenses(loaded),

@@ -280,7 +280,7 @@ def _search(
         run.events.add(ended)
     earlier = run.events.all()
     clock.earlier = by_phase(earlier)
-    # Written down once there is a plan, it says when the session began, from where the time box counts.
+    # Written down once there is a plan, it says when the session began, from where the time budget counts.
     run.events.add(SessionBegan(time=clock.started_at))
     with SignsOfLife(run.path, storage, clock.started_at, clock.session):
         # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
@@ -425,7 +425,7 @@ def _runner(
 
 
 def _deadline(planned: Planned, earlier: Sequence[RunEvent], clock: Clock, observer: Observer) -> float | None:
-    """`time.monotonic()` after which no trial may run, so that export and test still fit what is left of the box."""
+    """`time.monotonic()` after which no trial may run, so that export and test still fit the time that is left."""
     box, plan = planned.document["box"], planned.plan
     if box["seconds"] is None:
         return None
@@ -511,7 +511,7 @@ _MORE = "give it more --time"
 
 
 def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
-    """What was left undone of a plan: for want of time where there is a box, or of strategies that fit.
+    """What was left undone of a plan: for want of time where there is a time budget, or of strategies that fit.
 
     What failed or did not fit counts as tried, as it does for the agenda; the search says so elsewhere.
 
@@ -552,7 +552,7 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
 
 
 def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
-    """What the time box ended before."""
+    """What the time budget ended before."""
     if campaign.box.deadline is None:
         return []
     notes = []

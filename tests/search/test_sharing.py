@@ -165,12 +165,6 @@ def test_a_tiny_limit_changes_nothing_but_what_is_kept(inputs: Path, shared: Sea
     assert len({checkpoint.stage for checkpoint in held}) <= 3
 
 
-def test_without_sharing_nothing_is_reused(inputs: Path, tmp_path: Path) -> None:
-    found = searched(inputs, tmp_path, sharing=False)
-    assert saved(read_events(found.events), found.plan).shared_tokens == 0
-    assert json.loads(found.run.search_file.read_text())["sharing"] is False
-
-
 def test_stages_are_those_of_the_machines_that_train_whichever_drives(inputs: Path, tmp_path: Path) -> None:
     """Driven from a node of a cluster without GPUs, a trial's checkpoints lie where one with GPUs finds them."""
     checked, clock = asked(inputs, tmp_path), Clock(time.monotonic(), lambda phase: None)

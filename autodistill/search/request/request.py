@@ -55,9 +55,8 @@ class SearchRequest:
         budget: A `Budget` says memory, context, batch, device and latency itself; the options of those names then say
             nothing, but for `device`, where a latency is predicted.
         resume: Go on with the run `name`.
-        sharing: Whether trials continue each other's stages; off to measure what that is worth. On resuming as before.
         command: As typed, for the record.
-        started: `time.monotonic()` at which the time box began.
+        started: `time.monotonic()` at which the time budget began.
     """
 
     strategy: Annotated[
@@ -354,7 +353,6 @@ class SearchRequest:
         Sequence[Callback],
         Option(help="Objects of `Callback` classes, told of trials, steps, rungs and exports.", python=True),
     ] = ()
-    sharing: bool = True
     command: str = "autodistill search"
     started: float = field(default_factory=clock.monotonic)
 

@@ -112,7 +112,6 @@ class SearchConfig:
     cache: Path
     cache_limit_bytes: int
     checkpoint_limit_bytes: int | None
-    sharing: bool
     command: str
     started: float
     stored: Mapping[str, Any] | None
@@ -211,7 +210,6 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         cache=cache,
         cache_limit_bytes=_number(request.cache_limit),
         checkpoint_limit_bytes=parsed(request.checkpoint_limit),
-        sharing=known.get("sharing", request.sharing),
         command=request.command,
         started=request.started,
         stored=stored,
@@ -317,8 +315,8 @@ def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> 
             )
         if known.get("plan", {}).get("longest", 1.0) > 1 and request.confirm:
             raise InputError(
-                f"the run {request.name!r} trained its best on in the rest of its box, so that --confirm, which trains "
-                "again what the plan's tokens gave, would not compare the same: start a new run with --confirm"
+                f"the run {request.name!r} spent the rest of its time on training its best trials further, and "
+                "--confirm repeats trainings of the plan's tokens, which do not compare: start a new run with --confirm"
             )
         return float(before)
     taken = {

@@ -1,4 +1,4 @@
-"""The time box: what it holds by arithmetic, and that it follows a machine that turns out slower than measured."""
+"""The time budget: what it holds by arithmetic, and that it follows a machine that turns out slower than measured."""
 
 from __future__ import annotations
 
