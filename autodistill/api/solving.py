@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from autodistill.api.paths import as_path, cache_folder, device_files
 from autodistill.errors import InputError
@@ -106,7 +106,7 @@ def _budgets(
     budget: int | None,
     sweep: str | None,
     device: str | None,
-    load: Mapping[str, int],
+    load: Mapping[str, Any],
     *,
     tiers: bool,
     files: Sequence[Path],

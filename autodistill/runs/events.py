@@ -25,6 +25,7 @@ _TRIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z", re.ASCII)
 _LEFT_OUT = {"left_out": True}
 
 Numbers = Mapping[str, float]
+TrialKind = Literal["student", "baseline", "confirmation"]
 
 
 class Step(TypedDict, total=False):
@@ -122,7 +123,7 @@ class TrialAdded(RunEvent):
     event = "trial"
     trial: str
     number: int | None = None
-    kind: Literal["student", "baseline", "confirmation"] = "student"
+    kind: TrialKind = "student"
     name: str = ""
     point: Mapping[str, Any] | None
     parameters: int | None = None

@@ -29,7 +29,6 @@ from autodistill.search.algorithms.optuna_study import Importance, Observation, 
 from autodistill.search.campaign.state import LIKELIHOOD
 from autodistill.search.construction.construction import Construction
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.dimension import Point
 from autodistill.strategy.space import Space
 from autodistill.units import format_bytes
 
@@ -213,7 +212,7 @@ def _objectives(asked: Mapping[str, Any]) -> tuple[Objective, ...]:
     return (replace(first, direction=asked["direction"]), *others)
 
 
-def _results(points: Mapping[str, Point], rungs: Iterable[RungReached], place: int) -> list[Observation]:
+def _results(points: Mapping[str, Mapping[str, Any]], rungs: Iterable[RungReached], place: int) -> list[Observation]:
     """What trials reported of one objective, by its place among them."""
     found = []
     for event in rungs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from autodistill.errors import AutoDistillError
 from autodistill.hardware.process_memory import killed_for_memory
@@ -284,7 +284,7 @@ class Campaign:
         trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
         decision = self._judge(trial)
-        steps = [asdict(step) for step in report.steps]
+        steps = tuple(cast(events.Step, asdict(step)) for step in report.steps)
         self._hold(trial, steps)
         # The row came before the rung it belongs to: killed in between, the stretch runs again and supersedes it.
         self._write(
@@ -297,7 +297,7 @@ class Campaign:
                 further=trial.further,
                 decision=decision,
                 seconds=report.seconds,
-                steps=tuple(steps),
+                steps=steps,
                 trained=report.trained,
                 shared=report.shared,
                 unsaved=report.unsaved,
@@ -375,7 +375,7 @@ class Campaign:
         if trial.task.length > 1:
             trial.task = replace(trial.task, length=tokens / self.question.plan.tokens)
 
-    def _hold(self, trial: TrialState, steps: Sequence[Mapping[str, Any]]) -> None:
+    def _hold(self, trial: TrialState, steps: Sequence[events.Step]) -> None:
         """Where memory ran out, the trial goes on with as many sequences at once as its last step had."""
         most = self.question.plan.micro_batch
         if steps and (held := steps[-1].get("micro_batch", most)) < most:
@@ -401,8 +401,9 @@ class Campaign:
             self._notify(f"{trial.task.id} could not be kept ({cause}): {message}")
             return
         if cause in RETRIED and (assignment.rung, name) not in trial.retried:
-            what = {"trial": trial.task.id, "rung": assignment.rung, "deployment": name}
-            self._write(WorkRetried(**what, cause=cause, reason=message))
+            self._write(
+                WorkRetried(trial=trial.task.id, rung=assignment.rung, deployment=name, cause=cause, reason=message)
+            )
             self._retry(trial, assignment.rung, name)
             self._notify(f"{trial.task.id} is tried once more ({cause}): {message}")
             return
@@ -623,7 +624,7 @@ class Campaign:
                 strategy=strategy,
                 seed=trial.task.seed,
                 length=trial.task.length,
-                training=made.training and made.training.to_json(),
+                training=made.training.to_json() if made.training else None,
             )
         )
         if trial.reason is not None:
