@@ -194,8 +194,10 @@ def explain(run: RunFolder) -> Explanation:
 def _race(rows: Sequence[Row], plan: Plan) -> tuple[str, ...]:
     """The students of as many tokens as planned, the best first, each with its paired distance to that one."""
     raced = [row for row in rows if row.kind == "student" and row.train_tokens == plan.tokens and row.perplexity]
-    ranked = sorted(raced, key=lambda row: row.perplexity or math.inf)
-    firsts = list({row.trial: row for row in reversed(ranked)}.values())[::-1]
+    best_of_trial: dict[str, Row] = {}
+    for row in sorted(raced, key=lambda row: row.perplexity or math.inf):
+        best_of_trial.setdefault(row.trial, row)
+    firsts = list(best_of_trial.values())
     lines = []
     for row in firsts:
         said = f"{named(row)}: {math.log(row.perplexity or math.inf):.4f} nats a token"
