@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
-from autodistill.estimates.training_fit import TeacherFit, Training, TrainingFit, fit_teacher, fit_training
+from autodistill.estimates.training_fit import TeacherFit, Training, TrainingFit, fit_training
 from autodistill.estimates.training_memory import adapted_tensors
 from autodistill.inference.torch_memory import share_bytes
 from autodistill.models.spec import ModelSpec
@@ -60,28 +59,6 @@ def tokens_of_step(checked: SearchConfig, place: Place) -> int:
             f"a multiple of {processes * length}"
         )
     return tokens
-
-
-def trainable(checked: SearchConfig, place: Place, line: Callable[[str], None]) -> SearchConfig:
-    """The request without its space's optional choices, where training their students fits no machine here.
-
-    Args:
-        checked: What is asked; of a run that is resumed the choices stay as they were.
-        place: Where it runs.
-        line: Is told of it.
-    """
-    required = checked.space.required()
-    if required is checked.space or checked.stored is not None:
-        return checked
-    length = checked.sequence_length
-    teacher_fit = fit_teacher(checked.spec, stored="float32", sequence_length=length, machine=place.here)
-    memory, step_tokens = memory_of_trials(place, checked.spec, teacher_fit), tokens_of_step(checked, place)
-    try:
-        _training(checked, memory, by_size(checked.space, checked.spec)[-1][1], step_tokens)
-    except InputError as error:
-        line(f"the largest students are left out: {error}")
-        return replace(checked, space=required)
-    return checked
 
 
 def planned_for(
