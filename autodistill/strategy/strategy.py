@@ -467,7 +467,6 @@ class Finishing(QuantizationScheme, PlainDataclass):
             "finishing.start has no meaning where scales alone are trained, from the first step: leave it out",
         )
 
-
     @property
     def scalable(self) -> bool:
         """Whether there are scales that can be trained alone: powers of two are not."""

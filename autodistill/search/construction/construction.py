@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Self
 
 from autodistill.search.prior.knowledge import RATE
@@ -121,10 +122,16 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
     recipe = prior.recipe
     raced = arms(constructions)
     inits = {label(one): one.init.to_json() for one in raced}
-    grids = {name: grid and grid.to_json() for one in raced for name, grid in one.finishings.items()}
+    # Where the space says how training ends on a grid, that is a dimension of its own.
+    ending = declared.restriction.training
+    grids = {name: grid and grid.to_json() for one in raced for name, grid in _finishings(one, ending).items()}
+    for grid, one in product(grids.values(), ending):
+        (grid or {}).pop(one.path.rpartition(".")[2], None)
+    trained = tuple(name for name, grid in grids.items() if grid is not None)
     dimensions = (
         Dimension.from_json("init", {"choices": inits}),
         Dimension.from_json("finishing", {"choices": grids}),
+        *(replace(one, when={"finishing": trained}) for one in ending if trained),
         *(
             Dimension.from_json(f"distillation.{name}", {"choices": [getattr(recipe, name)]})
             for name in ("signal", "signal_tokens")
@@ -138,6 +145,8 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
         dimensions=dimensions,
         deployments=tuple(deployments),
         solved=False,
+        restrictions=(),
+        types_solved=False,
         narrowed_from=declared.hash,
     )
     starts = {_name(one, raced): _start(made, one, recipe) for one in raced}
@@ -152,7 +161,9 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
 def _start(space: Space, one: Construction, recipe: Distillation) -> Strategy:
     """The strategy of a construction that is nearest to a recipe."""
     data = Strategy(distillation=recipe).to_json()
-    return space.strategy(_nearest(space, data, {"init": label(one), "finishing": next(iter(one.finishings))}))
+    ending = [found for found in space.dimensions if found.path.startswith("finishing.")]
+    finishing = next(iter(_finishings(one, ending)))
+    return space.strategy(_nearest(space, data, {"init": label(one), "finishing": finishing}))
 
 
 def _near(dimension: Dimension, prior: Prior) -> Dimension:
@@ -163,6 +174,12 @@ def _near(dimension: Dimension, prior: Prior) -> Dimension:
         return dimension
     low, high = max(domain.low, believed.low), min(domain.high, believed.high)
     return replace(dimension, domain=replace(domain, low=low, high=high)) if low < high else dimension
+
+
+def _finishings(one: Construction, ending: Sequence[Dimension]) -> dict[str, Finishing | None]:
+    """How a construction may be trained on its grid where further dimensions say how training ends on it."""
+    found = one.finishings
+    return {name: grid for name, grid in found.items() if not (ending and grid and grid.scales == "alone")}
 
 
 def label(one: Construction) -> str:
