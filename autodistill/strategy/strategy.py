@@ -436,9 +436,9 @@ class Finishing(QuantizationScheme, PlainDataclass):
     Attributes:
         scales: "absmax" derives a group's scale from its weights in every step, as the tools of its container do, or
             by least squares for K-quants and grids with a codebook. "learned" trains it (LSQ, arXiv:1902.08153), and
-            the export uses the learned scales; of a codebook none are learned. "alone" trains nothing of these weights but
-            scales and minima, from the first step: their codes stay as they were first rounded (EfficientQAT's second
-            phase, arXiv:2407.11062). A few steps reach more so, since a weight that lies on a grid needs many to
+            the export uses the learned scales; of a codebook none are learned. "alone" trains nothing of these weights
+            but scales and minima, from the first step: their codes stay as they were first rounded (EfficientQAT's
+            second phase, arXiv:2407.11062). A few steps reach more so, since a weight that lies on a grid needs many to
             reach the next code, and memory holds neither weights nor their moments.
         start: Share of the decay, 0 to below 1, after which the weights are rounded to the grid.
     """
