@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,13 +44,14 @@ class ScaledCodes(nn.Module):
         self._master = [master]  # in a list, since it is no parameter of this module
         weight = master.detach()
         self._shape = tuple(weight.shape)
+        offsets: Tensor | None
         if scales is None:
             first, offsets = fitted_scales(weight, grid)
             if grid.searched:
-                scales = Scales(*(None if one is None else one.cpu().numpy() for one in (first, offsets)))
+                scales = Scales(first.cpu().numpy(), None if offsets is None else offsets.cpu().numpy())
         else:
-            first, offsets = (None if one is None else torch.from_numpy(one).to(weight.device) for one in scales)
-        assert first is not None
+            first = torch.from_numpy(scales.scales).to(weight.device)
+            offsets = None if scales.offsets is None else torch.from_numpy(scales.offsets).to(weight.device)
         self._first: Tensor
         self._offsets: Tensor | None
         self._codes: Tensor
@@ -176,6 +178,11 @@ class _Scaled(torch.autograd.Function):
         return None, of_scales.view(ctx.shape), None if of_minima is None else of_minima.view(ctx.shape), None, None
 
 
+def _rows(weight: ScaledCodes, _: Tensor, ids: Tensor) -> Tensor:
+    """Return rows of a weight whatever its module holds."""
+    return weight.rows(ids)
+
+
 class TrainedScales:
     """All weights of a model that lie on a grid, shown to its modules as their codes give them, until they are settled.
 
@@ -210,7 +217,7 @@ class TrainedScales:
                     continue
                 check_module(module, path, name)
                 if isinstance(module, nn.Embedding):
-                    attach_rows(module, lambda _, ids, shown=shown: shown.rows(ids), self._hooks)
+                    attach_rows(module, partial(_rows, shown), self._hooks)
                 else:
                     attach(module, shown, self._hooks)
 

@@ -64,8 +64,8 @@ class Construction:
         weights = Finishing(**asdict(scheme))
         if not weights.scalable:
             return {scheme.name: weights}
-        found = {f"{scheme.name}{_BY_SCALES}": replace(weights, scales="alone"), scheme.name: weights}
-        return found if self.whole else dict(reversed(found.items()))
+        by_scales, by_weights = (f"{scheme.name}{_BY_SCALES}", replace(weights, scales="alone")), (scheme.name, weights)
+        return dict((by_scales, by_weights) if self.whole else (by_weights, by_scales))
 
     def describe(self) -> str:
         """What it is, what it needs, and what it loses, in a line for a person."""

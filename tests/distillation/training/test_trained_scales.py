@@ -71,7 +71,7 @@ def test_what_was_trained_is_what_a_file_gives_back(grid):
 
 @pytest.mark.parametrize("grid", [Q4_0, Q4_1, IQ4_NL, ZEROS], ids=lambda grid: grid.name)
 def test_gradients_are_those_of_codes_times_scales(grid):
-    """In float64: of a scale s, as a share of its first value, the sum over its group of gradient times code, times s."""
+    """In float64: of a scale s, as a share of its first value, its group's sum of gradient times code, times s."""
     weight, shown = _moved(grid)
     codes, first = quantize(weight.numpy(), grid)
     incoming = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
