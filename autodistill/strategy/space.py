@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from autodistill.strategy.dimension import (
     with_conditions,
 )
 from autodistill.strategy.divergence import get_divergence
-from autodistill.strategy.domains import Choice, Choices, Float, Int, Value, check_fields, near
+from autodistill.strategy.domains import Choice, Float, Int, Value, check_fields
 from autodistill.strategy.named import check_effect, find_file, load_strategy
 from autodistill.strategy.restriction import Restriction, restriction, restricts
 from autodistill.strategy.strategy import Strategy
@@ -37,9 +37,7 @@ from autodistill.utils.yaml_files import read_yaml
 _NO_DIMENSION = "dimensions must be a mapping with an entry"
 _SOLVED = "solved"  # among the deployments of a space: those that the solver finds
 
-_SPACE_FIELDS = (
-    *("name", "description", "dimensions", "deployments", "baselines", "starts", "optional", "lengths", "solved"),
-)
+_SPACE_FIELDS = (*("name", "description", "dimensions", "deployments", "baselines", "starts", "lengths", "solved"),)
 
 Domain = Float | Int | Choice | Mapping[str, Any]
 """What a dimension may be, as Python declares it, or as plain data like a YAML file's."""
@@ -64,8 +62,6 @@ class Space:
         deployments: How trained students are packed.
         baselines: Named strategies that run first, to the full plan.
         starts: Named strategies of the space that are proposed first, and have to pass every rung.
-        optional: Of dimensions the choices that a search does without where no student of them fits its budget, or can
-            be trained on its machines.
         lengths: Multiples of the plan's tokens, 1 and above, that the best trials are trained on to.
         solved: Whether how a student begins and is stored (`init`, `finishing`) is solved for the budget; then the
             dimensions say what is raced beside it.
@@ -82,7 +78,6 @@ class Space:
     deployments: tuple[Deployment, ...]
     baselines: Mapping[str, Strategy]
     starts: Mapping[str, Strategy]
-    optional: Mapping[str, tuple[Value, ...]]
     lengths: tuple[float, ...]
     solved: bool
     restrictions: tuple[Dimension, ...]
@@ -98,7 +93,6 @@ class Space:
         deployments: Sequence[Deployment | Mapping[str, Any] | str] | None = None,
         baselines: Sequence[str] | Mapping[str, Strategy | Mapping[str, Any]] = (),
         starts: Sequence[str] | Mapping[str, Strategy | Mapping[str, Any]] = (),
-        optional: Mapping[str, Sequence[Value]] | None = None,
         lengths: Sequence[float] = (1.0,),
         solved: bool = False,
         restrictions: tuple[Dimension, ...] = (),
@@ -113,7 +107,6 @@ class Space:
             deployments: Those of the default space where none are given; "solved" among them says that types are
                 solved in llama.cpp.
             baselines, starts: Names of strategies, like "gkd", or strategies by names of your own.
-            optional: By path, some of a dimension's choices.
             restrictions, types_solved, narrowed_from: Of spaces that are made of another one alone.
 
         Raises:
@@ -131,7 +124,6 @@ class Space:
             "deployments": deployments if read else _deployments(deployments),
             "baselines": baselines if read else _named("baselines", baselines),
             "starts": starts if read else _named("starts", starts),
-            "optional": optional if read else _optional({} if optional is None else optional),
             "lengths": lengths if read else _lengths(lengths),
             "solved": solved,
             "restrictions": restrictions,
@@ -144,20 +136,15 @@ class Space:
             self._check()
 
     def _check(self) -> None:
+        check(isinstance(self.solved, bool), f"solved is true or false, not {self.solved!r}")
         if self.solved:
             check(
                 not self.starts,
                 "a solved space begins with what the solver finds: name shapes as choices of init, "
                 "and storages as deployments, in place of starts",
             )
-            check(
-                not self.optional,
-                "a solved space has no optional choices, for the solver leaves out what does not "
-                "fit: name them among the choices of init, or as deployments, in place of optional",
-            )
             assert self.restriction.dimensions == self.restrictions
         _check_corners(self)
-        _check_optional(self)
         for name, strategy in self.starts.items():
             check(self.point(strategy) is not None, f"starts: {name} lies outside of the space")
 
@@ -258,26 +245,6 @@ class Space:
         strategies = (*self.varied(["distillation.divergence"]), *self.starts.values())
         return tuple(sorted({strategy.distillation.divergence for strategy in strategies}))
 
-    def required(self) -> Space:
-        """The space without its optional choices, and without the dimensions and starts that ask for one."""
-        if not self.optional:
-            return self
-        dimensions = []
-        for dimension in self.dimensions:
-            when = {path: self._required(path, values) for path, values in dimension.when.items()}
-            if all(when.values()):
-                domain = dimension.domain
-                if isinstance(domain, Choices):
-                    left = self._required(dimension.path, domain.corners)
-                    domain = Choices(values={label: domain.values[label] for label in left})
-                dimensions.append(replace(dimension, domain=domain, when=when))
-        narrowed = replace(self, dimensions=tuple(dimensions), starts={}, optional={}, narrowed_from=self.hash)
-        starts = {name: start for name, start in self.starts.items() if narrowed.point(start) is not None}
-        return replace(narrowed, starts=starts)
-
-    def _required(self, path: str, values: Sequence[Value]) -> tuple[Value, ...]:
-        return tuple(value for value in values if value not in self.optional.get(path, ()))
-
     @cached_property
     def hash(self) -> str:
         """Content hash of all that a search depends on, which is all but the wording."""
@@ -287,7 +254,6 @@ class Space:
         raced = [(dimension.path, dimension.to_json()) for dimension in self.dimensions]
         deployments = [one for one in data["deployments"] if one != _SOLVED]
         parts = [list(map(list, raced)), deployments, data["baselines"], list(data["starts"].items())]
-        parts += [data["optional"]] if self.optional else []
         parts += ["solved"] if self.solved else []
         parts += [list(told.items())] if (told := self._restricting) else []
         parts += ["types by deployments"] if self.solved and not self.types_solved else []
@@ -309,7 +275,6 @@ class Space:
             ],
             "baselines": {name: strategy.to_json() for name, strategy in self.baselines.items()},
             "starts": {name: strategy.to_json() for name, strategy in self.starts.items()},
-            "optional": {path: list(labels) for path, labels in self.optional.items()},
             "lengths": list(self.lengths),
             **({"solved": True} if self.solved else {}),
         }
@@ -327,11 +292,24 @@ class Space:
             InputError: Anything wrong with it, naming the dimension.
         """
         check(isinstance(data, Mapping), "the space must be a mapping with dimensions and deployments")
+        check(
+            "optional" not in data,
+            "there is no optional any more: leave it out, since what does not fit is rejected before it is trained",
+        )
         check_fields(data, _SPACE_FIELDS, "the space")
         for name in ("name", "description"):
             check(isinstance(data.get(name, ""), str), f"{name} must be text, not {data.get(name)!r}")
         # A file says how students are packed: what it leaves out is no default.
         return cls(**{"dimensions": None, **data, "deployments": data.get("deployments") or ()})
+
+    @classmethod
+    def stored(cls, data: Mapping[str, Any]) -> Space:
+        """Read the space that a run has written down; older runs listed optional choices too, which say nothing now.
+
+        Raises:
+            InputError: As `from_json`.
+        """
+        return cls.from_json({name: value for name, value in data.items() if name != "optional"})
 
 
 def _dimensions(data: Any, baselines: Any, restrictions: Sequence[Dimension]) -> tuple[Dimension, ...]:
@@ -387,31 +365,6 @@ def _deployments(data: Any) -> tuple[Deployment, ...]:
     )
     check(len(set(deployments)) == len(deployments), "a deployment is listed twice")
     return deployments
-
-
-def _optional(data: Any) -> dict[str, tuple[Value, ...]]:
-    check(isinstance(data, Mapping), f"optional must be a mapping of dimensions to lists of choices, not {data!r}")
-    for path, labels in data.items():
-        check(
-            isinstance(labels, list | tuple) and len(labels) > 0,
-            f"optional.{path} needs a list of choices, not {labels!r}",
-        )
-    return {str(path): tuple(labels) for path, labels in data.items()}
-
-
-def _check_optional(space: Space) -> None:
-    """Refuses choices that no dimension has, and a dimension of which none would be left."""
-    domains = {dimension.path: dimension.domain for dimension in space.dimensions}
-    for path, labels in space.optional.items():
-        check(path in domains, f"optional names {path}, which is no dimension here; {near(path, domains)}")
-        domain = domains[path]
-        if not isinstance(domain, Choices):
-            raise InputError(f"optional names {path}, which has no choices")
-        for label in labels:
-            hint = near(label, map(str, domain.corners))
-            check(domain.holds(label), f"optional names {label!r} of {path}, which is none of its choices; {hint}")
-        left = [label for label in domain.corners if label not in labels]
-        check(left != [], f"optional leaves {path} no choice that is not")
 
 
 def _lengths(data: Any) -> tuple[float, ...]:

@@ -113,8 +113,9 @@ def main() -> None:
             "A solution beside the best of all choices",
             [
                 f"Tiny models of one layer, {len(kinds)} types for each of 7 matrices: {len(kinds) ** 7:,} choices, "
-                f"each measured whole on {arguments.tokens} tokens. KL to the teacher in nats a token, on the text that "
-                f"was chosen on. The largest regret is {worst:.4f} nats; at most {MOST} was asked for, which is {verdict}.",
+                f"each measured whole on {arguments.tokens} tokens. KL to the teacher in nats a token, on the text "
+                f"that was chosen on. The largest regret is {worst:.4f} nats; at most {MOST} was asked for, which is "
+                f"{verdict}.",
                 report.table(
                     ["seed", "limit", "least KL of all", "solved", "regret", "core-seconds"],
                     [

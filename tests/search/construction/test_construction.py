@@ -56,10 +56,14 @@ def test_where_nothing_was_scored_plain_cuts_are_raced_too() -> None:
 def test_a_construction_is_its_plain_data() -> None:
     one = made(MIXED, kl_stderr=0.01)
     assert Construction.from_json(one.to_json()) == one
-    assert made(F16).finishing is None
-    finishing = one.finishing
-    assert finishing is not None
-    assert finishing.scheme == MIXED.scheme
+    assert list(made(F16).finishings.values()) == [None]
+
+
+def test_of_the_whole_teacher_scales_are_trained_first_and_of_a_cut_one_weights() -> None:
+    for one, expected in ((made(MIXED), ["alone", "absmax"]), (made(MIXED, init=NARROW), ["absmax", "alone"])):
+        found = list(one.finishings.values())
+        assert [finishing and finishing.scales for finishing in found] == expected
+        assert all(finishing and finishing.scheme == MIXED.scheme for finishing in found)
 
 
 def test_arms_are_starts_of_the_space_which_is_known_by_what_was_declared() -> None:
