@@ -115,9 +115,10 @@ def _budgets(
     """Return the budgets that are asked for, at some context and batch."""
     if budget is not None and sweep is not None:
         raise InputError("--budget is one limit and --sweep several: give one of the two")
-    if tiers and not budget is sweep is device is None:
+    given = [value for value in (budget, sweep, device) if value is not None]
+    if tiers and given:
         raise InputError("--tiers has the memory of GPUs for its budgets: leave --budget, --sweep and --device out")
-    if not tiers and budget is sweep is device is None:
+    if not tiers and not given:
         raise InputError("solve takes --budget like 200MB, --sweep like 100MB..400MB, --device like local, or --tiers")
     if tiers:
         from autodistill.advisor.pick import TIERS, tier_of
