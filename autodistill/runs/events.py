@@ -74,7 +74,7 @@ class RunEvent:
         Raises:
             InputError: A field is missing, or is not what it must be.
         """
-        fields, hints = _fields(typing.cast(type[RunEvent], cls))
+        fields, hints = _fields(typing.cast(Any, cls))
         lacking = sorted(name for name, needed in fields.items() if needed and name not in data)
         if lacking:
             raise InputError(f"{cls.event} lacks {', '.join(lacking)}")
