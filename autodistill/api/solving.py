@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 from autodistill.api.paths import as_path, cache_folder, device_files
 from autodistill.errors import InputError
-from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, TierBudget, memory_on
+from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, TierBudget, memory_on, parse_latency
+from autodistill.hardware.device import LOCAL
 from autodistill.objects.solutions import Solutions
-from autodistill.options import Batch, Cache, Context, Devices, Option
+from autodistill.options import Batch, Cache, Context, Devices, Latency, Option
 from autodistill.units import parse_bytes
 
 _STEPS = 7  # budgets of a sweep
@@ -40,6 +41,10 @@ def solve(
             complete="devices",
         ),
     ] = None,
+    latency: Latency = None,
+    file_size: Annotated[
+        str | int | None, Option(help="Limit of all weights in the file, like 120MB.", metavar="SIZE")
+    ] = None,
     tiers: Annotated[bool, Option(help="Solve for GPUs of 4 to 80 GB instead, as pick has them.", typed=bool)] = False,
     data: Annotated[
         str | Path | None,
@@ -59,6 +64,9 @@ def solve(
     ] = None,
     export: Annotated[
         bool, Option(help="Write the solution as a GGUF file and verify it in llama.cpp.", typed=bool)
+    ] = False,
+    plan: Annotated[
+        bool, Option(help="Say what solving would take on this machine, and solve nothing.", typed=bool)
     ] = False,
     candidate: Annotated[
         str | Path | Sequence[str | Path] | None,
@@ -81,10 +89,16 @@ def solve(
         VerificationError: What was written is not what was measured.
     """
     one = parse_bytes(budget) if isinstance(budget, str) else budget
-    load = {"context": CONTEXT if context is None else context, "batch": 1 if batch is None else batch}
+    load: dict[str, Any] = {"context": CONTEXT if context is None else context, "batch": 1 if batch is None else batch}
+    limits_of_time = parse_latency(latency, load["batch"]) if isinstance(latency, str) else latency
+    if limits_of_time:
+        if tiers:
+            raise InputError("--tiers compares memory alone, and latency depends on the device: leave --latency out")
+        load["latency"] = limits_of_time
+        device = LOCAL if device is None else device
     files = device_files(devices, device is not None)
     budgets = _budgets(one, sweep, device, load, tiers=tiers, files=files, cache=cache_folder(cache))
-    from autodistill.search.solve import SolveRequest
+    from autodistill.search.solve import SolveRequest, plan_solve
     from autodistill.search.solve import solve as solved
 
     named = {name: str(value) for name, value in (("teacher", teacher), ("data", data)) if value is not None}
@@ -96,10 +110,11 @@ def solve(
         out=as_path(out),
         export=export,
         candidates=tuple(map(Path, [candidate] if isinstance(candidate, str | Path) else candidate or ())),
+        file_bytes=parse_bytes(file_size) if isinstance(file_size, str) else file_size,
         context_by_default=context is None,
         **named,
     )
-    return Solutions(solved(request, notify))
+    return Solutions(plan_solve(request) if plan else solved(request, notify))
 
 
 def _budgets(
@@ -115,10 +130,9 @@ def _budgets(
     """Return the budgets that are asked for, at some context and batch."""
     if budget is not None and sweep is not None:
         raise InputError("--budget is one limit and --sweep several: give one of the two")
-    given = [value for value in (budget, sweep, device) if value is not None]
-    if tiers and given:
+    if tiers and (budget, sweep, device) != (None, None, None):
         raise InputError("--tiers has the memory of GPUs for its budgets: leave --budget, --sweep and --device out")
-    if not tiers and not given:
+    if not tiers and (budget, sweep, device) == (None, None, None):
         raise InputError("solve takes --budget like 200MB, --sweep like 100MB..400MB, --device like local, or --tiers")
     if tiers:
         from autodistill.advisor.pick import TIERS, tier_of

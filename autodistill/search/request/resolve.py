@@ -354,6 +354,9 @@ def _cached(space: Space, kind: str | None) -> Space:
     check_choice("--kv-type", kind, tuple(CACHE_BYTES))
     if not any(one.runtime == _LLAMA_CPP for one in space.deployments):
         raise InputError(f"--kv-type is llama.cpp's, in which the space {space.name} deploys nothing: leave it out")
+    for one in space.deployments if space.solved and not space.types_solved else ():
+        if one.cache_types not in (("f16", "f16"), (kind, kind)):
+            raise InputError(f"--kv-type {kind} and the deployment {one.name} contradict each other: leave one out")
     held = (
         replace(one, cache_type_k=kind, cache_type_v=kind) if one.runtime == _LLAMA_CPP else one
         for one in space.deployments
@@ -423,5 +426,7 @@ def single(space: Space, reference: str) -> Space:
         dimensions=(),
         starts={},
         solved=False,
+        restrictions=(),
+        types_solved=False,
         baselines={Path(reference).stem: strategy},
     )

@@ -17,7 +17,7 @@ from autodistill.search.planning.trial_memory import TrialMemory, most_demanding
 from autodistill.search.request.feasibility import by_size
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Lora, Strategy
+from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Lora, Strategy
 
 
 def memory_of_trials(place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> TrialMemory:
@@ -116,6 +116,7 @@ def _training(checked: SearchConfig, memory: TrialMemory, largest: ModelSpec, st
         processes=memory.processes,
         bf16=memory.bf16,
         on_grid=_on_grid(space, spec),
+        scales_of=_scales_of(space, spec),
         device=memory.device,
         threads=memory.threads,
     )
@@ -131,6 +132,15 @@ def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillati
 def _on_grid(space: Space, spec: ModelSpec) -> bool:
     """Whether a trial of the space may be trained on a grid."""
     return any(strategy.finishing is not None for strategy in cases(space, {"finishing"}, spec.layers))
+
+
+def _scales_of(space: Space, spec: ModelSpec) -> Finishing | None:
+    """The grids of which a trial trains the scales alone, where every trial of the space does so."""
+    found = {strategy.finishing for strategy in cases(space, {"finishing", "finishing.scales"}, spec.layers)}
+    if any(one is None or one.scales != "alone" for one in found):
+        return None
+    # Those with most scales to a weight.
+    return min((one for one in found if one is not None), key=lambda one: one.group_size)
 
 
 def _lora(space: Space, spec: ModelSpec, student: ModelSpec) -> Lora | None:
