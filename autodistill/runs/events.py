@@ -74,7 +74,7 @@ class RunEvent:
         Raises:
             InputError: A field is missing, or is not what it must be.
         """
-        fields, hints = _fields(cls)
+        fields, hints = _fields(typing.cast(Any, cls))
         lacking = sorted(name for name, needed in fields.items() if needed and name not in data)
         if lacking:
             raise InputError(f"{cls.event} lacks {', '.join(lacking)}")
@@ -303,9 +303,9 @@ def read_event(data: Mapping[str, Any]) -> RunEvent | None:
     if kind not in KINDS:
         return None
     event = KINDS[kind].from_json(data)
-    named = getattr(event, "row", None) or event
-    if not _TRIAL.match(getattr(named, "trial", "none")):
-        raise InputError(f"trial must be the name of one, like t003, not {named.trial!r}")
+    trial: str | None = getattr(getattr(event, "row", None) or event, "trial", None)
+    if trial is not None and not _TRIAL.match(trial):
+        raise InputError(f"trial must be the name of one, like t003, not {trial!r}")
     return event
 
 

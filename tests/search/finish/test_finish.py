@@ -14,8 +14,8 @@ from autodistill.errors import InputError, VerificationError
 from autodistill.evaluation.base import Direction, Measurement
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
-from autodistill.runs.events import RowAdded, RowTested, rows_of
-from autodistill.runs.results.row import DAMAGED, Row
+from autodistill.runs.events import RowAdded, RowTested, TrialEnded, of_kind, rows_of
+from autodistill.runs.results.row import DAMAGED, Row, Status
 from autodistill.runs.results.selection import in_order
 from autodistill.search.campaign.state import Question
 from autodistill.search.finish import finish
@@ -193,12 +193,12 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
     assert len(lines) == 1
     assert (tmp_path / "gguf").is_dir()
     (tmp_path / "gguf").rmdir()
-    written: list[tuple[str, Row]] = []
+    written: list[Row] = []
     made.clear()
-    finisher.whole, finisher.write = (lambda row: row.trial != "t004"), (lambda kind, row: written.append((kind, row)))
+    finisher.whole, finisher.write = (lambda row: row.trial != "t004"), written.append
     assert _first_that_fits(students, [], finisher)[0] is None  # type: ignore[arg-type]
     assert "t004" not in made
-    assert [(kind, row.trial, row.feasible, row.reason) for kind, row in written] == [("row", "t004", False, DAMAGED)]
+    assert [(row.trial, row.feasible, row.reason) for row in written] == [("t004", False, DAMAGED)]
     finisher.whole = lambda row: True
     assert _first_that_fits(students[:4], [], finisher)[0] is None  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
@@ -412,8 +412,8 @@ def test_a_gain_over_a_baseline_is_told_where_there_is_one() -> None:
 
 
 def test_a_search_whose_trainings_all_failed_names_the_failure() -> None:
-    events = [{"event": "status", "trial": "t000", "status": "failed", "reason": "nan: the loss is not finite"}]
-    run = SimpleNamespace(events=SimpleNamespace(read=lambda: events))
+    events = [TrialEnded(trial="t000", status=Status.FAILED, reason="nan: the loss is not finite")]
+    run = SimpleNamespace(events=SimpleNamespace(of=lambda kind: of_kind(events, kind)))
     finisher: Any = SimpleNamespace(question=question("accuracy", "max"), run=run)
     assert "1 training failed, the first by nan: the loss is not finite" in finish._nothing([], False, finisher)
     events.clear()
