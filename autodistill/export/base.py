@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +38,16 @@ class Ran(NamedTuple):
         text: What it wrote after the first `PROMPT_TOKENS` of the first sequence, `WRITTEN_TOKENS` tokens long.
         same_cut: Share of the tokens of the sequences' text that the runtime cuts it into as the student's tokenizer
             does; 1 where the runtime has that tokenizer itself.
+        likeliest: Tokens and log-probabilities, int and float [sequences, tokens, some], of the likeliest after each,
+            best first; None where the runtime does not tell them.
+        written: The tokens of `text`; () where they are not known.
     """
 
-    top1: npt.NDArray[np.int64]
+    top1: npt.NDArray[np.integer[Any]]
     text: str
     same_cut: float = 1.0
+    likeliest: tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.floating[Any]]] | None = None
+    written: tuple[int, ...] = ()
 
 
 PROMPT_TOKENS, WRITTEN_TOKENS = 8, 16
@@ -56,7 +61,8 @@ class Exporter(Protocol):
 
     Attributes:
         name: As it is declared, and as the container of its formats is called.
-        formats: What it holds: each way to pack a model in this container, with the runtimes that serve it.
+        formats: What it holds: each way to pack a model in this container, with the runtimes that serve it. () where it
+            has none of its own, and stores whatever a row was evaluated as: see `TakesAny`.
         runtimes: Those of these runtimes that this project does not know, with their memory and speed; else ().
     """
 
@@ -105,6 +111,15 @@ class Exporter(Protocol):
         Raises:
             VerificationError: It cannot be loaded, does not write, or cuts text into other tokens.
         """
+        ...
+
+
+@runtime_checkable
+class TakesAny(Exporter, Protocol):
+    """An exporter without formats of its own: its weights are those of the deployment that a row was evaluated under."""
+
+    def refuses(self, student: Path, deployment: Deployment) -> str:
+        """Return why it cannot hold a student so, with the first tensor or layer and what can hold it; else ""."""
         ...
 
 
