@@ -14,10 +14,8 @@ import numpy.typing as npt
 
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import VerificationError
-from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Ran, check_written
+from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Ran, check_written
 
-KEPT = 64
-"""Likeliest tokens of each place whose probabilities are kept."""
 _PROGRAM = Path(__file__).with_name("run_child.py")
 _LINES = 3  # of what a runtime said last
 
@@ -47,7 +45,7 @@ def run_alone(
             "threads": threads,
             "prompt": PROMPT_TOKENS,
             "written": WRITTEN_TOKENS,
-            "kept": KEPT,
+            "kept": KEPT_TOKENS,
         }
         done = subprocess.run(
             [sys.executable, "-P", str(_PROGRAM), json.dumps(settings)],

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.export.base import Artifact, Ran
-from autodistill.export.child import run_alone
-from autodistill.export.onnx_graph import ACCURACY_LEVEL, DATA, Blocks, Decoder, Graph, Weights, unsupported
+from autodistill.export.graphs.child import run_alone
+from autodistill.export.graphs.onnx_graph import ACCURACY_LEVEL, DATA, Blocks, Decoder, Graph, Weights, unsupported
 from autodistill.export.student_reader import StudentFiles, copy_tokenizer, read_json, replacing
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.config import spec_from_config
@@ -43,10 +43,18 @@ class OnnxExporter:
     half = False
     formats: tuple[Format, ...] = ()
     runtimes: tuple[Runtime, ...] = ()
+    runs_in = "ONNX Runtime"
+    is_code = False
+    packages: tuple[str, ...] = ("onnx", "onnxruntime")
     notes: Mapping[str, Any] = {"accuracy_level": ACCURACY_LEVEL}
 
     def refuses(self, student: Path, deployment: Deployment) -> str:
-        """Return which tensor, or what the config asks for, is in the way; else ""."""
+        """Return which tensor, or what the config asks for, is in the way; else "".
+
+        Raises:
+            MissingDependencyError: onnx or onnxruntime is not installed.
+        """
+        self._check_installed()
         config = read_json(student / "config.json")
         if reason := unsupported(config):
             return f"{self.name} cannot hold this {config['model_type']}: {reason}; export to torchscript or pt2 instead"
@@ -76,8 +84,7 @@ class OnnxExporter:
             InputError: The student cannot be read, or not be held, or `out` not be written.
             MissingDependencyError: onnx is not installed.
         """
-        if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxruntime") is None:
-            raise MissingDependencyError(f"an export to {self.name} needs onnx and onnxruntime: {INSTALL}")
+        self._check_installed()
         with StudentFiles(student, deployment) as files:
             if reason := self.refuses(student, deployment):
                 raise InputError(reason)
@@ -97,6 +104,10 @@ class OnnxExporter:
                 config = genai_config(files.spec, files.config, student)
                 (partial / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return Artifact(path=out, size_bytes=sum((out / file).stat().st_size for file in (GRAPH, DATA)))
+
+    def _check_installed(self) -> None:
+        if missing := [one for one in self.packages if importlib.util.find_spec(one) is None]:
+            raise MissingDependencyError(f"{self.name} needs {' and '.join(missing)}, not installed here: {INSTALL}")
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
         """Yield each stored tensor, dequantised from its codes.
@@ -137,6 +148,7 @@ class OnnxExporter:
         deployment: Deployment,
     ) -> Ran:
         """Run the folder in ONNX Runtime, in a process of its own; see `Exporter.run`."""
+        self._check_installed()
         return run_alone("onnx", artifact / GRAPH, artifact, sequences, threads)
 
 
