@@ -110,10 +110,11 @@ def likeliest(logits: torch.Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[
 
 def greedy(model: Any, prompt: torch.Tensor) -> tuple[int, ...]:
     """Return the `WRITTEN_TOKENS` tokens that a model writes after a prompt [1, tokens], whatever they are."""
-    cache, read, written = None, prompt, list[int]()
+    from transformers import DynamicCache
+
+    cache, read, written = DynamicCache(config=model.config), prompt, list[int]()
     for _ in range(WRITTEN_TOKENS):
-        given = model(input_ids=read, cache=cache, use_cache=True)
-        cache, read = given.past_key_values, given.logits[:, -1:].argmax(-1)
+        read = model(input_ids=read, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
         written.append(int(read))
     return tuple(written)
 

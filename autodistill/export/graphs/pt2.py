@@ -31,5 +31,4 @@ class Pt2Exporter(TorchExporter):
 
     def stored(self, path: Path) -> Mapping[str, Tensor]:
         """Return the archive's parameters."""
-        found: Mapping[str, Tensor] = torch.export.load(path).state_dict
-        return found
+        return dict(torch.export.load(path).named_parameters())

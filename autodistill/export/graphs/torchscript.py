@@ -25,5 +25,4 @@ class TorchScriptExporter(TorchExporter):
 
     def stored(self, path: Path) -> Mapping[str, Tensor]:
         """Return the module's parameters."""
-        found: Mapping[str, Tensor] = torch.jit.load(path).state_dict()
-        return found
+        return dict(torch.jit.load(path).named_parameters())
