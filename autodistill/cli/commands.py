@@ -77,7 +77,8 @@ def export(
     ] = None,
     runs: Annotated[Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path)] = RUNS,
     unverified: Annotated[
-        bool, Option(help="Do not run what was written; its card says so. Weights are compared all the same.", typed=bool)
+        bool,
+        Option(help="Do not run what was written; its card says so. Weights are compared all the same.", typed=bool),
     ] = False,
 ) -> dict[str, str]:
     """Export a row of a run, a student or the teacher, to other formats, and prove that each does the same."""

@@ -101,7 +101,7 @@ def run_model(model: Any, path: Path, sequences: npt.NDArray[np.integer[Any]], t
 
 
 def likeliest(logits: torch.Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Return the `KEPT_TOKENS` likeliest tokens of logits [tokens, vocabulary], best first, and their log-probabilities."""
+    """Return the likeliest `KEPT_TOKENS` of logits [tokens, vocabulary], best first, and their log-probabilities."""
     values, tokens = logits.topk(min(KEPT_TOKENS, logits.shape[-1]), dim=-1)
     tokens[:, 0] = logits.argmax(-1)  # of equal ones the first
     values = values - torch.logsumexp(logits, -1, keepdim=True)

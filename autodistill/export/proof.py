@@ -36,9 +36,7 @@ def deployed_model(student: Path, files: StudentFiles) -> Any:
     return model
 
 
-def simulate(
-    student: Path, deployment: Deployment, sequences: npt.NDArray[np.integer[Any]], threads: int
-) -> Expected:
+def simulate(student: Path, deployment: Deployment, sequences: npt.NDArray[np.integer[Any]], threads: int) -> Expected:
     """Return what a student does under a deployment, with its likeliest tokens and what it writes.
 
     Args:

@@ -125,7 +125,9 @@ def repeat(folder: Path, threads: int, *, run_code: bool = False) -> Repeated:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / FILE} is not the record of an export: {error}") from error
     if version != _VERSION:
-        raise InputError(f"{folder / FILE} is of version {version}, and this is {_VERSION}: install a newer AutoDistill")
+        raise InputError(
+            f"{folder / FILE} is of version {version}, and this is {_VERSION}: install a newer AutoDistill"
+        )
     check_entries(folder, files, without=(FILE,))
     if not proven:
         return Repeated(record=record, check=None, why_not="it was exported without a proof")

@@ -167,7 +167,9 @@ def prove(
     clear = leads >= np.quantile(leads, 1 - CLEAR_SHARE)
     ran = exporter.run(path, sequences, threads, student, deployment)
     if ran.top1.shape != top1.shape:
-        raise ValueError(f"{exporter.name} ran {list(sequences.shape)} tokens, and gives choices of {list(ran.top1.shape)}")
+        raise ValueError(
+            f"{exporter.name} ran {list(sequences.shape)} tokens, and gives choices of {list(ran.top1.shape)}"
+        )
     same = ran.top1 == top1
     alike, positions = int(same[clear].sum()), int(clear.sum())
     if falls_short(alike, positions, MIN_AGREEMENT):

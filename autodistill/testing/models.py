@@ -147,8 +147,7 @@ def save_tiny_teacher(
     sliding = ["full_attention" if (layer + 1) % 3 == 0 else "sliding_attention" for layer in range(layers)]
     own = {
         "gpt_neox": {},
-        "gemma3_text": grouped
-        | {"query_pre_attn_scalar": channels, "sliding_window": 16, "layer_types": sliding},
+        "gemma3_text": grouped | {"query_pre_attn_scalar": channels, "sliding_window": 16, "layer_types": sliding},
     }
     config = AutoConfig.for_model(
         architecture,

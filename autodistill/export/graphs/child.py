@@ -20,9 +20,7 @@ _PROGRAM = Path(__file__).with_name("run_child.py")
 _LINES = 3  # of what a runtime said last
 
 
-def run_alone(
-    runtime: str, path: Path, tokenizer: Path, sequences: npt.NDArray[np.integer[Any]], threads: int
-) -> Ran:
+def run_alone(runtime: str, path: Path, tokenizer: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> Ran:
     """Run a file that was just exported; see `Exporter.run`.
 
     Args:

@@ -57,14 +57,16 @@ class OnnxExporter:
         self._check_installed()
         config = read_json(student / "config.json")
         if reason := unsupported(config):
-            return f"{self.name} cannot hold this {config['model_type']}: {reason}; export to torchscript or pt2 instead"
+            return (
+                f"{self.name} cannot hold this {config['model_type']}: {reason}; export to torchscript or pt2 instead"
+            )
         for tensor in as_held(spec_from_config(config), deployment).tensors:
             storage = deployment.storage(tensor)
             if not isinstance(storage, Grid) or (storage.container == "gguf" and storage.group_size in _SIZES):
                 continue
             return (
-                f"{self.name} cannot hold {tensor.name} as {storage.name}, whose products are rounded once more: export "
-                "to compressed-tensors instead, or to torchscript or pt2 without its codes"
+                f"{self.name} cannot hold {tensor.name} as {storage.name}, whose products are rounded once more: "
+                "export to compressed-tensors instead, or to torchscript or pt2 without its codes"
             )
         return ""
 
@@ -124,7 +126,9 @@ class OnnxExporter:
         except Exception as error:  # protobuf's, of which there are several
             raise VerificationError(f"{artifact / GRAPH} cannot be read: {error}") from error
         data = np.memmap(artifact / DATA, np.uint8, "r")
-        stored = {one.name: one for one in model.graph.initializer if one.name.startswith(("model.", "gpt_neox.", "lm_"))}
+        stored = {
+            one.name: one for one in model.graph.initializer if one.name.startswith(("model.", "gpt_neox.", "lm_"))
+        }
         for name, tensor in stored.items():
             if name.endswith((".scales", ".minima")):
                 continue

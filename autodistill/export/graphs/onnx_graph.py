@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.errors import InputError
 from autodistill.models.families import get_family
 from autodistill.models.llama_cpp_graphs import FULL, SLIDING
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.grids import FloatType, Floats, Grid
+from autodistill.quantization.grids import Floats, FloatType, Grid
 from autodistill.quantization.packing import Arrays, unpack_codes
 
 if TYPE_CHECKING:
@@ -391,7 +390,9 @@ class Decoder:
         if self._family.fused:
             mixed = self._linear(f"{prefix}.attention.query_key_value", inputs)
             apart = graph.op("Reshape", mixed, graph.constant([0, 0, spec.heads, 3 * spec.head_dim]))
-            parts = graph.ops("Split", graph.op("Transpose", apart, perm=[0, 2, 1, 3]), outputs=3, axis=-1, num_outputs=3)
+            parts = graph.ops(
+                "Split", graph.op("Transpose", apart, perm=[0, 2, 1, 3]), outputs=3, axis=-1, num_outputs=3
+            )
             queries, keys, values = parts
             last = f"{prefix}.attention.dense"
         else:
@@ -467,9 +468,7 @@ class Decoder:
         graph, spec = self._graph, self._spec
         size = graph.op("Shape", "input_ids", start=1, end=2)
         total = graph.op("Shape", "attention_mask", start=1, end=2)
-        numbers = graph.op(
-            "Range", graph.constant(0), graph.op("Squeeze", total), graph.constant(1)
-        )
+        numbers = graph.op("Range", graph.constant(0), graph.op("Squeeze", total), graph.constant(1))
         behind = graph.op("Slice", numbers, graph.op("Sub", total, size), total)
         own = graph.op("Unsqueeze", behind, graph.constant([1]))
         there = graph.op("Cast", graph.op("Unsqueeze", "attention_mask", graph.constant([1, 2])), to=TensorProto.BOOL)

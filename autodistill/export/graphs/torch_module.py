@@ -1,4 +1,4 @@
-"""A student as a module of torch from tokens to logits, with the weights that it was evaluated with, and its exporter."""
+"""A student as a module of torch, from tokens to logits with the weights that were evaluated, and its exporter."""
 
 from __future__ import annotations
 
@@ -91,11 +91,9 @@ class TorchExporter(ABC):
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
         """Yield each stored tensor of a file that was just written."""
-        stored = {
-            name.removeprefix(_PREFIX): tensor.detach()
-            for name, tensor in self.stored(artifact / self.file).items()
-            if name.startswith(_PREFIX)
-        }
+        with _without_warnings():
+            found = self.stored(artifact / self.file)
+        stored = {name.removeprefix(_PREFIX): one.detach() for name, one in found.items() if name.startswith(_PREFIX)}
         tables = [one for name, one in stored.items() if name.endswith((".embed_tokens.weight", ".embed_in.weight"))]
         if _HEAD in stored and any(one.data_ptr() == stored[_HEAD].data_ptr() for one in tables):
             del stored[_HEAD]

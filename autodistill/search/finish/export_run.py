@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 
 from autodistill import plugins
 from autodistill.data.dataset import load_split, open_prepared
@@ -107,7 +108,7 @@ def export_run(
     text = _text_of(asked, student) if verified else None
     paths = {}
     for name, deployment in deployments.items():
-        with replacing(out) as partial:
+        with _told(out), replacing(out) as partial:
             folder = partial / name
             artifact = _pack(exporters[name], student, row, deployment, folder, origin)
             weights = verify(exporters[name], artifact, student, deployment)
@@ -128,20 +129,39 @@ def export_run(
     return paths
 
 
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Say in one line what the disk refuses; what was half written is gone by then."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch's writer of archives has no type of its own for what the disk refuses.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        raise InputError(
+            f"cannot write to {out}: {why}; nothing half-written is left, so make room and give the same command again"
+        ) from error
+
+
 def _said(card: str, exporter: Exporter, found: Exported) -> str:
     """A card with what is known of the files beside it."""
     lines = [card.rstrip(), "", "## Proof", ""]
     if isinstance(exporter, TakesAny):
-        lines += [f"The format is {exporter.name}, with the weights of {found.deployment.name}; {exporter.runs_in} runs it."]
+        lines += [
+            f"The format is {exporter.name}, with the weights of {found.deployment.name}; {exporter.runs_in} runs it."
+        ]
         lines += [f"{name}: {told}." for name, told in exporter.notes.items()]
         if exporter.is_code:
             lines.append("Its file is code: whoever loads it runs what is in it, so load none that strangers made.")
     if (check := found.check) is None:
-        lines.append("**Unverified**: nobody ran these files (`--unverified`); their weights are those that were evaluated.")
+        lines.append(
+            "**Unverified**: nobody ran these files (`--unverified`); their weights are those that were evaluated."
+        )
     else:
         lines.append(
-            f"Run on {found.text}, it chose the evaluated student's token in {check.agreement:.2%} of {check.positions} "
-            f"clear positions, and in {check.raw_agreement:.2%} of all."
+            f"Run on {found.text}, it chose the evaluated student's token in {check.agreement:.2%} of "
+            f"{check.positions} clear positions, and in {check.raw_agreement:.2%} of all."
         )
         if check.divergence is not None:
             lines.append(f"It is {check.divergence:.2g} nats away from that student.")
@@ -307,9 +327,7 @@ def _deployment(
     )
 
 
-def _pack(
-    exporter: Exporter, student: Path, row: Row, deployment: Deployment, out: Path, origin: Origin
-) -> Artifact:
+def _pack(exporter: Exporter, student: Path, row: Row, deployment: Deployment, out: Path, origin: Origin) -> Artifact:
     return exporter.export(
         student,
         deployment,
