@@ -14,7 +14,7 @@ from autodistill.export.base import PROMPT_TOKENS, Expected
 from autodistill.export.huggingface import greedy, likeliest, torch_threads
 from autodistill.export.student_reader import StudentFiles
 from autodistill.inference.quantized_cache import quantized_cache
-from autodistill.models.loading import load_model
+from autodistill.models.loading import load_model, stock_model
 from autodistill.strategy.deployment import Deployment
 
 FILE = "proof.npz"
@@ -26,13 +26,14 @@ def deployed_model(student: Path, files: StudentFiles) -> Any:
 
     Args:
         student: Its folder.
-        files: Of that folder, under the scheme that it is packed by. Where that pads layers, the zeros are left out.
+        files: Of that folder, under the scheme that it is packed by. Where that pads layers, the model has the zeros.
     """
-    model = load_model(student, torch.float32)
+    model: Any = load_model(student, torch.float32)
+    if not files.spec.ffn_widths:
+        model = stock_model(model)
     parameters = dict(model.named_parameters())
     for name in files.specs:
-        values = torch.from_numpy(np.array(files.deployed(name)))
-        parameters[name].data = values[tuple(map(slice, parameters[name].shape))].contiguous()
+        parameters[name].data = torch.from_numpy(np.array(files.deployed(name)))
     return model
 
 

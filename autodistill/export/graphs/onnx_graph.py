@@ -145,7 +145,7 @@ class Graph:
         found = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", DATA), ("offset", self._data.tell()), ("length", raw.nbytes)):
             found.external_data.add(key=key, value=str(value))
-        self._data.write(raw)
+        self._data.write(raw.data)
         self._initializers[name] = found
         return name
 
@@ -338,7 +338,7 @@ class Decoder:
         from onnx import TensorProto, helper
 
         graph, spec, body = self._graph, self._spec, self._family.body
-        cached = ["batch", spec.kv_heads, "past", spec.head_dim]
+        cached: list[str | int | None] = ["batch", spec.kv_heads, "past", spec.head_dim]
         inputs = [
             helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
             helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
@@ -349,7 +349,7 @@ class Decoder:
             for part in ("key", "value"):
                 past = f"past_key_values.{layer}.{part}"
                 inputs.append(helper.make_tensor_value_info(past, graph.type, cached))
-                longer = [*cached[:2], "total", cached[3]]
+                longer: list[str | int | None] = [*cached[:2], "total", cached[3]]
                 outputs.append(helper.make_tensor_value_info(f"present.{layer}.{part}", graph.type, longer))
         masks = self._masks()
         turns = {kind: self._turn(kind, *values) for kind, values in self._rotary.items()}

@@ -165,7 +165,7 @@ def _describe(exports: Iterable[_Exported], test: Sequence[Row], finisher: Finis
         folder = run.student(one.deployment.container)
         (folder / "README.md").write_text(model_card(one.row, one.deployment, [*rows, *test], origin), encoding="utf-8")
         copy_license(finisher.student(one.row), folder)
-        if one.path != folder:
+        if one.path.suffix == ".gguf":
             budget = finisher.question.budget
             longest = finisher.spec(one.row.strategy).max_context
             write_launch_files(one.path, one.deployment, min(budget.context, longest), budget.batch)
