@@ -241,8 +241,12 @@ def _read(tensor: TensorProto, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     """
     from onnx import TensorProto, numpy_helper
 
-    kinds = {TensorProto.UINT8: np.uint8, TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
-    kinds[TensorProto.BFLOAT16] = np.uint16
+    kinds: dict[int, Any] = {
+        TensorProto.UINT8: np.uint8,
+        TensorProto.FLOAT: np.float32,
+        TensorProto.FLOAT16: np.float16,
+        TensorProto.BFLOAT16: np.uint16,
+    }
     if tensor.data_type not in kinds:
         raise VerificationError(f"{tensor.name} is of a type that no export writes: export the student again")
     if tensor.data_location == TensorProto.EXTERNAL:

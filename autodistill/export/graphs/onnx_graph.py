@@ -222,8 +222,7 @@ class Weights:
             low = graph.op("BitwiseAnd", codes, graph.constant(15, np.uint8))
             high = graph.op("BitShift", codes, graph.constant(4, np.uint8), direction="RIGHT")
             ends = [graph.op("Unsqueeze", half, graph.constant([-1])) for half in (low, high)]
-            pairs = graph.op("Concat", *ends, axis=-1)
-            codes = pairs
+            codes = graph.op("Concat", *ends, axis=-1)
         middle = graph.constant(2 ** (form.bits - 1) - form.shift, np.float32)
         steps = graph.op("Sub", graph.op("Cast", codes, to=graph.wide), middle)
         blocks = graph.op("Reshape", steps, graph.constant([0, 0, -1, form.block]))

@@ -75,6 +75,12 @@ ROWS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sequences are enough to see that it is run."""
+    monkeypatch.setattr("autodistill.search.finish.export_run.POSITIONS", 250)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run of which the students of t000 and t001 are on disk, different ones."""
@@ -252,7 +258,7 @@ def test_an_export_that_was_interrupted_twice_can_be_given_again(run: RunFolder,
 def test_ctrl_c_twice_while_it_is_written_is_one_line_and_the_same_command_then_exports(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The first one meets a file that is half written, and the second the removal of that file."""
+    """The first one meets a file that is half written, and the others the removal of that file."""
     out = tmp_path / "out"
     words = ["export", run.path.name, "--runs", str(run.path.parent), "--to", "gguf", "--out", str(out)]
     signals = []
@@ -266,7 +272,8 @@ def test_ctrl_c_twice_while_it_is_written_is_one_line_and_the_same_command_then_
         twice.setattr("autodistill.export.gguf.add_tokenizer", interrupted)
         twice.setattr("autodistill.export.student_reader.shutil.rmtree", interrupted)
         assert main(words) == 130
-    assert len(signals) == 2
+    # The file, the folder that the exporter writes into, and that of the whole export.
+    assert len(signals) == 3
     assert capfd.readouterr().err.splitlines()[1:] == ["error: stopped"]
     assert not list(out.rglob("student.gguf"))
     assert main(words) == 0
