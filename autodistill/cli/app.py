@@ -214,6 +214,7 @@ _verb(api.write, dict, written_summary, quiet=lambda given: [given.get("teacher"
 _verb(commands.leaderboard, rows, tables)
 _verb(commands.explain, dict, lambda found: str(found["text"]))
 _verb(commands.export, dict, lines)
+_verb(commands.verify, dict, commands.verified_text)
 _verb(commands.doctor, _later("doctor", "to_json"), _later("doctor", "describe"), after=_ready)
 _verb(api.devices, lambda found: [one.to_json() for one in found], _later("hardware_summary", "devices_table"))
 _verb(commands.strategies, dict, packaged_text)

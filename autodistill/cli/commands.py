@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,7 +63,11 @@ def export(
     run: RunName,
     to: Annotated[
         str,
-        Option(help="Formats to write, separated by commas: huggingface, gguf, compressed-tensors.", metavar="NAMES"),
+        Option(
+            help="Formats to write, separated by commas: huggingface, gguf, compressed-tensors, onnx, onnx-f16, pt2, "
+            "torchscript.",
+            metavar="NAMES",
+        ),
     ],
     out: Annotated[
         Path, Option(help="Folder to write into; each format gets a folder in it.", metavar="DIR", typed=Path)
@@ -71,15 +76,66 @@ def export(
         str | None, Option(help="Row of the leaderboard to export (default: the best row).", metavar="ID")
     ] = None,
     runs: Annotated[Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path)] = RUNS,
+    unverified: Annotated[
+        bool,
+        Option(help="Do not run what was written; its card says so. Weights are compared all the same.", typed=bool),
+    ] = False,
 ) -> dict[str, str]:
-    """Export a row of a run, a student or the teacher, to other formats, and verify it."""
+    """Export a row of a run, a student or the teacher, to other formats, and prove that each does the same."""
     containers = [name.strip() for name in to.split(",") if name.strip()]
     quiet_libraries()
     folder = RunFolder.open(runs, run)
     from autodistill.search.finish.export_run import export_run
 
+    threads = _threads()
     with open_view() as view:
-        return {name: str(path) for name, path in export_run(folder, row, containers, out, view.log).items()}
+        paths = export_run(folder, row, containers, out, view.log, verified=not unverified, threads=threads)
+        return {name: str(path) for name, path in paths.items()}
+
+
+def _threads() -> int:
+    from autodistill.hardware.background_load import free_cores
+    from autodistill.hardware.machine import detect
+
+    return free_cores(detect().cpus)
+
+
+def verify(
+    folder: Annotated[
+        Path, Option(help="Folder that autodistill export wrote.", metavar="DIR", typed=Path, argument=True)
+    ],
+    run_code: Annotated[
+        bool, Option(help="Run files that are code too (pt2, torchscript): only of whom you trust.", typed=bool)
+    ] = False,
+) -> dict[str, Any]:
+    """Hold an export to the hashes of its record, and repeat its proof on this machine."""
+    quiet_libraries()
+    from autodistill.export.record import repeat
+
+    found = repeat(folder, _threads(), run_code=run_code)
+    files = len(found.record["files"])
+    document = {"folder": str(folder), "format": found.record["format"], "row": found.record["row"], "files": files}
+    document |= {"not_run": found.why_not} if found.check is None else {"proof": asdict(found.check)}
+    return document
+
+
+def verified_text(document: Mapping[str, Any]) -> str:
+    """What `verify` found, for a person."""
+    whole = f"{document['folder']}: its {document['files']} files are those that were exported as {document['format']}"
+    if "not_run" in document:
+        return f"{whole}. They were not run: {document['not_run']}"
+    proof = document["proof"]
+    low, high = proof["interval"]
+    said = [
+        f"{whole}.",
+        f"Run here they choose the evaluated student's token in {proof['agreement']:.2%} ({low:.1%} to {high:.1%}) of "
+        f"{proof['positions']} clear positions, and in {proof['raw_agreement']:.2%} of all.",
+    ]
+    if proof["divergence"] is not None:
+        said.append(f"They are {proof['divergence']:.2g} nats away from that student.")
+    if proof["same_written"] is not None:
+        said.append(f"The first {proof['same_written']} tokens that they write are the same.")
+    return " ".join(said)
 
 
 def doctor(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -38,14 +38,39 @@ class Ran(NamedTuple):
         text: What it wrote after the first `PROMPT_TOKENS` of the first sequence, `WRITTEN_TOKENS` tokens long.
         same_cut: Share of the tokens of the sequences' text that the runtime cuts it into as the student's tokenizer
             does; 1 where the runtime has that tokenizer itself.
+        likeliest: Tokens and log-probabilities, int and float [sequences, tokens, some], of the likeliest after each,
+            best first; None where the runtime does not tell them.
+        written: The tokens of `text`; () where they are not known.
     """
 
-    top1: npt.NDArray[np.int64]
+    top1: npt.NDArray[np.integer[Any]]
     text: str
     same_cut: float = 1.0
+    likeliest: tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.floating[Any]]] | None = None
+    written: tuple[int, ...] = ()
 
 
-PROMPT_TOKENS, WRITTEN_TOKENS = 8, 16
+class Expected(NamedTuple):
+    """What the evaluated student does, computed by torch in float32 from the packed weights.
+
+    Attributes:
+        sequences: int [sequences, tokens], what it read.
+        top1, leads: int and float [sequences, tokens], the likeliest token after each, and the lead of its logit.
+        likeliest: As in `Ran`; None where it was not kept.
+        written: As in `Ran`.
+    """
+
+    sequences: npt.NDArray[np.integer[Any]]
+    top1: npt.NDArray[np.integer[Any]]
+    leads: npt.NDArray[np.floating[Any]]
+    likeliest: tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.floating[Any]]] | None = None
+    written: tuple[int, ...] = ()
+
+
+PROMPT_TOKENS, WRITTEN_TOKENS = 8, 64
+"""Tokens of the first sequence that are read, and those that are written after them."""
+KEPT_TOKENS = 64
+"""Likeliest tokens of each place whose probabilities are kept."""
 
 
 class Exporter(Protocol):
@@ -56,7 +81,8 @@ class Exporter(Protocol):
 
     Attributes:
         name: As it is declared, and as the container of its formats is called.
-        formats: What it holds: each way to pack a model in this container, with the runtimes that serve it.
+        formats: What it holds: each way to pack a model in this container, with the runtimes that serve it. () where it
+            has none of its own, and stores whatever a row was evaluated as: see `TakesAny`.
         runtimes: Those of these runtimes that this project does not know, with their memory and speed; else ().
     """
 
@@ -99,7 +125,8 @@ class Exporter(Protocol):
             artifact: The exported file or folder.
             sequences: int [sequences, tokens].
             threads: CPU threads of the runtime. Beside other work, one is the fastest in llama.cpp.
-            student: The folder that the artifact was made of; it has the tokenizer.
+            student: The folder that the artifact was made of; it has the tokenizer. Where that is not at hand it is the
+                artifact's own folder, and of the text that is cut nothing is known.
             deployment: How it was packed; it also has the types of the KV cache.
 
         Raises:
@@ -108,14 +135,35 @@ class Exporter(Protocol):
         ...
 
 
-def check_written(path: Path, count: int) -> None:
+@runtime_checkable
+class TakesAny(Exporter, Protocol):
+    """An exporter without formats of its own: its weights are those of the deployment that a row was evaluated under.
+
+    Attributes:
+        runs_in: The runtime of what it writes, in words.
+        is_code: Whether who loads its files runs code that is in them.
+        packages: What is needed to write and run them, beside what this project always has.
+        notes: What its record says of it besides.
+    """
+
+    runs_in: str
+    is_code: bool
+    packages: tuple[str, ...]
+    notes: Mapping[str, Any]
+
+    def refuses(self, student: Path, deployment: Deployment) -> str:
+        """Return why it cannot hold a student so, with the first tensor or layer and what can hold it; else ""."""
+        ...
+
+
+def check_written(path: Path, count: int, asked: int = WRITTEN_TOKENS) -> None:
     """Refuse an artifact that did not write as many tokens as it was asked for.
 
     Raises:
         VerificationError: It wrote fewer, or more.
     """
-    if count != WRITTEN_TOKENS:
-        raise VerificationError(f"{path} wrote {count} tokens of the {WRITTEN_TOKENS} that it was asked for")
+    if count != asked:
+        raise VerificationError(f"{path} wrote {count} tokens of the {asked} that it was asked for")
 
 
 def load_exporter(name: str) -> Exporter:

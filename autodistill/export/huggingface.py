@@ -13,7 +13,7 @@ import torch
 
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import VerificationError
-from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Ran, check_written
+from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Ran, check_written
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
 from autodistill.hardware.runtime import Runtime
 from autodistill.quantization.formats import formats_of
@@ -91,20 +91,32 @@ def run_model(model: Any, path: Path, sequences: npt.NDArray[np.integer[Any]], t
         VerificationError: It does not write.
     """
     tokens = torch.from_numpy(sequences.astype(np.int64))
-    with _torch_threads(threads), torch.inference_mode():
-        top1 = torch.stack([model(row[None]).logits[0].argmax(-1) for row in tokens])
-        prompt = tokens[:1, :PROMPT_TOKENS]
-        output = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=WRITTEN_TOKENS,
-            min_new_tokens=WRITTEN_TOKENS,
-            do_sample=False,
-        )
-    written = output[0, prompt.shape[1] :]
+    with torch_threads(threads), torch.inference_mode():
+        found = [likeliest(model(row[None]).logits[0]) for row in tokens]
+        written = greedy(model, tokens[:1, :PROMPT_TOKENS])
     check_written(path, len(written))
     text = load_tokenizer(path).decode(written, skip_special_tokens=True)
-    return Ran(top1.numpy(), str(text))
+    kept = tuple(np.stack(part) for part in zip(*found, strict=True))
+    return Ran(kept[0][..., 0], str(text), likeliest=(kept[0], kept[1]), written=written)
+
+
+def likeliest(logits: torch.Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Return the likeliest `KEPT_TOKENS` of logits [tokens, vocabulary], best first, and their log-probabilities."""
+    values, tokens = logits.topk(min(KEPT_TOKENS, logits.shape[-1]), dim=-1)
+    tokens[:, 0] = logits.argmax(-1)  # of equal ones the first
+    values = values - torch.logsumexp(logits, -1, keepdim=True)
+    return tokens.int().numpy(), values.numpy()
+
+
+def greedy(model: Any, prompt: torch.Tensor) -> tuple[int, ...]:
+    """Return the `WRITTEN_TOKENS` tokens that a model writes after a prompt [1, tokens], whatever they are."""
+    from transformers import DynamicCache
+
+    cache, read, written = DynamicCache(config=model.config), prompt, list[int]()
+    for _ in range(WRITTEN_TOKENS):
+        read = model(input_ids=read, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        written.append(int(read))
+    return tuple(written)
 
 
 def load_in_transformers(path: Path) -> Any:
@@ -135,7 +147,8 @@ def load_in_transformers(path: Path) -> Any:
 
 
 @contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch compute with so many threads meanwhile."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -199,13 +199,18 @@ def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: M
         stored[f"{get_family(config['model_type']).stored_head}.weight"] = stored.pop(_HEAD)
     with replacing(out) as partial:
         save_file(stored, partial / WEIGHTS, metadata={"format": "pt"})
-        for name in _COMPANIONS:
-            if (student / name).is_file():
-                shutil.copyfile(student / name, partial / name)
-        if (student / MORE_TEMPLATES).is_dir():
-            shutil.copytree(student / MORE_TEMPLATES, partial / MORE_TEMPLATES)
+        copy_tokenizer(student, partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Artifact(path=out, size_bytes=(out / WEIGHTS).stat().st_size)
+
+
+def copy_tokenizer(student: Path, out: Path) -> None:
+    """Copy what a student's folder has beside weights and config: tokenizer, chat templates, generation config."""
+    for name in _COMPANIONS:
+        if (student / name).is_file():
+            shutil.copyfile(student / name, out / name)
+    if (student / MORE_TEMPLATES).is_dir():
+        shutil.copytree(student / MORE_TEMPLATES, out / MORE_TEMPLATES)
 
 
 def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from autodistill.errors import VerificationError
 from autodistill.evaluation.statistics import binomial_interval, binomial_tail
-from autodistill.export.base import Artifact, Exporter
+from autodistill.export.base import Artifact, Expected, Exporter, Ran, TakesAny
 from autodistill.export.student_reader import StudentFiles
 from autodistill.quantization.grids import Floats
 from autodistill.strategy.deployment import Deployment
@@ -26,6 +27,9 @@ POSITIONS = 2000
 ENOUGH_POSITIONS = 500
 """From so many on a share is held to its limit as it is; of fewer it must be shown to lie below: `falls_short`."""
 
+MAX_DIVERGENCE = 0.01
+"""Most nats that a runtime which tells probabilities may be away from the evaluated student, on the average."""
+_LEAST_REST = 1e-6  # of probability: what sums of float32 cannot tell from none
 _CHANCE = 0.005  # of refusing an export whose true share is no less than the limit, where positions are few
 
 
@@ -55,6 +59,10 @@ class RuntimeCheck:
         text: What it wrote after the first tokens of the first sequence.
         same_cut: Share of the tokens of these sequences' text that it cuts as the student's tokenizer does, which
             transformers runs itself.
+        divergence: Mean KL, in nats, of what ran from the evaluated student, over the tokens that are among the
+            likeliest of both and the remainder as one; None where one of them does not tell probabilities.
+        same_written: Of the tokens that it wrote, how many from the first on are those that the evaluated student
+            writes; None where that is not known.
     """
 
     agreement: float
@@ -63,6 +71,8 @@ class RuntimeCheck:
     interval: tuple[float, float]
     text: str
     same_cut: float = 1.0
+    divergence: float | None = None
+    same_written: int | None = None
 
 
 def verify(exporter: Exporter, artifact: Artifact, student: Path, deployment: Deployment) -> Verification:
@@ -133,28 +143,79 @@ def verify_runtime(
             does not write, or one that cuts text into other tokens.
         ValueError: No positions, or those of other sequences than were simulated.
     """
-    expected, leads = simulated
-    if not expected.size or sequences.shape != expected.shape or leads.shape != expected.shape:
-        raise ValueError(f"{list(sequences.shape)} tokens, and choices of {list(expected.shape)}")
+    return prove(exporter, artifact.path, deployment, Expected(sequences, *simulated), threads, student)
+
+
+def prove(
+    exporter: Exporter, path: Path, deployment: Deployment, expected: Expected, threads: int, student: Path
+) -> RuntimeCheck:
+    """As `verify_runtime`, with all that is known of what the evaluated student does.
+
+    Args:
+        exporter, deployment, threads, student: As `verify_runtime` takes them.
+        path: The exported file or folder.
+        expected: What the evaluated student does.
+
+    Raises:
+        VerificationError: As `verify_runtime`; or probabilities that differ by more than 0.01 nats.
+        ValueError: As `verify_runtime`.
+    """
+    top1, leads, sequences = expected.top1, expected.leads, expected.sequences
+    if not top1.size or sequences.shape != top1.shape or leads.shape != top1.shape:
+        raise ValueError(f"{list(sequences.shape)} tokens, and choices of {list(top1.shape)}")
+    runtime = exporter.runs_in if isinstance(exporter, TakesAny) else deployment.runtime
     clear = leads >= np.quantile(leads, 1 - CLEAR_SHARE)
-    top1, text, same_cut = exporter.run(artifact.path, sequences, threads, student, deployment)
-    if top1.shape != expected.shape:
-        raise ValueError(f"{exporter.name} ran {list(sequences.shape)} tokens, and gives choices of {list(top1.shape)}")
-    same = top1 == expected
+    ran = exporter.run(path, sequences, threads, student, deployment)
+    if ran.top1.shape != top1.shape:
+        raise ValueError(
+            f"{exporter.name} ran {list(sequences.shape)} tokens, and gives choices of {list(ran.top1.shape)}"
+        )
+    same = ran.top1 == top1
     alike, positions = int(same[clear].sum()), int(clear.sum())
     if falls_short(alike, positions, MIN_AGREEMENT):
         raise VerificationError(
-            f"{artifact.path} chose the evaluated student's token in {alike / positions:.1%} of {positions} clear "
-            f"positions in {deployment.runtime}; {MIN_AGREEMENT:.0%} is the least"
+            f"{path} chose the evaluated student's token in {alike / positions:.1%} of {positions} clear "
+            f"positions in {runtime}; {MIN_AGREEMENT:.0%} is the least"
+        )
+    away = divergence(expected, ran)
+    if away is not None and not away <= MAX_DIVERGENCE:
+        raise VerificationError(
+            f"{path} is {away:.3g} nats away from the evaluated student in {runtime}; {MAX_DIVERGENCE} is the most"
         )
     return RuntimeCheck(
         agreement=alike / positions,
         raw_agreement=float(same.mean()),
         positions=positions,
         interval=binomial_interval(alike, positions),
-        text=text,
-        same_cut=same_cut,
+        text=ran.text,
+        same_cut=ran.same_cut,
+        divergence=away,
+        same_written=_same_written(expected.written, ran.written),
     )
+
+
+def divergence(expected: Expected, ran: Ran) -> float | None:
+    """Return the mean KL in nats of what ran from what was expected; see `RuntimeCheck.divergence`."""
+    if expected.likeliest is None or ran.likeliest is None:
+        return None
+    (tokens, ours), (others, theirs) = expected.likeliest, ran.likeliest
+    total = 0.0
+    for place in np.ndindex(tokens.shape[:2]):
+        _, here, there = np.intersect1d(tokens[place], others[place], return_indices=True)
+        p, q = ours[place][here].astype(np.float64), theirs[place][there].astype(np.float64)
+        rest, other = (max(0.0, 1 - float(np.exp(part).sum())) for part in (p, q))
+        total += float((np.exp(p) * (p - q)).sum())
+        # Where float32 leaves no remainder to either, there is nothing to compare.
+        if rest > _LEAST_REST:
+            total += rest * float(np.log(rest / max(other, _LEAST_REST)))
+    return max(0.0, total / (tokens.shape[0] * tokens.shape[1]))
+
+
+def _same_written(expected: tuple[int, ...], written: tuple[int, ...]) -> int | None:
+    if not expected or not written:
+        return None
+    pairs = zip(expected, written, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def falls_short(hits: int, count: int, least: float) -> bool:

@@ -126,6 +126,11 @@ def cannot_run(spec: ModelSpec) -> str:
         if spec.layers == LAYERS_OF_27B and spec.width // spec.heads != spec.head_dim:
             return f"llama.cpp takes {spec.layers} layers for those of the 27B model, and scales attention by its width"
         return "" if window_period(spec) else _broken_pattern(spec)
+    if graph == "qwen2" and spec.heads * spec.head_dim != spec.width:
+        return (
+            f"llama.cpp takes {spec.heads} heads of {spec.architecture} to fill its width of {spec.width}, and they "
+            f"have {spec.head_dim} channels each"
+        )
     if spec.window and spec.window < spec.max_context:
         return (
             f"llama.cpp has no sliding window of {spec.window} tokens for {spec.architecture}: set sliding_window to "

@@ -79,7 +79,8 @@ class Student:
         """Write this student in a container, and verify that what was written is what was evaluated.
 
         Args:
-            to: The container: "gguf", "huggingface", "compressed-tensors", or one of an exporter that you installed.
+            to: The format: "gguf", "huggingface", "compressed-tensors", "onnx", "onnx-f16", "pt2", "torchscript",
+                or one of an exporter that you installed.
             out: Folder to write into; the container gets a folder in it.
             notify: Told what a person must know of the student.
 

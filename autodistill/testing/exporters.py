@@ -13,7 +13,7 @@ from autodistill.errors import InputError, VerificationError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import BASIS, memory
 from autodistill.estimates.speed import speed
-from autodistill.export.base import Artifact, Exporter
+from autodistill.export.base import Artifact, Exporter, TakesAny
 from autodistill.export.verify import verify, verify_runtime
 from autodistill.hardware.catalog import devices
 from autodistill.models.config import spec_from_config
@@ -23,6 +23,7 @@ from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment, serving
 from autodistill.testing.models import save_tiny_teacher
 
+_GIVEN = ("gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "huggingface")  # to an exporter without formats of its own
 _SEQUENCES = np.random.default_rng(0).integers(3, 300, (4, 64)).astype(np.int32)
 
 
@@ -44,8 +45,13 @@ class ExporterConformance:
         return found
 
     def deployments(self) -> tuple[Deployment, ...]:
-        """What is tried; by default each format once, as the first of what its linear layers may be stored as."""
-        return tuple(_first(form.name) for form in self.made().formats)
+        """What is tried; by default each format once, as the first of what its linear layers may be stored as, or of
+        an exporter that has none what it may be given.
+        """
+        made = self.made()
+        if isinstance(made, TakesAny):
+            return tuple(map(_first, _GIVEN))
+        return tuple(_first(form.name) for form in made.formats)
 
     def student(self, folder: Path) -> Path:
         """What is exported; by default a tiny Llama whose rows all grids of ours can be cut from."""
@@ -55,6 +61,9 @@ class ExporterConformance:
         """Each format is found by its name, is its container's own, and is served by a runtime that is known."""
         made = self.made()
         assert made.name == self.exporter
+        if isinstance(made, TakesAny):
+            assert not made.formats, "an exporter has formats of its own, or takes those of others"
+            return
         assert made.formats, "an exporter names what it holds in `formats`"
         known = {*BASIS, *(runtime.name for runtime in made.runtimes)}
         for form in made.formats:
@@ -66,7 +75,7 @@ class ExporterConformance:
     def test_memory_and_speed_are_predicted(self, tmp_path: Path) -> None:
         """Before anything is exported, of every deployment and each device that has its runtime."""
         spec = _spec(self.student(tmp_path))
-        for deployment in self.deployments():
+        for deployment in () if isinstance(self.made(), TakesAny) else self.deployments():
             assert cannot_hold(spec, deployment) == ""
             need = memory(spec, deployment, context=256, batch=1)
             assert need.weights_bytes > 0
@@ -105,9 +114,14 @@ class ExporterConformance:
         raise AssertionError(f"{name} is twice as large in the student, and verify did not see it")
 
     def test_it_writes_the_same_each_time(self, tmp_path: Path) -> None:
-        """By another instance, byte for byte."""
-        student, deployment = self.student(tmp_path), self.deployments()[0]
+        """By another instance, byte for byte; of files that are code, whose parts torch numbers, every weight."""
+        student, deployment, made = self.student(tmp_path), self.deployments()[0], self.made()
         first, second = (self._export(student, deployment, tmp_path / name) for name in ("a", "b"))
+        if isinstance(made, TakesAny) and made.is_code:
+            one, other = (dict(made.unpack(artifact.path)) for artifact in (first, second))
+            assert list(one) == list(other)
+            assert all(np.array_equal(one[name], other[name]) for name in one)
+            return
         assert _content(first.path) == _content(second.path)
 
     def test_its_runtime_chooses_what_was_simulated(self, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def save_tiny_teacher(
     heads: int = 4,
     kv_heads: int = 2,
     ffn: int | Sequence[int] = 128,
+    head_dim: int | None = None,
     tied: bool = True,
     seed: int = 0,
     vocabulary: int = 300,
@@ -126,8 +127,9 @@ def save_tiny_teacher(
         folder: Made if missing.
         architecture: transformers' `model_type`, one of `autodistill.models.families`. Two of three layers of
             "gemma3_text" have a sliding window of 16 tokens.
-        layers, width, heads, kv_heads, ffn: Sizes; heads are `width / heads` wide. "gpt_neox" has no `kv_heads`. An
-            `ffn` of several numbers is of each layer its own.
+        layers, width, heads, kv_heads, ffn: Sizes. "gpt_neox" has no `kv_heads`. An `ffn` of several numbers is of each
+            layer its own.
+        head_dim: Width of a head; by default `width / heads`, which it always is of "gpt_neox".
         tied: Whether the head is the embedding table.
         seed: Of the weights; torch's own random state is left as it was.
         vocabulary: Entries of the tokenizer and of the embedding table.
@@ -140,12 +142,12 @@ def save_tiny_teacher(
 
     tokenizer = tiny_tokenizer(vocabulary)
     widths = (ffn,) * layers if isinstance(ffn, int) else tuple(ffn)
-    grouped = {"num_key_value_heads": kv_heads, "head_dim": width // heads}
+    channels = width // heads if head_dim is None else head_dim
+    grouped = {"num_key_value_heads": kv_heads, "head_dim": channels}
     sliding = ["full_attention" if (layer + 1) % 3 == 0 else "sliding_attention" for layer in range(layers)]
     own = {
         "gpt_neox": {},
-        "gemma3_text": grouped
-        | {"query_pre_attn_scalar": width // heads, "sliding_window": 16, "layer_types": sliding},
+        "gemma3_text": grouped | {"query_pre_attn_scalar": channels, "sliding_window": 16, "layer_types": sliding},
     }
     config = AutoConfig.for_model(
         architecture,

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,29 @@ def check_list(folder: Path, known: str | None = None) -> bool:
         raise DamagedError(f"{path} cannot be read as a list of checksums") from error
     if known is not None and listed != known:
         raise DamagedError(f"{folder} is not what the run's log names: its list of checksums is another one")
-    present = _names(folder)
+    _check(folder, sizes, _names(folder))
+    return True
+
+
+def entries(folder: Path, *, without: Collection[str] = ()) -> dict[str, Any]:
+    """Return the bytes and the SHA-256 of every file of a folder, but for some."""
+    return {name: _entry(folder / name) for name in _names(folder) if name not in without}
+
+
+def check_entries(folder: Path, found: Mapping[str, Mapping[str, Any]], *, without: Collection[str] = ()) -> None:
+    """Check every file of a folder against what `entries` gave.
+
+    Raises:
+        DamagedError: A file is not as it was written, missing or new, or what is given are no entries; names the first.
+    """
+    try:
+        sizes = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in found.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"the checksums of {folder} cannot be read") from error
+    _check(folder, sizes, [name for name in _names(folder) if name not in without])
+
+
+def _check(folder: Path, sizes: Mapping[str, tuple[int, str]], present: Collection[str]) -> None:
     odd = sorted(set(present) ^ set(sizes))
     if odd:
         raise DamagedError(f"{folder / odd[0]} {'is missing' if odd[0] in sizes else 'is none of the files written'}")
@@ -74,7 +96,6 @@ def check_list(folder: Path, known: str | None = None) -> bool:
             raise DamagedError(f"{file} cannot be read: {error.strerror}") from error
         if not same:
             raise DamagedError(f"{file} has changed since it was written: its checksum differs")
-    return True
 
 
 def saved_once(cache: Path, key: str, name: str, save: Callable[[Path], None]) -> Path:

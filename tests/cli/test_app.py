@@ -48,7 +48,8 @@ VERBS = {
     "write": "--prompts --out --teacher --endpoint --model --max-tokens --temperature --top-p --seed --top-k --batch "
     "--timeout --cache --json",
     "leaderboard": "--out --json",
-    "export": "--row --to --out --runs --json",
+    "export": "--row --to --out --runs --unverified --json",
+    "verify": "--run-code --json",
     "doctor": "--out --cache --json",
     "devices": "--devices --local --cache --json",
     "estimate": "--format --runtime --context --batch --kv-type --prompt --device --all-devices --devices "
@@ -245,6 +246,8 @@ BAD = [
     ("leaderboard --out @/none", ["no runs"]),
     ("export nobody --to gguf --out @/e", ["nobody"]),
     ("export nobody", ["--to"]),
+    ("verify @/teacher", ["has no export.json", "that autodistill export wrote"]),
+    ("verify", ["DIR"]),
     ("serch", ["search"]),
 ]
 
@@ -630,6 +633,12 @@ def test_an_export_of_another_row_is_loaded_by_another_library(
     model = AutoModelForCausalLM.from_pretrained(paths["huggingface"], local_files_only=True)
     assert model.num_parameters() == row["params"]
     assert Path(paths["gguf"]).read_bytes()[:4] == b"GGUF"
+    code, out, _ = run(capfd, f"verify {tmp_path / 'e' / 'gguf'}", inputs)
+    assert code == 0
+    assert "files are those that were exported as gguf. Run here they choose the evaluated student's token in" in out
+    (tmp_path / "e" / "gguf" / "README.md").write_text("something else")
+    code, _, err = run(capfd, f"verify {tmp_path / 'e' / 'gguf'}", inputs)
+    assert (code, "README.md has changed since it was written" in err) == (2, True)
     code, _, err = run(capfd, line, inputs)
     assert code == 2
     assert "not an empty folder" in err

@@ -1,21 +1,33 @@
-"""Exports a row of a finished run once more: another row, another container, another folder."""
+"""Exports a row of a finished run once more: another row, another format, another folder."""
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+
 from autodistill import plugins
+from autodistill.data.dataset import load_split, open_prepared
 from autodistill.data.student_template import copy_license
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import DamagedError, InputError
-from autodistill.export.base import load_exporter
+from autodistill.export.base import Artifact, Exporter, TakesAny, load_exporter
 from autodistill.export.model_card import Origin, model_card
-from autodistill.export.student_reader import PARTIAL
-from autodistill.export.verify import verify
+from autodistill.export.proof import simulate
+from autodistill.export.record import FILE as RECORD
+from autodistill.export.record import Exported
+from autodistill.export.record import write as write_record
+from autodistill.export.student_reader import PARTIAL, replacing
+from autodistill.export.verify import POSITIONS, prove, verify
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
 from autodistill.quantization.formats import get_format
@@ -26,9 +38,11 @@ from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder, default_cache
 from autodistill.runs.standing import best_of, trained_student
 from autodistill.runs.students import kept_after, listed
+from autodistill.serving.launch_files import write_launch_files
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.utils.checksums import check_list
 
+_RANDOM_LENGTH = 125  # tokens of a sequence
 _NEEDED = (
     *("metric", "direction", "teacher.name", "teacher.reference", "data.name"),
     *("data.reference", "licences", "plan.batch_tokens", "plan.sequence_length"),
@@ -41,13 +55,17 @@ def export_run(
     containers: Sequence[str],
     out: Path,
     notify: Callable[[str], None] = lambda line: None,
+    *,
+    verified: bool = True,
+    threads: int = 1,
 ) -> dict[str, Path]:
-    """Packs the model of a row into each container, and holds the bytes on disk to the evaluated weights.
+    """Packs the model of a row into each container, holds the bytes on disk to the evaluated weights, and runs them.
 
-    A model card lies beside each, and the text of the teacher's licence where its folder has one.
+    A model card lies beside each, the record of its proof, and the text of the teacher's licence where its folder has
+    one. A container's folder appears once all of it is proven.
 
     A container other than the row's own takes the deployment that ranks best among the rows of the same trial in it;
-    "huggingface" is the 16-bit folder.
+    "huggingface" is the 16-bit folder, and a container without formats of its own takes the row's own weights.
 
     Args:
         run: The run.
@@ -55,15 +73,18 @@ def export_run(
         containers: Names of exporters; a folder of that name is made in `out` for each.
         out: Folder for them.
         notify: Told what a person must know of the student.
+        verified: Whether each is run and compared with the evaluated student; else its card says that it was not.
+        threads: CPU threads to run it with.
 
     Returns:
         For each container the file or folder that a runtime is given.
 
     Raises:
         InputError: An unknown or repeated container, an unknown row, a row without a student on disk, or with one that
-            was changed, a teacher that is gone or has changed, a container that the trial has no row in, or a folder
-            that is not empty.
-        VerificationError: What was written is not what was evaluated.
+            was changed, a teacher that is gone or has changed, a container that the trial has no row in or that cannot
+            hold it, or a folder that is not empty.
+        MissingDependencyError: A package that a container needs is not installed.
+        VerificationError: What was written is not what was evaluated, or does not do the same.
     """
     _check_containers(containers)
     asked = run.asked(*_NEEDED)
@@ -77,19 +98,100 @@ def export_run(
     else:
         student = _student(run, row, asked, _collected(run))
         _check_whole(student, run, row, asked, notify)
-    deployments = {name: _deployment(name, row, ranked, asked) for name in containers}
+    exporters = {name: load_exporter(name) for name in containers}
+    deployments = {name: _deployment(exporters[name], row, ranked, asked, student) for name in containers}
     for name in containers:
         folder = out / name
         # What an interrupted export may have left is removed by the next one.
         if folder.exists() and not (folder.is_dir() and all(one.name.startswith(PARTIAL) for one in folder.iterdir())):
             raise InputError(f"{folder} exists and is not an empty folder: choose another one with --out")
     origin = Origin.of(asked)
-    paths = {name: _pack(student, row, deployment, out / name, origin) for name, deployment in deployments.items()}
+    text = _text_of(asked, student) if verified else None
+    paths = {}
     for name, deployment in deployments.items():
-        card = model_card(row, deployment, every, origin)
-        (out / name / "README.md").write_text(card, encoding="utf-8")
-        copy_license(student, out / name)
+        with _told(out), replacing(out) as partial:
+            folder = partial / name
+            artifact = _pack(exporters[name], student, row, deployment, folder, origin)
+            weights = verify(exporters[name], artifact, student, deployment)
+            found = Exported(row=row.row_id, deployment=deployment, weights=weights)
+            inner = artifact.path.relative_to(folder)
+            found = replace(found, artifact="" if inner == Path() else inner.as_posix())
+            if text is not None:
+                expected = simulate(student, deployment, text[0], threads)
+                check = prove(exporters[name], artifact.path, deployment, expected, threads, student)
+                found = replace(found, expected=expected, check=check, text=text[1])
+            if artifact.path.suffix == ".gguf":
+                write_launch_files(artifact.path, deployment, *_load(asked, student))
+            card = model_card(row, deployment, every, origin)
+            (folder / "README.md").write_text(_said(card, exporters[name], found), encoding="utf-8")
+            copy_license(student, folder)
+            write_record(folder, exporters[name], found)
+        paths[name] = out / name / inner
     return paths
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Say in one line what the disk refuses; what was half written is gone by then."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch's writer of archives has no type of its own for what the disk refuses.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        raise InputError(
+            f"cannot write to {out}: {why}; nothing half-written is left, so make room and give the same command again"
+        ) from error
+
+
+def _said(card: str, exporter: Exporter, found: Exported) -> str:
+    """A card with what is known of the files beside it."""
+    lines = [card.rstrip(), "", "## Proof", ""]
+    if isinstance(exporter, TakesAny):
+        lines += [
+            f"The format is {exporter.name}, with the weights of {found.deployment.name}; {exporter.runs_in} runs it."
+        ]
+        lines += [f"{name}: {told}." for name, told in exporter.notes.items()]
+        if exporter.is_code:
+            lines.append("Its file is code: whoever loads it runs what is in it, so load none that strangers made.")
+    if (check := found.check) is None:
+        lines.append(
+            "**Unverified**: nobody ran these files (`--unverified`); their weights are those that were evaluated."
+        )
+    else:
+        lines.append(
+            f"Run on {found.text}, it chose the evaluated student's token in {check.agreement:.2%} of "
+            f"{check.positions} clear positions, and in {check.raw_agreement:.2%} of all."
+        )
+        if check.divergence is not None:
+            lines.append(f"It is {check.divergence:.2g} nats away from that student.")
+        if check.same_written is not None:
+            lines.append(f"It wrote {check.same_written} tokens as that student does, up to the first that differs.")
+    lines.append(f"`autodistill verify` repeats this from `{RECORD}`.")
+    return "\n".join(lines) + "\n"
+
+
+def _load(asked: Mapping[str, Any], student: Path) -> tuple[int, int]:
+    """Tokens of a sequence, and sequences at once, that the run's budget is for."""
+    budget = asked.get("budget") or {}
+    longest = spec_from_config(read_config(student)).max_context
+    return min(int(budget.get("context", longest)), longest), int(budget.get("batch", 1))
+
+
+def _text_of(asked: Mapping[str, Any], student: Path) -> tuple[npt.NDArray[np.int32], str]:
+    """What an export is run on, and what that is: validation text of the run, or random tokens where it is gone."""
+    vocabulary = spec_from_config(read_config(student)).vocabulary
+    folder = default_cache() / "data" / str(asked["data"].get("fingerprint", ""))
+    with suppress(InputError):
+        data = open_prepared(folder)
+        length = data.sequence_length
+        tokens = load_split(folder, "validation").head(math.ceil(POSITIONS / length) * length).tokens
+        if tokens.size and tokens.max() < vocabulary:
+            return np.array(tokens, np.int32), f"validation text of {asked['data']['name']}"
+    rows = -(-POSITIONS // _RANDOM_LENGTH)
+    random = np.random.default_rng(0).integers(0, vocabulary, (rows, _RANDOM_LENGTH))
+    return random.astype(np.int32), "random tokens, since the run's data are not in the cache any more"
 
 
 def _check_containers(containers: Sequence[str]) -> None:
@@ -196,8 +298,17 @@ def _again(row: Row, asked: Mapping[str, Any]) -> str:
     return f"`{shlex.join(words)}`"
 
 
-def _deployment(container: str, row: Row, ranked: Sequence[Row], asked: Mapping[str, Any]) -> Deployment:
+def _deployment(
+    exporter: Exporter, row: Row, ranked: Sequence[Row], asked: Mapping[str, Any], student: Path
+) -> Deployment:
     """How the row's student is packed in a container."""
+    container = exporter.name
+    if isinstance(exporter, TakesAny):
+        # A cache of fewer bits is llama.cpp's alone.
+        own = replace(row.deployment, cache_type_k="f16", cache_type_v="f16")
+        if reason := exporter.refuses(student, own):
+            raise InputError(f"the row {row.row_id} cannot leave as {container}: {reason}")
+        return own
     if container == "huggingface":
         return IN_16_BITS
     for candidate in (row, *ranked):
@@ -216,9 +327,12 @@ def _deployment(container: str, row: Row, ranked: Sequence[Row], asked: Mapping[
     )
 
 
-def _pack(student: Path, row: Row, deployment: Deployment, out: Path, origin: Origin) -> Path:
-    exporter = load_exporter(get_format(deployment.format).container)
-    named = {"teacher": origin.teacher, "license": origin.teacher_license, "name": origin.name_of(row)}
-    artifact = exporter.export(student, deployment, out, **named)
-    verify(exporter, artifact, student, deployment)
-    return artifact.path
+def _pack(exporter: Exporter, student: Path, row: Row, deployment: Deployment, out: Path, origin: Origin) -> Artifact:
+    return exporter.export(
+        student,
+        deployment,
+        out,
+        teacher=origin.teacher,
+        license=origin.teacher_license,
+        name=origin.name_of(row),
+    )

@@ -10,6 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from autodistill import plugins
@@ -19,9 +20,11 @@ from autodistill.errors import InputError, NothingFitsError, VerificationError
 from autodistill.estimates.fit import fits, holdable, too_late
 from autodistill.evaluation.base import Measurement, Subject, load_evaluator
 from autodistill.evaluation.evaluate import deployed_weights
-from autodistill.export.base import Artifact, load_exporter
+from autodistill.export.base import Artifact, Expected, load_exporter
 from autodistill.export.model_card import Origin, model_card
-from autodistill.export.verify import POSITIONS, RuntimeCheck, verify, verify_runtime
+from autodistill.export.record import Exported
+from autodistill.export.record import write as write_record
+from autodistill.export.verify import POSITIONS, RuntimeCheck, prove, verify
 from autodistill.hardware.background_load import free_cores
 from autodistill.hardware.budget import Budget, DeviceBudget, on_gpu
 from autodistill.hardware.device import DISCRETE
@@ -39,6 +42,7 @@ from autodistill.search.finish.beginnings import settle, settled_candidate
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import candidates, passed_over
 from autodistill.search.finish.test_split import best_untrained, gains_on_test, score_on_test, spent
+from autodistill.serving.launch_files import write_launch_files
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.units import format_bytes, format_duration
 from autodistill.utils.durable import sync_below
@@ -79,6 +83,7 @@ class _Exported:
     deployment: Deployment
     path: Path
     check: RuntimeCheck | None = None
+    expected: Expected | None = None
 
 
 def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
@@ -153,7 +158,7 @@ def _leave_out_removed(best: Row, finisher: Finisher) -> None:
 
 
 def _describe(exports: Iterable[_Exported], test: Sequence[Row], finisher: Finisher) -> None:
-    """Lays a model card beside each exported student, and the text of the licence that the teacher's folder has."""
+    """Lays beside each exported student a model card, the text of its licence, and the record of its proof."""
     run = finisher.run
     rows = run.events.rows()
     origin = Origin.of(read_json(run.search_file))
@@ -161,6 +166,19 @@ def _describe(exports: Iterable[_Exported], test: Sequence[Row], finisher: Finis
         folder = run.student(one.deployment.container)
         (folder / "README.md").write_text(model_card(one.row, one.deployment, [*rows, *test], origin), encoding="utf-8")
         copy_license(finisher.student(one.row), folder)
+        if one.path.suffix == ".gguf":
+            budget = finisher.question.budget
+            longest = finisher.spec(one.row.strategy).max_context
+            write_launch_files(one.path, one.deployment, min(budget.context, longest), budget.batch)
+        known = Exported(
+            row=one.row.row_id,
+            deployment=one.deployment,
+            artifact="" if one.path == folder else one.path.name,
+            expected=one.expected,
+            check=one.check,
+            text=f"validation text of {origin.data}",
+        )
+        write_record(folder, load_exporter(one.deployment.container), known)
         sync_below(folder)
 
 
@@ -241,9 +259,8 @@ def _export(row: Row, finisher: Finisher) -> _Exported:
         give_back_memory()
         threads = free_cores(finisher.threads)
         exporter = load_exporter(deployment.container)
-        check = verify_runtime(
-            exporter, artifact, deployment, simulated, data.tokens[:, :-1], threads, finisher.student(row)
-        )
+        expected = Expected(np.array(data.tokens[:, :-1]), *simulated)
+        check = prove(exporter, artifact.path, deployment, expected, threads, finisher.student(row))
     subject = Subject(
         spec=spec,
         deployment=deployment,
@@ -260,7 +277,7 @@ def _export(row: Row, finisher: Finisher) -> _Exported:
                 measured |= {item.name: item for item in evaluator.evaluate(subject)}
     updated = _with_measured(row, measured, finisher)
     finisher.write(updated)
-    return _Exported(row=updated, deployment=deployment, path=artifact.path, check=check)
+    return _Exported(row=updated, deployment=deployment, path=artifact.path, check=check, expected=expected)
 
 
 def _with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finisher) -> Row:

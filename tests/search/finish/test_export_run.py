@@ -1,5 +1,6 @@
 """Which student is exported and how it is packed; what cannot be is refused before anything is written."""
 
+import errno
 import os
 import signal
 import time
@@ -14,13 +15,17 @@ from safetensors.torch import load_file
 from autodistill.cli.app import main
 from autodistill.errors import DamagedError, InputError, VerificationError
 from autodistill.export.gguf import GgufExporter
+from autodistill.export.graphs.onnx import OnnxExporter
+from autodistill.export.graphs.onnx_graph import Decoder
+from autodistill.quantization.grids import Q4_0
+from autodistill.quantization.packing import deployed
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.finish.export_run import export_run
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 from autodistill.utils.checksums import write_list
-from autodistill.utils.json_files import write_json
+from autodistill.utils.json_files import read_json, write_json
 
 DEPLOYMENTS = {
     "f16": Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0),
@@ -68,6 +73,12 @@ ROWS = [
     row("teacher", "f16", 0.50, "teacher"),
     row("t000", "f16", 0.99, row_id="t000-f16-test", split="test"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sequences are enough to see that it is run."""
+    monkeypatch.setattr("autodistill.search.finish.export_run.POSITIONS", 250)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +258,7 @@ def test_an_export_that_was_interrupted_twice_can_be_given_again(run: RunFolder,
 def test_ctrl_c_twice_while_it_is_written_is_one_line_and_the_same_command_then_exports(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The first one meets a file that is half written, and the second the removal of that file."""
+    """The first one meets a file that is half written, and the others the removal of that file."""
     out = tmp_path / "out"
     words = ["export", run.path.name, "--runs", str(run.path.parent), "--to", "gguf", "--out", str(out)]
     signals = []
@@ -261,12 +272,14 @@ def test_ctrl_c_twice_while_it_is_written_is_one_line_and_the_same_command_then_
         twice.setattr("autodistill.export.gguf.add_tokenizer", interrupted)
         twice.setattr("autodistill.export.student_reader.shutil.rmtree", interrupted)
         assert main(words) == 130
-    assert len(signals) == 2
+    # The file, the folder that the exporter writes into, and that of the whole export.
+    assert len(signals) == 3
     assert capfd.readouterr().err.splitlines()[1:] == ["error: stopped"]
     assert not list(out.rglob("student.gguf"))
     assert main(words) == 0
     assert stored(out / "gguf" / "student.gguf")[0] == "Q4_0"
-    assert sorted(path.name for path in (out / "gguf").iterdir()) == ["LICENSE", "README.md", "student.gguf"]
+    beside = {"LICENSE", "README.md", "Modelfile", "serve.json", "export.json", "proof.npz"}
+    assert {path.name for path in (out / "gguf").iterdir()} == {"student.gguf", *beside}
 
 
 def test_what_is_on_disk_is_held_to_the_student(
@@ -280,3 +293,69 @@ def test_what_is_on_disk_is_held_to_the_student(
     monkeypatch.setattr(GgufExporter, "export", careless)
     with pytest.raises(VerificationError, match="differs from the evaluated weights"):
         export_run(run, "t001-q4_0", ["gguf"], tmp_path)
+
+
+def test_a_row_of_gguf_leaves_as_onnx_with_its_own_codes(run: RunFolder, tmp_path: Path) -> None:
+    path = export_run(run, "t001-q4_0", ["onnx"], tmp_path)["onnx"]
+    assert path == tmp_path / "onnx"
+    found = dict(OnnxExporter().unpack(path))["model.layers.0.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(found, deployed(weights(run, "t001"), Q4_0))
+    record = read_json(path / "export.json")
+    assert (record["row"], record["format"], record["proof"]["same_written"]) == ("t001-q4_0", "onnx", 64)
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert "with the weights of gguf-q4_0; ONNX Runtime runs it" in card
+    assert "random tokens, since the run's data are not in the cache any more" in card
+    assert "accuracy_level: 1." in card
+
+
+def test_a_row_that_a_format_cannot_hold_is_named_with_its_tensor_before_anything_is_written(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    said = r"t000-int8 cannot leave as onnx: .*q_proj\.weight as compressed-tensors-int8-g64.*: export to compressed-"
+    with pytest.raises(InputError, match=said):
+        export_run(run, "t000-int8", ["huggingface", "onnx"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_beside_a_gguf_file_lies_what_a_server_must_be_told(run: RunFolder, tmp_path: Path) -> None:
+    folder = export_run(run, "t001-q4_0", ["gguf"], tmp_path, verified=False)["gguf"].parent
+    told = read_json(folder / "serve.json")
+    # The run has no budget: the student's own context.
+    assert (told["context"], told["slots"], told["cache_type_k"], told["flash_attention"]) == (512, 1, "f16", "auto")
+    assert told["command"][:5] == ["llama-server", "--model", "student.gguf", "--ctx-size", "512"]
+    lines = (folder / "Modelfile").read_text().splitlines()
+    assert lines[1:] == ["FROM ./student.gguf", "PARAMETER num_ctx 512"]
+
+
+def test_without_a_proof_the_card_and_the_record_say_so(run: RunFolder, tmp_path: Path) -> None:
+    path = export_run(run, "t001-q4_0", ["onnx"], tmp_path, verified=False)["onnx"]
+    assert read_json(path / "export.json")["proof"] is None
+    assert "**Unverified**" in (path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("where", ["export.graphs.onnx.copy_tokenizer", "search.finish.export_run.write_record"])
+def test_a_full_disk_half_way_leaves_nothing(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*given: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"autodistill.{where}", full)
+    with pytest.raises(InputError, match=r"cannot write .*No space left on device"):
+        export_run(run, "t001-q4_0", ["onnx"], tmp_path / "out", verified=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_export_that_does_something_else_is_not_kept(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are right, and what runs them turns heads the wrong way."""
+    turned = Decoder._turned
+
+    def wrong(self: Decoder, heads: str, turn: tuple[str, str]) -> str:
+        return turned(self, heads, (turn[1], turn[0]))
+
+    monkeypatch.setattr(Decoder, "_turned", wrong)
+    with pytest.raises(VerificationError, match=r"clear positions in ONNX Runtime; 97% is the least"):
+        export_run(run, "t001-q4_0", ["onnx"], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,1 @@
+"""Exporters to graphs that run without transformers: ONNX, torch.export and TorchScript."""

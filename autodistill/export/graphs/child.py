@@ -1,0 +1,65 @@
+"""Runs an exported file in its runtime, in a process of its own, which a crash of the runtime ends alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.data.tokenization import load_tokenizer
+from autodistill.errors import VerificationError
+from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Ran, check_written
+
+_PROGRAM = Path(__file__).with_name("run_child.py")
+_LINES = 3  # of what a runtime said last
+
+
+def run_alone(runtime: str, path: Path, tokenizer: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> Ran:
+    """Run a file that was just exported; see `Exporter.run`.
+
+    Args:
+        runtime: One of those that `run_child.py` knows.
+        path: The file.
+        tokenizer: A folder that has it.
+        sequences, threads: As `Exporter.run` takes them.
+
+    Raises:
+        VerificationError: The process failed; the message has its last lines.
+    """
+    with tempfile.TemporaryDirectory(prefix="autodistill-run-") as folder:
+        tokens, out = Path(folder, "tokens.npy"), Path(folder, "out.npz")
+        np.save(tokens, sequences.astype(np.int64), allow_pickle=False)
+        settings = {
+            "runtime": runtime,
+            "path": str(path.resolve()),
+            "tokens": str(tokens),
+            "out": str(out),
+            "threads": threads,
+            "prompt": PROMPT_TOKENS,
+            "written": WRITTEN_TOKENS,
+            "kept": KEPT_TOKENS,
+        }
+        done = subprocess.run(
+            [sys.executable, "-P", str(_PROGRAM), json.dumps(settings)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode:
+            said = " / ".join(line.strip() for line in done.stderr.splitlines()[-_LINES:] if line.strip())
+            raise VerificationError(
+                f"{runtime} could not run {path} (exit status {done.returncode}): {said or 'it said nothing'}"
+            )
+        with np.load(out, allow_pickle=False) as found:
+            likeliest, log_probs, written = (found[name] for name in ("likeliest", "log_probs", "written"))
+    check_written(path, len(written))
+    text = str(load_tokenizer(tokenizer).decode(written.tolist(), skip_special_tokens=True))
+    return Ran(likeliest[..., 0], text, likeliest=(likeliest, log_probs), written=tuple(written.tolist()))

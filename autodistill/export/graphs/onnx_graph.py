@@ -1,0 +1,504 @@
+"""The graph of a decoder in ONNX: prompts and single tokens in one, with the KV cache among its inputs and outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.models.families import get_family
+from autodistill.models.llama_cpp_graphs import FULL, SLIDING
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import Role, TensorSpec
+from autodistill.quantization.grids import Floats, FloatType, Grid
+from autodistill.quantization.packing import Arrays, unpack_codes
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, TensorProto
+
+DATA = "model.onnx.data"
+"""The file beside the graph that holds the weights."""
+OPSETS = (("", 23), ("com.microsoft", 1))
+"""Opset 23 has attention with a cache, whose kernel takes any head dim; `MatMulNBits` is ONNX Runtime's own."""
+ACCURACY_LEVEL = 1
+"""Of `MatMulNBits`: products in float32. Its usual level, 4, rounds activations to 8 bits first."""
+
+_IR_VERSION = 11
+_ALIGNED = 64  # bytes, the width of the widest loads
+_INLINE = 64  # values of a constant that stands in the graph itself
+# Is added to the scores of tokens that are not seen. Finite, so that what sees nothing, padding, is a number still.
+_UNSEEN = -3e4
+_ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "gelu": ("Gelu", {}),
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), ("Gelu", {"approximate": "tanh"})),
+    "relu": ("Relu", {}),
+    "silu": ("Silu", {}),
+}
+
+Value: TypeAlias = str
+"""The name of what a node gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How codes of a matrix are stored: a weight is (code - 2^(bits-1)) * scale, plus its block's offset if it has one.
+
+    Attributes:
+        bits: Of a code, 4 or 8; two of 4 bits lie in a byte, the first in its low half.
+        block: Consecutive weights of a row that share a scale.
+        shift: The offset of a block is its minimum plus this many scales; 0 and no minimum of a symmetric grid.
+        offset: Whether blocks have minima.
+    """
+
+    bits: int
+    block: int
+    shift: int
+    offset: bool
+
+    @classmethod
+    def of(cls, grid: Grid) -> Blocks:
+        """Return how the codes of one of GGUF's grids are stored: in 4 bits if there are at most 16 in a row."""
+        bits = 4 if grid.qmax - grid.qmin < 16 else 8
+        middle = 2 ** (bits - 1)
+        held = -middle <= grid.qmin and grid.qmax < middle
+        shift = 0 if held else middle + grid.qmin
+        return cls(bits=bits, block=grid.group_size, shift=shift, offset=not grid.symmetric)
+
+    def pack(self, codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
+        """Return the bytes of codes [rows, columns], uint8 [rows, blocks, bytes]."""
+        above = (codes.astype(np.int16) - self.shift + 2 ** (self.bits - 1)).astype(np.uint8)
+        blocks = above.reshape(len(codes), -1, self.block)
+        return blocks if self.bits == 8 else blocks[..., 0::2] | (blocks[..., 1::2] << np.uint8(4))
+
+    def unpack(self, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
+        """The inverse of `pack`."""
+        above = stored
+        if self.bits == 4:
+            above = np.stack([stored & np.uint8(15), stored >> np.uint8(4)], axis=-1)
+        return (above.reshape(len(stored), -1).astype(np.int16) - 2 ** (self.bits - 1) + self.shift).astype(np.int8)
+
+
+class Graph:
+    """Nodes and weights of a graph while it is made.
+
+    Args:
+        data: Takes the weights, one after another.
+        half: Whether activations and cache are float16; else float32.
+
+    Attributes:
+        type: Of activations and cache, as ONNX numbers it.
+        blocks: How each matrix of codes is stored, by name.
+    """
+
+    def __init__(self, data: BinaryIO, *, half: bool) -> None:
+        from onnx import TensorProto
+
+        self.type: int = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+        self.wide: int = TensorProto.FLOAT
+        self.half = half
+        self.blocks: dict[str, Blocks] = {}
+        self._data = data
+        self._nodes: list[Any] = []
+        self._initializers: dict[str, TensorProto] = {}
+        self._cast: dict[tuple[Value, int], Value] = {}
+
+    def op(self, kind: str, *inputs: Value, domain: str = "", **attributes: Any) -> Value:
+        """Add a node of one output, and return that."""
+        return self.ops(kind, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def ops(
+        self, kind: str, *inputs: Value, outputs: int | Sequence[Value], domain: str = "", **attributes: Any
+    ) -> list[Value]:
+        """Add a node, and return its outputs."""
+        from onnx import helper
+
+        name = f"{kind}_{len(self._nodes)}"
+        given = [f"{name}.{place}" for place in range(outputs)] if isinstance(outputs, int) else list(outputs)
+        self._nodes.append(helper.make_node(kind, list(inputs), given, name=name, domain=domain, **attributes))
+        return given
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> Value:
+        """Return a small constant; equal ones are one."""
+        from onnx import numpy_helper
+
+        array = np.asarray(value, dtype)
+        name = f"{array.dtype.name}:{'x'.join(map(str, array.shape))}:{array.ravel().tolist()}"
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def stored(self, name: str, array: npt.NDArray[Any], *, bf16: bool = False) -> Value:
+        """Write an array to the data, or a small one into the graph, and return it; bfloat16 comes as its bits."""
+        from onnx import TensorProto, helper, numpy_helper
+
+        assert name not in self._initializers, name
+        kind = TensorProto.BFLOAT16 if bf16 else helper.np_dtype_to_tensor_dtype(array.dtype)
+        raw = np.ascontiguousarray(array)
+        if array.size <= _INLINE and not bf16:
+            self._initializers[name] = numpy_helper.from_array(raw, name)
+            return name
+        self._data.write(bytes(-self._data.tell() % _ALIGNED))
+        found = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", DATA), ("offset", self._data.tell()), ("length", raw.nbytes)):
+            found.external_data.add(key=key, value=str(value))
+        self._data.write(raw.data)
+        self._initializers[name] = found
+        return name
+
+    def to(self, value: Value, kind: int) -> Value:
+        """Return a value as a type; of weights a runtime does so once, when it loads them."""
+        if (value, kind) not in self._cast:
+            self._cast[value, kind] = self.op("Cast", value, to=kind)
+        return self._cast[value, kind]
+
+    def model(self, inputs: Sequence[Any], outputs: Sequence[Any], properties: Mapping[str, str]) -> ModelProto:
+        """Return the whole graph."""
+        from onnx import helper
+
+        graph = helper.make_graph(self._nodes, "student", inputs, outputs, list(self._initializers.values()))
+        opsets = [helper.make_opsetid(*opset) for opset in OPSETS]
+        made = helper.make_model(graph, opset_imports=opsets, producer_name="autodistill", ir_version=_IR_VERSION)
+        helper.set_model_props(made, dict(properties))
+        return made
+
+
+class Weights:
+    """The weights of a student in a graph: written once, and read by the nodes that need them."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._stored: dict[str, FloatType | Blocks] = {}
+        self._wide: set[str] = set()  # matrices with scales that float16 does not hold
+        self._above_one: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def add(self, tensor: TensorSpec, storage: Grid | FloatType, arrays: Arrays) -> None:
+        """Write one tensor as its student was evaluated with it.
+
+        Args:
+            tensor: The tensor.
+            storage: One of GGUF's grids, or a float type.
+            arrays: What `packing.pack` gave.
+        """
+        graph, name = self._graph, tensor.name
+        if tensor.role is Role.NORM_ABOVE_ONE:
+            self._above_one.add(name)
+        if not isinstance(storage, Grid):
+            graph.stored(name, arrays["data"].reshape(tensor.shape), bf16=storage == "bf16")
+            self._stored[name] = storage
+            return
+        form = Blocks.of(storage)
+        codes, scales = unpack_codes(arrays, storage, tensor.shape)
+        graph.stored(f"{name}.codes", form.pack(codes))
+        narrow = _narrow(scales.scales)
+        graph.stored(f"{name}.scales", narrow)
+        if scales.offsets is not None:
+            graph.stored(f"{name}.minima", _narrow(scales.offsets))
+        if narrow.dtype != np.float16:
+            self._wide.add(name)
+        graph.blocks[name] = form
+        self._stored[name] = form
+
+    def vector(self, name: str) -> Value:
+        """Return a bias or a norm's factors, in float32; where a model adds 1 to its weights, after that."""
+        found = self._graph.to(name, self._graph.wide) if self._stored[name] in ("f16", "bf16") else name
+        if name in self._above_one and self._stored[name] != "f32_plus_1":
+            return self._graph.op("Add", found, self._graph.constant(1, np.float32))
+        return found
+
+    def table(self, name: str, ids: Value) -> Value:
+        """Return the rows of an embedding table, [batch, sequence, width]."""
+        graph, form = self._graph, self._stored[name]
+        if not isinstance(form, Blocks):
+            return graph.op("Cast", graph.op("Gather", name, ids), to=graph.type)
+        codes = graph.op("Gather", f"{name}.codes", ids)
+        if form.bits == 4:
+            low = graph.op("BitwiseAnd", codes, graph.constant(15, np.uint8))
+            high = graph.op("BitShift", codes, graph.constant(4, np.uint8), direction="RIGHT")
+            ends = [graph.op("Unsqueeze", half, graph.constant([-1])) for half in (low, high)]
+            codes = graph.op("Concat", *ends, axis=-1)
+        middle = graph.constant(2 ** (form.bits - 1) - form.shift, np.float32)
+        steps = graph.op("Sub", graph.op("Cast", codes, to=graph.wide), middle)
+        blocks = graph.op("Reshape", steps, graph.constant([0, 0, -1, form.block]))
+        rows = graph.op("Mul", blocks, self._rows_of(f"{name}.scales", ids))
+        if form.offset:
+            rows = graph.op("Add", rows, self._rows_of(f"{name}.minima", ids))
+        return graph.to(graph.op("Reshape", rows, graph.constant([0, 0, -1])), graph.type)
+
+    def _rows_of(self, name: str, ids: Value) -> Value:
+        graph = self._graph
+        found = graph.op("Cast", graph.op("Gather", name, ids), to=graph.wide)
+        return graph.op("Unsqueeze", found, graph.constant([-1]))
+
+    def product(self, name: str, inputs: Value, shape: tuple[int, ...]) -> Value:
+        """Return the inputs [..., columns] times a matrix of this shape [rows, columns]."""
+        graph, form = self._graph, self._stored[name]
+        if not isinstance(form, Blocks):
+            own = form == ("f16" if graph.half else "f32")
+            matrix = name if own else graph.to(name, graph.type)
+            return graph.op("FusedMatMul", inputs, matrix, domain="com.microsoft", transB=1)
+        rows, columns = shape
+        # Scales that float16 does not hold are of float32 products.
+        kind = graph.wide if name in self._wide else graph.type
+        given = graph.to(inputs, kind) if graph.half else inputs
+        product = graph.op(
+            "MatMulNBits",
+            given,
+            f"{name}.codes",
+            f"{name}.scales" if name in self._wide or graph.half else graph.to(f"{name}.scales", kind),
+            domain="com.microsoft",
+            K=columns,
+            N=rows,
+            bits=form.bits,
+            block_size=form.block,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+        if form.offset:
+            # An offset is the same for all weights of a block: it multiplies the sum of the block's inputs.
+            blocks = graph.op("Reshape", given, graph.constant([0, 0, columns // form.block, form.block]))
+            sums = graph.op("ReduceSum", blocks, graph.constant([-1]), keepdims=0)
+            offsets = graph.to(self._offsets(name, form), kind)
+            more = graph.op("FusedMatMul", sums, offsets, domain="com.microsoft", transB=1)
+            product = graph.op("Add", product, more)
+        return graph.to(product, graph.type) if graph.half else product
+
+    def _offsets(self, name: str, form: Blocks) -> Value:
+        graph = self._graph
+        minima = graph.to(f"{name}.minima", graph.wide)
+        if not form.shift:
+            return minima
+        scales = graph.to(f"{name}.scales", graph.wide)
+        return graph.op("Add", minima, graph.op("Mul", scales, graph.constant(form.shift, np.float32)))
+
+
+def _narrow(values: Floats) -> npt.NDArray[Any]:
+    """Return values in float16 where it holds them all exactly."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), values) else values
+
+
+def unsupported(config: Mapping[str, Any]) -> str:
+    """Return what a config asks for that these graphs do not compute, or ""."""
+    activation = _activation(config)
+    if activation not in _ACTIVATIONS:
+        return f"the activation {activation!r} is none of {', '.join(_ACTIVATIONS)}"
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = [given, *(one for one in given.values() if isinstance(one, Mapping))]
+    for one in kinds:
+        kind = one.get("rope_type", one.get("type", "default"))
+        if kind in ("dynamic", "longrope"):
+            return f"the rotary scaling {kind!r} depends on the length of the text"
+    return ""
+
+
+def _activation(config: Mapping[str, Any]) -> str:
+    default = {"gemma3_text": "gelu_pytorch_tanh", "gpt_neox": "gelu"}.get(str(config["model_type"]), "silu")
+    name = "hidden_activation" if config["model_type"] == "gemma3_text" else "hidden_act"
+    return str(config.get(name) or default)
+
+
+class Decoder:
+    """The nodes of a whole decoder; `build` adds them.
+
+    Args:
+        graph: Takes the nodes.
+        weights: Of every tensor of the model.
+        spec: Its shape.
+        config: transformers' config.
+        rotary: By kind of layer, the frequencies float32 [rotated channels / 2] and the factor of sine and cosine.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Weights,
+        spec: ModelSpec,
+        config: Mapping[str, Any],
+        rotary: Mapping[str, tuple[Floats, float]],
+    ) -> None:
+        self._graph, self._weights, self._spec, self._config, self._rotary = graph, weights, spec, config, rotary
+        self._family = get_family(spec.architecture)
+        self._shapes = {tensor.name: tensor.shape for tensor in spec.tensors}
+        self._eps = float(
+            config.get("layer_norm_eps", 1e-5) if self._family.norm_bias else config.get("rms_norm_eps", 1e-6)
+        )
+        scalar = config.get("query_pre_attn_scalar", 256) if spec.architecture == "gemma3_text" else spec.head_dim
+        self._scale = float(scalar) ** -0.5
+
+    def build(self, properties: Mapping[str, str]) -> ModelProto:
+        """Return the graph from tokens, mask, positions and cache to logits and the cache with these tokens."""
+        from onnx import TensorProto, helper
+
+        graph, spec, body = self._graph, self._spec, self._family.body
+        cached: list[str | int | None] = ["batch", spec.kv_heads, "past", spec.head_dim]
+        inputs = [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+            helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch", "sequence"]),
+        ]
+        outputs = [helper.make_tensor_value_info("logits", graph.type, ["batch", "sequence", spec.vocabulary])]
+        for layer in range(spec.layers):
+            for part in ("key", "value"):
+                past = f"past_key_values.{layer}.{part}"
+                inputs.append(helper.make_tensor_value_info(past, graph.type, cached))
+                longer: list[str | int | None] = [*cached[:2], "total", cached[3]]
+                outputs.append(helper.make_tensor_value_info(f"present.{layer}.{part}", graph.type, longer))
+        masks = self._masks()
+        turns = {kind: self._turn(kind, *values) for kind, values in self._rotary.items()}
+        hidden = self._weights.table(f"{body}.{self._family.embedding}.weight", "input_ids")
+        if self._family.scaled_embeddings:
+            dtype = np.float16 if graph.half else np.float32
+            hidden = graph.op("Mul", hidden, graph.constant(math.sqrt(spec.width), dtype))
+        for layer in range(spec.layers):
+            kind = SLIDING if layer in spec.windowed else FULL
+            turn = turns[kind] if kind in turns else turns[FULL]
+            hidden = self._block(layer, hidden, masks[kind], turn)
+        hidden = self._norm(f"{body}.{self._family.final_norm}", hidden)
+        head = f"{body}.{self._family.embedding}.weight" if spec.tied else "lm_head.weight"
+        logits = self._weights.product(head, hidden, self._shapes[head])
+        graph.ops("Identity", logits, outputs=["logits"])
+        return graph.model(inputs, outputs, properties)
+
+    def _block(self, layer: int, hidden: Value, mask: Value, turn: tuple[Value, Value]) -> Value:
+        prefix = f"{self._family.body}.layers.{layer}"
+        add, norm = self._add, self._norm
+        attended = self._attention(layer, norm(f"{prefix}.input_layernorm", hidden), mask, turn)
+        if self._family.fused:
+            if self._config.get("use_parallel_residual", True):
+                beside = self._ffn(prefix, norm(f"{prefix}.post_attention_layernorm", hidden))
+                return add(add(beside, attended), hidden)
+            hidden = add(attended, hidden)
+            return add(self._ffn(prefix, norm(f"{prefix}.post_attention_layernorm", hidden)), hidden)
+        if "pre_feedforward_layernorm" in self._family.norms:
+            hidden = add(hidden, norm(f"{prefix}.post_attention_layernorm", attended))
+            inner = self._ffn(prefix, norm(f"{prefix}.pre_feedforward_layernorm", hidden))
+            return add(hidden, norm(f"{prefix}.post_feedforward_layernorm", inner))
+        hidden = add(hidden, attended)
+        return add(hidden, self._ffn(prefix, norm(f"{prefix}.post_attention_layernorm", hidden)))
+
+    def _attention(self, layer: int, inputs: Value, mask: Value, turn: tuple[Value, Value]) -> Value:
+        graph, spec = self._graph, self._spec
+        prefix = f"{self._family.body}.layers.{layer}"
+        if self._family.fused:
+            mixed = self._linear(f"{prefix}.attention.query_key_value", inputs)
+            apart = graph.op("Reshape", mixed, graph.constant([0, 0, spec.heads, 3 * spec.head_dim]))
+            parts = graph.ops(
+                "Split", graph.op("Transpose", apart, perm=[0, 2, 1, 3]), outputs=3, axis=-1, num_outputs=3
+            )
+            queries, keys, values = parts
+            last = f"{prefix}.attention.dense"
+        else:
+            queries, keys, values = (
+                self._heads(f"{prefix}.self_attn.{part}", inputs, count)
+                for part, count in (("q", spec.heads), ("k", spec.kv_heads), ("v", spec.kv_heads))
+            )
+            last = f"{prefix}.self_attn.o_proj"
+        found = graph.ops(
+            "Attention",
+            self._turned(queries, turn),
+            self._turned(keys, turn),
+            values,
+            mask,
+            f"past_key_values.{layer}.key",
+            f"past_key_values.{layer}.value",
+            outputs=[f"layers.{layer}.attention", f"present.{layer}.key", f"present.{layer}.value"],
+            scale=self._scale,
+        )
+        together = graph.op("Transpose", found[0], perm=[0, 2, 1, 3])
+        flat = graph.op("Reshape", together, graph.constant([0, 0, spec.heads * spec.head_dim]))
+        return self._linear(last, flat)
+
+    def _heads(self, name: str, inputs: Value, count: int) -> Value:
+        """Return queries, keys or values, [batch, heads, sequence, head dim]."""
+        graph = self._graph
+        mixed = self._linear(f"{name}_proj", inputs)
+        apart = graph.op("Reshape", mixed, graph.constant([0, 0, count, self._spec.head_dim]))
+        if f"{name}_norm.weight" in self._weights:
+            apart = self._norm(f"{name}_norm", apart)
+        return graph.op("Transpose", apart, perm=[0, 2, 1, 3])
+
+    def _ffn(self, prefix: str, inputs: Value) -> Value:
+        if not self._family.gated:
+            inner = self._activated(self._linear(f"{prefix}.mlp.dense_h_to_4h", inputs))
+            return self._linear(f"{prefix}.mlp.dense_4h_to_h", inner)
+        gate = self._activated(self._linear(f"{prefix}.mlp.gate_proj", inputs))
+        inner = self._graph.op("Mul", gate, self._linear(f"{prefix}.mlp.up_proj", inputs))
+        return self._linear(f"{prefix}.mlp.down_proj", inner)
+
+    def _activated(self, inputs: Value) -> Value:
+        kind, attributes = _ACTIVATIONS[_activation(self._config)]
+        if kind == "Silu":
+            return self._graph.op("Mul", inputs, self._graph.op("Sigmoid", inputs))
+        return self._graph.op(kind, inputs, **attributes)
+
+    def _linear(self, name: str, inputs: Value) -> Value:
+        outputs = self._weights.product(f"{name}.weight", inputs, self._shapes[f"{name}.weight"])
+        if f"{name}.bias" not in self._weights:
+            return outputs
+        bias = self._weights.vector(f"{name}.bias")
+        return self._add(outputs, self._graph.to(bias, self._graph.type) if self._graph.half else bias)
+
+    def _norm(self, name: str, inputs: Value) -> Value:
+        """Return normed inputs; computed in float32, as transformers does."""
+        graph = self._graph
+        wide = graph.to(inputs, graph.wide) if graph.half else inputs
+        factors = self._weights.vector(f"{name}.weight")
+        if self._family.norm_bias:
+            bias = self._weights.vector(f"{name}.bias")
+            normed = graph.op("LayerNormalization", wide, factors, bias, axis=-1, epsilon=self._eps)
+        else:
+            normed = graph.op("RMSNormalization", wide, factors, axis=-1, epsilon=self._eps)
+        return graph.to(normed, graph.type) if graph.half else normed
+
+    def _masks(self) -> dict[str, Value]:
+        """Return what is added to scores, [batch, 1, sequence, total]: 0, or a large negative number.
+
+        A token sees what the mask has and what is not behind it; in a layer with a sliding window, that many tokens.
+        """
+        from onnx import TensorProto
+
+        graph, spec = self._graph, self._spec
+        size = graph.op("Shape", "input_ids", start=1, end=2)
+        total = graph.op("Shape", "attention_mask", start=1, end=2)
+        numbers = graph.op("Range", graph.constant(0), graph.op("Squeeze", total), graph.constant(1))
+        behind = graph.op("Slice", numbers, graph.op("Sub", total, size), total)
+        own = graph.op("Unsqueeze", behind, graph.constant([1]))
+        there = graph.op("Cast", graph.op("Unsqueeze", "attention_mask", graph.constant([1, 2])), to=TensorProto.BOOL)
+        seen = {FULL: graph.op("And", there, graph.op("LessOrEqual", numbers, own))}
+        if spec.window:
+            first = graph.op("Sub", own, graph.constant(spec.window))
+            seen[SLIDING] = graph.op("And", seen[FULL], graph.op("Greater", numbers, first))
+        dtype = np.float16 if graph.half else np.float32
+        no, yes = graph.constant(_UNSEEN, dtype), graph.constant(0, dtype)
+        return {kind: graph.op("Where", one, yes, no) for kind, one in seen.items()}
+
+    def _turn(self, kind: str, frequencies: Floats, factor: float) -> tuple[Value, Value]:
+        """Return cosine and sine of every position, [batch, 1, sequence, rotated channels / 2]."""
+        graph = self._graph
+        place = graph.op("Unsqueeze", graph.to("position_ids", graph.wide), graph.constant([1, 3]))
+        angles = graph.op("Mul", place, graph.stored(f"rotary.{kind}", frequencies))
+        cosine, sine = graph.op("Cos", angles), graph.op("Sin", angles)
+        if factor != 1:
+            cosine, sine = (graph.op("Mul", one, graph.constant(factor, np.float32)) for one in (cosine, sine))
+        return (graph.to(cosine, graph.type), graph.to(sine, graph.type)) if graph.half else (cosine, sine)
+
+    def _turned(self, heads: Value, turn: tuple[Value, Value]) -> Value:
+        """Return heads [batch, heads, sequence, head dim] with their first channels rotated by their place."""
+        graph, (cosine, sine) = self._graph, turn
+        half = len(next(iter(self._rotary.values()))[0])
+        rest = self._spec.head_dim - 2 * half
+        sizes = graph.constant([half, half, rest] if rest else [half, half])
+        first, second, *others = graph.ops("Split", heads, sizes, outputs=3 if rest else 2, axis=-1)
+        left = graph.op("Sub", graph.op("Mul", first, cosine), graph.op("Mul", second, sine))
+        right = graph.op("Add", graph.op("Mul", second, cosine), graph.op("Mul", first, sine))
+        return graph.op("Concat", left, right, *others, axis=-1)
+
+    def _add(self, one: Value, other: Value) -> Value:
+        return self._graph.op("Add", one, other)

@@ -1,0 +1,34 @@
+"""Exporter to an archive of torch.export, which torch alone runs, for any number and length of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autodistill.export.graphs.torch_module import Logits, TorchExporter
+
+_MOST_SEQUENCES = 1024
+
+
+class Pt2Exporter(TorchExporter):
+    """Writes `student.pt2`, in float32, and the tokenizer."""
+
+    name = "pt2"
+    file = "student.pt2"
+
+    def write(self, module: Logits, example: Tensor, path: Path) -> None:
+        """Follow the module with both dimensions of its input free."""
+        most = int(module.student.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+        free = {
+            0: torch.export.Dim("batch", min=1, max=_MOST_SEQUENCES),
+            1: torch.export.Dim("tokens", min=1, max=most),
+        }
+        program = torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
+        torch.export.save(program, path)
+
+    def stored(self, path: Path) -> Mapping[str, Tensor]:
+        """Return the archive's parameters."""
+        return dict(torch.export.load(path).named_parameters())

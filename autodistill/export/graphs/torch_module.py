@@ -1,0 +1,120 @@
+"""A student as a module of torch, from tokens to logits with the weights that were evaluated, and its exporter."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from autodistill.export.base import Artifact, Ran
+from autodistill.export.graphs.child import run_alone
+from autodistill.export.proof import deployed_model
+from autodistill.export.student_reader import StudentFiles, copy_tokenizer, replacing
+from autodistill.hardware.runtime import Runtime
+from autodistill.quantization.formats import Format
+from autodistill.quantization.grids import Floats
+from autodistill.strategy.deployment import Deployment
+
+_PREFIX = "student."
+_HEAD = "lm_head.weight"
+_TRACED = (2, 24)  # sequences and tokens of the example; neither is 1, which would be taken for all
+
+
+class Logits(nn.Module):
+    """A student that takes tokens alone, int64 [batch, tokens], and gives logits [batch, tokens, vocabulary]."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Read whole sequences, without a cache."""
+        logits: Tensor = self.student(input_ids=tokens, use_cache=False).logits
+        return logits
+
+
+class TorchExporter(ABC):
+    """What exporters to graphs of torch share: weights in float32, exactly those of any deployment."""
+
+    name: ClassVar[str]
+    file: ClassVar[str]
+    formats: tuple[Format, ...] = ()
+    runtimes: tuple[Runtime, ...] = ()
+    runs_in = "torch"
+    is_code = True
+    packages: tuple[str, ...] = ()
+    notes: Mapping[str, Any] = {}
+
+    @abstractmethod
+    def write(self, module: Logits, example: Tensor, path: Path) -> None:
+        """Write the graph of a module, made of an example of its input."""
+
+    @abstractmethod
+    def stored(self, path: Path) -> Mapping[str, Tensor]:
+        """Return the tensors of a file that was just written; it is code, and no stranger's is read."""
+
+    def refuses(self, student: Path, deployment: Deployment) -> str:
+        """Hold every row: codes become the float32 weights that they stand for."""
+        return ""
+
+    def export(
+        self,
+        student: Path,
+        deployment: Deployment,
+        out: Path,
+        *,
+        teacher: str | None = None,
+        license: str | None = None,
+        name: str | None = None,
+    ) -> Artifact:
+        """Write the student's graph and its tokenizer into the folder `out`; the card names its teacher.
+
+        Raises:
+            InputError: The student cannot be read, or `out` not be written.
+        """
+        with StudentFiles(student, deployment) as files, replacing(out) as partial:
+            model = deployed_model(student, files)
+            model.set_attn_implementation("sdpa")
+            model.requires_grad_(False)
+            with _without_warnings(), torch.no_grad():
+                self.write(Logits(model), torch.ones(_TRACED, dtype=torch.int64), partial / self.file)
+            copy_tokenizer(student, partial)
+        return Artifact(path=out, size_bytes=(out / self.file).stat().st_size)
+
+    def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
+        """Yield each stored tensor of a file that was just written."""
+        with _without_warnings():
+            found = self.stored(artifact / self.file)
+        stored = {name.removeprefix(_PREFIX): one.detach() for name, one in found.items() if name.startswith(_PREFIX)}
+        tables = [one for name, one in stored.items() if name.endswith((".embed_tokens.weight", ".embed_in.weight"))]
+        if _HEAD in stored and any(one.data_ptr() == stored[_HEAD].data_ptr() for one in tables):
+            del stored[_HEAD]
+        for name, tensor in stored.items():
+            yield name, tensor.float().numpy()
+
+    def run(
+        self,
+        artifact: Path,
+        sequences: npt.NDArray[np.integer[Any]],
+        threads: int,
+        student: Path,
+        deployment: Deployment,
+    ) -> Ran:
+        """Run the file in a process without transformers; see `Exporter.run`."""
+        return run_alone(self.name, artifact / self.file, artifact, sequences, threads)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence what torch says of transformers' code while it follows it: the result is run and compared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,143 @@
+"""The record beside an export: of which row it is, the hashes of its files, and the proof that it does the same."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autodistill.errors import DamagedError, InputError, VerificationError
+from autodistill.export import proof
+from autodistill.export.base import Expected, Exporter, TakesAny, load_exporter
+from autodistill.export.verify import RuntimeCheck, Verification, prove
+from autodistill.strategy.deployment import Deployment
+from autodistill.utils.checksums import check_entries, entries
+from autodistill.utils.json_files import read_json, write_json
+
+FILE = "export.json"
+_VERSION = 1
+_PACKAGES = ("autodistill-search", "torch", "transformers")
+_RUNTIMES = {"llama.cpp": ("gguf", "xllamacpp"), "vllm": ("compressed-tensors",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What is written down of an export.
+
+    Attributes:
+        row: Id of the row that it is of; "" where it is of none.
+        deployment: What its weights are those of.
+        artifact: Name of the file in the folder that a runtime is given; "" for the folder itself.
+        weights: What was found in its files; None where that was not looked at.
+        expected: What the evaluated student does; None where it was not run.
+        check: What it did in its runtime; None likewise.
+        text: What was read: the run's validation text, or random tokens.
+    """
+
+    row: str
+    deployment: Deployment
+    artifact: str = ""
+    weights: Verification | None = None
+    expected: Expected | None = None
+    check: RuntimeCheck | None = None
+    text: str = ""
+
+
+def write(folder: Path, exporter: Exporter, exported: Exported) -> None:
+    """Write `export.json`, and what is expected beside it; nothing is added to the folder afterwards.
+
+    Args:
+        folder: Of the export, with all its other files.
+        exporter: The one that wrote it.
+        exported: What is known of it.
+    """
+    if exported.expected is not None:
+        proof.save(exported.expected, folder)
+    notes = exporter.notes if isinstance(exporter, TakesAny) else {}
+    files = entries(folder, without=(FILE,))
+    check = exported.check
+    document = {
+        "version": _VERSION,
+        "format": exporter.name,
+        "row": exported.row or None,
+        "deployment": exported.deployment.to_json(),
+        "artifact": exported.artifact,
+        "runtime": _runtime(exporter, exported.deployment),
+        **notes,
+        "size_bytes": sum(int(entry["bytes"]) for entry in files.values()),
+        "files": files,
+        "versions": _versions(exporter, exported.deployment),
+        "weights": None if exported.weights is None else asdict(exported.weights),
+        "proof": None if check is None else {**asdict(check), "text_read": exported.text},
+    }
+    write_json(folder / FILE, document)
+
+
+def _runtime(exporter: Exporter, deployment: Deployment) -> str:
+    return exporter.runs_in if isinstance(exporter, TakesAny) else deployment.runtime
+
+
+def _versions(exporter: Exporter, deployment: Deployment) -> dict[str, str]:
+    needed = exporter.packages if isinstance(exporter, TakesAny) else _RUNTIMES.get(deployment.runtime, ())
+    found = {name: importlib.metadata.version(name) for name in (*_PACKAGES, *needed)}
+    return {"python": platform.python_version()} | found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeated:
+    """What `repeat` found.
+
+    Attributes:
+        record: Content of `export.json`.
+        check: What the files do in their runtime here; None where they were not run.
+        why_not: Why they were not.
+    """
+
+    record: Mapping[str, Any]
+    check: RuntimeCheck | None
+    why_not: str = ""
+
+
+def repeat(folder: Path, threads: int, *, run_code: bool = False) -> Repeated:
+    """Hold the files of an export to their hashes, and run it again as its proof did.
+
+    Args:
+        folder: With an `export.json`; it may come from anywhere.
+        threads: CPU threads of the runtime.
+        run_code: Whether a file that is code, as TorchScript is, may be run.
+
+    Raises:
+        InputError: No such folder, or a record that is none.
+        DamagedError: A file is missing, was added or altered; names the first one.
+        VerificationError: It does not do here what the evaluated student does.
+    """
+    if not (folder / FILE).is_file():
+        raise InputError(f"{folder} has no {FILE}: name a folder that autodistill export wrote")
+    record = read_json(folder / FILE)
+    try:
+        version, files = record["version"], {str(name): dict(entry) for name, entry in record["files"].items()}
+        deployment = Deployment.from_json(record["deployment"])
+        exporter = load_exporter(str(record["format"]))
+        proven, name = record["proof"] is not None, str(record["artifact"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / FILE} is not the record of an export: {error}") from error
+    if version != _VERSION:
+        raise InputError(
+            f"{folder / FILE} is of version {version}, and this is {_VERSION}: install a newer AutoDistill"
+        )
+    check_entries(folder, files, without=(FILE,))
+    if not proven:
+        return Repeated(record=record, check=None, why_not="it was exported without a proof")
+    if isinstance(exporter, TakesAny) and exporter.is_code and not run_code:
+        why = f"{exporter.name} files are code: if you trust where it comes from, give --run-code"
+        return Repeated(record=record, check=None, why_not=why)
+    if name and name not in files:
+        raise DamagedError(f"{folder / FILE} names {name!r}, which is none of its files")
+    if proof.FILE not in files:
+        raise VerificationError(f"{folder} has no {proof.FILE}: export the student again")
+    path = folder / name if name else folder
+    check = prove(exporter, path, deployment, proof.load(folder), threads, folder)
+    return Repeated(record=record, check=check)

@@ -1,0 +1,78 @@
+"""Graphs of torch compute what transformers does, in a process without it, whatever the number and length of texts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autodistill.export.graphs.pt2 import Pt2Exporter
+from autodistill.export.graphs.torch_module import TorchExporter
+from autodistill.export.graphs.torchscript import TorchScriptExporter
+from autodistill.export.verify import verify
+from autodistill.models.loading import load_model
+from autodistill.strategy.deployment import Deployment
+from autodistill.testing import save_tiny_teacher
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt_neox")
+Q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+INT4 = Deployment(runtime="transformers", format="compressed-tensors", bits=4, group_size=32)
+SHAPES = ((1, 1), (1, 2), (3, 40), (2, 100))
+# Loads a file, runs it on the tokens beside it and keeps the logits, and shows what of transformers is loaded.
+PROGRAM = """
+import sys, numpy, torch
+module = torch.jit.load(sys.argv[1]) if sys.argv[1].endswith(".pt") else torch.export.load(sys.argv[1]).module()
+tokens = numpy.load(sys.argv[2])
+with torch.no_grad():
+    numpy.savez(sys.argv[3], **{name: module(torch.from_numpy(tokens[name])).numpy() for name in tokens.files})
+print("transformers" in sys.modules)
+"""
+
+
+def check(tmp_path: Path, exporter: TorchExporter, deployment: Deployment, **changes: Any) -> None:
+    sizes: dict[str, Any] = {"layers": 3, "width": 96, "heads": 3, "kv_heads": 1, "ffn": 160, "seed": 1}
+    student = save_tiny_teacher(tmp_path / "student", **(sizes | changes))
+    artifact = exporter.export(student, deployment, tmp_path / "out")
+    verify(exporter, artifact, student, deployment)
+    drawn = np.random.default_rng(0)
+    tokens = {f"{rows}x{length}": drawn.integers(3, 300, (rows, length)) for rows, length in SHAPES}
+    np.savez(tmp_path / "tokens.npz", **tokens)
+    paths = [artifact.path / exporter.file, tmp_path / "tokens.npz", tmp_path / "found.npz"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, *map(str, paths)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == "False", done.stderr[-2000:]
+    model = load_model(student, torch.float32)
+    weights = {name: torch.from_numpy(np.array(one)) for name, one in exporter.unpack(artifact.path)}
+    narrow = {name: one[tuple(map(slice, dict(model.named_parameters())[name].shape))] for name, one in weights.items()}
+    model.load_state_dict(narrow, strict=False)
+    with np.load(tmp_path / "found.npz") as found, torch.inference_mode():
+        for name, one in tokens.items():
+            np.testing.assert_allclose(found[name], model(torch.from_numpy(one)).logits.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_torchscript_of_every_family(tmp_path: Path, family: str) -> None:
+    check(tmp_path, TorchScriptExporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
+
+
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES[1:])])
+def test_archives_of_torch_export_of_every_family(tmp_path: Path, family: str) -> None:
+    check(tmp_path, Pt2Exporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
+
+
+def test_layers_of_their_own_width_and_codes_of_another_container(tmp_path: Path) -> None:
+    check(tmp_path / "own", TorchScriptExporter(), Q4_0, ffn=(64, 160, 32))
+    # Of which zeros fill the narrower ones.
+    check(tmp_path / "int4", TorchScriptExporter(), INT4, ffn=(64, 160, 32))
+
+
+def test_torchscript_is_said_to_be_deprecated_and_code() -> None:
+    assert "deprecates" in TorchScriptExporter.notes["deprecated"]
+    assert TorchScriptExporter.is_code
+    assert Pt2Exporter.is_code

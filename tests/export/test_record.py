@@ -1,0 +1,160 @@
+"""The record of an export notices what was altered, and its proof is repeated from the folder alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autodistill.errors import DamagedError, InputError, VerificationError
+from autodistill.export.base import Expected, Ran
+from autodistill.export.graphs.onnx import OnnxExporter
+from autodistill.export.graphs.torchscript import TorchScriptExporter
+from autodistill.export.proof import load, simulate
+from autodistill.export.record import FILE, Exported, repeat, write
+from autodistill.export.verify import divergence, prove, verify
+from autodistill.strategy.deployment import Deployment
+from autodistill.testing import save_tiny_teacher
+
+Q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+SEQUENCES = np.random.default_rng(0).integers(3, 300, (4, 40))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX folder with its record."""
+    folder = tmp_path_factory.mktemp("exported")
+    student, exporter = save_tiny_teacher(folder / "student", layers=2, seed=1), OnnxExporter()
+    artifact = exporter.export(student, Q4_0, folder / "onnx")
+    expected = simulate(student, Q4_0, SEQUENCES, 1)
+    check = prove(exporter, artifact.path, Q4_0, expected, 1, student)
+    weights = verify(exporter, artifact, student, Q4_0)
+    known = Exported(
+        row="t001-gguf-q4_0", deployment=Q4_0, weights=weights, expected=expected, check=check, text="some"
+    )
+    write(artifact.path, exporter, known)
+    return artifact.path
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+def test_it_has_row_hashes_versions_and_proof(exported: Path) -> None:
+    record = json.loads((exported / FILE).read_text())
+    assert (record["format"], record["row"], record["runtime"]) == ("onnx", "t001-gguf-q4_0", "ONNX Runtime")
+    assert record["accuracy_level"] == 1
+    assert set(record["files"]) == {one.name for one in exported.iterdir()} - {FILE}
+    for name, entry in record["files"].items():
+        data = (exported / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert {"python", "autodistill-search", "torch", "onnx", "onnxruntime"} <= set(record["versions"])
+    proof = record["proof"]
+    assert (proof["agreement"], proof["same_written"], proof["text_read"]) == (1.0, 64, "some")
+    assert 0 <= proof["divergence"] < 1e-6
+    assert record["weights"]["tensors"] == 20
+
+
+def test_the_proof_is_repeated_from_the_folder_alone(folder: Path) -> None:
+    found = repeat(folder, 1)
+    assert found.check is not None
+    assert (found.check.agreement, found.check.same_written) == (1.0, 64)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "proof.npz"])
+def test_an_altered_byte_of_any_file_is_noticed(folder: Path, name: str) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(DamagedError, match=rf"{name} has changed since it was written"):
+        repeat(folder, 1)
+
+
+def test_a_missing_file_and_a_new_one_are_named(folder: Path) -> None:
+    (folder / "more.bin").write_text("more")
+    with pytest.raises(DamagedError, match=r"more\.bin is none of the files written"):
+        repeat(folder, 1)
+    (folder / "more.bin").unlink()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(DamagedError, match=r"tokenizer\.json is missing"):
+        repeat(folder, 1)
+
+
+def test_weights_that_were_altered_with_their_hash_fail_the_proof(folder: Path) -> None:
+    data = np.fromfile(folder / "model.onnx.data", np.uint8)
+    data[:4096] = data[:4096][::-1]  # of the embedding table
+    data.tofile(folder / "model.onnx.data")
+    record = json.loads((folder / FILE).read_text())
+    record["files"]["model.onnx.data"]["sha256"] = hashlib.sha256(data.tobytes()).hexdigest()
+    (folder / FILE).write_text(json.dumps(record))
+    with pytest.raises(VerificationError, match=r"onnx|nats away|clear positions"):
+        repeat(folder, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 2}, "is of version 2"),
+        ({"format": "onion"}, "there is no exporter 'onion'"),
+        ({"files": ["README.md"]}, "is not the record of an export"),
+        ({"deployment": {}}, "deployment|is not the record"),
+        ({"artifact": "../other"}, "none of its files"),
+    ],
+)
+def test_a_record_that_is_none_is_refused(folder: Path, change: dict[str, object], said: str) -> None:
+    (folder / FILE).write_text(json.dumps(json.loads((folder / FILE).read_text()) | change))
+    with pytest.raises(InputError, match=said):
+        repeat(folder, 1)
+
+
+def test_a_folder_without_a_record_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no export\.json: name a folder that autodistill export wrote"):
+        repeat(tmp_path, 1)
+
+
+def test_files_that_are_code_are_not_run_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "student.pt").write_bytes(b"anything")
+    expected = Expected(SEQUENCES, SEQUENCES, SEQUENCES.astype(np.float32))
+    exporter = TorchScriptExporter()
+    monkeypatch.setattr(TorchScriptExporter, "run", lambda self, *given: Ran(SEQUENCES, "text"))
+    check = prove(exporter, tmp_path, Q4_0, expected, 1, tmp_path)
+    write(tmp_path, exporter, Exported(row="r", deployment=Q4_0, expected=expected, check=check))
+    found = repeat(tmp_path, 1)
+    assert found.check is None
+    assert "files are code: if you trust where it comes from, give --run-code" in found.why_not
+    assert repeat(tmp_path, 1, run_code=True).check is not None
+
+
+def test_what_was_never_proven_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"anything")
+    write(tmp_path, OnnxExporter(), Exported(row="r", deployment=Q4_0))
+    assert repeat(tmp_path, 1).why_not == "it was exported without a proof"
+
+
+def test_what_is_expected_is_read_as_it_was_written(exported: Path, tmp_path: Path) -> None:
+    expected = load(exported)
+    np.testing.assert_array_equal(expected.sequences, SEQUENCES)
+    assert expected.likeliest is not None
+    assert len(expected.written) == 64
+    with pytest.raises(VerificationError, match=r"proof\.npz cannot be read"):
+        load(tmp_path)
+
+
+def test_the_divergence_is_that_of_the_tokens_which_both_tell() -> None:
+    """By hand: outcomes 5, 7 and the remainder, of one place."""
+
+    def told(pairs: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([[list(pairs)]]), np.log(np.array([[list(pairs.values())]]))
+
+    tokens, leads = np.array([[5]]), np.array([[1.0]])
+    ours = Expected(tokens, tokens, leads, told({5: 0.6, 7: 0.3, 9: 0.05}))
+    theirs = Ran(tokens, "", likeliest=told({5: 0.5, 7: 0.2, 11: 0.1}))
+    by_hand = 0.6 * np.log(0.6 / 0.5) + 0.3 * np.log(0.3 / 0.2) + 0.1 * np.log(0.1 / 0.3)
+    assert divergence(ours, theirs) == pytest.approx(by_hand, rel=1e-6)
+    assert divergence(ours, Ran(tokens, "", likeliest=ours.likeliest)) == 0
+    assert divergence(ours, Ran(tokens, "")) is None
