@@ -580,7 +580,9 @@ def main() -> int:
 
 def measure(options: argparse.Namespace, began: float) -> int:
     """Traces the tests, runs the mutants drawn, and tells of them; 3 where time was up first."""
-    same = equivalents()
+    from benchmarks.common import report
+
+    same, made = equivalents(), report.stamp()
     mutants = drawn(options.mutants, options.seed, core_of(options.files))
     close = None if options.all_tests else near({one.module for one in mutants})
     bench = Bench(work=options.work, jobs=options.jobs, files=options.files or close)
@@ -617,7 +619,7 @@ def measure(options: argparse.Namespace, began: float) -> int:
             continue
 
         def tell(found: dict[str, Any], said: dict[str, Any] = said) -> None:
-            one = said | found | {"with": tests}
+            one = said | found | {"with": tests, "made": made}
             record.append(one)
             with log.open("a") as file:
                 file.write(json.dumps(one) + "\n")
@@ -647,7 +649,8 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
     """Prints the score and the survivors, and writes the record and the report; 1 where the goal is missed."""
     from benchmarks.common import report
 
-    kept = program.REPORTS / "mutants.jsonl"
+    name = f"mutants-{options.seed}" if options.seed else "mutants"
+    kept = program.REPORTS / f"{name}.jsonl"
 
     counts = Counter(one["verdict"] for one in record)
     counted = len(record) - counts["equivalent"]
@@ -670,11 +673,11 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
         return "`" + text[:100].replace("|", "\\|").replace("`", "'") + "`"
 
     report.write(
-        "mutants",
+        name,
         "What of wrong changes the tests find",
         [
             f"**{summary}.** Seed {options.seed}, out of all mutations of {len(CORE)} files of {lines:,} lines: "
-            "`benchmarks/reliability/mutations.py` says which kinds. `mutants.jsonl` beside this names each with the "
+            f"`benchmarks/reliability/mutations.py` says which kinds. `{kept.name}` beside this names each with the "
             f"test that finds it. The tests of one mutant may take {options.limit:.0f} s of a processor; of {cut} "
             f"survivors some were left out for that. {options.jobs} at a time; the mutants took {spent / 60:.0f} "
             "minutes of a processor.",

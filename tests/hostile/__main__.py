@@ -90,10 +90,10 @@ def report(cases: Sequence[Case], record: Path) -> Path:
     commands = [[verb, count] for verb, count in sorted(Counter(case.verb for case in cases).items())]
     reports.note("endings", {str(case): [line["code"], line["fault"]] for case, line in last.items()})
     text = (
-        f"**{len(cases) - len(wrong):,} of {len(cases):,} hostile inputs end as documented**: with an exit code that is "
-        "right for them, in one line, without a traceback, in 20 seconds of a processor and 1.5 GB. "
-        f"{mended} of them did not when they were first tried. Together they took {seconds / 60:.0f} minutes. An area is "
-        "a file of `tests/hostile` that makes such inputs, from a seed (0 here)."
+        f"**{len(cases) - len(wrong):,} of {len(cases):,} hostile inputs end as documented**: with an exit code that "
+        "is right for them, in one line, without a traceback, in 20 seconds of a processor and 1.5 GB. "
+        f"{mended} of them did not when they were first tried. Together they took {seconds / 60:.0f} minutes. An area "
+        "is a file of `tests/hostile` that makes such inputs, from a seed (0 here)."
     )
     sections = [
         text,

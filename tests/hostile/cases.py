@@ -14,7 +14,6 @@ from pathlib import Path
 
 import tests.hostile
 
-
 VERBS = (
     "devices",
     "distill",
