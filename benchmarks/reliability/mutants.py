@@ -33,6 +33,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -331,8 +332,10 @@ class Tracer:
         if report.outcome != "passed":
             self._failed.add(report.nodeid)
 
-    def pytest_sessionfinish(self) -> None:
-        """Writes what was found: each set of lines once."""
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Writes what was found: each set of lines once; nothing where pytest could not run the file."""
+        if exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
+            return
         sets: dict[str, int] = {}
         tests = [
             [name, round(seconds, 3), sets.setdefault(json.dumps(lines), len(sets))]
@@ -580,9 +583,7 @@ def main() -> int:
 
 def measure(options: argparse.Namespace, began: float) -> int:
     """Traces the tests, runs the mutants drawn, and tells of them; 3 where time was up first."""
-    from benchmarks.common import report
-
-    same, made = equivalents(), report.stamp()
+    same, made = equivalents(), _stamp()
     mutants = drawn(options.mutants, options.seed, core_of(options.files))
     close = None if options.all_tests else near({one.module for one in mutants})
     bench = Bench(work=options.work, jobs=options.jobs, files=options.files or close)
@@ -636,6 +637,13 @@ def measure(options: argparse.Namespace, began: float) -> int:
         return 3
     record.sort(key=lambda one: one["number"])
     return tell_all(record, traced, bench, options)
+
+
+def _stamp() -> dict[str, str]:
+    """When and where this is run, asked of another process: in this one nothing of ours is imported before it forks."""
+    program = "import json; from benchmarks.common import report; print(json.dumps(report.stamp()))"
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return dict(json.loads(said))
 
 
 def _told(one: dict[str, Any]) -> str:

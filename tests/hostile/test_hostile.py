@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from benchmarks.common import program
 from benchmarks.common import report as reports
+from tests.hostile import server as forking
 from tests.hostile.__main__ import counts, faults, known, part_of, report
 from tests.hostile.cases import Case, Kit, all_cases, areas
 from tests.hostile.server import Server
@@ -81,3 +84,18 @@ def test_a_report_is_of_all_inputs_by_how_each_ended_last(tmp_path: Path, monkey
     assert "1 of them did not when they were first tried" in text
     assert "| gguf | 2 | 2 with 2 | 0 |" in text
     assert "| estimate | 1 |\n| no command | 1 |" in text
+
+
+def test_a_command_that_does_nothing_for_long_is_ended_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang(argv: list[str], folder: str, out: Path, err: Path) -> None:
+        out.touch()
+        err.touch()
+        signal.pause()
+
+    monkeypatch.setattr(forking, "SECONDS", 0.1)
+    monkeypatch.setattr(forking, "_become_command", hang)
+    ended = forking._forked([], str(tmp_path / "case"))
+    assert (ended["code"], ended["why"]) == (None, "time")
+    assert forking._used(os.getpid()) > 0
