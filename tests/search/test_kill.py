@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from autodistill.hardware.budget import Budget
-from autodistill.runs.results.row import rows_of
+from autodistill.runs.events import read_events, rows_of
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -94,7 +94,9 @@ def reports(folder: Path) -> list[tuple[object, object]]:
 
 
 def results(folder: Path) -> dict[str, tuple[object, ...]]:
-    return {row.row_id: (row.accuracy, row.perplexity, row.train_tokens) for row in rows_of(events(folder))}
+    return {
+        row.row_id: (row.accuracy, row.perplexity, row.train_tokens) for row in rows_of(read_events(events(folder)))
+    }
 
 
 # A search that leaves out what those of other tests here do; it is killed.
