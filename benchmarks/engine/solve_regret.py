@@ -1,6 +1,6 @@
 """How much more does a solution lose than the best of all storages, found by trying every one?
 
-    python -m benchmarks.engine.solve_regret [--kinds q8_0,q4_0,q3_k] [--tokens 512] [--seeds 2]
+    python -m benchmarks.engine.solve_regret [--kinds q8_0,q4_0,q3_k] [--tokens 128] [--seeds 1]
 
 Small models of one layer, with random weights, whose seven matrices may have some types each: every choice is measured
 whole, on the calibration text. For limits of memory between the smallest and the largest choice the solution's KL is
@@ -96,10 +96,10 @@ def _whole_tables(options: Options) -> Options:
 
 def main() -> None:
     """Tries all, solves, and writes the report."""
-    parser = program.parser_of(__doc__, seeds=2)
+    parser = program.parser_of(__doc__, seeds=1)
     parser.add_argument("--kinds", default="q8_0,q4_0,q3_k", help="types, parted by commas")
-    parser.add_argument("--tokens", type=int, default=512)
-    arguments = program.parse(parser, kinds="q8_0,q4_0", tokens=128, seeds=1)
+    parser.add_argument("--tokens", type=int, default=128)
+    arguments = program.parse(parser, kinds="q8_0,q4_0")
     kinds = tuple(arguments.kinds.split(","))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,8 +114,8 @@ def main() -> None:
             [
                 f"Tiny models of one layer, {len(kinds)} types for each of 7 matrices: {len(kinds) ** 7:,} choices, "
                 f"each measured whole on {arguments.tokens} tokens. KL to the teacher in nats a token, on the text "
-                "that was chosen on. "
-                f"The largest regret is {worst:.4f} nats; at most {MOST} was asked for, which is {verdict}.",
+                f"that was chosen on. The largest regret is {worst:.4f} nats; at most {MOST} was asked for, which is "
+                f"{verdict}.",
                 report.table(
                     ["seed", "limit", "least KL of all", "solved", "regret", "core-seconds"],
                     [

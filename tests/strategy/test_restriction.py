@@ -122,8 +122,8 @@ def test_what_contradicts_itself_is_named(dimensions: Any, deployments: Any, sai
 def test_keys_that_a_solved_space_has_no_use_for_name_what_took_their_place() -> None:
     with pytest.raises(InputError, match="in place of starts"):
         Space(RACED, starts=["gkd"], solved=True)
-    with pytest.raises(InputError, match="in place of optional"):
-        Space({**RACED, "init.depth": choices(0.5, 1.0)}, optional={"init.depth": [1.0]}, solved=True)
+    with pytest.raises(InputError, match="there is no optional any more"):
+        Space.from_json(space({"init.depth": choices(0.5, 1.0)}).to_json() | {"optional": {"init.depth": [1.0]}})
     with pytest.raises(InputError, match="solved is true or false"):
         Space(RACED, solved="yes")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="the space is not solved"):
