@@ -1,5 +1,8 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
+# Tests start many processes: what one has compiled the others read.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: check test test-all slow hostile crash mutants lint types format
 
 check: lint types test
@@ -25,7 +28,7 @@ crash:
 mutants:
 	$(PYTHON) -m benchmarks.reliability.mutants
 
-# Every hostile input, with counts by area and command.
+# Every hostile input, with counts by area and command; `--part 1/8` or `--record FILE --stop-after 480` takes fewer at once.
 hostile:
 	$(PYTHON) -m tests.hostile
 

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,8 +41,10 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.hardware.budget import Budget
 from autodistill.inference.scoring import score_teacher
+from autodistill.models import loading
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
+from autodistill.models.spec import ModelSpec
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.serving.ssh import Board
 from autodistill.strategy.strategy import Strategy
@@ -135,6 +137,37 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_disks() -> Iterator[None]:
+    """What these processes write need not survive a power failure; what does is tested in processes of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_are_made_once() -> Iterator[None]:
+    """Whether transformers makes a model of a config, and which, is found out once for all folders that have it."""
+    made: set[str] = set()
+    check = loading._check_made
+
+    def once(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> None:
+        key = json.dumps(content, sort_keys=True)
+        if key not in made:
+            check(folder, content, spec)
+            made.add(key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_check_made", once)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def earlier_modules_are_not_collected() -> None:
+    """What earlier tests left is not looked through again each time that a search asks for a collection."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import graphlib
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,17 @@ def sources() -> dict[str, Path]:
 SOURCES = sources()
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A file's syntax tree, which many tests ask for."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Full names of all that a file imports, inside of functions too; where a name is a module, the module."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -119,7 +127,7 @@ def test_a_folder_holds_few_files():
 
 @pytest.mark.parametrize("module", sorted(SOURCES))
 def test_a_file_begins_with_one_sentence(module):
-    said = ast.get_docstring(ast.parse(SOURCES[module].read_text(encoding="utf-8")))
+    said = ast.get_docstring(parsed(SOURCES[module]))
     assert said, module
     first = said.partition("\n")[0]
     assert first[0].isupper() or first[0] == "`", first

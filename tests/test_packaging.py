@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, requires, version
 from importlib.resources import files
 from pathlib import Path
@@ -44,8 +46,14 @@ def imported(*folders: str) -> dict[str, set[str]]:
     return {name: where for name, where in found.items() if name not in OWN}
 
 
+@cache
+def installed() -> Mapping[str, list[str]]:
+    """The distributions of each package that is here; all of their files are read for it."""
+    return packages_distributions()
+
+
 def providers(package: str) -> set[str]:
-    return {canonicalize_name(name) for name in packages_distributions().get(package, [])}
+    return {canonicalize_name(name) for name in installed().get(package, [])}
 
 
 def test_every_package_that_the_code_imports_is_declared() -> None:
@@ -106,10 +114,10 @@ def test_all_extras_together_leave_a_version_of_each_package() -> None:
 def test_what_is_installed_is_what_is_asked_for() -> None:
     for name, specifier in requirements("test").items():
         try:
-            installed = version(name)
+            here = version(name)
         except PackageNotFoundError:
             continue  # numba, of a Python that it has no wheel for
-        assert specifier.contains(installed, prereleases=True), f"{name} {installed} is not {specifier}"
+        assert specifier.contains(here, prereleases=True), f"{name} {here} is not {specifier}"
 
 
 def test_what_installed_packages_ask_of_each_other_is_allowed_here() -> None:
@@ -177,9 +185,9 @@ def test_every_extra_can_be_installed(extra: str, index: None) -> None:
 @pytest.mark.parametrize("group", ["autodistill.evaluators", "autodistill.exporters"])
 def test_the_declared_plugins_are_installed_and_load(group: str) -> None:
     declared = PROJECT["project"]["entry-points"][group]
-    installed = {entry.name: entry for entry in entry_points(group=group) if entry.value in declared.values()}
-    assert set(installed) == set(declared)
-    for name, entry in installed.items():
+    found = {entry.name: entry for entry in entry_points(group=group) if entry.value in declared.values()}
+    assert set(found) == set(declared)
+    for name, entry in found.items():
         assert entry.load()().name == name
 
 

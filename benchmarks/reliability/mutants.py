@@ -33,6 +33,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -331,8 +332,10 @@ class Tracer:
         if report.outcome != "passed":
             self._failed.add(report.nodeid)
 
-    def pytest_sessionfinish(self) -> None:
-        """Writes what was found: each set of lines once."""
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Writes what was found: each set of lines once; nothing where pytest could not run the file."""
+        if exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
+            return
         sets: dict[str, int] = {}
         tests = [
             [name, round(seconds, 3), sets.setdefault(json.dumps(lines), len(sets))]
@@ -580,7 +583,7 @@ def main() -> int:
 
 def measure(options: argparse.Namespace, began: float) -> int:
     """Traces the tests, runs the mutants drawn, and tells of them; 3 where time was up first."""
-    same = equivalents()
+    same, made = equivalents(), _stamp()
     mutants = drawn(options.mutants, options.seed, core_of(options.files))
     close = None if options.all_tests else near({one.module for one in mutants})
     bench = Bench(work=options.work, jobs=options.jobs, files=options.files or close)
@@ -617,7 +620,7 @@ def measure(options: argparse.Namespace, began: float) -> int:
             continue
 
         def tell(found: dict[str, Any], said: dict[str, Any] = said) -> None:
-            one = said | found | {"with": tests}
+            one = said | found | {"with": tests, "made": made}
             record.append(one)
             with log.open("a") as file:
                 file.write(json.dumps(one) + "\n")
@@ -636,6 +639,13 @@ def measure(options: argparse.Namespace, began: float) -> int:
     return tell_all(record, traced, bench, options)
 
 
+def _stamp() -> dict[str, str]:
+    """When and where this is run, asked of another process: in this one nothing of ours is imported before it forks."""
+    program = "import json; from benchmarks.common import report; print(json.dumps(report.stamp()))"
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return dict(json.loads(said))
+
+
 def _told(one: dict[str, Any]) -> str:
     by = f" by {one['by']}" if one["by"] else ""
     place = f"{one['module']}:{one['line']}"
@@ -647,7 +657,8 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
     """Prints the score and the survivors, and writes the record and the report; 1 where the goal is missed."""
     from benchmarks.common import report
 
-    kept = program.REPORTS / "mutants.jsonl"
+    name = f"mutants-{options.seed}" if options.seed else "mutants"
+    kept = program.REPORTS / f"{name}.jsonl"
 
     counts = Counter(one["verdict"] for one in record)
     counted = len(record) - counts["equivalent"]
@@ -670,11 +681,11 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
         return "`" + text[:100].replace("|", "\\|").replace("`", "'") + "`"
 
     report.write(
-        "mutants",
+        name,
         "What of wrong changes the tests find",
         [
             f"**{summary}.** Seed {options.seed}, out of all mutations of {len(CORE)} files of {lines:,} lines: "
-            "`benchmarks/reliability/mutations.py` says which kinds. `mutants.jsonl` beside this names each with the "
+            f"`benchmarks/reliability/mutations.py` says which kinds. `{kept.name}` beside this names each with the "
             f"test that finds it. The tests of one mutant may take {options.limit:.0f} s of a processor; of {cut} "
             f"survivors some were left out for that. {options.jobs} at a time; the mutants took {spent / 60:.0f} "
             "minutes of a processor.",

@@ -96,3 +96,22 @@ def test_lines_of_the_core_are_followed_through_a_change():
     found = mutants.moved(before, after)
     # Line 2 became two, another was added behind line 3, and those that stayed have moved.
     assert (found[1], found[2], found[3], found[4]) == ([3], [4, 5], [6, 7], [8])
+
+
+def test_a_test_file_that_could_not_be_run_is_not_taken_for_one_that_reaches_nothing(tmp_path):
+    result = tmp_path / "reached.json"
+    traced = mutants.Tracer(result, {})
+    traced.pytest_sessionfinish(pytest.ExitCode.INTERNAL_ERROR)
+    assert not result.exists()
+    traced.pytest_sessionfinish(pytest.ExitCode.OK)
+    assert result.exists()
+
+
+def test_a_run_of_mutants_imports_nothing_of_ours_before_it_forks():
+    """Or the forks would test that in place of the copy with a mutant."""
+    program = (
+        "import sys; from benchmarks.reliability import mutants; mutants._stamp(); "
+        "print([n for n in sys.modules if n.startswith('autodistill')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,25 @@ from benchmarks.reliability import figures
 
 def test_what_documents_quote_is_what_reports_have():
     assert [*figures.check(figures.quotes()), *figures.boards()] == []
+
+
+def test_every_figure_of_the_page_of_measurements_is_held_to_a_report():
+    """Those with a point or an error, but for goals, and for one that says itself that it is of a single check."""
+    text = (figures.ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    held = [
+        place.span(index)
+        for quote in figures.quotes()
+        if quote.document == "docs/measurements.md"
+        for place in figures.pattern(quote.says).finditer(text)
+        for index in range(1, quote.says.count("{}") + 1)
+    ]
+    plain = re.sub(r"\(\.\./\S+\)", lambda found: " " * len(found[0]), text)
+    free = [
+        plain[max(0, found.start() - 40) : found.end() + 60]
+        for found in re.finditer(r"(?<![\w.])[+-]?\d[\d,]*\.\d+|\d+(?= ± )|(?<= ± )\d+", plain)
+        if not any(begins <= found.start() < ends for begins, ends in held)
+    ]
+    assert [one for one in free if "The target was" not in one and "in one check" not in one] == []
 
 
 @pytest.fixture

@@ -14,6 +14,23 @@ from pathlib import Path
 
 import tests.hostile
 
+VERBS = (
+    "devices",
+    "distill",
+    "doctor",
+    "estimate",
+    "explain",
+    "export",
+    "leaderboard",
+    "measure",
+    "pick",
+    "search",
+    "solve",
+    "spaces",
+    "strategies",
+    "write",
+)
+
 
 def nothing(folder: Path) -> None:
     """Makes no file: the command line alone is hostile."""
@@ -42,6 +59,11 @@ class Case:
     def command(self) -> str:
         """The verb."""
         return next((word for word in self.argv if not word.startswith("-")), "autodistill")
+
+    @property
+    def verb(self) -> str:
+        """The command as counts name it: what is none stands together."""
+        return self.command if self.command in VERBS else "no command"
 
     @property
     def slow(self) -> bool:

@@ -20,10 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from tests.hostile.cases import Case
 
 SECONDS = 20.0
-"""That a command may work, as its processor counts; and three times as long by the clock, on a busy machine."""
+"""That a command may work, as its processor counts. By the clock it may take three times as long, and on a busy machine
+longer yet while it works: what has done nothing for so long then hangs."""
 MEMORY = 1_500_000_000
 """Bytes that a command may take beside what it begins with."""
 LINE = 1_000
@@ -169,13 +172,16 @@ def _forked(argv: list[str], folder: str) -> dict[str, Any]:
     if child == 0:
         _become_command(argv, folder, out, err)
     base, why, status = _resident(child), "", None
+    worked, until = 0.0, 3 * SECONDS
     while status is None:
         ended, found = os.waitpid(child, os.WNOHANG)
         if ended:
             status = found
             break
         spent = time.monotonic() - began
-        why = "time" if spent > 3 * SECONDS else "memory" if _resident(child) - base > MEMORY else ""
+        if spent > 3 * SECONDS and (used := _used(child)) > worked:
+            worked, until = used, spent + SECONDS
+        why = "time" if spent > until else "memory" if _resident(child) - base > MEMORY else ""
         if why:
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
@@ -198,6 +204,15 @@ def _resident(process: int) -> int:
         return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
     except (OSError, IndexError):
         return 0
+
+
+def _used(process: int) -> float:
+    """Seconds of a processor that it and what it started have taken."""
+    try:
+        family = [psutil.Process(process), *psutil.Process(process).children(recursive=True)]
+        return sum(one.cpu_times().user + one.cpu_times().system for one in family)
+    except psutil.Error:
+        return 0.0
 
 
 def _become_command(argv: list[str], folder: str, out: Path, err: Path) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hostile.__main__ import counts, faults
+from benchmarks.common import program
+from benchmarks.common import report as reports
+from tests.hostile import server as forking
+from tests.hostile.__main__ import counts, faults, known, part_of, report
 from tests.hostile.cases import Case, Kit, all_cases, areas
 from tests.hostile.server import Server
 
@@ -44,3 +51,51 @@ def test_some_hostile_inputs_of_each_area_end_in_one_line(area: str, kit: Kit, s
 @pytest.mark.parametrize("area", _AREAS)
 def test_every_hostile_input_ends_in_one_line(area: str, kit: Kit, server: Server, tmp_path: Path) -> None:
     _check(all_cases(kit, only=(area,)), server, tmp_path)
+
+
+def test_parts_have_each_input_once() -> None:
+    cases = [Case(area="a", name=str(number), argv=("estimate",)) for number in range(10)]
+    parts = [part_of(cases, f"{first}/3") for first in (1, 2, 3)]
+    assert sorted(int(case.name) for part in parts for case in part) == [*range(10)]
+    for text in ("0/3", "4/3", "1", "x/2", "1/0"):
+        with pytest.raises(argparse.ArgumentTypeError, match="--part is I/N"):
+            part_of(cases, text)
+
+
+def test_a_report_is_of_all_inputs_by_how_each_ended_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "REPORTS", tmp_path)
+    monkeypatch.setattr(reports, "_NOTED", {})
+    monkeypatch.setattr(reports, "_MADE", [])
+    cases = [Case(area="gguf", name=name, argv=(verb,)) for name, verb in (("a", "estimate"), ("b", "x" * 99))]
+    record = tmp_path / "record.jsonl"
+
+    def ended(name: str, fault: str | None) -> None:
+        with record.open("a") as file:
+            file.write(json.dumps({"case": f"gguf/{name}", "code": 2, "seconds": 0.5, "fault": fault}) + "\n")
+
+    ended("a", "traceback: KeyError")
+    with pytest.raises(SystemExit, match="lacks 1 of 2 cases, gguf/b for one"):
+        report(cases, record)
+    ended("b", None)
+    ended("a", None)
+    assert [line["fault"] for line in known(record)["gguf/a"]] == ["traceback: KeyError", None]
+    text = report(cases, record).read_text()
+    assert "**2 of 2 hostile inputs end as documented**" in text
+    assert "1 of them did not when they were first tried" in text
+    assert "| gguf | 2 | 2 with 2 | 0 |" in text
+    assert "| estimate | 1 |\n| no command | 1 |" in text
+
+
+def test_a_command_that_does_nothing_for_long_is_ended_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang(argv: list[str], folder: str, out: Path, err: Path) -> None:
+        out.touch()
+        err.touch()
+        signal.pause()
+
+    monkeypatch.setattr(forking, "SECONDS", 0.1)
+    monkeypatch.setattr(forking, "_become_command", hang)
+    ended = forking._forked([], str(tmp_path / "case"))
+    assert (ended["code"], ended["why"]) == (None, "time")
+    assert forking._used(os.getpid()) > 0

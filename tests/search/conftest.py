@@ -1,21 +1,28 @@
-"""Searches of these tests time no student in its runtime, which takes seconds each, unless they are marked `timed`.
+"""Searches of these tests leave out what takes seconds in each, and has tests of its own, unless marked `timed`.
 
-Their runtimes have one thread, since those of llama.cpp spin while they wait for each other, whatever else is running.
-They choose tokens at fewer positions.
+They time neither this machine nor a student in its runtime, and draw no picture into their report. Their runtimes have
+one thread, since those of llama.cpp spin while they wait for each other, whatever else is running. They choose tokens
+at fewer positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from autodistill.evaluators.latency import Latency
 from autodistill.evaluators.memory import Memory
 
+from autodistill.errors import MissingDependencyError
 from autodistill.evaluation.base import Measurement, Subject
+from autodistill.runs import report
 from autodistill.search.finish import finish
+from autodistill.search.planning.durations import Speed
+from autodistill.search.setup import measure_plan
+from autodistill.search.solve import export as solve_export
 from autodistill.strategy.deployment import Deployment
 
 _timing = False
@@ -23,8 +30,21 @@ _timing = False
 
 @contextmanager
 def untimed() -> Iterator[None]:
-    """As where a runtime is not installed: latencies are left out, and memory is predicted."""
+    """As where neither a runtime nor matplotlib is installed, on a machine whose speed is known."""
     supports, evaluate = Latency.supports, Memory.evaluate
+    measure_speed, figure = measure_plan.measure_speed, report.figure
+
+    def speed(*given: Any, sizes: Sequence[int] = (1,), **more: Any) -> tuple[Speed, dict[int, float]]:
+        if _timing:
+            return measure_speed(*given, sizes=sizes, **more)
+        rate = 2e4
+        known = Speed(cache=1e5, score=1e5, worker_train=rate, worker_score=5e4, alone=rate * more.get("alone", False))
+        return known, dict.fromkeys(sizes, rate)
+
+    def drawn(*given: Any) -> Any:
+        if _timing:
+            return figure(*given)
+        raise MissingDependencyError("matplotlib is not installed")
 
     def timed(self: Latency, deployment: Deployment) -> bool:
         return _timing and supports(self, deployment)
@@ -36,7 +56,10 @@ def untimed() -> Iterator[None]:
         patch.setattr(Latency, "supports", timed)
         patch.setattr(Memory, "evaluate", predicted)
         patch.setattr(finish, "free_cores", lambda most: 1)
-        patch.setattr(finish, "POSITIONS", 800)
+        patch.setattr(finish, "POSITIONS", 160)
+        patch.setattr(solve_export, "POSITIONS", 160)
+        patch.setattr(measure_plan, "measure_speed", speed)
+        patch.setattr(report, "figure", drawn)
         yield
 
 

@@ -14,12 +14,27 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from autodistill.hardware.budget import Budget
 from autodistill.runs.events import read_events, rows_of
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.event_log import EventLog
 
 Inputs = tuple[Path, Path]
+ROOT = Path(__file__).parents[2]
+
+# Of one deployment, which is quick to score and to verify.
+SMALL = """
+dimensions:
+  init.depth: {low: 0.6, high: 0.8, step: 0.2}
+  distillation.learning_rate: {low: 1e-3, high: 3e-3, log: true}
+deployments:
+  - {runtime: transformers, format: huggingface, bits: 16, group_size: 0}
+baselines: [logit_kd]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +80,7 @@ def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> No
     """Kills a search, and it alone, once `ready`; what it started has to notice by itself."""
     wait_for(process, ready)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
 
 
 def finish(words: list[str], folder: Path, cores: int | None = None) -> dict[str, object]:
@@ -84,13 +99,50 @@ def results(folder: Path) -> dict[str, tuple[object, ...]]:
     }
 
 
+# A search that leaves out what those of other tests here do; it is killed.
+PROGRAM = """
+import sys
+import torch
+from tests.search.conftest import untimed
+from tests.search.test_kill import asked
+from autodistill.search.search import search
+
+torch.set_num_threads(1)
+with untimed():
+    search(asked(*sys.argv[1:]))
+"""
+
+
+def asked(teacher: str, text: str, folder: str, resume: bool = False) -> SearchRequest:
+    """A search in the small space, whose run and cache lie where those of a command line in `folder` would."""
+    out = Path(folder) / "results" / "runs"
+    space = Path(folder) / "small.yaml"
+    space.write_text(SMALL)
+    return SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9, context=256),
+        teacher=teacher,
+        data=text,
+        space=str(space),
+        trials=3,
+        tokens=2304,
+        runner="inline",
+        out=out,
+        name="run",
+        cache=Path(folder) / "cache",
+        resume=resume,
+    )
+
+
 def test_a_killed_search_ends_as_if_it_had_not_been(inputs: Inputs, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    finish(command(inputs, "inline"), whole)
-    kill_when(start(command(inputs, "inline"), cut), lambda: len(reports(cut)) >= 3)
-    finish(command(inputs, "inline", "--resume"), cut)
+    given = [str(path) for path in inputs]
+    search(asked(*given, str(whole)))
+    words = [sys.executable, "-c", PROGRAM, *given, str(cut)]
+    kill_when(start(words, ROOT), lambda: len(reports(cut)) >= 3)
+    search(asked(*given, str(cut), resume=True))
     assert reports(cut) == reports(whole)
     assert results(cut) == results(whole)
 

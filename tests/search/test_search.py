@@ -216,6 +216,7 @@ def test_figures_on_test_are_of_the_test_split_as_transformers_alone_finds_them(
         assert row.retention == pytest.approx((row.accuracy or 0) / teacher[0], rel=1e-6)
 
 
+@pytest.mark.slow  # of a smaller search tests/search/test_kill.py holds it, over two processes
 def test_two_runs_give_the_same_log_but_for_times(
     inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path], tmp_path: Path
 ) -> None:
@@ -551,12 +552,6 @@ def test_a_box_in_which_nothing_is_trained_says_how_to_go_on(
     assert said.endswith("to continue for the same time again: autodistill search --resume")
 
 
-def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], small: str, tmp_path: Path) -> None:
-    result = search(request(inputs, tmp_path, space=small, strategy="logit_kd", trials=None))
-    assert {row.kind for row in result.rows} == {"teacher", "baseline", "initial"}
-    assert result.finish.best.name == "logit_kd"
-
-
 @pytest.mark.slow
 def test_the_full_recipe_alone(inputs: tuple[Path, Path, Path], small: str, tmp_path: Path) -> None:
     result = search(request(inputs, tmp_path, space=small, strategy="full_recipe", trials=None))
@@ -573,9 +568,12 @@ def test_a_strategy_that_the_teacher_does_not_allow_is_refused_before_anything_i
         search(request(inputs, tmp_path, strategy=str(path), trials=None))
 
 
-def test_an_online_strategy_caches_nothing(inputs: tuple[Path, Path, Path], small: str, tmp_path: Path) -> None:
+def test_an_online_strategy_that_is_distilled_alone_caches_nothing(
+    inputs: tuple[Path, Path, Path], small: str, tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
     result = search(request(inputs, tmp_path, space=small, strategy="gkd", trials=None, cache=cache))
+    assert {row.kind for row in result.rows} == {"teacher", "baseline", "initial"}
     assert result.finish.best.name == "gkd"
     assert not (cache / "teacher-outputs").exists()
     assert "approximate" not in result.finish.best.other

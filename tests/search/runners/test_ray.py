@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from autodistill.errors import AutoDistillError
+from autodistill.hardware import machine
 from autodistill.hardware.budget import Budget
 from autodistill.hardware.machine import detect
 from autodistill.runs.events import read_events, rows_of
@@ -148,6 +149,9 @@ def test_a_search_through_ray_survives_the_death_of_workers(
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=24)
     (tmp_path / "space.yaml").write_text(SPACE)
+    if times == 1:
+        # Of one worker, since each takes seconds to begin.
+        monkeypatch.setattr(machine, "_cpus", lambda cgroup: 1)
     killer = Killer(times)
     outcome = search(
         SearchRequest(

@@ -755,16 +755,20 @@ FINISHINGS = (
 )
 
 
+# Each recipe and each finishing, and of those that keep most in a checkpoint two.
 @pytest.mark.parametrize(
-    "recipe",
+    ("recipe", "finishing"),
     [
-        RECIPE,
-        replace(RECIPE, divergence="taid", mixture=0.3, train_embeddings=True, signal="states", signal_tokens=0),
-        replace(RECIPE, lora=Lora(rank=4)),
+        pytest.param(RECIPE, FINISHINGS[0], id="alignment-plain"),
+        pytest.param(
+            replace(RECIPE, divergence="taid", mixture=0.3, train_embeddings=True, signal="states", signal_tokens=0),
+            FINISHINGS[2],
+            id="taid-learned",
+        ),
+        pytest.param(replace(RECIPE, lora=Lora(rank=4)), FINISHINGS[1], id="lora-q8"),
+        pytest.param(replace(RECIPE, lora=Lora(rank=4)), FINISHINGS[2], id="lora-learned"),
     ],
-    ids=["alignment", "taid", "lora"],
 )
-@pytest.mark.parametrize("finishing", FINISHINGS, ids=["plain", "q8", "learned"])
 def test_a_trial_that_shares_a_stage_is_the_trial_that_trained_all_of_it(lab, tmp_path, recipe, finishing):
     """Two trials differ in their finishing; the second goes on from the first one's checkpoints at every rung."""
     first = replace(STRATEGY, distillation=recipe)
