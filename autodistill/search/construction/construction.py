@@ -23,6 +23,7 @@ _NOT_TRAINED_ON = "none"  # the label of a finishing that is none
 _BELIEVED = (RATE, "distillation.alignment.weight")
 _LABELS = "labels alone"
 _BY_SCALES = " by its scales"  # follows the label of a grid whose scales alone are trained
+_NEAR = 0.1  # nats: a student that is so near to its teacher has more to learn from the text
 _FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no arm beside it
 
 
@@ -50,6 +51,11 @@ class Construction:
     def whole(self) -> bool:
         """Whether it is the whole teacher."""
         return self.init == WHOLE
+
+    @property
+    def near(self) -> bool:
+        """Whether it is so near to the teacher that this says little of its own training text."""
+        return self.whole and self.kl is not None and self.kl < _NEAR
 
     @property
     def finishings(self) -> dict[str, Finishing | None]:
@@ -154,7 +160,8 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
     alone = _start(made, raced[0], replace(recipe, divergence_weight=0.0))
     if not alone.distillation.weighs_teacher:
         first, *others = starts.items()
-        starts = dict([first, (_LABELS, alone), *others])
+        pair = [first, (_LABELS, alone)]
+        starts = dict([*(reversed(pair) if raced[0].near else pair), *others])
     return replace(made, starts=starts)
 
 
