@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -71,7 +71,7 @@ class Finish:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Exported:
+class Exported:
     """What was written of a row in one deployment, and how its runtime agrees; None where that was not run."""
 
     row: Row
@@ -93,24 +93,21 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     """
     question, phases, run = finisher.question, finisher.phases, finisher.run
     torch.set_num_threads(finisher.threads)
-    students = candidates(rows, question.metric, finisher.has)
+    choice = choice_of(rows, finisher)
     confirmed = confirmations(rows, question.metric, question.direction)
-    choice = [*students, *(row for row in rows if row.kind not in DISTILLED)]
     first = next(iter(in_order(choice, question.metric, question.direction, students_only=True)), None)
     while first is not None and settle(first, choice, finisher):
         # What distilling came to is known by what it began with, whatever is exported.
         first = next((row for row in choice if row.row_id == first.row_id), None)
-    exported, rejected = _first_that_fits(choice, (), finisher)
-    for row in passed_over(choice, rejected, question.budget.memory_bytes):
-        finisher.write("row", row)
+    exported, rejected = export_best(choice, finisher)
     if exported is None:
         judged = any(row.kind in DISTILLED for row in rows)
         distilled = [row for row in rows if row.kind in DISTILLED]
         # Students of which none fits are removed first where disk is short.
         missing = [] if any(row.feasible for row in distilled) else distilled
+        students = [row for row in choice if row.kind in DISTILLED]
         raise NothingFitsError(_nothing(rejected or students or missing, judged, finisher))
     best, exports = exported.row, {exported.deployment.container: exported}
-    _leave_out_removed(best, finisher)
     notes: tuple[str, ...] = ()
     if "gguf" not in exports:
         beside, notes = _gguf_beside(choice, rejected, finisher)
@@ -118,15 +115,13 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     if "huggingface" not in exports:
         with phases.phase("export", "exporting the 16-bit folder"):
             path = _pack(best, IN_16_BITS, finisher).path
-        exports["huggingface"] = _Exported(row=best, deployment=IN_16_BITS, path=path)
-    for container in set(plugins.names("exporters")) - set(exports):
-        # Of the best student that this run had before it went on, perhaps.
-        shutil.rmtree(run.student(container), ignore_errors=True)
+        exports["huggingface"] = Exported(row=best, deployment=IN_16_BITS, path=path)
+    clear_others(exports, finisher)
     rows = run.events.rows(split="validation")
     untrained = best_untrained(rows, finisher)
     with phases.phase("evaluate", "test split"):
         test = score_on_test(best, untrained, rows, finisher)
-    _describe(exports.values(), test, finisher)
+    describe(exports.values(), test, finisher)
     return Finish(
         best=best,
         paths={container: one.path for container, one in exports.items()},
@@ -136,6 +131,41 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         confirmed=tuple(confirmed),
         notes=(*notes, *_notes(best, rows, finisher), *spent(finisher)),
     )
+
+
+def choice_of(rows: Sequence[Row], finisher: Finisher) -> list[Row]:
+    """The rows that are chosen among: students that may be exported, and all that were not distilled.
+
+    Args:
+        rows: Of the validation split.
+        finisher: What the steps of the end share.
+    """
+    students = candidates(rows, finisher.question.metric, finisher.has)
+    return [*students, *(row for row in rows if row.kind not in DISTILLED)]
+
+
+def export_best(choice: list[Row], finisher: Finisher) -> tuple[Exported | None, list[Row]]:
+    """Exports the best row that keeps to the budget when its runtime is measured, and writes down what does not.
+
+    Args:
+        choice: Of `choice_of`; what is evaluated on the way is added.
+        finisher: What the steps of the end share.
+
+    Returns:
+        What was exported, if anything fits, and the rows that were rejected.
+    """
+    exported, rejected = _first_that_fits(choice, (), finisher)
+    for row in passed_over(choice, rejected, finisher.question.budget.memory_bytes):
+        finisher.write("row", row)
+    if exported is not None:
+        _leave_out_removed(exported.row, finisher)
+    return exported, rejected
+
+
+def clear_others(exports: Collection[str], finisher: Finisher) -> None:
+    """Removes what lies in other containers: of the best student that this run had before it went on, perhaps."""
+    for container in set(plugins.names("exporters")) - set(exports):
+        shutil.rmtree(finisher.run.student(container), ignore_errors=True)
 
 
 def _leave_out_removed(best: Row, finisher: Finisher) -> None:
@@ -151,7 +181,7 @@ def _leave_out_removed(best: Row, finisher: Finisher) -> None:
             finisher.write("row", replace(row, feasible=False, reason=REMOVED))
 
 
-def _describe(exports: Iterable[_Exported], test: Sequence[Row], finisher: Finisher) -> None:
+def describe(exports: Iterable[Exported], test: Sequence[Row], finisher: Finisher) -> None:
     """Lays a model card beside each exported student, and the text of the licence that the teacher's folder has."""
     run = finisher.run
     rows = run.events.rows()
@@ -165,7 +195,7 @@ def _describe(exports: Iterable[_Exported], test: Sequence[Row], finisher: Finis
 
 def _first_that_fits(
     rows: list[Row], rejected: Sequence[Row], finisher: Finisher, container: str | None = None
-) -> tuple[_Exported | None, list[Row]]:
+) -> tuple[Exported | None, list[Row]]:
     """Exports the best row that keeps to the budget when its runtime is measured.
 
     Returns:
@@ -193,7 +223,7 @@ def _first_that_fits(
 
 def _gguf_beside(
     choice: list[Row], rejected: Sequence[Row], finisher: Finisher
-) -> tuple[_Exported | None, tuple[str, ...]]:
+) -> tuple[Exported | None, tuple[str, ...]]:
     """Exports the best GGUF file beside a best student of another kind, which stands whatever becomes of it.
 
     Returns:
@@ -222,7 +252,7 @@ def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> Artifact:
     return artifact
 
 
-def _export(row: Row, finisher: Finisher) -> _Exported:
+def _export(row: Row, finisher: Finisher) -> Exported:
     """Exports a row's model and verifies it in its runtime; its row then has what was measured there."""
     deployment, strategy = row.deployment, row.strategy
     spec = finisher.spec(strategy)
@@ -259,7 +289,7 @@ def _export(row: Row, finisher: Finisher) -> _Exported:
                 measured |= {item.name: item for item in evaluator.evaluate(subject)}
     updated = _with_measured(row, measured, finisher)
     finisher.write("row", updated)
-    return _Exported(row=updated, deployment=deployment, path=artifact.path, check=check)
+    return Exported(row=updated, deployment=deployment, path=artifact.path, check=check)
 
 
 def _with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finisher) -> Row:

@@ -1,4 +1,4 @@
-"""The teacher's part of a search: its calibration, cached outputs, scores and rows."""
+"""The teacher's part of a search: its scores and rows, its calibration and cached outputs."""
 
 from __future__ import annotations
 
@@ -132,12 +132,11 @@ def teacher_phase(
     clock: Clock,
     earlier: list[dict[str, Any]],
 ) -> TrialSetting:
-    """Caches the teacher's outputs, scores it, and writes its rows under each deployment and in its own codes."""
-    with clock.phase("cache", "calibration"):
-        calibration = calibration_file(checked, loaded)
-    # A machine that only emulates bfloat16, which may take many times as long, makes them in float32 for any trials.
-    settings = cache_settings(checked.space, loaded.spec, plan.bf16 and loaded.bf16, calibration)
-    cache = None if settings.empty else _cache(checked, loaded, settings, plan, run, clock)
+    """Scores the teacher, and writes its rows under each deployment and in its own codes.
+
+    They come before all work on trials, since from here on there is something that may be exported. What trials read of
+    the teacher's outputs is not there yet: see `cache_phase`.
+    """
     validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
     # Only where something is to be scored, and once.
     teacher = functools.cache(partial(loaded.load_teacher, loaded.device))
@@ -148,7 +147,7 @@ def teacher_phase(
         teacher_reference=reference,
         teacher_accuracy=_accuracy(teacher, reference, validation, loaded.device, run, clock, earlier),
         data=loaded.data.folder,
-        cache=cache,
+        cache=None,
         checkpoints=run.checkpoints,
         budget=checked.budget,
         plan=plan,
@@ -156,7 +155,6 @@ def teacher_phase(
         metric=checked.metric,
         direction=checked.direction,
         device=loaded.device,
-        calibration=calibration,
         pretrained=loaded.pretrained,
         held=loaded.teacher_fit.held,
         renderings=loaded.renderings,
@@ -173,6 +171,18 @@ def teacher_phase(
             run.events.append({"event": "row", "row": row.to_json(), "time": now()})
             setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
     return setting
+
+
+def cache_phase(
+    checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock, setting: TrialSetting
+) -> TrialSetting:
+    """Calibrates and caches the teacher's outputs, as far as strategies of the space ask for that."""
+    with clock.phase("cache", "calibration"):
+        calibration = calibration_file(checked, loaded)
+    # A machine that only emulates bfloat16, which may take many times as long, makes them in float32 for any trials.
+    settings = cache_settings(checked.space, loaded.spec, plan.bf16 and loaded.bf16, calibration)
+    cache = None if settings.empty else _cache(checked, loaded, settings, plan, run, clock)
+    return replace(setting, cache=cache, calibration=calibration)
 
 
 def _cache(
