@@ -23,6 +23,7 @@ from autodistill.search.campaign.agenda import Agenda
 from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper, stage_facts
 from autodistill.search.campaign.state import LIKELIHOOD, Candidate, Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
+from autodistill.search.campaign.trunk import Trunk
 from autodistill.search.planning.trial_memory import TrainingNeed
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.failures import KILLED, OUT_OF_MEMORY, RETRIED, WORKER_DIED
@@ -115,6 +116,7 @@ class Campaign:
             stages=self._stages,
             enter=self._enter,
             evaluating=self._evaluating,
+            decide=self._decide,
             notify=notify,
         )
         self._collector = Collector(
@@ -453,6 +455,10 @@ class Campaign:
                 )
         self._collector.at_the_end()
 
+    def _decide(self, trunk: Trunk) -> None:
+        self._write({"event": "trunk", **trunk.to_json()})
+        self._notify(trunk.describe())
+
     # What a person is shown.
 
     @property
@@ -495,6 +501,7 @@ class Campaign:
             "retry": lambda event: self._retry(self.trials[event["trial"]], event["rung"], event["deployment"]),
             "collected": lambda event: self._stages.forget(event["gone"]),
             "students-collected": self._replay_collection,
+            "trunk": lambda event: self._agenda.take(Trunk.from_json(event)),
         }
         for event in events:
             if event["event"] in replayed:
