@@ -163,6 +163,7 @@ def _question(checked: SearchConfig, planned: Planned, setting: TrialSetting) ->
         device=planned.loaded.workers.device,
         sharing=checked.sharing,
         students_only=checked.students_only,
+        goal=checked.goal,
         raced=bool(checked.constructions) and not checked.objectives[1:],
         memory=planned.loaded.memory,
     )
@@ -360,6 +361,8 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
         "explore": checked.explore,
         "confirm": checked.confirm,
         "students_only": checked.students_only,
+        "goal": checked.goal,
+        "general_text": checked.general_reference,
         "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,
         "runner": checked.runner,

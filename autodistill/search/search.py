@@ -393,6 +393,8 @@ def _finisher(planned: Planned, ready: Ready, run: RunFolder, clock: Clock, obse
         threads=planned.loaded.threads,
         phases=clock,
         line=observer.line,
+        general=planned.config.general,
+        trained_text=planned.config.source.fingerprint,
     )
 
 
@@ -419,7 +421,7 @@ def _end(
     rows = run.events.rows(split="validation")
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
-    kept = {name: result[name] for name in ("notes", "saved", "runtime")}
+    kept = {name: result[name] for name in ("notes", "saved", "runtime", "forgotten")}
     shown = {"test": [row.row_id for row in finished.test], **finished.gains.to_json()}
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept, **shown})
     if storage is not None:
@@ -499,6 +501,7 @@ def _result(
         "test": [row.to_json() for row in finished.test],
         **finished.gains.to_json(),
         "differences_on_test": [item.to_json() for item in differences(finished.test, finished.best.row_id)],
+        "forgotten": finished.forgotten and asdict(finished.forgotten),
         "confirmation": [item.to_json() for item in finished.confirmed],
         "runtime": {name: asdict(check) for name, check in finished.checks.items()},
         "budget": checked.budget.to_json(),

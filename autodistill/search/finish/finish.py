@@ -32,11 +32,12 @@ from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.beginnings import worsened
 from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, limits_of, nearest
-from autodistill.runs.results.row import DAMAGED, REMOVED, Row, Status
+from autodistill.runs.results.row import DAMAGED, FORGOT, REMOVED, Row, Status
 from autodistill.runs.results.selection import Confirmation, confirmations, in_order, untrained_in_order
 from autodistill.search.finish.beginnings import settle, settled_candidate
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import candidates, passed_over
+from autodistill.search.finish.forgetting import Forgotten, Gate
 from autodistill.search.finish.test_split import best_untrained, gains_on_test, score_on_test, spent
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.units import format_bytes, format_duration
@@ -58,6 +59,8 @@ class Finish:
         test: Rows on the test split.
         confirmed: What was trained on further seeds, the chosen one first.
         gains: By how much it is better on test than what needs no training, and than the baseline.
+        forgotten: What it forgot of general text, or what the best student that was passed over for that did; None
+            where nothing was trained, or that is not known.
         notes: What a reader must know, in sentences.
     """
 
@@ -67,6 +70,7 @@ class Finish:
     test: tuple[Row, ...]
     gains: Gains
     confirmed: tuple[Confirmation, ...]
+    forgotten: Forgotten | None
     notes: tuple[str, ...]
 
 
@@ -99,7 +103,8 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     while first is not None and settle(first, choice, finisher):
         # What distilling came to is known by what it began with, whatever is exported.
         first = next((row for row in choice if row.row_id == first.row_id), None)
-    exported, rejected = export_best(choice, finisher)
+    gate = Gate(finisher)
+    exported, rejected = export_best(choice, finisher, gate)
     if exported is None:
         judged = any(row.kind in DISTILLED for row in rows)
         distilled = [row for row in rows if row.kind in DISTILLED]
@@ -110,7 +115,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     best, exports = exported.row, {exported.deployment.container: exported}
     notes: tuple[str, ...] = ()
     if "gguf" not in exports:
-        beside, notes = _gguf_beside(choice, rejected, finisher)
+        beside, notes = _gguf_beside(choice, rejected, finisher, gate)
         exports |= {"gguf": beside} if beside is not None else {}
     if "huggingface" not in exports:
         with phases.phase("export", "exporting the 16-bit folder"):
@@ -118,6 +123,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         exports["huggingface"] = Exported(row=best, deployment=IN_16_BITS, path=path)
     clear_others(exports, finisher)
     rows = run.events.rows(split="validation")
+    forgotten, told = gate.notes(best, rows)
     untrained = best_untrained(rows, finisher)
     with phases.phase("evaluate", "test split"):
         test = score_on_test(best, untrained, rows, finisher)
@@ -127,9 +133,13 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         paths={container: one.path for container, one in exports.items()},
         checks={container: one.check for container, one in exports.items() if one.check is not None},
         test=test,
-        gains=gains_on_test(best, untrained, test, question.metric, question.direction),
+        gains=replace(
+            gains_on_test(best, untrained, test, question.metric, question.direction),
+            forgot=best.kind in UNTRAINED and bool(gate.refused),
+        ),
         confirmed=tuple(confirmed),
-        notes=(*notes, *_notes(best, rows, finisher), *spent(finisher)),
+        forgotten=forgotten,
+        notes=(*notes, *_notes(best, rows, finisher), *told, *spent(finisher)),
     )
 
 
@@ -144,17 +154,18 @@ def choice_of(rows: Sequence[Row], finisher: Finisher) -> list[Row]:
     return [*students, *(row for row in rows if row.kind not in DISTILLED)]
 
 
-def export_best(choice: list[Row], finisher: Finisher) -> tuple[Exported | None, list[Row]]:
+def export_best(choice: list[Row], finisher: Finisher, gate: Gate) -> tuple[Exported | None, list[Row]]:
     """Exports the best row that keeps to the budget when its runtime is measured, and writes down what does not.
 
     Args:
         choice: Of `choice_of`; what is evaluated on the way is added.
         finisher: What the steps of the end share.
+        gate: Holds students to general text.
 
     Returns:
         What was exported, if anything fits, and the rows that were rejected.
     """
-    exported, rejected = _first_that_fits(choice, (), finisher)
+    exported, rejected = _first_that_fits(choice, (), finisher, gate)
     for row in passed_over(choice, rejected, finisher.question.budget.memory_bytes):
         finisher.write("row", row)
     if exported is not None:
@@ -194,20 +205,21 @@ def describe(exports: Iterable[Exported], test: Sequence[Row], finisher: Finishe
 
 
 def _first_that_fits(
-    rows: list[Row], rejected: Sequence[Row], finisher: Finisher, container: str | None = None
+    rows: list[Row], rejected: Sequence[Row], finisher: Finisher, gate: Gate, container: str | None = None
 ) -> tuple[Exported | None, list[Row]]:
     """Exports the best row that keeps to the budget when its runtime is measured.
 
     Returns:
-        What was exported, if anything fits; and the rejected rows, with those that did not fit, and those whose student
-        was damaged.
+        What was exported, if anything fits; and the rejected rows, with those that did not fit, those whose student was
+        damaged, and those that forgot.
     """
     rejected = list(rejected)
     for _ in range(_CANDIDATES):
         candidate = settled_candidate(rows, rejected, finisher, container)
-        while candidate is not None and not finisher.whole(candidate):
-            rejected.append(replace(candidate, feasible=False, reason=DAMAGED))
-            finisher.write("row", rejected[-1])
+        while candidate is not None and (passed := _passed(candidate, rows, finisher, gate)):
+            for row in passed:
+                finisher.write("row", row)
+            rejected += passed
             candidate = settled_candidate(rows, rejected, finisher, container)
         if candidate is None:
             break
@@ -221,8 +233,15 @@ def _first_that_fits(
     return None, rejected
 
 
+def _passed(row: Row, rows: Sequence[Row], finisher: Finisher, gate: Gate) -> list[Row]:
+    """The rows that are passed over with one that would be chosen, with the reason; none where it may be exported."""
+    if not finisher.whole(row):
+        return [replace(row, feasible=False, reason=DAMAGED)]
+    return gate.refused_with(row, rows)
+
+
 def _gguf_beside(
-    choice: list[Row], rejected: Sequence[Row], finisher: Finisher
+    choice: list[Row], rejected: Sequence[Row], finisher: Finisher, gate: Gate
 ) -> tuple[Exported | None, tuple[str, ...]]:
     """Exports the best GGUF file beside a best student of another kind, which stands whatever becomes of it.
 
@@ -230,7 +249,7 @@ def _gguf_beside(
         It, if any fits, and why there is no such file where it could not be written or was not what was evaluated.
     """
     try:
-        return _first_that_fits(choice, rejected, finisher, "gguf")[0], ()
+        return _first_that_fits(choice, rejected, finisher, gate, "gguf")[0], ()
     except (InputError, VerificationError) as error:
         shutil.rmtree(finisher.run.student("gguf"), ignore_errors=True)
         return None, (f"there is no GGUF file beside the best student: {error}",)
@@ -428,6 +447,9 @@ def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> lis
         return f"{metric} {row.figure(metric) or 0.0:.4f} in {format_bytes(row.memory_bytes or 0)}"
 
     ties = "of what is equal within one standard error, the smaller is better"
+    if best.kind in UNTRAINED and any(row.reason == FORGOT for row in rows):
+        # Said where what was forgotten is.
+        return []
     if best.kind in UNTRAINED:
         students = in_order([row for row in rows if row.kind not in UNTRAINED], metric, direction, students_only=True)
         said = f"{named(best)} is exported, {told(best)}: no trained student is better"

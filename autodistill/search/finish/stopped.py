@@ -8,6 +8,7 @@ from autodistill.errors import AutoDistillError
 from autodistill.runs.results.gains import named
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.finish import choice_of, clear_others, describe, export_best
+from autodistill.search.finish.forgetting import Gate
 from autodistill.units import format_bytes
 
 
@@ -26,7 +27,7 @@ def export_so_far(finisher: Finisher) -> str:
     torch.set_num_threads(finisher.threads)
     choice = choice_of(finisher.run.events.rows(split="validation"), finisher)
     try:
-        exported, _ = export_best(choice, finisher)
+        exported, _ = export_best(choice, finisher, Gate(finisher))
     except AutoDistillError as error:
         return f"the best so far could not be exported ({error})"
     if exported is None:

@@ -20,7 +20,7 @@ from autodistill.search.campaign.state import Question
 from autodistill.search.finish import finish
 from autodistill.search.finish.export_choice import candidates, next_candidate, passed_over, trained_rows
 from autodistill.search.finish.finish import (
-    _Exported,
+    Exported,
     _first_that_fits,
     _gguf_beside,
     _leave_out_removed,
@@ -174,11 +174,11 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
     students.append(row("t004", "accuracy", 0.05, memory_bytes=940))
     made, lines = [], []
 
-    def export(one: Row, _: object) -> _Exported:
+    def export(one: Row, _: object) -> Exported:
         made.append(one.trial)
         folder = tmp_path / "gguf"
         folder.mkdir()
-        return _Exported(row=measured(one, 50), deployment=one.deployment, path=folder / "student.gguf")
+        return Exported(row=measured(one, 50), deployment=one.deployment, path=folder / "student.gguf")
 
     monkeypatch.setattr("autodistill.search.finish.finish._export", export)
     finisher = SimpleNamespace(
