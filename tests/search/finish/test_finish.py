@@ -27,6 +27,7 @@ from autodistill.search.finish.finish import (
     _notes,
     _with_measured,
 )
+from autodistill.search.finish.forgetting import Gate
 from autodistill.search.finish.test_split import compared_with, gains_on_test, known_on_test
 from autodistill.search.planning.durations import Speed
 from autodistill.strategy.deployment import Deployment
@@ -187,7 +188,7 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
         line=lines.append,
         whole=lambda row: True,
     )
-    found, rejected = _first_that_fits(students, [], finisher)  # type: ignore[arg-type]
+    found, rejected = _first_that_fits(students, [], finisher, Gate(finisher))  # type: ignore[arg-type]
     assert (found and found.row.trial, made, [one.trial for one in rejected]) == ("t004", ["t000", "t004"], ["t000"])
     assert len(lines) == 1
     assert (tmp_path / "gguf").is_dir()
@@ -195,7 +196,7 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
     written: list[tuple[str, Row]] = []
     made.clear()
     finisher.whole, finisher.write = (lambda row: row.trial != "t004"), (lambda kind, row: written.append((kind, row)))
-    assert _first_that_fits(students, [], finisher)[0] is None  # type: ignore[arg-type]
+    assert _first_that_fits(students, [], finisher, Gate(finisher))[0] is None  # type: ignore[arg-type]
     assert "t004" not in made
     assert [(kind, row.trial, row.feasible, row.reason) for kind, row in written] == [("row", "t004", False, DAMAGED)]
     finisher.whole = lambda row: True
@@ -217,7 +218,7 @@ def test_a_gguf_file_that_fails_does_not_end_what_has_a_verified_best(
         raise failure
 
     monkeypatch.setattr(finish, "_export", export)
-    beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher)  # type: ignore[arg-type]
+    beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher, Gate(finisher))  # type: ignore[arg-type]
     assert beside is None
     assert notes == (f"there is no GGUF file beside the best student: {failure}",)
     assert not folder.exists()
