@@ -290,6 +290,7 @@ def strategy_training(
         lora=recipe.lora,
         train_embeddings=recipe.train_embeddings,
         on_grid=strategy.finishing is not None,
+        scales_of=strategy.finishing if strategy.scales_alone else None,
     )
     with_teacher = {
         way: {**parts, "teacher_bytes": beside, "total_bytes": parts["total_bytes"] + beside}
@@ -300,6 +301,8 @@ def strategy_training(
 
 def _trained(strategy: Strategy) -> str:
     recipe = strategy.distillation
+    if strategy.scales_alone and strategy.finishing is not None:
+        return f"the scales of {strategy.finishing.scheme.name} alone"
     if recipe.lora is None:
         what = "all weights" if recipe.train_embeddings else "all weights but the embedding table"
     else:

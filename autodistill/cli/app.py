@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from operator import attrgetter
 from typing import Annotated, Any
 
@@ -25,7 +26,6 @@ from autodistill.cli.summary import plan_summary, search_summary, written_summar
 from autodistill.cli.tables import open_view, printable
 from autodistill.errors import AutoDistillError, InputError, shortened
 from autodistill.hardware.budget import parse_price
-from autodistill.objects.answers import Estimate, Pick
 from autodistill.objects.run import SearchResult, run_search
 from autodistill.options import Option
 from autodistill.runs.run_folder import RunFolder
@@ -186,40 +186,14 @@ def _summary(result: SearchResult) -> str:
     return search_summary(result.document, *leaderboard_of(run), line_width())
 
 
-def _estimate_text(result: Estimate) -> str:
-    from autodistill.cli.hardware_summary import appraisal_text
-
-    return appraisal_text(result.document)
-
-
-def _pick_text(result: Pick) -> str:
-    from autodistill.cli.hardware_summary import pick_text
-
-    return pick_text(result.document)
+def _later(module: str, name: str) -> Callable[[Any], Any]:
+    """A function of a module of the command line that is imported once there is a result to show."""
+    return lambda result: getattr(import_module(f"autodistill.cli.{module}"), name)(result)
 
 
-def _measured_text(document: dict[str, Any]) -> str:
-    from autodistill.cli.hardware_summary import measured_text
-
-    return measured_text(document)
-
-
-def _devices_text(found: Sequence[Any]) -> str:
-    from autodistill.cli.hardware_summary import devices_table
-
-    return devices_table(found)
-
-
-def _doctor_text(found: Any) -> str:
-    from autodistill.cli.doctor import describe
-
-    return describe(found)
-
-
-def _doctor_json(found: Any) -> Any:
-    from autodistill.cli.doctor import to_json
-
-    return to_json(found)
+def _of(show: Callable[[dict[str, Any]], str]) -> Callable[[Any], str]:
+    """Shows the document of a result."""
+    return lambda result: show(result.document)
 
 
 def _ready(found: Any) -> None:
@@ -240,17 +214,23 @@ _verb(api.write, dict, written_summary, quiet=lambda given: [given.get("teacher"
 _verb(commands.leaderboard, rows, tables)
 _verb(commands.explain, dict, lambda found: str(found["text"]))
 _verb(commands.export, dict, lines)
-_verb(commands.doctor, _doctor_json, _doctor_text, after=_ready)
-_verb(api.devices, lambda found: [one.to_json() for one in found], _devices_text)
+_verb(commands.doctor, _later("doctor", "to_json"), _later("doctor", "describe"), after=_ready)
+_verb(api.devices, lambda found: [one.to_json() for one in found], _later("hardware_summary", "devices_table"))
 _verb(commands.strategies, dict, packaged_text)
 _verb(commands.spaces, dict, packaged_text)
-_verb(api.estimate, attrgetter("document"), _estimate_text, quiet=_models, sections=(api.RUN_SHAPE,))
-_verb(api.pick, attrgetter("document"), _pick_text)
-_verb(api.measure, dict, _measured_text, quiet=lambda given: [str(given["student"])])
+_verb(
+    api.estimate,
+    attrgetter("document"),
+    _of(_later("hardware_summary", "appraisal_text")),
+    quiet=_models,
+    sections=(api.RUN_SHAPE,),
+)
+_verb(api.pick, attrgetter("document"), _of(_later("hardware_summary", "pick_text")))
+_verb(api.measure, dict, _later("hardware_summary", "measured_text"), quiet=lambda given: [str(given["student"])])
 _verb(
     api.solve,
     attrgetter("document"),
-    lambda found: solve_text(found.document, line_width()),
+    _of(lambda document: solve_text(document, line_width())),
     quiet=lambda given: [given.get("teacher"), given.get("data")],
 )
 

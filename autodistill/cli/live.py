@@ -81,7 +81,7 @@ def _waiting(trial: TrialState) -> bool:
 
 
 def _speed(campaign: Campaign) -> float | None:
-    """Training tokens a second of all workers together, over the stretches that are done."""
+    """Training tokens a second of all workers together, over the segments that are done."""
     trials = campaign.trials.values()
     seconds = sum(trial.train_seconds for trial in trials)
     tokens = sum(trial.trained_tokens for trial in trials)

@@ -7,7 +7,7 @@ from typing import Any
 
 from autodistill.cli.summary import table
 from autodistill.cli.tables import wrapped
-from autodistill.units import format_bytes
+from autodistill.units import format_bytes, format_duration
 
 
 def solve_text(document: Mapping[str, Any], width: int) -> str:
@@ -18,6 +18,8 @@ def solve_text(document: Mapping[str, Any], width: int) -> str:
         width: Characters of a line.
     """
     teacher = document["teacher"]
+    if "plan" in document:
+        return "\n".join(wrapped(_planned(document), width))
     head = (
         f"{teacher['name']} on {document['data']['name']}: KL to the teacher and NLL in nats a token, on "
         f"{document['held_out_tokens']:,} held-out tokens, and the share of them that is likeliest. The teacher's own "
@@ -34,9 +36,33 @@ def solve_text(document: Mapping[str, Any], width: int) -> str:
         smallest = document["smallest"]
         need = f"the smallest, {smallest['name']}, needs {format_bytes(smallest['bytes'])}"
         sections.append("\n".join(wrapped(f"Nothing fits {format_bytes(miss['memory_bytes'])}: {need}.", width)))
+    if document["not_exported"]:
+        sections.append("\n".join(wrapped(f"It cannot be exported: {document['not_exported']}.", width)))
     if document["exported"]:
         sections.append("\n".join(wrapped(_exported(document["exported"]), width)))
     return "\n\n".join(sections)
+
+
+def _planned(document: Mapping[str, Any]) -> str:
+    """What solving would take, as `plan_solve` says it."""
+    teacher, plan = document["teacher"], document["plan"]
+    said = (
+        f"Solving {teacher['name']}, {teacher['parameters'] / 1e9:.3g}B weights, would take about "
+        f"{format_duration(plan['seconds'])} here for the types"
+    )
+    if plan["seconds_with_cuts"] is not None:
+        said += f", and {format_duration(plan['cuts_seconds'])} more where cuts have to be scored"
+    said += (
+        f", and {format_bytes(plan['memory_bytes'])} of memory beside the process's own, of the "
+        f"{format_bytes(plan['machine_bytes'])} that this machine has. All of it is predicted."
+    )
+    if plan["memory_bytes"] > plan["machine_bytes"]:
+        said += " That is more than there is: solve it on a machine with more memory."
+    smallest = document["smallest"]
+    said += f" The smallest that is solved for, {smallest['name']}, needs {format_bytes(smallest['bytes'])}."
+    if document["not_exported"]:
+        said += f" It cannot be exported: {document['not_exported']}."
+    return said
 
 
 def _one(found: Mapping[str, Any], width: int) -> str:
@@ -68,6 +94,11 @@ def _one(found: Mapping[str, Any], width: int) -> str:
         f"{solution['calibration_kl']:.4f}. {format_bytes(more['more_bytes'])} more would take "
         f"{more['predicted_gain']:.4f} off the KL, as predicted."
     )
+    if solution["teacher_copied"] > solution["copied"]:
+        said += (
+            f" Of a text that repeats itself it copies {solution['copied']:.1%}, and the teacher "
+            f"{solution['teacher_copied']:.1%}."
+        )
     if too_large:
         said += f" Plain formats that are too large: {', '.join(too_large)}."
     if found["winner"]:

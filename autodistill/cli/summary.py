@@ -12,8 +12,8 @@ from autodistill.quantization.formats import get_format
 from autodistill.runs.results.gains import Gains
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
 from autodistill.runs.results.row import Row, task_figures
-from autodistill.runs.results.savings import Saved
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.savings import Saved
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, format_duration
 
@@ -37,7 +37,7 @@ def headline(run: RunFolder) -> str:
 
 
 def _read(asked: Mapping[str, Any]) -> list[str]:
-    """How much of validation figures are of: a box decides, and runs that read differently do not compare."""
+    """How much of validation figures are of: a time budget decides, and runs that read differently do not compare."""
     held = (asked.get("data") or {}).get("tokens", {}).get("validation")
     read = (asked.get("plan") or {}).get("eval_tokens")
     return [f"{read:,} of {held:,} validation tokens read"] if held and read else []

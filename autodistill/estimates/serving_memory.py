@@ -29,12 +29,11 @@ LLAMA_CPP_PROCESS_BYTES = 20 * 2**20
 """Resident code, threads and server of a llama.cpp process beyond its buffers (measured, xllamacpp on Linux x86-64)."""
 LLAMA_CPP_VOCABULARY_BYTES = 512
 """Resident bytes of llama.cpp's tables for one entry of the vocabulary, merges included (measured, 49,152 entries)."""
-TRANSFORMERS_PROCESS_BYTES = 400 * 10**6
-"""Resident memory of a process that has imported torch and transformers (measured, CPU build of torch 2.13)."""
 TRAINING_PROCESS_BYTES = 540 * 10**6
-"""The same once the loops that put weights on a grid are compiled (measured likewise, numba 0.68)."""
+"""Resident memory of a process that has imported torch and transformers, and compiled the loops that put weights on a
+grid (measured, CPU build of torch 2.13, numba 0.68)."""
 TRANSFORMERS_SERVING_BYTES = 427 * 10**6
-"""The same once it has loaded and run a model of nearly nothing (measured likewise)."""
+"""The same once it has loaded and run a model of nearly nothing, without those loops (measured likewise)."""
 TRANSFORMERS_HOLES = 0.5
 """What glibc's heap holds beyond what is in use, of the cache and a pass's activations (measured). Keys and values stay
 where they were first put, between activations that were freed, and the next layer's larger ones no longer fit there.

@@ -14,6 +14,7 @@ from autodistill.estimates.training_memory import OptimizerState, TrainingEstima
 from autodistill.hardware.machine import Machine
 from autodistill.models.model_folder import HeldType
 from autodistill.models.spec import ModelSpec
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.strategy.strategy import Alignment, Attention, Lora
 from autodistill.units import format_bytes
 
@@ -54,6 +55,7 @@ class Training:
         processes: That train it together, each with its share of the sequences and of the weights.
         bf16: Whether products are computed in bfloat16.
         on_grid: Whether a trial may be trained on a grid.
+        scales_of: How weights are stored where every trial trains their scales alone; each process holds all of them.
         device: Where trials run: "cpu", or an accelerator.
         threads: Of a process; on a CPU each has a pass of its own.
     """
@@ -68,6 +70,7 @@ class Training:
     processes: int = 1
     bf16: bool = False
     on_grid: bool = False
+    scales_of: QuantizationScheme | None = None
     device: str = "cpu"
     threads: int = 1
 
@@ -87,11 +90,13 @@ class Training:
                 train_embeddings=self.train_embeddings,
                 bf16=self.bf16,
                 on_grid=self.on_grid,
+                scales_of=self.scales_of,
                 passes=-(-self.sequences // (self.processes * micro_batch)),
             )
             for alignment, attention in self.alignments or [(None, None)]
         )
-        return _sharded(max(estimates, key=lambda estimate: estimate.total_bytes), self.spec, self.processes)
+        shards = 1 if self.scales_of else self.processes
+        return _sharded(max(estimates, key=lambda estimate: estimate.total_bytes), self.spec, shards)
 
     @property
     def evaluation_bytes(self) -> int:

@@ -12,6 +12,8 @@ from autodistill.models.config import uniform
 from autodistill.models.families import Axis, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
+from autodistill.quantization.formats import QuantizationScheme
+from autodistill.quantization.grids import Grid
 from autodistill.strategy.strategy import Alignment, Attention, Distillation, Lora
 
 
@@ -20,7 +22,7 @@ class TrainingEstimate:
     """Memory of training by parts, in bytes.
 
     Attributes:
-        weights_bytes: Master weights in float32.
+        weights_bytes: Master weights in float32; of weights whose scales alone are trained their codes and scales.
         gradients_bytes, optimizer_bytes: Of the trained weights: one float32 number each, and AdamW's two moments.
         shown_bytes: The weights that products compute with where these are not the masters: rounded to bfloat16, or on
             a grid.
@@ -104,6 +106,7 @@ def training_memory(
     lora: Lora | None = None,
     bf16: bool = False,
     on_grid: bool = False,
+    scales_of: QuantizationScheme | None = None,
     passes: int = 1,
 ) -> TrainingEstimate:
     """Predict the memory that a trial's training takes: float32 weights and AdamW.
@@ -126,6 +129,7 @@ def training_memory(
             what the frozen weights' gradients would have been computed from.
         bf16: Whether products are computed in bfloat16.
         on_grid: Whether the weights of products and the table are shown on a grid, at the end of the training.
+        scales_of: How weights are stored whose scales and minima alone are trained; None where weights are.
         passes: Forward and backward passes of an optimiser step.
     """
     teacher = teacher or spec
@@ -151,11 +155,17 @@ def training_memory(
         spec.layers if checkpointing else 1
     )
     shown = (2 if bf16 else 4 if on_grid else 0) * (linear + table)
-    if on_grid and bf16 and train_embeddings:
+    if on_grid and bf16 and train_embeddings and scales_of is None:
         # Looked up in float32; of a frozen table the rows alone that are looked up are put on the grid.
         shown += 4 * table
+    weights = 4 * (spec.parameters + adapters)
+    if scales_of is not None:
+        coded, scales = _coded(spec, scales_of)
+        trained = spec.parameters - coded + scales
+        # A byte for each code, and what scales and minima began with; before that the weights lie there as they are.
+        weights = max(coded + 4 * (trained + scales), weights - shown)
     return TrainingEstimate(
-        weights_bytes=4 * (spec.parameters + adapters),
+        weights_bytes=weights,
         gradients_bytes=4 * trained,
         optimizer_bytes=_moments_bytes(trained, optimizer_state),
         shown_bytes=shown,
@@ -166,6 +176,17 @@ def training_memory(
         overhead_bytes=TRAINING_PROCESS_BYTES,
         passes=passes,
     )
+
+
+def _coded(spec: ModelSpec, scheme: QuantizationScheme) -> tuple[int, int]:
+    """Return the number of weights on a grid, and of their scales and minima."""
+    coded = scales = 0
+    for tensor in spec.tensors:
+        if isinstance(grid := scheme.storage(tensor), Grid):
+            size = math.prod(tensor.shape)
+            coded += size
+            scales += size // grid.group(tensor.shape[-1]) * (2 if grid.offset == "minimum" else 1)
+    return coded, scales
 
 
 def beside_bytes(recipes: Iterable[Distillation], teacher: ModelSpec, *, bf16: bool, held_bytes: int) -> int:

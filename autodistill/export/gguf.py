@@ -50,7 +50,7 @@ from autodistill.strategy.deployment import Deployment
 FILE = "student.gguf"
 
 # Where all linear layers are on one grid, that of llama.cpp's types of K-quants (mixtures, but Q6_K) which mixes least.
-_FILE_TYPES = {
+FILE_TYPES = {
     "gguf-f16": LlamaFileType.MOSTLY_F16,
     "gguf-q8_0": LlamaFileType.MOSTLY_Q8_0,
     "gguf-q5_1": LlamaFileType.MOSTLY_Q5_1,
@@ -67,7 +67,7 @@ _FILE_TYPES = {
     "gguf-q3_k": LlamaFileType.MOSTLY_Q3_K_S,
     "gguf-q2_k": LlamaFileType.MOSTLY_Q2_K_S,
 }
-_TYPES: Mapping[Storage, GGMLQuantizationType] = {
+KINDS: Mapping[Storage, GGMLQuantizationType] = {
     "f32": GGMLQuantizationType.F32,
     "f32_plus_1": GGMLQuantizationType.F32,
     "f16": GGMLQuantizationType.F16,
@@ -84,7 +84,7 @@ _TYPES: Mapping[Storage, GGMLQuantizationType] = {
     Q3_K: GGMLQuantizationType.Q3_K,
     Q2_K: GGMLQuantizationType.Q2_K,
 }
-_STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(_TYPES.items()))}
+STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(KINDS.items()))}
 _ROPE_FACTORS = "rope_freqs.weight"
 MIN_SAME_CUT = 0.99
 """Least share of the tokens of validation text that the runtime cuts it into as the tokenizer does. Of rare characters
@@ -120,9 +120,9 @@ class GgufExporter:
                 check_holds(files.spec, deployment)
                 if reason := cannot_cut(student, files.spec.vocabulary):
                     raise InputError(reason)
-                add_metadata(writer, files.spec, files.config, _FILE_TYPES[deployment.format])
-                _add_general(writer, files.spec, teacher, license, name)
-                _add_sampling(writer, student)
+                add_metadata(writer, files.spec, files.config, FILE_TYPES[deployment.format])
+                add_general(writer, files.spec, teacher, license, name)
+                add_sampling(writer, student)
                 add_tokenizer(writer, student, files.spec.vocabulary)
                 _write_tensors(writer, files, deployment)
             finally:
@@ -144,10 +144,10 @@ class GgufExporter:
             if tensor.name == _ROPE_FACTORS:
                 continue  # follows from the config
             name = family.from_gguf_name(tensor.name)
-            if name is None or tensor.tensor_type not in _STORAGES:
+            if name is None or tensor.tensor_type not in STORAGES:
                 raise VerificationError(f"{artifact} holds {tensor.name} as {tensor.tensor_type.name}: not an export")
             shape = tuple(int(size) for size in reversed(tensor.shape))
-            storage = _STORAGES[tensor.tensor_type]
+            storage = STORAGES[tensor.tensor_type]
             if storage == "f32" and family.norm_role is Role.NORM_ABOVE_ONE:
                 storage = "f32_plus_1"  # a graph of such norms has no biases
             values = unpack({"data": tensor.data}, storage, shape)
@@ -203,7 +203,7 @@ def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployme
         size = tensor_bytes(files.specs[name], storage)
         # The shape of the weights, with a dtype that keeps the writer from taking it for one of bytes.
         dtype = np.dtype(np.float32 if storage in ("f32", "f32_plus_1") else np.float16)
-        writer.add_tensor_info(family.gguf_name(name), files.specs[name].shape, dtype, size, raw_dtype=_TYPES[storage])
+        writer.add_tensor_info(family.gguf_name(name), files.specs[name].shape, dtype, size, raw_dtype=KINDS[storage])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -250,7 +250,7 @@ def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any],
         writer.add_float32("gemma3.rope.freq_base_swa", rotary(config, SLIDING)["rope_theta"])
 
 
-def _add_general(
+def add_general(
     writer: GGUFWriter, spec: ModelSpec, teacher: str | None, license: str | None, name: str | None
 ) -> None:
     """Write what programs show in lists of models, as llama.cpp's own converter does."""
@@ -268,7 +268,7 @@ def _add_general(
         writer.add_license(license.lower())
 
 
-def _add_sampling(writer: GGUFWriter, folder: Path) -> None:
+def add_sampling(writer: GGUFWriter, folder: Path) -> None:
     """Write the sampling settings that the model's makers recommend; llama.cpp uses them as defaults."""
     path = folder / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}

@@ -20,7 +20,6 @@ from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import Row
 from autodistill.runs.students import kept_after
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
 
 NOT_STATED = "not stated: ask its author"
@@ -150,10 +149,6 @@ def _widths(row: Row, deployment: Deployment) -> list[str]:
         f"the widest: it computes the same, and holds {held.parameters:,} weights for the {spec.parameters:,} of the "
         "student."
     ]
-
-
-def _indented(strategy: Strategy) -> str:
-    return json.dumps(strategy.to_json(), indent=2)
 
 
 def _as_measured(rows: Sequence[Row]) -> list[Row]:

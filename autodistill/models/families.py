@@ -305,6 +305,13 @@ FAMILIES: Mapping[str, Family] = {
 GGUF_BY_LAYER: Mapping[str, str] = {"llama": "deci"}
 """llama.cpp's graphs that compute the same with sizes of each layer's own, by those that have one size for all."""
 
+GGUF_MIXTURES: Mapping[str, tuple[str, str]] = {
+    "mixtral": ("llama", "llama"),
+    "qwen3_moe": ("qwen3", "qwen3moe"),
+    "olmoe": ("qwen3", "olmoe"),
+}
+"""Mixtures of experts that GGUF files are written of: the family that the other tensors are named as, and the graph."""
+
 _GRAPHS = {family.gguf: name for name, family in reversed(list(FAMILIES.items()))}
 
 GGUF_FAMILIES: Mapping[str, str] = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.models.families import GGUF_BY_LAYER, get_family
+from autodistill.models.families import FAMILIES, GGUF_BY_LAYER, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
 
@@ -107,6 +107,8 @@ def cannot_run(spec: ModelSpec) -> str:
     """Return why llama.cpp cannot run a model of this shape with its tokenizer, or "" if it can."""
     if spec.not_in_gguf or spec.text_not_in_gguf:
         return spec.not_in_gguf or spec.text_not_in_gguf
+    if spec.architecture not in FAMILIES:
+        return ""  # nothing is known of what its graph computes
     graph = get_family(spec.architecture).gguf
     if spec.ffn_widths and graph not in GGUF_BY_LAYER:
         return (

@@ -99,7 +99,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrai
     from transformers import AutoConfig
 
     check_stored(folder, spec_from_config(read_config(folder)))
-    with _no_progress_bar():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             loaded: Any = model_class(config).from_pretrained(
@@ -171,7 +171,7 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
     if "lm_head.weight" in stored:
         # Under the name in files, or transformers would save it under another one than it read.
         stored[f"{FAMILIES[config.model_type].stored_head}.weight"] = stored.pop("lm_head.weight")
-    with _no_progress_bar():
+    with quiet():
         made = model_class(config).from_pretrained(
             None, config=config, state_dict=stored, dtype=torch.float32, attn_implementation=ATTENTION
         )
@@ -195,7 +195,7 @@ def stock_model(model: Any) -> Any:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

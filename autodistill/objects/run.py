@@ -11,6 +11,7 @@ from autodistill.hardware.budget import Budget, read_budget
 from autodistill.objects.html import facts, table
 from autodistill.objects.plots import Plots
 from autodistill.objects.student import Student
+from autodistill.runs.events import RowAdded, RowTested
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of, leaderboard_of
 from autodistill.search.request.request import SearchRequest
@@ -75,7 +76,7 @@ class Run:
     def test(self) -> list[Student]:
         """What was evaluated on the test split, with the figures of that: the exported one and what it is held to."""
         folder = self._folder
-        return [Student(row, folder) for row in folder.events.rows("row", "test", split="test")]
+        return [Student(row, folder) for row in folder.events.rows(RowAdded, RowTested, split="test")]
 
     @property
     def plot(self) -> Plots:

@@ -447,7 +447,7 @@ def as_held(spec: ModelSpec, scheme: QuantizationScheme) -> ModelSpec:
     return uniform(spec) if spec.ffn_widths and get_format(scheme.format).layer_widths == "padded" else spec
 
 
-_IN_A_LAYER = re.compile(r"layers\.\d+\.(.+)\.weight")
+_IN_A_LAYER = re.compile(r"\.\d+\.(.+?)(?:\.weight)?$")
 
 
 def scheme_by_tensor(types: Mapping[TensorSpec, str]) -> QuantizationScheme:

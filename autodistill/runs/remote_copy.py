@@ -24,8 +24,8 @@ from typing import Any
 import psutil
 
 from autodistill.errors import AutoDistillError, InputError
+from autodistill.runs.events import read_events
 from autodistill.runs.run_log import RunLog
-from autodistill.runs.schema import check_event
 from autodistill.units import format_duration
 from autodistill.utils.event_log import EventLog
 from autodistill.utils.json_files import plain_json, strict_json
@@ -254,9 +254,8 @@ class StoredLog(RunLog):
         try:
             self._last = max((int(Path(key).name.partition("-")[0]) for key in keys), default=0)
             events = [plain_json(data) for data in self._storage.read_all(keys)]
-            for event in events:
-                check_typed(event, Mapping[str, Any], "an event")
-                check_event(event)
+            check_typed(events, list[dict[str, Any]], "the events")
+            read_events(events)
         except (OSError, ValueError, InputError) as error:
             raise InputError(f"the events of {self._storage.uri} cannot be read ({error}): restore them") from error
         if events == self.read():

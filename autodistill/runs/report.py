@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 from autodistill.errors import MissingDependencyError
 from autodistill.evaluation.base import Direction
 from autodistill.hardware.budget import read_budget
+from autodistill.runs.events import RowAdded, RowTested, RunEvent, TrialEnded, of_kind, rows_of
 from autodistill.runs.markdown import fenced, paragraph, plain
 from autodistill.runs.results.differences import differences, shown
 from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import UNTRAINED, Ranked, limits_of, nearest, pareto, rank, rests_on
 from autodistill.runs.results.objectives import Objective, front, objectives_of
-from autodistill.runs.results.row import FORGOT, Row, rows_of, task_figures
-from autodistill.runs.results.savings import Saved
+from autodistill.runs.results.row import FORGOT, Row, Status, task_figures
 from autodistill.runs.results.selection import KIND, Confirmation, chosen, confirmations, contenders, students_only
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.savings import Saved
 from autodistill.runs.test_split_ledger import opened, openings_of
 from autodistill.units import format_bytes, format_duration
 from autodistill.utils.json_files import replacing
@@ -32,7 +33,7 @@ _TITLES = {"student": "found student", "baseline": "baseline to beat", "initial"
 def report_markdown(
     search: Mapping[str, Any],
     ranked: Sequence[Ranked],
-    events: Iterable[Mapping[str, Any]],
+    events: Iterable[RunEvent],
     *,
     picture: str | None = None,
     openings: Mapping[str, int] | None = None,
@@ -44,8 +45,7 @@ def report_markdown(
             known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `runtime`, `licenses` (name to
             licence), `versions`, `notes`. A mapping under `teacher` or `data` is written as its fields.
         ranked: The leaderboard.
-        events: The log. Of it are read "status" events (`trial`, `status`, `reason`), and the rows of the test split
-            and of further seeds.
+        events: The log. Of it are read how trials ended, and the rows of the test split and of further seeds.
         picture: Path of the plot beside the page, or None where it could not be drawn.
         openings: How often each run beside this one opened the test split of the same data; none by default.
     """
@@ -86,7 +86,7 @@ def write_report(run: RunFolder) -> tuple[str, ...]:
         InputError: `search.json` or the log cannot be read.
     """
     search = run.asked()
-    events = run.events.read()
+    events = run.events.all()
     metric, direction = search.get("metric", "accuracy"), search.get("direction", "max")
     ranked = rank(contenders(rows_of(events)), metric, direction)
     try:
@@ -317,12 +317,12 @@ def _objective(row: Row, objective: Objective) -> str:
     return format_bytes(value) if objective.figure.endswith("_bytes") else format_duration(value / 1e3)
 
 
-def _lost(events: Iterable[Mapping[str, Any]]) -> str:
-    last = {event["trial"]: event for event in events if event.get("event") == "status" and "trial" in event}
+def _lost(events: Iterable[RunEvent]) -> str:
+    last = {event.trial: event for event in of_kind(events, TrialEnded)}
     lines = [
-        [trial, event["status"], event.get("reason") or event.get("cause") or "not recorded"]
+        [trial, event.status.value, event.reason or event.cause or "not recorded"]
         for trial, event in last.items()
-        if event.get("status") in ("rejected", "failed")
+        if event.status in (Status.REJECTED, Status.FAILED)
     ]
     return "## Rejected and failed trials\n\n" + _table(["trial", "status", "reason"], lines) if lines else ""
 
@@ -350,9 +350,9 @@ def _verified(checks: Mapping[str, Mapping[str, Any]]) -> str:
     return "## Agreement with the runtime\n\n" + _table(titles, lines)
 
 
-def _tested(events: Iterable[Mapping[str, Any]], ids: Sequence[str] | None) -> list[Row]:
+def _tested(events: Iterable[RunEvent], ids: Sequence[str] | None) -> list[Row]:
     """The rows of the test split that a search ended with, in its order: one that went on has others from before."""
-    rows = {row.row_id: row for row in rows_of(events, ("row", "test")) if row.split == "test"}
+    rows = {row.row_id: row for row in rows_of(events, (RowAdded, RowTested)) if row.split == "test"}
     return list(rows.values()) if ids is None else [rows[name] for name in ids if name in rows]
 
 

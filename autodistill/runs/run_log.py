@@ -1,18 +1,20 @@
-"""The log of a run: its events as they were written, and the rows that they hold."""
+"""The log of a run: its events, and the rows that they hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from autodistill.runs.events import E, RowAdded, RowTested, RunEvent, of_kind, read_event, rows_of
 from autodistill.runs.results.row import Row
-from autodistill.runs.schema import check_event
+from autodistill.utils.clock import now
 from autodistill.utils.event_log import EventLog
 
 
 class RunLog(EventLog):
-    """The events of one run, read once and held to what each kind must have; a row is parsed where it is read.
+    """The events of one run, read once, each parsed where it is read.
 
     Args:
         path: The file.
@@ -20,26 +22,49 @@ class RunLog(EventLog):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, self._take)
-        self._rows: dict[tuple[str, str], Row] = {}
+        self._parsed: list[RunEvent] = []
 
-    def _take(self, event: Mapping[str, Any]) -> None:
-        row = check_event(event)
-        if row is not None:
-            self._rows[event["event"], row.row_id] = row
+    def _take(self, data: Mapping[str, Any]) -> None:
+        event = read_event(data)
+        if event is not None:
+            self._parsed.append(event)
 
     def _forget(self) -> None:
-        self._rows.clear()
+        self._parsed.clear()
 
-    def rows(self, *kinds: str, split: str | None = None) -> list[Row]:
-        """The rows, a later one in the place of an earlier one with the same id.
+    def add(self, event: RunEvent) -> None:
+        """Write an event, with the time unless it has one; it survives a crash once this returns.
 
-        Args:
-            kinds: Of the events that hold them, "row" or "test"; "row" by default.
-            split: That they are of; all by default.
+        Raises:
+            AutoDistillError: As `append`.
+        """
+        self.append((event if event.time is not None else replace(event, time=now())).to_json())
+
+    def all(self) -> list[RunEvent]:
+        """Return the events, oldest first, without those of kinds that only a later version knows.
 
         Raises:
             InputError: As `read`.
         """
         self.read()
-        found = (row for (kind, _), row in self._rows.items() if kind in (kinds or ("row",)))
-        return [row for row in found if split in (None, row.split)]
+        return list(self._parsed)
+
+    def of(self, kind: type[E]) -> list[E]:
+        """Return the events of one kind, oldest first.
+
+        Raises:
+            InputError: As `read`.
+        """
+        return of_kind(self.all(), kind)
+
+    def rows(self, *kinds: type[RowAdded | RowTested], split: str | None = None) -> list[Row]:
+        """Return the rows, a later one in the place of an earlier one of its kind with the same id.
+
+        Args:
+            kinds: Of the events that are read, `RowAdded` by default.
+            split: That they are of; all by default.
+
+        Raises:
+            InputError: As `read`.
+        """
+        return [row for row in rows_of(self.all(), kinds) if split in (None, row.split)]

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError
 from autodistill.evaluation.base import Direction
 from autodistill.hardware.budget import read_budget
+from autodistill.runs.events import KINDS, Numbers
 from autodistill.runs.results.gains import Gain
-from autodistill.runs.results.row import SCHEMA_VERSION, Decision, Row, Status
+from autodistill.runs.results.row import SCHEMA_VERSION
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Strategy
 from autodistill.utils.json_files import read_json
 from autodistill.utils.typed_data import check_typed
 
 # What is told of an exported row, all of it or nothing.
 _GAINS = ("gain_over_untrained", "gain_over_baseline", "gain_unit")
-# Names of trials become names of folders.
-_TRIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z", re.ASCII)
-
-Numbers = Mapping[str, float]
 
 
 class Source(TypedDict):
@@ -48,7 +43,7 @@ class Asked(TypedDict, total=False):
 
 
 class Box(TypedDict):
-    """A run's time box."""
+    """A run's time budget."""
 
     seconds: float | None
     since: float
@@ -93,8 +88,6 @@ class Search(TypedDict):
     seed: NotRequired[int]
     runner: NotRequired[str]
     storage: NotRequired[str | None]
-    sharing: NotRequired[bool]
-    forking: NotRequired[bool]
     plan: NotRequired[Mapping[str, Any]]
     speed: NotRequired[Numbers]
     box: NotRequired[Box]
@@ -110,161 +103,8 @@ class Search(TypedDict):
     gain_unit: NotRequired[str]
 
 
-class Session(TypedDict):
-    """A session began."""
-
-    time: NotRequired[float]
-
-
-class Ended(TypedDict):
-    """The session before ended."""
-
-    session: float
-    time: float
-    seconds: Numbers
-
-
-class TeacherScored(TypedDict):
-    """The teacher was scored."""
-
-    teacher_accuracy: float
-
-
-class Entered(TypedDict):
-    """A trial."""
-
-    trial: str
-    point: Mapping[str, Any] | None
-    number: NotRequired[int | None]
-    kind: NotRequired[Literal["student", "baseline", "confirmation"]]
-    name: NotRequired[str]
-    strategy: NotRequired[Mapping[str, Any]]
-    seed: NotRequired[int]
-    parameters: NotRequired[int | None]
-    length: NotRequired[float]
-    training: NotRequired[Mapping[str, Any] | None]
-
-
-class Step(TypedDict, total=False):
-    """An optimiser step. A figure that was not finite is None."""
-
-    tokens: int
-    loss: float | None
-    micro_batch: int
-
-
-class Reached(TypedDict):
-    """A trial reached a rung."""
-
-    trial: str
-    rung: int
-    tokens: int
-    value: float | None
-    seconds: NotRequired[Numbers]
-    further: NotRequired[tuple[float | None, ...]]
-    decision: NotRequired[Decision]
-    steps: NotRequired[tuple[Step, ...]]
-    trained: NotRequired[int]
-    shared: NotRequired[int]
-    resumed: NotRequired[int]
-    workers: NotRequired[int]
-    unsaved: NotRequired[str]
-    student: NotRequired[str]
-
-
-class Miss(TypedDict):
-    """By how much a trial was too large."""
-
-    limit: str
-    slack: float
-
-
-class TrialEnded(TypedDict):
-    """A trial came to its end."""
-
-    trial: str
-    status: Status
-    reason: str | None
-    cause: NotRequired[str]
-    miss: NotRequired[Miss]
-
-
-class Begun(TypedDict):
-    """Work began, with which the search might end."""
-
-    trial: str
-    rung: int
-    work: str | None
-    kills: int
-
-
-class Lost(TypedDict):
-    """Work was lost."""
-
-    trial: str
-    trained: int
-
-
-class Kept(TypedDict):
-    """A student was kept short of the end."""
-
-    trial: str
-    kept: bool | None
-    trained: NotRequired[int]
-    seconds: NotRequired[Numbers]
-    tokens: NotRequired[int]
-    student: NotRequired[str | None]
-
-
-class Unevaluated(TypedDict):
-    """A trained student could not be evaluated under a deployment."""
-
-    trial: str
-    deployment: str
-    reason: NotRequired[str]
-
-
-class Retry(TypedDict):
-    """Work was given out once more."""
-
-    trial: str
-    rung: int
-    deployment: str | None
-    cause: NotRequired[str]
-
-
-class Collected(TypedDict):
-    """Checkpoints were removed."""
-
-    gone: tuple[str, ...]
-    bytes: NotRequired[int]
-
-
-class StudentsCollected(TypedDict):
-    """Students were removed."""
-
-    trials: tuple[str, ...]
-    bytes: NotRequired[int]
-
-
 # What is needed beside that to go on with a run.
 _RESUMED = {"trial": ("number", "kind", "name", "strategy", "seed"), "rung": ("seconds",), "session": ("time",)}
-EVENTS: Mapping[str, Any] = {
-    "session": Session,
-    "ended": Ended,
-    "teacher": TeacherScored,
-    "trial": Entered,
-    "rung": Reached,
-    "status": TrialEnded,
-    "begun": Begun,
-    "lost": Lost,
-    "kept": Kept,
-    "unevaluated": Unevaluated,
-    "retry": Retry,
-    "collected": Collected,
-    "students-collected": StudentsCollected,
-}
-"""What events hold, by kind; those of a later version are left alone. A row is held to `Row`."""
 
 
 class Opening(TypedDict):
@@ -284,38 +124,11 @@ def check_opening(opening: Mapping[str, Any]) -> None:
     check_typed(opening, Opening, "the opening")
 
 
-def check_event(event: Mapping[str, Any]) -> Row | None:
-    """Holds one event of a run's log to what its kind must have, and gives the row that it holds.
-
-    Raises:
-        InputError: Says what is wrong.
-    """
-    kind: Any = event.get("event")
-    check_typed(kind, str, "event")
-    check_typed(event.get("time", 0.0), float, "time")
-    if kind == "row" or (kind == "test" and "row" in event):
-        check_typed(event.get("row"), Mapping[str, Any], "row")
-        row = Row.from_json(event["row"])
-        _check_trial(row.trial)
-        return row
-    check_typed(event, EVENTS.get(kind, dict[str, Any]), kind)
-    if "trial" in event and kind in EVENTS:
-        _check_trial(event["trial"])
-    if kind == "trial" and "strategy" in event:
-        Strategy.from_json(event["strategy"])
-    return None
-
-
-def _check_trial(name: str) -> None:
-    if not _TRIAL.match(name):
-        raise InputError(f"trial must be the name of one, like t003, not {name!r}")
-
-
 def check_log(events: Iterable[Mapping[str, Any]], rungs: int, *, whole: bool = False) -> None:
     """Holds the events of a log to each other: what they tell of is known, and of a rung that the plan has.
 
     Args:
-        events: Each as `check_event` has it.
+        events: Each as `read_event` has it.
         rungs: How many the plan has.
         whole: Whether the run is to go on, which needs all of them.
 
@@ -329,7 +142,7 @@ def check_log(events: Iterable[Mapping[str, Any]], rungs: int, *, whole: bool = 
             raise InputError(f"an event {event['event']!r} of it lacks {', '.join(missing)}")
         if event["event"] == "trial":
             known.add(event["trial"])
-        elif event["event"] in EVENTS:
+        elif event["event"] in KINDS and "row" not in event:
             for name in (event["trial"],) if "trial" in event else event.get("trials", ()):
                 if name not in known:
                     raise InputError(f"it tells of the trial {name!r}, which it has not told to begin")
@@ -384,7 +197,7 @@ def read_search(path: Path, *needed: str) -> dict[str, Any]:
         if "plan" in needed:
             _check_plan(Plan.from_json(found["plan"]))
         if "space_definition" in needed:
-            Space.from_json(found["space_definition"])
+            Space.stored(found["space_definition"])
     except (InputError, ValueError, OverflowError) as error:
         raise InputError(f"{path} is not what a search writes: {error}; restore it, or leave that run out") from None
     return found

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.runs.schema import Ended
+from autodistill.runs.events import RunEvent, SessionBegan, SessionEnded, of_kind
 from autodistill.utils.clock import now
 from autodistill.utils.json_files import plain_json, read_json, write_json
 from autodistill.utils.storage import Storage
@@ -74,24 +74,21 @@ class SignsOfLife:
             self.give()
 
 
-def last_ended(events: Sequence[Mapping[str, Any]], folder: Path, storage: Storage | None) -> dict[str, Any] | None:
+def last_ended(events: Sequence[RunEvent], folder: Path, storage: Storage | None) -> SessionEnded | None:
     """The event by which the log knows when its last session ended; None where it does, or nothing tells.
 
     Args:
         events: The log.
         folder, storage: As of `SignsOfLife`.
     """
-    last = next((event for event in reversed(events) if event["event"] in ("session", "ended")), None)
-    if last is None or last["event"] == "ended":
+    last = next((event for event in reversed(events) if isinstance(event, SessionBegan | SessionEnded)), None)
+    if not isinstance(last, SessionBegan):
         return None
-    signs = [sign for sign in _signs(folder, storage) if sign["session"] == last["time"]]
-    if not signs:
-        return None
-    latest = max(signs, key=lambda sign: sign["time"])
-    return {"event": "ended", "session": last["time"], "time": latest["time"], "seconds": latest["seconds"]}
+    signs = [sign for sign in _signs(folder, storage) if sign.session == last.time]
+    return max(signs, key=lambda sign: sign.time or 0.0, default=None)
 
 
-def _signs(folder: Path, storage: Storage | None) -> Iterable[Mapping[str, Any]]:
+def _signs(folder: Path, storage: Storage | None) -> Iterable[SessionEnded]:
     """Of this machine and of the storage: whichever went on with the run last wrote the later one.
 
     One that is not as it was written is passed over: it only says how long something took.
@@ -105,11 +102,12 @@ def _signs(folder: Path, storage: Storage | None) -> Iterable[Mapping[str, Any]]
             found.append(plain_json(storage.read(_FILE)))
     for sign in found:
         with suppress(InputError):
-            check_typed(sign, Ended, _FILE)
-            yield sign
+            check_typed(sign, Mapping[str, Any], _FILE)
+            check_typed(sign.get("time"), float, _FILE)
+            yield SessionEnded.from_json(sign)
 
 
-def lasted(events: Sequence[Mapping[str, Any]], since: float = 0.0) -> float:
+def lasted(events: Sequence[RunEvent], since: float = 0.0) -> float:
     """Seconds that the sessions of a log lasted, each from its start to its last event.
 
     Args:
@@ -117,21 +115,20 @@ def lasted(events: Sequence[Mapping[str, Any]], since: float = 0.0) -> float:
         since: When a session began: those before it in the log are left out, whatever the clocks said then. Of one that
             the log does not have, those that began earlier.
     """
-    starts = [index for index, event in enumerate(events) if event["event"] == "session"]
-    begun = [events[index]["time"] for index in starts]
+    starts = [index for index, event in enumerate(events) if isinstance(event, SessionBegan)]
+    begun = [events[index].time for index in starts]
     first = begun.index(since) if since in begun else 0
     total = 0.0
     for number, (start, end) in enumerate(pairwise([*starts, len(events)])):
-        times = [event["time"] for event in events[start:end] if "time" in event]
+        times = [event.time for event in events[start:end] if event.time is not None]
         if number >= first and (since in begun or times[0] >= since):
             total += max(times) - times[0]
     return total
 
 
-def by_phase(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def by_phase(events: Iterable[RunEvent]) -> dict[str, float]:
     """Seconds of ended sessions by phase, added up."""
     total: Counter[str] = Counter()
-    for event in events:
-        if event["event"] == "ended":
-            total.update(event["seconds"])
+    for event in of_kind(events, SessionEnded):
+        total.update(event.seconds)
     return dict(total)

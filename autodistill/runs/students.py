@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from autodistill.errors import DamagedError
+from autodistill.runs.events import RunEvent, RungReached, StudentKept
 from autodistill.runs.results.row import Row
 from autodistill.utils.checksums import check_list
 from autodistill.utils.storage import Storage
@@ -42,12 +42,12 @@ def send_student(trial: Path, storage: Storage, tokens: int | None = None) -> No
     storage.replace_folder(student_folder(trial, tokens), student_key(trial, tokens))
 
 
-def listed(events: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int | None], str]:
+def listed(events: Iterable[RunEvent]) -> dict[tuple[str, int | None], str]:
     """Hashes of the lists of students' files, as a run's log has them, by trial and the tokens of `student_folder`."""
     found: dict[tuple[str, int | None], str] = {}
     for event in events:
-        if event["event"] in ("rung", "kept") and event.get("student") is not None:
-            found[event["trial"], event["tokens"] if event["event"] == "kept" else None] = event["student"]
+        if isinstance(event, RungReached | StudentKept) and event.student is not None:
+            found[event.trial, event.tokens if isinstance(event, StudentKept) else None] = event.student
     return found
 
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from autodistill.runs.events import RowTested, RunEvent, SessionBegan
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.schema import check_opening
 from autodistill.units import count_of
@@ -34,13 +35,13 @@ def recorded_test_openings(out: Path, *, data: str | None = None) -> list[dict[s
     return [opening for opening in openings if data is None or opening["data"] == data]
 
 
-def openings_in(events: Iterable[Mapping[str, Any]]) -> int:
+def openings_in(events: Iterable[RunEvent]) -> int:
     """In how many sessions of a run its test split was scored, by its log, which goes where the run goes."""
     count, scored = 0, False
     for event in events:
-        if event["event"] == "session":
+        if isinstance(event, SessionBegan):
             scored = False
-        elif event["event"] == "test" and not scored:
+        elif isinstance(event, RowTested) and not scored:
             count, scored = count + 1, True
     return count
 
@@ -54,7 +55,7 @@ def times_opened(run: RunFolder, data: str) -> int:
     """
     recorded = sum(opening["run"] == run.name for opening in recorded_test_openings(run.path.parent, data=data))
     # The ledger does not know what another machine opened.
-    return max(recorded, openings_in(run.events.read()))
+    return max(recorded, openings_in(run.events.all()))
 
 
 def already_opened(times: int) -> str:
@@ -74,7 +75,7 @@ def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:
     name = search.get("name")
     if fingerprint and name and (run := RunFolder(out, name)).events.path.exists():
         # The ledger does not know what another machine opened.
-        counts |= Counter({name: openings_in(run.events.read())})
+        counts |= Counter({name: openings_in(run.events.all())})
     return dict(counts.most_common())
 
 

@@ -14,21 +14,21 @@ from autodistill.errors import InputError
 from autodistill.estimates.fit import fits, holdable
 from autodistill.hardware.budget import NO_LIMIT, read_budget
 from autodistill.models.config import spec_from_config
+from autodistill.runs.events import RungReached, TrialAdded, TrialEnded, WorkRetried, of_kind
 from autodistill.runs.results.differences import paired, paired_difference
 from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
 from autodistill.runs.results.memory_correction import corrected, least_beyond
 from autodistill.runs.results.objectives import Objective, objectives_of
 from autodistill.runs.results.row import WITHIN_LIMITS, Row, Status
-from autodistill.runs.results.savings import Saved, saved
 from autodistill.runs.results.selection import chosen, contenders, students_only
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.savings import Saved, saved
 from autodistill.runs.test_split_ledger import opened, openings_of
 from autodistill.search.algorithms.optuna_study import Importance, Observation, importance
 from autodistill.search.campaign.state import LIKELIHOOD
 from autodistill.search.construction.construction import Construction
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.dimension import Point
 from autodistill.strategy.space import Space
 from autodistill.units import format_bytes
 
@@ -147,19 +147,19 @@ def explain(run: RunFolder) -> Explanation:
     Raises:
         InputError: There is no trial yet.
     """
-    asked, events = run.asked("metric", "direction", "plan", "space_definition"), run.events.read()
-    plan, space = Plan.from_json(asked["plan"]), Space.from_json(asked["space_definition"])
+    asked, events = run.asked("metric", "direction", "plan", "space_definition"), run.events.all()
+    plan, space = Plan.from_json(asked["plan"]), Space.stored(asked["space_definition"])
     run.check_together(len(plan.rungs))
-    trials = {event["trial"]: event for event in events if event["event"] == "trial"}
+    trials = {event.trial: event for event in of_kind(events, TrialAdded)}
     if not trials:
         raise InputError(f"the run {run.name!r} has no trial yet: nothing to explain")
-    rungs = [event for event in events if event["event"] == "rung"]
-    ends = {event["trial"]: event for event in events if event["event"] == "status"}
+    rungs = of_kind(events, RungReached)
+    ends = {event.trial: event for event in of_kind(events, TrialEnded)}
     reached: dict[str, int] = {}
     for event in rungs:
-        reached[event["trial"]] = max(reached.get(event["trial"], 0), event["tokens"])
-    points = {trial: event["point"] for trial, event in trials.items() if event["point"] is not None}
-    first = {event["trial"]: event for event in rungs if event["rung"] == 0 and event["trial"] in points}
+        reached[event.trial] = max(reached.get(event.trial, 0), event.tokens)
+    points = {trial: event.point for trial, event in trials.items() if event.point is not None}
+    first = {event.trial: event for event in rungs if event.rung == 0 and event.trial in points}
     spared = saved(events, plan)
     try:
         binding, following = _limits(asked, run.events.rows())
@@ -168,7 +168,7 @@ def explain(run: RunFolder) -> Explanation:
     return Explanation(
         metric=asked["metric"],
         constructions=tuple(Construction.from_json(one).describe() for one in asked.get("constructions", ())),
-        race=_race(run.events.rows("validation"), plan) if asked.get("constructions") else (),
+        race=_race(run.events.rows(split="validation"), plan) if asked.get("constructions") else (),
         importance={
             objective.name: importance(
                 space, _results(points, first.values(), place), objective.direction, least=FEWEST_RESULTS
@@ -179,7 +179,7 @@ def explain(run: RunFolder) -> Explanation:
         rejected=_ended(ends.values(), Status.REJECTED),
         stopped=dict(sorted(Counter(reached.values()).items())),
         failed=_ended(ends.values(), Status.FAILED),
-        retried=dict(Counter(event["cause"] for event in events if event["event"] == "retry").most_common()),
+        retried=dict(Counter(event.cause for event in of_kind(events, WorkRetried)).most_common()),
         tokens_trained=sum(reached.values()) - spared.shared_tokens,
         tokens_full=sum(max(plan.tokens, tokens) for tokens in reached.values()),
         tokens_rejected=spared.rejected_tokens,
@@ -194,8 +194,10 @@ def explain(run: RunFolder) -> Explanation:
 def _race(rows: Sequence[Row], plan: Plan) -> tuple[str, ...]:
     """The students of as many tokens as planned, the best first, each with its paired distance to that one."""
     raced = [row for row in rows if row.kind == "student" and row.train_tokens == plan.tokens and row.perplexity]
-    ranked = sorted(raced, key=lambda row: row.perplexity or math.inf)
-    firsts = list({row.trial: row for row in reversed(ranked)}.values())[::-1]
+    best_of_trial: dict[str, Row] = {}
+    for row in sorted(raced, key=lambda row: row.perplexity or math.inf):
+        best_of_trial.setdefault(row.trial, row)
+    firsts = list(best_of_trial.values())
     lines = []
     for row in firsts:
         said = f"{named(row)}: {math.log(row.perplexity or math.inf):.4f} nats a token"
@@ -212,13 +214,13 @@ def _objectives(asked: Mapping[str, Any]) -> tuple[Objective, ...]:
     return (replace(first, direction=asked["direction"]), *others)
 
 
-def _results(points: Mapping[str, Point], rungs: Iterable[Mapping[str, Any]], place: int) -> list[Observation]:
+def _results(points: Mapping[str, Mapping[str, Any]], rungs: Iterable[RungReached], place: int) -> list[Observation]:
     """What trials reported of one objective, by its place among them."""
     found = []
     for event in rungs:
-        value = [event["value"], *event.get("further", ())][place : place + 1]
+        value = [event.value, *event.further][place : place + 1]
         if value and value[0] is not None:
-            point = points[event["trial"]]
+            point = points[event.trial]
             found.append(Observation(point=point, state=Status.COMPLETED, value=value[0], fidelity=1.0))
     return found
 
@@ -234,13 +236,13 @@ def _table(objective: str, found: Importance) -> list[str]:
     return lines + [f"     --   {path}: {why}" for path, why in found.left_out.items()]
 
 
-def _ended(ends: Iterable[Mapping[str, Any]], status: Status) -> tuple[Ended, ...]:
+def _ended(ends: Iterable[TrialEnded], status: Status) -> tuple[Ended, ...]:
     """Trials that ended so by cause, the most first: by the limit missed or the failure, else by what was said."""
     groups: dict[str, list[tuple[float, str]]] = {}
     for event in ends:
-        if event["status"] == status:
-            reason, miss = str(event["reason"]), event.get("miss")
-            cause = _CAUSES[miss["limit"]] if miss else event.get("cause") or _FIGURE.sub("…", reason)
+        if event.status is status:
+            reason, miss = str(event.reason), event.miss
+            cause = _CAUSES[miss["limit"]] if miss else event.cause or _FIGURE.sub("…", reason)
             groups.setdefault(cause, []).append((miss["slack"] if miss else math.inf, reason))
     found = []
     for cause, members in groups.items():
@@ -306,7 +308,7 @@ def _fits(row: Row, asked: Mapping[str, Any], beyond: Mapping[str, int]) -> list
     if row.shape is None:
         return []
     spec, budget = spec_from_config(row.shape), read_budget(asked["budget"])
-    deployments = Space.from_json(asked["space_definition"]).deployments
+    deployments = Space.stored(asked["space_definition"]).deployments
     found = []
     for fit in fits(spec, holdable(spec, deployments), budget):
         need = fit.need + beyond.get(fit.deployment.runtime, 0)

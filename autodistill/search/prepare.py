@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -17,8 +17,10 @@ from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimates.training_fit import INSTALL_8BIT, has_eight_bit
 from autodistill.export.model_card import NOT_STATED
 from autodistill.models.spec import ModelSpec
+from autodistill.runs.events import RungReached, TrialAdded
 from autodistill.runs.phase_clock import Clock
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.run_log import RunLog
 from autodistill.runs.test_split_ledger import already_opened, times_opened
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.campaign.state import Question
@@ -82,7 +84,7 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
     if checked.stored is not None:
         check_typed(checked.stored["speed"], Speed, "speed of search.json")
         speed = Speed(**checked.stored["speed"])
-        plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed, run.events.read())
+        plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed, run.events)
         plan = _here(plan, loaded)
         _check_fingerprints(checked, loaded)
     else:
@@ -115,7 +117,7 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
 
 def prepare_rows(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
     """Scores the teacher and writes its rows, of which one may be exported from here on, before trials are prepared."""
-    setting = teacher_phase(planned.config, planned.loaded, planned.plan, run, clock, run.events.read())
+    setting = teacher_phase(planned.config, planned.loaded, planned.plan, run, clock)
     return Ready(
         config=planned.config,
         question=_question(planned.config, planned, setting),
@@ -161,7 +163,6 @@ def _question(checked: SearchConfig, planned: Planned, setting: TrialSetting) ->
         further=checked.objectives[1:],
         served_on=checked.device,
         device=planned.loaded.workers.device,
-        sharing=checked.sharing,
         students_only=checked.students_only,
         goal=checked.goal,
         raced=bool(checked.constructions) and not checked.objectives[1:],
@@ -202,9 +203,7 @@ def _unasked(checked: SearchConfig, loaded: Loaded) -> tuple[str, ...]:
     return (f"{said}, and count as not answered",) if left else ()
 
 
-def _extended(
-    checked: SearchConfig, plan: Plan, spec: ModelSpec, speed: Speed, events: Sequence[Mapping[str, Any]]
-) -> Plan:
+def _extended(checked: SearchConfig, plan: Plan, spec: ModelSpec, speed: Speed, log: RunLog) -> Plan:
     """The plan of a resumed run with the trials that were asked for, or that more time for a finished one holds.
 
     A run of one strategy alone has no trials: its time goes to that one. Trials that a finished run is given without
@@ -218,17 +217,13 @@ def _extended(
         plan = replace(plan, box_seconds=None)
     elif "seconds" in checked.stored and checked.time_seconds is not None and checked.trials is None:
         trials += more_trials(plan, spec.parameters, speed, checked.time_seconds, checked.explore)
-    return extend(plan, trials, _passed(events, len(plan.rungs)))
+    return extend(plan, trials, _passed(log, len(plan.rungs)))
 
 
-def _passed(events: Iterable[Mapping[str, Any]], rungs: int) -> tuple[int, ...]:
+def _passed(log: RunLog, rungs: int) -> tuple[int, ...]:
     """How many of the proposed trials have gone past each rung but the last, by the log."""
-    proposed, furthest = set(), dict[str, int]()
-    for event in events:
-        if event["event"] == "trial" and event["number"] is not None:
-            proposed.add(event["trial"])
-        elif event["event"] == "rung" and event["trial"] in proposed:
-            furthest[event["trial"]] = event["rung"]
+    proposed = {event.trial for event in log.of(TrialAdded) if event.number is not None}
+    furthest = {event.trial: event.rung for event in log.of(RungReached) if event.trial in proposed}
     return tuple(sum(reached > rung for reached in furthest.values()) for rung in range(rungs - 1))
 
 
@@ -241,7 +236,7 @@ def _extends(checked: SearchConfig, trials: int) -> bool:
 
 
 def _box(checked: SearchConfig, plan: Plan, started_at: float) -> dict[str, float | None]:
-    """The run's time box, in seconds, and when the session began from which they count for it.
+    """The run's time budget, in seconds, and when the session began from which they count for it.
 
     One that has not finished keeps its box, or has another for all of it; what a finished one is extended by has its
     own. It is written down, so that a kill changes neither.
@@ -367,8 +362,6 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
         "seed": checked.seed,
         "runner": checked.runner,
         "storage": checked.storage.uri if checked.storage else None,
-        "sharing": checked.sharing,
-        "forking": checked.forking,
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licenses(loaded),

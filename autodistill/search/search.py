@@ -17,6 +17,7 @@ from autodistill.hardware.budget import Price
 from autodistill.hardware.machine import detect_for_training
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.runs.checkpoints import default_limit
+from autodistill.runs.events import RunEvent, SessionBegan
 from autodistill.runs.phase_clock import Clock
 from autodistill.runs.remote_copy import Lease, StoredLog, check_free, keep, pull
 from autodistill.runs.report import write_report
@@ -25,10 +26,10 @@ from autodistill.runs.results.gains import named
 from autodistill.runs.results.leaderboard import DISTILLED, rank
 from autodistill.runs.results.objectives import front
 from autodistill.runs.results.row import Row, Status, to_parquet
-from autodistill.runs.results.savings import saved
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.savings import saved
 from autodistill.runs.sessions import SignsOfLife, by_phase, last_ended, lasted
 from autodistill.runs.students import student_bytes
 from autodistill.search.algorithms.sampler import Sampler
@@ -53,7 +54,6 @@ from autodistill.search.setup.loading import load
 from autodistill.search.setup.measure_plan import plan_from_measurement
 from autodistill.search.setup.solve_phase import construct
 from autodistill.search.setup.teacher_phase import cache_settings, calibration_file, check_cache_limit
-from autodistill.search.setup.training_setup import trainable
 from autodistill.search.worker.failures import is_disk_broken, is_disk_full
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.units import format_duration
@@ -97,7 +97,7 @@ def plan_search(request: SearchRequest, observer: Observer | None = None, price:
     checked = check_request(request)
     with _disk(str(checked.cache), lambda: ""), _workplace(checked) as (place, _):
         told = observer or Observer()
-        return _plan(trainable(checked, place, told.line), place, told, price)
+        return _plan(checked, place, told, price)
 
 
 def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price | None) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def search(request: SearchRequest, observer: Observer | None = None, callbacks: 
                 _workplace(checked) as (place, joined),
                 _stored(checked, run, observer) as storage,
             ):
-                asked = trainable(replace(checked, name=run.name), place, observer.line)
+                asked = replace(checked, name=run.name)
                 return _search(asked, place, joined, run, storage, observer, tell)
         except KeyboardInterrupt:
             if not run.search_file.exists():
@@ -276,13 +276,13 @@ def _search(
     checked = planned.config
     if storage is not None:
         keep(run.search_file, storage)
-    ended = last_ended(run.events.read(), run.path, storage)
+    ended = last_ended(run.events.all(), run.path, storage)
     if ended is not None:
-        run.events.append(ended)
-    earlier = run.events.read()
+        run.events.add(ended)
+    earlier = run.events.all()
     clock.earlier = by_phase(earlier)
-    # Written down once there is a plan, it says when the session began, from where the time box counts.
-    run.events.append({"event": "session", "time": clock.started_at})
+    # Written down once there is a plan, it says when the session began, from where the time budget counts.
+    run.events.add(SessionBegan(time=clock.started_at))
     stopped = False
     with SignsOfLife(run.path, storage, clock.started_at, clock.session):
         # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
@@ -320,7 +320,7 @@ def _trials(
     run: RunFolder,
     storage: Storage | None,
     clock: Clock,
-    earlier: list[dict[str, Any]],
+    earlier: Sequence[RunEvent],
     observer: Observer,
     tell: Callbacks,
 ) -> Campaign:
@@ -337,7 +337,6 @@ def _trials(
             further=question.further,
             earlier=ready.warm.observations,
             first=ready.warm.first,
-            forking=checked.forking,
         ),
         log=run.events,
         checkpoints=run.checkpoints,
@@ -457,8 +456,8 @@ def _runner(
         cluster.leave()
 
 
-def _deadline(planned: Planned, earlier: Sequence[Mapping[str, Any]], clock: Clock, observer: Observer) -> float | None:
-    """`time.monotonic()` after which no trial may run, so that export and test still fit what is left of the box."""
+def _deadline(planned: Planned, earlier: Sequence[RunEvent], clock: Clock, observer: Observer) -> float | None:
+    """`time.monotonic()` after which no trial may run, so that export and test still fit the time that is left."""
     box, plan = planned.document["box"], planned.plan
     if box["seconds"] is None:
         return None
@@ -507,7 +506,7 @@ def _result(
         "budget": checked.budget.to_json(),
         "plan": plan.to_json(),
         "seconds": dict(seconds),
-        "saved": saved(run.events.read(), plan).to_json(),
+        "saved": saved(run.events.all(), plan).to_json(),
         "notes": notes,
         "paths": {"run": str(run.path), **{name: str(path) for name, path in finished.paths.items()}},
     }
@@ -545,7 +544,7 @@ _MORE = "give it more --time"
 
 
 def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
-    """What was left undone of a plan: for want of time where there is a box, or of strategies that fit.
+    """What was left undone of a plan: for want of time where there is a time budget, or of strategies that fit.
 
     What failed or did not fit counts as tried, as it does for the agenda; the search says so elsewhere.
 
@@ -586,7 +585,7 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
 
 
 def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
-    """What the time box ended before."""
+    """What the time budget ended before."""
     if campaign.box.deadline is None:
         return []
     notes = []

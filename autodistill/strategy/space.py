@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from autodistill.strategy.dimension import (
     with_conditions,
 )
 from autodistill.strategy.divergence import get_divergence
-from autodistill.strategy.domains import Choice, Choices, Float, Int, Value, check_fields, near
+from autodistill.strategy.domains import Choice, Float, Int, Value, check_fields
 from autodistill.strategy.named import check_effect, find_file, load_strategy
+from autodistill.strategy.restriction import Restriction, restriction, restricts
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import replacing
@@ -34,10 +35,9 @@ from autodistill.utils.plain_dataclass import check
 from autodistill.utils.yaml_files import read_yaml
 
 _NO_DIMENSION = "dimensions must be a mapping with an entry"
+_SOLVED = "solved"  # among the deployments of a space: those that the solver finds
 
-_SPACE_FIELDS = (
-    *("name", "description", "dimensions", "deployments", "baselines", "starts", "optional", "lengths", "solved"),
-)
+_SPACE_FIELDS = (*("name", "description", "dimensions", "deployments", "baselines", "starts", "lengths", "solved"),)
 
 Domain = Float | Int | Choice | Mapping[str, Any]
 """What a dimension may be, as Python declares it, or as plain data like a YAML file's."""
@@ -62,11 +62,12 @@ class Space:
         deployments: How trained students are packed.
         baselines: Named strategies that run first, to the full plan.
         starts: Named strategies of the space that are proposed first, and have to pass every rung.
-        optional: Of dimensions the choices that a search does without where no student of them fits its budget, or can
-            be trained on its machines.
         lengths: Multiples of the plan's tokens, 1 and above, that the best trials are trained on to.
         solved: Whether how a student begins and is stored (`init`, `finishing`) is solved for the budget; then the
             dimensions say what is raced beside it.
+        restrictions: Of a solved space the dimensions of `init` and `finishing`, which restrict the solver.
+        types_solved: Of a solved space whether types are solved too, so that the deployments in llama.cpp are read
+            beside what is solved; else these are all the storages that the solver may choose.
         narrowed_from: Hash of the space that this one was made of, by `required` or with what was solved; runs of the
             two are of one space.
     """
@@ -77,9 +78,10 @@ class Space:
     deployments: tuple[Deployment, ...]
     baselines: Mapping[str, Strategy]
     starts: Mapping[str, Strategy]
-    optional: Mapping[str, tuple[Value, ...]]
     lengths: tuple[float, ...]
     solved: bool
+    restrictions: tuple[Dimension, ...]
+    types_solved: bool
     narrowed_from: str | None
 
     def __init__(
@@ -88,12 +90,13 @@ class Space:
         *,
         name: str = "unnamed",
         description: str = "",
-        deployments: Sequence[Deployment | Mapping[str, Any]] | None = None,
+        deployments: Sequence[Deployment | Mapping[str, Any] | str] | None = None,
         baselines: Sequence[str] | Mapping[str, Strategy | Mapping[str, Any]] = (),
         starts: Sequence[str] | Mapping[str, Strategy | Mapping[str, Any]] = (),
-        optional: Mapping[str, Sequence[Value]] | None = None,
         lengths: Sequence[float] = (1.0,),
         solved: bool = False,
+        restrictions: tuple[Dimension, ...] = (),
+        types_solved: bool = False,
         narrowed_from: str | None = None,
     ) -> None:
         """Read a space and check that each of its corners is a strategy.
@@ -101,25 +104,30 @@ class Space:
         Args:
             dimensions: By dotted path in a strategy, what each may be.
             name, description, lengths, solved: See the attributes.
-            deployments: Those of the default space where none are given.
+            deployments: Those of the default space where none are given; "solved" among them says that types are
+                solved in llama.cpp.
             baselines, starts: Names of strategies, like "gkd", or strategies by names of your own.
-            optional: By path, some of a dimension's choices.
-            narrowed_from: Of spaces that are made of another one alone.
+            restrictions, types_solved, narrowed_from: Of spaces that are made of another one alone.
 
         Raises:
             InputError: Anything wrong with it, naming the dimension.
         """
         read = isinstance(dimensions, tuple)  # by an earlier call: `replace` changes a part of a space
+        if not read:
+            check(isinstance(solved, bool), f"solved is true or false, not {solved!r}")
+            restrictions = _restrictions(dimensions) if solved else ()
+            types_solved, deployments = _types_solved(solved, deployments)
         given: dict[str, Any] = {
-            "dimensions": dimensions if read else _dimensions(dimensions, baselines),
+            "dimensions": dimensions if read else _dimensions(dimensions, baselines, restrictions),
             "name": name,
             "description": description,
             "deployments": deployments if read else _deployments(deployments),
             "baselines": baselines if read else _named("baselines", baselines),
             "starts": starts if read else _named("starts", starts),
-            "optional": optional if read else _optional({} if optional is None else optional),
             "lengths": lengths if read else _lengths(lengths),
             "solved": solved,
+            "restrictions": restrictions,
+            "types_solved": types_solved,
             "narrowed_from": narrowed_from,
         }
         for field_name, value in given.items():
@@ -129,16 +137,26 @@ class Space:
 
     def _check(self) -> None:
         check(isinstance(self.solved, bool), f"solved is true or false, not {self.solved!r}")
-        told = [one.path for one in self.dimensions if part_of(one.path) in ("init", "finishing")]
-        check(
-            not (self.solved and (told or self.starts or self.optional)),
-            "a solved space leaves init and finishing to the solver: leave out "
-            f"{', '.join(told) or 'starts and optional'}",
-        )
+        if self.solved:
+            check(
+                not self.starts,
+                "a solved space begins with what the solver finds: name shapes as choices of init, "
+                "and storages as deployments, in place of starts",
+            )
+            assert self.restriction.dimensions == self.restrictions
         _check_corners(self)
-        _check_optional(self)
         for name, strategy in self.starts.items():
             check(self.point(strategy) is not None, f"starts: {name} lies outside of the space")
+
+    @property
+    def restriction(self) -> Restriction:
+        """What the solver may choose among in a solved space.
+
+        Raises:
+            InputError: What is said contradicts itself.
+        """
+        storages = [one for one in self.deployments if one.runtime == "llama.cpp"]
+        return restriction(self.restrictions, None if self.types_solved else storages)
 
     def strategy(self, point: Mapping[str, Value]) -> Strategy:
         """The strategy at `point`; what no dimension sets has the strategy's default.
@@ -227,47 +245,36 @@ class Space:
         strategies = (*self.varied(["distillation.divergence"]), *self.starts.values())
         return tuple(sorted({strategy.distillation.divergence for strategy in strategies}))
 
-    def required(self) -> Space:
-        """The space without its optional choices, and without the dimensions and starts that ask for one."""
-        if not self.optional:
-            return self
-        dimensions = []
-        for dimension in self.dimensions:
-            when = {path: self._required(path, values) for path, values in dimension.when.items()}
-            if all(when.values()):
-                domain = dimension.domain
-                if isinstance(domain, Choices):
-                    left = self._required(dimension.path, domain.corners)
-                    domain = Choices(values={label: domain.values[label] for label in left})
-                dimensions.append(replace(dimension, domain=domain, when=when))
-        narrowed = replace(self, dimensions=tuple(dimensions), starts={}, optional={}, narrowed_from=self.hash)
-        starts = {name: start for name, start in self.starts.items() if narrowed.point(start) is not None}
-        return replace(narrowed, starts=starts)
-
-    def _required(self, path: str, values: Sequence[Value]) -> tuple[Value, ...]:
-        return tuple(value for value in values if value not in self.optional.get(path, ()))
-
     @cached_property
     def hash(self) -> str:
         """Content hash of all that a search depends on, which is all but the wording."""
         if self.narrowed_from is not None:
             return self.narrowed_from
         data = self.to_json()
-        parts = [list(data["dimensions"].items()), data["deployments"], data["baselines"], list(data["starts"].items())]
-        parts += [data["optional"]] if self.optional else []
+        raced = [(dimension.path, dimension.to_json()) for dimension in self.dimensions]
+        deployments = [one for one in data["deployments"] if one != _SOLVED]
+        parts = [list(map(list, raced)), deployments, data["baselines"], list(data["starts"].items())]
         parts += ["solved"] if self.solved else []
+        parts += [list(told.items())] if (told := self._restricting) else []
+        parts += ["types by deployments"] if self.solved and not self.types_solved else []
         return content_hash(parts + ([data["lengths"]] if len(self.lengths) > 1 else []))
+
+    @property
+    def _restricting(self) -> dict[str, Any]:
+        return {dimension.path: dimension.to_json() for dimension in self.restrictions}
 
     def to_json(self) -> dict[str, Any]:
         """The space as plain data, which `from_json` reads; baselines and starts are written out."""
         return {
             "name": self.name,
             "description": self.description,
-            "dimensions": {dimension.path: dimension.to_json() for dimension in self.dimensions},
-            "deployments": [deployment.to_json() for deployment in self.deployments],
+            "dimensions": self._restricting | {one.path: one.to_json() for one in self.dimensions},
+            "deployments": [
+                *([_SOLVED] if self.solved and self.types_solved else []),
+                *(deployment.to_json() for deployment in self.deployments),
+            ],
             "baselines": {name: strategy.to_json() for name, strategy in self.baselines.items()},
             "starts": {name: strategy.to_json() for name, strategy in self.starts.items()},
-            "optional": {path: list(labels) for path, labels in self.optional.items()},
             "lengths": list(self.lengths),
             **({"solved": True} if self.solved else {}),
         }
@@ -285,18 +292,55 @@ class Space:
             InputError: Anything wrong with it, naming the dimension.
         """
         check(isinstance(data, Mapping), "the space must be a mapping with dimensions and deployments")
+        check(
+            "optional" not in data,
+            "there is no optional any more: leave it out, since what does not fit is rejected before it is trained",
+        )
         check_fields(data, _SPACE_FIELDS, "the space")
         for name in ("name", "description"):
             check(isinstance(data.get(name, ""), str), f"{name} must be text, not {data.get(name)!r}")
         # A file says how students are packed: what it leaves out is no default.
         return cls(**{"dimensions": None, **data, "deployments": data.get("deployments") or ()})
 
+    @classmethod
+    def stored(cls, data: Mapping[str, Any]) -> Space:
+        """Read the space that a run has written down; older runs listed optional choices too, which say nothing now.
 
-def _dimensions(data: Any, baselines: Any) -> tuple[Dimension, ...]:
+        Raises:
+            InputError: As `from_json`.
+        """
+        return cls.from_json({name: value for name, value in data.items() if name != "optional"})
+
+
+def _dimensions(data: Any, baselines: Any, restrictions: Sequence[Dimension]) -> tuple[Dimension, ...]:
     # A run of one strategy has a space that holds its baseline alone.
     alone = data == {} and isinstance(baselines, Mapping) and len(baselines) > 0
     check(alone or (isinstance(data, Mapping) and len(data) > 0), _NO_DIMENSION)
-    return in_order([Dimension.from_json(str(path), entry) for path, entry in data.items()])
+    taken = {one.path for one in restrictions}
+    return in_order([Dimension.from_json(str(path), entry) for path, entry in data.items() if path not in taken])
+
+
+def _restrictions(data: Any) -> tuple[Dimension, ...]:
+    """The dimensions of a solved space that restrict the solver."""
+    check(isinstance(data, Mapping), _NO_DIMENSION)
+    return in_order([Dimension.from_json(str(path), entry) for path, entry in data.items() if restricts(str(path))])
+
+
+def _types_solved(solved: bool, deployments: Any) -> tuple[bool, Any]:
+    """Whether types are solved, and the deployments without the word that says so."""
+    if deployments is None:
+        return solved, None
+    listed = list(deployments) if isinstance(deployments, list | tuple) else []
+    if _SOLVED not in listed:
+        return False, deployments
+    others = [one for one in listed if one != _SOLVED]
+    check(solved, f"deployments has {_SOLVED!r}, and the space is not solved: give it `solved: true`, or leave it out")
+    check(
+        others != [] and len(others) == len(listed) - 1,
+        f"deployments has {_SOLVED!r} once, and beside it what students are read under where nothing can be solved, "
+        "such as {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}",
+    )
+    return True, others
 
 
 def _check_corners(space: Space) -> None:
@@ -321,31 +365,6 @@ def _deployments(data: Any) -> tuple[Deployment, ...]:
     )
     check(len(set(deployments)) == len(deployments), "a deployment is listed twice")
     return deployments
-
-
-def _optional(data: Any) -> dict[str, tuple[Value, ...]]:
-    check(isinstance(data, Mapping), f"optional must be a mapping of dimensions to lists of choices, not {data!r}")
-    for path, labels in data.items():
-        check(
-            isinstance(labels, list | tuple) and len(labels) > 0,
-            f"optional.{path} needs a list of choices, not {labels!r}",
-        )
-    return {str(path): tuple(labels) for path, labels in data.items()}
-
-
-def _check_optional(space: Space) -> None:
-    """Refuses choices that no dimension has, and a dimension of which none would be left."""
-    domains = {dimension.path: dimension.domain for dimension in space.dimensions}
-    for path, labels in space.optional.items():
-        check(path in domains, f"optional names {path}, which is no dimension here; {near(path, domains)}")
-        domain = domains[path]
-        if not isinstance(domain, Choices):
-            raise InputError(f"optional names {path}, which has no choices")
-        for label in labels:
-            hint = near(label, map(str, domain.corners))
-            check(domain.holds(label), f"optional names {label!r} of {path}, which is none of its choices; {hint}")
-        left = [label for label in domain.corners if label not in labels]
-        check(left != [], f"optional leaves {path} no choice that is not")
 
 
 def _lengths(data: Any) -> tuple[float, ...]:
@@ -387,7 +406,7 @@ def load_space(ref: str | Path) -> Space:
     data = read_yaml(find_file(ref, "spaces"))
     try:
         space = Space.from_json(data)
-        check(len(space.dimensions) > 0, _NO_DIMENSION)
+        check(len(space.dimensions) + len(space.restrictions) > 0, _NO_DIMENSION)
         for strategy in (*space.baselines.values(), *space.starts.values()):
             check_effect(strategy)
         for name in space.divergences:

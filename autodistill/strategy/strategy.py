@@ -105,6 +105,11 @@ class Init(PlainDataclass):
         check(least >= 1, f"init.ffn_widths are numbers of FFN neurons of 1 and more, and one of them is {least}")
 
     @property
+    def whole(self) -> bool:
+        """Whether it is the whole teacher, with its weights."""
+        return self == Init(depth=1.0)
+
+    @property
     def by_influence(self) -> bool:
         """Whether the choice of layers depends on the teacher's activations."""
         return self.layers in _BY_INFLUENCE
@@ -424,14 +429,17 @@ class Distillation(PlainDataclass):
 
 @dataclass(frozen=True, kw_only=True)
 class Finishing(QuantizationScheme, PlainDataclass):
-    """The grid on which the last stage trains, with weights rounded to it in the forward pass (QAT).
+    """The grid on which the last stage trains, with weights rounded to it in the forward pass (QAT), or all stages.
 
     The fields of `QuantizationScheme` say which grid, and which weights stay off it.
 
     Attributes:
         scales: "absmax" derives a group's scale from its weights in every step, as the tools of its container do, or
             by least squares for K-quants and grids with a codebook. "learned" trains it (LSQ, arXiv:1902.08153), and
-            the export uses the learned scales; of a codebook none are learned.
+            the export uses the learned scales; of a codebook none are learned. "alone" trains nothing of these weights
+            but scales and minima, from the first step: their codes stay as they were first rounded (EfficientQAT's
+            second phase, arXiv:2407.11062). A few steps reach more so, since a weight that lies on a grid needs many to
+            reach the next code, and memory holds neither weights nor their moments.
         start: Share of the decay, 0 to below 1, after which the weights are rounded to the grid.
     """
 
@@ -441,15 +449,29 @@ class Finishing(QuantizationScheme, PlainDataclass):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.bits < 16, "finishing trains on a quantised grid: for a 16-bit student, leave finishing out")
-        check_choice("finishing.scales", self.scales, ("absmax", "learned"))
+        check_choice("finishing.scales", self.scales, ("absmax", "learned", "alone"))
         grids = [self.linear, *(TYPES[kind] for _, kind in self.types)]
         uneven = [one.name for one in grids if isinstance(one, Grid) and one.codebook]
         check(
-            self.scales == "absmax" or not uneven,
+            self.scales != "learned" or not uneven,
             f"scales are learned of grids with even steps, and those of {' and '.join(uneven)} are not: leave "
             "finishing.scales out",
         )
         check(0 <= self.start < 1, f"finishing.start is a share of the decay, 0 to below 1, not {self.start}")
+        check(
+            self.scales != "alone" or self.scalable,
+            f"the scales of {self.name} are powers of two, which are not trained: leave finishing.scales out",
+        )
+        check(
+            self.scales != "alone" or self.start == 0,
+            "finishing.start has no meaning where scales alone are trained, from the first step: leave it out",
+        )
+
+    @property
+    def scalable(self) -> bool:
+        """Whether there are scales that can be trained alone: powers of two are not."""
+        grids = [self.linear, *(TYPES[kind] for _, kind in self.types)]
+        return any(isinstance(one, Grid) and one.scale_dtype != "e8m0" for one in grids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -469,6 +491,19 @@ class Strategy(PlainDataclass):
             self.init.source != "scratch" or self.distillation.lora is None,
             "a student from scratch has random weights, and lora changes weights only a little: leave it out",
         )
+        check(
+            not self.scales_alone or self.distillation.lora is None,
+            "finishing.scales alone trains no weights, which distillation.lora would change: leave one of them out",
+        )
+        check(
+            not self.scales_alone or self.init.source != "scratch",
+            "a student from scratch has random weights, of which finishing.scales alone trains none: give it another",
+        )
+
+    @property
+    def scales_alone(self) -> bool:
+        """Whether of the weights on a grid scales alone are trained, from the first step."""
+        return self.finishing is not None and self.finishing.scales == "alone"
 
     def describe(self) -> str:
         """Return the strategy in one line, for a table; different strategies have different lines."""
@@ -489,7 +524,10 @@ class Strategy(PlainDataclass):
     @cached_property
     def stable_id(self) -> str:
         """Content hash of the stages before finishing, whose checkpoint strategies may share."""
-        return content_hash({"init": self.init.to_json(), "distillation": self.distillation.to_json()})
+        stages = {"init": self.init.to_json(), "distillation": self.distillation.to_json()}
+        if self.scales_alone and self.finishing is not None:
+            stages["finishing"] = self.finishing.to_json()
+        return content_hash(stages)
 
 
 def _of_outputs(recipe: Distillation) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +17,7 @@ from autodistill.evaluation.base import Measurement
 from autodistill.evaluation.evaluate import Evaluation
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
+from autodistill.runs.events import RunEvent
 from autodistill.runs.results.row import Decision
 from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
@@ -168,15 +168,15 @@ class Memory(RunLog):
 
     def __init__(self) -> None:
         super().__init__(Path("/nowhere"))
-        self.events: list[dict[str, Any]] = []
+        self._kept: list[RunEvent] = []
 
-    def append(self, event: Mapping[str, Any]) -> None:
+    def add(self, event: RunEvent) -> None:
         """Keeps an event."""
-        self.events.append(json.loads(json.dumps(event)))
+        self._kept.append(event)
 
-    def read(self) -> list[dict[str, Any]]:
+    def all(self) -> list[RunEvent]:
         """All events."""
-        return self.events
+        return self._kept
 
 
 class Stopping(SuccessiveHalving):
@@ -353,7 +353,6 @@ def simulate(
     seed: int = 0,
     stopping: bool = False,
     sharing: bool = True,
-    forking: bool | None = None,
     rejection: bool = True,
     live_teacher: bool = False,
     space: Space | None = None,
@@ -368,7 +367,6 @@ def simulate(
         sampler, seed: Of the proposals.
         stopping: Whether trials are stopped at rungs, and never paused and promoted.
         sharing: Whether stages are shared.
-        forking: Whether some proposals fork on purpose; as `sharing` by default.
         rejection: Whether what no deployment can hold is rejected without training.
         live_teacher: Whether there is no cache.
         space: Other than the table's.
@@ -393,7 +391,6 @@ def simulate(
         name=sampler,
         seed=seed,
         direction="max",
-        forking=sharing if forking is None else forking,
         **hints,
     )
     kind = Campaign if rejection else Unrejecting

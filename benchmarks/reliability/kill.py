@@ -34,7 +34,9 @@ import psutil
 import torch
 
 from autodistill.cli.app import main as main_of_autodistill
-from autodistill.runs.results.row import Row, rows_of
+from autodistill.runs.events import RowTested
+from autodistill.runs.results.row import Row
+from autodistill.runs.run_log import RunLog
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.event_log import EventLog
 from benchmarks.common import report
@@ -110,8 +112,9 @@ class Search:
     @property
     def rows(self) -> dict[str, Row]:
         """Of validation and test, by name and split."""
-        found = {f"{row.row_id} validation": row for row in rows_of(self.events)}
-        return found | {f"{row.row_id} test": row for row in rows_of(self.events, ("test",))}
+        log = RunLog(self.run / "trials.jsonl")
+        found = {f"{row.row_id} validation": row for row in log.rows()}
+        return found | {f"{row.row_id} test": row for row in log.rows(RowTested)}
 
     @property
     def said(self) -> str:

@@ -6,7 +6,7 @@ The real campaign, sampler and scheduler, replayed on the table that `math_table
 of the proposed shapes break. Each ablation runs the same plan on the same seeds as the whole search, without one part:
 
 - rejection: what no deployment can hold is trained to its first rung, and known there not to fit;
-- sharing: every trial trains all of its own, and none is forked; or stages are shared, and none is forked on purpose;
+- sharing: every trial trains all of its own;
 - pausing: a trial that is not among the best at a rung when it reports is stopped for good (ASHA as Ray has it);
 - warm start: where a search begins with an earlier one's observations, it is that which is left out;
 - cache: the teacher runs beside each student that learns from it. What this costs in seconds is measured, by training
@@ -36,7 +36,6 @@ CASES: dict[str, dict[str, Any]] = {
     "the whole search": {},
     "without rejection": {"rejection": False},
     "without sharing": {"sharing": False},
-    "without forks on purpose": {"forking": False},
     "without pausing": {"stopping": True},
     "without the cache": {"live_teacher": True},
 }

@@ -1,6 +1,6 @@
 """Samplers and schedulers compared on recorded students, in simulated time, over many seeds.
 
-    python -m benchmarks.search.replay [--seeds 50] [--samplers tpe gp nsga2 random] [--time 10m]
+    python -m benchmarks.search.replay [--seeds 50] [--samplers tpe random] [--time 10m]
 
 The real campaign, sampler and scheduler run on the table that `math_table.py` recorded: a proposal is looked up instead
 of trained, and costs what training it would have. Every sampler is run with each scheduler: trials to the end; stopped
@@ -31,13 +31,10 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "stops (ASHA)": {"sharing": False, "stopping": True},
     "pauses and promotes": {"sharing": False},
     "the same, two to the end": {"sharing": False},
-    "pauses, promotes, shares": {"forking": False},
-    "pauses, promotes, shares, forks": {},
+    "pauses, promotes, shares": {},
 }
 REFERENCE = ("tpe", "pauses and promotes")
 BROKEN_OFF = ("to the end", "stops (ASHA)")
-# A fit for every proposal: it is replayed with the search's own scheduler alone.
-SLOW = {"gp": ("pauses and promotes",)}
 
 
 def one(table: Table, scheduler: str, sampler: str, seed: int, trials: int, limit: int | None) -> Any:
@@ -76,7 +73,7 @@ def main() -> None:
     best = table.best()
     rows, gains = [], []
     for sampler in arguments.samplers:
-        for scheduler in SLOW.get(sampler, SCHEDULERS):
+        for scheduler in SCHEDULERS:
             cells: list[Any] = [sampler, scheduler]
             for size in SIZES:
                 whole = scheduler not in BROKEN_OFF
@@ -103,7 +100,7 @@ def main() -> None:
         "that this search (TPE, pausing and promoting, nothing shared) spends on a plan of so many trials, and the "
         "operations of each over those. A search that trains to the end, or stops, is broken off there; one that "
         "pauses ends by its own plan. The hand-designed recipe runs first in all of them. Stages are shared in the "
-        "last rows alone, of which the very last is a search by default: it also forks on purpose."
+        "last rows alone, which are a search by default."
     )
     parts = [head, report.table(titles, rows), f"## Paired by seed, {SIZES[-1]} trials\n\n" + pairs(reference, gains)]
     print(report.write("replay", "Samplers and schedulers, replayed", parts))

@@ -28,6 +28,7 @@ from autodistill.evaluation.evaluate import evaluate
 from autodistill.evaluation.statistics import per_document
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
+from autodistill.runs.events import RunEvent, RungReached, TrialAdded, of_kind
 from autodistill.runs.run_folder import default_cache
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
@@ -205,28 +206,27 @@ def real(table: Table, prepared: Prepared, seed: int) -> dict[str, float]:
     setting = replace(prepared.setting, plan=made, evaluators=(METRIC, "memory", "size"))
     sampler = Sampler(table.space, seed=seed)
     campaign = Campaign(question, sampler=sampler, log=prepared.run.events, checkpoints=prepared.run.checkpoints)
-    campaign.replay(prepared.run.events.read())
+    campaign.replay(prepared.run.events.all())
     run_inline(campaign, setting, None)
     _, looked_up = simulate(table, made, seed=seed)
-    trained = prepared.run.events.read()
-    mine, theirs = (dict(_told(events)) for events in (trained, looked_up._log.read()))
+    trained = prepared.run.events.all()
+    mine, theirs = (dict(_told(events)) for events in (trained, looked_up._log.all()))
     same = sum(mine.get(key) == value for key, value in theirs.items())
     off = max((abs(mine[key] - value) for key, value in theirs.items() if key in mine), default=0.0)
     compared = {"stretches": len(theirs), "same": same, "others": len(mine.keys() - theirs.keys()), "off": off}
     return compared | stretch_seconds(trained)
 
 
-def stretch_seconds(events: Sequence[Any]) -> dict[str, float]:
+def stretch_seconds(events: Sequence[RunEvent]) -> dict[str, float]:
     """What the stretches of a log took, by what was done."""
-    told = [event["seconds"] for event in events if event["event"] == "rung"]
+    told = [event.seconds for event in of_kind(events, RungReached)]
     return {part: sum(float(one[part]) for one in told) for part in ("train", "evaluate", "other")}
 
 
-def _told(events: Sequence[Any]) -> Iterator[tuple[str, float]]:
-    strategies = {event["trial"]: event["strategy_id"] for event in events if event["event"] == "trial"}
-    for event in events:
-        if event["event"] == "rung":
-            yield f"{event['trial']} {strategies[event['trial']]} {event['rung']}", event["value"]
+def _told(events: Sequence[RunEvent]) -> Iterator[tuple[str, float]]:
+    strategies = {event.trial: event.strategy.id for event in of_kind(events, TrialAdded) if event.strategy}
+    for event in of_kind(events, RungReached):
+        yield f"{event.trial} {strategies[event.trial]} {event.rung}", event.value
 
 
 def main() -> None:

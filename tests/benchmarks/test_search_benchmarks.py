@@ -106,9 +106,9 @@ def test_samplers_are_compared_with_the_searchs_own_whichever_are_asked_for() ->
     (line,) = pairs(reference, [("random", "to the end", [0.48, 0.51, 0.51])]).splitlines()
     # 2, 1 and 3 points: their mean, and their standard deviation of 1 over the root of 3.
     assert line == "- tpe, pauses and promotes, less random, to the end: +2.000 ± 0.577 points, clear"
-    every = [("tpe", "pauses and promotes", reference), ("gp", "pauses and promotes", [0.5, 0.52, 0.54])]
+    every = [("tpe", "pauses and promotes", reference), ("random", "pauses and promotes", [0.5, 0.52, 0.54])]
     (line,) = pairs(reference, every).splitlines()
-    assert line == "- tpe, pauses and promotes, less gp, pauses and promotes: +0.000 ± 0.000 points, not clear"
+    assert line == "- tpe, pauses and promotes, less random, pauses and promotes: +0.000 ± 0.000 points, not clear"
     assert pairs([0.5], [("random", "to the end", [0.4])]).endswith("+10.000 points, of one seed")
 
 

@@ -9,7 +9,7 @@ import pytest
 from autodistill.cli.summary import plan_summary, search_summary
 from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
-from autodistill.runs.results.savings import saved
+from autodistill.runs.savings import saved
 from autodistill.strategy.strategy import Strategy
 from autodistill.testing import small_plan
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from autodistill.cli.app import main as main_of_autodistill
-from autodistill.runs.results.row import Row, rows_of
+from autodistill.runs.events import RowTested
+from autodistill.runs.results.row import Row
+from autodistill.runs.run_log import RunLog
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.event_log import EventLog
 from autodistill.utils.hashing import file_hash
@@ -116,9 +118,9 @@ class Slot:
 
     def found(self) -> Found:
         """What the search has found so far."""
-        events = self.events()
-        rows = {f"{row.row_id} validation": row for row in rows_of(events)}
-        rows |= {f"{row.row_id} test": row for row in rows_of(events, ("test",))}
+        log = RunLog(self.run / "trials.jsonl")
+        rows = {f"{row.row_id} validation": row for row in log.rows()}
+        rows |= {f"{row.row_id} test": row for row in log.rows(RowTested)}
         files = {name: file_hash(self.run / name) for name in _EXPORTED if (self.run / name).is_file()}
         return Found(rows=rows, files=files)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autodistill.runs.results.row import rows_of
+from autodistill.runs.events import RowAdded, RowTested, read_events, rows_of
 from benchmarks.reliability.kill import differences, over
 from tests.search.test_kill import command, events, finish, inputs, reports, start
 
@@ -63,8 +63,8 @@ def test_a_search_killed_under_ray_while_trials_run_ends_with_the_rows_of_one_le
     finish([*words, *again], cut, cores=_ONE_CORE)
     print(f"{while_trials} kills while trials ran")
     assert while_trials >= 3, "the search was over too soon: give it more trials"
-    for kinds in (("row",), ("test",)):
-        found = {row.row_id: row for row in rows_of(events(cut), kinds)}
-        expected = {row.row_id: row for row in rows_of(events(whole), kinds)}
+    for kind in (RowAdded, RowTested):
+        found = {row.row_id: row for row in rows_of(read_events(events(cut)), [kind])}
+        expected = {row.row_id: row for row in rows_of(read_events(events(whole)), [kind])}
         assert [*differences(found, expected)] == []
     assert len(set(reports(cut))) == len(reports(cut)), "a stretch was finished twice"

@@ -11,10 +11,11 @@ from autodistill.hardware.budget import DeviceBudget, parse_latency
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 from autodistill.runs import report
+from autodistill.runs.events import RowTested, TrialEnded
 from autodistill.runs.results.leaderboard import rank
-from autodistill.runs.results.row import Row
-from autodistill.runs.results.savings import saved
+from autodistill.runs.results.row import Row, Status
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.savings import saved
 from autodistill.testing import small_plan
 from autodistill.utils.json_files import write_json
 
@@ -55,12 +56,12 @@ ROWS = [
     row("t004", accuracy=0.44, memory_bytes=100_000_000, feasible=False, reason="memory 1.25 times | the limit"),
     row("t005", accuracy=0.50, memory_bytes=40_000_000, fidelity=0.25),
 ]
-EVENTS: list[dict[str, Any]] = [
-    {"event": "status", "trial": "t006", "status": "rejected", "reason": "no deployment fits"},
-    {"event": "status", "trial": "t007", "status": "failed", "reason": "nan\nin <step> 3"},
-    {"event": "status", "trial": "t001", "status": "completed"},
-    {"event": "test", "row": row("t001", accuracy=0.40, split="test", retention=0.88).to_json()},
-    {"event": "test", "row": row("teacher", kind="teacher", accuracy=0.455, split="test").to_json()},
+EVENTS = [
+    TrialEnded(trial="t006", status=Status.REJECTED, reason="no deployment fits"),
+    TrialEnded(trial="t007", status=Status.FAILED, reason="nan\nin <step> 3"),
+    TrialEnded(trial="t001", status=Status.COMPLETED, reason=None),
+    RowTested(row=row("t001", accuracy=0.40, split="test", retention=0.88)),
+    RowTested(row=row("teacher", kind="teacher", accuracy=0.455, split="test")),
 ]
 
 
@@ -74,7 +75,7 @@ def test_the_page_says_what_sharing_stages_and_rejecting_saved() -> None:
 
 def test_of_a_run_that_went_on_the_test_table_is_that_of_its_end() -> None:
     later = [row("t009", accuracy=0.45, split="test"), row("teacher", kind="teacher", accuracy=0.455, split="test")]
-    events = [*EVENTS, {"event": "test", "row": later[0].to_json()}]
+    events = [*EVENTS, RowTested(row=later[0])]
     page = report.report_markdown(SEARCH | {"test": [one.row_id for one in later]}, rank(ROWS), events)
     shown = page.split("## Test split")[1].split("##")[0]
     assert "0.4500" in shown
@@ -84,7 +85,7 @@ def test_of_a_run_that_went_on_the_test_table_is_that_of_its_end() -> None:
 
 def test_tasks_that_do_not_rank_stand_beside_the_metric_of_the_test_split() -> None:
     other = {"task:sums": 0.25, "task:sums_stderr": 0.0625, "kl": 0.5}
-    events = [{"event": "test", "row": row("t001", accuracy=0.40, split="test", other=other).to_json()}]
+    events = [RowTested(row=row("t001", accuracy=0.40, split="test", other=other))]
     (table,) = tables(report.report_markdown(SEARCH, rank(ROWS), events).split("## Test split")[1].split("##")[0])
     assert (table[0][-1], table[2][-1]) == ("task:sums", "0.2500 ± 0.0625")
     assert "task:sums" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
@@ -188,7 +189,7 @@ def test_where_nothing_fits_the_nearest_and_its_limit_are_named() -> None:
 def test_the_page_says_of_how_many_documents_its_errors_are() -> None:
     documents = {"ids": [1, 2, 3], "count": [5, 5, 5], "sum": [1, 2, 3]}
     rows = [row("t001", accuracy=0.4, documents=documents)]
-    events = [{"event": "test", "row": row("t001", split="test", documents=documents).to_json()}]
+    events = [RowTested(row=row("t001", split="test", documents=documents))]
     page = report.report_markdown(SEARCH, rank(rows), events)
     board, test = page.split("## Test split")
     assert "± comes from 3 documents: with fewer than 10" in board

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from autodistill.errors import InputError
+from autodistill.runs.events import RowAdded, RowTested, read_events, rows_of
 from autodistill.runs.results import row as row_module
-from autodistill.runs.results.row import Row, rows_of
+from autodistill.runs.results.row import Row
 from autodistill.runs.run_log import RunLog
 from autodistill.utils.event_log import EventLog
 
@@ -42,8 +43,9 @@ def test_rows_are_those_of_the_file_whenever_it_was_read(tmp_path: Path, read: i
         log.append(event)
     written = EventLog(log.path).read()
     assert log.read() == written == EVENTS
-    for kinds in (("row",), ("test",), ("row", "test")):
-        assert log.rows(*kinds) == rows_of(written, kinds)
+    for kinds in ((RowAdded,), (RowTested,), (RowAdded, RowTested)):
+        assert log.rows(*kinds) == rows_of(read_events(written), kinds)
+    assert [event.to_json() for event in log.all()] == EVENTS
     assert [one.accuracy for one in log.rows(split="validation")] == [0.3, 0.2]
     assert log.rows(split="test") == []
 

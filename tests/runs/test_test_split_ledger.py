@@ -38,7 +38,7 @@ def test_openings_by_a_run_on_another_machine_are_those_of_its_log(tmp_path: Pat
     with RunFolder.create(tmp_path, "run") as run:
         for event in ("session", "teacher-row", "test", "test", "session", "session", "test", "teacher-row", "test"):
             run.events.append({"event": event})
-        assert openings_in(run.events.read()) == 2
+        assert openings_in(run.events.all()) == 2
     search = {"name": "run", "data": {"fingerprint": "f1"}}
     assert openings_of(tmp_path, search) == {"run": 2}
     # The ledger alone knows of an opening that was killed before its first row.

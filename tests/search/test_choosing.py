@@ -24,8 +24,8 @@ from autodistill.errors import InputError
 from autodistill.estimates.fit import fits
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
+from autodistill.runs.events import RowTested
 from autodistill.runs.results.leaderboard import DISTILLED
-from autodistill.runs.results.row import rows_of
 from autodistill.runs.results.selection import chosen
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import leaderboard_of
@@ -202,7 +202,7 @@ def test_with_students_only_the_best_student_is_exported_and_what_does_better_is
     best = outcome.finish.best
     assert best.kind in DISTILLED
     assert read_json(run.search_file)["students_only"] is True
-    rows = rows_of(run.events.read())
+    rows = run.events.rows()
     assert chosen(rows, "agreement", "max", students_only=True) == best
     assert chosen(rows, "agreement", "max", students_only=False).kind == "teacher"  # type: ignore[union-attr]
     gain = outcome.document["gain_over_untrained"]
@@ -243,7 +243,7 @@ def test_the_gains_are_those_of_the_scores_of_each_document(
 ) -> None:
     """Worked out from the logs alone, and the errors by the formula that the bootstrap of a ratio comes near to."""
     for (outcome, run), name in ((insisted, "gain_over_untrained"), (ruined, "gain_over_baseline")):
-        rows = {row.row_id: row for row in rows_of(run.events.read(), ("test",))}
+        rows = {row.row_id: row for row in run.events.rows(RowTested)}
         gain = outcome.document[name]
         found, other = (rows[row_id].documents for row_id in (f"{outcome.finish.best.row_id}-test", gain["over"]))
         assert found is not None

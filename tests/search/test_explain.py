@@ -19,7 +19,7 @@ from autodistill.hardware.lookup import find_device
 from autodistill.models.config import spec_from_config
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
-from autodistill.search.explain import explain
+from autodistill.search.explain import _race, explain
 from autodistill.search.planning.trial_memory import TrainingNeed
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
@@ -359,3 +359,16 @@ def test_a_limit_of_latency_binds_only_what_was_kept_out_by_one(tmp_path: Path) 
     late = replace(passed, reason="latency: tpot_p95 is predicted 80.0ms, over 50.0ms")
     binding, _ = told(tmp_path / "latency", 210_000_000, first, late, third)
     assert binding.endswith("A latency limit excludes better rows.")
+
+
+def test_a_race_is_told_by_the_best_row_of_each_trial_and_its_paired_distance() -> None:
+    def raced(trial: str, sums: list[float], kind: str = "student") -> Row:
+        likelihood = {"ids": [1, 2], "count": [10, 10], "sum": sums}
+        documents = likelihood | {"sum": [1, 2], "others": {"perplexity": likelihood}}
+        figures = {"perplexity": math.exp(sum(sums) / 20), "documents": documents}
+        return replace(row(trial, 90_000_000, 0.3, True), train_tokens=PLAN.tokens, kind=kind, **figures)
+
+    rows = [raced("t003", [24.0, 26.0]), raced("t004", [20.0, 22.0]), raced("t003", [22.0, 24.0])]
+    first, second = _race([*rows, raced("teacher", [10.0, 10.0], "teacher")], PLAN)
+    assert first.endswith("2.1000 nats a token")
+    assert second.endswith("2.3000 nats a token, 0.2000 ± 0.0000 behind")

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autodistill.runs.results.row import rows_of
+from autodistill.runs.events import read_events, rows_of
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.event_log import EventLog
 
@@ -79,7 +79,9 @@ def reports(folder: Path) -> list[tuple[object, object]]:
 
 
 def results(folder: Path) -> dict[str, tuple[object, ...]]:
-    return {row.row_id: (row.accuracy, row.perplexity, row.train_tokens) for row in rows_of(events(folder))}
+    return {
+        row.row_id: (row.accuracy, row.perplexity, row.train_tokens) for row in rows_of(read_events(events(folder)))
+    }
 
 
 def test_a_killed_search_ends_as_if_it_had_not_been(inputs: Inputs, tmp_path: Path) -> None:

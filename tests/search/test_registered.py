@@ -18,7 +18,6 @@ from autodistill.errors import InputError
 from autodistill.evaluation.base import Measurement, Quantity, Subject, register_evaluator
 from autodistill.hardware.budget import Budget
 from autodistill.runs.results.leaderboard import DISTILLED
-from autodistill.runs.results.row import rows_of
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
@@ -111,7 +110,7 @@ def check_rows(out: Path) -> None:
     """Students' rows, read without what the session registered, say what they were made with."""
     sources = {kind: plugins.registered(kind) for kind in plugins.KINDS}
     forget()
-    rows = rows_of(RunFolder.open(out, "run").events.read())
+    rows = RunFolder.open(out, "run").events.rows()
     trained = [row for row in rows if row.kind in DISTILLED]
     assert trained
     for row in trained:

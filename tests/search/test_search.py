@@ -33,6 +33,7 @@ from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 from autodistill.hardware.machine import detect, machine_name
 from autodistill.models.config import spec_from_config
+from autodistill.runs.events import read_events
 from autodistill.runs.results.row import Decision, Row, read_parquet
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.sessions import by_phase
@@ -387,7 +388,7 @@ def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
     log = [json.loads(line) for line in (out / "run" / "trials.jsonl").read_text().splitlines()]
     ended = [event["seconds"]["total"] for event in log if event["event"] == "ended"]
     assert ended == totals[:3]
-    assert by_phase(log)["total"] == pytest.approx(sum(ended))
+    assert by_phase(read_events(log))["total"] == pytest.approx(sum(ended))
 
 
 def test_a_ray_of_its_own_is_left_where_a_search_fails_before_its_trials(

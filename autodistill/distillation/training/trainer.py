@@ -31,6 +31,7 @@ from autodistill.distillation.training.learning_rate import decayed, stable_rate
 from autodistill.distillation.training.lora import Adapters
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.step_loss import RECORDED, TERMS, Sizes, StepLoss, Weighing
+from autodistill.distillation.training.trained_scales import RATE, TrainedScales
 from autodistill.errors import TrialFailedError
 from autodistill.estimates.training_memory import OptimizerState
 from autodistill.inference.torch_memory import TooManyAtOnce, give_back_memory, is_out_of_memory
@@ -101,9 +102,11 @@ class Trainer:
         device: Where the student is trained.
         teacher: For the signals "states" and "online".
         sharding: The processes that train it together, each of which makes a trainer; None for this one alone.
+        beginning: Scales that a student begins with of which scales alone are trained, by name of the weight; by
+            default they follow from the weights.
 
     Attributes:
-        model: The student.
+        model: The student; where scales alone are trained it has its weights again after `finish`.
         tokens: Trained on so far.
         scales: What the finishing stage learned, by name of the weight; empty before it, and where scales follow from
             the weights.
@@ -125,6 +128,7 @@ class Trainer:
         device: str = "cpu",
         teacher: LiveTeacher | None = None,
         sharding: Sharding | None = None,
+        beginning: Mapping[str, Scales] | None = None,
     ) -> None:
         self.model = model
         self._sharding = sharding
@@ -147,7 +151,12 @@ class Trainer:
         spec = spec_from_config(model.config.to_dict())
         self._adapters = Adapters(model, spec, lora, seed).to(device) if lora else None
         model.get_input_embeddings().weight.requires_grad_(self._recipe.train_embeddings)
-        if sharding is not None:
+        self._scaled: TrainedScales | None = None
+        if strategy.scales_alone:
+            # What is trained is so little that each process holds all of it.
+            model.to(device)
+            self._scaled = TrainedScales(model, self._storage_of(spec), beginning)
+        elif sharding is not None:
             sharding.shard(model)
         self._loss = StepLoss(
             model,
@@ -168,6 +177,8 @@ class Trainer:
         trained = [p for p in model.parameters() if p.requires_grad]
         trained += [] if self._adapters is None else list(self._adapters.parameters())
         groups = [{"params": trained, "factor": 1.0}]
+        if self._scaled is not None:
+            groups.append({"params": [p for _, p in self._scaled.named_parameters()], "factor": RATE})
         alignment, projected = self._recipe.alignment, list(self._projections.parameters())
         if alignment and projected:
             groups.append({"params": projected, "factor": alignment.projection_rate})
@@ -228,12 +239,21 @@ class Trainer:
             spec: The student's shape.
         """
         finishing = self._strategy.finishing
-        if finishing is None:
-            return self.train_decay(until)
+        if finishing is None or self._scaled is not None:
+            yield from self.train_decay(until)
+        else:
+            learned = finishing.scales == "learned"
+            storage_of = self._storage_of(spec)
+            yield from self.train_decay(until, storage_of, on_grid_after=finishing.start, learned=learned)
+        if self._scaled is not None:
+            self.scales = self._scaled.settle()
+
+    def _storage_of(self, spec: ModelSpec) -> Callable[[str], Grid | None]:
+        """Return what gives the grid of each weight of the student by name, None where it has none."""
+        finishing = self._strategy.finishing
+        assert finishing is not None
         storages = {tensor.name: finishing.storage(tensor) for tensor in spec.tensors}
-        grids = {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
-        learned = finishing.scales == "learned"
-        return self.train_decay(until, grids.get, on_grid_after=finishing.start, learned=learned)
+        return {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}.get
 
     def _merge(self) -> None:
         if self._adapters is not None:
@@ -278,7 +298,8 @@ class Trainer:
         """Train steps until `until` tokens; weights on a grid include their low-rank changes."""
         self.model.train()
         self._on_grid = on_grid or {}
-        self._loss.hold_head(storage_of)
+        if self._scaled is None:
+            self._loss.hold_head(storage_of)
         with self._adapters.added(self.model, self._on_grid) if self._adapters else nullcontext():
             while self.tokens < until:
                 yield self._step(rate(self.tokens))
@@ -430,7 +451,10 @@ class Trainer:
             return means
         if learning:
             changes = [] if self._adapters is None else self._adapters.parameters()
-            sharding.average([*self._projections.parameters(), *changes, *self._learned])
+            whole = [*self._projections.parameters(), *changes, *self._learned]
+            if self._scaled is not None:
+                whole = [parameter for _, parameter in self._trained()]
+            sharding.average(whole)
         return sharding.sum(means)
 
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
@@ -485,6 +509,8 @@ class Trainer:
         named = [(f"student.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
         if self._adapters is not None:
             named += [(f"adapter.{name}", p) for name, p in self._adapters.named()]
+        if self._scaled is not None:
+            named += [(f"scales.{name}", p) for name, p in self._scaled.named_parameters()]
         return named + [(f"projection.{name}", p) for name, p in self._projections.named_parameters()]
 
 

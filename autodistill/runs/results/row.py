@@ -270,23 +270,6 @@ def _convert(value: Any, name: str) -> Any:
     return value
 
 
-def rows_of(events: Iterable[Mapping[str, Any]], kinds: Sequence[str] = ("row",)) -> list[Row]:
-    """The rows in a run's events, a later one in the place of an earlier one with the same id.
-
-    Args:
-        events: The log.
-        kinds: Values of `event` under which a `row` is read.
-
-    Raises:
-        InputError: See `Row.from_json`.
-    """
-    latest: dict[str, Mapping[str, Any]] = {}
-    for event in events:
-        if event.get("event") in kinds and isinstance(event.get("row"), Mapping):
-            latest[str(event["row"].get("row_id"))] = event["row"]
-    return [Row.from_json(row) for row in latest.values()]
-
-
 def to_parquet(rows: Sequence[Row], path: Path) -> None:
     """Writes rows as a Parquet file, atomically; a mapping is one column of JSON text."""
     import pyarrow as pa

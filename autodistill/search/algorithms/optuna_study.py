@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from autodistill.evaluation.base import Direction
@@ -23,7 +23,6 @@ from autodistill.strategy.space import Space
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
-_POPULATION = 8  # of a generation: searches have tens of trials, not thousands
 _FIDELITY_STEPS = 10**6  # Optuna counts fidelity in whole steps
 
 
@@ -40,8 +39,6 @@ class Observation:
         further: Of each further objective, in their order, where a search has several; what follows from shape and
             packing is known before any training.
         repeatable: Whether its point may be proposed again: it was seen in an earlier run, short of full fidelity.
-        forkable: Whether its stable training is on disk, so that others may go on from there.
-        bits: Of the widest deployment that the budget allows its student; 0 where none is known.
     """
 
     point: Mapping[str, Value]
@@ -51,8 +48,6 @@ class Observation:
     constraint: float | None = None
     further: tuple[float | None, ...] = ()
     repeatable: bool = False
-    forkable: bool = False
-    bits: int = 0
 
     @property
     def values(self) -> tuple[float, ...] | None:
@@ -60,34 +55,12 @@ class Observation:
         found = tuple(value for value in (self.value, *self.further) if value is not None and math.isfinite(value))
         return found if len(found) == 1 + len(self.further) else None
 
-    @property
-    def infeasible(self) -> bool:
-        """Whether it was not trained, or not to the end, because it breaks a limit."""
-        return self.state in (Status.REJECTED, Status.FAILED) and (self.constraint or 0.0) > 0
-
     def __post_init__(self) -> None:
         if self.state == Status.REJECTED and not (self.constraint or 0.0) > 0:
             raise ValueError("a rejected proposal has a constraint above 0")
 
 
-def _tpe(seed: int, startup: int) -> BaseSampler:
-    # `group` splits the space by which dimensions occur together, which conditional ones need.
-    return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
-
-
-def _gp(seed: int, startup: int) -> BaseSampler:
-    return GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
-
-
-def _nsga2(seed: int, startup: int) -> BaseSampler:
-    return NSGAIISampler(seed=seed, population_size=_POPULATION)
-
-
-MODELS: Mapping[str, Callable[[int, int], BaseSampler]] = {"tpe": _tpe, "gp": _gp, "nsga2": _nsga2}
-
-
 def modeled(
-    name: str,
     seed: int,
     space: Space,
     observations: Sequence[Observation],
@@ -96,10 +69,9 @@ def modeled(
     *,
     startup: int,
 ) -> Iterator[Point]:
-    """Draws of one of Optuna's samplers. Each stays in the study as running, so that the next one lies elsewhere.
+    """Draw points from Optuna's tree-structured Parzen estimator; each stays in its study, so that the next differs.
 
     Args:
-        name: Of `MODELS`.
         seed: Of the draws.
         space: What may be drawn.
         observations: Of all trials so far, in their order.
@@ -110,10 +82,11 @@ def modeled(
     ways = (direction, *(objective.direction for objective in further))
     with _quiet():
         study = optuna.create_study(
-            sampler=MODELS[name](seed, startup),
+            # `group` splits the space by which dimensions occur together, which conditional ones need.
+            sampler=TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True),
             directions=["maximize" if way == "max" else "minimize" for way in ways],
         )
-        study.add_trials(_told(name, space, observations, direction, further))
+        study.add_trials(_told(space, observations, direction, further))
     while True:
         with _quiet():
             point = _ask(study.ask(), space)
@@ -190,43 +163,23 @@ def _shares(space: Space, results: Sequence[Observation], direction: Direction) 
 
 
 def _told(
-    name: str,
     space: Space,
     observations: Sequence[Observation],
     direction: Direction,
     further: Sequence[Objective],
 ) -> Iterator[FrozenTrial]:
-    """The observations as suits a sampler.
+    """The observations as suits the estimator.
 
-    TPE ranks pruned trials by fidelity first, so that an early value is never compared with a late one; with several
-    objectives it knows no early values, since Optuna has intermediate ones of a single objective alone. There, and in
-    the other samplers, which know finished trials only, a trial that was stopped counts as finished, in what training
-    decides no better than the worst that was trained to the end, since that is what it lost against.
-
-    Of what breaks a limit TPE is told as pruned. The other two would not see it there: they are told of it as finished
-    with the worst values, which their own handling of constraints then ranks behind all that fits.
+    It ranks pruned trials by fidelity first, so that an early value is never compared with a late one. With several
+    objectives it knows no early values, since Optuna has intermediate ones of a single objective alone: there a trial
+    that was stopped counts as finished, in what training decides no better than the worst that was trained to the end,
+    since that is what it lost against. Of what breaks a limit it is told as pruned.
     """
     distributions = {dimension.path: _distribution(dimension) for dimension in space.dimensions}
-    if name == "tpe" and not further:
-        yield from (_as_trial(distributions, observation) for observation in observations)
-        return
-    ways = [direction, *(one.direction for one in further)]
-    trained = [True, *(one.trained for one in further)]
-    told = _finished(observations, ways, trained)
-    places: dict[int, int] = {}
-    if name != "tpe":
-        ends = _infeasible_as_finished(told, ways, trained)
-        if name == "nsga2":
-            places = _generations(ends)
-            # What is in no generation is left as it was, pruned, which NSGA-II does not read.
-            ends = [end if place in places else item for place, (end, item) in enumerate(zip(ends, told, strict=True))]
-        told = ends
-    for place, observation in enumerate(told):
-        trial = _as_trial(distributions, observation)
-        if place in places:
-            # It breeds from whole generations, which it would have numbered itself.
-            trial.system_attrs[NSGAIISampler._get_generation_key()] = places[place]
-        yield trial
+    if further:
+        ways = [direction, *(one.direction for one in further)]
+        observations = _finished(observations, ways, [True, *(one.trained for one in further)])
+    yield from (_as_trial(distributions, observation) for observation in observations)
 
 
 def _finished(
@@ -244,54 +197,10 @@ def _finished(
                 for place, (value, way, learnt) in enumerate(zip(values, ways, trained, strict=True))
             )
             observation = replace(observation, state=Status.COMPLETED, value=value, further=tuple(others), fidelity=1.0)
-        elif observation.state == "running" and len(ways) > 1:
+        elif observation.state == "running":
             observation = replace(observation, value=None)
         found.append(observation)
     return found
-
-
-def _infeasible_as_finished(
-    observations: Sequence[Observation], ways: Sequence[Direction], trained: Sequence[bool]
-) -> list[Observation]:
-    """The observations with those that break a limit as finished, with the worst values of all the others.
-
-    What is known of them from shape and packing is theirs. Where nothing is known of anything, any one value is as
-    true as another: it is the same for all, and their constraints alone differ.
-    """
-    known = [item.values for item in observations if item.state == Status.COMPLETED and item.values is not None]
-    worst = [_worst(way, [values[place] for values in known] or [0.0]) for place, way in enumerate(ways)]
-    found = []
-    for observation in observations:
-        if observation.infeasible:
-            own = (observation.value, *observation.further)
-            value, *others = (
-                other if learnt or mine is None or not math.isfinite(mine) else mine
-                for mine, other, learnt in zip(own, worst, trained, strict=True)
-            )
-            observation = replace(observation, state=Status.COMPLETED, value=value, further=tuple(others), fidelity=1.0)
-        found.append(observation)
-    return found
-
-
-def _generations(observations: Sequence[Observation]) -> dict[int, int]:
-    """The generation of each finished observation that is in one, by its place.
-
-    Of those that break a limit a generation has at most half its number, the ones that miss by least: rejections cost
-    nothing, and a generation of them alone would breed from what nobody trained.
-    """
-    found: dict[int, int] = {}
-    number, members = 0, list[int]()
-    for place, observation in enumerate(observations):
-        if observation.state != Status.COMPLETED or observation.values is None:
-            continue
-        members.append(place)
-        beyond = [member for member in members if (observations[member].constraint or 0.0) > 0]
-        if len(beyond) > _POPULATION // 2:
-            members.remove(max(beyond, key=lambda member: observations[member].constraint or 0.0))
-        if len(members) == _POPULATION:
-            found |= dict.fromkeys(members, number)
-            number, members = number + 1, []
-    return found | dict.fromkeys(members, number)
 
 
 def _worst(way: Direction, values: Sequence[float]) -> float:

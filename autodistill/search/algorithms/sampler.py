@@ -12,14 +12,14 @@ from autodistill.errors import InputError
 from autodistill.evaluation.base import Direction
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.results.row import Status
-from autodistill.search.algorithms.forks import forks, is_fork
-from autodistill.search.algorithms.optuna_study import MODELS, Observation, modeled
+from autodistill.search.algorithms.optuna_study import Observation, modeled
 from autodistill.search.algorithms.pareto import fronts, spread
 from autodistill.strategy.dimension import Dimension, Point
 from autodistill.strategy.domains import Range, Value
 from autodistill.strategy.space import Space
 
-SAMPLERS = (*MODELS, "random")
+SAMPLERS = ("tpe", "random")
+_REMOVED = ("gp", "nsga2")
 _STARTUP = 6  # proposals spread over the space before anything is inferred from results
 _NEAR = 4  # draws of which a neighbour takes the nearest
 _ASKS = 8  # draws of the model before a duplicate is replaced by a random point
@@ -27,23 +27,30 @@ _SIZES = ("init.depth", "init.ffn", "init.heads", "init.width")  # fractions of 
 _DRAWS = 200  # random draws before a space is searched for its last unseen points
 
 
+def check_sampler(name: str) -> None:
+    """Refuse a name that no sampler has.
+
+    Raises:
+        InputError: Names what takes its place.
+    """
+    if name in _REMOVED:
+        raise InputError(f"the sampler {name} was removed: take tpe, which learns from several objectives too")
+    if name not in SAMPLERS:
+        raise InputError(f"there is no sampler {name!r}; the samplers are {', '.join(SAMPLERS)}")
+
+
 class Sampler:
     """Proposes points: the space's starts, a spread over the space, and then what a model of the results suggests.
 
-    The twelfth proposal and every fourth after it forks one of the best few trials, where its stage is on disk and the
-    space has another finishing for it.
-
     Args:
         space: What may be proposed.
-        name: "tpe", a tree-structured Parzen estimator by turns with neighbours of the best point; "gp", a Gaussian
-            process; "nsga2", a genetic algorithm; or "random".
+        name: "tpe", a tree-structured Parzen estimator by turns with neighbours of the best point, or "random".
         seed: Every proposal follows from it, the number asked for and the observations; nothing is kept between calls
             but the ids of points.
         direction: Whether more or less of the metric is better.
         further: The objectives beside the metric.
         earlier: What other searches observed; every proposal follows from it too.
         first: Points that are proposed before all others, whatever is known of them.
-        forking: Whether any proposal forks; without, what forking is worth can be measured.
 
     Raises:
         InputError: An unknown name.
@@ -59,10 +66,8 @@ class Sampler:
         further: Sequence[Objective] = (),
         earlier: Sequence[Observation] = (),
         first: Sequence[Point] = (),
-        forking: bool = True,
     ) -> None:
-        if name not in SAMPLERS:
-            raise InputError(f"there is no sampler {name!r}; the samplers are {', '.join(SAMPLERS)}")
+        check_sampler(name)
         self.space = space
         self.name = name
         self.seed = seed
@@ -70,7 +75,6 @@ class Sampler:
         self.further = tuple(further)
         self.earlier = tuple(earlier)
         self.first = tuple(first)
-        self.forking = forking
         # By the text of a point: many proposals ask for those of all observations.
         self._ids: dict[str, str] = {}
 
@@ -110,9 +114,7 @@ class Sampler:
         # Of those that are the sampler's own; below 0 where a point to begin with is known already.
         own = place - len(self.space.starts)
         source = random.Random(f"{self.seed}/{number}")  # text seeds through SHA-512, alike in every process
-        if self.forking and is_fork(number):
-            yield from forks(self.space, observations, self.direction, random.Random(f"{self.seed}/{number}/fork"))
-        if self.name in MODELS:
+        if self.name == "tpe":
             if self._changes_best(own):
                 yield from self._neighbors(own // 2, source, observations)
             known = sum(item.values is not None for item in self.earlier) >= _STARTUP
@@ -120,9 +122,7 @@ class Sampler:
                 yield self._spread(own)
             else:
                 seed = source.getrandbits(32)
-                model = modeled(
-                    self.name, seed, self.space, observations, self.direction, self.further, startup=_STARTUP
-                )
+                model = modeled(seed, self.space, observations, self.direction, self.further, startup=_STARTUP)
                 yield from islice(model, _ASKS)
         for _ in range(_DRAWS):
             yield self._draw(lambda dimension: source.random())
@@ -136,8 +136,9 @@ class Sampler:
                 point[dimension.path] = dimension.domain.at(quantile(dimension))
         return point
 
-    def _changes_best(self, own: int) -> bool:
-        return self.name == "tpe" and own % 2 == 0
+    @staticmethod
+    def _changes_best(own: int) -> bool:
+        return own % 2 == 0
 
     def _spreads(self) -> Sequence[int]:
         """Which of the sampler's own proposals are spread: the first few, less those that have another way first."""

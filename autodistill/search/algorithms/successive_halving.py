@@ -177,6 +177,7 @@ _FINALISTS = 2
 _LEAST_STEPS = 4
 
 CONFIRMED = 3  # students that are trained on further seeds, where that is asked for
+BEST = 3  # trials that are trained on further, and whose checkpoints are never removed
 
 
 def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:

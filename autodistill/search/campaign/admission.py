@@ -14,6 +14,7 @@ from autodistill.hardware.budget import on_gpu, served
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import as_held, weights_bytes
 from autodistill.runs.checkpoints import stage_key
+from autodistill.runs.events import TrialKind
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.search.campaign.state import Candidate, Question, TrialState
@@ -29,7 +30,7 @@ def admit(
     *,
     trial_id: str,
     number: int | None,
-    kind: str,
+    kind: TrialKind,
     name: str,
     point: Point | None,
     seed: int | None = None,

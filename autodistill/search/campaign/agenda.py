@@ -411,14 +411,10 @@ class Agenda:
         return self._holds(self._box.expected(self._assign(trial), trial.rung) + reserved, whole=whole)
 
     def _observations(self) -> list[Observation]:
-        return [
-            observation(trial, self._question, forkable=self._stages.forkable(trial))
-            for trial in self._trials.values()
-            if trial.point is not None
-        ]
+        return [observation(trial, self._question) for trial in self._trials.values() if trial.point is not None]
 
 
-def observation(trial: TrialState, question: Question, *, forkable: bool) -> Observation:
+def observation(trial: TrialState, question: Question) -> Observation:
     """What the sampler is told of a trial that lies in the space."""
     assert trial.point is not None
     plan = question.plan
@@ -436,6 +432,4 @@ def observation(trial: TrialState, question: Question, *, forkable: bool) -> Obs
         further=trial.further,
         fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
         constraint=slack,
-        forkable=forkable,
-        bits=max((fit.deployment.bits for fit in trial.candidate.fits if fit.slack <= 0), default=0),
     )

@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from autodistill.errors import AutoDistillError
 from autodistill.hardware.process_memory import killed_for_memory
+from autodistill.runs import events
 from autodistill.runs.checkpoints import open_stages
+from autodistill.runs.events import (
+    NotEvaluated,
+    RowAdded,
+    RunEvent,
+    StudentKept,
+    StudentsRemoved,
+    TrialAdded,
+    TrialEnded,
+    TrunkDecided,
+    WorkBegan,
+    WorkLost,
+    WorkRetried,
+)
 from autodistill.runs.results.make_row import make_row
-from autodistill.runs.results.row import Decision, Row, Status, rows_of
+from autodistill.runs.results.row import Decision, Row, Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.race import clearly_behind
@@ -20,7 +34,7 @@ from autodistill.search.algorithms.successive_halving import SuccessiveHalving
 from autodistill.search.callbacks import Event, RungReached, Step, TrialFinished, TrialStarted
 from autodistill.search.campaign.admission import admit, candidate_of, with_training
 from autodistill.search.campaign.agenda import Agenda
-from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper, stage_facts
+from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper
 from autodistill.search.campaign.state import LIKELIHOOD, Candidate, Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
 from autodistill.search.campaign.trunk import Trunk
@@ -29,7 +43,6 @@ from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.failures import KILLED, OUT_OF_MEMORY, RETRIED, WORKER_DIED
 from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.strategy import Strategy
-from autodistill.utils.clock import now
 from autodistill.utils.storage import Storage
 
 # How often work is begun that the search is killed with: where the kernel did it for want of memory, and where it may
@@ -43,12 +56,6 @@ def _work(assignment: Assignment) -> tuple[int, str | None]:
     """Which of a trial's pieces of work an assignment is, as `TrialState.retried` has them."""
     name = assignment.deployment.name if assignment.deployment is not None else None
     return assignment.rung, _KEPT if assignment.keep else name
-
-
-def _for_log(assignment: Assignment) -> dict[str, Any]:
-    """The same as fields of an event."""
-    rung, work = _work(assignment)
-    return {"trial": assignment.task.id, "rung": rung, "work": work}
 
 
 class Campaign:
@@ -191,8 +198,9 @@ class Campaign:
             assignment: The work.
             kills: Processes that the kernel has ended so far for want of memory.
         """
-        self._write({"event": "begun", **_for_log(assignment), "kills": kills})
-        self.trials[assignment.task.id].begun[_work(assignment)] += 1
+        rung, work = _work(assignment)
+        self._write(WorkBegan(trial=assignment.task.id, rung=rung, work=work, kills=kills))
+        self.trials[assignment.task.id].begun[rung, work] += 1
 
     def report(self, assignment: Assignment, report: RungReport) -> Decision:
         """Records what a worker found and says what becomes of the trial."""
@@ -209,7 +217,7 @@ class Campaign:
         trial.train_seconds += report.seconds["train"]
         trial.trained_tokens += report.trained + resumed
         row = self._row(trial, report, Status.COMPLETED if self._is_last(report.rung) else Status.STOPPED)
-        self._write({"event": "row", "row": row.to_json()})
+        self._write(RowAdded(row=row))
         if assignment.deployment is not None:
             return self._evaluated(trial, row)
         trial.running = False
@@ -245,9 +253,16 @@ class Campaign:
     def _kept(self, trial: TrialState, row: Row, report: RungReport) -> Decision:
         """The student of a rung short of the end was kept, and is its trial's if it may be exported."""
         trial.kept = row.feasible and row.figure(self.question.metric) is not None
-        done = {"trained": report.trained, "seconds": report.seconds}
-        done |= {"tokens": report.tokens, "student": report.student}
-        self._write({"event": "kept", "trial": trial.task.id, "kept": trial.kept, **done})
+        self._write(
+            StudentKept(
+                trial=trial.task.id,
+                kept=trial.kept,
+                trained=report.trained,
+                seconds=report.seconds,
+                tokens=report.tokens,
+                student=report.student,
+            )
+        )
         self._notify(
             f"no trial has reached the end: {trial.task.id} is kept as it is after {report.tokens:,} tokens, "
             f"{self._shown(row)}"
@@ -272,29 +287,29 @@ class Campaign:
         trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
         decision = self._judge(trial)
-        steps = [asdict(step) for step in report.steps]
+        steps = tuple(cast(events.Step, asdict(step)) for step in report.steps)
         self._hold(trial, steps)
         # The row came before the rung it belongs to: killed in between, the stretch runs again and supersedes it.
         self._write(
-            {
-                "event": "rung",
-                "trial": trial.task.id,
-                "rung": report.rung,
-                "tokens": report.tokens,
-                "value": trial.value,
-                "judged": trial.judged,
-                "further": list(trial.further),
-                "decision": decision.value,
-                "seconds": report.seconds,
-                "steps": steps,
-                **stage_facts(report),
-                **({"resumed": resumed} if resumed else {}),
-                **({"workers": share} if share > 1 else {}),
-                **({"student": report.student} if report.student is not None else {}),
-            }
+            events.RungReached(
+                trial=trial.task.id,
+                rung=report.rung,
+                tokens=report.tokens,
+                value=trial.value,
+                judged=trial.judged,
+                further=trial.further,
+                decision=decision,
+                seconds=report.seconds,
+                steps=steps,
+                trained=report.trained,
+                shared=report.shared,
+                unsaved=report.unsaved,
+                resumed=resumed,
+                workers=share,
+                student=report.student,
+            )
         )
         trial.lost = 0
-        self._stages.learn(trial, report.unsaved)
         reused = f", {report.shared:,} of them from a shared stage" if report.shared else ""
         self._notify(f"{trial.task.id} {trial.name}: {self._shown(row)} after {report.tokens:,} tokens{reused}")
         if report.unsaved is not None:
@@ -363,7 +378,7 @@ class Campaign:
         if trial.task.length > 1:
             trial.task = replace(trial.task, length=tokens / self.question.plan.tokens)
 
-    def _hold(self, trial: TrialState, steps: Sequence[Mapping[str, Any]]) -> None:
+    def _hold(self, trial: TrialState, steps: Sequence[events.Step]) -> None:
         """Where memory ran out, the trial goes on with as many sequences at once as its last step had."""
         most = self.question.plan.micro_batch
         if steps and (held := steps[-1].get("micro_batch", most)) < most:
@@ -389,22 +404,16 @@ class Campaign:
             self._notify(f"{trial.task.id} could not be kept ({cause}): {message}")
             return
         if cause in RETRIED and (assignment.rung, name) not in trial.retried:
-            event = {"event": "retry", "trial": trial.task.id, "rung": assignment.rung, "deployment": name}
-            self._write({**event, "cause": cause, "reason": message})
+            self._write(
+                WorkRetried(trial=trial.task.id, rung=assignment.rung, deployment=name, cause=cause, reason=message)
+            )
             self._retry(trial, assignment.rung, name)
             self._notify(f"{trial.task.id} is tried once more ({cause}): {message}")
             return
         cause = OUT_OF_MEMORY if cause == KILLED else cause
         if name is not None:
             # The student is trained, and stands with the deployments it was evaluated under.
-            self._write(
-                {
-                    "event": "unevaluated",
-                    "trial": trial.task.id,
-                    "deployment": name,
-                    "reason": f"{cause}: {message}",
-                }
-            )
+            self._write(NotEvaluated(trial=trial.task.id, deployment=name, reason=f"{cause}: {message}"))
             self._notify(f"{trial.task.id} could not be evaluated as {name} ({cause}): {message}")
             return
         self._scheduler.discard(trial.task.id)
@@ -421,7 +430,8 @@ class Campaign:
         """Writes down what an attempt without a result had trained, and that it has ended."""
         trial = self.trials[assignment.task.id]
         if trained or trial.begun:
-            self._write({"event": "lost", **_for_log(assignment), "trained": trained})
+            rung, work = _work(assignment)
+            self._write(WorkLost(trial=trial.task.id, rung=rung, work=work, trained=trained))
         self._lost(trial, trained)
 
     def _lost(self, trial: TrialState, trained: int) -> None:
@@ -456,7 +466,7 @@ class Campaign:
         self._collector.at_the_end()
 
     def _decide(self, trunk: Trunk) -> None:
-        self._write({"event": "trunk", **trunk.to_json()})
+        self._write(TrunkDecided.from_json(trunk.to_json()))
         self._notify(trunk.describe())
 
     # What a person is shown.
@@ -486,52 +496,62 @@ class Campaign:
 
     # What a resumed search replays.
 
-    def replay(self, events: Sequence[Mapping[str, Any]]) -> None:
+    def replay(self, log: Sequence[RunEvent]) -> None:
         """Takes up the state that earlier events left; what a kill left undone of the last one is done now."""
-        self._agenda.resumed = bool(events)
-        replayed: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
-            "trial": self._replay_trial,
-            "row": self._replay_row,
-            "rung": self._replay_rung,
-            "status": self._replay_status,
-            "begun": self._replay_begun,
-            "lost": lambda event: self._lost(self.trials[event["trial"]], event["trained"]),
-            "kept": lambda event: setattr(self.trials[event["trial"]], "kept", event["kept"]),
-            "unevaluated": lambda event: self.trials[event["trial"]].settled.add(event["deployment"]),
-            "retry": lambda event: self._retry(self.trials[event["trial"]], event["rung"], event["deployment"]),
-            "collected": lambda event: self._stages.forget(event["gone"]),
-            "students-collected": self._replay_collection,
-            "trunk": lambda event: self._agenda.take(Trunk.from_json(event)),
-        }
-        for event in events:
-            if event["event"] in replayed:
-                replayed[event["event"]](event)
+        self._agenda.resumed = bool(log)
+        for event in log:
+            self._replay(event)
         for trial in self.trials.values():
             self._end_after_kill(trial)
         self._give_up_killers()
-        if events:
+        if log:
             self._collector.between(self._promotable())
 
-    def _replay_trial(self, event: Mapping[str, Any]) -> None:
-        candidate = candidate_of(self.question, Strategy.from_json(event["strategy"]))
+    def _replay(self, event: RunEvent) -> None:
+        match event:
+            case TrialAdded():
+                self._replay_trial(event)
+            case RowAdded():
+                self._replay_row(event.row)
+            case events.RungReached():
+                self._replay_rung(event)
+            case TrialEnded():
+                self._replay_end(event)
+            case WorkBegan():
+                self.trials[event.trial].begun[event.rung, event.work] += 1
+                self._kills = event.kills
+            case WorkLost():
+                self._lost(self.trials[event.trial], event.trained)
+            case StudentKept():
+                self.trials[event.trial].kept = event.kept
+            case NotEvaluated():
+                self.trials[event.trial].settled.add(event.deployment)
+            case WorkRetried():
+                self._retry(self.trials[event.trial], event.rung, event.deployment)
+            case TrunkDecided():
+                self._agenda.take(Trunk.from_json(event.to_json()))
+            case StudentsRemoved():
+                for name in event.trials:
+                    self.trials[name].collected = True
+
+    def _replay_trial(self, event: TrialAdded) -> None:
+        assert event.strategy is not None  # `check_log` has refused a log without
+        candidate = candidate_of(self.question, event.strategy)
         self._admit(
             # As it was then: what was admitted on another machine stays so.
-            replace(candidate, training=TrainingNeed.from_json(event.get("training"))),
-            trial_id=event["trial"],
-            number=event["number"],
-            kind=event["kind"],
-            name=event["name"],
-            point=event["point"],
-            seed=event["seed"],
-            length=event.get("length", 1.0),
+            replace(candidate, training=TrainingNeed.from_json(event.training)),
+            trial_id=event.trial,
+            number=event.number,
+            kind=event.kind,
+            name=event.name,
+            point=event.point,
+            seed=event.seed,
+            length=event.length,
         )
 
-    def _replay_row(self, event: Mapping[str, Any]) -> None:
-        trial = self.trials.get(event["row"]["trial"])
-        if trial is None:
-            return
-        (row,) = rows_of([event])
-        if row.split != "validation":
+    def _replay_row(self, row: Row) -> None:
+        trial = self.trials.get(row.trial)
+        if trial is None or row.split != "validation":
             return
         self._judged[row.trial] = row.deployment_name
         self._rows[row.trial] = row
@@ -540,34 +560,24 @@ class Campaign:
         for piece in [piece for piece in trial.begun if piece[1] is not None]:
             del trial.begun[piece]
 
-    def _replay_rung(self, event: Mapping[str, Any]) -> None:
-        trial = self.trials[event["trial"]]
-        trial.rung, trial.value, trial.further = event["rung"], event["value"], tuple(event.get("further", ()))
-        trial.judged = event.get("judged", trial.value)
-        self._ended_at(trial, event["tokens"])
-        trial.train_seconds += event["seconds"]["train"]
-        trial.trained_tokens += event.get("trained", 0) + event.get("resumed", 0)
+    def _replay_rung(self, event: events.RungReached) -> None:
+        trial = self.trials[event.trial]
+        trial.rung, trial.value, trial.judged, trial.further = event.rung, event.value, event.judged, event.further
+        self._ended_at(trial, event.tokens)
+        trial.train_seconds += event.seconds["train"]
+        trial.trained_tokens += event.trained + event.resumed
         trial.begun.clear()
         trial.lost = 0
         trial.settled = {self._judged[trial.task.id]} if trial.task.id in self._judged else set()
         self._keep_none()
-        self._stages.learn(trial, event.get("unsaved"))
-        self._hold(trial, event.get("steps", ()))
+        self._hold(trial, event.steps)
         self._judge(trial)
 
-    def _replay_status(self, event: Mapping[str, Any]) -> None:
-        trial = self.trials[event["trial"]]
-        trial.status, trial.reason, trial.cause = Status(event["status"]), event["reason"], event.get("cause")
+    def _replay_end(self, event: TrialEnded) -> None:
+        trial = self.trials[event.trial]
+        trial.status, trial.reason, trial.cause = event.status, event.reason, event.cause
         if trial.status is Status.FAILED:
             self._scheduler.discard(trial.task.id)
-
-    def _replay_begun(self, event: Mapping[str, Any]) -> None:
-        self.trials[event["trial"]].begun[event["rung"], event["work"]] += 1
-        self._kills = event["kills"]
-
-    def _replay_collection(self, event: Mapping[str, Any]) -> None:
-        for name in event["trials"]:
-            self.trials[name].collected = True
 
     def _end_after_kill(self, trial: TrialState) -> None:
         """Ends a trial that a kill left unended, and opens one again that a closed search had left at a rung."""
@@ -613,20 +623,18 @@ class Campaign:
         made = same.candidate if same else with_training(self.question, candidate_of(self.question, strategy))
         trial = self._admit(made, **fields)
         self._write(
-            {
-                "event": "trial",
-                "trial": trial.task.id,
-                "number": trial.number,
-                "kind": trial.kind,
-                "name": trial.name,
-                "point": trial.point,
-                "strategy_id": strategy.id,
-                "parameters": made.spec.parameters if made.spec else None,
-                "strategy": strategy.to_json(),
-                "seed": trial.task.seed,
-                "length": trial.task.length,
-                "training": made.training and made.training.to_json(),
-            }
+            TrialAdded(
+                trial=trial.task.id,
+                number=trial.number,
+                kind=trial.kind,
+                name=trial.name,
+                point=trial.point,
+                parameters=made.spec.parameters if made.spec else None,
+                strategy=strategy,
+                seed=trial.task.seed,
+                length=trial.task.length,
+                training=made.training.to_json() if made.training else None,
+            )
         )
         if trial.reason is not None:
             self._end(trial, Status.REJECTED, trial.reason)
@@ -639,12 +647,10 @@ class Campaign:
 
     def _end(self, trial: TrialState, status: Status, reason: str | None = None, cause: str | None = None) -> None:
         trial.status, trial.reason, trial.cause = status, reason, cause
-        event: dict[str, Any] = {"event": "status", "trial": trial.task.id, "status": status.value, "reason": reason}
-        if cause:
-            event["cause"] = cause
+        miss: events.Miss | None = None
         if status is Status.REJECTED and trial.miss is not None:
-            event["miss"] = {"limit": trial.miss.limit, "slack": trial.miss.slack}
-        self._write(event)
+            miss = {"limit": trial.miss.limit, "slack": trial.miss.slack}
+        self._write(TrialEnded(trial=trial.task.id, status=status, reason=reason, cause=cause, miss=miss))
         value = trial.value if trial.rung >= 0 else None
         self._tell(TrialFinished(trial=trial.task.id, name=trial.name, status=status.value, reason=reason, value=value))
 
@@ -667,9 +673,9 @@ class Campaign:
             device=self.question.served_on,
         )
 
-    def _write(self, event: Mapping[str, Any]) -> None:
+    def _write(self, event: RunEvent) -> None:
         try:
-            self._log.append({**event, "time": now()})
+            self._log.add(event)
         except AutoDistillError as error:
             self.broken, self.stopping = error, True
             raise

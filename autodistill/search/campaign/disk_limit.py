@@ -6,22 +6,20 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
 from autodistill.evaluation.base import Direction
 from autodistill.runs.checkpoints import Checkpoint, StageStore
+from autodistill.runs.events import CheckpointsRemoved, RunEvent, StudentsRemoved
 from autodistill.runs.results.leaderboard import DISTILLED, pareto, rank, smallness
 from autodistill.runs.results.row import Row, Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import confirmed_trial, contenders, in_order
 from autodistill.runs.run_log import RunLog
 from autodistill.runs.students import remove_student, student_bytes
-from autodistill.search.algorithms.forks import FEW
-from autodistill.search.algorithms.successive_halving import CONFIRMED
+from autodistill.search.algorithms.successive_halving import BEST, CONFIRMED
 from autodistill.search.campaign.state import Question, TrialState
-from autodistill.search.worker.messages import RungReport
 from autodistill.utils.storage import Storage
 
 
@@ -41,22 +39,9 @@ class StageKeeper:
         self._limit = limit
         self._plan = plan
         self._sign = 1.0 if direction == "max" else -1.0
-        self._gone: set[str] = set()
         self._seen: list[Checkpoint] = []
         # The driver alone holds the run, and no worker runs yet.
         stages.sweep()
-
-    def learn(self, trial: TrialState, unsaved: str | None) -> None:
-        """Follows a stretch that ended: its checkpoint is there, or could not be written."""
-        (self._gone.discard if unsaved is None else self._gone.add)(trial.task.stage)
-
-    def forget(self, stages: Iterable[str]) -> None:
-        """Follows a collection, after which these stages have no checkpoint left."""
-        self._gone.update(stages)
-
-    def forkable(self, trial: TrialState) -> bool:
-        """Whether others may go on from the trial's stage: it was saved at a rung, and is kept."""
-        return trial.rung >= 0 and bool(trial.task.stage) and trial.task.stage not in self._gone
 
     def branched(self, trial: TrialState, rung: int) -> bool:
         """Whether the checkpoint is kept that the decay of a rung, below the last, branches off."""
@@ -97,7 +82,7 @@ class StageKeeper:
 
         A stage is worth what the best trial of it is: that which went furthest, then that of the better value; one of
         no trial is worth least, and within a stage the shorter checkpoint. Never removed is what a trial that runs, or
-        may yet be promoted, goes on from, and all of the best few, which are forked.
+        may yet be promoted, goes on from, and all of the best few.
 
         Args:
             trials: All of the search.
@@ -121,17 +106,12 @@ class StageKeeper:
         return found
 
     def spare(self, trials: Collection[TrialState]) -> list[Checkpoint]:
-        """What a search that has ended has no use for: all but the best few, which a longer one may fork, and what a
-        student that was kept short of the end is trained on from.
+        """What a search that has ended has no use for: all but that of the best few, which a longer one trains on, and
+        what a student that was kept short of the end is trained on from.
         """
         held = self._stages.checkpoints()
         safe = self._safe(held, trials, {trial.task.id for trial in trials if trial.kept})
         return [checkpoint for checkpoint in held if checkpoint not in safe]
-
-    def left_without(self, removed: Sequence[Checkpoint]) -> list[str]:
-        """Stages of which nothing is left once these checkpoints are removed."""
-        held = {checkpoint.stage for checkpoint in set(self._stages.checkpoints()) - set(removed)}
-        return sorted({checkpoint.stage for checkpoint in removed} - held)
 
     def remove(self, checkpoints: Iterable[Checkpoint]) -> None:
         """Removes them."""
@@ -161,7 +141,7 @@ class StageKeeper:
         for trial in sorted(usable, key=lambda trial: (-self._value(trial), trial.task.id)):
             # What is trained on further has the stage of that which it goes on from.
             best.setdefault(trial.task.stage, trial)
-        return list(best.values())[:FEW]
+        return list(best.values())[:BEST]
 
     def _worth(self, trials: Iterable[TrialState]) -> dict[str, tuple[int, float]]:
         worth: dict[str, tuple[int, float]] = {}
@@ -175,12 +155,6 @@ class StageKeeper:
         if trial.kind == CONFIRMATION or trial.judged is None or not math.isfinite(trial.judged):
             return -math.inf
         return self._sign * trial.judged
-
-
-def stage_facts(report: RungReport) -> dict[str, Any]:
-    """What a rung's event says of its stage."""
-    unsaved = {} if report.unsaved is None else {"unsaved": report.unsaved}
-    return {"trained": report.trained, "shared": report.shared, **unsaved}
 
 
 class Collector:
@@ -202,7 +176,7 @@ class Collector:
         trials: Mapping[str, TrialState],
         *,
         log: RunLog,
-        write: Callable[[Mapping[str, Any]], None],
+        write: Callable[[RunEvent], None],
         notify: Callable[[str], None],
     ) -> None:
         self._stages = stages
@@ -236,7 +210,7 @@ class Collector:
             names = self._students.surplus(self._trials, rows, sizes, over)
             if not names:
                 return
-            self._write({"event": "students-collected", "trials": names, "bytes": sum(sizes[name] for name in names)})
+            self._write(StudentsRemoved(trials=tuple(names), bytes=sum(sizes[name] for name in names)))
             for name in names:
                 self._trials[name].collected = True
             self._students.remove(names)
@@ -256,10 +230,8 @@ class Collector:
             checkpoints = chosen()
             if not checkpoints:
                 return
-            gone = self._stages.left_without(checkpoints)
-            keys = [checkpoint.key for checkpoint in checkpoints]
-            size = sum(checkpoint.bytes for checkpoint in checkpoints)
-            self._write({"event": "collected", "checkpoints": keys, "bytes": size, "gone": gone})
+            keys = tuple(checkpoint.key for checkpoint in checkpoints)
+            self._write(CheckpointsRemoved(checkpoints=keys, bytes=sum(one.bytes for one in checkpoints)))
             self._stages.remove(checkpoints)
         except OSError as error:
             self._notify(f"no checkpoints could be collected this time: {error}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from autodistill.distillation.training.learning_rate import branch_point, end_of
 from autodistill.runs.results.row import Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
-from autodistill.search.algorithms.forks import FEW
+from autodistill.search.algorithms.successive_halving import BEST
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
 from autodistill.search.campaign.trunk import BRANCH_DECAY, Trunk, plan_trunk
@@ -36,7 +36,7 @@ def next_longer(
         begun: Ids of the trials there are.
     """
     plain = [trial for trial in trained if trial.task.length == 1]
-    students = [trial for trial in plain if trial.kind == "student"][:FEW]
+    students = [trial for trial in plain if trial.kind == "student"][:BEST]
     baselines = [trial for trial in plain if trial.kind == "baseline"][:1]
     for length in sorted(length for length in lengths if length > 1):
         for trial in (*students, *baselines) if students else ():
@@ -188,7 +188,7 @@ class TrainingOn:
         if self._box.deadline is None:
             # Nothing would bound the others' training.
             plain = trained = plain[:1]
-        few = {trial.task.id for trial in (*plain[:FEW], *[one for one in plain if one.kind == "baseline"][:1])}
+        few = {trial.task.id for trial in (*plain[:BEST], *[one for one in plain if one.kind == "baseline"][:1])}
         for trial in trained:
             further = self._trials.get(trained_on(trial.task.id))
             begun = further is not None and (further.running or further.status is not None)

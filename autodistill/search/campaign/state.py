@@ -12,6 +12,7 @@ from autodistill.evaluation.base import Direction, Goal
 from autodistill.hardware.budget import Budget
 from autodistill.hardware.device import Device
 from autodistill.models.spec import ModelSpec
+from autodistill.runs.events import TrialKind
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.results.row import Status
 from autodistill.search.planning.durations import Speed
@@ -131,7 +132,7 @@ class TrialState:
     task: TrialTask
     candidate: Candidate
     number: int | None
-    kind: str
+    kind: TrialKind
     name: str
     point: Point | None
     rung: int = -1

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.distillation.student.check import probe_deployment
+from autodistill.runs.events import RowAdded, TrialAdded, TrialEnded
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.results.row import Row, Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.optuna_study import Observation
 from autodistill.search.campaign.admission import admit, candidate_of, untrained_figure, with_training
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Point
-from autodistill.strategy.strategy import Strategy
 from autodistill.utils.typed_data import check_typed
 
 # A value after so many times this plan's tokens counts as one at its end: tokens follow from a timing of seconds, and
@@ -85,7 +86,7 @@ def warm_start(out: Path, runs: Sequence[str], question: Question) -> WarmStart:
     found: dict[str, Observation] = {}
     first: list[Point] = []
     for name in runs:
-        mine = dict(_observations(RunFolder.open(out, name).events.read(), question))
+        mine = dict(_observations(RunFolder.open(out, name).events, question))
         for strategy_id, item in mine.items():
             if strategy_id not in found or found[strategy_id].fidelity <= item.fidelity:
                 found[strategy_id] = item
@@ -96,32 +97,32 @@ def warm_start(out: Path, runs: Sequence[str], question: Question) -> WarmStart:
     return WarmStart(runs=tuple(runs), observations=tuple(found.values()), first=tuple(first))
 
 
-def _observations(events: Sequence[Mapping[str, Any]], question: Question) -> Iterable[tuple[str, Observation]]:
+def _observations(log: RunLog, question: Question) -> Iterable[tuple[str, Observation]]:
     """Each strategy of a run that lies in the space, by its id; baselines run here as well and are left out."""
     rows: dict[str, list[Row]] = {}
-    for event in events:
-        if event["event"] == "row" and event["row"]["split"] == "validation":
-            rows.setdefault(event["row"]["trial"], []).append(Row.from_json(event["row"]))
-    causes = {event["trial"]: event.get("cause") for event in events if event["event"] == "status"}
+    for row in (event.row for event in log.of(RowAdded)):
+        if row.split == "validation":
+            rows.setdefault(row.trial, []).append(row)
+    causes = {event.trial: event.cause for event in log.of(TrialEnded)}
     baselines = {strategy.id for strategy in question.space.baselines.values()}
-    for event in events:
+    for event in log.of(TrialAdded):
         # What was trained on beyond its plan is known at the plan's tokens already.
-        if event["event"] != "trial" or event["kind"] == CONFIRMATION or event.get("length", 1.0) > 1:
+        strategy = event.strategy
+        if strategy is None or event.kind == CONFIRMATION or event.length > 1:
             continue
-        strategy = Strategy.from_json(event["strategy"])
         point = question.space.point(strategy)
         if point is None or strategy.id in baselines:
             continue
         trial = admit(
             question,
             with_training(question, candidate_of(question, strategy)),
-            trial_id=event["trial"],
+            trial_id=event.trial,
             number=None,
             kind="student",
-            name=event["name"],
+            name=event.name,
             point=point,
         )
-        item = _observation(question, trial, rows.get(event["trial"], ()), causes.get(event["trial"]))
+        item = _observation(question, trial, rows.get(event.trial, ()), causes.get(event.trial))
         if item is not None:
             yield strategy.id, item
 

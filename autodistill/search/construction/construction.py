@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Self
 
 from autodistill.search.prior.knowledge import RATE
@@ -21,6 +22,7 @@ _NOT_TRAINED_ON = "none"  # the label of a finishing that is none
 # of the loss is the teacher's depends on how far the text is from it.
 _BELIEVED = (RATE, "distillation.alignment.weight")
 _LABELS = "labels alone"
+_BY_SCALES = " by its scales"  # follows the label of a grid whose scales alone are trained
 _FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no arm beside it
 
 
@@ -50,10 +52,20 @@ class Construction:
         return self.init == WHOLE
 
     @property
-    def finishing(self) -> Finishing | None:
-        """The grid that its training ends on, which is what it is stored on; None of 16 bits."""
+    def finishings(self) -> dict[str, Finishing | None]:
+        """How it may be trained on what it is stored on, by the names of a space; the first is what is known best.
+
+        The whole teacher's weights are near the best that their grid has, and in as many steps as a search trains its
+        scales alone reach further. A cut student has to find other weights.
+        """
         scheme = self.deployment.scheme
-        return None if scheme.bits == 16 and not scheme.types else Finishing(**asdict(scheme))
+        if scheme.bits == 16 and not scheme.types:
+            return {_NOT_TRAINED_ON: None}
+        weights = Finishing(**asdict(scheme))
+        if not weights.scalable:
+            return {scheme.name: weights}
+        by_scales, by_weights = (f"{scheme.name}{_BY_SCALES}", replace(weights, scales="alone")), (scheme.name, weights)
+        return dict((by_scales, by_weights) if self.whole else (by_weights, by_scales))
 
     def describe(self) -> str:
         """What it is, what it needs, and what it loses, in a line for a person."""
@@ -110,10 +122,16 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
     recipe = prior.recipe
     raced = arms(constructions)
     inits = {label(one): one.init.to_json() for one in raced}
-    grids = {_of_grid(one): one.finishing and one.finishing.to_json() for one in raced}
+    # Where the space says how training ends on a grid, that is a dimension of its own.
+    ending = declared.restriction.training
+    grids = {name: grid and grid.to_json() for one in raced for name, grid in _finishings(one, ending).items()}
+    for grid, one in product(grids.values(), ending):
+        (grid or {}).pop(one.path.rpartition(".")[2], None)
+    trained = tuple(name for name, grid in grids.items() if grid is not None)
     dimensions = (
         Dimension.from_json("init", {"choices": inits}),
         Dimension.from_json("finishing", {"choices": grids}),
+        *(replace(one, when={"finishing": trained}) for one in ending if trained),
         *(
             Dimension.from_json(f"distillation.{name}", {"choices": [getattr(recipe, name)]})
             for name in ("signal", "signal_tokens")
@@ -127,6 +145,8 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
         dimensions=dimensions,
         deployments=tuple(deployments),
         solved=False,
+        restrictions=(),
+        types_solved=False,
         narrowed_from=declared.hash,
     )
     starts = {_name(one, raced): _start(made, one, recipe) for one in raced}
@@ -141,7 +161,9 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
 def _start(space: Space, one: Construction, recipe: Distillation) -> Strategy:
     """The strategy of a construction that is nearest to a recipe."""
     data = Strategy(distillation=recipe).to_json()
-    return space.strategy(_nearest(space, data, {"init": label(one), "finishing": _of_grid(one)}))
+    ending = [found for found in space.dimensions if found.path.startswith("finishing.")]
+    finishing = next(iter(_finishings(one, ending)))
+    return space.strategy(_nearest(space, data, {"init": label(one), "finishing": finishing}))
 
 
 def _near(dimension: Dimension, prior: Prior) -> Dimension:
@@ -154,15 +176,17 @@ def _near(dimension: Dimension, prior: Prior) -> Dimension:
     return replace(dimension, domain=replace(domain, low=low, high=high)) if low < high else dimension
 
 
+def _finishings(one: Construction, ending: Sequence[Dimension]) -> dict[str, Finishing | None]:
+    """How a construction may be trained on its grid where further dimensions say how training ends on it."""
+    found = one.finishings
+    return {name: grid for name, grid in found.items() if not (ending and grid and grid.scales == "alone")}
+
+
 def label(one: Construction) -> str:
     """What a shape is called among the choices of a space."""
     if one.whole:
         return "whole"
     return one.init.describe().replace("100% even ", "").replace(" ", "-")
-
-
-def _of_grid(one: Construction) -> str:
-    return _NOT_TRAINED_ON if one.finishing is None else one.deployment.scheme.name
 
 
 def _name(one: Construction, raced: Sequence[Construction]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError, NothingFitsError
@@ -43,15 +44,18 @@ def plain_constructions(
     found: list[Construction] = []
     nearest: tuple[Init, Fit] | None = None
     refused: InputError | None = None
-    for init in (*SHAPES, *_smallest(spec, space, budget, kv_type)):
-        if found and init not in SHAPES:
+    options = Options(spec=spec, budget=budget, cache_type=kv_type, limits=space.restriction)
+    forms.check_shapes(options)
+    shapes = _shapes(options)
+    for init in dict.fromkeys((*shapes, *_smallest(options, space))):
+        if found and init not in shapes:
             break
         try:
             student = student_spec(Strategy(init=init), spec)
         except InputError:
             continue
         try:
-            tried = list(_tried(student, space, budget, kv_type))
+            tried = list(_tried(replace(options, spec=student), space))
         except InputError as error:
             refused = refused or error
             continue
@@ -68,16 +72,18 @@ def plain_constructions(
     init, fit = nearest
     miss = nearest_miss((fit,), budget)
     assert miss is not None, "nothing fits"
-    raise nothing_fits(init, miss, budget)
+    among = ", of those that the space allows" if space.restrictions or not space.types_solved else ""
+    raise nothing_fits(init, miss, budget, among)
 
 
-def nothing_fits(init: Init, miss: Miss, budget: Budget) -> NothingFitsError:
+def nothing_fits(init: Init, miss: Miss, budget: Budget, among: str = "") -> NothingFitsError:
     """The error of a budget that nothing meets.
 
     Args:
         init: Of the student that needs least.
         miss: Which limit it misses, and by how much.
         budget: Of the student.
+        among: What it has the lowest requirements of, in words.
     """
     remedy = (
         "--latency, or name a faster --device"
@@ -85,8 +91,8 @@ def nothing_fits(init: Init, miss: Miss, budget: Budget) -> NothingFitsError:
         else "--budget, or lower --context" + (" or the streams (--batch, @streams)" if budget.batch > 1 else "")
     )
     return NothingFitsError(
-        f"nothing fits, not even the student with the lowest requirements ({init.describe()}): {miss.said}; raise "
-        f"{remedy}"
+        f"nothing fits, not even the student with the lowest requirements{among} ({init.describe()}): {miss.said}; "
+        f"raise {remedy}"
     )
 
 
@@ -95,29 +101,41 @@ def in_gguf(space: Space, budget: Budget) -> bool:
     return any(one.runtime == "llama.cpp" for one in served(space.deployments, budget))
 
 
-def _smallest(spec: ModelSpec, space: Space, budget: Budget, kv_type: str | None) -> tuple[Init, ...]:
+def _shapes(options: Options) -> tuple[Init, ...]:
+    """Those of `SHAPES` that a space allows; of fractions that it lists, or whose ends it gives, also these."""
+    limits = options.limits
+    if limits.inits is not None:
+        return limits.inits
+    found = [one for one in SHAPES if limits.depth(one.depth) and limits.ffn(one.ffn)]
+    for depth in limits.ends("init.depth") or (1.0,):
+        for ffn in limits.ends("init.ffn") or (1.0,):
+            found.append(Init(depth=depth, ffn=ffn, layers="block-influence" if depth < 1 else "even"))
+    return tuple(dict.fromkeys(one for one in found if limits.depth(one.depth) and limits.ffn(one.ffn)))
+
+
+def _smallest(options: Options, space: Space) -> tuple[Init, ...]:
     """The shape of the smallest student that is solved for, which is taken where nothing else fits."""
-    options = Options(spec=spec, budget=budget, cache_type=kv_type)
     try:
         options.check()
     except InputError:
         return ()
-    return (forms.smallest(options)[0],) if in_gguf(space, budget) else ()
+    return (forms.smallest(options)[0],) if in_gguf(space, options.budget) else ()
 
 
-def _tried(student: ModelSpec, space: Space, budget: Budget, kv_type: str | None) -> Iterator[Fit]:
+def _tried(options: Options, space: Space) -> Iterator[Fit]:
     """How the plain storages of a shape stand to a budget: those of the space, and in GGUF with smaller tables.
 
     Raises:
         InputError: None holds the shape.
     """
-    held = list(holdable(student, served(space.deployments, budget)))
+    student, budget = options.spec, options.budget
+    told = (one for one in served(space.deployments, budget) if options.limits.holds(one.scheme))
+    held = list(holdable(student, tuple(told)))
     if in_gguf(space, budget):
-        options = Options(spec=student, budget=budget, cache_type=kv_type)
         try:
             options.check()
             plain = rivals(options, None, budget.memory_bytes, lambda one: -_bytes(options, one))
-            held += [one.deployment for one in plain] + [options.smallest()[0]]
+            held += [one.deployment for one in plain if options.allows(one.deployment)] + [options.smallest()[0]]
         except InputError:
             pass
     if not held:

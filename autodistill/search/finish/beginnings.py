@@ -51,7 +51,7 @@ def settle(row: Row, rows: list[Row], finisher: Finisher) -> bool:
         made = _beginning(row, finisher)
     else:
         return False
-    finisher.write("row", made)
+    finisher.write(made)
     rows[:] = [*(one for one in rows if one.row_id != made.row_id), made]
     if made.kind == "initial" and worsened([row, made], finisher.question.metric, finisher.question.direction):
         # Kept, since it may be exported now or later.

@@ -21,6 +21,7 @@ from autodistill.errors import DamagedError
 from autodistill.inference.half_precision import load_held
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
+from autodistill.runs.events import RowAdded, RowTested
 from autodistill.runs.results.leaderboard import UNTRAINED
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
@@ -30,7 +31,6 @@ from autodistill.search.worker.messages import TrialSetting
 from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.checksums import LIST, write_list
-from autodistill.utils.clock import now
 
 
 class Phases(Protocol):
@@ -74,7 +74,7 @@ class Finisher:
             return self.teacher.folder
         key = row.trial, kept_after(row)
         if key not in self._students:
-            known = listed(self.run.events.read()).get(key)
+            known = listed(self.run.events.all()).get(key)
             folder = trained_student(self.run.checkpoints / row.trial, self.setting.storage, key[1], known)
             if row.kind == "initial" and not folder.is_dir():
                 self._begin(row, folder)
@@ -123,6 +123,6 @@ class Finisher:
             return load_held(self.teacher.folder, self.setting.held, self.setting.device)
         return load_model(self.student(row), torch.float32, self.setting.device)
 
-    def write(self, kind: str, row: Row) -> None:
+    def write(self, row: Row) -> None:
         """Appends a row to the log."""
-        self.run.events.append({"event": kind, "row": row.to_json(), "time": now()})
+        self.run.events.add(RowTested(row=row) if row.split == "test" else RowAdded(row=row))

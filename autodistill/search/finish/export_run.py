@@ -19,6 +19,7 @@ from autodistill.export.verify import verify
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
 from autodistill.quantization.formats import get_format
+from autodistill.runs.events import RowAdded, RowTested, StudentsRemoved
 from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
 from autodistill.runs.results.selection import contenders
@@ -66,7 +67,7 @@ def export_run(
     """
     _check_containers(containers)
     asked = run.asked(*_NEEDED)
-    every = run.events.rows("row", "test")
+    every = run.events.rows(RowAdded, RowTested)
     rows = [row for row in every if row.split != "test"]
     ranked = [one.row for one in rank(contenders(rows), asked["metric"], asked["direction"])]
     best = best_of(run, rows)
@@ -118,8 +119,7 @@ def _find(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
 
 def _collected(run: RunFolder) -> set[str]:
     """Trials whose students the search itself removed."""
-    events = (event for event in run.events.read() if event["event"] == "students-collected")
-    return {trial for event in events for trial in event["trials"]}
+    return {trial for event in run.events.of(StudentsRemoved) for trial in event.trials}
 
 
 def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Collection[str]) -> Path:
@@ -167,7 +167,7 @@ def _check_whole(
     student: Path, run: RunFolder, row: Row, asked: Mapping[str, Any], notify: Callable[[str], None]
 ) -> None:
     """Holds the student's files to the checksums that they had when its figures were measured."""
-    known = listed(run.events.read()).get((row.trial, kept_after(row)))
+    known = listed(run.events.all()).get((row.trial, kept_after(row)))
     try:
         if not check_list(student, known):
             notify("an earlier version kept no checksums of this student: its files are taken as they are")

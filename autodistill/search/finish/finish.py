@@ -29,6 +29,7 @@ from autodistill.hardware.lookup import is_machine
 from autodistill.inference.scoring import choices
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.quantization.learned_scales import read_scales
+from autodistill.runs.events import TrialEnded
 from autodistill.runs.results.beginnings import worsened
 from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, limits_of, nearest
@@ -167,7 +168,7 @@ def export_best(choice: list[Row], finisher: Finisher, gate: Gate) -> tuple[Expo
     """
     exported, rejected = _first_that_fits(choice, (), finisher, gate)
     for row in passed_over(choice, rejected, finisher.question.budget.memory_bytes):
-        finisher.write("row", row)
+        finisher.write(row)
     if exported is not None:
         _leave_out_removed(exported.row, finisher)
     return exported, rejected
@@ -189,7 +190,7 @@ def _leave_out_removed(best: Row, finisher: Finisher) -> None:
     order = in_order(rows, question.metric, question.direction, students_only=question.students_only)
     for row in takewhile(lambda one: one.row_id != best.row_id, order):
         if row.full and not finisher.has(row):
-            finisher.write("row", replace(row, feasible=False, reason=REMOVED))
+            finisher.write(replace(row, feasible=False, reason=REMOVED))
 
 
 def describe(exports: Iterable[Exported], test: Sequence[Row], finisher: Finisher) -> None:
@@ -218,7 +219,7 @@ def _first_that_fits(
         candidate = settled_candidate(rows, rejected, finisher, container)
         while candidate is not None and (passed := _passed(candidate, rows, finisher, gate)):
             for row in passed:
-                finisher.write("row", row)
+                finisher.write(row)
             rejected += passed
             candidate = settled_candidate(rows, rejected, finisher, container)
         if candidate is None:
@@ -307,7 +308,7 @@ def _export(row: Row, finisher: Finisher) -> Exported:
             with finisher.phases.phase("evaluate", f"{name} of the {deployment.name} student"):
                 measured |= {item.name: item for item in evaluator.evaluate(subject)}
     updated = _with_measured(row, measured, finisher)
-    finisher.write("row", updated)
+    finisher.write(updated)
     return Exported(row=updated, deployment=deployment, path=artifact.path, check=check)
 
 
@@ -365,11 +366,11 @@ def _nothing(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
     closest = nearest(needs, limits)
     if closest is None and judged:
         return "no student that was judged is there to be exported: go on with --resume and more --time"
-    failed = [event for event in finisher.run.events.read() if event.get("status") == Status.FAILED]
+    failed = [event for event in finisher.run.events.of(TrialEnded) if event.status is Status.FAILED]
     if closest is None and failed:
         return (
             f"no student was trained, since {len(failed)} training{'s' if len(failed) > 1 else ''} failed, the first "
-            f"by {failed[0]['reason']}: change the strategy, its distillation.learning_rate say, and start a new run"
+            f"by {failed[0].reason}: change the strategy, its distillation.learning_rate say, and start a new run"
         )
     if closest is None:
         return "nothing was trained as far as a rung: go on with --resume and more --time, or start with fewer --tokens"

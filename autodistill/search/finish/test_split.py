@@ -13,6 +13,7 @@ from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.half_precision import load_held
 from autodistill.inference.scoring import score_teacher
 from autodistill.quantization.learned_scales import read_scales
+from autodistill.runs.events import RowTested
 from autodistill.runs.results.gains import Gain, Gains, named, unit_of
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, rank
 from autodistill.runs.results.make_row import make_row
@@ -108,7 +109,7 @@ def known_on_test(
 
     The plan, and with it what is read of the split, never changes within a run.
     """
-    logged = {(row.kind, row.trial, row.deployment_name): row for row in finisher.run.events.rows("test")}
+    logged = {(row.kind, row.trial, row.deployment_name): row for row in finisher.run.events.rows(RowTested)}
     found = []
     for one in _to_score(best, untrained, compared):
         row = logged.get((one.kind, one.trial, one.packing.name))
@@ -180,7 +181,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
             train_seconds=one.row.train_seconds or 0.0 if one.row is not None and one.kind in DISTILLED else 0.0,
             seed=question.plan.seed,
         )
-        finisher.write("test", made)
+        finisher.write(made)
         results.append(made)
 
     scored = _to_score(best, untrained, compared)

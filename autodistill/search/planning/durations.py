@@ -14,7 +14,7 @@ _LEAST_EVALUATED = 1024  # tokens: the standard error of an accuracy of one half
 CACHING, TRAINING = 1.4, 1.1
 """What caching and training take beyond what was timed: writing, the optimiser, reading."""
 # Seconds a weight of the teacher, of a core of the two servers that this was read off: a trained student is loaded and
-# packed; beside that, one is built, restored and saved for each stretch of training.
+# packed; beside that, one is built, restored and saved for each segment of training.
 _PACKED, _BUILT = 1.5e-8, 2.5e-8
 
 
@@ -63,7 +63,7 @@ class Demand:
 
     Attributes:
         box_seconds: Time box, or None.
-        spent_seconds: Of the box, before planning.
+        spent_seconds: Of the time budget, before planning.
         trials, tokens: Fixed by the user, or None.
         baselines: Strategies that run first, to the full plan.
         teacher_deployments: That the teacher is evaluated under.
@@ -77,9 +77,9 @@ class Demand:
         step_tokens: Of an optimiser step, whole sequences.
         confirm: Further seeds that the best few and the best baseline are trained on.
         longest: How many times a trial's tokens the best are trained on to, as the space asks for; their time is what
-            the box has left.
+            the time budget has left.
         explore: Share of the time for training that goes to trials; in the rest the best are trained on.
-        rates: Share of the box that a test of learning rates takes.
+        rates: Share of the time budget that a test of learning rates takes.
         caches: Whether outputs of the teacher are cached before the first trial.
         arms: Of a race, that are proposed first; 0 of a search without one.
         exports: Kinds of files that are written and measured: of the best student, and as GGUF where it is another.
@@ -111,10 +111,10 @@ class Demand:
 
 
 def evaluated_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
-    """Tokens read at a rung, at full fidelity and on test: what the box can pay, at least 4 sequences and 1,024."""
+    """Tokens read at a rung, at full fidelity and on test: what the time allows, at least 4 sequences and 1,024."""
     if demand.box_seconds is None:
         return min(demand.validation_tokens, 2048), min(demand.validation_tokens, 4096), min(demand.test_tokens, 8192)
-    # One forward over the validation tokens by the teacher takes this share of the box, whole sequences of it.
+    # One forward over the validation tokens by the teacher takes this share of the time budget, whole sequences of it.
     length = demand.sequence_length
     affordable = int(0.007 * demand.box_seconds * speed.score) // length * length
     least = max(4 * length, -(-_LEAST_EVALUATED // length) * length)
@@ -155,14 +155,14 @@ def caching_seconds(demand: Demand, speed: Speed, tokens: float) -> float:
 
 
 def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, *, judged: bool) -> float:
-    """Expected seconds on one worker of a stretch of training and the evaluation of one deployment at its end.
+    """Expected seconds on one worker of a segment of training and the evaluation of one deployment at its end.
 
     Args:
-        tokens: Training tokens of the stretch.
+        tokens: Training tokens of the segment.
         eval_tokens: Tokens that the evaluation reads.
         parameters: Of the teacher.
         speed: As measured.
-        judged: Whether the stretch ends at a rung that trains on afterwards, so that its decay is extra work.
+        judged: Whether the segment ends at a rung that trains on afterwards, so that its decay is extra work.
     """
     train = tokens * (1 + (DECAY if judged else 0)) / speed.worker_train
     return TRAINING * train + beside_seconds(eval_tokens, parameters, speed)
@@ -179,7 +179,7 @@ def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float
 
 
 def beside_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
-    """Expected seconds of a stretch of training but for its steps."""
+    """Expected seconds of a segment of training but for its steps."""
     return evaluation_seconds(eval_tokens, parameters, speed) + _BUILT * parameters
 
 
@@ -205,10 +205,10 @@ def path_seconds(demand: Demand, speed: Speed, trials: int, tokens: int) -> floa
     """Expected seconds of one trial that passes every rung, or of a baseline where nothing else is trained."""
     rungs = rung_tokens(tokens, demand.step_tokens) if trials else (tokens,)
     rung_eval, full_eval, _ = evaluated_tokens(demand, speed)
-    stretches = [(rung - reached, rung == tokens) for rung, reached in zip(rungs, (0, *rungs), strict=False)]
+    segments = [(rung - reached, rung == tokens) for rung, reached in zip(rungs, (0, *rungs), strict=False)]
     return sum(
-        trial_seconds(stretch, full_eval if last else rung_eval, demand.parameters, speed, judged=not last)
-        for stretch, last in stretches
+        trial_seconds(segment, full_eval if last else rung_eval, demand.parameters, speed, judged=not last)
+        for segment, last in segments
     )
 
 

@@ -1,4 +1,4 @@
-"""What a search will spend: trials, rungs and tokens from a short measurement and the time box."""
+"""What a search will spend: trials, rungs and tokens from a short measurement and the time budget."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError
 from autodistill.hardware.budget import Price
 from autodistill.hardware.machine import Machine
-from autodistill.search.algorithms.forks import FEW
-from autodistill.search.algorithms.successive_halving import DECAY, REDUCTION, confirmed, kept_at_rungs, rung_tokens
+from autodistill.search.algorithms.successive_halving import (
+    BEST,
+    DECAY,
+    REDUCTION,
+    confirmed,
+    kept_at_rungs,
+    rung_tokens,
+)
 from autodistill.search.planning.durations import (
     CACHING,
     TRAINING,
@@ -52,14 +58,14 @@ def _fewest_steps(demand: Demand) -> int:
     return _FEWEST_RACED if demand.arms else _FEWEST_STEPS
 
 
-# Share of the box that is planned; the rest absorbs a machine that slows down.
+# Share of the time budget that is planned; the rest absorbs a machine that slows down.
 _PLANNED_SHARE = 0.93
 
 EXPLORE = 0.5
 """Share of the time for training that goes to trials, by default; in the rest the best are trained on."""
 
 RATES = 0.1
-"""Share of the box that a test of learning rates may take, where there is one."""
+"""Share of the time budget that a test of learning rates may take, where there is one."""
 
 _RACE, _RACE_LONG, _LONG = 0.2, 0.25, 3600.0
 
@@ -80,7 +86,7 @@ BRANCHES = (0.25, 0.5)
 _PASSES = 4
 
 FURTHER = 2.0
-"""So many times as far as planned the best may be trained on, where trials leave more of the box than was expected."""
+"""How many times as far as planned the best may be trained, where trials leave more time than was expected."""
 
 
 def step_sequences(rates: Mapping[int, float], steps: Callable[[int], int]) -> int:
@@ -108,7 +114,7 @@ def fewest_tokens(step_tokens: int, asked: int | None = None) -> int:
 
 
 def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
-    """Refuses a time box that does not hold the training of the baselines, or of one trial, and all that it needs.
+    """Refuses a time budget that does not hold the training of the baselines, or of one trial, and all that it needs.
 
     Raises:
         InputError: The message has the least time that would do, with a tenth to spare.
@@ -125,7 +131,7 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
     if demand.box_seconds is None or holds(demand.box_seconds):
         return
     low, high = demand.box_seconds, 2 * demand.box_seconds
-    # What is evaluated grows with the box, but slower, and no further than there are tokens.
+    # What is evaluated grows with the time budget, but slower, and no further than there are tokens.
     while not holds(high):
         low, high = high, 2 * high
     # A float cannot tell seconds apart beyond 2^53 of them.
@@ -142,7 +148,7 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
 
 
 def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
-    """Fixes trials, rungs and tokens; `Plan.notes` says what the box could not hold.
+    """Fixes trials, rungs and tokens; `Plan.notes` says what the time budget could not hold.
 
     Baseline, evaluation and export are reserved first, and of what is left a share for training the best on. The rest
     goes to trials: as many tokens at full fidelity as it holds for a dozen trials, at most one pass over the data; then
@@ -272,7 +278,7 @@ def _longer(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens:
 
 
 def _rest(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> tuple[int, float]:
-    """The same in all that a plan of these trials leaves of the box, as they and their tokens are whole numbers."""
+    """The same in all that a plan of these trials leaves of the time, as they and their tokens are whole numbers."""
     if demand.box_seconds is None or demand.explore == 1:
         return tokens, 0.0
     fixed = sum(fixed_seconds(demand, speed, tokens).values())
@@ -313,7 +319,7 @@ def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tu
 
 
 def _held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
-    """How many trials the box holds, a dozen at most, and their tokens.
+    """How many trials the time budget holds, a dozen at most, and their tokens.
 
     As many as can be told apart; where not even the fewest trials can, as many as have half of the steps for it.
     """
@@ -337,7 +343,7 @@ def _left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: i
 
 
 def _most_tokens(demand: Demand, speed: Speed, workers: Workers, trials: int) -> int:
-    """Most tokens at full fidelity that the box holds for so many trials, in whole steps, at least one."""
+    """Most tokens at full fidelity that the time budget holds for so many trials, in whole steps, at least one."""
     steps = 1
     ceiling = max(2, demand.train_tokens // demand.step_tokens + 1)
     low, high = 1, ceiling
@@ -351,7 +357,7 @@ def _most_tokens(demand: Demand, speed: Speed, workers: Workers, trials: int) ->
 
 
 def _most_trials(demand: Demand, speed: Speed, workers: Workers, tokens: int) -> int:
-    """Most trials that the box holds at so many tokens, at least one and at most a thousand."""
+    """Most trials that the time budget holds at so many tokens, at least one and at most a thousand."""
     low, high, most = 1, 1000, 1
     while low <= high:
         middle = (low + high) // 2
@@ -410,7 +416,7 @@ def students_disk(plan: Plan, parameters: int, *, baselines: int, confirm: int) 
     Returns:
         "students", at most so many, and "students_bytes".
     """
-    few = min(FEW, plan.keep[-1] if plan.keep else plan.trials) + min(1, baselines)
+    few = min(BEST, plan.keep[-1] if plan.keep else plan.trials) + min(1, baselines)
     longer = (len(plan.lengths) - 1) * few
     if plan.longest > 1:
         # The best alone on the cores of one machine; elsewhere the next best, and the baseline, beside it.

@@ -166,6 +166,7 @@ class TrialMemory:
             processes=self.processes,
             bf16=self.bf16,
             on_grid=strategy.finishing is not None,
+            scales_of=strategy.finishing if strategy.scales_alone else None,
             device=self.device,
             threads=self.threads,
         )

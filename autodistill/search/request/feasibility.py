@@ -52,21 +52,6 @@ def on_its_device(space: Space, budget: Budget) -> Space:
     return space if left == space.deployments else replace(space, deployments=left)
 
 
-def narrowed(space: Space, spec: ModelSpec, budget: Budget) -> Space:
-    """The space without its optional choices, where no student of them fits the budget.
-
-    Args:
-        space: As it was read.
-        spec: The teacher's shape.
-        budget: Of a student.
-    """
-    required = space.required()
-    always = set(required.extremes())
-    added = [student for strategy, student in by_size(space, spec) if strategy not in always]
-    held = (fit.slack for student in added for fit in fits(student, holdable(student, space.deployments), budget))
-    return space if any(slack <= 0 for slack in held) else required
-
-
 def shortest_context(spec: ModelSpec, space: Space) -> tuple[int, str]:
     """Tokens that the teacher and every pretrained model of a space read, and which of them reads fewest."""
     models = {strategy.init.model: student for strategy, student in by_size(space, spec) if strategy.init.model}

@@ -55,10 +55,8 @@ class SearchRequest:
         budget: A `Budget` says memory, context, batch, device and latency itself; the options of those names then say
             nothing, but for `device`, where a latency is predicted.
         resume: Go on with the run `name`.
-        sharing, forking: Whether trials continue each other's stages, and whether proposals fork one on
-            purpose; off to measure what each is worth. On resuming as before.
         command: As typed, for the record.
-        started: `time.monotonic()` at which the time box began.
+        started: `time.monotonic()` at which the time budget began.
     """
 
     strategy: Annotated[
@@ -193,7 +191,7 @@ class SearchRequest:
     sampler: Annotated[
         str | None,
         Option(
-            help="Method that proposes strategies: tpe (default), gp, nsga2 or random.",
+            help="Method that proposes strategies: tpe (default) or random.",
             metavar="NAME",
             section="Search",
             commands=_SEARCH,
@@ -374,8 +372,6 @@ class SearchRequest:
         Sequence[Callback],
         Option(help="Objects of `Callback` classes, told of trials, steps, rungs and exports.", python=True),
     ] = ()
-    sharing: bool = True
-    forking: bool = True
     command: str = "autodistill search"
     started: float = field(default_factory=clock.monotonic)
 

@@ -34,7 +34,7 @@ from autodistill.search.construction.recipe import first_prior
 from autodistill.search.planning.plan import EXPLORE, race_share
 from autodistill.search.prior.prior import Prior
 from autodistill.search.request.earlier_runs import parse_runs
-from autodistill.search.request.feasibility import narrowed, on_its_device, shortest_context
+from autodistill.search.request.feasibility import on_its_device, shortest_context
 from autodistill.search.request.metrics import Asked, ask
 from autodistill.search.request.request import (
     DEFAULT_DATA,
@@ -118,8 +118,6 @@ class SearchConfig:
     cache: Path
     cache_limit_bytes: int
     checkpoint_limit_bytes: int | None
-    sharing: bool
-    forking: bool
     command: str
     started: float
     stored: Mapping[str, Any] | None
@@ -223,8 +221,6 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         cache=cache,
         cache_limit_bytes=_number(request.cache_limit),
         checkpoint_limit_bytes=parsed(request.checkpoint_limit),
-        sharing=known.get("sharing", request.sharing),
-        forking=known.get("forking", request.forking),
         command=request.command,
         started=request.started,
         stored=stored,
@@ -349,8 +345,8 @@ def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> 
             )
         if known.get("plan", {}).get("longest", 1.0) > 1 and request.confirm:
             raise InputError(
-                f"the run {request.name!r} trained its best on in the rest of its box, so that --confirm, which trains "
-                "again what the plan's tokens gave, would not compare the same: start a new run with --confirm"
+                f"the run {request.name!r} spent the rest of its time on training its best trials further, and "
+                "--confirm repeats trainings of the plan's tokens, which do not compare: start a new run with --confirm"
             )
         return float(before)
     taken = {
@@ -388,6 +384,9 @@ def _cached(space: Space, kind: str | None) -> Space:
     check_choice("--kv-type", kind, tuple(CACHE_BYTES))
     if not any(one.runtime == _LLAMA_CPP for one in space.deployments):
         raise InputError(f"--kv-type is llama.cpp's, in which the space {space.name} deploys nothing: leave it out")
+    for one in space.deployments if space.solved and not space.types_solved else ():
+        if one.cache_types not in (("f16", "f16"), (kind, kind)):
+            raise InputError(f"--kv-type {kind} and the deployment {one.name} contradict each other: leave one out")
     held = (
         replace(one, cache_type_k=kind, cache_type_v=kind) if one.runtime == _LLAMA_CPP else one
         for one in space.deployments
@@ -417,15 +416,14 @@ def _under_budget(
     """
     if known.get("constructions"):
         constructions = tuple(map(Construction.from_json, known["constructions"]))
-        return constructions, replace(Space.from_json(known["space_definition"]), narrowed_from=space.hash)
+        return constructions, replace(Space.stored(known["space_definition"]), narrowed_from=space.hash)
     if known:
-        whole = space if known.get("space_definition", {}).get("optional") else space.required()
         # Runs of earlier versions have deployments that their device does not serve.
-        return (), whole if whole.hash == known.get("space_hash") else on_its_device(whole, budget)
+        return (), space if space.hash == known.get("space_hash") else on_its_device(space, budget)
     if space.solved:
         constructions = plain_constructions(spec, space, budget, kv_type)
         return constructions, with_constructions(space, constructions, first_prior(spec, batch_tokens=SEQUENCE_LENGTH))
-    return (), narrowed(on_its_device(space, budget), spec, budget)
+    return (), on_its_device(space, budget)
 
 
 def warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
@@ -457,7 +455,8 @@ def single(space: Space, reference: str) -> Space:
         name=Path(reference).stem,
         dimensions=(),
         starts={},
-        optional={},
         solved=False,
+        restrictions=(),
+        types_solved=False,
         baselines={Path(reference).stem: strategy},
     )

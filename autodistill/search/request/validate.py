@@ -20,7 +20,7 @@ from autodistill.runs.remote_copy import check_free, check_unheld, pull
 from autodistill.runs.results import selection as choice
 from autodistill.runs.results.objectives import objectives_of
 from autodistill.runs.run_folder import RunFolder, default_cache
-from autodistill.search.algorithms.sampler import SAMPLERS
+from autodistill.search.algorithms.sampler import check_sampler
 from autodistill.search.planning.durations import Speed, trial_seconds
 from autodistill.search.request.earlier_runs import check_asked, check_space
 from autodistill.search.request.feasibility import check_teacher
@@ -59,8 +59,7 @@ def check_request(request: SearchRequest) -> SearchConfig:
     stored = _stored(request, storage)
     _check_cache(_cache(request))
     config = resolve(request, stored)
-    if config.sampler not in SAMPLERS:
-        raise InputError(f"there is no sampler {config.sampler!r}; the samplers are {', '.join(SAMPLERS)}")
+    check_sampler(config.sampler)
     length = config.sequence_length
     if request.step_tokens is not None and request.step_tokens % length:
         raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {request.step_tokens}")

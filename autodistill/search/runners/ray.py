@@ -1,7 +1,7 @@
 """Runs a campaign's trials in warm Ray Tune workers.
 
-To Tune, a trial is one stretch of ours: from a checkpoint, or the start, to the next rung. Pausing is then the end of a
-stretch and promoting the start of another, so that Tune needs no state that our own event log does not hold.
+To Tune, a trial is one segment of ours: from a checkpoint, or the start, to the next rung. Pausing is then the end of a
+segment and promoting the start of another, so that Tune needs no state that our own event log does not hold.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def drive(
             verbose=0,
             callbacks=[Watch()],
             failure_config=tune.FailureConfig(max_failures=0),
-            # A stretch writes its own checkpoint, which a later one finds by the name of the trial.
+            # A segment writes its own checkpoint, which a later one finds by the name of the trial.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
         ),
     )
@@ -225,7 +225,7 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
             return {"assignment": _Opaque(self._bell.rest())}
 
         def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-            """A stretch reports at its end; if it is not done then, its worker ends, which says nothing of why."""
+            """A segment reports at its end; if it is not done then, its worker ends, which says nothing of why."""
             if "failure" in result:
                 self._failures[trial_id] = {name: result[name] for name in ("failure", "trained") if name in result}
 

@@ -37,20 +37,20 @@ from autodistill.strategy.deployment import IN_16_BITS
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
 
-# Share of the time box that one evaluation's tasks may take on a worker, beside the scores of its tokens.
+# Share of the time budget that one evaluation's tasks may take on a worker, beside the scores of its tokens.
 _ASKED_SHARE = 0.02
 
-# Seconds of the time box where none is given.
+# Seconds of the time budget where none is given.
 BOX_CPU, BOX_GPU = 600.0, 1800.0
 
 
 def plan_from_measurement(checked: SearchConfig, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
-    """Measures this machine for a few seconds and plans for it; `spent` seconds of the box are gone.
+    """Measures this machine for a few seconds and plans for it; `spent` seconds of the time budget are gone.
 
     On an accelerator an optimiser step has as many sequences as `step_sequences` finds, unless its size was asked for.
 
     Raises:
-        InputError: A time box that holds no training at all, a task or command that cannot be used, or memory that
+        InputError: A time budget that holds no training at all, a task or command that cannot be used, or memory that
             holds no pass of the teacher, or no step of the largest student.
     """
     all_tokens = loaded.data.splits["train"].sequences * checked.sequence_length
@@ -274,7 +274,7 @@ def _with_step(
 def _time_asked(
     checked: SearchConfig, loaded: Loaded, teacher: Any, speed: Speed, box: float | None
 ) -> tuple[Speed, float, tuple[str, ...]]:
-    """Asks the teacher a few examples of each task, and says how many of them the box pays for at an evaluation.
+    """Asks the teacher a few examples of each task, and says how many of them the time allows at an evaluation.
 
     Returns:
         The speed with the seconds of an evaluation; the share of the examples that is read; notes.

@@ -14,8 +14,8 @@ from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.solve.bench import Measured, load_bench
-from autodistill.search.solve.forms import WHOLE, Form, best_forms
+from autodistill.search.solve.bench import Measured, copying, load_bench
+from autodistill.search.solve.forms import WHOLE, Form, best_forms, whole_allowed
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
@@ -25,6 +25,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.file_locks import alone
 
+_PROBED = 512  # tokens of a text that is copied, at the most
 _TOKENS, _MORE_TOKENS, _LONG = 512, 2048, 1800.0  # of calibration text; the more in a time budget of so many seconds
 
 
@@ -60,7 +61,7 @@ def solved_constructions(
         return (), "no deployment of the space is of llama.cpp, whose types alone are solved"
     if loaded.teacher_fit.held != "float32":
         return (), "memory does not hold the teacher in float32, which it is scored in"
-    options = Options(spec=spec, budget=budget, cache_type=config.kv_type)
+    options = Options(spec=spec, budget=budget, cache_type=config.kv_type, limits=config.declared.restriction)
     try:
         options.check()
     except InputError as error:
@@ -76,15 +77,17 @@ def solved_constructions(
     teacher, data = loaded.teacher.fingerprint, loaded.data
     with alone(path := library_file(config.cache, teacher, data.fingerprint, tokens, options)):
         use(path)
-        library = Library(path, bench, options, sample, notify)
+        library = Library(path, bench, options.free, sample, notify)
         library.build()
 
         def predicted(one: Deployment) -> float:
             return library.predict(one)[0]
 
-        plain = fitting(rivals(options, own, budget.memory_bytes, predicted), options, predicted)
+        told = rivals(options, own, budget.memory_bytes, predicted) if whole_allowed(options) else ()
+        plain = fitting((one for one in told if options.allows(one.deployment)), options, predicted)
         shapes = partial(open_shapes, config.cache, bench, sample, teacher, data, tokens, notify)
-        forms = best_forms(options, library, shapes, sample, plain, thorough=thorough)
+        probe = copying(bench, sample.data, min(budget.context, spec.max_context, _PROBED))
+        forms = best_forms(options, library, shapes, sample, plain, thorough=thorough, probe=probe)
         found = [_of(one, one.deployment not in plain) for one in forms]
         solved = {one.deployment for one in forms if one.init == WHOLE}
         beside = (one for one in plain if one not in solved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,11 @@ from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.scoring import score_teacher
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.learned_scales import read_scales
+from autodistill.runs.events import RowAdded, TeacherScored
 from autodistill.runs.phase_clock import Clock
 from autodistill.runs.results.differences import paired
 from autodistill.runs.results.make_row import make_row
-from autodistill.runs.results.row import Row, Status, rows_of
+from autodistill.runs.results.row import Row, Status
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.planning.plan import fewest_tokens
 from autodistill.search.planning.representatives import alignment_cases, attention_cases, signal_cases
@@ -41,7 +42,6 @@ from autodistill.search.worker.messages import TrialSetting
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
 from autodistill.units import format_bytes, written_bytes
-from autodistill.utils.clock import now
 
 EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
 
@@ -124,14 +124,7 @@ def most_cached(checked: SearchConfig, loaded: Loaded) -> int:
     return int(held(settings) * length / max(space.lengths))
 
 
-def teacher_phase(
-    checked: SearchConfig,
-    loaded: Loaded,
-    plan: Plan,
-    run: RunFolder,
-    clock: Clock,
-    earlier: list[dict[str, Any]],
-) -> TrialSetting:
+def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock) -> TrialSetting:
     """Scores the teacher, and writes its rows under each deployment and in its own codes.
 
     They come before all work on trials, since from here on there is something that may be exported. What trials read of
@@ -145,7 +138,7 @@ def teacher_phase(
         teacher=loaded.teacher.folder,
         teacher_spec=loaded.spec,
         teacher_reference=reference,
-        teacher_accuracy=_accuracy(teacher, reference, validation, loaded.device, run, clock, earlier),
+        teacher_accuracy=_accuracy(teacher, reference, validation, loaded.device, run, clock),
         data=loaded.data.folder,
         cache=None,
         checkpoints=run.checkpoints,
@@ -160,7 +153,7 @@ def teacher_phase(
         renderings=loaded.renderings,
         divergences=checked.asked.divergences,
     )
-    rows = [row for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"]
+    rows = [row for row in run.events.rows(split="validation") if row.kind == "teacher"]
     setting = replace(setting, evaluators=_expecting(setting.evaluators, rows, validation))
     done = {row.deployment_name for row in rows}
     for deployment in loaded.teacher_deployments(checked):
@@ -168,7 +161,7 @@ def teacher_phase(
             continue
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
             row = _teacher_row(teacher(), deployment, setting, validation, checked.device)
-            run.events.append({"event": "row", "row": row.to_json(), "time": now()})
+            run.events.add(RowAdded(row=row))
             setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
     return setting
 
@@ -216,18 +209,16 @@ def _accuracy(
     device: str,
     run: RunFolder,
     clock: Clock,
-    earlier: Sequence[Mapping[str, Any]],
 ) -> float:
     """The teacher's accuracy, as it is or as it was scored before; a file has what is kept of it for comparisons."""
-    found = next((event["teacher_accuracy"] for event in earlier if event["event"] == "teacher"), None)
-    if found is not None and reference_file.exists():
-        return float(found)
+    scored = run.events.of(TeacherScored)
+    if scored and reference_file.exists():
+        return scored[0].teacher_accuracy
     with clock.phase("evaluate", "scoring the teacher"):
         scores, reference = score_teacher(teacher(), validation, device=device)
         reference.save(reference_file)
         accuracy = float(scores.correct.mean())
-        said = {"teacher_accuracy": accuracy, "tokens": len(reference.top1)}
-        run.events.append({"event": "teacher", **said, "time": now()})
+        run.events.add(TeacherScored(teacher_accuracy=accuracy, tokens=len(reference.top1)))
     return accuracy
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
-from autodistill.estimates.training_fit import TeacherFit, Training, TrainingFit, fit_teacher, fit_training
+from autodistill.estimates.training_fit import TeacherFit, Training, TrainingFit, fit_training
 from autodistill.estimates.training_memory import adapted_tensors
 from autodistill.inference.torch_memory import share_bytes
 from autodistill.models.spec import ModelSpec
@@ -18,7 +17,7 @@ from autodistill.search.planning.trial_memory import TrialMemory, most_demanding
 from autodistill.search.request.feasibility import by_size
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Lora, Strategy
+from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Lora, Strategy
 
 
 def memory_of_trials(place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> TrialMemory:
@@ -60,28 +59,6 @@ def tokens_of_step(checked: SearchConfig, place: Place) -> int:
             f"a multiple of {processes * length}"
         )
     return tokens
-
-
-def trainable(checked: SearchConfig, place: Place, line: Callable[[str], None]) -> SearchConfig:
-    """The request without its space's optional choices, where training their students fits no machine here.
-
-    Args:
-        checked: What is asked; of a run that is resumed the choices stay as they were.
-        place: Where it runs.
-        line: Is told of it.
-    """
-    required = checked.space.required()
-    if required is checked.space or checked.stored is not None:
-        return checked
-    length = checked.sequence_length
-    teacher_fit = fit_teacher(checked.spec, stored="float32", sequence_length=length, machine=place.here)
-    memory, step_tokens = memory_of_trials(place, checked.spec, teacher_fit), tokens_of_step(checked, place)
-    try:
-        _training(checked, memory, by_size(checked.space, checked.spec)[-1][1], step_tokens)
-    except InputError as error:
-        line(f"the largest students are left out: {error}")
-        return replace(checked, space=required)
-    return checked
 
 
 def planned_for(
@@ -139,6 +116,7 @@ def _training(checked: SearchConfig, memory: TrialMemory, largest: ModelSpec, st
         processes=memory.processes,
         bf16=memory.bf16,
         on_grid=_on_grid(space, spec),
+        scales_of=_scales_of(space, spec),
         device=memory.device,
         threads=memory.threads,
     )
@@ -154,6 +132,15 @@ def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillati
 def _on_grid(space: Space, spec: ModelSpec) -> bool:
     """Whether a trial of the space may be trained on a grid."""
     return any(strategy.finishing is not None for strategy in cases(space, {"finishing"}, spec.layers))
+
+
+def _scales_of(space: Space, spec: ModelSpec) -> Finishing | None:
+    """The grids of which a trial trains the scales alone, where every trial of the space does so."""
+    found = {strategy.finishing for strategy in cases(space, {"finishing", "finishing.scales"}, spec.layers)}
+    if any(one is None or one.scales != "alone" for one in found):
+        return None
+    # Those with most scales to a weight.
+    return min((one for one in found if one is not None), key=lambda one: one.group_size)
 
 
 def _lora(space: Space, spec: ModelSpec, student: ModelSpec) -> Lora | None:

@@ -1,5 +1,5 @@
 """What fits a budget and what it costs, before anything is trained: types by tensor, tables and cache, solved."""
 
-from autodistill.search.solve.run import SolveRequest, solve
+from autodistill.search.solve.run import SolveRequest, plan_solve, solve
 
-__all__ = ["SolveRequest", "solve"]
+__all__ = ["SolveRequest", "plan_solve", "solve"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -12,13 +14,14 @@ import torch
 from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
+from autodistill.distillation.teacher.any_model import load_any, transposed
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import score, score_teacher
-from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
+from autodistill.quantization.formats import TYPES
 from autodistill.quantization.grids import Scales, Storage
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.rounding import deploy_tensor
@@ -106,6 +109,8 @@ class Bench:
         self.model, self.spec, self.device, self.cut = model, spec, device, cut
         self._own = own
         self._parameters = dict(model.named_parameters())
+        self._transposed = transposed(model)
+        self._reshaped = {name for name, one in self._parameters.items() if one.dim() == 3 or name in self._transposed}
         self._masters: dict[str, Tensor] = {}
         self._shown: dict[str, Storage] = {}
 
@@ -160,7 +165,21 @@ class Bench:
         """The float32 values of a tensor in a storage, under the teacher's own scales where it was stored so."""
         kept, scales = self._own.get(name, (None, None))
         master = self._masters.get(name, self._parameters[name].data) if weight is None else weight
-        return deploy_tensor(master, storage, scales if kept == storage else None)
+        rows = self.matrices(name, master).flatten(0, 1) if name in self._reshaped else master
+        found = deploy_tensor(rows, storage, scales if kept == storage else None)
+        return self._as_held(name, found) if name in self._reshaped else found
+
+    def matrices(self, name: str, values: Tensor) -> Tensor:
+        """The values of a matrix, or of the experts of a layer, as [matrices, out, in]."""
+        found = values.transpose(-1, -2) if name in self._transposed else values
+        return found[None] if found.dim() == 2 else found
+
+    def _as_held(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of matrices in the layout in which the model holds them."""
+        held = self._parameters[name].shape
+        turned = (*held[:-2], held[-1], held[-2]) if name in self._transposed else held
+        found = rows.view(turned)
+        return found.transpose(-1, -2).contiguous() if name in self._transposed else found
 
     @contextmanager
     def shown(self, storages: Mapping[str, Storage]) -> Iterator[None]:
@@ -178,6 +197,50 @@ class Bench:
             yield
 
 
+def copying(bench: Bench, text: TokenSet, length: int) -> Sample:
+    """A sequence that repeats itself, of which the second half is scored: whoever looks back can copy it.
+
+    Short text shows nothing of what a cache of few bits, or a layer that is left out, does to what lies far behind.
+
+    Args:
+        bench: The teacher.
+        text: Whose tokens are drawn from, in no order.
+        length: Of the sequence, in tokens.
+    """
+    half = length // 2
+    drawn = np.random.default_rng(0).choice(np.unique(text.tokens), half).astype(np.int32)
+    tokens = np.concatenate([drawn, drawn])[None]
+    scored = np.concatenate([np.zeros(half, dtype=bool), np.ones(half, dtype=bool)])[None]
+    # As many documents as have an error of their own.
+    documents = (np.arange(2 * half, dtype=np.int32) // max(1, half // _PARTS))[None]
+    return bench.sample("copying", TokenSet(tokens=tokens, documents=documents, answers=scored))
+
+
+_PARTS = 8
+
+
+def speeds() -> tuple[float, dict[str, float]]:
+    """How many operations of products this machine does in a second, and the seconds that rounding a weight takes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, weights = torch.ones(_MULTIPLIED, _MULTIPLIED, device=device), torch.randn(*_ROUNDED, device=device)
+
+    def takes(work: Callable[[], Any], times: int) -> float:
+        work()
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / times
+
+    rate = 2 * _MULTIPLIED**3 / takes(lambda: rows @ rows, 10)
+    kinds = {kind: takes(partial(deploy_tensor, weights, storage), 2) for kind, storage in TYPES.items()}
+    return rate, {kind: seconds / weights.numel() for kind, seconds in kinds.items()}
+
+
+_MULTIPLIED, _ROUNDED = 1024, (256, 2048)  # sizes of what is multiplied, and rounded, to measure a machine
+
+
 def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Bench:
     """A teacher in float32, on an accelerator where there is one.
 
@@ -190,7 +253,7 @@ def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Ben
     scales = read_scales(teacher.folder, own) if own else {}
     tensors = {tensor.name: tensor for tensor in spec.tensors}
     kept = {name: (own.storage(tensors[name]), scale) for name, scale in scales.items()} if own else {}
-    return Bench(load_model(teacher.folder, torch.float32, device), spec, kept, device)
+    return Bench(load_any(teacher.folder, torch.float32, device), spec, kept, device)
 
 
 def measured(scores: TokenScores) -> Measured:

@@ -9,21 +9,28 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from autodistill.data.dataset import Prepared, load_split
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.errors import NothingFitsError
 from autodistill.evaluation.base import Subject, load_evaluator
 from autodistill.export.base import Artifact, load_exporter
 from autodistill.export.gguf import FILE
+from autodistill.export.gguf_mixtures import verify_mixture, write_mixture
 from autodistill.export.student_reader import replacing
 from autodistill.export.verify import POSITIONS, verify, verify_runtime
 from autodistill.hardware.budget import Budget
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import choices
+from autodistill.models.families import GGUF_MIXTURES
+from autodistill.quantization.grids import Floats
 from autodistill.search.solve.bench import Bench
 from autodistill.search.solve.candidates import Candidate
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
+from autodistill.utils.json_files import read_json
 
 
 def export(
@@ -53,10 +60,8 @@ def export(
         deployment, tensors = chosen.deployment, len(chosen.file.tensors)
         artifact = _copied(chosen.path, out)
     else:
-        artifact = exporter.export(
-            teacher.folder, chosen, out, teacher=teacher.name, license=teacher.license, name=f"{teacher.name}, solved"
-        )
-        deployment, tensors = chosen, verify(exporter, artifact, teacher.folder, chosen).tensors
+        deployment = chosen
+        artifact, tensors = write_solution(bench, teacher, chosen, out)
     sequences = math.ceil(POSITIONS / (data.sequence_length - 1))
     read = load_split(data.folder, "validation").head(sequences * data.sequence_length)
     with _shown(bench, chosen), quantized_cache(bench.model, deployment.cache_types):
@@ -88,6 +93,49 @@ def export(
         "text": run.text,
         "serve": shlex.join([*server, *deployment.server_arguments]),
     }
+
+
+def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment, out: Path) -> tuple[Artifact, int]:
+    """Writes a deployment of the teacher, compares the file's tensors with what was measured, and counts them.
+
+    Args:
+        bench, teacher, chosen, out: As for `export`.
+
+    Raises:
+        InputError, VerificationError: As `export`.
+    """
+    name = f"{teacher.name}, solved"
+    if bench.spec.architecture not in GGUF_MIXTURES:
+        exporter = load_exporter("gguf")
+        told = {"teacher": teacher.name, "license": teacher.license, "name": name}
+        artifact = exporter.export(teacher.folder, chosen, out, **told)
+        return artifact, verify(exporter, artifact, teacher.folder, chosen).tensors
+    storages = {tensor.name: chosen.storage(tensor) for tensor in bench.spec.tensors}
+
+    def own(name: str) -> Floats:
+        return _rows(bench, name, bench.master(name))
+
+    def stored(name: str) -> Floats:
+        return _rows(bench, name, bench.stored(name, storages[name]))
+
+    artifact = write_mixture(
+        own,
+        bench.spec,
+        read_json(teacher.folder / "config.json"),
+        chosen,
+        teacher.folder,
+        out,
+        name=name,
+        teacher=teacher.name,
+        license=teacher.license,
+    )
+    return artifact, verify_mixture(artifact.path, stored, bench.spec, chosen)
+
+
+def _rows(bench: Bench, name: str, values: Tensor) -> Floats:
+    """A tensor as a file holds it: of experts [experts, out, in]."""
+    found = bench.matrices(name, values) if values.dim() == 3 else values
+    return np.asarray(found.cpu().numpy(), dtype=np.float32)
 
 
 def _shown(bench: Bench, chosen: Deployment | Candidate) -> AbstractContextManager[None]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import product
 
-from autodistill.distillation.student.shapes import cut_spec, layer_choices
+from autodistill.distillation.student.shapes import cut_spec, student_depth
+from autodistill.errors import InputError
 from autodistill.models.families import FAMILIES as MODEL_FAMILIES
 from autodistill.models.families import GGUF_BY_LAYER, get_family
 from autodistill.models.spec import ModelSpec
@@ -20,8 +22,9 @@ from autodistill.search.solve.widths import Widths
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
 
-FAMILIES = ("whole", "narrow", "layered", "shallow")
-"""Of shapes: the teacher's own, all FFNs as narrow, each FFN as narrow as it may be, one block of layers left out."""
+FAMILIES = ("whole", "narrow", "layered", "shallow", "named")
+"""Of shapes: the teacher's own, all FFNs as narrow, each FFN as narrow as it may be, one block of layers left out, and
+those that a space names."""
 
 CUTS = FAMILIES[1:]
 """The families of those that are not whole."""
@@ -32,6 +35,10 @@ WHOLE = Init(depth=1.0)
 _TIGHT = 0.1  # nats that the whole teacher loses, beyond which cuts are looked at
 _MEASURED = 2  # shapes of a family that are measured whole
 _ROUNDS = 4  # of widths by layer, each of which may have narrower ones measured
+_SAFER = ("q8_0", "f16")  # types of the cache that are tried where one of fewer bits forgets
+_COPIES = 0.3  # share of a text that repeats itself, from which on a teacher copies
+_FORGOTTEN = 0.05  # of it, by which a student may copy less
+_NAMED = 4  # of the shapes that a space names
 _PATIENCE = 2  # shapes in vain, one after another, after which no smaller ones are asked for
 
 
@@ -45,18 +52,89 @@ def smallest(options: Options) -> tuple[Init, Deployment, int]:
 
     Args:
         options: Of the teacher and the budget.
+
+    Raises:
+        InputError: A space allows shapes that none of the types that it allows can hold.
     """
-    found = [(WHOLE, options)]
-    if can_cut(options.spec):
-        layers, whole = options.spec.layers, options.spec.ffn_width
-        cuts = (
-            [Init(depth=1.0, ffn=ffn_widths(whole)[-1] / whole, repair=True)] if whole > ffn_widths(whole)[-1] else []
-        )
-        cuts += [Init(depth=1.0, dropped=(1, _most_dropped(layers)))] if _most_dropped(layers) else []
-        found += [(init, replace(options, spec=cut_spec(init, options.spec))) for init in cuts]
-    sizes = [(init, *cut.smallest()) for init, cut in found]
+    found = [(WHOLE, options)] if whole_allowed(options) else []
+    found += [(init, replace(options, spec=cut_spec(init, options.spec))) for init in _extremes(options)]
+    sizes = [(init, *cut.smallest()) for init, cut in found if _storable(cut)]
+    if not sizes:
+        raise InputError("the shapes that the space allows have rows that no type divides that it allows: allow others")
     init, deployment, estimate = min(sizes, key=lambda one: one[2].total_bytes)
     return init, deployment, estimate.total_bytes
+
+
+def whole_allowed(options: Options) -> bool:
+    """Whether the teacher's own shape may be chosen."""
+    limits = options.limits
+    return WHOLE in limits.inits if limits.inits is not None else limits.depth(1.0) and limits.ffn(1.0)
+
+
+def _extremes(options: Options) -> list[Init]:
+    """Of each family of cuts the shape that needs least."""
+    spec, limits = options.spec, options.limits
+    if limits.inits is not None:
+        return [init for init in limits.inits if init != WHOLE]
+    if not can_cut(spec):
+        return []
+    drops, widths = allowed_drops(options), allowed_widths(options)
+    found = [_narrowed(widths[-1], spec)] if 0 in drops and widths[-1] < spec.ffn_width else []
+    return found + (
+        [_dropped(1, drops[-1], widths[-1 if widths[0] < spec.ffn_width else 0], spec)] if drops[-1] else []
+    )
+
+
+def check_shapes(options: Options) -> None:
+    """Refuses shapes that a space asks for and this teacher cannot be cut to.
+
+    Raises:
+        InputError: Says which.
+    """
+    for init in options.limits.inits or ():
+        cut_spec(init, options.spec)
+    if options.limits.inits is None and not can_cut(options.spec):
+        if not whole_allowed(options):
+            raise InputError("the space asks for a student that is cut, and this model cannot be: allow init.depth 1")
+        return
+    allowed_drops(options)
+
+
+def allowed_widths(options: Options) -> tuple[int, ...]:
+    """The widths that all FFNs may have, the widest first."""
+    spec, limits = options.spec, options.limits
+    found = [width for width in ffn_widths(spec.ffn_width) if limits.ffn(width / spec.ffn_width)]
+    # Fractions that are listed, and the ends of a range, are rounded to widths as everywhere.
+    told = [cut_spec(Init(depth=1.0, ffn=share), spec).ffn_width for share in limits.ends("init.ffn")]
+    return tuple(sorted({*found, *told}, reverse=True))
+
+
+def allowed_drops(options: Options) -> tuple[int, ...]:
+    """How many layers may be left out, in one block between the first and the last; the fewest first.
+
+    Raises:
+        InputError: So few layers are to be kept that there is no such block.
+    """
+    layers, limits = options.spec.layers, options.limits
+    ends = [layers - student_depth(Init(depth=share), layers) for share in limits.ends("init.depth")]
+    counts = [count for count in range(_most_dropped(layers) + 1) if limits.depth((layers - count) / layers)]
+    found = sorted({*counts, *(count for count in ends if count == 0 or count <= layers - 2)})
+    if not found:
+        raise InputError(
+            f"init.depth leaves fewer than two of the teacher's {layers} layers, and the first and the last are kept: "
+            f"allow {2 / layers:.2g} or more"
+        )
+    return tuple(found)
+
+
+def _narrowed(width: int, spec: ModelSpec) -> Init:
+    return Init(depth=1.0, ffn=width / spec.ffn_width, repair=True)
+
+
+def _dropped(first: int, count: int, width: int, spec: ModelSpec) -> Init:
+    """Without a block of layers, and with FFNs of a width."""
+    init = Init(depth=1.0, dropped=(first, count))
+    return init if width == spec.ffn_width else replace(init, ffn=width / spec.ffn_width, repair=True)
 
 
 def named(init: Init, deployment: Deployment) -> str:
@@ -116,10 +194,12 @@ def best_forms(
     others: Sequence[Deployment] = (),
     *,
     thorough: bool = False,
+    probe: Sample | None = None,
 ) -> list[Form]:
     """The best student of each family that fits, the least KL to the teacher first.
 
-    Cuts are looked at where the whole teacher does not fit, or loses much.
+    Cuts are looked at where the whole teacher does not fit, or loses much. What cannot copy as the teacher does gives
+    way to the best with a cache of more bits, where that fits and can.
 
     Args:
         options: Of the teacher and the budget.
@@ -128,12 +208,59 @@ def best_forms(
         sample: The calibration text of both.
         others: Storages of the whole teacher that are members too, where they fit.
         thorough: Whether types are then exchanged in the best of each family, as `Solver.solve` does.
+        probe: Text that is copied, as `bench.copying` makes it; None asks for nothing.
     """
-    whole = Solver(options, library, sample).solve(options.budget.memory_bytes, others, thorough=thorough)
+    found: list[Form] = []
+    for variant in options.variants():
+        members = [one for one in others if variant.fixed in (None, one)]
+        made = _forms_of(variant, library, shapes, sample, members, thorough=thorough)
+        for kind in _SAFER if variant.cache_type is None and variant.fixed is None else ():
+            families = {one.family for one in made if forgets(one, probe)}
+            if families and (kind, kind) in variant.caches:
+                safer = replace(variant, cache_type=kind)
+                again = _forms_of(safer, library, shapes, sample, members, thorough=thorough)
+                made = [one for one in made if one.family not in families]
+                made += [one for one in again if one.family in families]
+        found += made
+    left = [one for one in found if not forgets(one, probe)]
+    return sorted(left or found, key=lambda one: one.joint.kl)
+
+
+def forgets(form: Form, probe: Sample | None) -> bool:
+    """Whether a student copies clearly less than the teacher does, of what lies far behind.
+
+    Asked of what has a cache of few bits, or layers left out; a teacher that does not copy says nothing.
+    """
+    if probe is None or probe.teacher.accuracy < _COPIES:
+        return False
+    if form.deployment.cache_types == ("f16", "f16") and not form.init.dropped and form.init.depth == 1:
+        return False
+    return copied(form, probe) < probe.teacher.accuracy - _FORGOTTEN
+
+
+def copied(form: Form, probe: Sample) -> float:
+    """The share of the probe's tokens that a student copies; measured once and kept."""
+    return form.scores.joint(form.deployment, probe).accuracy
+
+
+def _forms_of(
+    options: Options,
+    library: Library,
+    shapes: Callable[[], Shapes],
+    sample: Sample,
+    others: Sequence[Deployment],
+    *,
+    thorough: bool,
+) -> list[Form]:
+    """The best student of each family, of options that are no list of storages."""
+    whole = None
+    if whole_allowed(options):
+        whole = Solver(options, library, sample).solve(options.budget.memory_bytes, others, thorough=thorough)
     found = [Form(family=FAMILIES[0], init=WHOLE, options=options, scores=library, found=whole)] if whole else []
-    if can_cut(options.spec) and (whole is None or whole.joint.kl > _TIGHT):
+    named = options.limits.inits is not None
+    if can_cut(options.spec) and (named or whole is None or whole.joint.kl > _TIGHT):
         found += cut_forms(options, library, shapes(), sample, thorough=thorough)
-    return sorted(found, key=lambda one: one.joint.kl)
+    return found
 
 
 def cut_forms(
@@ -152,12 +279,12 @@ def cut_forms(
         shapes: The scores of the cuts; those that are missing are made.
         families: Which of `CUTS`.
     """
-    found = []
+    limit, found = options.budget.memory_bytes, []
+    if options.limits.inits is not None:
+        return _best("named", _named(options, library, shapes, sample), limit, sample, thorough=thorough)
     for family, proposed in (("narrow", _narrow), ("layered", _layered), ("shallow", _shallow)):
         if family in families:
-            limit = options.budget.memory_bytes
-            best = _best(family, proposed(options, library, shapes), limit, sample, thorough=thorough)
-            found += [] if best is None else [best]
+            found += _best(family, proposed(options, library, shapes), limit, sample, thorough=thorough)[:1]
     return found
 
 
@@ -184,15 +311,19 @@ class CutScores:
         teacher: Options of the teacher.
         library: The teacher's.
         shapes: Where the student is made and measured.
+        cost: Of the cut, where it was measured as a whole.
     """
 
-    def __init__(self, init: Init, teacher: Options, library: Library, shapes: Shapes) -> None:
+    def __init__(
+        self, init: Init, teacher: Options, library: Library, shapes: Shapes, cost: Score | None = None
+    ) -> None:
         self.init, self._library, self._shapes = init, library, shapes
-        (layers,) = layer_choices(init, teacher.spec.layers)
+        layers = shapes.kept_layers(init)
         self._deep = len(layers) / teacher.spec.layers
         spec = cut_spec(init, teacher.spec)
-        self._costs = [shapes.ffn(layer, width) for layer, width in zip(layers, spec.ffn_by_layer, strict=True)]
-        self._costs += [shapes.span(*init.dropped)] if init.dropped else []
+        widths = zip(layers, spec.ffn_by_layer, strict=True)
+        self._costs = [cost] if cost else [shapes.ffn(layer, width) for layer, width in widths]
+        self._costs += [shapes.span(*init.dropped)] if init.dropped and not cost else []
         tensors = {tensor.name: tensor for tensor in teacher.spec.tensors}
         family = get_family(spec.architecture)
         self._origins: dict[str, tuple[str, float]] = {}
@@ -202,11 +333,12 @@ class CutScores:
             share = math.prod(tensor.shape) / math.prod(tensors[origin].shape)
             self._origins[tensor.name] = (origin, share)
         scored = {
-            name: teacher.kinds(tensors[origin])
+            name: teacher.free.kinds(tensors[origin])
             for name, (origin, _) in self._origins.items()
             if origin in teacher.matrices or origin in teacher.tables
         }
-        self.options = CutOptions(spec=spec, budget=teacher.budget, cache_type=teacher.cache_type, scored=scored)
+        given = {field.name: getattr(teacher, field.name) for field in fields(Options)}
+        self.options = CutOptions(**given | {"spec": spec, "scored": scored})
 
     def score(self, name: str, kind: str) -> Score:
         """What it costs to store a matrix, or a half of the cache, as a type."""
@@ -231,8 +363,8 @@ class CutScores:
         return self._shapes.joint(self.init, deployment, sample)
 
 
-def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample, *, thorough: bool) -> Form | None:
-    """The one of least KL as a whole among the shapes of the least sums of scores.
+def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample, *, thorough: bool) -> list[Form]:
+    """The shapes of the least sums of scores, the one of least KL as a whole first.
 
     Args:
         family: Of the shapes.
@@ -247,35 +379,61 @@ def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample
         vain = vain + 1 if cut.cost >= least else 0
         if vain == _PATIENCE:
             break
+        if not _storable(cut.options):
+            continue
         solver = Solver(cut.options, cut, sample)
         found = solver.predicted(limit)
         if found is not None:
             sums.append((cut.cost + found[0], cut, solver))
             least = min(least, sums[-1][0])
     measured = []
-    for _, cut, solver in sorted(sums, key=lambda one: one[0])[:_MEASURED]:
+    for _, cut, solver in sorted(sums, key=lambda one: one[0])[: _NAMED if family == "named" else _MEASURED]:
         solved = solver.solve(limit, (), thorough=thorough)
         assert solved is not None
         measured.append(Form(family=family, init=cut.init, options=cut.options, scores=cut, found=solved))
-    return min(measured, key=lambda one: one.found.joint.kl, default=None)
+    return sorted(measured, key=lambda one: one.found.joint.kl)
+
+
+def _storable(options: Options) -> bool:
+    """Whether llama.cpp holds a shape in some of the types that may be chosen."""
+    try:
+        options.check()
+    except InputError:
+        return False
+    return True
+
+
+def _named(options: Options, library: Library, shapes: Shapes, sample: Sample) -> Iterator[CutScores]:
+    """The shapes that a space names and of which some storage fits, the one that costs least by itself first."""
+    found = []
+    for init in options.limits.inits or ():
+        kept = replace(options, spec=cut_spec(init, options.spec))
+        if init == WHOLE or not _storable(kept) or not kept.fits(kept.smallest()[0]):
+            continue
+        found.append(CutScores(init, options, library, shapes, shapes.whole(init, sample)))
+    yield from sorted(found, key=lambda one: one.cost)
 
 
 def _narrow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
     """The teacher with all FFNs as narrow, and repaired; the wider ones first."""
+    if 0 not in allowed_drops(options):
+        return
     shapes.build()
-    whole = options.spec.ffn_width
-    for width in shapes.widths[1:]:
-        yield CutScores(Init(depth=1.0, ffn=width / whole, repair=True), options, library, shapes)
+    for width in allowed_widths(options):
+        if width < options.spec.ffn_width:
+            yield CutScores(_narrowed(width, options.spec), options, library, shapes)
 
 
 def _layered(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
     """The teacher with the widths of least cost, where llama.cpp holds layers that differ."""
-    if get_family(options.spec.architecture).gguf not in GGUF_BY_LAYER:
+    allowed = allowed_widths(options)
+    by_layer = get_family(options.spec.architecture).gguf in GGUF_BY_LAYER
+    if not by_layer or 0 not in allowed_drops(options) or len(allowed) == 1:
         return
     shapes.build()
     widths = None
     for _ in range(_ROUNDS):
-        widths = Widths(options, library, shapes).best(options.budget.memory_bytes)
+        widths = Widths(options, library, shapes, allowed).best(options.budget.memory_bytes)
         # What is narrower than all that was measured is measured before it is relied on.
         beyond = [(layer, width) for layer, width in enumerate(widths or ()) if width < shapes.scored[-1]]
         beyond = [(layer, width) for layer, width in beyond if not shapes.ffn(layer, width).exact]
@@ -288,11 +446,14 @@ def _layered(options: Options, library: Library, shapes: Shapes) -> Iterator[Cut
 
 def _shallow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
     """The teacher without a block of layers, for each number of layers the block that costs least; few layers first."""
-    total = options.spec.layers
-    for count in range(1, _most_dropped(total) + 1):
-        init = Init(depth=1.0, dropped=(1, count))
-        kept = replace(options, spec=cut_spec(init, options.spec))
-        if kept.smallest()[1].total_bytes > options.budget.memory_bytes:
+    spec, widths = options.spec, allowed_widths(options)
+    # Both are cut only where a space leaves no FFN whole.
+    widths = widths[:1] if widths[0] == spec.ffn_width else widths
+    for count, width in product(allowed_drops(options), widths):
+        kept = replace(options, spec=cut_spec(_dropped(1, count, width, spec), spec)) if count else options
+        if not count or not kept.fits(kept.smallest()[0]):
             continue
+        if width < spec.ffn_width:
+            shapes.build()
         first, _ = shapes.spans(count)[0]
-        yield CutScores(replace(init, dropped=(first, count)), options, library, shapes)
+        yield CutScores(_dropped(first, count, width, spec), options, library, shapes)

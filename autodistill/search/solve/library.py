@@ -6,16 +6,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from threading import local
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from autodistill import inference, quantization
@@ -24,13 +21,14 @@ from autodistill.inference.batching import map_sequences
 from autodistill.quantization.formats import TYPES
 from autodistill.search.solve.bench import Bench, Measured, Sample
 from autodistill.search.solve.options import KEYS, VALUES, Options
+from autodistill.search.solve.watching import Taken, watched
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.hashing import content_hash, file_hash
 from autodistill.utils.json_files import read_json, write_json
 
 _PASS_TOKENS = 1024  # that are read forward and backward at once
 _FACTORS = (0.5, 4.0)  # between which lies what tokens have in common
-_IN_A_LAYER = re.compile(r"layers\.\d+\.(.+)\.weight")
+_IN_A_LAYER = re.compile(r"\.\d+\.(.+?)(?:\.weight)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +203,7 @@ def library_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...], 
     return cache / "solve" / f"{key}.json"
 
 
-_SCORED_BY = ("bench", "library", "options")
+_SCORED_BY = ("bench", "library", "options", "watching")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -243,71 +241,37 @@ def _second_order(bench: Bench, options: Options, tokens: Tensor, seed: int) -> 
     names = list(options.matrices)
     parameters = dict(bench.model.named_parameters())
     with bench.shown({}):
-        watched = _watched(bench.model, names, tokens.to(bench.device), seed, bench.device)
+        found = watched(bench.model, names, tokens.to(bench.device), seed, bench.device)
 
         def score(index: int) -> dict[str, list[list[float]]]:
             name = names[index]
             # Given up one by one: gradients of all matrices take more memory than what is made of them.
-            taken, gradient = (torch.stack(column) for column in zip(*(one.pop(name) for one in watched), strict=True))
-            weight, found = parameters[name].data, {}
+            taken = [one.pop(name, []) for one in found]
+            weight, sums = parameters[name].data, {}
             for kind in options.kinds(options.matrices[name]):
                 change = bench.stored(name, TYPES[kind], weight) - weight
                 if not change.any():
-                    found[kind] = [[0.0] * len(tokens)] * 2
+                    sums[kind] = [[0.0] * len(tokens)] * 2
                     continue
-                moved = functional.linear(taken, change).mul_(gradient).sum(dim=-1).double()
-                apart, together = moved.square().sum(dim=1), moved.sum(dim=1).square()
-                found[kind] = (torch.stack([apart, together]) / (2 * moved.shape[1])).tolist()
-            return found
+                apart, together = zip(*_moved(taken, bench.matrices(name, change)), strict=True)
+                scale = 2 * tokens.shape[1]
+                sums[kind] = [[one / scale for one in apart], [one / scale for one in together]]
+            return sums
 
         return dict(zip(names, map_sequences(score, len(names), bench.device), strict=True))
 
 
-def _watched(
-    model: Any, names: Sequence[str], tokens: Tensor, seed: int, device: str
-) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """The inputs of each matrix, [length, in], and the gradients at its outputs, [length, out], of each sequence."""
-    here = local()
-
-    def watch(name: str, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found, taken = here.found, inputs[0].detach()
-        output.register_hook(lambda gradient: found.update({name: (taken[0], gradient[0])}))
-
-    def read(index: int) -> dict[str, tuple[Tensor, Tensor]]:
-        here.found = {}
-        with torch.enable_grad():
-            begun = model.get_input_embeddings()(tokens[index : index + 1]).detach().requires_grad_()
-            states = model.base_model(inputs_embeds=begun, use_cache=False).last_hidden_state
-            states.backward(_of_drawn_tokens(model, states.detach()[0], chances[index])[None])
-        found: dict[str, tuple[Tensor, Tensor]] = here.found
-        return found
-
-    dice = torch.Generator(device="cpu").manual_seed(seed)
-    chances = [torch.rand(tokens.shape[1], 1, generator=dice, dtype=torch.float64) for _ in tokens]
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    modules = {f"{path}.weight": module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    with ExitStack() as hooks:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-            hooks.callback(parameter.requires_grad_, True)
-        for name in names:
-            hooks.callback(modules[name].register_forward_hook(partial(watch, name)).remove)
-        return list(map_sequences(read, len(tokens), device))
-
-
-def _of_drawn_tokens(model: Any, states: Tensor, chances: Tensor) -> Tensor:
-    """The gradient at the last states, [length, width], of the log-probability of a token drawn at each.
+def _moved(taken: list[Taken], changes: Tensor) -> Iterator[tuple[float, float]]:
+    """Of each sequence the sum of the squares by which each token moves its log-probability, and the square of the sum.
 
     Args:
-        model: Whose head it is.
-        states: [length, width].
-        chances: Numbers from 0 to 1, by which the tokens are drawn, float64 [length, 1].
+        taken: Of each sequence.
+        changes: [matrices, out, in], of one matrix or of the experts of a layer.
     """
-    leaf = states.clone().requires_grad_()
-    log_probabilities = torch.log_softmax(model.get_output_embeddings()(leaf).float(), dim=-1)
-    # By the inverse of the distribution, so that the draw is the same wherever the model lies.
-    sums = log_probabilities.detach().double().exp().cumsum(dim=-1)
-    drawn = torch.searchsorted(sums, chances.to(sums.device) * sums[:, -1:]).clamp(max=sums.shape[1] - 1)
-    log_probabilities.gather(1, drawn).sum().backward()
-    assert leaf.grad is not None
-    return leaf.grad
+    for one in taken:
+        parts = [functional.linear(into, changes[place]).mul_(slope).sum(dim=-1) for place, into, slope in one]
+        if not parts:  # no token took any of these experts
+            yield 0.0, 0.0
+            continue
+        moved = torch.cat(parts).double()
+        yield float(moved.square().sum()), float(moved.sum().square())

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 
 from autodistill.errors import InputError
-from autodistill.estimates.fit import check_holds
+from autodistill.estimates.fit import check_holds, latencies
 from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory
 from autodistill.hardware.budget import Budget, on_gpu
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.formats import CACHE_BYTES, TYPES, scheme_by_tensor, tensor_bytes
-from autodistill.quantization.grids import Grid
+from autodistill.quantization.grids import Grid, Storage
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.restriction import Restriction
 
 KEYS, VALUES = "cache keys", "cache values"
 """What a choice calls the two halves of the cache."""
@@ -31,11 +33,13 @@ class Family:
         tables: Of each table, by name.
         cache_types: Of keys and values.
         bytes: Memory of the process with the smallest types for all other matrices.
+        weights_bytes: Of that all weights.
     """
 
     tables: Mapping[str, str]
     cache_types: tuple[str, str]
     bytes: int
+    weights_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +50,38 @@ class Options:
         spec: The model's shape.
         budget: Context and batch for the memory, and whose memory it is.
         cache_type: The one type of keys and values that may be chosen; None for all.
+        limits: What a space restricts the choice to.
+        fixed: The one storage that may be chosen, whatever else is said; None where types are.
+        file_bytes: What all weights may take in a file; None for no limit.
     """
 
     spec: ModelSpec
     budget: Budget
     cache_type: str | None = None
+    limits: Restriction = field(default_factory=Restriction)
+    fixed: Deployment | None = None
+    file_bytes: int | None = None
+
+    @property
+    def free(self) -> Options:
+        """All that llama.cpp can hold, whatever a space says: what is scored."""
+        return replace(self, limits=Restriction(), fixed=None)
+
+    @property
+    def _listed(self) -> tuple[Deployment, ...]:
+        """The storages that a space lists, where none of them is chosen yet."""
+        return (self.limits.fixed or ()) if self.fixed is None else ()
+
+    def variants(self) -> tuple[Options, ...]:
+        """Options for each storage that a space lists and the model can have; themselves where types are solved."""
+        if not self._listed:
+            return (self,)
+        found = []
+        for one in self._listed:
+            with suppress(InputError):
+                (variant := replace(self, fixed=one)).check()
+                found.append(variant)
+        return tuple(found)
 
     @cached_property
     def matrices(self) -> dict[str, TensorSpec]:
@@ -63,10 +94,26 @@ class Options:
         return {tensor.name: tensor for tensor in self.spec.tensors if tensor.role in (Role.EMBEDDING, Role.HEAD)}
 
     def kinds(self, tensor: TensorSpec) -> tuple[str, ...]:
-        """The types whose blocks divide a matrix's rows, the most bits first."""
-        return tuple(
-            kind for kind, storage in TYPES.items() if not isinstance(storage, Grid) or storage.divides(tensor.shape[1])
-        )
+        """The types that a matrix may have, whose blocks divide its rows, the most bits first.
+
+        Where a space allows only types of large blocks, which do not divide them, llama.cpp's stand-ins may be chosen.
+        """
+        if self.fixed is not None:
+            storages: set[Storage] = {self.fixed.storage(tensor)}
+        elif self.limits.kinds is None or tensor.role is not Role.LINEAR:
+            storages = set(TYPES.values())
+        else:
+            allowed = {TYPES[kind] for kind in self.limits.kinds}
+            dividing = {one for one in allowed if _divides(one, tensor)}
+            storages = dividing or {one.fallback for one in allowed if isinstance(one, Grid) and one.fallback}
+        return tuple(kind for kind, one in TYPES.items() if one in storages and _divides(one, tensor))
+
+    def allows(self, deployment: Deployment) -> bool:
+        """Whether a storage is one of those that may be chosen."""
+        if self.limits.fixed is not None:
+            return deployment in self.limits.fixed
+        types = self.types(deployment)
+        return all(types[name] in self.kinds(tensor) for name, tensor in (self.matrices | self.tables).items())
 
     @cached_property
     def caches(self) -> tuple[tuple[str, str], ...]:
@@ -74,6 +121,8 @@ class Options:
 
         On a GPU both are of one type: llama.cpp's usual builds have no kernels for others.
         """
+        if self.fixed is not None:
+            return (self.fixed.cache_types,)
         found = []
         for pair in ((keys, values) for keys in CACHE_BYTES for values in CACHE_BYTES):
             try:
@@ -99,11 +148,15 @@ class Options:
         for cache_types in self.caches:
             for kinds in product(*(self.kinds(tensor) for tensor in self.tables.values())):
                 tables = dict(zip(self.tables, kinds, strict=True))
-                need = self.memory(self.deployment(smallest | tables, cache_types)).total_bytes
-                yield Family(tables=tables, cache_types=cache_types, bytes=need)
+                need = self.memory(self.deployment(smallest | tables, cache_types))
+                yield Family(
+                    tables=tables, cache_types=cache_types, bytes=need.total_bytes, weights_bytes=need.weights_bytes
+                )
 
     def deployment(self, types: Mapping[str, str], cache_types: tuple[str, str]) -> Deployment:
         """The deployment of a type for every matrix, by name, and two for the cache."""
+        if self.fixed is not None:
+            return self.fixed
         tensors = self.matrices | self.tables
         scheme = scheme_by_tensor({tensors[name]: kind for name, kind in types.items()})
         return Deployment(
@@ -127,8 +180,29 @@ class Options:
         budget = self.budget
         return memory(self.spec, deployment, context=budget.context, batch=budget.batch, on_gpu=on_gpu(budget))
 
+    def fits(self, deployment: Deployment, limit: int | None = None) -> bool:
+        """Whether a storage keeps to the limits of memory, of the file and of latency.
+
+        Args:
+            deployment: The storage.
+            limit: Of memory, in bytes; by default the budget's.
+        """
+        need = self.memory(deployment)
+        held = need.total_bytes <= (self.budget.memory_bytes if limit is None else limit)
+        return held and self.fits_file(need.weights_bytes) and self.in_time(deployment)
+
+    def fits_file(self, weights: int) -> bool:
+        """Whether a file may hold weights of so many bytes."""
+        return self.file_bytes is None or weights <= self.file_bytes
+
+    def in_time(self, deployment: Deployment) -> bool:
+        """Whether a storage keeps to the budget's limits of latency, as predicted."""
+        return all(seconds <= one.seconds for one, seconds in latencies(self.spec, deployment, self.budget).items())
+
     def smallest(self) -> tuple[Deployment, MemoryEstimate]:
         """The solution of the least memory, and what it takes."""
+        if self._listed:
+            return min((one.smallest() for one in self.variants()), key=lambda one: one[1].total_bytes)
         family = min(self.families(), key=lambda one: one.bytes)
         found = self.deployment(self.smallest_types() | dict(family.tables), family.cache_types)
         return found, self.memory(found)
@@ -140,8 +214,23 @@ class Options:
             InputError: Says what it does not compute, or that the rows of a matrix are divided by no type's blocks, or
                 a head not by those of the cache.
         """
+        if self._listed:
+            if not self.variants():
+                for one in self._listed:
+                    replace(self, fixed=one).check()
+            return
+        for name, tensor in (self.matrices | self.tables).items():
+            if not self.kinds(tensor):
+                raise InputError(
+                    f"the space leaves no type for {name}, whose rows of {tensor.shape[1]} the blocks of "
+                    f"{', '.join(self.limits.kinds or ())} do not divide: allow others in finishing"
+                )
         kind = self.cache_type or "f16"
         check_holds(self.spec, self.deployment(self.smallest_types(), (kind, kind)))
+
+
+def _divides(storage: Storage, tensor: TensorSpec) -> bool:
+    return not isinstance(storage, Grid) or storage.divides(tensor.shape[1])
 
 
 def with_cache(deployment: Deployment, cache_types: tuple[str, str]) -> Deployment:

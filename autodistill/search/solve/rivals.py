@@ -43,9 +43,9 @@ def rivals(
         kind = options.cache_type
         plain = one if kind is None else with_cache(one, (kind, kind))
         found.setdefault(plain, what)
-        if options.memory(plain).total_bytes <= limit:
+        if options.fits(plain, limit):
             continue
-        smaller = [one for one in _smaller(options, plain) if options.memory(one).total_bytes <= limit]
+        smaller = [one for one in _smaller(options, plain) if options.fits(one, limit)]
         if smaller:
             found.setdefault(min(smaller, key=predict), f"{what}, smaller table or cache")
     return tuple(Rival(what=what, deployment=deployment) for deployment, what in found.items())
@@ -59,8 +59,7 @@ def fitting(plain: Iterable[Rival], options: Options, predict: Callable[[Deploym
         options: Of the model and budget.
         predict: The KL of a deployment.
     """
-    limit = options.budget.memory_bytes
-    held = (one.deployment for one in plain if options.memory(one.deployment).total_bytes <= limit)
+    held = (one.deployment for one in plain if options.fits(one.deployment))
     return sorted(held, key=predict)[:_MEASURED]
 
 

@@ -17,18 +17,23 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.data.tokenization import check_ids
 from autodistill.distillation.student.build import save_student
+from autodistill.distillation.student.shapes import cut_spec
+from autodistill.distillation.teacher.any_model import holds_cache, is_known, spec_of
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimates.fit import fits
+from autodistill.estimates.solving import CUT_SCORES, solving_work
+from autodistill.export.gguf_mixtures import cannot_write
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, on_gpu
-from autodistill.models.config import spec_from_config
+from autodistill.hardware.machine import memory_bytes
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
-from autodistill.search.solve.bench import Bench, Measured, Sample, load_bench
+from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench, speeds
 from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.export import export
-from autodistill.search.solve.forms import CUTS, WHOLE, Form, best_forms, named, smallest
+from autodistill.search.solve.forms import CUTS, WHOLE, Form, best_forms, can_cut, copied, named, smallest
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
@@ -43,6 +48,7 @@ from autodistill.utils.json_files import read_json, unwritable, write_json
 from autodistill.utils.plain_dataclass import check_no_blank
 
 DOCUMENT = "solve.json"
+PROBED = 1024  # tokens of a text that is copied, at the most
 _MORE = 5 * 10**6  # bytes, of which is told what they would buy
 _CLEAR = 2.0  # standard errors by which a solution must be better than a plain storage
 
@@ -61,6 +67,7 @@ class SolveRequest:
         out: Folder in which the document is kept, and the solution where it is exported; None keeps nothing.
         export: Whether the solution is written and verified in its runtime.
         candidates: GGUF files of the same model that are measured beside the solution, and may be taken in its place.
+        file_bytes: What the weights may take in a file; None for no limit.
         context_by_default: Whether nobody asked for the budgets' context, so that a model's shorter one goes before it.
     """
 
@@ -73,6 +80,7 @@ class SolveRequest:
     out: Path | None = None
     export: bool = False
     candidates: tuple[Path, ...] = ()
+    file_bytes: int | None = None
     context_by_default: bool = False
 
     def __post_init__(self) -> None:
@@ -115,23 +123,31 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         NothingFitsError: No budget is met by the smallest storage, which is named.
         VerificationError: The solution, exported, is not what was measured.
     """
-    found = resolve_teacher(request.teacher)
-    spec = spec_from_config(found.config)
+    found = resolve_teacher(request.teacher, trained=False)
+    spec = spec_of(found.config)
     request = _within_context(request, spec)
     # Before anything is downloaded or converted.
-    options = [Options(spec=spec, budget=budget) for budget in request.budgets]
+    cache_type = None if holds_cache(found.config) else "f16"
+    first = Options(spec=spec, budget=request.budgets[0], cache_type=cache_type, file_bytes=request.file_bytes)
+    options = [replace(first, budget=budget) for budget in request.budgets]
+    unwritten = cannot_write(spec, found.config)
+    if request.export and unwritten:
+        raise InputError(f"{found.name} is solved and not exported: {unwritten}; leave --export out")
     _check_fits(options)
     candidates = [open_candidate(path, spec) for path in request.candidates]
     source = resolve_data(request.data)
     if source.conversations:
         raise InputError(f"{request.data} holds conversations: solve takes plain text, of which every token counts")
     teacher = materialise(found, request.cache)
-    spec = spec_from_config(read_json(teacher.folder / "config.json"))
-    if reason := cannot_cut(teacher.folder, spec.vocabulary):
+    config = read_json(teacher.folder / "config.json")
+    spec = spec_of(config)
+    reason = cannot_cut(teacher.folder, spec.vocabulary)
+    if reason and (is_known(config) or request.export):
         raise InputError(f"a GGUF file cannot hold this teacher: {reason}")
+    unwritten = unwritten or reason or ""
     for candidate in candidates:
         check_candidate(candidate, teacher.folder, spec)
-    teacher, stored = stored_as(found, teacher, spec, request.cache)
+    teacher, stored = stored_as(found, teacher, spec, request.cache) if is_known(config) else (teacher, None)
     own = stored.deployment if stored and stored.deployment and stored.deployment.container == "gguf" else None
     fingerprint = tokenizer_fingerprint(teacher.folder)
     data = prepare(source, teacher.folder, fingerprint, request.sequence_length, request.cache)
@@ -170,6 +186,7 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         "smallest": {"name": named(init, deployment), "bytes": least},
         "solutions": documents,
         "nothing_fits": misses,
+        "not_exported": unwritten or None,
         "exported": None,
     }
     if request.export:
@@ -189,6 +206,46 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         except OSError as error:
             raise unwritable(request.out, error) from error
     return document
+
+
+def plan_solve(request: SolveRequest) -> dict[str, Any]:
+    """What solving would take on this machine, as plain data: nothing is downloaded, converted or scored.
+
+    How fast this machine multiplies and rounds is measured, for about a second.
+
+    Raises:
+        InputError, NothingFitsError: As `solve`, as far as the teacher's config says so.
+    """
+    found = resolve_teacher(request.teacher, trained=False)
+    spec = spec_of(found.config)
+    request = _within_context(request, spec)
+    cache_type = None if holds_cache(found.config) else "f16"
+    options = Options(spec=spec, budget=request.budgets[0], cache_type=cache_type, file_bytes=request.file_bytes)
+    _check_fits([replace(options, budget=one) for one in request.budgets])
+    kinds = {name: options.kinds(tensor) for name, tensor in (options.matrices | options.tables).items()}
+    caches = sum(len({pair[half] for pair in options.caches} - {"f16"}) for half in (0, 1))
+    work = solving_work(spec, kinds, caches, request.tokens)
+    rate, rounding = speeds()
+    seconds = work.seconds(rate, rounding)
+    cuts = work.operations[CUT_SCORES] / rate if can_cut(spec) else 0.0
+    init, deployment, least = smallest(options)
+    return {
+        "teacher": {"name": found.name, "parameters": spec.parameters},
+        "plan": {
+            "seconds": seconds - work.operations[CUT_SCORES] / rate,
+            "seconds_with_cuts": seconds if can_cut(spec) else None,
+            "cuts_seconds": cuts,
+            "memory_bytes": work.memory_bytes,
+            "machine_bytes": memory_bytes(),
+            "operations": dict(work.operations),
+            "operations_per_second": rate,
+        },
+        "smallest": {"name": named(init, deployment), "bytes": least},
+        "solutions": [],
+        "nothing_fits": [],
+        "not_exported": cannot_write(spec, found.config) or None,
+        "exported": None,
+    }
 
 
 def _chosen(solved: Mapping[str, Any], candidates: Sequence[Candidate], options: Options) -> Deployment | Candidate:
@@ -265,12 +322,30 @@ def _check_fits(options: Sequence[Options]) -> None:
     first.check()
     init, deployment, need = smallest(first)
     largest = max(one.budget.memory_bytes for one in options)
+    _, least = replace(first, spec=_shape(init, first.spec)).smallest()
+    if not first.fits_file(least.weights_bytes):
+        raise NothingFitsError(
+            f"nothing fits a file of {format_bytes(first.file_bytes or 0)}: the smallest that is solved for, "
+            f"{named(init, deployment)}, has {format_bytes(least.weights_bytes)} of weights; give a --file-size of "
+            f"{math.ceil(least.weights_bytes / 1e6)}MB"
+        )
+    (fit,) = fits(_shape(init, first.spec), (deployment,), first.budget)
+    if fit.late and need <= largest:
+        raise NothingFitsError(
+            f"nothing keeps to the latency: of the smallest that is solved for, {named(init, deployment)}, "
+            f"{'; '.join(fit.late)}; raise --latency, or name a faster --device"
+        )
     if need > largest:
         raise NothingFitsError(
             f"nothing fits {format_bytes(largest)}: the smallest that is solved for, {named(init, deployment)}, needs "
             f"{format_bytes(need)} at context {first.budget.context}, {format_bytes(need - largest)} more; give a "
             f"--budget of {math.ceil(need / 1e6)}MB, or a shorter --context"
         )
+
+
+def _shape(init: Init, spec: ModelSpec) -> ModelSpec:
+    """The shape of a student; of a model that is in no family its own."""
+    return spec if init == WHOLE else cut_spec(init, spec)
 
 
 def _samples(request: SolveRequest, data: Prepared, bench: Bench) -> tuple[Sample, Sample]:
@@ -303,7 +378,8 @@ def _solved(
 
     plain = rivals(options, own, options.budget.memory_bytes, predicted)
     near = fitting(plain, options, predicted)
-    forms = best_forms(options, library, shapes, calibration, near, thorough=thorough)
+    probe = copying(bench, calibration.data, min(options.budget.context, PROBED))
+    forms = best_forms(options, library, shapes, calibration, near, thorough=thorough, probe=probe)
     if not forms:
         return None
     best, *others = forms
@@ -319,6 +395,8 @@ def _solved(
             "family": best.family,
             "init": best.init.to_json(),
             **_solution(best.options, best.name, best.found, mine),
+            "copied": copied(best, probe),
+            "teacher_copied": probe.teacher.accuracy,
         },
         "next": _next(Solver(best.options, best.scores, calibration), best.found, options.budget.memory_bytes),
         "rivals": lines,
@@ -338,7 +416,7 @@ def _of_plain(
         "name": deployment.name,
         "deployment": deployment.to_json(),
         "bytes": need,
-        "fits": need <= options.budget.memory_bytes,
+        "fits": options.fits(deployment),
         "predicted_kl": library.predict(deployment)[0],
         **_beside(mine, library.joint(deployment, held_out) if measured else None),
     }
@@ -382,8 +460,10 @@ def _of_candidates(
             samples,
             lambda *texts, one=candidate: bench.measure_weights(one.weights(bench), one.cache_types, texts),
         )
-        takes = candidate.memory(options).total_bytes
-        fits = takes <= options.budget.memory_bytes
+        need = candidate.memory(options)
+        takes = need.total_bytes
+        fits = takes <= options.budget.memory_bytes and options.fits_file(need.weights_bytes)
+        fits = fits and options.in_time(candidate.deployment)
         if fits and known.kl < least:
             least, winner = known.kl, {"name": candidate.name, "path": str(candidate.path)}
         lines.append(

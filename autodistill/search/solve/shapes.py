@@ -14,11 +14,12 @@ from torch import Tensor
 from autodistill import inference, quantization
 from autodistill.data.dataset import Prepared, TokenSet, load_split
 from autodistill.distillation import student
-from autodistill.distillation.student.build import cut_student
+from autodistill.distillation.student.build import cut_student, kept_layers
 from autodistill.distillation.student.repair import ffn_moments, last_matrices, refit
 from autodistill.distillation.student.shapes import MULTIPLE
 from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.errors import InputError
+from autodistill.estimates.solving import CUT_TOKENS
 from autodistill.inference.blocks import embedded, only_blocks, through_block
 from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.scoring import score
@@ -31,11 +32,11 @@ from autodistill.strategy.strategy import Init
 from autodistill.utils.hashing import content_hash, file_hash
 from autodistill.utils.json_files import read_json, write_json
 
-_TOKENS = 512  # of the sample, on which single cuts are scored
 _SCORED = (0.7, 0.4)  # fractions of an FFN whose cost is measured
 _POWERS = (1.0, 4.0)  # of the share that is cut, by which the cost of other widths grows
 _LEAST = 1e-12  # of a cost, whose logarithm is taken
 _MOMENTS_BYTES = 2**31  # that are held; more are computed anew for each student
+_IN_16_BITS = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
 _SPANS = 3  # blocks of layers of each length that are measured, of those that turn the states least
 
 
@@ -63,7 +64,7 @@ class Shapes:
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._path, self._bench, self._calibration, self._notify = path, bench, calibration, notify
-        self._text: TokenSet = sample.data.head(_TOKENS)
+        self._text: TokenSet = sample.data.head(CUT_TOKENS)
         self._reference: TeacherReference = sample.reference.head(self._text.predicted)
         self._held = _read(path)
         self._students: dict[Init, Bench] = {}
@@ -200,6 +201,15 @@ class Shapes:
             self._held["joint"][key] = found.to_json()
             self._save()
         return Measured.from_json(self._held["joint"][key])
+
+    def whole(self, init: Init, sample: Sample) -> Score:
+        """What it costs to be made as `init` says, whatever that is, in 16 bits; measured once and kept."""
+        found = self.joint(init, _IN_16_BITS, sample)
+        return Score(kl=found.kl, stderr=math.inf if found.kl_stderr is None else found.kl_stderr, exact=True)
+
+    def kept_layers(self, init: Init) -> tuple[int, ...]:
+        """The teacher's layers that a student keeps."""
+        return kept_layers(init, self._bench.spec.layers, self._calibration)
 
     def student(self, init: Init) -> Bench:
         """The student that `init` makes, as a search builds it; the last one is held."""

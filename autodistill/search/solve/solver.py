@@ -18,6 +18,7 @@ from autodistill.strategy.deployment import Deployment
 
 _FAMILIES = 4  # that are measured whole
 _SWAPS, _PATIENCE = 6, 2  # exchanges that are tried at the most, and in vain one after another
+_HALVINGS = 16  # of the memory within which what is best is in time
 _LEAST_DOUBT = 0.3  # of a score, as a share of it: what the sum of single scores leaves out
 _NOTHING = 1e-6  # of a KL, in nats: no exchange pays below it
 
@@ -89,9 +90,32 @@ class Solver:
 
     def _best_of_families(self, limit: int) -> list[tuple[float, Family, Deployment]]:
         """The best of each family that fits, the least sum of scores first."""
+        found = self._of_families(limit)
+        if not found or self._options.in_time(found[0][2]):
+            return found
+        # A storage is faster for fewer bytes: the most memory whose best is in time.
+        low, high = min(family.bytes for family in self._families), limit
+        found = [one for one in self._of_families(low) if self._options.in_time(one[2])]
+        for _ in range(_HALVINGS if found else 0):
+            middle = (low + high) // 2
+            tried = self._of_families(middle)
+            if tried and self._options.in_time(tried[0][2]):
+                low, found = middle, tried
+            else:
+                high = middle
+        return [one for one in found if self._options.in_time(one[2])]
+
+    def _room(self, limit: int, family: Family) -> int:
+        """Bytes for the matrices of linear layers in a family, within limits of memory and of the file."""
+        file = self._options.file_bytes
+        room = limit - family.bytes + self._least
+        return room if file is None else min(room, file - family.weights_bytes + self._least)
+
+    def _of_families(self, limit: int) -> list[tuple[float, Family, Deployment]]:
+        """The same, whatever the time."""
         sums = []
         for family in self._families:
-            best = self._knapsack.best(limit - family.bytes + self._least)
+            best = self._knapsack.best(self._room(limit, family))
             if best is not None:
                 sums.append((best[0] + self._of_family(family), family, best[1]))
         sums.sort(key=lambda one: one[0])
@@ -122,7 +146,7 @@ class Solver:
             return None
         count = _FAMILIES if thorough else 1
         members = [deployment for _, _, deployment in best_of_families[:count]]
-        members += [one for one in others if self._options.memory(one).total_bytes <= limit]
+        members += [one for one in others if self._options.fits(one, limit)]
         found = [self._found(deployment) for deployment in dict.fromkeys(members)]
         best = min(found, key=self._order)
         return self._exchanged(best, limit) if thorough else best
@@ -143,7 +167,7 @@ class Solver:
             for one in self._families
             if one.cache_types == best.deployment.cache_types and one.tables.items() <= types.items()
         )
-        room = limit - family.bytes + self._least
+        room = self._room(limit, family)
         dice, seen, failures = np.random.default_rng(0), {best.deployment}, 0
         for _ in range(_SWAPS):
             if best.joint.kl < _NOTHING or failures == _PATIENCE:
@@ -152,7 +176,7 @@ class Solver:
             if chosen is None:
                 break
             deployment = self._deployment(chosen[1], family)
-            if deployment in seen:
+            if deployment in seen or not self._options.in_time(deployment):
                 continue
             seen.add(deployment)
             tried = self._found(deployment)

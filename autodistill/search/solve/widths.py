@@ -31,10 +31,14 @@ class Widths:
         options: Of the teacher and the budget.
         library: The costs of types; of a narrower matrix the share that is kept of them.
         shapes: The costs of widths.
+        widths: Those that a layer may have, the widest first; None for all.
     """
 
-    def __init__(self, options: Options, library: Library, shapes: Shapes) -> None:
+    def __init__(
+        self, options: Options, library: Library, shapes: Shapes, widths: tuple[int, ...] | None = None
+    ) -> None:
         self._options, self._library, self._shapes = options, library, shapes
+        self._widths = widths or shapes.widths
         family = get_family(options.spec.architecture)
         parts = {f"{one.name}.weight" for one in family.linears if Axis.FFN in (one.outputs, one.inputs)}
         self._ffns: dict[int, list[str]] = {}
@@ -55,7 +59,7 @@ class Widths:
         Args:
             limit: Bytes of the whole process.
         """
-        caps = self._shapes.widths
+        caps = self._widths
         solved: dict[int, tuple[float, tuple[int, ...]] | None] = {}
 
         def cost(index: int) -> float:
@@ -77,7 +81,8 @@ class Widths:
         freed = self._compute_bytes(self._options.spec.ffn_width) - self._compute_bytes(cap)
         solved = []
         for family in self._families:
-            best = knapsack.best(limit - family.bytes + self._least + freed)
+            room, file = limit - family.bytes + self._least + freed, self._options.file_bytes
+            best = knapsack.best(room if file is None else min(room, file - family.weights_bytes + self._least))
             if best is not None:
                 solved.append((best[0] + self._of_family(family), best[1]))
         if not solved:
@@ -108,7 +113,7 @@ class Widths:
         }
         for layer in self._ffns:
             found: dict[str, tuple[int, float]] = {}
-            for width in self._shapes.widths:
+            for width in self._widths:
                 if width <= cap:
                     found |= self._ffn(layer, width)
             items[_item(layer)] = undominated(found)

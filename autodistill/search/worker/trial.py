@@ -225,7 +225,7 @@ class Trial:
         # The machine may have become slower.
         each = max(fmean(took[1:]), median(took[-_FEW_STEPS:]))
         left = (end_of(tokens + plan.batch_tokens, self._decay, plan.batch_tokens) - tokens) // plan.batch_tokens
-        slower = _ON_GRID if self._task.strategy.finishing else 1.0
+        slower = _ON_GRID if self._task.strategy.finishing and not self._task.strategy.scales_alone else 1.0
         return self._agreed(_SPARE * slower * left * each > until.left)
 
     def _agreed(self, own: bool) -> bool:
@@ -443,6 +443,10 @@ def trainer_of(
         device=setting.device,
         teacher=bench.teacher,
         sharding=bench.sharding,
+        # The whole teacher begins with the scales of its own codes, where it has such.
+        beginning=read_scales(setting.teacher, strategy.finishing.scheme)
+        if strategy.finishing is not None and strategy.scales_alone and strategy.init.whole
+        else None,
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from autodistill.hardware.budget import Budget
 from autodistill.runs import report
+from autodistill.runs.events import RowAdded
 from autodistill.runs.results.beginnings import worsened
 from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
@@ -155,7 +156,7 @@ def test_a_teacher_that_is_better_than_the_chosen_student_is_the_answer() -> Non
     """It is worse than the luckiest student's row, which nobody is to have."""
     teacher = row("teacher", 0.54, kind="teacher", fidelity=None)
     rows = [teacher, *ROWS]
-    events = [{"event": "row", "row": one.to_json()} for one in rows]
+    events = [RowAdded(row=one) for one in rows]
     page = report.report_markdown({"name": "run", "students_only": False}, rank(contenders(rows)), events)
     assert "**teacher** (teacher)" in page
     assert "no trained student is better. The first trained student is t002 as gguf-f16, accuracy 0.53" in page

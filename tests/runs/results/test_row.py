@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from autodistill.errors import InputError
-from autodistill.runs.results.row import SCHEMA_VERSION, Row, read_parquet, rows_of, to_parquet
+from autodistill.runs.results.row import SCHEMA_VERSION, Row, read_parquet, to_parquet
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 
@@ -134,19 +134,6 @@ def test_a_figure_is_missing_where_it_is_not_finite() -> None:
     assert row.figure("speed") == 2.0
     assert row.figure("nonsense") is None
     assert row.figure("name") is None
-
-
-def test_a_later_row_supersedes_an_earlier_one() -> None:
-    events = [
-        {"event": "row", "row": LEAST | {"accuracy": 0.1}},
-        {"event": "status", "trial": "t001", "status": "completed"},
-        {"event": "row", "row": LEAST | {"row_id": "other"}},
-        {"event": "row", "row": LEAST | {"accuracy": 0.2}},
-    ]
-    assert [(row.row_id, row.accuracy) for row in rows_of(events)] == [("t001-gguf-q4_0", 0.2), ("other", None)]
-    # Neither an event of another kind, whatever it holds, nor one that holds none.
-    odd = [{"event": "seen", "row": LEAST | {"row_id": "odd"}}, {"event": "row"}, {"event": "row", "row": "t001"}]
-    assert rows_of([*events, *odd]) == rows_of(events)
 
 
 def test_parquet_holds_the_rows_under_an_explicit_schema(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ sys.path.insert(0, "tests/search/algorithms")
 from test_sampler import history, load_space, Sampler
 space = load_space("declared")
 print(json.dumps([Sampler(space, name=name, seed=3).propose(number, history(space))
-                  for name in ("tpe", "gp", "nsga2", "random") for number in (2, 14)]))
+                  for name in ("tpe", "random") for number in (2, 14)]))
 """
 
 
@@ -60,7 +60,7 @@ def test_another_process_proposes_the_same():
     space = load_space("declared")
     here = [
         Sampler(space, name=name, seed=3).propose(number, history(space))
-        for name in ("tpe", "gp", "nsga2", "random")
+        for name in ("tpe", "random")
         for number in (2, 14)
     ]
     environment = os.environ | {"PYTHONHASHSEED": "77"}
@@ -110,9 +110,8 @@ def test_a_finite_space_is_used_up_and_then_ends(name):
     assert len(observations) == 2 * (1 + 3)
 
 
-@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
 @pytest.mark.parametrize("starts", [0, 1, 2])
-def test_what_is_spread_of_the_first_proposals_visits_each_part_of_a_domain_once(name: str, starts: int) -> None:
+def test_what_is_spread_of_the_first_proposals_visits_each_part_of_a_domain_once(starts: int) -> None:
     """Of six, without starts and neighbours: a Latin hypercube of as many rows as are left."""
     space = space_of(
         **{
@@ -127,12 +126,12 @@ def test_what_is_spread_of_the_first_proposals_visits_each_part_of_a_domain_once
     observations = [observed(0.5, point={"init.depth": 0.5, "distillation.learning_rate": 1e-4}, value=0.5)]
     points = []
     for number in range(6):
-        point = Sampler(space, name=name, seed=1).propose(number, observations)
+        point = Sampler(space, seed=1).propose(number, observations)
         assert point is not None
         observations.append(Observation(point=point, state="running"))
         points.append(point)
     drawn = [point for point in points[starts:] if len(set(point.items()) & set(observations[0].point.items())) == 0]
-    assert len(drawn) == ((6 - starts) // 2 if name == "tpe" else 6 - starts)
+    assert len(drawn) == (6 - starts) // 2
     rates = [(math.log10(point["distillation.learning_rate"]) + 5) / 3 for point in drawn]
     for shares in ([(point["init.depth"] - 0.2) / 0.6 for point in drawn], rates):
         assert sorted(int(share * len(drawn)) for share in shares) == list(range(len(drawn)))
@@ -197,9 +196,9 @@ WEIGHT = "distillation.divergence_weight"
 RATE = {"distillation.divergence_weight": {"low": 0.0, "high": 1.0}}
 
 
-def proposals(observations, direction="max", count=20, name="tpe") -> list[float]:
+def proposals(observations, direction="max", count=20) -> list[float]:
     """Weights proposed by samplers that differ in seed only."""
-    samplers = [Sampler(space_of(**RATE), seed=seed, direction=direction, name=name) for seed in range(count)]
+    samplers = [Sampler(space_of(**RATE), seed=seed, direction=direction) for seed in range(count)]
     # With TPE one of two proposals is a neighbour of the best, the other the model's.
     points = [sampler.propose(number, observations) for sampler in samplers for number in (50, 51)]
     return [point["distillation.divergence_weight"] for point in points]
@@ -240,65 +239,14 @@ def pulled(weight: float) -> dict:
     return {"value": weight, "constraint": -0.1}
 
 
-@pytest.mark.parametrize("name", ["tpe", "gp"])
-def test_rejected_proposals_drive_it_away(name):
-    weights = WEIGHTS if name == "tpe" else WEIGHTS[:-1:2]  # the Gaussian process would propose the end itself
-    count = 20 if name == "tpe" else 2
-    observations = [observed(weight, **pulled(weight)) for weight in weights]
-    found = proposals(observations, name=name, count=count)
+def test_rejected_proposals_drive_it_away():
+    observations = [observed(weight, **pulled(weight)) for weight in WEIGHTS]
+    found = proposals(observations)
     assert mean(found) < 0.6
-    assert mean(proposals([observed(weight, value=weight) for weight in weights], name=name, count=count)) > 0.7
+    assert mean(proposals([observed(weight, value=weight) for weight in WEIGHTS])) > 0.7
     # What ran out of memory is rejected by the machine instead of by the estimate.
     failed = [item if item.values else replace(item, state=Status.FAILED) for item in observations]
-    assert proposals(failed, name=name, count=count) == found
-
-
-def test_rejected_proposals_drive_the_genetic_sampler_away():
-    """It mutates one dimension of several, so that there are some; half of its first generation does not fit."""
-    others = {f"distillation.temperature.{end}": {"low": 1.0, "high": 4.0} for end in ("start", "end")}
-    shape = {"distillation.temperature.shape": {"choices": ["linear", "cosine"]}}
-    space = space_of(**RATE, **shape, **others, **{"init.depth": {"low": 0.2, "high": 0.9}})
-    source = Sampler(space, name="random", seed=4)
-
-    def known(number: int) -> Observation:
-        point = source.propose(number)
-        return Observation(point=point, **{"state": Status.COMPLETED, "fidelity": 1.0} | pulled(point[WEIGHT]))
-
-    def drawn(observations: list[Observation]) -> list[float]:
-        return [Sampler(space, name="nsga2", seed=seed).propose(50, observations)[WEIGHT] for seed in range(40)]
-
-    observations = [known(number) for number in range(60)]
-    feasible = [item for item in observations if item.state == Status.COMPLETED][:4]
-    rejected = [item for item in observations if item.state == Status.REJECTED][:12]
-    assert mean(drawn(feasible + rejected)) < 0.45
-    assert mean(drawn(feasible)) > 0.45  # of no whole generation, so at random
-    # Rejections alone are nothing to breed from, however many they are.
-    assert drawn(rejected) == drawn([])
-
-
-@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
-def test_where_nothing_fits_yet_a_proposal_is_made_all_the_same(name):
-    observations = [observed(weight, **pulled(weight)) for weight in WEIGHTS if weight > 0.5]
-    count = 4 if name == "gp" else 20
-    found = proposals(observations, name=name, count=count)
-    assert len(found) == 2 * count
-    if name == "gp":  # the limit itself is modelled, and what misses it by less is nearer
-        assert mean(found) < 0.4
-
-
-def test_a_generation_is_half_of_rejections_at_most_and_of_those_that_miss_by_least(monkeypatch):
-    told = heard(monkeypatch)
-    constraints = [0.5, 0.1, 0.4, 0.2, 0.3, 0.15]
-    rejections = [
-        observed(0.6 + constraint / 2, state=Status.REJECTED, value=None, fidelity=0.0, constraint=constraint)
-        for constraint in constraints
-    ]
-    fitting = [observed(weight, value=weight, constraint=-0.1) for weight in WEIGHTS[:6]]
-    Sampler(space_of(**RATE), name="nsga2").propose(20, [*rejections, *fitting, rejections[0]])
-    key = optuna.samplers.NSGAIISampler._get_generation_key()
-    assert [trial.system_attrs.get(key) for trial in told] == [None, 0, None, 0, 0, 0, *[0] * 4, 1, 1, 1]
-    left_out = [trial.state.name for trial in told if key not in trial.system_attrs]
-    assert left_out == ["PRUNED", "PRUNED"]
+    assert proposals(failed) == found
 
 
 def test_values_of_low_fidelity_do_not_outrank_complete_ones():
@@ -309,8 +257,10 @@ def test_values_of_low_fidelity_do_not_outrank_complete_ones():
 
 
 def test_bad_use():
-    with pytest.raises(InputError, match="tpe, gp, nsga2, random"):
+    with pytest.raises(InputError, match="tpe, random"):
         Sampler(space_of(**RATE), name="annealing")
+    with pytest.raises(InputError, match="the sampler nsga2 was removed: take tpe"):
+        Sampler(space_of(**RATE), name="nsga2")
     with pytest.raises(ValueError, match="above 0"):
         observed(0.5, state=Status.REJECTED, constraint=-0.1)
 
@@ -374,51 +324,17 @@ def test_a_neighbor_of_another_shape_keeps_the_most_that_the_shape_can():
             assert found[size] == pytest.approx(most)
 
 
-def test_the_gaussian_process_learns_from_results_and_from_trials_that_were_stopped():
-    """On a slope proposals rise above chance; a stopped trial's early value counts as no better than the worst."""
-    space = space_of(**{"distillation.divergence_weight": {"low": 0.0, "high": 1.0}})
-    path = "distillation.divergence_weight"
-
-    def observed(weight: float, index: int) -> Observation:
-        if index % 3 == 2:  # stopped early, with a value that would look best beside late ones
-            return Observation(point={path: weight}, state=Status.STOPPED, value=9.0, fidelity=0.1)
-        return Observation(point={path: weight}, state=Status.COMPLETED, value=weight, fidelity=1.0)
-
-    weights = [index / 24 for index in range(24)]
-    observations = [observed(weight, index) for index, weight in enumerate(weights)]
-    proposals = [Sampler(space, name="gp", seed=seed).propose(24, observations)[path] for seed in range(10)]
-    assert sum(proposals) / len(proposals) > 0.6
-
-
-def test_the_genetic_sampler_breeds_from_what_it_was_told(monkeypatch):
-    """Children of parents that agree in a dimension agree in it too, mutations apart."""
-    space = space_of(
-        **{"init.depth": {"low": 0.1, "high": 0.9}, "distillation.divergence_weight": {"low": 0.0, "high": 1.0}}
-    )
-    observations = [
-        Observation(
-            point={"init.depth": 0.5, "distillation.divergence_weight": index / 16},
-            state=Status.COMPLETED,
-            value=index / 16,
-            fidelity=1.0,
-        )
-        for index in range(16)
-    ]
-    depths = [Sampler(space, name="nsga2", seed=seed).propose(16, observations)["init.depth"] for seed in range(12)]
-    assert depths.count(0.5) > len(depths) / 4
-
-
 MEMORY = OBJECTIVES["memory"]
 PERPLEXITY = OBJECTIVES["perplexity"]
 
 
-@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2", "random"])
+@pytest.mark.parametrize("name", ["tpe", "random"])
 def test_several_objectives_suit_every_sampler(name):
     """Of trials in every state, some without a value; the proposal is the same when it is asked for again."""
     space = load_space("declared")
     observations = [
         replace(item, further=(None if item.value is None else 1e6 * (7 - place % 5), 10.0))
-        for place, item in enumerate(history(space, 12 if name == "gp" else 24))
+        for place, item in enumerate(history(space, 24))
     ]
     observations[0] = replace(observations[0], further=(float("nan"), 10.0))
     sampler = Sampler(space, name=name, seed=3, further=(MEMORY, PERPLEXITY))
@@ -428,8 +344,7 @@ def test_several_objectives_suit_every_sampler(name):
     assert sampler.propose(24, observations) is not None  # a neighbour of the front, with TPE
 
 
-@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
-def test_each_model_is_told_the_values_of_all_objectives(name, monkeypatch):
+def test_the_model_is_told_the_values_of_all_objectives(monkeypatch):
     told = heard(monkeypatch)
     known = {"state": Status.COMPLETED, "fidelity": 1.0}
     observations = [
@@ -442,15 +357,10 @@ def test_each_model_is_told_the_values_of_all_objectives(name, monkeypatch):
         observed(0.7, value=0.6, further=(None, 8.0), state=Status.FAILED, fidelity=0.1, constraint=0.1),
         observed(0.8, value=None, further=(60.0, None), state=Status.FAILED, fidelity=0.0, constraint=-0.3),
     ]
-    Sampler(space_of(**RATE), name=name, further=(MEMORY, PERPLEXITY)).propose(9, observations)
-    # The genetic one and the Gaussian process know finished trials only.
-    limit = "PRUNED" if name == "tpe" else "COMPLETE"
-    assert [trial.state.name for trial in told] == ["COMPLETE"] * 3 + ["FAIL", "RUNNING", limit, limit, "FAIL"]
+    Sampler(space_of(**RATE), further=(MEMORY, PERPLEXITY)).propose(9, observations)
+    states = [*["COMPLETE"] * 3, "FAIL", "RUNNING", "PRUNED", "PRUNED", "FAIL"]
+    assert [trial.state.name for trial in told] == states
     assert [trial.constraints["budget"] for trial in told[5:7]] == [0.2, 0.1]
-    if name != "tpe":
-        # The worst of what is known, but for what follows from the shape.
-        assert told[5].values == [0.4, 70.0, 12.0]
-        assert told[6].values == [0.4, 100.0, 12.0]
     # A stopped trial lost to those at the end in what training decides; its memory is what it is.
     assert told[2].values == [0.4, 10.0, 12.0]
     assert told[0].values == [0.5, 100.0, 9.0]
@@ -482,7 +392,7 @@ def test_neighbors_of_several_objectives_take_the_front_in_turn():
         assert sum((depth < 0.5) == low for depth in depths) >= 10
 
 
-@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2", "random"])
+@pytest.mark.parametrize("name", ["tpe", "random"])
 def test_a_space_without_dimensions_has_nothing_to_propose(name: str) -> None:
     """What `distill` trains is a baseline; the default strategy is none that anybody asked for."""
     assert Sampler(replace(space_of(**RATE), dimensions=()), name=name).propose(0) is None

@@ -114,25 +114,6 @@ def test_at_the_end_the_best_few_are_left(tmp_path: Path) -> None:
     assert {stage for stage, _ in removed(found)} == {"poor", "fair", "odd"}
 
 
-def test_a_stage_that_is_gone_is_not_forked_until_it_is_trained_again(tmp_path: Path) -> None:
-    store(tmp_path, poor=POINTS[:2])
-    one = trial("t002", "poor", 1, 0.1)
-    found = keeper(tmp_path, 1)
-    first, *_ = found.surplus([one, *TRIALS[:3]], ())
-    assert found.left_without([first]) == []
-    both = found.surplus([one, *TRIALS[:3]], ())
-    assert found.left_without(both) == ["poor"]
-    assert found.forkable(one)
-    found.forget(["poor"])
-    assert not found.forkable(one)
-    found.learn(one, None)
-    assert found.forkable(one)
-    found.learn(one, "the disk is full")
-    assert not found.forkable(one)
-    assert not found.forkable(trial("t009", "new"))  # nothing is saved before the first rung
-    assert not found.forkable(trial("t009", "", 0, 0.5))
-
-
 @pytest.mark.parametrize(
     ("other", "waits"),
     [

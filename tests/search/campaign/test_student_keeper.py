@@ -11,7 +11,7 @@ import pytest
 
 from autodistill.runs.checkpoints import open_stages
 from autodistill.runs.results.objectives import OBJECTIVES
-from autodistill.runs.results.row import Row, Status, rows_of
+from autodistill.runs.results.row import Row, Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import chosen, confirming
 from autodistill.runs.run_log import RunLog
@@ -56,7 +56,7 @@ def there(folder: Path) -> set[str]:
 
 
 def validation(folder: Path) -> list[Row]:
-    return rows_of(RunLog(folder / "trials.jsonl").read())
+    return RunLog(folder / "trials.jsonl").rows()
 
 
 def run(search: Campaign, folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_what_a_kill_left_is_removed_and_never_asked_for_again(tmp_path: Path) -
             if event["event"] == "row":
                 student(cut, event["row"]["trial"])
         again = campaign(cut, asked(), limit=500)
-        again.replay(RunLog(cut / "trials.jsonl").read())
+        again.replay(RunLog(cut / "trials.jsonl").all())
         gone = {name for event in log[: kept + 1] for name in event.get("trials", ())}
         assert {name for name, one in again.trials.items() if one.collected} >= gone
         run(again, cut)

@@ -1,4 +1,4 @@
-"""The time box: what it holds by arithmetic, and that it follows a machine that turns out slower than measured."""
+"""The time budget: what it holds by arithmetic, and that it follows a machine that turns out slower than measured."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def test_a_longer_trial_is_expected_to_go_on_from_its_stage() -> None:
 
 def test_work_is_compared_with_what_was_expected_of_the_tokens_it_trained_on() -> None:
     found = box(100)
-    # A fork took 3 s for 200 tokens and 500 to be read, where 7.2 s were expected: it says nothing of a fast machine.
+    # One that shares a stage took 3 s for 200 tokens and 500 to be read, where 7.2 s were expected: that says nothing
+    # of a fast machine.
     found.learn(Assignment(task=TASK, rung=0), -1, 1.1 * 2 + 5, trained=200)
     assert found.holds(99)
     assert not found.holds(101)

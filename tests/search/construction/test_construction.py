@@ -56,10 +56,14 @@ def test_where_nothing_was_scored_plain_cuts_are_raced_too() -> None:
 def test_a_construction_is_its_plain_data() -> None:
     one = made(MIXED, kl_stderr=0.01)
     assert Construction.from_json(one.to_json()) == one
-    assert made(F16).finishing is None
-    finishing = one.finishing
-    assert finishing is not None
-    assert finishing.scheme == MIXED.scheme
+    assert list(made(F16).finishings.values()) == [None]
+
+
+def test_of_the_whole_teacher_scales_are_trained_first_and_of_a_cut_one_weights() -> None:
+    for one, expected in ((made(MIXED), ["alone", "absmax"]), (made(MIXED, init=NARROW), ["absmax", "alone"])):
+        found = list(one.finishings.values())
+        assert [finishing and finishing.scales for finishing in found] == expected
+        assert all(finishing and finishing.scheme == MIXED.scheme for finishing in found)
 
 
 def test_arms_are_starts_of_the_space_which_is_known_by_what_was_declared() -> None:
@@ -121,11 +125,36 @@ def test_a_space_of_five_dimensions_varies_every_one() -> None:
     assert {one.finishing.group_size for one in strategies if one.finishing} == {32, 64}
 
 
-def test_a_solved_space_says_nothing_of_how_students_begin_and_are_stored() -> None:
-    with pytest.raises(InputError, match=r"leave out init\.depth"):
-        Space({"init.depth": {"low": 0.5, "high": 1.0}}, solved=True)
-    with pytest.raises(InputError, match="solved is true or false"):
-        Space({"distillation.divergence_weight": {"low": 0.5, "high": 1.0}}, solved="yes")  # type: ignore[arg-type]
+def test_how_training_ends_on_the_solved_grids_is_raced_where_a_space_says_so() -> None:
+    declared = Space(
+        {"finishing.scales": {"choices": ["learned"]}, "finishing.start": {"low": 0.1, "high": 0.5}}, solved=True
+    )
+    found = [made(Q4, solved=False), made(MIXED, kl=0.2), made(F16, init=NARROW, kl=0.1)]
+    space = with_constructions(declared, found, first_prior(SPEC, batch_tokens=256))
+    sampler = Sampler(space, name="random")
+    strategies = [space.strategy(point) for number in range(20) if (point := sampler.propose(number)) is not None]
+    ends = [one.finishing for one in (*strategies, *space.starts.values()) if one.finishing]
+    assert {one.scales for one in ends} == {"learned"}
+    assert len({one.start for one in ends}) > 5
+    assert {one.scheme for one in ends} == {Q4.scheme, MIXED.scheme}
+
+
+def test_plain_constructions_keep_to_what_a_space_allows() -> None:
+    budget = Budget(memory_bytes=10**9, context=64)
+    four = {"finishing.bits": {"choices": [4]}, "init.ffn": {"choices": [0.5]}}
+    found = plain_constructions(SPEC, Space(four, solved=True), budget)
+    assert {one.init.ffn for one in found} == {0.5}
+    assert {one.deployment.bits for one in found} == {4}
+    fixed = Space({"init": {"choices": {"whole": {"depth": 1.0}}}}, deployments=[Q4], solved=True)
+    assert [(one.init, one.deployment) for one in plain_constructions(SPEC, fixed, budget)] == [(WHOLE, Q4)]
+    named = Space({"init": {"choices": {"half": {"depth": 0.5, "layers": "contiguous"}}}}, solved=True)
+    assert {one.init for one in plain_constructions(SPEC, named, budget)} == {Init(depth=0.5, layers="contiguous")}
+    with pytest.raises(InputError, match=r"init\.depth leaves fewer than two of the teacher's"):
+        plain_constructions(SPEC, Space({"init.depth": {"choices": [0.01]}}, solved=True), budget)
+    with pytest.raises(
+        NothingFitsError, match=r"of those that the space allows \(100% even\): the smallest deployment, gguf-q4_0"
+    ):
+        plain_constructions(SPEC, fixed, replace(budget, memory_bytes=10**6))
 
 
 def test_plain_constructions_fit_and_the_smallest_is_named_where_none_does() -> None:

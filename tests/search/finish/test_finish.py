@@ -14,7 +14,8 @@ from autodistill.errors import InputError, VerificationError
 from autodistill.evaluation.base import Direction, Measurement
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
-from autodistill.runs.results.row import DAMAGED, Row, rows_of
+from autodistill.runs.events import RowAdded, RowTested, rows_of
+from autodistill.runs.results.row import DAMAGED, Row
 from autodistill.runs.results.selection import in_order
 from autodistill.search.campaign.state import Question
 from autodistill.search.finish import finish
@@ -258,12 +259,12 @@ def test_rows_whose_student_is_gone_are_not_chosen_by_who_reads_the_log() -> Non
         row("early", "accuracy", 0.95, fidelity=0.5),
         row("t004", "accuracy", 0.99, feasible=False),
     ]
-    events: list[dict[str, Any]] = [{"event": "row", "row": one.to_json()} for one in rows]
+    events = [RowAdded(row=one) for one in rows]
     finisher: Any = SimpleNamespace(
         question=question("accuracy", "max"),
         run=SimpleNamespace(events=SimpleNamespace(rows=lambda: rows_of(events))),
         has=lambda one: one.trial in ("t000", "t002"),
-        write=lambda kind, one: events.append({"event": kind, "row": one.to_json()}),
+        write=lambda one: events.append(RowAdded(row=one)),
     )
     _leave_out_removed(rows[0], finisher)
     assert len(events) == len(rows)
@@ -294,9 +295,9 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
     expected = [replace(one, split="test", row_id=f"{one.row_id}-test") for one in expected]
 
     def known(rows: list[Row], of: Row = best, untrained: Row | None = None) -> tuple[Row, ...] | None:
-        events = [{"event": "test", "row": one.to_json()} for one in rows]
+        events = [RowTested(row=one) for one in rows]
         finisher: Any = SimpleNamespace(
-            run=SimpleNamespace(events=SimpleNamespace(rows=lambda kind: rows_of(events, (kind,))))
+            run=SimpleNamespace(events=SimpleNamespace(rows=lambda kind: rows_of(events, [kind])))
         )
         return known_on_test(of, untrained, compared, finisher)
 

@@ -16,9 +16,10 @@ from autodistill.estimates.training_fit import TeacherFit, training_fits
 from autodistill.hardware.budget import Budget
 from autodistill.hardware.machine import Gpu, Machine
 from autodistill.models.config import spec_from_config
+from autodistill.runs.events import read_events
 from autodistill.runs.results.row import Status
-from autodistill.runs.results.savings import saved
 from autodistill.runs.run_log import RunLog
+from autodistill.runs.savings import saved
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.campaign.admission import admit, candidate_of, with_training
 from autodistill.search.campaign.agenda import observation
@@ -196,10 +197,10 @@ def test_one_whose_training_does_not_fit_is_rejected_and_the_sampler_told(tmp_pa
         if trial.point is not None:
             deployed = min(fit.slack for fit in trial.candidate.fits)
             assert deployed < 0
-            told = observation(trial, asked, forkable=False)
+            told = observation(trial, asked)
             assert told.constraint == max(deployed, math.log(found.need_bytes / middle()))
             assert (told.constraint > 0) == (told.state is Status.REJECTED)
-    total = saved(RunLog(tmp_path / "trials.jsonl").read(), asked.plan)
+    total = saved(RunLog(tmp_path / "trials.jsonl").all(), asked.plan)
     assert total.rejected == len(rejected)
     assert total.rejected_tokens == len(rejected) * asked.plan.rungs[0]
 
@@ -223,7 +224,7 @@ def test_what_was_admitted_or_rejected_stays_so_on_a_machine_of_other_memory(tmp
             for event in events[:count]:
                 RunLog(folder / "trials.jsonl").append(event)
             again = campaign(folder, asked_with(limit))
-            again.replay(RunLog(folder / "trials.jsonl").read())
+            again.replay(RunLog(folder / "trials.jsonl").all())
             before = {event["trial"]: event["training"] for event in events[:count] if event["event"] == "trial"}
             for name, recorded in before.items():
                 trial = again.trials[name]
@@ -232,7 +233,7 @@ def test_what_was_admitted_or_rejected_stays_so_on_a_machine_of_other_memory(tmp
     same = campaign(cut, asked_with(middle()))
     for event in events[:kept]:
         RunLog(cut / "trials.jsonl").append(event)
-    same.replay(RunLog(cut / "trials.jsonl").read())
+    same.replay(RunLog(cut / "trials.jsonl").all())
     drive(same)
     assert strategies(cut) == strategies(whole)
 
@@ -249,7 +250,7 @@ def test_trials_of_an_earlier_version_are_not_asked(tmp_path: Path) -> None:
         log=RunLog(tmp_path / "again.jsonl"),
         checkpoints=tmp_path / "checkpoints",
     )
-    again.replay(events)
+    again.replay(read_events(events))
     assert not any(trial.status is Status.REJECTED for trial in again.trials.values())
 
 
@@ -263,7 +264,7 @@ def test_what_was_trained_is_not_asked_again_for_further_seeds(tmp_path: Path) -
     for event in events[:begun]:
         RunLog(cut / "trials.jsonl").append(event)
     again = campaign(cut, replace(asked_with(1), confirm=1))
-    again.replay(RunLog(cut / "trials.jsonl").read())
+    again.replay(RunLog(cut / "trials.jsonl").all())
     drive(again)
     assert strategies(cut) == strategies(tmp_path)
     assert not any(trial.status is Status.REJECTED for trial in again.trials.values())

@@ -14,22 +14,17 @@ import pytest
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError, MissingDependencyError, NothingFitsError
-from autodistill.estimates.fit import fits, holdable
+from autodistill.estimates.fit import holdable
 from autodistill.hardware.budget import Budget
-from autodistill.hardware.machine import Machine
 from autodistill.models.config import config_of, spec_from_config
-from autodistill.models.spec import ModelSpec
-from autodistill.runs.run_folder import RunFolder
-from autodistill.search.planning.placement import Place, Share
-from autodistill.search.request.feasibility import narrowed
+from autodistill.search.planning.placement import Place
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import _check_kind, check_request
 from autodistill.search.setup.loading import load
-from autodistill.search.setup.training_setup import trainable
-from autodistill.strategy.space import Space, load_space
+from autodistill.strategy.space import load_space
 from autodistill.strategy.strategy import Init
-from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
+from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.json_files import write_json
 
 SMALL = {
@@ -53,25 +48,7 @@ SEVEN = SMALL | {
 SPACE = load_space("declared")
 
 
-def whole(space: Space) -> bool:
-    """Whether a student may have the teacher's own shape."""
-    return any(strategy.init.depth == strategy.init.ffn == 1.0 for strategy in space.extremes())
-
-
-def needs(spec: ModelSpec) -> dict[str, int]:
-    """Bytes of the teacher itself under each deployment."""
-    return {fit.deployment.name: fit.need for fit in fits(spec, SPACE.deployments, Budget(memory_bytes=10**12))}
-
-
 LARGE = Budget(memory_bytes=10**12, context=256)
-
-
-def test_a_student_of_the_teachers_shape_is_for_a_budget_that_holds_it_in_some_deployment() -> None:
-    spec = spec_from_config(SMALL)
-    narrowest = min(needs(spec).values())
-    for limit, kept in ((narrowest - 1, False), (narrowest, True), (16 * 10**9, True)):
-        assert whole(narrowed(SPACE, spec, Budget(memory_bytes=limit))) == kept
-    assert list(narrowed(SPACE, spec, Budget(memory_bytes=narrowest - 1)).starts) == ["narrow"]
 
 
 @pytest.fixture(scope="module")
@@ -86,60 +63,6 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
         cache=folder / "cache",
         runner="inline",
     )
-
-
-def checked_below(asked: SearchRequest) -> SearchConfig:
-    """The request under a budget that its teacher exceeds in every deployment."""
-    spec = check_request(asked).spec
-    need = min(fit.need for fit in fits(spec, SPACE.deployments, LARGE))
-    return check_request(replace(asked, budget=replace(LARGE, memory_bytes=need - 1)))
-
-
-def test_a_resumed_run_keeps_the_space_that_it_was_searched_in(asked: SearchRequest, tmp_path: Path) -> None:
-    tight, wide = checked_below(asked), check_request(asked)
-    assert (whole(tight.space), whole(wide.space)) == (False, True)
-    for checked in (tight, wide):
-        name = f"run-{whole(checked.space)}"
-        stored = {
-            "teacher": {"reference": asked.teacher, "fingerprint": "made-up"},
-            "data": {"reference": asked.data, "fingerprint": "made-up"},
-            "space": "declared",
-            "space_hash": checked.space.hash,
-            "space_definition": checked.space.to_json(),
-            "metric": "accuracy",
-            "direction": "max",
-            "speed": {"cache": 1.0, "score": 1.0, "worker_train": 1.0, "worker_score": 1.0},
-            "sampler": "tpe",
-            "seed": 0,
-            "budget": checked.budget.to_json(),
-            "plan": small_plan().to_json(),
-        }
-        with RunFolder.create(tmp_path, name) as run:
-            write_json(run.search_file, stored)
-        again = check_request(replace(asked, budget=checked.budget, out=tmp_path, name=name, resume=True))
-        assert again.space.dimensions == checked.space.dimensions
-        # And warm-starts a search under either budget.
-        for other in (tight, wide):
-            warmed = replace(asked, budget=other.budget, out=tmp_path, warm_start=name)
-            assert check_request(warmed).space.dimensions == other.space.dimensions
-
-
-def test_it_is_left_out_where_its_training_fits_no_machine(asked: SearchRequest) -> None:
-    checked = replace(check_request(asked), spec=spec_from_config(SEVEN))
-    said: list[str] = []
-
-    def place(memory: int) -> Place:
-        machine = Machine(cpus=8, memory_bytes=memory, gpus=())
-        return Place(here=machine, machines=(machine,), share=Share())
-
-    assert trainable(checked, place(10**12), said.append) is checked
-    assert not said
-    assert not whole(trainable(checked, place(64 * 10**9), said.append).space)
-    (line,) = said
-    assert "left out" in line
-    assert "64.0 GB" in line
-    tight = checked_below(asked)
-    assert trainable(tight, place(10**9), said.append) is tight
 
 
 UNKNOWN = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated", "invert": False}

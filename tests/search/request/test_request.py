@@ -364,7 +364,7 @@ def test_a_resumed_run_shares_its_box_as_before(asked: SearchRequest, tmp_path: 
     assert (check_request(half).explore, check_request(older).explore) == (0.5, 1.0)
     with pytest.raises(InputError, match=r"planned with --explore 0\.5, not 0\.7: resume it without"):
         check_request(replace(half, explore=0.7))
-    with pytest.raises(InputError, match=r"trained its best on in the rest of its box.*start a new run with --confirm"):
+    with pytest.raises(InputError, match=r"training its best trials further.*start a new run with --confirm"):
         check_request(replace(half, confirm=2))
 
 

@@ -21,7 +21,8 @@ import pytest
 from autodistill.errors import AutoDistillError
 from autodistill.hardware.budget import Budget
 from autodistill.hardware.machine import detect
-from autodistill.runs.results.row import Status, rows_of
+from autodistill.runs.events import read_events, rows_of
+from autodistill.runs.results.row import Status
 from autodistill.runs.run_log import RunLog
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
@@ -177,7 +178,7 @@ def test_a_search_through_ray_survives_the_death_of_workers(
     assert sum(event["status"] != Status.REJECTED for event in states.values()) == trials + 1
     assert outcome.finish.best.feasible
     assert Path("runs/run/student/gguf/student.gguf").is_file()
-    assert {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
+    assert {row.trial for row in rows_of(read_events(events)) if row.full and row.kind == "student"}
 
 
 class DiskFiller(Observer):

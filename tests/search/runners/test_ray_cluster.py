@@ -25,7 +25,8 @@ from autodistill.errors import InputError
 from autodistill.estimates.training_fit import Training, TrainingFit, training_fits
 from autodistill.hardware.budget import Budget
 from autodistill.hardware.machine import Machine, detect
-from autodistill.runs.results.row import Status, rows_of
+from autodistill.runs.events import read_events, rows_of
+from autodistill.runs.results.row import Status
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.request.request import SearchRequest
@@ -388,7 +389,7 @@ def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pyt
     )
     checkpoint = branch_point(plan.rungs[0], plan.decay, plan.batch_tokens)
     assert 0 < again["trained"] == again["tokens"] - checkpoint < again["tokens"]
-    ended = {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
+    ended = {row.trial for row in rows_of(read_events(events)) if row.full and row.kind == "student"}
     assert held["trial"] in ended
     assert len(ended) == 2
 

@@ -164,7 +164,7 @@ def test_the_teachers_outputs_are_made_in_bfloat16_where_that_is_not_emulated(
     monkeypatch.setattr("autodistill.search.setup.teacher_phase.calibration_file", lambda *given: None)
     monkeypatch.setattr("autodistill.search.setup.teacher_phase.ensure_cache", make)
     with pytest.raises(Made):
-        teacher_phase(checked, loaded, plan, mock.Mock(), Clock(0.0, lambda name: None), [])
+        teacher_phase(checked, loaded, plan, mock.Mock(), Clock(0.0, lambda name: None))
 
 
 def test_few_tokens_have_small_steps(planned) -> None:  # type: ignore[no-untyped-def]

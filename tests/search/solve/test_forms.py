@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,13 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.quantization.rounding import deploy_tensor
-from autodistill.search.solve.bench import Bench, Sample
+from autodistill.search.solve.bench import Bench, Sample, copying
 from autodistill.search.solve.forms import Form, best_forms, cut_forms
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.shapes import Shapes
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Init
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.json_files import read_json
@@ -187,3 +189,79 @@ def test_what_is_in_the_file_is_not_measured_again(setting: Setting, tmp_path: P
     told.clear()
     with pytest.raises(KeyboardInterrupt):
         made().build()
+
+
+class Copier:
+    """Scores under which whatever has a cache of 4 bits copies nothing; else those of a library."""
+
+    def __init__(self, library: Any, probe: Sample) -> None:
+        self._library, self._probe, self.asked = library, probe, list[Deployment]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def joint(self, deployment: Deployment, sample: Sample) -> Any:
+        if sample is not self._probe:
+            return self._library.joint(deployment, sample)
+        self.asked.append(deployment)
+        return replace(self._probe.teacher, accuracy=0.1 if "q4_0" in deployment.cache_types else 0.9)
+
+
+def test_a_cache_with_which_nothing_is_copied_gives_way(setting: Setting) -> None:
+    wide = setting.options.smallest_types() | dict.fromkeys(setting.options.tables, "q8_0")
+    limit = setting.options.memory(setting.options.deployment(wide, ("q8_0", "q8_0"))).total_bytes
+    forced = replace(within(setting, limit), cache_type=None)
+    probe = copying(setting.bench, setting.text, 64)
+    assert probe.data.predicted == 32
+    assert (probe.data.tokens[0, :32] == probe.data.tokens[0, 32:]).all()
+    able = replace(probe, teacher=replace(probe.teacher, accuracy=0.9))
+    library = Copier(setting.library, able)
+    found = best_forms(forced, library, lambda: setting.shapes, setting.sample, probe=able)  # type: ignore[arg-type]
+    assert found
+    whole = [one for one in found if one.family == "whole"]
+    assert all("q4_0" not in one.deployment.cache_types for one in whole)
+    # A teacher that copies nothing vetoes nothing.
+    unable = replace(probe, teacher=replace(probe.teacher, accuracy=0.0))
+    blind = Copier(setting.library, unable)
+    assert best_forms(forced, blind, lambda: setting.shapes, setting.sample, probe=unable)  # type: ignore[arg-type]
+    assert not blind.asked
+
+
+def restricted(setting: Setting, limit: int, dimensions: dict[str, Any], *deployments: Any) -> list[Form]:
+    space = Space(dimensions, deployments=deployments or None, solved=True)
+    options = replace(within(setting, limit), limits=space.restriction)
+    return best_forms(options, setting.library, lambda: setting.shapes, setting.sample)
+
+
+def test_a_space_narrows_the_types_and_fixes_them(setting: Setting) -> None:
+    limit = setting.options.smallest()[1].total_bytes + 100_000
+    four = restricted(setting, limit, {"finishing.bits": {"choices": [4, 5]}})
+    names = setting.options.matrices
+    assert four
+    for one in four:
+        kinds = {kind for name, kind in one.options.types(one.deployment).items() if name in names}
+        assert kinds <= {"q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "iq4_nl", "mxfp4"}
+    fixed = {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32, "cache_type_k": "q8_0"}
+    found = restricted(setting, limit, {"init.depth": {"choices": [1.0]}}, fixed)
+    assert {one.deployment.name for one in found} == {Deployment.from_json(fixed).name}
+    assert all(one.bytes <= limit for one in found)
+
+
+def test_a_space_narrows_the_shapes(setting: Setting) -> None:
+    limit = setting.options.smallest()[1].total_bytes - 20_000
+    assert {one.family for one in restricted(setting, limit, {"init.ffn": {"choices": [1.0]}})} == {"shallow"}
+    narrow = restricted(setting, limit, {"init.depth": {"choices": [1.0]}, "init.ffn": {"low": 0.5, "high": 0.75}})
+    assert {one.family for one in narrow} <= {"narrow", "layered"}
+    assert all(128 <= width <= 192 for one in narrow for width in one.options.spec.ffn_by_layer)
+    (both, *_) = restricted(setting, limit, {"init.depth": {"choices": [0.75]}, "init.ffn": {"choices": [0.5]}})
+    assert (both.options.spec.layers, both.options.spec.ffn_width) == (LAYERS - 1, 128)
+
+
+def test_shapes_that_a_space_names_are_measured_as_they_are(setting: Setting) -> None:
+    shallow = {"depth": 0.5, "layers": "contiguous"}
+    named = {"init": {"choices": {"shallow": shallow, "narrow": {"depth": 1.0, "ffn": 0.5}}}}
+    found = restricted(setting, 10**9, named)
+    assert {one.init for one in found} == {Init(depth=0.5, layers="contiguous"), Init(depth=1.0, ffn=0.5)}
+    assert [one.family for one in found] == ["named", "named"]
+    for one in found:
+        assert one.joint.kl == pytest.approx(kl(setting, one.init, one.deployment), rel=0.05)

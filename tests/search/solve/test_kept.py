@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from autodistill.errors import InputError
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.verify import verify
 from autodistill.hardware.budget import Budget
@@ -25,7 +23,7 @@ from autodistill.search.solve.kept import use
 from autodistill.search.solve.options import Options
 from autodistill.serving.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
-from autodistill.testing import save_tiny_teacher, tiny_text, tiny_tokenizer
+from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils import json_files
 
 SIZES: dict[str, Any] = {"layers": 2, "width": 64, "heads": 2, "kv_heads": 1, "ffn": 64}
@@ -136,27 +134,6 @@ def test_what_was_used_least_recently_is_removed_first_unless_it_is_in_use(tmp_p
     assert not held.exists()
     assert not old.exists()
     assert all(path.exists() for path in (mine, new, fresh))
-
-
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
-def test_a_mixture_of_experts_is_refused_for_what_it_is(architecture: str, text: Path, tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        architecture,
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
-    tiny_tokenizer(300).save_pretrained(tmp_path / "experts")
-    with pytest.raises(InputError, match=f"is a mixture of experts .'{architecture}'., which is not supported"):
-        solve(asked(tmp_path / "experts", text, tmp_path))
 
 
 def test_a_gemma_is_solved_written_and_run(text: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
+from torch.nn import Linear
 
 from autodistill.cli.app import main
 from autodistill.data.dataset import load_split
@@ -24,16 +26,19 @@ from autodistill.distillation.student.shapes import cut_spec
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimates.solving import solving_work
+from autodistill.estimates.speed import limit_seconds
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.student_reader import StudentFiles
-from autodistill.hardware.budget import Budget
+from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit
+from autodistill.hardware.catalog import listed
 from autodistill.models.config import spec_from_config
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.quantization.formats import TYPES
 from autodistill.quantization.rounding import deploy_tensor
-from autodistill.search.solve import SolveRequest, forms, solve
+from autodistill.search.solve import SolveRequest, forms, plan_solve, solve
 from autodistill.search.solve.bench import Bench
 from autodistill.search.solve.forms import CUTS, cut_forms, named, smallest
 from autodistill.search.solve.library import Library
@@ -154,6 +159,75 @@ def test_a_solution_fits_is_written_and_beats_what_is_plain(found: dict[str, Any
     assert one["as_good"] is None
     assert solution["predicted_kl"] == pytest.approx(solution["calibration_kl"], rel=0.4)
     assert {rival["what"].split(",")[0] for rival in one["rivals"]} == {"uniform", "mixture of llama.cpp"}
+
+
+def test_a_plan_says_time_and_memory_and_makes_nothing(
+    teacher: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = middle(options_of(teacher))
+    planned = plan_solve(asked(teacher, text, tmp_path / "cache", limit))
+    plan = planned["plan"]
+    parameters = sum(one.numel() for one in load_model(teacher, torch.float32).parameters())
+    assert planned["teacher"]["parameters"] == parameters
+    assert plan["memory_bytes"] > 8 * parameters
+    assert 0 < plan["seconds"] < plan["seconds_with_cuts"]
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(NothingFitsError):
+        plan_solve(asked(teacher, text, tmp_path / "cache", 1000))
+    arguments = ["solve", str(teacher), "--budget", f"{limit}B", "--context", str(CONTEXT), "--plan"]
+    assert main([*arguments, "--cache", str(tmp_path / "cache")]) == 0
+    assert "All of it is predicted." in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_counts_products_as_an_independent_sum_does(teacher: Path) -> None:
+    options = options_of(teacher)
+    kinds = dict.fromkeys(options.matrices | options.tables, ("q8_0", "q4_0"))
+    work = solving_work(options.spec, kinds, 4, 100)
+    linear = sum(
+        one.weight.numel() for one in load_model(teacher, torch.float32).model.modules() if type(one) is Linear
+    )
+    table = options.spec.vocabulary * options.spec.width
+    # A pass forward and one back, and each matrix's errors in two types.
+    assert work.operations["scores of types, by gradients"] == 100 * (4 * (linear + table) + 2 * 2 * linear)
+    assert work.operations["scores of tables and cache"] == (2 * len(options.tables) + 4) * 100 * 2 * (linear + table)
+    assert work.rounded == {kind: linear + len(options.tables) * table for kind in ("q8_0", "q4_0")}
+    rounding = {"q8_0": 1e-9, "q4_0": 2e-9}
+    wanted = sum(work.operations.values()) / 1e9 + 3e-9 * work.rounded["q8_0"]
+    assert work.seconds(1e9, rounding) == pytest.approx(wanted)
+
+
+def test_files_and_latency_are_limits_too(teacher: Path, text: Path, cache: Path) -> None:
+    options = options_of(teacher)
+    wide = middle(options) + 200_000
+    (free,) = solve(asked(teacher, text, cache, wide))["solutions"]
+    limit = (free["solution"]["weights_bytes"] + options.smallest()[1].weights_bytes) // 2
+    (small,) = solve(asked(teacher, text, cache, wide, file_bytes=limit))["solutions"]
+    assert small["solution"]["weights_bytes"] <= limit < free["solution"]["weights_bytes"]
+    # What the file may not hold goes into the cache.
+    assert small["solution"]["kv_cache_bytes"] >= free["solution"]["kv_cache_bytes"]
+    with pytest.raises(NothingFitsError, match=r"nothing fits a file of .* give a --file-size of"):
+        solve(asked(teacher, text, cache, wide, file_bytes=1000))
+
+    device = next(one for one in listed() if "llama.cpp" in one.runtimes and not one.discrete)
+    quick = LatencyLimit(quantity="tpot", percentile=95, seconds=1.0, streams=1)
+
+    def within(seconds: float) -> dict[str, Any]:
+        limits = (replace(quick, seconds=seconds),)
+        budget = DeviceBudget(memory_bytes=wide, context=CONTEXT, device=device, latency=limits)
+        return solve(replace(asked(teacher, text, cache, wide), budgets=(budget,)))
+
+    def takes(found: dict[str, Any]) -> float:
+        (solution,) = found["solutions"]
+        deployment = Deployment.from_json(solution["solution"]["deployment"])
+        return limit_seconds(options.spec, deployment, device, quick, context=CONTEXT)
+
+    slow = takes(within(10.0))
+    least = limit_seconds(options.spec, options.smallest()[0], device, quick, context=CONTEXT)
+    between = (slow + least) / 2
+    assert least < between < slow
+    assert takes(within(between)) <= between
+    with pytest.raises(NothingFitsError, match="nothing keeps to the latency"):
+        within(1e-9)
 
 
 def test_more_memory_never_costs_more_and_a_budget_below_the_smallest_is_told(

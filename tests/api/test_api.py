@@ -22,7 +22,7 @@ from autodistill.search.request.resolve import _reference
 from autodistill.testing import save_tiny_teacher, tiny_text
 from tests.search.conftest import untimed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 # What a person has hours and gigabytes for is done in seconds; whatever else the page says is done as it stands.

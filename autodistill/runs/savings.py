@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from autodistill.distillation.training.plan import Plan
+from autodistill.runs.events import RunEvent, RungReached, StudentKept, TrialAdded, TrialEnded, WorkLost, of_kind
 from autodistill.runs.results.row import Status
 from autodistill.units import format_duration
 
@@ -75,37 +76,38 @@ def _amount(tokens: int, flops: float, seconds: float) -> str:
     return f"{tokens:,} tokens (about {flops:.2g} FLOPs, {format_duration(seconds)} of a worker)"
 
 
-def saved(events: Sequence[Mapping[str, Any]], plan: Plan) -> Saved:
+def saved(events: Iterable[RunEvent], plan: Plan) -> Saved:
     """Adds up what the log of a run says.
 
     Args:
         events: The log.
         plan: Has the first rung.
     """
-    weights = {event["trial"]: event.get("parameters") or 0 for event in events if event["event"] == "trial"}
-    rungs = [event for event in events if event["event"] == "rung"]
-    ends = {event["trial"]: event["status"] for event in events if event["event"] == "status"}
-    rejected = [trial for trial, status in ends.items() if status == Status.REJECTED]
+    events = list(events)
+    weights = {event.trial: event.parameters or 0 for event in of_kind(events, TrialAdded)}
+    rungs, lost = of_kind(events, RungReached), of_kind(events, WorkLost)
+    ends = {event.trial: event.status for event in of_kind(events, TrialEnded)}
+    rejected = [trial for trial, status in ends.items() if status is Status.REJECTED]
     described = [trial for trial in rejected if weights.get(trial)]
+    results: list[RungReached | StudentKept] = [*rungs, *of_kind(events, StudentKept)]
 
-    results = [*rungs, *(event for event in events if event["event"] == "kept")]
-    lost = [event for event in events if event["event"] == "lost"]
+    def flops(tokens: Iterable[tuple[str, int]]) -> float:
+        return _FLOPS * float(sum(count * weights.get(trial, 0) for trial, count in tokens))
 
-    def flops(key: str, among: Sequence[Mapping[str, Any]]) -> float:
-        return _FLOPS * float(sum(event.get(key, 0) * weights.get(event["trial"], 0) for event in among))
-
-    timed = flops("trained", results)
-    trained = timed + flops("resumed", rungs) + flops("trained", lost)
-    seconds = sum(event.get("workers", 1) * event.get("seconds", {}).get("train", 0.0) for event in results)
+    timed = flops((event.trial, event.trained) for event in results)
+    trained = timed + flops((event.trial, event.resumed) for event in rungs)
+    trained += flops((event.trial, event.trained) for event in lost)
+    workers = [event.workers if isinstance(event, RungReached) else 1 for event in results]
+    seconds = sum(count * event.seconds.get("train", 0.0) for count, event in zip(workers, results, strict=True))
     rate = seconds / timed if timed else 0.0
-    shared = flops("shared", rungs)
+    shared = flops((event.trial, event.shared) for event in rungs)
     avoided = _FLOPS * float(plan.rungs[0]) * sum(weights[trial] for trial in described)
     return Saved(
-        trained_tokens=sum(event.get("trained", 0) + event.get("resumed", 0) for event in (*results, *lost)),
+        trained_tokens=sum(event.trained for event in (*results, *lost)) + sum(event.resumed for event in rungs),
         trained_flops=trained,
         trained_seconds=seconds,
-        sharing=len({event["trial"] for event in rungs if event.get("shared", 0)}),
-        shared_tokens=sum(event.get("shared", 0) for event in rungs),
+        sharing=len({event.trial for event in rungs if event.shared}),
+        shared_tokens=sum(event.shared for event in rungs),
         shared_flops=shared,
         shared_seconds=shared * rate,
         rejected=len(rejected),

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from autodistill.runs.results.savings import saved
+from autodistill.runs.events import RungReached, SessionBegan, StudentKept, TrialAdded, TrialEnded, WorkLost
+from autodistill.runs.results.row import Status
+from autodistill.runs.savings import saved
 from autodistill.testing import small_plan
 
 PLAN = small_plan()  # first rung at 1,024 tokens
 
 
-def rung(trial: str, trained: int, shared: int, seconds: float) -> dict[str, object]:
-    return {"event": "rung", "trial": trial, "trained": trained, "shared": shared, "seconds": {"train": seconds}}
+def rung(trial: str, trained: int, shared: int, seconds: float, **more: int) -> RungReached:
+    reached: dict[str, Any] = {"rung": 0, "tokens": 1024, "value": None, "seconds": {"train": seconds}}
+    return RungReached(trial=trial, trained=trained, shared=shared, **reached, **more)
 
 
 EVENTS = [
-    {"event": "session"},
-    {"event": "trial", "trial": "t000", "parameters": 1000},
-    {"event": "trial", "trial": "t001", "parameters": 1000},
-    {"event": "trial", "trial": "t002", "parameters": 4000},
-    {"event": "trial", "trial": "t003", "parameters": None},  # contradicts the teacher
+    SessionBegan(),
+    TrialAdded(trial="t000", point=None, parameters=1000),
+    TrialAdded(trial="t001", point=None, parameters=1000),
+    TrialAdded(trial="t002", point=None, parameters=4000),
+    TrialAdded(trial="t003", point=None, parameters=None),  # contradicts the teacher
     rung("t000", 1024, 0, 10.0),
     rung("t001", 256, 768, 3.0),
     rung("t001", 512, 1792, 7.0),
-    {"event": "status", "trial": "t002", "status": "rejected", "reason": "too large"},
-    {"event": "status", "trial": "t003", "status": "rejected", "reason": "no such student"},
-    {"event": "status", "trial": "t000", "status": "stopped", "reason": None},
+    TrialEnded(trial="t002", status=Status.REJECTED, reason="too large"),
+    TrialEnded(trial="t003", status=Status.REJECTED, reason="no such student"),
+    TrialEnded(trial="t000", status=Status.STOPPED, reason=None),
 ]
 
 
@@ -49,7 +54,7 @@ def test_what_was_saved_is_what_the_log_says() -> None:
         f"2 proposals were rejected without training: up to the first rung {amount} saved; 1 of them count nothing, as "
         "the teacher has no such student"
     )
-    alone = [event for event in EVENTS if event.get("trial") in (None, "t003")]
+    alone = [event for event in EVENTS if getattr(event, "trial", None) in (None, "t003")]
     assert saved(alone, PLAN).describe() == (
         "1 proposal was rejected without training, the teacher having no such student: nothing is counted as saved",
     )
@@ -57,18 +62,18 @@ def test_what_was_saved_is_what_the_log_says() -> None:
 
 def test_nothing_saved_says_nothing() -> None:
     assert saved(EVENTS[:2], PLAN).describe() == ()
-    old = {"event": "rung", "trial": "t000", "tokens": 1024, "seconds": {"train": 5.0}}  # before stages were shared
+    old = rung("t000", 0, 0, 5.0)  # before stages were shared
     assert saved([*EVENTS[:2], old], PLAN).shared_seconds == 0.0
 
 
 def test_what_failed_was_interrupted_or_had_all_threads_counts() -> None:
     """Rates are of what came to a result, whose seconds are known; a worker on all threads takes those of four."""
-    events: list[dict[str, object]] = [
+    events = [
         *EVENTS[:2],
-        {"event": "lost", "trial": "t000", "trained": 300},
-        rung("t000", 1000, 500, 10.0) | {"resumed": 200},
-        rung("t000", 1000, 0, 10.0) | {"workers": 4},
-        {"event": "kept", "trial": "t000", "kept": True, "trained": 500, "seconds": {"train": 5.0}},
+        WorkLost(trial="t000", trained=300),
+        rung("t000", 1000, 500, 10.0, resumed=200),
+        rung("t000", 1000, 0, 10.0, workers=4),
+        StudentKept(trial="t000", kept=True, trained=500, seconds={"train": 5.0}),
     ]
     found = saved(events, PLAN)
     assert found.trained_tokens == 300 + 1000 + 200 + 1000 + 500

@@ -1,0 +1,39 @@
+"""Functions with the parameters that a request declares."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar, get_type_hints
+
+from autodistill.options import options_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def takes(request: Callable[P, object], verb: str) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Give a function the parameters that a request declares for a verb: names, types, defaults and help."""
+
+    def decorate(function: Callable[..., R]) -> Callable[P, R]:
+        declared = inspect.signature(request).parameters
+        taken = options_of(request, verb)
+        own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
+        hints = get_type_hints(request)
+        shared = [
+            declared[name].replace(annotation=hints[name]) for name in taken if not any(one.name == name for one in own)
+        ]
+        signature = inspect.Signature([*own, *shared])
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = signature.bind(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        told = (f"    {name}: {option.helps.get(verb, option.help)}" for name, option in taken.items())
+        call.__doc__ = "\n".join([f"{inspect.getdoc(function)}", "", "Args:", *told])
+        return call
+
+    return decorate

@@ -1,0 +1,169 @@
+"""`pick`: the best stored student for some hardware."""
+
+from __future__ import annotations
+
+import gc
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from autodistill.api.paths import cache_folder, device_files, run_folder
+from autodistill.errors import InputError
+from autodistill.hardware.budget import check_streams, memory_on, parse_latency
+from autodistill.hardware.device import LOCAL
+from autodistill.objects.answers import Pick
+from autodistill.objects.run import Run
+from autodistill.options import BUDGET_HELP, RUNS, Cache, Context, Devices, Latency, Option, Out
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.request.request import check_room
+from autodistill.units import parse_bytes
+
+if TYPE_CHECKING:
+    from autodistill.advisor.requirements import Wanted
+
+
+def pick(
+    runs: Annotated[
+        Sequence[str | Path | Run] | None,
+        Option(help="Names of runs (default: all).", metavar="RUN", typed=list[str], argument=True, complete="runs"),
+    ] = None,
+    *,
+    budget: Annotated[str | int | None, Option(help=f"{BUDGET_HELP}.", metavar="SIZE")] = None,
+    device: Annotated[
+        str | None,
+        Option(help="Device to pick for, like 4090 or local; sets the budget.", metavar="NAME", complete="devices"),
+    ] = None,
+    context: Context = None,
+    streams: Annotated[
+        int | None, Option(help="Number of sequences decoded at once (default: 1).", metavar="N", typed=int)
+    ] = None,
+    latency: Latency = None,
+    min_accuracy: Annotated[
+        float | None,
+        Option(
+            help="Lowest acceptable score, as a fraction: of the metric that ranked the runs if higher is better, else "
+            "of accuracy.",
+            metavar="X",
+            typed=float,
+        ),
+    ] = None,
+    tiers: Annotated[
+        bool, Option(help="Show the best for GPUs of 4 to 80 GB instead. Not with --latency.", typed=bool)
+    ] = False,
+    devices: Devices = None,
+    out: Out = RUNS,
+    cache: Cache = None,
+) -> Pick:
+    """Pick the best stored student for some hardware, without training.
+
+    Raises:
+        InputError: No such run or device, or arguments that contradict each other.
+        NothingFitsError: Nothing fits; the message has the nearest.
+    """
+    if tiers == (budget is not None or device is not None):
+        raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
+    if tiers and latency is not None:
+        raise InputError(
+            "--tiers compares memory alone, and latency depends on the device: give --latency with a --device, or "
+            "leave it out"
+        )
+    # Numbers are read before a device is looked for, since that may measure this machine.
+    memory = parse_bytes(budget) if isinstance(budget, str) else budget
+    at_once = 1 if streams is None else check_streams(streams, "--streams")
+    limits = parse_latency(latency, at_once) if isinstance(latency, str) else latency or ()
+    check_room(streams, limits, "--streams")
+    files = device_files(devices, device is not None)
+    from autodistill.advisor.requirements import Wanted
+    from autodistill.hardware.local import choose_device
+
+    named = LOCAL if device is None and limits else device
+    found = None if named is None else choose_device(named, cache_folder(cache), files)
+    asked = Wanted(
+        # With tiers each of them is the memory.
+        memory_bytes=memory_on(found, memory) if found else memory or 1,
+        context=context,
+        streams=at_once,
+        device=found,
+        latency=limits,
+        least=min_accuracy,
+    )
+    return _picked(asked, *_together(runs or (), Path(out)), cache_folder(cache), tiers=tiers)
+
+
+def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, *, tiers: bool) -> Pick:
+    """Pick among the stored rows of some runs, for one budget or for each tier of GPUs."""
+    from autodistill.advisor.candidates import recalibrated_by, stored
+    from autodistill.advisor.measurements import read_measured
+    from autodistill.advisor.pick import TIERS, pick_tiers, tier_of
+    from autodistill.advisor.pick import pick as best
+    from autodistill.hardware.catalog import listed
+
+    with _no_collection():
+        rows = stored(folder, names)
+        timed = tuple(read_measured(folder)) if asked.device else ()
+        wanted = replace(asked, overheads=recalibrated_by(rows), measured=timed)
+        if tiers:
+            answer = pick_tiers(rows, wanted, [tier_of(size, listed()) for size in TIERS])
+            on_gpus = replace(wanted, device=None, gpu=True)
+            for one in answer["tiers"]:
+                one["solved"] = _solved_before(one["pick"], folder, one["usable_bytes"], on_gpus, cache)
+            return Pick(answer, folder)
+        answer = best(rows, wanted)
+    solved = _solved_before(answer["pick"], folder, wanted.memory_bytes, wanted, cache)
+    return Pick(answer | {"next": _to_get(answer["pick"], folder), "solved": solved}, folder)
+
+
+def _solved_before(
+    picked: Mapping[str, Any] | None, runs: Path, limit: int, wanted: Wanted, cache: Path
+) -> Mapping[str, Any] | None:
+    """What `solve` found earlier for the teacher of the run of a row that was picked, within the same memory."""
+    from autodistill.advisor.solved import solved_within
+
+    known = RunFolder.open(runs, picked["run"]).asked().get("teacher", {}) if picked else {}
+    if picked is None or "fingerprint" not in known:
+        return None
+    load = {"context": picked["context"], "batch": wanted.streams, "on_gpu": wanted.on_gpu}
+    return solved_within(cache, known["fingerprint"], limit, **load)
+
+
+def _together(runs: Sequence[str | Path | Run], out: Path) -> tuple[Path, list[str]]:
+    """The folder that holds some runs, and their names."""
+    if not any(isinstance(run, Run | Path) or "/" in run for run in runs):
+        return out, [str(run) for run in runs]
+    folders = [run_folder(run, out) for run in runs]
+    parents = {folder.path.parent for folder in folders}
+    if len(parents) > 1:
+        told = ", ".join(sorted(map(str, parents)))
+        raise InputError(f"these runs lie in several folders ({told}): pick from the runs of one folder")
+    return parents.pop(), [folder.name for folder in folders]
+
+
+def _to_get(picked: Mapping[str, Any], runs: Path) -> str:
+    """How to have the model of a row that was picked as a file or a folder."""
+    from autodistill.quantization.formats import get_format
+    from autodistill.runs.students import student_folder
+
+    run, row = RunFolder.open(runs, picked["run"]), picked["row_id"]
+    if picked["kind"] != "teacher" and not student_folder(run.checkpoints / picked["trial"]).is_dir():
+        return f"Its student is not on this disk ({run.checkpoints / picked['trial']}), so it cannot be exported here."
+    words = ["autodistill", "export", picked["run"], "--row", row, "--to", get_format(picked["format"]).container]
+    words += ["--out", f"students/{row}", *([] if runs == RUNS else ["--runs", str(runs)])]
+    return f"To get it: {shlex.join(words)}"
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Makes no search for cycles of garbage, a tenth of the time where much is read of which nothing is given up."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            # Else all that was read would be young, and searched at once.
+            gc.freeze()
+            gc.unfreeze()
+            gc.enable()

@@ -1,0 +1,72 @@
+"""`search`, `distill`, `plan` and `load_run`: their options are the fields of `SearchRequest`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeAlias
+
+from autodistill.api.parameters import takes
+from autodistill.api.paths import run_folder
+from autodistill.hardware.budget import Price, parse_price
+from autodistill.objects.run import Run, SearchResult, lines, run_search
+from autodistill.options import RUNS, options_of
+from autodistill.search.request.request import SearchRequest
+from autodistill.strategy.strategy import Strategy
+
+P = ParamSpec("P")
+Strategies: TypeAlias = str | Path | Strategy
+
+
+@takes(SearchRequest, "search")
+def search(**options: Any) -> SearchResult:
+    """Find, export and verify the best student that fits a hardware budget."""
+    return run_search(_request("search", options))
+
+
+def _distill(strategy: Strategies, **options: Any) -> SearchResult:
+    """Train, export and verify the student of one strategy, without a search."""
+    return run_search(_request("distill", {"strategy": strategy, **options}))
+
+
+def _concatenated(request: Callable[P, SearchRequest]) -> Callable[Concatenate[Strategies, P], SearchResult]:
+    return takes(request, "distill")(_distill)  # type: ignore[return-value]
+
+
+distill = _concatenated(SearchRequest)
+
+
+@takes(SearchRequest, "plan")
+def plan(price: str | Price | None = None, **options: Any) -> dict[str, Any]:
+    """Say what a search would do: trials, tokens, disk, time, and its cost at a price an hour. Nothing is trained."""
+    from autodistill.search.search import plan_search
+
+    hourly = parse_price(price) if isinstance(price, str) else price
+    return plan_search(_request("plan", options), lines(), hourly)
+
+
+def _request(verb: str, options: Mapping[str, Any]) -> SearchRequest:
+    """The request of a call, with the command line that says the same."""
+    words = ["autodistill", verb]
+    declared = options_of(SearchRequest)
+    for name, value in options.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if value is None or value is False or not all(isinstance(one, str | int | float | Path) for one in values):
+            continue  # what no command line can say
+        flag = [] if declared[name].argument else [f"--{name.replace('_', '-')}"]
+        words += [word for one in values for word in (flag if value is True else [*flag, str(one)])]
+    return SearchRequest(**options, command=shlex.join(words))
+
+
+def load_run(run: str | Path, *, out: str | Path = RUNS) -> Run:
+    """Open a run that is on disk, finished or under way, without training.
+
+    Args:
+        run: Its folder, or its name.
+        out: Folder that holds the runs, for a name.
+
+    Raises:
+        InputError: There is no such run; the known ones are listed.
+    """
+    return Run(run_folder(run, Path(out)))

@@ -1,0 +1,253 @@
+"""Any causal model of transformers, of a family that is trained here or not: its shape, its matrices and its weights.
+
+Types are solved of all of them; what is not of a family of `models.families` is neither cut nor trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from autodistill.errors import InputError
+from autodistill.models.config import MOST_EXPERTS, check_config, spec_from_config
+from autodistill.models.families import FAMILIES
+from autodistill.models.layer_widths import model_class
+from autodistill.models.loading import ATTENTION, load_model, one_line, quiet
+from autodistill.models.model_folder import check_files, read_config
+from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
+from autodistill.models.tensors import Role, TensorSpec
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_ANY_CONTEXT = 2**24  # tokens that a model without a longest context reads
+_PROBE = 4  # tokens by which a model's logits are compared with its head's
+_CLOSE = 1e-3
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of a family that can be cut and trained."""
+    return str(config.get("model_type")) in FAMILIES
+
+
+def spec_of(config: Mapping[str, Any]) -> ModelSpec:
+    """Describe a causal model of any architecture.
+
+    Raises:
+        InputError: As `spec_from_config`, or `any_spec`.
+    """
+    return spec_from_config(config) if is_known(config) else any_spec(config)
+
+
+def holds_cache(config: Mapping[str, Any]) -> bool:
+    """Whether a cache of fewer than 16 bits can be simulated: of keys and values, in an attention that is replaced."""
+    if is_known(config):
+        return True
+    made = _on_meta(config)
+    return has_attention(type(made)) and not getattr(made.config.get_text_config(), "kv_lora_rank", None)
+
+
+def any_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Describe a causal model by what transformers makes of its config, without memory for weights.
+
+    The experts of a layer are one matrix each of what transformers holds in one tensor, stacked by rows, with one type:
+    a GGUF file could not hold them in several.
+
+    Args:
+        config: Content of `config.json`, of a model that is in no family.
+
+    Raises:
+        InputError: transformers makes no causal model of it, or one without a cache of keys and values, or with experts
+            that are matrices of their own.
+    """
+    made = _on_meta(config)
+    sizes = made.config.get_text_config()
+    table, head = made.get_input_embeddings(), made.get_output_embeddings()
+    layers, width, heads = (_size(sizes, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    experts = next((found for name in _EXPERTS if (found := _size(sizes, name, 0))), 0)
+    own_ffn = _size(sizes, "intermediate_size", 4 * width)
+    rank = _size(sizes, "kv_lora_rank", 0)
+    return ModelSpec(
+        architecture=str(config["model_type"]),
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=_size(sizes, "num_key_value_heads", heads),
+        head_dim=_size(sizes, "head_dim", width // heads),
+        ffn_width=_size(sizes, "moe_intermediate_size", own_ffn) if experts else own_ffn,
+        vocabulary=int(table.weight.shape[0]),
+        max_context=_size(sizes, "max_position_embeddings", _ANY_CONTEXT),
+        tied=head.weight is table.weight,
+        tensors=tuple(_tensors(made, experts)),
+        experts=experts,
+        active_experts=min(experts, _size(sizes, "num_experts_per_tok", 1)) if experts else 0,
+        shared_experts=_size(sizes, "n_shared_experts", 0) if experts else 0,
+        latent=rank + _size(sizes, "qk_rope_head_dim", 0) if rank else 0,
+    )
+
+
+def _size(sizes: Any, name: str, default: int | None = None) -> int:
+    value = getattr(sizes, name, None)
+    value = default if value is None else value
+    least = 0 if default == 0 else 1
+    if type(value) is not int or not least <= value <= MOST_OF_A_SIZE:
+        found = "is missing from it" if value is None else f"is {value!r}"[:60]
+        raise InputError(
+            f"types are solved of models with a cache of keys and values, whose config gives {name} as a whole number, "
+            f"but it {found}"
+        )
+    return value
+
+
+def _on_meta(config: Mapping[str, Any]) -> Any:
+    """The model of a config, without memory for its weights."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
+
+    check_config(config)
+    # Before a model of so many modules is made.
+    for key, value in config.items():
+        most = MOST_LAYERS if "layer" in str(key) else MOST_EXPERTS if "expert" in str(key) else MOST_OF_A_SIZE
+        if type(value) is int and value > most:
+            raise InputError(f"the model's config gives {key} as {value if value < 10**12 else 'far more'}: check it")
+    name = str(config.get("model_type"))
+    try:
+        read = AutoConfig.for_model(**dict(config))
+    except Exception as error:  # whatever transformers raises over a field that it cannot use
+        raise InputError(
+            f"transformers {__version__} cannot read the config of the architecture {name[:60]!r} "
+            f"({one_line(error)}): check it"
+        ) from error
+    if type(read) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"the architecture {name[:60]!r} is no causal language model of transformers {__version__}")
+    try:
+        with torch.device("meta"):
+            made = model_class(read)._from_config(read, dtype=torch.float32).eval()
+        usable = made.get_output_embeddings() is not None and isinstance(made.base_model, nn.Module)
+    except Exception as error:  # the same
+        raise InputError(
+            f"transformers cannot make the model that the config describes ({one_line(error)}): check it"
+        ) from error
+    if not usable or made.base_model is made or not isinstance(made.get_input_embeddings(), nn.Embedding):
+        raise InputError(f"a {name[:60]!r} has no table and head of its own, which types are solved of: not supported")
+    return made
+
+
+def _tensors(model: Any, experts: int) -> Iterator[TensorSpec]:
+    """Every parameter once; what is no matrix of a linear layer, table or head is stored as vectors are."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    turned = transposed(model)
+    for path, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            name, shape = f"{path}.{own}" if path else own, tuple(parameter.shape)
+            if names.get(id(parameter)) != name:
+                continue
+            role = Role.BIAS if own.endswith("bias") else Role.NORM
+            if parameter is table:
+                role = Role.EMBEDDING
+            elif parameter is head:
+                role = Role.HEAD
+            elif _is_matrix(module, own, parameter, experts):
+                role = Role.LINEAR
+                shape = (*shape[:-2], shape[-1], shape[-2]) if name in turned else shape
+                shape = (parameter.numel() // shape[-1], shape[-1])
+                if any(part.isdigit() for part in path.partition(".experts.")[2].split(".")):
+                    raise InputError(
+                        f"transformers holds each expert of this {model.config.model_type} as matrices of their own, "
+                        "and those of a layer have one type: not supported"
+                    )
+            yield TensorSpec(name=name, role=role, shape=shape)
+
+
+def _is_matrix(module: nn.Module, own: str, parameter: Tensor, experts: int) -> bool:
+    """Whether a parameter is what a linear layer, or each of many experts, multiplies with; no router is."""
+    if parameter.dim() == 3:
+        return "bias" not in own
+    if own != "weight" or parameter.dim() != 2 or isinstance(module, nn.Embedding):
+        return False
+    linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return linear and not (experts and parameter.shape[0] == experts)
+
+
+def transposed(model: Any) -> frozenset[str]:
+    """Names of the matrices that a model holds as [in, out], or of each expert so."""
+    found = set()
+    for path, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if (parameter.dim() == 3 and getattr(module, "is_transposed", False)) or (
+                type(module).__name__ == "Conv1D" and own == "weight"
+            ):
+                found.add(f"{path}.{own}")
+    return frozenset(found)
+
+
+def check_any(folder: Path) -> None:
+    """Refuse a folder of which transformers makes no causal model, as far as one can see without its weights.
+
+    Raises:
+        InputError: As `check_files` and `any_spec`.
+    """
+    check_files(folder)
+    any_spec(read_config(folder))
+
+
+def load_any(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """Load a causal language model of any architecture, from safetensors only and without remote code.
+
+    Experts are computed one after another, so that what goes into each of them can be watched.
+
+    Raises:
+        InputError: Weights that are not those of the model, or logits that do not follow from its last states by its
+            head alone, by which it is scored.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
+    if is_known(read_config(folder)):
+        return load_model(folder, dtype, device)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind = model_class(config)
+    options: dict[str, Any] = {"attn_implementation": ATTENTION} if has_attention(kind) else {}
+    if kind._can_set_experts_implementation():
+        options["experts_implementation"] = "eager"
+    with quiet():
+        try:
+            model, report = kind.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"transformers cannot load {folder} ({one_line(error)}): get the folder again") from error
+    faults = {what: found for what, found in report.items() if what in ("missing_keys", "mismatched_keys") and found}
+    if faults:
+        what, found = next(iter(faults.items()))
+        named = ", ".join(sorted(map(str, found))[:3])
+        raise InputError(f"{folder} does not hold the weights of its model ({what}: {named}): get the folder again")
+    model.to(device).eval()
+    _check_head(model, device)
+    return cast(Any, model)
+
+
+def has_attention(kind: Any) -> bool:
+    """Whether a class of transformers lets its attention be replaced, as a quantised cache's is."""
+    return bool(getattr(kind, "_supports_attention_backend", False) and getattr(kind, "_supports_sdpa", False))
+
+
+def _check_head(model: Any, device: str) -> None:
+    tokens = torch.arange(_PROBE, device=device)[None]
+    with torch.no_grad():
+        found = model(input_ids=tokens, use_cache=False).logits.float()
+        states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        made = model.get_output_embeddings()(states).float()
+    if found.shape != made.shape or not torch.allclose(found, made, atol=_CLOSE, rtol=_CLOSE):
+        raise InputError(
+            f"the logits of {model.config.model_type} are not its head's of its last states, by which types are "
+            "scored: not supported"
+        )
