@@ -302,7 +302,8 @@ KINDS: Mapping[str, type[RunEvent]] = {
     kind.event: kind
     for kind in (
         *(SessionBegan, SessionEnded, TeacherScored, TrialAdded, RungReached, TrialEnded, WorkBegan, WorkLost),
-        *(StudentKept, NotEvaluated, WorkRetried, CheckpointsRemoved, StudentsRemoved, RowAdded, RowTested),
+        *(StudentKept, NotEvaluated, WorkRetried, CheckpointsRemoved, StudentsRemoved, TrunkDecided),
+        *(RowAdded, RowTested),
     )
 }
 """Every kind, by what the log calls it."""
