@@ -44,7 +44,10 @@ class NothingFitsError(AutoDistillError):
 
 
 class InterruptedSearchError(AutoDistillError):
-    """A search was stopped by Ctrl-C; everything finished is kept, and the message holds the command that resumes."""
+    """A search was stopped by Ctrl-C; everything finished is kept.
+
+    The message says what was exported, and holds the command that resumes.
+    """
 
     exit_code = 130
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from autodistill.runs.results.leaderboard import Ranked, rests_on
 from autodistill.runs.results.objectives import PREDICTED_LATENCY
-from autodistill.runs.results.row import DAMAGED, REMOVED, Row
+from autodistill.runs.results.row import WITHIN_LIMITS, Row
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.units import format_bytes, format_duration
 
@@ -225,8 +225,8 @@ def leaderboard_table(
         "= tied with the best: within one standard error": any(one.tied for one in ranked),
         "* on the front: no row beats it in one objective without losing in another": any(one.front for one in ranked),
         "~ predicted": any(cell.startswith("~") for line in lines for cell in line),
-        "! over the budget": any(not one.row.feasible and one.row.reason not in (REMOVED, DAMAGED) for one in ranked),
-        **{f"! {gone}": any(one.row.reason == gone for one in ranked) for gone in (REMOVED, DAMAGED)},
+        "! over the budget": any(not one.row.feasible and one.row.reason not in WITHIN_LIMITS for one in ranked),
+        **{f"! {gone}": any(one.row.reason == gone for one in ranked) for gone in WITHIN_LIMITS},
         f"{kept}: share of the teacher's accuracy": bool(ranked) and _KEPT in shown,
         "trained: 1x is as many tokens as the plan gives a trial": bool(ranked) and _TRAINED in shown,
     }

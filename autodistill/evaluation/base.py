@@ -21,6 +21,9 @@ Source = Literal["measured", "simulated", "predicted"]
 
 Direction = Literal["max", "min"]
 
+Goal = Literal["general", "task"]
+"""Whether what is exported must keep what it knew of general text, or the metric alone counts."""
+
 # What an evaluator reads of a subject, beside its shape, deployment and budget: a field of it, but for "spec".
 Needs = Literal["spec", "scores", "answers", "student", "artifact"]
 

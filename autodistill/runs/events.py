@@ -38,6 +38,15 @@ class Step(TypedDict, total=False):
     micro_batch: int
 
 
+class Branch(TypedDict):
+    """A decay that branches off a trunk, as `campaign.trunk.Branch` has it."""
+
+    share: float
+    tokens: int
+    cost: float
+    kept: bool
+
+
 class Miss(TypedDict):
     """By how much a trial was too large, as log(need / limit)."""
 
@@ -264,6 +273,16 @@ class StudentsRemoved(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrunkDecided(RunEvent):
+    """Which decays branch off what a trial is trained on to, decided before that begins."""
+
+    event = "trunk"
+    trial: str
+    tokens: int
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowAdded(RunEvent):
     """A student was measured under a deployment."""
 
@@ -283,7 +302,8 @@ KINDS: Mapping[str, type[RunEvent]] = {
     kind.event: kind
     for kind in (
         *(SessionBegan, SessionEnded, TeacherScored, TrialAdded, RungReached, TrialEnded, WorkBegan, WorkLost),
-        *(StudentKept, NotEvaluated, WorkRetried, CheckpointsRemoved, StudentsRemoved, RowAdded, RowTested),
+        *(StudentKept, NotEvaluated, WorkRetried, CheckpointsRemoved, StudentsRemoved, TrunkDecided),
+        *(RowAdded, RowTested),
     )
 }
 """Every kind, by what the log calls it."""

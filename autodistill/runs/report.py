@@ -14,7 +14,7 @@ from autodistill.runs.results.differences import differences, shown
 from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import UNTRAINED, Ranked, limits_of, nearest, pareto, rank, rests_on
 from autodistill.runs.results.objectives import Objective, front, objectives_of
-from autodistill.runs.results.row import Row, Status, task_figures
+from autodistill.runs.results.row import FORGOT, Row, Status, task_figures
 from autodistill.runs.results.selection import KIND, Confirmation, chosen, confirmations, contenders, students_only
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.savings import Saved
@@ -226,6 +226,8 @@ def _answer(
 def _beside(best: Row, rows: Sequence[Row], metric: str, direction: Direction) -> str:
     """Of what needs no training the best student; of a student what needs no training and is before it."""
     student = chosen(rows, metric, direction, students_only=True)
+    if best.kind in UNTRAINED and any(row.reason == FORGOT for row in rows):
+        return f" It is {plain(named(best))}: what was trained forgot general text, and was passed over."
     if best.kind in UNTRAINED:
         said = f" It is {plain(named(best))}: no trained student is better"
         if student is None:

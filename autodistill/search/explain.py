@@ -20,7 +20,7 @@ from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
 from autodistill.runs.results.memory_correction import corrected, least_beyond
 from autodistill.runs.results.objectives import Objective, objectives_of
-from autodistill.runs.results.row import DAMAGED, REMOVED, Row, Status
+from autodistill.runs.results.row import WITHIN_LIMITS, Row, Status
 from autodistill.runs.results.selection import chosen, contenders, students_only
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.savings import Saved, saved
@@ -283,9 +283,7 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
         binding += f": memory {'limits' if used > 0.9 else 'does not limit'} the choice."
     sign = 1 if asked["direction"] == "max" else -1
     best_value = best.figure(asked["metric"])
-    out = [
-        row for row in full if not (row.feasible or row.reason in (REMOVED, DAMAGED)) or corrected(row, beyond) > limit
-    ]
+    out = [row for row in full if not (row.feasible or row.reason in WITHIN_LIMITS) or corrected(row, beyond) > limit]
     beaten = [
         row
         for row in out

@@ -35,7 +35,7 @@ from autodistill.search.setup.loading import Loaded, load
 from autodistill.search.setup.measure_plan import plan_from_measurement
 from autodistill.search.setup.rate_phase import for_plan, tested, to_test
 from autodistill.search.setup.solve_phase import construct
-from autodistill.search.setup.teacher_phase import check_cache_limit, teacher_phase
+from autodistill.search.setup.teacher_phase import cache_phase, check_cache_limit, teacher_phase
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.utils.json_files import write_json
 from autodistill.utils.typed_data import check_typed
@@ -115,18 +115,40 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
     return Planned(config=checked, loaded=loaded, plan=plan, speed=speed, document=document)
 
 
-def prepare_trials(planned: Planned, run: RunFolder, clock: Clock, observer: Observer) -> Ready:
-    """Caches the teacher's outputs, scores it, and writes its rows; what a resumed run has of that, it keeps."""
-    checked = planned.config
-    document = dict(planned.document)
-    setting = teacher_phase(checked, planned.loaded, planned.plan, run, clock)
+def prepare_rows(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
+    """Scores the teacher and writes its rows, of which one may be exported from here on, before trials are prepared."""
+    setting = teacher_phase(planned.config, planned.loaded, planned.plan, run, clock)
+    return Ready(
+        config=planned.config,
+        question=_question(planned.config, planned, setting),
+        setting=setting,
+        warm=WarmStart(),
+        document=planned.document,
+    )
+
+
+def prepare_trials(planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer) -> Ready:
+    """Caches the teacher's outputs, tests the learning rate and reads earlier runs; a resumed run keeps what it has."""
+    checked, document = planned.config, dict(ready.document)
+    setting = cache_phase(checked, planned.loaded, planned.plan, run, clock, ready.setting)
     if to_test(checked, planned.loaded.workers) and "rates" not in document:
         with clock.phase("plan", "testing learning rates"):
             checked, rates = tested(checked, planned.plan, setting, observer.line)
         # Written down before a trial has it.
         document |= {"rates": rates, "space_definition": checked.space.to_json()}
         write_json(run.search_file, document)
-    question = Question(
+    question = _question(checked, planned, setting)
+    if "observations" not in document["warm_start"]:
+        # Written down, since the earlier runs may go on, or away, before this one is resumed.
+        document["warm_start"] = warm_start(checked.out, checked.warm_start, question).to_json()
+        write_json(run.search_file, document)
+    warm = WarmStart.from_json(document["warm_start"])
+    return Ready(config=checked, question=question, setting=setting, warm=warm, document=document)
+
+
+def _question(checked: SearchConfig, planned: Planned, setting: TrialSetting) -> Question:
+    """What is searched for, once the teacher is scored."""
+    return Question(
         space=checked.space,
         deployments=checked.space.deployments,
         budget=checked.budget,
@@ -142,15 +164,10 @@ def prepare_trials(planned: Planned, run: RunFolder, clock: Clock, observer: Obs
         served_on=checked.device,
         device=planned.loaded.workers.device,
         students_only=checked.students_only,
+        goal=checked.goal,
         raced=bool(checked.constructions) and not checked.objectives[1:],
         memory=planned.loaded.memory,
     )
-    if "observations" not in document["warm_start"]:
-        # Written down, since the earlier runs may go on, or away, before this one is resumed.
-        document["warm_start"] = warm_start(checked.out, checked.warm_start, question).to_json()
-        write_json(run.search_file, document)
-    warm = WarmStart.from_json(document["warm_start"])
-    return Ready(config=checked, question=question, setting=setting, warm=warm, document=document)
 
 
 def _spent(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:
@@ -339,6 +356,8 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
         "explore": checked.explore,
         "confirm": checked.confirm,
         "students_only": checked.students_only,
+        "goal": checked.goal,
+        "general_text": checked.general_reference,
         "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,
         "runner": checked.runner,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import AutoDistillError, InputError, InterruptedSearchError, LostClusterError, NothingFitsError
@@ -41,9 +41,10 @@ from autodistill.search.campaign.observer import Observer
 from autodistill.search.campaign.state import TrialState
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.finish import Finish, finish
+from autodistill.search.finish.stopped import export_so_far
 from autodistill.search.planning.placement import Place, check_share
 from autodistill.search.planning.plan import cost, students_disk
-from autodistill.search.prepare import Planned, Ready, plan_run, prepare_trials
+from autodistill.search.prepare import Planned, Ready, plan_run, prepare_rows, prepare_trials
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import check_request
@@ -145,8 +146,8 @@ def search(request: SearchRequest, observer: Observer | None = None, callbacks: 
     Raises:
         InputError: Bad input, before any work is spent.
         NothingFitsError: Nothing fits the budget.
-        InterruptedSearchError: Ctrl-C, or SIGTERM to the command; everything finished so far is kept, and the message
-            says how to resume.
+        InterruptedSearchError: Ctrl-C, or SIGTERM to the command; everything finished so far is kept, the best of it is
+            exported unless a second one comes, and the message says how to resume.
         LostClusterError: Ray itself ended; likewise.
         AutoDistillError: There was no room for a file of the search itself; likewise.
         VerificationError: What was exported is not what was evaluated.
@@ -282,20 +283,39 @@ def _search(
     clock.earlier = by_phase(earlier)
     # Written down once there is a plan, it says when the session began, from where the time budget counts.
     run.events.add(SessionBegan(time=clock.started_at))
+    stopped = False
     with SignsOfLife(run.path, storage, clock.started_at, clock.session):
         # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
         with _runner(checked, place, joined, lambda: _to_go_on(checked, run)) as runner:
-            campaign, ready, setting = _trials(checked, planned, runner, run, storage, clock, earlier, observer, tell)
-        outcome = _end(checked, planned, ready, setting, campaign, run, storage, clock, observer)
+            ready = prepare_rows(planned, run, clock)
+            try:
+                ready = prepare_trials(planned, ready, run, clock, observer)
+                ready = _sent(ready, run, storage, clock)
+                campaign = _trials(planned, ready, runner, run, storage, clock, earlier, observer, tell)
+            except KeyboardInterrupt:
+                stopped = True
+        # Once the workers have left their cores and memory.
+        if stopped:
+            _stop(checked, planned, ready, run, clock, observer)
+        outcome = _end(checked, planned, ready, campaign, run, storage, clock, observer)
     for container, path in outcome.finish.paths.items():
         tell(Exported(container=container, path=path, best=outcome.finish.best))
     tell(SearchFinished(run=run.path, best=outcome.finish.best, rows=outcome.rows))
     return outcome
 
 
+def _sent(ready: Ready, run: RunFolder, storage: Storage | None, clock: Clock) -> Ready:
+    """The same with what trials read on the run's storage, where it has one."""
+    if storage is None:
+        return ready
+    with clock.phase("load", "sending what trials read"):
+        keep(run.search_file, storage)
+        return replace(ready, setting=send(ready.setting, storage, ready.config.cache_limit_bytes))
+
+
 def _trials(
-    checked: SearchConfig,
     planned: Planned,
+    ready: Ready,
     runner: _Runner,
     run: RunFolder,
     storage: Storage | None,
@@ -303,15 +323,9 @@ def _trials(
     earlier: Sequence[RunEvent],
     observer: Observer,
     tell: Callbacks,
-) -> tuple[Campaign, Ready, TrialSetting]:
+) -> Campaign:
     """Runs the trials; `earlier` is the log of the sessions before this one."""
-    ready = prepare_trials(planned, run, clock, observer)
-    checked = ready.config
-    loaded, plan, question, setting = planned.loaded, planned.plan, ready.question, ready.setting
-    if storage is not None:
-        with clock.phase("load", "sending what trials read"):
-            keep(run.search_file, storage)
-            setting = send(setting, storage, checked.cache_limit_bytes)
+    checked, question, plan = ready.config, ready.question, planned.plan
     deadline = _deadline(planned, earlier, clock, observer)
     campaign = Campaign(
         question,
@@ -349,16 +363,44 @@ def _trials(
         return {phase: min(most, (now[name] - before[name]) / plan.workers) for phase, name in names.items()}
 
     with clock.counting(spent):
-        runner(campaign, replace(setting, device=loaded.workers.device), until)
+        runner(campaign, replace(ready.setting, device=planned.loaded.workers.device), until)
     campaign.close()
-    return campaign, ready, setting
+    return campaign
+
+
+def _stop(
+    checked: SearchConfig, planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer
+) -> NoReturn:
+    """Ends a search that a person stopped with the best that it has.
+
+    Raises:
+        InterruptedSearchError: Always, with what was exported and how the search goes on.
+    """
+    observer.line("stopping: the best so far is exported first; to stop at once, interrupt once more")
+    said = export_so_far(_finisher(planned, ready, run, clock, observer))
+    _pages(run)
+    raise InterruptedSearchError(f"stopped; {said}; {_to_go_on(checked, run)}")
+
+
+def _finisher(planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer) -> Finisher:
+    return Finisher(
+        question=ready.question,
+        setting=ready.setting,
+        run=run,
+        teacher=planned.loaded.teacher,
+        data=planned.loaded.data,
+        threads=planned.loaded.threads,
+        phases=clock,
+        line=observer.line,
+        general=planned.config.general,
+        trained_text=planned.config.source.fingerprint,
+    )
 
 
 def _end(
     checked: SearchConfig,
     planned: Planned,
     ready: Ready,
-    setting: TrialSetting,
     campaign: Campaign,
     run: RunFolder,
     storage: Storage | None,
@@ -366,20 +408,10 @@ def _end(
     observer: Observer,
 ) -> Outcome:
     """Exports the best of what was trained, and writes down what the search found."""
-    loaded, plan, question = planned.loaded, planned.plan, ready.question
+    loaded, plan = planned.loaded, planned.plan
     rows = run.events.rows(split="validation")
-    finisher = Finisher(
-        question=question,
-        setting=setting,
-        run=run,
-        teacher=loaded.teacher,
-        data=loaded.data,
-        threads=loaded.threads,
-        phases=clock,
-        line=observer.line,
-    )
     try:
-        finished = finish(rows, finisher)
+        finished = finish(rows, _finisher(planned, ready, run, clock, observer))
     except NothingFitsError as error:
         _pages(run)
         raise NothingFitsError(
@@ -388,7 +420,7 @@ def _end(
     rows = run.events.rows(split="validation")
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
-    kept = {name: result[name] for name in ("notes", "saved", "runtime")}
+    kept = {name: result[name] for name in ("notes", "saved", "runtime", "forgotten")}
     shown = {"test": [row.row_id for row in finished.test], **finished.gains.to_json()}
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept, **shown})
     if storage is not None:
@@ -468,6 +500,7 @@ def _result(
         "test": [row.to_json() for row in finished.test],
         **finished.gains.to_json(),
         "differences_on_test": [item.to_json() for item in differences(finished.test, finished.best.row_id)],
+        "forgotten": finished.forgotten and asdict(finished.forgotten),
         "confirmation": [item.to_json() for item in finished.confirmed],
         "runtime": {name: asdict(check) for name, check in finished.checks.items()},
         "budget": checked.budget.to_json(),

@@ -62,6 +62,7 @@ class Gains:
         baseline: Over the baseline, of students of as many tokens; None without one, and where that is what is
             exported.
         unit: What the gains are of: the metric, and its unit where it has one.
+        forgot: Whether what is better by the metric was trained, and passed over since it forgot general text.
     """
 
     exported: str
@@ -70,11 +71,17 @@ class Gains:
     untrained: Gain | None
     baseline: Gain | None
     unit: str
+    forgot: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The gains as fields of a search's document."""
         return {
-            "exported": {"row_id": self.exported, "named": self.named, "trained": self.trained},
+            "exported": {
+                "row_id": self.exported,
+                "named": self.named,
+                "trained": self.trained,
+                **({"forgot": True} if self.forgot else {}),
+            },
             "gain_over_untrained": self.untrained and asdict(self.untrained),
             "gain_over_baseline": self.baseline and asdict(self.baseline),
             "gain_unit": self.unit,
@@ -95,11 +102,14 @@ class Gains:
             untrained=untrained,
             baseline=baseline,
             unit=unit,
+            forgot=exported.get("forgot", False),
         )
 
     def describe(self) -> str:
         """The gains in one line."""
-        if not self.trained:
+        if self.forgot:
+            said = f"What was trained forgot general text, and {self.named} is exported as it is (see --goal)"
+        elif not self.trained:
             said = f"No trained student is better than {self.named}, which is exported as it is"
         elif self.untrained is None:
             said = "Nothing that needs no training fits the budget"

@@ -35,6 +35,12 @@ REMOVED = "its student was removed before it might have been exported"
 DAMAGED = "its student was changed or damaged after it was trained"
 """Likewise, were it as it was written."""
 
+FORGOT = "it forgot general text, where the best row without training did not"
+"""Likewise, had the search the task alone for its goal."""
+
+WITHIN_LIMITS = (REMOVED, DAMAGED, FORGOT)
+"""The reasons of rows that keep to the budget, and are not to be exported all the same."""
+
 
 class _Paired(TypedDict):
     """A figure by document."""

@@ -14,9 +14,10 @@ from autodistill.search.algorithms.optuna_study import Observation
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import CONFIRMED, SuccessiveHalving
 from autodistill.search.campaign.disk_limit import StageKeeper
-from autodistill.search.campaign.extended_training import TrainingOn, lengthened, next_longer, trained_on
+from autodistill.search.campaign.extended_training import Continuation, TrainingOn, lengthened, next_longer, trained_on
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
+from autodistill.search.campaign.trunk import Trunk
 from autodistill.search.worker.attempt import Assignment
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_duration
@@ -46,6 +47,7 @@ class Agenda:
         stages: Knows which trials wait for another's checkpoint.
         enter: Makes a new trial of a strategy, and writes it down.
         evaluating: Whether a trained student is being evaluated.
+        decide: Writes down what is decided of a trunk, before it is acted on.
         notify: Told of what is left out.
 
     Attributes:
@@ -64,6 +66,7 @@ class Agenda:
         stages: StageKeeper,
         enter: Callable[..., TrialState],
         evaluating: Callable[[], bool],
+        decide: Callable[[Trunk], None],
         notify: Callable[[str], None],
     ) -> None:
         self.exhausted = False
@@ -77,6 +80,7 @@ class Agenda:
         self._stages = stages
         self._enter = enter
         self._evaluating = evaluating
+        self._decide = decide
         self._notify = notify
         self._left_out: set[str] = set()
 
@@ -244,7 +248,7 @@ class Agenda:
         )
         return self._assign(trial)
 
-    def _to_train_on(self) -> tuple[TrialState, Assignment] | None:
+    def _to_train_on(self) -> Continuation | None:
         """The best, to be trained on for what the box has left once all others have ended: alone on all threads of a
         machine without an accelerator, elsewhere with the next best beside it.
         """
@@ -260,7 +264,10 @@ class Agenda:
         found = self._to_train_on()
         if found is None:
             return None
-        original, assignment = found
+        original, assignment = found.original, found.assignment
+        if found.decided is not None:
+            self._decide(found.decided)
+            self.take(found.decided)
         trial_id, length = trained_on(original.task.id), assignment.task.length
         # One that was begun before the search was killed goes on.
         trial = self._trials.get(trial_id) or self._enter(
@@ -272,7 +279,11 @@ class Agenda:
             point=None,
             length=length,
         )
-        return replace(assignment, task=replace(trial.task, length=length))
+        return replace(assignment, task=replace(trial.task, length=length, decay=assignment.task.decay))
+
+    def take(self, trunk: Trunk) -> None:
+        """Keeps to what was decided of a trunk, in this session or an earlier one."""
+        self._rest.trunks[trunk.trial] = trunk
 
     def _confirmation(self) -> Assignment | None:
         """The best few and the best baseline on further seeds, once the trials of the plan have ended."""

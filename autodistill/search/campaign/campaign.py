@@ -19,6 +19,7 @@ from autodistill.runs.events import (
     StudentsRemoved,
     TrialAdded,
     TrialEnded,
+    TrunkDecided,
     WorkBegan,
     WorkLost,
     WorkRetried,
@@ -36,6 +37,7 @@ from autodistill.search.campaign.agenda import Agenda
 from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper
 from autodistill.search.campaign.state import LIKELIHOOD, Candidate, Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
+from autodistill.search.campaign.trunk import Trunk
 from autodistill.search.planning.trial_memory import TrainingNeed
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.failures import KILLED, OUT_OF_MEMORY, RETRIED, WORKER_DIED
@@ -121,6 +123,7 @@ class Campaign:
             stages=self._stages,
             enter=self._enter,
             evaluating=self._evaluating,
+            decide=self._decide,
             notify=notify,
         )
         self._collector = Collector(
@@ -462,6 +465,10 @@ class Campaign:
                 )
         self._collector.at_the_end()
 
+    def _decide(self, trunk: Trunk) -> None:
+        self._write(TrunkDecided.from_json(trunk.to_json()))
+        self._notify(trunk.describe())
+
     # What a person is shown.
 
     @property
@@ -521,6 +528,8 @@ class Campaign:
                 self.trials[event.trial].settled.add(event.deployment)
             case WorkRetried():
                 self._retry(self.trials[event.trial], event.rung, event.deployment)
+            case TrunkDecided():
+                self._agenda.take(Trunk.from_json(event.to_json()))
             case StudentsRemoved():
                 for name in event.trials:
                     self.trials[name].collected = True

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from autodistill.distillation.training.learning_rate import end_of
+from autodistill.distillation.training.learning_rate import branch_point, end_of
 from autodistill.runs.results.row import Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.search.algorithms.successive_halving import BEST
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
+from autodistill.search.campaign.trunk import BRANCH_DECAY, Trunk, plan_trunk
 from autodistill.search.planning.plan import FURTHER, WORTHWHILE
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import TrialTask
@@ -45,12 +46,36 @@ def next_longer(
 
 
 def trained_on(trial: str) -> str:
-    """Name of the trial that trains `trial`'s strategy on for as long as the box has time."""
+    """Name of the trial that trains `trial`'s strategy on, to the next decay of its trunk."""
     return f"{trial}x"
+
+
+def _root(trial: str) -> str:
+    """Name of the trial that a trunk began with, of any of its own."""
+    return trial.rstrip("x")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What is to be done next of a trunk.
+
+    Attributes:
+        original: Trial that it goes on from.
+        assignment: The work.
+        decided: What is decided of the trunk, where that is new; None of one that was begun.
+    """
+
+    original: TrialState
+    assignment: Assignment
+    decided: Trunk | None
 
 
 class TrainingOn:
     """The best trained on for what the time box has left, where the plan sets some of it aside.
+
+    That is a trunk: one stable training from which decays branch off, at shares of it that are decided before it begins
+    and at its end. Each is a trial of its own, which goes on from the checkpoint that the one before left in their
+    stage: a row with a student that may be exported, whatever becomes of the next.
 
     Where a finished search goes on without a box, its best trial alone is trained on, as far as another was before it,
     so that the two can be compared.
@@ -60,6 +85,9 @@ class TrainingOn:
         trials: Of the campaign, by id, as they are at any moment.
         box: The time that is left.
         checkpoints: Tokens of those of a trial's stage, the furthest first.
+
+    Attributes:
+        trunks: What was decided of each, by the trial that it began with.
     """
 
     def __init__(
@@ -73,6 +101,7 @@ class TrainingOn:
         self._trials = trials
         self._box = box
         self._checkpoints = checkpoints
+        self.trunks: dict[str, Trunk] = {}
 
     def is_one(self, task: TrialTask) -> bool:
         """Whether a trial is trained on for as long as the box has time."""
@@ -98,21 +127,60 @@ class TrainingOn:
         # From where its decay branched off.
         return any((WORTHWHILE - 1 + plan.decay) * length <= held for length in lengths)
 
-    def next(self, trained: Sequence[TrialState], busy: Collection[str]) -> tuple[TrialState, Assignment] | None:
-        """The trial to go on from, the best first, and what is to be done; None where none is worth it.
+    def next(self, trained: Sequence[TrialState], busy: Collection[str]) -> Continuation | None:
+        """What is to be trained on next: a trunk that was begun, then the best; None where none is worth it.
 
         Args:
             trained: Trials at full fidelity, the best first.
             busy: Stages that are being trained, which are gone on from later.
         """
-        rung = len(self._question.plan.rungs) - 1
-        for original in self._candidates(trained):
-            length = None if original.task.stage in busy else self._length(original)
-            if length is not None:
-                task = replace(original.task, length=length, straight=True)
-                until = self._box.until(self._box.evaluation() + self.rows())
-                return original, Assignment(task=task, rung=rung, until=until, threads=self.threads(task))
+        plan = self._question.plan
+        for original in sorted(self._candidates(trained), key=lambda trial: not self._begun(trial)):
+            end = None if original.task.stage in busy else self._end(original)
+            if end is None:
+                continue
+            start, held, length = end
+            known = self.trunks.get(_root(original.task.id))
+            trunk = known or self._planned(original, start, held)
+            tokens = self._branch(original, trunk, start, held)
+            task = replace(original.task, length=length, straight=True, decay=None)
+            if tokens is not None:
+                task = replace(task, length=tokens / plan.tokens, decay=BRANCH_DECAY)
+            until = self._box.until(self._box.evaluation() + self.rows())
+            assignment = Assignment(task=task, rung=len(plan.rungs) - 1, until=until, threads=self.threads(task))
+            return Continuation(original=original, assignment=assignment, decided=None if known else trunk)
         return None
+
+    def _begun(self, trial: TrialState) -> bool:
+        """Whether a trial is of a trunk of which decays were decided that it does not go beyond."""
+        trunk = self.trunks.get(_root(trial.task.id))
+        return trunk is not None and self._tokens(trial) <= max(trunk.lengths, default=0)
+
+    def _tokens(self, trial: TrialState) -> int:
+        return self._question.plan.tokens_of(trial.task.length)
+
+    def _planned(self, original: TrialState, start: int, held: int) -> Trunk:
+        """The decision of a new trunk; without a box, where its length is another's, nothing branches off."""
+        plan, alone = self._question.plan, self._question.plan.alone > 0
+        if self._box.deadline is None:
+            return Trunk(trial=original.task.id, tokens=held, branches=())
+        return plan_trunk(
+            original.task.id,
+            start=start,
+            end=min(held, plan.tokens_of(plan.longest)),
+            least=WORTHWHILE * original.task.length * plan.tokens,
+            batch_tokens=plan.batch_tokens,
+            seconds=lambda tokens: self._box.training(tokens, alone=alone),
+        )
+
+    def _branch(self, original: TrialState, trunk: Trunk, start: int, held: int) -> int | None:
+        """Tokens at the end of the next decay short of the trunk's end, where there is one and the box holds more.
+
+        Nothing branches off a trunk behind the checkpoint that it goes on from.
+        """
+        batch, least = self._question.plan.batch_tokens, self._tokens(original)
+        left = (one for one in trunk.lengths if one > least and branch_point(one, BRANCH_DECAY, batch) > start)
+        return next((one for one in left if one < held), None)
 
     def _candidates(self, trained: Sequence[TrialState]) -> Iterator[TrialState]:
         """The best few, what they were trained on to, and the best baseline, as far as nobody goes on from them yet."""
@@ -130,24 +198,25 @@ class TrainingOn:
             ):
                 yield trial
 
-    def _length(self, original: TrialState) -> float | None:
-        """How many times the plan's tokens a trial is trained on to; None where that is not worth it.
+    def _end(self, original: TrialState) -> tuple[int, int, float] | None:
+        """Tokens that a trial is trained on from, and is expected to reach; and how many times the plan's at most.
 
         From the furthest checkpoint of its stage whose decay the box holds: to what it is expected to hold, and as much
-        again, since the trial is told when to end.
+        again, since the trial is told when to end. None where that is not worth it.
         """
         plan = self._question.plan
         if self._box.deadline is None:
             before = [trial for trial in self._trials.values() if self.is_one(trial.task)]
             ended = [trial.task.length for trial in before if trial.status is Status.COMPLETED]
-            return max(ended, default=plan.longest / FURTHER)
+            length = max(ended, default=plan.longest / FURTHER)
+            return 0, plan.tokens_of(length), length
         trained = self._box.trained_in(self.rows(), alone=plan.alone > 0)
         most = plan.longest
         for start in (*self._checkpoints(original), 0):
             held = start + trained
             end = end_of(start, plan.decay, plan.batch_tokens)
             if held >= max(end, WORTHWHILE * original.task.length * plan.tokens):
-                return min(most, FURTHER * held / plan.tokens)
+                return start, held, min(most, FURTHER * held / plan.tokens)
             # Then it must not go on from this one, of which the decay alone takes too long.
             most = min(most, (end - plan.batch_tokens) / plan.tokens)
         return None

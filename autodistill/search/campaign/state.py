@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from autodistill.distillation.training.plan import Plan
 from autodistill.estimates.fit import Fit, Miss
-from autodistill.evaluation.base import Direction
+from autodistill.evaluation.base import Direction, Goal
 from autodistill.hardware.budget import Budget
 from autodistill.hardware.device import Device
 from autodistill.models.spec import ModelSpec
@@ -33,7 +33,8 @@ class Question:
     `explore` is the share of the time for training that goes to trials; in the rest the best are trained on.
     `further` are objectives beside the metric; latencies are predicted on `served_on`, where one of them is a latency.
     `sharing` is off where it is to be measured what sharing stages is worth: every trial then trains all of its own.
-    `students_only` is on where what needs no training is not chosen, however good it is. `raced` is on where
+    `students_only` is on where what needs no training is not chosen, however good it is; `goal` says whether a student
+    may forget general text. `raced` is on where
     constructions were solved: students are then compared by their likelihood, paired by document, which decides on
     fewer tokens than the metric does, and are packed on the grid that they were trained on alone.
     `memory` is what a trial has where it runs, which is this session's alone; None where nobody asks for it.
@@ -55,6 +56,7 @@ class Question:
     device: str = "cpu"
     sharing: bool = True
     students_only: bool = False
+    goal: Goal = "task"
     raced: bool = False
     memory: TrialMemory | None = None
 

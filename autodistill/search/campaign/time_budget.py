@@ -133,6 +133,10 @@ class TimeBox:
         plan = self._question.plan
         return self._stretch(plan.tokens, plan.eval_tokens)
 
+    def training(self, tokens: int, *, alone: bool) -> float:
+        """Expected seconds of a worker for so many tokens, on all threads or not, and the evaluation after them."""
+        return self._stretch(tokens, self._question.plan.eval_tokens, alone)
+
     def evaluation(self) -> float:
         """Expected seconds of one deployment of a trained student."""
         question = self._question

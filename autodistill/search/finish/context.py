@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from autodistill.data.dataset import Prepared
+from autodistill.data.documents import DataSource
 from autodistill.distillation.student.build import save_student
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.teacher.resolve import Teacher
@@ -42,7 +43,12 @@ class Phases(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Finisher:
-    """Everything that the steps of the end share."""
+    """Everything that the steps of the end share.
+
+    Attributes:
+        general: Text that nobody trains on; students are held to it, so that they forget nothing.
+        trained_text: Fingerprint of the text that is trained on.
+    """
 
     question: Question
     setting: TrialSetting
@@ -52,6 +58,8 @@ class Finisher:
     threads: int
     phases: Phases
     line: Callable[[str], None]
+    general: DataSource
+    trained_text: str
     _students: dict[tuple[str, int | None], Path] = field(default_factory=dict, init=False, repr=False)
 
     def student(self, row: Row) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -36,11 +36,12 @@ from autodistill.runs.events import TrialEnded
 from autodistill.runs.results.beginnings import worsened
 from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, limits_of, nearest
-from autodistill.runs.results.row import DAMAGED, REMOVED, Row, Status
+from autodistill.runs.results.row import DAMAGED, FORGOT, REMOVED, Row, Status
 from autodistill.runs.results.selection import Confirmation, confirmations, in_order, untrained_in_order
 from autodistill.search.finish.beginnings import settle, settled_candidate
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import candidates, passed_over
+from autodistill.search.finish.forgetting import Forgotten, Gate
 from autodistill.search.finish.test_split import best_untrained, gains_on_test, score_on_test, spent
 from autodistill.serving.launch_files import write_launch_files
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
@@ -63,6 +64,8 @@ class Finish:
         test: Rows on the test split.
         confirmed: What was trained on further seeds, the chosen one first.
         gains: By how much it is better on test than what needs no training, and than the baseline.
+        forgotten: What it forgot of general text, or what the best student that was passed over for that did; None
+            where nothing was trained, or that is not known.
         notes: What a reader must know, in sentences.
     """
 
@@ -72,11 +75,12 @@ class Finish:
     test: tuple[Row, ...]
     gains: Gains
     confirmed: tuple[Confirmation, ...]
+    forgotten: Forgotten | None
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Exported:
+class ExportedRow:
     """What was written of a row in one deployment, and how its runtime agrees; None where that was not run."""
 
     row: Row
@@ -99,49 +103,86 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     """
     question, phases, run = finisher.question, finisher.phases, finisher.run
     torch.set_num_threads(finisher.threads)
-    students = candidates(rows, question.metric, finisher.has)
+    choice = choice_of(rows, finisher)
     confirmed = confirmations(rows, question.metric, question.direction)
-    choice = [*students, *(row for row in rows if row.kind not in DISTILLED)]
     first = next(iter(in_order(choice, question.metric, question.direction, students_only=True)), None)
     while first is not None and settle(first, choice, finisher):
         # What distilling came to is known by what it began with, whatever is exported.
         first = next((row for row in choice if row.row_id == first.row_id), None)
-    exported, rejected = _first_that_fits(choice, (), finisher)
-    for row in passed_over(choice, rejected, question.budget.memory_bytes):
-        finisher.write(row)
+    gate = Gate(finisher)
+    exported, rejected = export_best(choice, finisher, gate)
     if exported is None:
         judged = any(row.kind in DISTILLED for row in rows)
         distilled = [row for row in rows if row.kind in DISTILLED]
         # Students of which none fits are removed first where disk is short.
         missing = [] if any(row.feasible for row in distilled) else distilled
+        students = [row for row in choice if row.kind in DISTILLED]
         raise NothingFitsError(_nothing(rejected or students or missing, judged, finisher))
     best, exports = exported.row, {exported.deployment.container: exported}
-    _leave_out_removed(best, finisher)
     notes: tuple[str, ...] = ()
     if "gguf" not in exports:
-        beside, notes = _gguf_beside(choice, rejected, finisher)
+        beside, notes = _gguf_beside(choice, rejected, finisher, gate)
         exports |= {"gguf": beside} if beside is not None else {}
     if "huggingface" not in exports:
         with phases.phase("export", "exporting the 16-bit folder"):
             path = _pack(best, IN_16_BITS, finisher).path
-        exports["huggingface"] = _Exported(row=best, deployment=IN_16_BITS, path=path)
-    for container in set(plugins.names("exporters")) - set(exports):
-        # Of the best student that this run had before it went on, perhaps.
-        shutil.rmtree(run.student(container), ignore_errors=True)
+        exports["huggingface"] = ExportedRow(row=best, deployment=IN_16_BITS, path=path)
+    clear_others(exports, finisher)
     rows = run.events.rows(split="validation")
+    forgotten, told = gate.notes(best, rows)
     untrained = best_untrained(rows, finisher)
     with phases.phase("evaluate", "test split"):
         test = score_on_test(best, untrained, rows, finisher)
-    _describe(exports.values(), test, finisher)
+    describe(exports.values(), test, finisher)
     return Finish(
         best=best,
         paths={container: one.path for container, one in exports.items()},
         checks={container: one.check for container, one in exports.items() if one.check is not None},
         test=test,
-        gains=gains_on_test(best, untrained, test, question.metric, question.direction),
+        gains=replace(
+            gains_on_test(best, untrained, test, question.metric, question.direction),
+            forgot=best.kind in UNTRAINED and bool(gate.refused),
+        ),
         confirmed=tuple(confirmed),
-        notes=(*notes, *_notes(best, rows, finisher), *spent(finisher)),
+        forgotten=forgotten,
+        notes=(*notes, *_notes(best, rows, finisher), *told, *spent(finisher)),
     )
+
+
+def choice_of(rows: Sequence[Row], finisher: Finisher) -> list[Row]:
+    """The rows that are chosen among: students that may be exported, and all that were not distilled.
+
+    Args:
+        rows: Of the validation split.
+        finisher: What the steps of the end share.
+    """
+    students = candidates(rows, finisher.question.metric, finisher.has)
+    return [*students, *(row for row in rows if row.kind not in DISTILLED)]
+
+
+def export_best(choice: list[Row], finisher: Finisher, gate: Gate) -> tuple[ExportedRow | None, list[Row]]:
+    """Exports the best row that keeps to the budget when its runtime is measured, and writes down what does not.
+
+    Args:
+        choice: Of `choice_of`; what is evaluated on the way is added.
+        finisher: What the steps of the end share.
+        gate: Holds students to general text.
+
+    Returns:
+        What was exported, if anything fits, and the rows that were rejected.
+    """
+    exported, rejected = _first_that_fits(choice, (), finisher, gate)
+    for row in passed_over(choice, rejected, finisher.question.budget.memory_bytes):
+        finisher.write(row)
+    if exported is not None:
+        _leave_out_removed(exported.row, finisher)
+    return exported, rejected
+
+
+def clear_others(exports: Collection[str], finisher: Finisher) -> None:
+    """Removes what lies in other containers: of the best student that this run had before it went on, perhaps."""
+    for container in set(plugins.names("exporters")) - set(exports):
+        shutil.rmtree(finisher.run.student(container), ignore_errors=True)
 
 
 def _leave_out_removed(best: Row, finisher: Finisher) -> None:
@@ -157,7 +198,7 @@ def _leave_out_removed(best: Row, finisher: Finisher) -> None:
             finisher.write(replace(row, feasible=False, reason=REMOVED))
 
 
-def _describe(exports: Iterable[_Exported], test: Sequence[Row], finisher: Finisher) -> None:
+def describe(exports: Iterable[ExportedRow], test: Sequence[Row], finisher: Finisher) -> None:
     """Lays beside each exported student a model card, the text of its licence, and the record of its proof."""
     run = finisher.run
     rows = run.events.rows()
@@ -183,20 +224,21 @@ def _describe(exports: Iterable[_Exported], test: Sequence[Row], finisher: Finis
 
 
 def _first_that_fits(
-    rows: list[Row], rejected: Sequence[Row], finisher: Finisher, container: str | None = None
-) -> tuple[_Exported | None, list[Row]]:
+    rows: list[Row], rejected: Sequence[Row], finisher: Finisher, gate: Gate, container: str | None = None
+) -> tuple[ExportedRow | None, list[Row]]:
     """Exports the best row that keeps to the budget when its runtime is measured.
 
     Returns:
-        What was exported, if anything fits; and the rejected rows, with those that did not fit, and those whose student
-        was damaged.
+        What was exported, if anything fits; and the rejected rows, with those that did not fit, those whose student was
+        damaged, and those that forgot.
     """
     rejected = list(rejected)
     for _ in range(_CANDIDATES):
         candidate = settled_candidate(rows, rejected, finisher, container)
-        while candidate is not None and not finisher.whole(candidate):
-            rejected.append(replace(candidate, feasible=False, reason=DAMAGED))
-            finisher.write(rejected[-1])
+        while candidate is not None and (passed := _passed(candidate, rows, finisher, gate)):
+            for row in passed:
+                finisher.write(row)
+            rejected += passed
             candidate = settled_candidate(rows, rejected, finisher, container)
         if candidate is None:
             break
@@ -210,16 +252,23 @@ def _first_that_fits(
     return None, rejected
 
 
+def _passed(row: Row, rows: Sequence[Row], finisher: Finisher, gate: Gate) -> list[Row]:
+    """The rows that are passed over with one that would be chosen, with the reason; none where it may be exported."""
+    if not finisher.whole(row):
+        return [replace(row, feasible=False, reason=DAMAGED)]
+    return gate.refused_with(row, rows)
+
+
 def _gguf_beside(
-    choice: list[Row], rejected: Sequence[Row], finisher: Finisher
-) -> tuple[_Exported | None, tuple[str, ...]]:
+    choice: list[Row], rejected: Sequence[Row], finisher: Finisher, gate: Gate
+) -> tuple[ExportedRow | None, tuple[str, ...]]:
     """Exports the best GGUF file beside a best student of another kind, which stands whatever becomes of it.
 
     Returns:
         It, if any fits, and why there is no such file where it could not be written or was not what was evaluated.
     """
     try:
-        return _first_that_fits(choice, rejected, finisher, "gguf")[0], ()
+        return _first_that_fits(choice, rejected, finisher, gate, "gguf")[0], ()
     except (InputError, VerificationError) as error:
         shutil.rmtree(finisher.run.student("gguf"), ignore_errors=True)
         return None, (f"there is no GGUF file beside the best student: {error}",)
@@ -241,7 +290,7 @@ def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> Artifact:
     return artifact
 
 
-def _export(row: Row, finisher: Finisher) -> _Exported:
+def _export(row: Row, finisher: Finisher) -> ExportedRow:
     """Exports a row's model and verifies it in its runtime; its row then has what was measured there."""
     deployment, strategy = row.deployment, row.strategy
     spec = finisher.spec(strategy)
@@ -277,7 +326,7 @@ def _export(row: Row, finisher: Finisher) -> _Exported:
                 measured |= {item.name: item for item in evaluator.evaluate(subject)}
     updated = _with_measured(row, measured, finisher)
     finisher.write(updated)
-    return _Exported(row=updated, deployment=deployment, path=artifact.path, check=check, expected=expected)
+    return ExportedRow(row=updated, deployment=deployment, path=artifact.path, check=check, expected=expected)
 
 
 def _with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finisher) -> Row:
@@ -416,6 +465,9 @@ def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> lis
         return f"{metric} {row.figure(metric) or 0.0:.4f} in {format_bytes(row.memory_bytes or 0)}"
 
     ties = "of what is equal within one standard error, the smaller is better"
+    if best.kind in UNTRAINED and any(row.reason == FORGOT for row in rows):
+        # Said where what was forgotten is.
+        return []
     if best.kind in UNTRAINED:
         students = in_order([row for row in rows if row.kind not in UNTRAINED], metric, direction, students_only=True)
         said = f"{named(best)} is exported, {told(best)}: no trained student is better"

@@ -78,6 +78,9 @@ def race_share(box_seconds: float | None) -> float:
 WORTHWHILE = 1.25
 """Nothing is trained on to fewer than so many times the plan's tokens: more than half would go into a second decay."""
 
+BRANCHES = (0.25, 0.5)
+"""Shares of what the best is trained on to after which a decay branches off, where time can spare it."""
+
 # Passes over the data up to which repeating it teaches about as much as new text (Muennighoff et al., 2023,
 # arXiv:2305.16264).
 _PASSES = 4
@@ -417,7 +420,7 @@ def students_disk(plan: Plan, parameters: int, *, baselines: int, confirm: int) 
     longer = (len(plan.lengths) - 1) * few
     if plan.longest > 1:
         # The best alone on the cores of one machine; elsewhere the next best, and the baseline, beside it.
-        longer += 1 if plan.alone else few
+        longer += (1 + len(BRANCHES)) * (1 if plan.alone else few)
     count = (plan.keep[-1] if plan.keep else plan.trials) + baselines + longer
     count += confirm * confirmed(plan.trials, plan.keep, baselines)
     return {"students": count, "students_bytes": count * parameters * _FLOAT32}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache as cached
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_args
 
 from autodistill.errors import InputError
-from autodistill.evaluation.base import Direction, Evaluator, register_evaluator
+from autodistill.evaluation.base import Direction, Evaluator, Goal, register_evaluator
 from autodistill.hardware.budget import Budget
 from autodistill.options import (
     BUDGET_HELP,
@@ -33,7 +33,7 @@ from autodistill.search.callbacks import Callback
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import parse_bytes, parse_duration
-from autodistill.utils.plain_dataclass import check_no_blank
+from autodistill.utils.plain_dataclass import check_choice, check_no_blank
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
@@ -246,6 +246,25 @@ class SearchRequest:
             commands=_SEARCH,
         ),
     ] = None
+    goal: Annotated[
+        Goal | None,
+        Option(
+            help="general: export no student that forgot general text, which the best row without training did not "
+            "(default); task: the metric alone counts (default where the metric or the data is a task).",
+            metavar="general|task",
+            section="Search",
+            commands=_SEARCH,
+        ),
+    ] = None
+    general_text: Annotated[
+        str | Path | None,
+        Option(
+            help="Text that nobody trains on, to see what students forget: a folder, a .txt, .jsonl or .parquet file, "
+            "or a hub id (default: a small text that comes with autodistill).",
+            metavar="REF",
+            section="Model and data",
+        ),
+    ] = None
     warm_start: Annotated[
         Names,
         Option(
@@ -358,6 +377,8 @@ class SearchRequest:
 
     def __post_init__(self) -> None:
         check_no_blank(self)
+        if self.goal is not None:
+            check_choice("--goal", self.goal, get_args(Goal))
         for name, option in _declared().items():
             value = getattr(self, name)
             if option.parse is not None and isinstance(value, str):

@@ -11,11 +11,12 @@ from typing import Any, TypeVar, cast
 
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.data.documents import DataSource, resolve_data
+from autodistill.data.general_text import PACKAGED, resolve_general
 from autodistill.data.loaded import data_reference
 from autodistill.distillation.teacher.loaded import teacher_reference
 from autodistill.distillation.teacher.resolve import TeacherRef, resolve_teacher
 from autodistill.errors import InputError
-from autodistill.evaluation.base import Direction
+from autodistill.evaluation.base import Direction, Goal
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, Limits, read_budget
 from autodistill.hardware.catalog import device_from_json
 from autodistill.hardware.device import LOCAL, Device
@@ -54,6 +55,8 @@ from autodistill.utils.storage import Storage
 T = TypeVar("T")
 _LEAST_EXPLORED = 0.1
 _LLAMA_CPP = "llama.cpp"
+# Metrics of a text, which is learnt beside whatever else a student knows.
+_OF_TEXT = ("accuracy", "agreement", "kl", "ece", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,9 @@ class SearchConfig:
     explore: float
     confirm: int
     students_only: bool
+    goal: Goal
+    general: DataSource
+    general_reference: str
     seed: int
     spec: ModelSpec
     out: Path
@@ -155,6 +161,8 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
     named_space = _first(space, known.get("space"), DEFAULT_SPACE)
     teacher = resolve_teacher(_as_before(named_teacher, known.get("teacher", {})))
     source = resolve_data(_as_before(named_data, known.get("data", {})))
+    general = None if request.general_text is None else str(request.general_text)
+    named_general = _first(general, known.get("general_text"), PACKAGED)
     strategy = _reference(request.strategy, cache)
     searched = load_space(named_space)
     baselines = tuple(map(str, request.baseline)) if request.baseline else _named(known.get("baselines"))
@@ -199,6 +207,9 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         explore=_explore(request, known, declared),
         confirm=confirm,
         students_only=_students_only(request, stored),
+        goal=_goal(request, known, objectives[0].name, source),
+        general=resolve_general(named_general),
+        general_reference=named_general,
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec,
         out=Path(request.out),
@@ -297,6 +308,25 @@ def _as_before(reference: str, known: Mapping[str, Any]) -> str:
     if revision is None or reference != known.get("reference") or "@" in reference:
         return reference
     return f"{reference}@{revision}"
+
+
+def _goal(request: SearchRequest, known: Mapping[str, Any], metric: str, source: DataSource) -> Goal:
+    """Whether students must keep what they knew of general text: by default where the metric is of text, and the data
+    are no task.
+
+    Raises:
+        InputError: Another goal than the run began with.
+    """
+    if known:
+        # Runs of earlier versions knew no other.
+        before: Goal = known.get("goal", "task")
+        if request.goal not in (None, before):
+            raise InputError(
+                f"the run {request.name!r} was begun with --goal {before}, by which rows were passed over: leave it "
+                "out, export another row with `autodistill export --row`, or start a new run"
+            )
+        return before
+    return request.goal or ("general" if metric in _OF_TEXT and source.task is None else "task")
 
 
 def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> float:

@@ -1,4 +1,4 @@
-"""The teacher's part of a search: its calibration, cached outputs, scores and rows."""
+"""The teacher's part of a search: its scores and rows, its calibration and cached outputs."""
 
 from __future__ import annotations
 
@@ -125,12 +125,11 @@ def most_cached(checked: SearchConfig, loaded: Loaded) -> int:
 
 
 def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock) -> TrialSetting:
-    """Caches the teacher's outputs, scores it, and writes its rows under each deployment and in its own codes."""
-    with clock.phase("cache", "calibration"):
-        calibration = calibration_file(checked, loaded)
-    # A machine that only emulates bfloat16, which may take many times as long, makes them in float32 for any trials.
-    settings = cache_settings(checked.space, loaded.spec, plan.bf16 and loaded.bf16, calibration)
-    cache = None if settings.empty else _cache(checked, loaded, settings, plan, run, clock)
+    """Scores the teacher, and writes its rows under each deployment and in its own codes.
+
+    They come before all work on trials, since from here on there is something that may be exported. What trials read of
+    the teacher's outputs is not there yet: see `cache_phase`.
+    """
     validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
     # Only where something is to be scored, and once.
     teacher = functools.cache(partial(loaded.load_teacher, loaded.device))
@@ -141,7 +140,7 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
         teacher_reference=reference,
         teacher_accuracy=_accuracy(teacher, reference, validation, loaded.device, run, clock),
         data=loaded.data.folder,
-        cache=cache,
+        cache=None,
         checkpoints=run.checkpoints,
         budget=checked.budget,
         plan=plan,
@@ -149,7 +148,6 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
         metric=checked.metric,
         direction=checked.direction,
         device=loaded.device,
-        calibration=calibration,
         pretrained=loaded.pretrained,
         held=loaded.teacher_fit.held,
         renderings=loaded.renderings,
@@ -166,6 +164,18 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
             run.events.add(RowAdded(row=row))
             setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
     return setting
+
+
+def cache_phase(
+    checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock, setting: TrialSetting
+) -> TrialSetting:
+    """Calibrates and caches the teacher's outputs, as far as strategies of the space ask for that."""
+    with clock.phase("cache", "calibration"):
+        calibration = calibration_file(checked, loaded)
+    # A machine that only emulates bfloat16, which may take many times as long, makes them in float32 for any trials.
+    settings = cache_settings(checked.space, loaded.spec, plan.bf16 and loaded.bf16, calibration)
+    cache = None if settings.empty else _cache(checked, loaded, settings, plan, run, clock)
+    return replace(setting, cache=cache, calibration=calibration)
 
 
 def _cache(

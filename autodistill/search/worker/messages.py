@@ -89,6 +89,7 @@ class TrialTask:
         straight: Whether the trial runs to the plan's tokens without stopping at rungs.
         length: How many times the plan's tokens it is trained for; above 1 the trial is straight.
         stage: Address of its stable part, whose checkpoints trials share; empty where its checkpoints are its own.
+        decay: Share of its tokens over which the rate falls at its end; None for the plan's.
         micro_batch: Sequences of one pass at most, where memory did not hold as many as the plan's; None for those.
     """
 
@@ -100,6 +101,7 @@ class TrialTask:
     straight: bool = False
     length: float = 1.0
     stage: str = ""
+    decay: float | None = None
     micro_batch: int | None = None
 
 

@@ -93,6 +93,7 @@ class Trial:
         self._folder = setting.checkpoints / task.id
         self._stages = open_stages(setting.checkpoints, setting.storage)
         self._stage = task.stage or task.id
+        self._decay = setting.plan.decay if task.decay is None else task.decay
         self._damaged: str | None = None
 
     def run(self, rung: int, *, keep: bool = False, until: Moment | None = None) -> RungReport | None:
@@ -181,7 +182,7 @@ class Trial:
                 stretch.steps.append(record)
                 self._on_step(record)
                 if until is not None and self._is_time(until, stretch.steps):
-                    stretch.target = end_of(trainer.tokens, plan.decay, plan.batch_tokens)
+                    stretch.target = end_of(trainer.tokens, self._decay, plan.batch_tokens)
                     break
                 if self._agreed(time.perf_counter() - saved > _SAVED_EVERY) and trainer.tokens < point:
                     self._leave(trainer, stretch, on_the_way=True)
@@ -218,12 +219,12 @@ class Trial:
             steps: Of this stretch, all of them so far.
         """
         plan, tokens = self._bench.setting.plan, steps[-1].tokens
-        if len(steps) <= _FEW_STEPS or end_of(tokens, plan.decay, plan.batch_tokens) <= plan.tokens:
+        if len(steps) <= _FEW_STEPS or end_of(tokens, self._decay, plan.batch_tokens) <= plan.tokens:
             return False
         took = [plan.batch_tokens / step.tokens_per_second for step in steps[-_MANY_STEPS:]]
         # The machine may have become slower.
         each = max(fmean(took[1:]), median(took[-_FEW_STEPS:]))
-        left = (end_of(tokens + plan.batch_tokens, plan.decay, plan.batch_tokens) - tokens) // plan.batch_tokens
+        left = (end_of(tokens + plan.batch_tokens, self._decay, plan.batch_tokens) - tokens) // plan.batch_tokens
         slower = _ON_GRID if self._task.strategy.finishing and not self._task.strategy.scales_alone else 1.0
         return self._agreed(_SPARE * slower * left * each > until.left)
 
@@ -245,8 +246,9 @@ class Trial:
     def _is_between(self, tokens: int) -> bool:
         """Whether a checkpoint at so many tokens is none from which a decay branches off."""
         plan = self._bench.setting.plan
-        targets = (*plan.rungs, *(plan.tokens_of(length) for length in (*plan.lengths, self._task.length)))
-        return tokens not in (0, *(branch_point(target, plan.decay, plan.batch_tokens) for target in targets))
+        targets = (*plan.rungs, *(plan.tokens_of(length) for length in plan.lengths))
+        branches = [branch_point(target, plan.decay, plan.batch_tokens) for target in targets]
+        return tokens not in (0, *branches, self._branches(len(plan.rungs) - 1)[-1])
 
     def _targets(self, rung: int) -> tuple[int, ...]:
         """Tokens of the rungs up to one; a longer trial ends beyond the last."""
@@ -254,9 +256,10 @@ class Trial:
         return (*plan.rungs[: rung + 1], *((plan.tokens_of(length),) if length > 1 else ()))
 
     def _branches(self, rung: int) -> list[int]:
-        """Tokens at which the decays of these branch off."""
-        plan = self._bench.setting.plan
-        return [branch_point(tokens, plan.decay, plan.batch_tokens) for tokens in self._targets(rung)]
+        """Tokens at which the decays of these branch off; that of a longer trial may be of another share."""
+        plan, targets = self._bench.setting.plan, self._targets(rung)
+        decays = [plan.decay] * (len(targets) - 1) + [self._decay]
+        return [branch_point(tokens, decay, plan.batch_tokens) for tokens, decay in zip(targets, decays, strict=True)]
 
     def _restore(self, trainer: Trainer, rung: int) -> tuple[int, int]:
         """Continues from the furthest checkpoint up to a rung's branch.

@@ -140,6 +140,8 @@ def keeping(folder: Path) -> Worker:
             return report
         store, task = open_stages(folder / "checkpoints"), assignment.task
         points = [branch_point(tokens, PLAN.decay, PLAN.batch_tokens) for tokens in PLAN.rungs[: assignment.rung + 1]]
+        if task.length > 1:
+            points.append(branch_point(PLAN.tokens_of(task.length), task.decay or PLAN.decay, PLAN.batch_tokens))
         found = store.find(task.stage, points[-1])
         start = found[1].tokens if found else 0
         for point in points:
@@ -1004,16 +1006,16 @@ def lasting(clock: Slow, folder: Path) -> Worker:
     answer = keeping(folder)
 
     def work(assignment: Assignment) -> RungReport:
+        task = assignment.task
+        if assignment.until is not None:
+            found = open_stages(folder / "checkpoints").find(task.stage, PLAN.tokens_of(task.length))
+            trained = int((assignment.until.at - clock.now) / clock.slowness * 100 / 1.1) // 256 * 256
+            tokens = min((found[1].tokens if found else 0) + trained, PLAN.tokens_of(task.length))
+            assignment = replace(assignment, task=replace(task, length=tokens / PLAN.tokens))
         report = answer(assignment)
-        if assignment.task.length > 1:
-            found = measured(assignment.deployment or assignment.task.probe, 0.4)
-            report = replace(report, evaluation=found)
-        if assignment.until is None:
-            return report
-        trained = int((assignment.until.at - clock.now) / clock.slowness * 100 / 1.1) // 256 * 256
-        parent = branch_point(PLAN.tokens, PLAN.decay, PLAN.batch_tokens)
-        tokens = min(parent + trained, PLAN.tokens * 4)
-        return replace(report, tokens=tokens, trained=tokens - parent)
+        if task.length > 1:
+            report = replace(report, evaluation=measured(assignment.deployment or task.probe, 0.4))
+        return report
 
     return work
 
@@ -1028,11 +1030,23 @@ def test_the_best_is_trained_on_alone_for_what_the_box_has_left(
     longer = [one for one in done if one.task.length > 1]
     plain = [state for state in search.trials.values() if state.task.length == 1]
     best = max(plain, key=lambda state: (state.rung, state.value or 0.0))
-    first = longer[0]
+    branch, first = longer
     assert done[-len(longer) :] == longer
-    assert first.task.id == f"{best.task.id}x"
-    assert (first.task.strategy, first.task.stage, first.threads) == (best.task.strategy, best.task.stage, 2)
+    assert [one.task.id for one in longer] == [f"{best.task.id}x", f"{best.task.id}xx"]
+    for one in longer:
+        assert (one.task.strategy, one.task.stage, one.threads) == (best.task.strategy, best.task.stage, 2)
     assert all(one.threads == 0 for one in done if one.task.length == 1)
+    # A decay branches off half way; at a quarter the student would not be worth it. It is decided before it begins.
+    (decided,) = events(tmp_path, "trunk")
+    (half,) = decided["branches"]
+    assert (decided["trial"], half["share"], half["kept"]) == (best.task.id, 0.5, True)
+    assert half["cost"] < 0.08
+    assert (branch.task.decay, first.task.decay) == (0.08, None)
+    assert PLAN.tokens_of(branch.task.length) == half["tokens"]
+    assert branch_point(half["tokens"], 0.08, 256) == pytest.approx(decided["tokens"] / 2, abs=128)
+    written = [event for event in RunLog(tmp_path / "trials.jsonl").read() if event["event"] in ("trunk", "trial")]
+    assert [event["event"] for event in written[-3:]] == ["trunk", "trial", "trial"]
+    assert [row.train_tokens for row in search._log.rows() if row.trial == branch.task.id] == [half["tokens"]]
     # It is as long as it became, and its rows are of so many tokens; no result of the point at the plan's.
     trial = search.trials[first.task.id]
     rows = [row for row in RunLog(tmp_path / "trials.jsonl").rows() if row.trial == first.task.id]
@@ -1044,6 +1058,7 @@ def test_the_best_is_trained_on_alone_for_what_the_box_has_left(
     again = campaign(tmp_path, resting())
     again.replay(RunLog(tmp_path / "trials.jsonl").all())
     assert again.trials[first.task.id].task == trial.task
+    assert list(again._agenda._rest.trunks) == [best.task.id]
 
 
 def test_what_trains_alone_waits_for_evaluations_and_no_more_are_given_out(
@@ -1090,7 +1105,7 @@ def test_a_finished_search_that_goes_on_without_a_box_trains_on_its_best_alone_a
     clock.answer = lasting(clock, tmp_path)
     first = campaign(tmp_path, resting(), deadline=700.0)
     clock.drive(first)
-    (before,) = [state.task for state in first.trials.values() if state.task.length > 1]
+    _, before = [state.task for state in first.trials.values() if state.task.length > 1]
 
     def answer(assignment: Assignment) -> RungReport:
         found = lasting(clock, tmp_path)(assignment)
@@ -1122,7 +1137,7 @@ def test_on_a_slower_machine_a_student_reaches_the_end_and_has_what_is_left(
     longer = [state for state in whole if state.task.length > 1]
     assert [state.kind for state in longer] == ["student"] * len(longer)
     if least is not None:
-        assert longer[0].task.length > least
+        assert max(state.task.length for state in longer) > least
     assert sum(one.rung == 0 for one in done) < 9
     assert clock.now <= 900.0
 

@@ -21,13 +21,14 @@ from autodistill.search.campaign.state import Question
 from autodistill.search.finish import finish
 from autodistill.search.finish.export_choice import candidates, next_candidate, passed_over, trained_rows
 from autodistill.search.finish.finish import (
-    _Exported,
+    ExportedRow,
     _first_that_fits,
     _gguf_beside,
     _leave_out_removed,
     _notes,
     _with_measured,
 )
+from autodistill.search.finish.forgetting import Gate
 from autodistill.search.finish.test_split import compared_with, gains_on_test, known_on_test
 from autodistill.search.planning.durations import Speed
 from autodistill.strategy.deployment import Deployment
@@ -175,11 +176,11 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
     students.append(row("t004", "accuracy", 0.05, memory_bytes=940))
     made, lines = [], []
 
-    def export(one: Row, _: object) -> _Exported:
+    def export(one: Row, _: object) -> ExportedRow:
         made.append(one.trial)
         folder = tmp_path / "gguf"
         folder.mkdir()
-        return _Exported(row=measured(one, 50), deployment=one.deployment, path=folder / "student.gguf")
+        return ExportedRow(row=measured(one, 50), deployment=one.deployment, path=folder / "student.gguf")
 
     monkeypatch.setattr("autodistill.search.finish.finish._export", export)
     finisher = SimpleNamespace(
@@ -188,7 +189,7 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
         line=lines.append,
         whole=lambda row: True,
     )
-    found, rejected = _first_that_fits(students, [], finisher)  # type: ignore[arg-type]
+    found, rejected = _first_that_fits(students, [], finisher, Gate(finisher))  # type: ignore[arg-type]
     assert (found and found.row.trial, made, [one.trial for one in rejected]) == ("t004", ["t000", "t004"], ["t000"])
     assert len(lines) == 1
     assert (tmp_path / "gguf").is_dir()
@@ -196,11 +197,11 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
     written: list[Row] = []
     made.clear()
     finisher.whole, finisher.write = (lambda row: row.trial != "t004"), written.append
-    assert _first_that_fits(students, [], finisher)[0] is None  # type: ignore[arg-type]
+    assert _first_that_fits(students, [], finisher, Gate(finisher))[0] is None  # type: ignore[arg-type]
     assert "t004" not in made
     assert [(row.trial, row.feasible, row.reason) for row in written] == [("t004", False, DAMAGED)]
     finisher.whole = lambda row: True
-    assert _first_that_fits(students[:4], [], finisher)[0] is None  # type: ignore[arg-type]
+    assert _first_that_fits(students[:4], [], finisher, Gate(finisher))[0] is None  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -218,7 +219,7 @@ def test_a_gguf_file_that_fails_does_not_end_what_has_a_verified_best(
         raise failure
 
     monkeypatch.setattr(finish, "_export", export)
-    beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher)  # type: ignore[arg-type]
+    beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher, Gate(finisher))  # type: ignore[arg-type]
     assert beside is None
     assert notes == (f"there is no GGUF file beside the best student: {failure}",)
     assert not folder.exists()

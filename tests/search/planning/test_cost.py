@@ -51,8 +51,9 @@ def test_a_price_is_of_each_gpu_or_else_of_the_machine(gpus: int, paid: float, w
         # The best two and the baseline again on each of two seeds.
         ({"keep": (4, 2)}, 1, 2, 2 + 1 + 2 * 3),
         ({"keep": (4, 2), "lengths": (1.0, 2.0)}, 0, 0, 2 + 2),
-        ({"keep": (9, 5), "longest": 4.0, "alone": 2}, 1, 0, 5 + 1 + 1),
-        ({"keep": (9, 5), "longest": 4.0}, 2, 0, 5 + 2 + 3 + 1),
+        ({"keep": (9, 5), "longest": 4.0, "alone": 2}, 1, 0, 5 + 1 + 3),
+        # With decays at a quarter, a half and the end of what each is trained on to.
+        ({"keep": (9, 5), "longest": 4.0}, 2, 0, 5 + 2 + 3 * (3 + 1)),
         ({"keep": (), "rungs": (9216,), "trials": 7}, 0, 0, 7),
     ],
 )

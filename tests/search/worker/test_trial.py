@@ -11,6 +11,7 @@ import shutil
 import socket
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -859,6 +860,28 @@ def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_
     bench = Workbench(lab.setting(tmp_path / "least", plan=plan))
     again = Trial(bench, _task(id="t000x", straight=True, length=least.tokens / plan.tokens, stage="stage"), late)
     assert again.run(2, until=Moment(0.0)).evaluation == least.evaluation
+
+
+def test_a_trunk_is_the_same_whatever_decays_branch_off_it(lab, tmp_path):
+    plan = replace(lab.plan, longest=4.0, data_tokens=960)
+    longer = partial(_task, straight=True, stage="stage")
+
+    def at(folder):
+        bench = Workbench(lab.setting(tmp_path / folder, plan=plan))
+        Trial(bench, _task(straight=True, stage="stage")).run(2)
+        return bench
+
+    whole = Trial(at("whole"), longer(id="t000x", length=2.0)).run(2)
+    bench = at("branched")
+    branch = Trial(bench, longer(id="t000x", length=1.25, decay=0.13)).run(2)
+    # Two of 15 steps; what it went on from is of use to nobody but the trunk.
+    assert (branch.tokens, branch.trained) == (960, 960 - 576)
+    assert _kept(tmp_path / "branched", "stage") == [192, 384, 576, 832]
+    assert [step.learning_rate for step in branch.steps[-2:]] == [RECIPE.learning_rate, RECIPE.learning_rate / 2]
+    end = Trial(bench, longer(id="t000xx", length=2.0)).run(2)
+    assert (end.tokens, end.trained, end.evaluation) == (whole.tokens, whole.tokens - 832, whole.evaluation)
+    assert branch.evaluation != end.evaluation
+    assert _kept(tmp_path / "branched", "stage") == _kept(tmp_path / "whole", "stage")
 
 
 def test_a_long_stretch_is_saved_now_and_then_and_a_kill_costs_no_more(lab, tmp_path, monkeypatch):

@@ -1,0 +1,230 @@
+"""What training made a student forget: its divergence from the teacher on general text, held to the best without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.data.dataset import TokenSet
+from autodistill.data.general_text import general_sequences
+from autodistill.errors import TrialFailedError
+from autodistill.evaluation.evaluate import deployed_weights
+from autodistill.evaluation.statistics import clustered_mean
+from autodistill.inference.half_precision import load_held
+from autodistill.inference.outputs import TeacherReference
+from autodistill.inference.scoring import score, score_teacher
+from autodistill.inference.torch_memory import give_back_memory
+from autodistill.quantization.learned_scales import read_scales
+from autodistill.runs.results.gains import named
+from autodistill.runs.results.leaderboard import DISTILLED
+from autodistill.runs.results.row import FORGOT, Row
+from autodistill.runs.results.selection import untrained_in_order
+from autodistill.search.finish.context import Finisher
+
+_ERRORS = 2.0
+"""Standard errors of the difference, paired by document, within which a student is not worse."""
+
+_MOST_TOKENS = 4096
+_FEWEST_DOCUMENTS = 4
+_TRIED = 3  # students that are read: where the best of them forgot, the next ones hardly did not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgotten:
+    """How a student stands to general text, beside the best row that needs no training.
+
+    Attributes:
+        row, untrained: Ids of both.
+        kl, untrained_kl: Mean KL of the teacher to each, in nats a token.
+        difference, stderr: Of the student's to the other's, paired by document.
+        text: What was read.
+        tokens, documents: How much of it.
+    """
+
+    row: str
+    untrained: str
+    kl: float
+    untrained_kl: float
+    difference: float
+    stderr: float
+    text: str
+    tokens: int
+    documents: int
+
+    @property
+    def worse(self) -> bool:
+        """Whether the student is further from the teacher than the errors explain."""
+        return self.difference > _ERRORS * self.stderr
+
+    def describe(self, student: str) -> str:
+        """A sentence for a person."""
+        found = f"{self.difference:+.4f} ± {self.stderr:.4f}"
+        return (
+            f"on general text ({self.text}, {self.tokens:,} tokens of {self.documents} documents) {student} is "
+            f"{self.kl:.4f} nats a token from the teacher, the best row without training {self.untrained_kl:.4f}: "
+            + (f"training made it forget ({found})" if self.worse else f"nothing was forgotten ({found})")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    data: TokenSet
+    reference: TeacherReference
+    clusters: npt.NDArray[np.int32]
+
+
+class Gate:
+    """Holds what may be exported to general text, which is read only where a trained student comes up.
+
+    Args:
+        finisher: What the steps of the end share.
+
+    Attributes:
+        refused: Students that forgot, in the order in which they came up.
+        unknown: Why nothing is known of what was forgotten; None where something is.
+    """
+
+    def __init__(self, finisher: Finisher) -> None:
+        self.refused: list[tuple[Row, Forgotten]] = []
+        self.unknown: str | None = None
+        self._finisher = finisher
+        self._text: _Text | None = None
+        self._read: dict[str, npt.NDArray[np.float64]] = {}
+
+    @property
+    def holds(self) -> bool:
+        """Whether a student that forgot is passed over: where the goal is not the task alone."""
+        question = self._finisher.question
+        return question.goal == "general" and not question.students_only
+
+    def refused_with(self, row: Row, rows: Sequence[Row]) -> list[Row]:
+        """The rows that are not to be exported, with the reason, where a student forgot: none where it did not.
+
+        Once the best few forgot, all others are passed over with the last of them, and not read.
+
+        Args:
+            row: That would be chosen.
+            rows: Among which it is, those without training too.
+        """
+        if not self.holds or row.kind not in DISTILLED:
+            return []
+        found = self.forgotten(row, rows)
+        if found is None or not found.worse:
+            return []
+        self.refused.append((row, found))
+        self._finisher.line(f"{row.name} is passed over: {found.describe('it')}")
+        passed = [row]
+        if len(self.refused) >= _TRIED:
+            passed += [one for one in rows if one.kind in DISTILLED and one.feasible and one.row_id != row.row_id]
+        return [replace(one, feasible=False, reason=FORGOT) for one in passed]
+
+    def forgotten(self, row: Row, rows: Sequence[Row]) -> Forgotten | None:
+        """What a student forgot; None where that is not known, of which `unknown` has the reason.
+
+        Args:
+            row: Of a trained student.
+            rows: See `refuses`.
+        """
+        question, general = self._finisher.question, self._finisher.general
+        untrained = next(iter(untrained_in_order(rows, question.metric, question.direction)), None)
+        if untrained is None:
+            self.unknown = "no row without training fits, which it could be held to"
+        text = self._texts() if self.unknown is None else None
+        if text is None or untrained is None:
+            return None
+        with self._finisher.phases.phase("evaluate", f"general text, {row.name} as {row.deployment_name}"):
+            own, other = self._divergence(row, text), self._divergence(untrained, text)
+        if own is None or other is None:
+            return None
+        difference, stderr = clustered_mean(own - other, text.clusters)
+        return Forgotten(
+            row=row.row_id,
+            untrained=untrained.row_id,
+            kl=float(own.mean()),
+            untrained_kl=float(other.mean()),
+            difference=difference,
+            stderr=stderr or 0.0,
+            text=general.name,
+            tokens=own.size,
+            documents=np.unique(text.clusters).size,
+        )
+
+    def notes(self, best: Row, rows: Sequence[Row]) -> tuple[Forgotten | None, list[str]]:
+        """What what is exported forgot, and sentences on that and on what was passed over.
+
+        Args:
+            best: What is exported.
+            rows: See `refuses`.
+        """
+        if best.kind not in DISTILLED:
+            if not self.refused:
+                return None, []
+            row, found = self.refused[0]
+            run = self._finisher.run.name
+            return found, [
+                f"{named(row)} is better by the metric and was passed over: {found.describe('it')}; with --goal task "
+                f"the metric alone counts, and `autodistill export {run} --row {row.row_id}` exports it"
+            ]
+        own = self.forgotten(best, rows)
+        if own is None:
+            return None, [f"what the best student forgot of general text is not known: {self.unknown}"]
+        asked = "--students-only" if self._finisher.question.students_only else "--goal task"
+        allowed = "" if self.holds or not own.worse else f", which {asked} allows"
+        return own, [own.describe("the best student") + allowed]
+
+    def _texts(self) -> _Text | None:
+        """The sequences and the teacher's outputs for them, made once."""
+        if self._text is not None:
+            return self._text
+        finisher = self._finisher
+        setting, plan = finisher.setting, finisher.question.plan
+        if finisher.general.fingerprint == finisher.trained_text:
+            self.unknown = "--general-text is the text that is trained on"
+            return None
+        tokens = min(plan.eval_tokens, _MOST_TOKENS)
+        data = general_sequences(finisher.general, setting.teacher, plan.sequence_length, tokens)
+        count = 0 if data is None else np.unique(data.documents).size
+        if data is None or count < _FEWEST_DOCUMENTS:
+            self.unknown = f"of {finisher.general.name} {count} documents hold a sequence, and {_FEWEST_DOCUMENTS} must"
+            return None
+        with finisher.phases.phase("evaluate", "teacher on general text"):
+            teacher = load_held(setting.teacher, setting.held, setting.device)
+            scores, reference = score_teacher(teacher, data, device=setting.device)
+            del teacher
+            give_back_memory()
+        if not scores.nll.mean() < _entropy(data):
+            self.unknown = "the teacher itself knows none: it predicts it no better than counts of its words do"
+            return None
+        self._text = _Text(data=data, reference=reference, clusters=scores.documents)
+        return self._text
+
+    def _divergence(self, row: Row, text: _Text) -> npt.NDArray[np.float64] | None:
+        """KL of the teacher to a row's packed model at each predicted token, read once."""
+        if row.row_id not in self._read:
+            finisher = self._finisher
+            device = finisher.setting.device
+            model: Any = finisher.load(row)
+            scales = read_scales(finisher.student(row), row.deployment)
+            try:
+                with deployed_weights(model, finisher.spec(row.strategy), row.deployment, scales):
+                    scores = score(model, text.data, text.reference, device=device)[0]
+            except TrialFailedError as error:
+                self.unknown = f"{row.name} cannot be read: {error}"
+                return None
+            finally:
+                del model
+                give_back_memory()
+            assert scores.divergence is not None
+            self._read[row.row_id] = scores.divergence
+        return self._read[row.row_id]
+
+
+def _entropy(data: TokenSet) -> float:
+    """Nats a token of the text by its own counts of tokens, whatever stands before them."""
+    counts = np.unique(data.tokens[:, 1:], return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,40 @@
+"""A search that was stopped: the best row so far is exported and verified, and the test split stays closed."""
+
+from __future__ import annotations
+
+import torch
+
+from autodistill.errors import AutoDistillError
+from autodistill.runs.results.gains import named
+from autodistill.search.finish.context import Finisher
+from autodistill.search.finish.finish import choice_of, clear_others, describe, export_best
+from autodistill.search.finish.forgetting import Gate
+from autodistill.units import format_bytes
+
+
+def export_so_far(finisher: Finisher) -> str:
+    """Exports the best row there is, trained or not, as the end of the search would; says what became of that.
+
+    It is packed, read back, run in its runtime and measured there. A student is held to its own beginning first. Test
+    is read by the search that ends by itself, so that a resumed one does not open it twice.
+
+    Args:
+        finisher: What the steps of the end share.
+
+    Returns:
+        A clause for a person: what is exported and where, or why nothing is.
+    """
+    torch.set_num_threads(finisher.threads)
+    choice = choice_of(finisher.run.events.rows(split="validation"), finisher)
+    try:
+        exported, _ = export_best(choice, finisher, Gate(finisher))
+    except AutoDistillError as error:
+        return f"the best so far could not be exported ({error})"
+    if exported is None:
+        return "nothing so far may be exported"
+    clear_others({exported.deployment.container}, finisher)
+    describe([exported], (), finisher)
+    row, metric = exported.row, finisher.question.metric
+    known = row.figure(metric)
+    figure = "" if known is None else f" ({metric} {known:.4f} on validation, {format_bytes(row.memory_bytes or 0)})"
+    return f"the best so far, {named(row)}{figure}, is exported and verified: {exported.path}"

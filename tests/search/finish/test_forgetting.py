@@ -1,0 +1,151 @@
+"""A student that forgot general text is passed over, unless the task alone is the goal; the report says so."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from autodistill.errors import InputError
+from autodistill.hardware.budget import Budget
+from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
+from autodistill.runs.results.row import FORGOT
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.standing import best_of
+from autodistill.search.finish import forgetting
+from autodistill.search.finish.context import Finisher
+from autodistill.search.finish.forgetting import Forgotten, Gate
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.validate import check_request
+from autodistill.search.search import search
+from autodistill.testing import save_tiny_teacher, tiny_text
+
+SPACE = """
+name: small
+dimensions:
+  init.depth: {low: 0.6, high: 0.8, step: 0.2}
+  distillation.learning_rate: {low: 1e-3, high: 3e-3, log: true}
+deployments:
+  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_teacher(folder / "teacher", layers=5)
+    tiny_text(folder / "text", documents=30, sentences=24)
+    (folder / "small.yaml").write_text(SPACE)
+    return folder
+
+
+def request(inputs: Path, out: Path, **changes: Any) -> SearchRequest:
+    fields: dict[str, Any] = {
+        "budget": Budget(memory_bytes=16 * 10**9, context=256),
+        "space": str(inputs / "small.yaml"),
+        "teacher": str(inputs / "teacher"),
+        "data": str(inputs / "text"),
+        "trials": 1,
+        "tokens": 2304,
+        "runner": "inline",
+        "out": out,
+        "name": "run",
+        "cache": inputs / "cache",
+    }
+    return SearchRequest(**(fields | changes))
+
+
+def test_what_forgot_is_not_exported(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny teacher, whose outputs are all but alike, is taken for one that knows text: training changes it much."""
+    monkeypatch.setattr(forgetting, "_entropy", lambda data: math.inf)
+    outcome = search(request(inputs, tmp_path))
+    best, forgotten = outcome.finish.best, outcome.finish.forgotten
+    assert best.kind in UNTRAINED
+    (passed,) = [row for row in outcome.rows if row.kind in DISTILLED]
+    assert (passed.feasible, passed.reason) == (False, FORGOT)
+    assert (passed.accuracy or 0.0) > (best.accuracy or 0.0)
+    assert forgotten is not None
+    assert (forgotten.row, forgotten.untrained) == (passed.row_id, best.row_id)
+    assert forgotten.kl > forgotten.untrained_kl >= 0
+    assert forgotten.difference == pytest.approx(forgotten.kl - forgotten.untrained_kl)
+    assert forgotten.documents >= 10
+    note = next(note for note in outcome.document["notes"] if "general text" in note)
+    assert f"autodistill export run --row {passed.row_id}" in note
+    run = RunFolder.open(tmp_path, "run")
+    report = run.path.joinpath("report.md").read_text()
+    assert "What was trained forgot general text, and" in report
+    assert "was passed over: on general text" in report
+    assert outcome.finish.gains.describe().endswith("is exported as it is (see --goal).")
+    assert json.loads(run.search_file.read_text())["forgotten"]["row"] == passed.row_id
+    chosen = best_of(run, run.events.rows(split="validation"))
+    assert chosen is not None
+    assert chosen.row_id == best.row_id
+    with pytest.raises(InputError, match="was begun with --goal general"):
+        check_request(request(inputs, tmp_path, resume=True, goal="task"))
+
+
+def test_a_teacher_that_knows_no_text_has_nothing_to_forget_and_that_is_said(inputs: Path, tmp_path: Path) -> None:
+    outcome = search(request(inputs, tmp_path))
+    assert outcome.finish.best.kind in DISTILLED
+    assert outcome.finish.forgotten is None
+    assert any("is not known: the teacher itself knows none" in note for note in outcome.document["notes"])
+
+
+def test_by_default_the_goal_is_general_but_for_a_task(inputs: Path, tmp_path: Path) -> None:
+    asked = request(inputs, tmp_path)
+    assert check_request(asked).goal == "general"
+    assert check_request(replace(asked, goal="task")).goal == "task"
+    with pytest.raises(InputError, match="--goal"):
+        request(inputs, tmp_path, goal="both")
+
+
+def _gate(goal: str, students_only: bool = False) -> Gate:
+    question = SimpleNamespace(goal=goal, students_only=students_only, metric="accuracy", direction="max")
+    return Gate(cast(Finisher, SimpleNamespace(question=question, line=lambda text: None)))
+
+
+def test_the_task_alone_or_students_alone_hold_nobody_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _gate("general").holds
+    assert not _gate("task").holds
+    assert not _gate("general", students_only=True).holds
+    found = Forgotten(
+        row="t000-q",
+        untrained="teacher-q",
+        kl=0.3,
+        untrained_kl=0.1,
+        difference=0.2,
+        stderr=0.05,
+        text="a text",
+        tokens=1000,
+        documents=12,
+    )
+    monkeypatch.setattr(Gate, "forgotten", lambda self, row, rows: found)
+    row = cast(Any, SimpleNamespace(kind="student", name="t000"))
+    for gate, said in ((_gate("task"), "--goal task"), (_gate("general", students_only=True), "--students-only")):
+        assert gate.refused_with(row, [row]) == []
+        (note,) = gate.notes(row, [row])[1]
+        assert note.endswith(f"training made it forget (+0.2000 ± 0.0500), which {said} allows")
+
+
+def test_two_standard_errors_are_no_difference() -> None:
+    found = Forgotten(
+        row="a",
+        untrained="b",
+        kl=0.2,
+        untrained_kl=0.1,
+        difference=0.1,
+        stderr=0.05,
+        text="a text",
+        tokens=1000,
+        documents=12,
+    )
+    assert not found.worse
+    assert "nothing was forgotten (+0.1000 ± 0.0500)" in found.describe("it")
+    assert replace(found, stderr=0.049).worse
