@@ -1,4 +1,9 @@
-"""What training made a student forget: its divergence from the teacher on general text, held to the best without it."""
+"""What training made a student forget: its loss on general text, held to that of the best row without training.
+
+A student that learnt a text is further from its teacher on every other text, also where it predicts that better: with
+135M weights and the scales of 4 bits trained on one manual, the KL to the teacher on two other texts rose from 0 to .22
+and .35 nats a token while the loss on them fell by .06. So the loss decides, and the divergence is told.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from autodistill.errors import TrialFailedError
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.evaluation.statistics import clustered_mean
 from autodistill.inference.half_precision import load_held
-from autodistill.inference.outputs import TeacherReference
+from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.scoring import score, score_teacher
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.quantization.learned_scales import read_scales
@@ -39,33 +44,37 @@ class Forgotten:
 
     Attributes:
         row, untrained: Ids of both.
-        kl, untrained_kl: Mean KL of the teacher to each, in nats a token.
+        loss, untrained_loss: Mean cross-entropy of each, in nats a token.
         difference, stderr: Of the student's to the other's, paired by document.
+        kl, untrained_kl: Mean KL of the teacher to each, in nats a token.
         text: What was read.
         tokens, documents: How much of it.
     """
 
     row: str
     untrained: str
-    kl: float
-    untrained_kl: float
+    loss: float
+    untrained_loss: float
     difference: float
     stderr: float
+    kl: float
+    untrained_kl: float
     text: str
     tokens: int
     documents: int
 
     @property
     def worse(self) -> bool:
-        """Whether the student is further from the teacher than the errors explain."""
+        """Whether the student predicts the text less well than the errors explain."""
         return self.difference > _ERRORS * self.stderr
 
     def describe(self, student: str) -> str:
         """A sentence for a person."""
         found = f"{self.difference:+.4f} ± {self.stderr:.4f}"
         return (
-            f"on general text ({self.text}, {self.tokens:,} tokens of {self.documents} documents) {student} is "
-            f"{self.kl:.4f} nats a token from the teacher, the best row without training {self.untrained_kl:.4f}: "
+            f"on general text ({self.text}, {self.tokens:,} tokens of {self.documents} documents) {student} loses "
+            f"{self.loss:.4f} nats a token ({self.kl:.4f} from the teacher), the best row without training "
+            f"{self.untrained_loss:.4f} ({self.untrained_kl:.4f}): "
             + (f"training made it forget ({found})" if self.worse else f"nothing was forgotten ({found})")
         )
 
@@ -93,7 +102,7 @@ class Gate:
         self.unknown: str | None = None
         self._finisher = finisher
         self._text: _Text | None = None
-        self._read: dict[str, npt.NDArray[np.float64]] = {}
+        self._read: dict[str, TokenScores] = {}
 
     @property
     def holds(self) -> bool:
@@ -137,19 +146,23 @@ class Gate:
         if text is None or untrained is None:
             return None
         with self._finisher.phases.phase("evaluate", f"general text, {row.name} as {row.deployment_name}"):
-            own, other = self._divergence(row, text), self._divergence(untrained, text)
+            own, other = self._scores(row, text), self._scores(untrained, text)
         if own is None or other is None:
             return None
-        difference, stderr = clustered_mean(own - other, text.clusters)
+        assert own.divergence is not None
+        assert other.divergence is not None
+        difference, stderr = clustered_mean(own.nll - other.nll, text.clusters)
         return Forgotten(
             row=row.row_id,
             untrained=untrained.row_id,
-            kl=float(own.mean()),
-            untrained_kl=float(other.mean()),
+            loss=float(own.nll.mean()),
+            untrained_loss=float(other.nll.mean()),
             difference=difference,
             stderr=stderr or 0.0,
+            kl=float(own.divergence.mean()),
+            untrained_kl=float(other.divergence.mean()),
             text=general.name,
-            tokens=own.size,
+            tokens=own.nll.size,
             documents=np.unique(text.clusters).size,
         )
 
@@ -202,8 +215,8 @@ class Gate:
         self._text = _Text(data=data, reference=reference, clusters=scores.documents)
         return self._text
 
-    def _divergence(self, row: Row, text: _Text) -> npt.NDArray[np.float64] | None:
-        """KL of the teacher to a row's packed model at each predicted token, read once."""
+    def _scores(self, row: Row, text: _Text) -> TokenScores | None:
+        """What a row's packed model makes of each predicted token, read once."""
         if row.row_id not in self._read:
             finisher = self._finisher
             device = finisher.setting.device
@@ -211,15 +224,14 @@ class Gate:
             scales = read_scales(finisher.student(row), row.deployment)
             try:
                 with deployed_weights(model, finisher.spec(row.strategy), row.deployment, scales):
-                    scores = score(model, text.data, text.reference, device=device)[0]
+                    found = score(model, text.data, text.reference, device=device)[0]
             except TrialFailedError as error:
                 self.unknown = f"{row.name} cannot be read: {error}"
                 return None
             finally:
                 del model
                 give_back_memory()
-            assert scores.divergence is not None
-            self._read[row.row_id] = scores.divergence
+            self._read[row.row_id] = found
         return self._read[row.row_id]
 
 
