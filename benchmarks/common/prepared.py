@@ -21,7 +21,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.campaign.state import Question
 from autodistill.search.planning.placement import Place
-from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.prepare import plan_run, prepare_rows, prepare_trials
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
 from autodistill.search.worker.context import Workbench
@@ -69,7 +69,8 @@ def prepared(request: SearchRequest, **planned: Any) -> Iterator[Prepared]:
         clock = Clock(time.monotonic(), lambda text: None)
         found = plan_run(checked, Place.alone(), run, clock, Observer())
         plan = replace(found.plan, **{"threads": 1, "workers": 1, **planned})
-        ready = prepare_trials(replace(found, plan=plan), run, clock, Observer())
+        found = replace(found, plan=plan)
+        ready = prepare_trials(found, prepare_rows(found, run, clock), run, clock, Observer())
         yield Prepared(question=ready.question, setting=ready.setting, run=run, seconds=time.perf_counter() - began)
 
 

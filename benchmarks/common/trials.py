@@ -27,7 +27,7 @@ from autodistill.runs.phase_clock import Clock
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.planning.placement import Place
-from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.prepare import plan_run, prepare_rows, prepare_trials
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
 from autodistill.search.worker.context import Workbench
@@ -339,4 +339,6 @@ def ready(
             plan = replace(planned.plan, threads=threads, eval_tokens=eval_tokens, tokens=tokens)
             for strategy in strategies.values():
                 student_spec(strategy, planned.loaded.spec)  # refuses what this teacher has no student for
-            yield prepare_trials(replace(planned, plan=plan), run_folder, clock, Observer()).setting, deployments
+            planned = replace(planned, plan=plan)
+            rows = prepare_rows(planned, run_folder, clock)
+            yield prepare_trials(planned, rows, run_folder, clock, Observer()).setting, deployments

@@ -25,7 +25,7 @@ from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.explain import explain
 from autodistill.search.planning.placement import Place
-from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.prepare import plan_run, prepare_rows, prepare_trials
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import check_request
@@ -108,7 +108,7 @@ def searched(inputs: Path, out: Path, limit: int | None = None, **changes: objec
     clock = Clock(time.monotonic(), lambda phase: None)
     with RunFolder.create(out, "run") as run:
         planned = plan_run(checked, Place.alone(), run, clock, Observer())
-        ready = prepare_trials(planned, run, clock, Observer())
+        ready = prepare_trials(planned, prepare_rows(planned, run, clock), run, clock, Observer())
         campaign = Campaign(
             ready.question,
             sampler=Sampler(checked.space, seed=checked.seed),
@@ -172,7 +172,7 @@ def test_stages_are_those_of_the_machines_that_train_whichever_drives(inputs: Pa
         planned = plan_run(checked, Place.alone(), run, clock, Observer())
         workers = replace(planned.loaded.workers, device="cuda")
         elsewhere = replace(planned, loaded=replace(planned.loaded, device="cpu", workers=workers))
-        question = prepare_trials(elsewhere, run, clock, Observer()).question
+        question = prepare_trials(elsewhere, prepare_rows(elsewhere, run, clock), run, clock, Observer()).question
     strategy = checked.space.baselines["logit_kd"]
     trial = admit(
         question,

@@ -42,6 +42,7 @@ class ScaledCodes(nn.Module):
         super().__init__()
         self.grid = grid
         self._master = [master]  # in a list, since it is no parameter of this module
+        self._was_trained = master.requires_grad
         weight = master.detach()
         self._shape = tuple(weight.shape)
         offsets: Tensor | None
@@ -95,6 +96,7 @@ class ScaledCodes(nn.Module):
         """Give the weight its trained values, and return what is stored beside its codes."""
         (master,) = self._master
         master.data = self.rows(torch.arange(self._shape[0], device=self._codes.device))
+        master.requires_grad_(self._was_trained)
         return self.stored()
 
     @property

@@ -245,6 +245,13 @@ class Trainer:
             learned = finishing.scales == "learned"
             storage_of = self._storage_of(spec)
             yield from self.train_decay(until, storage_of, on_grid_after=finishing.start, learned=learned)
+        self.settle()
+
+    def settle(self) -> None:
+        """Give a model whose scales alone are trained its weights back, as they are trained so far; it is for the end.
+
+        `finish` does so; it is for who trains the same model again after a failure.
+        """
         if self._scaled is not None:
             self.scales = self._scaled.settle()
 

@@ -281,8 +281,12 @@ def train_briefly(
     warmup = max(1, round(steps * _WARMUP)) * plan.batch_tokens
     short = replace(plan, tokens=tokens, rungs=(tokens,), keep=(), warmup_tokens=warmup, lengths=(1.0,))
     trainer = make_trainer(replace(strategy, distillation=replace(strategy.distillation, learning_rate=rate)), short)
-    records = list(trainer.train_stable(branch_point(tokens, _DECAY, plan.batch_tokens)))
-    records += trainer.finish(tokens, spec)
+    try:
+        records = list(trainer.train_stable(branch_point(tokens, _DECAY, plan.batch_tokens)))
+        records += trainer.finish(tokens, spec)
+    except TrialFailedError:
+        trainer.settle()
+        raise
     return records, trainer.scales
 
 

@@ -154,6 +154,19 @@ def test_continues_to_the_last_bit(workshop, tmp_path):
     assert (tmp_path / "checkpoint").stat().st_size < 4 * sum(p.numel() for p in whole.model.parameters())
 
 
+def test_the_same_model_is_trained_again(workshop):
+    """As a test of rates does, also after a training that failed."""
+    trainer = workshop.trainer(ALONE)
+    flags = [
+        parameter.requires_grad for parameter in workshop.trainer(replace(ALONE, finishing=None)).model.parameters()
+    ]
+    list(trainer.train_stable(64))
+    trainer.settle()
+    assert [parameter.requires_grad for parameter in trainer.model.parameters()] == flags
+    assert all(torch.isfinite(parameter).all() and parameter.numel() for parameter in trainer.model.parameters())
+    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+
+
 def test_stages_before_the_end_are_shared_only_by_students_of_one_grid():
     plain = replace(ALONE, finishing=replace(FINISHING, scales="absmax"))
     other = replace(ALONE, finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32, scales="alone"))

@@ -1,0 +1,148 @@
+"""What is trained of weights on a grid: the weights, which are rounded at the end, or the scales of their codes alone.
+
+    python -m benchmarks.engine.scales_alone [--data REF] [--tokens 24576] [--seeds 2] [--eval-tokens 16384]
+
+Students of SmolLM2 as its own file stores it (Q4_1, table included), each trained on the labels of a text from the same
+beginning, in steps of one sequence, and judged on held-out text as the runtime has its weights. The first arm is on no
+grid while it is trained nor when it is judged: what any grid may cost stands against it. What is measured is kept, and
+the same command goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from autodistill.distillation.student.check import student_spec
+from autodistill.hardware.budget import Budget
+from autodistill.search.prior.range_test import HeldOut, paired
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.messages import TrialSetting, TrialTask
+from autodistill.search.worker.trial import initial_student, trainer_of
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.utils.hashing import content_hash
+from benchmarks.common import program, report, trials
+
+LENGTH = 256
+_GRID: Mapping[str, Any] = {"format": "gguf-q4_1", "bits": 4, "group_size": 32, "symmetric": False}
+_WHOLE = Deployment(format="gguf-f16", bits=16, group_size=0, runtime="llama.cpp")
+_PACKED = Deployment(**_GRID, runtime="llama.cpp")
+RATE = 4.4e-5  # what the prior believes for as many steps of one sequence
+
+
+def _strategy(rate: float, scales: str | None) -> Strategy:
+    recipe = Distillation(divergence_weight=0.0, learning_rate=rate, train_embeddings=True)
+    finishing = None if scales is None else Finishing(**_GRID, scales=scales)
+    return Strategy(init=Init(depth=1.0), distillation=recipe, finishing=finishing)
+
+
+ARMS = {
+    "all weights in 16 bits": _strategy(RATE, None),
+    "weights, on the grid at the end": _strategy(RATE, "absmax"),
+    "the same at four times the rate": _strategy(4 * RATE, "absmax"),
+    "scales alone": _strategy(RATE, "alone"),
+}
+BASE = "weights, on the grid at the end"
+
+
+def trained(setting: TrialSetting, name: str, seed: int, eval_tokens: int) -> dict[str, Any]:
+    """Train one arm, and score it before and after.
+
+    Returns:
+        By held-out document tokens, and nats before and after; and the tokens a second of the median step.
+    """
+    strategy = ARMS[name]
+    bench = Workbench(setting)
+    plan = setting.plan
+    spec = student_spec(strategy, setting.teacher_spec)
+    deployment = _WHOLE if strategy.finishing is None else _PACKED
+    task = TrialTask(id="x", strategy=strategy, seed=seed, deployments=(deployment,), probe=deployment)
+    model, kept = initial_student(setting, strategy.init, seed)
+    held = HeldOut(model, spec, bench.held_out(eval_tokens)[0], deployment, setting.device)
+    before = held.sums(None)
+    trainer = trainer_of(bench, task, model, kept)
+    records = [*trainer.train_stable(plan.tokens - plan.tokens // 5 // LENGTH * LENGTH)]
+    records += trainer.finish(plan.tokens, spec)
+    after = held.sums(trainer.scales or None)
+    rates = [record.tokens_per_second for record in records]
+    return {"counts": held.counts, "before": before, "after": after, "rate": float(np.median(rates))}
+
+
+def main() -> None:
+    """Trains what is missing and writes the report."""
+    parser = program.parser_of(__doc__, seeds=2)
+    parser.add_argument("--data", default="pydoc", help="text that is trained on")
+    parser.add_argument("--tokens", type=int, default=24576)
+    parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = program.parse(parser, tokens=8 * LENGTH, eval_tokens=4 * LENGTH, seeds=1)
+    teacher, data = "smollm2", arguments.data
+    if arguments.smoke:
+        inputs = trials.small_inputs()
+        teacher, data = inputs["teacher"], inputs["data"]
+    request = SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9, context=LENGTH),
+        teacher=teacher,
+        data=data,
+        trials=1,
+        tokens=arguments.tokens,
+        step_tokens=LENGTH,
+        sequence_length=LENGTH,
+        runner="inline",
+        name="trials",
+        space="declared",
+    )
+    source = content_hash([teacher, data, arguments.tokens, arguments.eval_tokens])
+    kept = report.Kept("scales-alone", source)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
+    with trials.ready(request, ARMS, 1, arguments.eval_tokens) as (setting, _):
+        plan = replace(setting.plan, threads=arguments.threads, micro_batch=1, warmup_tokens=8 * LENGTH)
+        setting = replace(setting, plan=plan)
+        for seed in range(arguments.seeds):
+            for name in ARMS:
+                print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
+                make = partial(trained, setting, name, seed, arguments.eval_tokens)
+                found[name].append(kept.get(f"{name}, seed {seed}", make))
+    report.note("trainings", found)
+    print(
+        report.write(
+            "scales-alone",
+            "What is trained of weights on a grid",
+            [
+                f"{teacher}, the text {data.rpartition('/')[2]}, {arguments.tokens:,} training tokens in steps of "
+                f"{LENGTH}, labels alone, {arguments.seeds} seeds. Nats a held-out token, before and after; the "
+                "differences are paired by document, with the mean of the seeds' standard errors.",
+                report.table(
+                    ["trained", "before", "after", "gain", f'against "{BASE}"', "tokens/s"],
+                    [_line(name, found) for name in ARMS],
+                ),
+            ],
+        )
+    )
+
+
+def _line(name: str, found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    def mean(key: str) -> float:
+        return float(np.mean([sum(one[key]) / sum(one["counts"]) for one in found[name]]))
+
+    def difference(before: list[Any], after: list[Any]) -> str:
+        pairs = [paired(one["counts"], *both) for one, *both in zip(found[name], before, after, strict=True)]
+        gains, errors = zip(*pairs, strict=True)
+        return f"{np.mean(gains):.4f} ± {np.mean([error or 0.0 for error in errors]):.4f}"
+
+    before, after = ([one[key] for one in found[name]] for key in ("before", "after"))
+    base = [one["after"] for one in found[BASE]]
+    rate = np.mean([one["rate"] for one in found[name]])
+    against = "" if name == BASE else difference(base, after)
+    return [name, f"{mean('before'):.4f}", f"{mean('after'):.4f}", difference(before, after), against, f"{rate:.0f}"]
+
+
+if __name__ == "__main__":
+    main()
