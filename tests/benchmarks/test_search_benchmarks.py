@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from autodistill.distillation.student.check import probe_deployment, student_spec
+from autodistill.runs.events import RungReached
 from autodistill.runs.results.row import Decision
 from autodistill.strategy.strategy import Strategy
 from benchmarks.common import (
@@ -81,17 +82,15 @@ def test_a_replayed_search_finds_what_was_recorded_at_the_cost_of_its_training(t
     spent, campaign = simulate.simulate(table, plan, seed=3, sharing=False)
     again, _ = simulate.simulate(table, plan, seed=3, sharing=False)
     assert spent == again
-    events = campaign._log.read()
     tokens, costs = 0, simulate.Worker(table, plan).costs
-    for event in events:
-        if event["event"] == "rung":
-            trial = campaign.trials[event["trial"]]
-            line = table.line(trial.task.strategy)
-            place = table.lines and line.tokens.index(event["tokens"])
-            assert event["value"] == line.decayed[place]
-            # A baseline goes straight to the end; others begin where the decay to the rung before left.
-            before = -1 if trial.task.straight else event["rung"] - 1
-            tokens += costs.stretch_tokens(event["rung"], before)
+    for event in campaign._log.of(RungReached):
+        trial = campaign.trials[event.trial]
+        line = table.line(trial.task.strategy)
+        place = table.lines and line.tokens.index(event.tokens)
+        assert event.value == line.decayed[place]
+        # A baseline goes straight to the end; others begin where the decay to the rung before left.
+        before = -1 if trial.task.straight else event.rung - 1
+        tokens += costs.stretch_tokens(event.rung, before)
     assert spent.trained == tokens
     assert spent.shared == 0
     ended = {trial.task.id for trial in campaign.trials.values() if trial.status == "completed"}
@@ -149,9 +148,8 @@ def test_the_seconds_of_a_search_hold_all_that_its_operations_do(table: simulate
     # Of every student alike: 0.5 s for what the table's evaluations read on the mean, three rungs and the end.
     question = 0.5 / ((3 * math_search.RUNG_QUESTIONS + math_search.QUESTIONS) / 4)
     judged = 0
-    for event in campaign._log.read():
-        last = event.get("rung") == len(plan.rungs) - 1
-        judged += (math_search.QUESTIONS if last else math_search.RUNG_QUESTIONS) * (event["event"] == "rung")
+    for event in campaign._log.of(RungReached):
+        judged += math_search.QUESTIONS if event.rung == len(plan.rungs) - 1 else math_search.RUNG_QUESTIONS
     more = sum(len(trial.task.deployments) - 1 for trial in campaign.trials.values() if trial.status == "completed")
     cache, teacher = 1.5 * 1e-4 * simulate.TOKENS, 4 * question * math_search.QUESTIONS
     evaluated = question * (judged + more * math_search.QUESTIONS)

@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,13 +165,15 @@ class Told:
 def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Told:
     # What is packed is the student, whose files have checksums of their own.
     monkeypatch.setattr(export_run, "_pack", _packed)
+    for name in ("_text_of", "verify", "write_record"):
+        monkeypatch.setattr(export_run, name, lambda *given: None)
     monkeypatch.setattr("autodistill.cli.commands.quiet_libraries", lambda *references: None)
     return Told(capsys)
 
 
-def _packed(student: Path, row: Any, deployment: Any, out: Path, origin: Any) -> Path:
+def _packed(exporter: Any, student: Path, row: Any, deployment: Any, out: Path, origin: Any) -> Any:
     out.mkdir(parents=True)
-    return out
+    return SimpleNamespace(path=out)
 
 
 def _write(path: Path, data: bytes, run: RunFolder) -> None:

@@ -51,7 +51,15 @@ def example(kind: type[RunEvent]) -> RunEvent:
         "trials": ("t000",),
     }
     values |= {"point": {"init.depth": 0.5}, "session": 1.0, "seconds": {"train": 2.0}, "teacher_accuracy": 0.5}
-    values |= {"rung": 1, "tokens": 1024, "value": None, "work": None, "kills": 0, "trained": 9}
+    values |= {
+        "rung": 1,
+        "tokens": 1024,
+        "value": None,
+        "work": None,
+        "kills": 0,
+        "trained": 9,
+        "branches": ({"share": 0.5, "tokens": 512, "cost": 0.05, "kept": True},),
+    }
     names = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in values.items() if name in names})
 

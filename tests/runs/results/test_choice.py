@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,12 +124,17 @@ def test_all_who_name_the_best_student_name_the_same_one(
     at_the_end = next_candidate([*trained_rows(ROWS, "accuracy", lambda _: True), *others], [], asked)
     assert at_the_end == BEST[0]
 
-    def pack(student: Path, row: Row, deployment: object, out: Path, origin: object) -> Path:
+    def pack(exporter: object, student: Path, row: Row, deployment: object, out: Path, origin: object) -> Any:
         out.mkdir(parents=True, exist_ok=True)
-        return student
+        packed.append(student)
+        return SimpleNamespace(path=out)
 
+    packed: list[Path] = []
     monkeypatch.setattr(export_run, "_pack", pack)
-    assert export_run.export_run(run, None, ["gguf"], tmp_path / "out")["gguf"].parent.name == "t002"
+    for name in ("verify", "write_record"):
+        monkeypatch.setattr(export_run, name, lambda *given: None)
+    export_run.export_run(run, None, ["gguf"], tmp_path / "out", verified=False)
+    assert [student.parent.name for student in packed] == ["t002"]
     assert explain(run).binding.startswith("The best, t002 as gguf-f16, ")
     report.write_report(run)
     page = (run.path / "report.md").read_text()

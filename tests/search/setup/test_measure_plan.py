@@ -26,7 +26,7 @@ from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import check_request
 from autodistill.search.setup.loading import Loaded, load
 from autodistill.search.setup.measure_plan import OutputsPace, _sizes, plan_from_measurement
-from autodistill.search.setup.teacher_phase import teacher_phase
+from autodistill.search.setup.teacher_phase import cache_phase
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 LENGTH = 16
@@ -164,7 +164,7 @@ def test_the_teachers_outputs_are_made_in_bfloat16_where_that_is_not_emulated(
     monkeypatch.setattr("autodistill.search.setup.teacher_phase.calibration_file", lambda *given: None)
     monkeypatch.setattr("autodistill.search.setup.teacher_phase.ensure_cache", make)
     with pytest.raises(Made):
-        teacher_phase(checked, loaded, plan, mock.Mock(), Clock(0.0, lambda name: None))
+        cache_phase(checked, loaded, plan, mock.Mock(), Clock(0.0, lambda name: None), mock.Mock())
 
 
 def test_few_tokens_have_small_steps(planned) -> None:  # type: ignore[no-untyped-def]
