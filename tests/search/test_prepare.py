@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,11 +55,17 @@ SPEED = Speed(cache=1e4, score=1e4, worker_train=1e4, worker_score=1e4)
 
 
 def extended(
-    plan: Plan, *, finished: bool = True, strategy: str | None = None, events: Sequence[Any] = (), **asked: Any
+    plan: Plan,
+    *,
+    finished: bool = True,
+    strategy: str | None = None,
+    events: Sequence[Mapping[str, Any]] = (),
+    **asked: Any,
 ) -> Plan:
     fields = {"trials": None, "time_seconds": None, "strategy": strategy} | asked
     checked: Any = SimpleNamespace(stored={"seconds": {}} if finished else {}, explore=1.0, **fields)
-    return _extended(checked, plan, spec_from_config(tiny_config()), SPEED, events)
+    log: Any = SimpleNamespace(of=lambda kind: [SimpleNamespace(**one) for one in events if one["event"] == kind.event])
+    return _extended(checked, plan, spec_from_config(tiny_config()), SPEED, log)
 
 
 def test_a_run_of_one_strategy_stays_one_however_much_time_it_is_given() -> None:
