@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import platform
+import posix
 import select
 import signal
 import socket
@@ -139,6 +140,7 @@ def watched(work: Callable[[], int | None], root: Path, decide: Callable[[Call],
     if child == 0:
         mine.close()
         code = 1
+        os.fsync = posix.fsync  # which the tests' own processes do without
         try:
             # Files that the child inherits are its parent's business.
             socket.send_fds(its, [b"l"], [_filter()])
