@@ -212,7 +212,7 @@ def test_data_files_are_found_by_the_patterns_of_the_package_data() -> None:
     patterns = PROJECT["tool"]["setuptools"]["package-data"]
     for package, folder in (("autodistill", "autodistill"), ("autodistill.search_spaces", "search_spaces")):
         packed = {path for pattern in patterns[package] for path in (ROOT / folder).glob(pattern)}
-        data = {path for path in (ROOT / folder).rglob("*") if path.suffix in (".yaml", ".typed", ".sh")}
+        data = {path for path in (ROOT / folder).rglob("*") if path.suffix in (".yaml", ".typed", ".sh", ".txt")}
         assert data == packed
     assert files("autodistill.search_spaces").joinpath("default.yaml").is_file()
     assert files("autodistill.search_spaces").joinpath("strategies/hand_designed.yaml").is_file()
