@@ -123,12 +123,13 @@ def boards(documents: Iterable[str] = ("README.md",), write: bool = False) -> It
                 text = text[: place.start(3)] + exact + text[place.end(3) :]
                 path.write_text(text, encoding="utf-8")
             else:
-                yield f"{document} shows another leaderboard than the run {name} in results/reference has"
+                yield f"{document} shows another leaderboard than the run {name} in results has"
 
 
 def board(name: str, rows: int) -> str:
     """The first rows of a reference run's leaderboard, and what it gained on the test split."""
-    run = RunFolder.open(ROOT / "results" / "reference", name)
+    (folder,) = (ROOT / "results").glob(f"*/{name}")
+    run = RunFolder.open(folder.parent, name)
     ranked, metric = leaderboard_of(run)
     lines = leaderboard_table(ranked[:rows], metric, 110, legend=0).splitlines()[: rows + 1]
     gains = Gains.from_json(run.asked())
