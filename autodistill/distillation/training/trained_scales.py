@@ -140,6 +140,7 @@ class _Scaled(torch.autograd.Function):
     def forward(
         ctx: Any, codes: Tensor, scales: Tensor, minima: Tensor | None, zero_points: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
+        """Return the values, [groups, size]."""
         ctx.save_for_backward(codes, zero_points)
         ctx.shape, ctx.has_minima = scales.shape, minima is not None
         of_groups = [None if one is None else one.reshape(-1, 1) for one in (scales, minima, zero_points)]

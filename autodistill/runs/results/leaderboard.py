@@ -58,7 +58,8 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
     what it is taken to be over all (`Row.standing`). Among feasible rows of full fidelity, the best by the metric and
     all that are tied with it form a set, whose smallest (memory, within a hundredth the better by the metric) is put
     first: a row is tied where its paired difference to the best is within one standard error, bootstrapped by document.
-    No row that is better by the metric and no larger stands behind the first.
+    No row that is better by the metric and no larger stands behind the first. Of rows that are equal in all this, one
+    that needs no training comes first.
 
     Args:
         rows: Of one split.
@@ -139,7 +140,7 @@ def _order(row: Row, metric: str, direction: Direction) -> tuple[Any, ...]:
     value = row.figure(metric)
     worse = math.inf if value is None else -value if direction == "max" else value
     fidelity = 1.0 if row.full else row.figure("fidelity") or 0.0
-    return (value is None, not row.feasible, -fidelity, worse, *smallness(row), row.row_id)
+    return (value is None, not row.feasible, -fidelity, worse, *smallness(row), row.kind not in UNTRAINED, row.row_id)
 
 
 def smallness(row: Row) -> tuple[float, float]:

@@ -185,6 +185,12 @@ def test_of_equally_small_rows_the_best_is_still_first_once_its_file_was_measure
     assert [(one.row.name, one.tied) for one in rank(rows)] == [("best", True), ("other", True)]
 
 
+def test_of_equal_rows_the_one_that_needs_no_training_wins() -> None:
+    same = {"accuracy": 0.5, "memory_bytes": 100, "size_bytes": 10}
+    assert names([row("a student", **same), row("the teacher", kind="teacher", **same)]) == ["the teacher", "a student"]
+    assert names([row("a student", **same | {"accuracy": 0.51}), row("t", kind="teacher", **same)])[0] == "a student"
+
+
 def test_a_lone_best_is_not_marked_as_tied() -> None:
     rows = [
         row("a", accuracy=0.5, documents=documents([50.0, 50.0])),
