@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from gguf import GGUFReader
 
 from autodistill.errors import InterruptedSearchError, VerificationError
@@ -29,43 +29,16 @@ from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import Outcome, search
 from autodistill.search.worker.attempt import Assignment
 from autodistill.strategy.space import load_space
-from autodistill.testing import save_tiny_teacher, tiny_text
+from tests.search.small_search import SPACE, small_inputs, small_request
 from tests.search.test_kill import start, wait_for
-
-SPACE = """
-name: small
-dimensions:
-  init.depth: {low: 0.6, high: 0.8, step: 0.2}
-  distillation.learning_rate: {low: 1e-3, high: 3e-3, log: true}
-deployments:
-  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
-"""
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_teacher(folder / "teacher", layers=5)
-    tiny_text(folder / "text", documents=30, sentences=24)
-    (folder / "small.yaml").write_text(SPACE)
-    return folder
+    return small_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def request(inputs: Path, out: Path, **changes: Any) -> SearchRequest:
-    fields: dict[str, Any] = {
-        "budget": Budget(memory_bytes=16 * 10**9, context=256),
-        "space": str(inputs / "small.yaml"),
-        "teacher": str(inputs / "teacher"),
-        "data": str(inputs / "text"),
-        "trials": 2,
-        "tokens": 2304,
-        "runner": "inline",
-        "out": out,
-        "name": "run",
-        "cache": inputs / "cache",
-    }
-    return SearchRequest(**(fields | changes))
+request = partial(small_request, trials=2)
 
 
 def interrupted_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch
 
 from autodistill.errors import InputError
-from autodistill.hardware.budget import Budget
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
 from autodistill.runs.results.row import FORGOT, Row
 from autodistill.runs.run_folder import RunFolder
@@ -21,45 +19,15 @@ from autodistill.runs.standing import best_of
 from autodistill.search.finish import forgetting
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.forgetting import Forgotten, Gate
-from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
 from autodistill.search.search import search
-from autodistill.testing import save_tiny_teacher, tiny_text
-
-SPACE = """
-name: small
-dimensions:
-  init.depth: {low: 0.6, high: 0.8, step: 0.2}
-  distillation.learning_rate: {low: 1e-3, high: 3e-3, log: true}
-deployments:
-  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
-"""
+from tests.search.small_search import small_inputs
+from tests.search.small_search import small_request as request
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_teacher(folder / "teacher", layers=5)
-    tiny_text(folder / "text", documents=30, sentences=24)
-    (folder / "small.yaml").write_text(SPACE)
-    return folder
-
-
-def request(inputs: Path, out: Path, **changes: Any) -> SearchRequest:
-    fields: dict[str, Any] = {
-        "budget": Budget(memory_bytes=16 * 10**9, context=256),
-        "space": str(inputs / "small.yaml"),
-        "teacher": str(inputs / "teacher"),
-        "data": str(inputs / "text"),
-        "trials": 1,
-        "tokens": 2304,
-        "runner": "inline",
-        "out": out,
-        "name": "run",
-        "cache": inputs / "cache",
-    }
-    return SearchRequest(**(fields | changes))
+    return small_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_what_forgot_is_not_exported(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

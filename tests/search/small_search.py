@@ -1,0 +1,47 @@
+"""A small search that tests of its end share: a tiny teacher, a text, and a space of two dimensions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autodistill.hardware.budget import Budget
+from autodistill.search.request.request import SearchRequest
+from autodistill.testing import save_tiny_teacher, tiny_text
+
+SPACE = """
+name: small
+dimensions:
+  init.depth: {low: 0.6, high: 0.8, step: 0.2}
+  distillation.learning_rate: {low: 1e-3, high: 3e-3, log: true}
+deployments:
+  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
+"""
+
+
+def small_inputs(folder: Path) -> Path:
+    """The folder with a teacher, a text and the space."""
+    torch.set_num_threads(1)
+    save_tiny_teacher(folder / "teacher", layers=5)
+    tiny_text(folder / "text", documents=30, sentences=24)
+    (folder / "small.yaml").write_text(SPACE)
+    return folder
+
+
+def small_request(inputs: Path, out: Path, **changes: Any) -> SearchRequest:
+    """A search of it in this process, with what a test changes."""
+    fields: dict[str, Any] = {
+        "budget": Budget(memory_bytes=16 * 10**9, context=256),
+        "space": str(inputs / "small.yaml"),
+        "teacher": str(inputs / "teacher"),
+        "data": str(inputs / "text"),
+        "trials": 1,
+        "tokens": 2304,
+        "runner": "inline",
+        "out": out,
+        "name": "run",
+        "cache": inputs / "cache",
+    }
+    return SearchRequest(**(fields | changes))
