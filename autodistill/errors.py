@@ -33,6 +33,19 @@ class MissingDependencyError(InputError):
     """An optional package is not installed; the message holds the command that installs it."""
 
 
+class ShortTimeError(InputError):
+    """A time budget that holds no training at all.
+
+    Args:
+        message: With the least that would do, as it is typed.
+        seconds: The least that would do.
+    """
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
 class DamagedError(InputError):
     """A file that was kept is not what was written: its checksum differs, or it is missing."""
 
@@ -105,6 +118,10 @@ class EndpointError(AutoDistillError):
 
 class RefusedPromptError(EndpointError):
     """An endpoint refused one prompt, as one that is too long for it; others may be answered."""
+
+
+class ServiceError(AutoDistillError):
+    """A server did not start, died again and again, or was not reached; or it refused or answered nonsense."""
 
 
 class RemoteError(AutoDistillError):

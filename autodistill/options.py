@@ -5,12 +5,15 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from autodistill.hardware.budget import LatencyLimit, parse_latency
+from autodistill.utils.plain_dataclass import check_no_blank
 
 T = TypeVar("T")
+DEFAULT_TEACHER, DEFAULT_DATA = "smollm2", "pydoc"
 RUNS = Path("results/runs")
 """Where runs are, unless a person says so."""
 
@@ -55,22 +58,45 @@ def option_of(hint: Any) -> Option | None:
     return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Option)), None)
 
 
-def options_of(declared: Any, command: str = "") -> dict[str, Option]:
+def options_of(declared: Any, command: str = "") -> Mapping[str, Option]:
     """The options that the parameters of a function, or the fields of a dataclass, declare.
 
     Args:
         declared: The function or the dataclass.
         command: Only those of this command.
     """
-    hints = typing.get_type_hints(declared, include_extras=True)
-    found = {name: option for name, hint in hints.items() if (option := option_of(hint)) is not None}
+    found = _options(declared)
     return {name: one for name, one in found.items() if not (command and one.commands) or command in one.commands}
+
+
+@cache
+def _options(declared: Any) -> dict[str, Option]:
+    hints = typing.get_type_hints(declared, include_extras=True)
+    return {name: option for name, hint in hints.items() if (option := option_of(hint)) is not None}
+
+
+def read_texts(request: Any) -> None:
+    """Replace each text among a request's fields by what its option reads from it.
+
+    Raises:
+        InputError: A blank text, or one that the option does not read.
+    """
+    check_no_blank(request)
+    for name, option in options_of(type(request)).items():
+        value = getattr(request, name)
+        if option.parse is not None and isinstance(value, str):
+            object.__setattr__(request, name, option.parse(value))
 
 
 def parsed(value: str | T | None) -> T | None:
     """The value of a field that `Option.parse` has read."""
     assert not isinstance(value, str)
     return value
+
+
+def cache_folder(given: str | Path | None = None) -> Path:
+    """Return the folder of `--cache`: teachers, prepared data and this machine's measurement, for all runs."""
+    return Path.home() / ".cache" / "autodistill" if given is None else Path(given)
 
 
 LATENCY_HELP = (
@@ -112,6 +138,14 @@ KvType = Annotated[
     Option(
         help="Type of llama.cpp's KV cache: f16, q8_0 or q4_0 (default: as the space says, else f16).",
         metavar="TYPE",
+        section="Budget",
+    ),
+]
+ServedBy = Annotated[
+    str | None,
+    Option(
+        help="Runtime that serves the students, like onnxruntime (default: as their deployments say).",
+        metavar="NAME",
         section="Budget",
     ),
 ]

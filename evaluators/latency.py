@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 
 from autodistill.evaluation.base import Direction, Measurement, Needs, Quantity, Subject
 from autodistill.hardware.budget import DeviceBudget
 from autodistill.hardware.machine import detect
-from autodistill.hardware.runtime import further_runtimes
-from autodistill.serving.timing import Load, time_serving
+from autodistill.serving.timing import Load, installed, time_serving
 from autodistill.strategy.deployment import Deployment
 
 _LIMITED_PROMPT = 512  # of prompts whose first token is limited, as is predicted of them
@@ -76,8 +74,4 @@ class Latency:
         """Whether the runtime that serves the deployment is here."""
         if deployment.runtime == "vllm" and not detect().accelerator:
             return False
-        module = {"llama.cpp": "xllamacpp", "transformers": "transformers", "vllm": "vllm"}.get(deployment.runtime)
-        if module is None:
-            brought = further_runtimes()
-            return deployment.runtime in brought and brought[deployment.runtime].server is not None
-        return importlib.util.find_spec(module) is not None
+        return installed(deployment.runtime)

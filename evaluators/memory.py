@@ -13,9 +13,8 @@ from autodistill.hardware.budget import on_gpu
 from autodistill.hardware.device import DISCRETE
 from autodistill.hardware.lookup import class_of_machine
 from autodistill.hardware.machine import detect, machine_name
-from autodistill.hardware.runtime import further_runtimes
 from autodistill.serving.llama_cpp import LlamaServer
-from autodistill.serving.timing import serve
+from autodistill.serving.timing import installed, serve
 from autodistill.strategy.deployment import Deployment
 
 _PROMPT = 512  # tokens that llama.cpp reads at once, which fill its compute buffer
@@ -27,10 +26,11 @@ class Memory:
     It is predicted, unless there is an artifact whose runtime states it. llama.cpp loads a GGUF file and reads a
     prompt: weights, KV cache and compute buffers are those of its log, and the overhead is what its process had at its
     peak beyond them. Of a discrete GPU they are the buffers there, and the overhead stays predicted, since neither the
-    log nor the process says what libraries hold on it. transformers loads a folder and reads prompts that fill the
-    context: the peak of its process since it was loaded (or of the GPU's memory) is the sum, its parts but the compute
-    buffers are the estimate's. What vLLM takes is what it is given, so that there the figure stays predicted. So it
-    does where the budget is a discrete GPU's and no such GPU runs it here: a process's memory says nothing of it.
+    log nor the process says what libraries hold on it. transformers and ONNX Runtime load a folder and read prompts
+    that fill the context: the peak of the process since it was loaded (or of the GPU's memory) is the sum, its parts
+    but the compute buffers are the estimate's. What vLLM takes is what it is given, so that there the figure stays
+    predicted. So it does where the budget is a discrete GPU's and no such GPU runs it here: a process's memory says
+    nothing of it.
     """
 
     name = "memory"
@@ -88,13 +88,12 @@ def _measuring(runtime: str) -> Callable[[Subject, Path], tuple[MemoryEstimate, 
     """Return the function that measures memory in a runtime, or None if none does."""
     if runtime == "llama.cpp":
         return _in_llama_cpp
-    brought = {} if runtime in ("transformers", "vllm") else further_runtimes()
-    runs_here = runtime == "transformers" or (runtime in brought and brought[runtime].server is not None)
-    return _by_peak if runs_here else None
+    # What vLLM takes is what it is given.
+    return _by_peak if runtime != "vllm" and installed(runtime) else None
 
 
 def _by_peak(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
-    """Measure what transformers, or a runtime that an exporter describes, takes for an artifact, and where."""
+    """Measure what a runtime that is timed by `PythonServer` or its exporter takes for an artifact, and where."""
     context, batch = subject.budget.context, subject.budget.batch
     runtime = subject.deployment.runtime
     with serve(artifact, runtime, context=context, threads=subject.threads, parallel=batch) as folder:

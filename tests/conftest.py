@@ -103,6 +103,7 @@ class Workshop:
         calibration: Path | None = None,
         sharding: Any = None,
         device: str = "cpu",
+        side_by_side: int = 1,
         **changes: Any,
     ) -> Trainer:
         """A trainer of a fresh student."""
@@ -125,6 +126,7 @@ class Workshop:
             device=device,
             teacher=LiveTeacher(self.teacher, device),
             sharding=sharding,
+            side_by_side=side_by_side,
         )
 
 

@@ -19,7 +19,8 @@ PACKAGES = (
     *("errors", "units", "plugins"),
     *("utils", "models", "quantization", "strategy", "hardware", "options", "estimates"),
     *("data", "serving", "inference"),
-    *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "search", "report"),
+    *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "profiling", "service", "search"),
+    *("report", "trackers", "dashboards", "bundle"),
     *("objects", "api"),
     *("testing", "cli", "__main__", ""),
 )
@@ -140,7 +141,7 @@ def test_a_file_begins_with_one_sentence(module):
         ("ray", ("search.runners.",)),
         ("optuna", ("search.algorithms.optuna_study",)),
         ("typer", ("cli.app", "cli.help", "cli.options")),
-        ("xllamacpp", ("serving.llama_cpp_child",)),
+        ("xllamacpp", ("serving.llama_cpp_child", "serving.llama_cpp_http_child")),
     ],
 )
 def test_an_engine_is_imported_by_few_files(engine, files):

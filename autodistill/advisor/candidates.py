@@ -17,6 +17,7 @@ from autodistill.models.spec import ModelSpec
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
 from autodistill.runs.results.memory_correction import Overhead, Place, overheads
 from autodistill.runs.results.row import (
+    WITHIN_LIMITS,
     Row,
     arrow_schema,
     check_documents,
@@ -34,7 +35,7 @@ from autodistill.utils.typed_data import check_typed
 
 T = TypeVar("T")
 _COLUMNS = (
-    *("row_id", "trial", "kind", "name", "deployment", "status", "feasible", "split", "params", "shape"),
+    *("row_id", "trial", "kind", "name", "deployment", "status", "feasible", "reason", "split", "params", "shape"),
     *("accuracy", "accuracy_stderr", "perplexity", "agreement", "memory_bytes", "memory_source", "size_bytes"),
     *("latency_ms", "latency_source", "machine", "context", "batch", "fidelity", "other"),
 )
@@ -226,9 +227,14 @@ def recalibrated_by(candidates: Iterable[Candidate]) -> dict[Place, Overhead]:
 
 
 def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: str) -> Iterator[Candidate]:
-    """Yield a run's validation rows of these kinds that have the metric and were trained to the end, if at all."""
+    """Yield a run's validation rows of these kinds that have the metric and were trained to the end, if at all.
+
+    Those that the search passed over for what is no limit of the hardware are none: what forgot, or is gone.
+    """
     if not run.tabled:
         for row in run.events.rows():
+            if row.reason in WITHIN_LIMITS:
+                continue
             if row.kind in kinds and row.split != "test" and row.full and row.figure(metric) is not None:
                 yield Candidate.of(row, run.name, metric, direction, run)
         return
@@ -244,6 +250,8 @@ def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: st
     for found, shape, *cells in zip(values, shapes, *columns.values(), strict=True):
         value, fields = finite(found), {key: cell for key, cell in zip(names, cells, strict=True) if cell is not None}
         if value is None or fields["kind"] not in kinds or fields.get("split") == "test":
+            continue
+        if fields.get("reason") in WITHIN_LIMITS:
             continue
         if trained_fully(fields["kind"], fields.get("fidelity")):
             yield Candidate(

@@ -25,8 +25,6 @@ from autodistill.strategy.strategy import Strategy
 WAYS = ("all_kept", "checkpointing", "sixteen_bit_states", "eight_bit_states")
 """What the means of `training_fit.MEANS` are called."""
 
-_MEMORY_ALONE = "onnxruntime"  # takes graphs that are exported from any packing; how fast it runs them is not predicted
-
 _NO_SPEED: Mapping[str, None] = dict.fromkeys(field.name for field in fields(SpeedEstimate))
 
 
@@ -50,8 +48,7 @@ def appraise(
         deployment: How; a GGUF file's own tensors count where the model has them.
         context: Tokens of each sequence; 2048 by default, or the model's if that is less.
         batch, kv_type, prompt: As `memory` and `speed` take them.
-        runtime: Another engine that serves the deployment, or "onnxruntime", of which memory alone is predicted; the
-            deployment's own by default.
+        runtime: Another engine that serves the deployment; the deployment's own by default.
         devices: One, whose speed and overhead are then the document's own, or several.
         overheads: By what predicted memory is changed, by class of devices and runtime.
         training: Tokens of a forward and backward pass; the memory of training the model with them is told too.
@@ -70,7 +67,7 @@ def appraise(
     """
     made = None if training is None else _training(model, training)
     check_streams(batch, "--batch")
-    if runtime not in (None, _MEMORY_ALONE):
+    if runtime is not None:
         deployment = replace(deployment, runtime=runtime)
     served = _Served(
         model=model,
@@ -78,21 +75,20 @@ def appraise(
         context=_context(model, context, prompt),
         batch=batch,
         kv_type=kv_type,
-        runtime=runtime or deployment.runtime,
         prompt=prompt,
     )
     needs = {on_gpu: served.need(on_gpu) for on_gpu in {False, *(device.discrete for device in devices)}}
     # Of several devices the document's own parts are those of a process.
     alone = devices[0] if len(devices) == 1 else None
     need = needs[alone is not None and alone.discrete]
-    not_held = _not_held(model, deployment, served.runtime)
-    own = [overhead_of(overheads or {}, served.runtime, device.kind.name) for device in devices]
+    not_held = _not_held(model, deployment)
+    own = [overhead_of(overheads or {}, deployment.runtime, device.kind.name) for device in devices]
     found = [
         served.on(device, needs[device.discrete].total_bytes + change.total_bytes, not_held)
         for device, change in zip(devices, own, strict=True)
     ]
     # Nor is there one overhead of several.
-    change = own[0] if alone else Overhead() if devices else overhead_of(overheads or {}, served.runtime)
+    change = own[0] if alone else Overhead() if devices else overhead_of(overheads or {}, deployment.runtime)
     return {
         "model": model.name,
         "parameters": model.spec.parameters,
@@ -120,7 +116,6 @@ class _Served:
     context: int
     batch: int
     kv_type: str
-    runtime: str
     prompt: int | None
 
     def need(self, on_gpu: bool) -> MemoryEstimate:
@@ -132,7 +127,6 @@ class _Served:
             batch=self.batch,
             kv_type=self.kv_type,
             weights=self.model.weights_bytes,
-            runtime=self.runtime,
             on_gpu=on_gpu,
         )
 
@@ -144,16 +138,15 @@ class _Served:
             total_bytes: What it takes there.
             not_held: Why it could not be stored so, or nothing.
         """
-        memory_alone = self.runtime == _MEMORY_ALONE
-        lacks = "" if memory_alone else device.lacks(self.runtime)
+        lacks = device.lacks(self.deployment.runtime)
         return {
             "device": device.name,
             "fits": total_bytes <= device.usable_bytes and not lacks and not not_held,
             "reason": lacks or not_held or None,
             "usable_bytes": device.usable_bytes,
             "total_bytes": total_bytes,
-            "memory_basis": basis_of(self.runtime, on_gpu=device.discrete),
-            **(_NO_SPEED if memory_alone or lacks else self._speed(device).to_json()),
+            "memory_basis": basis_of(self.deployment.runtime, on_gpu=device.discrete),
+            **(_NO_SPEED if lacks else self._speed(device).to_json()),
         }
 
     def _speed(self, device: Device) -> SpeedEstimate:
@@ -184,13 +177,16 @@ def _context(model: Described, asked: int | None, prompt: int | None) -> int:
     return context
 
 
-def _not_held(model: Described, deployment: Deployment, runtime: str) -> str:
-    """Return why the model cannot be stored in this way, or ""; weights as they are, and ONNX graphs, always can.
+def _not_held(model: Described, deployment: Deployment) -> str:
+    """Return why the model cannot be stored in this way, or ""; weights as they are always can.
 
     Models with latent attention are estimated alone, and nothing is known of their graphs.
     """
-    stored = model.weights_bytes is not None or runtime == _MEMORY_ALONE
-    return "" if stored or model.spec.architecture not in FAMILIES else cannot_hold(model.spec, deployment)
+    return (
+        ""
+        if model.weights_bytes is not None or model.spec.architecture not in FAMILIES
+        else cannot_hold(model.spec, deployment)
+    )
 
 
 def check_trainable(model: Described) -> None:

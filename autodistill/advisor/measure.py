@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,105 +11,30 @@ from typing import Any
 import numpy as np
 
 from autodistill.advisor.describe import Described, deployment_named, describe
+from autodistill.advisor.measure_request import MeasureRequest
 from autodistill.advisor.measurements import Measured, store_measured
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import memory
 from autodistill.estimates.speed import speed
 from autodistill.hardware.background_load import current_load
-from autodistill.hardware.budget import CONTEXT, check_streams
+from autodistill.hardware.budget import CONTEXT
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.device import ONE_CHIP
 from autodistill.hardware.local import local_device
 from autodistill.hardware.lookup import device_of_system, find_device
 from autodistill.hardware.machine import detect, memory_bytes
 from autodistill.models.config import config_of
+from autodistill.models.model_folder import read_config
+from autodistill.options import cache_folder, parsed
 from autodistill.serving.llama_bench import Bench, BoardResult, parse_result
 from autodistill.serving.ssh import parse_board, run_on
 from autodistill.serving.timing import Load, Timed, time_serving
-from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.deployment import GRAPH, STORED_AS, Deployment
 from autodistill.utils.input_files import check_file
-from autodistill.utils.plain_dataclass import check_no_blank
 
 _PROMPT, _DECODED = 512, 64  # tokens
 _ROUNDS = 3
 _BOARD_SECONDS = 1800.0
-# Where an option means something, of those that do not everywhere.
-_PLACES = {
-    "bench": ("--on",),
-    "ssh_config": ("--on",),
-    "device": ("--on", "--result"),
-    "context": ("here",),
-    "streams": ("here",),
-    "busy": ("here",),
-    "prompt": ("here", "--on", "--script"),
-    "decoded": ("here", "--on", "--script"),
-    "rounds": ("here", "--on", "--script"),
-    "threads": ("here", "--on", "--script"),
-    "timeout": ("--on",),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureRequest:
-    """What is measured, where and how.
-
-    Attributes:
-        student: A GGUF file, or a folder of transformers, which is measured here alone.
-        out: Folder of the runs, beside which the measurement is kept.
-        on: A board like "ssh://pi@raspberrypi.local"; None is this machine.
-        script: Where a script for a board without ssh is written; nothing is measured then.
-        result: What that script printed.
-        bench: Path of llama-bench on the board.
-        device: What the board is among the known devices; None where its system's name says so.
-        own: Files of devices of a person's own.
-        ssh_config: As `remote.Board` takes it.
-        context: Of a measurement here: tokens of each stream; 2048 by default, or what the student reads.
-        streams: Of a measurement here: numbers of streams.
-        prompt, decoded: Tokens; by default 512 and 64, or what the context holds of them.
-        rounds: How many times; 3 by default.
-        threads: CPU threads; 0 is as many as there are cores.
-        cache: Folder where this machine's own bandwidth is kept.
-        timeout: Seconds that a board may take; half an hour by default.
-        busy: Whether a busy machine is measured all the same, and the figures marked.
-    """
-
-    student: Path
-    out: Path
-    on: str | None = None
-    script: Path | None = None
-    result: Path | None = None
-    bench: str | None = None
-    device: str | None = None
-    own: Sequence[Path] = ()
-    ssh_config: Path | None = None
-    context: int | None = None
-    streams: tuple[int, ...] = (1,)
-    prompt: int | None = None
-    decoded: int | None = None
-    rounds: int | None = None
-    threads: int = 0
-    cache: Path | None = None
-    timeout: float | None = None
-    busy: bool = False
-
-    def __post_init__(self) -> None:
-        check_no_blank(self)
-        places = {"--on": self.on, "--script": self.script, "--result": self.result}
-        given = [name for name, place in places.items() if place is not None]
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} each say where it is measured: give one of them")
-        place = given[0] if given else "here"
-        for name, allowed in _PLACES.items():
-            if getattr(self, name) not in (None, False, (1,)) and place not in allowed:
-                where = place if place == "here" else f"by {place}"
-                raise InputError(f"--{name.replace('_', '-')} changes nothing of a measurement {where}: leave it out")
-        for count in self.streams or (0,):
-            check_streams(count, "--streams")
-        # An answer is a first token and one that follows it.
-        for name, least in (("context", 2), ("prompt", 1), ("decoded", 2), ("rounds", 1)):
-            asked = getattr(self, name)
-            if asked is not None and asked < least:
-                raise InputError(f"--{name} must be at least {least}, not {asked}")
 
 
 def measure(request: MeasureRequest) -> dict[str, Any]:
@@ -126,75 +50,101 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
             another student, a machine that is busy, or more threads than it has cores.
         RemoteError: A board that is not reached, or fails.
     """
-    model, deployment = _described(request.student)
+    model, deployment = described_export(request.path, request.runtime)
     # What would be refused of the result is so before anything runs.
     if model.spec.experts:
-        raise InputError(f"{request.student} is a mixture of experts, which can be estimated and not measured")
+        raise InputError(f"{request.path} is a mixture of experts, which can be estimated and not measured")
     if request.device is not None:
-        find_device(request.device, devices(*request.own))
-    if request.student.is_dir():
+        find_device(request.device, devices(*request.own_devices))
+    if request.path.is_dir():
         if request.on or request.script or request.result:
-            raise InputError(f"a board runs a GGUF file, and {request.student} is a folder: export it with --to gguf")
+            raise InputError(f"a board runs a GGUF file, and {request.path} is a folder: export it with --to gguf")
         return _kept(request, _here(request, model, deployment), model, deployment)
     if not (request.on or request.script or request.result):
         return _kept(request, _here(request, model, deployment), model, deployment)
-    board = parse_board(request.on, request.ssh_config) if request.on else None
+    board = parse_board(request.on, parsed(request.ssh_config)) if request.on else None
     bench = Bench(
-        student=fingerprint(request.student),
-        student_bytes=request.student.stat().st_size,
+        student=fingerprint(request.path),
+        student_bytes=request.path.stat().st_size,
         prompt=request.prompt or _PROMPT,
         decoded=request.decoded or _DECODED,
         repetitions=request.rounds or _ROUNDS,
         threads=request.threads,
     )
     if request.script is not None:
-        check_file(request.script)
+        script = Path(request.script)
+        check_file(script)
         try:
-            request.script.write_text(bench.script(), encoding="utf-8")
+            script.write_text(bench.script(), encoding="utf-8")
         except OSError as error:
-            raise InputError(f"cannot write {request.script}: {error.strerror}") from None
-        return {"script": str(request.script), "student": bench.student}
+            raise InputError(f"cannot write {script}: {error.strerror}") from None
+        return {"script": str(script), "student": bench.student}
     left = None
     if board is not None:
-        timeout = request.timeout or _BOARD_SECONDS
-        said, left = run_on(board, bench.script(), request.student, request.bench, timeout)
+        timeout = parsed(request.timeout) or _BOARD_SECONDS
+        said, left = run_on(board, bench.script(), request.path, request.bench, timeout)
         where = board.name
     else:
         assert request.result is not None
-        where = str(request.result)
-        check_file(request.result)
+        printed, where = Path(request.result), str(request.result)
+        check_file(printed)
         try:
-            said = request.result.read_text(encoding="utf-8", errors="replace")
+            said = printed.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise InputError(f"cannot read {where}: {error.strerror}") from None
     found = parse_result(said, where)
     if found.student != bench.student:
-        raise InputError(f"{where} is of another student than {request.student}: give the file that was measured")
+        raise InputError(f"{where} is of another student than {request.path}: give the file that was measured")
     return _kept(request, _of_board(request, found, model, deployment), model, deployment) | {"left": left}
 
 
 def fingerprint(path: Path) -> str:
-    """Return the SHA-256 of a file, or of a folder's safetensors files in order."""
+    """Return the SHA-256 of a file, or of a folder's files that hold weights in order."""
     digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+    for file in weights_of(path):
         with file.open("rb") as stream:
             while chunk := stream.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
-def _described(path: Path) -> tuple[Described, Deployment]:
-    """Return the student's shape, and the deployment of most of its weights."""
+def weights_of(path: Path) -> list[Path]:
+    """Return the files that hold a student's weights: itself, or those of a folder."""
+    if not path.is_dir():
+        return [path]
+    return [*sorted(path.glob("*.safetensors")), *sorted(path.glob(f"{GRAPH}*"))]
+
+
+def described_export(path: Path, runtime: str | None) -> tuple[Described, Deployment]:
+    """Return the student's shape, and the deployment of most of its weights.
+
+    Raises:
+        InputError: No student, or one that the runtime does not serve as it is.
+    """
     if not path.exists():
-        raise InputError(f"there is no student {path}: give a .gguf file, or a folder of transformers")
+        raise InputError(f"there is no student {path}: give a .gguf file, or an exported folder")
     if not path.is_dir():
         check_file(path)
     model = describe(str(path))
-    if path.is_dir():
-        if not list(path.glob("*.safetensors")):
-            raise InputError(f"{path} has no safetensors: give an exported student, or a .gguf file")
-        return model, deployment_named(model.format_name or "huggingface", "transformers")
-    return model, deployment_named(model.format_name or "gguf-q8_0")
+    if not weights_of(path):
+        raise InputError(f"{path} has no safetensors and no {GRAPH}: give an exported student, or a .gguf file")
+    if (path / GRAPH).is_file():
+        stored = read_config(path).get(STORED_AS)
+        if stored is None:
+            raise InputError(f"the config.json of {path} has no {STORED_AS}: export it again with --to onnx")
+        deployment = Deployment.from_json(stored, STORED_AS)
+    elif path.is_dir():
+        named = model.format_name or "huggingface"
+        # The usual one here; an answer of vLLM's takes a GPU.
+        deployment = deployment_named(named, runtime if runtime == "vllm" else "transformers")
+    else:
+        deployment = deployment_named(model.format_name or "gguf-q8_0")
+    if runtime not in (None, deployment.runtime):
+        raise InputError(
+            f"{path} is served by {deployment.runtime}, not by {runtime}: leave --runtime out, or export it in a "
+            "format of that (docs/formats.md)"
+        )
+    return model, deployment
 
 
 def _context(request: MeasureRequest, model: Described) -> int:
@@ -203,7 +153,7 @@ def _context(request: MeasureRequest, model: Described) -> int:
     if request.context is None:
         return min(CONTEXT, most)
     if request.context > most:
-        raise InputError(f"{request.student} has a context of {most} tokens: give --context {most} or less")
+        raise InputError(f"{request.path} has a context of {most} tokens: give --context {most} or less")
     return request.context
 
 
@@ -218,7 +168,7 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
     if seen.doubts and not request.busy:
         raise InputError(f"this machine is busy ({seen.doubts[0]}): stop other work, or accept it with --busy")
     timed = time_serving(
-        request.student,
+        request.path,
         deployment.runtime,
         load,
         vocabulary=model.spec.vocabulary,
@@ -253,7 +203,7 @@ def _load(request: MeasureRequest, context: int) -> Load:
         prompts=tuple(sorted({min(one, prompt) for one in (16, 64, 256, prompt)})),
         prompt=prompt,
         decoded=decoded,
-        streams=tuple(sorted({1, *request.streams})),
+        streams=tuple(sorted({1, *request.counts})),
         rounds=request.rounds or _ROUNDS,
     ).within(context)
     for name, asked, held in (("decoded", request.decoded, load.decoded), ("prompt", request.prompt, load.prompt)):
@@ -303,20 +253,19 @@ def _of_board(request: MeasureRequest, found: BoardResult, model: Described, dep
 
 
 def _common(request: MeasureRequest, model: Described, deployment: Deployment) -> dict[str, Any]:
-    files = request.student.glob("*.safetensors") if request.student.is_dir() else [request.student]
     return {
-        "student": fingerprint(request.student),
-        "name": str(request.student),
+        "student": fingerprint(request.path),
+        "name": str(request.path),
         "shape": config_of(model.spec),
         "deployment": deployment.to_json(),
-        "size_bytes": sum(file.stat().st_size for file in files),
+        "size_bytes": sum(file.stat().st_size for file in weights_of(request.path)),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def _device_name(request: MeasureRequest, found: BoardResult) -> str:
     """Return the known device that a board is, from the user or its system; else the board's own name."""
-    known = devices(*request.own)
+    known = devices(*request.own_devices)
     if request.device is not None:
         return find_device(request.device, known).name
     device = device_of_system(
@@ -329,16 +278,16 @@ def _device_name(request: MeasureRequest, found: BoardResult) -> str:
 
 
 def _kept(request: MeasureRequest, measured: Measured, model: Described, deployment: Deployment) -> dict[str, Any]:
-    path = store_measured(request.out, measured)
-    device = next((one for one in devices(*request.own) if measured.is_of(one)), None)
-    if device is None and measured.how == "autodistill" and request.cache is not None:
-        here = local_device(request.cache)
+    path = store_measured(Path(request.out), measured)
+    device = next((one for one in devices(*request.own_devices) if measured.is_of(one)), None)
+    if device is None and measured.how == "autodistill":
+        here = local_device(cache_folder(request.cache))
         device = here if here.name == measured.machine else None
     predicted: dict[str, Any] = {}
     if measured.how == "autodistill":
-        context, batch = _context(request, model), max(1, *request.streams)
-        if deployment.runtime == "transformers":
-            # It holds what was read, where llama.cpp makes room for all of the context.
+        context, batch = _context(request, model), max(1, *request.counts)
+        if deployment.runtime in ("transformers", "onnxruntime"):
+            # They hold what was read, where llama.cpp makes room for all of the context.
             load = _load(request, context)
             context = load.prompt + load.decoded - 1
         on_gpu = device is not None and device.discrete

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import le
 from typing import Any, cast
@@ -91,9 +91,11 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
     if not ranked:
         raise InputError("there is no student that was trained to the end: run autodistill search first")
     usable = [one for one in ranked if not _lacks(one, wanted)]
-    others = Counter(one.deployment.runtime for one in ranked if _lacks(one, wanted))
+    # Those of other runtimes than was asked for are not missed.
+    others = Counter(one.deployment.runtime for one in ranked if wanted.runtime is None and _lacks(one, wanted))
     if not usable:
-        raise NothingFitsError(f"nothing fits: {_lacks(ranked[0], wanted)}; name another --device")
+        another = "--device" if wanted.runtime is None else "--runtime, or --device"
+        raise NothingFitsError(f"nothing fits: {_lacks(ranked[0], wanted)}; name another {another}")
     left_out: list[Requirements] = []
     chosen: list[Requirements] = []
     unknown = better_unknown = 0
@@ -144,7 +146,10 @@ def _basis(solved: Requirements, wanted: Wanted) -> str | None:
 
 
 def _lacks(candidate: Candidate, wanted: Wanted) -> str:
-    """Return why the device cannot serve a row at all, or ""."""
+    """Return why a row cannot be served at all, by the runtime that is asked for or on the device; else ""."""
+    own = candidate.deployment.runtime
+    if wanted.runtime not in (None, own):
+        return f"{candidate.row.row_id} is served by {own}, not by {wanted.runtime}"
     return wanted.device.lacks(candidate.deployment.runtime) if wanted.device else ""
 
 
@@ -207,19 +212,38 @@ def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
 
 
 def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[Tier]) -> dict[str, Any]:
-    """Return the best row for each class of GPUs; None where nothing fits."""
-    rows = []
+    """Return the best row for each class of GPUs; None where nothing fits.
+
+    Of each it is said which limit excludes a better row ("binds"), and which class before it has the same row
+    ("same_as", the first one's memory in bytes).
+    """
+    rows: list[dict[str, Any]] = []
     for tier in tiers:
         limited = replace(wanted, memory_bytes=tier.usable_bytes, device=None, gpu=True)
         try:
-            answer = pick(candidates, limited)["pick"]
+            found = pick(candidates, limited)
         except NothingFitsError:
-            answer = None
-        least = {"usable_bytes": tier.usable_bytes, "least_device": tier.device}
-        rows.append({"memory_bytes": tier.nominal_bytes, **least, "pick": answer})
+            found = {"pick": None, "binds": None}
+        answer = found["pick"]
+        same = (one["memory_bytes"] for one in rows if answer and one["pick"] and _is_same(one["pick"], answer))
+        rows.append(
+            {
+                "memory_bytes": tier.nominal_bytes,
+                "usable_bytes": tier.usable_bytes,
+                "least_device": tier.device,
+                "pick": answer,
+                "binds": found["binds"],
+                "same_as": next(same, None),
+            }
+        )
     runtimes = sorted({one["pick"]["runtime"] for one in rows if one["pick"]})
     bases = {runtime: basis_of(runtime, on_gpu=True) for runtime in runtimes}
     return {"tiers": rows, "context": wanted.context, "streams": wanted.streams, "memory_basis": bases}
+
+
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two picks are of one row."""
+    return (one["run"], one["row_id"]) == (other["run"], other["row_id"])
 
 
 def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Requirements], unknown: int, wanted: Wanted) -> str:

@@ -38,6 +38,7 @@ class Wanted:
         gpu: Whether the limit is of a discrete GPU's memory although no device is named, as of a tier.
         measured: What was measured of students anywhere; on the device it corrects what is predicted there.
         overheads: By what predicted memory is changed, by class of devices and runtime.
+        runtime: What serves the student; None for whatever its deployment says.
         least: The least of the metric that ranks the runs where more of it is better, else of accuracy; None for none.
     """
 
@@ -49,6 +50,7 @@ class Wanted:
     gpu: bool = False
     measured: tuple[Measured, ...] = ()
     overheads: Mapping[Place, Overhead] = field(default_factory=dict)
+    runtime: str | None = None
     least: float | None = None
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 

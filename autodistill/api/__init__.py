@@ -1,15 +1,20 @@
 """What a Python user calls, and the command line too: an argument is declared here or in a request, once."""
 
+from autodistill.api.bundling import bundle, dashboards
+from autodistill.api.cascading import cascade
 from autodistill.api.estimates import RUN_SHAPE, estimate
 from autodistill.api.known_devices import devices
-from autodistill.api.measuring import measure
+from autodistill.api.measuring import measure, profile
 from autodistill.api.picks import pick
-from autodistill.api.searches import distill, load_run, plan, search
+from autodistill.api.searches import distill, load_run, plan, search, search_budgets
 from autodistill.api.solving import solve
 from autodistill.api.writing import write
 
 __all__ = [
     "RUN_SHAPE",
+    "bundle",
+    "cascade",
+    "dashboards",
     "devices",
     "distill",
     "estimate",
@@ -17,7 +22,9 @@ __all__ = [
     "measure",
     "pick",
     "plan",
+    "profile",
     "search",
+    "search_budgets",
     "solve",
     "write",
 ]

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from autodistill.api.paths import cache_folder, device_files
+from autodistill.api.parameters import takes
+from autodistill.api.paths import device_files
 from autodistill.api.searches import Strategies
 from autodistill.errors import InputError
 from autodistill.hardware.budget import check_streams
+from autodistill.hardware.device import LOCAL
 from autodistill.objects.answers import Estimate
-from autodistill.options import RUNS, Batch, Cache, Context, Devices, Option, Out
+from autodistill.options import RUNS, Batch, Cache, Context, Devices, Option, Out, cache_folder, options_of
 from autodistill.strategy.strategy import Strategy
 
 if TYPE_CHECKING:
     from autodistill.advisor.describe import Described
 
 RUN_SHAPE = "A shape in the place of MODEL"
-_SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "active_experts", "window")
 
 
 def _size(help: str, metavar: str = "N") -> Option:
@@ -27,12 +28,14 @@ def _size(help: str, metavar: str = "N") -> Option:
     return Option(help=help, metavar=metavar, typed=int, section=RUN_SHAPE)
 
 
-def estimate(
+@dataclass(frozen=True, kw_only=True)
+class EstimateRequest:
+    """What is estimated: a model, or a shape in its place, how it is served, and on which devices."""
+
     model: Annotated[
         str | Path | None,
         Option(help="A transformers folder, a .gguf file, a hub id, or smollm2.", metavar="MODEL", argument=True),
-    ] = None,
-    *,
+    ] = field(default=None, kw_only=False)
     format: Annotated[
         str | None,
         Option(
@@ -41,18 +44,18 @@ def estimate(
             metavar="NAME",
             complete="formats",
         ),
-    ] = None,
+    ] = None
     runtime: Annotated[
         str | None,
-        Option(help="Another runtime that serves the format, or onnxruntime (memory only).", metavar="NAME"),
-    ] = None,
-    context: Context = None,
-    batch: Batch = None,
-    kv_type: Annotated[str, Option(help="Type of the KV cache: f16, q8_0 or q4_0.", metavar="TYPE")] = "f16",
+        Option(help="Another runtime that serves the format, like onnxruntime.", metavar="NAME"),
+    ] = None
+    context: Context = None
+    batch: Batch = None
+    kv_type: Annotated[str, Option(help="Type of the KV cache: f16, q8_0 or q4_0.", metavar="TYPE")] = "f16"
     prompt: Annotated[
         int | None,
         Option(help="Length of the prompt before the first token (default: 512).", metavar="TOKENS", typed=int),
-    ] = None,
+    ] = None
     training: Annotated[
         int | None,
         Option(
@@ -61,7 +64,7 @@ def estimate(
             metavar="TOKENS",
             typed=int,
         ),
-    ] = None,
+    ] = None
     strategy: Annotated[
         Strategies | None,
         Option(
@@ -69,81 +72,111 @@ def estimate(
             metavar="STRATEGY",
             complete="strategies",
         ),
-    ] = None,
+    ] = None
     device: Annotated[
         str | None,
         Option(help="Device to estimate the speed on, like 4090 or local.", metavar="NAME", complete="devices"),
-    ] = None,
-    all_devices: Annotated[bool, Option(help="Estimate the speed on every known device.", typed=bool)] = False,
-    devices: Devices = None,
-    layers: Annotated[int | None, _size("Number of layers.")] = None,
-    width: Annotated[int | None, _size("Width of the hidden states.")] = None,
-    heads: Annotated[int | None, _size("Number of attention heads.")] = None,
-    kv_heads: Annotated[int | None, _size("Number of key-value heads (default: as --heads).")] = None,
-    head_dim: Annotated[int | None, _size("Width of each head (default: width / heads).")] = None,
-    ffn: Annotated[int | None, _size("Feed-forward neurons of a layer, or of an expert.")] = None,
-    vocab: Annotated[int | None, _size("Size of the vocabulary.")] = None,
-    experts: Annotated[int | None, _size("Number of experts of a mixture.")] = None,
-    active_experts: Annotated[int | None, _size("Number of experts used for each token.")] = None,
+    ] = None
+    all_devices: Annotated[bool, Option(help="Estimate the speed on every known device.", typed=bool)] = False
+    devices: Devices = None
+    stress: Annotated[
+        bool,
+        Option(
+            help="Also allocate as much on this machine, in a process of its own, and say what really fits.",
+            typed=bool,
+        ),
+    ] = False
+    layers: Annotated[int | None, _size("Number of layers.")] = None
+    width: Annotated[int | None, _size("Width of the hidden states.")] = None
+    heads: Annotated[int | None, _size("Number of attention heads.")] = None
+    kv_heads: Annotated[int | None, _size("Number of key-value heads (default: as --heads).")] = None
+    head_dim: Annotated[int | None, _size("Width of each head (default: width / heads).")] = None
+    ffn: Annotated[int | None, _size("Feed-forward neurons of a layer, or of an expert.")] = None
+    vocab: Annotated[int | None, _size("Size of the vocabulary.")] = None
+    experts: Annotated[int | None, _size("Number of experts of a mixture.")] = None
+    active_experts: Annotated[int | None, _size("Number of experts used for each token.")] = None
     window: Annotated[
         int | None, _size("Window of sliding attention in all layers, which GGUF cannot hold.", "TOKENS")
-    ] = None,
+    ] = None
     tied: Annotated[
         bool, Option(help="The output layer shares the embedding table.", typed=bool, section=RUN_SHAPE)
-    ] = False,
-    out: Out = RUNS,
-    cache: Cache = None,
-) -> Estimate:
+    ] = False
+    out: Out = RUNS
+    cache: Cache = None
+
+    def __post_init__(self) -> None:
+        """Refuse arguments that contradict each other."""
+        if (self.model is None) == all(size is None for size in self.sizes.values()):
+            raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
+        if self.tied and self.model is not None:
+            raise InputError("--tied applies to a shape given in numbers; a MODEL says itself whether its head is tied")
+        if self.device is not None and self.all_devices:
+            raise InputError("--device names one device and --all-devices all of them: give one of the two")
+        if self.prompt is not None and not self.on_devices:
+            raise InputError(
+                "--prompt sets the time to the first token, which depends on the device: name one with --device"
+            )
+        if self.stress and (self.all_devices or (self.device or LOCAL).strip().lower() != LOCAL):
+            raise InputError("--stress fills the memory of this machine: name no other device, or --device local")
+        if self.batch is not None:
+            check_streams(self.batch, "--batch")
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """The shape that stands in the place of a model, by the names of its options."""
+        shaping = (name for name, one in options_of(type(self)).items() if one.section == RUN_SHAPE and name != "tied")
+        return {name: getattr(self, name) for name in shaping}
+
+    @property
+    def on_devices(self) -> bool:
+        """Whether speed is asked for, on one device or on all."""
+        return self.device is not None or self.all_devices
+
+
+@takes(EstimateRequest, "estimate")
+def estimate(**options: Any) -> Estimate:
     """Predict the memory and speed of a model without loading it. Measurements stored in --out correct it.
 
     Raises:
         InputError: No such model, format or device, or arguments that contradict each other.
     """
-    numbers = (layers, width, heads, kv_heads, head_dim, ffn, vocab, experts, active_experts, window)
-    sizes = dict(zip(_SIZES, numbers, strict=True))
-    asked = device is not None or all_devices
-    _check(model, sizes, tied=tied, device=device, all_devices=all_devices, prompt=prompt)
-    load: dict[str, Any] = {"batch": 1 if batch is None else check_streams(batch, "--batch"), "context": context}
-    load |= {"kv_type": kv_type, "runtime": runtime, "prompt": prompt}
-    files = device_files(devices, asked)
+    request = EstimateRequest(**options)
+    files = device_files(request.devices, request.on_devices)
     from autodistill.advisor.candidates import recalibrated
     from autodistill.advisor.describe import deployment_named, describe, shape
     from autodistill.advisor.estimate import appraise
     from autodistill.hardware.local import choose_device, known_devices
 
-    found = known_devices(files) if all_devices else ()
-    if device is not None:
-        found = (choose_device(device, cache_folder(cache), files),)
-    described = shape(sizes, tied=tied) if model is None else describe(str(model))
-    load |= {"devices": found, "overheads": recalibrated(Path(out))}
-    if strategy is not None:
-        return Estimate(_student_estimated(described, strategy, format, training, load))
-    if format:
-        described = replace(described, weights_bytes=None)
-    deployment = deployment_named(format or described.format_name or "gguf-q8_0")
-    return Estimate(appraise(described, deployment, training=training, **load))
+    found = known_devices(files) if request.all_devices else ()
+    if request.device is not None:
+        found = (choose_device(request.device, cache_folder(request.cache), files),)
+    model = request.model
+    described = shape(request.sizes, tied=request.tied) if model is None else describe(str(model))
+    load: dict[str, Any] = {name: getattr(request, name) for name in ("context", "kv_type", "runtime", "prompt")}
+    load |= {"batch": request.batch or 1, "devices": found, "overheads": recalibrated(Path(request.out))}
+    if request.strategy is not None:
+        document = _student_estimated(described, request.strategy, request.format, request.training, load)
+    else:
+        if request.format:
+            described = replace(described, weights_bytes=None)
+        deployment = deployment_named(request.format or described.format_name or "gguf-q8_0")
+        document = appraise(described, deployment, training=request.training, **load)
+    return Estimate(document | {"stress": _stressed(document) if request.stress else None})
 
 
-def _check(
-    model: str | Path | None,
-    sizes: Mapping[str, int | None],
-    *,
-    tied: bool,
-    device: str | None,
-    all_devices: bool,
-    prompt: int | None,
-) -> None:
-    """Refuse arguments that contradict each other."""
-    if (model is None) == all(size is None for size in sizes.values()):
-        raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
-    if tied and model is not None:
-        raise InputError("--tied applies to a shape given in numbers; a MODEL says itself whether its head is tied")
-    if device is not None and all_devices:
-        raise InputError("--device names one device and --all-devices all of them: give one of the two")
-    if prompt is not None and device is None and not all_devices:
-        raise InputError(
-            "--prompt sets the time to the first token, which depends on the device: name one with --device"
-        )
+def _stressed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A pressure test up to the most that is estimated, and whether each estimate is within what it held."""
+    from autodistill.advisor.estimate import WAYS
+    from autodistill.hardware.pressure import stress
+
+    plans = {"serving": int(document["total_bytes"])}
+    training = document["training"] or {}
+    for way in WAYS if training else ():
+        plans[f"training, {way.replace('_', ' ')}"] = int(training[way]["total_bytes"])
+    found = stress(max(plans.values()))
+    held = found.planned_bytes if found.fits else found.held_bytes
+    fits = {name: size <= held for name, size in plans.items()}
+    return found.to_json() | {"plans": plans, "fit": fits, "text": found.describe()}
 
 
 def _student_estimated(

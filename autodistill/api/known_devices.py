@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from autodistill.api.paths import cache_folder
 from autodistill.errors import InputError
 from autodistill.hardware.device import LOCAL, Device
-from autodistill.options import Cache, Devices, Option
+from autodistill.options import Cache, Devices, Option, cache_folder
 
 
 def devices(

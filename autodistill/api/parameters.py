@@ -17,21 +17,23 @@ def takes(request: Callable[P, object], verb: str) -> Callable[[Callable[..., R]
     """Give a function the parameters that a request declares for a verb: names, types, defaults and help."""
 
     def decorate(function: Callable[..., R]) -> Callable[P, R]:
+        """Replace the function's `**options` by the request's parameters."""
         declared = inspect.signature(request).parameters
         taken = options_of(request, verb)
         own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
-        hints = get_type_hints(request)
+        hints, full = get_type_hints(request), get_type_hints(request, include_extras=True)
         shared = [
             declared[name].replace(annotation=hints[name]) for name in taken if not any(one.name == name for one in own)
         ]
-        signature = inspect.Signature([*own, *shared])
+        signature = inspect.Signature(sorted([*own, *shared], key=lambda one: one.kind))
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            bound = signature.bind(*args, **kwargs)
-            return function(*bound.args, **bound.kwargs)
+            """Call the function with arguments that the signature allows."""
+            return function(**signature.bind(*args, **kwargs).arguments)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__annotations__ = function.__annotations__ | {one.name: full[one.name] for one in shared}
         told = (f"    {name}: {option.helps.get(verb, option.help)}" for name, option in taken.items())
         call.__doc__ = "\n".join([f"{inspect.getdoc(function)}", "", "Args:", *told])
         return call

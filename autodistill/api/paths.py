@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from autodistill.errors import InputError
 from autodistill.objects.run import Run
-from autodistill.runs.run_folder import RunFolder, default_cache
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.budgets.record import runs_of
 
 
 def run_folder(run: str | Path | Run, out: Path) -> RunFolder:
@@ -17,7 +18,18 @@ def run_folder(run: str | Path | Run, out: Path) -> RunFolder:
     path = Path(run).expanduser()
     if isinstance(run, Path) or len(path.parts) > 1:
         return RunFolder.open(path.absolute().parent, path.absolute().name)
+    if each := runs_of(out, str(run)):
+        raise InputError(f"{run!r} is a search for several budgets: name one of its runs, {', '.join(each)}")
     return RunFolder.open(out, str(run))
+
+
+def each_run(names: Iterable[str], out: Path) -> list[str]:
+    """Return names of runs, with all runs of a search for several budgets in the place of its name."""
+    return list(dict.fromkeys(one for name in names for one in _runs_of(name, out) or [name]))
+
+
+def _runs_of(name: str, out: Path) -> list[str]:
+    return [] if len(Path(name).parts) > 1 else runs_of(out, name)
 
 
 def device_files(files: Sequence[str | Path] | None, named: bool) -> list[Path]:
@@ -25,13 +37,3 @@ def device_files(files: Sequence[str | Path] | None, named: bool) -> list[Path]:
     if files and not named:
         raise InputError("--devices only describes devices: choose one with --device")
     return [Path(file) for file in files or ()]
-
-
-def cache_folder(folder: str | Path | None) -> Path:
-    """Return the folder of what later calls can use again."""
-    return default_cache() if folder is None else Path(folder)
-
-
-def as_path(file: str | Path | None) -> Path | None:
-    """Return a path that may be left out."""
-    return None if file is None else Path(file)

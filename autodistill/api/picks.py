@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from autodistill.api.paths import cache_folder, device_files, run_folder
+from autodistill.api.paths import device_files, each_run, run_folder
 from autodistill.errors import InputError
 from autodistill.hardware.budget import check_streams, memory_on, parse_latency
 from autodistill.hardware.device import LOCAL
 from autodistill.objects.answers import Pick
 from autodistill.objects.run import Run
-from autodistill.options import BUDGET_HELP, RUNS, Cache, Context, Devices, Latency, Option, Out
+from autodistill.options import BUDGET_HELP, RUNS, Cache, Context, Devices, Latency, Option, Out, ServedBy, cache_folder
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.request.request import check_room
 from autodistill.units import parse_bytes
@@ -41,6 +41,7 @@ def pick(
         int | None, Option(help="Number of sequences decoded at once (default: 1).", metavar="N", typed=int)
     ] = None,
     latency: Latency = None,
+    runtime: ServedBy = None,
     min_accuracy: Annotated[
         float | None,
         Option(
@@ -88,6 +89,7 @@ def pick(
         streams=at_once,
         device=found,
         latency=limits,
+        runtime=runtime,
         least=min_accuracy,
     )
     return _picked(asked, *_together(runs or (), Path(out)), cache_folder(cache), tiers=tiers)
@@ -132,7 +134,7 @@ def _solved_before(
 def _together(runs: Sequence[str | Path | Run], out: Path) -> tuple[Path, list[str]]:
     """The folder that holds some runs, and their names."""
     if not any(isinstance(run, Run | Path) or "/" in run for run in runs):
-        return out, [str(run) for run in runs]
+        return out, each_run(map(str, runs), out)
     folders = [run_folder(run, out) for run in runs]
     parents = {folder.path.parent for folder in folders}
     if len(parents) > 1:
@@ -149,7 +151,15 @@ def _to_get(picked: Mapping[str, Any], runs: Path) -> str:
     run, row = RunFolder.open(runs, picked["run"]), picked["row_id"]
     if picked["kind"] != "teacher" and not student_folder(run.checkpoints / picked["trial"]).is_dir():
         return f"Its student is not on this disk ({run.checkpoints / picked['trial']}), so it cannot be exported here."
-    words = ["autodistill", "export", picked["run"], "--row", row, "--to", get_format(picked["format"]).container]
+    words = [
+        "autodistill",
+        "export",
+        picked["run"],
+        "--row",
+        row,
+        "--to",
+        get_format(picked["format"]).container_for(picked["runtime"]),
+    ]
     words += ["--out", f"students/{row}", *([] if runs == RUNS else ["--runs", str(runs)])]
     return f"To get it: {shlex.join(words)}"
 

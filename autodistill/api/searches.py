@@ -1,21 +1,25 @@
-"""`search`, `distill`, `plan` and `load_run`: their options are the fields of `SearchRequest`."""
+"""`search`, `search_budgets`, `distill`, `plan` and `load_run`: their options are the fields of their requests."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeAlias
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from autodistill.api.parameters import takes
 from autodistill.api.paths import run_folder
+from autodistill.errors import InputError
 from autodistill.hardware.budget import Price, parse_price
+from autodistill.objects.budgets import BudgetSearch, run_budgets
 from autodistill.objects.run import Run, SearchResult, lines, run_search
 from autodistill.options import RUNS, options_of
+from autodistill.search.budgets.request import BudgetsRequest
 from autodistill.search.request.request import SearchRequest
 from autodistill.strategy.strategy import Strategy
 
 P = ParamSpec("P")
+R = TypeVar("R", bound=SearchRequest)
 Strategies: TypeAlias = str | Path | Strategy
 
 
@@ -23,6 +27,15 @@ Strategies: TypeAlias = str | Path | Strategy
 def search(**options: Any) -> SearchResult:
     """Find, export and verify the best student that fits a hardware budget."""
     return run_search(_request("search", options))
+
+
+@takes(BudgetsRequest, "search")
+def search_budgets(**options: Any) -> BudgetSearch:
+    """Find, export and verify the best student for each of several budgets, or devices, in one search."""
+    request = _request("search", options, BudgetsRequest)
+    if not request.several:
+        raise InputError("search_budgets takes budgets like ['1GB', '2GB'] or tiers: for one budget there is search")
+    return run_budgets(request)
 
 
 def _distill(strategy: Strategies, **options: Any) -> SearchResult:
@@ -46,17 +59,17 @@ def plan(price: str | Price | None = None, **options: Any) -> dict[str, Any]:
     return plan_search(_request("plan", options), lines(), hourly)
 
 
-def _request(verb: str, options: Mapping[str, Any]) -> SearchRequest:
+def _request(verb: str, options: Mapping[str, Any], kind: type[R] = SearchRequest) -> R:  # type: ignore[assignment]
     """The request of a call, with the command line that says the same."""
     words = ["autodistill", verb]
-    declared = options_of(SearchRequest)
+    declared = options_of(kind)
     for name, value in options.items():
         values = value if isinstance(value, list | tuple) else [value]
         if value is None or value is False or not all(isinstance(one, str | int | float | Path) for one in values):
             continue  # what no command line can say
         flag = [] if declared[name].argument else [f"--{name.replace('_', '-')}"]
         words += [word for one in values for word in (flag if value is True else [*flag, str(one)])]
-    return SearchRequest(**options, command=shlex.join(words))
+    return kind(**options, command=shlex.join(words))
 
 
 def load_run(run: str | Path, *, out: str | Path = RUNS) -> Run:

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from autodistill.api.paths import as_path, cache_folder, device_files
+from autodistill.api.parameters import takes
+from autodistill.api.paths import device_files
 from autodistill.errors import InputError
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, TierBudget, memory_on, parse_latency
 from autodistill.hardware.device import LOCAL
 from autodistill.objects.solutions import Solutions
-from autodistill.options import Batch, Cache, Context, Devices, Latency, Option
+from autodistill.options import (
+    DEFAULT_DATA,
+    DEFAULT_TEACHER,
+    Batch,
+    Cache,
+    Context,
+    Devices,
+    Latency,
+    Option,
+    cache_folder,
+    parsed,
+    read_texts,
+)
 from autodistill.units import parse_bytes
 
 _STEPS = 7  # budgets of a sweep
 
 
-def solve(
+@dataclass(frozen=True, kw_only=True)
+class SolveOptions:
+    """What a person asks of `solve`, as it was typed."""
+
     teacher: Annotated[
         str | Path | None,
         Option(
@@ -25,14 +42,14 @@ def solve(
             metavar="TEACHER",
             argument=True,
         ),
-    ] = None,
-    *,
+    ] = field(default=None, kw_only=False)
     budget: Annotated[
-        str | int | None, Option(help="Memory limit for the deployed model, like 16GB or 900MiB.", metavar="SIZE")
-    ] = None,
+        str | int | None,
+        Option(help="Memory limit for the deployed model, like 16GB or 900MiB.", metavar="SIZE", parse=parse_bytes),
+    ] = None
     sweep: Annotated[
         str | None, Option(help=f"Solve for {_STEPS} budgets instead, like 100MB..400MB.", metavar="SIZE..SIZE")
-    ] = None,
+    ] = None
     device: Annotated[
         str | None,
         Option(
@@ -40,34 +57,57 @@ def solve(
             metavar="NAME",
             complete="devices",
         ),
-    ] = None,
-    latency: Latency = None,
+    ] = None
+    latency: Latency = None
     file_size: Annotated[
-        str | int | None, Option(help="Limit of all weights in the file, like 120MB.", metavar="SIZE")
-    ] = None,
-    tiers: Annotated[bool, Option(help="Solve for GPUs of 4 to 80 GB instead, as pick has them.", typed=bool)] = False,
+        str | int | None,
+        Option(help="Limit of all weights in the file, like 120MB.", metavar="SIZE", parse=parse_bytes),
+    ] = None
+    tiers: Annotated[bool, Option(help="Solve for GPUs of 4 to 80 GB instead, as pick has them.", typed=bool)] = False
+    runtime: Annotated[
+        str, Option(help="What will serve it: llama.cpp, or vllm (folders of compressed-tensors).", metavar="NAME")
+    ] = "llama.cpp"
     data: Annotated[
         str | Path | None,
         Option(help="Text to score on: a folder, a .txt, .jsonl or .parquet file, or pydoc (default).", metavar="REF"),
-    ] = None,
-    context: Context = None,
-    batch: Batch = None,
+    ] = None
+    context: Context = None
+    batch: Batch = None
     tokens: Annotated[
         int, Option(help="Tokens of text to score on; twice as many are held out.", metavar="TOKENS", typed=int)
-    ] = 2048,
+    ] = 2048
     sequence_length: Annotated[
         int, Option(help="Length of the sequences that are read.", metavar="TOKENS", typed=int)
-    ] = 256,
+    ] = 256
+    memory: Annotated[
+        str | int | None,
+        Option(
+            help="Memory that solving itself may take, like 16GB; a larger teacher is read by layer.",
+            metavar="SIZE",
+            parse=parse_bytes,
+        ),
+    ] = None
     out: Annotated[
         str | Path | None,
-        Option(help="Folder for the result, and for the solution with --export.", metavar="DIR", typed=Path),
-    ] = None,
+        Option(
+            help="Folder for the result, and for the solution with --export.", metavar="DIR", typed=Path, parse=Path
+        ),
+    ] = None
     export: Annotated[
-        bool, Option(help="Write the solution as a GGUF file and verify it in llama.cpp.", typed=bool)
-    ] = False,
+        bool, Option(help="Write the solution, and verify it in llama.cpp, or for vllm in transformers.", typed=bool)
+    ] = False
+    plot: Annotated[
+        str | Path | None,
+        Option(
+            help="Draw KL against memory into this file, like curve.svg or curve.png.",
+            metavar="FILE",
+            typed=Path,
+            parse=Path,
+        ),
+    ] = None
     plan: Annotated[
         bool, Option(help="Say what solving would take on this machine, and solve nothing.", typed=bool)
-    ] = False,
+    ] = False
     candidate: Annotated[
         str | Path | Sequence[str | Path] | None,
         Option(
@@ -75,81 +115,101 @@ def solve(
             metavar="FILE",
             typed=list[str],
         ),
-    ] = None,
-    devices: Devices = None,
-    cache: Cache = None,
-    notify: Callable[[str], None] = lambda line: None,
-) -> Solutions:
+    ] = None
+    devices: Devices = None
+    cache: Cache = None
+
+    def __post_init__(self) -> None:
+        """Refuse limits that contradict each other."""
+        if isinstance(self.latency, str):
+            # Where it names no streams, those of --batch are meant.
+            object.__setattr__(self, "latency", parse_latency(self.latency, self._batch))
+        read_texts(self)
+        named = (self.budget, self.sweep, self.device) != (None, None, None)
+        if self.budget is not None and self.sweep is not None:
+            raise InputError("--budget is one limit and --sweep several: give one of the two")
+        if self.tiers and named:
+            raise InputError("--tiers has the memory of GPUs for its budgets: leave --budget, --sweep and --device out")
+        if self.tiers and self.latency:
+            raise InputError("--tiers compares memory alone, and latency depends on the device: leave --latency out")
+        if self.plan and self.plot is not None:
+            raise InputError("--plan solves nothing that --plot could draw: leave one of the two out")
+        if not self.tiers and not named and not self.latency:
+            raise InputError(
+                "solve takes --budget like 200MB, --sweep like 100MB..400MB, --device like local, or --tiers"
+            )
+
+    @property
+    def _batch(self) -> int:
+        return 1 if self.batch is None else self.batch
+
+    def budgets(self) -> tuple[Budget, ...]:
+        """Return the limits that are asked for; a device may be looked for, and this machine measured."""
+        load: dict[str, Any] = {"context": CONTEXT if self.context is None else self.context, "batch": self._batch}
+        load |= {"latency": self.latency} if self.latency else {}
+        device = LOCAL if self.device is None and self.latency else self.device
+        files = device_files(self.devices, device is not None)
+        if self.tiers:
+            from autodistill.advisor.pick import TIERS, tier_of
+            from autodistill.hardware.catalog import listed
+
+            known = [tier_of(size, listed()) for size in TIERS]
+            return tuple(
+                TierBudget(
+                    memory_bytes=tier.usable_bytes, tier_bytes=tier.nominal_bytes, least_device=tier.device, **load
+                )
+                for tier in known
+            )
+        limits: Sequence[int | None] = [parsed(self.budget)] if self.sweep is None else _sweep(self.sweep)
+        if device is None:
+            return tuple(Budget(memory_bytes=limit or 0, **load) for limit in limits)
+        from autodistill.hardware.local import choose_device
+
+        found = choose_device(device, cache_folder(self.cache), files)
+        return tuple(DeviceBudget(memory_bytes=memory_on(found, limit), device=found, **load) for limit in limits)
+
+
+@takes(SolveOptions, "solve")
+def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) -> Solutions:
     """Choose the storage type of every matrix, table and cache that costs least within a budget. Nothing is trained.
 
     Raises:
-        InputError: No such teacher, data or device, a model that llama.cpp cannot hold, a candidate of another model,
+        InputError: No such teacher, data or device, a model that the runtime cannot hold, a candidate of another model,
             or arguments that contradict each other.
         NothingFitsError: No budget holds the smallest storage, or what was written takes more than the budget.
         VerificationError: What was written is not what was measured.
     """
-    one = parse_bytes(budget) if isinstance(budget, str) else budget
-    load: dict[str, Any] = {"context": CONTEXT if context is None else context, "batch": 1 if batch is None else batch}
-    limits_of_time = parse_latency(latency, load["batch"]) if isinstance(latency, str) else latency
-    if limits_of_time:
-        if tiers:
-            raise InputError("--tiers compares memory alone, and latency depends on the device: leave --latency out")
-        load["latency"] = limits_of_time
-        device = LOCAL if device is None else device
-    files = device_files(devices, device is not None)
-    budgets = _budgets(one, sweep, device, load, tiers=tiers, files=files, cache=cache_folder(cache))
+    asked = SolveOptions(**options)
+    budgets = asked.budgets()
+    if (drawn := parsed(asked.plot)) is not None:
+        from autodistill.report.solved import check_chart
+
+        check_chart(drawn)
     from autodistill.search.solve import SolveRequest, plan_solve
     from autodistill.search.solve import solve as solved
 
-    named = {name: str(value) for name, value in (("teacher", teacher), ("data", data)) if value is not None}
+    candidates = [asked.candidate] if isinstance(asked.candidate, str | Path) else asked.candidate or ()
     request = SolveRequest(
-        budgets=tuple(budgets),
-        cache=cache_folder(cache),
-        tokens=tokens,
-        sequence_length=sequence_length,
-        out=as_path(out),
-        export=export,
-        candidates=tuple(map(Path, [candidate] if isinstance(candidate, str | Path) else candidate or ())),
-        file_bytes=parse_bytes(file_size) if isinstance(file_size, str) else file_size,
-        context_by_default=context is None,
-        **named,
+        budgets=budgets,
+        cache=cache_folder(asked.cache),
+        teacher=str(asked.teacher or DEFAULT_TEACHER),
+        data=str(asked.data or DEFAULT_DATA),
+        tokens=asked.tokens,
+        sequence_length=asked.sequence_length,
+        out=parsed(asked.out),
+        export=asked.export,
+        candidates=tuple(map(Path, candidates)),
+        memory_bytes=parsed(asked.memory),
+        file_bytes=parsed(asked.file_size),
+        runtime=asked.runtime,
+        context_by_default=asked.context is None,
     )
-    return Solutions(plan_solve(request) if plan else solved(request, notify))
+    found = Solutions(plan_solve(request) if asked.plan else solved(request, notify))
+    if drawn is not None:
+        from autodistill.report.solved import write_chart
 
-
-def _budgets(
-    budget: int | None,
-    sweep: str | None,
-    device: str | None,
-    load: Mapping[str, Any],
-    *,
-    tiers: bool,
-    files: Sequence[Path],
-    cache: Path,
-) -> list[Budget]:
-    """Return the budgets that are asked for, at some context and batch."""
-    if budget is not None and sweep is not None:
-        raise InputError("--budget is one limit and --sweep several: give one of the two")
-    if tiers and (budget, sweep, device) != (None, None, None):
-        raise InputError("--tiers has the memory of GPUs for its budgets: leave --budget, --sweep and --device out")
-    if not tiers and (budget, sweep, device) == (None, None, None):
-        raise InputError("solve takes --budget like 200MB, --sweep like 100MB..400MB, --device like local, or --tiers")
-    if tiers:
-        from autodistill.advisor.pick import TIERS, tier_of
-        from autodistill.hardware.catalog import listed
-
-        known = [tier_of(size, listed()) for size in TIERS]
-        return [
-            TierBudget(memory_bytes=tier.usable_bytes, tier_bytes=tier.nominal_bytes, least_device=tier.device, **load)
-            for tier in known
-        ]
-    limits: Sequence[int | None] = [budget] if sweep is None else _sweep(sweep)
-    if device is None:
-        return [Budget(memory_bytes=limit or 0, **load) for limit in limits]
-    from autodistill.hardware.local import choose_device
-
-    found = choose_device(device, cache, files)
-    return [DeviceBudget(memory_bytes=memory_on(found, limit), device=found, **load) for limit in limits]
+        write_chart(found.plot(), drawn)
+    return found
 
 
 def _sweep(text: str) -> list[int]:

@@ -16,20 +16,22 @@ from typing import Annotated, Any
 import typer
 
 from autodistill import api
-from autodistill.cli import commands
+from autodistill.cli import commands, serving
 from autodistill.cli.help import PlainCommand, PlainGroup, SectionedCommand
 from autodistill.cli.options import SECTIONS, Json, parameters, typed
-from autodistill.cli.printing import line_width, lines, packaged_text, rows, show, tables
+from autodistill.cli.printing import bundle_text, line_width, lines, packaged_text, rows, show, tables
 from autodistill.cli.solve import solve_text
 from autodistill.cli.streams import quiet_libraries
-from autodistill.cli.summary import plan_summary, search_summary, written_summary
+from autodistill.cli.summary import budgets_text, planned_text, search_summary, written_summary
 from autodistill.cli.tables import open_view, printable
 from autodistill.errors import AutoDistillError, InputError, shortened
 from autodistill.hardware.budget import parse_price
+from autodistill.objects.budgets import BudgetSearch, run_budgets
 from autodistill.objects.run import SearchResult, run_search
 from autodistill.options import Option
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import leaderboard_of
+from autodistill.search.budgets.request import BudgetsRequest
 from autodistill.search.request.request import SearchRequest
 from autodistill.utils.process_exit import INTERRUPTED, ended_by, error_document, sigterm_as_interrupt
 from autodistill.utils.timeouts import calls_left
@@ -58,18 +60,40 @@ def _root(
         raise typer.Exit(2)
 
 
+# What a person wants to do, with the commands for it; the help shows them so.
+_PURPOSES = {
+    "Find a student": ("search", "distill", "solve", "write"),
+    "See what was found": (
+        "leaderboard",
+        "explain",
+        "show",
+        "report",
+        "compare",
+        "cascade",
+        "reproduce",
+        "study",
+        "log",
+    ),
+    "Take it to its users": ("export", "verify", "bundle", "serve", "chat", "monitor", "load", "dashboards"),
+    "Ask of hardware": ("pick", "estimate", "measure", "profile", "devices", "doctor"),
+    "Read what ships": ("strategies", "spaces"),
+}
+_PANELS = {name: purpose for purpose, names in _PURPOSES.items() for name in names}
+
+
 def _command(
     name: str, help: str, declared: Sequence[inspect.Parameter], body: Callable[[typer.Context], None], cls: type[Any]
 ) -> None:
     """Adds a command with such options; its body reads them from the context."""
 
     def call(ctx: typer.Context, **given: Any) -> None:
+        """Run the command; Typer gives it the context first."""
         body(ctx)
 
     first = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     call.__signature__ = inspect.Signature([first, *declared])  # type: ignore[attr-defined]
     call.__annotations__ = {}
-    app.command(name, cls=cls, help=help)(call)
+    app.command(name, cls=cls, help=help, rich_help_panel=_PANELS[name])(call)
 
 
 def _verb(
@@ -93,10 +117,12 @@ def _verb(
     """
 
     def body(ctx: typer.Context) -> None:
+        """Call the function with what was typed, and print its result."""
         given = typed(ctx)
         as_json = given.pop("json", False)
 
         def work() -> Any:
+            """Call the function, with a place to log to where it takes one."""
             if quiet is not None:
                 quiet_libraries(*quiet(given))
             with open_view() if "notify" in inspect.signature(function).parameters else nullcontext() as view:
@@ -106,6 +132,17 @@ def _verb(
 
     declared = [*parameters(function, sections=sections), *parameters(_printed)]
     _command(function.__name__, _first_line(function), declared, body, PlainCommand)
+
+
+def _streaming(function: Callable[..., int]) -> None:
+    """Adds the command of a function that prints as it goes, and gives the exit code."""
+
+    def body(ctx: typer.Context) -> None:
+        """Call the function with what was typed."""
+        if code := function(**typed(ctx)):
+            raise typer.Exit(code)
+
+    _command(function.__name__, _first_line(function), parameters(function), body, PlainCommand)
 
 
 def _printed(json: Json = False) -> None:
@@ -137,28 +174,30 @@ def _first_line(function: Callable[..., Any]) -> str:
     return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
-def _searches(verb: str, function: Callable[..., Any]) -> None:
-    """Adds a command that trains, or plans what it would train."""
+def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest] = SearchRequest) -> None:
+    """Adds a command that trains, or plans what it would train, as its request asks."""
 
     def body(ctx: typer.Context) -> None:
+        """Search or distil as typed, or print the plan."""
         started, given = time.monotonic(), typed(ctx)
         as_json, plan, price = (given.pop(name, None) for name in ("json", "plan", "price"))
 
         def asked() -> SearchRequest:
+            """Return the request, once libraries are silenced."""
             if price is not None and not plan:
                 raise InputError("--price is for what a plan would cost: give it with --plan")
-            request = SearchRequest(**given, command=ctx.obj or ctx.command_path, started=started)
+            request = asks(**given, command=ctx.obj or ctx.command_path, started=started)
             quiet_libraries(given.get("teacher"), given.get("data"), *commands.further(given))
             return request
 
         if plan:
             width = line_width()
-            show(bool(as_json), lambda: _plan(asked(), price), dict, lambda document: plan_summary(document, width))
+            show(bool(as_json), lambda: _plan(asked(), price), dict, lambda document: planned_text(document, width))
         else:
             show(bool(as_json), lambda: _search(asked()), attrgetter("document"), _summary)
 
     declared = [
-        *parameters(SearchRequest, verb, SECTIONS),
+        *parameters(asks, verb, SECTIONS),
         *parameters(_planned, sections=SECTIONS),
         *parameters(_printed, sections=SECTIONS),
     ]
@@ -171,17 +210,25 @@ def _plan(request: SearchRequest, price: str | None) -> dict[str, Any]:
     from autodistill.search.search import plan_search
 
     with open_view() as view:
+        if isinstance(request, BudgetsRequest) and request.several:
+            from autodistill.search.budgets.run import plan_budgets
+
+            return plan_budgets(request, SearchView(view), hourly)
         return plan_search(request, SearchView(view), hourly)
 
 
-def _search(request: SearchRequest) -> SearchResult:
+def _search(request: SearchRequest) -> SearchResult | BudgetSearch:
     from autodistill.cli.live import SearchView
 
     with open_view() as view:
+        if isinstance(request, BudgetsRequest) and request.several:
+            return run_budgets(request, SearchView(view))
         return run_search(request, SearchView(view))
 
 
-def _summary(result: SearchResult) -> str:
+def _summary(result: SearchResult | BudgetSearch) -> str:
+    if isinstance(result, BudgetSearch):
+        return budgets_text(result.document, line_width())
     run = RunFolder.open(result.path.parent, result.name)
     return search_summary(result.document, *leaderboard_of(run), line_width())
 
@@ -196,6 +243,24 @@ def _of(show: Callable[[dict[str, Any]], str]) -> Callable[[Any], str]:
     return lambda result: show(result.document)
 
 
+def _shown(found: dict[str, Any]) -> str:
+    from autodistill.advisor.origin import said
+
+    return said(found)
+
+
+def _cascaded(found: dict[str, Any]) -> str:
+    from autodistill.search.cascade import described
+
+    return described(found)
+
+
+def _profiled(found: dict[str, Any]) -> str:
+    from autodistill.profiling.request import described
+
+    return described(found)
+
+
 def _ready(found: Any) -> None:
     from autodistill.cli.doctor import ready
 
@@ -208,13 +273,22 @@ def _models(given: dict[str, Any]) -> list[str | None]:
     return [given.get("model"), *commands.further({"strategy": given.get("strategy")})]
 
 
-_searches("search", api.search)
+_searches("search", api.search, BudgetsRequest)
 _searches("distill", api.distill)
 _verb(api.write, dict, written_summary, quiet=lambda given: [given.get("teacher")])
 _verb(commands.leaderboard, rows, tables)
 _verb(commands.explain, dict, lambda found: str(found["text"]))
+_verb(commands.show, dict, _shown)
+_verb(commands.reproduce, dict, lambda found: str(found["text"]))
+_verb(commands.report, dict, lines)
+_verb(commands.compare, dict, lines)
+_verb(commands.study, dict, lines)
+_verb(commands.log, dict, lines)
+_verb(api.cascade, dict, _cascaded, quiet=lambda given: [])
 _verb(commands.export, dict, lines)
 _verb(commands.verify, dict, commands.verified_text)
+_verb(api.bundle, dict, bundle_text, quiet=lambda given: [])
+_verb(api.dashboards, dict, lines)
 _verb(commands.doctor, _later("doctor", "to_json"), _later("doctor", "describe"), after=_ready)
 _verb(api.devices, lambda found: [one.to_json() for one in found], _later("hardware_summary", "devices_table"))
 _verb(commands.strategies, dict, packaged_text)
@@ -228,12 +302,17 @@ _verb(
 )
 _verb(api.pick, attrgetter("document"), _of(_later("hardware_summary", "pick_text")))
 _verb(api.measure, dict, _later("hardware_summary", "measured_text"), quiet=lambda given: [str(given["student"])])
+_verb(api.profile, dict, _profiled, quiet=lambda given: [given.get("teacher")])
 _verb(
     api.solve,
     attrgetter("document"),
     _of(lambda document: solve_text(document, line_width())),
     quiet=lambda given: [given.get("teacher"), given.get("data")],
 )
+_verb(serving.serve, dict, serving.served_text)
+_streaming(serving.chat)
+_streaming(serving.monitor)
+_verb(serving.load, dict, serving.loaded_text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

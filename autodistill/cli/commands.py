@@ -8,15 +8,28 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
+from autodistill.advisor.merged import Board
+from autodistill.api.paths import each_run, run_folder
 from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.tables import open_view
 from autodistill.errors import InputError
-from autodistill.options import RUNS, Cache, Option, Out, RayAddress, Storage
-from autodistill.runs.run_folder import RunFolder, default_cache, known_runs
+from autodistill.options import RUNS, Cache, Option, Out, RayAddress, Storage, cache_folder
+from autodistill.runs.run_folder import RunFolder, known_runs
 from autodistill.runs.standing import leaderboard_of
 
-RunName = Annotated[str, Option(help="Name of the run.", metavar="RUN", argument=True, complete="runs")]
+RunName = Annotated[str, Option(help="Name of the run, or its folder.", metavar="RUN", argument=True, complete="runs")]
 Boards = list[tuple[RunFolder, tuple[Any, str]]]
+
+
+class Merged:
+    """Tables of rows of several runs.
+
+    Attributes:
+        boards: Each of rows that compare.
+    """
+
+    def __init__(self, boards: Sequence[Board]) -> None:
+        self.boards = boards
 
 
 def further(given: Mapping[str, Any]) -> Iterator[str]:
@@ -41,22 +54,152 @@ def leaderboard(
         list[str] | None,
         Option(help="Names of runs (default: all).", metavar="RUN", typed=list[str], argument=True, complete="runs"),
     ] = None,
+    merge: Annotated[
+        bool,
+        Option(
+            help="Rank the rows of all runs together, where they compare. RUN may then be a folder or a .parquet file.",
+            typed=bool,
+        ),
+    ] = False,
+    by: Annotated[
+        str | None,
+        Option(help="With --merge: the figure to rank by (default: what ranked each run).", metavar="FIGURE"),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        Option(help="With --merge: also write all rows into this .parquet file.", metavar="FILE", typed=Path),
+    ] = None,
+    most: Annotated[
+        int | None,
+        Option(help="With --merge: rows to show of each table (default: 20).", metavar="N", typed=int, least=1),
+    ] = None,
     out: Out = RUNS,
-) -> Boards:
+) -> Boards | Merged:
     """Show the ranked students of runs, including runs that are still going on."""
-    names = list(dict.fromkeys(runs or known_runs(Path(out))))
+    if merge:
+        return _merged(each_run(runs or [str(out)], Path(out)), Path(out), by, to, 20 if most is None else most)
+    for name, value in (("by", by), ("to", to), ("most", most)):
+        if value is not None:
+            raise InputError(f"--{name} belongs to tables of several runs: give it with --merge")
+    names = each_run(runs or known_runs(Path(out)), Path(out))
     if not names:
         raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
-    found = [RunFolder.open(Path(out), name) for name in names]
+    found = [run_folder(name, Path(out)) for name in names]
     return [(run, leaderboard_of(run)) for run in found]
+
+
+def _merged(names: Sequence[str], out: Path, by: str | None, to: Path | None, most: int) -> Merged:
+    from autodistill.advisor.merged import merge, stored, write
+
+    runs = stored(names, out)
+    boards = merge(runs, by, most)
+    if to is not None:
+        write(runs, to)
+    return Merged(boards)
 
 
 def explain(run: RunName, out: Out = RUNS) -> dict[str, Any]:
     """Show what mattered in a run, what was stopped early, which limit binds and what to try next."""
     from autodistill.search.explain import explain as explained
 
-    found = explained(RunFolder.open(Path(out), run))
+    found = explained(run_folder(run, Path(out)))
     return {**found.to_json(), "text": found.describe()}
+
+
+RowId = Annotated[str, Option(help="Id of the row, as leaderboard shows it.", metavar="ROW", argument=True)]
+On = Annotated[
+    str | None, Option(help="Run that has the row (default: the one that does).", metavar="RUN", complete="runs")
+]
+
+
+def show(row: RowId, on: On = None, out: Out = RUNS) -> dict[str, Any]:
+    """Show all that made a row: teacher, data, code, packages, machine, seeds, and how much was read."""
+    from autodistill.advisor.origin import origin
+
+    return origin(row, Path(out), on).to_json()
+
+
+def reproduce(row: RowId, on: On = None, out: Out = RUNS, cache: Cache = None) -> dict[str, Any]:
+    """Make a row again, and say whether it is identical, within its error, or different. Its run is left as it is."""
+    from autodistill.advisor.origin import origin
+
+    found = origin(row, Path(out), on)
+    quiet_libraries()
+    from autodistill.search.remake import remake
+
+    with open_view() as view:
+        made = remake(found.run, found.row, cache_folder(cache), view.log)
+    return {**made.to_json(), "text": made.describe()}
+
+
+def report(
+    run: RunName,
+    out: Annotated[
+        Path | None,
+        Option(
+            help="File to write the page to (default: report.html in the run's folder).", metavar="FILE", typed=Path
+        ),
+    ] = None,
+    plots: Annotated[
+        Path | None,
+        Option(help="Also write each chart as PNG, SVG and Vega-Lite into this folder.", metavar="DIR", typed=Path),
+    ] = None,
+    runs: Annotated[Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path)] = RUNS,
+) -> dict[str, str]:
+    """Write the page about a run again: one file with charts and tables, which opens from disk."""
+    from autodistill.report.writing import write_charts, write_page
+
+    folder = run_folder(run, runs)
+    paths = {"page": str(write_page(folder, out))}
+    return paths | ({path.name: str(path) for path in write_charts(folder, plots)} if plots else {})
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        Option(help="Names of two runs or more.", metavar="RUN", typed=list[str], argument=True, complete="runs"),
+    ],
+    to: Annotated[Path, Option(help="File to write (default: compare.html).", metavar="FILE", typed=Path)] = Path(
+        "compare.html"
+    ),
+    out: Out = RUNS,
+) -> dict[str, str]:
+    """Write one page about several runs: what each was asked and found, with their budget curves."""
+    from autodistill.report.writing import write_comparison
+
+    return {"page": str(write_comparison([run_folder(name, Path(out)) for name in each_run(runs, Path(out))], to))}
+
+
+def study(
+    run: RunName,
+    to: Annotated[
+        Path | None,
+        Option(help="File to write (default: RUN.journal).", metavar="FILE", typed=Path),
+    ] = None,
+    out: Out = RUNS,
+) -> dict[str, str]:
+    """Write a run's trials as a study of Optuna, which optuna-dashboard shows."""
+    from autodistill.search.study import write_study
+
+    folder = run_folder(run, Path(out))
+    path = Path(f"{run}.journal") if to is None else to
+    return {"open": write_study(folder, path)}
+
+
+def log(
+    run: RunName,
+    to: Annotated[
+        str,
+        Option(help="tensorboard[=DIR], mlflow[=URI] or wandb[=PROJECT].", metavar="TRACKER"),
+    ],
+    out: Out = RUNS,
+) -> dict[str, Any]:
+    """Send a run's trials to TensorBoard, MLflow or Weights & Biases, each as a run of its own."""
+    quiet_libraries()
+    from autodistill.trackers.writing import send_run
+
+    count, opened_by = send_run(run_folder(run, Path(out)), to)
+    return {"trials": count, "open": opened_by}
 
 
 def export(
@@ -64,8 +207,8 @@ def export(
     to: Annotated[
         str,
         Option(
-            help="Formats to write, separated by commas: huggingface, gguf, compressed-tensors, onnx, onnx-f16, pt2, "
-            "torchscript.",
+            help="Formats to write, separated by commas: huggingface, gguf, compressed-tensors, onnx, onnx-f16, "
+            "pt2, torchscript, aoti.",
             metavar="NAMES",
         ),
     ],
@@ -84,7 +227,7 @@ def export(
     """Export a row of a run, a student or the teacher, to other formats, and prove that each does the same."""
     containers = [name.strip() for name in to.split(",") if name.strip()]
     quiet_libraries()
-    folder = RunFolder.open(runs, run)
+    folder = run_folder(run, runs)
     from autodistill.search.finish.export_run import export_run
 
     threads = _threads()
@@ -105,10 +248,13 @@ def verify(
         Path, Option(help="Folder that autodistill export wrote.", metavar="DIR", typed=Path, argument=True)
     ],
     run_code: Annotated[
-        bool, Option(help="Run files that are code too (pt2, torchscript): only of whom you trust.", typed=bool)
+        bool,
+        Option(
+            help="Also run files that are code (pt2, torchscript, aoti). Only if you trust their maker.", typed=bool
+        ),
     ] = False,
 ) -> dict[str, Any]:
-    """Hold an export to the hashes of its record, and repeat its proof on this machine."""
+    """Compare an export with the hashes in its record, and repeat its proof on this machine."""
     quiet_libraries()
     from autodistill.export.record import repeat
 
@@ -145,7 +291,7 @@ def doctor(
     quiet_libraries()
     from autodistill.cli.doctor import examine
 
-    return examine(Path(out), default_cache() if cache is None else Path(cache), storage, ray_address)
+    return examine(Path(out), cache_folder(cache), storage, ray_address)
 
 
 def strategies(

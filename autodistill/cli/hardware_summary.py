@@ -69,7 +69,16 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
         sections.append(f"{table([head, *rows], left=2)}\n{_speeds_note(document)}")
     if document["training"]:
         sections.append(_training(document["training"]))
+    if document.get("stress"):
+        sections.append(_stress(document["stress"]))
     return "\n\n".join(sections)
+
+
+def _stress(found: Mapping[str, Any]) -> str:
+    """What a pressure test found, and which estimates fit."""
+    rows = [(name, format_bytes(size), "yes" if found["fit"][name] else "no") for name, size in found["plans"].items()]
+    parts = [str(found["text"]), table([("estimate of", "bytes", "fits here"), *rows], left=1)]
+    return "\n".join([*parts, *([str(found["summary"]).rstrip()] if found["summary"] else [])])
 
 
 def _speeds_note(document: Mapping[str, Any]) -> str:
@@ -214,7 +223,24 @@ def _tiers_text(document: Mapping[str, Any], head: Sequence[str]) -> str:
         f"{table([('GPU', 'usable', 'least on', *head[1:], 'solved, accuracy'), *lines], left=6)}\n"
         f"At context {context}; {count_of(document['streams'], 'stream')}. Usable is the memory that every listed GPU "
         f"of this class leaves; if none is listed, 10^9 bytes for each GB, less what GPUs reserve.{rests}"
+        f"{_binding(document['tiers'])}"
     )
+
+
+def _binding(tiers: Sequence[Mapping[str, Any]]) -> str:
+    """Which tiers have one student, and whether more memory would have a better one."""
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for one in tiers:
+        if one["pick"]:
+            groups.setdefault(one["same_as"] or one["memory_bytes"], []).append(one)
+    said = ""
+    for group in groups.values():
+        names = ", ".join(format_bytes(one["memory_bytes"]) for one in group)
+        binds = group[-1]["binds"]
+        what = "the same student" if len(group) > 1 else "a student of its own"
+        why = "the budget does not bind" if binds is None else f"a better one is excluded by {binds}"
+        said += f"\n{names}: {what}; {why}."
+    return said
 
 
 def _score_above(picked: Mapping[str, Any]) -> str:

@@ -82,7 +82,8 @@ def _waiting(trial: TrialState) -> bool:
 
 def _speed(campaign: Campaign) -> float | None:
     """Training tokens a second of all workers together, over the segments that are done."""
-    trials = campaign.trials.values()
-    seconds = sum(trial.train_seconds for trial in trials)
-    tokens = sum(trial.trained_tokens for trial in trials)
-    return tokens / seconds * campaign.question.plan.workers if seconds > 0 else None
+    plan, trials = campaign.question.plan, campaign.trials.values()
+    # What is trained on alone has nothing beside it.
+    beside = [1 if plan.alone and trial.task.length > 1 else plan.workers for trial in trials]
+    seconds = sum(trial.train_seconds / workers for trial, workers in zip(trials, beside, strict=True))
+    return sum(trial.trained_tokens for trial in trials) / seconds if seconds > 0 else None

@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from autodistill.cli.commands import Boards
+from autodistill.advisor.merged import Board, split_because
+from autodistill.cli.commands import Boards, Merged
 from autodistill.cli.streams import stdout_reserved
 from autodistill.cli.summary import headline
 from autodistill.cli.tables import leaderboard_table, wrapped
@@ -61,8 +62,16 @@ def line_width() -> int:
     return max(80, shutil.get_terminal_size((120, 24)).columns)
 
 
-def rows(boards: Boards) -> list[dict[str, Any]]:
-    """Leaderboards as plain data."""
+def rows(boards: Boards | Merged) -> list[dict[str, Any]]:
+    """Leaderboards as plain data, merged ones with the number of their table."""
+    if isinstance(boards, Merged):
+        return [
+            {"table": number, "metric": board.metric, "on": board.on, "place": one.place, "tied": one.tied}
+            | dict(zip(("run", "row_id"), one.row.row_id.split("/", 1), strict=True))
+            | {key: value for key, value in one.row.to_json().items() if key != "row_id"}
+            for number, board in enumerate(boards.boards, start=1)
+            for one in board.ranked
+        ]
     return [
         {"run": run.name, "place": one.place, "tied": one.tied, "front": one.front, **one.row.to_json()}
         for run, (ranked, _) in boards
@@ -70,17 +79,41 @@ def rows(boards: Boards) -> list[dict[str, Any]]:
     ]
 
 
-def tables(boards: Boards) -> str:
+def tables(boards: Boards | Merged) -> str:
     """Leaderboards for a person."""
+    if isinstance(boards, Merged):
+        said = split_because(boards.boards)
+        parts = [*(["\n".join(wrapped(said, line_width()))] if said else []), *map(_board, boards.boards)]
+        return "\n\n".join(parts)
     return "\n\n".join(
         "\n".join([*wrapped(headline(run), line_width()), leaderboard_table(ranked, metric, line_width())])
         for run, (ranked, metric) in boards
     )
 
 
+def _board(board: Board) -> str:
+    runs = ", ".join(board.runs[:8]) + (f" and {len(board.runs) - 8} more" if len(board.runs) > 8 else "")
+    shown = f"the best {len(board.ranked)} of {board.count:,} rows" if len(board.ranked) < board.count else "all rows"
+    title = (
+        f"{board.metric} ({'more' if board.direction == 'max' else 'less'} is better), {board.on}: {shown} of {runs}"
+    )
+    return "\n".join([*wrapped(title, line_width()), leaderboard_table(board.ranked, board.metric, line_width())])
+
+
 def lines(paths: dict[str, str]) -> str:
     """Paths by name, one a line."""
     return "\n".join(f"{name}: {path}" for name, path in paths.items())
+
+
+def bundle_text(document: dict[str, Any]) -> str:
+    """What `bundle` did, for a person."""
+    if "whole" in document:
+        others = f"; not of the bundle: {', '.join(document['others'])}" if document["others"] else ""
+        return f"{document['bundle']}: its {document['whole']} files are as they were written{others}"
+    return (
+        f"{document['bundle']}: {len(document['files'])} files for {document['student']} in {document['runtime']}; "
+        "README.md says how it is started"
+    )
 
 
 def packaged_text(document: dict[str, Any]) -> str:

@@ -28,6 +28,9 @@ def solve_text(document: Mapping[str, Any], width: int) -> str:
     sections = ["\n".join(wrapped(head, width))]
     if teacher["stored"]:
         sections[0] += "\n" + "\n".join(wrapped(f"{teacher['stored'][:1].upper()}{teacher['stored'][1:]}.", width))
+    if document["streamed"]:
+        said = "One layer of the teacher was in memory at a time: types were solved, and no cuts were looked at."
+        sections[0] += "\n" + "\n".join(wrapped(said, width))
     if len(document["solutions"]) > 1:
         sections.append(_curve(document["solutions"]))
     else:
@@ -54,8 +57,13 @@ def _planned(document: Mapping[str, Any]) -> str:
         said += f", and {format_duration(plan['cuts_seconds'])} more where cuts have to be scored"
     said += (
         f", and {format_bytes(plan['memory_bytes'])} of memory beside the process's own, of the "
-        f"{format_bytes(plan['machine_bytes'])} that this machine has. All of it is predicted."
+        f"{format_bytes(plan['machine_bytes'])} that there is. All of it is predicted."
     )
+    if plan["streamed"]:
+        said += (
+            f" The whole teacher would take {format_bytes(plan['memory_bytes_whole'])}: one of its layers is in memory "
+            "at a time, and no cuts are looked at."
+        )
     if plan["memory_bytes"] > plan["machine_bytes"]:
         said += " That is more than there is: solve it on a machine with more memory."
     smallest = document["smallest"]
@@ -94,6 +102,11 @@ def _one(found: Mapping[str, Any], width: int) -> str:
         f"{solution['calibration_kl']:.4f}. {format_bytes(more['more_bytes'])} more would take "
         f"{more['predicted_gain']:.4f} off the KL, as predicted."
     )
+    if solution["compensated"]:
+        said += (
+            f" The rounding makes up for its errors: each weight rounded by itself, the KL would be "
+            f"{_with_error(solution['nearest_kl'], solution['nearest_kl_stderr'])}."
+        )
     if solution["teacher_copied"] > solution["copied"]:
         said += (
             f" Of a text that repeats itself it copies {solution['copied']:.1%}, and the teacher "
@@ -145,7 +158,8 @@ def _exported(exported: Mapping[str, Any]) -> str:
     low, high = exported["agreement_interval"]
     return (
         f"{exported['name']} is in {exported['path']} ({format_bytes(exported['size_bytes'])}): its "
-        f"{exported['tensors']} tensors are those that were measured, llama.cpp chooses the simulation's token at "
-        f"{exported['agreement']:.1%} ({low:.1%} to {high:.1%}) of {exported['positions']} clear positions, and takes "
-        f"{format_bytes(exported['memory_bytes'])} ({exported['memory_source']}). Serve it with: {exported['serve']}"
+        f"{exported['tensors']} tensors are those that were measured, {exported['ran_in']} chooses the simulation's "
+        f"token at {exported['agreement']:.1%} ({low:.1%} to {high:.1%}) of {exported['positions']} clear positions, "
+        f"and takes {format_bytes(exported['memory_bytes'])} ({exported['memory_source']}). "
+        f"Serve it with: {exported['serve']}"
     )

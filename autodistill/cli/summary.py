@@ -8,7 +8,6 @@ from typing import Any
 
 from autodistill.cli.tables import leaderboard_table, memory_cell, wrapped
 from autodistill.hardware.budget import Price, read_budget
-from autodistill.quantization.formats import get_format
 from autodistill.runs.results.gains import Gains
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
 from autodistill.runs.results.row import Row, task_figures
@@ -128,7 +127,7 @@ def _trained_on(plan: Mapping[str, Any]) -> dict[str, str]:
         return {}
     threads = f", alone on {plan['alone']} threads" if plan["alone"] else ""
     time = format_duration(plan["seconds"]["longer"])
-    return {"the best": f"trained for another {time}{threads}, to {plan['longest']:.3g} times those tokens at most"}
+    return {"the best": f"trained for another {time}{threads}, to about {plan['expected']:.3g} times those tokens"}
 
 
 def _hours(document: Mapping[str, Any]) -> str:
@@ -296,18 +295,54 @@ def _paths(document: Mapping[str, Any]) -> str:
     paths = document["paths"]
     lines = [table([(name, str(path)) for name, path in paths.items()], left=2)]
     best = document["best"]
-    container = get_format(best["deployment"]["format"]).container
+    container = Deployment.from_json(best["deployment"]).container
     if "gguf" in paths:
         # Where the found student is no GGUF, another student's may be the best of those.
         what = best["row_id"] if container == "gguf" else "the GGUF (not the row whose test figures stand above)"
-        lines.append(
-            f"Serve {what} with llama.cpp's server (github.com/ggml-org/llama.cpp, or brew install llama.cpp):"
-        )
-        # A GGUF file says nothing of the cache that its memory was counted with.
-        cached = container == "gguf" and "cache_type_k" in best["deployment"]
-        more = Deployment.from_json(best["deployment"]).server_arguments if cached else ()
-        lines.append(" ".join([f"  llama-server -m {paths['gguf']} -c {document['budget']['context']}", *more]))
+        lines.append(f"Serve {what}, with the context and the cache that its memory was counted with:")
+        lines.append(f"  autodistill serve {paths['gguf']}")
     elif "compressed-tensors" in paths:
         lines.append(f"Serve {best['row_id']} with vLLM (pip install vllm):")
         lines.append(f"  vllm serve {paths['compressed-tensors']}")
     return "\n".join(lines)
+
+
+def budgets_text(document: Mapping[str, Any], width: int) -> str:
+    """What was found for each budget, as lines for a person.
+
+    Args:
+        document: As `search.budgets.summary.document` gives it.
+        width: Characters of a line.
+    """
+    from autodistill.search.budgets.summary import HEAD, cells, sentences
+
+    head = tuple(document["metric"] if name == "value" else name for name in HEAD)
+    said = [line for sentence in sentences(document) for line in wrapped(sentence, width)]
+    box = "" if document["box_seconds"] is None else f" of {format_duration(document['box_seconds'])}"
+    exports = [(one["label"], one["path"]) for one in document["budgets"] if one["path"]]
+    paths = [*exports, *document["paths"].items()]
+    spent = f"{format_duration(document['seconds'])}{box} were spent on all of them."
+    return "\n\n".join(
+        (table([head, *cells(document)], left=3), "\n".join([*said, *wrapped(spent, width)]), table(paths, left=2))
+    )
+
+
+def planned_text(document: Mapping[str, Any], width: int) -> str:
+    """What a search would do, for one budget or for each of several, as lines for a person.
+
+    Args:
+        document: As `plan_search` or `plan_budgets` gives it.
+        width: Characters of a line.
+    """
+    if "budgets" not in document:
+        return plan_summary(document, width)
+    sections = []
+    for one in document["budgets"]:
+        if one["plan"] is not None:
+            sections.append(f"{one['label']}, run {one['run']}\n{plan_summary(one['plan'], width)}")
+        elif one["nothing_fits"]:
+            sections.append("\n".join(wrapped(f"{one['label']}: {one['nothing_fits']}.", width)))
+        else:
+            said = f"{one['label']}: the student of {one['run']} loses nothing here; the budget does not bind."
+            sections.append("\n".join(wrapped(said, width)))
+    return "\n\n".join(sections)

@@ -22,6 +22,9 @@ _WORK_OF_A_CHARACTER = 200
 _BLOCK = 20  # of a block that is entered, or a value: they take some microseconds, and a character some nanoseconds
 _LONGEST_NUMBER = 100_000  # bits
 _LONGEST_TEXT = 2_000_000  # characters of a template itself
+# Characters that it may write for a conversation: those of templates in use write some thousand around its own.
+_MOST_WRITTEN = 50_000
+_TIMES_WRITTEN = 20
 _WRITERS = ("tojson", "string", "pprint", "escape", "e", "forceescape", "urlencode", "xmlattr")
 _WIDTH = re.compile(r"\d{6,}")
 
@@ -41,6 +44,7 @@ class _Counting(CodeGenerator):
         super().blockvisit(nodes, frame)
 
     def visit_Template(self, node: Any, frame: Any = None) -> None:
+        """Generate the code of a template, with functions that count."""
         super().visit_Template(node, frame)
         # What joins pieces in the code above, whose names are looked up as it runs.
         self.writeline("concat = environment.concat")
@@ -140,6 +144,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         first = 1 if hasattr(call, "jinja_pass_arg") else 0
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
+            """Count what the filter may write, then call it."""
             value, rest = args[first] if len(args) > first else "", args[first + 1 :]
             if name == "join":
                 value = self._listed(value, len(rest[0]) if rest and isinstance(rest[0], str) else 0)
@@ -231,13 +236,15 @@ class ChatTemplate:
             tokens: Names of special tokens to what they are.
 
         Raises:
-            TemplateError: The template refuses the conversation, or may never end.
+            TemplateError: The template refuses the conversation, may never end, or writes far more than it is given.
             Exception: Whatever else its code raises.
         """
         characters = sum(len(text) for message in messages for text in message.values())
         self._environment.left = _LEAST_WORK + _WORK_OF_A_CHARACTER * characters
         fresh = [dict(message) for message in messages]
         text = self._template.render(messages=fresh, tools=None, documents=None, add_generation_prompt=asking, **tokens)
+        if len(text) > _MOST_WRITTEN + _TIMES_WRITTEN * characters:
+            raise TemplateError(f"it writes {len(text):,} characters for a conversation of {characters:,}")
         return str(text)
 
 

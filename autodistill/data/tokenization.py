@@ -38,7 +38,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer("a b", add_special_tokens=False)
+        for special in (False, True):  # tokens that begin and end a text may be such as it does not have
+            tokenizer("a b", add_special_tokens=special)
     except BaseException as error:
         what = f"the tokenizer in {folder} cannot be read"
         raise _failed(error, what, "get its files again, tokenizer.json among them") from error

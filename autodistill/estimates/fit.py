@@ -150,7 +150,8 @@ def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
             f"{held.name} holds models of one FFN width in all layers, and these have {min(spec.ffn_widths)} to "
             f"{max(spec.ffn_widths)} neurons: give all of them as many, or choose another format"
         )
-    if reason := held.refuses(spec):
+    # What is in the way of its own container is not in that of another one.
+    if scheme.container == held.container and (reason := held.refuses(spec)):
         raise InputError(reason)
     scheme.check_model(spec.tensors)
     if isinstance(scheme, Deployment):

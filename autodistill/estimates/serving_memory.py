@@ -14,7 +14,7 @@ from autodistill.models.families import FAMILIES
 from autodistill.models.llama_cpp_graphs import WINDOWED_GRAPHS
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
-from autodistill.quantization.formats import CACHE_BYTES, as_held, get_format, tensor_bytes, weights_bytes
+from autodistill.quantization.formats import CACHE_BYTES, TYPES, as_held, get_format, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
 
@@ -25,6 +25,10 @@ _VLLM_BLOCK = 16  # tokens of a page of vLLM's KV cache
 _VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a step's activations are made for
 _WINDOWED = ("transformers", "vllm")  # runtimes that know the sliding window of every family
 
+REPACKED = ("q4_0", "q4_k", "iq4_nl", "mxfp4")
+"""Types of which llama.cpp's kernels for x86-64 multiply matrices with interleaved rows (read off its log; other CPUs
+may interleave others)."""
+_INTERLEAVED = 8  # rows; other counts of them are left as they are
 LLAMA_CPP_PROCESS_BYTES = 20 * 2**20
 """Resident code, threads and server of a llama.cpp process beyond its buffers (measured, xllamacpp on Linux x86-64)."""
 LLAMA_CPP_VOCABULARY_BYTES = 512
@@ -51,22 +55,14 @@ TORCH_SEGMENT_BYTES = 20 * 2**20
 one of them is unused."""
 ONNX_PROCESS_BYTES = 61 * 10**6
 """Resident memory of a process once ONNX Runtime has run a model of nearly nothing (measured, onnxruntime 1.32)."""
-ONNX_SCORE_BYTES = 17
-"""Of a token's score of another one in a graph of torch's exporter: it replaces what is not a number by nought, in four
-float32 matrices (the scores, both choices and the result) and one of truths."""
-ONNX_READ_ROWS = 11
-"""Rows of all queries in float32 that the arena holds beside the FFN's of a token that is read: turned and scaled
-halves, and what the arena's regions leave unused (measured)."""
-ONNX_UNUSED_ROWS = 0.6
-"""Such rows that the arena's regions leave unused of a token in the context (measured)."""
 
 BASIS: Mapping[str, str] = {
     "llama.cpp": "buffers as llama.cpp's own log states them on a CPU; the process's overhead measured on Linux x86-64",
     "transformers": "the peak of a process on a CPU (benchmark memory_estimate): activations counted by module, "
     "and the heap's holes",
     "vllm": "predicted: packed weights, pages of cache and a step's activations by vLLM's defaults; not measured",
-    "onnxruntime": "the peak of a process that reads prompts on a CPU (benchmark memory_estimate), in float32 or "
-    "with products by weights on a grid",
+    "onnxruntime": "the peak of a process that reads prompts on a CPU (benchmark memory_estimate), of our own graphs: "
+    "codes as they are stored, activations and cache in float32",
 }
 """What the figures of a runtime rest on."""
 
@@ -97,7 +93,8 @@ class MemoryEstimate:
         weights_bytes: The packed weights as the runtime holds them.
         kv_cache_bytes: Keys and values of `batch` sequences of `context` tokens.
         compute_bytes: Activations and logits.
-        overhead_bytes: What the process takes beyond those; of a GPU, what libraries work in there.
+        overhead_bytes: What the process takes beyond those, second copies of weights included; of a GPU, what
+            libraries work in there.
         runtime: The engine.
         context, batch: Tokens of each sequence, and sequences at once.
         on_gpu: Whether these are of a discrete GPU's memory. CUDA's context is not among them, since a device's usable
@@ -133,7 +130,6 @@ class _Serving:
     context: int
     batch: int
     cache_types: tuple[str, str]
-    read: int
     on_gpu: bool
 
 
@@ -156,7 +152,6 @@ def memory(
     kv_type: str | None = None,
     weights: int | None = None,
     runtime: str | None = None,
-    read: int | None = None,
     on_gpu: bool = False,
 ) -> MemoryEstimate:
     """Predict the memory that serving a model takes.
@@ -169,13 +164,11 @@ def memory(
             says.
         weights: Bytes of the stored tensors where they are known, of a GGUF file say; else as `deployment` packs them.
         runtime: Another engine than the deployment's, one of `BASIS` or one that a plug-in's exporter describes.
-        read: Tokens of each sequence that a pass of ONNX Runtime takes, whose graphs are made for a length: the context
-            by default, 1 in a step of decoding.
         on_gpu: Whether a discrete GPU serves it, whose memory is then told.
 
     Raises:
-        InputError: A size below 1, a type of cache that the runtime has not or whose blocks do not divide a head, a
-            length that is not its caller's to choose, or a tensor that the format cannot hold.
+        InputError: A size below 1, a type of cache that the runtime has not or whose blocks do not divide a head, or a
+            tensor that the format cannot hold.
     """
     runtime = runtime or deployment.runtime
     if context < 1 or batch < 1:
@@ -185,8 +178,6 @@ def memory(
     cache_types = deployment.cache_types if kv_type is None else (kv_type, kv_type)
     check_cache(spec, runtime, cache_types)
     spec = as_held(spec, deployment)
-    if read is not None and (runtime != "onnxruntime" or not 1 <= read <= context):
-        raise InputError(f"{runtime} reads no {read} tokens of {context} in a pass of their own; leave read out")
     if weights is None:
         weights = weights_bytes(spec.tensors, deployment)
     dense = runtime in get_format(deployment.format).dense_in
@@ -199,7 +190,6 @@ def memory(
         context=context,
         batch=batch,
         cache_types=cache_types,
-        read=read or context,
         on_gpu=on_gpu,
     )
     parts = {"llama.cpp": _llama_cpp, "transformers": _transformers, "vllm": _vllm, "onnxruntime": _onnxruntime}
@@ -322,7 +312,7 @@ def _llama_cpp(serving: _Serving) -> _Parts:
     once with keys and values copied; the logits of one token a sequence. Beside it
     lies the attention mask, F16 [cells, n]. It is exact for three layers and more, and an upper bound for models whose
     FFN is narrower than twice the width, or with shared experts. The output buffer holds one token's logits for each
-    sequence.
+    sequence. A tied table of a type in `REPACKED` is there a second time, for the head.
 
     On a GPU the table that tokens are looked up in, and the output buffer, stay in main memory (its log's "CUDA_Host");
     a tied table is there once more, for the head. Products with 16-bit weights copy what goes in and comes out.
@@ -343,9 +333,9 @@ def _llama_cpp(serving: _Serving) -> _Parts:
         windowed = min(cells, _round_up(window + tokens, _CACHE_CELLS))
         cache = _windowed_cache(serving, cells * batch, windowed * batch)
         compute += 2 * windowed * tokens
-    if not serving.on_gpu:
-        return _Parts(serving.weights, cache, compute + logits, overhead)
     table = _table_bytes(serving)
+    if not serving.on_gpu:
+        return _Parts(serving.weights, cache, compute + logits, overhead + (table if _repacked(serving) else 0))
     copies = 2 * tokens * 2 * max(spec.width, queries, _active_ffn(spec))
     held = serving.weights if spec.tied else max(0, serving.weights - table)
     return _Parts(held, cache, compute, CUBLAS_WORKSPACE_BYTES + copies, overhead + table + logits)
@@ -354,6 +344,15 @@ def _llama_cpp(serving: _Serving) -> _Parts:
 def _latent_attention(spec: ModelSpec) -> int:
     """Return the values of a token in latent attention: queries (as long as what is cached) and outputs."""
     return spec.heads * (spec.head_dim + spec.latent + max(_rows(spec, ".kv_a_layernorm.weight")))
+
+
+def _repacked(serving: _Serving) -> bool:
+    """Whether a tied table is held twice: as rows to look up, and for the head with eight rows interleaved."""
+    tables = [tensor for tensor in serving.spec.tensors if tensor.role is Role.EMBEDDING]
+    kinds = [TYPES[kind] for kind in REPACKED]
+    return serving.spec.tied and any(
+        tensor.shape[0] % _INTERLEAVED == 0 and serving.deployment.storage(tensor) in kinds for tensor in tables
+    )
 
 
 def _table_bytes(serving: _Serving) -> int:
@@ -404,43 +403,48 @@ def _vllm(serving: _Serving) -> _Parts:
 
 
 def _onnxruntime(serving: _Serving) -> _Parts:
-    """Estimate ONNX Runtime on a CPU, where it computes in float32, for graphs that torch exports.
+    """Estimate ONNX Runtime on a CPU, where it computes in float32, of the graphs that our exporter writes.
 
-    A pass takes `read` tokens of each sequence, with the keys and values of those before them among its inputs, and
-    those of all of them and the logits of the tokens among its outputs. Attention is exported as products and a
-    softmax, so that a layer's scores of all tokens with all are held whole.
+    The peak is in the pass over a prompt, which gives logits of all its tokens. Scores of all tokens with all are held
+    for every head of a layer, beside the mask. A step has the cache twice, as an input and a token longer as an output,
+    which takes less than a prompt's logits and scores but for small vocabularies.
     """
     spec, batch = serving.spec, serving.batch
-    tokens, cells = batch * serving.read, batch * serving.context
-    activations = 4 * tokens * (4 * spec.width + 3 * _active_ffn(spec))
-    # Keys are transposed for the product, and where queries share them copied for each before; the last layer's values
-    # are not appended yet, when its keys are.
-    copies = 1 + (spec.heads > spec.kv_heads) - spec.kv_heads / spec.heads + ONNX_UNUSED_ROWS
-    rows = int(4 * spec.heads * spec.head_dim * (ONNX_READ_ROWS * tokens + copies * cells))
+    tokens = batch * serving.context
     logits = 4 * tokens * spec.vocabulary
-    scores = ONNX_SCORE_BYTES * tokens * spec.heads * serving.context
-    mask = 4 * serving.read * serving.context
-    cache = 2 * kv_bytes(spec, spec.layers, 2 * cells - tokens, ("f16", "f16"))
-    compute = activations + rows + scores + mask + logits
-    if serving.on_gpu:
-        return _Parts(_onnx_weights(serving), cache, compute, CUBLAS_WORKSPACE_BYTES, ONNX_PROCESS_BYTES)
-    return _Parts(_onnx_weights(serving), cache, compute, ONNX_PROCESS_BYTES)
+    scores = 4 * tokens * spec.heads * serving.context
+    mask = 5 * serving.context**2
+    queries = 4 * tokens * 2 * spec.heads * spec.head_dim
+    worked = 4 * tokens * activation_rows(spec) + queries + scores
+    cache = 2 * kv_bytes(spec, spec.layers, tokens, ("f16", "f16"))
+    compute = max(logits + worked + mask, cache)
+    overhead = CUBLAS_WORKSPACE_BYTES if serving.on_gpu else ONNX_PROCESS_BYTES
+    return _Parts(_onnx_weights(serving), cache, compute, overhead, ONNX_PROCESS_BYTES if serving.on_gpu else 0)
 
 
 def _onnx_weights(serving: _Serving) -> int:
     """Return the bytes of weights in ONNX Runtime on a CPU.
 
-    16-bit weights are widened when a session begins, and those of products packed anew; a tied table is then held as
-    rows to look up, and once more as the head's matrix, on no grid (`MatMulNBits` is made of products alone). Weights
-    on a grid stay codes, with a scale in float32 for each group.
+    Weights in 16 bits are widened when a session begins, but for the table, of which rows are looked up as they are
+    stored; a tied one is held once more as the head's matrix. Codes of up to 16 values take 4 bits, all others 8, with
+    scales and offsets in float32; those of an untied head stay, beside what is made of them, as they were read
+    (measured).
     """
     total = 0.0
     spec = serving.spec
     for tensor, times in [(tensor, 1) for tensor in spec.tensors] if serving.deployment.by_name else spec.kinds:
         count = times * math.prod(tensor.shape)
         storage = serving.deployment.storage(tensor)
-        if tensor.role is Role.LINEAR and isinstance(storage, Grid):
-            total += count * storage.bits / 8 + 4 * count / (storage.group_size or tensor.shape[-1])
+        table = tensor.role is Role.EMBEDDING
+        if isinstance(storage, Grid):
+            bits = 4 if storage.qmax - storage.qmin < 16 else 8
+            groups = count / storage.group(tensor.shape[-1])
+            numbers = 1 if storage.symmetric else 2
+            looked_up = count * bits / 8 + 2 * groups
+            product = count * bits / 8 + 4 * numbers * groups
         else:
-            total += 4 * count * (2 if spec.tied and tensor.role is Role.EMBEDDING else 1)
+            looked_up, product = 2 * count, 4 * count
+        kept = table or (tensor.role is Role.HEAD and isinstance(storage, Grid))
+        total += looked_up if kept else 0
+        total += product if not table or spec.tied else 0
     return int(total)

@@ -17,8 +17,14 @@ CUT_SCORES = "scores of cuts, where types are not enough"
 
 _PASS_TOKENS = 1024  # that are read forward and backward at once
 _WHOLE, _HELD_OUT = 13, 6  # storages that are measured whole on calibration and on held-out text, at the most
-_CUTS = 2  # widths of each FFN
+_CUTS, _MEASURED = 2, 0.1  # widths of each FFN, and the share that costs so much that it is measured too
 _FLOAT = 4
+_REFERENCE_TOKENS = 256  # whose log-probabilities are kept of each token of a text
+_ROUNDED = 2  # copies of a matrix that are made to score a type: it, and its difference
+
+LOGITS = 2**22
+"""Numbers of a vocabulary's size at once, of which gradients are made; a few rows of a large vocabulary."""
+_PER_LOGIT = 7  # numbers of 4 bytes that are held for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,15 @@ class SolvingWork:
         )
 
 
-def solving_work(spec: ModelSpec, kinds: Mapping[str, tuple[str, ...]], caches: int, tokens: int) -> SolvingWork:
+def solving_work(
+    spec: ModelSpec,
+    kinds: Mapping[str, tuple[str, ...]],
+    caches: int,
+    tokens: int,
+    *,
+    streamed: bool = False,
+    threads: int = 1,
+) -> SolvingWork:
     """Count what one budget takes where nothing is known yet.
 
     Args:
@@ -55,6 +69,8 @@ def solving_work(spec: ModelSpec, kinds: Mapping[str, tuple[str, ...]], caches: 
         kinds: The types of each matrix and table that are scored, by name.
         caches: Types of keys and of values that are scored.
         tokens: Of the calibration text; the held-out text has twice as many.
+        streamed: Whether one block of the teacher is in memory at a time, and not all of it.
+        threads: That read a sequence each.
     """
     sizes = {one.name: math.prod(one.shape) for one in spec.tensors if one.name in kinds}
     tables = [one.name for one in spec.tensors if one.role in (Role.EMBEDDING, Role.HEAD) and one.name in kinds]
@@ -65,18 +81,52 @@ def solving_work(spec: ModelSpec, kinds: Mapping[str, tuple[str, ...]], caches: 
     types = sum(2.0 * sizes[name] * len(found) for name, found in kinds.items() if name not in tables)
     exact = sum(len(kinds[name]) for name in tables) + caches
     operations = {
-        "the teacher itself": 3 * tokens * forward,
-        "scores of types, by gradients": tokens * (2 * forward + types * (active if spec.experts else 1.0)),
+        "the teacher itself": 4 * tokens * forward,
+        "scores of types, by gradients": tokens
+        * (2 * forward + (2.0 * linear if streamed else 0.0) + types * (active if spec.experts else 1.0)),
         "scores of tables and cache": exact * tokens * forward,
         "whole storages": (_WHOLE + 2 * _HELD_OUT) * tokens * forward,
-        CUT_SCORES: spec.layers * _CUTS * CUT_TOKENS * (linear + 2.0 * head)
+        "the solution's errors made up for": 0.0
+        if streamed or spec.experts
+        else 4.0 * tokens * linear + sum(_compensation(one.shape) for one in spec.tensors if one.role is Role.LINEAR),
+        CUT_SCORES: CUT_TOKENS * (2 * forward + 2.0 * spec.layers * _CUTS * spec.width * spec.ffn_width)
+        + _MEASURED * spec.layers * _CUTS * CUT_TOKENS * (linear + 2.0 * head)
         + MOMENT_TOKENS * 2.0 * (linear + spec.layers * spec.ffn_width**2),
     }
     rounded: dict[str, int] = {}
     for name, found in kinds.items():
         for kind in found:
             rounded[kind] = rounded.get(kind, 0) + sizes[name]
-    seen = sum(one.shape[0] + one.shape[1] for one in spec.tensors if one.name in kinds and one.name not in tables)
-    # Weights, a copy of what is rounded, and of a pass what goes into each matrix and the gradients of what comes out.
-    memory = _FLOAT * (2 * spec.parameters + int(seen * active) * _PASS_TOKENS + spec.vocabulary * _PASS_TOKENS // 4)
+    memory = _memory_of(spec, kinds, active, tokens, streamed=streamed, threads=threads)
     return SolvingWork(operations=operations, rounded=rounded, memory_bytes=memory)
+
+
+def _compensation(shape: tuple[int, ...]) -> float:
+    """Operations to spread the errors of a matrix: each column's over those behind it, and a factor of its moments."""
+    rows, columns = shape
+    return float(rows * columns**2 + 2 * columns**3)
+
+
+def _memory_of(
+    spec: ModelSpec, kinds: Mapping[str, tuple[str, ...]], active: float, tokens: int, *, streamed: bool, threads: int
+) -> int:
+    """The most bytes at once, beside the process's libraries.
+
+    Args:
+        spec, kinds, tokens, streamed, threads: As for `solving_work`.
+        active: Share of the experts that a token takes.
+    """
+    linear = [one for one in spec.tensors if one.name in kinds and one.role is Role.LINEAR]
+    # Of a pass what goes into each matrix and the gradients of what comes out.
+    seen = int(sum(sum(one.shape) for one in linear) * active) * min(tokens, _PASS_TOKENS)
+    # Of each token of either text the teacher's likeliest ones, and on each thread what is made of logits.
+    others = 3 * tokens * 2 * _REFERENCE_TOKENS + threads * _PER_LOGIT * min(LOGITS, tokens * spec.vocabulary)
+    if not streamed:
+        return _FLOAT * (2 * spec.parameters + seen + others)
+    tables = sum(math.prod(one.shape) for one in spec.tensors if one.role in (Role.EMBEDDING, Role.HEAD))
+    block = sum(math.prod(one.shape) for one in linear) // spec.layers
+    largest = max(math.prod(one.shape) for one in linear)
+    # The states before all blocks of a pass, or before and behind one of the held-out text.
+    states = spec.width * max(spec.layers * min(tokens, _PASS_TOKENS), 2 * 2 * tokens)
+    blocks = 2 * block + threads * _ROUNDED * largest
+    return _FLOAT * (2 * tables + blocks + seen // spec.layers + states + others)

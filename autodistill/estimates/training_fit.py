@@ -15,7 +15,7 @@ from autodistill.hardware.machine import Machine
 from autodistill.models.model_folder import HeldType
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import QuantizationScheme
-from autodistill.strategy.strategy import Alignment, Attention, Lora
+from autodistill.strategy.recipe import Alignment, Attention, Lora
 from autodistill.units import format_bytes
 
 Aligned = tuple[Alignment | None, Attention | None]

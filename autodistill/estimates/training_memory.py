@@ -14,7 +14,7 @@ from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Grid
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Lora
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,16 +148,8 @@ def training_memory(
         kept = 4 * spec.layers * spec.width + layer + ffn * spec.ffn_width
     else:
         kept = spec.layers * layer + ffn * sum(spec.ffn_by_layer)
-    # Checkpointed layers show theirs one after another, the widest too; a head is shown by the loss.
-    table = spec.vocabulary * spec.width
-    held = uniform(spec) if checkpointing and spec.ffn_widths else spec
-    linear = sum(math.prod(tensor.shape) for tensor in held.tensors if tensor.role is Role.LINEAR) // (
-        spec.layers if checkpointing else 1
-    )
-    shown = (2 if bf16 else 4 if on_grid else 0) * (linear + table)
-    if on_grid and bf16 and train_embeddings and scales_of is None:
-        # Looked up in float32; of a frozen table the rows alone that are looked up are put on the grid.
-        shown += 4 * table
+    looked_up = train_embeddings and scales_of is None
+    shown = _shown_bytes(spec, checkpointing=checkpointing, bf16=bf16, on_grid=on_grid, looked_up=looked_up)
     weights = 4 * (spec.parameters + adapters)
     if scales_of is not None:
         coded, scales = _coded(spec, scales_of)
@@ -176,6 +168,25 @@ def training_memory(
         overhead_bytes=TRAINING_PROCESS_BYTES,
         passes=passes,
     )
+
+
+def _shown_bytes(spec: ModelSpec, *, checkpointing: bool, bf16: bool, on_grid: bool, looked_up: bool) -> int:
+    """Return the memory of the weights that products compute with, where these are not the masters.
+
+    Args:
+        spec: The student.
+        checkpointing: Whether layers show theirs one after another, the widest too; a head is shown by the loss.
+        bf16, on_grid: As `training_memory` takes them.
+        looked_up: Whether the table is trained and lies on the grid in whole, looked up in float32; of a frozen one the
+            rows alone that are looked up are put on the grid.
+    """
+    table = spec.vocabulary * spec.width
+    held = uniform(spec) if checkpointing and spec.ffn_widths else spec
+    linear = sum(math.prod(tensor.shape) for tensor in held.tensors if tensor.role is Role.LINEAR) // (
+        spec.layers if checkpointing else 1
+    )
+    shown = (2 if bf16 else 4 if on_grid else 0) * (linear + table)
+    return shown + 4 * table if on_grid and bf16 and looked_up else shown
 
 
 def _coded(spec: ModelSpec, scheme: QuantizationScheme) -> tuple[int, int]:

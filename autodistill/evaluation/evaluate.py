@@ -128,8 +128,7 @@ def evaluate(
         InputError: An evaluator needs answers, and the data have no questions.
         TrialFailedError: The student's likelihoods are no numbers.
     """
-    loaded = (load_evaluator(item) if isinstance(item, str) else item for item in evaluators)
-    chosen = [item for item in loaded if item.needs != "artifact" and item.supports(deployment)]
+    chosen = _reading(evaluators, deployment)
     asking = {item.needs: item.name for item in reversed(chosen)}
     if "answers" in asking and data.questions is None:
         raise InputError(f"{asking['answers']} needs questions with answers: {ASKING_DATA}")
@@ -170,6 +169,12 @@ def evaluate(
         teacher_accuracy=None if scores.teacher_correct is None else float(scores.teacher_correct.mean()),
     )
     return found, scores
+
+
+def _reading(evaluators: Sequence[str | Evaluator], deployment: Deployment) -> list[Evaluator]:
+    """The evaluators that read a packed model, loaded."""
+    loaded = (load_evaluator(item) if isinstance(item, str) else item for item in evaluators)
+    return [item for item in loaded if item.needs != "artifact" and item.supports(deployment)]
 
 
 def _documents(

@@ -153,10 +153,28 @@ def clustered_bootstrap(
     Returns:
         The standard error; None where there is but one cluster.
     """
+    errors = clustered_bootstraps(lambda sums: statistic(sums)[:, None], parts)
+    return None if errors is None else float(errors[0])
+
+
+def clustered_bootstraps(
+    statistic: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
+    parts: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64] | None:
+    """Standard errors of several figures that are functions of the same sums over clusters, as `clustered_bootstrap`.
+
+    Args:
+        statistic: Of sums [draws, parts] the figures of each draw [draws, figures].
+        parts: [clusters, parts], what each cluster adds to the sums.
+
+    Returns:
+        The standard errors [figures]; None where there is but one cluster.
+    """
     clusters = len(parts)
     if clusters < 2:
         return None
-    return resampled(clusters) * float(statistic(_draws(clusters) @ parts).std(ddof=1))
+    errors: npt.NDArray[np.float64] = resampled(clusters) * statistic(_draws(clusters) @ parts).std(axis=0, ddof=1)
+    return errors
 
 
 def binned_error(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

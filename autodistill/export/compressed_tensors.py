@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from packaging.version import Version
 
 from autodistill.errors import MissingDependencyError, VerificationError
 from autodistill.export.base import Artifact, Ran
-from autodistill.export.huggingface import as_bf16, run_in_transformers
+from autodistill.export.huggingface import as_bf16, run_in_transformers, run_model
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, read_json, write_folder
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.tensors import Role
 from autodistill.quantization.formats import formats_of, get_format
-from autodistill.quantization.grids import Floats, Grid
+from autodistill.quantization.grids import Floats, Grid, Storage
 from autodistill.quantization.packing import Arrays, unpack
 from autodistill.strategy.deployment import Deployment
 
@@ -57,9 +58,10 @@ class CompressedTensorsExporter:
         with StudentFiles(student, deployment) as files:
             for name in files.specs:
                 tensors |= _tensors(name, files.pack(name))
-            linears = (spec for spec in files.specs.values() if spec.role is Role.LINEAR)
-            kept = [spec.name for spec in linears if not isinstance(deployment.storage(spec), Grid)]
-            quantization = quantization_config(deployment, [name.removesuffix(".weight") for name in kept])
+            linears = [spec for spec in files.specs.values() if spec.role is Role.LINEAR]
+            quantization = quantization_config(
+                {spec.name.removesuffix(".weight"): deployment.storage(spec) for spec in linears}, deployment
+            )
             config = bf16_config(files.config) | {"quantization_config": quantization}
             return write_folder(out, student, config, tensors)
 
@@ -67,18 +69,18 @@ class CompressedTensorsExporter:
         """Yield each stored tensor, dequantised from the grid that the folder's config states.
 
         Raises:
-            VerificationError: A packed tensor lacks one of its parts.
+            VerificationError: A packed tensor lacks one of its parts, or no group of the config names it.
         """
-        grid = _stated_grid(artifact)
-        names = _PARTS[:3] if grid.symmetric else _PARTS
+        stated = _stated_grids(artifact)
         parts: dict[str, Arrays] = defaultdict(dict)
         for name, tensor in read_arrays(artifact / WEIGHTS):
             prefix, _, part = name.rpartition(".")
-            if part not in names:
+            if part not in _PARTS:
                 yield name, unpack({"data": _bits(tensor)}, "bf16", tuple(tensor.shape))
                 continue
+            grid = _grid_of(prefix, stated)
             parts[prefix][part] = _bits(tensor)
-            if len(parts[prefix]) == len(names):
+            if len(parts[prefix]) == len(_PARTS[:3] if grid.symmetric else _PARTS):
                 arrays = parts.pop(prefix)
                 rows, columns = (int(size) for size in arrays["weight_shape"])
                 yield f"{prefix}.weight", unpack(arrays, grid, (rows, columns))
@@ -93,7 +95,13 @@ class CompressedTensorsExporter:
         student: Path,
         deployment: Deployment,
     ) -> Ran:
-        """Runs the folder in transformers, also where vLLM will serve it; see `Exporter.run`."""
+        """Runs the folder in transformers, also where vLLM will serve it; see `Exporter.run`.
+
+        Several grids with zero points are unpacked by the compressed-tensors package before: transformers 5.24 does not
+        load them.
+        """
+        if len(deployment.grids) > 1 and not all(grid.symmetric for grid in deployment.grids):
+            return run_model(_unpacked(artifact), artifact, sequences, threads)
         return run_in_transformers(artifact, sequences, threads)
 
 
@@ -106,43 +114,82 @@ def check_package(deployment: Deployment) -> None:
     Raises:
         MissingDependencyError: The package is older.
     """
+    if deployment.container != _PACKAGE:
+        return
     installed = importlib.metadata.version(_PACKAGE)
-    if deployment.container == _PACKAGE and 32 % deployment.bits and Version(installed) < Version(_DENSE_SINCE):
+    odd = sorted({grid.bits for grid in deployment.grids if 32 % grid.bits})
+    if odd and Version(installed) < Version(_DENSE_SINCE):
         raise MissingDependencyError(
             f"{deployment.name} is packed as {_PACKAGE} {_DENSE_SINCE} and later do, and {installed} is installed: pip "
-            f"install '{_PACKAGE}>={_DENSE_SINCE}', or leave out {deployment.bits} bits"
+            f"install '{_PACKAGE}>={_DENSE_SINCE}', or leave out {' and '.join(map(str, odd))} bits"
         )
 
 
-def quantization_config(deployment: Deployment, kept: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the grid's entry for config.json, in the terms of the compressed-tensors package.
+def quantization_config(linears: Mapping[str, Storage], deployment: Deployment) -> dict[str, Any]:
+    """Return the grids' entry for config.json, in the terms of the compressed-tensors package.
+
+    One grid for all linear layers is that of all `Linear` modules. Of several each names its layers: vLLM compares the
+    class of a layer that it fused before it looks at the names of those that are in it.
 
     Args:
+        linears: How each linear layer but the head is stored, by its module's name.
         deployment: How the student is packed.
-        kept: Linear layers that stay in 16 bits, the head apart.
     """
-    weights = {
-        "num_bits": deployment.bits,
-        "type": "int",
-        "symmetric": deployment.symmetric,
-        "strategy": "group" if deployment.group_size else "channel",
-        "group_size": deployment.group_size or None,
-        "dynamic": False,
-        "observer": "minmax",
-    }
-    # transformers 5.24 makes no room for packed zero points where it keeps weights packed until they are used.
-    unpacked = {} if deployment.symmetric else {"dequantize": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    by_grid: dict[Grid, list[str]] = defaultdict(list)
+    for name, storage in linears.items():
+        if isinstance(storage, Grid):
+            by_grid[storage].append(name)
+    groups = {}
+    for index, (grid, names) in enumerate(sorted(by_grid.items(), key=lambda one: -len(one[1]))):
+        groups[f"group_{index}"] = {
+            "targets": _targets(names) if deployment.types else ["Linear"],
+            "weights": _weights(grid),
+            "input_activations": None,
+            "output_activations": None,
+        }
+    # transformers 5.24 makes no room for packed zero points where it keeps weights packed until they are used, and of
+    # several grids it would dequantise all by one.
+    unpacked = {} if len(by_grid) > 1 or all(grid.symmetric for grid in by_grid) else {"dequantize": True}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head", *kept],
+        "config_groups": groups,
+        "ignore": ["lm_head", *(name for name, storage in linears.items() if not isinstance(storage, Grid))],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         **unpacked,
     }
+
+
+def _weights(grid: Grid) -> dict[str, Any]:
+    return {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": "group" if grid.group_size else "channel",
+        "group_size": grid.group_size or None,
+        "dynamic": False,
+        "observer": "minmax",
+    }
+
+
+_IN_A_LAYER = re.compile(r"(.*\.)(\d+)(\..*)")
+
+
+def _targets(names: Iterable[str]) -> list[str]:
+    """Return regular expressions that match these modules and no others, one for what does the same in its layer."""
+    alike: dict[tuple[str, str], list[int]] = defaultdict(list)
+    found = []
+    for name in names:
+        parts = _IN_A_LAYER.fullmatch(name)
+        if parts is None:
+            found.append(f"re:{re.escape(name)}$")
+        else:
+            alike[parts[1], parts[3]].append(int(parts[2]))
+    for (before, after), layers in alike.items():
+        found.append(f"re:{re.escape(before)}({'|'.join(map(str, sorted(layers)))}){re.escape(after)}$")
+    return found
 
 
 def _tensors(name: str, arrays: Arrays) -> dict[str, torch.Tensor]:
@@ -154,13 +201,60 @@ def _tensors(name: str, arrays: Arrays) -> dict[str, torch.Tensor]:
     return plain | {f"{prefix}weight_scale": scale}
 
 
+def _unpacked(artifact: Path) -> Any:
+    """A model of transformers in float32 whose weights the compressed-tensors package unpacked, by its own schemes."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils import match_name
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(artifact, local_files_only=True)
+    stated = QuantizationConfig.model_validate(config.quantization_config)
+    del config.quantization_config
+    compressor = BaseCompressor.get_value_from_registry(str(stated.format))
+    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    weights = {}
+    for name, tensor in read_arrays(artifact / WEIGHTS):
+        prefix, _, part = name.rpartition(".")
+        if part in _PARTS:
+            parts[prefix][part] = tensor
+        else:
+            weights[name] = tensor
+    for module, held in parts.items():
+        (scheme,) = (
+            one for one in stated.config_groups.values() if any(match_name(module, target) for target in one.targets)
+        )
+        weights[f"{module}.weight"] = compressor.decompress(held, scheme)["weight"]
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    lacking = model.load_state_dict(weights, strict=False)
+    missing = set(lacking.missing_keys) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    if missing or lacking.unexpected_keys:
+        raise VerificationError(f"{artifact} has other weights than its model: {sorted(missing)[:3]}")
+    return model.float().eval()
+
+
 def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _stated_grid(artifact: Path) -> Grid:
-    weights = read_json(artifact / "config.json")["quantization_config"]["config_groups"]["group_0"]["weights"]
-    held = get_format("compressed-tensors")
-    storage = held.linear(weights["num_bits"], weights["group_size"] or 0, weights["symmetric"])
-    assert isinstance(storage, Grid)
-    return storage
+def _stated_grids(artifact: Path) -> list[tuple[str, Grid]]:
+    """The targets of a folder's config, each with its grid."""
+    held, found = get_format("compressed-tensors"), []
+    for group in read_json(artifact / "config.json")["quantization_config"]["config_groups"].values():
+        weights = group["weights"]
+        storage = held.linear(weights["num_bits"], weights["group_size"] or 0, weights["symmetric"])
+        assert isinstance(storage, Grid)
+        found += [(str(target), storage) for target in group["targets"]]
+    return found
+
+
+def _grid_of(module: str, stated: Sequence[tuple[str, Grid]]) -> Grid:
+    """The grid of a linear layer, by the targets of its folder's config.
+
+    Raises:
+        VerificationError: No target is of it.
+    """
+    for target, grid in stated:
+        if target == "Linear" or (target.startswith("re:") and re.match(target.removeprefix("re:"), module)):
+            return grid
+    raise VerificationError(f"{module} is packed, and no group of the folder's config names it: export it again")

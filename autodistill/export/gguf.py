@@ -16,7 +16,7 @@ from gguf.utility import size_label
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import InputError, VerificationError
 from autodistill.estimates.fit import check_holds
-from autodistill.export.base import PROMPT_TOKENS, Artifact, Ran, check_written
+from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Ran, check_written
 from autodistill.export.gguf_tokenizer import add_tokenizer, spaces
 from autodistill.export.student_reader import StudentFiles, read_json, replacing
 from autodistill.export.tokenizer_check import agreement, cannot_cut, comparable
@@ -85,8 +85,8 @@ KINDS: Mapping[Storage, GGMLQuantizationType] = {
     Q2_K: GGMLQuantizationType.Q2_K,
 }
 STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(KINDS.items()))}
-_WRITTEN = 16  # tokens: it never chooses an end, after which what a model writes says little
 _ROPE_FACTORS = "rope_freqs.weight"
+_BESIDE = 8  # sequences that the runtime reads at once when a file is proven
 MIN_SAME_CUT = 0.99
 """Least share of the tokens of validation text that the runtime cuts it into as the tokenizer does. Of rare characters
 llama.cpp's tables may differ (of tekken's, capitals beyond ASCII), which proves nothing; a wrong kind of cut shows in
@@ -171,14 +171,25 @@ def _run(
     path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path, deployment: Deployment
 ) -> Ran:
     keys, values = deployment.cache_types
-    context = sequences.shape[1] + _WRITTEN
-    with LlamaServer(path, context, threads, cache_type_k=keys, cache_type_v=values, whole_cache=True) as server:
-        # Each prompt is the one before and a token more, so that only that token is computed.
-        top1 = [[server.next_token(row[: end + 1]) for end in range(len(row))] for row in sequences.tolist()]
-        written = server.complete(sequences[0, :PROMPT_TOKENS].tolist(), _WRITTEN, ignore_end=True)
+    # Beyond the context that a model was made for its server writes nothing.
+    reader = GGUFReader(path)
+    longest = int(_field(reader, f"{_field(reader, 'general.architecture')}.context_length"))
+    asked = max(1, min(WRITTEN_TOKENS, longest - PROMPT_TOKENS))
+    context = max(sequences.shape[1] + 1, PROMPT_TOKENS + asked)
+    rows, beside = sequences.tolist(), min(len(sequences), _BESIDE)
+    top1 = list[list[int]]()
+    with LlamaServer(
+        path, context, threads, beside, cache_type_k=keys, cache_type_v=values, whole_cache=True
+    ) as server:
+        for first in range(0, len(rows), beside):
+            some = rows[first : first + beside]
+            # Each prompt is the one before and a token more, so that only that token is computed.
+            columns = [server.next_tokens([row[: end + 1] for row in some]) for end in range(sequences.shape[1])]
+            top1 += map(list, zip(*columns, strict=True))
+        written = server.write(sequences[0, :PROMPT_TOKENS].tolist(), asked)
         same_cut = 1.0 if student.samefile(path.parent) else _check_cut(path, server, sequences, student)
-    check_written(path, len(written.tokens), _WRITTEN)
-    return Ran(np.array(top1), written.text, same_cut, written=tuple(written.tokens))
+    check_written(path, len(written.tokens), asked)
+    return Ran(np.array(top1), written.text, same_cut, written=written.tokens)
 
 
 def _check_cut(path: Path, server: LlamaServer, sequences: npt.NDArray[np.integer[Any]], student: Path) -> float:

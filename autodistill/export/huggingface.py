@@ -123,7 +123,8 @@ def load_in_transformers(path: Path) -> Any:
     """Loads an exported folder with the weights it serves, to compute in float32.
 
     A compressed-tensors folder is dequantised in bfloat16, as served, and widened afterwards: in bfloat16 itself equal
-    logits are so frequent that the most likely token would often be a matter of order.
+    logits are so frequent that the most likely token would often be a matter of order. Where it has several grids,
+    transformers 5.24 would dequantise all by one of them while it loads: there its first pass does it.
 
     Raises:
         VerificationError: transformers cannot load it, or finds weights missing or surplus.
@@ -132,8 +133,10 @@ def load_in_transformers(path: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        if getattr(config, "quantization_config", None) is not None:
-            config.quantization_config["dequantize"] = True
+        stated = getattr(config, "quantization_config", None)
+        mixed = stated is not None and len(stated.get("config_groups", ())) > 1
+        if stated is not None and not mixed:
+            stated["dequantize"] = True
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
         )
@@ -143,6 +146,13 @@ def load_in_transformers(path: Path) -> Any:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:
             raise VerificationError(f"transformers loaded {path} with {what}: {sorted(map(str, report[what]))[:3]}")
+    if mixed:
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64))
+        del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        plain.load_state_dict({name: one for name, one in model.state_dict().items() if name in plain.state_dict()})
+        model = plain
     return model.float().eval()
 
 

@@ -12,12 +12,12 @@ from typing import Any
 from autodistill.errors import DamagedError, InputError, VerificationError
 from autodistill.export import proof
 from autodistill.export.base import Expected, Exporter, TakesAny, load_exporter
+from autodistill.export.promise import RECORD as FILE
 from autodistill.export.verify import RuntimeCheck, Verification, prove
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.checksums import check_entries, entries
 from autodistill.utils.json_files import read_json, write_json
 
-FILE = "export.json"
 _VERSION = 1
 _PACKAGES = ("autodistill-search", "torch", "transformers")
 _RUNTIMES = {"llama.cpp": ("gguf", "xllamacpp"), "vllm": ("compressed-tensors",)}
@@ -34,7 +34,8 @@ class Exported:
         weights: What was found in its files; None where that was not looked at.
         expected: What the evaluated student does; None where it was not run.
         check: What it did in its runtime; None likewise.
-        text: What was read: the run's validation text, or random tokens.
+        text: What was read: the run's validation text, general text, or random tokens.
+        promise: What a served student is held to, of `promise_of`; None where it is of no row.
     """
 
     row: str
@@ -44,6 +45,7 @@ class Exported:
     expected: Expected | None = None
     check: RuntimeCheck | None = None
     text: str = ""
+    promise: Mapping[str, Any] | None = None
 
 
 def write(folder: Path, exporter: Exporter, exported: Exported) -> None:
@@ -72,6 +74,7 @@ def write(folder: Path, exporter: Exporter, exported: Exported) -> None:
         "versions": _versions(exporter, exported.deployment),
         "weights": None if exported.weights is None else asdict(exported.weights),
         "proof": None if check is None else {**asdict(check), "text_read": exported.text},
+        "promise": None if exported.promise is None else dict(exported.promise),
     }
     write_json(folder / FILE, document)
 
@@ -134,6 +137,9 @@ def repeat(folder: Path, threads: int, *, run_code: bool = False) -> Repeated:
     if isinstance(exporter, TakesAny) and exporter.is_code and not run_code:
         why = f"{exporter.name} files are code: if you trust where it comes from, give --run-code"
         return Repeated(record=record, check=None, why_not=why)
+    built = record.get("compiled_for")
+    if built and isinstance(exporter, TakesAny) and built != (here := exporter.notes.get("compiled_for")):
+        return Repeated(record=record, check=None, why_not=f"it is for {built}; here is {here}")
     if name and name not in files:
         raise DamagedError(f"{folder / FILE} names {name!r}, which is none of its files")
     if proof.FILE not in files:

@@ -111,13 +111,14 @@ class StudentFiles:
 
     def pack(self, name: str) -> Arrays:
         """Return the stored form of one tensor, with the scales that were learned for this scheme, if any."""
-        return pack(self._read(name), self._scheme.storage(self.specs[name]), self._scales_of(name))
+        return pack(self.read(name), self._scheme.storage(self.specs[name]), self._scales_of(name))
 
     def deployed(self, name: str) -> Floats:
         """Return the float32 values that the runtime will use for a tensor."""
-        return deployed(self._read(name), self._scheme.storage(self.specs[name]), self._scales_of(name))
+        return deployed(self.read(name), self._scheme.storage(self.specs[name]), self._scales_of(name))
 
-    def _read(self, name: str) -> Floats:
+    def read(self, name: str) -> Floats:
+        """Return the float32 values of a tensor before it is stored."""
         file, stored = self._files[name]
         values: Floats = file.get_tensor(stored).to(torch.float32).numpy()
         return padded(values, self.specs[name].shape)

@@ -22,7 +22,7 @@ BUILT_IN = Path(__file__).with_name("hardware.yaml")
 USER_FILE = Path("~/.config/autodistill/devices.yaml")
 _FIGURES = ("memory", "usable", "bandwidth", "rates")
 _FIELDS = ("aliases", "class", "runtimes", *_FIGURES, "source", "sources")
-_RUNTIMES = ("llama.cpp", "vllm", "transformers")
+_RUNTIMES = ("llama.cpp", "vllm", "transformers", "onnxruntime")
 _SOURCE_FIELDS = ({"text"}, {"text", "read"}, {"text", "read", "unread"})
 _NAME = re.compile(r"[\w(][\w .+()/-]{0,79}", re.ASCII)
 # Beyond these an entry is a slip of the unit: a tenth of the slowest memory known, and some times the fastest parts.

@@ -78,6 +78,16 @@ def memory_bytes() -> int:
     return _memory(_CGROUP)
 
 
+def free_memory_bytes() -> int:
+    """Return the main memory that nobody has now, within the limits of this process's control groups."""
+    return _free(_CGROUP)
+
+
+def cores() -> int:
+    """Return the cores that this process may use, after affinity and a container's quota."""
+    return _cpus(_CGROUP)
+
+
 def detect_for_training() -> Machine:
     """Detect as `detect` does, without Apple's GPU: it has no float64, so models run on the CPU there."""
     import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import local
@@ -54,6 +54,31 @@ def embedded(model: Any, tokens: npt.NDArray[Any], device: str = "cpu") -> list[
     return [one.after for one in _passed(model, (), begun, None, device)]
 
 
+@contextmanager
+def one_block(model: Any, index: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within the context one block runs alone; gives the function of it, through which gradients go.
+
+    Args:
+        model: In float32, which reads what the function is given, [1, length, width].
+        index: Of the block.
+    """
+    here = local()
+
+    def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        here.after = inputs[0]
+
+    def run(states: Tensor) -> Tensor:
+        model.base_model(inputs_embeds=states, use_cache=False)
+        after: Tensor = here.after
+        return after
+
+    norm = model.base_model.get_submodule(get_family(model.config.model_type).final_norm)
+    with ExitStack() as hooks:
+        hooks.callback(norm.register_forward_pre_hook(see).remove)
+        hooks.enter_context(only_blocks(model, (index,)))
+        yield run
+
+
 class Passed(NamedTuple):
     """A sequence after a block.
 
@@ -91,6 +116,7 @@ def _passed(
         setattr(here, name, inputs[0])
 
     def run(index: int) -> Passed:
+        """Run one sequence, and return what the blocks passed on."""
         here.seen = None
         with torch.no_grad():
             model.base_model(**begun[index], use_cache=False)

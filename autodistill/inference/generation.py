@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from autodistill.data.reasoning_gym import marker
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import NotFiniteError
 from autodistill.inference.batching import map_batches, pass_tokens
+from autodistill.inference.likelihood import continuations
 from autodistill.inference.outputs import Answers
 
 _BATCH = 16  # prompts answered at once on a CPU
@@ -74,15 +77,8 @@ def write(
         NotFiniteError: Logits that an answer is written by are not finite; of these some token would be the largest all
             the same. The other answers of its batch come before.
     """
-    from transformers import GenerationConfig
-
     model.eval()
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    chosen = GenerationConfig(
-        max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0], use_cache=True
-    )
-    # A folder may bring settings of its own, such as a penalty on repetition, which would be merged with these.
-    before, model.generation_config = model.generation_config, chosen
 
     def work(part: range) -> list[tuple[int, list[int] | None]]:
         """Return places and answers of some prompts, left-padded and written together; None for logits not finite."""
@@ -112,7 +108,7 @@ def write(
             for place, row, end, right in zip(places, found, ends, whole, strict=True)
         ]
 
-    try:
+    with _settings(model, stops, max_tokens):
         if device == "cpu":
             size = batch or at_once(device)
             parts = (range(start, min(start + size, len(order))) for start in range(0, len(order), size))
@@ -124,6 +120,22 @@ def write(
             tokens = pass_tokens(model, device, most=rows * max(lengths, default=1))
             for found in map_batches(work, len(order), _at_most(lengths, tokens), rows, device):
                 yield from _finite_first(found)
+
+
+@contextmanager
+def _settings(model: Any, stops: Sequence[int], max_tokens: int) -> Iterator[None]:
+    """Let a model generate by these settings alone.
+
+    Its folder may bring others, such as a penalty on repetition, which would be merged with them.
+    """
+    from transformers import GenerationConfig
+
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0], use_cache=True
+    )
+    try:
+        yield
     finally:
         model.generation_config = before
 
@@ -140,6 +152,7 @@ def _at_most(lengths: Sequence[int], tokens: int) -> Callable[[int, int], int]:
     """Return the `take` function of `map_batches` with limits of rows (shortest first) and of padded tokens."""
 
     def take(start: int, rows: int) -> int:
+        """Return where the batch that begins here ends."""
         stop = start + 1
         while stop < len(lengths) and stop - start < rows and (stop + 1 - start) * lengths[stop] <= tokens:
             stop += 1
@@ -219,7 +232,7 @@ def at_once(device: str) -> int:
     return _BATCH if device == "cpu" else BATCH_ON_ACCELERATOR
 
 
-def answer(model: Any, questions: Questions, *, context: int, device: str = "cpu") -> Answers:
+def answer(model: Any, questions: Questions, *, context: int, device: str = "cpu", confident: bool = False) -> Answers:
     """Return what a model writes to questions, greedily, with the scores of its answers.
 
     An answer may be half as long again as the longest one expected, as far as the context has room for it. A question
@@ -230,6 +243,8 @@ def answer(model: Any, questions: Questions, *, context: int, device: str = "cpu
         questions: At least one.
         context: Tokens that a prompt and its answer may have together.
         device: Where the model lies.
+        confident: Whether to say how long each answer is, and how sure of it the model was, for which answers are read
+            once more.
     """
     entries, asked = questions.entries, questions.within(context)
     limit = max((entries[place].answer_tokens for place in asked), default=0) * 3 // 2
@@ -237,13 +252,23 @@ def answer(model: Any, questions: Questions, *, context: int, device: str = "cpu
     decoder, mark = load_tokenizer(questions.tokenizer), marker(questions.task)
     prompts = [entries[place].prompt for place in asked]
     written = write(model, prompts, stops=questions.stops, max_tokens=limit, device=device) if asked else ()
+    kept: dict[int, list[int]] = {}
     for number, tokens in written:
         place, room = asked[number], context - len(prompts[number])
-        texts[place] = str(decoder.decode(tokens[:room], skip_special_tokens=True))
+        kept[place] = tokens[:room]
+        texts[place] = str(decoder.decode(kept[place], skip_special_tokens=True))
         marks[place] = mark(texts[place], entries[place].answer, entries[place].item)
+    lengths = confidence = None
+    if confident:
+        lengths, confidence = np.zeros(len(entries), np.int32), np.zeros(len(entries))
+        sure = continuations(model, [(entries[place].prompt, tokens) for place, tokens in kept.items()], device=device)
+        for place, one in zip(kept, sure, strict=True):
+            lengths[place], confidence[place] = one.tokens, math.exp(one.log_likelihood / one.tokens)
     return Answers(
         texts=tuple(texts),
         marks=marks,
         documents=np.array([entry.document for entry in entries], dtype=np.int32),
         unasked=len(entries) - len(asked),
+        tokens=lengths,
+        confidence=confidence,
     )

@@ -43,6 +43,7 @@ def continuations(
     sizes = [[len(pairs[place][1]) for place in by_prompt[prompt]] for prompt in prompts]
 
     def work(batch: range) -> list[tuple[int, Likelihood]]:
+        """Score one batch, and return the results with their places."""
         asked = prompts[batch.start : batch.stop]
         places = [place for prompt in asked for place in by_prompt[prompt]]
         owners = [row for row, prompt in enumerate(asked) for _ in by_prompt[prompt]]

@@ -97,12 +97,18 @@ class Answers:
         marks: float64 [n], 1 for a right answer; a task may give a part to a wrong one.
         documents: int32 [n], the document of each question.
         unasked: How many of them do not fit the context with the answer expected: their text is "", their mark 0.
+        tokens: int32 [n], tokens that were written, the one that ends an answer included; 0 of an unasked question.
+            None where nobody asked for it.
+        confidence: float64 [n], geometric mean of the probabilities that the model gave to the tokens that it wrote;
+            0 of an unasked question. None where nobody asked for it.
     """
 
     texts: tuple[str, ...]
     marks: npt.NDArray[np.float64]
     documents: npt.NDArray[np.int32]
     unasked: int = 0
+    tokens: npt.NDArray[np.int32] | None = None
+    confidence: npt.NDArray[np.float64] | None = None
 
 
 class Likelihood(NamedTuple):

@@ -47,18 +47,20 @@ def score(
     return scores, columns[0]
 
 
-def score_teacher(model: Any, data: TokenSet, *, device: str = "cpu") -> tuple[TokenScores, TeacherReference]:
+def score_teacher(
+    model: Any, data: TokenSet, *, device: str = "cpu", begun: Sequence[Tensor] | None = None
+) -> tuple[TokenScores, TeacherReference]:
     """Score a teacher, and keep the reference that students are compared with.
 
     Args:
-        model, data, device: As for `score`.
+        model, data, device, begun: As for `score`.
     """
 
     def likeliest(logits: Tensor, total: Tensor, rows: slice) -> list[Tensor]:
         values, tokens = logits.topk(min(REFERENCE_TOKENS, logits.shape[1]), dim=1, sorted=False)
         return [tokens.int(), values - total[:, None]]
 
-    scores, (top1, tokens, log_probs) = _score(model, data, None, device, likeliest)
+    scores, (top1, tokens, log_probs) = _score(model, data, None, device, likeliest, begun)
     return scores, TeacherReference(top1=top1, tokens=tokens, log_probs=log_probs)
 
 
@@ -125,14 +127,14 @@ def _divergence(reference: TeacherReference, rows: slice, logits: Tensor, total:
 
 
 def choices(
-    model: Any, data: TokenSet, *, device: str = "cpu"
+    model: Any, data: TokenSet, *, device: str = "cpu", begun: Sequence[Tensor] | None = None
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Return a model's most likely tokens, and by how much each leads, in float32.
 
     Args:
         model: Causal language model in float32 on `device`.
         data: Sequences [sequences, length], every token of which counts.
-        device: Where the model lies.
+        device, begun: As for `score`.
 
     Returns:
         int32 and float32, each [sequences, length - 1]: the tokens, and their logit less the second largest.
@@ -143,7 +145,7 @@ def choices(
         (first, second), tokens = logits.topk(2, dim=1).values.unbind(1), logits.argmax(dim=1)
         return [tokens.int(), first - second]
 
-    tokens, leads = _over_rows(model, data, np.ones(data.tokens.shape, dtype=bool), device, work)
+    tokens, leads = _over_rows(model, data, np.ones(data.tokens.shape, dtype=bool), device, work, begun)
     return tokens.reshape(shape), leads.reshape(shape)
 
 

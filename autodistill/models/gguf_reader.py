@@ -39,6 +39,7 @@ class _Cursor:
         self.position = 0
 
     def numbers(self, code: str, count: int = 1) -> tuple[Any, ...]:
+        """Read numbers of one type."""
         layout = f"<{count}{code}"
         size = struct.calcsize(layout)
         if self.position + size > len(self.data):
@@ -47,6 +48,7 @@ class _Cursor:
         return struct.unpack_from(layout, self.data, self.position - size)
 
     def text(self) -> str:
+        """Read a text behind its length."""
         (length,) = self.numbers("Q")
         if self.position + length > len(self.data):
             raise struct.error("text beyond the end of the file")

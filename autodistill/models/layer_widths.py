@@ -36,6 +36,8 @@ def _differing(plain: Any) -> Any:
     """Return a class of transformers with FFNs of each layer's own width; it has the name that files know."""
 
     class Differing(plain):
+        """The model with an FFN width for each layer."""
+
         def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
             given = vars(config).pop(_DIFFERS)
             try:

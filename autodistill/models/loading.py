@@ -196,6 +196,7 @@ def stock_model(model: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
+    """Hide the progress bars of transformers."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

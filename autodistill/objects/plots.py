@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from autodistill.errors import InputError
 from autodistill.hardware.budget import read_budget
 from autodistill.runs.run_folder import RunFolder
 
@@ -31,6 +32,7 @@ class Plots:
             InputError: No row has both figures.
         """
         from autodistill.report.charts import pareto
+        from autodistill.search.construction.construction import Construction
 
         asked = self._folder.asked("metric", "direction", "budget")
         ways = {**asked.get("directions", {}), asked["metric"]: asked["direction"]}
@@ -38,10 +40,59 @@ class Plots:
         return pareto(
             self._folder.events.rows(),
             metric=drawn,
-            direction=ways.get(drawn, "max"),
+            direction=ways.get(drawn, "min" if drawn in ("nll", "kl", "perplexity") else "max"),
             against=against,
             budget=read_budget(asked["budget"]),
+            solved=[Construction.from_json(one) for one in asked.get("constructions", ())],
         )
+
+    def storage(self) -> altair.Chart:
+        """Draw where the bytes of the best student's weights went: its layers by type.
+
+        Raises:
+            MissingDependencyError: Altair is not installed.
+            InputError: There is no best student yet.
+        """
+        from autodistill.report.contents import Contents
+        from autodistill.report.storage_chart import storage
+
+        best = Contents.of(self._folder).best
+        if best is None:
+            raise InputError("nothing keeps to the budget yet, so that there is no student to draw")
+        return storage(best)
+
+    def learning(self) -> altair.LayerChart:
+        """Draw the training loss of the trials, and how each ended.
+
+        Raises:
+            MissingDependencyError: Altair is not installed.
+            InputError: No trial has reached a rung.
+        """
+        from autodistill.report.training_charts import learning
+
+        return learning(self._folder.events.all())
+
+    def rungs(self) -> altair.LayerChart:
+        """Draw what ranks at each rung that a trial reached.
+
+        Raises:
+            MissingDependencyError: Altair is not installed.
+            InputError: No trial has reached a rung.
+        """
+        from autodistill.report.training_charts import rungs
+
+        return rungs(self._folder.events.all(), self._folder.asked("metric")["metric"])
+
+    def phases(self) -> altair.Chart:
+        """Draw the seconds of each phase of the search.
+
+        Raises:
+            MissingDependencyError: Altair is not installed.
+            InputError: The search has not ended.
+        """
+        from autodistill.report.training_charts import phases
+
+        return phases(self._folder.asked().get("seconds", {}))
 
     def importance(self, objective: str | None = None) -> altair.Chart:
         """Draw which dimensions set the better trials of the search apart.

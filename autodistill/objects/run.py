@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +13,11 @@ from autodistill.hardware.budget import Budget, read_budget
 from autodistill.objects.html import facts, table
 from autodistill.objects.plots import Plots
 from autodistill.objects.student import Student
+from autodistill.options import cache_folder, parsed
 from autodistill.runs.events import RowAdded, RowTested
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of, leaderboard_of
+from autodistill.search.gauges import HOST, SearchGauges
 from autodistill.search.request.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -80,8 +84,21 @@ class Run:
 
     @property
     def plot(self) -> Plots:
-        """Its charts: `plot.pareto()` and `plot.importance()`."""
+        """Its charts: `plot.pareto()`, `storage`, `learning`, `rungs`, `importance` and `phases`."""
         return Plots(self._folder)
+
+    def write_page(self, out: str | Path | None = None) -> Path:
+        """Write the page about the run that a search writes: one file, which opens from disk.
+
+        Args:
+            out: The file; `report.html` in the run's folder by default.
+
+        Raises:
+            InputError: The run's records cannot be read, or the file cannot be written.
+        """
+        from autodistill.report.writing import write_page
+
+        return write_page(self._folder, None if out is None else Path(out))
 
     def to_dataframe(self) -> pd.DataFrame:
         """The leaderboard as a pandas DataFrame: a row a student, its metrics, and each dimension of its strategy."""
@@ -98,6 +115,23 @@ class Run:
         from autodistill.search.explain import explain
 
         return explain(self._folder)
+
+    def log(self, to: str) -> str:
+        """Send the trials of the run to an experiment tracker, each as a run of its own.
+
+        Args:
+            to: "tensorboard", "mlflow" or "wandb"; or with a place, like "mlflow=http://localhost:5000".
+
+        Returns:
+            The command or the address that shows them.
+
+        Raises:
+            InputError: No such tracker or place, its package is not installed, or the run has no trial.
+            AutoDistillError: The tracker did not take them.
+        """
+        from autodistill.trackers.writing import send_run
+
+        return send_run(self._folder, to)[1]
 
     def resume(
         self, time: str | float | None = None, *, observer: Observer | None = None, **options: Any
@@ -173,11 +207,28 @@ def run_search(request: SearchRequest, observer: Observer | None = None) -> Sear
     Raises:
         InputError, NothingFitsError, InterruptedSearchError, VerificationError: As `search.search.search`.
     """
+    if request.metrics_port is not None:
+        return _shown(request, request.metrics_port, observer or lines())
+    from autodistill.report.writing import Refresher
     from autodistill.search.search import search
+    from autodistill.trackers.writing import Live
 
-    found = search(request, observer or lines(), request.callbacks)
+    page, trackers = Refresher(), Live((request.log,) if isinstance(request.log, str) else request.log or ())
+    try:
+        found = search(request, observer or lines(), (*request.callbacks, page, trackers))
+    finally:
+        page.close()
+        trackers.close()
     folder = RunFolder.open(Path(request.out), found.document["name"])
     return SearchResult(folder, dict(found.document), cache=request.cache)
+
+
+def _shown(request: SearchRequest, port: int, observer: Observer) -> SearchResult:
+    """A search with its gauges for Prometheus on a port, which is taken before any work: it may be in use."""
+    with closing(SearchGauges(port, cache_folder(request.cache), parsed(request.cache_limit) or 0)) as gauges:
+        observer.line(f"gauges for Prometheus: http://{HOST}:{gauges.port}/metrics")
+        told = (*request.callbacks, gauges)
+        return run_search(replace(request, callbacks=told, metrics_port=None), observer)
 
 
 def lines() -> Observer:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autodistill.objects.html import table
 from autodistill.objects.student import Metric
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
+
+if TYPE_CHECKING:
+    import altair
 
 _COLUMNS = ("storage", "", "memory", "fits", "KL", "NLL", "accuracy", "KL above the solution")
 
@@ -113,6 +116,17 @@ class Solutions:
         """The file that was written and verified; None unless that was asked for."""
         exported = self.document["exported"]
         return None if exported is None else Path(exported["path"])
+
+    def plot(self) -> altair.LayerChart:
+        """Draw the KL to the teacher against memory, beside plain storages; a notebook shows it, `save` writes it.
+
+        Raises:
+            MissingDependencyError: Altair is not installed.
+            InputError: Nothing was solved.
+        """
+        from autodistill.report.solved import curve
+
+        return curve(self.document)
 
     def __repr__(self) -> str:
         return f"<Solutions of {self.document['teacher']['name']}: {', '.join(map(repr, self.solutions))}>"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.quantization.group_scales import Steps, given_steps, in_steps
+from autodistill.quantization.k_quants import nearest_codes
 from autodistill.quantization.rounding import fitted_scales, given_values
 
 # Of the mean of the moments' diagonal, which is added to it: inputs of a short text do not span all directions.
@@ -37,11 +38,8 @@ def compensated(
         The values that a runtime reads, float32 [out, in], and the scales that they are packed with.
 
     Raises:
-        ValueError: Moments of another size, or that are not finite; or a grid of a codebook, whose values are not
-            evenly spaced.
+        ValueError: Moments of another size, or that are not finite.
     """
-    if grid.codebook:
-        raise ValueError("values of a codebook are not evenly spaced: errors are compensated on other grids")
     columns = weight.shape[1]
     if moments.shape != (columns, columns) or not torch.isfinite(moments).all():
         raise ValueError(f"moments of {columns} inputs are finite numbers, [{columns}, {columns}]")
@@ -91,7 +89,10 @@ def _on_grid(column: Tensor, steps: Steps, grid: Grid) -> Tensor:
     """Return a column's values, [out, 1], as `given_values` would."""
     codes = torch.empty_like(column)
     in_steps(column, steps, codes)
-    codes.clamp_(grid.qmin, grid.qmax).round_().add_(0.0)  # a code of 0 is never -0
+    if grid.codebook:
+        codes = nearest_codes(codes, grid, torch)
+    else:
+        codes.clamp_(grid.qmin, grid.qmax).round_().add_(0.0)  # a code of 0 is never -0
     if steps.zero_points is not None:
         codes.sub_(steps.zero_points)
     codes.mul_(steps.scales)

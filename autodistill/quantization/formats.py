@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from typing import Literal, TypeAlias
 
@@ -85,6 +85,7 @@ class Format:
         layer_widths: How it holds layers of different widths: "own", each as it is; "padded", with zeros to the widest;
             "one", not at all.
         dense_in: Runtimes that hold its grids as 16-bit weights while they serve it.
+        written_by: The exporters that write it for runtimes which do not read its container, by runtime.
         refuses: Returns why it cannot hold a model of some shape in any scheme, or "".
     """
 
@@ -99,7 +100,12 @@ class Format:
     norms_above_one: Literal["f32_plus_1"] | None = None
     layer_widths: Literal["one", "padded", "own"] = "one"
     dense_in: tuple[str, ...] = ()
+    written_by: Mapping[str, str] = field(default_factory=dict, hash=False)
     refuses: Callable[[ModelSpec], str] = lambda spec: ""
+
+    def container_for(self, runtime: str) -> str:
+        """Return what it is written as for a runtime: its own container, or one that the runtime reads instead."""
+        return self.written_by.get(runtime, self.container)
 
     def linear(self, bits: int, group_size: int, symmetric: bool) -> Storage:
         """Return how linear layers are stored under this choice.
@@ -131,8 +137,9 @@ class QuantizationScheme:
         symmetric: Whether a group has only a scale, and no offset.
         keep: What stays in 16 bits (mixed precision): "attention", "embeddings", "head", or part of a weight's dotted
             name in transformers, like "layers.0", "down_proj" or "layers.0.mlp.down_proj". In alphabetical order.
-        types: Of GGUF, what single matrices are stored as whatever the format says: pairs of a part of the model, as in
-            `keep`, and a name of `TYPES`. Of several parts that a weight belongs to, the one of most names decides. In
+        types: What single matrices are stored as whatever the format says: pairs of a part of the model, as in `keep`,
+            and a name of the container's types: `TYPES` of GGUF, `INTEGER_TYPES` of compressed-tensors, which has them
+            for linear layers. Of several parts that a weight belongs to, the one of most names decides. In
             alphabetical order.
     """
 
@@ -160,11 +167,15 @@ class QuantizationScheme:
     def _check_types(self) -> None:
         if not self.types:
             return
-        if self.container != "gguf":
-            raise InputError(f"types are of GGUF, and {self.format} has one type for all: leave types out")
+        known = types_of(self.format)
+        if not known:
+            raise InputError(
+                f"types are of GGUF and compressed-tensors, and {self.format} has one type for all: leave types out"
+            )
         if self.keep:
             raise InputError(
-                "keep and types both say how single weights are stored: write what is kept as f16 in types"
+                "keep and types both say how single weights are stored: write what is kept as "
+                f"{get_format(self.format).kept} in types"
             )
         for part, kind in self.types:
             if not _KEEP.fullmatch(part):
@@ -172,10 +183,17 @@ class QuantizationScheme:
                     f"types has {part!r}: it can be attention, embeddings, head, or part of a weight's name such as "
                     "layers.0 or mlp.down_proj"
                 )
-            if kind not in TYPES:
-                raise InputError(f"types has {part} as {kind!r}; a type can be {', '.join(TYPES)}")
+            if kind not in known:
+                raise InputError(f"types has {part} as {kind!r}; a type can be {', '.join(known)}")
         if len(dict(self.types)) < len(self.types):
             raise InputError("types names a part of the model twice: name each once")
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids that linear layers may be on: its own, and those that `types` name, each once."""
+        known = types_of(self.format) if self.types else {}
+        named = [self.linear, *(known[kind] for _, kind in self.types)]
+        return tuple(dict.fromkeys(grid for grid in named if isinstance(grid, Grid)))
 
     @property
     def by_name(self) -> bool:
@@ -228,8 +246,13 @@ class QuantizationScheme:
         if any(_is_part(part, tensor) for part in self.keep):
             return held.kept
         if (own := self._own_type(tensor)) is not None:
-            check_tensor(tensor, TYPES[own])
-            return TYPES[own]
+            stored = types_of(self.format)[own]
+            if tensor.role is not Role.LINEAR and stored != held.tables and held.container != "gguf":
+                raise InputError(
+                    f"types has {tensor.name} as {own}, and {self.format} holds tables in 16 bits: name linear layers"
+                )
+            check_tensor(tensor, stored)
+            return stored
         table = tensor.more_bits if held.mixture else tensor.role is not Role.LINEAR
         storage = held.tables if table else self.linear
         if isinstance(storage, Grid) and storage.fallback and not storage.divides(tensor.shape[-1]):
@@ -334,11 +357,14 @@ def _is_part(part: str, tensor: TensorSpec) -> bool:
     return any(f".{name}." in f".{tensor.name}." for name in names)
 
 
+_GRAPHS = {"onnxruntime": "onnx"}
+
+
 def _gguf(name: str, linears: Storage, tables: Storage, *, mixture: bool = False) -> Format:
     return Format(
         name=name,
         container="gguf",
-        runtimes=("llama.cpp",),
+        runtimes=("llama.cpp", "onnxruntime"),
         linears=(linears,),
         tables=tables,
         kept="f16",
@@ -346,6 +372,7 @@ def _gguf(name: str, linears: Storage, tables: Storage, *, mixture: bool = False
         mixture=mixture,
         norms_above_one="f32_plus_1",
         layer_widths="own",
+        written_by=_GRAPHS,
         refuses=_not_in_llama_cpp,
     )
 
@@ -387,12 +414,13 @@ FORMATS: Mapping[str, Format] = {
         Format(
             name="huggingface",
             container="huggingface",
-            runtimes=("transformers", "vllm"),
+            runtimes=("transformers", "vllm", "onnxruntime"),
             linears=("bf16",),
             tables="bf16",
             kept="bf16",
             vectors="bf16",
             layer_widths="padded",
+            written_by=_GRAPHS,
         ),
     )
 }
@@ -429,6 +457,22 @@ TYPES: Mapping[str, Storage] = {
 }
 """What a single matrix of a GGUF file may be stored as, by llama.cpp's names in small letters, the most bits first."""
 
+INTEGER_TYPES: Mapping[str, Storage] = {
+    "bf16": "bf16",
+    **{
+        integer_suffix(*_key(grid)).removeprefix("-"): grid
+        for grid in FORMATS["compressed-tensors"].linears
+        if isinstance(grid, Grid)
+    },
+}
+"""What a linear layer of a compressed-tensors folder may be stored as, like "int4-g64-asym", the most bits first."""
+
+
+def types_of(form: str) -> Mapping[str, Storage]:
+    """Return what single matrices of a format may be stored as, by name; empty where it has one type for all."""
+    found: dict[str, Mapping[str, Storage]] = {"gguf": TYPES, "compressed-tensors": INTEGER_TYPES}
+    return found.get(get_format(form).container, {})
+
 
 def get_format(name: str) -> Format:
     """Look up a format by name; plug-ins are asked for one that is not this project's own.
@@ -450,23 +494,33 @@ def as_held(spec: ModelSpec, scheme: QuantizationScheme) -> ModelSpec:
 _IN_A_LAYER = re.compile(r"\.\d+\.(.+?)(?:\.weight)?$")
 
 
-def scheme_by_tensor(types: Mapping[TensorSpec, str]) -> QuantizationScheme:
-    """The scheme of GGUF that stores each matrix of a model as a type of its own, said in as few words as it takes.
+def scheme_by_tensor(
+    types: Mapping[TensorSpec, str], container: Literal["gguf", "compressed-tensors"] = "gguf"
+) -> QuantizationScheme:
+    """The scheme that stores each matrix of a model as a type of its own, said in as few words as it takes.
 
-    Its format is that of the type that most weights of linear layers have. What all layers have alike is named once.
+    Its own grid is that of the type that most weights of linear layers have. What all layers have alike is named once.
 
     Args:
-        types: Of every matrix of a model, a name of `TYPES`.
+        types: Of every matrix of a model, a name of `TYPES`, or of `INTEGER_TYPES` for compressed-tensors.
+        container: Which of the two.
 
     Raises:
-        InputError: Rows that the groups of their type do not divide.
+        InputError: Rows that the groups of their type do not divide; or compressed-tensors with no linear layer on a
+            grid, which is the format "huggingface".
     """
+    known = TYPES if container == "gguf" else INTEGER_TYPES
     weights: Counter[str] = Counter()
     for tensor, kind in types.items():
-        check_tensor(tensor, TYPES[kind])
-        weights[kind] += math.prod(tensor.shape) if tensor.role is Role.LINEAR else 0
-    form = FORMATS[f"gguf-{max(weights, key=lambda kind: weights[kind])}"]
-    bits, group_size, symmetric = _key(form.linears[0])
+        check_tensor(tensor, known[kind])
+        # A scheme of compressed-tensors has a grid.
+        counted = tensor.role is Role.LINEAR and (container == "gguf" or isinstance(known[kind], Grid))
+        weights[kind] += math.prod(tensor.shape) if counted else 0
+    most = max(weights, key=lambda kind: weights[kind])
+    if not weights[most]:
+        raise InputError("no linear layer is on a grid: choose huggingface, which holds all in 16 bits")
+    form = FORMATS[f"gguf-{most}" if container == "gguf" else container]
+    bits, group_size, symmetric = _key(known[most])
     plain = QuantizationScheme(format=form.name, bits=bits, group_size=group_size, symmetric=symmetric)
     named: dict[str, str] = {}
     alike: dict[str, set[str]] = {}
@@ -486,7 +540,7 @@ def scheme_by_tensor(types: Mapping[TensorSpec, str]) -> QuantizationScheme:
 
 def _stores(scheme: QuantizationScheme, tensor: TensorSpec, kind: str) -> bool:
     try:
-        return scheme.storage(tensor) == TYPES[kind]
+        return scheme.storage(tensor) == types_of(scheme.format)[kind]
     except InputError:  # rows that its groups do not divide
         return False
 

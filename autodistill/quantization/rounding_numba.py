@@ -46,6 +46,7 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
     """Compile a function on its first call, and keep the machine code on disk if possible."""
 
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile one function; without a cache where no folder can hold it."""
         # Divisions by 0 give what IEEE 754 says.
         settings: dict[str, Any] = {"nogil": True, "error_model": "numpy"} | options
         try:
@@ -231,6 +232,59 @@ def _stop_clipped(incoming: Array | None, short: Array | None, inside: Array, ou
 
 
 @_compiled()
+def _scaled_codes(
+    codes: Array, scales: Array, minima: Array | None, zero_points: Array | None, out: Array | None, short: Array | None
+) -> None:
+    count, size = codes.shape
+    shown = np.empty(size, np.float32)
+    bits = shown.view(np.uint32)
+    for group in range(count):
+        scale = scales[group]
+        zero_point = _ZERO if zero_points is None else zero_points[group]
+        for i in range(size):
+            shown[i] = (np.float32(codes[group, i]) - zero_point) * scale
+        if minima is not None:
+            for i in range(size):
+                shown[i] = shown[i] + minima[group]
+        if short is not None:
+            for i in range(size):
+                short[group, i] = np.uint16(_upper_half(bits[i]))
+        if out is not None:
+            for i in range(size):
+                out[group, i] = shown[i]
+
+
+# The order of a sum is free.
+@_compiled(fastmath={"reassoc", "nsz"})
+def _scale_gradients(
+    incoming: Array | None,
+    short: Array | None,
+    codes: Array,
+    zero_points: Array | None,
+    of_scales: Array,
+    of_minima: Array | None,
+) -> None:
+    count, size = codes.shape
+    arriving = np.empty(size, np.float32)
+    bits = arriving.view(np.uint32)
+    for group in range(count):
+        if incoming is not None:
+            for i in range(size):
+                arriving[i] = incoming[group, i]
+        if short is not None:
+            for i in range(size):
+                bits[i] = np.uint32(short[group, i]) << _UPPER
+        zero_point = _ZERO if zero_points is None else zero_points[group]
+        products, total = _ZERO, _ZERO
+        for i in range(size):
+            products += (np.float32(codes[group, i]) - zero_point) * arriving[i]
+            total += arriving[i]
+        of_scales[group] = products
+        if of_minima is not None:
+            of_minima[group] = total
+
+
+@_compiled()
 def _in_columns(weights: Array, start: int, columns: Array) -> None:
     """Copy some groups into columns; those beyond the last group have the first of them."""
     count, size = weights.shape
@@ -409,11 +463,11 @@ def _nearest_symmetric(
 
 
 def fits(*tensors: Tensor | None) -> bool:
-    """Return whether the loops can handle these tensors: on a CPU, float32, bfloat16 or bytes, and contiguous."""
+    """Return whether the loops can handle these tensors: on a CPU, float32, bfloat16, codes or masks, contiguous."""
     return all(
         tensor.device.type == "cpu"
         and tensor.is_contiguous()
-        and tensor.dtype in (torch.float32, torch.bfloat16, torch.bool)
+        and tensor.dtype in (torch.float32, torch.bfloat16, torch.int8, torch.bool)
         for tensor in tensors
         if tensor is not None
     )
@@ -509,6 +563,40 @@ def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid
         constants=(np.float32(grid.qmin), np.float32(grid.qmax)),
     )
     return sums
+
+
+def scaled_codes(
+    codes: Tensor, scales: Tensor, minima: Tensor | None, zero_points: Tensor | None, *, out: Tensor
+) -> None:
+    """Write into `out` the values of codes under their scales.
+
+    Args:
+        codes: int8 [groups, size].
+        scales: float32, one a group.
+        minima: float32, one a group, that are added; or None.
+        zero_points: float32, one a group, that codes are less first; or None.
+        out: float32 or bfloat16 [groups, size].
+    """
+    of_groups = (_flat(scales), _flat(minima), _flat(zero_points))
+    size = codes.shape[1]
+    _over_threads(_scaled_codes, _groups(codes, size), *of_groups, *_by_type(out, size))
+
+
+def scale_gradients(
+    gradient: Tensor, codes: Tensor, zero_points: Tensor | None, *, of_scales: Tensor, of_minima: Tensor | None
+) -> None:
+    """Write the sums over each group of what arrives times the code less the zero point, and of what arrives.
+
+    Args:
+        gradient: What arrives, float32 or bfloat16 [groups, size].
+        codes: int8 [groups, size].
+        zero_points: float32, one a group; or None.
+        of_scales: float32 [groups].
+        of_minima: float32 [groups], or None.
+    """
+    size = codes.shape[1]
+    sums = (_array(of_scales), None if of_minima is None else _array(of_minima))
+    _over_threads(_scale_gradients, *_by_type(gradient, size), _groups(codes, size), _flat(zero_points), *sums)
 
 
 def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:

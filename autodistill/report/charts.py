@@ -5,6 +5,7 @@ A chart holds its data, so that its specification is drawn anywhere: in a notebo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -15,6 +16,7 @@ from autodistill.hardware.budget import NO_LIMIT, Budget, DeviceBudget
 from autodistill.runs.report import INSTALL_PLOTS
 from autodistill.runs.results.leaderboard import pareto as front_of
 from autodistill.runs.results.row import Row
+from autodistill.search.construction.construction import Construction
 from autodistill.search.explain import FEWEST_RESULTS, Explanation
 from autodistill.strategy.strategy import Strategy
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 Against = Literal["memory", "size", "latency"]
 """What the metric is drawn against."""
+NLL = "nll"
+"""The mean negative log-likelihood of a token in nats, which is the logarithm of a row's perplexity."""
+WIDTH, HEIGHT = 480, 320
+"""Of a chart's plot, in pixels."""
 
 
 class _Cost(NamedTuple):
@@ -39,9 +45,12 @@ _COSTS: Mapping[str, _Cost] = {
     "size": _Cost("size_bytes", "size of the weights (MB)", 1e6, "MB"),
     "latency": _Cost("latency_ms", "time per token, 95th percentile (ms)", 1.0, "ms"),
 }
-_KINDS = {"student": "student", "baseline": "baseline", "teacher": "teacher", "initial": "untrained student"}
+_TITLES = {NLL: "loss (nats a token)", "kl": "KL of the teacher (nats a token)"}
+_WHOLE, _PACKED, _SOLVED = "teacher", "quantised teacher", "solved, untrained"
+_KINDS = {"student": "student", "baseline": "baseline", "teacher": _WHOLE, "initial": "untrained student"}
 _FITS, _OVER = "fits", "over the budget"
-_WIDTH, _HEIGHT, _BAR = 480, 320, 22
+_BAR = 22
+_HOVER = ("row", "name", "deployment", "limits", "strategy")
 
 
 def pareto(
@@ -51,6 +60,7 @@ def pareto(
     direction: Direction = "max",
     against: Against = "memory",
     budget: Budget | None = None,
+    solved: Sequence[Construction] = (),
 ) -> altair.LayerChart:
     """Draw the metric against memory, size or latency, with the budget and the Pareto front of what fits.
 
@@ -59,10 +69,11 @@ def pareto(
 
     Args:
         rows: Of a run.
-        metric: What is drawn upwards.
+        metric: What is drawn upwards: a figure of the rows, or "nll".
         direction: Whether more or less of it is better.
         against: What is drawn to the right.
         budget: Its limit is a line, where it has one of what is drawn to the right.
+        solved: What was solved before training. It is known by its memory and its KL, and drawn where these are.
 
     Raises:
         MissingDependencyError: Altair is not installed.
@@ -70,37 +81,96 @@ def pareto(
     """
     if against not in _COSTS:
         raise InputError(f"against is {against!r}; it can be {', '.join(get_args(Against))}")
-    alt, cost = _altair(), _COSTS[against]
+    points = budget_points(rows, [metric])
+    return budget_curve(rows, points, metric=metric, direction=direction, against=against, budget=budget, solved=solved)
+
+
+def budget_points(rows: Sequence[Row], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows that charts against a budget draw, as plain data that several of them share.
+
+    Args:
+        rows: Of a run.
+        metrics: Of which each row has the value, its error's ends, and both in words.
+    """
+    return [_point(row, metrics) for row in rows if row.full and row.split != "test" and row.kind in _KINDS]
+
+
+def budget_curve(
+    rows: Sequence[Row],
+    points: Sequence[Mapping[str, Any]],
+    *,
+    metric: str,
+    direction: Direction,
+    against: Against,
+    budget: Budget | None,
+    solved: Sequence[Construction] = (),
+) -> altair.LayerChart:
+    """As `pareto`, from points that have the metric among others."""
+    alt, cost = altair_module(), _COSTS[against]
     drawn = [row for row in rows if _is_drawn(row, metric, cost)]
     if not drawn:
         raise InputError(f"no row has both {metric} and {against}: choose another metric, or another figure")
-    points = [_point(row, metric, cost) for row in drawn]
-    x = alt.X("cost:Q", title=cost.title, scale=alt.Scale(zero=False, padding=20))
-    y = alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False, padding=20))
-    base = alt.Chart(alt.Data(values=points))
-    best = front_of([row for row in drawn if row.feasible], {cost.field: "min", metric: direction})
+    title = _TITLES.get(metric, metric)
+    x = alt.X(f"{against}:Q", title=cost.title, scale=alt.Scale(zero=False, padding=20))
+    y = alt.Y(f"{_key(metric)}:Q", title=title, scale=alt.Scale(zero=False, padding=20))
+    known = f"isValid(datum['{against}']) && isValid(datum['{_key(metric)}'])"
+    base = alt.Chart(alt.Data(values=points)).transform_filter(known)
+    best = front_of([row for row in drawn if row.feasible], _objectives(cost, metric, direction))
     layers = [
-        alt.Chart(alt.Data(values=[_place(row, metric, cost) for row in best]))
-        .mark_line(interpolate="step-after", color="#888", strokeDash=[4, 2])
+        alt.Chart(alt.Data(values=[_place(row, metric, against) for row in best]))
+        .mark_line(interpolate="step-after", color="#8a8f98", strokeDash=[4, 2])
         .encode(x=x, y=y),
-        base.transform_filter("isValid(datum.low)")
+        *(_frontier(alt, solved, x, y) if metric == "kl" and against == "memory" and solved else ()),
+        base.transform_filter(f"isValid(datum['{_key(metric)}_low'])")
         .mark_rule()
-        .encode(x=x, y=alt.Y("low:Q", title=metric), y2="high:Q", color=_color(alt)),
+        .encode(x=x, y=alt.Y(f"{_key(metric)}_low:Q", title=title), y2=f"{_key(metric)}_high:Q", color=_color(alt)),
         base.mark_point(filled=True, size=70).encode(
             x=x,
             y=y,
             color=_color(alt),
-            shape=alt.Shape("kind:N", title=None, scale=alt.Scale(domain=list(_KINDS.values()))),
-            tooltip=[alt.Tooltip(f"{name}:N", title=name.replace("_", " ")) for name in points[0]["hover"]],
+            shape=_shape(alt, [point["kind"] for point in points]),
+            tooltip=[
+                *(alt.Tooltip(f"{name}:N", title=name) for name in _HOVER[:3]),
+                alt.Tooltip(f"{_key(metric)}_said:N", title="metric"),
+                alt.Tooltip(f"{against}_said:N", title="needs"),
+                *(alt.Tooltip(f"{name}:N", title=name) for name in _HOVER[3:]),
+            ],
         ),
     ]
     limit = _limit(budget, against, cost)
     if limit is not None:
-        layers += _limit_line(alt, limit, cost)
+        layers += _limit_line(alt, limit, against, cost)
     chart: altair.LayerChart = alt.layer(*layers).properties(
-        title=f"{metric} against {against}", width=_WIDTH, height=_HEIGHT
+        title=f"{metric} against {against}", width=WIDTH, height=HEIGHT
     )
     return chart
+
+
+def _frontier(alt: ModuleType, solved: Sequence[Construction], x: Any, y: Any) -> list[Any]:
+    """The untrained students that the solver found, by memory and KL, joined where none is beaten."""
+    known = sorted((one for one in solved if one.kl is not None), key=lambda one: (one.bytes, one.kl))
+    points = [
+        {
+            "memory": one.bytes / 1e6,
+            "kl": one.kl,
+            "row": _SOLVED if one.solved else "plain, untrained",
+            "deployment": one.deployment.name,
+            "said": one.describe(),
+        }
+        for one in known
+    ]
+    least, front = math.inf, []
+    for point, one in zip(points, known, strict=True):
+        if one.kl is not None and one.kl < least:
+            least = one.kl
+            front.append({"memory": point["memory"], "kl": point["kl"]})
+    hover = [alt.Tooltip(f"{name}:N", title=name) for name in ("row", "deployment", "said")]
+    return [
+        alt.Chart(alt.Data(values=front)).mark_line(interpolate="step-after", color="#2ca02c").encode(x=x, y=y),
+        alt.Chart(alt.Data(values=points))
+        .mark_tick(thickness=3, size=16, color="#2ca02c", orient="vertical")
+        .encode(x=x, y=y, tooltip=hover),
+    ]
 
 
 def importance(explanation: Explanation, objective: str | None = None) -> altair.Chart:
@@ -114,7 +184,7 @@ def importance(explanation: Explanation, objective: str | None = None) -> altair
         MissingDependencyError: Altair is not installed.
         InputError: Another objective, or too few trials.
     """
-    alt, name = _altair(), objective or explanation.metric
+    alt, name = altair_module(), objective or explanation.metric
     found = explanation.importance.get(name)
     if found is None:
         known = ", ".join(explanation.importance) or "none, as it tried one strategy alone"
@@ -140,12 +210,17 @@ def importance(explanation: Explanation, objective: str | None = None) -> altair
                 alt.Tooltip("trials:Q", title="trials that have it"),
             ],
         )
-        .properties(title=f"What mattered for {name}", width=_WIDTH, height=_BAR * len(bars))
+        .properties(title=f"What mattered for {name}", width=WIDTH, height=_BAR * len(bars))
     )
     return chart
 
 
-def _altair() -> ModuleType:
+def altair_module() -> ModuleType:
+    """Return Vega-Altair.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
     try:
         import altair
     except ImportError as error:
@@ -153,37 +228,58 @@ def _altair() -> ModuleType:
     return altair
 
 
+def _key(metric: str) -> str:
+    """A metric's name as the field of a point, where brackets and dots would be read as a path."""
+    return "".join(letter if letter.isalnum() else "_" for letter in metric)
+
+
+def _figure(row: Row, metric: str) -> tuple[float | None, float | None]:
+    """A row's figure and its standard error."""
+    if metric != NLL:
+        return row.figure(metric), row.figure(f"{metric}_stderr")
+    perplexity, error = row.figure("perplexity"), row.figure("perplexity_stderr")
+    if perplexity is None or perplexity <= 0:
+        return None, None
+    return math.log(perplexity), None if error is None else error / perplexity
+
+
+def _objectives(cost: _Cost, metric: str, direction: Direction) -> dict[str, Direction]:
+    return {cost.field: "min", "perplexity" if metric == NLL else metric: direction}
+
+
 def _is_drawn(row: Row, metric: str, cost: _Cost) -> bool:
-    known = row.figure(metric) is not None and row.figure(cost.field) is not None
+    known = _figure(row, metric)[0] is not None and row.figure(cost.field) is not None
     return known and row.full and row.split != "test" and row.kind in _KINDS
 
 
-def _place(row: Row, metric: str, cost: _Cost) -> dict[str, Any]:
-    return {"cost": (row.figure(cost.field) or 0.0) / cost.scale, "value": row.figure(metric)}
+def _place(row: Row, metric: str, against: str) -> dict[str, Any]:
+    cost = _COSTS[against]
+    return {against: (row.figure(cost.field) or 0.0) / cost.scale, _key(metric): _figure(row, metric)[0]}
 
 
-def _point(row: Row, metric: str, cost: _Cost) -> dict[str, Any]:
-    place, error = _place(row, metric, cost), row.figure(f"{metric}_stderr")
-    value = place["value"]
-    said = f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
-    hover = {
+def _point(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
+    kind = _PACKED if row.kind == "teacher" and row.deployment.bits < 16 else _KINDS[row.kind]
+    found: dict[str, Any] = {
         "row": row.row_id,
         "name": row.name,
         "deployment": row.deployment_name,
-        "metric": f"{metric} {said}",
-        "needs": f"{place['cost']:,.4g} {cost.unit}",
         "limits": _FITS if row.feasible else row.reason or _OVER,
         "strategy": _said(row),
-    }
-    return {
-        **place,
-        "low": None if error is None else value - error,
-        "high": None if error is None else value + error,
-        "kind": _KINDS[row.kind],
+        "kind": kind,
         "state": _FITS if row.feasible else _OVER,
-        "hover": list(hover),
-        **hover,
     }
+    for against, cost in _COSTS.items():
+        if (needs := row.figure(cost.field)) is not None:
+            found |= {against: needs / cost.scale, f"{against}_said": f"{needs / cost.scale:,.4g} {cost.unit}"}
+    for metric in metrics:
+        value, error = _figure(row, metric)
+        if value is not None:
+            said = f"{metric} {value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            found |= {_key(metric): value, f"{_key(metric)}_said": said}
+            found |= (
+                {} if error is None else {f"{_key(metric)}_low": value - error, f"{_key(metric)}_high": value + error}
+            )
+    return found
 
 
 def _said(row: Row) -> str:
@@ -205,8 +301,16 @@ def _changes(given: Any, usual: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, given
 
 
+def _shape(alt: ModuleType, kinds: Sequence[str]) -> Any:
+    """A shape for each kind, the same in every chart; the legend names those that there are."""
+    known = [*dict.fromkeys([*_KINDS.values(), _PACKED])]
+    shapes = dict(zip(known, ("circle", "square", "diamond", "triangle-up", "triangle-down"), strict=True))
+    here = [kind for kind in known if kind in kinds]
+    return alt.Shape("kind:N", title=None, scale=alt.Scale(domain=here, range=[shapes[kind] for kind in here]))
+
+
 def _color(alt: ModuleType) -> Any:
-    return alt.Color("state:N", title=None, scale=alt.Scale(domain=[_FITS, _OVER], range=["#1f77b4", "#aaaaaa"]))
+    return alt.Color("state:N", title=None, scale=alt.Scale(domain=[_FITS, _OVER], range=["#3987d6", "#8f96a0"]))
 
 
 def _limit(budget: Budget | None, against: str, cost: _Cost) -> float | None:
@@ -221,10 +325,10 @@ def _limit(budget: Budget | None, against: str, cost: _Cost) -> float | None:
     return None
 
 
-def _limit_line(alt: ModuleType, limit: float, cost: _Cost) -> list[Any]:
-    base = alt.Chart(alt.Data(values=[{"cost": limit, "limit": f"budget: {limit:,.4g} {cost.unit}"}]))
-    x = alt.X("cost:Q", title=cost.title)
+def _limit_line(alt: ModuleType, limit: float, against: str, cost: _Cost) -> list[Any]:
+    base = alt.Chart(alt.Data(values=[{against: limit, "limit": f"budget: {limit:,.4g} {cost.unit}"}]))
+    x = alt.X(f"{against}:Q", title=cost.title)
     return [
-        base.mark_rule(color="#d62728").encode(x=x),
-        base.mark_text(align="left", dx=4, y=8, color="#d62728").encode(x=x, text="limit:N"),
+        base.mark_rule(color="#e5534b").encode(x=x),
+        base.mark_text(align="left", dx=4, y=8, color="#e5534b").encode(x=x, text="limit:N"),
     ]

@@ -149,7 +149,12 @@ def _megabytes(row: Row) -> float:
     return (row.memory_bytes or 0) / 1e6
 
 
-def _asked(search: Mapping[str, Any]) -> str:
+def asked_facts(search: Mapping[str, Any]) -> dict[str, str]:
+    """What was asked and planned, by name and in words.
+
+    Args:
+        search: `search.json`.
+    """
     facts = {name: search[name] for name in ("teacher", "data", "space") if name in search}
     if search.get("warm_start", {}).get("runs"):
         facts["warm start from"] = search["warm_start"]["runs"]
@@ -160,9 +165,17 @@ def _asked(search: Mapping[str, Any]) -> str:
     facts |= _training(plan) | _evaluation(plan, search)
     if plan.get("box_seconds"):
         facts["time budget"] = format_duration(plan["box_seconds"])
-    # A search that has ended has the plan's notes among its own.
-    notes = dict.fromkeys([*plan.get("notes", ()), *search.get("notes", ())])
-    return "\n\n".join([_pairs("Request", facts), *(f"- {paragraph(note)}" for note in notes)])
+    return {name: _value(value) for name, value in facts.items()}
+
+
+def notes_of(search: Mapping[str, Any]) -> list[str]:
+    """What a person must know of a run, in sentences; one that has ended has the plan's notes among its own."""
+    return list(dict.fromkeys([*(search.get("plan") or {}).get("notes", ()), *search.get("notes", ())]))
+
+
+def _asked(search: Mapping[str, Any]) -> str:
+    notes = (f"- {paragraph(note)}" for note in notes_of(search))
+    return "\n\n".join([_pairs("Request", asked_facts(search)), *notes])
 
 
 def _training(plan: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from autodistill.errors import InputError
 from autodistill.runs.run_log import RunLog
@@ -47,7 +47,7 @@ class RunFolder:
         self._held: list[int] = []
 
     @classmethod
-    def create(cls, out: Path, name: str) -> RunFolder:
+    def create(cls, out: Path, name: str) -> Self:
         """Makes the folder of a new run and locks it.
 
         Raises:
@@ -70,7 +70,7 @@ class RunFolder:
         return run
 
     @classmethod
-    def create_free(cls, out: Path, stem: str) -> RunFolder:
+    def create_free(cls, out: Path, stem: str) -> Self:
         """As `create`, under the first of the names `stem`, `stem-2`, `stem-3`, ... that is free.
 
         Raises:
@@ -84,7 +84,7 @@ class RunFolder:
         raise AssertionError("numbers do not end")
 
     @classmethod
-    def open(cls, out: Path, name: str, *, lock: bool = False) -> RunFolder:
+    def open(cls, out: Path, name: str, *, lock: bool = False) -> Self:
         """An existing run: to read it, or with `lock` to go on with it.
 
         Raises:
@@ -191,7 +191,7 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def __enter__(self) -> RunFolder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -266,11 +266,6 @@ class RunFolder:
         except OSError as error:
             self.close()
             raise unwritable(self.path, error) from error
-
-
-def default_cache() -> Path:
-    """Where teachers, prepared data, teacher outputs and this machine's measurement are kept for all runs."""
-    return Path.home() / ".cache" / "autodistill"
 
 
 def known_runs(out: Path) -> list[str]:

@@ -77,6 +77,7 @@ class Search(TypedDict):
     constructions: NotRequired[tuple[Mapping[str, Any], ...]]
     rates: NotRequired[Mapping[str, Any]]
     kv_type: NotRequired[str | None]
+    served_by: NotRequired[str | None]
     objectives: NotRequired[tuple[str, ...]]
     device: NotRequired[Mapping[str, Any] | None]
     directions: NotRequired[Mapping[str, Direction]]
@@ -93,6 +94,8 @@ class Search(TypedDict):
     box: NotRequired[Box]
     licences: NotRequired[Mapping[str, str]]
     versions: NotRequired[Mapping[str, str]]
+    code: NotRequired[Mapping[str, Any]]
+    machine: NotRequired[Mapping[str, Any]]
     seconds: NotRequired[Numbers]
     notes: NotRequired[tuple[str, ...]]
     saved: NotRequired[Mapping[str, Any]]
@@ -148,6 +151,16 @@ def check_log(events: Iterable[Mapping[str, Any]], rungs: int, *, whole: bool = 
                     raise InputError(f"it tells of the trial {name!r}, which it has not told to begin")
             if not 0 <= event.get("rung", 0) < rungs and event["event"] == "rung":
                 raise InputError(f"it tells of rung {event['rung']}, of which the plan has {rungs}")
+
+
+def about(search: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a table says of its run: what ranked, and what was measured on what, and by which code.
+
+    Args:
+        search: `search.json`.
+    """
+    names = ("metric", "direction", "teacher", "data", "budget", "command", "versions", "code", "machine", "licences")
+    return {name: search[name] for name in names if name in search}
 
 
 def _has(found: Any, name: str) -> bool:

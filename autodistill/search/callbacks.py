@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchStarted:
+    """The search has a plan and a folder, and its trials are about to begin.
+
+    Attributes:
+        run: The folder.
+    """
+
+    run: Path
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialStarted:
     """A trial is given to a worker for the first time in this session.
 
@@ -127,7 +138,7 @@ class SearchFinished:
     rows: tuple[Row, ...]
 
 
-Event: TypeAlias = TrialStarted | Step | RungReached | TrialFinished | Exported | SearchFinished
+Event: TypeAlias = SearchStarted | TrialStarted | Step | RungReached | TrialFinished | Exported | SearchFinished
 
 
 class Callback:
@@ -136,6 +147,9 @@ class Callback:
     The methods run in the process that drives the search, which waits for them. What one of them raises is logged once,
     with its name, and does not end the search; KeyboardInterrupt does.
     """
+
+    def search_started(self, event: SearchStarted) -> None:
+        """The search has a plan and a folder."""
 
     def trial_started(self, event: TrialStarted) -> None:
         """A trial is given to a worker."""
@@ -157,6 +171,7 @@ class Callback:
 
 
 _METHODS = {
+    SearchStarted: "search_started",
     TrialStarted: "trial_started",
     Step: "step",
     RungReached: "rung_reached",

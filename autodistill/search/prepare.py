@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +13,8 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimates.training_fit import INSTALL_8BIT, has_eight_bit
 from autodistill.export.model_card import NOT_STATED
+from autodistill.hardware.environment import code, machine_here, versions
+from autodistill.hardware.machine import detect
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.events import RungReached, TrialAdded
 from autodistill.runs.phase_clock import Clock
@@ -32,7 +31,7 @@ from autodistill.search.request.earlier_runs import check_fingerprints, steps_di
 from autodistill.search.request.metrics import moved
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded, load
-from autodistill.search.setup.measure_plan import plan_from_measurement
+from autodistill.search.setup.measure_plan import Paces, plan_from_measurement
 from autodistill.search.setup.rate_phase import for_plan, tested, to_test
 from autodistill.search.setup.solve_phase import construct
 from autodistill.search.setup.teacher_phase import cache_phase, check_cache_limit, teacher_phase
@@ -90,17 +89,14 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
     else:
         fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
         check_fingerprints(checked.out, checked.warm_start, fingerprints)
+        # Before anything is solved; what is solved may want more of the cache.
+        check_cache_limit(checked, loaded)
         if checked.declared.solved:
             with clock.phase("solve", "solving what fits"):
                 checked = construct(checked, loaded, observer.line)
-        check_cache_limit(checked, loaded)
         with clock.phase("plan", "measuring this machine"):
-            plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.started)
-        differ = steps_differ(checked.out, checked.warm_start, plan.batch_tokens)
-        plan = replace(plan, notes=(*loaded.of_teacher, *plan.notes, *differ))
-        loaded = loaded.stepping(plan.batch_tokens)
-        checked = for_plan(checked, plan)
-    document = _describe(checked, loaded, plan, speed) | {"box": _box(checked, plan, clock.started_at)}
+            checked, loaded, plan, speed = plan_anew(checked, loaded, time.monotonic() - checked.started)
+    document = describe(checked, loaded, plan, speed, clock.started_at)
     write_json(run.search_file, document)
     told = moved(checked.asked.record, checked.stored.get("asked", {})) if checked.stored else ()
     for note in (
@@ -113,6 +109,41 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
     ):
         observer.line(note)
     return Planned(config=checked, loaded=loaded, plan=plan, speed=speed, document=document)
+
+
+def plan_anew(
+    checked: SearchConfig, loaded: Loaded, spent: float, paces: Paces | None = None
+) -> tuple[SearchConfig, Loaded, Plan, Speed]:
+    """Plans a new run, whose teacher and data are loaded and whose constructions are known.
+
+    Args:
+        checked: What is asked.
+        loaded: Teacher and data.
+        spent: Seconds of the time budget that are gone.
+        paces: As of `plan_from_measurement`.
+
+    Returns:
+        The settings with the prior for this plan, what is loaded with its optimiser steps, the plan, and the speed that
+        it was made for.
+
+    Raises:
+        InputError: As `plan_from_measurement`; or a cache that does not hold the teacher's outputs.
+    """
+    check_cache_limit(checked, loaded)
+    plan, speed = plan_from_measurement(checked, loaded, spent, paces)
+    differ = steps_differ(checked.out, checked.warm_start, plan.batch_tokens)
+    plan = replace(plan, notes=(*loaded.of_teacher, *plan.notes, *differ))
+    return for_plan(checked, plan), loaded.stepping(plan.batch_tokens), plan, speed
+
+
+def describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed, started_at: float) -> dict[str, Any]:
+    """The content of `search.json`, from which a run goes on.
+
+    Args:
+        checked, loaded, plan, speed: As `plan_anew` gives them, or as they were stored.
+        started_at: When the session began, of which a new time budget counts.
+    """
+    return _describe(checked, loaded, plan, speed) | {"box": _box(checked, plan, started_at)}
 
 
 def prepare_rows(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
@@ -345,6 +376,7 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
         "baselines": checked.baselines and list(checked.baselines),
         "space_definition": checked.space.to_json(),
         "kv_type": checked.kv_type,
+        "served_by": checked.served_by,
         "constructions": [one.to_json() for one in checked.constructions],
         "metric": checked.metric,
         "direction": checked.direction,
@@ -365,17 +397,10 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licenses(loaded),
-        "versions": _versions(),
+        "versions": versions(),
+        "code": code(),
+        "machine": {**machine_here(detect()), "trains_on": loaded.workers.device},
     }
-
-
-def _versions() -> dict[str, str]:
-    """Of what a figure may depend on; without numba sums are added in another order."""
-    packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
-    found = {package: importlib.metadata.version(package) for package in packages}
-    with suppress(importlib.metadata.PackageNotFoundError):
-        found["numba"] = importlib.metadata.version("numba")
-    return {"python": platform.python_version()} | found
 
 
 def _licenses(loaded: Loaded) -> dict[str, str]:

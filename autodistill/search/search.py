@@ -4,68 +4,68 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import AutoDistillError, InputError, InterruptedSearchError, LostClusterError, NothingFitsError
 from autodistill.hardware.budget import Price
-from autodistill.hardware.machine import detect_for_training
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.runs.checkpoints import default_limit
 from autodistill.runs.events import RunEvent, SessionBegan
 from autodistill.runs.phase_clock import Clock
-from autodistill.runs.remote_copy import Lease, StoredLog, check_free, keep, pull
+from autodistill.runs.remote_copy import keep
 from autodistill.runs.report import write_report
 from autodistill.runs.results.differences import differences
 from autodistill.runs.results.gains import named
 from autodistill.runs.results.leaderboard import DISTILLED, rank
 from autodistill.runs.results.objectives import front
 from autodistill.runs.results.row import Row, Status, to_parquet
-from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.savings import saved
+from autodistill.runs.schema import about
 from autodistill.runs.sessions import SignsOfLife, by_phase, last_ended, lasted
 from autodistill.runs.students import student_bytes
 from autodistill.search.algorithms.sampler import Sampler
-from autodistill.search.algorithms.successive_halving import confirmed
-from autodistill.search.callbacks import Callback, Callbacks, Exported, SearchFinished
-from autodistill.search.campaign.agenda import REJECTIONS_IN_A_ROW
+from autodistill.search.callbacks import Callback, Callbacks, Exported, SearchFinished, SearchStarted
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
-from autodistill.search.campaign.state import TrialState
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.finish import Finish, finish
 from autodistill.search.finish.stopped import export_so_far
-from autodistill.search.planning.placement import Place, check_share
+from autodistill.search.planning.durations import Speed
+from autodistill.search.planning.placement import Place
 from autodistill.search.planning.plan import cost, students_disk
 from autodistill.search.prepare import Planned, Ready, plan_run, prepare_rows, prepare_trials
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import check_request
-from autodistill.search.runners.inline import run_inline
 from autodistill.search.runners.node_files import send
-from autodistill.search.setup.loading import load
+from autodistill.search.setup.loading import Loaded, load
 from autodistill.search.setup.measure_plan import plan_from_measurement
 from autodistill.search.setup.solve_phase import construct
 from autodistill.search.setup.teacher_phase import cache_settings, calibration_file, check_cache_limit
-from autodistill.search.worker.failures import is_disk_broken, is_disk_full
-from autodistill.search.worker.messages import TrialSetting
+from autodistill.search.shortfall import shortfall
+from autodistill.search.workplace import (
+    Runner,
+    disk_faults,
+    going_on,
+    going_on_or_again,
+    resuming,
+    run_folder_of,
+    runner_of,
+    stored_run,
+    workplace,
+)
 from autodistill.units import format_duration
 from autodistill.utils.clock import Moment
-from autodistill.utils.json_files import read_json, write_json
+from autodistill.utils.json_files import write_json
 from autodistill.utils.storage import Storage
 
 if TYPE_CHECKING:
     from autodistill.search.runners.ray_cluster import Cluster
-
-
-_Runner: TypeAlias = Callable[[Campaign, TrialSetting, Moment | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,10 @@ def plan_search(request: SearchRequest, observer: Observer | None = None, price:
             "--plan shows what a new search would do, and a run that goes on keeps the plan in its search.json: leave "
             "out --plan or --resume"
         )
+    if request.metrics_port is not None:
+        raise InputError("--plan trains nothing that gauges could show: leave out --plan or --metrics-port")
     checked = check_request(request)
-    with _disk(str(checked.cache), lambda: ""), _workplace(checked) as (place, _):
+    with disk_faults(str(checked.cache), lambda: ""), workplace(checked) as (place, _):
         told = observer or Observer()
         return _plan(checked, place, told, price)
 
@@ -109,7 +111,22 @@ def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price 
         checked = construct(checked, loaded, observer.line)
     observer.phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.started)
-    loaded = loaded.stepping(plan.batch_tokens)
+    return plan_document(checked, loaded.stepping(plan.batch_tokens), plan, speed, place, price)
+
+
+def plan_document(
+    checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed, place: Place, price: Price | None
+) -> dict[str, Any]:
+    """What a planned search would do, as plain data.
+
+    Args:
+        checked: What is asked, with what was solved.
+        loaded: Teacher and data, with the plan's optimiser steps.
+        plan: Of the search.
+        speed: That it was made for.
+        place: Where it would run.
+        price: Of an hour; None where no cost is asked for.
+    """
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
     tokens = min(plan.most_tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
     per_token = settings.bytes_per_token(loaded.spec.vocabulary, loaded.spec.width)
@@ -155,108 +172,29 @@ def search(request: SearchRequest, observer: Observer | None = None, callbacks: 
     observer, tell = observer or Observer(), Callbacks(callbacks)
     checked = check_request(request)
     # Locked before a cluster is joined, whose nodes nobody asks for a run that another process goes on with.
-    with _folder(checked) as run:
+    with run_folder_of(checked) as run:
         try:
             with (
-                _disk(f"{checked.out} and {checked.cache}", lambda: f"; {_again(checked, run)}"),
-                _workplace(checked) as (place, joined),
-                _stored(checked, run, observer) as storage,
+                disk_faults(f"{checked.out} and {checked.cache}", lambda: f"; {going_on_or_again(checked, run)}"),
+                workplace(checked) as (place, joined),
+                stored_run(checked, run, observer) as storage,
             ):
                 asked = replace(checked, name=run.name)
                 return _search(asked, place, joined, run, storage, observer, tell)
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
-            raise InterruptedSearchError(f"stopped; {_to_go_on(checked, run)}") from None
+            raise InterruptedSearchError(f"stopped; {going_on(checked, run)}") from None
         except LostClusterError as error:
-            raise LostClusterError(f"{error}; {_to_go_on(checked, run)}") from None
+            raise LostClusterError(f"{error}; {going_on(checked, run)}") from None
         except OSError as error:
             if checked.storage is None or not run.search_file.exists():
                 raise
             # One that fails while trials run is waited for; before and after them nothing goes on without it.
-            raise AutoDistillError(f"the storage failed ({error}); {_to_go_on(checked, run)}") from error
+            raise AutoDistillError(f"the storage failed ({error}); {going_on(checked, run)}") from error
         finally:
             if checked.stored is None:
                 run.discard()
-
-
-@contextmanager
-def _disk(folders: str, then: Callable[[], str]) -> Iterator[None]:
-    """Says what to do where a file of the search itself finds no room, or its disk does not work.
-
-    One of a trial's is a failure of that trial.
-    """
-    try:
-        yield
-    except Exception as error:
-        said = error.strerror if isinstance(error, OSError) else str(error)
-        if is_disk_full(error):
-            raise AutoDistillError(f"a file could not be written ({said}): make room in {folders}{then()}") from error
-        if is_disk_broken(error):
-            raise AutoDistillError(f"a disk failed ({said}): look after that of {folders}{then()}") from error
-        raise
-
-
-def _again(checked: SearchConfig, run: RunFolder) -> str:
-    return _to_go_on(checked, run) if run.search_file.exists() else "and start it again"
-
-
-def _to_go_on(checked: SearchConfig, run: RunFolder) -> str:
-    return f"every finished trial is kept. To go on: {_resuming(checked, run)}"
-
-
-def _resuming(checked: SearchConfig, run: RunFolder) -> str:
-    """The command line that goes on with a run."""
-    resume = checked.command if checked.stored is not None else f"{checked.command} --resume"
-    return resume if checked.named else f"{resume} --name {run.name}"
-
-
-def _folder(checked: SearchConfig) -> RunFolder:
-    """The run's folder, locked: that which is resumed, or a new one, of another name where the default one is taken."""
-    out, name = checked.out, checked.name
-    if checked.stored is not None:
-        return RunFolder.open(out, name, lock=True)
-    return RunFolder.create_free(out, name) if not checked.named else RunFolder.create(out, name)
-
-
-@contextmanager
-def _stored(checked: SearchConfig, run: RunFolder, observer: Observer) -> Iterator[Storage | None]:
-    """The run's storage, which this process alone goes on with, and whose events are the run's from here on."""
-    if checked.storage is None:
-        yield None
-        return
-    storage = checked.storage.at(run.name)
-    with Lease(storage, observer.line) as lease:
-        if checked.stored is None:
-            check_free(storage)
-        if checked.stored is not None and pull(run.path, storage) and read_json(run.search_file) != checked.stored:
-            raise InputError(
-                f"another machine went on with the run {run.name!r} while this one began: give the same command again"
-            )
-        log = StoredLog(run.events.path, storage, lease.check)
-        log.sync()
-        run.use(log)
-        yield storage
-
-
-@contextmanager
-def _workplace(checked: SearchConfig) -> Iterator[tuple[Place, Cluster | None]]:
-    """Where the search runs, and the cluster that it joined for it; what a trial is to be given is there."""
-    joined = None
-    if checked.ray_address is not None:
-        from autodistill.search.runners.ray_cluster import join
-
-        # What is kept on a storage is fetched to each node.
-        folders = [] if checked.storage else [checked.out, checked.cache]
-        joined = join(checked.ray_address, folders, checked.asked.files, checked.storage)
-    try:
-        here = detect_for_training()
-        machines = joined.machines if joined else (here,)
-        share = check_share(machines, checked.gpus_per_trial, checked.cpus_per_trial, checked.runner)
-        yield Place(here=here, machines=machines, share=share), joined
-    finally:
-        if joined is not None:
-            joined.leave()
 
 
 def _search(
@@ -283,10 +221,11 @@ def _search(
     clock.earlier = by_phase(earlier)
     # Written down once there is a plan, it says when the session began, from where the time budget counts.
     run.events.add(SessionBegan(time=clock.started_at))
+    tell(SearchStarted(run=run.path))
     stopped = False
     with SignsOfLife(run.path, storage, clock.started_at, clock.session):
         # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
-        with _runner(checked, place, joined, lambda: _to_go_on(checked, run)) as runner:
+        with runner_of(checked, place, joined, lambda: going_on(checked, run)) as runner:
             ready = prepare_rows(planned, run, clock)
             try:
                 ready = prepare_trials(planned, ready, run, clock, observer)
@@ -316,7 +255,7 @@ def _sent(ready: Ready, run: RunFolder, storage: Storage | None, clock: Clock) -
 def _trials(
     planned: Planned,
     ready: Ready,
-    runner: _Runner,
+    runner: Runner,
     run: RunFolder,
     storage: Storage | None,
     clock: Clock,
@@ -379,7 +318,7 @@ def _stop(
     observer.line("stopping: the best so far is exported first; to stop at once, interrupt once more")
     said = export_so_far(_finisher(planned, ready, run, clock, observer))
     _pages(run)
-    raise InterruptedSearchError(f"stopped; {said}; {_to_go_on(checked, run)}")
+    raise InterruptedSearchError(f"stopped; {said}; {going_on(checked, run)}")
 
 
 def _finisher(planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer) -> Finisher:
@@ -431,29 +370,8 @@ def _end(
 
 def _pages(run: RunFolder) -> None:
     """Writes the leaderboard of the validation split and the report."""
-    to_parquet(run.events.rows(split="validation"), run.leaderboard_file)
+    to_parquet(run.events.rows(split="validation"), run.leaderboard_file, run.name, about(run.asked()))
     write_report(run)
-
-
-@contextmanager
-def _runner(
-    checked: SearchConfig, place: Place, joined: Cluster | None, to_go_on: Callable[[], str]
-) -> Iterator[_Runner]:
-    """The function that drives a campaign. Ray starts in the background while the teacher's outputs are cached, and a
-    Ray of this search's own is left, whatever fails before the trials.
-    """
-    if checked.runner == "inline":
-        yield run_inline
-        return
-    from autodistill.search.runners.ray import run_ray
-    from autodistill.search.runners.ray_cluster import LocalRay
-
-    cluster = joined or LocalRay(place.here)
-    cluster.to_go_on = to_go_on
-    try:
-        yield partial(run_ray, cluster)
-    finally:
-        cluster.leave()
 
 
 def _deadline(planned: Planned, earlier: Sequence[RunEvent], clock: Clock, observer: Observer) -> float | None:
@@ -537,77 +455,4 @@ def _short_of_the_end(best: Row, rows: Sequence[Row], checked: SearchConfig, run
     if plan.box_seconds is None and checked.time_seconds is None:
         return [note]
     again = "" if checked.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
-    return [f"{note}; to continue for the same time again: {_resuming(checked, run)}{again}"]
-
-
-_MORE = "give it more --time"
-
-
-def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
-    """What was left undone of a plan: for want of time where there is a time budget, or of strategies that fit.
-
-    What failed or did not fit counts as tried, as it does for the agenda; the search says so elsewhere.
-
-    Args:
-        campaign: As it was closed.
-        plan: What it followed.
-    """
-    trials = list(campaign.trials.values())
-    proposed = [trial for trial in trials if trial.number is not None]
-    tried = sum(trial.status is not Status.REJECTED and not _unbegun(trial) for trial in proposed)
-    if campaign.exhausted and tried < plan.trials:
-        return [_exhausted(proposed, tried, plan), *_box(campaign, plan, trials)]
-    if campaign.box.deadline is not None and tried < plan.trials:
-        return [
-            f"the time budget held {tried} of the {plan.trials} planned trials: {_MORE}",
-            *_box(campaign, plan, trials),
-        ]
-    return _box(campaign, plan, trials)
-
-
-def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
-    """Why no more was proposed, though the plan held more."""
-    rejected = sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, reversed(proposed)))
-    held = f"{tried} of the {plan.trials} planned trials"
-    if rejected >= REJECTIONS_IN_A_ROW:
-        training = proposed[-1].candidate.training
-        miss = training.miss if training is not None else None
-        if miss is not None:
-            return (
-                f"the last {rejected} strategies that were proposed cannot be trained here or do not fit, so that the "
-                f"search tried {held}; of the last one: {miss.said}"
-            )
-        return (
-            f"the last {rejected} strategies that were proposed did not fit, so that the search tried {held}: raise "
-            "--budget, or name a --space of smaller students"
-        )
-    return f"the space holds no more strategies, so that the search tried {held}: widen it with --space"
-
-
-def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
-    """What the time budget ended before."""
-    if campaign.box.deadline is None:
-        return []
-    notes = []
-    students = [trial for trial in trials if trial.kind == "student" and trial.task.length == 1]
-    whole = sum(trial.status is Status.COMPLETED for trial in students)
-    waiting = sum(trial.status is Status.STOPPED and (_unbegun(trial) or trial.value is not None) for trial in students)
-    planned = min(plan.keep[-1] if plan.keep else plan.trials, whole + waiting)
-    if whole < planned:
-        notes.append(f"the time budget took {whole} of {planned} trials to full fidelity: {_MORE}")
-    notes += [
-        f"the time budget did not hold the baseline {name}, so the gain over it is unknown: {_MORE}"
-        for name in campaign.untrained_baselines()
-    ]
-    completed = [trial.kind for trial in trials if trial.status is Status.COMPLETED]
-    again = [trial for trial in trials if trial.kind == CONFIRMATION and not _unbegun(trial)]
-    few = confirmed(completed.count("student"), (), completed.count("baseline"))
-    wanted = campaign.question.confirm * few
-    if len(again) < wanted:
-        notes.append(f"the time budget held {len(again)} of the {wanted} trainings on further seeds: {_MORE}")
-    return notes
-
-
-def _unbegun(trial: TrialState) -> bool:
-    """Whether a trial never came to its first rung, though nothing was wrong with it."""
-    return trial.rung < 0 and trial.status in (None, Status.STOPPED)
+    return [f"{note}; to continue for the same time again: {resuming(checked, run)}{again}"]

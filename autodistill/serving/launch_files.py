@@ -7,6 +7,9 @@ from pathlib import Path
 
 from autodistill.strategy.deployment import Deployment
 
+SERVE_FILE = "serve.json"
+"""Lies beside a GGUF file."""
+
 
 def write_launch_files(model: Path, deployment: Deployment, context: int, slots: int) -> None:
     """Write both beside a model.
@@ -30,7 +33,7 @@ def write_launch_files(model: Path, deployment: Deployment, context: int, slots:
         "flash_attention": "on" if narrow else "auto",
         "command": [*command, *deployment.server_arguments],
     }
-    (model.parent / "serve.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (model.parent / SERVE_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     # Ollama has one type for keys and values, set for the whole server.
     server = [f"OLLAMA_NUM_PARALLEL={slots}"]
     server += [f"OLLAMA_KV_CACHE_TYPE={keys}", "OLLAMA_FLASH_ATTENTION=1"] if narrow and keys == values else []

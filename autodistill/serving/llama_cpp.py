@@ -139,6 +139,40 @@ class LlamaServer:
         """
         return self.complete(tokens, 1, reuse=True).tokens[0]
 
+    def next_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Return the most likely token after each of some prompts, which are read together.
+
+        Of a prompt that begins like one before, only the rest is computed: several that grow by a token share the
+        reading of the weights, which is most of what a token takes.
+
+        Args:
+            prompts: As many as are served in parallel, at most.
+        """
+        asked = [[int(token) for token in prompt] for prompt in prompts]
+        options = {"n_predict": 1, "temperature": 0, "cache_prompt": True, "return_tokens": True}
+        (answer,) = self._exchange({"prompt": asked, "together": {"prompt": asked, **options}})
+        # Of one prompt the answer is no list.
+        found = {int(one["index"]): one["tokens"] for one in (answer if isinstance(answer, list) else [answer])}
+        return [int(found[index][0]) for index in range(len(asked))]
+
+    def write(self, tokens: Sequence[int], count: int) -> Completion:
+        """Continue a prompt with the most likely tokens, none of which ends the text.
+
+        Each is asked for by itself: the server dies of several whose text, as a random model writes it, is no UTF-8.
+        """
+        found: list[Completion] = []
+        prompt = list(tokens)
+        while len(found) < count:
+            found.append(self.complete(prompt, 1, reuse=True, ignore_end=True))
+            if not found[-1].tokens:
+                break
+            prompt += found[-1].tokens
+        return Completion(
+            tokens=tuple(prompt[len(tokens) :]),
+            text="".join(one.text for one in found),
+            prompt_tokens=sum(one.prompt_tokens for one in found),
+        )
+
     def tokenize(self, text: str) -> tuple[int, ...]:
         """Return llama.cpp's token ids of a text, with the tokens that begin it; special tokens are recognised."""
         (answer,) = self._exchange({"prompt": text, "text": text})
@@ -216,8 +250,8 @@ class LlamaServer:
         prompt = [int(token) for token in tokens]
         return self._exchange({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options})
 
-    def _exchange(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        chunks: list[dict[str, Any]] = self._child.ask(request, f"llama.cpp died while it ran {self._path.name}")
+    def _exchange(self, request: dict[str, Any]) -> list[Any]:
+        chunks: list[Any] = self._child.ask(request, f"llama.cpp died while it ran {self._path.name}")
         for chunk in chunks:
             if "error" in chunk:
                 count = len(request["prompt"])

@@ -47,13 +47,22 @@ class _Local(http.client.HTTPConnection):
         self.sock.connect(_SOCKET)
 
 
-def _tokens(text: str) -> dict[str, Any]:
+def _post(path: str, request: dict[str, Any]) -> Any:
     connection = _Local("localhost")
-    body = json.dumps({"content": text, "add_special": True, "parse_special": True})
-    connection.request("POST", "/tokenize", body, {"Content-Type": "application/json"})
-    answer: dict[str, Any] = json.loads(connection.getresponse().read())
+    connection.request("POST", path, json.dumps(request), {"Content-Type": "application/json"})
+    answer = json.loads(connection.getresponse().read())
     connection.close()
     return answer
+
+
+def _answer(server: Any, request: dict[str, Any]) -> list[Any]:
+    if "text" in request:
+        return [_post("/tokenize", {"content": request["text"], "add_special": True, "parse_special": True})]
+    if "together" in request:
+        return [_post("/completion", request["together"])]
+    chunks: list[Any] = []
+    result = server.handle_completions(request, chunks.append)
+    return chunks if result is None else [result]
 
 
 def _resident_bytes() -> int:
@@ -69,8 +78,8 @@ def main() -> None:
     """Load the file, report it with a line, and answer until stdin ends.
 
     The line says what the interpreter held before, which llama.cpp on its own would not. A request is a JSON object for
-    llama.cpp's completions, or one that has a `text` to be cut into tokens; the answer is the JSON list of the objects
-    that it gave.
+    llama.cpp's completions; or one that has a `text` to be cut into tokens, or prompts to go on with `together`; the
+    answer is the JSON list of the objects that it gave.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the runtime prints belongs to the log
@@ -78,10 +87,7 @@ def main() -> None:
     server = _load(json.loads(sys.argv[1]))
     print(json.dumps(before), file=answers, flush=True)
     for line in sys.stdin:
-        chunks: list[Any] = []
-        request = json.loads(line)
-        result = _tokens(request["text"]) if "text" in request else server.handle_completions(request, chunks.append)
-        print(json.dumps(chunks if result is None else [result]), file=answers, flush=True)
+        print(json.dumps(_answer(server, json.loads(line))), file=answers, flush=True)
     # Not by way of the server's destructor, which now and then waits for ever for a loop that has just begun.
     os._exit(0)
 

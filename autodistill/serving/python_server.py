@@ -1,4 +1,4 @@
-"""A folder served by transformers or vLLM in a child process, to measure its time and memory."""
+"""A folder served by transformers, vLLM or ONNX Runtime in a child process, to measure its time and memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from autodistill.hardware.process_memory import forget_peak, peak_memory
 from autodistill.serving.json_child import JsonChild
 
 _CHILD = Path(__file__).with_name("python_server_child.py")
-RUNTIMES = ("transformers", "vllm")
+RUNTIMES = ("transformers", "vllm", "onnxruntime")
 
 
 class PythonServer:
-    """A folder loaded by transformers or vLLM, for use in a `with` statement.
+    """A folder loaded by transformers, vLLM or ONNX Runtime, for use in a `with` statement.
 
     Nothing is fetched: the hubs' libraries are told to stay offline, and no remote code is run.
 

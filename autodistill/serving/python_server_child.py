@@ -1,4 +1,6 @@
-"""The child process in which transformers or vLLM serves a folder: it loads it, then times requests from stdin.
+"""The child process in which transformers, vLLM or ONNX Runtime serves a folder: it loads it, then times requests.
+
+They come from stdin, a line of JSON each.
 
 Run by path and not as a module, so that this package is not imported: its memory is the runtime's alone.
 """
@@ -92,6 +94,63 @@ class Vllm:
         return None
 
 
+class OnnxRuntime:
+    """A graph with its cache among its inputs and outputs, run by ONNX Runtime: on a GPU if its build has one."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import numpy as np
+        import onnxruntime
+
+        self._np, self._value = np, onnxruntime.OrtValue.ortvalue_from_numpy
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = settings["threads"]
+        options.log_severity_level = 3
+        # Plans of memory are made for a shape, and each pass has another one: they would be kept beside each other.
+        options.enable_mem_pattern = False
+        known = onnxruntime.get_available_providers()
+        providers = [one for one in ("CUDAExecutionProvider", "CPUExecutionProvider") if one in known]
+        path = os.path.join(settings["path"], "model.onnx")
+        self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+        self.device = "cuda" if self._session.get_providers()[0].startswith("CUDA") else "cpu"
+        self._outputs = [one.name for one in self._session.get_outputs()]
+        self._inputs = self._session.get_inputs()
+
+    def begin(self, prompts: list[list[int]]) -> None:
+        """Read prompts of one length, up to the first token of each."""
+        np = self._np
+        self._cache: dict[str, Any] = {}
+        for one in self._inputs:
+            if one.name.startswith("past_key_values."):
+                dtype = np.float16 if one.type == "tensor(float16)" else np.float32
+                empty = np.zeros((len(prompts), one.shape[1], 0, one.shape[3]), dtype)
+                self._cache[one.name] = self._value(empty)
+        self._read = 0
+        self._run(np.array(prompts, np.int64))
+
+    def step(self) -> None:
+        """Add one token to each stream."""
+        self._run(self._next)
+
+    def _run(self, tokens: Any) -> None:
+        np, (batch, count) = self._np, tokens.shape
+        total = self._read + count
+        given = {
+            "input_ids": tokens,
+            "attention_mask": np.ones((batch, total), np.int64),
+            "position_ids": np.tile(np.arange(self._read, total), (batch, 1)),
+        }
+        # What stays in the runtime's own memory is copied nowhere.
+        feeds = {name: self._value(array) for name, array in given.items()} | self._cache
+        found = dict(zip(self._outputs, self._session.run_with_ort_values(None, feeds), strict=True))
+        self._cache = {name: found[name.replace("past_key_values.", "present.")] for name in self._cache}
+        self._next = found["logits"].numpy()[:, -1:].argmax(-1)
+        self._read = total
+
+    def peak_bytes(self) -> int | None:
+        """Return None: the process's memory counts, and of a GPU the runtime states none."""
+        return None
+
+
 def gpu_share(total: int, used: int) -> float:
     """Return the share of GPU memory for vLLM: what is free, with room for a context, and not all of it.
 
@@ -124,7 +183,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the runtime prints belongs to the log
     settings = json.loads(sys.argv[1])
-    server: Any = {"transformers": Transformers, "vllm": Vllm}[settings["runtime"]](settings)
+    servers = {"transformers": Transformers, "vllm": Vllm, "onnxruntime": OnnxRuntime}
+    server: Any = servers[settings["runtime"]](settings)
     print(json.dumps({"device": server.device}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

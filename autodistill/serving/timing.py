@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from autodistill.errors import InputError
 from autodistill.hardware.background_load import Noise, Watch
 from autodistill.hardware.budget import LatencyLimit
 from autodistill.hardware.machine import detect, machine_name
-from autodistill.hardware.runtime import further_runtime
+from autodistill.hardware.runtime import further_runtime, further_runtimes
 from autodistill.serving.llama_cpp import LlamaServer
 from autodistill.serving.python_server import RUNTIMES, PythonServer
 from autodistill.units import count_of
@@ -77,6 +78,15 @@ def serve(
         raise InputError(f"{runtime} cannot be run here: its exporter opens no server")
     served: Server = opens(path, context, threads, parallel)
     return served
+
+
+def installed(runtime: str) -> bool:
+    """Return whether a runtime is here to be run."""
+    module = "xllamacpp" if runtime == "llama.cpp" else runtime if runtime in RUNTIMES else None
+    if module is not None:
+        return importlib.util.find_spec(module) is not None
+    brought = further_runtimes()
+    return runtime in brought and brought[runtime].server is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +250,7 @@ def time_serving(
 
     Args:
         path: A GGUF file, or a folder.
-        runtime: "llama.cpp", "transformers" or "vllm".
+        runtime: "llama.cpp", "transformers", "vllm" or "onnxruntime".
         load: What is timed; prompts that the context does not hold are shortened.
         vocabulary: Entries of it: prompts are its first ids in turn, since times do not depend on them.
         context: Tokens of each sequence.

@@ -9,8 +9,8 @@ from autodistill.models.tensors import TensorSpec
 from autodistill.quantization.formats import CACHE_BYTES, QuantizationScheme, get_format
 from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out
 
-# vLLM fuses each of these sets of layers to one matrix, which has one storage.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Sets of layers that vLLM fuses to one matrix each, which has one storage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Deployment(QuantizationScheme, PlainDataclass):
     The fields of `QuantizationScheme` say how its weights are stored.
 
     Attributes:
-        runtime: The runtime that serves it: "llama.cpp", "vllm" or "transformers".
+        runtime: The runtime that serves it: "llama.cpp", "vllm", "transformers" or "onnxruntime".
         cache_type_k, cache_type_v: What llama.cpp holds the keys and the values of its cache in, of `CACHE_BYTES`; the
             others hold 16 bits.
     """
@@ -31,10 +31,20 @@ class Deployment(QuantizationScheme, PlainDataclass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(
+            bool(serving(self)),
+            f"nothing serves {self.name}: vLLM has kernels for 4 and 8 bits, and zero points with 4 alone, and "
+            "transformers loads no mixture with zero points; leave -asym out of types",
+        )
         check_choice(f"the runtime of {self.name}", self.runtime, serving(self))
         known = tuple(CACHE_BYTES) if self.runtime == "llama.cpp" else ("f16",)
         check_choice(f"cache_type_k in {self.runtime}", self.cache_type_k, known)
         check_choice(f"cache_type_v in {self.runtime}", self.cache_type_v, known)
+
+    @property
+    def container(self) -> str:
+        """What it is written as: the format's own container, or another one where the runtime does not read that."""
+        return get_format(self.format).container_for(self.runtime)
 
     @property
     def cache_types(self) -> tuple[str, str]:
@@ -51,7 +61,11 @@ class Deployment(QuantizationScheme, PlainDataclass):
 
     @property
     def name(self) -> str:
-        """As `QuantizationScheme.name`, and a cache of fewer than 16 bits, as in "gguf-q4_0+kv-q8_0"."""
+        """As `QuantizationScheme.name`, and a cache of fewer than 16 bits, as in "gguf-q4_0+kv-q8_0"; or the container
+        where it is not the format's own, as in "gguf-q4_0+onnx".
+        """
+        if self.container != super().container:
+            return f"{super().name}+{self.container}"
         keys, values = self.cache_types
         if (keys, values) == ("f16", "f16"):
             return super().name
@@ -62,32 +76,40 @@ class Deployment(QuantizationScheme, PlainDataclass):
         """Refuse a model that cannot be quantised or served in this way.
 
         Raises:
-            InputError: As `QuantizationScheme.check_model`; or vLLM would fuse kept and quantised layers.
+            InputError: As `QuantizationScheme.check_model`; or vLLM would fuse layers that are stored in several ways.
         """
         tensors = tuple(tensors)
         super().check_model(tensors)
-        if self.runtime != "vllm" or not self.keep:
+        if self.runtime != "vllm" or not self.by_name:
             return
+        told = "keep all of them or none" if self.keep else "give them one type"
         storages = {tensor.name: self.storage(tensor) for tensor in tensors}
-        for first, *others in _FUSED:
+        for first, *others in FUSED:
             for name in storages:
                 for other in others:
                     twin = name.replace(f".{first}.weight", f".{other}.weight")
                     check(
                         storages[name] == storages[twin],
-                        f"vLLM computes {', '.join((first, *others))} as one: keep all of them or none",
+                        f"vLLM computes {', '.join((first, *others))} as one: {told}",
                     )
 
 
 def serving(scheme: QuantizationScheme) -> tuple[str, ...]:
     """Return the runtimes that serve a quantisation scheme, the usual one first.
 
-    Every runtime reads the whole format, but vLLM has kernels for 4 and 8 bits only, and zero points for 4 bits only.
+    Every runtime holds the whole format, but vLLM has kernels for 4 and 8 bits only, and zero points for 4 bits only;
+    and transformers 5.24 loads no zero points where there are several grids.
     """
     runtimes = get_format(scheme.format).runtimes
-    kernels = scheme.bits in (4, 16) or (scheme.bits == 8 and scheme.symmetric)
-    return runtimes if kernels or scheme.container != "compressed-tensors" else ("transformers",)
+    if scheme.container != "compressed-tensors":
+        return runtimes
+    kernels = all(one.bits == 4 or (one.bits == 8 and one.symmetric) for one in scheme.grids)
+    loaded = len(scheme.grids) == 1 or all(one.symmetric for one in scheme.grids)
+    held = {"vllm": kernels, "transformers": loaded}
+    return tuple(one for one in runtimes if held[one])
 
 
+GRAPH, STORED_AS = "model.onnx", "autodistill_deployment"
+"""The graph in an exported folder of ONNX Runtime, and the key of its config.json that has the deployment."""
 IN_16_BITS = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
 """What holds any student, and what a teacher is always scored under beside the student's own."""

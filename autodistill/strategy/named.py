@@ -8,7 +8,8 @@ from pathlib import Path
 from autodistill.errors import InputError
 from autodistill.strategy.divergence import get_divergence
 from autodistill.strategy.domains import near
-from autodistill.strategy.strategy import Alignment, Distillation, Init, Strategy
+from autodistill.strategy.recipe import Alignment, Distillation
+from autodistill.strategy.strategy import Init, Strategy
 from autodistill.utils.plain_dataclass import check
 from autodistill.utils.yaml_files import read_yaml
 

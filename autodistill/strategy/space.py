@@ -98,6 +98,7 @@ class Space:
         restrictions: tuple[Dimension, ...] = (),
         types_solved: bool = False,
         narrowed_from: str | None = None,
+        **unknown: Any,
     ) -> None:
         """Read a space and check that each of its corners is a strategy.
 
@@ -108,10 +109,12 @@ class Space:
                 solved in llama.cpp.
             baselines, starts: Names of strategies, like "gkd", or strategies by names of your own.
             restrictions, types_solved, narrowed_from: Of spaces that are made of another one alone.
+            unknown: Refused in one line, as in a file.
 
         Raises:
             InputError: Anything wrong with it, naming the dimension.
         """
+        _check_names(unknown)
         read = isinstance(dimensions, tuple)  # by an earlier call: `replace` changes a part of a space
         if not read:
             check(isinstance(solved, bool), f"solved is true or false, not {solved!r}")
@@ -219,6 +222,7 @@ class Space:
         branching = with_conditions(self.dimensions, paths)
 
         def taken(dimension: Dimension) -> Sequence[Value]:
+            """Return the values that a dimension is given."""
             corners = dimension.domain.corners
             if dimension.path not in branching:
                 return corners[:1]
@@ -292,11 +296,7 @@ class Space:
             InputError: Anything wrong with it, naming the dimension.
         """
         check(isinstance(data, Mapping), "the space must be a mapping with dimensions and deployments")
-        check(
-            "optional" not in data,
-            "there is no optional any more: leave it out, since what does not fit is rejected before it is trained",
-        )
-        check_fields(data, _SPACE_FIELDS, "the space")
+        _check_names(data)
         for name in ("name", "description"):
             check(isinstance(data.get(name, ""), str), f"{name} must be text, not {data.get(name)!r}")
         # A file says how students are packed: what it leaves out is no default.
@@ -310,6 +310,15 @@ class Space:
             InputError: As `from_json`.
         """
         return cls.from_json({name: value for name, value in data.items() if name != "optional"})
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    """Refuse fields that a space does not have, or no longer has."""
+    check(
+        "optional" not in given,
+        "there is no optional any more: leave it out, since what does not fit is rejected before it is trained",
+    )
+    check_fields(given, _SPACE_FIELDS, "the space")
 
 
 def _dimensions(data: Any, baselines: Any, restrictions: Sequence[Dimension]) -> tuple[Dimension, ...]:

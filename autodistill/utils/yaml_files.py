@@ -24,12 +24,14 @@ class _PlainLoader(_Safe):
     """Loader of plain data with unique keys; 3e-4 is a number, unlike in YAML 1.1, and a date is text."""
 
     def get_single_node(self) -> yaml.Node | None:
+        """Parse one document, and refuse what is not plain."""
         node: yaml.Node | None = super().get_single_node()
         if node is not None:
             _check(node, {}, 1)
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build one value; whatever is no plain data is refused by line."""
         try:
             found = super().construct_object(node, deep)
         except (ValueError, LookupError) as error:  # of Python's own readers of numbers and truth values

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autodistill.errors import InputError
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.utils.hashing import content_hash
 from benchmarks.common.program import parse, parser_of
 
@@ -101,7 +101,7 @@ def debian_texts(packages: tuple[str, ...] = tuple(PACKAGES), most: int = _MOST)
     Raises:
         InputError: A package cannot be downloaded or unpacked.
     """
-    folder = default_cache() / "benchmarks" / f"debian-texts-{content_hash([sorted(packages), most])}"
+    folder = cache_folder() / "benchmarks" / f"debian-texts-{content_hash([sorted(packages), most])}"
     if not folder.exists():
         partial = Path(tempfile.mkdtemp(prefix=".debian-", dir=_made(folder.parent)))
         try:
@@ -147,7 +147,7 @@ def _write(folder: Path, packages: tuple[str, ...], most: int) -> dict[str, obje
 
 
 def _downloaded(package: str) -> Path:
-    folder = _made(default_cache() / "benchmarks" / "debian")
+    folder = _made(cache_folder() / "benchmarks" / "debian")
     found = sorted(folder.glob(f"{package}_*.deb"))
     if not found:
         print(f"downloading {package}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from autodistill.hardware.budget import Budget
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.search.request.request import SearchRequest
 from autodistill.strategy.space import Space, load_space
 from benchmarks.common import math_teacher
@@ -65,7 +65,7 @@ def prepare(
         name=name,
         out=out,
         runner="inline",
-        cache=default_cache(),
+        cache=cache_folder(),
     )
     # Enough questions that trials can be told apart, the same for all that is compared.
     read = {"rung_eval_tokens": RUNG_QUESTIONS, "eval_tokens": QUESTIONS, "test_tokens": TEST_QUESTIONS}

@@ -29,8 +29,8 @@ from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.estimates.fit import fits, holdable
 from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.options import cache_folder
 from autodistill.quantization.grids import Grid
-from autodistill.runs.run_folder import default_cache
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.deployment import Deployment
@@ -98,7 +98,7 @@ def read(path: Path = program.TRACKED / STORE) -> list[Line]:
 
 def student_file(strategy: Strategy, seed: int) -> Path:
     """Where a trained student's weights are kept."""
-    return default_cache() / "math-table" / f"{strategy.id}-{seed}-{TOKENS}.safetensors"
+    return cache_folder() / "math-table" / f"{strategy.id}-{seed}-{TOKENS}.safetensors"
 
 
 def fitting(prepared: Prepared, strategy: Strategy) -> tuple[Deployment, ...]:
@@ -261,7 +261,7 @@ def main() -> None:
     deadline = time.monotonic() + arguments.time
     done = {(line.id, line.seed) for line in read(store)}
     # Under one name, so that a later call goes on with what stands before the first trial.
-    with prepare(default_cache() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
+    with prepare(cache_folder() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
         recorder = Recorder(prepared)
         everything = list(wanted(space(), prepared))[: arguments.groups]
         count = sum(len(group) for group, _ in everything)

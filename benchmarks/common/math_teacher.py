@@ -32,9 +32,10 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Distillation, Init, Strategy
+from autodistill.strategy.recipe import Distillation
+from autodistill.strategy.strategy import Init, Strategy
 from autodistill.utils.hashing import content_hash
 from benchmarks.common.plans import straight_plan
 from benchmarks.common.program import parse, parser_of
@@ -132,7 +133,7 @@ def math_teacher(limit_seconds: float = float("inf"), questions: int = 500) -> M
         limit_seconds: Time that training may take now; it goes on from there in the next call.
         questions: Unseen ones that a trained teacher is asked at its end.
     """
-    cache = default_cache()
+    cache = cache_folder()
     key = content_hash([SHAPE, RECIPE.to_json(), TASK, LENGTH, BATCH, TOKENS])
     folder = cache / "teachers" / f"math-{key}"
     start = new_model(cache / "teachers" / f"math-{key}-start")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from autodistill.hardware.machine import detect
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.units import format_bytes
 from benchmarks.common import program
 
@@ -168,7 +168,7 @@ class Kept:
     """
 
     def __init__(self, name: str, source: str, seconds: float = float("inf")) -> None:
-        self._path = default_cache() / "benchmarks" / f"{name}-{source}.jsonl"
+        self._path = cache_folder() / "benchmarks" / f"{name}-{source}.jsonl"
         self._deadline = time.monotonic() + seconds
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         entries = [json.loads(line) for line in lines]

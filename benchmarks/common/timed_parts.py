@@ -27,7 +27,7 @@ from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.loading import load_model
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.deployment import Deployment
@@ -168,7 +168,7 @@ def main() -> None:
     keep_freed_memory()
     if arguments.smoke:
         make_small()
-    with prepare(default_cache() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
+    with prepare(cache_folder() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
         found = measure(prepared, prepared.space.baselines[RECIPE], arguments.repeats, arguments.steps)
     (program.REPORTS / STORE).write_text(json.dumps(asdict(found), indent=2) + "\n")
 

@@ -34,7 +34,8 @@ from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialSetting, TrialTask
 from autodistill.search.worker.trial import Trial
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Distillation, Strategy
+from autodistill.strategy.recipe import Distillation
+from autodistill.strategy.strategy import Strategy
 from benchmarks.common import over_seeds, program, report
 
 # What constructions and alignments are compared under: the losses of the default space's start without its alignment.

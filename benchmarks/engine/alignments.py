@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autodistill.strategy.named import load_strategy
-from autodistill.strategy.strategy import Alignment, Attention, Init, Strategy
+from autodistill.strategy.recipe import Alignment, Attention
+from autodistill.strategy.strategy import Init, Strategy
 from benchmarks.common import report, trials
 
 STORE = "alignments.jsonl"

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from autodistill.strategy.strategy import Distillation, Init, Strategy
+from autodistill.strategy.recipe import Distillation
+from autodistill.strategy.strategy import Init, Strategy
 from benchmarks.common import over_seeds, report, trials
 
 STORE = "cache-quality.jsonl"

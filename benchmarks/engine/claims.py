@@ -23,7 +23,8 @@ import torch
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.loading import load_model
 from autodistill.strategy.deployment import Deployment, serving
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Temperature
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Temperature
+from autodistill.strategy.strategy import Finishing
 from benchmarks.common import over_seeds, program, report
 from benchmarks.common.math_teacher import DEPLOYMENT, LENGTH, MathTeacher, ask, math_teacher
 from benchmarks.engine import math_students

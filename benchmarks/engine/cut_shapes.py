@@ -25,7 +25,7 @@ from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.search.solve.bench import Bench, Measured, Sample
 from autodistill.search.solve.forms import Form, best_forms, cut_forms
 from autodistill.search.solve.library import Library, library_file
@@ -73,7 +73,7 @@ def main() -> None:
     if arguments.smoke:
         arguments.teacher = program.tiny_teacher(layers=4, width=128, heads=2, kv_heads=1, ffn=256)
         arguments.data = program.tiny_data()
-    cache, length = arguments.cache or default_cache(), arguments.sequence_length
+    cache, length = arguments.cache or cache_folder(), arguments.sequence_length
     teacher = materialise(resolve_teacher(arguments.teacher), cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     data = prepare(resolve_data(arguments.data), teacher.folder, tokenizer_fingerprint(teacher.folder), length, cache)

@@ -47,9 +47,10 @@ from autodistill.distillation.training.trainer import Trainer
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.loading import decoder_layers, load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.options import cache_folder
 from autodistill.quantization.formats import get_format
-from autodistill.runs.run_folder import default_cache
-from autodistill.strategy.strategy import Alignment, Distillation, Init, Strategy
+from autodistill.strategy.recipe import Alignment, Distillation
+from autodistill.strategy.strategy import Init, Strategy
 from benchmarks.common import report
 from benchmarks.common.plans import straight_plan
 from benchmarks.common.program import parse, parser_of, tiny_teacher
@@ -393,11 +394,11 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="beside those compared with")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of prepared teachers")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder of prepared teachers")
     arguments = parse(parser, rounds=1, steps=[(1, 256)], arms=["top-64"])
     vocabularies = VOCABULARIES
     if arguments.smoke:
-        arguments.teacher, arguments.cache, vocabularies = tiny_teacher(), default_cache(), (4096,)
+        arguments.teacher, arguments.cache, vocabularies = tiny_teacher(), cache_folder(), (4096,)
     torch.set_num_threads(arguments.threads)
     sizes = arguments.steps
     first = f"{sizes[0][0]} x {sizes[0][1]}"

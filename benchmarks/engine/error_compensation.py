@@ -31,9 +31,9 @@ from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
+from autodistill.options import cache_folder
 from autodistill.quantization.error_compensation import compensated
 from autodistill.quantization.grids import Grid, Scales
-from autodistill.runs.run_folder import default_cache
 from autodistill.strategy.deployment import Deployment
 from benchmarks.common import report
 from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
@@ -92,8 +92,8 @@ def main() -> None:
         arguments.teacher, arguments.data = tiny_teacher(layers=2), tiny_data()
     torch.set_num_threads(1)
     keep_freed_memory()
-    folder = materialise(resolve_teacher(arguments.teacher), default_cache()).folder
-    prepared = prepare(resolve_data(arguments.data), folder, tokenizer_fingerprint(folder), LENGTH, default_cache())
+    folder = materialise(resolve_teacher(arguments.teacher), cache_folder()).folder
+    prepared = prepare(resolve_data(arguments.data), folder, tokenizer_fingerprint(folder), LENGTH, cache_folder())
     train = load_split(prepared.folder, "train").head(arguments.tokens)
     held_out = load_split(prepared.folder, "validation").head(arguments.eval_tokens)
     model = load_model(folder, torch.float32)

@@ -37,10 +37,10 @@ from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
+from autodistill.options import cache_folder
 from autodistill.quantization.formats import weights_bytes
 from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_K, Q5_K, Q6_K, Floats, Grid
 from autodistill.quantization.packing import deployed, pack
-from autodistill.runs.run_folder import default_cache
 from autodistill.testing import save_tiny_teacher
 from autodistill.utils.json_files import read_json
 from benchmarks.common import report
@@ -285,7 +285,7 @@ def main() -> None:
         served, trained, forms = SERVED | {"layers": 2}, TRAINED | {"layers": 4, "ffn": 256}, ("gguf-q4_k",)
     torch.set_num_threads(1)
     keep_freed_memory()
-    folder = materialise(resolve_teacher(arguments.teacher), default_cache()).folder
+    folder = materialise(resolve_teacher(arguments.teacher), cache_folder()).folder
     head = (
         f"The model is {arguments.teacher}, whose own file has its weights in Q4_1. llama.cpp's quantiser is that of "
         f"xllamacpp {xllamacpp.__version__}, without an importance matrix."

@@ -20,10 +20,11 @@ from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.models.loading import load_model
+from autodistill.options import cache_folder
 from autodistill.quantization.grids import Grid
-from autodistill.runs.run_folder import default_cache
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Distillation, Init, Strategy
+from autodistill.strategy.recipe import Distillation
+from autodistill.strategy.strategy import Init, Strategy
 from benchmarks.common import math_teacher, program, report
 from benchmarks.common.math_table import exhaust
 from benchmarks.common.math_teacher import DEPLOYMENT, LENGTH, MathTeacher, ask, math_plan
@@ -101,7 +102,7 @@ class Bench:
             vocabulary=self._teacher.spec.vocabulary,
             width=self._teacher.spec.width,
             settings=CacheSettings.for_recipes(self._recipes, states, bf16=False),
-            root=default_cache() / "math-outputs",
+            root=cache_folder() / "math-outputs",
             limit_bytes=4 * 10**9,
         )
 
@@ -126,7 +127,7 @@ class Bench:
             seed=seed,
             teacher=LiveTeacher(self._teacher.folder),
         )
-        folder = default_cache() / "math-students" / f"{self._teacher.folder.name}-{strategy.stable_id}-{TOKENS}"
+        folder = cache_folder() / "math-students" / f"{self._teacher.folder.name}-{strategy.stable_id}-{TOKENS}"
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / f"{seed}-{name}.safetensors"
         if checkpoint.exists():

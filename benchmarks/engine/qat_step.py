@@ -34,10 +34,11 @@ from autodistill.distillation.training.trainer import Trainer
 from autodistill.hardware.machine import detect
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.config import spec_from_config
+from autodistill.options import cache_folder
 from autodistill.quantization import rounding as grid_values
 from autodistill.quantization.grids import Grid
-from autodistill.runs.run_folder import default_cache
-from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.strategy.recipe import Distillation
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 from benchmarks.common import report
 from benchmarks.common.plans import straight_plan
 from benchmarks.common.program import parse, parser_of, tiny_teacher
@@ -155,7 +156,7 @@ def main() -> None:
         parser.error("this machine computes in bfloat16 more slowly than in float32: leave --bf16 out")
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    teacher = materialise(resolve_teacher(arguments.teacher), default_cache())
+    teacher = materialise(resolve_teacher(arguments.teacher), cache_folder())
     modules, said = {"": quantization}, ""
     if arguments.eager:
         said, modules[EAGER] = EAGER, quantization

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.hardware.budget import Budget
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
+from autodistill.report.solved import curve, write_chart
 from autodistill.search.solve import SolveRequest, solve
 from autodistill.units import format_bytes, parse_bytes
 from benchmarks.common import program, report
@@ -73,7 +74,7 @@ def main() -> None:
     for limit in limits:
         request = SolveRequest(
             budgets=(Budget(memory_bytes=limit, context=arguments.context),),
-            cache=arguments.cache or default_cache(),
+            cache=arguments.cache or cache_folder(),
             teacher=arguments.teacher,
             data=arguments.data,
             tokens=arguments.tokens,
@@ -94,6 +95,7 @@ def main() -> None:
             ["budget", "storage", "memory", "predicted KL", "KL", "NLL", "KL above the solution, paired"], lines(solved)
         ),
         "\n".join(said(solved)),
+        "The picture beside this report, of the same name, has KL against memory.",
     ]
     if exported := solved["exported"]:
         sections.append(
@@ -101,7 +103,9 @@ def main() -> None:
             f"chooses the simulation's token at {exported['agreement']:.1%} of {exported['positions']} clear positions "
             f"and takes {format_bytes(exported['memory_bytes'])}, as measured."
         )
-    print(report.write("solve-smollm2", "SmolLM2 solved for tight budgets", sections))
+    path = report.write("solve-smollm2", "SmolLM2 solved for tight budgets", sections)
+    write_chart(curve(solved), path.with_suffix(".svg"))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from autodistill.inference.scoring import score, score_teacher
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.json_files import read_json, write_json
 from benchmarks.common import program, report
@@ -217,7 +217,7 @@ def main() -> None:
         parser.error("the task files' folder is missing: name it, or ask for --part divergence alone")
     torch.set_num_threads(1)
     folder = materialise(
-        resolve_teacher(program.tiny_teacher() if arguments.smoke else "smollm2"), default_cache()
+        resolve_teacher(program.tiny_teacher() if arguments.smoke else "smollm2"), cache_folder()
     ).folder
     file = program.REPORTS / "task-accuracy.json"
     found = read_json(file) if file.exists() else {}

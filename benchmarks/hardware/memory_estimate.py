@@ -1,9 +1,9 @@
 """The memory that `estimate` predicts, against llama.cpp's log and the processes of transformers and ONNX Runtime.
 
-    pip install onnx onnxscript onnxruntime && python -m benchmarks.hardware.memory_estimate
+    pip install onnx onnxruntime && python -m benchmarks.hardware.memory_estimate
 
 What the weights are does not matter to memory: the files hold zeros (`model_files`), written by the `gguf` package
-alone, so that neither our exporter nor our packing is its own reference.
+alone, so that neither our exporter nor our packing is its own reference; ONNX Runtime runs what our exporter writes.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ import statistics
 import tempfile
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from autodistill.advisor.describe import deployment_named, shape, spec_of
 from autodistill.estimates.serving_memory import memory
+from autodistill.export.graphs.onnx import OnnxExporter
 from autodistill.serving.llama_cpp import LlamaServer
 from autodistill.serving.python_server import PythonServer
 from autodistill.units import format_bytes
 from benchmarks.common import program, report
 from benchmarks.common.model_files import LATENT, STRIDE, Case, write_folder, write_gguf
-from benchmarks.hardware.onnx_graphs import onnx_deployment, onnx_peak
 
 SMOL = Case(family="llama", layers=30, width=576, heads=9, kv_heads=3, ffn=1536, vocabulary=49152)
 LLAMA = Case(family="llama", layers=16)
@@ -136,11 +134,11 @@ _PROCESSES = 3
 """That each folder is served in: where blocks come to lie in a heap, and so its peak, is another each time."""
 
 
-def process_peak(case: Case, folder: Path) -> int:
+def process_peak(case: Case, folder: Path, runtime: str) -> int:
     """Bytes that a process which serves the folder takes at most."""
     # Tokens of the whole table: of a mapped file only what was read is resident.
     tokens = np.arange(_REQUESTS * case.batch * (case.context - 1)) * STRIDE % case.vocabulary
-    with PythonServer(folder, "transformers", case.context, 1, case.batch) as server:
+    with PythonServer(folder, runtime, case.context, 1, case.batch) as server:
         for prompts in tokens.reshape(_REQUESTS, case.batch, -1).tolist():
             server.begin(prompts)
             server.step()
@@ -151,7 +149,7 @@ def measure_folder(case: Case, folder: Path, calibrates: bool) -> tuple[list[str
     """A line of transformers' table, and the error against the median process."""
     write_folder(case, folder)
     spec, deployment = spec_of(case.config()), deployment_named("huggingface")
-    peaks = sorted(process_peak(case, folder) for _ in range(_PROCESSES))
+    peaks = sorted(process_peak(case, folder, "transformers") for _ in range(_PROCESSES))
     peak = statistics.median(peaks)
     guess = memory(spec, deployment, context=case.context, batch=case.batch)
     parts = (guess.weights_bytes, guess.kv_cache_bytes, guess.compute_bytes, guess.overhead_bytes)
@@ -186,94 +184,58 @@ def transformers_table(most: int) -> str:
     return f"{told}\n\n{report.table(titles, lines)}"
 
 
-TINY = Case(family="llama", layers=2, width=256, kv_heads=8, head_dim=32, ffn=512, vocabulary=1000)
 ONNX = (
-    replace(TINY, context=64),
-    replace(TINY, context=1024),
-    replace(TINY, context=2048),
-    replace(LLAMA, layers=6, context=512),
-    replace(LLAMA, layers=6, context=512, tied=False),
-    replace(LLAMA, layers=4, context=256, batch=3, width=768, heads=12, ffn=2048),
-    replace(QWEN3, layers=4, context=1024),
-    replace(NEOX, layers=4, context=512),
-    replace(SMOL, layers=8, context=1024),
-    replace(LLAMA, layers=6, context=512, form="compressed-tensors-int4-g32"),
-    replace(LLAMA, layers=6, context=512, form="compressed-tensors-int8-g32"),
-    replace(SMOL, layers=8, context=512, form="compressed-tensors-int4-g32"),
+    replace(LLAMA, layers=2, width=256, head_dim=32, ffn=512, vocabulary=1000, context=64),
+    replace(LLAMA, layers=8, context=256, form="gguf-f16"),
+    replace(LLAMA, layers=8, context=256, form="gguf-q4_0"),
+    replace(LLAMA, layers=8, context=256, form="gguf-q8_0"),
+    replace(LLAMA, layers=4, vocabulary=4000, context=1024, form="gguf-q4_0"),
+    replace(LLAMA, layers=8, context=256, form="huggingface"),
+    replace(LLAMA, layers=6, context=256, tied=False, form="gguf-q4_1"),
+    replace(QWEN3, layers=4, context=256, batch=2, vocabulary=8000, form="gguf-q5_0"),
+    replace(NEOX, layers=3, context=128, form="gguf-q4_k"),
 )
-CALIBRATED_ONNX = 3
-"""The first of `ONNX`, by which the overhead was set; the rows beside the FFN by these, six more and three steps."""
-STEPS = (
-    replace(TINY, context=3072, batch=4),
-    replace(TINY, context=3072, batch=4, kv_heads=2),
-    replace(TINY, context=3072, batch=4, layers=4),
-    replace(TINY, context=2048),
-    replace(TINY, context=2048, batch=8),
-    replace(LLAMA, layers=6, vocabulary=8000, context=4096),
-    replace(LLAMA, layers=6, vocabulary=8000, context=1024, batch=4, form="compressed-tensors-int4-g32"),
-    replace(QWEN3, layers=4, vocabulary=8000, context=2048, batch=2),
-    replace(NEOX, layers=4, vocabulary=8000, context=2048),
-)
-"""Decoding a token with the rest of the context behind it."""
-CALIBRATED_STEPS = 3
-"""The first of `STEPS`, by which was set what a token in the context leaves unused."""
 
 
-def _onnx_line(case: Case, step: bool, use: str) -> tuple[list[str], float]:
-    """A line of the table, and the error."""
-    with tempfile.TemporaryDirectory() as folder:
-        peak = onnx_peak(case, Path(folder), step=step)
-    read = 1 if step else None
-    deployment = onnx_deployment(case)
-    guess = memory(
-        spec_of(case.config()),
-        deployment,
-        context=case.context,
-        batch=case.batch,
-        runtime="onnxruntime",
-        read=read,
-    )
-    parts = (guess.weights_bytes, guess.kv_cache_bytes, guess.compute_bytes, guess.overhead_bytes)
-    setting = f"{case.layers} x {case.width}, {case.heads}/{case.kv_heads}, {case.ffn}, {case.vocabulary}"
-    error = guess.total_bytes / peak - 1
-    cells = [*(f"{part / 1e6:.0f}" for part in parts), f"{guess.total_bytes / 1e6:.0f} / {peak / 1e6:.0f}"]
-    held = "float32" if deployment.bits == 16 else case.form.removeprefix("compressed-tensors-")
-    load = f"{'step' if step else 'prompt'}, {case.context} x {case.batch}"
-    tied = "tied" if case.tied else "untied"
-    line = [case.family, f"{setting}, {tied}", held, load, use, *cells, f"{error:+.1%}"]
-    print(*line, flush=True)
-    report.note("onnxruntime", {"case": case, "step": step, "predicted": parts, "peak": peak})
-    return line, abs(error)
+def write_graph(case: Case, folder: Path) -> Path:
+    """Writes the folder that ONNX Runtime serves, of weights that are zeros."""
+    write_folder(case, folder)
+    # Without a tokenizer of its own it has one that is copied, and not looked at.
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    return OnnxExporter().export(folder, deployment_named(case.form, "onnxruntime"), folder / "onnx").path
 
 
 def onnx_table(most: int) -> str:
-    """The last models, so many of them, in ONNX Runtime on this CPU, and two other ways to run the first that tests."""
-    uses = ["calibrates"] * CALIBRATED_ONNX + ["rows"] * 6
-    prompts = [*zip_longest(ONNX, uses, fillvalue="tests")][-most:]
-    found = [_onnx_line(case, False, use) for case, use in prompts]
-    uses = ["rows"] * CALIBRATED_STEPS
-    steps = [*zip_longest(STEPS, uses, fillvalue="tests")][-most:]
-    found += [_onnx_line(case, True, use) for case, use in steps]
-    errors = [error for _, error in found]
-    tests = [error for line, error in found if line[4] == "tests"]
-    first, other = ONNX[CALIBRATED_ONNX], {}
-    for name, way in {"float16": {"dtype": torch.float16}, "patterns": {"patterns": True}}.items():
-        with tempfile.TemporaryDirectory() as folder:
-            other[name] = onnx_peak(first, Path(folder), **way)
-    titles = ["family", "layers x width, heads, FFN, vocabulary", "weights as", "pass, context x streams", "use"]
+    """The last models, so many of them, in ONNX Runtime on this CPU."""
+    lines, errors = [], []
+    for case in ONNX[-most:]:
+        with tempfile.TemporaryDirectory() as name:
+            peak = process_peak(case, write_graph(case, Path(name)), "onnxruntime")
+        guess = memory(
+            spec_of(case.config()),
+            deployment_named(case.form, "onnxruntime"),
+            context=case.context,
+            batch=case.batch,
+        )
+        parts = (guess.weights_bytes, guess.kv_cache_bytes, guess.compute_bytes, guess.overhead_bytes)
+        setting = f"{case.layers} x {case.width}, {case.heads}/{case.kv_heads}, {case.ffn}, {case.vocabulary}"
+        errors.append(abs(guess.total_bytes / peak - 1))
+        cells = [*(f"{part / 1e6:.0f}" for part in parts), f"{guess.total_bytes / 1e6:.0f} / {peak / 1e6:.0f}"]
+        tied = "tied" if case.tied else "untied"
+        line = [case.family, f"{setting}, {tied}", case.form, f"{case.context} x {case.batch}", *cells]
+        lines.append([*line, f"{guess.total_bytes / peak - 1:+.1%}"])
+        print(*lines[-1], flush=True)
+        report.note("onnxruntime", {"case": case, "predicted": parts, "peak": peak})
+    titles = ["family", "layers x width, heads, FFN, vocabulary", "format", "context x streams"]
     titles += ["weights", "KV cache", "compute", "overhead", "sum / peak", "error"]
     told = (
-        f"ONNX Runtime {version('onnxruntime')}, graphs of torch's exporter: a prompt that fills the context, or a "
-        "step with the rest of the context as keys and values among its inputs, run four times; weights on a grid by "
-        "ONNX Runtime's `MatMulNBitsQuantizer`. The peak is that of the process's resident memory once loaded, memory "
-        f"patterns off. {len(errors)} graphs, {sum(error <= 0.05 for error in errors)} within 5%, median error "
-        f"{statistics.median(errors):.1%}, largest {max(errors):.1%}; of the {len(tests)} that no constant was set by, "
-        f"median {statistics.median(tests):.1%}, largest {max(tests):.1%}. The fourth graph peaked at "
-        f"{other['float16'] / 1e6:.0f} MB when exported in float16, which this CPU's kernels compute in float32, and "
-        f"at {other['patterns'] / 1e6:.0f} MB with memory patterns on, the default, which lays a second prompt of the "
-        "same length out anew beside what the first took."
+        f"ONNX Runtime {version('onnxruntime')}, folders of our own exporter: {_REQUESTS} prompts that fill the "
+        "context, each and a token more. The peak is that of the process's resident memory once loaded. "
+        f"{len(errors)} graphs, {sum(error <= 0.05 for error in errors)} within 5%, median error "
+        f"{statistics.median(errors):.1%}, largest {max(errors):.1%}. What the process takes without a model was "
+        "measured before; that an untied head is there as it was read too is known from those here."
     )
-    return f"{told}\n\n{report.table(titles, [line for line, _ in found])}"
+    return f"{told}\n\n{report.table(titles, lines)}"
 
 
 SIZES = {
@@ -366,7 +328,7 @@ def main() -> None:
     parser.add_argument("--runtime", choices=known, help="measure it alone anew, in the newest report")
     parser.add_argument("--most", type=int, default=1000, help="of the models of each runtime, the last of them")
     given = program.parse(parser, most=1)
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     runtimes = {name: one for name, one in _RUNTIMES.items() if not (name == "onnxruntime" and missing)}
     if missing and not given.smoke and given.runtime in (None, "onnxruntime"):
         parser.error(f"{', '.join(missing)} are not installed: see above, or name another --runtime")

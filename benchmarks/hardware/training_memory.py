@@ -24,7 +24,8 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import HeldType
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Grid
-from autodistill.strategy.strategy import Distillation, Finishing, Init, Lora, Strategy
+from autodistill.strategy.recipe import Distillation, Lora
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.units import format_bytes
 from benchmarks.common import program, report
 from benchmarks.common.plans import straight_plan
@@ -119,18 +120,31 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(mode: Mode) -> dict[str, int]:
+def measure(mode: Mode, device: str = "cpu") -> dict[str, int]:
     """Trains a new model of `MEASURED`; the peak before it was made, after the same with a tiny one, and at the end.
 
-    The tiny one loads what libraries load at their first use, which is of the process and not of the training.
+    The tiny one loads what libraries load at their first use, which is of the process and not of the training. Of a GPU
+    the peak is what torch's allocator had given out.
     """
-    train(mode, MEASURED | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 1000})
-    before = peak_bytes()
-    train(mode, MEASURED)
-    return {"before": before, "peak": peak_bytes()}
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 1000}
+    train(mode, MEASURED | tiny, device)
+    if device == "cpu":
+        before = peak_bytes()
+        train(mode, MEASURED)
+        peak = peak_bytes()
+    else:
+        import torch
+
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        train(mode, MEASURED, device)
+        peak = torch.cuda.max_memory_allocated()
+    estimate = mode.estimate(spec_from_config(MEASURED))
+    predicted = estimate.total_bytes - estimate.overhead_bytes
+    return {"before": before, "peak": peak, "grown": peak - before, "predicted": predicted}
 
 
-def train(mode: Mode, config: dict[str, Any]) -> None:
+def train(mode: Mode, config: dict[str, Any], device: str = "cpu") -> None:
     """Three steps of a new model."""
     import numpy as np
     import torch
@@ -154,7 +168,8 @@ def train(mode: Mode, config: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     recipe = Distillation(divergence_weight=0.0, train_embeddings=mode.train_embeddings, lora=mode.lora)
     trainer = Trainer(
-        model,
+        model.to(device),
+        device=device,
         kept=tuple(range(model.config.num_hidden_layers)),
         teacher_layers=model.config.num_hidden_layers,
         teacher_width=model.config.hidden_size,
@@ -255,6 +270,7 @@ def main() -> None:
     """Prints and writes the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--measure", choices=list(MODES), help="one measurement, for a process of its own")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of that one measurement")
     parser.add_argument(
         "--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to train that are measured"
     )
@@ -262,7 +278,7 @@ def main() -> None:
     if given.smoke:
         MEASURED.update(SMALL)
     if given.measure:
-        print(json.dumps(measure(MODES[given.measure])))
+        print(json.dumps(measure(MODES[given.measure], given.device)))
         return
     names = [name.removesuffix("_bytes") for name in PARTS]
     student, teacher, small = (spec_from_config(config) for config in (STUDENT, TEACHER, MEASURED))

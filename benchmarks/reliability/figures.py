@@ -109,7 +109,7 @@ def check(found: list[Quote], write: bool = False) -> Iterator[str]:
             path.write_text(text, encoding="utf-8")
 
 
-def boards(documents: Iterable[str] = ("README.md",), write: bool = False) -> Iterator[str]:
+def boards(documents: Iterable[str] = ("README.md", "docs/first-run.md"), write: bool = False) -> Iterator[str]:
     """Sentences on each leaderboard that a document shows otherwise than the run has it; with `write` it is mended."""
     for document in documents:
         path = ROOT / document

@@ -310,6 +310,7 @@ class Tracer:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Any:
+        """Note what a fixture that tests share reaches, apart from what the test does that happens to come first."""
         if fixturedef.scope == "function":
             return (yield)
         before = self._drain()
@@ -403,7 +404,10 @@ class Bench:
                 (self.work / f"marked-{place}").symlink_to("marked")
 
             def traced(path: Path) -> Callable[[int], Iterator[Job]]:
+                """The work of running one file of tests in the marked tree."""
+
                 def steps(place: int) -> Iterator[Job]:
+                    """Run it at a place, and keep what its tests reached."""
                     name = str(path.relative_to(ROOT))
                     log = self.work / "logs" / f"{name.replace('/', '.')}.txt"
                     log.parent.mkdir(exist_ok=True)
@@ -460,6 +464,7 @@ class Bench:
                 stages[1].append(test)
 
         def steps(place: int) -> Iterator[Job]:
+            """Put the change into the tree of a place, and run stage after stage until a test fails."""
             folder = self.work / f"tree-{place}"
             target, result = folder / mutant.module, self.work / f"failed-{place}.txt"
             whole, stamp, seconds, verdict, by = target.read_bytes(), target.stat(), 0.0, "survived", ""
@@ -596,8 +601,11 @@ def measure(options: argparse.Namespace, began: float) -> int:
     tests = _hash(*sorted((ROOT / "tests").rglob("*.py")))
     log = options.work / "verdicts.jsonl"
     known: dict[str, dict[str, Any]] = {}
-    for line in log.read_text().splitlines() if log.exists() else ():
-        known[json.loads(line)["id"]] = json.loads(line)
+    survived: set[str] = set()
+    for one in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+        known[one["id"]] = one
+        if one["verdict"] != "found":
+            survived.add(one["id"])
     record: list[dict[str, Any]] = []
     work, again = [], []
     for number, mutant in enumerate(mutants):
@@ -636,6 +644,8 @@ def measure(options: argparse.Namespace, began: float) -> int:
         print(f"{left} mutants are left: the same command goes on with them")
         return 3
     record.sort(key=lambda one: one["number"])
+    for one in record:
+        one["once_survived"] = one["id"] in survived and one["verdict"] == "found"
     return tell_all(record, traced, bench, options)
 
 
@@ -675,6 +685,8 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
     kept.write_text("".join(json.dumps({k: v for k, v in one.items() if k != "with"}) + "\n" for one in record))
     modules = Counter(one["module"] for one in record)
     lines = sum(len((ROOT / name).read_text().splitlines()) for name in CORE)
+    late = sum(one["once_survived"] for one in record)
+    before = counts["found"] - late
     cut = sum(one.get("of", 0) > one.get("tests", 0) for one in alive)
 
     def shown(text: str) -> str:
@@ -687,8 +699,9 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
             f"**{summary}.** Seed {options.seed}, out of all mutations of {len(CORE)} files of {lines:,} lines: "
             f"`benchmarks/reliability/mutations.py` says which kinds. `{kept.name}` beside this names each with the "
             f"test that finds it. The tests of one mutant may take {options.limit:.0f} s of a processor; of {cut} "
-            f"survivors some were left out for that. {options.jobs} at a time; the mutants took {spent / 60:.0f} "
-            "minutes of a processor.",
+            f"survivors some were left out for that. {late} of those found survived an earlier run, and tests were "
+            f"written for them since: before, {before} of {counted} were found ({before / counted:.1%}). "
+            f"{options.jobs} at a time; the mutants took {spent / 60:.0f} minutes of a processor.",
             "## Survivors",
             report.table(
                 ("place", "change", "before", "after"),

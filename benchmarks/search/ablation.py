@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.strategy.strategy import Strategy
 from benchmarks.common import math_table, report
@@ -87,7 +87,7 @@ def main() -> None:
         for name, flag in (("with a warm start", True), ("without", False))
     }
     recipe, steps = table.space.baselines[RECIPE], 2 if arguments.smoke else 12
-    with prepare(default_cache() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
+    with prepare(cache_folder() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
         seconds = kept.get("seconds", lambda: [step_seconds(prepared, one, steps) for one in (recipe, live(recipe))])
     print(report.write("ablation", "What each part of the search is worth", sections(table, found, warmed, seconds)))
 

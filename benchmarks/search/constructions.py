@@ -26,10 +26,11 @@ from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import TensorSpec
+from autodistill.options import cache_folder
 from autodistill.quantization.grids import Grid
-from autodistill.runs.run_folder import default_cache
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.strategy.recipe import Distillation
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.utils.json_files import read_json
 from benchmarks.common.plans import straight_plan
 
@@ -72,7 +73,7 @@ class Lab:
         self.teacher, self._sequence, self._step = teacher, sequence, step
         self.spec: ModelSpec = spec_from_config(read_json(teacher / "config.json"))
         source = resolve_data(data)
-        prepared = prepare(source, teacher, tokenizer_fingerprint(teacher), sequence, default_cache())
+        prepared = prepare(source, teacher, tokenizer_fingerprint(teacher), sequence, cache_folder())
         self.fingerprint = prepared.fingerprint
         self._train = load_split(prepared.folder, "train")
         self._held_out: TokenSet = load_split(prepared.folder, "validation").head(held_out)

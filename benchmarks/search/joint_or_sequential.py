@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.search.worker.context import Workbench
 from autodistill.strategy.dimension import Point
@@ -198,7 +198,7 @@ def main() -> None:
     table = load_table()
     kept = Kept("joint-or-sequential", table.digest, arguments.time)
     seeds = range(arguments.seeds)
-    with prepare(default_cache() / "benchmarks" / "runs", f"table-{RUNGS[-1]}") as prepared:
+    with prepare(cache_folder() / "benchmarks" / "runs", f"table-{RUNGS[-1]}") as prepared:
         turns = Turns(table, unquantized(table, prepared, kept, 1 if arguments.smoke else None))
     found = {"joint": [kept.get(f"joint {seed}", lambda seed=seed: joint(table, seed)) for seed in seeds]}
     for pruning in PRUNING:

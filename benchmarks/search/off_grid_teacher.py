@@ -27,17 +27,17 @@ import numpy.typing as npt
 import torch
 from transformers import AutoTokenizer
 
+from autodistill.distillation.teacher.own_scales import own_scales
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
-from autodistill.distillation.teacher.stored_grids import own_scales
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
+from autodistill.options import cache_folder
 from autodistill.quantization.formats import TYPES
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.packing import deployed, quantize
-from autodistill.runs.run_folder import default_cache
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import read_json
 from benchmarks.common import debian_texts, report
@@ -72,7 +72,7 @@ class Recipe:
     def folder(self) -> Path:
         """Where the teacher is, once it is trained."""
         parts = [self.teacher, self.rate, self.steps, self.sequence, WARMUP, DECAY, EVERY, NORMAL]
-        return default_cache() / "benchmarks" / f"off-grid-teacher-{content_hash(parts)}"
+        return cache_folder() / "benchmarks" / f"off-grid-teacher-{content_hash(parts)}"
 
 
 def errors(model: Any, spec: ModelSpec) -> dict[str, tuple[float, float]]:
@@ -112,7 +112,7 @@ def trained(recipe: Recipe, train: Iterator[str], test: Iterator[str]) -> dict[s
     Raises:
         SystemExit: Its weights are still on the grid at the end.
     """
-    cache = default_cache()
+    cache = cache_folder()
     start = materialise(resolve_teacher(recipe.teacher), cache).folder
     spec = spec_from_config(read_json(start / "config.json"))
     tokenizer = AutoTokenizer.from_pretrained(start)

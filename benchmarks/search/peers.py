@@ -33,7 +33,7 @@ from autodistill.evaluation.statistics import clustered_mean, per_document
 from autodistill.inference.scoring import score
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.units import format_bytes, parse_duration
 from autodistill.utils.hashing import content_hash
 from benchmarks.common import report
@@ -123,7 +123,7 @@ def _child(command: list[str]) -> dict[str, Any]:
 def made(asked: argparse.Namespace) -> dict[str, Any]:
     """What an arm makes: its accuracy and error on test, bytes, seconds of wall-clock and processor, tokens."""
     torch.set_num_threads(THREADS)
-    cache, name = default_cache(), asked.arm
+    cache, name = cache_folder(), asked.arm
     teacher = materialise(resolve_teacher(asked.teacher), cache).folder
     data = prepare(resolve_data(asked.data), teacher, tokenizer_fingerprint(teacher), SEQUENCE, cache).folder
     began = time.monotonic()
@@ -145,7 +145,7 @@ def made(asked: argparse.Namespace) -> dict[str, Any]:
 
 def searched(asked: argparse.Namespace, explore: float) -> peers_arms.Made:
     """The student that the command exports, read back from its file; the run is left for whoever wants to see it."""
-    out = default_cache() / "benchmarks" / "peers-runs"
+    out = cache_folder() / "benchmarks" / "peers-runs"
     command = [
         "autodistill",
         "search",

@@ -33,7 +33,7 @@ from autodistill.errors import TrialFailedError
 from autodistill.hardware.budget import Budget
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.model_folder import tokenizer_fingerprint
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.search.prior.range_test import (
     FACTOR,
     STEPS,
@@ -48,8 +48,9 @@ from autodistill.search.request.request import SearchRequest
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
 from autodistill.search.worker.trial import initial_student, trainer_of
+from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import load_space
-from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.hashing import content_hash
 from benchmarks.common import math_table, report, trials
@@ -144,7 +145,7 @@ def smollm2_cases() -> list[Case]:
 
 def small_teacher(family: str, width: int, seed: int, steps: int) -> tuple[Path, Path]:
     """A small model trained on a small text, and the folder of another text, on which its students are trained."""
-    cache = default_cache() / "benchmarks" / "range-test"
+    cache = cache_folder() / "benchmarks" / "range-test"
     text, other = (tiny_text(cache / f"text-{kind}", documents=240, sentences=10, seed=kind) for kind in (1, 2))
     key = content_hash([family, width, seed, steps, LAYERS, FFN, VOCABULARY, TEACHER_RATE])
     folder = cache / key
@@ -309,6 +310,8 @@ def measured(case: Case, kept: report.Kept, teacher_steps: int, eval_tokens: int
     with ExitStack() as stack:
 
         def get(key: str, make: Callable[[Student], Any]) -> Any:
+            """What is kept under a key, or what is made now with the one student of this case."""
+
             def made() -> Any:
                 if not students:
                     students.append(stack.enter_context(opened(case, teacher_steps, eval_tokens)))

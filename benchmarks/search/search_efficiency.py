@@ -28,8 +28,8 @@ from autodistill.evaluation.evaluate import evaluate
 from autodistill.evaluation.statistics import per_document
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
+from autodistill.options import cache_folder
 from autodistill.runs.events import RunEvent, RungReached, TrialAdded, of_kind
-from autodistill.runs.run_folder import default_cache
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.search.campaign.campaign import Campaign
@@ -260,7 +260,7 @@ def main() -> None:
     recipe = table.space.baselines[RECIPE]
     arms["d"] = [tuned(table, recipe, box, taught=True)]
     arms["e"] = [tuned(table, without_teacher(recipe), box, taught=False)]
-    runs = default_cache() / "benchmarks" / "runs"
+    runs = cache_folder() / "benchmarks" / "runs"
     checks = []
     for seed in range(arguments.real):
         with prepare(runs, f"efficiency-{table.digest}-{seed}", trials=TRIALS) as prepared:

@@ -36,7 +36,7 @@ from autodistill.evaluation.evaluate import evaluate
 from autodistill.evaluation.statistics import per_document
 from autodistill.hardware.budget import CONTEXT, Budget
 from autodistill.models.loading import load_model
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.runs.students import student_folder
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.campaign.campaign import Campaign
@@ -162,7 +162,7 @@ class Bench:
 @contextmanager
 def ready(tokens: int, trials: int, context: int = CONTEXT, **inputs: str) -> Iterator[Prepared]:
     """Everything before the first trial of the search, common to all arms; a cache of its own tells what it takes."""
-    folder = default_cache() / "benchmarks" / "smollm2"
+    folder = cache_folder() / "benchmarks" / "smollm2"
     folder.mkdir(parents=True, exist_ok=True)
     space = read_yaml(Path(__file__).parents[2] / "search_spaces" / "declared.yaml")
     space["deployments"] = [one for one in space["deployments"] if one["runtime"] == "llama.cpp"]

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import read_json
 from benchmarks.common import debian_texts, report
@@ -71,7 +71,7 @@ class SmallTeacher:
     ) -> None:
         recipe = [shape, vocabulary, SEQUENCE, BATCH, RATE, WARMUP, WEIGHT_DECAY, BETAS, AVERAGED, every]
         self._texts, self._shape, self._vocabulary, self._every = texts, shape, vocabulary, every
-        self.folder = default_cache() / "benchmarks" / f"small-teacher-{content_hash([recipe, texts.folder.name])}"
+        self.folder = cache_folder() / "benchmarks" / f"small-teacher-{content_hash([recipe, texts.folder.name])}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checkpoint = self.folder / "checkpoint.pt"
         self.tokenizer = self._made_tokenizer()

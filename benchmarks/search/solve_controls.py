@@ -27,7 +27,7 @@ from autodistill.evaluation.statistics import paired_bootstrap
 from autodistill.hardware.budget import Budget
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.spec import ModelSpec
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.search.solve import SolveRequest, solve
 from autodistill.search.solve.options import Options
 from autodistill.strategy.deployment import Deployment
@@ -122,7 +122,7 @@ def _whole(deployment: Deployment) -> Construction:
 def solved(lab: Lab, budget: Budget, data: str, sequence: int) -> Deployment:
     """Every type, by the product's own solver."""
     request = SolveRequest(
-        budgets=(budget,), cache=default_cache(), teacher=str(lab.teacher), data=data, sequence_length=sequence
+        budgets=(budget,), cache=cache_folder(), teacher=str(lab.teacher), data=data, sequence_length=sequence
     )
     (found,) = solve(request)["solutions"]
     return Deployment.from_json(found["solution"]["deployment"])

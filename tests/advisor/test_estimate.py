@@ -81,15 +81,26 @@ def test_a_model_that_the_container_cannot_hold_fits_nowhere_and_it_is_said() ->
     assert appraise(stored, Q4, devices=[device])["devices"][0]["fits"]
 
 
-def test_of_onnx_runtime_memory_alone_is_predicted() -> None:
-    document = appraise(MODEL, Q4, devices=KNOWN[:2], runtime="onnxruntime")
-    assert document["runtime"] == "onnxruntime"
-    on_gpu = memory(MODEL.spec, Q4, context=2048, batch=1, runtime="onnxruntime", on_gpu=True).total_bytes
-    assert document["devices"][0]["total_bytes"] == on_gpu < document["total_bytes"]
-    assert [one["tokens_per_second"] for one in document["devices"]] == [None, None]
-    text = appraisal_text(document)
-    assert "No speed is predicted for onnxruntime." in text
-    assert "None" not in text
+def test_onnx_runtime_serves_codes_of_gguf_on_cpus() -> None:
+    cpu, gpu = find_device("i5-12400", KNOWN), find_device("4090", KNOWN)
+    document = appraise(MODEL, Q4, devices=[cpu, gpu], runtime="onnxruntime")
+    assert (document["runtime"], document["deployment"]) == ("onnxruntime", "gguf-q4_0+onnx")
+    need = memory(MODEL.spec, Q4, context=2048, batch=1, runtime="onnxruntime")
+    on_cpu, on_gpu = document["devices"]
+    assert on_cpu["total_bytes"] == need.total_bytes
+    assert on_cpu["tokens_per_second"] > 0
+    assert "nothing was measured of onnxruntime" in on_cpu["assumed"]
+    assert not on_gpu["fits"]
+    assert "not onnxruntime" in on_gpu["reason"]
+    assert "not onnxruntime." in appraisal_text(document)
+    with pytest.raises(InputError, match="it can be vllm, transformers"):
+        appraise(MODEL, deployment_named("compressed-tensors-int4-g32"), runtime="onnxruntime")
+
+
+def test_what_gguf_cannot_hold_leaves_for_onnx_runtime() -> None:
+    windowed = shape({"layers": 4, "width": 128, "heads": 4, "ffn": 256, "vocab": 1000, "window": 512})
+    assert "GGUF cannot hold" in appraise(windowed, Q4)["cannot_hold"]
+    assert appraise(windowed, Q4, runtime="onnxruntime")["cannot_hold"] is None
 
 
 def test_without_one_device_the_speed_is_left_open_and_all_are_listed() -> None:

@@ -31,7 +31,7 @@ from autodistill.hardware.lookup import find_device
 from autodistill.models.config import config_of, spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.results.memory_correction import Overhead
-from autodistill.runs.results.row import Row, read_parquet, to_parquet
+from autodistill.runs.results.row import WITHIN_LIMITS, Row, read_parquet, to_parquet
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, parse_bytes
 from autodistill.utils.event_log import EventLog
@@ -324,6 +324,21 @@ def test_each_tier_has_its_own_row() -> None:
     answer = pick_tiers(ON_GPU, Wanted(memory_bytes=1), tiers=tuple(map(tier, (50_000_000, 150_000_000, 10**9))))
     picked = [one["pick"] and one["pick"]["row_id"] for one in answer["tiers"]]
     assert picked == [None, "c", "a"]
+    assert [(one["binds"], one["same_as"]) for one in answer["tiers"]] == [(None, None), ("memory", None), (None, None)]
+    assert pick_text(answer).splitlines()[-2:] == [
+        "300 MB: a student of its own; a better one is excluded by memory.",
+        "2.00 GB: a student of its own; the budget does not bind.",
+    ]
+
+
+def test_tiers_that_do_not_bind_have_the_same_row() -> None:
+    sizes = (150_000_000, 160_000_000, 10**9, 2 * 10**9)
+    answer = pick_tiers(ON_GPU, Wanted(memory_bytes=1), tiers=tuple(map(tier, sizes)))
+    assert [one["same_as"] for one in answer["tiers"]] == [None, 300_000_000, None, 2 * 10**9]
+    assert pick_text(answer).splitlines()[-2:] == [
+        "300 MB, 320 MB: the same student; a better one is excluded by memory.",
+        "2.00 GB, 4.00 GB: the same student; the budget does not bind.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -387,6 +402,20 @@ def run_folder(out: Path, name: str, rows: list[Row], metric: str = "accuracy", 
     (out / name).mkdir(parents=True)
     write_json(out / name / "search.json", {"metric": metric, "direction": "max"} | DATA | changes)
     to_parquet(rows, out / name / "leaderboard.parquet")
+
+
+@pytest.mark.parametrize("reason", WITHIN_LIMITS)
+def test_what_a_search_passed_over_is_not_picked(reason: str, tmp_path: Path) -> None:
+    """Whatever fits: the student forgot general text, or is not there as it was trained."""
+    over = row("over", 0.6, 900, feasible=False, reason="memory: 900000000 bytes, over the budget")
+    rows = [row("better", 0.7, 100, feasible=False, reason=reason), row("plain", 0.5, 100), over]
+    run_folder(tmp_path / "runs", "one", rows)
+    # Of other hardware another budget holds.
+    assert {one.row.row_id for one in stored(tmp_path / "runs")} == {"plain", "over"}
+    (tmp_path / "runs" / "one" / "leaderboard.parquet").unlink()
+    for one in rows:
+        EventLog(tmp_path / "runs" / "one" / "trials.jsonl").append({"event": "row", "row": one.to_json()})
+    assert {one.row.row_id for one in stored(tmp_path / "runs")} == {"plain", "over"}
 
 
 def test_rows_are_read_from_the_leaderboards_of_runs(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from autodistill.distillation.student.check import own_deployment, with_own
 from autodistill.errors import InputError
 from autodistill.search.planning.trial_memory import TrialMemory
 from autodistill.strategy.named import load_strategy, packaged_files
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Init, Lora, Strategy
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
+from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import save_tiny_teacher
 
 TEACHER = shape({"layers": 10, "width": 512, "heads": 8, "ffn": 1024, "vocab": 32000}, tied=True)

@@ -33,6 +33,7 @@ SMALLER = {
     'budget="8GB", time="2h"': 'budget="8GB", trials=1, tokens=768, runner="inline", cache="cache"',
     'budget="210MB"': 'budget="210MB", tokens=512, name="one", runner="inline", cache="cache"',
     'budget="200MB", data="./docs"': 'budget="23.7MB", data="./docs", tokens=256, sequence_length=64, cache="cache"',
+    'budgets="1GB,2GB", time="3h"': 'budgets="1GB,2GB", trials=1, tokens=768, space="space.yaml", **QUICK',
     'resume(time="1h")': "resume(trials=2)",
     "print(event.trial, ": "told.append(event); print(event.trial, ",
 }
@@ -54,7 +55,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     save_tiny_teacher(folder / "model")
     tiny_text(folder / "docs")
     (folder / "space.yaml").write_text(SPACE)
-    names: dict[str, Any] = {"HERE": {"name": "first", "runner": "inline", "cache": "cache"}, "told": []}
+    quick = {"runner": "inline", "cache": "cache"}
+    names: dict[str, Any] = {"HERE": {"name": "first", **quick}, "QUICK": quick, "told": []}
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -215,6 +217,17 @@ def test_a_run_that_is_not_there_is_named(page: dict[str, Any]):
     for reference in ("nobody", "results/runs/nobody"):
         with pytest.raises(ad.InputError, match=r"no run 'nobody' in .*: the runs there are first, one, search-"):
             ad.load_run(reference)
+
+
+def test_several_budgets_have_a_run_each_or_share_one(page: dict[str, Any]):
+    several = page["several"]
+    assert list(several.runs) == ["1GB", "2GB"]
+    assert several["1GB"].name == several["2GB"].name == "several-1GB"
+    assert several["2GB"].best.metrics["memory_bytes"].value < 10**9
+    assert (several.path / "report.md").exists()
+    with pytest.raises(KeyError):
+        several["3GB"]
+    assert "2GB" in several._repr_html_()
 
 
 @pytest.mark.parametrize("verb", ["search", "distill", "plan"])

@@ -35,6 +35,31 @@ def test_every_figure_of_the_page_of_measurements_is_held_to_a_report():
     assert [one for one in free if "The target was" not in one and "in one check" not in one] == []
 
 
+def test_every_figure_of_the_page_of_claims_is_held_to_a_report():
+    """But for what the guide says, in the second column, and for the bits of a format."""
+    text = (figures.ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    held = [
+        place.span(index)
+        for quote in figures.quotes()
+        if quote.document == "docs/claims.md"
+        for place in figures.pattern(quote.says).finditer(text)
+        for index in range(1, quote.says.count("{}") + 1)
+    ]
+    plain = re.sub(r"^(\| \d+ \|)([^|]*)", lambda row: row[1] + " " * len(row[2]), text, flags=re.MULTILINE)
+    plain = re.sub(r"\((\.\./)?\S+\.md\)", lambda link: " " * len(link[0]), plain)
+    free = [
+        plain[max(0, found.start() - 40) : found.end() + 60]
+        for found in re.finditer(r"(?<![\w.])[+-]?\d[\d,]*\.\d+|\d+(?= ± )|(?<= ± )\d+", plain)
+        if not any(begins <= found.start() < ends for begins, ends in held)
+    ]
+    assert [one for one in free if "bits for each weight" not in one] == []
+    rows = [line.split("|") for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(cells[1]) for cells in rows] == list(range(1, 18))
+    # Each says what became of it, and names what printed its figure, or that there is none.
+    verdicts = ("confirmed", "refuted", "predicted", "not measured", "nothing to confirm")
+    assert all(any(word in cells[3] for word in verdicts) and cells[4].strip() and cells[5].strip() for cells in rows)
+
+
 @pytest.fixture
 def quoted(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "ROOT", tmp_path)

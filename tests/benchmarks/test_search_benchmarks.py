@@ -322,7 +322,7 @@ def test_halvings_are_tried_on_the_same_draws_until_the_time_is_over(
 
 
 def test_results_are_made_once_for_the_same_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(report, "cache_folder", lambda: tmp_path / "cache")
     asked: list[int] = []
 
     def make() -> int:
@@ -373,7 +373,7 @@ def test_the_cost_of_orchestration_is_measured_where_it_stopped(
         fields = {"wall": 2.0, "spent": 1.0, "share": 0.5, "first": 0.5, "gaps": (0.25, 0.5), "processors": 3.0}
         return orchestration.Cost(trials=count, workers=workers, **fields)
 
-    monkeypatch.setattr(report, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(report, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(program, "REPORTS", tmp_path / "reports")
     monkeypatch.setattr(orchestration, "LocalRay", Ray)
     monkeypatch.setattr(orchestration, "measure", measure)

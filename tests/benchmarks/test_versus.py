@@ -39,7 +39,8 @@ def test_the_file_s_blocks_are_a_product_and_what_is_beside_it():
     found = list(blocks(asked))
     core = [one for one in found if one.budget <= 1]
     assert len(core) == len({one.name for one in core}) == 2 * 2 * 2 * 2
-    assert [one.name for one in found if one.budget > 1] == ["smollm2-postgresql-175MB-0", "smollm2-postgresql-210MB-0"]
+    packaged = [f"smollm2-postgresql-{size}MB-0" for size in (125, 150, 175, 210)]
+    assert [one.name for one in found if one.budget > 1] == packaged
     assert set(asked["arms"]) == set(arms.ARMS) == {*asked["rivals"], targets.MINE, targets.QUICK}
     core_hours = sum(one.box * arms.share_of(arm) for one in core for arm in one.arms) * 2 / 3600
     assert core_hours < 30
@@ -133,7 +134,7 @@ def test_a_teacher_that_is_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatc
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     weights = []
     for name, parts in (("once", (8,)), ("twice", (3, 8))):
-        monkeypatch.setattr(small_teacher, "default_cache", lambda name=name: tmp_path / name)
+        monkeypatch.setattr(small_teacher, "cache_folder", lambda name=name: tmp_path / name)
         for steps in parts:
             teacher = small_teacher._tiny(6 * 64)
             teacher.train(steps * 64)

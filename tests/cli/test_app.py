@@ -39,25 +39,40 @@ deployments:
 baselines: [logit_kd]
 """
 VERBS = {
-    "search": "--budget --device --latency --devices --kv-type "
+    "search": "--budget --budgets --tiers --device --latency --devices --kv-type "
     "--teacher --data --space --metric --trials --tokens --time --context --batch --seed "
-    "--name --out --resume --plan --price --runner --json --cache --cache-limit --checkpoint-limit",
+    "--name --out --resume --plan --price --runner --metrics-port --json --cache --cache-limit --checkpoint-limit",
     "distill": "--budget --device --latency --devices --kv-type "
     "--teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
     "--json --cache --cache-limit",
     "write": "--prompts --out --teacher --endpoint --model --max-tokens --temperature --top-p --seed --top-k --batch "
     "--timeout --cache --json",
-    "leaderboard": "--out --json",
+    "leaderboard": "--out --merge --by --to --most --json",
+    "cascade": "--rows --measure --out --cache --json",
+    "profile": "--out --teacher --step-tokens --sequence-length --steps --prompt --decoded --runtime --threads --cache "
+    "--json",
+    "compare": "--to --out --json",
+    "study": "--to --out --json",
+    "report": "--out --plots --runs --json",
+    "show": "--on --out --json",
+    "reproduce": "--on --out --cache --json",
     "export": "--row --to --out --runs --unverified --json",
     "verify": "--run-code --json",
+    "bundle": "--runtime --out --image --check --json",
+    "dashboards": "--out --port --json",
+    "serve": "--row --host --port --public --key-file --streams --context --threads --draft --out --json",
+    "chat": "--system --max-tokens --temperature --key-file --out",
+    "monitor": "--promise --margin --window --every --time --json --prometheus --key-file --out",
+    "load": "--streams --latency --time --prompt --decoded --student --device --devices --threads --key-file --out "
+    "--json",
     "doctor": "--out --cache --json",
     "devices": "--devices --local --cache --json",
     "estimate": "--format --runtime --context --batch --kv-type --prompt --device --all-devices --devices "
     "--layers --width --heads --kv-heads --head-dim --ffn --vocab --experts --active-experts --window --tied --cache "
-    "--json",
+    "--stress --json",
     "pick": "--budget --device --context --streams --latency --min-accuracy --tiers --devices --out --cache --json",
     "solve": "--budget --sweep --device --tiers --candidate --data --context --batch --tokens --sequence-length --out "
-    "--export --devices --cache --json",
+    "--memory --plot --export --devices --cache --json",
 }
 ROW_FIELDS = (
     "row_id schema_version strategy_id strategy deployment status split accuracy accuracy_stderr perplexity agreement "
@@ -662,13 +677,13 @@ def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd
     assert code == 0, err
     for words in ("1.00 GB at context 512, batch 1", "4 proposed", "256", "2,304", "cache", "time budget none"):
         assert words in out
-    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 3m --plan --json", inputs, tmp_path)
+    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 30m --plan --json", inputs, tmp_path)
     document = json.loads(out)
     assert code == 0
-    assert document["plan"]["box_seconds"] == 180
+    assert document["plan"]["box_seconds"] == 1800
     assert document["cache_bytes"] > 0
     assert document["plan"]["longest"] > 1
-    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 3m --explore 1 --plan --json", inputs, tmp_path)
+    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 30m --explore 1 --plan --json", inputs, tmp_path)
     assert (code, json.loads(out)["plan"]["longest"]) == (0, 1.0)
     assert not (tmp_path / "runs").exists()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from autodistill.cli.app import main
+from autodistill.cli.commands import explain
 
 SPACE = """
 dimensions:
@@ -91,3 +92,8 @@ def test_what_a_request_names_is_known_before_a_library_that_asks_hubs_is_import
     )
     said = subprocess.run([sys.executable, "-c", program], cwd=files, capture_output=True, text=True, check=True).stdout
     assert said.splitlines() == ["lm-eval:arc_easy owner/name owner/name", "set()"]
+
+
+def test_a_run_may_be_given_by_its_folder() -> None:
+    folder = Path(__file__).parents[2] / "results" / "postgresql" / "postgresql-175MB"
+    assert explain(str(folder)) == explain(folder.name, out=folder.parent)

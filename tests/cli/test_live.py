@@ -41,7 +41,7 @@ def campaign(metric: str = "accuracy", deadline: float | None = 1000.0, confirm:
         trial(Status.FAILED),
     ]
     seconds = {"load": 9.0, "export": 20.0, "test": 4.0}
-    plan = SimpleNamespace(rungs=(256, 768), keep=(2,), workers=2, trials=9, seconds=seconds)
+    plan = SimpleNamespace(rungs=(256, 768), keep=(2,), workers=2, trials=9, seconds=seconds, alone=2)
     question = SimpleNamespace(
         plan=plan, space=SimpleNamespace(baselines={"one": 1}), metric=metric, teacher_accuracy=0.5, confirm=confirm
     )
@@ -60,6 +60,13 @@ def shown(given: Any, *, best: float | None = 0.4, baseline: float | None = 0.37
     view.campaign(given, best, baseline)
     view.phase("test split")
     return stream.getvalue().splitlines()
+
+
+def test_what_is_trained_on_alone_has_nothing_beside_it() -> None:
+    given = campaign()
+    # 2,000 tokens in 5 seconds of a trial that had all threads, besides what two workers did in 5 seconds each.
+    given.trials["x"] = trial(Status.COMPLETED, rung=1, seconds=5.0, tokens=2000, length=8.0)
+    assert f"{(900 + 256 + 64 + 2000) / (10 / 2 + 5):,.0f} tokens/s" in shown(given)[2]
 
 
 def test_a_person_sees_phase_trials_quality_speed_and_time_left() -> None:

@@ -70,8 +70,8 @@ def test_the_summary_holds_everything_in_some_forty_lines() -> None:
     assert "5 more rows: autodistill leaderboard small" in text
     assert "The budget of 16.0 GB does not bind." in text
     assert "Seconds: load 12.3, cache 20.0, overhead 3.2; 9m 50s in all." in text
-    assert text.splitlines()[-4].startswith("Serve t003-gguf-q8_0 with llama.cpp's server (")
-    assert text.splitlines()[-3] == "  llama-server -m runs/small/student/gguf/student.gguf -c 1024"
+    assert text.splitlines()[-4].startswith("Serve t003-gguf-q8_0, with the context and the cache")
+    assert text.splitlines()[-3] == "  autodistill serve runs/small/student/gguf/student.gguf"
     assert text.splitlines()[-1] == (
         "Gain on test over the best that needs no training (the teacher itself as gguf-q8_0), paired: "
         "-0.0700 ± 0.0100 of accuracy; over the baseline: +0.0200 ± 0.0042."
@@ -241,9 +241,9 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     ):
         assert words in text
     assert "the best" not in text
-    further = plan | {"longest": 4.25, "alone": 2, "seconds": plan["seconds"] | {"longer": 150.0}}
+    further = plan | {"longest": 34.0, "expected": 4.25, "alone": 2, "seconds": plan["seconds"] | {"longer": 150.0}}
     text = plan_summary(document | hours | {"plan": further})
-    assert "the best    trained for another 2m 30s, alone on 2 threads, to 4.25 times those tokens at most\n" in text
+    assert "the best    trained for another 2m 30s, alone on 2 threads, to about 4.25 times those tokens\n" in text
     assert "9 proposed, and no baseline to beat" in plan_summary(document | hours | {"baselines": []})
     narrow = plan_summary(document | hours, width=80).splitlines()
     assert max(map(len, narrow)) <= 80
@@ -288,12 +288,3 @@ def test_what_was_confirmed_is_shown_with_means_and_differences() -> None:
     assert "\nt003: 80% even, last none x5.71" in section
     assert "\nb000: hand_designed" in section
     assert re.search(r"b000-gguf-q8_0 +0\.4000 ± 0\.0010 +-0\.0200 ± 0\.0030", text)
-
-
-def test_a_student_is_served_with_the_cache_that_its_memory_was_counted_with() -> None:
-    best = DOCUMENT["best"] | {
-        "deployment": {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32}
-        | {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}
-    }
-    line = search_summary(DOCUMENT | {"best": best}, RANKED, "accuracy").splitlines()[-3]
-    assert line.endswith("student.gguf -c 1024 --cache-type-k q8_0 --cache-type-v q8_0 --flash-attn on")

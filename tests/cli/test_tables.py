@@ -13,7 +13,8 @@ from rich.console import Console
 from autodistill.cli.tables import LiveView, Progress, View, leaderboard_table, open_view
 from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Strategy, Temperature
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Temperature
+from autodistill.strategy.strategy import Finishing, Strategy
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 PROGRESS = Progress(

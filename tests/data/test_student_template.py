@@ -27,7 +27,8 @@ from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.inference.scoring import REFERENCE_TOKENS, score, score_teacher
 from autodistill.models.loading import load_model
-from autodistill.strategy.strategy import Alignment, Distillation, Init, Strategy
+from autodistill.strategy.recipe import Alignment, Distillation
+from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import save_tiny_teacher
 
 # The teacher's: roles on lines of their own, answers ended by </s>.

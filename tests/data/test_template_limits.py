@@ -54,6 +54,16 @@ def test_its_tags_macros_and_variables_are_transformers_too() -> None:
     assert ChatTemplate(text).render(_MESSAGES, False, tokenizer.special_tokens_map) == expected
 
 
+def test_what_writes_far_more_than_it_is_given_is_refused() -> None:
+    """A book around each of some hundred conversations would be tokenised for minutes."""
+    characters = sum(len(text) for message in _MESSAGES for text in message.values())
+    said = f"it writes 400,000 characters for a conversation of {characters}"
+    for text in ("{{ strftime_now('%Y' * 100000) }}", "{{ 'wide' * 100000 }}"):
+        with pytest.raises(TemplateError, match=said):
+            ChatTemplate(text).render(_MESSAGES, False, {})
+    assert len(ChatTemplate("{{ 'wide' * 10000 }}").render(_MESSAGES, False, {})) == 40_000
+
+
 def test_a_long_conversation_has_the_room_that_it_needs() -> None:
     messages = [{"role": "user", "content": "word " * 40_000}, {"role": "assistant", "content": "yes"}] * 40
     text = _LOOP.replace("BODY", "'<s>' + message.role + '\n' + message.content | trim + '</s>'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,17 @@ def test_a_saved_tokenizer_cuts_texts_as_it_did(tmp_path: Path, legacy: bool) ->
     assert load_tokenizer(tmp_path)("a</s>b")["input_ids"] == tokens
     # Where it is legacy, text behind a special token begins with a space too.
     assert tokens.count(vocab["\u2581"]) == 1 + legacy
+
+
+def test_a_tokenizer_that_ends_texts_with_a_token_it_lacks_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    """The library panics there, which is no Exception, and does so only once a text is begun and ended."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    unknown = [{"SpecialToken": {"id": "<none>", "type_id": 0}}]
+    ending = {"type": "TemplateProcessing", "single": unknown, "pair": [], "special_tokens": {}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": ending}))
+    with pytest.raises(InputError, match=r"the tokenizer in .* cannot be read"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_pattern_that_tries_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

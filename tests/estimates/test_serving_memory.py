@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,22 @@ def test_buffers_are_what_llama_cpp_allocates(case: dict[str, Any], tmp_path: Pa
     assert file.weights_bytes == pytest.approx(found.model_bytes, rel=0.01, abs=20_000)
     read = memory(file.spec, deployment, context=asked.context, batch=1, kv_type=asked.kv_type)
     assert read.total_bytes - read.overhead_bytes == pytest.approx(found.total_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q5_0", "q4_1", "q4_0", "iq4_nl", "mxfp4", "q4_k"])
+def test_a_tied_table_whose_rows_are_interleaved_is_held_twice(kind: str, tied: bool, tmp_path: Path) -> None:
+    asked = model_files.Case(**(SMALL | {"family": "llama", "width": 256, "layers": 1, "tied": tied, "context": 256}))
+    spec, deployment = spec_of(asked.config()), replace(deployment_named("gguf-q5_0"), types=(("embeddings", kind),))
+    model_files.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
+    with LlamaServer(tmp_path / "model.gguf", 256, 1) as server:
+        found = server.buffers()
+    # Of a model without the copy, what a process takes beside its buffers.
+    plain = memory(spec, deployment_named("gguf-q5_0"), context=256, batch=1).overhead_bytes
+    guess = memory(spec, deployment, context=256, batch=1)
+    copied = guess.overhead_bytes - plain
+    assert guess.weights_bytes + copied == pytest.approx(found.model_bytes, abs=20_000)
+    assert (copied > 0) == (tied and kind in ("q4_0", "iq4_nl", "mxfp4", "q4_k"))
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
@@ -131,45 +148,39 @@ def test_a_step_of_vllm_has_activations_of_the_tokens_that_it_batches_and_logits
     assert parts.compute_bytes == 2 * 2048 * (4 * 128 + 3 * 256) + (2 + 4) * 3 * 1000
 
 
-def test_a_step_of_onnx_runtime_reads_one_token_with_the_rest_as_inputs() -> None:
+def test_a_prompt_of_onnx_runtime_has_logits_and_scores_of_all_its_tokens() -> None:
+    """By hand, in float32: what is linear in the tokens, the scores of four heads, and a mask with its truths."""
+    spec = shape(SIZES | {"kv_heads": 4}, tied=True).spec
+    half, whole = (memory(spec, F16, context=size, batch=2, runtime="onnxruntime") for size in (256, 512))
+    assert whole.kv_cache_bytes == 2 * half.kv_cache_bytes == 2 * 512 * 4 * 4 * 2 * 128
+    squared = 4 * 2 * 4 + 5
+    row = 4 * 2 * 1000 + 4 * 2 * (4 * 128 + 3 * 256 + 2 * 128)
+    assert whole.compute_bytes == 512 * row + 512**2 * squared
+    assert half.compute_bytes == 256 * row + 256**2 * squared
+
+
+def test_a_small_vocabulary_s_cache_is_there_twice_in_onnx_runtime() -> None:
+    spec = shape(SIZES | {"vocab": 8, "layers": 64, "kv_heads": 4, "heads": 4, "ffn": 8}).spec
+    found = memory(spec, F16, context=32, batch=1, runtime="onnxruntime")
+    assert found.compute_bytes == found.kv_cache_bytes
+
+
+def test_weights_in_onnx_runtime_are_codes_or_float32_and_a_tied_table_is_there_twice() -> None:
     spec = shape(SIZES, tied=True).spec
-    prompt, step = (memory(spec, F16, context=512, batch=2, runtime="onnxruntime", read=read) for read in (None, 1))
-    assert step.weights_bytes == prompt.weights_bytes == 4 * (spec.parameters + 1000 * 128)
-    cell = 4 * 4 * 2 * 64  # float32 of four layers' keys and values
-    assert prompt.kv_cache_bytes == 2 * 512 * cell
-    assert step.kv_cache_bytes == 2 * (511 + 512) * cell
-    assert prompt.compute_bytes - step.compute_bytes > 17 * 2 * 4 * 511 * 512  # the scores
-
-
-@pytest.mark.parametrize(("kv_heads", "copies"), [(4, 0.6), (2, 2.1), (1, 2.35)])
-def test_of_a_cell_onnx_runtime_turns_the_keys_and_copies_shared_ones_before(kv_heads: int, copies: int) -> None:
-    """By hand, of a token more behind a step: inputs and outputs of four layers, copies of one, scores and mask."""
-    spec = shape(SIZES | {"kv_heads": kv_heads}).spec
-    one, more = (memory(spec, F16, context=size, batch=1, runtime="onnxruntime", read=1) for size in (512, 513))
-    assert more.kv_cache_bytes - one.kv_cache_bytes == 2 * 4 * 4 * 2 * kv_heads * 32
-    assert more.compute_bytes - one.compute_bytes == pytest.approx(4 * copies * 128 + 17 * 4 + 4, abs=1)
-
-
-def test_a_token_more_that_onnx_runtime_reads_has_activations_rows_scores_a_mask_and_logits() -> None:
-    """By hand, in float32, of a layer of 128 with FFNs of 256 and four heads, at 512 tokens, of 1000 in all."""
-    spec = shape(SIZES | {"kv_heads": 4}).spec
-    one, two = (memory(spec, F16, context=512, batch=1, runtime="onnxruntime", read=read) for read in (1, 2))
-    activations, rows, logits = 4 * (4 * 128 + 3 * 256), 4 * 11 * 128, 4 * 1000
-    assert two.compute_bytes - one.compute_bytes == pytest.approx(
-        activations + rows + 17 * 4 * 512 + 4 * 512 + logits, abs=1
-    )
-
-
-def test_of_onnx_runtime_s_weights_on_a_grid_the_table_stays_wide() -> None:
-    spec = shape(SIZES, tied=True).spec
-    four, eight = (
-        memory(spec, deployment_named(f"compressed-tensors-int{bits}-g32"), context=8, batch=1, runtime="onnxruntime")
-        for bits in (4, 8)
-    )
-    linears = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
-    assert eight.weights_bytes - four.weights_bytes == linears // 2
-    table, norms = 2 * 4 * 1000 * 128, 4 * 9 * 128
-    assert four.weights_bytes == table + norms + linears // 2 + 4 * linears // 32
+    linears, table, norms = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256), 1000 * 128, 9 * 128
+    held = {
+        name: memory(spec, deployment_named(name), context=8, batch=1, runtime="onnxruntime").weights_bytes
+        for name in ("huggingface", "gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "gguf-q5_0")
+    }
+    assert held["huggingface"] == 4 * (linears + norms) + (2 + 4) * table
+    of_8 = table + 2 * table // 32 + table + 4 * table // 32
+    assert held["gguf-q8_0"] == linears + 4 * linears // 32 + 4 * norms + of_8
+    assert held["gguf-q4_0"] == linears // 2 + 4 * linears // 32 + 4 * norms + of_8
+    assert held["gguf-q4_1"] - held["gguf-q4_0"] == 4 * linears // 32
+    assert held["gguf-q5_0"] == held["gguf-q8_0"]
+    # An untied head is there as it was read too, and then takes what a tied table does, beside the table itself.
+    untied = memory(shape(SIZES).spec, deployment_named("gguf-q4_0"), context=8, batch=1, runtime="onnxruntime")
+    assert untied.weights_bytes - held["gguf-q4_0"] == table + 2 * table // 32
 
 
 def test_all_experts_are_stored_and_the_active_ones_computed() -> None:
@@ -241,8 +252,6 @@ def test_every_runtime_says_what_it_rests_on(runtime: str) -> None:
         ({"kv_type": "q8_0", "runtime": "vllm"}, "vllm holds no KV cache in 'q8_0'; it can be f16"),
         ({"runtime": "tgi"}, "the runtimes are llama.cpp"),
         ({"context": 0}, "at least 1"),
-        ({"read": 64}, "llama.cpp reads no 64 tokens"),
-        ({"read": 513, "runtime": "onnxruntime"}, "onnxruntime reads no 513 tokens of 512"),
     ],
 )
 def test_what_no_runtime_does_is_refused(options: dict[str, Any], said: str) -> None:

@@ -74,6 +74,7 @@ def test_a_pass_runs_on_every_core_or_once_on_a_gpu() -> None:
     assert passes(4, gpu, memory=128e9) == passes(1, gpu, memory=128e9) == passes(1)
     whole = fit_teacher(spec_from_config(QWEN_1_5B), stored="bfloat16", sequence_length=256, machine=_machine(24e9))
     assert whole.weights_bytes == 2 * whole.held_bytes == 8 * spec_from_config(QWEN_1_5B).parameters
+    assert isinstance(whole.held_bytes, int)
 
 
 @pytest.mark.parametrize(

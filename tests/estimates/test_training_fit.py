@@ -12,7 +12,7 @@ from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
 from autodistill.estimates.training_fit import Training, TrainingFit, fit_training, training_fits
 from autodistill.models.config import spec_from_config
-from autodistill.strategy.strategy import Lora
+from autodistill.strategy.recipe import Lora
 
 QWEN_1_5B = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -18,7 +18,7 @@ from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.models.config import ARCHITECTURES, spec_from_config
 from autodistill.models.layer_widths import model_class
 from autodistill.models.loading import decoder_layers
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Lora
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
 from autodistill.testing import tiny_config as config
 
 

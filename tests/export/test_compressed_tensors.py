@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,37 +12,50 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from autodistill.errors import MissingDependencyError, VerificationError
+from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.export.compressed_tensors import CompressedTensorsExporter, check_package
 from autodistill.export.huggingface import load_in_transformers
+from autodistill.export.proof import simulate
+from autodistill.export.verify import prove, verify
+from autodistill.models.config import spec_from_config
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
-from autodistill.testing import save_tiny_teacher
+from autodistill.testing import save_tiny_teacher, tiny_config
 
 
-def deployment(bits: int, group_size: int, symmetric: bool = True, keep: tuple[str, ...] = ()) -> Deployment:
+def deployment(
+    bits: int,
+    group_size: int,
+    symmetric: bool = True,
+    keep: tuple[str, ...] = (),
+    types: dict[str, str] | None = None,
+    of: str = "transformers",
+) -> Deployment:
     return Deployment(
-        runtime="transformers",
+        runtime=of,
         format="compressed-tensors",
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
         keep=keep,
+        types=tuple((types or {}).items()),
     )
 
 
 def dequantized(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of an exported folder, unpacked by the compressed-tensors package."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.utils import match_name
 
     stored = load_file(folder / "model.safetensors")
-    bits = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"][
-        "weights"
-    ]["num_bits"]
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    targets = {target: group["weights"]["num_bits"] for group in groups for target in group["targets"]}
     weights = {}
     for name, tensor in stored.items():
         if name.endswith(".weight_packed"):
             prefix = name.removesuffix("_packed")
             scale, shape = stored[f"{prefix}_scale"], torch.Size(stored[f"{prefix}_shape"].tolist())
+            module = prefix.removesuffix(".weight")
+            (bits,) = (found for target, found in targets.items() if target == "Linear" or match_name(module, target))
             codes = unpack_from_int32(tensor, bits, shape).to(torch.bfloat16)
             if f"{prefix}_zero_point" in stored:
                 zero_points = unpack_from_int32(
@@ -52,6 +66,16 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
         elif not name.endswith((".weight_scale", ".weight_shape", ".weight_zero_point")):
             weights[name] = tensor
     return weights
+
+
+# Every width, groups and whole rows, and a matrix that stays in 16 bits.
+MIXED = {
+    "down_proj": "int2-g32",
+    "layers.0.mlp.up_proj": "int6-g128",
+    "layers.1": "int8-row",
+    "layers.1.self_attn.o_proj": "bf16",
+    "q_proj": "int3-g64",
+}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +91,9 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
         ("llama", True, deployment(6, 128, symmetric=False)),
         ("llama", True, deployment(4, 64, keep=("attention", "layers.1.mlp.down_proj"))),
         ("qwen2", False, deployment(3, 0, symmetric=False, keep=("layers.0",))),
+        ("llama", True, deployment(4, 32, types={"down_proj": "int8-g64", "layers.1.self_attn": "int8-row"})),
+        ("qwen2", False, deployment(4, 64, types=MIXED)),
+        ("qwen3", True, deployment(3, 32, types=MIXED)),
     ],
     ids=str,
 )
@@ -79,7 +106,7 @@ def test_transformers_loads_it_with_the_logits_of_the_dequantized_model(
     kept = sum(part in name for name in packed for part in ("self_attn", "layers.1.mlp.down_proj"))
     if held.keep == ("attention", "layers.1.mlp.down_proj"):
         assert (len(packed), kept) == (3 * 3 - 1, 0)
-    else:
+    elif not held.types:
         assert len(packed) == 7 * (3 - len(held.keep))
     weights = dequantized(out)
     reference = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16)
@@ -101,6 +128,68 @@ def test_transformers_loads_it_with_the_logits_of_the_dequantized_model(
     assert set(found) == set(weights)
     for name, values in found.items():
         np.testing.assert_array_equal(values, weights[name].float().numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_zero_points_in_a_mixture_are_unpacked_by_the_package(tmp_path: Path, tied: bool) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", width=128, layers=3, tied=tied)
+    mixed = deployment(4, 32, False, types={"down_proj": "int8-g64", "layers.1.self_attn": "int4-row-asym"}, of="vllm")
+    exporter, tokens = CompressedTensorsExporter(), np.arange(3, 123).reshape(3, 40)
+    artifact = exporter.export(teacher, mixed, tmp_path / "out")
+    assert verify(exporter, artifact, teacher, mixed).tensors == len(dequantized(artifact.path))
+    check = prove(exporter, artifact.path, mixed, simulate(teacher, mixed, tokens, 1), 1, teacher)
+    assert (check.agreement, check.same_written) == (1.0, 64)
+    assert check.divergence is not None
+    assert check.divergence < 1e-6
+    with pytest.raises(InputError, match="transformers"):
+        replace(mixed, runtime="transformers")
+    with pytest.raises(InputError, match="nothing serves compressed-tensors-int3"):
+        deployment(3, 32, types={"down_proj": "int8-g64-asym"})
+
+
+def test_types_by_tensor_are_groups_whose_targets_name_their_layers(tmp_path: Path) -> None:
+    """As the package tells a module's scheme: by its config, and in no way by the module's class."""
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils import match_targets
+
+    teacher = save_tiny_teacher(tmp_path / "teacher", width=128, layers=12)
+    held = deployment(4, 32, types={"down_proj": "int8-g64", "layers.1": "int3-g32", "layers.11": "bf16"})
+    out = CompressedTensorsExporter().export(teacher, held, tmp_path / "out").path
+    stated = json.loads((out / "config.json").read_text())["quantization_config"]
+    read = QuantizationConfig.model_validate({name: one for name, one in stated.items() if name != "dequantize"})
+    schemes = {target: group.weights for group in read.config_groups.values() for target in group.targets}
+    assert len(read.config_groups) == 3
+    assert len(schemes) < 20  # what does the same in its layer is said once
+    for name, module in AutoModelForCausalLM.from_pretrained(teacher).named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        targets = match_targets(name, module, list(schemes))
+        if name == "lm_head" or ".11." in name:
+            assert name in read.ignore
+            assert not targets
+            continue
+        (scheme,) = (schemes[target] for target in targets)
+        wanted = (3, 32) if ".1." in name else (8, 64) if "down_proj" in name else (4, 32)
+        assert (scheme.num_bits, scheme.group_size) == wanted
+
+
+def test_types_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    tensors = spec_from_config(tiny_config("llama")).tensors
+    with pytest.raises(InputError, match=r"a type can be bf16, int8-g32, .*int2-row-asym"):
+        deployment(4, 32, types={"down_proj": "q4_0"})
+    with pytest.raises(InputError, match=r"embed_tokens.* holds tables in 16 bits: name linear layers"):
+        deployment(4, 32, types={"embeddings": "int8-g32"}).check_model(tensors)
+    with pytest.raises(InputError, match="no matrix of this model is called so"):
+        deployment(4, 32, types={"experts": "int8-g32"}).check_model(tensors)
+    with pytest.raises(InputError, match=r"rows of .* weights, which the groups of 128"):
+        deployment(4, 32, types={"down_proj": "int8-g128"}).check_model(tensors)
+    # vLLM fuses some layers, and has kernels for some types.
+    served = replace(deployment(4, 32, types={"q_proj": "int8-g32"}), runtime="vllm")
+    with pytest.raises(InputError, match=r"vLLM computes q_proj, k_proj, v_proj as one: give them one type"):
+        served.check_model(tensors)
+    replace(served, types=(("down_proj", "int8-g32"), ("self_attn", "int8-row"))).check_model(tensors)
+    with pytest.raises(InputError, match=r"transformers"):
+        replace(served, types=(("down_proj", "int3-g32"),))
 
 
 def test_the_folder_holds_all_that_serving_needs(tmp_path: Path) -> None:

@@ -311,6 +311,17 @@ def test_neox_runs_as_its_config_says(tmp_path: Path, changes: dict[str, object]
     assert np.mean(served(artifact.path, tokens) == after) >= 0.97
 
 
+def test_what_is_written_stays_within_the_context_that_a_model_was_made_for(tmp_path: Path) -> None:
+    """Beyond that llama.cpp's server writes nothing, and a short context is no fault of the file."""
+    student = save_tiny_teacher(tmp_path / "student", layers=1)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    deployment = deployment_named("gguf-q8_0")
+    path = GgufExporter().export(student, deployment, tmp_path / "out").path
+    found = GgufExporter().run(path, np.full((1, 24), 7), 1, student, deployment)
+    assert (found.top1.shape, len(found.written)) == ((1, 24), 32 - 8)
+
+
 def test_rows_are_ordered_as_llama_cpp_wants_them() -> None:
     # two heads of four rows: row i is rotated with row i + 2 here, with its neighbour there
     rows = np.arange(8).reshape(8, 1)

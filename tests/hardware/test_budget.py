@@ -14,7 +14,18 @@ from autodistill.advisor.describe import deployment_named, shape
 from autodistill.errors import InputError
 from autodistill.estimates.fit import fits, latencies, nearest_miss
 from autodistill.estimates.speed import limit_seconds, speed
-from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, memory_on, parse_latency, read_budget
+from autodistill.hardware.budget import (
+    NO_LIMIT,
+    Budget,
+    DeviceBudget,
+    LatencyLimit,
+    TierBudget,
+    check_streams,
+    limits_as,
+    memory_on,
+    parse_latency,
+    read_budget,
+)
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 
@@ -27,6 +38,45 @@ def test_both_budgets_read_back_as_they_were_written() -> None:
     plain = Budget(memory_bytes=10**9, context=100, batch=2)
     for budget in (plain, DeviceBudget(**plain.to_json(), device=PI, latency=parse_latency("ttft_p50=1s,50ms"))):
         assert read_budget(json.loads(json.dumps(budget.to_json()))) == budget
+
+
+def test_a_budget_of_a_class_says_the_class() -> None:
+    budget = TierBudget(memory_bytes=7 * 10**9, tier_bytes=8 * 10**9, least_device="RTX 4060", context=100, batch=2)
+    assert budget.to_json() == {
+        "memory_bytes": 7 * 10**9,
+        "context": 100,
+        "batch": 2,
+        "tier_bytes": 8 * 10**9,
+        "least_device": "RTX 4060",
+    }
+
+
+def test_what_an_older_run_says_of_no_device_is_compared_by_memory_alone() -> None:
+    plain = Budget(memory_bytes=10**9, context=100, batch=2)
+    placed = DeviceBudget(**plain.to_json(), device=PI)
+    late = replace(placed, latency=parse_latency("50ms"))
+    assert limits_as(placed, plain) == plain
+    for budget, before in ((placed, placed), (late, plain), (plain, plain)):
+        assert limits_as(budget, before) is budget
+
+
+def test_sequences_at_once_are_counted_from_one_to_what_any_machine_decodes() -> None:
+    assert [check_streams(count, "--batch") for count in (1, 2, 999_999)] == [1, 2, 999_999]
+    for count, bound in ((0, "at least 1"), (-3, "at least 1"), (10**6, "at most 999999")):
+        with pytest.raises(InputError, match=f"^--batch must be {bound}, not {count}$"):
+            check_streams(count, "--batch")
+
+
+def test_a_limit_of_latency_is_at_least_a_tenth_of_a_microsecond() -> None:
+    assert parse_latency("0.1us")[0].seconds == 1e-7
+    with pytest.raises(InputError, match="shorter than any answer"):
+        parse_latency("0.0999us")
+
+
+def test_a_budget_without_a_limit_of_memory_says_so() -> None:
+    assert NO_LIMIT == 10**18
+    assert Budget(memory_bytes=NO_LIMIT).describe() == "no limit of memory at context 2048, batch 1"
+    assert Budget(memory_bytes=NO_LIMIT // 10).describe().startswith("100")
 
 
 @pytest.mark.parametrize("data", [{}, {"memory_bytes": 1, "device": {}}, {"memory_bytes": 1, "device": {"name": "x"}}])

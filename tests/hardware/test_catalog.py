@@ -318,7 +318,8 @@ def test_a_device_serves_with_the_runtimes_of_its_class_or_with_its_own(tmp_path
     known = devices()
     served = {name: find_device(name, known).runtimes for name in ("pi 5", "m1 max", "i9-13900k", "4090", "dgx spark")}
     assert served["pi 5"] == ("llama.cpp",)
-    assert served["m1 max"] == served["i9-13900k"] == ("llama.cpp", "transformers")
+    assert served["m1 max"] == ("llama.cpp", "transformers")
+    assert served["i9-13900k"] == ("llama.cpp", "transformers", "onnxruntime")
     assert served["4090"] == served["dgx spark"] == ("llama.cpp", "vllm", "transformers")
     own = find_device("dgx spark", known)
     assert device_from_json(own.to_json()) == own

@@ -256,11 +256,12 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "--batch": _NUMBERS,
         "--tokens": _NUMBERS,
         "--sequence-length": _NUMBERS,
+        "--memory": _AMOUNTS,
     }.items():
         base = _without(solve, "--budget") if option in ("--budget", "--sweep") else solve
         for value in dice.sample(values, min(len(values), 16)):
             yield case(*_without(base, option), option, value, codes=(2, 3))
-    for command in ("leaderboard", "explain", "export", "pick"):
+    for command in ("leaderboard", "explain", "export", "pick", "report", "show", "reproduce"):
         for value in _NAMES:
             more = (
                 ("--to", "gguf", "--out", "students")
@@ -269,7 +270,9 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
                 if command == "pick"
                 else ()
             )
-            if command != "export":
+            if command == "report":
+                more = ("--runs", "runs")
+            elif command != "export":
                 more += ("--out", "runs")
             yield case(command, *more, "--", value)
     for option, values in {

@@ -15,6 +15,8 @@ from pathlib import Path
 import tests.hostile
 
 VERBS = (
+    "chat",
+    "compare",
     "devices",
     "distill",
     "doctor",
@@ -22,12 +24,19 @@ VERBS = (
     "explain",
     "export",
     "leaderboard",
+    "load",
     "measure",
+    "monitor",
     "pick",
+    "report",
+    "reproduce",
     "search",
+    "serve",
+    "show",
     "solve",
     "spaces",
     "strategies",
+    "study",
     "write",
 )
 
@@ -44,7 +53,7 @@ class Case:
         area: The module that it is of.
         name: Unique within the area.
         argv: The command line behind `autodistill`. It runs in the folder of `make`.
-        make: Makes the files in an empty folder.
+        make: Makes the files in an empty folder, the same ones each time.
         codes: The exit codes that are right. Any but 0 comes with one line on stderr, after lines of progress where a
             command has these.
     """

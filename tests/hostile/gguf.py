@@ -153,21 +153,19 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     for key in dice.sample([entry[0] for entry in whole.entries], 6):
         yield from case(f"{key}-twice", partial(_twice, key=key))
     for number in range(60):
-        yield from case(f"tensor-{number}", partial(_spoil_tensor, dice=random.Random(dice.random())))
+        yield from case(f"tensor-{number}", partial(_spoil_tensor, seed=dice.random()))
     for number in range(25):
-        yield from case(f"token-list-{number}", partial(_spoil_tokens, dice=random.Random(dice.random())))
+        yield from case(f"token-list-{number}", partial(_spoil_tokens, seed=dice.random()))
     for number, counts in enumerate([(0, 0), (2**60, 5), (5, 2**60), (2**64 - 1, 2**64 - 1), (0, 30), (10**6, 10**6)]):
         yield from case(f"counts-{number}", lambda file, counts=counts: setattr(file, "counts", counts))
     for version in (0, 1, 4, 2**32 - 1, 3 << 24):
         yield from case(f"version-{version}", lambda file, version=version: setattr(file, "version", version))
     for name, bytes_ in _LENGTHS.items():
-        yield from case(f"length-{name}", partial(_raw, bytes_=bytes_, dice=random.Random(dice.random())))
+        yield from case(f"length-{name}", partial(_raw, bytes_=bytes_, seed=dice.random()))
     for number in range(40):
-        at = random.Random(dice.random())
-        yield from _cases(f"flip-{number}", partial(_flip, source=kit.gguf, dice=at), kit, dice)
+        yield from _cases(f"flip-{number}", partial(_flip, source=kit.gguf, seed=dice.random()), kit, dice)
     for number in range(12):
-        at = random.Random(dice.random())
-        yield from _cases(f"cut-{number}", partial(_cut, source=kit.gguf, dice=at), kit, dice)
+        yield from _cases(f"cut-{number}", partial(_cut, source=kit.gguf, seed=dice.random()), kit, dice)
     for number, content in enumerate(
         (b"", b"GGUF", b"GGUF\x03\x00\x00\x00", b"FUGG" + bytes(100), bytes(10_000), b"\xff" * 999)
     ):
@@ -213,13 +211,15 @@ def _twice(file: _File, key: str) -> None:
     file.entries.append([key, 4, 1])
 
 
-def _raw(file: _File, bytes_: tuple[int, bytes], dice: random.Random) -> None:
+def _raw(file: _File, bytes_: tuple[int, bytes], seed: float) -> None:
+    dice = random.Random(seed)
     entry = dice.choice(file.entries)
     entry[1] = bytes_[0]
     file.raw[entry[0]] = bytes_[1]
 
 
-def _spoil_tensor(file: _File, dice: random.Random) -> None:
+def _spoil_tensor(file: _File, seed: float) -> None:
+    dice = random.Random(seed)
     tensor, other = dice.sample(file.tensors, 2)
     way = dice.randrange(12)
     if way == 0:
@@ -251,7 +251,8 @@ def _spoil_tensor(file: _File, dice: random.Random) -> None:
         table[1][1] = dice.choice((1, 32, 256, 299))
 
 
-def _spoil_tokens(file: _File, dice: random.Random) -> None:
+def _spoil_tokens(file: _File, seed: float) -> None:
+    dice = random.Random(seed)
     kind, values = (entry := file.entry(dice.choice(("ggml.tokens", "ggml.merges", "ggml.token_type"))))[2]
     way = dice.randrange(9)
     if way == 0:
@@ -279,7 +280,8 @@ def _spoil_tokens(file: _File, dice: random.Random) -> None:
     entry[2] = [kind, values]
 
 
-def _flip(folder: Path, source: Path, dice: random.Random) -> None:
+def _flip(folder: Path, source: Path, seed: float) -> None:
+    dice = random.Random(seed)
     data = bytearray(source.read_bytes())
     for _ in range(dice.choice((1, 1, 3, 20))):
         # Headers are where bits tell; weights are numbers, whatever they are.
@@ -287,7 +289,8 @@ def _flip(folder: Path, source: Path, dice: random.Random) -> None:
     (folder / "m.gguf").write_bytes(data)
 
 
-def _cut(folder: Path, source: Path, dice: random.Random) -> None:
+def _cut(folder: Path, source: Path, seed: float) -> None:
+    dice = random.Random(seed)
     data = source.read_bytes()
     (folder / "m.gguf").write_bytes(
         data[: dice.randrange(len(data)) if dice.random() < 0.5 else dice.randrange(12_000)]

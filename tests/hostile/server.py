@@ -1,7 +1,8 @@
 """Runs command lines fast: a process that has imported everything once, and forks itself for each of them.
 
 What a child does is what `python -m autodistill` does, in a folder of its own. It is ended where it takes too long or
-too much memory, with all that it started.
+too much memory, with all that it started. A child may also become that command itself, and import everything anew: what
+differs then is hidden, or made, by the process that forks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ LINE = 1_000
 """Characters of an error's line: more bury what is wrong."""
 _PROGRESS = ("search", "distill", "write")
 _ROOT = Path(__file__).parents[2]
+_MAKING = threading.Lock()  # what cases share is made when one first asks for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +98,20 @@ class Server:
         self._process.stdin.close()
         self._process.wait()
 
-    def run(self, case: Case, folder: Path) -> Ending:
-        """Makes the files of a case in an empty folder, and runs its command there."""
+    def run(self, case: Case, folder: Path, fresh: bool = False) -> Ending:
+        """Makes the files of a case in an empty folder, and runs its command there.
+
+        Args:
+            case: What is run.
+            folder: Does not exist yet.
+            fresh: In a process that has imported nothing before.
+        """
         folder.mkdir(parents=True)
-        case.make(folder)
+        with _MAKING:
+            case.make(folder)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"argv": case.argv, "folder": str(folder)}) + "\n")
+        self._process.stdin.write(json.dumps({"argv": case.argv, "folder": str(folder), "fresh": fresh}) + "\n")
         self._process.stdin.flush()
         return Ending(**json.loads(self._process.stdout.readline()))
 
@@ -165,12 +175,12 @@ def _import_all() -> None:
         main(["spaces", "no-such-space"])  # what reads the command line is made only now
 
 
-def _forked(argv: list[str], folder: str) -> dict[str, Any]:
+def _forked(argv: list[str], folder: str, fresh: bool = False) -> dict[str, Any]:
     out, err = Path(f"{folder}.stdout"), Path(f"{folder}.stderr")
     began = time.monotonic()
     child = os.fork()
     if child == 0:
-        _become_command(argv, folder, out, err)
+        _become_command(argv, folder, out, err, fresh)
     base, why, status = _resident(child), "", None
     worked, until = 0.0, 3 * SECONDS
     while status is None:
@@ -215,7 +225,7 @@ def _used(process: int) -> float:
         return 0.0
 
 
-def _become_command(argv: list[str], folder: str, out: Path, err: Path) -> None:
+def _become_command(argv: list[str], folder: str, out: Path, err: Path, fresh: bool) -> None:
     """What `python -m autodistill` is, in this child."""
     code = 1
     try:
@@ -230,8 +240,11 @@ def _become_command(argv: list[str], folder: str, out: Path, err: Path) -> None:
         with open(os.devnull) as nothing, out.open("w") as stdout, err.open("w") as stderr:
             for file, number in ((nothing, 0), (stdout, 1), (stderr, 2)):
                 os.dup2(file.fileno(), number)
-        for name, number in (("stdout", 1), ("stderr", 2)):
-            setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8"))
+        if fresh:
+            os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+            os.execv(sys.executable, [sys.executable, "-m", "autodistill", *argv])
+        for name, number, errors in (("stdout", 1, "strict"), ("stderr", 2, "backslashreplace")):
+            setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8", errors=errors))
         sys.stdin = os.fdopen(os.dup(0), encoding="utf-8")
         sys.argv = ["autodistill", *argv]
         from autodistill.cli.app import main

@@ -1,13 +1,15 @@
-"""Every hostile input ends with its exit code and one line: some of each area by default, all by a marker."""
+"""Hostile inputs end with their exit code and one line: some of each area here, all by `make hostile`."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,9 @@ import pytest
 from benchmarks.common import program
 from benchmarks.common import report as reports
 from tests.hostile import server as forking
-from tests.hostile.__main__ import counts, faults, known, part_of, report
+from tests.hostile.__main__ import counts, faults, known, part_of, report, runs_fresh
 from tests.hostile.cases import Case, Kit, all_cases, areas
-from tests.hostile.server import Server
+from tests.hostile.server import Ending, Server
 
 _OF_EACH = 6
 _AREAS = sorted(areas())
@@ -47,10 +49,42 @@ def test_some_hostile_inputs_of_each_area_end_in_one_line(area: str, kit: Kit, s
     _check(random.Random(area).sample(cheap, min(_OF_EACH, len(cheap))), server, tmp_path)
 
 
-@pytest.mark.hostile
-@pytest.mark.parametrize("area", _AREAS)
-def test_every_hostile_input_ends_in_one_line(area: str, kit: Kit, server: Server, tmp_path: Path) -> None:
-    _check(all_cases(kit, only=(area,)), server, tmp_path)
+def test_a_share_of_the_inputs_runs_in_a_process_that_begins_with_nothing(server: Server, tmp_path: Path) -> None:
+    """Both ways end alike; what ends otherwise in a process of its own is told."""
+    names = (Case(area="a", name=str(number), argv=("spaces", "--", f"no-{number}")) for number in itertools.count())
+    chosen = next(case for case in names if runs_fresh(case))
+    asked: list[bool] = []
+
+    class Other(Server):
+        def run(self, case: Case, folder: Path, fresh: bool = False) -> Ending:
+            asked.append(fresh)
+            ended = server.run(case, folder, fresh)
+            return replace(ended, code=3) if fresh and case.codes != (2,) else ended
+
+    other = Other()
+    assert faults([chosen], other, tmp_path) == {}
+    assert asked == [False, True]
+    either = replace(chosen, codes=(2, 3))
+    assert faults([either], other, tmp_path) == {either: "in a fresh process: exit code 3, where a fork ends with 2"}
+    assert not runs_fresh(replace(chosen, argv=("spaces", "a\0b")))
+
+
+def test_a_case_makes_the_same_files_whenever_and_in_whatever_order_it_runs(kit: Kit, tmp_path: Path) -> None:
+    cases = [
+        case for case in all_cases(kit, only=("gguf",)) if case.name.startswith(("tensor", "token", "flip", "cut"))
+    ]
+    chosen = random.Random(0).sample(cases, 30)
+    made: list[dict[str, bytes]] = []
+    for order in (chosen, chosen[::-1]):
+        files = {}
+        for case in order:
+            folder = tmp_path / f"{len(made)}-{case.name}"
+            folder.mkdir()
+            case.make(folder)
+            files[case.name] = (folder / "m.gguf").read_bytes()
+        made.append(files)
+    assert made[0] == made[1]
+    assert len(set(made[0].values())) > 15
 
 
 def test_parts_have_each_input_once() -> None:
@@ -71,7 +105,8 @@ def test_a_report_is_of_all_inputs_by_how_each_ended_last(tmp_path: Path, monkey
 
     def ended(name: str, fault: str | None) -> None:
         with record.open("a") as file:
-            file.write(json.dumps({"case": f"gguf/{name}", "code": 2, "seconds": 0.5, "fault": fault}) + "\n")
+            line = {"case": f"gguf/{name}", "code": 2, "seconds": 0.5, "fault": fault, "fresh": name == "b"}
+            file.write(json.dumps(line) + "\n")
 
     ended("a", "traceback: KeyError")
     with pytest.raises(SystemExit, match="lacks 1 of 2 cases, gguf/b for one"):
@@ -82,6 +117,7 @@ def test_a_report_is_of_all_inputs_by_how_each_ended_last(tmp_path: Path, monkey
     text = report(cases, record).read_text()
     assert "**2 of 2 hostile inputs end as documented**" in text
     assert "1 of them did not when they were first tried" in text
+    assert "and 1 of them, which their names choose, once more" in text
     assert "| gguf | 2 | 2 with 2 | 0 |" in text
     assert "| estimate | 1 |\n| no command | 1 |" in text
 
@@ -89,7 +125,7 @@ def test_a_report_is_of_all_inputs_by_how_each_ended_last(tmp_path: Path, monkey
 def test_a_command_that_does_nothing_for_long_is_ended_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hang(argv: list[str], folder: str, out: Path, err: Path) -> None:
+    def hang(argv: list[str], folder: str, out: Path, err: Path, fresh: bool) -> None:
         out.touch()
         err.touch()
         signal.pause()

@@ -164,3 +164,24 @@ def test_a_question_is_asked_where_it_fits_the_context_with_its_answer(model: to
     assert answers.documents.tolist() == [0, 1, 2, 3]
     assert answers.unasked == 2
     assert answer(model, questions, context=7).unasked == 4
+
+
+def test_an_answer_is_as_sure_as_its_tokens_are_likely(model: torch.nn.Module, folder: Path) -> None:
+    entries = tuple(
+        Question(document=place, prompt=tuple(prompt), answer="something", answer_tokens=size, item=None)
+        for place, (prompt, size) in enumerate([(PROMPTS[2], 6), (PROMPTS[0], 6), (PROMPTS[3], 60)])
+    )
+    questions = Questions(task=None, stops=STOPS, tokenizer=folder, entries=entries)
+    found = answer(model, questions, context=40, confident=True)
+    assert found.tokens is not None
+    assert found.confidence is not None
+    for place, prompt in enumerate((PROMPTS[2], PROMPTS[0])):
+        written = _alone(model, prompt, 9, STOPS)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + written])).logits[0, len(prompt) - 1 : -1].double()
+        chosen = torch.log_softmax(logits, -1)[range(len(written)), written]
+        assert found.tokens[place] == len(written)
+        assert found.confidence[place] == pytest.approx(float(chosen.mean().exp()), rel=1e-4)
+    # Not asked, as it does not fit.
+    assert (found.tokens[2], found.confidence[2]) == (0, 0.0)
+    assert answer(model, questions, context=40).confidence is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -45,6 +46,14 @@ def test_a_spoilt_folder_is_refused_in_one_line(fault: Fault, model: Path) -> No
         assert said
         assert "\n" not in said
         assert len(said) < 900
+
+
+@pytest.mark.parametrize("kind", [{"a": 1}, ["llama"], 7, None])
+def test_a_type_that_is_no_name_is_refused_where_any_model_is_taken(kind: object, model: Path) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": kind}))
+    with pytest.raises(InputError, match=r"the architecture|model_type"):
+        resolve_teacher(str(model), trained=False)
 
 
 def test_there_are_many_ways_to_spoil_a_folder() -> None:

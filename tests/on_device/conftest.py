@@ -10,7 +10,8 @@ backward pass, so tests with it have a process of their own.
 What it cannot show: what CUDA's kernels compute, streams and asynchrony, memory limits, pinned memory, and the branches
 of code that ask for the name "cuda".
 
-`tests/distillation/test_on_device.py` runs what is in this folder; elsewhere nothing of it is collected.
+`tests/distillation/test_on_device.py` runs what is in this folder; elsewhere nothing of it is collected. With
+`AUTODISTILL_TEST_DEVICE=cuda` the same tests run on a GPU, but for those that count what goes between the two.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ _FLOAT32 = (
 )
 
 
-collect_ignore_glob = [] if os.environ.get("AUTODISTILL_TEST_DEVICE") == NAME else ["test_*.py"]
+_WHICH = os.environ.get("AUTODISTILL_TEST_DEVICE")
+collect_ignore_glob = [] if _WHICH in (NAME, "cuda") else ["test_*.py"]
 
 
 class Traffic(NamedTuple):
@@ -115,6 +117,10 @@ def register() -> None:
 @pytest.fixture(scope="session")
 def device() -> str:
     """Name of a device that is not the CPU."""
+    if _WHICH == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA GPU here")
+        return "cuda"
     register()
     return NAME
 
@@ -140,6 +146,8 @@ def generators(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def traffic() -> Iterator[Traffic]:
     """What goes between the CPU and the device in a test; cleared, it counts anew."""
+    if _WHICH == "cuda":
+        pytest.skip("what goes between is counted on the pretended device alone")
     _counted.append(Traffic(Counter(), Counter()))
     yield _counted[-1]
     _counted.pop()

@@ -19,8 +19,9 @@ from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Grid
 from autodistill.search.setup.teacher_phase import cache_settings
 from autodistill.strategy.named import load_strategy
+from autodistill.strategy.recipe import Alignment, Distillation, Lora
 from autodistill.strategy.space import load_space
-from autodistill.strategy.strategy import Alignment, Distillation, Finishing, Init, Lora, Strategy
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces" / "strategies").glob("*.yaml"))
 STEP = 64

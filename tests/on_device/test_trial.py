@@ -33,7 +33,8 @@ from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialSetting, TrialTask
 from autodistill.search.worker.trial import Trial
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Init, Strategy
+from autodistill.strategy.recipe import Alignment, Attention, Distillation
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 LENGTH = 32

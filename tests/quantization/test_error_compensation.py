@@ -11,8 +11,8 @@ from autodistill.quantization.group_scales import given_steps
 from autodistill.quantization.packing import deployed
 from autodistill.quantization.rounding import deploy_tensor, fitted_scales, given_values
 
-GRIDS = {name: grid for name, grid in TYPES.items() if isinstance(grid, Grid) and not grid.codebook}
-PLAIN = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+GRIDS = {name: grid for name, grid in TYPES.items() if isinstance(grid, Grid)}
+PLAIN = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 
 def matrix(rows, columns, seed=0):
@@ -111,8 +111,3 @@ def test_moments_that_cannot_be_are_refused():
     for moments in (torch.eye(32), torch.full((64, 64), float("nan"))):
         with pytest.raises(ValueError, match=r"\[64, 64\]"):
             compensated(matrix(4, 64), moments, GRIDS["q4_0"])
-
-
-def test_a_codebook_is_refused():
-    with pytest.raises(ValueError, match="values of a codebook are not evenly spaced"):
-        compensated(matrix(2, 32), moments_of(32), TYPES["iq4_nl"])

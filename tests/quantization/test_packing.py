@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from autodistill.errors import InputError
+from autodistill.quantization import packing
 from autodistill.quantization.formats import get_format
 from autodistill.quantization.grids import (
     IQ4_NL,
@@ -77,6 +78,16 @@ WEIGHTS = _weights()
 
 def _bits(values):
     return np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+
+
+def test_scales_that_are_powers_of_two_have_the_bytes_of_their_exponents() -> None:
+    """Of e8m0 less one, since the codes are halves: from 2^-128, which float32 holds as no normal number, to 2^126."""
+    codes = np.arange(255)
+    values = np.ldexp(np.float32(1), codes - 128).astype(np.float32).reshape(5, 51)
+    stored = packing._scale_bytes(values, MXFP4)
+    assert stored.shape == (5, 51, 1)
+    np.testing.assert_array_equal(stored.ravel(), codes)
+    np.testing.assert_array_equal(packing._scales_of(stored, MXFP4).ravel(), values.ravel())
 
 
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)

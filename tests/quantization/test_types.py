@@ -10,7 +10,7 @@ import pytest
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.models.tensors import Role
-from autodistill.quantization.formats import FORMATS, TYPES, QuantizationScheme, scheme_by_tensor
+from autodistill.quantization.formats import FORMATS, INTEGER_TYPES, TYPES, QuantizationScheme, scheme_by_tensor
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Finishing
 from autodistill.testing import tiny_config
@@ -50,7 +50,14 @@ def test_two_parts_that_contradict_each_other_are_refused() -> None:
         ({"types": (("Up proj", "q8_0"),)}, r"types has 'Up proj'"),
         ({"types": (("up_proj", "q8_0"), ("up_proj", "q5_0"))}, "twice"),
         ({"types": (("up_proj", "q8_0"),), "keep": ("head",)}, "keep and types"),
-        ({"format": "compressed-tensors", "types": (("up_proj", "q8_0"),)}, "types are of GGUF"),
+        (
+            {"format": "compressed-tensors", "types": (("up_proj", "q8_0"),)},
+            r"a type can be bf16, int8-g32, .*int2-row",
+        ),
+        (
+            {"format": "huggingface", "bits": 16, "group_size": 0, "types": (("up_proj", "q8_0"),)},
+            "types are of GGUF and compressed-tensors, and huggingface has one type for all",
+        ),
     ],
 )
 def test_bad_types_are_refused_in_a_line(changes: dict[str, Any], words: str) -> None:
@@ -105,6 +112,20 @@ def test_a_scheme_by_tensor_stores_each_as_asked(seed: int) -> None:
     scheme = scheme_by_tensor({MATRICES[name]: kind for name, kind in asked.items()})
     assert types_of(scheme) == asked
     scheme.check_model(SPEC.tensors)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_scheme_of_compressed_tensors_stores_each_as_asked(seed: int) -> None:
+    dice = random.Random(seed)
+    linears = {name for name, tensor in MATRICES.items() if tensor.role is Role.LINEAR}
+    asked = {name: dice.choice(list(INTEGER_TYPES)) if name in linears else "bf16" for name in MATRICES}
+    scheme = scheme_by_tensor({MATRICES[name]: kind for name, kind in asked.items()}, "compressed-tensors")
+    assert {name: scheme.storage(tensor) for name, tensor in MATRICES.items()} == {
+        name: INTEGER_TYPES[kind] for name, kind in asked.items()
+    }
+    scheme.check_model(SPEC.tensors)
+    with pytest.raises(InputError, match="choose huggingface"):
+        scheme_by_tensor(dict.fromkeys(MATRICES.values(), "bf16"), "compressed-tensors")
 
 
 def test_what_all_layers_have_alike_is_said_once() -> None:

@@ -100,9 +100,9 @@ def test_over_a_point_stand_its_figures_and_its_strategy() -> None:
 def test_the_front_the_errors_and_the_budget_are_lines() -> None:
     chart = pareto(ROWS, budget=Budget(memory_bytes=90_000_000))
     front = next(layer for layer in chart.to_dict()["layer"] if layer["mark"]["type"] == "line")
-    assert front["data"]["values"] == [{"cost": 50.0, "value": 0.3}, {"cost": 70.0, "value": 0.41}]
-    errors = [label for label, _ in drawn(chart, "rule") if "high" in label]
-    assert [(label["accuracy"], label["high"]) for label in errors] == [("0.4", "0.42")]
+    assert front["data"]["values"] == [{"memory": 50.0, "accuracy": 0.3}, {"memory": 70.0, "accuracy": 0.41}]
+    errors = [label for label, _ in drawn(chart, "rule") if "accuracy_high" in label]
+    assert [(label["accuracy"], label["accuracy_high"]) for label in errors] == [("0.4", "0.42")]
     ((text, _),) = drawn(chart, "text")
     assert (text["memory (MB)"], text["limit"]) == ("90", "budget: 90 MB")
     assert not drawn(pareto(ROWS, budget=Budget(memory_bytes=NO_LIMIT)), "text")
@@ -119,7 +119,7 @@ def test_less_may_be_better() -> None:
     rows = [row("a", perplexity=9.0, memory_bytes=10**7), row("b", perplexity=8.0, memory_bytes=2 * 10**7)]
     rows.append(row("c", perplexity=10.0, memory_bytes=3 * 10**7))
     front = pareto(rows, metric="perplexity", direction="min").to_dict()["layer"][0]
-    assert front["data"]["values"] == [{"cost": 10.0, "value": 9.0}, {"cost": 20.0, "value": 8.0}]
+    assert front["data"]["values"] == [{"memory": 10.0, "perplexity": 9.0}, {"memory": 20.0, "perplexity": 8.0}]
 
 
 def explanation(**importance: Importance) -> Explanation:

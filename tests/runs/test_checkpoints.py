@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from autodistill.runs.checkpoints import LocalFiles, StageStore, default_limit, open_stages, stage_key
-from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.strategy.recipe import Distillation
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.testing import small_plan
 from autodistill.utils.storage import Storage
 

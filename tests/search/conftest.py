@@ -22,7 +22,7 @@ from autodistill.runs import report
 from autodistill.search.finish import finish
 from autodistill.search.planning.durations import Speed
 from autodistill.search.setup import measure_plan
-from autodistill.search.solve import export as solve_export
+from autodistill.search.solve.call import export as solve_export
 from autodistill.strategy.deployment import Deployment
 
 _timing = False

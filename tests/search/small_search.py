@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from autodistill.hardware.budget import Budget
+from autodistill.models.config import spec_from_config
 from autodistill.search.request.request import SearchRequest
+from autodistill.search.solve.options import Options
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 SPACE = """
@@ -45,3 +48,12 @@ def small_request(inputs: Path, out: Path, **changes: Any) -> SearchRequest:
         "cache": inputs / "cache",
     }
     return SearchRequest(**(fields | changes))
+
+
+def middle_budget(teacher: Path, context: int) -> Budget:
+    """Half-way from the teacher in its fewest bits to that in eight, so that types have to be chosen."""
+    spec = spec_from_config(json.loads((teacher / "config.json").read_text()))
+    options = Options(spec=spec, budget=Budget(memory_bytes=10**9, context=context))
+    wide = options.deployment(dict.fromkeys(options.matrices | options.tables, "q8_0"), ("f16", "f16"))
+    memory = (options.smallest()[1].total_bytes + options.memory(wide).total_bytes) // 2
+    return Budget(memory_bytes=memory, context=context)

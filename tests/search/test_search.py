@@ -374,7 +374,7 @@ def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
     for time_seconds in (300.0, 300.0, None):
         again = request(inputs, out, resume=True, trials=None, tokens=None, time=time_seconds)
         with monkeypatch.context() as patch:
-            patch.setattr("autodistill.search.search.run_inline", interrupt)
+            patch.setattr("autodistill.search.workplace.run_inline", interrupt)
             with pytest.raises(InterruptedSearchError):
                 search(again)
         stored = json.loads((out / "run" / "search.json").read_text())
@@ -719,6 +719,7 @@ def test_limits_of_latency_are_held_to_the_device(inputs: tuple[Path, Path, Path
         search(request(inputs, tmp_path, budget=tight, strategy="logit_kd", trials=None, name="tight"))
 
 
+@pytest.mark.slow  # a runtime is timed in processes that load torch; `test_finish` and `test_memory` hold each part
 @pytest.mark.timed
 def test_a_search_for_a_gpu_that_is_not_here_stays_with_what_is_predicted_of_its_memory(
     inputs: tuple[Path, Path, Path], tmp_path: Path
@@ -739,8 +740,13 @@ def test_a_search_for_a_gpu_that_is_not_here_stays_with_what_is_predicted_of_its
     assert "latency_assumed" not in held["llama.cpp"].other
 
 
-def test_a_search_of_several_objectives_ends_in_a_front(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    asked = request(inputs, tmp_path, objectives="accuracy,memory,latency", device="pi 5", trials=4)
+def test_a_search_of_several_objectives_ends_in_a_front(
+    inputs: tuple[Path, Path, Path], small: str, tmp_path: Path
+) -> None:
+    second = "  - {runtime: llama.cpp, format: gguf-q4_0, bits: 4, group_size: 32}\n"
+    space = Path(small).with_name("two.yaml")
+    space.write_text(SMALL.replace("baselines:", second + "baselines:"))
+    asked = request(inputs, tmp_path, space=str(space), objectives="accuracy,memory,latency", device="pi 5")
     document = search(asked).document
     rows = [Row.from_json(row) for row in document["rows"]]
     names = {row["row_id"] for row in document["front"]}

@@ -7,7 +7,7 @@ from typing import Any
 
 from autodistill.runs.results.row import Status
 from autodistill.search.campaign.agenda import REJECTIONS_IN_A_ROW
-from autodistill.search.search import shortfall
+from autodistill.search.shortfall import shortfall
 
 PLAN: Any = SimpleNamespace(trials=9, keep=(5, 2))
 

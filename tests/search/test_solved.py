@@ -18,6 +18,7 @@ from autodistill.search.search import Outcome, plan_search, search
 from autodistill.search.solve.forms import WHOLE
 from autodistill.strategy.space import Space
 from autodistill.testing import save_tiny_teacher, tiny_text
+from tests.search.small_search import middle_budget
 
 
 def _request(folder: Path) -> SearchRequest:
@@ -43,17 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
     tiny_text(folder / "text", documents=20, sentences=24)
     request = _request(folder)
     # Between the teacher in its fewest bits and in 16 bits, wherever these lie.
-    return search(replace(request, budget=Budget(memory_bytes=_limit(folder), context=64))), folder
-
-
-def _limit(folder: Path) -> int:
-    from autodistill.models.config import spec_from_config
-    from autodistill.search.solve.options import Options
-
-    spec = spec_from_config(json.loads((folder / "teacher" / "config.json").read_text()))
-    options = Options(spec=spec, budget=Budget(memory_bytes=10**9, context=64))
-    wide = options.deployment(dict.fromkeys(options.matrices | options.tables, "q8_0"), ("f16", "f16"))
-    return (options.smallest()[1].total_bytes + options.memory(wide).total_bytes) // 2
+    return search(replace(request, budget=middle_budget(folder / "teacher", 64))), folder
 
 
 def test_what_was_solved_is_written_down_and_raced(run: tuple[Outcome, Path]) -> None:
@@ -131,5 +122,5 @@ def test_it_goes_on_with_the_space_that_was_solved(run: tuple[Outcome, Path]) ->
     assert after["constructions"] == before["constructions"]
     assert after["space_definition"] == before["space_definition"]
     assert {row.row_id for row in run[0].rows} <= {row.row_id for row in again.rows}
-    with pytest.raises(InputError, match="another cache than --kv-type q8_0"):
+    with pytest.raises(InputError, match="began without --kv-type q8_0"):
         search(replace(more, kv_type="q8_0"))

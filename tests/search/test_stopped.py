@@ -97,14 +97,14 @@ def test_what_is_stopped_exports_its_best_row_verified_and_goes_on_as_it_was(
     assert resumed.finish.test
 
 
-@pytest.mark.parametrize("place", ["prepare_trials", "run_inline"])
+@pytest.mark.parametrize("place", ["search.prepare_trials", "workplace.run_inline"])
 def test_before_anything_is_trained_the_untrained_row_is_exported(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     def interrupt(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"autodistill.search.search.{place}", interrupt)
+    monkeypatch.setattr(f"autodistill.search.{place}", interrupt)
     said = stopped(request(inputs, tmp_path))
     assert "the best so far, the teacher itself as gguf-q8_0" in said
     assert (tmp_path / "run" / "student" / "gguf" / "student.gguf").exists()
@@ -116,7 +116,7 @@ def test_where_only_students_are_asked_for_and_there_is_none_it_says_so(
     def interrupt(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autodistill.search.search.run_inline", interrupt)
+    monkeypatch.setattr("autodistill.search.workplace.run_inline", interrupt)
     said = stopped(request(inputs, tmp_path, students_only=True))
     assert said.startswith("stopped; nothing so far may be exported; every finished trial is kept")
     assert not (tmp_path / "run" / "student" / "gguf").exists()
@@ -151,7 +151,7 @@ def test_a_row_on_disk_is_exported_by_name_though_the_search_was_killed(
     def kill(*given: object) -> None:
         raise Killed
 
-    monkeypatch.setattr("autodistill.search.search.run_inline", kill)
+    monkeypatch.setattr("autodistill.search.workplace.run_inline", kill)
     with pytest.raises(Killed):
         search(request(inputs, tmp_path))
     run = RunFolder.open(tmp_path, "run")

@@ -51,6 +51,17 @@ def test_greedy_tokens_equal_those_of_transformers(teacher: Path, file: Path) ->
         ]
 
 
+def test_prompts_that_are_read_together_go_on_as_in_transformers(teacher: Path, file: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).half().float()
+    rows = [[token - shift for token in PROMPT] for shift in range(3)]
+    expected = [model(torch.tensor([row])).logits[0].argmax(-1).tolist() for row in rows]
+    with LlamaServer(file, 256, 1, parallel=3) as server:
+        for end in (3, 4, 5, len(PROMPT)):
+            assert server.next_tokens([row[:end] for row in rows]) == [row[end - 1] for row in expected]
+        # Fewer than there is room for; one alone is answered in another shape.
+        assert server.next_tokens([rows[1]]) == [expected[1][-1]]
+
+
 def test_one_token_more_is_one_token_read_also_below_a_sliding_window(tmp_path: Path) -> None:
     windowed = save_tiny_teacher(tmp_path / "teacher", architecture="gemma3_text", layers=3)
     path = GgufExporter().export(windowed, F16, tmp_path / "out").path

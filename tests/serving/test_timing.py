@@ -96,5 +96,5 @@ def test_a_folder_is_timed_in_transformers_and_a_broken_one_is_refused(tmp_path:
 def test_a_runtime_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingDependencyError, match="pip install vllm"):
         PythonServer(tmp_path, "vllm", 64, 1)
-    with pytest.raises(InputError, match="it can be transformers, vllm"):
-        PythonServer(tmp_path, "onnxruntime", 64, 1)
+    with pytest.raises(InputError, match="it can be transformers, vllm, onnxruntime"):
+        PythonServer(tmp_path, "mlx", 64, 1)

@@ -26,7 +26,8 @@ from autodistill.models.config import resized, spec_from_config
 from autodistill.quantization import formats
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.packing import pack
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Init, Strategy, Temperature
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Temperature
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 
 K = 64
 ALL = 256  # tokens of the tiny data: a step over all of them does not depend on their order

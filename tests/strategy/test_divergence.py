@@ -11,8 +11,8 @@ from autodistill import plugins
 from autodistill.errors import InputError
 from autodistill.strategy.divergence import about, divergence_names, get_divergence, register_divergence
 from autodistill.strategy.named import load_strategy
+from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import load_space
-from autodistill.strategy.strategy import Distillation
 
 BUILT_IN = {"forward_kl", "jsd", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "taid"}
 

@@ -11,8 +11,9 @@ from autodistill.errors import InputError
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.domains import Choice, Float, Int
 from autodistill.strategy.named import load_strategy
+from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import Space, load_space, space_reference
-from autodistill.strategy.strategy import Distillation, Init, Strategy
+from autodistill.strategy.strategy import Init, Strategy
 
 YAML = """
 name: mine

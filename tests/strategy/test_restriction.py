@@ -124,6 +124,10 @@ def test_keys_that_a_solved_space_has_no_use_for_name_what_took_their_place() ->
         Space(RACED, starts=["gkd"], solved=True)
     with pytest.raises(InputError, match="there is no optional any more"):
         Space.from_json(space({"init.depth": choices(0.5, 1.0)}).to_json() | {"optional": {"init.depth": [1.0]}})
+    with pytest.raises(InputError, match="there is no optional any more"):
+        Space(RACED, optional={"init.depth": [1.0]})
+    with pytest.raises(InputError, match="no field baseline; did you mean baselines"):
+        Space(RACED, baseline=["gkd"])
     with pytest.raises(InputError, match="solved is true or false"):
         Space(RACED, solved="yes")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="the space is not solved"):

@@ -20,8 +20,9 @@ from autodistill.quantization.formats import FORMATS
 from autodistill.strategy.dimension import Dimension
 from autodistill.strategy.domains import Choices, Range
 from autodistill.strategy.named import load_strategy
+from autodistill.strategy.recipe import Attention, Temperature
 from autodistill.strategy.space import Space, load_space
-from autodistill.strategy.strategy import Attention, Finishing, Init, Strategy, Temperature
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 
 DEPLOYMENTS = [{"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}]
 SHAPE = "distillation.temperature.shape"

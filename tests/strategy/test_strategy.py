@@ -19,16 +19,8 @@ from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.formats import FORMATS
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import (
-    Alignment,
-    Attention,
-    Distillation,
-    Finishing,
-    Init,
-    Lora,
-    Strategy,
-    Temperature,
-)
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora, Temperature
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 
 fractions = st.floats(0, 1, exclude_min=True)
 inits = st.builds(
@@ -132,6 +124,17 @@ def test_scales_on_a_codebook_are_not_learned():
     for more in ({"format": "gguf-mxfp4"}, {"format": "gguf-q4_0", "types": (("attention", "mxfp4"),)}):
         with pytest.raises(InputError, match=r"those of gguf-mxfp4 are not: leave finishing\.scales out"):
             Finishing(**plain | more)
+
+
+def test_scales_alone_are_trained_from_the_first_step_and_of_all_but_powers_of_two():
+    plain = {"bits": 4, "group_size": 32}
+    for more in ({"format": "gguf-q4_0"}, {"format": "gguf-mxfp4", "types": (("attention", "q4_0"),)}):
+        assert Finishing(**plain, **more, scales="alone").scalable
+    assert not Finishing(**plain, format="gguf-mxfp4").scalable
+    with pytest.raises(InputError, match=r"the scales of gguf-mxfp4 are powers of two, which are not trained"):
+        Finishing(**plain, format="gguf-mxfp4", scales="alone")
+    with pytest.raises(InputError, match=r"finishing\.start has no meaning where scales alone are trained"):
+        Finishing(**plain, format="gguf-q4_0", scales="alone", start=0.5)
 
 
 @given(strategies)
@@ -487,6 +490,8 @@ def test_strategies_that_differ_in_any_field_have_different_lines():
 
 def test_the_line_of_a_strategy():
     assert Strategy().describe() == "80% even, KD 0.50 T1, lr 0.0003"
+    unheard = Distillation(divergence_weight=0.0, signal="online", signal_tokens=0)
+    assert Strategy(distillation=unheard).describe() == "80% even, labels alone, lr 0.0003"
     recipe = Distillation(
         divergence="taid",
         mixture=0.4,

@@ -15,7 +15,7 @@ from autodistill.errors import InputError
 from autodistill.models.families import Axis, get_family
 from autodistill.models.loading import attention_forward, decoder_layers, register
 from autodistill.models.spec import ModelSpec
-from autodistill.strategy.strategy import Attention
+from autodistill.strategy.recipe import Attention
 
 # Entries of attention matrices worked on at once, float32: on a CPU a buffer of 4 MB, elsewhere of 128 MB.
 _CPU_CHUNK, _CHUNK = 2**20, 2**25

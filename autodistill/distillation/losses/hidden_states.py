@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autodistill.errors import InputError
-from autodistill.strategy.strategy import Alignment
+from autodistill.strategy.recipe import Alignment
 
 
 class Pair(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from autodistill.strategy.strategy import Temperature
+from autodistill.strategy.recipe import Temperature
 
 # Of the paper's experiments: the size of a step, and how much of the earlier change it remembers.
 _STEP, _MEMORY = 5e-4, 0.99

@@ -45,7 +45,7 @@ def ffn_moments(model: Any, text: Tensor, device: str = "cpu") -> Iterator[Tenso
         for passed in through_block(model, index, states, watched, device):
             assert passed.seen is not None
             after.append(passed.after)
-            found += (passed.seen.T @ passed.seen).double()
+            found += passed.seen.T @ passed.seen
         states = after
         yield (found / text.numel()).float()
 

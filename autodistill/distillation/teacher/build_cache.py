@@ -198,6 +198,8 @@ def _teacher_batches(
     local = threading.local()
 
     def capture(index: int) -> Callable[..., None]:
+        """Return a hook that keeps the hidden states of a layer."""
+
         def hook(module: Any, arguments: Any, output: Any) -> None:
             local.states[index] = output[0] if isinstance(output, tuple) else output
 

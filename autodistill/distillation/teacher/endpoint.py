@@ -21,7 +21,6 @@ from autodistill.errors import EndpointError, InputError, RefusedPromptError
 
 KEY_VARIABLE = "AUTODISTILL_API_KEY"
 
-MOST_LOGPROBS = 20  # that the protocol allows for each token
 
 # Statuses of a server that is busy, restarting or behind a gateway that is.
 _PASSING = (408, 425, 429, 500, 502, 503, 504)

@@ -20,7 +20,7 @@ from torch import Tensor
 from autodistill.distillation.losses.schedules import GRID, snap
 from autodistill.distillation.losses.targets import SampledTarget, TopTarget
 from autodistill.errors import DamagedError, InputError
-from autodistill.strategy.strategy import Distillation
+from autodistill.strategy.recipe import Distillation
 from autodistill.utils.hashing import content_hash
 
 FILE = "outputs.arrow"

@@ -233,14 +233,14 @@ def _gguf_ref(path: Path) -> TeacherRef:
 def _folder_ref(folder: Path, trained: bool = True) -> TeacherRef:
     """Check a folder: its configs, the weights that they require, and a tokenizer."""
     # Imports torch and transformers, which nobody needs who only asks what a reference names.
-    from autodistill.distillation.teacher.any_model import check_any
+    from autodistill.distillation.teacher.any_model import check_any, is_known
     from autodistill.models.loading import check_model
 
     check_files(folder)
     config = read_config(folder)
     _check_config(config, str(folder), trained)
     _check_names([path.name for path in folder.iterdir()], str(folder))
-    if config.get("model_type") in FAMILIES:
+    if is_known(config):
         check_model(folder)
     else:
         check_any(folder)
@@ -361,7 +361,7 @@ def materialise(ref: TeacherRef, cache: Path) -> Teacher:
     if ref.kind == "hub":
         _announce(ref)
         folder = _snapshot(ref.name, ref.revision, _HUB_FILES)
-        _folder_ref(folder, trained=ref.config.get("model_type") in FAMILIES)
+        _folder_ref(folder, trained=str(ref.config.get("model_type")) in FAMILIES)
         return Teacher(
             folder=folder,
             fingerprint=folder_fingerprint(folder),

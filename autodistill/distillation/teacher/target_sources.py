@@ -18,7 +18,7 @@ from autodistill.errors import InputError
 from autodistill.inference.half_precision import load_held
 from autodistill.models.loading import decoder_layers, load_head, load_model
 from autodistill.models.model_folder import HeldType
-from autodistill.strategy.strategy import Distillation
+from autodistill.strategy.recipe import Distillation
 
 
 class LiveTeacher:

@@ -6,7 +6,6 @@ The student then learns the teacher's own words (Kim and Rush, arXiv 1606.07947)
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
 import threading
 from collections import deque
@@ -22,8 +21,9 @@ from autodistill.data.conversations import ANSWERING, TOLD, Turn, WriterLogprobs
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.data.documents import resolve_prompts
 from autodistill.data.tokenization import check_ids, tokenized
-from autodistill.distillation.teacher.endpoint import MOST_LOGPROBS, Endpoint, Reply
+from autodistill.distillation.teacher.endpoint import Endpoint, Reply
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher, text_files
+from autodistill.distillation.teacher.write_request import WriteRequest
 from autodistill.errors import (
     EndpointError,
     InputError,
@@ -33,59 +33,25 @@ from autodistill.errors import (
     WritingError,
 )
 from autodistill.estimates.training_fit import fit_teacher
-from autodistill.hardware.budget import check_streams
 from autodistill.hardware.machine import detect
 from autodistill.inference.generation import Sampling, write
 from autodistill.inference.half_precision import load_held
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
 from autodistill.models.stored_tensors import stored_type
+from autodistill.options import DEFAULT_TEACHER, cache_folder
 from autodistill.utils.durable import make_folder
 from autodistill.utils.event_log import EventLog
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.input_files import check_file
-from autodistill.utils.plain_dataclass import check_no_blank
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WriteRequest:
-    """The settings of `write_data`.
-
-    Attributes:
-        prompts: Reference to prompts; see `documents.resolve_prompts`.
-        out: JSONL file that answers are appended to; those it has of the same prompts and settings are kept.
-        teacher: Reference to the teacher that writes; with an endpoint, to one whose tokenizer the endpoint's
-            log-probabilities are matched with.
-        endpoint, model: Base of an OpenAI-compatible API and a model's name there, or None.
-        max_tokens: Tokens of an answer, at most.
-        sampling: How tokens are chosen.
-        top_k: Log-probabilities of so many tokens are asked of the endpoint for each place.
-        batch: Answers written at once; None for 8 at an endpoint, and here for what suits the device.
-        cache: Folder of converted teachers.
-        timeout: Seconds after which a request is given up.
-    """
-
-    prompts: str
-    out: Path
-    teacher: str
-    cache: Path
-    endpoint: str | None = None
-    model: str | None = None
-    max_tokens: int = 256
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    top_k: int = 0
-    batch: int | None = None
-    timeout: float = 300.0
-
-    def __post_init__(self) -> None:
-        check_no_blank(self)
 
 
 # Requests to an endpoint that are under way together.
 _ASKED_AT_ONCE = 8
 _SHOWN = 60  # characters of a prompt that was not answered
+_SECONDS = 300.0  # that a request to an endpoint may take, unless a person says so
 # What is counted of prompts that have no answer yet, as `write_data` tells it.
 _COUNTED = ("written", "unfinished", "blank", "too_long", "prompt_tokens", "answer_tokens", "top-k", "text")
 
@@ -99,31 +65,6 @@ class _Answer:
     prompt_tokens: int
     answer_tokens: int
     told: WriterLogprobs | None = None
-
-
-def check(request: WriteRequest) -> None:
-    """Refuse wrong settings before anything is read.
-
-    Raises:
-        InputError: Names the option.
-    """
-    sampling = request.sampling
-    if request.max_tokens < 1:
-        raise InputError(f"--max-tokens must be at least 1, not {request.max_tokens}")
-    if request.batch is not None:
-        check_streams(request.batch, "--batch")
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise InputError(f"--temperature must be 0 (the most likely token) or more, not {sampling.temperature}")
-    if not 0 < sampling.top_p <= 1:
-        raise InputError(f"--top-p must be above 0 and at most 1, not {sampling.top_p}")
-    if not 0 <= request.top_k <= MOST_LOGPROBS:
-        raise InputError(f"--top-k must be 0 to {MOST_LOGPROBS}, not {request.top_k}")
-    if (request.endpoint is None) != (request.model is None):
-        raise InputError("--endpoint and --model belong together: give both, or neither for a local teacher")
-    if request.top_k and request.endpoint is None:
-        raise InputError("--top-k is asked of an endpoint: a local teacher's outputs are cached when it is distilled")
-    if request.out.suffix.lower() != ".jsonl":
-        raise InputError(f"--out is a .jsonl file, not {request.out}")
 
 
 def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[str, Any]:
@@ -151,16 +92,16 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
         InterruptedWritingError: Ctrl-C at an endpoint, once the answers under way are kept too, with the same said; a
             second one is a KeyboardInterrupt at once.
     """
-    check(request)
     endpoint = None
     if request.endpoint is not None and request.model is not None:
-        endpoint = Endpoint(request.endpoint, request.model, timeout=request.timeout)
-    prompts = resolve_prompts(request.prompts)
-    log = _log(request.out)
+        timeout = _SECONDS if request.timeout is None else float(request.timeout)
+        endpoint = Endpoint(request.endpoint, request.model, timeout=timeout)
+    prompts = resolve_prompts(str(request.prompts))
+    log = _log(Path(request.out))
     known = {record.get("key") for record in log.read()}
     matcher = None
     if endpoint and request.top_k:
-        teacher = resolve_teacher(request.teacher)
+        teacher = resolve_teacher(str(request.teacher or DEFAULT_TEACHER))
         if len(known) < len(prompts):
             endpoint.reach()
         with text_files(teacher) as folder:
@@ -170,7 +111,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
         "writer": writer,
         "max_tokens": request.max_tokens,
         "top_k": request.top_k,
-        **dataclasses.asdict(request.sampling),
+        **dataclasses.asdict(_sampling(request)),
     }
     if matcher:
         # What an answer has kept of its log-probabilities is what these tokens matched.
@@ -204,6 +145,11 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
         # It is rather the options, or the model, than each of the prompts.
         raise EndpointError(f"none of {len(prompts)} prompts was answered: {refused[0]['said']}")
     return {"out": str(request.out), **counts, "refused": refused}
+
+
+def _sampling(request: WriteRequest) -> Sampling:
+    """Return how the next token is chosen."""
+    return Sampling(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
 
 
 def _log(out: Path) -> EventLog:
@@ -251,7 +197,7 @@ _Answers = Callable[[Sequence[Sequence[Turn]]], Iterator[tuple[int, _Answer | Re
 
 def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
     """Return the identity of the teacher's outputs, and a function that makes it answer."""
-    teacher = materialise(resolve_teacher(request.teacher), request.cache)
+    teacher = materialise(resolve_teacher(str(request.teacher or DEFAULT_TEACHER)), cache_folder(request.cache))
     spec = spec_from_config(read_config(teacher.folder))
     fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=detect())
 
@@ -278,7 +224,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
             [ids[place] for place in read],
             stops=renderer.stops,
             max_tokens=request.max_tokens,
-            sampling=request.sampling,
+            sampling=_sampling(request),
             batch=request.batch,
             device=device,
         )
@@ -299,7 +245,7 @@ def _from_endpoint(
     request: WriteRequest, endpoint: Endpoint, matcher: _Matcher | None, tell: Tell
 ) -> tuple[str, _Answers]:
     """Return the endpoint's name for its model, and a function that asks it several prompts at once."""
-    options = {name: getattr(request.sampling, name) for name in ("temperature", "top_p", "seed")}
+    options = dataclasses.asdict(_sampling(request))
 
     def ask(prompt: Sequence[Turn]) -> _Answer:
         """Return one answer of the endpoint."""

@@ -29,7 +29,10 @@ def eight_bit_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
     from bitsandbytes.optim.adamw import AdamW8bit
 
     class OverShards(AdamW8bit):
+        """AdamW of 8-bit states over the shard of each weight that this process has."""
+
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            """Return the settings of a weight; its shard is judged by the size of the whole."""
             config: dict[str, Any] = super().get_config(gindex, pindex, group)
             size = self.param_groups[gindex]["params"][pindex].numel()
             config["min_8bit_size"] = 0 if size >= config["min_8bit_size"] else size + 1
@@ -40,6 +43,7 @@ def eight_bit_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
                 super().init_state(group, held, gindex, pindex)
 
         def update_step(self, group: dict[str, Any], p: Any, gindex: int, pindex: int) -> None:
+            """Update the shard of a weight; an empty one only counts the step."""
             with self._held(p) as held:
                 if held.numel():
                     super().update_step(group, held, gindex, pindex)

@@ -78,6 +78,7 @@ def fake_quantize_learned(
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+        """Return the weight as its fitted grid holds it."""
         inside = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if clips(grid) else None
         values = fitted_values(weight, grid, inside, dtype)
         ctx.save_for_backward(*(() if inside is None else (inside,)))
@@ -116,6 +117,7 @@ class _LearnedStep(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, dtype: torch.dtype
     ) -> Tensor:
+        """Return the weight as the grid of given scales holds it."""
         ctx.grid = grid
         # Codes are computed again in the backward pass: to write and read them back would cost as much, and memory.
         ctx.save_for_backward(weight, scale, offset)
@@ -443,6 +445,7 @@ def attach(module: nn.Module, weight: Callable[[Tensor, torch.dtype], Tensor], h
     held: list[Any] = []
 
     def show(module: nn.Module, inputs: Any) -> None:
+        """Put the rounded weight in the place of the trained one."""
         held.append(parameters["weight"])
         kind = held[-1].device.type
         # A product computes in autocast's type, and would round the weight to it in a pass of its own.

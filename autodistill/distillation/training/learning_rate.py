@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 def stable_rate(peak: float, tokens: int, warmup: int) -> float:
     """Return the learning rate in warm-up and stable phase for the step that ends after `tokens` (above 0)."""
     return peak * min(1.0, tokens / max(warmup, 1))
 
 
-def decayed(tokens: int, start: int, end: int) -> float:
-    """Return the decay factor for the step that begins after `tokens`: linear from 1 at `start` to 0."""
-    return (end - tokens) / (end - start)
+@dataclass
+class Decay:
+    """A decay: the rate falls in a line to 0 at its end, which may turn out to be sooner while it is under way.
+
+    Attributes:
+        start, end: In tokens.
+        height: Of the stable rate, at the start.
+    """
+
+    start: int
+    end: int
+    height: float = 1.0
+
+    def factor(self, tokens: int) -> float:
+        """Return the share of the stable rate for the step that begins after `tokens`."""
+        return self.height * (self.end - tokens) / (self.end - self.start)
+
+    def shorten(self, tokens: int, end: int) -> None:
+        """Fall in a steeper line from `tokens` on, from the rate that is reached there."""
+        self.start, self.end, self.height = tokens, end, self.factor(tokens)
 
 
 def branch_point(target: int, decay: float, batch_tokens: int) -> int:

@@ -15,7 +15,7 @@ from autodistill.distillation.training.fsdp import like, whole
 from autodistill.errors import InputError
 from autodistill.estimates.training_memory import adapted_tensors
 from autodistill.models.spec import ModelSpec
-from autodistill.strategy.strategy import Lora
+from autodistill.strategy.recipe import Lora
 
 
 def check_lora(lora: Lora, spec: ModelSpec) -> None:

@@ -25,7 +25,8 @@ class Plan:
         checkpointing: Whether the backward pass computes each layer's activations again instead of keeping them.
         optimizer_state: What AdamW's two moments are held in.
         lengths: Multiples of `tokens` that trials may be trained on to, 1 first.
-        longest: Largest multiple of the tokens to which the best are trained in the time that is left; 1 for none.
+        expected: Multiple of the tokens to which the best are expected to be trained in the time that is left.
+        longest: Largest such multiple, whatever time is left; 1 where nothing is trained on.
         alone: CPU threads of a worker that trains with nothing beside it; 0 where that is never done.
         data_tokens: Of the text that all trials draw from, in passes; 0 for as many as the longest of `lengths` has.
         decay: Share of a rung's tokens that the final decay takes; finishing happens in it.
@@ -68,6 +69,7 @@ class Plan:
     gpus: float = 1.0
     example_share: float = 1.0
     lengths: tuple[float, ...] = (1.0,)
+    expected: float = 1.0
     longest: float = 1.0
     alone: int = 0
     data_tokens: int = 0
@@ -89,4 +91,6 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Read what `to_json` wrote."""
         lists = ("rungs", "keep", "notes", *(("lengths",) if "lengths" in data else ()))
-        return cls(**(dict(data) | {name: tuple(data[name]) for name in lists}))
+        # Plans of before this was written down.
+        known = {"expected": max(1.0, data.get("longest", 1.0) / 2)} | dict(data)
+        return cls(**(known | {name: tuple(data[name]) for name in lists}))

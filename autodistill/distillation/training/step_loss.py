@@ -23,7 +23,7 @@ from autodistill.distillation.teacher.target_sources import LiveTeacher, target_
 from autodistill.models.loading import decoder_layers
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.rounding import deploy_tensor
-from autodistill.strategy.strategy import Attention, Distillation
+from autodistill.strategy.recipe import Attention, Distillation
 
 RECORDED = ("loss", "divergence", "cross_entropy", "alignment", "attention")
 """A step's loss, and its terms without their weights."""

@@ -17,7 +17,7 @@ from autodistill.quantization import k_quants
 from autodistill.quantization.grids import Grid, Scales, Storage, check_tensor
 from autodistill.quantization.group_scales import given_steps
 from autodistill.quantization.packing import quantize
-from autodistill.quantization.rounding import buffers_of, chunks, fitted_scales
+from autodistill.quantization.rounding import buffers_of, chunks, fitted_scales, loops
 
 RATE = 15.0
 """Times the learning rate by which a step changes scales, as a share of what they were: of SmolLM2 in 4 bits, trained
@@ -146,6 +146,10 @@ class _Scaled(torch.autograd.Function):
         of_groups = [None if one is None else one.reshape(-1, 1) for one in (scales, minima, zero_points)]
         size = codes.shape[1]
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        compiled = loops()
+        if compiled is not None and compiled.fits(codes, scales, minima, zero_points, out):
+            compiled.scaled_codes(codes, scales, minima, zero_points, out=out)
+            return out
         (buffer,) = buffers_of(codes, size, 1)
         for part, groups, target in chunks(size, codes, out):
             scale, minimum, zero_point = (None if one is None else one[part] for one in of_groups)
@@ -166,6 +170,10 @@ class _Scaled(torch.autograd.Function):
         groups, size = codes.shape
         of_scales = torch.empty(groups, device=codes.device)
         of_minima = torch.empty_like(of_scales) if ctx.has_minima else None
+        compiled = loops()
+        if compiled is not None and compiled.fits(codes, gradient, zero_points):
+            compiled.scale_gradients(gradient, codes, zero_points, of_scales=of_scales, of_minima=of_minima)
+            return _shaped(ctx, of_scales, of_minima)
         ones = torch.ones(size, device=codes.device)
         buffers = buffers_of(codes, size, 2)
         for part, held, incoming in chunks(size, codes, gradient):
@@ -178,7 +186,12 @@ class _Scaled(torch.autograd.Function):
             if of_minima is not None:
                 torch.mv(arriving, ones, out=of_minima[part])
             torch.mv(arriving.mul_(code), ones, out=of_scales[part])
-        return None, of_scales.view(ctx.shape), None if of_minima is None else of_minima.view(ctx.shape), None, None
+        return _shaped(ctx, of_scales, of_minima)
+
+
+def _shaped(ctx: Any, of_scales: Tensor, of_minima: Tensor | None) -> tuple[None, Tensor, Tensor | None, None, None]:
+    """Return what `_Scaled.backward` gives for its arguments, the gradients of groups as scales lie."""
+    return None, of_scales.view(ctx.shape), None if of_minima is None else of_minima.view(ctx.shape), None, None
 
 
 def _rows(weight: ScaledCodes, _: Tensor, ids: Tensor) -> Tensor:

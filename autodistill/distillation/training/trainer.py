@@ -27,9 +27,10 @@ from autodistill.distillation.training.adamw_bf16 import RoundedAdamW
 from autodistill.distillation.training.checkpoint import gathered, restore, write_checkpoint
 from autodistill.distillation.training.fake_quantize import FakeQuantized, one_step, quantized_training
 from autodistill.distillation.training.fsdp import Sharding, clip_sharded
-from autodistill.distillation.training.learning_rate import decayed, stable_rate
+from autodistill.distillation.training.learning_rate import Decay, stable_rate
 from autodistill.distillation.training.lora import Adapters
 from autodistill.distillation.training.plan import Plan
+from autodistill.distillation.training.side_by_side import SideBySide
 from autodistill.distillation.training.step_loss import RECORDED, TERMS, Sizes, StepLoss, Weighing
 from autodistill.distillation.training.trained_scales import RATE, TrainedScales
 from autodistill.errors import TrialFailedError
@@ -104,6 +105,8 @@ class Trainer:
         sharding: The processes that train it together, each of which makes a trainer; None for this one alone.
         beginning: Scales that a student begins with of which scales alone are trained, by name of the weight; by
             default they follow from the weights.
+        side_by_side: Processes that divide the sequences of each step among them, this one and forks of it, of a
+            student whose scales alone are trained on a CPU.
 
     Attributes:
         model: The student; where scales alone are trained it has its weights again after `finish`.
@@ -129,8 +132,11 @@ class Trainer:
         teacher: LiveTeacher | None = None,
         sharding: Sharding | None = None,
         beginning: Mapping[str, Scales] | None = None,
+        side_by_side: int = 1,
     ) -> None:
         self.model = model
+        self._side_by_side = side_by_side
+        self._beside: SideBySide | None = None
         self._sharding = sharding
         self.tokens = 0
         self._strategy = strategy
@@ -187,9 +193,14 @@ class Trainer:
         if plan.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+    @property
+    def moved(self) -> int:
+        """How many numbers a step of the optimiser moves: trained weights, changes, scales and projections."""
+        return sum(one.numel() for group in self._optimizer.param_groups for one in group["params"])
+
     def train_stable(self, until: int) -> Iterator[StepRecord]:
         """Train at the warm-up or stable rate until `until` tokens, a whole number of steps."""
-        yield from self._train(until, self._stable_rate, None)
+        yield from self._train(lambda: until, self._stable_rate, None)
 
     def train_decay(
         self,
@@ -198,6 +209,7 @@ class Trainer:
         *,
         on_grid_after: float = 0.0,
         learned: bool = False,
+        sooner: Callable[[StepRecord, int], int] | None = None,
     ) -> Iterator[StepRecord]:
         """Train with the rate falling to zero at `until`, on the finishing grid if there is one.
 
@@ -209,42 +221,57 @@ class Trainer:
             on_grid_after: Share of the decay's steps, 0 to below 1, before the weights go on the grid, where at least
                 one step is trained.
             learned: Whether the scales of trained weights are learned; `scales` has them afterwards.
+            sooner: Asked after each step with its record and the tokens at the end, which it gives, or fewer.
         """
-        start = self.tokens
+        batch, decay = self._plan.batch_tokens, Decay(self.tokens, until)
 
         def rate(tokens: int) -> float:
-            return self._stable_rate(tokens) * decayed(tokens, start, until)
+            return self._stable_rate(tokens) * decay.factor(tokens)
+
+        def watched(records: Iterator[StepRecord]) -> Iterator[StepRecord]:
+            """Yield steps, and end the decay sooner where that is asked for after one."""
+            for record in records:
+                yield record
+                # At least one step is left, which those before a grid leave for it.
+                if sooner is not None and self.tokens + batch < decay.end:
+                    end = max(sooner(record, decay.end), self.tokens + batch)
+                    if end < decay.end:
+                        decay.shorten(self.tokens, end)
 
         if storage_of is None:
-            yield from self._train(until, rate, None)
+            yield from watched(self._train(lambda: decay.end, rate, None))
             self._merge()
             return
-        steps = (until - start) // self._plan.batch_tokens
-        before = min(round(steps * on_grid_after), steps - 1)
-        yield from self._train(start + before * self._plan.batch_tokens, rate, None)
+        steps = (until - self.tokens) // batch
+        before = self.tokens + min(round(steps * on_grid_after), steps - 1) * batch
+        yield from watched(self._train(lambda: min(before, decay.end - batch), rate, None))
         changes = {name: adapter.merged for name, adapter in self._adapters.by_name.items()} if self._adapters else {}
         with (
             quantized_training(self.model, storage_of, learned=learned, changes=changes) as shown,
             self._learning(shown),
         ):
-            yield from self._train(until, rate, storage_of, shown)
+            yield from watched(self._train(lambda: decay.end, rate, storage_of, shown))
         self.scales = {name: scales for name, weight in shown.items() if (scales := weight.stored()) is not None}
         self._merge()
 
-    def finish(self, until: int, spec: ModelSpec) -> Iterator[StepRecord]:
+    def finish(
+        self, until: int, spec: ModelSpec, sooner: Callable[[StepRecord, int], int] | None = None
+    ) -> Iterator[StepRecord]:
         """Train the decay as the strategy says: on the grid of its finishing, or without one.
 
         Args:
             until: Tokens at the end, a whole number of steps.
             spec: The student's shape.
+            sooner: As of `train_decay`.
         """
         finishing = self._strategy.finishing
         if finishing is None or self._scaled is not None:
-            yield from self.train_decay(until)
+            yield from self.train_decay(until, sooner=sooner)
         else:
             learned = finishing.scales == "learned"
             storage_of = self._storage_of(spec)
-            yield from self.train_decay(until, storage_of, on_grid_after=finishing.start, learned=learned)
+            start = finishing.start
+            yield from self.train_decay(until, storage_of, on_grid_after=start, learned=learned, sooner=sooner)
         self.settle()
 
     def settle(self) -> None:
@@ -252,6 +279,7 @@ class Trainer:
 
         `finish` does so; it is for who trains the same model again after a failure.
         """
+        self.close()
         if self._scaled is not None:
             self.scales = self._scaled.settle()
 
@@ -297,25 +325,25 @@ class Trainer:
 
     def _train(
         self,
-        until: int,
+        until: Callable[[], int],
         rate: Callable[[int], float],
         storage_of: Callable[[str], Grid | None] | None,
         on_grid: Mapping[str, FakeQuantized] | None = None,
     ) -> Iterator[StepRecord]:
-        """Train steps until `until` tokens; weights on a grid include their low-rank changes."""
+        """Train steps until so many tokens; weights on a grid include their low-rank changes."""
         self.model.train()
         self._on_grid = on_grid or {}
         if self._scaled is None:
             self._loss.hold_head(storage_of)
         with self._adapters.added(self.model, self._on_grid) if self._adapters else nullcontext():
-            while self.tokens < until:
-                yield self._step(rate(self.tokens))
+            while self.tokens < until():
+                yield self._step(rate(self.tokens), min(self._plan.batch_tokens, until() - self.tokens))
 
-    def _sequences(self) -> list[int]:
-        """Return the indices of the next step's sequences: a new order for each pass over the data, from the seed."""
+    def _sequences(self, tokens: int) -> list[int]:
+        """Return the indices of the sequences of the next so many tokens: a new order in each pass, from the seed."""
         total = len(self._data.tokens)
         first = self.tokens // self._plan.sequence_length
-        count = self._plan.batch_tokens // self._plan.sequence_length
+        count = tokens // self._plan.sequence_length
         orders: dict[int, Any] = {}
         indices = []
         for position in range(first, first + count):
@@ -325,18 +353,18 @@ class Trainer:
             indices.append(int(orders[epoch][offset]))
         return indices
 
-    def _step(self, rate: float) -> StepRecord:
+    def _step(self, rate: float, tokens: int) -> StepRecord:
         began = time.perf_counter()
         recipe = self._recipe
         # A step stands for all of its tokens: the middle of a line over them is its mean, of steps of any size.
-        middle = self.tokens + self._plan.batch_tokens / 2
+        middle = self.tokens + tokens / 2
         temperature = snap(temperature_at(recipe.temperature, middle, self._plan.tokens))
         passed = progress(middle, self._plan.tokens)
         weight = along(recipe.divergence_weight, recipe.final_divergence_weight, passed)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         mixture = self._interpolation.share if self._interpolation else recipe.mixture
-        indices = self._sequences()
+        indices = self._sequences(tokens)
         step = self._loss.sizes(indices)
         terms = self._gradients(indices, Weighing(temperature, weight, mixture), step)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -348,7 +376,7 @@ class Trainer:
             self._failures = 0
             self._balance = self._balanced(terms) if self._balancing else None
         self._optimizer.zero_grad(set_to_none=True)
-        self.tokens += self._plan.batch_tokens
+        self.tokens += tokens
         if self._failures >= _PATIENCE:
             raise TrialFailedError("nan", f"loss or gradient was not finite in {_PATIENCE} steps in a row")
         share = 1.0
@@ -365,7 +393,7 @@ class Trainer:
             temperature=temperature,
             learning_rate=rate,
             gradient_norm=norm,
-            tokens_per_second=self._plan.batch_tokens / (time.perf_counter() - began),
+            tokens_per_second=tokens / (time.perf_counter() - began),
             micro_batch=self._micro_batch,
             **{name: terms[name] for name in RECORDED},
         )
@@ -381,7 +409,7 @@ class Trainer:
         processes = 1 if self._sharding is None else self._sharding.count
         while True:
             try:
-                return self._accumulate(indices, self._weighed(indices, at, step), step)
+                return self._in_all_processes(indices, self._weighed(indices, at, step), step)
             except (RuntimeError, MemoryError) as error:
                 fewer = min(self._micro_batch, len(indices) // processes) // 2
                 if not is_out_of_memory(error) or fewer == 0:
@@ -392,6 +420,39 @@ class Trainer:
             self._optimizer.zero_grad(set_to_none=True)
             self._micro_batch = fewer
             give_back_memory()
+
+    def _in_all_processes(self, indices: list[int], at: Weighing, step: Sizes) -> dict[str, float]:
+        """Add up the step's gradients and means, of which each process does a share."""
+        if self._side_by_side == 1:
+            return self._accumulate(indices, at, step)
+        threads = torch.get_num_threads()
+        each_threads = max(1, threads // self._side_by_side)
+        if self._beside is None:
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            self._beside = SideBySide(self._asked, parameters, self._side_by_side - 1, each_threads)
+        each = -(-len(indices) // self._side_by_side)
+        mine, *others = (indices[start : start + each] for start in range(0, len(indices), each))
+        torch.set_num_threads(each_threads)
+        try:
+            self._beside.ask(*((part, at, step, self._micro_batch) for part in others))
+            found = [self._accumulate(mine, at, step), *self._beside.answers()]
+        except BaseException:
+            self.close()  # whose answers belong to this step
+            raise
+        finally:
+            torch.set_num_threads(threads)
+        return {name: sum(one[name] for one in found) for name in TERMS}
+
+    def _asked(self, indices: list[int], at: Weighing, step: Sizes, micro_batch: int) -> dict[str, float]:
+        """Do what another process asks of this fork of it."""
+        self._micro_batch = micro_batch
+        return self._accumulate(indices, at, step)
+
+    def close(self) -> None:
+        """End the processes that train beside this one."""
+        if self._beside is not None:
+            self._beside.close()
+            self._beside = None
 
     def _weighed(self, indices: list[int], at: Weighing, step: Sizes) -> Weighing:
         """Return the weights with the balancing factors of the previous step, or of this one if it is the first.
@@ -501,6 +562,7 @@ class Trainer:
         Raises:
             TrialFailedError: The checkpoint is of other stages or of another seed, or has other optimiser states.
         """
+        self.close()  # which have the parameters of before
         state = self._plan.optimizer_state
         metadata = restore(path, self._trained(), self._optimizer, self._identity(), optimizer_state=state)
         self.tokens = int(metadata["tokens"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.export.base import Artifact, Ran
 from autodistill.export.graphs.child import run_alone
-from autodistill.export.graphs.onnx_graph import ACCURACY_LEVEL, DATA, Blocks, Decoder, Graph, Weights, unsupported
+from autodistill.export.graphs.onnx_graph import ACCURACY_LEVELS, DATA, Blocks, Decoder, Graph, Weights, unsupported
 from autodistill.export.student_reader import StudentFiles, copy_tokenizer, read_json, replacing
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.config import spec_from_config
@@ -24,12 +25,11 @@ from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import Format, as_held
 from autodistill.quantization.grids import Floats, Grid, Scales
 from autodistill.quantization.packing import from_bf16_bits
-from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.deployment import GRAPH, STORED_AS, Deployment
 
 if TYPE_CHECKING:
     from onnx import TensorProto
 
-GRAPH = "model.onnx"
 INSTALL = "pip install 'autodistill-search[onnx]'"
 _BLOCKS, _PLUS_1 = "autodistill.blocks", "autodistill.plus_1"  # properties of the graph
 _SIZES = (16, 32, 64, 128, 256)  # of a block in MatMulNBits
@@ -46,7 +46,7 @@ class OnnxExporter:
     runs_in = "ONNX Runtime"
     is_code = False
     packages: tuple[str, ...] = ("onnx", "onnxruntime")
-    notes: Mapping[str, Any] = {"accuracy_level": ACCURACY_LEVEL}
+    notes: Mapping[str, Any] = {f"accuracy_level of {bits}-bit codes": level for bits, level in ACCURACY_LEVELS.items()}
 
     def refuses(self, student: Path, deployment: Deployment) -> str:
         """Return which tensor, or what the config asks for, is in the way; else "".
@@ -103,6 +103,8 @@ class OnnxExporter:
                 model = decoder.build({_BLOCKS: json.dumps(blocks), _PLUS_1: json.dumps(above)})
                 (partial / GRAPH).write_bytes(model.SerializeToString(deterministic=True))
                 copy_tokenizer(student, partial)
+                own = {**files.config, STORED_AS: served(deployment).to_json()}
+                (partial / "config.json").write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
                 config = genai_config(files.spec, files.config, student)
                 (partial / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return Artifact(path=out, size_bytes=sum((out / file).stat().st_size for file in (GRAPH, DATA)))
@@ -161,6 +163,11 @@ class OnnxHalfExporter(OnnxExporter):
 
     name = "onnx-f16"
     half = True
+
+
+def served(deployment: Deployment) -> Deployment:
+    """Return the deployment in ONNX Runtime of the weights that another one stores; its cache has no other types."""
+    return replace(deployment, runtime="onnxruntime", cache_type_k="f16", cache_type_v="f16")
 
 
 def rotary_of(config: Mapping[str, Any]) -> dict[str, tuple[Floats, float]]:

@@ -24,8 +24,10 @@ DATA = "model.onnx.data"
 """The file beside the graph that holds the weights."""
 OPSETS = (("", 23), ("com.microsoft", 1))
 """Opset 23 has attention with a cache, whose kernel takes any head dim; `MatMulNBits` is ONNX Runtime's own."""
-ACCURACY_LEVEL = 1
-"""Of `MatMulNBits`: products in float32. Its usual level, 4, rounds activations to 8 bits first."""
+ACCURACY_LEVELS: Mapping[int, int] = {4: 1, 8: 4}
+"""Of `MatMulNBits`, by bits of the codes: products in float32, or of activations that are rounded to 8 bits first, in
+blocks as llama.cpp does it. For codes of 8 bits ONNX Runtime has no float32 kernel on CPUs: it would write the whole
+matrix out in float32 at each product, which takes 15 times as long (SmolLM2's head)."""
 
 _IR_VERSION = 11
 _ALIGNED = 64  # bytes, the width of the widest loads
@@ -257,7 +259,7 @@ class Weights:
             N=rows,
             bits=form.bits,
             block_size=form.block,
-            accuracy_level=ACCURACY_LEVEL,
+            accuracy_level=ACCURACY_LEVELS[form.bits],
         )
         if form.offset:
             # An offset is the same for all weights of a block: it multiplies the sum of the block's inputs.

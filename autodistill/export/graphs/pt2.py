@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autodistill.export.graphs.torch_module import Logits, TorchExporter
-
-_MOST_SEQUENCES = 1024
+from autodistill.export.graphs.torch_module import Logits, TorchExporter, exported
 
 
 class Pt2Exporter(TorchExporter):
@@ -21,13 +19,7 @@ class Pt2Exporter(TorchExporter):
 
     def write(self, module: Logits, example: Tensor, path: Path) -> None:
         """Follow the module with both dimensions of its input free."""
-        most = int(module.student.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
-        free = {
-            0: torch.export.Dim("batch", min=1, max=_MOST_SEQUENCES),
-            1: torch.export.Dim("tokens", min=1, max=most),
-        }
-        program = torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
-        torch.export.save(program, path)
+        torch.export.save(exported(module, example, least_tokens=1), path)
 
     def stored(self, path: Path) -> Mapping[str, Tensor]:
         """Return the archive's parameters."""

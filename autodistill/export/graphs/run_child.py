@@ -27,9 +27,11 @@ def _onnx(path: str, threads: int) -> Callable[[], Reader]:
     names = [one.name for one in session.get_outputs()]
 
     def begin() -> Reader:
+        """Return a reader with an empty cache."""
         cache: dict[str, Any] = {}
 
         def read(tokens: npt.NDArray[np.int64]) -> Logits:
+            """Return the logits of the tokens that follow."""
             batch = len(tokens)
             for one in cached if not cache else ():
                 dtype = np.float16 if one.type == "tensor(float16)" else np.float32
@@ -59,9 +61,11 @@ def _whole(forward: Callable[[Any], Any]) -> Callable[[], Reader]:
     import torch
 
     def begin() -> Reader:
+        """Return a reader that has read nothing."""
         before: list[npt.NDArray[np.int64]] = []
 
         def read(tokens: npt.NDArray[np.int64]) -> Logits:
+            """Return the logits of the tokens that follow, from all tokens so far."""
             before.append(tokens)
             with torch.inference_mode():
                 logits = forward(torch.from_numpy(np.concatenate(before, axis=1)))
@@ -87,7 +91,15 @@ def _pt2(path: str, threads: int) -> Callable[[], Reader]:
     return _whole(torch.export.load(path).module())
 
 
-_RUNTIMES = {"onnx": _onnx, "torchscript": _torchscript, "pt2": _pt2}
+def _aoti(path: str, threads: int) -> Callable[[], Reader]:
+    import torch
+    from torch._inductor import aoti_load_package
+
+    torch.set_num_threads(threads)
+    return _whole(aoti_load_package(path))
+
+
+_RUNTIMES = {"onnx": _onnx, "torchscript": _torchscript, "pt2": _pt2, "aoti": _aoti}
 
 
 def _likeliest(logits: Logits, count: int) -> tuple[npt.NDArray[np.int32], Logits]:

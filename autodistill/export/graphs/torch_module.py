@@ -23,8 +23,9 @@ from autodistill.quantization.formats import Format
 from autodistill.quantization.grids import Floats
 from autodistill.strategy.deployment import Deployment
 
-_PREFIX = "student."
+PREFIX = "student."
 _HEAD = "lm_head.weight"
+_MOST_SEQUENCES = 1024
 _TRACED = (2, 24)  # sequences and tokens of the example; neither is 1, which would be taken for all
 
 
@@ -93,7 +94,7 @@ class TorchExporter(ABC):
         """Yield each stored tensor of a file that was just written."""
         with _without_warnings():
             found = self.stored(artifact / self.file)
-        stored = {name.removeprefix(_PREFIX): one.detach() for name, one in found.items() if name.startswith(_PREFIX)}
+        stored = {name.removeprefix(PREFIX): one.detach() for name, one in found.items() if name.startswith(PREFIX)}
         tables = [one for name, one in stored.items() if name.endswith((".embed_tokens.weight", ".embed_in.weight"))]
         if _HEAD in stored and any(one.data_ptr() == stored[_HEAD].data_ptr() for one in tables):
             del stored[_HEAD]
@@ -110,6 +111,22 @@ class TorchExporter(ABC):
     ) -> Ran:
         """Run the file in a process without transformers; see `Exporter.run`."""
         return run_alone(self.name, artifact / self.file, artifact, sequences, threads)
+
+
+def exported(module: Logits, example: Tensor, *, least_tokens: int) -> torch.export.ExportedProgram:
+    """Follow a module with both dimensions of its input free.
+
+    Args:
+        module: The student.
+        example: Of its input.
+        least_tokens: Of the shortest sequence that is to be read.
+    """
+    most = int(module.student.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+    free = {
+        0: torch.export.Dim("batch", min=1, max=_MOST_SEQUENCES),
+        1: torch.export.Dim("tokens", min=least_tokens, max=most),
+    }
+    return torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
 
 
 @contextmanager

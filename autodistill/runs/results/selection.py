@@ -72,13 +72,11 @@ def confirmations(rows: Sequence[Row], metric: str, direction: Direction) -> lis
         direction: Whether more or less of it is better.
     """
     sign = 1.0 if direction == "max" else -1.0
-    if not any(row.kind == KIND for row in rows):
-        return []
     originals = {(row.trial, row.deployment_name): row for row in rows if row.kind != KIND and row.full}
     values: dict[tuple[str, str], dict[int, float]] = {}
-    for row in rows:
+    for row in (row for row in rows if row.kind == KIND and row.full):
         value, key = row.figure(metric), (confirmed_trial(row), row.deployment_name)
-        if row.kind == KIND and row.full and value is not None and row.seed is not None and key in originals:
+        if value is not None and row.seed is not None and key in originals:
             values.setdefault(key, {})[row.seed] = value
     candidates = []
     for key, further in values.items():

@@ -7,11 +7,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from autodistill.evaluation.base import Direction
@@ -91,6 +94,45 @@ def modeled(
         with _quiet():
             point = _ask(study.ask(), space)
         yield point
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A trial as a person is told of it.
+
+    Attributes:
+        observation: What it came to.
+        notes: By name: its id, what it is, why it ended.
+        rungs: The metric by training tokens.
+    """
+
+    observation: Observation
+    notes: Mapping[str, Any]
+    rungs: Mapping[int, float]
+
+
+def write_journal(path: Path, name: str, space: Space, trials: Sequence[Told], direction: Direction) -> None:
+    """Write trials as a study into a journal file, which optuna-dashboard opens.
+
+    Args:
+        path: The file, which is not there yet.
+        name: Of the study.
+        space: Of the trials.
+        trials: In their order.
+        direction: Whether more or less of the metric is better.
+    """
+    distributions = {dimension.path: _distribution(dimension) for dimension in space.dimensions}
+    with _quiet():
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(path))),
+            study_name=name,
+            direction="maximize" if direction == "max" else "minimize",
+        )
+        for told in trials:
+            trial = _as_trial(distributions, told.observation)
+            trial.user_attrs = dict(told.notes)
+            trial.intermediate_values = dict(told.rungs)
+            study.add_trial(trial)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,9 +53,9 @@ def spread(costs: Mapping[str, Costs]) -> list[str]:
     """
     order = sorted(costs, key=lambda name: (*costs[name], name))
     columns = list(zip(*costs.values(), strict=True))
-    # A range may be zero, of one value, and beyond what floats hold, of two.
+    # Halves of the ranges: a range may be beyond what floats hold, of two values, and zero, of one.
     scales = [max(column) / 2 - min(column) / 2 or math.inf for column in columns]
-    scaled = {name: [cost / 2 / scale for cost, scale in zip(costs[name], scales, strict=True)] for name in order}
+    scaled = {name: [cost / scale for cost, scale in zip(costs[name], scales, strict=True)] for name in order}
     chosen, left = order[:1], order[1:]
     nearest = dict.fromkeys(left, math.inf)
     while left:

@@ -151,6 +151,7 @@ class Sampler:
         row = rows.index(own)
 
         def quantile(dimension: Dimension) -> float:
+            """Return the row's place in a Latin hypercube, for one dimension."""
             source = random.Random(f"{self.seed}/{dimension.path}")
             parts = source.sample(range(len(rows)), len(rows))
             offsets = [source.random() for _ in parts]

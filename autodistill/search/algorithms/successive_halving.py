@@ -182,9 +182,8 @@ BEST = 3  # trials that are trained on further, and whose checkpoints are never 
 
 def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
     """Geometric rungs in whole steps: a ninth and a third of the tokens, each if it is four steps, and all."""
-    ninth, third = (max(2, round(tokens / batch / REDUCTION**level)) * batch for level in (2, 1))
-    inner = {rung for rung in (ninth, third) if rung >= _LEAST_STEPS * batch}
-    return (*sorted(rung for rung in inner if rung < tokens), tokens)
+    inner = {round(tokens / batch / REDUCTION**level) for level in (1, 2)}
+    return (*sorted(steps * batch for steps in inner if steps >= _LEAST_STEPS and steps * batch < tokens), tokens)
 
 
 def kept_at_rungs(trials: int, rungs: int) -> tuple[int, ...]:

@@ -57,8 +57,9 @@ def admit(
         miss = nearest_miss(fitting, question.budget) or (training.miss if training else None)
     probe = probe_deployment(strategy, allowed or question.deployments)
     seed = question.plan.seed if seed is None else seed
-    # Nobody goes on from a further seed, nor from anything where nothing is proposed.
-    shares = question.sharing and kind != CONFIRMATION and bool(question.space.dimensions)
+    # Nobody goes on from a further seed, nor from anything where nothing is proposed and nothing trained on.
+    gone_on_from = bool(question.space.dimensions) or plan.longest > 1
+    shares = question.sharing and kind != CONFIRMATION and gone_on_from
     task = TrialTask(
         id=trial_id,
         strategy=strategy,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Literal
@@ -48,6 +49,7 @@ class Agenda:
         enter: Makes a new trial of a strategy, and writes it down.
         evaluating: Whether a trained student is being evaluated.
         decide: Writes down what is decided of a trunk, before it is acted on.
+        behind: Ids of those trials that are clearly behind the best of them.
         notify: Told of what is left out.
 
     Attributes:
@@ -67,6 +69,7 @@ class Agenda:
         enter: Callable[..., TrialState],
         evaluating: Callable[[], bool],
         decide: Callable[[Trunk], None],
+        behind: Callable[[Sequence[TrialState]], Collection[str]],
         notify: Callable[[str], None],
     ) -> None:
         self.exhausted = False
@@ -81,6 +84,7 @@ class Agenda:
         self._enter = enter
         self._evaluating = evaluating
         self._decide = decide
+        self._behind = behind
         self._notify = notify
         self._left_out: set[str] = set()
 
@@ -258,7 +262,7 @@ class Agenda:
         running = [trial for trial in self._trials.values() if trial.running]
         if any(plan.alone or trial.task.length == 1 for trial in running):
             return None
-        return self._rest.next(self._trained(), {trial.task.stage for trial in running} - {""})
+        return self._rest.next(self._believed_first(), {trial.task.stage for trial in running} - {""})
 
     def _training_on(self) -> Assignment | None:
         found = self._to_train_on()
@@ -331,6 +335,19 @@ class Agenda:
     def _trained(self) -> list[TrialState]:
         """Trials at full fidelity, the best first."""
         return self._best_first(trial for trial in self._trials.values() if trial.status is Status.COMPLETED)
+
+    def _believed_first(self) -> list[TrialState]:
+        """As `_trained`; of what a race could not tell apart what was believed to be best beforehand comes first.
+
+        The few steps of a race favour what is learnt soonest, and it is a long training that is decided here.
+        """
+        trained = self._trained()
+        if not self._question.raced or not trained or trained[0].task.length > 1:
+            return trained
+        level = [one for one in trained if one.kind == "student" and one.task.length == 1]
+        behind = self._behind(level)
+        first = min((one for one in level if one.task.id not in behind), key=_proposed, default=trained[0])
+        return [first, *(one for one in trained if one is not first)]
 
     def _best_first(self, trials: Iterable[TrialState]) -> list[TrialState]:
         """Those that have a value, from the highest rung downwards, and of a rung the best first."""
@@ -412,6 +429,11 @@ class Agenda:
 
     def _observations(self) -> list[Observation]:
         return [observation(trial, self._question) for trial in self._trials.values() if trial.point is not None]
+
+
+def _proposed(trial: TrialState) -> float:
+    """The order of proposals, in which what is believed comes first."""
+    return math.inf if trial.number is None else trial.number
 
 
 def observation(trial: TrialState, question: Question) -> Observation:

@@ -99,10 +99,11 @@ class Campaign:
         self._tell = tell
         self._started: set[str] = set()
         self.watch: Callable[[], None] = lambda: None
-        # While a log is replayed: the deployment of each trial's latest row, and kills when work was last begun.
-        self._judged: dict[str, str] = {}
+        # By which each trial was judged at its latest rung, and how far it is behind.
         self._rows: dict[str, Row] = {}
         self._behind: dict[str, tuple[float, float]] = {}
+        # While a log is replayed: each trial's latest row, and kills when work was last begun.
+        self._read: dict[str, Row] = {}
         self._kills = 0
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
@@ -124,6 +125,7 @@ class Campaign:
             enter=self._enter,
             evaluating=self._evaluating,
             decide=self._decide,
+            behind=self._behind_of,
             notify=notify,
         )
         self._collector = Collector(
@@ -363,15 +365,19 @@ class Campaign:
 
     def _race(self, rung: int) -> None:
         """Takes the trials out that are clearly behind the best at a rung, whatever place they have."""
-        here = {
-            trial.task.id: self._rows[trial.task.id]
+        here = [
+            trial
             for trial in self.trials.values()
             if trial.status is None and trial.rung == rung and trial.judged is not None and not trial.task.straight
-        }
-        for name, (behind, error) in clearly_behind(here, LIKELIHOOD).items():
+        ]
+        for name, (behind, error) in self._behind_of(here).items():
             if name not in self._behind:
                 self._behind[name] = (behind, error)
                 self._scheduler.discard(name)
+
+    def _behind_of(self, trials: Sequence[TrialState]) -> dict[str, tuple[float, float]]:
+        """By how much trials are clearly behind the best of them, and the standard error of it."""
+        return clearly_behind({trial.task.id: self._rows[trial.task.id] for trial in trials}, LIKELIHOOD)
 
     def _ended_at(self, trial: TrialState, tokens: int) -> None:
         """What was trained on for as long as the box had time is as long as it became."""
@@ -553,8 +559,7 @@ class Campaign:
         trial = self.trials.get(row.trial)
         if trial is None or row.split != "validation":
             return
-        self._judged[row.trial] = row.deployment_name
-        self._rows[row.trial] = row
+        self._read[row.trial] = row
         trial.settled.add(row.deployment_name)
         # A training's is followed by its rung; all other work has ended with it.
         for piece in [piece for piece in trial.begun if piece[1] is not None]:
@@ -568,7 +573,11 @@ class Campaign:
         trial.trained_tokens += event.trained + event.resumed
         trial.begun.clear()
         trial.lost = 0
-        trial.settled = {self._judged[trial.task.id]} if trial.task.id in self._judged else set()
+        trial.settled = set()
+        if (row := self._read.get(trial.task.id)) is not None:
+            # That of the rung, whatever deployments are looked at later.
+            self._rows[trial.task.id] = row
+            trial.settled = {row.deployment_name}
         self._keep_none()
         self._hold(trial, event.steps)
         self._judge(trial)

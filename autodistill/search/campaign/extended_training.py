@@ -13,7 +13,7 @@ from autodistill.search.algorithms.successive_halving import BEST
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
 from autodistill.search.campaign.trunk import BRANCH_DECAY, Trunk, plan_trunk
-from autodistill.search.planning.plan import FURTHER, WORTHWHILE
+from autodistill.search.planning.plan import WORTHWHILE
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import TrialTask
 
@@ -201,14 +201,14 @@ class TrainingOn:
     def _end(self, original: TrialState) -> tuple[int, int, float] | None:
         """Tokens that a trial is trained on from, and is expected to reach; and how many times the plan's at most.
 
-        From the furthest checkpoint of its stage whose decay the box holds: to what it is expected to hold, and as much
-        again, since the trial is told when to end. None where that is not worth it.
+        From the furthest checkpoint of its stage whose decay the box holds: to what it is expected to hold, and as far
+        as the plan allows, since the trial is told when to end. None where that is not worth it.
         """
         plan = self._question.plan
         if self._box.deadline is None:
             before = [trial for trial in self._trials.values() if self.is_one(trial.task)]
             ended = [trial.task.length for trial in before if trial.status is Status.COMPLETED]
-            length = max(ended, default=plan.longest / FURTHER)
+            length = max(ended, default=plan.expected)
             return 0, plan.tokens_of(length), length
         trained = self._box.trained_in(self.rows(), alone=plan.alone > 0)
         most = plan.longest
@@ -216,7 +216,7 @@ class TrainingOn:
             held = start + trained
             end = end_of(start, plan.decay, plan.batch_tokens)
             if held >= max(end, WORTHWHILE * original.task.length * plan.tokens):
-                return start, held, min(most, FURTHER * held / plan.tokens)
+                return start, held, most
             # Then it must not go on from this one, of which the decay alone takes too long.
             most = min(most, (end - plan.batch_tokens) / plan.tokens)
         return None

@@ -13,15 +13,16 @@ from autodistill.search.solve.forms import WHOLE
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Dimension, Point, find, look_up
 from autodistill.strategy.domains import Range, Value
+from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.units import format_bytes
 
 _NOT_TRAINED_ON = "none"  # the label of a finishing that is none
 # Of numbers that are believed in whatever the other choices are: temperatures are so of schedules alone, and how much
 # of the loss is the teacher's depends on how far the text is from it.
 _BELIEVED = (RATE, "distillation.alignment.weight")
-_LABELS = "labels alone"
+_LABELS, _TAUGHT = "labels alone", "by its teacher too"
 _BY_SCALES = " by its scales"  # follows the label of a grid whose scales alone are trained
 _NEAR = 0.1  # nats: a student that is so near to its teacher has more to learn from the text
 _FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no arm beside it
@@ -155,13 +156,14 @@ def with_constructions(declared: Space, constructions: Sequence[Construction], p
         types_solved=False,
         narrowed_from=declared.hash,
     )
-    starts = {_name(one, raced): _start(made, one, recipe) for one in raced}
     # The first control of a distillation: the same student without its teacher, who says nothing new of its own text.
-    alone = _start(made, raced[0], replace(recipe, divergence_weight=0.0))
-    if not alone.distillation.weighs_teacher:
+    alone = replace(recipe, divergence_weight=0.0)
+    free = not _start(made, raced[0], alone).distillation.weighs_teacher
+    starts = {_name(one, raced): _start(made, one, alone if free and one.near else recipe) for one in raced}
+    if free:
         first, *others = starts.items()
-        pair = [first, (_LABELS, alone)]
-        starts = dict([*(reversed(pair) if raced[0].near else pair), *others])
+        control = (_TAUGHT, recipe) if raced[0].near else (_LABELS, alone)
+        starts = dict([first, (control[0], _start(made, raced[0], control[1])), *others])
     return replace(made, starts=starts)
 
 

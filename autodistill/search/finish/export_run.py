@@ -16,33 +16,35 @@ from safetensors import SafetensorError
 
 from autodistill import plugins
 from autodistill.data.dataset import load_split, open_prepared
+from autodistill.data.general_text import PACKAGED, general_sequences, resolve_general
 from autodistill.data.student_template import copy_license
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import DamagedError, InputError
 from autodistill.export.base import Artifact, Exporter, TakesAny, load_exporter
 from autodistill.export.model_card import Origin, model_card
+from autodistill.export.promise import RECORD, promise_asked
 from autodistill.export.proof import simulate
-from autodistill.export.record import FILE as RECORD
 from autodistill.export.record import Exported
 from autodistill.export.record import write as write_record
 from autodistill.export.student_reader import PARTIAL, replacing
 from autodistill.export.verify import POSITIONS, prove, verify
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
+from autodistill.options import cache_folder
 from autodistill.quantization.formats import get_format
 from autodistill.runs.events import RowAdded, RowTested, StudentsRemoved
 from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
 from autodistill.runs.results.selection import contenders
-from autodistill.runs.run_folder import RunFolder, default_cache
+from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of, trained_student
 from autodistill.runs.students import kept_after, listed
 from autodistill.serving.launch_files import write_launch_files
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.utils.checksums import check_list
 
-_RANDOM_LENGTH = 125  # tokens of a sequence
+_LENGTH = 125  # tokens of a sequence
 _NEEDED = (
     *("metric", "direction", "teacher.name", "teacher.reference", "data.name"),
     *("data.reference", "licences", "plan.batch_tokens", "plan.sequence_length"),
@@ -92,12 +94,8 @@ def export_run(
     rows = [row for row in every if row.split != "test"]
     ranked = [one.row for one in rank(contenders(rows), asked["metric"], asked["direction"])]
     best = best_of(run, rows)
-    row = _find(run, ranked, row_id or (best.row_id if best else None))
-    if row.kind == "teacher":
-        student = _teacher(asked)
-    else:
-        student = _student(run, row, asked, _collected(run))
-        _check_whole(student, run, row, asked, notify)
+    row = find_row(run, ranked, row_id or (best.row_id if best else None))
+    student = model_folder(run, row, asked, notify)
     exporters = {name: load_exporter(name) for name in containers}
     deployments = {name: _deployment(exporters[name], row, ranked, asked, student) for name in containers}
     for name in containers:
@@ -113,7 +111,9 @@ def export_run(
             folder = partial / name
             artifact = _pack(exporters[name], student, row, deployment, folder, origin)
             weights = verify(exporters[name], artifact, student, deployment)
-            found = Exported(row=row.row_id, deployment=deployment, weights=weights)
+            # Another container is another runtime, in which the row was not measured.
+            promise = promise_asked(row, asked, deployment.name) if deployment.container == name else None
+            found = Exported(row=row.row_id, deployment=deployment, weights=weights, promise=promise)
             inner = artifact.path.relative_to(folder)
             found = replace(found, artifact="" if inner == Path() else inner.as_posix())
             if text is not None:
@@ -180,18 +180,25 @@ def _load(asked: Mapping[str, Any], student: Path) -> tuple[int, int]:
 
 
 def _text_of(asked: Mapping[str, Any], student: Path) -> tuple[npt.NDArray[np.int32], str]:
-    """What an export is run on, and what that is: validation text of the run, or random tokens where it is gone."""
+    """What an export is run on, and what that is: validation text of the run, or general text where it is gone.
+
+    Random tokens alone would not do: a runtime that quantises activations differs on them far more than on any text.
+    """
     vocabulary = spec_from_config(read_config(student)).vocabulary
-    folder = default_cache() / "data" / str(asked["data"].get("fingerprint", ""))
+    folder = cache_folder() / "data" / str(asked["data"].get("fingerprint", ""))
     with suppress(InputError):
         data = open_prepared(folder)
         length = data.sequence_length
         tokens = load_split(folder, "validation").head(math.ceil(POSITIONS / length) * length).tokens
         if tokens.size and tokens.max() < vocabulary:
             return np.array(tokens, np.int32), f"validation text of {asked['data']['name']}"
-    rows = -(-POSITIONS // _RANDOM_LENGTH)
-    random = np.random.default_rng(0).integers(0, vocabulary, (rows, _RANDOM_LENGTH))
-    return random.astype(np.int32), "random tokens, since the run's data are not in the cache any more"
+    gone = "since the run's data are not in the cache any more"
+    general = general_sequences(resolve_general(PACKAGED), student, _LENGTH, POSITIONS)
+    if general is not None and general.tokens.max() < vocabulary:
+        return np.array(general.tokens, np.int32), f"general text, {gone}"
+    rows = -(-POSITIONS // _LENGTH)
+    random = np.random.default_rng(0).integers(0, vocabulary, (rows, _LENGTH))
+    return random.astype(np.int32), f"random tokens, {gone}"
 
 
 def _check_containers(containers: Sequence[str]) -> None:
@@ -206,7 +213,12 @@ def _check_containers(containers: Sequence[str]) -> None:
         raise InputError(f"--to names a container twice: {', '.join(containers)}")
 
 
-def _find(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
+def find_row(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
+    """Return the row of an id, in full or as tables have it.
+
+    Raises:
+        InputError: There is none, or no id; the rows whose models are here are listed.
+    """
     ids = [row.row_id for row in ranked if row.kind == "teacher" or trained_student(run, row).is_dir()]
     listed = f"the rows that can be exported are {', '.join(ids)}" if ids else "it has no student on disk"
     if row_id is None:
@@ -217,6 +229,25 @@ def _find(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
     raise InputError(
         f"the run {run.name!r} has no row {row_id!r} (autodistill leaderboard {run.name} shows its rows); {listed}"
     )
+
+
+def model_folder(run: RunFolder, row: Row, asked: Mapping[str, Any], notify: Callable[[str], None]) -> Path:
+    """Return the folder of a row's model, which is the one whose figures the run has: a student's, or the teacher's.
+
+    Args:
+        run: The run.
+        row: One of its rows.
+        asked: Its `search.json`, with what `_NEEDED` names.
+        notify: Told where nothing says whether the files were changed.
+
+    Raises:
+        InputError: It is not on this disk, or was changed.
+    """
+    if row.kind == "teacher":
+        return _teacher(asked)
+    student = _student(run, row, asked, _collected(run))
+    _check_whole(student, run, row, asked, notify)
+    return student
 
 
 def _collected(run: RunFolder) -> set[str]:
@@ -252,7 +283,7 @@ def _teacher(asked: Mapping[str, Any]) -> Path:
     Raises:
         InputError: It is gone, or is another one now.
     """
-    stored, cache = asked["teacher"], default_cache()
+    stored, cache = asked["teacher"], cache_folder()
     found = resolve_teacher(stored["reference"])
     teacher = materialise(found, cache)
     if teacher.fingerprint != stored["fingerprint"]:
@@ -311,11 +342,15 @@ def _deployment(
         return own
     if container == "huggingface":
         return IN_16_BITS
+    form = get_format(row.deployment.format)
+    if container == form.container != row.deployment.container:
+        # The same codes, for the runtime that usually serves them.
+        return replace(row.deployment, runtime=form.runtimes[0])
     for candidate in (row, *ranked):
         if candidate.trial == row.trial and candidate.deployment.container == container:
             return candidate.deployment
     offered = asked.get("space_definition", {}).get("deployments", ())
-    if any(get_format(deployment["format"]).container == container for deployment in offered):
+    if any(Deployment.from_json(deployment).container == container for deployment in offered):
         remedy = (
             "of the space's none fits the budget, or none had its turn; search with a larger --budget or more --time"
         )

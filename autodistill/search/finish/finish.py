@@ -22,6 +22,7 @@ from autodistill.evaluation.base import Measurement, Subject, load_evaluator
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.export.base import Artifact, Expected, load_exporter
 from autodistill.export.model_card import Origin, model_card
+from autodistill.export.promise import promise_of
 from autodistill.export.record import Exported
 from autodistill.export.record import write as write_record
 from autodistill.export.verify import POSITIONS, RuntimeCheck, prove, verify
@@ -218,6 +219,7 @@ def describe(exports: Iterable[ExportedRow], test: Sequence[Row], finisher: Fini
             expected=one.expected,
             check=one.check,
             text=f"validation text of {origin.data}",
+            promise=promise_of(one.row, finisher.question.budget, one.deployment.name),
         )
         write_record(folder, load_exporter(one.deployment.container), known)
         sync_below(folder)

@@ -10,7 +10,7 @@ from typing import Any
 
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
-from autodistill.errors import InputError
+from autodistill.errors import ShortTimeError
 from autodistill.hardware.budget import Price
 from autodistill.hardware.machine import Machine
 from autodistill.search.algorithms.successive_halving import (
@@ -88,6 +88,10 @@ _PASSES = 4
 FURTHER = 2.0
 """How many times as far as planned the best may be trained, where trials leave more time than was expected."""
 
+# The same where nothing of the teacher is cached. Text costs nothing then, and a machine may turn out to train several
+# times as many tokens a second as it did beside other work.
+_FURTHER_UNCACHED = 8.0
+
 
 def step_sequences(rates: Mapping[int, float], steps: Callable[[int], int]) -> int:
     """How many sequences an optimiser step has, for each process of a trial: one, or more where that is faster.
@@ -117,10 +121,11 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
     """Refuses a time budget that does not hold the training of the baselines, or of one trial, and all that it needs.
 
     Raises:
-        InputError: The message has the least time that would do, with a tenth to spare.
+        ShortTimeError: It has the least time that would do, with a tenth to spare.
     """
 
     def holds(box: float) -> bool:
+        """Say whether a time budget holds the shortest plan."""
         asked = replace(demand, box_seconds=box)
         tokens = fewest_tokens(demand.step_tokens, demand.tokens)
         _, evaluated, _ = evaluated_tokens(asked, speed)
@@ -141,9 +146,10 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
     least = math.ceil(1.1 * high)
     remedy = f"--time {least}s" if least < 600 else f"--time {math.ceil(least / 60)}m"
     less = "" if demand.tokens is None else ", or fewer --tokens"
-    raise InputError(
+    raise ShortTimeError(
         f"a time budget of {format_duration(demand.box_seconds)} does not hold the training of "
-        f"{'the baseline' if demand.baselines else 'one trial'} and what goes with it: give {remedy} or more{less}"
+        f"{'the baseline' if demand.baselines else 'one trial'} and what goes with it: give {remedy} or more{less}",
+        least,
     )
 
 
@@ -263,7 +269,8 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
         box_seconds=demand.box_seconds,
         seconds=seconds | ({"longer": longer} if longer else {}),
         notes=notes,
-        longest=min(FURTHER * longest, _most_passes(demand)) / tokens if longer else 1.0,
+        expected=longest / tokens if longer else 1.0,
+        longest=min(_further(demand) * longest, _most_passes(demand)) / tokens if longer else 1.0,
         alone=workers.alone if longer and speed.alone > speed.worker_train else 0,
         data_tokens=data if longer else 0,
     )
@@ -294,8 +301,15 @@ def _rest(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: i
 
 def _data_tokens(demand: Demand, tokens: int, longest: int) -> int:
     """Training tokens of the text of a search whose trials have `tokens`, and whose best is trained on to `longest`."""
-    held = int(min(longest, demand.train_tokens, demand.cached_tokens)) // demand.step_tokens * demand.step_tokens
+    # What is not cached is not paid for.
+    most = longest if demand.caches else _further(demand) * longest
+    held = int(min(most, demand.train_tokens, demand.cached_tokens)) // demand.step_tokens * demand.step_tokens
     return max(tokens, int(demand.longest * tokens), held)
+
+
+def _further(demand: Demand) -> float:
+    """How many times as far as planned the best may be trained."""
+    return FURTHER if demand.caches else _FURTHER_UNCACHED
 
 
 def _most_passes(demand: Demand) -> int:

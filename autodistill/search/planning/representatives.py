@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterator
 
 from autodistill.strategy.dimension import Dimension
 from autodistill.strategy.domains import Value
+from autodistill.strategy.recipe import Alignment, Attention, Distillation
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Init, Strategy
+from autodistill.strategy.strategy import Init, Strategy
 
 # What decides the layers that a student has or stands for.
 _LAYERS = ("init", "init.depth", "init.layers", "init.dropped", "init.source", "init.model")

@@ -16,8 +16,9 @@ from autodistill.estimates.training_fit import Training, TrainingFit, fit_traini
 from autodistill.estimates.training_memory import beside_bytes
 from autodistill.models.spec import ModelSpec
 from autodistill.strategy.dimension import Point
+from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Distillation, Strategy
+from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
 from autodistill.utils.typed_data import check_typed
 

@@ -16,7 +16,8 @@ from autodistill.models.config import spec_from_config
 from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
-from autodistill.strategy.strategy import Alignment, Distillation, Strategy
+from autodistill.strategy.recipe import Alignment, Distillation
+from autodistill.strategy.strategy import Strategy
 from autodistill.utils.plain_dataclass import PlainDataclass
 from autodistill.utils.typed_data import check_typed
 from autodistill.utils.yaml_files import read_yaml

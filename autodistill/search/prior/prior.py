@@ -18,7 +18,7 @@ from autodistill.search.prior.knowledge import (
     covariates,
     load,
 )
-from autodistill.strategy.strategy import Distillation, Temperature
+from autodistill.strategy.recipe import Distillation, Temperature
 
 _LINEAR = "distillation.divergence_weight"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time as clock
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache as cached
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_args
 
@@ -25,18 +24,18 @@ from autodistill.options import (
     Option,
     Out,
     RayAddress,
+    ServedBy,
     Storage,
-    options_of,
     parsed,
+    read_texts,
 )
 from autodistill.search.callbacks import Callback
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import parse_bytes, parse_duration
-from autodistill.utils.plain_dataclass import check_choice, check_no_blank
+from autodistill.utils.plain_dataclass import check_choice
 
-DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
-DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
+DEFAULT_SPACE, DEFAULT_METRIC, DEFAULT_SAMPLER = "default", "accuracy", "tpe"
 RUNNERS = ("ray", "inline")
 _SEARCH = ("search", "plan")
 
@@ -94,6 +93,7 @@ class SearchRequest:
     context: Context = None
     batch: Batch = None
     kv_type: KvType = None
+    runtime: ServedBy = None
     teacher: Annotated[str | Path | object | None, TEACHER] = None
     tokenizer: Annotated[
         object | None, Option(help="Tokenizer of a teacher that is given as a loaded model.", python=True)
@@ -249,8 +249,8 @@ class SearchRequest:
     goal: Annotated[
         Goal | None,
         Option(
-            help="general: export no student that forgot general text, which the best row without training did not "
-            "(default); task: the metric alone counts (default where the metric or the data is a task).",
+            help="general: do not export a student that forgot general text (default); task: only the metric counts "
+            "(default if the metric or the data is a task).",
             metavar="general|task",
             section="Search",
             commands=_SEARCH,
@@ -321,6 +321,18 @@ class SearchRequest:
         bool,
         Option(help="Continue the run given by --name, with the settings it has.", typed=bool, section="Run"),
     ] = False
+    metrics_port: Annotated[
+        int | None,
+        Option(
+            help="Serve the search's gauges to Prometheus on this port of 127.0.0.1; autodistill dashboards has what "
+            "shows them.",
+            metavar="PORT",
+            typed=int,
+            least=0,
+            section="Run",
+            commands=("search", "distill"),
+        ),
+    ] = None
     runner: Annotated[
         str,
         Option(
@@ -368,6 +380,17 @@ class SearchRequest:
             section="Storage",
         ),
     ] = None
+    log: Annotated[
+        Sequence[str] | None,
+        Option(
+            help="Also send trials to a tracker while they run: tensorboard[=DIR], mlflow[=URI] or wandb[=PROJECT]. "
+            "Repeatable.",
+            metavar="TRACKER",
+            typed=list[str],
+            section="Output",
+            commands=("search", "distill"),
+        ),
+    ] = None
     callbacks: Annotated[
         Sequence[Callback],
         Option(help="Objects of `Callback` classes, told of trials, steps, rungs and exports.", python=True),
@@ -376,13 +399,9 @@ class SearchRequest:
     started: float = field(default_factory=clock.monotonic)
 
     def __post_init__(self) -> None:
-        check_no_blank(self)
+        read_texts(self)
         if self.goal is not None:
             check_choice("--goal", self.goal, get_args(Goal))
-        for name, option in _declared().items():
-            value = getattr(self, name)
-            if option.parse is not None and isinstance(value, str):
-                object.__setattr__(self, name, option.parse(value))
         if self.evaluators is not None:
             # An object is known by its name from here on, in this session and in the run's records.
             object.__setattr__(self, "evaluators", tuple(map(_named, self.evaluators)))
@@ -409,11 +428,6 @@ def _named(evaluator: str | Evaluator) -> str:
 def joined(names: Names) -> str | None:
     """Names as one text, parted by commas."""
     return names if names is None or isinstance(names, str) else ",".join(names)
-
-
-@cached
-def _declared() -> dict[str, Option]:
-    return options_of(SearchRequest)
 
 
 def check_room(at_once: int | None, limits: Sequence[Any], option: str) -> None:

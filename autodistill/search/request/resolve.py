@@ -23,11 +23,10 @@ from autodistill.hardware.device import LOCAL, Device
 from autodistill.hardware.local import choose_device
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
-from autodistill.options import parsed
+from autodistill.options import DEFAULT_DATA, DEFAULT_TEACHER, cache_folder, parsed
 from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.runs.results import selection as choice
 from autodistill.runs.results.objectives import Objective
-from autodistill.runs.run_folder import default_cache
 from autodistill.search.construction.construction import Construction, with_constructions
 from autodistill.search.construction.plain import plain_constructions
 from autodistill.search.construction.recipe import first_prior
@@ -37,13 +36,12 @@ from autodistill.search.request.earlier_runs import parse_runs
 from autodistill.search.request.feasibility import on_its_device, shortest_context
 from autodistill.search.request.metrics import Asked, ask
 from autodistill.search.request.request import (
-    DEFAULT_DATA,
     DEFAULT_SAMPLER,
     DEFAULT_SPACE,
-    DEFAULT_TEACHER,
     SearchRequest,
     joined,
 )
+from autodistill.strategy.deployment import serving
 from autodistill.strategy.named import load_strategy
 from autodistill.strategy.space import Space, load_space, space_reference
 from autodistill.strategy.strategy import Strategy
@@ -71,6 +69,7 @@ class SearchConfig:
         declared: The space as it was read; `space` is what is searched.
         constructions: What a solved space offers under the budget, by plain rules until the teacher is there.
         kv_type: Of all caches in llama.cpp; None where a solver may choose, and others have 16 bits.
+        served_by: The runtime of all deployments; None where these say it.
         trials, tokens, time_seconds, step_tokens, gpus_per_trial, cpus_per_trial, checkpoint_limit_bytes: None is left
             to the plan, which knows the machine; on resuming, to that which there is.
         stored: `search.json` of the run that goes on; None of a new one.
@@ -89,6 +88,7 @@ class SearchConfig:
     declared: Space
     constructions: tuple[Construction, ...]
     kv_type: str | None
+    served_by: str | None
     space_reference: str
     baselines: tuple[str, ...] | None
     asked: Asked
@@ -151,38 +151,29 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         InputError: A reference that names nothing, or settings that contradict each other.
     """
     known = stored or {}
-    cache = Path(request.cache) if request.cache is not None else default_cache()
+    cache = cache_folder(request.cache)
     asked, objectives = ask(request, known)
     limits = _limits(request, known, cache)
     named_teacher = _first(_teacher(request, cache), known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
     data = None if request.data is None else data_reference(cast(Any, request.data), cache)
     named_data = _first(data, known.get("data", {}).get("reference"), DEFAULT_DATA)
-    space = None if request.space is None else space_reference(request.space, cache)
-    named_space = _first(space, known.get("space"), DEFAULT_SPACE)
     teacher = resolve_teacher(_as_before(named_teacher, known.get("teacher", {})))
     source = resolve_data(_as_before(named_data, known.get("data", {})))
     general = None if request.general_text is None else str(request.general_text)
     named_general = _first(general, known.get("general_text"), PACKAGED)
-    strategy = _reference(request.strategy, cache)
-    searched = load_space(named_space)
-    baselines = tuple(map(str, request.baseline)) if request.baseline else _named(known.get("baselines"))
-    if baselines is not None:
-        searched = against(searched, baselines)
-    if strategy is not None:
-        searched = single(searched, strategy)
-    kv_type = _kv_type(request, known)
-    searched = _cached(searched, kv_type)
+    given = _given_space(request, known, cache)
+    searched = given.space
     spec = spec_from_config(teacher.config)
     budget, notes = _budget(limits, known, spec, searched)
     declared = on_its_device(searched, budget) if searched.solved else searched
-    constructions, searched = _under_budget(declared, spec, budget, known, kv_type)
+    constructions, searched = _under_budget(declared, spec, budget, known, given.kv_type)
     confirm = request.confirm if request.confirm is not None else known.get("confirm", 0)
     warm_start = joined(request.warm_start)
     storage = request.storage or known.get("storage")
     return SearchConfig(
         name=request.name or datetime.now().strftime("search-%Y%m%d-%H%M%S"),
         named=request.name is not None,
-        strategy=strategy,
+        strategy=given.strategy,
         budget=budget,
         teacher=teacher,
         teacher_reference=named_teacher,
@@ -191,9 +182,10 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         space=searched,
         declared=declared,
         constructions=constructions,
-        kv_type=kv_type,
-        space_reference=named_space,
-        baselines=baselines,
+        kv_type=given.kv_type,
+        served_by=given.served_by,
+        space_reference=given.reference,
+        baselines=given.baselines,
         asked=asked.with_divergences(searched.divergences),
         objectives=objectives,
         device=_device(request.device, budget, known, objectives, cache),
@@ -225,6 +217,50 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         started=request.started,
         stored=stored,
         notes=notes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GivenSpace:
+    """What is searched, as it was named and before any budget.
+
+    Attributes:
+        reference: Of the space.
+        strategy: Of the one strategy that is distilled, or None.
+        baselines: Of those that stand in the place of the space's own, or None.
+        served_by: The runtime of all students, where one was named.
+        kv_type: Of all caches in llama.cpp, where one was named.
+        space: With all of these.
+    """
+
+    reference: str
+    strategy: str | None
+    baselines: tuple[str, ...] | None
+    served_by: str | None
+    kv_type: str | None
+    space: Space
+
+
+def _given_space(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> _GivenSpace:
+    """Load the space that is asked for, or was searched before, or the default one."""
+    asked = None if request.space is None else space_reference(request.space, cache)
+    reference = _first(asked, known.get("space"), DEFAULT_SPACE)
+    strategy = _reference(request.strategy, cache)
+    space = load_space(reference)
+    baselines = tuple(map(str, request.baseline)) if request.baseline else _named(known.get("baselines"))
+    if baselines is not None:
+        space = against(space, baselines)
+    if strategy is not None:
+        space = single(space, strategy)
+    served_by = _as_begun("--runtime", request.runtime, known, "served_by")
+    kv_type = _as_begun("--kv-type", request.kv_type, known, "kv_type")
+    return _GivenSpace(
+        reference=reference,
+        strategy=strategy,
+        baselines=baselines,
+        served_by=served_by,
+        kv_type=kv_type,
+        space=_cached(_served_by(space, served_by), kv_type),
     )
 
 
@@ -359,11 +395,13 @@ def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> 
     why = next((reason for reason, holds in taken.items() if holds), None)
     if why is not None and asked is not None and asked < 1:
         raise InputError(f"--explore {asked:g} leaves time to train the best further, but {why}: leave one of them out")
-    if why is not None or request.strategy is not None:
+    one = request.strategy is not None
+    if why is not None or (one and request.tokens is not None):
         return 1.0
     if asked is not None:
         return asked
-    return race_share(parsed(request.time)) if space.solved else EXPLORE
+    # A single strategy has a short trial, and is then trained on to the end of the time.
+    return race_share(parsed(request.time)) if one or space.solved else EXPLORE
 
 
 def _students_only(request: SearchRequest, stored: Mapping[str, Any] | None) -> bool:
@@ -371,6 +409,27 @@ def _students_only(request: SearchRequest, stored: Mapping[str, Any] | None) -> 
     if request.students_only is None and stored is not None:
         return choice.students_only(stored)
     return bool(request.students_only) or request.strategy is not None
+
+
+def _served_by(space: Space, runtime: str | None) -> Space:
+    """The space whose students one runtime serves, where that is asked for; what it cannot serve is left out.
+
+    Raises:
+        InputError: It serves none of the deployments, or types are solved, which is for llama.cpp.
+    """
+    if runtime is None:
+        return space
+    if space.solved and space.types_solved and runtime != _LLAMA_CPP:
+        raise InputError(
+            f"--runtime {runtime}: the space {space.name} solves types for llama.cpp; give --space declared, or one "
+            "that lists its deployments"
+        )
+    usual: dict[str, Any] = {} if runtime == _LLAMA_CPP else {"cache_type_k": "f16", "cache_type_v": "f16"}
+    found = [replace(one, runtime=runtime, **usual) for one in space.deployments if runtime in serving(one)]
+    if not found:
+        named = ", ".join(one.name for one in space.deployments)
+        raise InputError(f"--runtime {runtime} serves no deployment of the space {space.name}, which has {named}")
+    return replace(space, deployments=tuple(dict.fromkeys(found)))
 
 
 def _cached(space: Space, kind: str | None) -> Space:
@@ -394,15 +453,21 @@ def _cached(space: Space, kind: str | None) -> Space:
     return replace(space, deployments=tuple(dict.fromkeys(held)))
 
 
-def _kv_type(request: SearchRequest, known: Mapping[str, Any]) -> str | None:
-    """The type of all caches in llama.cpp, where one is asked for, on resuming as before.
+def _as_begun(option: str, asked: str | None, known: Mapping[str, Any], name: str) -> str | None:
+    """What is asked for, on resuming as before.
+
+    Args:
+        option: Of the command line.
+        asked: Its value.
+        known: `search.json` of the run that goes on; empty of a new one.
+        name: Of what it says there.
 
     Raises:
-        InputError: Another type than the run began with.
+        InputError: Another value than the run began with.
     """
-    asked, before = request.kv_type, known.get("kv_type")
+    before: str | None = known.get(name)
     if known and asked not in (None, before):
-        raise InputError(f"the run began with another cache than --kv-type {asked}: leave it out, or begin a new run")
+        raise InputError(f"the run began without {option} {asked}: leave it out, or begin a new run")
     return asked or before
 
 

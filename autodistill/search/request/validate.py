@@ -16,10 +16,11 @@ from autodistill.evaluation.evaluate import ASKING_DATA
 from autodistill.export.compressed_tensors import check_package
 from autodistill.hardware.budget import limits_as, read_budget
 from autodistill.models.spec import ModelSpec
+from autodistill.options import cache_folder
 from autodistill.runs.remote_copy import check_free, check_unheld, pull
 from autodistill.runs.results import selection as choice
 from autodistill.runs.results.objectives import objectives_of
-from autodistill.runs.run_folder import RunFolder, default_cache
+from autodistill.runs.run_folder import RunFolder
 from autodistill.search.algorithms.sampler import check_sampler
 from autodistill.search.planning.durations import Speed, trial_seconds
 from autodistill.search.request.earlier_runs import check_asked, check_space
@@ -97,7 +98,7 @@ def _check_alone(request: SearchRequest) -> None:
 
 
 def _cache(request: SearchRequest) -> Path:
-    return default_cache() if request.cache is None else Path(request.cache)
+    return cache_folder(request.cache)
 
 
 def check_students(config: SearchConfig, spec: ModelSpec) -> None:

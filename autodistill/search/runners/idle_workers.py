@@ -62,6 +62,8 @@ def _start() -> Any:
 
     # Within a function, so that Ray sends it by value: where it runs the package may not be found.
     class Actor:
+        """The bell: it wakes all who wait for a rung."""
+
         def __init__(self) -> None:
             import asyncio
 

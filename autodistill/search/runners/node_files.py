@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.errors import AutoDistillError
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.search.worker.failures import is_disk_full
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.utils.durable import make_folder
@@ -162,7 +162,7 @@ def collect_copies(limit_bytes: int) -> None:
 
 
 def _root() -> Path:
-    return default_cache() / "from-storage"
+    return cache_folder() / "from-storage"
 
 
 def _used(copy: Path) -> Path:

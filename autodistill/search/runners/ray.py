@@ -121,6 +121,8 @@ def drive(
             raise _RayEnded(said)
 
     class Watch(Callback):  # type: ignore[misc, unused-ignore]
+        """Looks after the cluster at every step of Tune."""
+
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             check()
 
@@ -175,6 +177,8 @@ def _scheduler(errors: dict[str, str]) -> Any:
     from ray.tune.schedulers import FIFOScheduler
 
     class Noting(FIFOScheduler):  # type: ignore[misc, unused-ignore]
+        """Tune's scheduler that only keeps the error of a failed trial."""
+
         def on_trial_error(self, controller: Any, trial: Any) -> None:
             """Before the searcher is told that the trial has ended."""
             if trial.error_file and os.path.exists(trial.error_file):
@@ -197,6 +201,8 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
     from ray.tune.search import Searcher
 
     class CampaignSearcher(Searcher):  # type: ignore[misc, unused-ignore]
+        """Gives Tune the campaign's work as if it were proposed trials."""
+
         def __init__(self) -> None:
             super().__init__()
             self._work: dict[str, Assignment] = {}
@@ -287,7 +293,10 @@ def _stretch_class() -> Any:
 
     # The class goes to the workers by value, before they know where this package lies: it names nothing of it.
     class Stretch(tune.Trainable):  # type: ignore[misc, unused-ignore]
+        """One segment of a trial, as Tune runs it in a worker."""
+
         def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
+            """Prepare the worker for its first segment."""
             self._assignment: Assignment | Rest = config["assignment"].assignment
             self._work = make()
             self._suspect = False
@@ -300,6 +309,7 @@ def _stretch_class() -> Any:
             settle()
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
+            """Take the next segment in the same worker."""
             from autodistill.inference.torch_memory import give_back_memory
 
             self._assignment = new_config["assignment"].assignment

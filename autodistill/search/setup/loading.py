@@ -167,28 +167,13 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
     check_logprobs(signal_cases(checked.space), data.splits["train"].told > 0)
     _check_sayable(checked, teacher.folder, data, rows, renderings)
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
-    whole = memory_of_trials(place, spec, teacher_fit)
-    step_tokens = tokens_of_step(checked, place)
-    largest, most, fit_step, untrained = planned_for(checked, whole, step_tokens)
-    fit = fit_step(step_tokens)
-    main_bytes = main_memory(checked.space, whole, most, teacher_fit, fit)
     return Loaded(
         teacher=teacher,
         data=data,
         spec=spec,
-        workers=share_out(place.machines, main_bytes, checked.runner, place.share),
         device="cuda" if place.here.gpus else "cpu",
         bf16=place.here.bf16,
         threads=place.here.cpus,
-        step_tokens=step_tokens,
-        fit=fit,
-        fit_step=fit_step,
-        largest=largest,
-        most_parameters=most,
-        memory=replace(
-            whole, share_bytes=process_bytes(place.machines, whole.limit_bytes, main_bytes, checked.runner, place.share)
-        ),
-        untrained=untrained,
         teacher_fit=teacher_fit,
         pretrained_models=models,
         renderings=renderings,
@@ -196,7 +181,50 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
         caveat=_caveat(checked, reason, teacher.folder),
         stored=stored,
         ranked=_ranked(stored, spec, checked.budget),
+        **_training_of(checked, place, spec, teacher_fit),
     )
+
+
+def load_again(loaded: Loaded, checked: SearchConfig, place: Place) -> Loaded:
+    """The same teacher and data for another budget, of whose students the training is made to fit.
+
+    Args:
+        loaded: For one budget.
+        checked: What is asked of the other one; all else is the same.
+        place: Where it runs.
+
+    Raises:
+        InputError, NothingFitsError: As `load`.
+    """
+    spec = loaded.spec
+    if spec.text_not_in_gguf:
+        check_students(checked, spec)
+    return replace(
+        loaded,
+        caveat=_caveat(checked, spec.text_not_in_gguf, loaded.teacher.folder),
+        ranked=_ranked(loaded.stored, spec, checked.budget),
+        **_training_of(checked, place, spec, loaded.teacher_fit),
+    )
+
+
+def _training_of(checked: SearchConfig, place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> dict[str, Any]:
+    """How the students of a space are trained here, as fields of `Loaded`."""
+    whole = memory_of_trials(place, spec, teacher_fit)
+    step_tokens = tokens_of_step(checked, place)
+    largest, most, fit_step, untrained = planned_for(checked, whole, step_tokens)
+    fit = fit_step(step_tokens)
+    main_bytes = main_memory(checked.space, whole, most, teacher_fit, fit)
+    share_bytes = process_bytes(place.machines, whole.limit_bytes, main_bytes, checked.runner, place.share)
+    return {
+        "workers": share_out(place.machines, main_bytes, checked.runner, place.share),
+        "step_tokens": step_tokens,
+        "fit": fit,
+        "fit_step": fit_step,
+        "largest": largest,
+        "most_parameters": most,
+        "memory": replace(whole, share_bytes=share_bytes),
+        "untrained": untrained,
+    }
 
 
 def _compare_tokens(checked: SearchConfig) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,6 +14,7 @@ from autodistill.data.dataset import load_split
 from autodistill.distillation.student.build import cut_student
 from autodistill.distillation.teacher.build_cache import writing_rate
 from autodistill.distillation.training.plan import Plan
+from autodistill.distillation.training.side_by_side import MOST
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimates.fit import cannot_hold, fits, holdable
 from autodistill.evaluation.base import Measurement
@@ -44,10 +45,39 @@ _ASKED_SHARE = 0.02
 BOX_CPU, BOX_GPU = 600.0, 1800.0
 
 
-def plan_from_measurement(checked: SearchConfig, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What this machine was measured to do.
+
+    Attributes:
+        speed: Of an optimiser step of one sequence.
+        rates: Training tokens a second, by sequences of a step.
+        share: Of the examples of tasks that an evaluation reads.
+        notes: On these, in sentences.
+    """
+
+    speed: Speed
+    rates: Mapping[int, float]
+    share: float
+    notes: tuple[str, ...]
+
+
+Paces: TypeAlias = dict[Hashable, Pace]
+"""What was measured, by all that it depends on: plans for several budgets that agree in that measure once."""
+
+
+def plan_from_measurement(
+    checked: SearchConfig, loaded: Loaded, spent: float, paces: Paces | None = None
+) -> tuple[Plan, Speed]:
     """Measures this machine for a few seconds and plans for it; `spent` seconds of the time budget are gone.
 
     On an accelerator an optimiser step has as many sequences as `step_sequences` finds, unless its size was asked for.
+
+    Args:
+        checked: What is asked.
+        loaded: Teacher and data.
+        spent: Seconds.
+        paces: What was measured before, which is not measured again; what is measured now is added.
 
     Raises:
         InputError: A time budget that holds no training at all, a task or command that cannot be used, or memory that
@@ -58,40 +88,21 @@ def plan_from_measurement(checked: SearchConfig, loaded: Loaded, spent: float) -
     cached = all_tokens if checked.tokens and checked.explore == 1 else most_cached(checked, loaded)
     train_tokens = all_tokens if checked.tokens else min(all_tokens, cached)
     students = by_size(checked.space, loaded.spec)
-    init = loaded.largest[0].init
     box = checked.time_seconds
     if box is None and not ((checked.trials or checked.strategy) and checked.tokens):
-        box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
-
-    def largest(model: Any) -> Any:
-        if init.model:
-            return load_model(loaded.pretrained[init.model], torch.float32)
-        # Which layers and neurons are kept does not bear on speed.
-        return cut_student(model, replace(init, layers="even"), None)[0]
-
-    with _enough_memory(loaded):
-        teacher = loaded.load_teacher()
-        outputs = None if loaded.device == "cpu" else time_outputs(checked, loaded, teacher)
-        speed, rates = measure_speed(
-            teacher,
-            loaded.spec,
-            largest,
-            replace(loaded.workers, bf16=loaded.workers.bf16 and loaded.bf16),
-            loaded.threads,
-            device=loaded.device,
-            sequence_length=checked.sequence_length,
-            checkpointing=loaded.fit.checkpointing,
-            sizes=_sizes(checked, loaded, train_tokens),
-            alone=checked.explore < 1,
-        )
-        if outputs is not None:
-            speed = outputs.into(speed)
-        elif checked.asked.written:
-            # Answering the questions of so many tokens takes about as long again as scoring them.
-            speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
-        speed, share, notes = _time_asked(checked, loaded, teacher, speed, box)
+        box = box_by_default(loaded)
+    sizes = _sizes(checked, loaded, train_tokens)
+    paces = {} if paces is None else paces
+    key = (loaded.largest[0].init, loaded.fit.checkpointing, sizes, loaded.workers, checked.explore < 1)
+    if key not in paces:
+        paces[key] = _measured(checked, loaded, sizes, box)
+    speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
     if any(one.signal == "online" and one.weighs_teacher for one in signal_cases(checked.space)):
         speed = speed.with_teacher_beside()
+    if loaded.workers.alone and any(start.scales_alone for start in checked.space.starts.values()):
+        # One that is alone trains in as many processes as there were workers.
+        beside = min(MOST, loaded.workers.beside)
+        speed = replace(speed, alone=max(speed.alone, beside * speed.worker_train))
     demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
     demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
     fit = loaded.fit_step(demand.step_tokens)
@@ -121,6 +132,46 @@ def plan_from_measurement(checked: SearchConfig, loaded: Loaded, spent: float) -
         lengths=checked.space.lengths,
     )
     return plan, speed
+
+
+def box_by_default(loaded: Loaded) -> float:
+    """Seconds of the time budget where none is given."""
+    return BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
+
+
+def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box: float | None) -> Pace:
+    """Times the teacher and the largest student, and asks the teacher of the tasks, in a time budget of `box`."""
+    init = loaded.largest[0].init
+
+    def largest(model: Any) -> Any:
+        """Build the largest student of one way to begin."""
+        if init.model:
+            return load_model(loaded.pretrained[init.model], torch.float32)
+        # Which layers and neurons are kept does not bear on speed.
+        return cut_student(model, replace(init, layers="even"), None)[0]
+
+    with _enough_memory(loaded):
+        teacher = loaded.load_teacher()
+        outputs = None if loaded.device == "cpu" else time_outputs(checked, loaded, teacher)
+        speed, rates = measure_speed(
+            teacher,
+            loaded.spec,
+            largest,
+            replace(loaded.workers, bf16=loaded.workers.bf16 and loaded.bf16),
+            loaded.threads,
+            device=loaded.device,
+            sequence_length=checked.sequence_length,
+            checkpointing=loaded.fit.checkpointing,
+            sizes=sizes,
+            alone=checked.explore < 1,
+        )
+        if outputs is not None:
+            speed = outputs.into(speed)
+        elif checked.asked.written:
+            # Answering the questions of so many tokens takes about as long again as scoring them.
+            speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
+        speed, share, notes = _time_asked(checked, loaded, teacher, speed, box)
+    return Pace(speed=speed, rates=rates, share=share, notes=notes)
 
 
 @contextmanager
@@ -230,6 +281,7 @@ def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[in
     most = min(PASS_TOKENS // checked.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
 
     def held(size: int) -> bool:
+        """Say whether memory holds a step of this many sequences."""
         try:
             return loaded.fit_step(size * loaded.step_tokens).micro_batch == size
         except InputError:

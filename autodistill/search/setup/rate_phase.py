@@ -10,7 +10,7 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.search.construction.recipe import first_prior
 from autodistill.search.planning.placement import Workers
-from autodistill.search.planning.plan import RATES
+from autodistill.search.planning.plan import FURTHER, RATES
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialSetting, TrialTask
@@ -18,8 +18,8 @@ from autodistill.search.worker.rates import try_rates
 
 
 def steps_of(plan: Plan) -> int:
-    """Optimiser steps of the longest training that is planned."""
-    longest = plan.tokens_of(plan.longest) if plan.longest > 1 else plan.most_tokens
+    """Optimiser steps of the longest training that is planned, where trials leave it some time."""
+    longest = plan.tokens_of(FURTHER * plan.expected) if plan.longest > 1 else plan.most_tokens
     return max(1, longest // plan.batch_tokens)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from autodistill.data.dataset import load_split
@@ -14,7 +15,7 @@ from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.solve.bench import Measured, copying, load_bench
+from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
 from autodistill.search.solve.forms import WHOLE, Form, best_forms, whole_allowed
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
@@ -37,47 +38,114 @@ def construct(config: SearchConfig, loaded: Loaded, notify: Callable[[str], None
         loaded: Teacher and data.
         notify: Told of what is done.
     """
-    found, why_not = solved_constructions(config, loaded, notify)
-    if why_not:
-        notify(f"nothing is solved, and plain storages and shapes are searched: {why_not}")
-    return config.with_constructions(found or config.constructions)
+    return construct_each([config], loaded, notify)[0]
+
+
+def construct_each(
+    configs: Sequence[SearchConfig], loaded: Loaded, notify: Callable[[str], None]
+) -> list[SearchConfig]:
+    """The same for several budgets: the teacher is loaded, and its text read, once, and scores are shared.
+
+    Args:
+        configs: As of `construct`, which differ in their budgets alone.
+        loaded: Teacher and data.
+        notify: Told of what is done.
+    """
+    made = []
+    why_before = ""
+    for config, (found, why_not) in zip(configs, solved_constructions(configs, loaded, notify), strict=True):
+        if why_not and why_not != why_before:
+            notify(f"nothing is solved, and plain storages and shapes are searched: {why_not}")
+        why_before = why_not
+        made.append(config.with_constructions(found or config.constructions))
+    return made
 
 
 def solved_constructions(
-    config: SearchConfig, loaded: Loaded, notify: Callable[[str], None]
-) -> tuple[tuple[Construction, ...], str]:
-    """What the solver finds within the budget, and the plain storages of the whole teacher that fit, each with its KL.
+    configs: Sequence[SearchConfig], loaded: Loaded, notify: Callable[[str], None]
+) -> list[tuple[tuple[Construction, ...], str]]:
+    """What the solver finds within each budget, and the plain storages of the whole teacher that fit, with their KL.
 
     Args:
-        config: Budget, space and cache.
+        configs: Budget, space and cache, of each.
         loaded: Teacher and data.
         notify: Told of what is done.
 
     Returns:
-        The constructions, none where nothing can be solved; and why not, in words.
+        For each budget the constructions, none where nothing can be solved; and why not, in words.
     """
-    spec, budget = loaded.spec, config.budget
-    if not in_gguf(config.declared, budget):
-        return (), "no deployment of the space is of llama.cpp, whose types alone are solved"
+    asked = [_options(config, loaded) for config in configs]
+    if all(isinstance(one, str) for one in asked):
+        return [((), str(one)) for one in asked]
+    first = configs[0]
+    thorough = (first.time_seconds or 0.0) >= _LONG
+    train = load_split(loaded.data.folder, "train")
+    text = train.head(max(_MORE_TOKENS if thorough else _TOKENS, 2 * first.sequence_length))
+    own = loaded.stored.deployment if loaded.stored else None
+    own = own if own and own.container == "gguf" and not cannot_hold(loaded.spec, own) else None
+    bench = load_bench(loaded.teacher, loaded.spec, own)
+    room = _Room(
+        loaded=loaded,
+        bench=bench,
+        own=own,
+        sample=bench.sample("calibration", text),
+        tokens=(text.tokens.size, 0, first.sequence_length),
+        thorough=thorough,
+        notify=notify,
+    )
+    found: list[tuple[tuple[Construction, ...], str]] = []
+    for config, options in zip(configs, asked, strict=True):
+        found.append(((), options) if isinstance(options, str) else (_within(config, options, room), ""))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Room:
+    """What all budgets are solved with.
+
+    Attributes:
+        loaded: Teacher and data.
+        bench: The teacher in float32.
+        own: The storage of its own codes, if its file has any.
+        sample: The calibration text.
+        tokens: By which scores are known.
+        thorough: Whether types are exchanged in the best of each family.
+        notify: Told of what is done.
+    """
+
+    loaded: Loaded
+    bench: Bench
+    own: Deployment | None
+    sample: Sample
+    tokens: tuple[int, ...]
+    thorough: bool
+    notify: Callable[[str], None]
+
+
+def _options(config: SearchConfig, loaded: Loaded) -> Options | str:
+    """What may be chosen within a budget; or why nothing can be solved, in words."""
+    if not in_gguf(config.declared, config.budget):
+        return "no deployment of the space is of llama.cpp, whose types alone are solved"
     if loaded.teacher_fit.held != "float32":
-        return (), "memory does not hold the teacher in float32, which it is scored in"
-    options = Options(spec=spec, budget=budget, cache_type=config.kv_type, limits=config.declared.restriction)
+        return "memory does not hold the teacher in float32, which it is scored in"
+    options = Options(
+        spec=loaded.spec, budget=config.budget, cache_type=config.kv_type, limits=config.declared.restriction
+    )
     try:
         options.check()
     except InputError as error:
-        return (), str(error)
-    thorough = (config.time_seconds or 0.0) >= _LONG
-    train = load_split(loaded.data.folder, "train")
-    text = train.head(max(_MORE_TOKENS if thorough else _TOKENS, 2 * config.sequence_length))
-    own = loaded.stored.deployment if loaded.stored else None
-    own = own if own and own.container == "gguf" and served((own,), budget) and not cannot_hold(spec, own) else None
-    bench = load_bench(loaded.teacher, spec, own)
-    sample = bench.sample("calibration", text)
-    tokens = (text.tokens.size, 0, config.sequence_length)
-    teacher, data = loaded.teacher.fingerprint, loaded.data
-    with alone(path := library_file(config.cache, teacher, data.fingerprint, tokens, options)):
+        return str(error)
+    return options
+
+
+def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Construction, ...]:
+    """The constructions of one budget."""
+    budget, bench, sample = config.budget, room.bench, room.sample
+    own = room.own if room.own and served((room.own,), budget) else None
+    teacher, data = room.loaded.teacher.fingerprint, room.loaded.data
+    with alone(path := library_file(config.cache, teacher, data.fingerprint, room.tokens, options)):
         use(path)
-        library = Library(path, bench, options.free, sample, notify)
+        library = Library(path, bench, options.free, sample, room.notify)
         library.build()
 
         def predicted(one: Deployment) -> float:
@@ -85,14 +153,14 @@ def solved_constructions(
 
         told = rivals(options, own, budget.memory_bytes, predicted) if whole_allowed(options) else ()
         plain = fitting((one for one in told if options.allows(one.deployment)), options, predicted)
-        shapes = partial(open_shapes, config.cache, bench, sample, teacher, data, tokens, notify)
-        probe = copying(bench, sample.data, min(budget.context, spec.max_context, _PROBED))
-        forms = best_forms(options, library, shapes, sample, plain, thorough=thorough, probe=probe)
+        shapes = partial(open_shapes, config.cache, bench, sample, teacher, data, room.tokens, room.notify)
+        probe = copying(bench, sample.data, min(budget.context, room.loaded.spec.max_context, _PROBED))
+        forms = best_forms(options, library, shapes, sample, plain, thorough=room.thorough, probe=probe)
         found = [_of(one, one.deployment not in plain) for one in forms]
         solved = {one.deployment for one in forms if one.init == WHOLE}
         beside = (one for one in plain if one not in solved)
         found += [_plain(one, options, library.joint(one, sample)) for one in beside]
-    return tuple(one for one in found if _in_time(one, config)), ""
+    return tuple(one for one in found if _in_time(one, config))
 
 
 def _of(form: Form, solved: bool) -> Construction:

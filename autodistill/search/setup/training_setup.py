@@ -16,8 +16,9 @@ from autodistill.search.planning.representatives import cases, signal_cases
 from autodistill.search.planning.trial_memory import TrialMemory, most_demanding
 from autodistill.search.request.feasibility import by_size
 from autodistill.search.request.resolve import SearchConfig
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Lora, Strategy
+from autodistill.strategy.strategy import Finishing, Strategy
 
 
 def memory_of_trials(place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> TrialMemory:

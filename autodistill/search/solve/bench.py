@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.teacher.any_model import load_any, transposed
@@ -19,12 +21,14 @@ from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.quantized_cache import quantized_cache
-from autodistill.inference.scoring import score, score_teacher
+from autodistill.inference.scoring import choices, score, score_teacher
+from autodistill.inference.watching import Taken, chances_of, of_drawn_tokens, watched
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import TYPES
-from autodistill.quantization.grids import Scales, Storage
+from autodistill.quantization.grids import Grid, Scales, Storage
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.rounding import deploy_tensor
+from autodistill.quantization.weighted_scales import weighted_scales
 from autodistill.strategy.deployment import Deployment
 
 
@@ -87,7 +91,8 @@ class Sample:
 class Bench:
     """Holds a teacher in float32, and shows it as a deployment stores it.
 
-    Only what differs from the storage before is rounded anew.
+    Only what differs from the storage before is rounded anew. Scales follow from the weights alone until `weigh` is
+    called.
 
     Args:
         model: In float32, on `device`.
@@ -113,11 +118,53 @@ class Bench:
         self._reshaped = {name for name, one in self._parameters.items() if one.dim() == 3 or name in self._transposed}
         self._masters: dict[str, Tensor] = {}
         self._shown: dict[str, Storage] = {}
+        self._importance: dict[str, Tensor] = {}
+
+    @property
+    def weighed(self) -> bool:
+        """Whether matrices are rounded by the importance of their columns."""
+        return bool(self._importance)
+
+    def weigh(self, data: TokenSet) -> None:
+        """From now on matrices are rounded by how much each column counts: the mean square of that input on some text.
+
+        A table that is also the head is read by rows too, of which all columns count alike: it has the mean of both.
+
+        Args:
+            data: The text.
+        """
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        tables = {id(self.model.get_input_embeddings().weight)}
+        sums: dict[str, Tensor] = {}
+        lock, hooks = Lock(), []
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear) and id(module.weight) in names:
+                name = names[id(module.weight)]
+
+                def add(_: Any, given: tuple[Tensor, ...], name: str = name) -> None:
+                    # In float64 these sums hardly round, so that the order of the threads does not matter.
+                    found = given[0].detach().float().square().flatten(0, -2).sum(0).double()
+                    with lock:  # sequences are read on several threads
+                        sums[name] = sums[name] + found if name in sums else found
+
+                hooks.append(module.register_forward_pre_hook(add))
+        tied = {names[one] for one in tables if one in names}
+        try:
+            with self.shown({}):
+                self.choices(data)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        means = {
+            name: (found / found.mean().clamp(min=torch.finfo(found.dtype).tiny)).float()
+            for name, found in sums.items()
+        }
+        self._importance = {name: one + 1 if name in tied else one for name, one in means.items()}
 
     def sample(self, name: str, data: TokenSet) -> Sample:
         """Reads text with the teacher as it is."""
-        with self.shown({}):
-            scores, reference = score_teacher(self.model, data, device=self.device)
+        with self.shown({}), self.reading(data) as begun:
+            scores, reference = score_teacher(self.model, data, device=self.device, begun=begun)
         return Sample(name=name, data=data, reference=reference, teacher=measured(scores))
 
     def measure(self, deployment: Deployment, sample: Sample) -> Measured:
@@ -129,19 +176,57 @@ class Bench:
     def measure_parts(self, storages: Mapping[str, Storage], cache_types: tuple[str, str], sample: Sample) -> Measured:
         """The same where only some tensors are stored in another way, by name; what changes nothing is not read."""
         with self.shown(storages), quantized_cache(self.model, cache_types):
-            changed = (name for name, master in self._masters.items() if not self._parameters[name].data.equal(master))
-            if not self.cut and cache_types == ("f16", "f16") and next(changed, None) is None:
+            if not self.cut and cache_types == ("f16", "f16") and self._is_itself():
                 return sample.teacher
-            scores, _ = score(self.model, sample.data, sample.reference, device=self.device)
+            return self._measured(sample)
+
+    def _is_itself(self) -> bool:
+        """Whether what is shown has the teacher's own values."""
+        return all(self._parameters[name].data.equal(master) for name, master in self._masters.items())
+
+    def _measured(self, sample: Sample) -> Measured:
+        with self.reading(sample.data) as begun:
+            scores, _ = score(self.model, sample.data, sample.reference, device=self.device, begun=begun)
         return measured(scores)
+
+    @contextmanager
+    def reading(self, data: TokenSet) -> Iterator[Sequence[Tensor] | None]:
+        """Within the context text is scored as the model shows it; gives what `score` takes as `begun`, if anything."""
+        yield None
+
+    def choices(self, data: TokenSet) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """The likeliest tokens of what is shown, as `inference.scoring.choices` gives them."""
+        with self.reading(data) as begun:
+            return choices(self.model, data, device=self.device, begun=begun)
+
+    def watched(self, names: Sequence[str], tokens: Tensor, seed: int) -> Iterator[dict[str, list[Taken]]]:
+        """What goes into matrices of the teacher, and the gradients of the log-probability of drawn tokens behind them.
+
+        Args:
+            names: Of the matrices.
+            tokens: int64 [sequences, length].
+            seed: Of the tokens that are drawn.
+
+        Yields:
+            Some matrices at a time, whose weights are in memory meanwhile: of each what every sequence has.
+        """
+        chances, tokens, model = chances_of(tokens, seed), tokens.to(self.device), self.model
+
+        def read(index: int) -> tuple[Tensor, Callable[[], Tensor]]:
+            begun = model.get_input_embeddings()(tokens[index : index + 1]).detach().requires_grad_()
+            states = model.base_model(inputs_embeds=begun, use_cache=False).last_hidden_state
+            return states, lambda: of_drawn_tokens(model, states.detach()[0], chances[index])[None]
+
+        with self.shown({}):
+            found = watched(model, names, read, len(tokens), self.device)
+            yield {name: [one.pop(name, []) for one in found] for name in names}
 
     def measure_weights(
         self, weights: Iterable[tuple[str, Tensor]], cache_types: tuple[str, str], samples: Sequence[Sample]
     ) -> tuple[Measured, ...]:
         """What other weights in the teacher's place do, by name, on each of several samples."""
         with self.replaced(weights), quantized_cache(self.model, cache_types):
-            found = [score(self.model, one.data, one.reference, device=self.device)[0] for one in samples]
-        return tuple(map(measured, found))
+            return tuple(map(self._measured, samples))
 
     def master(self, name: str) -> Tensor:
         """The teacher's own values of a tensor."""
@@ -163,11 +248,31 @@ class Bench:
 
     def stored(self, name: str, storage: Storage, weight: Tensor | None = None) -> Tensor:
         """The float32 values of a tensor in a storage, under the teacher's own scales where it was stored so."""
-        kept, scales = self._own.get(name, (None, None))
-        master = self._masters.get(name, self._parameters[name].data) if weight is None else weight
+        master = self.master(name) if weight is None else weight
         rows = self.matrices(name, master).flatten(0, 1) if name in self._reshaped else master
-        found = deploy_tensor(rows, storage, scales if kept == storage else None)
+        found = deploy_tensor(rows, storage, self.scales(name, storage, master))
         return self._as_held(name, found) if name in self._reshaped else found
+
+    def scales(self, name: str, storage: Storage, weight: Tensor | None = None) -> Scales | None:
+        """What a tensor is packed with in a storage; None where that follows from the weights alone.
+
+        Args:
+            name: Of the tensor.
+            storage: The storage.
+            weight: Its values; by default the teacher's own.
+        """
+        kept, own = self._own.get(name, (None, None))
+        if kept == storage:
+            return own
+        importance = self._importance.get(name)
+        if importance is None or not isinstance(storage, Grid) or storage.bits > _MOST_BITS:
+            return None
+        scales, offsets = weighted_scales(self.master(name) if weight is None else weight, storage, importance)
+        return Scales(scales.cpu().numpy(), None if offsets is None else offsets.cpu().numpy())
+
+    def keeps(self, name: str, storage: Storage) -> bool:
+        """Whether a storage leaves a tensor as it is."""
+        return self.stored(name, storage).equal(self.master(name))
 
     def matrices(self, name: str, values: Tensor) -> Tensor:
         """The values of a matrix, or of the experts of a layer, as [matrices, out, in]."""
@@ -219,12 +324,13 @@ def copying(bench: Bench, text: TokenSet, length: int) -> Sample:
 _PARTS = 8
 
 
-def speeds() -> tuple[float, dict[str, float]]:
+def speeds(types: Mapping[str, Storage] = TYPES) -> tuple[float, dict[str, float]]:
     """How many operations of products this machine does in a second, and the seconds that rounding a weight takes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = compute_device()
     rows, weights = torch.ones(_MULTIPLIED, _MULTIPLIED, device=device), torch.randn(*_ROUNDED, device=device)
 
     def takes(work: Callable[[], Any], times: int) -> float:
+        """Return the seconds of some work, a first time aside."""
         work()
         began = time.perf_counter()
         for _ in range(times):
@@ -234,10 +340,20 @@ def speeds() -> tuple[float, dict[str, float]]:
         return (time.perf_counter() - began) / times
 
     rate = 2 * _MULTIPLIED**3 / takes(lambda: rows @ rows, 10)
-    kinds = {kind: takes(partial(deploy_tensor, weights, storage), 2) for kind, storage in TYPES.items()}
+    kinds = {kind: takes(partial(_rounded, weights, storage), 2) for kind, storage in types.items()}
     return rate, {kind: seconds / weights.numel() for kind, seconds in kinds.items()}
 
 
+def _rounded(weights: Tensor, storage: Storage) -> Tensor:
+    """Weights as a bench that weighs columns shows them."""
+    if not isinstance(storage, Grid) or storage.bits > _MOST_BITS:
+        return deploy_tensor(weights, storage)
+    scales, offsets = weighted_scales(weights, storage, torch.ones(weights.shape[1], device=weights.device))
+    given = Scales(scales.cpu().numpy(), None if offsets is None else offsets.cpu().numpy())
+    return deploy_tensor(weights, storage, given)
+
+
+_MOST_BITS = 5  # of types whose scales are searched for: of more bits the error is small, and the search takes as long
 _MULTIPLIED, _ROUNDED = 1024, (256, 2048)  # sizes of what is multiplied, and rounded, to measure a machine
 
 
@@ -249,11 +365,21 @@ def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Ben
         spec: Its shape.
         own: The deployment that has its own codes, if its file lies on grids of GGUF.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    scales = read_scales(teacher.folder, own) if own else {}
+    device = compute_device()
+    return Bench(load_any(teacher.folder, torch.float32, device), spec, own_scales(teacher, spec, own), device)
+
+
+def compute_device() -> str:
+    """Where teachers are scored: on an accelerator where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def own_scales(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> dict[str, tuple[Storage, Scales]]:
+    """How the teacher's own file stores each tensor, and its scales there, by name."""
+    if own is None:
+        return {}
     tensors = {tensor.name: tensor for tensor in spec.tensors}
-    kept = {name: (own.storage(tensors[name]), scale) for name, scale in scales.items()} if own else {}
-    return Bench(load_any(teacher.folder, torch.float32, device), spec, kept, device)
+    return {name: (own.storage(tensors[name]), scale) for name, scale in read_scales(teacher.folder, own).items()}
 
 
 def measured(scores: TokenScores) -> Measured:

@@ -47,6 +47,11 @@ def can_cut(spec: ModelSpec) -> bool:
     return spec.architecture in MODEL_FAMILIES and not spec.experts
 
 
+def may_cut(options: Options) -> bool:
+    """Whether students that are cut are among what may be chosen."""
+    return options.cuts and options.runtime == "llama.cpp" and can_cut(options.spec)
+
+
 def smallest(options: Options) -> tuple[Init, Deployment, int]:
     """The student of the least memory in any family: its shape, its storage, and what it takes.
 
@@ -76,7 +81,7 @@ def _extremes(options: Options) -> list[Init]:
     spec, limits = options.spec, options.limits
     if limits.inits is not None:
         return [init for init in limits.inits if init != WHOLE]
-    if not can_cut(spec):
+    if not may_cut(options):
         return []
     drops, widths = allowed_drops(options), allowed_widths(options)
     found = [_narrowed(widths[-1], spec)] if 0 in drops and widths[-1] < spec.ffn_width else []
@@ -258,7 +263,7 @@ def _forms_of(
         whole = Solver(options, library, sample).solve(options.budget.memory_bytes, others, thorough=thorough)
     found = [Form(family=FAMILIES[0], init=WHOLE, options=options, scores=library, found=whole)] if whole else []
     named = options.limits.inits is not None
-    if can_cut(options.spec) and (named or whole is None or whole.joint.kl > _TIGHT):
+    if may_cut(options) and (named or whole is None or whole.joint.kl > _TIGHT):
         found += cut_forms(options, library, shapes(), sample, thorough=thorough)
     return found
 

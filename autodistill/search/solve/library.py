@@ -18,10 +18,9 @@ from torch.nn import functional
 from autodistill import inference, quantization
 from autodistill.errors import InputError
 from autodistill.inference.batching import map_sequences
-from autodistill.quantization.formats import TYPES
+from autodistill.inference.watching import Taken
 from autodistill.search.solve.bench import Bench, Measured, Sample
 from autodistill.search.solve.options import KEYS, VALUES, Options
-from autodistill.search.solve.watching import Taken, watched
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.hashing import content_hash, file_hash
 from autodistill.utils.json_files import read_json, write_json
@@ -103,7 +102,7 @@ class Library:
 
     def _measure_one(self, name: str, kind: str) -> Measured:
         cache_types = (kind if name == KEYS else "f16", kind if name == VALUES else "f16")
-        storages = {name: TYPES[kind]} if name in self._options.tables else {}
+        storages = {name: self._options.held[kind]} if name in self._options.tables else {}
         return self._bench.measure_parts(storages, cache_types, self._sample)
 
     def score(self, name: str, kind: str) -> Score:
@@ -199,11 +198,13 @@ def library_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...], 
         for path in sorted(Path(folder).glob("*.py"))
     ]
     code += [file_hash(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in _SCORED_BY]
-    key = content_hash([teacher, data, list(tokens), [list(pair) for pair in options.caches], code], 16)
+    key = content_hash(
+        [teacher, data, list(tokens), [list(pair) for pair in options.caches], code, options.runtime], 16
+    )
     return cache / "solve" / f"{key}.json"
 
 
-_SCORED_BY = ("bench", "library", "options", "watching")
+_SCORED_BY = ("bench", "compensation", "library", "options", "streamed")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -225,8 +226,11 @@ def _key(name: str, kind: str) -> str:
     return f"{name}={kind}"
 
 
-_Sums: TypeAlias = dict[str, dict[str, list[list[float]]]]
-"""By matrix and type: of each sequence half the mean square with tokens apart, and with them together."""
+_OfTypes: TypeAlias = dict[str, list[list[float]]]
+"""By type: of each sequence half the mean square with tokens apart, and with them together."""
+
+_Sums: TypeAlias = dict[str, _OfTypes]
+"""The same by matrix."""
 
 
 def _second_order(bench: Bench, options: Options, tokens: Tensor, seed: int) -> _Sums:
@@ -238,30 +242,31 @@ def _second_order(bench: Bench, options: Options, tokens: Tensor, seed: int) -> 
         tokens: int64 [sequences, length].
         seed: Of the tokens that are drawn.
     """
-    names = list(options.matrices)
-    parameters = dict(bench.model.named_parameters())
-    with bench.shown({}):
-        found = watched(bench.model, names, tokens.to(bench.device), seed, bench.device)
+    sums: _Sums = {}
+    for part in bench.watched(list(options.matrices), tokens, seed):
+        names = list(part)
 
-        def score(index: int) -> dict[str, list[list[float]]]:
+        def score(index: int, names: list[str] = names, part: dict[str, list[Taken]] = part) -> _OfTypes:
+            """Return the scores of all types of a matrix, by its place in the part."""
             name = names[index]
             # Given up one by one: gradients of all matrices take more memory than what is made of them.
-            taken = [one.pop(name, []) for one in found]
-            weight, sums = parameters[name].data, {}
+            taken = part.pop(name)
+            weight, found = bench.master(name), {}
             for kind in options.kinds(options.matrices[name]):
-                change = bench.stored(name, TYPES[kind], weight) - weight
+                change = bench.stored(name, options.held[kind], weight) - weight
                 if not change.any():
-                    sums[kind] = [[0.0] * len(tokens)] * 2
+                    found[kind] = [[0.0] * len(tokens)] * 2
                     continue
-                apart, together = zip(*_moved(taken, bench.matrices(name, change)), strict=True)
+                apart, together = zip(*moved(taken, bench.matrices(name, change)), strict=True)
                 scale = 2 * tokens.shape[1]
-                sums[kind] = [[one / scale for one in apart], [one / scale for one in together]]
-            return sums
+                found[kind] = [[one / scale for one in apart], [one / scale for one in together]]
+            return found
 
-        return dict(zip(names, map_sequences(score, len(names), bench.device), strict=True))
+        sums |= zip(names, map_sequences(score, len(names), bench.device), strict=True)
+    return sums
 
 
-def _moved(taken: list[Taken], changes: Tensor) -> Iterator[tuple[float, float]]:
+def moved(taken: list[Taken], changes: Tensor) -> Iterator[tuple[float, float]]:
     """Of each sequence the sum of the squares by which each token moves its log-probability, and the square of the sum.
 
     Args:
@@ -273,5 +278,5 @@ def _moved(taken: list[Taken], changes: Tensor) -> Iterator[tuple[float, float]]
         if not parts:  # no token took any of these experts
             yield 0.0, 0.0
             continue
-        moved = torch.cat(parts).double()
-        yield float(moved.square().sum()), float(moved.sum().square())
+        found = torch.cat(parts).double()
+        yield float(found.square().sum()), float(found.sum().square())

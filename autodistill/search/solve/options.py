@@ -14,15 +14,39 @@ from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, me
 from autodistill.hardware.budget import Budget, on_gpu
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import CACHE_BYTES, TYPES, scheme_by_tensor, tensor_bytes
+from autodistill.quantization.formats import (
+    CACHE_BYTES,
+    INTEGER_TYPES,
+    TYPES,
+    QuantizationScheme,
+    scheme_by_tensor,
+    tensor_bytes,
+)
 from autodistill.quantization.grids import Grid, Storage
-from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.deployment import FUSED, IN_16_BITS, Deployment, serving
 from autodistill.strategy.restriction import Restriction
 
 KEYS, VALUES = "cache keys", "cache values"
 """What a choice calls the two halves of the cache."""
 
+RUNTIMES = ("llama.cpp", "vllm")
+"""What is solved for: GGUF files, and folders of compressed-tensors."""
+
 _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.HEAD)
+
+
+def _kernels(storage: Storage) -> bool:
+    """Whether vLLM computes with a type of compressed-tensors, and transformers loads it beside others."""
+    if not isinstance(storage, Grid):
+        return True
+    if not storage.symmetric:
+        return False
+    bits, group_size, symmetric = storage.bits, storage.group_size, storage.symmetric
+    scheme = QuantizationScheme(format="compressed-tensors", bits=bits, group_size=group_size, symmetric=symmetric)
+    return "vllm" in serving(scheme)
+
+
+_IN_VLLM: Mapping[str, Storage] = {kind: one for kind, one in INTEGER_TYPES.items() if _kernels(one)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +68,7 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The types that llama.cpp can hold each matrix and the cache of a model in.
+    """The types that a runtime can hold each matrix and the cache of a model in.
 
     Attributes:
         spec: The model's shape.
@@ -53,6 +77,8 @@ class Options:
         limits: What a space restricts the choice to.
         fixed: The one storage that may be chosen, whatever else is said; None where types are.
         file_bytes: What all weights may take in a file; None for no limit.
+        cuts: Whether students that are cut from the model may be chosen.
+        runtime: One of `RUNTIMES`. In vLLM tables and the cache have 16 bits, and layers that it fuses one type.
     """
 
     spec: ModelSpec
@@ -61,10 +87,17 @@ class Options:
     limits: Restriction = field(default_factory=Restriction)
     fixed: Deployment | None = None
     file_bytes: int | None = None
+    cuts: bool = True
+    runtime: str = "llama.cpp"
+
+    @property
+    def held(self) -> Mapping[str, Storage]:
+        """What the runtime holds matrices in, by name, the most bits first."""
+        return TYPES if self.runtime == "llama.cpp" else _IN_VLLM
 
     @property
     def free(self) -> Options:
-        """All that llama.cpp can hold, whatever a space says: what is scored."""
+        """All that the runtime can hold, whatever a space says: what is scored."""
         return replace(self, limits=Restriction(), fixed=None)
 
     @property
@@ -100,13 +133,25 @@ class Options:
         """
         if self.fixed is not None:
             storages: set[Storage] = {self.fixed.storage(tensor)}
+        elif self.runtime == "vllm" and tensor.role is not Role.LINEAR:
+            storages = {"bf16"}
         elif self.limits.kinds is None or tensor.role is not Role.LINEAR:
-            storages = set(TYPES.values())
+            storages = set(self.held.values())
         else:
             allowed = {TYPES[kind] for kind in self.limits.kinds}
             dividing = {one for one in allowed if _divides(one, tensor)}
             storages = dividing or {one.fallback for one in allowed if isinstance(one, Grid) and one.fallback}
-        return tuple(kind for kind, one in TYPES.items() if one in storages and _divides(one, tensor))
+        return tuple(kind for kind, one in self.held.items() if one in storages and _divides(one, tensor))
+
+    @cached_property
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        """The matrices of linear layers, by name, in sets that have one type each."""
+        sets: dict[str, list[str]] = {}
+        for name in self.matrices:
+            layer, _, part = name.removesuffix(".weight").rpartition(".")
+            fused = next((one for one in FUSED if part in one), None) if self.runtime == "vllm" else None
+            sets.setdefault(f"{layer}.{fused[0]}" if fused else name, []).append(name)
+        return tuple(map(tuple, sets.values()))
 
     def allows(self, deployment: Deployment) -> bool:
         """Whether a storage is one of those that may be chosen."""
@@ -123,6 +168,8 @@ class Options:
         """
         if self.fixed is not None:
             return (self.fixed.cache_types,)
+        if self.runtime == "vllm":
+            return (("f16", "f16"),)
         found = []
         for pair in ((keys, values) for keys in CACHE_BYTES for values in CACHE_BYTES):
             try:
@@ -139,7 +186,7 @@ class Options:
         """The type of fewest bytes of every matrix."""
         found = {}
         for name, tensor in (self.matrices | self.tables).items():
-            found[name] = min(self.kinds(tensor), key=lambda kind: tensor_bytes(tensor, TYPES[kind]))
+            found[name] = min(self.kinds(tensor), key=lambda kind: tensor_bytes(tensor, self.held[kind]))
         return found
 
     def families(self) -> Iterator[Family]:
@@ -158,9 +205,15 @@ class Options:
         if self.fixed is not None:
             return self.fixed
         tensors = self.matrices | self.tables
-        scheme = scheme_by_tensor({tensors[name]: kind for name, kind in types.items()})
+        by_tensor = {tensors[name]: kind for name, kind in types.items()}
+        if self.runtime == "vllm":
+            if set(types.values()) == {"bf16"}:
+                return replace(IN_16_BITS, runtime="vllm")
+            scheme = scheme_by_tensor(by_tensor, "compressed-tensors")
+        else:
+            scheme = scheme_by_tensor(by_tensor)
         return Deployment(
-            runtime="llama.cpp",
+            runtime=self.runtime,
             format=scheme.format,
             bits=scheme.bits,
             group_size=scheme.group_size,
@@ -172,7 +225,7 @@ class Options:
 
     def types(self, deployment: Deployment) -> dict[str, str]:
         """The type of every matrix in a deployment, by name: the inverse of `deployment`."""
-        names = {storage: kind for kind, storage in TYPES.items()}
+        names = {storage: kind for kind, storage in self.held.items()}
         return {name: names[deployment.storage(tensor)] for name, tensor in (self.matrices | self.tables).items()}
 
     def memory(self, deployment: Deployment) -> MemoryEstimate:
@@ -208,7 +261,7 @@ class Options:
         return found, self.memory(found)
 
     def check(self) -> None:
-        """Refuses a model that llama.cpp cannot hold in any of the types.
+        """Refuses a model that the runtime cannot hold in any of the types.
 
         Raises:
             InputError: Says what it does not compute, or that the rows of a matrix are divided by no type's blocks, or

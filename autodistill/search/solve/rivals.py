@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autodistill.estimates.fit import cannot_hold
-from autodistill.quantization.formats import FORMATS, TYPES
+from autodistill.quantization.formats import FORMATS
+from autodistill.quantization.grids import Grid
 from autodistill.search.solve.options import Options, with_cache
-from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.deployment import IN_16_BITS, Deployment
+
+OWN_CODES = "teacher's own codes"
+"""What a rival is called, or begins with, that keeps them."""
 
 _MEASURED = 3
+_INT4 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=32)
 _CACHES = (("f16", "f16"), ("q8_0", "q8_0"))
 
 
@@ -64,8 +69,16 @@ def fitting(plain: Iterable[Rival], options: Options, predict: Callable[[Deploym
 
 
 def _plain(options: Options, own: Deployment | None) -> Iterator[tuple[str, Deployment]]:
+    if options.runtime == "vllm":
+        yield "uniform", replace(IN_16_BITS, runtime="vllm")
+        for one in options.held.values():
+            if isinstance(one, Grid):
+                plain = replace(_INT4, bits=one.bits, group_size=one.group_size, symmetric=one.symmetric)
+                if not cannot_hold(options.spec, plain):
+                    yield "uniform", plain
+        return
     if own is not None:
-        yield "teacher's own codes", own
+        yield OWN_CODES, own
     for form in FORMATS.values():
         if form.container != "gguf":
             continue
@@ -79,7 +92,7 @@ def _plain(options: Options, own: Deployment | None) -> Iterator[tuple[str, Depl
 def _smaller(options: Options, plain: Deployment) -> Iterator[Deployment]:
     """The same matrices with tables of fewer bits, and with a cache of 8."""
     types = options.types(plain)
-    order = list(TYPES)
+    order = list(options.held)
     kinds = [set(options.kinds(tensor)) for tensor in options.tables.values()]
     held = [order.index(types[name]) for name in options.tables]
     for kind in order:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from autodistill import inference, quantization
-from autodistill.data.dataset import Prepared, TokenSet, load_split
+from autodistill.data.dataset import Prepared, load_split
 from autodistill.distillation import student
 from autodistill.distillation.student.build import cut_student, kept_layers
-from autodistill.distillation.student.repair import ffn_moments, last_matrices, refit
+from autodistill.distillation.student.repair import Refit, ffn_moments, last_matrices, refit
 from autodistill.distillation.student.shapes import MULTIPLE
 from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.errors import InputError
@@ -26,26 +27,32 @@ from autodistill.inference.scoring import score
 from autodistill.models.config import spec_from_config
 from autodistill.search.solve.bench import Bench, Measured, Sample, measured
 from autodistill.search.solve.kept import use
-from autodistill.search.solve.library import Score
+from autodistill.search.solve.library import Score, moved
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
 from autodistill.utils.hashing import content_hash, file_hash
 from autodistill.utils.json_files import read_json, write_json
 
-_SCORED = (0.7, 0.4)  # fractions of an FFN whose cost is measured
+_SCORED = (0.7, 0.4)  # fractions of an FFN whose cost is scored by gradients
+_DOUBT = 0.2  # of a cost by gradients, as a share of it: how far those of SmolLM2 lay from what was measured
 _POWERS = (1.0, 4.0)  # of the share that is cut, by which the cost of other widths grows
 _LEAST = 1e-12  # of a cost, whose logarithm is taken
 _MOMENTS_BYTES = 2**31  # that are held; more are computed anew for each student
 _IN_16_BITS = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
 _SPANS = 3  # blocks of layers of each length that are measured, of those that turn the states least
 
+MUCH = 0.03
+"""Nats that a cut costs by gradients, from which it is measured."""
+
 
 class Shapes:
     """The scores of a teacher's cuts on a text, in a file that grows with each of them.
 
-    An FFN that is cut is repaired by least squares and takes the teacher's place in its layer; the layers above it are
-    computed again, and no others. Two widths of each are measured, and others follow from these: the cost grows with a
-    power of the share that is cut. A block of layers is left out and measured as a whole.
+    An FFN that is cut is repaired by least squares, which changes its last matrix alone: the cost of two widths of each
+    follows from one pass of gradients, as that of types does. Where that is much, and where the solver goes below those
+    widths, the FFN takes the teacher's place in its layer, and the layers above it are computed again. Other widths
+    follow from what is scored: the cost grows with a power of the share that is cut. A block of layers is left out and
+    measured as a whole.
 
     Args:
         path: The file.
@@ -53,6 +60,7 @@ class Shapes:
         sample: On what text.
         calibration: By which students are cut, and on whose text they are repaired.
         notify: Told of what is done.
+        much: Nats that a cut costs by gradients, from which it is measured.
     """
 
     def __init__(
@@ -62,11 +70,12 @@ class Shapes:
         sample: Sample,
         calibration: PartImportance,
         notify: Callable[[str], None] = lambda _: None,
+        much: float = MUCH,
     ) -> None:
         self._path, self._bench, self._calibration, self._notify = path, bench, calibration, notify
-        self._text: TokenSet = sample.data.head(CUT_TOKENS)
+        self._weighed, self._text = sample.data, sample.data.head(CUT_TOKENS)
         self._reference: TeacherReference = sample.reference.head(self._text.predicted)
-        self._held = _read(path)
+        self._held, self._much = _read(path), much
         self._students: dict[Init, Bench] = {}
 
     @property
@@ -104,7 +113,30 @@ class Shapes:
 
     def build(self) -> None:
         """Scores two widths of each FFN, as far as they are not in the file yet."""
-        self.measure((layer, width) for layer in range(self._bench.spec.layers) for width in self.scored)
+        cuts = [(layer, width) for layer in range(self._bench.spec.layers) for width in self.scored]
+        if not self._held["gradients"].keys() | self._held["ffn"].keys() >= {_ffn_key(*cut) for cut in cuts}:
+            self._by_gradients(cuts)
+        self.measure(cut for cut in cuts if self.ffn(*cut).kl > self._much)
+
+    def _by_gradients(self, cuts: Sequence[tuple[int, int]]) -> None:
+        """Scores cuts to second order, by the change that each makes to the last matrix of its FFN, all at once."""
+        bench, spec = self._bench, self._bench.spec
+        self._notify("scoring narrower FFNs of all layers by gradients")
+        names, tokens = last_matrices(spec), torch.from_numpy(self._text.tokens.astype(np.int64))
+        (taken,) = bench.watched(names, tokens, 0)
+        with bench.shown({}):
+            moments = self._moments
+            found = ffn_moments(bench.model, self._calibration.text, bench.device) if moments is None else moments
+            for layer, moment in enumerate(found):
+                matrix, seen = bench.master(names[layer]), taken.pop(names[layer])
+                for width in (width for one, width in cuts if one == layer):
+                    change = _as_wide(refit(moment, matrix, width), matrix) - matrix
+                    sums = np.array([apart for apart, _ in moved(seen, change[None])]) / (2 * tokens.shape[1])
+                    error = float(sums.std(ddof=1)) / math.sqrt(len(sums)) if len(sums) > 1 else math.inf
+                    kl = float(sums.mean())
+                    scored = {"kl": kl, "stderr": math.hypot(error, _DOUBT * kl) if math.isfinite(error) else None}
+                    self._held["gradients"][_ffn_key(layer, width)] = scored
+        self._save()
 
     def measure(self, cuts: Iterable[tuple[int, int]]) -> None:
         """Scores cuts that are not in the file yet; it is written after each layer.
@@ -131,10 +163,7 @@ class Shapes:
                     continue
                 self._notify(f"scoring narrower FFNs of layer {layer + 1} of {spec.layers}")
                 for width in missing[layer]:
-                    made = refit(moment, matrices[layer], width)
-                    assert made is not None
-                    whole = torch.zeros_like(matrices[layer])
-                    whole[:, made.neurons] = made.matrix
+                    whole = _as_wide(refit(moment, matrices[layer], width), matrices[layer])
                     with bench.replaced([(names[layer], whole)]):
                         cut = self._from_layer(layer, range(layer, spec.layers))
                     self._held["ffn"][_ffn_key(layer, width)] = cut.to_json()
@@ -148,25 +177,36 @@ class Shapes:
         return measured(scores)
 
     def ffn(self, layer: int, width: int) -> Score:
-        """What it costs that a layer keeps so many FFN neurons; measured, or taken from the nearest widths that are."""
+        """What it costs that a layer keeps so many FFN neurons; scored, or taken from the nearest widths that are."""
         whole = self._bench.spec.ffn_width
         if width == whole:
             return Score(kl=0.0, stderr=0.0, exact=True)
-        prefix = _ffn_key(layer, "")
-        held = {int(key[len(prefix) :]): one for key, one in self._held["ffn"].items() if key.startswith(prefix)}
+        held = self._scores_of(layer)
         if width in held:
-            return _score(held[width])
+            return held[width]
         near = min(held, key=lambda one: (abs(one - width), one))
         power, others = 2.0, sorted(held, key=lambda one: abs(one - width))
         beside = [one for one in others if (one - width) * (near - width) < 0] or others[1:]
         if beside:
-            pair = _score(held[near]).kl, _score(held[beside[0]]).kl
+            pair = held[near].kl, held[beside[0]].kl
             rise = math.log(max(pair[1], _LEAST) / max(pair[0], _LEAST))
             power = rise / math.log((whole - beside[0]) / (whole - near))
             power = min(max(power, _POWERS[0]), _POWERS[1])
         factor = ((whole - width) / (whole - near)) ** power
-        found = _score(held[near])
+        found = held[near]
         return Score(kl=factor * found.kl, stderr=factor * found.stderr, exact=False)
+
+    def _scores_of(self, layer: int) -> dict[int, Score]:
+        """What is scored of a layer by width, measured where it was, else by gradients."""
+        prefix, found = _ffn_key(layer, ""), {}
+        for key, one in self._held["gradients"].items():
+            if key.startswith(prefix):
+                error = math.inf if one["stderr"] is None else one["stderr"]
+                found[int(key[len(prefix) :])] = Score(kl=one["kl"], stderr=error, exact=False)
+        for key, one in self._held["ffn"].items():
+            if key.startswith(prefix):
+                found[int(key[len(prefix) :])] = _score(one)
+        return found
 
     def spans(self, count: int) -> tuple[tuple[int, Score], ...]:
         """Some blocks of so many layers, and what it costs to leave them out: the first layer of each, the best first.
@@ -220,7 +260,10 @@ class Shapes:
                 model, _ = cut_student(bench.model, init, self._calibration, moments, bench.device)
             model.to(bench.device)
             spec = spec_from_config(model.config.to_dict())
-            self._students = {init: Bench(model, spec, {}, bench.device, cut=True)}
+            made = Bench(model, spec, {}, bench.device, cut=True)
+            if bench.weighed:
+                made.weigh(self._weighed)
+            self._students = {init: made}
         return self._students[init]
 
     def _save(self) -> None:
@@ -285,8 +328,11 @@ def shapes_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...]) -
         for folder in package.__path__
         for path in sorted(Path(folder).glob("*.py"))
     ]
-    code += [file_hash(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in ("bench", "shapes")]
+    code += [file_hash(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in _SCORED_BY]
     return cache / "solve" / f"{content_hash([teacher, data, list(tokens), code], 16)}-shapes.json"
+
+
+_SCORED_BY = ("bench", "library", "shapes")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -295,7 +341,15 @@ def _read(path: Path) -> dict[str, Any]:
         held = read_json(path)
     except InputError:
         held = {}
-    return {name: held.get(name, {}) for name in ("ffn", "spans", "joint")}
+    return {name: held.get(name, {}) for name in ("gradients", "ffn", "spans", "joint")}
+
+
+def _as_wide(made: Refit | None, matrix: Tensor) -> Tensor:
+    """The last matrix of an FFN that was cut, with zeros for the neurons that it lost."""
+    assert made is not None
+    found = torch.zeros_like(matrix)
+    found[:, made.neurons] = made.matrix
+    return found
 
 
 def _ffn_key(layer: int, width: int | str) -> str:

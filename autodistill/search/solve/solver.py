@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from autodistill.quantization.formats import TYPES, tensor_bytes
+from autodistill.quantization.formats import tensor_bytes
 from autodistill.search.solve.bench import Measured, Sample
 from autodistill.search.solve.knapsack import Knapsack
 from autodistill.search.solve.library import Score, alike
@@ -67,19 +67,23 @@ class Solver:
         self._options, self._library, self._sample = options, library, sample
         self._families = tuple(options.families())
         self._least = sum(
-            tensor_bytes(options.matrices[name], TYPES[kind])
+            tensor_bytes(options.matrices[name], options.held[kind])
             for name, kind in options.smallest_types().items()
             if name in options.matrices
         )
         self._knapsack = self._made({})
 
     def _made(self, factors: Mapping[str, float]) -> Knapsack:
-        """The knapsack of all matrices, with the scores of some times a factor."""
-        items = {}
-        for name, tensor in self._options.matrices.items():
-            items[name] = {
-                kind: (tensor_bytes(tensor, TYPES[kind]), self._library.score(name, kind).kl * factors.get(name, 1.0))
-                for kind in self._options.kinds(tensor)
+        """The knapsack of all matrices, with some scores times a factor; of those of one type the first is named."""
+        options, items = self._options, {}
+        for names in options.tied:
+            tensors = [options.matrices[name] for name in names]
+            items[names[0]] = {
+                kind: (
+                    sum(tensor_bytes(tensor, options.held[kind]) for tensor in tensors),
+                    sum(self._library.score(name, kind).kl * factors.get(name, 1.0) for name in names),
+                )
+                for kind in options.kinds(tensors[0])
             }
         return Knapsack(items)
 
@@ -127,7 +131,8 @@ class Solver:
         return sum(self._library.score(name, kind).kl for name, kind in chosen)
 
     def _deployment(self, types: Mapping[str, str], family: Family) -> Deployment:
-        return self._options.deployment(dict(types) | dict(family.tables), family.cache_types)
+        every = {name: types[names[0]] for names in self._options.tied for name in names}
+        return self._options.deployment(every | dict(family.tables), family.cache_types)
 
     def solve(self, limit: int, others: Sequence[Deployment], *, thorough: bool = True) -> Found | None:
         """The storage within a limit whose KL is least as a whole; None where nothing fits.

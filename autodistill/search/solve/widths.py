@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from autodistill.distillation.student.shapes import cut_spec
 from autodistill.models.families import Axis, get_family
-from autodistill.quantization.formats import TYPES, tensor_bytes
+from autodistill.quantization.formats import tensor_bytes
 from autodistill.search.solve.knapsack import Knapsack, undominated
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import KEYS, VALUES, Family, Options
@@ -51,7 +51,7 @@ class Widths:
         self._least -= sum(self._bytes(name, options.smallest_types()[name]) for name in options.tables)
 
     def _bytes(self, name: str, kind: str) -> int:
-        return tensor_bytes((self._options.matrices | self._options.tables)[name], TYPES[kind])
+        return tensor_bytes((self._options.matrices | self._options.tables)[name], self._options.held[kind])
 
     def best(self, limit: int) -> tuple[int, ...] | None:
         """The widths of all layers at the least sum of costs within a limit; None where nothing fits.
@@ -130,7 +130,10 @@ class Widths:
             narrow = replace(tensor, shape=tuple(width if axis is Axis.FFN else size for axis, size in sizes))
             kinds = [kind for kind in self._options.kinds(narrow) if kind in self._options.kinds(tensor)]
             added = {
-                kind: (tensor_bytes(narrow, TYPES[kind]), width / whole * self._library.score(name, kind).kl)
+                kind: (
+                    tensor_bytes(narrow, self._options.held[kind]),
+                    width / whole * self._library.score(name, kind).kl,
+                )
                 for kind in kinds
             }
             found = undominated(

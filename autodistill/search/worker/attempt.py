@@ -53,7 +53,7 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
     """
     try:
         # What is kept at the end of a time box is all that there is, and is not given back for its end.
-        trial = Trial(bench, assignment.task, (lambda _: None) if assignment.keep else on_step)
+        trial = Trial(bench, assignment.task, (lambda _: None) if assignment.keep else on_step, assignment.threads)
         if assignment.deployment is not None:
             first = bench.sharding is None or bench.sharding.rank == 0
             return trial.evaluate(assignment.deployment) if first else None
@@ -94,15 +94,17 @@ def attempt(work: Callable[[], RungReport | None]) -> dict[str, Any]:
 
 def attempted(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> dict[str, Any]:
     """The outcome of an assignment, as `attempt` gives it; without a report also "trained": on so many tokens."""
-    steps = 0
+    reached: list[int] = []
 
     def count(record: StepRecord) -> None:
-        nonlocal steps
-        steps += 1
+        reached.append(record.tokens)
         on_step(record)
 
     outcome = attempt(lambda: work(bench, assignment, count))
-    return outcome if "report" in outcome else outcome | {"trained": steps * bench.setting.plan.batch_tokens}
+    if "report" in outcome:
+        return outcome
+    trained = reached[-1] - reached[0] + bench.setting.plan.batch_tokens if reached else 0
+    return outcome | {"trained": trained}
 
 
 class OutOfTime(Exception):

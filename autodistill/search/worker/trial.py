@@ -22,6 +22,7 @@ from autodistill.distillation.training.checkpoint import read_metadata
 from autodistill.distillation.training.fsdp import whole_model
 from autodistill.distillation.training.learning_rate import branch_point, end_of
 from autodistill.distillation.training.plan import Plan
+from autodistill.distillation.training.side_by_side import MOST, usable
 from autodistill.distillation.training.trainer import StepRecord, Trainer
 from autodistill.errors import DamagedError, TrialFailedError
 from autodistill.evaluation.evaluate import Evaluation, evaluate
@@ -79,11 +80,17 @@ class Trial:
         bench: The worker's.
         task: Which trial.
         on_step: Called after each optimiser step; may raise to end the trial.
+        threads: CPU threads that it has where nothing else runs; 0 for as many as ever.
     """
 
     def __init__(
-        self, bench: Workbench, task: TrialTask, on_step: Callable[[StepRecord], None] = lambda _: None
+        self,
+        bench: Workbench,
+        task: TrialTask,
+        on_step: Callable[[StepRecord], None] = lambda _: None,
+        threads: int = 0,
     ) -> None:
+        self._threads = threads
         self._bench = bench
         self._task = task
         self._on_step = on_step
@@ -128,7 +135,10 @@ class Trial:
         shared, resumed = self._restore(trainer, rung)
         stretch = _Stretch(start=trainer.tokens, target=self._targets(rung)[-1], shared=shared)
         ready = time.perf_counter()
-        self._train(trainer, rung, stretch, until)
+        try:
+            self._train(trainer, rung, stretch, until)
+        finally:
+            trainer.close()
         trained = time.perf_counter()
         model, scales = trainer.model, trainer.scales
         # The optimiser makes room for the evaluation, and so do shards.
@@ -193,10 +203,17 @@ class Trial:
                 saved = time.perf_counter()
             if trainer.tokens < point:
                 break
-        for record in trainer.finish(stretch.target, self._spec):
+        decay: list[StepRecord] = []
+
+        def sooner(record: StepRecord, end: int) -> int:
+            decay.append(record)
+            return end if until is None else self._sooner(until, decay, end)
+
+        for record in trainer.finish(stretch.target, self._spec, sooner):
             stretch.steps.append(record)
             if until is None:
                 self._on_step(record)
+        stretch.target = trainer.tokens
 
     def _leave(self, trainer: Trainer, stretch: _Stretch, *, on_the_way: bool) -> None:
         """Leaves a checkpoint in the place of the one before, where that is between two that others go on from."""
@@ -221,12 +238,29 @@ class Trial:
         plan, tokens = self._bench.setting.plan, steps[-1].tokens
         if len(steps) <= _FEW_STEPS or end_of(tokens, self._decay, plan.batch_tokens) <= plan.tokens:
             return False
-        took = [plan.batch_tokens / step.tokens_per_second for step in steps[-_MANY_STEPS:]]
-        # The machine may have become slower.
-        each = max(fmean(took[1:]), median(took[-_FEW_STEPS:]))
+        each = _each(steps, plan.batch_tokens)
         left = (end_of(tokens + plan.batch_tokens, self._decay, plan.batch_tokens) - tokens) // plan.batch_tokens
         slower = _ON_GRID if self._task.strategy.finishing and not self._task.strategy.scales_alone else 1.0
         return self._agreed(_SPARE * slower * left * each > until.left)
+
+    def _sooner(self, until: Moment, steps: Sequence[StepRecord], end: int) -> int:
+        """Tokens at which a decay under way is to end, fewer than before where the machine has become slower.
+
+        Never fewer than the plan's; of several processes the first's.
+
+        Args:
+            until: When it is to end.
+            steps: Of the decay so far.
+            end: Tokens at its end, as was thought before.
+        """
+        batch = self._bench.setting.plan.batch_tokens
+        each = _each(steps, batch)
+        left = 0 if len(steps) < _FEW_STEPS else (end - steps[-1].tokens) // batch
+        held = max(0, int(until.left / each))
+        least = self._bench.setting.plan.tokens + batch
+        found = min(end, max(steps[-1].tokens + held * batch, least)) if left > _SPARE * held else end
+        sharding = self._bench.sharding
+        return int(sharding.first(found)) if sharding is not None else found
 
     def _agreed(self, own: bool) -> bool:
         """What the first of several processes finds, in each."""
@@ -382,7 +416,22 @@ class Trial:
         model, kept = initial_student(self._bench.setting, self._task.strategy.init, self._task.seed)
         self._bench.check(self._task.strategy, kept)
         model = model.to(self._bench.setting.device) if self._bench.sharding is None else model
-        return trainer_of(self._bench, self._task, model, kept)
+        plan, processes = self._bench.setting.plan, self._processes()
+        # Alone on a machine, steps of as many more sequences take no longer.
+        wide = replace(plan, batch_tokens=plan.batch_tokens * processes) if self._threads else plan
+        return trainer_of(self._bench, self._task, model, kept, plan=wide, side_by_side=processes)
+
+    def _processes(self) -> int:
+        """How many processes divide a step's sequences, where scales alone are trained, which are few.
+
+        Alone on a machine no more than trials that it was to hold side by side.
+        """
+        bench, plan = self._bench, self._bench.setting.plan
+        if not self._task.strategy.scales_alone or bench.sharding is not None or not usable(bench.setting.device):
+            return 1
+        if self._threads:
+            return min(self._threads, plan.workers, MOST)
+        return min(plan.threads, plan.batch_tokens // plan.sequence_length, MOST)
 
     def _save_student(self, model: Any, scales: Mapping[str, Scales], tokens: int | None) -> str:
         """Writes the trained master weights as a folder that transformers loads, whole or not at all.
@@ -410,6 +459,12 @@ class Trial:
         return written
 
 
+def _each(steps: Sequence[StepRecord], batch_tokens: int) -> float:
+    """Seconds that a step takes, by those that were made; the machine may have become slower of late."""
+    took = [batch_tokens / step.tokens_per_second for step in steps[-_MANY_STEPS:]]
+    return max(fmean(took[1:] or took), median(took[-_FEW_STEPS:]))
+
+
 def trainer_of(
     bench: Workbench,
     task: TrialTask,
@@ -417,6 +472,7 @@ def trainer_of(
     kept: tuple[int, ...],
     strategy: Strategy | None = None,
     plan: Plan | None = None,
+    side_by_side: int = 1,
 ) -> Trainer:
     """What trains a student, on the worker's data, cache and teacher.
 
@@ -426,6 +482,7 @@ def trainer_of(
         model: Its student, on the trials' device, or of several processes on the CPU.
         kept: Teacher layer that each of its layers stands for.
         strategy, plan: Others than the task's and the search's, where it is trained otherwise for once.
+        side_by_side: Processes that divide the sequences of each step among them.
     """
     setting, strategy, plan = bench.setting, strategy or task.strategy, plan or bench.setting.plan
     attention, layers = strategy.distillation.attention, setting.teacher_spec.layers
@@ -447,6 +504,7 @@ def trainer_of(
         beginning=read_scales(setting.teacher, strategy.finishing.scheme)
         if strategy.finishing is not None and strategy.scales_alone and strategy.init.whole
         else None,
+        side_by_side=side_by_side,
     )
 
 

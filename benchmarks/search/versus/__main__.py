@@ -35,7 +35,7 @@ from autodistill.errors import NothingFitsError
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import tokenizer_fingerprint
-from autodistill.runs.run_folder import default_cache
+from autodistill.options import cache_folder
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, parse_duration
 from autodistill.utils.json_files import read_json
@@ -89,7 +89,7 @@ class Versus:
                 given = str(small_teacher(self.asked["teachers"]["small"].get("tokens")))
             elif given is None and name == "off-grid":
                 given = str(off_grid_teacher())
-            self._known_teachers[name] = materialise(resolve_teacher(given or name), default_cache())
+            self._known_teachers[name] = materialise(resolve_teacher(given or name), cache_folder())
         return self._known_teachers[name]
 
     def kept(self, name: str) -> Kept:
@@ -145,19 +145,19 @@ class Versus:
             sequence=block.sequence,
             test_tokens=self.asked["test_tokens"],
             general_tokens=self.asked["general_tokens"],
-            cache=default_cache() / "benchmarks" / "versus",
+            cache=cache_folder() / "benchmarks" / "versus",
         )
 
     def _made(self, block: Block, arm: str) -> dict[str, Any]:
         if arm == ITSELF:
             return self.judge(block).teacher_itself()
         teacher, data = self.teacher(block.teacher), self._texts / block.text
-        cache = default_cache() / "benchmarks" / "versus"
+        cache = cache_folder() / "benchmarks" / "versus"
         # Before the clock begins: all arms read the same tokens.
         prepare(resolve_data(str(data)), teacher.folder, tokenizer_fingerprint(teacher.folder), block.sequence, cache)
         spec = spec_from_config(read_json(teacher.folder / "config.json"))
         budget = budget_of(spec, block.budget, block.context)
-        logs = default_cache() / "benchmarks" / LOGS
+        logs = cache_folder() / "benchmarks" / LOGS
         logs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="versus-") as folder:
             own = Path(folder) / "cache"

@@ -23,14 +23,17 @@ from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.objects.run import run_search
+from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.recipe import first_prior
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.solve import SolveRequest, solve
 from autodistill.search.solve.forms import WHOLE
 from autodistill.search.solve.options import Options
+from autodistill.search.solve.rivals import OWN_CODES, rivals
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.named import load_strategy
-from autodistill.strategy.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.strategy.recipe import Distillation
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.utils.json_files import read_json
 
 # Of the time, what a search has that must reach its rivals' end with 40% less.
@@ -122,20 +125,45 @@ def _say(line: str) -> None:
 
 
 def no_search(task: Task) -> Made:
-    """The recipe that is known beforehand, trained on a plain type: the whole teacher, or where none holds it a cut."""
-    spec = _spec(task)
-    try:
-        init, deployment = WHOLE, _plain(task, spec)
-    except NothingFitsError:
-        init, deployment = _cut(task, spec)
-    return _distilled(task, Strategy(init=init, distillation=_known(spec), finishing=_on(deployment)), deployment)
+    """What a search begins with and no more: its recipe on the best plain storage that fits, or on a plain cut."""
+    return _unsearched(task, _known(_spec(task)))
+
+
+def no_teacher(task: Task) -> Made:
+    """The same by the labels alone, which is what the teacher is worth."""
+    return _unsearched(task, _labels(_spec(task)))
+
+
+def _unsearched(task: Task, recipe: Distillation) -> Made:
+    init, deployment = WHOLE, _best_plain(task)
+    if deployment is None:
+        init, deployment = _cut(task, _spec(task))
+    # Trained as a search would train it.
+    construction = Construction(init=init, deployment=deployment, bytes=0)
+    finishing = next(iter(construction.finishings.values()))
+    return _distilled(task, Strategy(init=init, distillation=recipe, finishing=finishing), deployment)
+
+
+def _best_plain(task: Task) -> Deployment | None:
+    """What a person would store the whole teacher as: its own codes, else what has most bytes; None where none fits."""
+    spec, reference = _spec(task), resolve_teacher(task.teacher)
+    _, stored = stored_as(reference, _materialised(task), spec, task.cache)
+    options = Options(spec=spec, budget=task.budget)
+
+    def bytes_of(one: Deployment) -> float:
+        return float(options.memory(one).total_bytes)
+
+    own = stored.deployment if stored else None
+    found = rivals(options, own, task.budget.memory_bytes, lambda one: -bytes_of(one))
+    held = [one for one in found if options.fits(one.deployment)]
+    first = [one for one in held if one.what.startswith(OWN_CODES)] or held
+    return max((one.deployment for one in first), key=bytes_of, default=None)
 
 
 def finetune(task: Task) -> Made:
     """The whole teacher trained on the labels, and quantised at the end."""
     spec = _spec(task)
-    recipe = replace(_known(spec), divergence_weight=0.0)
-    return _distilled(task, Strategy(init=WHOLE, distillation=recipe), _plain(task, spec))
+    return _distilled(task, Strategy(init=WHOLE, distillation=_labels(spec)), _plain(task, spec))
 
 
 def recipe(task: Task) -> Made:
@@ -189,6 +217,7 @@ def search(task: Task) -> Made:
 ARMS: Mapping[str, Callable[[Task], Made]] = {
     "untrained": untrained,
     "no-search": no_search,
+    "no-teacher": no_teacher,
     "finetune": finetune,
     "recipe": recipe,
     "minitron": minitron,
@@ -203,7 +232,10 @@ def share_of(arm: str) -> float:
 
 
 def _distilled(task: Task, strategy: Strategy, deployment: Deployment) -> Made:
-    """The student of one strategy, trained in all of the time and stored in one way."""
+    """The student of one strategy, trained in all of the time and stored in one way.
+
+    Where its scales alone are trained, in steps of as many sequences as processes can divide, as a search does.
+    """
     task.out.mkdir(parents=True, exist_ok=True)
     files = {"strategy.yaml": strategy.to_json(), "space.yaml": _space(deployment)}
     for name, data in files.items():
@@ -216,6 +248,7 @@ def _distilled(task: Task, strategy: Strategy, deployment: Deployment) -> Made:
         data=task.data,
         time=None if task.tokens else task.left,
         tokens=task.tokens,
+        step_tokens=2 * task.sequence if strategy.scales_alone else None,
         seed=task.seed,
         sequence_length=task.sequence,
         cache=task.cache,
@@ -243,6 +276,12 @@ def _exported(document: Mapping[str, Any]) -> Made:
 def _known(spec: ModelSpec) -> Distillation:
     """The recipe that is known before a search, which the search begins with too."""
     return first_prior(spec, batch_tokens=_SEQUENCE).recipe
+
+
+def _labels(spec: ModelSpec) -> Distillation:
+    """The same by the labels alone."""
+    plain = Distillation()
+    return replace(_known(spec), divergence_weight=0.0, signal=plain.signal, signal_tokens=plain.signal_tokens)
 
 
 def _on(deployment: Deployment) -> Finishing | None:

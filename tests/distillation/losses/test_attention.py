@@ -22,7 +22,7 @@ from autodistill.distillation.losses.attention import (
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import ATTENTION, load_model
-from autodistill.strategy.strategy import Attention
+from autodistill.strategy.recipe import Attention
 from autodistill.testing import save_tiny_teacher
 
 MAPS, RELATIONS = Attention(), Attention(kind="relations", relation_heads=8)

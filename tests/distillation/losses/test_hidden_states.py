@@ -16,7 +16,7 @@ from autodistill.distillation.losses.hidden_states import (
     rms_normalize,
 )
 from autodistill.errors import InputError
-from autodistill.strategy.strategy import Alignment
+from autodistill.strategy.recipe import Alignment
 
 LINEAR = Alignment(projection="linear")
 

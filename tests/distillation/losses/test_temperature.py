@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autodistill.distillation.losses.schedules import GRID, snap, temperature_at
-from autodistill.strategy.strategy import Temperature
+from autodistill.strategy.recipe import Temperature
 
 temperatures = st.floats(0.5, 8)
 

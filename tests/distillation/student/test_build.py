@@ -13,7 +13,8 @@ from autodistill.distillation.student.shapes import student_depth
 from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.errors import InputError
 from autodistill.models.loading import decoder_layers
-from autodistill.strategy.strategy import Alignment, Init
+from autodistill.strategy.recipe import Alignment
+from autodistill.strategy.strategy import Init
 from autodistill.testing import save_tiny_teacher
 
 

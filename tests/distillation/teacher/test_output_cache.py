@@ -22,7 +22,7 @@ from autodistill.distillation.teacher.output_cache import META, CacheSettings, T
 from autodistill.errors import DamagedError, InputError
 from autodistill.models.loading import load_model
 from autodistill.runs.run_folder import RunFolder
-from autodistill.strategy.strategy import Distillation, Temperature
+from autodistill.strategy.recipe import Distillation, Temperature
 
 K, STATES = 16, (0, 3, 5)
 SETTINGS = CacheSettings(top_k=K, states=STATES)

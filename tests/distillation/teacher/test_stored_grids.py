@@ -15,8 +15,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
+from autodistill.distillation.teacher.own_scales import lies_on
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
-from autodistill.distillation.teacher.stored_grids import StoredAs, lies_on, of_gguf, stored_as
+from autodistill.distillation.teacher.stored_grids import StoredAs, of_gguf, stored_as
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.student_reader import StudentFiles

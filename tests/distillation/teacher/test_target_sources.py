@@ -14,7 +14,8 @@ from autodistill.distillation.student.build import build_student
 from autodistill.distillation.teacher.target_sources import LiveTeacher, check_logprobs
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.models.loading import load_model
-from autodistill.strategy.strategy import Distillation, Init, Strategy, Temperature
+from autodistill.strategy.recipe import Distillation, Temperature
+from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import save_tiny_teacher
 
 INIT = Init(depth=0.5)
@@ -144,10 +145,10 @@ def test_taids_pace_follows_the_tokens_that_the_teacher_is_heard_of_alone(worksh
     trainer = bench.trainer(
         _strategy(divergence="taid", mixture=0.4, signal="written", signal_tokens=0), batch_tokens=32, tokens=10**6
     )
-    order = [int(trainer._sequences()[0])]
+    order = [int(trainer._sequences(trainer._plan.batch_tokens)[0])]
     for step in range(1, 8):
         trainer.tokens = 32 * step
-        order.append(int(trainer._sequences()[0]))
+        order.append(int(trainer._sequences(trainer._plan.batch_tokens)[0]))
     trainer.tokens = 0
     untold[order[::2], ::3] = False  # of the others a third is told
     bench.data.told.ids[untold] = -1
@@ -290,7 +291,7 @@ def test_a_step_without_answers_is_no_good_step_between_two_spoilt_ones(workshop
     bench = replace(workshop, data=replace(workshop.data, answers=answers))
     trainer = bench.trainer(strategy, cache=Spoilt(), batch_tokens=32)
     trainer.tokens = 64
-    answers[trainer._sequences()] = False
+    answers[trainer._sequences(trainer._plan.batch_tokens)] = False
     trainer.tokens = 0
     seen = []
     with pytest.raises(TrialFailedError, match="not finite in 3 steps in a row"):

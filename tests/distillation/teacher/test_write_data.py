@@ -42,7 +42,6 @@ from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import EndpointError, InputError, InterruptedWritingError, WritingError
 from autodistill.export.gguf import GgufExporter
 from autodistill.hardware.budget import Budget
-from autodistill.inference.generation import Sampling
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.strategy.deployment import Deployment
@@ -83,6 +82,12 @@ def request_(teacher: Path, tmp_path: Path) -> WriteRequest:
         cache=tmp_path / "cache",
         max_tokens=8,
     )
+
+
+def remotely(request: WriteRequest, **changes: Any) -> WriteRequest:
+    """The same of an endpoint, which needs a teacher's tokenizer only where log-probabilities are asked for."""
+    local = {} if changes.get("top_k") else {"teacher": None, "cache": None}
+    return replace(request, **({"model": "big"} | local | changes))
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -198,8 +203,7 @@ def _canned(monkeypatch: pytest.MonkeyPatch, replies: dict[str, Any]) -> list[di
 def test_answers_are_data_and_cut_ones_are_not(request_: WriteRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = Reply(text="and so", finished=False, prompt_tokens=5, answer_tokens=8, tokens=())
     seen = _canned(monkeypatch, {PROMPTS[0]: "paints", PROMPTS[1]: cut, PROMPTS[2]: "repairs\nit"})
-    sampling = Sampling(temperature=0.7, top_p=0.9, seed=3)
-    remote = replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", sampling=sampling)
+    remote = remotely(request_, endpoint="http://127.0.0.1:1/v1", temperature=0.7, top_p=0.9, seed=3)
     counts = write_data(remote)
     assert (counts["written"], counts["unfinished"], counts["prompt_tokens"], counts["answer_tokens"]) == (3, 1, 15, 12)
     documents = resolve_data(str(request_.out)).documents
@@ -214,7 +218,7 @@ def test_answers_are_data_and_cut_ones_are_not(request_: WriteRequest, monkeypat
 def test_it_goes_on_where_it_ended_and_pays_for_nothing_twice(
     request_: WriteRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remote = replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=1)
+    remote = remotely(request_, endpoint="http://127.0.0.1:1/v1", batch=1)
     _canned(monkeypatch, {PROMPTS[0]: "one", PROMPTS[1]: EndpointError("it is down"), PROMPTS[2]: "three"})
     with pytest.raises(EndpointError, match=r"it is down; \d of 3 answers are in .*data.jsonl, .* the same command"):
         write_data(remote)
@@ -227,7 +231,7 @@ def test_it_goes_on_where_it_ended_and_pays_for_nothing_twice(
     assert len(_records(request_.out)) == 3
     assert write_data(remote)["written"] == 0
     # Other settings, or another model, are other answers.
-    for other in (replace(remote, model="bigger"), replace(remote, sampling=Sampling(temperature=1.0, seed=1))):
+    for other in (replace(remote, model="bigger"), replace(remote, temperature=1.0, seed=1)):
         assert write_data(other)["written"] == 3
     assert len({record["key"] for record in _records(request_.out)}) == 9
 
@@ -244,14 +248,14 @@ def test_what_was_under_way_when_one_failed_is_kept(request_: WriteRequest, monk
 
     monkeypatch.setattr(writing.Endpoint, "ask", ask)
     with pytest.raises(EndpointError, match=r"2 of 3 answers .* took 2 tokens of prompts and 2 of answers;"):
-        write_data(replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=3))
+        write_data(remotely(request_, endpoint="http://127.0.0.1:1/v1", batch=3))
     assert len(_records(request_.out)) == 2
 
 
 def test_of_a_failure_the_tokens_that_this_command_took_are_said(
     request_: WriteRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remote = replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=1)
+    remote = remotely(request_, endpoint="http://127.0.0.1:1/v1", batch=1)
     long = Reply(text="one", finished=True, prompt_tokens=1200, answer_tokens=34, tokens=())
     _canned(monkeypatch, {PROMPTS[0]: long, **dict.fromkeys(PROMPTS[1:], EndpointError("it is down"))})
     with pytest.raises(EndpointError, match=r"1 of 3 answers .* took 1,200 tokens of prompts and 34 of answers;"):
@@ -270,7 +274,7 @@ def test_what_was_not_begun_when_one_failed_is_not_waited_for(
     monkeypatch.setattr(writing.Endpoint, "ask", ask)
     for _ in range(50):
         with pytest.raises(EndpointError, match="0 of 3 answers"):
-            write_data(replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=1))
+            write_data(remotely(request_, endpoint="http://127.0.0.1:1/v1", batch=1))
 
 
 Answers = Callable[[str], tuple[int, Any]]
@@ -343,7 +347,7 @@ def test_a_prompt_that_is_refused_stops_no_other_and_is_told(
     assert '2 prompts were refused; the same command asks them again. The first, "p' in printed
     assert sorted(seen[30:]) == ["p03", "p11"]
     del wrong["p03"]
-    assert write_data(replace(request_, endpoint=url, model="big", max_tokens=256))["written"] == 1
+    assert write_data(remotely(request_, endpoint=url, max_tokens=256))["written"] == 1
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
@@ -352,7 +356,7 @@ def test_where_no_prompt_is_answered_it_is_no_prompts_fault(
 ) -> None:
     url, _ = served(lambda prompt: (status, "no logprobs here"))
     with pytest.raises(EndpointError, match=rf"refused \({status}\): no logprobs here"):
-        write_data(replace(request_, endpoint=url, model="big"))
+        write_data(remotely(request_, endpoint=url))
 
 
 def test_an_answer_without_a_word_is_kept_and_not_asked_for_again(
@@ -398,7 +402,7 @@ def test_what_was_under_way_at_a_ctrl_c_is_kept_and_nothing_else_is_asked(
             told.set()
 
     url, seen = served(answer)
-    remote = replace(request_, endpoint=url, model="big", batch=2)
+    remote = remotely(request_, endpoint=url, batch=2)
     with pytest.raises(InterruptedWritingError, match=r"^stopped; 2 of 3 .* took \d+ tokens .* goes on") as caught:
         write_data(remote, tell)
     assert caught.value.exit_code == 130
@@ -457,7 +461,7 @@ def test_answers_that_were_matched_with_another_vocabulary_are_asked_for_again(
 
     url, seen = served(answer)
     other = save_tiny_teacher(tmp_path / "other", vocabulary=280)
-    remote = replace(request_, endpoint=url, model="big", top_k=2)
+    remote = remotely(request_, endpoint=url, top_k=2)
     wrong = write_data(replace(remote, teacher=str(other)))
     assert (wrong["top-k"], wrong["text"]) == (0, 3)
     right = write_data(remote)
@@ -465,9 +469,7 @@ def test_answers_that_were_matched_with_another_vocabulary_are_asked_for_again(
     assert write_data(remote)["kept"] == 3
     assert len(seen) == 6
     # Text alone is matched with nothing.
-    text = replace(remote, top_k=0)
-    assert write_data(text)["written"] == 3
-    assert write_data(replace(text, teacher=str(other)))["kept"] == 3
+    assert write_data(remotely(request_, endpoint=url))["written"] == 3
 
 
 def _told(text: str, ids: list[int | None] | None = None, end: bool = True) -> Reply:
@@ -489,7 +491,7 @@ def test_log_probabilities_are_kept_where_the_tokens_match_and_text_alone_otherw
     other_ids = [token + 1 for token in tiny_tokenizer()("repairs")["input_ids"]]
     replies = {PROMPTS[0]: _told("paints"), PROMPTS[1]: _told("repairs", other_ids), PROMPTS[2]: _told("x", end=False)}
     _canned(monkeypatch, replies)
-    counts = write_data(replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", top_k=2))
+    counts = write_data(remotely(request_, endpoint="http://127.0.0.1:1/v1", top_k=2))
     assert (counts["top-k"], counts["text"]) == (2, 1)
     records = {record["messages"][0]["content"]: record for record in _records(request_.out)}
     first = records[PROMPTS[0]]
@@ -508,7 +510,7 @@ def test_log_probabilities_come_through_to_the_token_sets(
     prompts = [f"{prompt} {number}" for number in range(40) for prompt in PROMPTS[:2]]
     Path(request_.prompts).write_text("\n".join(prompts))
     _canned(monkeypatch, {p: _told(f"paints {i}") if i % 2 else f"repairs {i}" for i, p in enumerate(prompts)})
-    write_data(replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", top_k=2))
+    write_data(remotely(request_, endpoint="http://127.0.0.1:1/v1", top_k=2))
     answers = [record["messages"][-1]["content"] for record in _records(request_.out)]
     source = resolve_data(str(request_.out))
     prepared = prepare(source, teacher, "t", 64, tmp_path / "cache")
@@ -549,9 +551,9 @@ def test_what_is_as_good_as_impossible_is_one_of_the_rest() -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "--max-tokens must be at least 1"),
     ({"batch": 0}, "--batch must be at least 1"),
-    ({"sampling": Sampling(temperature=-1.0)}, "--temperature"),
-    ({"sampling": Sampling(temperature=math.nan)}, "--temperature"),
-    ({"sampling": Sampling(top_p=0.0)}, "--top-p"),
+    ({"temperature": -1.0}, "--temperature"),
+    ({"temperature": math.nan}, "--temperature"),
+    ({"top_p": 0.0}, "--top-p"),
     ({"top_k": 3}, "--top-k is asked of an endpoint"),
     ({"top_k": 21, "endpoint": "http://a/v1", "model": "m"}, "--top-k must be 0 to 20"),
     ({"endpoint": "http://a/v1"}, "--endpoint and --model belong together"),
@@ -580,7 +582,7 @@ def test_an_endpoint_that_is_not_there_is_said_before_a_tokenizer_is_obtained(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(EndpointError, match="cannot be reached"):
-        write_data(replace(request_, endpoint=f"http://127.0.0.1:{port}/v1", model="big", top_k=2))
+        write_data(remotely(request_, endpoint=f"http://127.0.0.1:{port}/v1", top_k=2))
 
 
 def test_of_a_teacher_whose_tokens_are_matched_no_weights_are_obtained(
@@ -588,7 +590,7 @@ def test_of_a_teacher_whose_tokens_are_matched_no_weights_are_obtained(
 ) -> None:
     monkeypatch.setattr(writing, "materialise", lambda *_: pytest.fail("weights were obtained"))
     url, _ = served(lambda prompt: (200, _choice("paints")))
-    assert write_data(replace(request_, endpoint=url, model="big", top_k=2))["written"] == 3
+    assert write_data(remotely(request_, endpoint=url, top_k=2))["written"] == 3
 
 
 SERVER = """
@@ -692,8 +694,7 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
 ) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     Path(request_.prompts).write_text("\n".join(f"{prompt} {number}" for number in range(45) for prompt in PROMPTS))
-    sampling = Sampling(temperature=0.7, top_p=1.0, seed=1)
-    remote = replace(request_, endpoint=llama_url, model="tiny", max_tokens=40, top_k=20, sampling=sampling)
+    remote = remotely(request_, endpoint=llama_url, model="tiny", max_tokens=40, top_k=20, temperature=0.7, seed=1)
     assert write_data(remote)["top-k"] > 10
     # A random model hardly ends by itself: what it has said is taken for whole answers.
     records = [record for record in _records(remote.out) if record["signal"] == "top-k"]

@@ -21,7 +21,8 @@ from autodistill.distillation.training.checkpoint import read_metadata
 from autodistill.distillation.training.fsdp import Sharding, whole_model
 from autodistill.errors import InputError
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Lora, Strategy
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
+from autodistill.strategy.strategy import Finishing, Strategy
 from autodistill.testing import save_tiny_teacher
 
 ALIGNED = Strategy(

@@ -10,7 +10,8 @@ import torch
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.models.loading import load_model, stock_model
 from autodistill.quantization.grids import Q4_0, Grid
-from autodistill.strategy.strategy import Distillation, Init, Lora, Strategy
+from autodistill.strategy.recipe import Distillation, Lora
+from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import save_tiny_teacher
 
 WIDTHS = (128, 32, 64, 128, 96, 32)

@@ -9,7 +9,8 @@ import torch
 
 from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.models.loading import load_model
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Init, Strategy
+from autodistill.strategy.recipe import Alignment, Attention, Distillation
+from autodistill.strategy.strategy import Init, Strategy
 
 CACHED = Distillation(
     signal="states",

@@ -13,7 +13,8 @@ from autodistill.estimates.training_memory import training_memory
 from autodistill.models.config import spec_from_config
 from autodistill.quantization.grids import Q4_0
 from autodistill.quantization.rounding import deploy_tensor
-from autodistill.strategy.strategy import Distillation, Init, Lora, Strategy
+from autodistill.strategy.recipe import Distillation, Lora
+from autodistill.strategy.strategy import Init, Strategy
 
 LORA = Lora(rank=4, alpha=8.0)
 WHOLE = Init(depth=1.0)

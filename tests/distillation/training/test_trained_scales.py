@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from autodistill.distillation.training import trained_scales
 from autodistill.distillation.training.trained_scales import RATE, ScaledCodes
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.quantization.formats import get_format
 from autodistill.quantization.grids import IQ4_NL, MXFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0, Grid
 from autodistill.quantization.packing import deployed, pack, quantize, unpack
-from autodistill.strategy.strategy import Distillation, Finishing, Init, Lora, Strategy
+from autodistill.strategy.recipe import Distillation, Lora
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 
 INTEGERS = get_format("compressed-tensors").linears
 ZEROS = next(grid for grid in INTEGERS if not grid.symmetric)
@@ -88,6 +90,26 @@ def test_gradients_are_those_of_codes_times_scales(grid):
         np.testing.assert_allclose(shown.minimum.grad.numpy(), moves, rtol=1e-4, atol=1e-6)
     else:
         assert shown.minimum is None
+
+
+@pytest.mark.parametrize("grid", [Q4_0, Q4_1, Q4_K, ZEROS], ids=lambda grid: grid.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_loops_are_the_single_operations(grid, dtype, monkeypatch):
+    """Values to the last bit, in one thread or several; sums of gradients, whose order is free, within a rounding."""
+    assert trained_scales.loops() is not None
+    monkeypatch.setattr(trained_scales.loops(), "_LEAST_PART", 64)
+    found = []
+    for switched_off in (False, True):
+        if switched_off:
+            monkeypatch.setattr(trained_scales, "loops", lambda: None)
+        _, shown = _moved(grid)
+        values = shown(dtype=dtype)
+        incoming = torch.randn(values.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        values.backward(incoming)
+        found.append((values.detach(), [one.grad for one in shown.parameters() if one.requires_grad]))
+    (values, gradients), (plain, expected) = found
+    assert torch.equal(values, plain)
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_have_the_same_gradients():

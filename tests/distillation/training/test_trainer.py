@@ -14,13 +14,14 @@ from safetensors import safe_open
 
 from autodistill.distillation.training import trainer as trainer_module
 from autodistill.distillation.training.checkpoint import read_metadata
-from autodistill.distillation.training.learning_rate import branch_point, decayed, end_of, stable_rate
+from autodistill.distillation.training.learning_rate import Decay, branch_point, end_of, stable_rate
 from autodistill.distillation.training.step_loss import StepLoss
 from autodistill.errors import TrialFailedError
 from autodistill.inference.torch_memory import TooManyAtOnce
 from autodistill.quantization.grids import Q4_0, Q8_0
 from autodistill.quantization.packing import deployed
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Init, Lora, Strategy, Temperature
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora, Temperature
+from autodistill.strategy.strategy import Init, Strategy
 
 PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))
 ALIGNED = Strategy(
@@ -65,7 +66,10 @@ def _grid(name):
 def test_rates_by_hand():
     assert [stable_rate(2.0, tokens, 400) for tokens in (100, 200, 400, 800)] == [0.5, 1.0, 2.0, 2.0]
     assert stable_rate(2.0, 64, 0) == 2.0
-    assert [decayed(tokens, 100, 300) for tokens in (100, 150, 200, 300)] == [1.0, 0.75, 0.5, 0.0]
+    decay = Decay(100, 300)
+    assert [decay.factor(tokens) for tokens in (100, 150, 200, 300)] == [1.0, 0.75, 0.5, 0.0]
+    decay.shorten(200, 250)
+    assert [decay.factor(tokens) for tokens in (200, 225, 250)] == [0.5, 0.25, 0.0]
     assert [branch_point(target, 0.25, 64) for target in (512, 640, 128, 64)] == [384, 512, 64, 0]
     # From any step a decay may branch off, of as large a share as a step allows.
     for steps in range(1, 200):
@@ -440,7 +444,8 @@ def dies(tensors, path, metadata):
 checkpoint.save_file = dies
 sys.path.insert(0, {tests!r})
 from conftest import Workshop
-from autodistill.strategy.strategy import Distillation, Strategy
+from autodistill.strategy.strategy import Strategy
+from autodistill.strategy.recipe import Distillation
 data = TokenSet(tokens=np.zeros((1, 32), np.int32), documents=np.zeros((1, 32), np.int32))
 shop = Workshop(pathlib.Path({teacher!r}), data, None)
 made = shop.trainer(Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3)), cache=object())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from autodistill.errors import MissingDependencyError
+from autodistill.export.graphs.aoti import AotiExporter
 from autodistill.export.graphs.pt2 import Pt2Exporter
 from autodistill.export.graphs.torch_module import TorchExporter
 from autodistill.export.graphs.torchscript import TorchScriptExporter
@@ -22,11 +25,16 @@ from autodistill.testing import save_tiny_teacher
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt_neox")
 Q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
 INT4 = Deployment(runtime="transformers", format="compressed-tensors", bits=4, group_size=32)
-SHAPES = ((1, 1), (1, 2), (3, 40), (2, 100))
+SHAPES = ((1, 2), (3, 40), (2, 100))
 # Loads a file, runs it on the tokens beside it and keeps the logits, and shows what of transformers is loaded.
 PROGRAM = """
 import sys, numpy, torch
-module = torch.jit.load(sys.argv[1]) if sys.argv[1].endswith(".pt") else torch.export.load(sys.argv[1]).module()
+from torch._inductor import aoti_load_package
+path = sys.argv[1]
+if path.endswith("_aoti.pt2"):
+    module = aoti_load_package(path)
+else:
+    module = torch.jit.load(path) if path.endswith(".pt") else torch.export.load(path).module()
 tokens = numpy.load(sys.argv[2])
 with torch.no_grad():
     numpy.savez(sys.argv[3], **{name: module(torch.from_numpy(tokens[name])).numpy() for name in tokens.files})
@@ -40,7 +48,8 @@ def check(tmp_path: Path, exporter: TorchExporter, deployment: Deployment, **cha
     artifact = exporter.export(student, deployment, tmp_path / "out")
     verify(exporter, artifact, student, deployment)
     drawn = np.random.default_rng(0)
-    tokens = {f"{rows}x{length}": drawn.integers(3, 300, (rows, length)) for rows, length in SHAPES}
+    shapes = SHAPES if isinstance(exporter, AotiExporter) else ((1, 1), *SHAPES)
+    tokens = {f"{rows}x{length}": drawn.integers(3, 300, (rows, length)) for rows, length in shapes}
     np.savez(tmp_path / "tokens.npz", **tokens)
     paths = [artifact.path / exporter.file, tmp_path / "tokens.npz", tmp_path / "found.npz"]
     done = subprocess.run(
@@ -76,3 +85,36 @@ def test_torchscript_is_said_to_be_deprecated_and_code() -> None:
     assert "deprecates" in TorchScriptExporter.notes["deprecated"]
     assert TorchScriptExporter.is_code
     assert Pt2Exporter.is_code
+    assert AotiExporter.is_code
+
+
+COMPILED = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+@COMPILED
+@pytest.mark.system
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_libraries_of_aotinductor_of_every_family(tmp_path: Path, family: str) -> None:
+    check(tmp_path, AotiExporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
+
+
+@COMPILED
+@pytest.mark.system
+@pytest.mark.slow
+def test_a_library_of_layers_of_their_own_width_leaves_no_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    check(tmp_path, AotiExporter(), INT4, ffn=(64, 160, 32))
+    assert not any((tmp_path / "cache").glob("**/*.so"))
+
+
+def test_without_a_compiler_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    student = save_tiny_teacher(tmp_path / "student")
+    said = "AOTInductor compiles with no-such-compiler, which is not installed: install g\\+\\+, or export to pt2"
+    with pytest.raises(MissingDependencyError, match=said):
+        AotiExporter().export(student, Q4_0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "no-such-compiler" in AotiExporter().refuses(student, Q4_0)

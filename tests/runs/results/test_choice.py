@@ -15,7 +15,7 @@ from autodistill.runs.events import RowAdded
 from autodistill.runs.results.beginnings import worsened
 from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
-from autodistill.runs.results.selection import KIND, chosen, contenders, in_order
+from autodistill.runs.results.selection import KIND, chosen, contenders, in_order, students_only
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import leaderboard_of
 from autodistill.search.explain import explain
@@ -73,6 +73,11 @@ def test_what_is_best_on_several_seeds_goes_first_in_its_best_deployment() -> No
         "t001-f16",
         "t000-f16",
     ]
+
+
+def test_a_run_of_an_earlier_version_chooses_among_trained_students() -> None:
+    assert students_only({}) is True
+    assert students_only({"students_only": False}) is False
 
 
 def test_a_lucky_seed_is_no_row_of_its_own() -> None:

@@ -14,7 +14,8 @@ from autodistill.models.config import spec_from_config
 from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Row, Status
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Distillation, Strategy
+from autodistill.strategy.recipe import Distillation
+from autodistill.strategy.strategy import Strategy
 from autodistill.testing import small_plan
 
 Q8 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)

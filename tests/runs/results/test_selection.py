@@ -100,6 +100,14 @@ def test_the_smallest_of_what_is_tied_is_chosen() -> None:
     assert confirmations([*best, *worse], "accuracy", "max")[0].trial == "t000"
 
 
+def test_another_deployment_of_the_best_is_chosen_only_if_it_is_tied_itself() -> None:
+    best = rows("t000", [0.5, 0.51, 0.50, 0.52], memory=200)
+    for lost, chosen in ((0.2, "gguf-q8_0"), (0.0, "gguf-q4_0")):
+        values: list[float | None] = [0.5, 0.51 - lost, 0.50 - lost - 0.01, 0.52 - lost + 0.01]
+        packed = rows("t000", values, memory=100, name="gguf-q4_0")
+        assert confirmations([*best, *packed], "accuracy", "max")[0].row_id == f"t000-{chosen}"
+
+
 def test_what_was_exported_is_still_chosen_once_its_runtime_was_measured() -> None:
     """Of the tied t001 needs less by prediction; measured it takes 10 bytes more, and t002 would too."""
     first, second = rows("t001", [0.5, 0.52, 0.51, 0.5], memory=240), rows("t002", [0.5, 0.51, 0.5, 0.52], memory=245)

@@ -12,7 +12,8 @@ from autodistill.search.algorithms.successive_halving import rung_tokens
     [
         (90, (10, 30, 90)),
         (36, (4, 12, 36)),
-        (18, (6, 18)),  # a ninth would be two steps
+        (27, (9, 27)),  # a ninth would be three steps
+        (18, (6, 18)),
         (12, (4, 12)),
         (2, (2,)),
         (1, (1,)),

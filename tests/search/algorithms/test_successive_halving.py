@@ -154,6 +154,17 @@ def test_a_tie_goes_to_the_first_name():
     assert scheduler.next_to_promote([], all_proposed=True) == "a"
 
 
+def test_promotable_are_as_many_as_have_a_place_above_them():
+    scheduler = make()  # four trials, of which two go past the first rung and one past the second
+    for name, value in (("a", 0.9), ("b", 0.8), ("c", 0.7)):
+        scheduler.report(name, 0, value)
+    assert scheduler.promotable([]) == {"a", "b"}
+    assert scheduler.promotable(["b"]) == {"a"}
+    scheduler.report("a", 1, 0.5)
+    assert scheduler.promotable([]) == {"a", "b"}  # at the second rung, and at the first
+    assert scheduler.promotable(["a", "b"]) == set()
+
+
 def test_a_failed_trial_frees_its_place():
     scheduler = make(keep=(1, 1))
     scheduler.report("a", 0, 0.9)

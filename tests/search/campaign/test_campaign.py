@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from autodistill.distillation.student.check import student_spec
@@ -841,6 +842,30 @@ def test_without_sharing_every_stage_is_a_trials_own(tmp_path: Path) -> None:
     assert {state.task.stage for state in search.trials.values()} == {""}
 
 
+def test_a_strategy_of_its_own_has_a_stage_where_it_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on from where its decay branched off, and all that the box has left is spent."""
+    clock = Slow(monkeypatch, tmp_path, 1.0)
+    clock.answer = lasting(clock, tmp_path)
+    asked = resting()
+    alone = replace(
+        asked,
+        space=replace(asked.space, dimensions=(), starts={}, baselines={"own": asked.space.starts["narrow"]}),
+        plan=replace(asked.plan, trials=0, keep=(0,) * len(asked.plan.keep)),
+    )
+    search = campaign(tmp_path, alone, deadline=700.0)
+    done = clock.drive(search)
+    assert [one.task.id for one in done] == ["b000", "b000x", "b000xx"]
+    assert len({one.task.stage for one in done}) == 1
+    assert done[0].task.stage
+    # Where nothing is trained on, nobody would go on from it.
+    fixed = replace(alone, plan=replace(alone.plan, longest=1.0))
+    other = campaign(tmp_path / "fixed", fixed)
+    other.next()
+    assert other.trials["b000"].task.stage == ""
+
+
 def test_a_limit_is_held_and_the_end_keeps_the_best_few(tmp_path: Path) -> None:
     search = campaign(tmp_path, question(), limit=600)
     most = 0
@@ -1485,3 +1510,36 @@ def test_what_follows_from_the_shape_of_a_rejected_strategy_is_told(tmp_path: Pa
         assert told.further == (judged.need, None, size)
         assert judged.need > asked.budget.memory_bytes
         assert told.values is None
+
+
+@pytest.mark.parametrize(("ahead", "first"), [(0.001, "t000"), (0.5, "t001")])
+def test_what_a_race_cannot_tell_apart_is_decided_by_what_was_proposed_first(
+    tmp_path: Path, ahead: float, first: str
+) -> None:
+    """The second trial is ahead of the first, by less than documents differ or by far more; all others are behind."""
+    noise = np.random.default_rng(0).normal(scale=0.05, size=(2, 8))
+    noise -= noise.mean(axis=1, keepdims=True)
+
+    def likelihood(assignment: Assignment) -> RungReport:
+        report, number = worker(assignment), int(assignment.task.id[1:4])
+        kind = assignment.task.id[0]
+        nll = 3.0 + (noise[number] if number < 2 else noise[0] + 0.2) - (ahead if number == 1 else 0.0)
+        nll = nll if kind == "t" else nll + 1
+        shared = {"ids": list(range(8)), "count": [100] * 8}
+        told = {"sum": [50] * 8, **shared, "others": {"perplexity": {**shared, "sum": (100 * nll).tolist()}}}
+        value = float(np.exp(nll.mean()))
+        known = {**report.evaluation.measurements}
+        known["perplexity"] = replace(known["accuracy"], name="perplexity", value=value, unit="", direction="min")
+        evaluation = replace(report.evaluation, measurements=known, documents=told)
+        return replace(report, tokens=PLAN.tokens, evaluation=evaluation)
+
+    search = campaign(tmp_path, replace(question(), raced=True, plan=replace(PLAN, rungs=(PLAN.tokens,), keep=())))
+    drive(search, likelihood)
+    agenda = search._agenda
+    assert agenda._trained()[0].task.id == "t001"
+    assert agenda._believed_first()[0].task.id == first
+    assert sorted(one.task.id for one in agenda._believed_first()) == sorted(one.task.id for one in agenda._trained())
+    # Killed and gone on with, it decides the same, whatever rows of other deployments came after those of the race.
+    again = campaign(tmp_path, search.question)
+    again.replay(RunLog(tmp_path / "trials.jsonl").all())
+    assert again._agenda._believed_first()[0].task.id == first

@@ -85,6 +85,15 @@ def test_arms_are_starts_of_the_space_which_is_known_by_what_was_declared() -> N
     assert again.starts == space.starts
 
 
+def test_a_student_near_its_teacher_begins_by_the_labels_alone() -> None:
+    """What it lacks is its own text, which a teacher that has not read it does not say."""
+    found = [made(MIXED, kl=0.05), made(Q4, solved=False, kl=0.08), made(Q4, init=NARROW, kl=0.2)]
+    space = with_constructions(load_space("default"), found, first_prior(SPEC, batch_tokens=256))
+    told = {name: start.distillation.weighs_teacher for name, start in space.starts.items()}
+    assert list(told) == ["solved whole", "by its teacher too", "no search", "solved ffn-50%"]
+    assert list(told.values()) == [False, True, False, True]
+
+
 def test_a_recipe_outside_of_a_space_is_moved_to_its_nearest_end() -> None:
     declared = Space({"distillation.learning_rate": {"low": 0.1, "high": 0.2}}, solved=True)
     space = with_constructions(declared, [made()], first_prior(SPEC, batch_tokens=256))

@@ -237,6 +237,20 @@ def test_half_of_the_time_for_training_is_for_the_best(box: float) -> None:
     assert plan.most_tokens > 1.1 * without.tokens
     # Where trials leave more of the box, the text is read again.
     assert plan.longest * plan.tokens == pytest.approx(2 * expected, abs=1)
+    assert plan.expected * plan.tokens == pytest.approx(expected, abs=1)
+
+
+def test_where_nothing_is_cached_a_machine_that_turns_out_faster_reads_on_in_the_text() -> None:
+    plan, _ = shared(600.0, caches=False, train_tokens=10**6)
+    assert plan.longest == pytest.approx(8 * plan.expected)
+    # And reads none of it twice.
+    assert plan.most_tokens == pytest.approx(plan.longest * plan.tokens, abs=256)
+
+
+def test_plans_of_before_expected_half_of_what_they_allowed() -> None:
+    stored = shared(600.0)[0].to_json()
+    del stored["expected"]
+    assert Plan.from_json(stored).expected == stored["longest"] / 2
 
 
 def test_the_teachers_outputs_are_cached_as_far_as_the_best_may_get() -> None:

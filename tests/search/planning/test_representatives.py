@@ -11,8 +11,8 @@ import pytest
 from autodistill.errors import InputError
 from autodistill.search.planning.representatives import alignment_cases, attention_cases, signal_cases
 from autodistill.strategy.named import load_strategy
+from autodistill.strategy.recipe import Alignment, Attention
 from autodistill.strategy.space import Space, load_space
-from autodistill.strategy.strategy import Alignment, Attention
 
 DEPLOYMENTS = [{"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}]
 

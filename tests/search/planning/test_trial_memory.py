@@ -33,8 +33,9 @@ from autodistill.search.request.validate import check_request
 from autodistill.search.search import search
 from autodistill.search.setup import loading
 from autodistill.search.setup.training_setup import memory_of_trials, planned_for
+from autodistill.strategy.recipe import Alignment, Distillation, Lora
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Alignment, Distillation, Init, Lora, Strategy
+from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.units import format_bytes
 from tests.search.campaign.test_campaign import campaign, drive, question

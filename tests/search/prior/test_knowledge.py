@@ -22,7 +22,8 @@ from autodistill.search.prior.knowledge import (
     load,
     updated,
 )
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Init, Strategy, Temperature
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Temperature
+from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import tiny_config
 
 COST = 0.3

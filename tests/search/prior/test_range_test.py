@@ -25,7 +25,8 @@ from autodistill.search.prior.range_test import (
     train_briefly,
 )
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
-from autodistill.strategy.strategy import Distillation, Finishing, Lora, Strategy
+from autodistill.strategy.recipe import Distillation, Lora
+from autodistill.strategy.strategy import Finishing, Strategy
 from autodistill.testing import save_tiny_teacher, small_plan
 
 LENGTH, DOCUMENTS = 32, 12

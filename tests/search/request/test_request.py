@@ -84,8 +84,27 @@ def test_a_run_goes_on_with_its_cache_and_with_no_other(asked: SearchRequest) ->
     }
     assert resolve(asked, stored).space.hash == begun.space.hash
     assert resolve(replace(asked, kv_type="q8_0"), stored).space.hash == begun.space.hash
-    with pytest.raises(InputError, match="began with another cache than --kv-type f16: leave it out"):
+    with pytest.raises(InputError, match="began without --kv-type f16: leave it out"):
         resolve(replace(asked, kv_type="f16"), stored)
+
+
+def test_one_runtime_serves_whatever_it_can_of_a_space_and_goes_on_with_it(asked: SearchRequest) -> None:
+    plain, begun = check_request(asked).space, check_request(replace(asked, runtime="onnxruntime"))
+    deployments = begun.space.deployments
+    assert {one.runtime for one in deployments} == {"onnxruntime"}
+    assert {one.scheme for one in deployments} < {one.scheme for one in plain.deployments}
+    stored = {
+        "space_definition": begun.space.to_json(),
+        "space_hash": begun.space.hash,
+        "served_by": begun.served_by,
+    }
+    assert resolve(asked, stored).space.hash == begun.space.hash
+    with pytest.raises(InputError, match="began without --runtime vllm: leave it out"):
+        resolve(replace(asked, runtime="vllm"), stored)
+    with pytest.raises(InputError, match="--runtime mlx serves no deployment of the space"):
+        check_request(replace(asked, runtime="mlx"))
+    with pytest.raises(InputError, match=r"solves types for llama\.cpp; give --space declared"):
+        check_request(replace(asked, space="default", runtime="onnxruntime"))
 
 
 def test_a_run_goes_on_with_its_own_baselines_and_with_no_others(asked: SearchRequest, tmp_path: Path) -> None:
@@ -341,12 +360,13 @@ def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_
         ({"trials": 3, "tokens": 512}, 1.0),
         ({"trials": 3, "tokens": 512, "time": 60.0}, 0.5),
         ({"space": "longer.yaml"}, 1.0),
-        ({"strategy": "logit_kd"}, 1.0),
+        ({"strategy": "logit_kd"}, 0.2),
+        ({"strategy": "logit_kd", "tokens": 512}, 1.0),
         ({"space": "default"}, 0.2),
         ({"space": "default", "time": 3600.0}, 0.25),
     ],
 )
-def test_half_of_a_box_is_for_the_best_unless_something_else_has_the_rest(
+def test_a_share_of_the_box_is_for_the_best_unless_something_else_has_the_rest(
     asked: SearchRequest, changes: dict[str, Any], share: float
 ) -> None:
     if changes.get("space", "default") != "default":

@@ -19,7 +19,8 @@ from autodistill.search.runners.ray_cluster import LocalRay
 from autodistill.search.worker.attempt import Assignment, attempt
 from autodistill.search.worker.messages import RungReport, TrialSetting, TrialTask
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Distillation, Finishing, Strategy
+from autodistill.strategy.recipe import Distillation
+from autodistill.strategy.strategy import Finishing, Strategy
 
 Q4 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
 TASK = TrialTask(

@@ -14,8 +14,9 @@ from autodistill.models.config import spec_from_config
 from autodistill.search.planning.placement import Place, Share, share_out
 from autodistill.search.setup.training_setup import _lora, main_memory, memory_of_trials
 from autodistill.strategy.named import load_strategy
+from autodistill.strategy.recipe import Distillation, Lora
 from autodistill.strategy.space import load_space
-from autodistill.strategy.strategy import Distillation, Lora, Strategy
+from autodistill.strategy.strategy import Strategy
 from tests.estimates.test_training_fit import QWEN_1_5B
 
 

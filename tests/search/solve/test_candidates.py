@@ -19,9 +19,10 @@ from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.loading import load_model
-from autodistill.search.solve import SolveRequest, run, solve
-from autodistill.search.solve import export as exporting
+from autodistill.search.solve import SolveRequest, solve
 from autodistill.search.solve.bench import Bench
+from autodistill.search.solve.call import document
+from autodistill.search.solve.call import export as exporting
 from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.options import Options
 from autodistill.strategy.deployment import Deployment
@@ -103,7 +104,7 @@ def test_a_file_that_does_not_fit_is_tried_with_a_smaller_cache(teacher: Path, f
 def only_q4_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """A solver that knows one type alone, and no rivals."""
     monkeypatch.setattr(Options, "kinds", lambda self, tensor: ("q4_0",))
-    monkeypatch.setattr(run, "rivals", lambda *arguments: ())
+    monkeypatch.setattr(document, "rivals", lambda *arguments: ())
 
 
 @pytest.mark.usefixtures("only_q4_0")

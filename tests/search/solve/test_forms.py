@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from autodistill.data.dataset import TokenSet, load_split
 from autodistill.data.documents import resolve_data
@@ -22,7 +23,7 @@ from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.search.solve.bench import Bench, Sample, copying
 from autodistill.search.solve.forms import Form, best_forms, cut_forms
-from autodistill.search.solve.library import Library
+from autodistill.search.solve.library import Library, Score
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.shapes import Shapes
 from autodistill.strategy.deployment import Deployment
@@ -97,6 +98,7 @@ def kl(setting: Setting, init: Init, deployment: Deployment | None = None) -> fl
 @pytest.mark.parametrize(("layer", "width"), [(0, 192), (0, 128), (2, 128), (3, 192)])
 def test_a_narrow_ffn_costs_what_the_student_with_it_loses(setting: Setting, layer: int, width: int) -> None:
     widths = tuple(width if index == layer else FFN for index in range(LAYERS))
+    setting.shapes.measure([(layer, width)])
     found = setting.shapes.ffn(layer, width)
     assert found.exact
     wanted = kl(setting, Init(depth=1.0, ffn_widths=widths, repair=True))
@@ -104,12 +106,30 @@ def test_a_narrow_ffn_costs_what_the_student_with_it_loses(setting: Setting, lay
     assert found.stderr > 0
 
 
+def test_gradients_tell_what_narrow_ffns_cost_and_what_costs_much_is_measured(setting: Setting, tmp_path: Path) -> None:
+    def made(name: str, much: float) -> dict[tuple[int, int], Score]:
+        shapes = Shapes(tmp_path / name, setting.bench, setting.sample, setting.calibration, much=much)
+        shapes.build()
+        return {(layer, width): shapes.ffn(layer, width) for layer in range(LAYERS) for width in shapes.scored}
+
+    told, measured = made("told.json", np.inf), made("measured.json", 0.0)
+    assert not any(one.exact for one in told.values())
+    assert all(one.exact for one in measured.values())
+    pairs = np.array([(told[cut].kl, measured[cut].kl) for cut in told])
+    assert spearmanr(*pairs.T).statistic > 0.8
+    assert 0.6 < pairs[:, 0].sum() / pairs[:, 1].sum() < 1.7
+    middle = float(np.median(pairs[:, 0]))
+    assert {cut for cut, one in made("some.json", middle).items() if one.exact} == {
+        cut for cut, one in told.items() if one.kl > middle
+    }
+
+
 def test_other_widths_are_told_to_follow_from_those(setting: Setting) -> None:
     assert setting.shapes.widths == (256, 192, 128, 64)
     for layer in range(LAYERS):
         costs = [setting.shapes.ffn(layer, width) for width in setting.shapes.widths]
         assert [one.kl for one in costs] == sorted(one.kl for one in costs)
-        assert [one.exact for one in costs] == [True, True, True, False]
+        assert (costs[0].exact, costs[-1].exact) == (True, False)
         first, last, other = (one.kl for one in costs[1:])
         # A straight line in logarithms through both.
         slope = np.clip(np.log(last / first) / np.log(2), 1, 4)
@@ -170,21 +190,24 @@ def test_what_is_in_the_file_is_not_measured_again(setting: Setting, tmp_path: P
 
     def notify(line: str) -> None:
         told.append(line)
-        if len(told) == 3:
+        if len(told) == 4:
             raise KeyboardInterrupt
 
     def made() -> Shapes:
-        return Shapes(tmp_path / "shapes.json", setting.bench, setting.sample, setting.calibration, notify)
+        return Shapes(tmp_path / "shapes.json", setting.bench, setting.sample, setting.calibration, notify, much=0.0)
 
     with pytest.raises(KeyboardInterrupt):
         made().build()
     told.clear()
     held = read_json(tmp_path / "shapes.json")
     assert set(held["ffn"]) == {"0=192", "0=128"}
+    assert len(held["gradients"]) == 2 * LAYERS
+    setting.shapes.measure([(0, 128)])
     assert held["ffn"]["0=128"]["kl"] == setting.shapes.ffn(0, 128).kl
     with pytest.raises(KeyboardInterrupt):
         made().build()
-    assert set(read_json(tmp_path / "shapes.json")["ffn"]) == {"0=192", "0=128", "1=192", "1=128"}
+    again = {f"{layer}={width}" for layer in range(3) for width in (192, 128)}
+    assert set(read_json(tmp_path / "shapes.json")["ffn"]) == again
     (tmp_path / "shapes.json").write_text("{")
     told.clear()
     with pytest.raises(KeyboardInterrupt):

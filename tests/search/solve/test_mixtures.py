@@ -30,7 +30,7 @@ from autodistill.models.tensors import Role
 from autodistill.quantization.formats import TYPES
 from autodistill.search.solve import SolveRequest, solve
 from autodistill.search.solve.bench import Bench, load_bench
-from autodistill.search.solve.export import write_solution
+from autodistill.search.solve.call.export import write_solution
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
 from autodistill.testing import tiny_text, tiny_tokenizer

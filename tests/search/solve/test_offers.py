@@ -18,7 +18,7 @@ from autodistill.inference.scoring import choices
 from autodistill.models.config import spec_from_config
 from autodistill.quantization.formats import TYPES
 from autodistill.search.solve.bench import Bench, load_bench
-from autodistill.search.solve.export import write_solution
+from autodistill.search.solve.call.export import write_solution
 from autodistill.search.solve.options import Options
 from autodistill.testing import save_tiny_teacher
 from autodistill.utils.json_files import read_json

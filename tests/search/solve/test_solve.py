@@ -321,6 +321,35 @@ def test_a_teachers_own_codes_are_a_member_and_lose_nothing(teacher: Path, text:
     assert found["teacher"]["stored"].startswith("the teacher is pre-quantised: its matrices lie on Q4_1")
 
 
+def test_columns_count_by_the_mean_square_of_their_inputs(teacher: Path, text: Path, cache: Path) -> None:
+    """As a copy of the model sees them, whose products are written out; a tied table has the mean of rows and head."""
+    options = options_of(teacher)
+    data = prepare(resolve_data(str(text)), teacher, tokenizer_fingerprint(teacher), LENGTH, cache)
+    tokens = load_split(data.folder, "train").head(256)
+    bench = Bench(load_model(teacher, torch.float32), options.spec, {})
+    q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+    before = bench.measure(q4_0, bench.sample("calibration", tokens))
+    bench.weigh(tokens)
+    assert bench.weighed
+    model, seen = load_model(teacher, torch.float32), {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            module.register_forward_hook(lambda _, given, __, name=name: seen.__setitem__(name, given[0]))
+    with torch.no_grad():
+        model(torch.from_numpy(tokens.tokens.astype(np.int64)))
+    weights = dict(model.named_parameters())
+    for name, inputs in seen.items():
+        squares = inputs.double().square().flatten(0, 1).mean(0)
+        key = f"{name}.weight" if f"{name}.weight" in weights else "model.embed_tokens.weight"
+        counts = squares / squares.mean() + (key != f"{name}.weight")
+        for kind in ("q4_0", "q4_1"):
+            tried = [bench.stored(key, TYPES[kind]), deploy_tensor(weights[key].data, TYPES[kind])]
+            mine, plain = ((one - weights[key].data).double().square() @ counts for one in tried)
+            assert float(mine.sum()) < 0.97 * float(plain.sum())
+    after = bench.measure(q4_0, bench.sample("calibration", tokens))
+    assert after.kl < before.kl
+
+
 def made(fields: dict[str, Any]) -> SolveRequest:
     return SolveRequest(**fields)
 

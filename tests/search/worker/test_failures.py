@@ -24,9 +24,10 @@ from autodistill.inference.outputs import TeacherReference
 from autodistill.runs.results.row import Status
 from autodistill.runs.run_log import RunLog
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.search import _disk, search
+from autodistill.search.search import search
 from autodistill.search.worker.failures import KILLED, RETRIED, death, explained
 from autodistill.search.worker.trial import Trial
+from autodistill.search.workplace import disk_faults
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 
@@ -191,12 +192,12 @@ def test_a_disk_that_fails_is_said_in_one_line_with_how_to_go_on(error: Exceptio
     said = (
         r"^a disk failed \(.*(Input/output error|Read-only file system).*\): look after that of runs; to go on: again$"
     )
-    with pytest.raises(AutoDistillError, match=said), _disk("runs", lambda: "; to go on: again"):
+    with pytest.raises(AutoDistillError, match=said), disk_faults("runs", lambda: "; to go on: again"):
         raise error
 
 
 def test_what_is_no_fault_of_a_disk_is_not_called_so() -> None:
-    with pytest.raises(FileNotFoundError), _disk("runs", lambda: ""):
+    with pytest.raises(FileNotFoundError), disk_faults("runs", lambda: ""):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
 

@@ -10,7 +10,8 @@ from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
 from autodistill.search.worker.rates import try_rates
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Alignment, Distillation, Finishing, Init, Strategy
+from autodistill.strategy.recipe import Alignment, Distillation
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 
 Q8_0 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
 

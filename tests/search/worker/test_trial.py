@@ -37,6 +37,7 @@ from autodistill.distillation.teacher.output_cache import CacheSettings
 from autodistill.distillation.training.fake_quantize import fake_quantize_learned
 from autodistill.distillation.training.fsdp import Sharding
 from autodistill.distillation.training.learning_rate import branch_point, end_of
+from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import DamagedError, InputError, TrialFailedError
 from autodistill.estimates.fit import holdable
 from autodistill.evaluation import evaluate as evaluation_module
@@ -65,7 +66,8 @@ from autodistill.search.worker.messages import TrialTask
 from autodistill.search.worker.trial import Trial
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.named import load_strategy
-from autodistill.strategy.strategy import Alignment, Attention, Distillation, Finishing, Init, Lora, Strategy
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher
 from autodistill.utils.clock import Moment
 from autodistill.utils.storage import Storage
@@ -860,6 +862,30 @@ def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_
     bench = Workbench(lab.setting(tmp_path / "least", plan=plan))
     again = Trial(bench, _task(id="t000x", straight=True, length=least.tokens / plan.tokens, stage="stage"), late)
     assert again.run(2, until=Moment(0.0)).evaluation == least.evaluation
+
+
+def test_a_decay_on_a_machine_that_became_slower_ends_sooner(lab, tmp_path, monkeypatch):
+    """On a clock that steps advance: by 1 before the decay, which begins at step 18, and by 3 in it."""
+    plan = replace(lab.plan, longest=4.0, data_tokens=960)
+    bench = Workbench(lab.setting(tmp_path, plan=plan))
+    Trial(bench, _task(straight=True, stage="stage")).run(2)
+    clock, step = SimpleNamespace(now=0.0), Trainer._step
+
+    def slower(trainer, *arguments):
+        began, clock.now = clock.now, clock.now + (1.0 if trainer.tokens < 18 * 64 else 3.0)
+        moments = iter((began, clock.now))
+        patched = SimpleNamespace(perf_counter=lambda: next(moments))
+        monkeypatch.setattr("autodistill.distillation.training.trainer.time", patched)
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", slower)
+    monkeypatch.setattr("autodistill.search.worker.trial.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("autodistill.utils.clock.time", SimpleNamespace(monotonic=lambda: clock.now))
+    found = Trial(bench, _task(id="t000x", straight=True, length=4.0, stage="stage")).run(2, until=Moment(18.0))
+    # After three steps of its six the time is over: one more, from half of the rate.
+    assert (found.tokens, found.trained) == (22 * 64, (22 - 9) * 64)
+    rates = [step.learning_rate / RECIPE.learning_rate for step in found.steps if step.tokens > 18 * 64]
+    assert rates == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6])
 
 
 def test_a_trunk_is_the_same_whatever_decays_branch_off_it(lab, tmp_path):

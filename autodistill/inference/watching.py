@@ -1,4 +1,4 @@
-"""What goes into each matrix of a model, and the gradients of what comes out: by which its types are scored."""
+"""What goes into each matrix of a model as it reads, and the gradients of what comes out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autodistill.errors import InputError
+from autodistill.estimates.solving import LOGITS
 from autodistill.inference.batching import map_sequences
 
 Taken: TypeAlias = list[tuple[int, Tensor, Tensor]]
@@ -52,16 +53,18 @@ class _Experts(TorchFunctionMode):
         return found
 
 
-def watched(model: Any, names: Sequence[str], tokens: Tensor, seed: int, device: str) -> list[dict[str, Taken]]:
-    """What goes into each matrix, and the gradients at its outputs, of each sequence.
+Read: TypeAlias = Callable[[int], tuple[Tensor, Callable[[], Tensor]]]
+"""Reads a sequence with gradients: what comes out, and what gives the gradient there once nothing is watched."""
 
-    The gradients are of the log-probability of tokens that the model itself draws.
+
+def watched(model: Any, names: Sequence[str], read: Read, count: int, device: str) -> list[dict[str, Taken]]:
+    """What goes into each matrix, and the gradients at its outputs, of each sequence.
 
     Args:
         model: In float32.
         names: Of its matrices.
-        tokens: int64 [sequences, length], on `device`.
-        seed: Of the tokens that are drawn.
+        read: Called for each sequence, from several threads.
+        count: Of sequences.
         device: Where the model lies.
 
     Raises:
@@ -77,20 +80,18 @@ def watched(model: Any, names: Sequence[str], tokens: Tensor, seed: int, device:
     def watch(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         note(name, 0, inputs[0], output)
 
-    def read(index: int) -> dict[str, Taken]:
+    def back_and_forth(index: int) -> dict[str, Taken]:
+        """Return what a sequence leaves at each matrix, forwards and backwards."""
         here.found = defaultdict(list)
         with torch.enable_grad(), ExitStack() as modes:
-            begun = model.get_input_embeddings()(tokens[index : index + 1]).detach().requires_grad_()
             if inside:
                 modes.enter_context(_Experts(inside, note))
-            states = model.base_model(inputs_embeds=begun, use_cache=False).last_hidden_state
+            states, slope = read(index)
             modes.close()
-            states.backward(_of_drawn_tokens(model, states.detach()[0], chances[index])[None])
+            states.backward(slope())
         found: dict[str, Taken] = here.found
         return found
 
-    dice = torch.Generator(device="cpu").manual_seed(seed)
-    chances = [torch.rand(tokens.shape[1], 1, generator=dice, dtype=torch.float64) for _ in tokens]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters = dict(model.named_parameters())
     inside = {id(parameters[name]): name for name in names if parameters[name].dim() == 3}
@@ -102,14 +103,25 @@ def watched(model: Any, names: Sequence[str], tokens: Tensor, seed: int, device:
             if id(parameters[name]) not in inside:
                 module = model.get_submodule(name.removesuffix(".weight"))
                 hooks.callback(module.register_forward_hook(partial(watch, name)).remove)
-        found = list(map_sequences(read, len(tokens), device))
+        found = list(map_sequences(back_and_forth, count, device))
     unseen = [name for name in names if not any(one.get(name) for one in found)]
     if unseen:
         raise InputError(f"nothing is known to go through {unseen[0]}, so that its types cannot be scored")
     return found
 
 
-def _of_drawn_tokens(model: Any, states: Tensor, chances: Tensor) -> Tensor:
+def chances_of(tokens: Tensor, seed: int) -> list[Tensor]:
+    """Numbers from 0 to 1 by which tokens are drawn, float64 [length, 1] of each sequence.
+
+    Args:
+        tokens: int64 [sequences, length].
+        seed: Of the numbers.
+    """
+    dice = torch.Generator(device="cpu").manual_seed(seed)
+    return [torch.rand(tokens.shape[1], 1, generator=dice, dtype=torch.float64) for _ in tokens]
+
+
+def of_drawn_tokens(model: Any, states: Tensor, chances: Tensor) -> Tensor:
     """The gradient at the last states, [length, width], of the log-probability of a token drawn at each.
 
     Args:
@@ -117,11 +129,16 @@ def _of_drawn_tokens(model: Any, states: Tensor, chances: Tensor) -> Tensor:
         states: [length, width].
         chances: Numbers from 0 to 1, by which the tokens are drawn, float64 [length, 1].
     """
-    leaf = states.clone().requires_grad_()
-    log_probabilities = torch.log_softmax(model.get_output_embeddings()(leaf).float(), dim=-1)
-    # By the inverse of the distribution, so that the draw is the same wherever the model lies.
-    sums = log_probabilities.detach().double().exp().cumsum(dim=-1)
-    drawn = torch.searchsorted(sums, chances.to(sums.device) * sums[:, -1:]).clamp(max=sums.shape[1] - 1)
-    log_probabilities.gather(1, drawn).sum().backward()
-    assert leaf.grad is not None
-    return leaf.grad
+    head, slopes = model.get_output_embeddings(), []
+    at_once = max(1, LOGITS // head.weight.shape[0])
+    for rows, drawn_at in zip(states.split(at_once), chances.to(states.device).split(at_once), strict=True):
+        leaf = rows.clone().requires_grad_()
+        log_probabilities = torch.log_softmax(head(leaf).float(), dim=-1)
+        # By the inverse of the distribution, so that the draw is the same wherever the model lies.
+        sums = log_probabilities.detach().double().exp_().cumsum(dim=-1)
+        drawn = torch.searchsorted(sums, drawn_at * sums[:, -1:]).clamp(max=sums.shape[1] - 1)
+        del sums
+        log_probabilities.gather(1, drawn).sum().backward()
+        assert leaf.grad is not None
+        slopes.append(leaf.grad)
+    return torch.cat(slopes)

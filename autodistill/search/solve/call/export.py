@@ -1,15 +1,19 @@
-"""A solution written as a GGUF file, read back, and run in llama.cpp with its cache."""
+"""A solution written as a GGUF file or a folder of compressed-tensors, read back, and run."""
 
 from __future__ import annotations
 
 import math
 import shlex
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from autodistill.data.dataset import Prepared, load_split
@@ -19,22 +23,31 @@ from autodistill.evaluation.base import Subject, load_evaluator
 from autodistill.export.base import Artifact, load_exporter
 from autodistill.export.gguf import FILE
 from autodistill.export.gguf_mixtures import verify_mixture, write_mixture
-from autodistill.export.student_reader import replacing
+from autodistill.export.student_reader import WEIGHTS, StudentFiles, replacing
 from autodistill.export.verify import POSITIONS, verify, verify_runtime
 from autodistill.hardware.budget import Budget
 from autodistill.inference.quantized_cache import quantized_cache
-from autodistill.inference.scoring import choices
-from autodistill.models.families import GGUF_MIXTURES
+from autodistill.models.families import GGUF_MIXTURES, get_family
 from autodistill.quantization.grids import Floats
+from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
 from autodistill.search.solve.bench import Bench
 from autodistill.search.solve.candidates import Candidate
+from autodistill.search.solve.compensation import Compensated
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
 from autodistill.utils.json_files import read_json
 
+READERS = {"llama.cpp": "llama.cpp", "vllm": "transformers"}
+"""What a solution is run in to be verified, by the runtime that will serve it."""
+
 
 def export(
-    bench: Bench, teacher: Teacher, chosen: Deployment | Candidate, budget: Budget, data: Prepared, out: Path
+    bench: Bench,
+    teacher: Teacher,
+    chosen: Deployment | Candidate | Compensated,
+    budget: Budget,
+    data: Prepared,
+    out: Path,
 ) -> dict[str, Any]:
     """Writes a deployment of the teacher, or copies a candidate, and holds file and runtime to what was measured.
 
@@ -48,24 +61,23 @@ def export(
 
     Returns:
         Plain data: path, size, what was compared and how much agreed, memory as measured in the runtime, and the
-        arguments that llama.cpp's server needs beside the file, which says nothing of its cache.
+        arguments that a server needs beside the file, which says nothing of its cache.
 
     Raises:
         InputError: `out` cannot be written.
         VerificationError: The file, or what the runtime makes of it, is not what was measured.
         NothingFitsError: The process takes more than the budget, measured; the file is removed.
     """
-    exporter = load_exporter("gguf")
+    deployment = chosen if isinstance(chosen, Deployment) else chosen.deployment
+    exporter = load_exporter(deployment.container)
     if isinstance(chosen, Candidate):
-        deployment, tensors = chosen.deployment, len(chosen.file.tensors)
-        artifact = _copied(chosen.path, out)
+        artifact, tensors = _copied(chosen.path, out), len(chosen.file.tensors)
     else:
-        deployment = chosen
         artifact, tensors = write_solution(bench, teacher, chosen, out)
     sequences = math.ceil(POSITIONS / (data.sequence_length - 1))
     read = load_split(data.folder, "validation").head(sequences * data.sequence_length)
     with _shown(bench, chosen), quantized_cache(bench.model, deployment.cache_types):
-        simulated = choices(bench.model, read, device=bench.device)
+        simulated = bench.choices(read)
     run = verify_runtime(exporter, artifact, deployment, simulated, read.tokens[:, :-1], 1, teacher.folder)
     subject = Subject(spec=bench.spec, deployment=deployment, budget=budget, artifact=artifact.path, threads=1)
     (memory,) = load_evaluator("memory").evaluate(subject)
@@ -79,7 +91,10 @@ def export(
             f"{max(0, budget.memory_bytes - over) // 10**6}MB to solve for"
         )
     server = ["llama-server", "--model", str(artifact.path), "--ctx-size", str(budget.context)]
+    if deployment.runtime == "vllm":
+        server = ["vllm", "serve", str(artifact.path), "--max-model-len", str(budget.context)]
     return {
+        "ran_in": READERS[deployment.runtime],
         "path": str(artifact.path),
         "size_bytes": artifact.size_bytes,
         "name": chosen.name,
@@ -95,7 +110,7 @@ def export(
     }
 
 
-def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment, out: Path) -> tuple[Artifact, int]:
+def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment | Compensated, out: Path) -> tuple[Artifact, int]:
     """Writes a deployment of the teacher, compares the file's tensors with what was measured, and counts them.
 
     Args:
@@ -104,13 +119,14 @@ def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment, out: Path
     Raises:
         InputError, VerificationError: As `export`.
     """
-    name = f"{teacher.name}, solved"
+    name, deployment = f"{teacher.name}, solved", chosen if isinstance(chosen, Deployment) else chosen.deployment
     if bench.spec.architecture not in GGUF_MIXTURES:
-        exporter = load_exporter("gguf")
+        exporter = load_exporter(deployment.container)
         told = {"teacher": teacher.name, "license": teacher.license, "name": name}
-        artifact = exporter.export(teacher.folder, chosen, out, **told)
-        return artifact, verify(exporter, artifact, teacher.folder, chosen).tensors
-    storages = {tensor.name: chosen.storage(tensor) for tensor in bench.spec.tensors}
+        with _with_scales(bench, teacher.folder, chosen) as folder:
+            artifact = exporter.export(folder, deployment, out, **told)
+            return artifact, verify(exporter, artifact, folder, deployment).tensors
+    storages = {tensor.name: deployment.storage(tensor) for tensor in bench.spec.tensors}
 
     def own(name: str) -> Floats:
         return _rows(bench, name, bench.master(name))
@@ -122,14 +138,39 @@ def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment, out: Path
         own,
         bench.spec,
         read_json(teacher.folder / "config.json"),
-        chosen,
+        deployment,
         teacher.folder,
         out,
         name=name,
         teacher=teacher.name,
         license=teacher.license,
     )
-    return artifact, verify_mixture(artifact.path, stored, bench.spec, chosen)
+    return artifact, verify_mixture(artifact.path, stored, bench.spec, deployment)
+
+
+@contextmanager
+def _with_scales(bench: Bench, folder: Path, chosen: Deployment | Compensated) -> Iterator[Path]:
+    """A folder of the teacher with the scales beside it that its weights were measured with, and these weights."""
+    deployment = chosen if isinstance(chosen, Deployment) else chosen.deployment
+    moved = {} if isinstance(chosen, Deployment) else dict(chosen.values)
+    found = {} if isinstance(chosen, Deployment) else dict(chosen.scales)
+    with TemporaryDirectory(prefix="autodistill-scales-") as made, StudentFiles(folder, deployment) as files:
+        for entry in folder.iterdir():
+            replaced = moved and entry.name.endswith((".safetensors", ".safetensors.index.json"))
+            if entry.name != SCALES_FILE and not replaced:
+                Path(made, entry.name).symlink_to(entry.resolve())
+        for name, tensor in files.specs.items():  # of a teacher that is larger than memory one by one
+            if name not in found:
+                weight = torch.from_numpy(files.read(name)).to(bench.device)
+                scales = bench.scales(name, deployment.storage(tensor), weight)
+                found |= {} if scales is None else {name: scales}
+        if moved:
+            head = get_family(bench.spec.architecture).stored_head
+            stored = {name: moved.get(name, torch.from_numpy(files.read(name))).cpu() for name in files.specs}
+            named = {f"{head}.weight" if name == "lm_head.weight" else name: one for name, one in stored.items()}
+            save_file(named, Path(made, WEIGHTS), metadata={"format": "pt"})
+        write_scales(Path(made), deployment.scheme, found)
+        yield Path(made)
 
 
 def _rows(bench: Bench, name: str, values: Tensor) -> Floats:
@@ -138,9 +179,9 @@ def _rows(bench: Bench, name: str, values: Tensor) -> Floats:
     return np.asarray(found.cpu().numpy(), dtype=np.float32)
 
 
-def _shown(bench: Bench, chosen: Deployment | Candidate) -> AbstractContextManager[None]:
+def _shown(bench: Bench, chosen: Deployment | Candidate | Compensated) -> AbstractContextManager[None]:
     """The teacher with the weights of what is written."""
-    if isinstance(chosen, Candidate):
+    if not isinstance(chosen, Deployment):
         return bench.replaced(chosen.weights(bench))
     return bench.shown({tensor.name: chosen.storage(tensor) for tensor in bench.spec.tensors})
 

@@ -1,0 +1,138 @@
+"""What a person asks of `measure`: its fields are the options of the command line and of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from autodistill.errors import InputError
+from autodistill.hardware.budget import check_streams
+from autodistill.options import RUNS, Cache, Devices, Option, Out, parsed, read_texts
+from autodistill.units import parse_duration
+
+# Where an option means something, of those that do not everywhere.
+_PLACES = {
+    "bench": ("--on",),
+    "ssh_config": ("--on",),
+    "device": ("--on", "--result"),
+    "runtime": ("here",),
+    "context": ("here",),
+    "streams": ("here",),
+    "busy": ("here",),
+    "prompt": ("here", "--on", "--script"),
+    "decoded": ("here", "--on", "--script"),
+    "rounds": ("here", "--on", "--script"),
+    "threads": ("here", "--on", "--script"),
+    "timeout": ("--on",),
+}
+
+
+def _file(help: str) -> Option:
+    """Return an option that names a file."""
+    return Option(help=help, metavar="FILE", typed=Path, parse=Path)
+
+
+def _tokens(help: str) -> Option:
+    """Return an option that gives a length in tokens."""
+    return Option(help=help, metavar="TOKENS", typed=int)
+
+
+def read_counts(text: str) -> tuple[int, ...]:
+    """Read numbers of sequences."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and len(word) < 20 for word in words):
+        raise InputError(f"--streams {text!r} must be numbers separated by commas, like 1,4,16")
+    return tuple(int(word) for word in words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureRequest:
+    """What is measured, where and how."""
+
+    student: Annotated[
+        str | Path,
+        Option(
+            help="A .gguf file, or a folder of transformers or ONNX Runtime.",
+            metavar="STUDENT",
+            typed=Path,
+            parse=Path,
+            argument=True,
+        ),
+    ] = field(kw_only=False)
+    runtime: Annotated[
+        str | None,
+        Option(
+            help="What serves it: llama.cpp, transformers, vllm or onnxruntime (default: as the student is).",
+            metavar="NAME",
+        ),
+    ] = None
+    on: Annotated[
+        str | None, Option(help="Measure on a board, like ssh://pi@raspberrypi.local.", metavar="ssh://HOST")
+    ] = None
+    script: Annotated[str | Path | None, _file("Write a script to run on a board without ssh.")] = None
+    result: Annotated[str | Path | None, _file("Read what that script printed.")] = None
+    bench: Annotated[str | None, Option(help="Path of llama-bench on the board.", metavar="PATH")] = None
+    device: Annotated[
+        str | None,
+        Option(help="Which device the board is (default: found by its own name).", metavar="NAME", complete="devices"),
+    ] = None
+    ssh_config: Annotated[str | Path | None, _file("ssh configuration to use instead of your own.")] = None
+    context: Annotated[
+        int | None, _tokens("Measured here: context of each stream (default: 2048, or the student's limit).")
+    ] = None
+    streams: Annotated[
+        str | Sequence[int],
+        Option(
+            help="Measured here: numbers of sequences decoded at once, like 1,4,16.", metavar="N,...", parse=read_counts
+        ),
+    ] = "1"
+    prompt: Annotated[int | None, _tokens("Length of the prompt before the first token (default: 512).")] = None
+    decoded: Annotated[int | None, _tokens("Length of an answer (default: 64).")] = None
+    rounds: Annotated[int | None, Option(help="Number of repetitions (default: 3).", metavar="N", typed=int)] = None
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", typed=int, least=0)] = 0
+    timeout: Annotated[
+        str | float | None,
+        Option(help="Stop waiting for a board after this long (default: 30m).", metavar="TIME", parse=parse_duration),
+    ] = None
+    busy: Annotated[bool, Option(help="Measure even if the machine is busy, and mark the result.", typed=bool)] = False
+    devices: Devices = None
+    out: Out = RUNS
+    cache: Cache = None
+
+    def __post_init__(self) -> None:
+        """Refuse options that change nothing where it is measured."""
+        read_texts(self)
+        object.__setattr__(self, "streams", tuple(self.streams))
+        places = {"--on": self.on, "--script": self.script, "--result": self.result}
+        given = [name for name, place in places.items() if place is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} each say where it is measured: give one of them")
+        place = given[0] if given else "here"
+        for name, allowed in _PLACES.items():
+            if getattr(self, name) not in (None, False, (1,)) and place not in allowed:
+                where = place if place == "here" else f"by {place}"
+                raise InputError(f"--{name.replace('_', '-')} changes nothing of a measurement {where}: leave it out")
+        for count in self.counts or (0,):
+            check_streams(count, "--streams")
+        # An answer is a first token and one that follows it.
+        for name, least in (("context", 2), ("prompt", 1), ("decoded", 2), ("rounds", 1)):
+            asked = getattr(self, name)
+            if asked is not None and asked < least:
+                raise InputError(f"--{name} must be at least {least}, not {asked}")
+
+    @property
+    def path(self) -> Path:
+        """The student."""
+        return Path(self.student)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of sequences decoded at once."""
+        return tuple(parsed(self.streams) or ())
+
+    @property
+    def own_devices(self) -> list[Path]:
+        """Files of devices of a person's own."""
+        return [Path(file) for file in self.devices or ()]

@@ -1,0 +1,307 @@
+"""Leaderboards of many runs as tables: rows that may be compared are ranked together, and no others."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from autodistill.errors import InputError
+from autodistill.evaluation.base import Direction
+from autodistill.runs.results.leaderboard import SPEEDS, Ranked, rank
+from autodistill.runs.results.row import Row, is_field, read_rows, read_table, table_of, trained_fully, write_table
+from autodistill.runs.results.selection import KIND as CONFIRMATION
+from autodistill.runs.run_folder import RunFolder, known_runs
+from autodistill.runs.schema import about
+from autodistill.utils.typed_data import check_typed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PAIRED = 100
+"""Rows of a table, the best first, of which ties are looked for; those behind them stand by the metric alone."""
+_BESIDE_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
+_LESS_IS_BETTER = ("perplexity", "kl", "ece", "latency_ms", "ttft_ms", "answer_ms", "memory_bytes", "size_bytes")
+_TASK = "task:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """The rows of one run as a table, and what they were measured on.
+
+    Attributes:
+        run: The run's name.
+        path: Where it was read.
+        about: Of its `search.json`, as `about` has it; empty of a file that does not say.
+        table: As `row.table_of` makes it.
+    """
+
+    run: str
+    path: Path
+    about: Mapping[str, Any]
+    table: pa.Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """Rows of one or several runs that are ranked together.
+
+    Attributes:
+        metric, direction: What ranks them.
+        on: What all of them were measured on, in words.
+        runs: Names of the runs.
+        ranked: The best of them, in their order; the id of each begins with its run.
+        beyond: Ids of those that do not keep to the budget of their own run. Budgets differ: the order passes it over.
+        count: How many rows there are in all.
+    """
+
+    metric: str
+    direction: Direction
+    on: str
+    runs: tuple[str, ...]
+    ranked: tuple[Ranked, ...]
+    beyond: tuple[str, ...]
+    count: int
+
+
+class _Key(NamedTuple):
+    """What rows must have in common to be ranked together."""
+
+    metric: str
+    direction: Direction
+    split: str
+    examples: str
+    teacher: str
+    served: str
+
+
+def stored(names: Sequence[str], out: Path) -> list[Stored]:
+    """Read the rows of runs, by name, by folder, or from Parquet files.
+
+    Args:
+        names: Each a run in `out`, the folder of a run, a folder of runs or of Parquet files, or a Parquet file.
+        out: Folder that holds runs that are given by name.
+
+    Raises:
+        InputError: One of them is none of these or cannot be read, or two different runs have one name.
+    """
+    found: dict[str, Stored] = {}
+    for name in names:
+        for one in _read(name, out):
+            before = found.setdefault(one.run, one)
+            if before.path.resolve() != one.path.resolve():
+                raise InputError(
+                    f"two runs are named {one.run!r}, in {before.path} and in {one.path}: rename one of their folders, "
+                    "or leave it out"
+                )
+    return list(found.values())
+
+
+def merge(runs: Sequence[Stored], by: str | None = None, most: int = PAIRED) -> list[Board]:
+    """Rank rows of many runs: in one table what may be compared, in as many tables as there are kinds of it.
+
+    Rows are comparable by a metric where they were measured on the same examples (the same documents with as many
+    tokens each), by agreement and KL only of the same teacher, and by a latency only on one machine in one runtime.
+    Rows of full fidelity come first, then the metric decides. Of the first `PAIRED`, ties are told as `rank` does.
+
+    Args:
+        runs: As `stored` reads them.
+        by: A figure to rank by; what ranked each run, by default.
+        most: Rows of each table that are returned.
+
+    Raises:
+        InputError: No row has the figure, or a table has something else than it must.
+    """
+    groups: dict[_Key, list[tuple[Stored, Any, Any, np.ndarray[Any, Any]]]] = {}
+    for run in runs:
+        metric = by or str(run.about.get("metric") or "accuracy")
+        direction: Direction = _direction(metric, run.about)
+        values = _figures(run, metric)
+        for key, indices in _grouped(run, metric, direction, values).items():
+            groups.setdefault(key, []).append((run, values, _fidelities(run), np.array(indices)))
+    if not groups:
+        raise InputError(f"no row has {by or 'what its run was ranked by'}: rank by another figure with --by")
+    return [_board(key, parts, most) for key, parts in sorted(groups.items(), key=lambda item: item[0])]
+
+
+def split_because(boards: Sequence[Board]) -> str:
+    """Say why rows stand in several tables; empty where they stand in one."""
+    if len(boards) < 2:
+        return ""
+    reasons = []
+    if len({one.metric for one in boards}) > 1:
+        reasons.append("their runs were ranked by different metrics")
+    speeds = [one for one in boards if one.metric in SPEEDS]
+    if len({one.on for one in speeds}) > 1:
+        reasons.append("a latency holds on one machine and in one runtime alone")
+    others = [one for one in boards if one.metric not in SPEEDS]
+    if any(sum(one.metric == other.metric for other in others) > 1 for one in others):
+        reasons.append("they were measured on different examples, where the same model has other figures too")
+    return f"The rows stand in {len(boards)} tables, which do not compare: {', and '.join(reasons)}."
+
+
+def write(runs: Sequence[Stored], path: Path) -> None:
+    """Write the rows of runs into one Parquet file, which `stored` reads again.
+
+    Args:
+        runs: As `stored` reads them.
+        path: The file.
+    """
+    import pyarrow as pa
+
+    write_table(pa.concat_tables([run.table for run in runs]), path, {run.run: run.about for run in runs})
+
+
+def _read(name: str, out: Path) -> list[Stored]:
+    path = Path(name).expanduser()
+    if len(path.parts) == 1 and (out / name / "search.json").is_file():
+        return [_of_run(RunFolder.open(out, name))]
+    if path.is_file():
+        return _of_file(path)
+    if (path / "search.json").is_file():
+        return [_of_run(RunFolder.open(path.absolute().parent, path.absolute().name))]
+    if path.is_dir():
+        inside = [_of_run(RunFolder.open(path, run)) for run in known_runs(path)]
+        inside += [one for file in sorted(path.glob("*.parquet")) for one in _of_file(file)]
+        if not inside:
+            raise InputError(f"{path} has no run and no .parquet file: name a run, a folder of runs, or a file")
+        return inside
+    if len(path.parts) > 1 or path.suffix == ".parquet":
+        raise InputError(f"there is no file or folder {path}: name a run, a folder of runs, or a .parquet file")
+    return [_of_run(RunFolder.open(out, name))]
+
+
+def _of_run(run: RunFolder) -> Stored:
+    asked = run.asked("metric", "direction")
+    table = read_table(run.leaderboard_file)[0] if run.tabled else table_of(run.events.rows(), run.name)
+    return Stored(run=run.name, path=run.path, about=about(asked), table=_named(table, run.name))
+
+
+def _of_file(path: Path) -> list[Stored]:
+    import pyarrow.compute as pc
+
+    table, told = read_table(path)
+    names = table.column("run").unique().to_pylist()
+    if names in ([], [""]):
+        # Written without a name: by an earlier version, beside a `search.json`, or by hand.
+        name = path.parent.name if path.name == "leaderboard.parquet" else path.stem
+        return [Stored(run=name, path=path, about={}, table=_named(table, name))]
+    found = []
+    for name in names:
+        known = told.get(name, {})
+        check_typed(known, dict[str, Any], f"what {path} says of the run {name!r}")
+        part = table.filter(pc.equal(table.column("run"), name)) if len(names) > 1 else table
+        found.append(Stored(run=name, path=path, about=known, table=part))
+    return found
+
+
+def _named(table: pa.Table, run: str) -> pa.Table:
+    """The table with the name of its run, which may have been copied under another one."""
+    import pyarrow as pa
+
+    place = table.schema.get_field_index("run")
+    return table.set_column(place, "run", pa.array([run] * len(table), pa.string()))
+
+
+def _direction(metric: str, known: Mapping[str, Any]) -> Direction:
+    if metric == known.get("metric"):
+        direction: Direction = known.get("direction", "max")
+        return direction
+    return "min" if metric.removesuffix("_predicted") in _LESS_IS_BETTER else "max"
+
+
+def _figures(run: Stored, metric: str) -> Any:
+    """[rows], the figure of each row; NaN where it is missing or not finite."""
+    if is_field(metric):
+        values = run.table.column(metric).cast("float64").to_numpy(zero_copy_only=False)
+    else:
+        texts = run.table.column("other").to_pylist()
+        found = [json.loads(text).get(metric) if text else None for text in texts]
+        values = np.array([math.nan if isinstance(one, bool | str | None) else float(one) for one in found], float)
+    return np.where(np.isfinite(values), values, math.nan)
+
+
+def _fidelities(run: Stored) -> Any:
+    """[rows], the share of the plan's tokens of each row, at most 1; 1 of what needs no training."""
+    kinds = run.table.column("kind").to_pylist()
+    shares = run.table.column("fidelity").to_pylist()
+    return np.array(
+        [1.0 if trained_fully(kind, share) else share or 0.0 for kind, share in zip(kinds, shares, strict=True)], float
+    )
+
+
+def _grouped(run: Stored, metric: str, direction: Direction, values: Any) -> dict[_Key, list[int]]:
+    """The places of rows that have the metric, by what they must have in common."""
+    columns = [run.table.column(name).to_pylist() for name in ("kind", "split", "examples", "machine", "deployment")]
+    teacher = str((run.about.get("teacher") or {}).get("fingerprint", run.run)) if metric in _BESIDE_TEACHER else ""
+    task = str(run.about.get("data", {}).get("name", "")) if metric.startswith(_TASK) else ""
+    runtimes: dict[str, str] = {}
+    found: dict[_Key, list[int]] = {}
+    for place, (kind, split, examples, machine, deployment) in enumerate(zip(*columns, strict=True)):
+        if kind == CONFIRMATION or split == "test" or math.isnan(values[place]):
+            continue
+        served = ""
+        if metric in SPEEDS:
+            if deployment not in runtimes:
+                runtimes[deployment] = str(json.loads(deployment).get("runtime"))
+            served, examples = f"{runtimes[deployment]} on {machine or f'an unknown machine of {run.run}'}", ""
+        elif not examples:
+            # Nobody knows on which examples: comparable within its run alone.
+            examples = f"of {run.run} {task}".strip()
+        key = _Key(metric, direction, split or "", examples, teacher, served)
+        found.setdefault(key, []).append(place)
+    return found
+
+
+def _board(key: _Key, parts: Sequence[tuple[Stored, Any, Any, Any]], most: int) -> Board:
+    sign = -1.0 if key.direction == "max" else 1.0
+    values = np.concatenate([values[places] for _, values, _, places in parts])
+    shares = np.concatenate([shares[places] for _, _, shares, places in parts])
+    sizes = np.concatenate([_sizes(run)[places] for run, _, _, places in parts])
+    ids = np.concatenate([_ids(run)[places] for run, _, _, places in parts])
+    # The last key decides first.
+    order = np.lexsort((ids, sizes, sign * values, -np.minimum(shares, 1.0)))
+    owners = np.concatenate([np.full(len(places), number) for number, (*_, places) in enumerate(parts)])
+    within = np.concatenate([places for *_, places in parts])
+    first = order[: max(most, PAIRED)]
+    rows: dict[int, Row] = {}
+    for number, (run, *_) in enumerate(parts):
+        mine = [int(place) for place in first if owners[place] == number]
+        read = read_rows(run.table.take(within[mine]), str(run.path)) if mine else []
+        rows |= {place: replace(row, row_id=f"{run.run}/{row.row_id}") for place, row in zip(mine, read, strict=True)}
+    beyond = tuple(row.row_id for row in rows.values() if not row.feasible)
+    ordered = [replace(rows[int(place)], feasible=True) for place in first]
+    ranked = rank(ordered[:PAIRED], key.metric, key.direction)
+    ranked += [Ranked(place=place, row=row) for place, row in enumerate(ordered[PAIRED:], start=PAIRED + 1)]
+    shown = [replace(one, row=replace(one.row, feasible=one.row.row_id not in beyond)) for one in ranked[:most]]
+    runs = tuple(dict.fromkeys(run.run for run, *_ in parts))
+    return Board(
+        metric=key.metric,
+        direction=key.direction,
+        on=key.served or _data(key, [run for run, *_ in parts]),
+        runs=runs,
+        ranked=tuple(shown),
+        beyond=beyond,
+        count=len(order),
+    )
+
+
+def _data(key: _Key, runs: Iterable[Stored]) -> str:
+    """What rows were measured on, in words; texts of one name may be read differently far."""
+    names = dict.fromkeys(str(name) for run in runs if (name := (run.about.get("data") or {}).get("name")))
+    said = ", ".join(names) or "data that the table does not name"
+    return said if key.examples.startswith("of ") else f"{said}, examples {key.examples}"
+
+
+def _sizes(run: Stored) -> Any:
+    values = run.table.column("memory_bytes").cast("float64").to_numpy(zero_copy_only=False)
+    return np.where(np.isnan(values), math.inf, values)
+
+
+def _ids(run: Stored) -> Any:
+    return np.array(run.table.column("row_id").to_pylist(), dtype=object).astype(str)

@@ -1,0 +1,54 @@
+"""`cascade`: what two rows of a run would do together, the small one first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from autodistill.api.paths import run_folder
+from autodistill.objects.run import Run
+from autodistill.options import RUNS, Cache, Option, Out, cache_folder
+
+
+def cascade(
+    run: Annotated[
+        str | Path | Run, Option(help="Name of the run, or its folder.", metavar="RUN", argument=True, complete="runs")
+    ],
+    rows: Annotated[
+        str,
+        Option(
+            help="The small row, a comma, and the large one: ids as leaderboard shows them, or teacher for the large.",
+            metavar="SMALL,LARGE",
+            required=True,
+        ),
+    ],
+    measure: Annotated[
+        bool, Option(help="Export both for a moment, and measure their speed and memory on this machine.", typed=bool)
+    ] = False,
+    out: Out = RUNS,
+    cache: Cache = None,
+    *,
+    notify: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Say what a small row that defers to a larger one gives at every threshold of its confidence.
+
+    Both read the validation split, and the test split stays closed. Items and curve are kept in the run's folder, whose
+    page shows the curve.
+
+    Returns:
+        Plain data: the curve by position and, of data with questions, by answer; and the paths of what was written.
+
+    Raises:
+        InputError: No such run or rows, or their models or data are not on this disk any more.
+    """
+    folder = run_folder(run, Path(out))
+    from autodistill.hardware.background_load import free_cores
+    from autodistill.hardware.machine import detect
+    from autodistill.report.writing import write_page
+    from autodistill.search.cascade import cascade as found
+
+    threads = free_cores(detect().cpus) if measure else 1
+    document = found(folder, rows, cache_folder(cache), notify, measure=measure, threads=threads)
+    document["paths"]["page"] = str(write_page(folder))
+    return document

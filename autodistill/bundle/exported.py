@@ -1,0 +1,176 @@
+"""An export as it is bundled: its files held to their hashes, and what its records say of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from autodistill.errors import DamagedError, InputError
+from autodistill.export.base import Expected
+from autodistill.export.promise import RECORD, Promised
+from autodistill.models.licenses import stated
+from autodistill.strategy.deployment import Deployment
+from autodistill.utils.checksums import check_entries
+from autodistill.utils.hashing import content_hash
+from autodistill.utils.json_files import read_json
+from autodistill.utils.typed_data import check_typed
+from autodistill.utils.yaml_files import parse_yaml
+
+RUNTIMES = ("llamacpp", "vllm", "onnxruntime")
+"""What a bundle is for, by the names of `--runtime`."""
+_READ = {
+    "llamacpp": ("gguf",),
+    "vllm": ("compressed-tensors", "huggingface"),
+    "onnxruntime": ("onnx", "onnx-f16"),
+}
+_NOT_NAMES = re.compile(r"[^a-z0-9]+")
+
+
+class _Record(TypedDict):
+    """What is read of `export.json`."""
+
+    format: str
+    row: str | None
+    deployment: Mapping[str, Any]
+    artifact: str
+    files: Mapping[str, Mapping[str, Any]]
+    versions: Mapping[str, str]
+    proof: Mapping[str, Any] | None
+
+
+class _Launch(TypedDict):
+    """What is read of `serve.json`."""
+
+    context: int
+    slots: int
+    cache_type_k: str
+    cache_type_v: str
+    flash_attention: Literal["on", "off", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An export, and what is known of it.
+
+    Attributes:
+        folder: With its files, whose hashes are those of its record.
+        files: Their names, `export.json` among them.
+        runtime: One of `RUNTIMES`.
+        name: Of the student, as a label of DNS: small letters, digits and "-".
+        tag: A hash of all files.
+        row: Id of the row; "" where it is of none.
+        model: Name of the file that a runtime is given; "" for the folder.
+        deployment: How it is packed.
+        promise: What it was chosen for.
+        expected: What the evaluated student does.
+        written: Tokens that it writes after the first ones of the first sequence, as far as its runtime wrote the same.
+        launch: Of a GGUF file: context, slots, cache types and flash attention.
+        versions: Of what wrote and ran it.
+        licence: Of the student, as its card says; "" where that does not.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    runtime: str
+    name: str
+    tag: str
+    row: str
+    model: str
+    deployment: Deployment
+    promise: Promised
+    expected: Expected
+    written: tuple[int, ...]
+    launch: Mapping[str, Any]
+    versions: Mapping[str, str]
+    licence: str
+
+
+def read_export(folder: Path, runtime: str | None = None) -> Exported:
+    """Read an export and hold each file to its hash.
+
+    Args:
+        folder: That `autodistill export` or a search wrote.
+        runtime: What it is to be bundled for; what reads its format by default.
+
+    Raises:
+        InputError: No export, one without a proof or a promise, or one that the runtime does not read.
+        DamagedError: A file is not as it was written.
+        VerificationError: What is expected of it cannot be read.
+    """
+    if runtime is not None and runtime not in RUNTIMES:
+        raise InputError(f"there is no runtime {runtime!r}: --runtime is {', '.join(RUNTIMES)}")
+    if not (folder / RECORD).is_file():
+        raise InputError(f"{folder} has no {RECORD}: name a folder that autodistill export wrote")
+    record = read_json(folder / RECORD)
+    where = str(folder / RECORD)
+    check_typed(record, _Record, where)
+    fitting = [name for name, formats in _READ.items() if record["format"] in formats]
+    runtime = runtime or next(iter(fitting), None)
+    if runtime not in fitting:
+        read = "; ".join(f"{name} reads {' and '.join(formats)}" for name, formats in _READ.items())
+        raise InputError(f"{folder} is an export to {record['format']}, which a bundle for it has no server of: {read}")
+    if record.get("promise") is None and runtime != "onnxruntime":
+        raise InputError(
+            f"{where} has no promise: the row was not measured as it is stored there, or an earlier version wrote it; "
+            "export it again, in the row's own format"
+        )
+    if record["proof"] is None:
+        raise InputError(f"{folder} was exported without a proof, so that nobody knows its answers: export it again")
+    if record["artifact"] and record["artifact"] not in record["files"]:
+        raise DamagedError(f"{where} names {record['artifact']!r}, which is none of its files")
+    launch = _launch(folder) if runtime == "llamacpp" else {}
+    check_entries(folder, record["files"], without=(RECORD,))
+    # It loads torch, which nobody waits for where something is wrong.
+    from autodistill.export import proof
+
+    expected = proof.load(folder)
+    same = record["proof"].get("same_written")
+    promise = record.get("promise")
+    if promise is None:
+        # A library promises nothing; it is asked no more than was read at the export.
+        promised = Promised(context=expected.sequences.shape[1], streams=1, measured={})
+    else:
+        promised = Promised.read(promise, where)
+    return Exported(
+        folder=folder,
+        files=(*record["files"], RECORD),
+        runtime=runtime,
+        name=_name(record["row"] or folder.resolve().name),
+        tag=content_hash(record["files"]),
+        row=record["row"] or "",
+        model=record["artifact"],
+        deployment=Deployment.from_json(record["deployment"]),
+        promise=promised,
+        expected=expected,
+        written=expected.written[: same if isinstance(same, int) else 0],
+        launch=launch,
+        versions=record["versions"],
+        licence=_licence(folder),
+    )
+
+
+def _launch(folder: Path) -> dict[str, Any]:
+    path = folder / "serve.json"
+    if not path.is_file():
+        raise InputError(f"{folder} has no {path.name}, as those of earlier versions: export the student again")
+    found = read_json(path)
+    check_typed(found, _Launch, str(path))
+    return found
+
+
+def _licence(folder: Path) -> str:
+    """The licence in the head of a model card, which a search or an export wrote."""
+    path = folder / "README.md"
+    _, _, rest = (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "").partition("---\n")
+    head, end, _ = rest.partition("\n---\n")
+    found = parse_yaml(head, str(path)) if end else None
+    return stated(found.get("license")) or "" if isinstance(found, Mapping) else ""
+
+
+def _name(text: str) -> str:
+    """A name for images, services and units: a label of DNS that begins with a letter, 40 characters at most."""
+    plain = _NOT_NAMES.sub("-", text.lower()).strip("-") or "student"
+    return (plain if plain[0].isalpha() else f"student-{plain}")[:40].strip("-")

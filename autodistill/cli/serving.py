@@ -1,0 +1,321 @@
+"""The commands of a service: `serve`, `chat`, `monitor` and `load`, as a person types them and sees them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from autodistill.api.parameters import takes
+from autodistill.cli.streams import quiet_libraries
+from autodistill.cli.tables import printable
+from autodistill.options import RUNS, Option, Out
+from autodistill.service.request import KeyFile, LoadRequest, ServeRequest
+from autodistill.units import format_bytes, format_duration, parse_duration
+from autodistill.utils.json_files import strict_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from autodistill.service.client import Client
+    from autodistill.service.launch import Service
+    from autodistill.service.monitor import Report
+    from autodistill.service.window import Times
+
+BROKEN = 4
+"""Exit code of `monitor` where the promise is broken."""
+
+
+def _say(line: str) -> None:
+    """Print a line for a person, at once."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+@takes(ServeRequest, "serve")
+def serve(**options: Any) -> dict[str, Any]:
+    """Serve a student over HTTP, with a key, until Ctrl-C or SIGTERM."""
+    request = ServeRequest(**options)
+    quiet_libraries()
+    from autodistill.service.launch import Service, settle
+
+    setting = settle(request, _say)
+    service = Service(setting, _say)
+    try:
+        with service:
+            _announce(service, request)
+            try:
+                service.watch()
+            except KeyboardInterrupt:
+                return service.summary()
+    except KeyboardInterrupt:
+        pass
+    return {"url": setting.url, "restarts": service.restarts}
+
+
+def _announce(service: Service, request: ServeRequest) -> None:
+    setting = service.setting
+    served = setting.served
+    _say(f"{served.name} is served at {setting.url} by {served.runtime}, process {service.pid}")
+    _say(f"{served.streams} x {served.context} tokens, cache in {' and '.join(dict.fromkeys(served.cache_types))}")
+    if setting.draft is not None:
+        _say(f"draft: {setting.draft.name}")
+    key = f"key: {setting.key}" if request.key_file is None else f"key: in {request.key_file}"
+    _say(f"{key} (AUTODISTILL_API_KEY of a client; `Authorization: Bearer KEY` of any other)")
+    if served.runtime == "llama.cpp" and not setting.is_socket:
+        _say(f"web page: {setting.url}/ (it asks for the key); API: {setting.url}/v1; metrics: {setting.url}/metrics")
+    if request.public:
+        _say("other machines reach it, and what they send is not encrypted: put a proxy with TLS before it")
+
+
+def served_text(document: Mapping[str, Any]) -> str:
+    """What a server did until it was stopped, for a person."""
+    if "answer_tokens" not in document:
+        return f"{document['url']} is stopped"
+    told = [
+        f"{document['url']} is stopped after {format_duration(document['seconds'])}: {document['prompt_tokens']:,} "
+        f"tokens read, {document['answer_tokens']:,} written"
+    ]
+    if document.get("acceptance") is not None:
+        told.append(f"{document['accepted']:,} of {document['drafted']:,} drafted taken ({document['acceptance']:.0%})")
+    told += [f"started again {document['restarts']} times"] if document["restarts"] else []
+    return ", ".join(told)
+
+
+@takes(LoadRequest, "load")
+def load(**options: Any) -> dict[str, Any]:
+    """Load a server with more and more sequences at once until a latency limit breaks. pick uses the results."""
+    request = LoadRequest(**options)
+    quiet_libraries()
+    from autodistill.service.load import load as loaded
+
+    return loaded(request, _say)
+
+
+def loaded_text(document: Mapping[str, Any]) -> str:
+    """What a load came to, for a person; each number of sequences was told as it was done."""
+    doubts = "".join(f"\nDoubtful: {doubt}." for doubt in document["measured"]["doubts"])
+    if document["streams"] is None:
+        kept = "Even one sequence alone breaks a limit."
+    else:
+        more = "" if document["levels"][-1]["broken"] else ", the most that was tried"
+        kept = f"It keeps to the limits with {document['streams']} at once{more}: {document['capacity']:.3g} answers/s."
+    return f"{kept}\nStored in {document['kept_in']}.{doubts}"
+
+
+Url = Annotated[str, Option(help="Address of the server, like http://127.0.0.1:8080.", metavar="URL", argument=True)]
+
+
+def chat(
+    to: Annotated[
+        str,
+        Option(
+            help="Address of a server (default: http://127.0.0.1:8080), or what to serve meanwhile: a .gguf file, an "
+            "exported folder, a run, or a row's id.",
+            metavar="URL|EXPORT",
+            argument=True,
+        ),
+    ] = "http://127.0.0.1:8080",
+    system: Annotated[str, Option(help="What the student is told before anything else.", metavar="TEXT")] = "",
+    max_tokens: Annotated[int | None, Option(help="Most tokens of an answer.", metavar="N", typed=int, least=1)] = None,
+    temperature: Annotated[
+        float | None,
+        Option(help="0 for the likeliest answer (default: as the server has it).", metavar="X", typed=float),
+    ] = None,
+    key_file: KeyFile = None,
+    out: Out = RUNS,
+) -> int:
+    """Talk with a student in the terminal: /new begins anew, /quit or Ctrl-D ends. From a pipe, a line is a turn."""
+    from autodistill.service.chat import Conversation, turns
+
+    given = {"max_tokens": max_tokens, "temperature": temperature}
+    quiet_libraries()
+    with _reached(to, key_file, Path(out)) as client:
+        _say(f"{client.model()} at {client.url}")
+        conversation = Conversation(client, system, {name: one for name, one in given.items() if one is not None})
+        typing = sys.stdin.isatty()
+        try:
+            for told in turns(_typed() if typing else sys.stdin, conversation, _write):
+                _write("\n")
+                if typing:
+                    _say(f"({told})")
+        except KeyboardInterrupt:
+            _write("\n")
+    return 0
+
+
+@contextmanager
+def _reached(to: str, key_file: str | Path | None, out: Path) -> Iterator[Client]:
+    """A client of a server that is there, or of one that is started for it and ends with it."""
+    from autodistill.service.client import Client
+    from autodistill.service.keys import client_key
+
+    if "://" in to or to.startswith("unix:"):
+        with Client(to, client_key(None if key_file is None else Path(key_file))) as client:
+            yield client
+        return
+    from autodistill.service.launch import Service, settle
+
+    with (
+        Service(settle(ServeRequest(to, port=0, streams=1, out=out), _say), _say) as service,
+        service.client() as client,
+    ):
+        yield client
+
+
+def _typed() -> Iterator[str]:
+    """What a person types, line by line."""
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def monitor(
+    url: Url,
+    promise: Annotated[
+        str | None,
+        Option(
+            help="Hold it to what was promised of this: a .gguf file, an exported folder, a run, or a row's id.",
+            metavar="EXPORT",
+            complete="runs",
+        ),
+    ] = None,
+    margin: Annotated[
+        float,
+        Option(
+            help="Share by which a measured figure may be exceeded, where no limit was asked for (default: 0.25).",
+            metavar="X",
+            typed=float,
+        ),
+    ] = 0.25,
+    window: Annotated[str, Option(help="Time that averages are over (default: 5m).", metavar="TIME")] = "5m",
+    every: Annotated[
+        str, Option(help="Time between two small requests of its own, at least (default: 5s).", metavar="TIME")
+    ] = "5s",
+    time: Annotated[str | None, Option(help="End after this long (default: at Ctrl-C).", metavar="TIME")] = None,
+    json: Annotated[bool, Option(help="Print a line of JSON after each look.", typed=bool)] = False,
+    prometheus: Annotated[
+        int | None,
+        Option(
+            help="Also give the figures to Prometheus, on this port of the loopback; 0 takes a free one.",
+            metavar="PORT",
+            typed=int,
+            least=0,
+        ),
+    ] = None,
+    key_file: KeyFile = None,
+    out: Out = RUNS,
+) -> int:
+    """Watch a server: latency, throughput, memory, queue, and whether it keeps its promise. Exits with 4 if not."""
+    quiet_libraries()
+    from autodistill.service.client import Client
+    from autodistill.service.keys import client_key
+    from autodistill.service.monitor import Monitor
+    from autodistill.service.promise import find_promise
+
+    held = None if promise is None else find_promise(promise, Path(out), margin)
+    seconds = None if time is None else parse_duration(time)
+    last: Report | None = None
+    with ExitStack() as opened:
+        client = opened.enter_context(
+            Client(url, client_key(None if key_file is None else Path(key_file)), timeout=30.0)
+        )
+        watched = Monitor(client, held, window=parse_duration(window), every=parse_duration(every))
+        endpoint = None
+        if prometheus is not None:
+            from autodistill.service.prometheus import Endpoint
+
+            endpoint = opened.enter_context(Endpoint(prometheus))
+            _say(f"for Prometheus: http://127.0.0.1:{endpoint.port}/metrics")
+        _say(f"a request of {watched.prompt} tokens every {every}, and for a tenth of the time at most; Ctrl-C ends")
+        show = _as_json if json else opened.enter_context(_view())
+        try:
+            for report in watched.watch(seconds):
+                last = report
+                if endpoint is not None:
+                    endpoint.show(report)
+                show(report)
+        except KeyboardInterrupt:
+            pass
+    return BROKEN if last is not None and last.broken else 0
+
+
+def _as_json(report: Report) -> None:
+    print(dumps(strict_json(report.to_json()), allow_nan=False), flush=True)
+
+
+@contextmanager
+def _view() -> Iterator[Callable[[Report], None]]:
+    """Shows reports: figures drawn anew on a terminal, else a line each."""
+    environ = os.environ
+    if not sys.stdout.isatty() or environ.get("TERM", "dumb") in ("", "dumb", "unknown") or environ.get("NO_COLOR"):
+        yield lambda report: print(report_line(report), flush=True)
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(console=Console(file=sys.stdout), auto_refresh=False, redirect_stderr=False) as live:
+        yield lambda report: live.update(report_table(report), refresh=True)
+
+
+def report_facts(report: Report) -> dict[str, str]:
+    """A report for a person: what is known of each figure, by title."""
+    figures = report.figures
+
+    def times(found: Times) -> str:
+        """Mean and percentiles."""
+        if not found.count:
+            return ""
+        shares = (("mean", found.mean), ("p50", found.p50), ("p95", found.p95), ("p99", found.p99))
+        told = ", ".join(f"{name} {format_duration(value)}" for name, value in shares if value is not None)
+        return f"{told} ({found.count})"
+
+    facts = {
+        "server": f"{report.runtime or 'not known'}, {'up' if report.up else f'no answer: {report.why}'}",
+        "window": f"{format_duration(figures.seconds)}, {figures.probes} probes, {figures.failed} without an answer",
+        "first token": times(figures.first_token),
+        "per token": times(figures.token),
+        "throughput": "" if figures.tokens_per_second is None else f"{figures.tokens_per_second:.4g} tokens/s",
+        "memory": "" if figures.memory_bytes is None else format_bytes(figures.memory_bytes),
+        "queue": "" if figures.waiting is None else f"{figures.running:.2g} answered, {figures.waiting:.2g} waiting",
+        "draft": "" if figures.acceptance is None else f"{figures.acceptance:.0%} of its tokens taken",
+    }
+    if report.verdict is not None:
+        facts["promise"] = report.verdict
+        facts |= {f"  {one.figure}": f"{_KEPT[one.kept]}: {one.said}" for one in report.judged}
+    return {title: printable(told) for title, told in facts.items() if told}
+
+
+_KEPT = {True: "kept", False: "BROKEN", None: "not judged"}
+
+
+def report_table(report: Report) -> Table:
+    """A report as it is drawn on a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for title, told in report_facts(report).items():
+        grid.add_row(Text(title, style="bold cyan"), Text(told, style="bold red" if "BROKEN" in told else ""))
+    return grid
+
+
+def report_line(report: Report) -> str:
+    """A report in one line."""
+    facts = report_facts(report)
+    verdict = facts.pop("promise", None)
+    parts = [f"{title} {told}" for title, told in facts.items() if not title.startswith("  ") and title != "window"]
+    if verdict is None:
+        return "; ".join(parts)
+    by = ", ".join(f"{one.figure} ({one.said})" for one in report.broken)
+    return "; ".join([f"{verdict} by {by}" if by else verdict, *parts])

@@ -1,0 +1,74 @@
+"""What Prometheus is told: whom it scrapes, and when it raises an alert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Something that Prometheus scrapes.
+
+    Attributes:
+        name: Its label `job`.
+        target: Host and port.
+        key_file: With the key that its requests carry, beside the configuration; "" for none.
+    """
+
+    name: str
+    target: str
+    key_file: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alert:
+    """A rule.
+
+    Attributes:
+        name: Of the alert, in capitals and small letters.
+        expr: True while it is pending or fires, in Prometheus' language.
+        wait: How long it must hold, like "2m".
+        summary: What a person is told, in one line.
+    """
+
+    name: str
+    expr: str
+    wait: str
+    summary: str
+
+
+def scrape(jobs: Sequence[Job], rules: str = "", seconds: int = 15) -> dict[str, Any]:
+    """Return the content of `prometheus.yml`.
+
+    Args:
+        jobs: Who is scraped.
+        rules: Name of the file of alerts beside it; "" for none.
+        seconds: Between two scrapes.
+    """
+    found: dict[str, Any] = {"global": {"scrape_interval": f"{seconds}s", "evaluation_interval": f"{seconds}s"}}
+    if rules:
+        found["rule_files"] = [rules]
+    configs = []
+    for job in jobs:
+        config: dict[str, Any] = {"job_name": job.name, "static_configs": [{"targets": [job.target]}]}
+        if job.key_file:
+            config["authorization"] = {"credentials_file": job.key_file}
+        configs.append(config)
+    return {**found, "scrape_configs": configs}
+
+
+def rules(group: str, alerts: Sequence[Alert]) -> dict[str, Any]:
+    """Return the content of a file of alerts."""
+    found = [
+        {
+            "alert": alert.name,
+            "expr": alert.expr,
+            "for": alert.wait,
+            "labels": {"severity": "page"},
+            "annotations": {"summary": alert.summary},
+        }
+        for alert in alerts
+    ]
+    return {"groups": [{"name": group, "rules": found}]}

@@ -1,0 +1,160 @@
+"""The panels and the alerts of a served student, from what it promised.
+
+Latency, memory and the promise are the gauges of `autodistill monitor`, which sees the server from outside: llama.cpp
+has none of them. Queues and tokens are the server's own.
+"""
+
+from __future__ import annotations
+
+from autodistill.dashboards.grafana import Panel, Query
+from autodistill.dashboards.prometheus import Alert
+from autodistill.export.promise import Promised
+from autodistill.units import format_bytes, format_duration
+
+MONITOR, SERVER = "monitor", "student"
+"""The jobs of the monitor and of the server itself."""
+QUANTILES = (0.5, 0.95, 0.99)
+"""Those that the monitor gives."""
+_MARGIN = 0.25  # above what was measured, where no limit was asked for, as the monitor has it
+_WAY_SECONDS = 0.01  # beyond that, of a first token: the runtime alone was timed, and a request has the way to it
+_WAIT = "2m"
+_FIGURES = {"ttft": "autodistill_first_token_seconds", "tpot": "autodistill_token_seconds"}
+_WORDS = {"ttft": "first tokens take", "tpot": "later tokens take"}
+_NAMES = {"ttft": "FirstTokenLate", "tpot": "TokensLate"}
+_OWN = {
+    "llamacpp": {
+        "written": "llamacpp:tokens_predicted_total",
+        "read": "llamacpp:prompt_tokens_total",
+        "running": "llamacpp:requests_processing",
+        "waiting": "llamacpp:requests_deferred",
+    },
+    "vllm": {
+        "written": "vllm:generation_tokens_total",
+        "read": "vllm:prompt_tokens_total",
+        "running": "vllm:num_requests_running",
+        "waiting": "vllm:num_requests_waiting",
+    },
+}
+
+
+def panels(promise: Promised, server: str) -> tuple[Panel, ...]:
+    """Return the panels of a served student.
+
+    Args:
+        promise: Its limits are drawn as red lines.
+        server: "llamacpp" or "vllm".
+    """
+    own = _OWN[server]
+    limits = {limit.quantity: limit.seconds for limit in promise.latency}
+    return (
+        Panel(
+            title="Time to the first token",
+            about="Of requests in the monitor's window, by quantile.",
+            unit="s",
+            queries=(Query(expr=_FIGURES["ttft"], legend="{{instance}} {{quantile}}"),),
+            limit=limits.get("ttft"),
+        ),
+        Panel(
+            title="Time per later token",
+            about="Of requests in the monitor's window, by quantile.",
+            unit="s",
+            queries=(Query(expr=_FIGURES["tpot"], legend="{{instance}} {{quantile}}"),),
+            limit=limits.get("tpot"),
+        ),
+        Panel(
+            title="Memory",
+            about="Of the server's process.",
+            unit="bytes",
+            queries=(Query(expr="autodistill_memory_bytes", legend="{{instance}}"),),
+            limit=promise.memory_bytes,
+        ),
+        Panel(
+            title="Promise kept",
+            about="1 where a figure keeps to what was promised, 0 where it is broken.",
+            unit="short",
+            queries=(Query(expr="autodistill_promise_kept", legend="{{instance}} {{figure}}"),),
+        ),
+        Panel(
+            title="Tokens a second",
+            about="Written and read, by the server's own counters.",
+            unit="short",
+            queries=(
+                Query(expr=f"rate({own['written']}[5m])", legend="{{instance}} written"),
+                Query(expr=f"rate({own['read']}[5m])", legend="{{instance}} read"),
+            ),
+        ),
+        Panel(
+            title="Requests",
+            about="Being answered, and waiting for a place.",
+            unit="short",
+            queries=(
+                Query(expr=own["running"], legend="{{instance}} answered"),
+                Query(expr=own["waiting"], legend="{{instance}} waiting"),
+            ),
+        ),
+    )
+
+
+def alerts(promise: Promised) -> tuple[Alert, ...]:
+    """Return the alerts of a served student: it is gone, or breaks a figure that was promised.
+
+    Where no limit of a latency was asked for, the measured figure was promised, and a quarter more is allowed: a median
+    of first tokens, and the 95th percentile of later ones. Where nothing was measured on what the student is for, there
+    is no such alert.
+    """
+    found = [
+        Alert(
+            name="StudentDown",
+            expr=f'up{{job="{SERVER}"}} == 0',
+            wait="1m",
+            summary="the server of {{ $labels.instance }} does not answer",
+        ),
+        Alert(
+            name="MonitorDown",
+            expr=f'up{{job="{MONITOR}"}} == 0 or absent(up{{job="{MONITOR}"}})',
+            wait="5m",
+            summary="autodistill monitor does not run, so that nobody sees whether the promise is kept",
+        ),
+        Alert(
+            name="PromiseBroken",
+            expr="autodistill_promise_kept == 0",
+            wait=_WAIT,
+            summary="{{ $labels.instance }} breaks what was promised of {{ $labels.figure }}",
+        ),
+    ]
+    for quantity in _FIGURES:
+        if (limited := _limit(promise, quantity)) is not None:
+            quantile, seconds, source = limited
+            found.append(
+                Alert(
+                    name=_NAMES[quantity],
+                    expr=f'{_FIGURES[quantity]}{{quantile="{quantile}"}} > {seconds:.6g}',
+                    wait=_WAIT,
+                    summary=f"{_WORDS[quantity]} longer than {format_duration(seconds)} ({source}) on "
+                    "{{ $labels.instance }}",
+                )
+            )
+    if promise.memory_bytes is not None:
+        found.append(
+            Alert(
+                name="MemoryOverBudget",
+                expr=f"autodistill_memory_bytes > {promise.memory_bytes}",
+                wait=_WAIT,
+                summary=f"{{{{ $labels.instance }}}} takes more than the {format_bytes(promise.memory_bytes)} promised",
+            )
+        )
+    return tuple(found)
+
+
+def _limit(promise: Promised, quantity: str) -> tuple[float, float, str] | None:
+    """Quantile, seconds and where these come from; a percentile between the monitor's is held to the next above it."""
+    asked = next((limit for limit in promise.latency if limit.quantity == quantity), None)
+    if asked is not None:
+        quantile = next((one for one in QUANTILES if one >= asked.percentile / 100), QUANTILES[-1])
+        return quantile, asked.seconds, f"the limit {asked.describe()}"
+    name, quantile = ("ttft_p50_ms", 0.5) if quantity == "ttft" else ("tpot_p95_ms", 0.95)
+    value, machine = promise.figure(name), promise.measured.get("machine")
+    if value is None or promise.device not in (None, machine):
+        return None  # what one machine takes says nothing of another
+    way = _WAY_SECONDS if quantity == "ttft" else 0.0
+    return quantile, (1 + _MARGIN) * value / 1e3 + way, f"a quarter more than measured on {machine}"

@@ -1,0 +1,228 @@
+"""What a cascade would do: a small model answers, and defers to a larger one where it is not confident enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.evaluation.statistics import clustered_bootstraps, paired_bootstrap
+
+Floats = npt.NDArray[np.float64]
+
+_STEPS = 100  # thresholds between deferring nothing and deferring everything, at equal shares of the items
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Items:
+    """The same items, read by both models: predicted tokens, or questions with their answers.
+
+    Attributes:
+        documents: int32 [n], the document of each item; items of one document may depend on each other.
+        confidence: float64 [n], of the small model, 0 to 1: what an item is deferred by.
+        small, large: float64 [n], whether each model is right about an item: 1 or 0.
+        small_ms, large_ms: float64 [n], milliseconds that each model takes for an item; None where that is not known.
+    """
+
+    documents: npt.NDArray[np.int32]
+    confidence: Floats
+    small: Floats
+    large: Floats
+    small_ms: Floats | None = None
+    large_ms: Floats | None = None
+
+    def part(self, chosen: npt.NDArray[np.bool_]) -> Items:
+        """Return some of the items."""
+        return Items(
+            documents=self.documents[chosen],
+            confidence=self.confidence[chosen],
+            small=self.small[chosen],
+            large=self.large[chosen],
+            small_ms=None if self.small_ms is None else self.small_ms[chosen],
+            large_ms=None if self.large_ms is None else self.large_ms[chosen],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What a cascade does at one threshold. Standard errors are bootstrapped by document, of differences paired.
+
+    Attributes:
+        threshold: Items with less confidence than this are deferred.
+        deferred, deferred_stderr: Share of the items.
+        accuracy, accuracy_stderr: Share of the items that are right in the end.
+        over_small, over_small_stderr: Accuracy less that of the small model alone.
+        over_large, over_large_stderr: Accuracy less that of the large model alone.
+        over_chance, over_chance_stderr: Accuracy less what deferring as many items at random would expect. Confidence
+            that says nothing gives 0.
+        latency_ms, latency_stderr: Expected milliseconds of an item; the error is that of which items are deferred.
+            None where the models' speed is not known.
+        memory_bytes: Of the models that must be loaded; None where it is not known.
+    """
+
+    threshold: float
+    deferred: float
+    deferred_stderr: float | None
+    accuracy: float
+    accuracy_stderr: float | None
+    over_small: float
+    over_small_stderr: float | None
+    over_large: float
+    over_large_stderr: float | None
+    over_chance: float
+    over_chance_stderr: float | None
+    latency_ms: float | None = None
+    latency_stderr: float | None = None
+    memory_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the point as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """A threshold that is good enough, and what it does on documents that it was not chosen by.
+
+    Attributes:
+        threshold: The least at which the cascade is no more than one standard error below the large model alone, paired
+            by document.
+        deferred, deferred_stderr, accuracy, accuracy_stderr, over_large, over_large_stderr: As of a `Point`, where each
+            half of the documents is routed by the threshold that the other half gives. None of a single document.
+    """
+
+    threshold: float
+    deferred: float | None = None
+    deferred_stderr: float | None = None
+    accuracy: float | None = None
+    accuracy_stderr: float | None = None
+    over_large: float | None = None
+    over_large_stderr: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the suggestion as plain data."""
+        return asdict(self)
+
+
+def thresholds(confidence: Floats) -> list[float]:
+    """Return thresholds from one that defers nothing to one that defers everything, at equal shares of the items."""
+    if confidence.size == 0:
+        raise ValueError("there is no threshold for no items")
+    between = np.quantile(confidence, np.arange(1, _STEPS) / _STEPS, method="higher")
+    last = np.nextafter(confidence.max(), math.inf)
+    return np.unique([0.0, *between, last]).tolist()
+
+
+def curve(items: Items, memory: tuple[int, int] | None = None) -> list[Point]:
+    """Return what the cascade does at each of `thresholds`, from no deferral to all of it.
+
+    Args:
+        items: At least one.
+        memory: Bytes that serving the small and the large model takes, or None.
+    """
+    return at(items, thresholds(items.confidence), memory)
+
+
+def at(items: Items, limits: Sequence[float], memory: tuple[int, int] | None = None) -> list[Point]:
+    """Return what the cascade does at some thresholds, ascending; see `curve`."""
+    return _points(items, [items.confidence < limit for limit in limits], limits, memory)
+
+
+def suggest(items: Items) -> Suggestion:
+    """Return the least threshold that is good enough, and how well such a choice does on other documents.
+
+    The documents are divided in two halves. Each half is routed by the threshold that the other one gives, so that no
+    item has a part in the choice that it is judged by.
+    """
+    chosen = _least(items)
+    ids, places = np.unique(items.documents, return_inverse=True)
+    if len(ids) < 2:
+        return Suggestion(threshold=chosen)
+    odd = places % 2 == 1
+    limit = np.where(odd, _least(items.part(~odd)), _least(items.part(odd)))
+    (found,) = _points(items, [items.confidence < limit], [chosen], None)
+    return Suggestion(
+        threshold=chosen,
+        deferred=found.deferred,
+        deferred_stderr=found.deferred_stderr,
+        accuracy=found.accuracy,
+        accuracy_stderr=found.accuracy_stderr,
+        over_large=found.over_large,
+        over_large_stderr=found.over_large_stderr,
+    )
+
+
+def _least(items: Items) -> float:
+    """The first threshold at which the cascade is no more than one standard error below the large model."""
+    limits = thresholds(items.confidence)
+    gaps = [np.where(items.confidence < limit, 0.0, items.small - items.large) for limit in limits]
+    # Where all is deferred it is the large model.
+    return next(limit for limit, (gap, error) in zip(limits, _means(items, gaps), strict=True) if gap >= -(error or 0))
+
+
+def _means(items: Items, values: Sequence[Floats]) -> list[tuple[float, float | None]]:
+    """Means over the items, and their standard errors over the same draws of documents."""
+    _, places = np.unique(items.documents, return_inverse=True)
+    count = np.bincount(places).astype(float)
+    found, errors = paired_bootstrap(np.array([np.bincount(places, weights=one) for one in values]), count)
+    return [(float(a), None if np.isnan(b) else float(b)) for a, b in zip(found, errors, strict=True)]
+
+
+def _points(
+    items: Items, deferred: Sequence[npt.NDArray[np.bool_]], limits: Sequence[float], memory: tuple[int, int] | None
+) -> list[Point]:
+    """A point for each way to route the items; all ways are compared in the same draws of documents."""
+    right = [np.where(one, items.large, items.small) for one in deferred]
+    columns = {
+        "deferred": _means(items, [one.astype(float) for one in deferred]),
+        "accuracy": _means(items, right),
+        "over_small": _means(items, [one - items.small for one in right]),
+        "over_large": _means(items, [one - items.large for one in right]),
+        "over_chance": _over_chance(items, right, deferred),
+    }
+    if items.small_ms is not None and items.large_ms is not None:
+        # Where everything is deferred nobody asks the small model first.
+        taken = [items.large_ms if one.all() else items.small_ms + one * items.large_ms for one in deferred]
+        columns["latency"] = _means(items, taken)
+    points = []
+    for place, limit in enumerate(limits):
+        figures: dict[str, Any] = {}
+        for name, column in columns.items():
+            value, error = column[place]
+            figures |= {"latency_ms" if name == "latency" else name: value, f"{name}_stderr": error}
+        loaded = _memory(memory, deferred[place])
+        points.append(Point(threshold=float(limit), memory_bytes=loaded, **figures))
+    return points
+
+
+def _over_chance(
+    items: Items, right: Sequence[Floats], deferred: Sequence[npt.NDArray[np.bool_]]
+) -> list[tuple[float, float | None]]:
+    """The gains over random deferral of as many items, and their standard errors."""
+    _, places = np.unique(items.documents, return_inverse=True)
+    ways = len(right)
+
+    def gains(sums: Floats) -> Floats:
+        """Of sums [draws, ways + ways + (small, large, items)] the gains [draws, ways]."""
+        small, large, count = sums[:, -3:, None].transpose(1, 0, 2)
+        share = sums[:, ways : 2 * ways] / count
+        found: Floats = (sums[:, :ways] - (1 - share) * small - share * large) / count
+        return found
+
+    columns = [*right, *deferred, items.small, items.large, np.ones(len(items.small))]
+    parts = np.stack([np.bincount(places, weights=one) for one in columns], axis=1).astype(np.float64)
+    errors = clustered_bootstraps(gains, parts)
+    values = gains(parts.sum(axis=0)[None])[0]
+    return [(float(one), None if errors is None else float(errors[place])) for place, one in enumerate(values)]
+
+
+def _memory(memory: tuple[int, int] | None, deferred: npt.NDArray[np.bool_]) -> int | None:
+    """Bytes of what must be loaded: the small model, both, or where everything is deferred the large one alone."""
+    if memory is None:
+        return None
+    small, large = memory
+    return small if not deferred.any() else large if deferred.all() else small + large

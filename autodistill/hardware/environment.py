@@ -1,0 +1,70 @@
+"""What figures depend on beside what is asked: the code, the packages, the machine and its threads."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from autodistill.hardware.machine import Machine, machine_name
+
+# Without numba sums are added in another order.
+_PACKAGES = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
+_PERHAPS = ("numba",)
+_SOURCES = Path(__file__).parents[1]
+_SECONDS = 10  # that git may take
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a figure may depend on."""
+    found = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    for package in _PERHAPS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return {"python": platform.python_version()} | found
+
+
+@cache
+def code() -> dict[str, Any]:
+    """Return which code runs: a hash of its files, and of a checkout its commit and whether that was changed since."""
+    found: dict[str, Any] = {"hash": _hash()}
+    commit = _git("rev-parse", "HEAD")
+    # A copy in an environment may lie within somebody's own repository, which does not have these files.
+    if commit and _git("ls-files", "--error-unmatch", str(Path(__file__))):
+        changed = _git("status", "--porcelain", "--", str(_SOURCES))
+        found |= {"commit": commit, "dirty": bool(changed)}
+    return found
+
+
+def machine_here(machine: Machine) -> dict[str, Any]:
+    """Return what a figure may depend on of a machine."""
+    return {
+        "name": machine_name(machine),
+        "cpus": machine.cpus,
+        "system": platform.system(),
+        "arch": platform.machine(),
+    }
+
+
+def _hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(_SOURCES.rglob("*.py")):
+        digest.update(f"{path.relative_to(_SOURCES).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _git(*words: str) -> str | None:
+    """What git says; None where it is not there, or this is no checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(_SOURCES), *words], capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,236 @@
+"""Scales that are searched for by how much each column of a matrix counts, as an importance matrix says it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from autodistill.quantization import k_quants as super_blocks
+from autodistill.quantization.grids import Grid
+from autodistill.quantization.packing import BF16_EPSILON
+from autodistill.quantization.rounding import fitted_scales
+
+# How many codes beyond that of the scale rule a group's largest weight would be: it is clipped where that pays.
+_BEYOND = (-1.0, -0.7, -0.4, -0.2, 0.0, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 4.5, 6.5)
+# The same of a group's smallest and largest weight, where there is an offset.
+_ENDS = (
+    *((both, both) for both in (-0.4, 0.0, 0.3, 0.6, 1.0, 1.5, 2.5)),
+    *((0.0, above) for above in (0.6, 1.2, 2.5)),
+    *((below, 0.0) for below in (0.6, 1.2, 2.5)),
+)
+# What the best scale is multiplied by to look further; after each of them it is fitted to the codes that it gives.
+_MOVES = (1.0, 1.0, 0.97, 1.03, 0.985, 1.015, 1.0)
+# Weights handled at once: on a CPU they and their buffers stay in its cache.
+_CPU_CHUNK, _CHUNK = 2**17, 2**24
+
+
+@torch.no_grad()
+def weighted_scales(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the scales and offsets under which a matrix's outputs change little, if its inputs are independent.
+
+    The squared error of each weight counts by the importance of its column: the mean square of that input. Of each
+    group some scales are tried, fitted to their codes by weighted least squares, and rounded as a file stores them;
+    those that follow from the weights alone are among them, so that the weighted error is never above theirs.
+
+    Args:
+        weight: float32 [out, in], `in` a multiple of the grid's groups.
+        grid: The grid.
+        importance: float32 [in], not negative.
+
+    Returns:
+        Scales and offsets as stored, float32 [out, groups] each; None for offsets of a symmetric grid.
+
+    Raises:
+        ValueError: Importance of another size, negative, or not finite.
+    """
+    rows, columns = weight.shape
+    if importance.shape != (columns,) or not torch.isfinite(importance).all() or (importance < 0).any():
+        raise ValueError(f"importance of {columns} columns is as many finite numbers of 0 or more")
+    scales, offsets = fitted_scales(weight, grid)
+    size = grid.group(columns)
+    # A column that counts for nothing would leave a group without a scale.
+    counts = (importance.float() + 1e-4 * importance.float().mean() + 1e-30).view(1, -1, size)
+    at_once = max(1, (_CPU_CHUNK if weight.device.type == "cpu" else _CHUNK) // columns)
+    for start in range(0, rows, at_once):
+        part = slice(start, start + at_once)
+        groups = weight[part].reshape(-1, columns // size, size)
+        first = _Fit.of(groups, counts, grid, scales[part], None if offsets is None else offsets[part])
+        found = _in_blocks(first, groups, counts, grid) if grid.block_size else _one_by_one(first, groups, counts, grid)
+        scales[part] = found.scales
+        if offsets is not None and found.offsets is not None:
+            offsets[part] = found.offsets
+    return scales, offsets
+
+
+class _Fit:
+    """Scales and offsets of groups, [out, groups] each, with the weighted squared error that they leave."""
+
+    def __init__(self, scales: Tensor, offsets: Tensor | None, codes: Tensor, error: Tensor) -> None:
+        self.scales, self.offsets, self.codes, self.error = scales, offsets, codes, error
+
+    @classmethod
+    def of(cls, groups: Tensor, counts: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None) -> _Fit:
+        """Round groups, [out, groups, size], under scales and offsets."""
+        step = scales.unsqueeze(-1)
+        divisor = step.masked_fill(step == 0, math.inf)
+        moved = offsets.unsqueeze(-1) if offsets is not None else None
+        if moved is None:
+            codes = _codes(groups / divisor, grid)
+            values = codes * step
+        elif grid.offset == "minimum":
+            codes = _codes((groups - moved) / divisor, grid)
+            values = codes * step + moved
+        else:
+            codes = _codes(groups / divisor + moved, grid)
+            values = (codes - moved) * step
+        error = values.sub_(groups).square_().mul_(counts).sum(-1)
+        return cls(scales, offsets, codes, error.nan_to_num_(nan=math.inf))
+
+    def or_better(self, other: _Fit) -> _Fit:
+        """Of each group that of two with less error, this one where they are equal."""
+        better = other.error < self.error
+        offsets = None
+        if self.offsets is not None and other.offsets is not None:
+            offsets = torch.where(better, other.offsets, self.offsets)
+        return _Fit(
+            torch.where(better, other.scales, self.scales),
+            offsets,
+            torch.where(better.unsqueeze(-1), other.codes, self.codes),
+            torch.where(better, other.error, self.error),
+        )
+
+
+def _codes(steps: Tensor, grid: Grid) -> Tensor:
+    if grid.codebook:
+        found: Tensor = super_blocks.nearest_codes(steps, grid, torch)
+        return found
+    return steps.round_().clamp_(grid.qmin, grid.qmax)
+
+
+def _one_by_one(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
+    """The best of scales that are stored one by one."""
+    for scales, offsets in _tries(groups, grid):
+        best = best.or_better(_Fit.of(groups, counts, grid, *_stored(scales, offsets, grid)))
+    if grid.scale_dtype == "e8m0":
+        return best  # powers of two were all tried that come into question
+    for move in _MOVES:
+        best = best.or_better(_Fit.of(groups, counts, grid, *_stored(*_moved(best, move, groups, counts, grid), grid)))
+    return best
+
+
+def _moved(best: _Fit, move: float, groups: Tensor, counts: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets that are fitted to the codes which the best give, or which the best times some number give."""
+    codes = best.codes
+    if move != 1.0:
+        codes = _Fit.of(groups, counts, grid, best.scales * move, best.offsets).codes
+    return _refitted(codes, best.offsets, groups, counts, grid)
+
+
+def _tries(groups: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield scales and offsets, before they are rounded: those that reach the ends of a group, and shorter ones."""
+    low, high = groups.amin(-1), groups.amax(-1)
+    if grid.symmetric:
+        largest = torch.where(high > -low, high, low)
+        if grid.scale_dtype == "e8m0":
+            power = super_blocks.powers_of_two(largest.contiguous(), torch) / grid.divisor
+            yield from ((power * factor, None) for factor in (0.5, 1.0, 2.0))
+            return
+        unit = abs(grid.divisor) / 8 if grid.codebook else 1.0
+        for beyond in _BEYOND:
+            divisor = abs(grid.divisor) + unit * beyond
+            yield largest / divisor, None
+            yield largest / -divisor, None
+        return
+    if grid.offset == "zero_point":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    elif grid.block_size:
+        low = low.clamp(max=0)  # a minimum is subtracted there
+    step = (high - low) / grid.levels
+    for below, above in _ENDS:
+        least = low + below * step
+        scales = (high - above * step - least) / grid.levels
+        if grid.offset == "minimum":
+            yield scales, least.clamp(max=0) if grid.block_size else least
+        else:
+            yield scales, (grid.qmin - least / scales).nan_to_num().round()
+
+
+def _stored(scales: Tensor, offsets: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Round scales and offsets to what a file holds one by one."""
+    if grid.scale_dtype == "e8m0":
+        return scales.clamp(min=super_blocks.LEAST_POWER), offsets
+    scales = (scales.half() if grid.scale_dtype == "f16" else scales.bfloat16()).float()
+    if grid.container == "compressed-tensors":
+        scales = scales.masked_fill(scales == 0, BF16_EPSILON)
+    if offsets is None:
+        return scales, None
+    if grid.offset == "minimum":
+        return scales, offsets.half().float()
+    return scales, offsets.clamp(grid.qmin, grid.qmax)
+
+
+def _refitted(
+    codes: Tensor, offsets: Tensor | None, groups: Tensor, counts: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor | None]:
+    """The scales and minima of least weighted squared error for given codes; zero points stay."""
+    if grid.offset == "minimum":
+        total, of_codes = counts.sum(-1), (codes * counts).sum(-1)
+        of_groups, squares = (groups * counts).sum(-1), (codes.square() * counts).sum(-1)
+        products = (codes * groups * counts).sum(-1)
+        spread = squares * total - of_codes.square()
+        scales = (products * total - of_codes * of_groups) / _positive(spread)
+        minima = (of_groups - scales * of_codes) / total
+        if grid.block_size:
+            bounded = minima > 0
+            scales = torch.where(bounded, products / _positive(squares), scales)
+            minima = minima.clamp(max=0)
+        return scales, minima
+    held = codes if offsets is None else codes - offsets.unsqueeze(-1)
+    scales = (held * groups * counts).sum(-1) / _positive((held.square() * counts).sum(-1))
+    return scales, offsets
+
+
+def _in_blocks(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
+    """The best of scales that lie on the grid of their super-blocks, where each block is taken as a whole."""
+    free = best
+    for scales, offsets in _tries(groups, grid):
+        free = free.or_better(_Fit.of(groups, counts, grid, scales, offsets))
+    for move in _MOVES:
+        free = free.or_better(_Fit.of(groups, counts, grid, *_moved(free, move, groups, counts, grid)))
+    minima, scales = free.offsets, free.scales
+    if minima is not None:
+        minima = 0.0 - super_blocks.stored(-minima, grid, torch)
+        held = groups - minima.unsqueeze(-1)
+        scales = (free.codes * held * counts).sum(-1) / _positive((free.codes.square() * counts).sum(-1))
+    found = _Fit.of(groups, counts, grid, super_blocks.stored(scales, grid, torch), minima)
+    found = _nudged(found, groups, counts, grid)
+    shape = (-1, grid.groups_per_block)
+    better = found.error.reshape(shape).sum(-1) < best.error.reshape(shape).sum(-1)
+    chosen = better.unsqueeze(-1).expand(-1, grid.groups_per_block).reshape(best.error.shape)
+    best.scales = torch.where(chosen, found.scales, best.scales)
+    if best.offsets is not None and found.offsets is not None:
+        best.offsets = torch.where(chosen, found.offsets, best.offsets)
+    return best
+
+
+def _nudged(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
+    """Move each scale by a unit of its block where that is better; the block's largest says the unit, and stays."""
+    units, multipliers = super_blocks.on_block_grid(best.scales, grid, torch)
+    fixed = multipliers.abs() == multipliers.abs().amax(-1, keepdim=True)
+    for step in (-1.0, 1.0):
+        tried = torch.where(fixed, multipliers, multipliers + step)
+        bound = multipliers.abs().amax(-1, keepdim=True) - 1
+        tried = torch.where(
+            fixed, tried, torch.maximum(torch.minimum(tried, bound), -bound if grid.symmetric else 0 * bound)
+        )
+        scales = (units * tried + 0.0).reshape(best.scales.shape)
+        best = best.or_better(_Fit.of(groups, counts, grid, scales, best.offsets))
+    return best
+
+
+def _positive(values: Tensor) -> Tensor:
+    """Divisors, of which those of 0 or below become 1; what they divide is 0 as well."""
+    return torch.where(values > 0, values, 1.0)

@@ -1,0 +1,177 @@
+"""What a page about a run tells: its records read once, and the charts that they hold enough for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from autodistill.errors import InputError
+from autodistill.evaluation.base import Direction
+from autodistill.hardware.budget import Budget, read_budget
+from autodistill.report.cascade_chart import cascade_charts, cascade_curve
+from autodistill.report.charts import NLL, Against, altair_module, budget_curve, budget_points, importance
+from autodistill.report.storage_chart import storage
+from autodistill.report.training_charts import learning, phases, rungs
+from autodistill.runs.events import RowAdded, RowTested, RunEvent, rows_of
+from autodistill.runs.results.cascades import read_cascades
+from autodistill.runs.results.gains import Gains
+from autodistill.runs.results.leaderboard import Ranked, rank
+from autodistill.runs.results.objectives import objectives_of, with_front
+from autodistill.runs.results.row import Row
+from autodistill.runs.results.selection import chosen, contenders, students_only
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.construction.construction import Construction
+from autodistill.search.explain import Explanation, explain
+
+if TYPE_CHECKING:
+    import altair
+
+AGAINST: tuple[Against, ...] = ("memory", "size", "latency")
+MOST_ROWS = 500
+"""Rows that the page's table and charts hold, the best first, so that it stays below 3 MB."""
+BUDGET = "budget"
+"""What the names of the charts of the budget curve begin with, before their metric and what it is against."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A run as a page tells it.
+
+    Attributes:
+        name: The run's name.
+        state: "finished", "under way" or "stopped".
+        asked: Its `search.json`.
+        events: Its log.
+        explanation: Of its trials; None before the first of them.
+        cascades: What `cascade` wrote of two of its rows each.
+    """
+
+    name: str
+    state: str
+    asked: Mapping[str, Any]
+    events: Sequence[RunEvent]
+    explanation: Explanation | None
+    cascades: Sequence[Mapping[str, Any]] = ()
+
+    @classmethod
+    def of(cls, run: RunFolder) -> Contents:
+        """Read the records of a run, finished or under way.
+
+        Raises:
+            InputError: They cannot be read.
+        """
+        asked, events = run.asked("metric", "direction", "budget"), run.events.all()
+        whole = "plan" in asked and "space_definition" in asked
+        explanation = explain(run) if whole and any(event.event == "trial" for event in events) else None
+        given: dict[str, Any] = {"explanation": explanation, "cascades": read_cascades(run.path)}
+        return cls(name=run.name, state=run.state, asked=asked, events=events, **given)
+
+    @property
+    def metric(self) -> str:
+        """What ranks."""
+        return str(self.asked["metric"])
+
+    @property
+    def direction(self) -> Direction:
+        """Whether more or less of it is better."""
+        direction: Direction = self.asked["direction"]
+        return direction
+
+    @property
+    def budget(self) -> Budget:
+        """The limits of a deployed student."""
+        return read_budget(self.asked["budget"])
+
+    @property
+    def gains(self) -> Gains | None:
+        """What was exported, held to what needs no training; None before the end."""
+        return Gains.from_json(self.asked)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Its rows of the validation split."""
+        return [row for row in rows_of(self.events) if row.split != "test"]
+
+    @cached_property
+    def tested(self) -> list[Row]:
+        """The rows of the test split that it ended with."""
+        found = {row.row_id: row for row in rows_of(self.events, (RowAdded, RowTested)) if row.split == "test"}
+        return [found[name] for name in self.asked.get("test", found) if name in found]
+
+    @cached_property
+    def ranked(self) -> list[Ranked]:
+        """Its leaderboard."""
+        return with_front(rank(contenders(self.rows), self.metric, self.direction), objectives_of(self.asked))
+
+    @cached_property
+    def best(self) -> Row | None:
+        """What was exported, or else what is best now; None where nothing keeps to the budget."""
+        by_id = {row.row_id: row for row in self.rows}
+        if self.gains is not None and self.gains.exported in by_id:
+            return by_id[self.gains.exported]
+        return chosen(self.rows, self.metric, self.direction, students_only=students_only(self.asked))
+
+    @cached_property
+    def solved(self) -> list[Construction]:
+        """What was found within the budget before anything was trained."""
+        return [Construction.from_json(one) for one in self.asked.get("constructions", ())]
+
+    def metrics(self) -> dict[str, Direction]:
+        """What the budget curve can be drawn of, the metric that ranks first."""
+        ways: dict[str, Direction] = {self.metric: self.direction, "accuracy": "max", NLL: "min", "kl": "min"}
+        return ways
+
+
+def charts_of(contents: Contents, against: Sequence[Against] = AGAINST) -> dict[str, altair.TopLevelMixin]:
+    """Draw every chart of a run that its records hold enough for, by names that are names of files too.
+
+    Raises:
+        MissingDependencyError: Altair is not installed.
+    """
+    altair_module()
+    drawn = ((name, _drawn(draw)) for name, draw in _charts(contents, against))
+    return {name: chart for name, chart in drawn if chart is not None}
+
+
+def _charts(contents: Contents, against: Sequence[Against]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    metrics = contents.metrics()
+    rows = [one.row for one in contents.ranked[:MOST_ROWS]]
+    points = budget_points(rows, list(metrics))
+    for metric, direction in metrics.items():
+        for cost in against:
+            draw = partial(budget_curve, rows, points, metric=metric, direction=direction, against=cost)
+            name = f"{BUDGET}-{chart_file(metric)}-{cost}"
+            yield name, partial(draw, budget=contents.budget, solved=contents.solved)
+    best = contents.best
+    if best is not None:
+        yield "storage", lambda: storage(best)
+    yield "learning", lambda: learning(contents.events)
+    yield "rungs", lambda: rungs(contents.events, contents.metric)
+    explanation = contents.explanation
+    if explanation is not None:
+        for objective in explanation.importance:
+            yield chart_of_importance(objective), partial(importance, explanation, objective)
+    for document in contents.cascades:
+        for name, unit in cascade_charts(document):
+            yield chart_file(name), partial(cascade_curve, document, unit)
+    yield "phases", lambda: phases(contents.asked.get("seconds", {}))
+
+
+def chart_of_importance(objective: str) -> str:
+    """Return the name of the chart of what mattered for an objective."""
+    return f"importance-{chart_file(objective)}"
+
+
+def _drawn(draw: Callable[[], Any]) -> Any:
+    """A chart, or None where the records do not hold enough for it, which its section of the page says."""
+    try:
+        return draw()
+    except InputError:
+        return None
+
+
+def chart_file(name: str) -> str:
+    """Return a chart's name as one that a file can have."""
+    return "".join(letter if letter.isalnum() or letter in "_." else "-" for letter in name)

@@ -1,0 +1,452 @@
+"""The page about a run: one file that shows what was asked, what was found, and how it came about."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from autodistill.errors import MissingDependencyError
+from autodistill.report.cascade_chart import cascade_charts
+from autodistill.report.contents import AGAINST, BUDGET, MOST_ROWS, Contents, chart_file, chart_of_importance, charts_of
+from autodistill.report.html import Cell, data, items, pairs, paragraph, section, table, text
+from autodistill.report.predictions import predictions
+from autodistill.report.storage_chart import cut
+from autodistill.report.training_charts import MOST_CURVES
+from autodistill.runs.events import RungReached, TrialAdded, TrialEnded, of_kind
+from autodistill.runs.report import INSTALL_PLOTS, asked_facts, notes_of
+from autodistill.runs.results.differences import differences, shown
+from autodistill.runs.results.gains import named
+from autodistill.runs.results.leaderboard import Ranked, rests_on
+from autodistill.runs.results.row import Row
+from autodistill.units import format_bytes, format_duration
+
+_CHARTS_ABSENT = f"Charts need Vega-Altair and vl-convert: {INSTALL_PLOTS}"
+_TITLES = {"nll": "loss (nats a token)", "kl": "KL of the teacher (nats a token)"}
+
+
+def page(contents: Contents) -> str:
+    """Return the page about a run as HTML: self-contained, without a request, with charts where these can be drawn.
+
+    Without Vega-Altair or vl-convert it is the same page without charts, which says how to have them.
+    """
+    drawn = specifications(lambda: charts_of(contents))
+    head = sentence(contents) + _state(contents)
+    return document(contents.name, head, list(_sections(contents, drawn or {})), drawn)
+
+
+def specifications(draw: Callable[[], Mapping[str, Any]]) -> dict[str, dict[str, Any]] | None:
+    """Return the Vega-Lite specifications of charts by name; None where what draws them is not installed."""
+    try:
+        _bundle()
+        return {name: chart.to_dict(validate=False) for name, chart in draw().items()}
+    except MissingDependencyError:
+        return None
+
+
+def document(
+    title: str, head: str, sections: Sequence[tuple[str, str, str]], drawn: Mapping[str, Mapping[str, Any]] | None
+) -> str:
+    """Return a whole page, which needs no other file and may run nothing but its own scripts.
+
+    Args:
+        title: Its heading.
+        head: What stands below that, as HTML.
+        sections: Id, title and content of each; one without content is left out.
+        drawn: Specifications of its charts, as `specifications` gives them.
+    """
+    held = [(name, said, part) for name, said, part in sections if part]
+    links = "".join(f'<li><a href="#{name}">{text(said)}</a></li>' for name, said, _ in held)
+    body = "".join(section(name, said, part) for name, said, part in held)
+    program = "" if drawn is None else _bundle()
+    lacking = f'<p class=note id="no-charts">{text(_CHARTS_ABSENT)}</p>' if drawn is None else ""
+    charts, shared = _shared(drawn or {})
+    scripts = [*([_harmless(program)] if program else []), _harmless(f"(() => {{{_own('page.js')}}})();")]
+    allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
+    return "".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{text(title)}: AutoDistill</title><style>{_own('page.css')}</style></head><body>",
+            f"<header><h1>{text(title)}</h1>{head}{lacking}",
+            f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main>',
+            "<footer>Made by AutoDistill. This page holds all that it shows, and asks nothing of any server.</footer>",
+            data("charts", charts),
+            data("data", shared),
+            *(f"<script>{script}</script>" for script in scripts),
+            "</body></html>\n",
+        ]
+    )
+
+
+def sentence(contents: Contents) -> str:
+    """Return what was asked and found in one sentence, with the gain over the best that needs no training."""
+    asked, gains, best = contents.asked, contents.gains, contents.best
+    of = " on ".join(str(asked[part].get("name", "?")) for part in ("teacher", "data") if part in asked)
+    question = f"The best student{f' of {of}' if of else ''} within {contents.budget.describe()}"
+    if best is None:
+        return f"<p class=found>{text(question)}: nothing fits yet.</p>"
+    metric = contents.metric
+    facts = [f"{metric} {_with_error(best, metric)} on validation"]
+    if best.memory_bytes is not None:
+        facts.append(f"{format_bytes(best.memory_bytes)} of memory ({best.memory_source or 'source not recorded'})")
+    answer = f"<strong>{text(named(best))}</strong>, {text(', '.join(facts))}"
+    if gains is None:
+        return f"<p class=found>{text(question)}, so far: {answer}.</p>"
+    return f"<p class=found>{text(question)}: {answer}.</p>{paragraph(gains.describe())}"
+
+
+def _state(contents: Contents) -> str:
+    said = f"The run is {contents.state}."
+    if contents.state != "under way":
+        return f"<p class=state>{text(said)}</p>"
+    choice = '<label class=check><input type=checkbox id="reload" checked> reload every 30 seconds</label>'
+    return f"<div class=controls><span class=state>{text(said)}</span>{choice}</div>"
+
+
+def _sections(contents: Contents, drawn: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield the id, the title and the content of each section; one without content is left out."""
+    asked, explanation = contents.asked, contents.explanation
+    yield "budget", "The budget curve", _curve(contents, drawn)
+    yield "bytes", "Where the bytes went", _bytes(contents, drawn)
+    yield "learning", "Learning curves", _learning(contents, drawn)
+    yield "race", "What the race decided", _race(contents)
+    if explanation is not None:
+        yield "importance", "What mattered", _importance(contents, drawn)
+        yield "rejected", "What was rejected, stopped or failed, and why", _ended(contents)
+    yield "predicted", "Predicted and measured", _predicted(contents)
+    yield "leaderboard", "All rows", _rows(contents)
+    yield "test", "Test split", _test(contents)
+    yield "cascades", "Two models together", _cascades(contents, drawn)
+    yield "seconds", "Seconds by phase", _seconds(contents, drawn)
+    yield "request", "What was asked", pairs("What was asked", asked_facts(asked)) + items(notes_of(asked))
+    yield (
+        "repeat",
+        "How to repeat this run",
+        f"<pre tabindex=0>{text(asked['command'])}</pre>" if "command" in asked else "",
+    )
+    yield "versions", "Versions", pairs("Versions", asked.get("versions", {}))
+    yield "licences", "Licences", pairs("Licences", asked.get("licences", {}))
+
+
+def _chart(name: str, drawn: Mapping[str, Any], caption: str, place: str = "") -> str:
+    """A chart's place and what it shows in words; empty where it is not drawn."""
+    if name not in drawn:
+        return ""
+    own = f' id="{place}"' if place else ""
+    said = f"<figcaption>{text(caption)}</figcaption>"
+    return f'<figure><div class=chart{own} data-chart="{text(name)}"></div>{said}</figure>'
+
+
+def _curve(contents: Contents, drawn: Mapping[str, Any]) -> str:
+    curves = [name for name in drawn if name.startswith(f"{BUDGET}-")]
+    what = (
+        "Each point is a student or the teacher. The dashed line joins those that none beats within the budget. Bars "
+        "are one standard error. The red line is the budget. The figures stand in the table below."
+    )
+    if not curves:
+        return paragraph("No row has both a figure and a cost yet.") if drawn else ""
+    metrics = list(dict.fromkeys(name.split("-", 1)[1].rpartition("-")[0] for name in curves))
+    against = [cost for cost in AGAINST if any(name.endswith(f"-{cost}") for name in curves)]
+    controls = _select("metric", "Figure", {name: _TITLES.get(name, name) for name in metrics})
+    controls += _select("against", "Against", {cost: cost for cost in against})
+    none = "<p id=no-curve role=status hidden>No row has both of these figures.</p>"
+    solved = [(_place(one.kl), one) for one in contents.solved]
+    told = [
+        [one.deployment.name, "solved" if one.solved else "plain", Cell(format_bytes(one.bytes), one.bytes), kl]
+        for kl, one in solved
+    ]
+    return (
+        f"<div class=controls>{controls}</div>{none}"
+        + _chart(curves[0], drawn, what, "curve")
+        + (
+            "<h3>What was solved before training</h3>"
+            + table("What was solved", ["stored as", "how", "memory", "KL of the teacher, untrained (nats)"], told)
+            if told
+            else ""
+        )
+    )
+
+
+def _select(name: str, label: str, choices: Mapping[str, str]) -> str:
+    options = "".join(f'<option value="{text(value)}">{text(said)}</option>' for value, said in choices.items())
+    return f'<label>{text(label)} <select id="{name}">{options}</select></label>'
+
+
+def _bytes(contents: Contents, drawn: Mapping[str, Any]) -> str:
+    best = contents.best
+    if best is None:
+        return ""
+    teacher = next((row.shape for row in contents.rows if row.kind == "teacher" and row.shape), None)
+    parts: Mapping[str, Any] = best.other.get("memory_parts") or {}
+    memory = {
+        name.removesuffix("_bytes").replace("_", " "): format_bytes(value)
+        for name, value in parts.items()
+        if name in ("weights_bytes", "kv_cache_bytes", "compute_bytes", "overhead_bytes")
+    }
+    return (
+        paragraph(f"Of {named(best)}. {cut(best, teacher)}")
+        + _chart("storage", drawn, "The stored bytes of each layer by the type that holds them.")
+        + (f"<h3>Memory in its runtime</h3>{pairs('Memory by part', memory)}" if memory else "")
+    )
+
+
+def _learning(contents: Contents, drawn: Mapping[str, Any]) -> str:
+    trials = len({event.trial for event in of_kind(contents.events, RungReached)})
+    more = f" The {MOST_CURVES} that went furthest of {trials} are drawn." if trials > MOST_CURVES else ""
+    metric = contents.metric
+    return _chart(
+        "learning", drawn, f"Training loss by tokens; the mark at a curve's end says how the trial ended.{more}"
+    ) + _chart("rungs", drawn, f"{metric} on held-out text at each rung, by which trials are compared.{more}")
+
+
+def _race(contents: Contents) -> str:
+    names = {trial.trial: trial for trial in of_kind(contents.events, TrialAdded)}
+    ends = {end.trial: end for end in of_kind(contents.events, TrialEnded)}
+    lines = []
+    for rung in of_kind(contents.events, RungReached)[-MOST_ROWS:]:
+        trial, end = names.get(rung.trial), ends.get(rung.trial)
+        decided = "goes on" if rung.decision is None else {"pause": "paused", "stop": "ended"}[rung.decision.value]
+        lines.append(
+            [
+                rung.trial,
+                trial.name if trial else "-",
+                Cell(f"{rung.tokens:,}", rung.tokens),
+                _place(rung.value),
+                _place(rung.judged),
+                decided,
+                "under way" if end is None else end.status.value + (f": {end.reason}" if end.reason else ""),
+            ]
+        )
+    titles = ["trial", "name", "tokens", contents.metric, "judged by", "at this rung", "in the end"]
+    told = contents.explanation.race if contents.explanation else ()
+    return items(told) + table("Decisions at rungs", titles, lines)
+
+
+def _importance(contents: Contents, drawn: Mapping[str, Any]) -> str:
+    assert contents.explanation is not None
+    said = ""
+    for objective, found in contents.explanation.importance.items():
+        if found.shares:
+            caption = f"Shares of what sets the better trials apart in {objective}, by PED-ANOVA."
+            said += _chart(chart_of_importance(objective), drawn, caption)
+            shares = {path: f"{item.share:.1%} of {item.trials} trials" for path, item in found.shares.items()}
+            said += pairs(f"What mattered for {objective}", shares)
+        else:
+            said += paragraph(f"{found.results} results are too few to tell which dimensions mattered for {objective}.")
+    return said
+
+
+def _ended(contents: Contents) -> str:
+    told = contents.explanation
+    assert told is not None
+    lines = [["ended", f"at {tokens:,} tokens", Cell(str(count), count)] for tokens, count in told.stopped.items()]
+    lines += [["rejected without training", one.describe(), Cell(str(one.count), one.count)] for one in told.rejected]
+    lines += [["failed", one.describe(), Cell(str(one.count), one.count)] for one in told.failed]
+    lines += [["failed once, tried again", cause, Cell(str(n), n)] for cause, n in told.retried.items()]
+    over = [
+        [named(row), row.reason or "over the budget", Cell("1", 1)]
+        for row in contents.rows
+        if not row.feasible and row.kind != "teacher"
+    ][:MOST_ROWS]
+    said = [f"{sentence}." for sentence in told.saved.describe()]
+    return (
+        table("What became of trials", ["what", "why", "trials"], lines)
+        + (
+            "<h3>Trained, and not within the limits</h3>" + table("Rows beyond limits", ["row", "why", "rows"], over)
+            if over
+            else ""
+        )
+        + items([*said, told.binding, *told.next])
+    )
+
+
+def _predicted(contents: Contents) -> str:
+    lines = [
+        [one.what, one.of, one.shown(one.predicted), one.shown(one.measured), Cell(f"{one.ratio:.2f}", one.ratio)]
+        for one in predictions(contents)
+    ]
+    return table("Predicted and measured", ["what", "of", "predicted", "measured", "measured / predicted"], lines)
+
+
+def _rows(contents: Contents) -> str:
+    ranked = contents.ranked[:MOST_ROWS]
+    if not ranked:
+        return ""
+    metric = contents.metric
+    titles = [
+        "#",
+        "row",
+        "name",
+        "kind",
+        metric,
+        "retention",
+        "loss (nats)",
+        "agreement",
+        "KL (nats)",
+        "memory",
+        "size",
+    ]
+    titles += ["latency", "trained", "limits", "to make it again"]
+    controls = (
+        '<div class=controls><label>Show rows with these words <input type=search id="filter" autocomplete=off></label>'
+        '<label class=check><input type=checkbox id="fits"> only what fits</label>'
+        '<span id="shown" role=status class=state></span></div>'
+    )
+    lines = [_line(contents, one) for one in ranked]
+    notes = [rests_on([one.row for one in ranked]), "= tied with the best: within one standard error, paired."]
+    if len(contents.ranked) > len(ranked):
+        notes.append(f"The best {MOST_ROWS:,} of {len(contents.ranked):,} rows are shown.")
+    said = f"<p class=note>{text(' '.join(filter(None, notes)))}</p>"
+    return controls + table("All rows", titles, lines, "rows", [one.row.feasible for one in ranked]) + said
+
+
+def _line(contents: Contents, one: Ranked) -> list[Any]:
+    row, metric = one.row, contents.metric
+    trained = 1.0 if row.fidelity is None and row.full else row.fidelity
+    loss = math.log(row.perplexity) if row.perplexity and row.perplexity > 0 else None
+    return [
+        Cell(f"{one.place}{' =' if one.tied else ''}", one.place),
+        row.row_id,
+        row.name,
+        row.kind,
+        Cell(_with_error(row, metric), row.figure(metric)),
+        Cell("-" if row.retention is None else f"{row.retention:.1%}", row.figure("retention")),
+        _place(loss),
+        _place(row.agreement, "{:.3f}"),
+        _place(row.figure("kl")),
+        _cost(row.memory_bytes, row.memory_source, format_bytes),
+        _cost(row.size_bytes, None, format_bytes),
+        _cost(row.latency_ms, row.latency_source, lambda ms: format_duration(ms / 1e3)),
+        Cell("-" if row.kind in ("teacher", "initial") or trained is None else f"{trained:.3g}x", trained),
+        "" if row.feasible else row.reason or "over the budget",
+        Cell(remaking(contents.name, row), command=True),
+    ]
+
+
+def remaking(run: str, row: Row) -> str:
+    """Return the command line that makes a row again and compares."""
+    return f"autodistill reproduce {row.row_id} --on {run}"
+
+
+def _test(contents: Contents) -> str:
+    metric, exported = contents.metric, contents.gains.exported if contents.gains else None
+    lines = [
+        [
+            row.row_id,
+            row.name,
+            row.kind + (", exported" if row.row_id == f"{exported}-test" else ""),
+            Cell(_with_error(row, metric), row.figure(metric)),
+            Cell("-" if row.retention is None else f"{row.retention:.1%}", row.figure("retention")),
+            _place(row.perplexity, "{:.2f}"),
+        ]
+        for row in contents.tested
+    ]
+    compared = shown(differences(contents.tested, exported))
+    return (
+        table("Test split", ["row", "name", "kind", metric, "retention", "perplexity"], lines)
+        + (
+            "<h3>Differences, paired by document</h3>"
+            + table("Differences on the test split", compared[0], compared[1:])
+            if compared
+            else ""
+        )
+        + paragraph(rests_on(contents.tested))
+    )
+
+
+def _cascades(contents: Contents, drawn: Mapping[str, Any]) -> str:
+    said = ""
+    for document in contents.cascades:
+        said += f"<h3>{text(document['small']['row_id'])}, then {text(document['large']['row_id'])}</h3>"
+        for name, unit in cascade_charts(document):
+            found = document["units"][unit]
+            what = f"{found['items']:,} items of {found['documents']:,} documents of the {document['split']} split"
+            caption = f"By {unit}, {what}. The band is one standard error; the dashed line defers as many at random."
+            said += _chart(chart_file(name), drawn, caption)
+        said += items(document["notes"])
+    return said
+
+
+def _seconds(contents: Contents, drawn: Mapping[str, Any]) -> str:
+    seconds: Mapping[str, float] = contents.asked.get("seconds", {})
+    told = {name: f"{value:,.1f}" for name, value in seconds.items()}
+    return _chart("phases", drawn, "Seconds that each phase took.") + pairs("Seconds by phase", told)
+
+
+def _with_error(row: Row, metric: str) -> str:
+    value, error = row.figure(metric), row.figure(f"{metric}_stderr")
+    return "-" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _place(value: float | None, form: str = "{:.4f}") -> Cell:
+    known = value is not None and math.isfinite(value)
+    return Cell(form.format(value) if known else "-", value if known else None)
+
+
+def _cost(value: float | None, source: str | None, write: Any) -> Cell:
+    if value is None:
+        return Cell("-")
+    return Cell(f"{write(value)}{f' ({source})' if source else ''}", float(value))
+
+
+def _shared(drawn: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Specifications that name their data, and these data by name: those of several charts once."""
+    names: dict[str, str] = {}
+    shared: dict[str, Any] = {}
+
+    def moved(part: Any) -> Any:
+        """Return a part of a specification whose data are named, and stand once for all."""
+        if isinstance(part, list):
+            return [moved(one) for one in part]
+        if not isinstance(part, Mapping):
+            return part
+        values = part.get("data")
+        if isinstance(values, Mapping) and "values" in values:
+            # By content: two lists that are equal are one.
+            name = names.setdefault(json.dumps(values["values"]), f"d{len(names)}")
+            shared[name] = values["values"]
+            part = {**part, "data": {"name": name}}
+        return {key: one if key == "data" else moved(one) for key, one in part.items()}
+
+    specifications = {}
+    for name, chart in drawn.items():
+        kept = {key: value for key, value in chart.items() if key not in ("config", "$schema", "width", "datasets")}
+        specifications[name] = moved(kept) | {"description": str(chart.get("title", name))}
+    return specifications, shared
+
+
+@cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and vega-embed as one script that makes `embed` known.
+
+    Raises:
+        MissingDependencyError: vl-convert is not installed.
+    """
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise MissingDependencyError(_CHARTS_ABSENT) from error
+    # Its own names would else be the page's.
+    return f"(() => {{{vl_convert.javascript_bundle('window.embed = vegaEmbed;')}}})();"
+
+
+@cache
+def _own(name: str) -> str:
+    return files("autodistill.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _harmless(script: str) -> str:
+    """A script without what would end the element that holds it, or hide its end."""
+    return script.replace("</script", r"<\/script").replace("<!--", r"<\!--")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,165 @@
+"""Charts of a run's training: learning curves and where trials ended, figures at rungs, and seconds by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from autodistill.errors import InputError
+from autodistill.report.charts import HEIGHT, WIDTH, altair_module
+from autodistill.runs.events import RunEvent, RungReached, TrialAdded, TrialEnded, of_kind
+
+if TYPE_CHECKING:
+    import altair
+
+MOST_CURVES = 30
+"""Trials whose curves are drawn: of more the latest, which went furthest."""
+_COLORED = 10  # trials that colors still tell apart
+_BAR = 26
+_ENDS = {"completed": "circle", "stopped": "cross", "failed": "triangle-down", "under way": "triangle-right"}
+
+
+def learning(events: Sequence[RunEvent]) -> altair.LayerChart:
+    """Draw the training loss of each trial by its tokens, with a mark that says how the trial ended.
+
+    The loss is the cross-entropy to the text where steps have it, which strategies share; else what was descended.
+
+    Args:
+        events: The log of a run.
+
+    Raises:
+        MissingDependencyError: Altair is not installed.
+        InputError: No trial has reached a rung.
+    """
+    alt = altair_module()
+    curves, _ = _trials(events)
+    points = [
+        {"trial": trial, "tokens": step["tokens"], "loss": loss}
+        for trial, rungs in curves.items()
+        for rung in rungs
+        for step in rung.steps
+        if (loss := _loss(step)) is not None and "tokens" in step
+    ]
+    if not points:
+        raise InputError("no trial has reached a rung, so that there is no learning curve yet")
+    ends = [{**_end(events, trial), **_last(points, trial)} for trial in curves if _last(points, trial)]
+    x = alt.X("tokens:Q", title="training tokens", scale=alt.Scale(zero=False, padding=12))
+    y = alt.Y("loss:Q", title="training loss (nats a token)", scale=alt.Scale(zero=False, padding=12))
+    color = _color(alt, list(curves))
+    lines = alt.Chart(alt.Data(values=points)).mark_line(opacity=0.8).encode(x=x, y=y, color=color, detail="trial:N")
+    chart: altair.LayerChart = alt.layer(lines, _marks(alt, ends, x, y, color)).properties(
+        title="training loss", width=WIDTH, height=HEIGHT
+    )
+    return chart
+
+
+def rungs(events: Sequence[RunEvent], metric: str) -> altair.LayerChart:
+    """Draw the metric on held-out text at each rung that a trial reached, joined by trial.
+
+    Args:
+        events: The log of a run.
+        metric: Its name.
+
+    Raises:
+        MissingDependencyError: Altair is not installed.
+        InputError: No trial has a figure at a rung.
+    """
+    alt = altair_module()
+    curves, names = _trials(events)
+    points = [
+        {"trial": trial, "name": names[trial], "tokens": rung.tokens, "value": rung.value}
+        for trial, reached in curves.items()
+        for rung in reached
+        if rung.value is not None
+    ]
+    if not points:
+        raise InputError(f"no trial has {metric} at a rung")
+    ends = [{**_end(events, trial), **_last(points, trial)} for trial in curves if _last(points, trial)]
+    x = alt.X("tokens:Q", title="training tokens", scale=alt.Scale(zero=False, padding=20))
+    y = alt.Y("value:Q", title=f"{metric} at the rung", scale=alt.Scale(zero=False, padding=20))
+    color = _color(alt, list(curves))
+    lines = alt.Chart(alt.Data(values=points)).mark_line(opacity=0.6).encode(x=x, y=y, color=color, detail="trial:N")
+    chart: altair.LayerChart = alt.layer(lines, _marks(alt, ends, x, y, color)).properties(
+        title=f"{metric} at rungs", width=WIDTH, height=HEIGHT
+    )
+    return chart
+
+
+def phases(seconds: Mapping[str, float]) -> altair.Chart:
+    """Draw the seconds that each phase of a search took.
+
+    Args:
+        seconds: By phase; "total" is left out.
+
+    Raises:
+        MissingDependencyError: Altair is not installed.
+        InputError: There are none.
+    """
+    alt = altair_module()
+    bars = [{"phase": name, "seconds": round(value, 1)} for name, value in seconds.items() if name != "total"]
+    if not bars:
+        raise InputError("the run does not say how long its phases took")
+    chart: altair.Chart = (
+        alt.Chart(alt.Data(values=bars))
+        .mark_bar()
+        .encode(
+            x=alt.X("seconds:Q", title="seconds"),
+            y=alt.Y("phase:N", title=None, sort=[bar["phase"] for bar in bars]),
+            tooltip=[alt.Tooltip("phase:N"), alt.Tooltip("seconds:Q", format=",.1f")],
+        )
+        .properties(title="seconds by phase", width=WIDTH, height=_BAR * len(bars))
+    )
+    return chart
+
+
+def _trials(events: Sequence[RunEvent]) -> tuple[dict[str, list[RungReached]], dict[str, str]]:
+    """The rungs of each trial that is drawn, in the order of its tokens, and the names of all trials."""
+    reached: dict[str, list[RungReached]] = {}
+    for rung in of_kind(events, RungReached):
+        reached.setdefault(rung.trial, []).append(rung)
+    names = {trial.trial: trial.name for trial in of_kind(events, TrialAdded)}
+    furthest = sorted(reached, key=lambda trial: -max(rung.tokens for rung in reached[trial]))[:MOST_CURVES]
+    kept = {trial: sorted(found, key=lambda rung: rung.tokens) for trial, found in reached.items() if trial in furthest}
+    return kept, {trial: names.get(trial, trial) for trial in reached}
+
+
+def _loss(step: Mapping[str, Any]) -> float | None:
+    return step.get("cross_entropy", step.get("loss"))
+
+
+def _last(points: Sequence[Mapping[str, Any]], trial: str) -> dict[str, Any]:
+    own = [point for point in points if point["trial"] == trial]
+    return dict(max(own, key=lambda point: point["tokens"])) if own else {}
+
+
+def _end(events: Sequence[RunEvent], trial: str) -> dict[str, Any]:
+    """How a trial ended, in a word, and why."""
+    names = {added.trial: added.name for added in of_kind(events, TrialAdded)}
+    last = next((end for end in reversed(of_kind(events, TrialEnded)) if end.trial == trial), None)
+    ended, why = ("under way", "") if last is None else (last.status.value, last.reason or "")
+    return {"trial": trial, "name": names.get(trial, trial), "ended": ended, "why": why}
+
+
+def _marks(alt: Any, ends: Sequence[Mapping[str, Any]], x: Any, y: Any, color: Any) -> Any:
+    here = [name for name in _ENDS if any(end["ended"] == name for end in ends)]
+    here += sorted({end["ended"] for end in ends} - set(here))
+    shapes = [_ENDS.get(name, "square") for name in here]
+    hover = [alt.Tooltip("trial:N"), alt.Tooltip("name:N"), alt.Tooltip("tokens:Q", format=",")]
+    return (
+        alt.Chart(alt.Data(values=ends))
+        .mark_point(filled=True, size=80)
+        .encode(
+            x=x,
+            y=y,
+            color=color,
+            shape=alt.Shape("ended:N", title=None, scale=alt.Scale(domain=here, range=shapes)),
+            tooltip=[*hover, alt.Tooltip(y.shorthand, format=".4f"), alt.Tooltip("ended:N"), alt.Tooltip("why:N")],
+        )
+    )
+
+
+def _color(alt: Any, trials: Sequence[str]) -> Any:
+    """A color for each trial, where colors tell them apart."""
+    if len(trials) > _COLORED:
+        return alt.value("#3987d6")
+    return alt.Color("trial:N", title=None, scale=alt.Scale(domain=list(trials), scheme="tableau10"))

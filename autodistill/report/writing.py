@@ -1,0 +1,144 @@
+"""A run's page, and its charts as pictures, written to files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from autodistill.errors import MissingDependencyError
+from autodistill.report.comparison import comparison
+from autodistill.report.contents import Contents, charts_of
+from autodistill.report.page import page
+from autodistill.runs.report import INSTALL_PLOTS
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.callbacks import Callback, RungReached, SearchStarted, TrialFinished
+from autodistill.utils.durable import make_folder
+from autodistill.utils.json_files import replacing, unwritable
+
+PAGE = "report.html"
+_LEAST_SECONDS = 20.0
+_SHARE = 0.02  # of a search's time, at most, goes into its page
+
+
+def write_page(run: RunFolder, out: Path | None = None) -> Path:
+    """Write the page about a run, whole or not at all.
+
+    Args:
+        run: Finished or under way.
+        out: The file; `report.html` in the run's folder by default.
+
+    Raises:
+        InputError: The run's records cannot be read, or the file cannot be written.
+    """
+    return _write(page(Contents.of(run)), run.path / PAGE if out is None else out)
+
+
+def write_comparison(runs: Sequence[RunFolder], out: Path) -> Path:
+    """Write the page about several runs, whole or not at all.
+
+    Args:
+        runs: At least two.
+        out: The file.
+
+    Raises:
+        InputError: There are fewer, or their records cannot be read, or the file cannot be written.
+    """
+    return _write(comparison([Contents.of(run) for run in runs]), out)
+
+
+def _write(text: str, path: Path) -> Path:
+    try:
+        make_folder(path.absolute().parent)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    return path
+
+
+def write_charts(run: RunFolder, folder: Path) -> list[Path]:
+    """Write each chart of a run as PNG, as SVG and as its Vega-Lite specification.
+
+    Args:
+        run: Finished or under way.
+        folder: It is made where it is not there.
+
+    Raises:
+        MissingDependencyError: Vega-Altair or vl-convert is not installed.
+        InputError: The run's records cannot be read, or a file cannot be written.
+    """
+    convert = _vl_convert()
+    written = []
+    for name, chart in charts_of(Contents.of(run)).items():
+        specification = chart.to_dict()
+        files = {
+            "png": convert.vegalite_to_png(specification, scale=2),
+            "svg": convert.vegalite_to_svg(specification).encode(),
+            "json": json.dumps(specification, indent=1).encode(),
+        }
+        for kind, held in files.items():
+            path = folder / f"{name}.{kind}"
+            try:
+                make_folder(folder)
+                with replacing(path) as temporary:
+                    temporary.write_bytes(held)
+            except OSError as error:
+                raise unwritable(folder, error) from error
+            written.append(path)
+    return written
+
+
+class Refresher(Callback):
+    """Keeps the page of a run that is under way up to date on disk, in little of the time, and never ends a search."""
+
+    def __init__(self) -> None:
+        self._run: Path | None = None
+        self._next = 0.0
+        self._failed = False
+
+    def search_started(self, event: SearchStarted) -> None:
+        """Remember the run; a short search writes its page once, at the end."""
+        self._run, self._next = event.run, time.monotonic() + _LEAST_SECONDS
+
+    def rung_reached(self, event: RungReached) -> None:
+        """Write the page, unless that was done a short while ago."""
+        self._refresh()
+
+    def trial_finished(self, event: TrialFinished) -> None:
+        """Write the page, unless that was done a short while ago."""
+        self._refresh()
+
+    def close(self) -> None:
+        """Write the page of a search that has ended, however it did."""
+        self._write()
+
+    def _refresh(self) -> None:
+        began = time.monotonic()
+        if began >= self._next:
+            self._write()
+            ended = time.monotonic()
+            self._next = ended + max(_LEAST_SECONDS, (ended - began) / _SHARE)
+
+    def _write(self) -> None:
+        if self._run is None:
+            return
+        try:
+            # Opened anew, so that what is read is what is on disk; no lock is taken.
+            write_page(RunFolder.open(self._run.parent, self._run.name))
+        except Exception as error:  # hours of training do not end for a page
+            if not self._failed:
+                told = "report.html was not written, and the search goes on (%s: %s)"
+                logging.getLogger("autodistill").warning(told, type(error).__name__, error)
+            self._failed = True
+
+
+def _vl_convert() -> ModuleType:
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise MissingDependencyError(f"pictures of charts need vl-convert: {INSTALL_PLOTS}") from error
+    return vl_convert

@@ -1,0 +1,202 @@
+"""What a search for several budgets found, read from its runs: a line for each budget, and a table of all rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from autodistill.hardware.budget import Budget
+from autodistill.runs.markdown import fenced, paragraph, plain
+from autodistill.runs.results.differences import paired, paired_difference
+from autodistill.runs.results.gains import Gains
+from autodistill.runs.results.row import Row, table_of, write_table
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.schema import about
+from autodistill.runs.sessions import lasted
+from autodistill.search.budgets.record import BudgetsFolder, Part, Record
+from autodistill.units import format_bytes
+from autodistill.utils.json_files import replacing
+
+REPORT, TABLE = "report.md", "leaderboard.parquet"
+HEAD = ("budget", "run", "exported", "value", "memory", "gain on test")
+
+
+def document(out: Path, record: Record) -> dict[str, Any]:
+    """What was found for each budget, as plain data.
+
+    Args:
+        out: Folder that holds the runs.
+        record: What was decided.
+
+    Returns:
+        "name"; "budgets", each with its "label", limits ("budget"), "run", "same_as" (the label of the budget that it
+        shares a student with), "nothing_fits", "state" of the run, "exported" and the gains as a run's document has
+        them, "best" (the exported row), "better" (the label of a smaller budget whose student is better, with both
+        figures), and "path" of the exported student; "metric"; "seconds" that were spent; "paths".
+    """
+    runs = {one.label: RunFolder(out, str(one.run)) for one in record.own}
+    found = {label: _of_run(run) for label, run in runs.items()}
+    budgets = []
+    for part in record.parts:
+        serving = None if part.nothing_fits else record.serving(part)
+        one = found[serving.label] if serving else _NOTHING
+        budgets.append(
+            {
+                "label": part.label,
+                "budget": part.budget,
+                "run": part.run,
+                "same_as": serving.label if serving and serving.label != part.label else None,
+                "nothing_fits": part.nothing_fits or one.get("nothing_fits"),
+                **{name: one[name] for name in ("state", "exported", *_GAINS, "best", "path")},
+                "better": _better(part, serving, record, found) if serving else None,
+            }
+        )
+    spent = record.prepared_seconds + math.fsum(lasted(run.events.all()) for run in runs.values())
+    paths = {"report": str(out / record.name / REPORT), "rows": str(out / record.name / TABLE)}
+    asked = next(iter(record.own)).search or {}
+    return {
+        "name": record.name,
+        "metric": asked["metric"],
+        "direction": asked["direction"],
+        "budgets": budgets,
+        "seconds": spent,
+        "box_seconds": record.box_seconds,
+        "paths": paths,
+    }
+
+
+_GAINS = ("gain_over_untrained", "gain_over_baseline", "gain_unit")
+_NOTHING: Mapping[str, Any] = dict.fromkeys(("state", "exported", *_GAINS, "best", "path", "nothing_fits"))
+
+
+def _of_run(run: RunFolder) -> dict[str, Any]:
+    """What one run found; what it has not found yet is None."""
+    if not run.search_file.exists():
+        return {**_NOTHING, "state": "not begun"}
+    asked = run.asked()
+    gains = {name: asked.get(name) for name in ("exported", *_GAINS)}
+    if asked.get("exported") is None or "seconds" not in asked:
+        # One that came to its end without an export has its pages.
+        none = "nothing that was measured in its runtime fits" if run.state == "finished" else None
+        return {**_NOTHING, "state": run.state, "nothing_fits": none}
+    rows = run.events.rows(split="validation")
+    best = next(row for row in rows if row.row_id == asked["exported"]["row_id"])
+    return {
+        **_NOTHING,
+        **gains,
+        "state": run.state,
+        "best": best.to_json(),
+        "path": str(run.student(best.deployment.container)),
+    }
+
+
+def _better(part: Part, serving: Part, record: Record, found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The student of a smaller budget, where it does better on the validation split than this budget's own."""
+    mine = found[serving.label]["best"]
+    # Memory on a device is another figure, and a limit of latency another question.
+    if mine is None or type(part.limits) is not Budget:
+        return None
+    asked = serving.search or {}
+    metric, sign = asked["metric"], 1.0 if asked["direction"] == "max" else -1.0
+    row = Row.from_json(mine)
+    best: dict[str, Any] | None = None
+    most = 0.0
+    for other in record.own:
+        theirs = found[other.label]["best"]
+        if theirs is None or other.limits.memory_bytes >= serving.limits.memory_bytes:
+            continue
+        difference = paired_difference(paired(Row.from_json(theirs), metric), paired(row, metric))
+        if difference is not None and sign * difference[0] > most:
+            most = sign * difference[0]
+            best = {"label": other.label, "run": other.run, "value": difference[0], "stderr": difference[1]}
+    return best
+
+
+def cells(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The budgets as rows of a table, which `HEAD` stands above.
+
+    Args:
+        found: As `document` gives it.
+    """
+    return [_cells(one, found["metric"]) for one in found["budgets"]]
+
+
+def _cells(one: Mapping[str, Any], metric: str) -> tuple[str, ...]:
+    if one["best"] is None:
+        return (one["label"], one["run"] or "-", "nothing fits" if one["nothing_fits"] else one["state"], "-", "-", "-")
+    row, gains = Row.from_json(one["best"]), Gains.from_json(one)
+    value, error = row.figure(metric), row.figure(f"{metric}_stderr")
+    shown = "-" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    mark = "~" if row.memory_source == "predicted" else ""
+    memory = "-" if row.memory_bytes is None else mark + format_bytes(row.memory_bytes)
+    return (one["label"], one["run"], row.row_id, shown, memory, _gain(gains))
+
+
+def _gain(gains: Gains | None) -> str:
+    if gains is None:
+        return "-"
+    if not gains.trained:
+        return "no training is best"
+    return gains.untrained.shown() if gains.untrained is not None else "-"
+
+
+def sentences(found: Mapping[str, Any]) -> list[str]:
+    """What a person must know of the budgets beside their table, each in a sentence.
+
+    Args:
+        found: As `document` gives it.
+    """
+    said = []
+    for one in found["budgets"]:
+        label = one["label"]
+        if one["nothing_fits"]:
+            said.append(f"{label}: {one['nothing_fits']}.")
+        elif one["same_as"]:
+            said.append(f"{label}: the same student as {one['same_as']}; the budget does not bind.")
+        if one["better"]:
+            better = one["better"]
+            error = "" if better["stderr"] is None else f" ± {better['stderr']:.4f}"
+            said.append(
+                f"{label}: the student of {better['label']}, in {better['run']}, fits as well and is better on the "
+                f"validation split ({better['value']:+.4f}{error} of {found['metric']}): take that one."
+            )
+    said.append(
+        "The gain is over the best that fits the budget of the run and needs no training, on the test split, paired "
+        "by document. A value is of the validation split."
+    )
+    return said
+
+
+def write_summary(folder: BudgetsFolder, record: Record, found: Mapping[str, Any]) -> None:
+    """Writes the report, and all rows of all runs as one table, into the folder of the search.
+
+    Args:
+        folder: Of the search.
+        record: What was decided.
+        found: As `document` gives it.
+    """
+    head = tuple(found["metric"] if name == "value" else name for name in HEAD)
+    lines = [f"| {' | '.join(map(plain, line))} |" for line in (head, *cells(found))]
+    lines.insert(1, "| --- " * len(head) + "|")
+    each = [str(one.run) for one in record.own]
+    text = "\n\n".join(
+        (
+            f"# {plain(record.name)}",
+            "\n".join(lines),
+            *map(paragraph, sentences(found)),
+            "Each run has its own report, and is resumed, extended, exported and compared like any other: "
+            + ", ".join(f"[{plain(name)}](../{name}/report.md)" for name in each)
+            + ".",
+            fenced(record.command, "sh"),
+        )
+    )
+    with replacing(folder.path / REPORT) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    import pyarrow as pa
+
+    runs = [RunFolder(folder.path.parent, name) for name in each]
+    tables = [table_of(run.events.rows(split="validation"), run.name) for run in runs if run.search_file.exists()]
+    told = {run.name: about(run.asked()) for run in runs if run.search_file.exists()}
+    write_table(pa.concat_tables(tables), folder.path / TABLE, told)

@@ -1,0 +1,420 @@
+"""A cascade of two rows of a run: both read the same held-out items, and a curve says what deferring would give."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.data.chat_template import Renderer
+from autodistill.data.dataset import Prepared, TokenSet, load_split, open_prepared
+from autodistill.errors import InputError
+from autodistill.estimates.training_fit import fit_teacher
+from autodistill.evaluation.base import Subject, load_evaluator
+from autodistill.evaluation.cascade import Items, curve, suggest
+from autodistill.evaluation.evaluate import deployed_weights
+from autodistill.hardware.budget import Budget, read_budget
+from autodistill.hardware.environment import code
+from autodistill.hardware.machine import detect_for_training
+from autodistill.inference.generation import answer
+from autodistill.inference.half_precision import load_held
+from autodistill.inference.outputs import Answers, TokenScores
+from autodistill.inference.scoring import score
+from autodistill.models.config import spec_from_config
+from autodistill.models.model_folder import read_config
+from autodistill.models.stored_tensors import stored_type
+from autodistill.quantization.learned_scales import read_scales
+from autodistill.runs.results.cascades import VERSION, write_cascade, write_items
+from autodistill.runs.results.leaderboard import rank
+from autodistill.runs.results.row import Row
+from autodistill.runs.results.selection import contenders
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.finish.export_run import export_run, find_row, model_folder
+from autodistill.units import format_bytes
+
+POSITION, ANSWER = "position", "answer"
+_TEACHER = "teacher"
+_NEEDED = (
+    *("metric", "direction", "budget", "plan.eval_tokens", "teacher.name", "teacher.reference", "teacher.fingerprint"),
+    *("data.name", "data.reference", "data.fingerprint", "licences", "plan.batch_tokens", "plan.sequence_length"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Speed:
+    """How fast a row is served with one stream.
+
+    Attributes:
+        token_ms: Mean milliseconds of a token after the first.
+        first_ms: Milliseconds to the first token, by tokens of the prompt; empty where that is not known.
+        source, machine: As a row has them.
+    """
+
+    token_ms: float
+    first_ms: Mapping[int, float]
+    source: str
+    machine: str
+
+    def of(self, prompts: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64] | None:
+        """Milliseconds of answers of so many tokens to prompts of so many, 0 of one not written; None if not known."""
+        lengths = sorted(self.first_ms)
+        if not lengths:
+            return None
+        first = np.interp(prompts, lengths, [self.first_ms[length] for length in lengths])
+        if len(lengths) > 1:
+            # Beyond the longest prompt that was timed, time grows as between the last two.
+            last, longest = lengths[-2:]
+            slope = (self.first_ms[longest] - self.first_ms[last]) / (longest - last)
+            first += slope * np.maximum(0, prompts - longest)
+        whole: npt.NDArray[np.float64] = np.where(tokens > 0, first + (tokens - 1) * self.token_ms, 0.0)
+        return whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """What a row's model did with the data.
+
+    Attributes:
+        row: The row.
+        scores: Of the predicted tokens.
+        answers: To the questions; None of data without any.
+    """
+
+    row: Row
+    scores: TokenScores
+    answers: Answers | None
+
+
+def cascade(
+    run: RunFolder,
+    rows: str,
+    cache: Path,
+    notify: Callable[[str], None] = lambda line: None,
+    *,
+    measure: bool = False,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Let two rows read the validation split, and write items and curve into the run's folder `cascades`.
+
+    The test split is not read: a search opens it once, for what it exports.
+
+    Args:
+        run: Finished or stopped; nothing else of it is changed.
+        rows: The small row and the large one, as "t003-gguf-q4_0,teacher": ids, or "teacher" for the teacher's row of
+            the most bits.
+        cache: Folder of prepared data.
+        notify: Told what happens.
+        measure: Whether both are exported for a moment, and timed in their runtimes.
+        threads: CPU threads to time them with.
+
+    Returns:
+        The document that is written, with the paths of both files.
+
+    Raises:
+        InputError: No such rows, or one of them twice; a model or the data are not on this disk any more, or changed.
+    """
+    asked = run.asked(*_NEEDED)
+    small, large = _named(run, rows, asked)
+    data = _data(run, asked, cache)
+    folders = {row.row_id: model_folder(run, row, asked, notify) for row in (small, large)}
+    budget, tokens = read_budget(asked["budget"]), int(asked["plan"]["eval_tokens"])
+    read, prompts = [], np.zeros(0, np.int32)
+    for row in (small, large):
+        notify(f"{row.row_id} reads the validation split")
+        split = load_split(data.folder, "validation", _rendering(row, folders[row.row_id], data)).head(tokens)
+        read.append(_reads(row, folders[row.row_id], split, budget))
+        if split.questions is not None and row is small:
+            prompts = np.array([len(one.prompt) for one in split.questions.entries], np.int32)
+    said: list[_Speed | None] = []
+    memory: list[tuple[int, str] | None] = []
+    for row in (small, large):
+        speed, held = _speed_on_file(row), _memory_on_file(row)
+        if measure:
+            speed, held = _measured(run, row, folders[row.row_id], budget, threads, notify)
+        said.append(speed)
+        memory.append(held)
+    notes = _notes(said, memory, read)
+    timed: list[_Speed | None] = said if _comparable(said) else [None, None]
+    columns = _columns(read[0], read[1])
+    both = _both([one and one[0] for one in memory])
+    units = {}
+    for unit, found in columns.items():
+        notify(f"the curve by {unit}")
+        items = _items(unit, found, prompts, timed)
+        units[unit] = {
+            "items": len(items.small),
+            "documents": len(np.unique(items.documents)),
+            "small_accuracy": float(items.small.mean()),
+            "large_accuracy": float(items.large.mean()),
+            "curve": [point.to_json() for point in curve(items, both)],
+            "suggestion": suggest(items).to_json(),
+        }
+    about = {"run": run.name, "split": "validation", "data": asked["data"]["fingerprint"], "code": code()}
+    about |= {"small": small.row_id, "large": large.row_id}
+    path = write_items(run.path, small.row_id, large.row_id, columns, about)
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "run": run.name,
+        "split": "validation",
+        "data": dict(asked["data"]),
+        "small": _told(small, said[0], memory[0]),
+        "large": _told(large, said[1], memory[1]),
+        "units": units,
+        "parquet": path.name,
+        "notes": notes,
+    }
+    written = write_cascade(run.path, small.row_id, large.row_id, document)
+    return document | {"paths": {"items": str(path), "curve": str(written)}}
+
+
+def _named(run: RunFolder, rows: str, asked: Mapping[str, Any]) -> tuple[Row, Row]:
+    """The two rows that are named."""
+    names = [name.strip() for name in rows.split(",")]
+    if len(names) != 2 or not all(names):
+        raise InputError(f"--rows {rows!r} must name two rows: the small one, a comma, and the large one or teacher")
+    known = [row for row in run.events.rows() if row.split != "test"]
+    ranked = [one.row for one in rank(contenders(known), asked["metric"], asked["direction"])]
+    teachers = sorted((row for row in ranked if row.kind == _TEACHER), key=lambda row: -row.deployment.bits)
+
+    def named(name: str) -> Row:
+        return teachers[0] if name == _TEACHER and teachers else find_row(run, ranked, name)
+
+    small, large = map(named, names)
+    if small.row_id == large.row_id:
+        raise InputError(f"--rows names {small.row_id} twice: a cascade takes two different rows")
+    return small, large
+
+
+def _data(run: RunFolder, asked: Mapping[str, Any], cache: Path) -> Prepared:
+    """The data of the run, as it read them."""
+    folder = cache / "data" / str(asked["data"]["fingerprint"])
+    if not folder.is_dir():
+        raise InputError(
+            f"the data that {run.name!r} read are not in {cache} any more: name another --cache, or have them prepared "
+            f"again by autodistill reproduce with one of its rows, if {asked['data']['reference']} is as it was"
+        )
+    return open_prepared(folder)
+
+
+def _rendering(row: Row, folder: Path, data: Prepared) -> str:
+    """The rendering of the data that a row's model reads."""
+    if not data.renderings or row.strategy is None or not row.strategy.init.model:
+        return ""
+    template = Renderer(folder).template
+    if template is None or template.name not in data.renderings:
+        raise InputError(f"{row.row_id} has a chat template that the prepared data do not have: choose another row")
+    return template.name
+
+
+def _reads(row: Row, folder: Path, data: TokenSet, budget: Budget) -> _Read:
+    """Scores and answers of a row's model, packed as the row says."""
+    machine = detect_for_training()
+    device = "cuda" if machine.gpus else "cpu"
+    spec = spec_from_config(read_config(folder))
+    fit = fit_teacher(spec, stored=stored_type(folder), sequence_length=data.tokens.shape[1], machine=machine)
+    model = load_held(folder, fit.held, device)
+    answers = None
+    with deployed_weights(model, spec, row.deployment, read_scales(folder, row.deployment)):
+        scores = score(model, data, device=device)[0]
+        if data.questions is not None and data.questions.entries:
+            answers = answer(model, data.questions, context=budget.context, device=device, confident=True)
+    return _Read(row=row, scores=scores, answers=answers)
+
+
+def _columns(small: _Read, large: _Read) -> dict[str, dict[str, npt.NDArray[Any]]]:
+    """The items of each kind, as the columns of the Parquet file."""
+    if not np.array_equal(small.scores.documents, large.scores.documents):
+        raise InputError(f"{small.row.row_id} and {large.row.row_id} do not predict the same tokens: choose other rows")
+    found: dict[str, dict[str, npt.NDArray[Any]]] = {POSITION: {"document": small.scores.documents}}
+    for name, one in (("small", small), ("large", large)):
+        tokens = np.ones(len(one.scores.correct), np.int32)
+        found[POSITION] |= {
+            f"{name}_confidence": _known(one.scores.confidence),
+            f"{name}_correct": one.scores.correct,
+            f"{name}_tokens": tokens,
+        }
+    if small.answers is not None and large.answers is not None:
+        found[ANSWER] = {"document": small.answers.documents}
+        for name, written in (("small", small.answers), ("large", large.answers)):
+            found[ANSWER] |= {
+                f"{name}_confidence": _known(written.confidence),
+                f"{name}_correct": written.marks >= 1,
+                f"{name}_tokens": _known(written.tokens),
+            }
+    return found
+
+
+def _known(values: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    assert values is not None  # they were asked for
+    return values
+
+
+def _items(
+    unit: str,
+    columns: Mapping[str, npt.NDArray[Any]],
+    prompts: npt.NDArray[np.int32],
+    speeds: Sequence[_Speed | None],
+) -> Items:
+    """The items of a kind, with what each model takes for one."""
+    taken: list[npt.NDArray[np.float64] | None] = [None, None]
+    for place, (name, speed) in enumerate(zip(("small", "large"), speeds, strict=True)):
+        tokens = columns[f"{name}_tokens"]
+        if speed is not None:
+            taken[place] = np.full(len(tokens), speed.token_ms) if unit == POSITION else speed.of(prompts, tokens)
+    return Items(
+        documents=columns["document"],
+        confidence=columns["small_confidence"],
+        small=columns["small_correct"].astype(float),
+        large=columns["large_correct"].astype(float),
+        small_ms=taken[0],
+        large_ms=taken[1],
+    )
+
+
+def _measured(
+    run: RunFolder, row: Row, folder: Path, budget: Budget, threads: int, notify: Callable[[str], None]
+) -> tuple[_Speed, tuple[int, str]]:
+    """Speed and memory of a row in its runtime, from an export that is removed again."""
+    container, spec = row.deployment.container, spec_from_config(read_config(folder))
+    with tempfile.TemporaryDirectory(prefix="autodistill-") as place:
+        notify(f"{row.row_id} is timed in {row.deployment.runtime}")
+        path = export_run(run, row.row_id, [container], Path(place), notify, verified=False)[container]
+        subject = Subject(
+            spec=spec,
+            deployment=row.deployment,
+            budget=budget,
+            artifact=path,
+            artifact_bytes=path.stat().st_size,
+            threads=threads,
+        )
+        latency = load_evaluator("latency")
+        if not latency.supports(row.deployment):
+            raise InputError(
+                f"{row.deployment.runtime} is not installed here, so {row.row_id} cannot be timed: leave --measure out"
+            )
+        timed = {one.name: one for one in latency.evaluate(subject)}
+        memory = load_evaluator("memory").evaluate(subject)[0]
+    detail = timed["tokens_per_second"].detail
+    speed = _Speed(
+        token_ms=1e3 / timed["tokens_per_second"].value,
+        first_ms={int(length): float(ms) for length, ms in detail["ttft_ms"].items()},
+        source="measured",
+        machine=str(detail["machine"]),
+    )
+    return speed, (int(memory.value), memory.source)
+
+
+def _speed_on_file(row: Row) -> _Speed | None:
+    """Speed as the row has it; None where it has none."""
+    rate, first = row.figure("tokens_per_second"), row.figure("ttft_ms")
+    if not rate or row.machine is None:
+        return None
+    # Of the one length of prompt that the evaluator of latency has, which is taken for all.
+    known = {} if first is None else {1: first}
+    return _Speed(token_ms=1e3 / rate, first_ms=known, source=row.latency_source or "", machine=row.machine)
+
+
+def _memory_on_file(row: Row) -> tuple[int, str] | None:
+    return None if row.memory_bytes is None else (row.memory_bytes, row.memory_source or "predicted")
+
+
+def _comparable(speeds: Sequence[_Speed | None]) -> bool:
+    """Whether the speeds of both rows are known, and of one machine."""
+    known = [speed for speed in speeds if speed is not None]
+    return len(known) == 2 and known[0].machine == known[1].machine and known[0].source == known[1].source
+
+
+def _both(values: Sequence[int | None]) -> tuple[int, int] | None:
+    small, large = values
+    return None if small is None or large is None else (small, large)
+
+
+def _notes(
+    speeds: Sequence[_Speed | None], memory: Sequence[tuple[int, str] | None], read: Sequence[_Read]
+) -> list[str]:
+    """What a reader must know of the figures, in sentences."""
+    notes = ["Both rows were chosen, or could have been, on the validation split that is read here."]
+    if not _comparable(speeds):
+        notes.append(
+            "No latency is given: the run does not have both rows' speeds from one machine. --measure times both here."
+        )
+    else:
+        notes.append(
+            "By position, a deferred token costs one more token of the large model. That is the least it can cost, "
+            "since the large model has to read the tokens before it too."
+        )
+    if None in memory:
+        notes.append("No memory is given: the run does not have that of both rows. --measure measures it here.")
+    if read[0].answers is None:
+        notes.append("The data have no questions, so nothing is said of whole answers.")
+    return notes
+
+
+def _told(row: Row, speed: _Speed | None, memory: tuple[int, str] | None) -> dict[str, Any]:
+    """What the document says of a row."""
+    found: dict[str, Any] = {"row_id": row.row_id, "name": row.name, "kind": row.kind}
+    found |= {"deployment": row.deployment.name, "accuracy_on_file": row.accuracy}
+    found |= (
+        {"memory_bytes": None, "memory_source": None}
+        if memory is None
+        else dict(zip(("memory_bytes", "memory_source"), memory, strict=True))
+    )
+    found["token_ms"] = None if speed is None else speed.token_ms
+    found["speed_source"], found["machine"] = (None, None) if speed is None else (speed.source, speed.machine)
+    return found
+
+
+def described(document: Mapping[str, Any]) -> str:
+    """Return a cascade in words and tables for a person."""
+    small, large = document["small"], document["large"]
+    lines = [
+        f"{small['row_id']} answers, and defers to {large['row_id']} below a confidence; {document['split']} split of "
+        f"{document['run']}."
+    ]
+    for unit, found in document["units"].items():
+        lines += ["", f"By {unit}: {found['items']:,} of {found['documents']:,} documents."]
+        lines += _table(found["curve"])
+        lines.append(_suggested(found["suggestion"], large["row_id"]))
+    lines += ["", *document["notes"]]
+    lines += [f"{name}: {path}" for name, path in document.get("paths", {}).items()]
+    return "\n".join(lines)
+
+
+def _table(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """About every tenth of the curve's points, as lines."""
+    shown = [points[place] for place in sorted({round(step * (len(points) - 1) / 10) for step in range(11)})]
+    cells = [("below", "deferred", "accuracy", "over chance", "ms", "memory")]
+    for one in shown:
+        cells.append(
+            (
+                f"{one['threshold']:.4f}",
+                _pair(100 * one["deferred"], one["deferred_stderr"] and 100 * one["deferred_stderr"], "{:.1f}") + "%",
+                _pair(one["accuracy"], one["accuracy_stderr"], "{:.4f}"),
+                _pair(one["over_chance"], one["over_chance_stderr"], "{:+.4f}"),
+                "-" if one["latency_ms"] is None else _pair(one["latency_ms"], one["latency_stderr"], "{:.2f}"),
+                "-" if one["memory_bytes"] is None else format_bytes(one["memory_bytes"]),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+
+
+def _pair(value: float, error: float | None, form: str) -> str:
+    return form.format(value) + ("" if error is None else f" ± {form.replace('+', '').format(error)}")
+
+
+def _suggested(found: Mapping[str, Any], large: str) -> str:
+    said = f"Below {found['threshold']:.4f} it is within one standard error of {large} alone."
+    if found["deferred"] is None:
+        return f"{said} One document alone says nothing of others."
+    return (
+        f"{said} On documents that a threshold was not chosen by it defers "
+        f"{_pair(100 * found['deferred'], 100 * (found['deferred_stderr'] or 0), '{:.1f}')}%, with accuracy "
+        f"{_pair(found['accuracy'], found['accuracy_stderr'], '{:.4f}')}, "
+        f"{_pair(found['over_large'], found['over_large_stderr'], '{:+.4f}')} to {large} alone."
+    )

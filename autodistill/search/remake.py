@@ -1,0 +1,251 @@
+"""A row made again from the records of its run, and how it compares with the first one: by measurement."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from autodistill.errors import InputError
+from autodistill.hardware.environment import code, machine_here, versions
+from autodistill.hardware.machine import detect, detect_for_training
+from autodistill.runs.events import RowAdded, RungReached, TrialAdded
+from autodistill.runs.phase_clock import Clock
+from autodistill.runs.results.differences import paired, paired_difference
+from autodistill.runs.results.make_row import make_row
+from autodistill.runs.results.row import Row, Status
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.run_log import RunLog
+from autodistill.search.algorithms.sampler import Sampler
+from autodistill.search.campaign.campaign import Campaign
+from autodistill.search.campaign.observer import Observer
+from autodistill.search.planning.placement import Place, check_share
+from autodistill.search.prepare import Planned, Ready, plan_run, prepare_rows, prepare_trials
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.validate import check_request
+from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.trial import Trial
+
+Verdict = Literal["identical", "within its error", "different"]
+# What is measured in a runtime or on a machine, or only told, is not a figure of the student on its text.
+_FIGURES = ("accuracy", "perplexity", "agreement", "kl", "ece")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remade:
+    """A row beside itself, made again.
+
+    Attributes:
+        run, row: Names of the run and of the row.
+        verdict: "identical" where every figure, and every document's, is the same to the last bit; "within its error"
+            where the metric differs by no more than the row's standard error; else "different".
+        metric: That the verdict is of.
+        figures: By name the figure before and now.
+        difference, stderr: Of the metric, now less before, paired by document; None where it cannot be paired.
+        environment: What differs in code, packages and machine, in sentences.
+        seconds: That it took.
+    """
+
+    run: str
+    row: str
+    verdict: Verdict
+    metric: str
+    figures: Mapping[str, tuple[float, float]]
+    difference: float | None
+    stderr: float | None
+    environment: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        return asdict(self) | {"figures": {name: list(pair) for name, pair in self.figures.items()}}
+
+    def describe(self) -> str:
+        """Return it as lines for a person."""
+        lines = [f"{self.row} of {self.run}, made again in {self.seconds:.0f}s: {self.verdict}."]
+        lines += [f"  {name}: {before:.10g} before, {now:.10g} now" for name, (before, now) in self.figures.items()]
+        if self.verdict != "identical" and self.difference is not None:
+            error = "" if self.stderr is None else f" ± {self.stderr:.4f}"
+            lines.append(f"  {self.metric}, paired by document: {self.difference:+.4f}{error}")
+        differs = self.environment or ("nothing that the run recorded",)
+        lines.append(f"What differs from then: {'; '.join(differs)}.")
+        return "\n".join(lines)
+
+
+def remake(run: RunFolder, row: Row, cache: Path, notify: Callable[[str], None] = lambda line: None) -> Remade:
+    """Train and evaluate a row's student again, as its run did, and compare. Nothing is written into the run.
+
+    Args:
+        run: Its run.
+        row: Of the validation split: of the teacher, or of a trial.
+        cache: Folder of teachers, data and the teacher's outputs, which are made again where they are not there.
+        notify: Told of each phase.
+
+    Raises:
+        InputError: A row of the test split, which is read once, or one that is not made by training; or teacher or data
+            have gone, or changed.
+    """
+    if row.split == "test":
+        raise InputError(f"{row.row_id} is of the test split, which a run reads once: reproduce a row of validation")
+    if row.kind == "initial":
+        raise InputError(f"{row.row_id} is a beginning of another row: reproduce that one, or a row of the teacher")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="autodistill-") as folder:
+        made = _made(run, row, Path(folder), cache, notify)
+    return compare(run.name, row, made, run.asked("metric"), time.monotonic() - began)
+
+
+def compare(name: str, row: Row, made: Row, asked: Mapping[str, Any], seconds: float) -> Remade:
+    """Hold a row to itself, made again.
+
+    Args:
+        name: Of the run.
+        row, made: Before, and now.
+        asked: `search.json`, with what the run was made by.
+        seconds: That it took.
+    """
+    metric = str(asked["metric"])
+    figures = {
+        figure: (before, now)
+        for figure in dict.fromkeys((metric, *_FIGURES))
+        if (before := row.figure(figure)) is not None and (now := made.figure(figure)) is not None
+    }
+    same = bool(figures) and all(before == now for before, now in figures.values())
+    verdict: Verdict = "different"
+    if same and _documents(row) == _documents(made):
+        verdict = "identical"
+    elif metric in figures:
+        error = row.figure(f"{metric}_stderr")
+        if error is not None and abs(figures[metric][1] - figures[metric][0]) <= error:
+            verdict = "within its error"
+    found = paired_difference(paired(made, metric), paired(row, metric))
+    return Remade(
+        run=name,
+        row=row.row_id,
+        verdict=verdict,
+        metric=metric,
+        figures=figures,
+        difference=None if found is None else found[0],
+        stderr=None if found is None else found[1],
+        environment=environment_differs(asked),
+        seconds=seconds,
+    )
+
+
+def environment_differs(asked: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say what of code, packages and machine is not as it was when a run was made.
+
+    Args:
+        asked: `search.json`.
+    """
+    now = {"package": versions(), "code": code(), "machine": machine_here(detect())}
+    before = {"package": asked.get("versions"), "code": asked.get("code"), "machine": asked.get("machine")}
+    told = [f"the run does not say its {part}" for part, held in before.items() if not held]
+    for part, held in before.items():
+        for name, value in now[part].items():
+            if held and name in held and held[name] != value:
+                told.append(f"{part} {name} was {held[name]}, and is {value}")
+    return tuple(told)
+
+
+def _documents(row: Row) -> Any:
+    documents = row.documents or {}
+    return [documents.get(part) and list(documents[part]) for part in ("ids", "count", "sum")]
+
+
+class _Told(Observer):
+    """Tells of phases alone."""
+
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self._notify = notify
+
+    def phase(self, name: str) -> None:
+        """A phase began."""
+        self._notify(name)
+
+
+def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[[str], None]) -> Row:
+    """The row, made again in a copy of the run that knows its trial, and nothing of what became of it."""
+    copy = folder / run.name
+    copy.mkdir()
+    shutil.copyfile(run.search_file, copy / run.search_file.name)
+    stored = run.asked("metric", "direction", "plan", "space_definition", "speed", "teacher", "data")
+    log = RunLog(copy / run.events.path.name)
+    for event in run.events.all():
+        teacher = isinstance(event, RowAdded) and event.row.kind == "teacher" and event.row.row_id != row.row_id
+        if teacher or (isinstance(event, TrialAdded) and event.trial == row.trial):
+            log.add(event)
+    request = SearchRequest(
+        resume=True,
+        name=run.name,
+        out=folder,
+        strategy=stored.get("strategy"),
+        runner="inline",
+        cache=cache,
+        command="autodistill reproduce",
+    )
+    checked, here, told = check_request(request), detect_for_training(), _Told(notify)
+    share = check_share((here,), checked.gpus_per_trial, checked.cpus_per_trial, checked.runner)
+    place = Place(here=here, machines=(here,), share=share)
+    with RunFolder.open(folder, run.name, lock=True) as scratch:
+        clock = Clock(time.monotonic(), notify)
+        planned = plan_run(checked, place, scratch, clock, told)
+        ready = prepare_rows(planned, scratch, clock)
+        if row.kind == "teacher":
+            rows = scratch.events.rows(split="validation")
+            return next(one for one in rows if one.row_id == row.row_id)
+        ready = prepare_trials(planned, ready, scratch, clock, told)
+        notify(f"training {row.trial}")
+        return _trained(planned, ready, scratch, row, run.events.of(RungReached))
+
+
+def _trained(planned: Planned, ready: Ready, scratch: RunFolder, row: Row, rungs: Sequence[RungReached]) -> Row:
+    """The row of a trial, trained from its beginning in this process."""
+    question, plan = ready.question, planned.plan
+    campaign = Campaign(
+        question,
+        sampler=Sampler(ready.config.space, name=ready.config.sampler, seed=ready.config.seed),
+        log=scratch.events,
+        checkpoints=scratch.checkpoints,
+    )
+    campaign.replay(scratch.events.all())
+    state = campaign.trials.get(row.trial)
+    if state is None or state.candidate.spec is None:
+        raise InputError(f"the log of the run does not say how {row.row_id} was made: it cannot be made again")
+    own = [rung for rung in rungs if rung.trial == row.trial]
+    task = replace(state.task, probe=row.deployment)
+    if task.straight and row.train_tokens:
+        # One whose time ran out had fewer tokens than it was given.
+        task = replace(task, length=row.train_tokens / plan.tokens)
+    setting = replace(ready.setting, device=planned.loaded.workers.device)
+    bench = Workbench(setting)
+    alone = any(rung.workers > 1 for rung in own)
+    torch.set_num_threads(plan.alone if alone and plan.alone else plan.threads)
+    trial, report = Trial(bench, task), None
+    reached = [rung.rung for rung in own if rung.tokens == row.train_tokens]
+    last = max(reached, default=len(plan.rungs) - 1)
+    for rung in range(last if task.straight else 0, last + 1):
+        report = trial.run(rung)
+    assert report is not None  # one process reports
+    return make_row(
+        report.evaluation,
+        trial=row.trial,
+        kind=row.kind,
+        name=row.name,
+        strategy=task.strategy,
+        spec=state.candidate.spec,
+        status=Status(row.status),
+        split="validation",
+        budget=question.budget,
+        plan=plan,
+        train_tokens=report.tokens,
+        train_seconds=report.seconds["train"],
+        seed=task.seed,
+        device=question.served_on,
+    )

@@ -1,0 +1,90 @@
+"""What a search left undone of its plan, said in notes."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from autodistill.distillation.training.plan import Plan
+from autodistill.runs.results.row import Status
+from autodistill.runs.results.selection import KIND as CONFIRMATION
+from autodistill.search.algorithms.successive_halving import confirmed
+from autodistill.search.campaign.agenda import REJECTIONS_IN_A_ROW
+from autodistill.search.campaign.campaign import Campaign
+from autodistill.search.campaign.state import TrialState
+
+if TYPE_CHECKING:
+    pass
+
+
+_MORE = "give it more --time"
+
+
+def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
+    """What was left undone of a plan: for want of time where there is a time budget, or of strategies that fit.
+
+    What failed or did not fit counts as tried, as it does for the agenda; the search says so elsewhere.
+
+    Args:
+        campaign: As it was closed.
+        plan: What it followed.
+    """
+    trials = list(campaign.trials.values())
+    proposed = [trial for trial in trials if trial.number is not None]
+    tried = sum(trial.status is not Status.REJECTED and not _unbegun(trial) for trial in proposed)
+    if campaign.exhausted and tried < plan.trials:
+        return [_exhausted(proposed, tried, plan), *_box(campaign, plan, trials)]
+    if campaign.box.deadline is not None and tried < plan.trials:
+        return [
+            f"the time budget held {tried} of the {plan.trials} planned trials: {_MORE}",
+            *_box(campaign, plan, trials),
+        ]
+    return _box(campaign, plan, trials)
+
+
+def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
+    """Why no more was proposed, though the plan held more."""
+    rejected = sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, reversed(proposed)))
+    held = f"{tried} of the {plan.trials} planned trials"
+    if rejected >= REJECTIONS_IN_A_ROW:
+        training = proposed[-1].candidate.training
+        miss = training.miss if training is not None else None
+        if miss is not None:
+            return (
+                f"the last {rejected} strategies that were proposed cannot be trained here or do not fit, so that the "
+                f"search tried {held}; of the last one: {miss.said}"
+            )
+        return (
+            f"the last {rejected} strategies that were proposed did not fit, so that the search tried {held}: raise "
+            "--budget, or name a --space of smaller students"
+        )
+    return f"the space holds no more strategies, so that the search tried {held}: widen it with --space"
+
+
+def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
+    """What the time budget ended before."""
+    if campaign.box.deadline is None:
+        return []
+    notes = []
+    students = [trial for trial in trials if trial.kind == "student" and trial.task.length == 1]
+    whole = sum(trial.status is Status.COMPLETED for trial in students)
+    waiting = sum(trial.status is Status.STOPPED and (_unbegun(trial) or trial.value is not None) for trial in students)
+    planned = min(plan.keep[-1] if plan.keep else plan.trials, whole + waiting)
+    if whole < planned:
+        notes.append(f"the time budget took {whole} of {planned} trials to full fidelity: {_MORE}")
+    notes += [
+        f"the time budget did not hold the baseline {name}, so the gain over it is unknown: {_MORE}"
+        for name in campaign.untrained_baselines()
+    ]
+    completed = [trial.kind for trial in trials if trial.status is Status.COMPLETED]
+    again = [trial for trial in trials if trial.kind == CONFIRMATION and not _unbegun(trial)]
+    few = confirmed(completed.count("student"), (), completed.count("baseline"))
+    wanted = campaign.question.confirm * few
+    if len(again) < wanted:
+        notes.append(f"the time budget held {len(again)} of the {wanted} trainings on further seeds: {_MORE}")
+    return notes
+
+
+def _unbegun(trial: TrialState) -> bool:
+    """Whether a trial never came to its first rung, though nothing was wrong with it."""
+    return trial.rung < 0 and trial.status in (None, Status.STOPPED)

@@ -1,0 +1,235 @@
+"""The solution of a budget, its rivals and candidates, as plain data: what a person and the record are given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from autodistill.search.solve.bench import Measured, Sample, copying
+from autodistill.search.solve.call.opened import Opened
+from autodistill.search.solve.compensation import compensate, gains
+from autodistill.search.solve.forms import CUTS, WHOLE, Form, best_forms, copied
+from autodistill.search.solve.library import Library
+from autodistill.search.solve.options import Options
+from autodistill.search.solve.rivals import Rival, fitting, rivals
+from autodistill.search.solve.shapes import Shapes
+from autodistill.search.solve.solver import Found, Solver
+from autodistill.strategy.deployment import Deployment
+from autodistill.utils.hashing import content_hash
+
+PROBED = 1024  # tokens of a text that is copied, at the most
+_MORE = 5 * 10**6  # bytes, of which is told what they would buy
+_CLEAR = 2.0  # standard errors by which a solution must be better than a plain storage
+
+
+def of_budget(
+    opened: Opened, options: Options, library: Library, shapes: Callable[[], Shapes]
+) -> dict[str, Any] | None:
+    """The solution for a budget with its rivals and candidates, as plain data; None where nothing fits.
+
+    Args:
+        opened: What the call works on.
+        options: Of the budget.
+        library: Scores of types, built.
+        shapes: Gives those of cuts, once they are asked for.
+    """
+    calibration, held_out, own = opened.calibration, opened.held_out, opened.own
+
+    def predicted(one: Deployment) -> float:
+        return library.predict(one)[0]
+
+    plain = rivals(options, own, options.budget.memory_bytes, predicted)
+    near = fitting(plain, options, predicted)
+    probe = copying(opened.bench, calibration.data, min(options.budget.context, PROBED))
+    thorough = len(opened.options) == 1
+    forms = best_forms(options, library, shapes, calibration, near, thorough=thorough, probe=probe)
+    if not forms:
+        return None
+    best, *others = forms
+    nearest = best.scores.joint(best.deployment, held_out)
+    made_up = _made_up(opened, options, library, best, shapes)
+    mine = nearest if made_up is None else made_up[1]
+    least = best.joint.kl if made_up is None else made_up[0].kl
+    lines = [_of_plain(one, options, library, mine, held_out, measured=one.deployment in (*near, own)) for one in plain]
+    lines += [_of_form(one, mine, held_out) for one in others]
+    tried, winner = _of_candidates(opened, options, library, least, mine)
+    lines += tried
+    won = winner and winner["name"]
+    return {
+        "budget": options.budget.to_json(),
+        "solution": {
+            "family": best.family,
+            "init": best.init.to_json(),
+            **_solution(best.options, best.name, best.found, mine),
+            "compensated": made_up is not None,
+            "compensated_calibration_kl": None if made_up is None else made_up[0].kl,
+            "nearest_kl": nearest.kl,
+            "nearest_kl_stderr": nearest.kl_stderr,
+            "copied": copied(best, probe),
+            "teacher_copied": probe.teacher.accuracy,
+        },
+        "next": _next(Solver(best.options, best.scores, calibration), best.found, options.budget.memory_bytes),
+        "rivals": lines,
+        "as_good": next((line["name"] for line in lines if _as_good(line) and line["name"] != won), None),
+        "winner": winner,
+    }
+
+
+def _made_up(
+    opened: Opened, options: Options, library: Library, best: Form, shapes: Callable[[], Shapes]
+) -> tuple[Measured, Measured] | None:
+    """What a solution is whose rounding makes up for its errors, on both texts; None where that is no better.
+
+    It takes the model whole in memory, and a minute of SmolLM2: of one budget it is looked at, of several not.
+    """
+    if len(opened.options) > 1 or not options.cuts or not opened.bench.weighed:
+        return None
+    bench = opened.bench if best.init == WHOLE else shapes().student(best.init)
+    if not gains(bench, best.deployment):
+        return None
+    samples = (opened.calibration, opened.held_out)
+
+    def measure(*texts: Sample) -> tuple[Measured, ...]:
+        """Return what it does on each text."""
+        made = compensate(bench, best.deployment, opened.calibration.data)
+        return bench.measure_weights(made.weights(bench), best.deployment.cache_types, texts)
+
+    key = f"compensated {content_hash([best.init.to_json(), best.deployment.to_json()], 16)}"
+    calibration, held_out = library.kept(key, f"{best.name}, its errors made up for,", samples, measure)
+    return (calibration, held_out) if calibration.kl < best.joint.kl else None
+
+
+def _of_plain(
+    rival: Rival, options: Options, library: Library, mine: Measured, held_out: Sample, *, measured: bool
+) -> dict[str, Any]:
+    """A plain storage beside the solution."""
+    deployment = rival.deployment
+    need = options.memory(deployment).total_bytes
+    return {
+        "what": rival.what,
+        "name": deployment.name,
+        "deployment": deployment.to_json(),
+        "bytes": need,
+        "fits": options.fits(deployment),
+        "predicted_kl": library.predict(deployment)[0],
+        **_beside(mine, library.joint(deployment, held_out) if measured else None),
+    }
+
+
+def _of_form(form: Form, mine: Measured, held_out: Sample) -> dict[str, Any]:
+    """The best of another family beside the solution."""
+    return {
+        "what": form.family,
+        "name": form.name,
+        "init": form.init.to_json(),
+        "deployment": form.deployment.to_json(),
+        "bytes": form.bytes,
+        "fits": True,
+        "predicted_kl": form.found.predicted[0],
+        **_beside(mine, form.scores.joint(form.deployment, held_out)),
+    }
+
+
+def _of_candidates(
+    opened: Opened, options: Options, library: Library, least: float, mine: Measured
+) -> tuple[list[dict[str, Any]], dict[str, str] | None]:
+    """Files of other tools beside the solution; and the one that loses less than it on the calibration text, if any.
+
+    Args:
+        opened, options, library: As for `of_budget`.
+        least: KL of the solution on the calibration text.
+        mine: The solution on the held-out text.
+    """
+    bench, samples = opened.bench, (opened.calibration, opened.held_out)
+    lines, winner = [], None
+    for candidate in (one.fitting(options) for one in opened.candidates):
+        known, joint = library.kept(
+            candidate.key,
+            candidate.name,
+            samples,
+            lambda *texts, one=candidate: bench.measure_weights(one.weights(bench), one.cache_types, texts),
+        )
+        need = candidate.memory(options)
+        takes = need.total_bytes
+        fits = takes <= options.budget.memory_bytes and options.fits_file(need.weights_bytes)
+        fits = fits and options.in_time(candidate.deployment)
+        if fits and known.kl < least:
+            least, winner = known.kl, {"name": candidate.name, "path": str(candidate.path)}
+        lines.append(
+            {
+                "what": "candidate",
+                "name": candidate.name,
+                "path": str(candidate.path),
+                "deployment": None if candidate.stored is None else candidate.deployment.to_json(),
+                "bytes": takes,
+                "fits": fits,
+                "predicted_kl": None,
+                **_beside(mine, joint),
+            }
+        )
+    return lines, winner
+
+
+def _beside(mine: Measured, joint: Measured | None) -> dict[str, float | None]:
+    """The figures of a rival, and how far its KL is above the solution's."""
+    above = None if joint is None else joint.kl_above(mine)
+    return {
+        **_figures(joint),
+        "kl_above_solution": above and above[0],
+        "kl_above_solution_stderr": above and above[1],
+    }
+
+
+def _as_good(line: Mapping[str, Any]) -> bool:
+    above = line["kl_above_solution"]
+    return bool(
+        line["what"] not in CUTS
+        and line["fits"]
+        and above is not None
+        and above <= _CLEAR * line["kl_above_solution_stderr"]
+    )
+
+
+def _solution(options: Options, name: str, found: Found, held_out: Measured) -> dict[str, Any]:
+    deployment, estimate = found.deployment, options.memory(found.deployment)
+    return {
+        "name": name,
+        "deployment": deployment.to_json(),
+        "types": _counted(options, deployment),
+        "bytes": estimate.total_bytes,
+        "weights_bytes": estimate.weights_bytes,
+        "kv_cache_bytes": estimate.kv_cache_bytes,
+        "compute_bytes": estimate.compute_bytes,
+        "overhead_bytes": estimate.overhead_bytes,
+        "left_bytes": options.budget.memory_bytes - estimate.total_bytes,
+        "predicted_kl": found.predicted[0],
+        "predicted_kl_stderr": found.predicted[1] if math.isfinite(found.predicted[1]) else None,
+        "calibration_kl": found.joint.kl,
+        "calibration_kl_stderr": found.joint.kl_stderr,
+        **_figures(held_out),
+    }
+
+
+def _figures(joint: Measured | None) -> dict[str, float | None]:
+    names = ("kl", "kl_stderr", "nll", "nll_stderr", "accuracy", "accuracy_stderr")
+    return {name: None if joint is None else getattr(joint, name) for name in names}
+
+
+def _counted(options: Options, deployment: Deployment) -> dict[str, Any]:
+    """The tables' types, the cache's, and how many other matrices have each type."""
+    types = options.types(deployment)
+    matrices: dict[str, int] = {}
+    for name in options.matrices:
+        matrices[types[name]] = matrices.get(types[name], 0) + 1
+    tables = {name.split(".")[-2]: types[name] for name in options.tables}
+    keys, values = deployment.cache_types
+    return {"tables": tables, "cache_keys": keys, "cache_values": values, "matrices": matrices}
+
+
+def _next(solver: Solver, found: Found, limit: int) -> dict[str, Any]:
+    """What some more bytes would buy, by the scores alone."""
+    here, more = solver.predicted(limit), solver.predicted(limit + _MORE)
+    assert here is not None
+    assert more is not None
+    return {"more_bytes": _MORE, "predicted_kl": more[0], "predicted_gain": max(0.0, here[0] - more[0])}

@@ -1,0 +1,141 @@
+"""What a call of solve works on, checked and loaded: teacher, text, candidates, and what is kept of earlier calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from autodistill.data.dataset import Prepared, load_split
+from autodistill.data.documents import resolve_data
+from autodistill.data.prepare import prepare
+from autodistill.data.tokenization import check_ids
+from autodistill.distillation.teacher.any_model import is_known, spec_of
+from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
+from autodistill.distillation.teacher.stored_grids import stored_as
+from autodistill.errors import InputError
+from autodistill.export.gguf_mixtures import cannot_write
+from autodistill.export.tokenizer_check import cannot_cut
+from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.search.solve.bench import Bench, Sample, load_bench
+from autodistill.search.solve.call.request import SolveRequest, check_fits, options_of, within_context
+from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
+from autodistill.search.solve.library import library_file
+from autodistill.search.solve.options import Options
+from autodistill.search.solve.shapes import Shapes, open_shapes
+from autodistill.search.solve.streamed import load_streamed
+from autodistill.strategy.deployment import Deployment
+from autodistill.utils.json_files import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """All that solving works on.
+
+    Attributes:
+        request: What is asked for, within the model's context.
+        options: What may be chosen, for each budget.
+        teacher: Its folder.
+        own: The deployment that has the teacher's own codes, if its file lies on grids of GGUF.
+        note: What is said of how the teacher's file stores it; None where nothing is.
+        unwritten: Why nothing that is written can hold the teacher; empty where something can.
+        candidates: Files that are measured beside the solution.
+        data: The text, in tokens.
+        bench: The teacher, loaded.
+        calibration, held_out: Text on which is chosen, and on which is told.
+    """
+
+    request: SolveRequest
+    options: list[Options]
+    teacher: Teacher
+    own: Deployment | None
+    note: str | None
+    unwritten: str
+    candidates: list[Candidate]
+    data: Prepared
+    bench: Bench
+    calibration: Sample
+    held_out: Sample
+
+    @property
+    def _tokens(self) -> tuple[int, ...]:
+        request = self.request
+        return (request.tokens, self.held_out.data.tokens.size, request.sequence_length)
+
+    def library_file(self, options: Options) -> Path:
+        """Where the scores of types are kept."""
+        return library_file(self.request.cache, self.teacher.fingerprint, self.data.fingerprint, self._tokens, options)
+
+    def shapes(self, notify: Callable[[str], None]) -> Shapes:
+        """What cuts cost, as far as it is known."""
+        return open_shapes(
+            self.request.cache,
+            self.bench,
+            self.calibration,
+            self.teacher.fingerprint,
+            self.data,
+            self._tokens,
+            notify,
+        )
+
+
+def open_request(request: SolveRequest) -> Opened:
+    """Check what is asked for, all of it before anything is downloaded or converted, and load it.
+
+    Raises:
+        InputError, NothingFitsError: As `solve`.
+    """
+    found = resolve_teacher(request.teacher, trained=False)
+    spec = spec_of(found.config)
+    request = within_context(request, spec)
+    options = options_of(request, spec, found.config)
+    in_gguf = request.runtime == "llama.cpp"
+    unwritten = cannot_write(spec, found.config) if in_gguf or not is_known(found.config) else ""
+    if request.export and unwritten:
+        raise InputError(f"{found.name} is solved and not exported: {unwritten}; leave --export out")
+    check_fits(options)
+    candidates = [open_candidate(path, spec) for path in request.candidates]
+    source = resolve_data(request.data)
+    if source.conversations:
+        raise InputError(f"{request.data} holds conversations: solve takes plain text, of which every token counts")
+    teacher = materialise(found, request.cache)
+    config = read_json(teacher.folder / "config.json")
+    spec = spec_of(config)
+    reason = cannot_cut(teacher.folder, spec.vocabulary) if in_gguf else ""
+    if reason and (is_known(config) or request.export):
+        raise InputError(f"a GGUF file cannot hold this teacher: {reason}")
+    for candidate in candidates:
+        check_candidate(candidate, teacher.folder, spec)
+    teacher, stored = stored_as(found, teacher, spec, request.cache) if is_known(config) else (teacher, None)
+    own = stored.deployment if stored and stored.deployment and stored.deployment.container == "gguf" else None
+    own = own if in_gguf else None
+    fingerprint = tokenizer_fingerprint(teacher.folder)
+    data = prepare(source, teacher.folder, fingerprint, request.sequence_length, request.cache)
+    bench = load_bench(teacher, spec, own) if options[0].cuts else load_streamed(teacher, spec, own)
+    calibration, held_out = _samples(request, data, bench)
+    if is_known(config):  # of others a file has no place for scales that were searched for
+        bench.weigh(calibration.data)
+    return Opened(
+        request=request,
+        options=options,
+        teacher=teacher,
+        own=own,
+        note=stored.note if stored else None,
+        unwritten=unwritten or reason or "",
+        candidates=candidates,
+        data=data,
+        bench=bench,
+        calibration=calibration,
+        held_out=held_out,
+    )
+
+
+def _samples(request: SolveRequest, data: Prepared, bench: Bench) -> tuple[Sample, Sample]:
+    train, validation = load_split(data.folder, "train"), load_split(data.folder, "validation")
+    check_ids(int(max(train.tokens.max(initial=0), validation.tokens.max(initial=0))), bench.spec.vocabulary, "teacher")
+    if train.tokens.size < 2 * request.sequence_length:
+        raise InputError(
+            f"{request.data} has less than two sequences of {request.sequence_length} tokens: give more text"
+        )
+    calibration = bench.sample("calibration", train.head(request.tokens))
+    return calibration, bench.sample("held-out", validation.head(2 * request.tokens))

@@ -1,0 +1,211 @@
+"""What solving is asked for, and the refusal of what no storage can meet, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autodistill.distillation.student.shapes import cut_spec
+from autodistill.distillation.teacher.any_model import holds_cache, is_known
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimates.fit import fits
+from autodistill.estimates.solving import SolvingWork, solving_work
+from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget
+from autodistill.hardware.machine import memory_bytes
+from autodistill.models.families import FAMILIES
+from autodistill.models.spec import ModelSpec
+from autodistill.search.solve.bench import compute_device
+from autodistill.search.solve.forms import WHOLE, named, smallest
+from autodistill.search.solve.options import RUNTIMES, Options
+from autodistill.strategy.strategy import Init
+from autodistill.units import format_bytes
+from autodistill.utils.plain_dataclass import check_no_blank
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveRequest:
+    """What is solved, for which budgets, and where it goes.
+
+    Attributes:
+        budgets: Limits of the process's memory at one context and batch, and perhaps on a device.
+        cache: Folder of teachers, data and scores.
+        teacher: As `resolve_teacher` takes it.
+        data: As `resolve_data` takes it.
+        tokens: Of the calibration text; the held-out text has twice as many.
+        sequence_length: Of either, each read on its own. A longer one shows more of what the cache's types do.
+        out: Folder in which the document is kept, and the solution where it is exported; None keeps nothing.
+        export: Whether the solution is written and verified in its runtime.
+        candidates: GGUF files of the same model that are measured beside the solution, and may be taken in its place.
+        file_bytes: What the weights may take in a file; None for no limit.
+        memory_bytes: What solving itself may take; None for all that this machine, or its GPU, has.
+        runtime: What will serve it, one of `options.RUNTIMES`.
+        context_by_default: Whether nobody asked for the budgets' context, so that a model's shorter one goes before it.
+    """
+
+    budgets: tuple[Budget, ...]
+    cache: Path
+    teacher: str = "smollm2"
+    data: str = "pydoc"
+    tokens: int = 2048
+    sequence_length: int = 256
+    out: Path | None = None
+    export: bool = False
+    candidates: tuple[Path, ...] = ()
+    file_bytes: int | None = None
+    memory_bytes: int | None = None
+    runtime: str = "llama.cpp"
+    context_by_default: bool = False
+
+    def __post_init__(self) -> None:
+        check_no_blank(self)
+        if not self.budgets:
+            raise InputError(
+                "solve takes a budget: give --budget like 200MB, --sweep like 100MB..400MB, --device or --tiers"
+            )
+        if self.export and (self.out is None or len(self.budgets) > 1):
+            raise InputError(
+                "--export writes the solution of one budget into a folder: give --budget or --device, and --out"
+            )
+        if self.tokens < 2 * self.sequence_length or self.sequence_length < 2:
+            raise InputError(
+                f"{self.tokens} tokens are fewer than two sequences of {self.sequence_length}, of which scores have "
+                "errors: give more --tokens"
+            )
+        if self.runtime not in RUNTIMES:
+            raise InputError(
+                f"types are solved for {' and '.join(RUNTIMES)}, not for {self.runtime!r}: name one of them"
+            )
+        if self.candidates and self.runtime != "llama.cpp":
+            raise InputError(f"candidates are GGUF files, which {self.runtime} does not serve: leave --candidate out")
+        for budget in self.budgets:
+            if isinstance(budget, DeviceBudget) and (lacks := budget.device.lacks(self.runtime)):
+                raise InputError(f"solutions are of {self.runtime}, and {lacks}: name another --device or --runtime")
+
+
+def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]) -> list[Options]:
+    """What may be chosen for each budget.
+
+    Cuts need the whole model in memory.
+
+    Args:
+        request: What is asked for, within the model's context.
+        spec: The model's shape.
+        config: Its `config.json`.
+
+    Raises:
+        InputError: Solving takes more memory than it may, or candidates more than there is; or a runtime for which
+            nothing is written of such a model.
+    """
+    if request.runtime != "llama.cpp" and not is_known(config):
+        raise InputError(
+            f"folders of compressed-tensors are written of {', '.join(FAMILIES)} alone: leave --runtime out"
+        )
+    cache_type = None if holds_cache(config) else "f16"
+    first = Options(
+        spec=spec,
+        budget=request.budgets[0],
+        cache_type=cache_type,
+        file_bytes=request.file_bytes,
+        runtime=request.runtime,
+    )
+    streamed = _is_streamed(request, first, config)
+    return [replace(first, budget=budget, cuts=not streamed) for budget in request.budgets]
+
+
+def work_of(options: Options, tokens: int, *, streamed: bool) -> SolvingWork:
+    """What solving takes, with the teacher whole in memory, or one block of it at a time.
+
+    Args:
+        options: What may be chosen.
+        tokens: Of the calibration text.
+        streamed: Which of the two.
+    """
+    kinds = {name: options.kinds(tensor) for name, tensor in (options.matrices | options.tables).items()}
+    caches = sum(len({pair[half] for pair in options.caches} - {"f16"}) for half in (0, 1))
+    threads = torch.get_num_threads() if compute_device() == "cpu" else 1
+    return solving_work(options.spec, kinds, caches, tokens, streamed=streamed, threads=threads)
+
+
+def room_of(request: SolveRequest) -> int:
+    """Bytes that solving may take."""
+    if request.memory_bytes is not None:
+        return request.memory_bytes
+    return torch.cuda.mem_get_info()[1] if compute_device() == "cuda" else memory_bytes()
+
+
+def _is_streamed(request: SolveRequest, options: Options, config: Mapping[str, Any]) -> bool:
+    """Whether one block of the teacher is to be in memory at a time, since all of it is more than there is."""
+    room, whole = room_of(request), work_of(options, request.tokens, streamed=False).memory_bytes
+    if whole <= room:
+        return False
+    least = work_of(options, request.tokens, streamed=True).memory_bytes if is_known(config) else whole
+    if request.memory_bytes is not None and least > room:
+        how = "even with one layer in memory at a time" if is_known(config) else "since its layers are not read apart"
+        raise InputError(
+            f"solving {request.teacher} takes {format_bytes(least)}, {how}: give a --memory of "
+            f"{math.ceil(least / 1e6)}MB, or fewer --tokens"
+        )
+    if is_known(config) and request.candidates:
+        raise InputError(
+            f"a candidate is compared with the whole teacher in memory, which takes {format_bytes(whole)} of "
+            f"{format_bytes(room)}: leave --candidate out, or give more --memory"
+        )
+    return is_known(config)
+
+
+def within_context(request: SolveRequest, spec: ModelSpec) -> SolveRequest:
+    """The request with the model's context where nobody asked for one.
+
+    Raises:
+        InputError: A context, or sequences, beyond the model's.
+    """
+    most = spec.max_context
+    if request.context_by_default and most < CONTEXT:
+        request = replace(request, budgets=tuple(replace(one, context=most) for one in request.budgets))
+    if request.budgets[0].context > most:
+        raise InputError(f"{request.teacher} has a context of {most} tokens: give --context {most} or less")
+    if request.sequence_length > most:
+        raise InputError(f"{request.teacher} reads {most} tokens: give --sequence-length {most} or less")
+    return request
+
+
+def check_fits(options: Sequence[Options]) -> None:
+    """Refuses budgets of which none holds even the smallest storage.
+
+    Raises:
+        InputError: The model is nothing that llama.cpp holds.
+        NothingFitsError: Names the smallest storage and what would hold it.
+    """
+    first = options[0]
+    first.check()
+    init, deployment, need = smallest(first)
+    largest = max(one.budget.memory_bytes for one in options)
+    _, least = replace(first, spec=shape_of(init, first.spec)).smallest()
+    if not first.fits_file(least.weights_bytes):
+        raise NothingFitsError(
+            f"nothing fits a file of {format_bytes(first.file_bytes or 0)}: the smallest that is solved for, "
+            f"{named(init, deployment)}, has {format_bytes(least.weights_bytes)} of weights; give a --file-size of "
+            f"{math.ceil(least.weights_bytes / 1e6)}MB"
+        )
+    (fit,) = fits(shape_of(init, first.spec), (deployment,), first.budget)
+    if fit.late and need <= largest:
+        raise NothingFitsError(
+            f"nothing keeps to the latency: of the smallest that is solved for, {named(init, deployment)}, "
+            f"{'; '.join(fit.late)}; raise --latency, or name a faster --device"
+        )
+    if need > largest:
+        raise NothingFitsError(
+            f"nothing fits {format_bytes(largest)}: the smallest that is solved for, {named(init, deployment)}, needs "
+            f"{format_bytes(need)} at context {first.budget.context}, {format_bytes(need - largest)} more; give a "
+            f"--budget of {math.ceil(need / 1e6)}MB, or a shorter --context"
+        )
+
+
+def shape_of(init: Init, spec: ModelSpec) -> ModelSpec:
+    """The shape of a student; of a model that is in no family its own."""
+    return spec if init == WHOLE else cut_spec(init, spec)

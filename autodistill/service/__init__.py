@@ -1,0 +1,1 @@
+"""A student as a service: what is served and how, its process, its clients, and whether it keeps its promise."""

@@ -1,0 +1,250 @@
+"""Watches a server: small requests of its own for latency, its counters, its memory, and how it stands to a promise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import psutil
+
+from autodistill.errors import InputError, ServiceError
+from autodistill.service.client import Client, memory_of, server_processes
+from autodistill.service.promise import Limit, Promise
+from autodistill.service.window import Figures, Sight, Window
+
+WINDOW_SECONDS, EVERY_SECONDS = 300.0, 5.0
+PROMPT, DECODED = 64, 16
+"""Tokens of a probe, which are those that a search times first tokens with, and of its answer."""
+_SHARE = 0.1  # of the time that probes may take
+_SPREAD = 200  # probes' ids lie below it: every vocabulary is larger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One limit of a promise, and what was seen.
+
+    Attributes:
+        figure: Like "ttft_p95", "memory", or "answers", which says whether the server answers at all.
+        kept: Whether it is kept; None where nothing can be said.
+        value, most: What was seen, and its limit; in seconds or bytes.
+        said: In words.
+    """
+
+    figure: str
+    kept: bool | None
+    value: float | None
+    most: float | None
+    said: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is known of a server now.
+
+    Attributes:
+        at: Seconds since it was first looked at.
+        up: Whether it answered last.
+        why: Why it did not.
+        runtime: "llama.cpp" or "vllm"; "" where that is not known.
+        last: What was seen last.
+        figures: Of the window.
+        judged: One for each limit of the promise, and "answers"; none without a promise.
+    """
+
+    at: float
+    up: bool
+    why: str
+    runtime: str
+    last: Sight
+    figures: Figures
+    judged: tuple[Judged, ...]
+
+    @property
+    def broken(self) -> tuple[Judged, ...]:
+        """What is not kept."""
+        return tuple(one for one in self.judged if one.kept is False)
+
+    @property
+    def verdict(self) -> str | None:
+        """ "OK", "BROKEN", or "UNKNOWN" where nothing could be judged yet; None without a promise."""
+        if not self.judged:
+            return None
+        if self.broken:
+            return "BROKEN"
+        known = [one for one in self.judged if one.kept is not None and one.figure != "answers"]
+        return "OK" if known else "UNKNOWN"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        judged = [
+            {"figure": one.figure, "kept": one.kept, "value": one.value, "limit": one.most, "said": one.said}
+            for one in self.judged
+        ]
+        return {
+            "at": self.at,
+            "up": self.up,
+            "why": self.why or None,
+            "runtime": self.runtime or None,
+            **self.figures.to_json(),
+            "verdict": self.verdict,
+            "broken": [one.figure for one in self.broken],
+            "promise": judged,
+        }
+
+
+class Monitor:
+    """Looks at a server from time to time.
+
+    A probe is a request of its own: a prompt of `prompt` tokens, `DECODED` to be written. Probes take a tenth of the
+    time at most: after a slow one the next one waits longer.
+
+    Args:
+        client: Of the server.
+        promise: What it is held to, or None.
+        window: Seconds that averages are over.
+        every: Seconds between two probes, at least.
+        clock, sleep: For tests.
+
+    Raises:
+        InputError: A window that holds no two probes.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        promise: Promise | None = None,
+        *,
+        window: float = WINDOW_SECONDS,
+        every: float = EVERY_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if window < 2 * every:
+            raise InputError(f"a --window of {window:g}s holds no two looks {every:g}s apart: give a longer one")
+        self.client, self.promise, self.window = client, promise, Window(window)
+        self.prompt = (promise.prompt if promise else None) or PROMPT
+        self._every, self._clock, self._sleep = every, clock, sleep
+        self._number = count()
+        self._room: tuple[int, int] | None = None
+        self._runtime = ""
+        self._processes: tuple[psutil.Process, ...] = ()
+        self._interpreter = 0
+        self._began = clock()
+
+    def watch(self, seconds: float | None = None) -> Iterator[Report]:
+        """Yield a report after each look, for so many seconds or without end."""
+        while True:
+            began = self._clock()
+            report = self.look()
+            taken = self._clock() - began
+            yield report
+            wait = max(self._every - taken, taken * (1 / _SHARE - 1) if report.up else 0.0, 0.0)
+            if seconds is not None and self._clock() - self._began + wait >= seconds:
+                return
+            self._sleep(wait)
+
+    def look(self) -> Report:
+        """Probe the server, read its counters and its memory, and say how it stands."""
+        sight, why = self._sight()
+        self.window.add(sight)
+        judged = () if self.promise is None else judge(self.promise, self.window, self._room, why)
+        return Report(
+            at=sight.at - self._began,
+            up=not why,
+            why=why,
+            runtime=self._runtime,
+            last=sight,
+            figures=self.window.figures(),
+            judged=judged,
+        )
+
+    def _sight(self) -> tuple[Sight, str]:
+        try:
+            before = self.client.counters()
+            self._runtime = before.runtime
+            if self._room is None:
+                self._room = self.client.room()
+            answer = self.client.complete(self._prompt(), DECODED)
+            after = self.client.counters()
+            memory = self._memory()
+        except ServiceError as error:
+            return Sight(at=self._clock(), failed=True), str(error)
+        return Sight(
+            at=self._clock(),
+            first_seconds=answer.first_seconds,
+            token_seconds=answer.token_seconds,
+            streams=1 + round(max(before.running + before.waiting, after.running + after.waiting)),
+            answer_tokens=after.answer_tokens,
+            running=before.running,
+            waiting=before.waiting,
+            memory_bytes=memory,
+            acceptance=after.acceptance,
+        ), ""
+
+    def _memory(self) -> int | None:
+        """Return the memory of the server's processes, which are others once it was started again.
+
+        What is promised is llama.cpp's own: the interpreter that runs it in `autodistill serve` is left out.
+        """
+        if not self.client.local:
+            return None
+        found = memory_of(self._processes)
+        if found is None:
+            self._processes = server_processes(self.client.url)
+            self._interpreter = self.client.interpreter_bytes() if self._processes else 0
+            found = memory_of(self._processes)
+        return None if found is None else found - self._interpreter
+
+    def _prompt(self) -> list[int]:
+        """Return ids that differ from the last probe's from the first on, so that the server reads all of them."""
+        number = next(self._number)
+        room = self.prompt if self._room is None else max(1, min(self.prompt, self._room[0] - DECODED - 1))
+        return [3 + (number + 7 * place) % (_SPREAD - 3) for place in range(room)]
+
+
+def judge(promise: Promise, window: Window, room: tuple[int, int] | None = None, why: str = "") -> tuple[Judged, ...]:
+    """Hold what was seen to each limit of a promise.
+
+    Args:
+        promise: What is promised.
+        window: What was seen.
+        room: Tokens of a sequence and sequences that the server makes room for, where that is known.
+        why: Why the last probe had no answer; empty where it had one.
+    """
+    answers = Judged(figure="answers", kept=not why, value=None, most=None, said=why or "it answers")
+    return (answers, *(_judged(limit, promise, window, room) for limit in promise.limits))
+
+
+def _judged(limit: Limit, promise: Promise, window: Window, room: tuple[int, int] | None) -> Judged:
+    value: float | None = None
+    why_not = ""
+    if limit.quantity == "memory":
+        seen = window.figures().most_memory_bytes
+        if room is not None and room[0] * room[1] > _rounded(promise.context) * promise.streams:
+            why_not = f"it has room for {room[1]} x {room[0]} tokens, more than {promise.streams} x {promise.context}"
+        elif seen is None:
+            why_not = "its process is not seen from here"
+        else:
+            value = float(seen)
+    else:
+        assert limit.percentile is not None
+        found = window.times(limit.quantity, limit.streams)
+        if found:
+            value = float(np.percentile(found, limit.percentile))
+        elif window.times(limit.quantity):
+            why_not = f"more than {limit.streams} sequences at once, for which nothing is promised"
+        else:
+            why_not = "no probe had an answer"
+    kept = None if value is None else value <= limit.most
+    asked = "" if limit.asked else " (measured, and a margin)"
+    told = why_not if value is None else f"{limit.shown(value)} of {limit.shown(limit.most)}{asked}"
+    return Judged(figure=limit.figure, kept=kept, value=value, most=limit.most, said=told)
+
+
+def _rounded(context: int) -> int:
+    """Return the context that llama.cpp makes of a context."""
+    return -(-context // 256) * 256

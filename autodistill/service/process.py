@@ -1,0 +1,101 @@
+"""A server in a child process: its words are handed on as they come, and the last of them kept for when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+_STOP_SECONDS = 10
+_KEPT = 40  # lines of what it said
+_TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)|(?P<error>\w*Error: .*)")
+
+
+class ServerProcess:
+    """A running server.
+
+    Args:
+        command: What is run; it must not hold a secret, which others on the machine could read.
+        environment: Its variables.
+        told: What it is told on stdin, after which stdin stays open until `stop`; None where it reads nothing.
+        relay: Called with each line that it says, from another thread.
+
+    Attributes:
+        pid: Of its process.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        told: str | None,
+        relay: Callable[[str], None],
+    ) -> None:
+        self._kept: deque[str] = deque(maxlen=_KEPT)
+        self._relay = relay
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL if told is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C reaches the caller alone, which then ends the child in order
+        )
+        self.pid = self._process.pid
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if told is not None:
+            assert self._process.stdin is not None
+            # Where it has died, `alive` says so.
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(told + "\n")
+                self._process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip():
+                self._kept.append(line.strip())
+                self._relay(line.rstrip())
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def wait(self) -> int:
+        """Wait until it ends, and return its exit status, which is below 0 for the signal that ended it."""
+        return self._process.wait()
+
+    def last_words(self) -> str:
+        """Return the errors among the last lines that it said, or else the last line."""
+        self._reader.join(2)
+        found = [_TROUBLE.match(line) for line in self._kept]
+        errors = [(one["said"] or one["abort"] or one["error"]).strip() for one in found if one]
+        return "; ".join(errors[:2]) or (self._kept[-1] if self._kept else "it said nothing")
+
+    def stop(self) -> None:
+        """End it in order, and by force where that takes too long."""
+        pipe = self._process.stdin
+        if pipe is None:
+            self._process.terminate()
+        else:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+            self._reader.join(2)
+            if self._process.stdout is not None and not self._reader.is_alive():
+                self._process.stdout.close()

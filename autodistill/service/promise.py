@@ -1,0 +1,169 @@
+"""The promise of an export as limits of single figures, and which of them a server keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autodistill.advisor.origin import origin
+from autodistill.errors import InputError
+from autodistill.export.promise import RECORD, Promised, promise_asked
+from autodistill.runs.results.row import Row
+from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.standing import best_of
+from autodistill.service.served import find_run, find_served
+from autodistill.units import format_bytes, format_duration
+from autodistill.utils.json_files import read_json
+
+MARGIN = 0.25
+"""By what share a figure that nobody set a limit for may be above what was measured, by default."""
+_WAY_SECONDS = 0.01  # beyond that, of a first token: the runtime alone was timed, and a client's has the way to it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """The most that one figure may be.
+
+    Attributes:
+        quantity: "ttft", the time to the first token, "tpot", that of each later one, or "memory".
+        percentile: Of the times; None for memory.
+        most: In seconds, or bytes.
+        streams: Sequences at once that it holds for.
+        prompt: Tokens of the prompt that a first token's time is of; None where that does not matter, or is not known.
+        asked: Whether a search was asked for it; else it is what was measured, and a margin.
+    """
+
+    quantity: str
+    percentile: int | None
+    most: float
+    streams: int
+    prompt: int | None = None
+    asked: bool = True
+
+    @property
+    def figure(self) -> str:
+        """Its name, like "ttft_p95" or "memory"."""
+        return self.quantity if self.percentile is None else f"{self.quantity}_p{self.percentile}"
+
+    def shown(self, value: float) -> str:
+        """Return a value of the figure in words."""
+        return format_bytes(value) if self.quantity == "memory" else format_duration(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promise:
+    """What a server is held to.
+
+    Attributes:
+        of: Whose it is, for a person.
+        context: Tokens of each sequence that the memory is for, at `streams`.
+        limits: At least one.
+    """
+
+    of: str
+    context: int
+    streams: int
+    limits: tuple[Limit, ...]
+
+    @property
+    def prompt(self) -> int | None:
+        """Tokens of the prompts whose first token is limited; None where nothing says how many."""
+        return next((limit.prompt for limit in self.limits if limit.quantity == "ttft" and limit.prompt), None)
+
+
+def find_promise(reference: str | Path, out: Path, margin: float = MARGIN) -> Promise:
+    """Return the promise of an exported folder or file, of what a run exported, or of a row.
+
+    Args:
+        reference: As `find_served` takes it.
+        out: Folder that holds the runs.
+        margin: Share by which figures without an asked limit may be above what was measured.
+
+    Raises:
+        InputError: Nothing is there, or it promises nothing.
+    """
+    if not 0 <= margin < 100:
+        raise InputError(f"--margin must be a share of 0 or more, like 0.25, not {margin}")
+    path = Path(reference).expanduser()
+    run = find_run(path, str(reference), out)
+    if run is not None:
+        row = best_of(run, run.events.rows(split="validation"))
+        if row is None:
+            raise InputError(f"the run {run.name!r} has nothing that keeps to its budget, so it promises nothing")
+        return _of_row(run, row, margin)
+    if not path.exists():
+        found = origin(str(reference), out)
+        return _of_row(found.run, found.row, margin)
+    folder = find_served(path, out).export
+    if not (folder / RECORD).is_file():
+        raise InputError(
+            f"{folder} has no {RECORD}, so it promises nothing: name a folder that a search or export wrote"
+        )
+    record = read_json(folder / RECORD)
+    if record.get("promise") is None:
+        raise InputError(f"{folder / RECORD} has no promise: export it again, or name its run or row")
+    return read_promise(record["promise"], str(record.get("row") or folder), margin, str(folder / RECORD))
+
+
+def _of_row(run: RunFolder, row: Row, margin: float) -> Promise:
+    stored = promise_asked(row, run.asked())
+    where = f"the row {row.row_id} of the run {run.name!r}"
+    if stored is None:
+        raise InputError(f"{where} promises nothing: its run has no budget")
+    return read_promise(stored, row.row_id, margin, where)
+
+
+def read_promise(stored: Mapping[str, Any], of: str, margin: float, where: str) -> Promise:
+    """Return what `promise_of` wrote as limits.
+
+    Figures that were asked for are held to what was asked, others to what was measured and a margin.
+
+    Args:
+        stored: From a record, which may come from anywhere.
+        of: Whose it is.
+        margin: See `find_promise`.
+        where: It stands, for a message.
+
+    Raises:
+        InputError: Another form, or nothing in it is limited.
+    """
+    promised = Promised.read(stored, where)
+    limits = [
+        Limit(
+            quantity=one.quantity,
+            percentile=one.percentile,
+            most=one.seconds,
+            streams=one.streams,
+            prompt=promised.prompt if one.quantity == "ttft" else None,
+        )
+        for one in promised.latency
+    ]
+    known = {limit.quantity for limit in limits}
+    above = 1 + margin
+    for quantity, name, percentile in (("ttft", "ttft_p50_ms", 50), ("tpot", "tpot_p95_ms", 95)):
+        if quantity not in known and (value := promised.figure(name)):
+            # The runtime alone was timed, at one stream.
+            prompt = promised.measured.get("prompt") if quantity == "ttft" else None
+            limits.append(
+                Limit(
+                    quantity=quantity,
+                    percentile=percentile,
+                    most=value / 1e3 * above + (_WAY_SECONDS if quantity == "ttft" else 0.0),
+                    streams=1,
+                    prompt=prompt if isinstance(prompt, int) else None,
+                    asked=False,
+                )
+            )
+    # What a GPU holds is not seen in a process.
+    memory, asked = promised.memory_bytes, promised.memory_bytes is not None
+    if memory is None and (value := promised.figure("memory_bytes")):
+        memory = int(value * above)
+    if memory and "memory_on" not in promised.measured:
+        limits.append(
+            Limit(quantity="memory", percentile=None, most=float(memory), streams=promised.streams, asked=asked)
+        )
+    if not limits:
+        raise InputError(f"{where} promises nothing: no limit was asked for, and nothing was measured")
+    return Promise(of=of, context=promised.context, streams=promised.streams, limits=tuple(limits))

@@ -1,0 +1,154 @@
+"""What a person asks of a service: the fields are the options of the command line and of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from autodistill.advisor.measure_request import read_counts
+from autodistill.errors import InputError
+from autodistill.hardware.budget import LatencyLimit, check_streams, parse_latency
+from autodistill.options import RUNS, Devices, Option, Out, parsed, read_texts
+from autodistill.units import format_duration, parse_duration
+
+_MOST_SECONDS, _MOST_STREAMS = 3600.0, 256
+_PROMPT, _DECODED = 256, 64  # tokens
+
+KeyFile = Annotated[
+    str | Path | None,
+    Option(help="File with the server's key (default: AUTODISTILL_API_KEY).", metavar="FILE", typed=Path),
+]
+"""Where a client has its key from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeRequest:
+    """What is served, and how."""
+
+    export: Annotated[
+        str | Path,
+        Option(
+            help="A .gguf file, an exported folder, a run (by folder or name), or a row's id.",
+            metavar="EXPORT",
+            argument=True,
+            complete="runs",
+        ),
+    ] = field(kw_only=False)
+    row: Annotated[str | None, Option(help="Row of the run (default: what the run exported).", metavar="ID")] = None
+    host: Annotated[
+        str,
+        Option(
+            help="Address to listen on, or the path of a Unix socket that ends in .sock (default: 127.0.0.1).",
+            metavar="HOST",
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, Option(help="Port to listen on; 0 takes any free one (default: 8080).", metavar="N", typed=int, least=0)
+    ] = 8080
+    public: Annotated[bool, Option(help="Allow a --host that other machines reach; needs --key-file.", typed=bool)] = (
+        False
+    )
+    key_file: Annotated[
+        str | Path | None,
+        Option(
+            help="Take the key from this file, or write a new one into it (default: a new one, printed once).",
+            metavar="FILE",
+            typed=Path,
+        ),
+    ] = None
+    streams: Annotated[
+        int | None,
+        Option(help="Sequences at once (default: as exported).", metavar="N", typed=int, least=1),
+    ] = None
+    context: Annotated[
+        int | None, Option(help="Tokens of each sequence (default: as exported).", metavar="TOKENS", typed=int)
+    ] = None
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", typed=int, least=0)] = 0
+    draft: Annotated[
+        str | Path | None,
+        Option(
+            help="A smaller student that proposes tokens which this one checks: a .gguf file, a run, or a row's id.",
+            metavar="ROW|FILE",
+        ),
+    ] = None
+    out: Out = RUNS
+
+    def __post_init__(self) -> None:
+        """Refuse what no server can have."""
+        read_texts(self)
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"--port must be 0 to 65535, not {self.port}")
+        if self.public and (self.host == "127.0.0.1" or self.host.endswith(".sock")):
+            raise InputError("--public changes nothing without a --host that other machines reach: leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRequest:
+    """What a server is loaded with, and where what it did is kept."""
+
+    url: Annotated[
+        str, Option(help="Address of the server, like http://127.0.0.1:8080.", metavar="URL", argument=True)
+    ] = field(kw_only=False)
+    streams: Annotated[
+        str | Sequence[int],
+        Option(
+            help="Numbers of sequences at once, in this order (default: 1,4,16).", metavar="N,...", parse=read_counts
+        ),
+    ] = "1,4,16"
+    latency: Annotated[
+        str | tuple[LatencyLimit, ...] | None,
+        Option(
+            help="Stop at the first number of sequences that breaks a limit, like ttft_p95=2s,tpot_p95=80ms.",
+            metavar="LIMITS",
+            parse=parse_latency,
+        ),
+    ] = None
+    time: Annotated[
+        str | float, Option(help="Time for all of it (default: 2m; at most 1h).", metavar="TIME", parse=parse_duration)
+    ] = "2m"
+    prompt: Annotated[int, Option(help="Length of a prompt (default: 256).", metavar="TOKENS", typed=int, least=1)] = (
+        _PROMPT
+    )
+    decoded: Annotated[int, Option(help="Length of an answer (default: 64).", metavar="TOKENS", typed=int, least=2)] = (
+        _DECODED
+    )
+    student: Annotated[
+        str | Path | None,
+        Option(
+            help="The .gguf file or folder that it serves (default: what the server names, if that is here).",
+            metavar="FILE",
+            typed=Path,
+            parse=Path,
+        ),
+    ] = None
+    device: Annotated[
+        str | None,
+        Option(help="Device that the server is on (default: this machine).", metavar="NAME", complete="devices"),
+    ] = None
+    devices: Devices = None
+    threads: Annotated[
+        int, Option(help="CPU threads of the server; 0 if it uses every core.", metavar="N", typed=int, least=0)
+    ] = 0
+    key_file: KeyFile = None
+    out: Out = RUNS
+
+    def __post_init__(self) -> None:
+        """Refuse a load without an end."""
+        read_texts(self)
+        object.__setattr__(self, "streams", tuple(self.streams))
+        for count in self.counts or (0,):
+            if check_streams(count, "--streams") > _MOST_STREAMS:
+                raise InputError(f"--streams has {count}, and at most {_MOST_STREAMS} sequences are sent at once")
+        if not 0 < float(parsed(self.time) or 0) <= _MOST_SECONDS:
+            raise InputError(f"--time must be above zero and at most {format_duration(_MOST_SECONDS)}")
+        for name, least in (("prompt", 1), ("decoded", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of sequences at once; one alone comes first, since that is what predictions are corrected by."""
+        given = tuple(parsed(self.streams) or ())
+        return given if not given or given[0] == 1 else (1, *given)

@@ -1,0 +1,202 @@
+"""What is served: a file or folder of an export, a run or a row, and how it was meant to be served."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from autodistill.advisor.origin import origin
+from autodistill.errors import InputError
+from autodistill.export.promise import RECORD
+from autodistill.hardware.budget import CONTEXT, check_streams
+from autodistill.quantization.formats import CACHE_BYTES
+from autodistill.runs.run_folder import RunFolder, known_runs
+from autodistill.serving.launch_files import SERVE_FILE
+from autodistill.units import MOST_CONTEXT
+from autodistill.utils.input_files import check_file
+from autodistill.utils.json_files import read_json
+from autodistill.utils.typed_data import check_typed
+
+_CONTAINERS = ("gguf", "compressed-tensors", "huggingface")
+"""What a server here reads, the usual one first."""
+
+
+class _Launch(TypedDict):
+    """What is read of `serve.json`; the command that it has for people is not."""
+
+    model: str
+    context: int
+    slots: int
+    cache_type_k: str
+    cache_type_v: str
+    flash_attention: Literal["on", "off", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A student and how it was meant to be served.
+
+    Attributes:
+        path: A .gguf file, or a folder that vLLM reads.
+        runtime: "llama.cpp" or "vllm".
+        context: Tokens of each sequence; None where nothing says how many.
+        streams: Sequences at once.
+        cache_types: What keys and values are held in.
+        flash_attention: "on", "off" or "auto".
+    """
+
+    path: Path
+    runtime: str
+    context: int | None = None
+    streams: int = 1
+    cache_types: tuple[str, str] = ("f16", "f16")
+    flash_attention: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """Under which clients ask for it."""
+        return self.path.stem if self.runtime == "llama.cpp" else self.path.resolve().name
+
+    @property
+    def export(self) -> Path:
+        """The folder that has its record, where it has one."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def find_served(reference: str | Path, out: Path, row: str | None = None) -> Served:
+    """Find what a person names, with what `serve.json` beside it says.
+
+    Args:
+        reference: A .gguf file, a folder of an export, a run by folder or name, or a row's id.
+        out: Folder that holds the runs.
+        row: Of the run; what it exported by default.
+
+    Raises:
+        InputError: Nothing is there, it is damaged, it is of a format that no server here reads, or it is a row that
+            was not exported, with the command that does.
+    """
+    path = Path(reference).expanduser()
+    run = find_run(path, str(reference), out)
+    if run is not None:
+        return _of_run(run, row)
+    if row is not None:
+        raise InputError(f"--row is of a run, and {reference} is none: leave it out")
+    if path.is_dir():
+        return _of_folder(path)
+    if path.suffix == ".gguf" or path.exists():
+        check_file(path)
+        if not path.exists():
+            raise InputError(f"there is no {path}: give a .gguf file, an exported folder, a run or a row")
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is no .gguf file and no folder: export a student with --to gguf")
+        return _with_launch(path)
+    found = origin(str(reference), out)
+    return _of_run(found.run, found.row.row_id)
+
+
+def find_run(path: Path, name: str, out: Path) -> RunFolder | None:
+    """Return the run that is named by its folder, or by its name where no such file or folder lies here.
+
+    Args:
+        path: What was named, as a path.
+        name: The same as a name.
+        out: Folder that holds the runs.
+    """
+    if (path / "search.json").is_file():
+        return RunFolder.open(path.absolute().parent, path.absolute().name)
+    return RunFolder.open(out, name) if not path.exists() and name in known_runs(out) else None
+
+
+def _of_run(run: RunFolder, row: str | None) -> Served:
+    """What a run exported: of a row, or of its best."""
+    folders = [run.student(container) for container in _CONTAINERS]
+    if row is None:
+        there = next((folder for folder in folders if folder.is_dir()), None)
+        if there is None:
+            raise InputError(f"the run {run.name!r} has exported no student yet: {_export(run, 'ROW')}")
+        return _of_folder(there)
+    for folder in folders:
+        if (folder / RECORD).is_file() and _same(row, read_json(folder / RECORD).get("row")):
+            return _of_folder(folder)
+    raise InputError(f"the row {row!r} of the run {run.name!r} was not exported: {_export(run, row)}")
+
+
+def _same(asked: str, row: Any) -> bool:
+    return isinstance(row, str) and asked in (row, row.replace("-compressed-tensors-", "-ct-"))
+
+
+def _export(run: RunFolder, row: str) -> str:
+    words = ["autodistill", "export", str(run.path), "--row", row, "--to", "gguf", "--out", f"students/{row}"]
+    return f"`{shlex.join(words)}` does, and `autodistill serve students/{row}/gguf` then serves it"
+
+
+def _of_folder(folder: Path) -> Served:
+    """What an exported folder holds, or the folder of containers that `export --out` wrote."""
+    inner = next((folder / name for name in _CONTAINERS if (folder / name).is_dir()), None)
+    if inner is not None:
+        return _of_folder(inner)
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise InputError(f"{folder} has {len(files)} .gguf files: name one of them")
+    if files:
+        return _with_launch(files[0])
+    if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+        return Served(path=folder, runtime="vllm")
+    raise InputError(
+        f"{folder} has no .gguf file and no safetensors, so no server here reads it: export with --to gguf"
+    )
+
+
+def _with_launch(path: Path) -> Served:
+    """A GGUF file with what `serve.json` beside it says, where that is of this file."""
+    served = Served(path=path, runtime="llama.cpp")
+    beside = path.parent / SERVE_FILE
+    if not beside.is_file():
+        return served
+    said = read_json(beside)
+    check_typed(said, _Launch, str(beside))
+    if said["model"] != path.name:
+        return served
+    for name in ("cache_type_k", "cache_type_v"):
+        if said[name] not in CACHE_BYTES:
+            raise InputError(f"{beside} has {name} {said[name]!r}, which is none of {', '.join(CACHE_BYTES)}")
+    return replace(
+        served,
+        context=check_context(said["context"], f"the context in {beside}"),
+        streams=check_streams(said["slots"], f"the slots in {beside}"),
+        cache_types=(said["cache_type_k"], said["cache_type_v"]),
+        flash_attention=said["flash_attention"],
+    )
+
+
+def check_context(tokens: int, where: str) -> int:
+    """Check a length of context, and return it.
+
+    Raises:
+        InputError: Below 2, or more than any model reads.
+    """
+    if not 2 <= tokens <= MOST_CONTEXT:
+        raise InputError(f"{where} must be 2 to {MOST_CONTEXT:,} tokens, not {tokens}")
+    return tokens
+
+
+def as_asked(served: Served, context: int | None, streams: int | None, most: int) -> Served:
+    """The same with another context or number of streams, limited to what the student reads.
+
+    Args:
+        served: What `find_served` found.
+        context, streams: As asked for; None leaves them.
+        most: Tokens that the student was made to read.
+
+    Raises:
+        InputError: More context than that.
+    """
+    if context is not None and check_context(context, "--context") > most:
+        raise InputError(f"{served.path} reads {most} tokens: give --context {most} or less")
+    return replace(
+        served,
+        context=context or min(served.context or CONTEXT, most),
+        streams=served.streams if streams is None else check_streams(streams, "--streams"),
+    )

@@ -1,0 +1,161 @@
+"""Moving averages of what was seen of a server within a window of time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+PERCENTILES = (50, 95, 99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What was seen of a server at one moment.
+
+    Attributes:
+        at: Seconds from any beginning.
+        first_seconds, token_seconds: Of an answer to a probe; None and none where it gave no answer.
+        streams: Sequences that it answered then, the probe included.
+        failed: Whether the probe had no answer.
+        answer_tokens: Written since the server started, or None where it does not say.
+        running, waiting: Requests that were answered, and that waited for a slot; None likewise.
+        memory_bytes: Of its processes; None where they are not on this machine.
+        acceptance: Share of a draft's tokens that were taken since the server started; None without a draft.
+    """
+
+    at: float
+    first_seconds: float | None = None
+    token_seconds: tuple[float, ...] = ()
+    streams: int = 1
+    failed: bool = False
+    answer_tokens: float | None = None
+    running: float | None = None
+    waiting: float | None = None
+    memory_bytes: int | None = None
+    acceptance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Times within a window, in seconds.
+
+    Attributes:
+        count: How many; all others are None where it is 0.
+        mean, p50, p95, p99: Their mean and percentiles.
+    """
+
+    count: int
+    mean: float | None = None
+    p50: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a window holds. Fields are None where nothing says.
+
+    Attributes:
+        seconds: That it spans.
+        first_token, token: Times to the first token, and of each later one.
+        tokens_per_second: Of all answers together, by the server's own count.
+        memory_bytes, most_memory_bytes: Mean and largest.
+        running, waiting: Mean number of requests that were answered, and that waited.
+        probes, failed: Probes, and those without an answer.
+        acceptance: Of the draft, since the server started.
+    """
+
+    seconds: float
+    first_token: Times
+    token: Times
+    tokens_per_second: float | None
+    memory_bytes: float | None
+    most_memory_bytes: int | None
+    running: float | None
+    waiting: float | None
+    probes: int
+    failed: int
+    acceptance: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return them as plain data."""
+        return asdict(self)
+
+
+class Window:
+    """What was seen within the last seconds.
+
+    Args:
+        seconds: How long a sight counts.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._sights: deque[Sight] = deque()
+
+    def add(self, sight: Sight) -> None:
+        """Add a sight, which is later than all others, and forget what has become too old."""
+        self._sights.append(sight)
+        while sight.at - self._sights[0].at > self._seconds:
+            self._sights.popleft()
+
+    def times(self, quantity: str, most_streams: int | None = None) -> list[float]:
+        """Return the times to first tokens ("ttft") or of later ones ("tpot").
+
+        Args:
+            quantity: Which.
+            most_streams: Leave out those that were taken beside more sequences.
+        """
+        found: list[float] = []
+        for one in self._sights:
+            if most_streams is None or one.streams <= most_streams:
+                first = () if one.first_seconds is None else (one.first_seconds,)
+                found += first if quantity == "ttft" else one.token_seconds
+        return found
+
+    def figures(self) -> Figures:
+        """Return the averages."""
+        sights = list(self._sights)
+        memory = [one.memory_bytes for one in sights if one.memory_bytes is not None]
+        probed = [one for one in sights if one.failed or one.first_seconds is not None]
+        return Figures(
+            seconds=sights[-1].at - sights[0].at if sights else 0.0,
+            first_token=times(self.times("ttft")),
+            token=times(self.times("tpot")),
+            tokens_per_second=_rate(sights),
+            memory_bytes=_mean(memory),
+            most_memory_bytes=max(memory, default=None),
+            running=_mean([one.running for one in sights if one.running is not None]),
+            waiting=_mean([one.waiting for one in sights if one.waiting is not None]),
+            probes=len(probed),
+            failed=sum(one.failed for one in probed),
+            acceptance=sights[-1].acceptance if sights else None,
+        )
+
+
+def times(seconds: Sequence[float]) -> Times:
+    """Return mean and percentiles of times."""
+    if not seconds:
+        return Times(count=0)
+    shares = {f"p{one}": float(np.percentile(seconds, one)) for one in PERCENTILES}
+    return Times(count=len(seconds), mean=float(np.mean(seconds)), **shares)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _rate(sights: Sequence[Sight]) -> float | None:
+    """Return tokens a second over the window; a server that was started again counts from 0 again."""
+    counted = [(one.at, one.answer_tokens) for one in sights if one.answer_tokens is not None]
+    if len(counted) < 2 or counted[-1][0] <= counted[0][0]:
+        return None
+    written = 0.0
+    for (_, before), (_, after) in pairwise(counted):
+        written += after - before if after >= before else after
+    return written / (counted[-1][0] - counted[0][0])

@@ -1,0 +1,111 @@
+"""What a tracker is, and which there are: their names, their packages and the places that they write to."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from autodistill.errors import InputError, MissingDependencyError
+from autodistill.runs.run_folder import RunFolder
+from autodistill.trackers.trials import Point, TrackedTrial
+
+_CLASSES = {"mlflow": "MlflowTracker", "tensorboard": "TensorBoardTracker", "wandb": "WandbTracker"}
+NAMES = tuple(_CLASSES)
+
+
+class Tracker(ABC):
+    """Keeps a copy of a run's trials in an experiment tracker, one of the tracker's runs for each.
+
+    What a run's log says is the truth. So a copy may be made any number of times, and only grows.
+
+    Args:
+        run: The run.
+        place: Where to, in the tracker's own terms; None for its default.
+    """
+
+    def __init__(self, run: RunFolder, place: str | None) -> None:
+        self.run, self.place = run, place
+        self._told: dict[str, TrackedTrial] = {}
+
+    def update(self, trials: Sequence[TrackedTrial], *, last: bool) -> None:
+        """Bring the copy up to date with what the log says now.
+
+        Args:
+            trials: All of the run.
+            last: Whether this is the end of the session: figures of trials that have ended may change before.
+        """
+        for trial in trials:
+            before = self._told.get(trial.trial)
+            if trial == before and not last:
+                continue
+            sent = before.points[-1].tokens if before and before.points else -1
+            new = [point for point in trial.points if point.tokens > sent]
+            self.send(trial, new, first=before is None, last=last)
+            self._told[trial.trial] = trial  # only once it was taken: else it is sent again
+
+    @classmethod
+    @abstractmethod
+    def check(cls, place: str | None) -> None:
+        """Hold a place to what the tracker can write to, before any work.
+
+        Raises:
+            InputError: Says what is wrong.
+        """
+
+    @abstractmethod
+    def send(self, trial: TrackedTrial, points: Sequence[Point], *, first: bool, last: bool) -> None:
+        """Write what is new of a trial.
+
+        Args:
+            trial: As it stands.
+            points: Those that were not sent before.
+            first, last: Whether nothing of it was sent in this session before, and nothing will be after.
+        """
+
+    @property
+    @abstractmethod
+    def opened_by(self) -> str:
+        """The command, or the address, that shows what was written."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what is held; trials that have not ended stay open where the tracker can tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """A tracker by name, and a place in its own terms; None for its default."""
+
+    name: str
+    place: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Destination:
+        """Read NAME or NAME=PLACE.
+
+        Raises:
+            InputError: There is no tracker of that name, or its place is empty or none that it can write to.
+            MissingDependencyError: Its package is not installed.
+        """
+        name, given, place = text.strip().partition("=")
+        if name not in _CLASSES:
+            raise InputError(f"{name!r} is no tracker that is known here: choose one of {', '.join(NAMES)}")
+        if given and not place.strip():
+            raise InputError(f"{text!r} names no place: write {name} alone, or {name}=PLACE")
+        if importlib.util.find_spec(name) is None:
+            raise MissingDependencyError(f"{name} is not installed: pip install 'autodistill-search[{name}]'")
+        found = cls(name=name, place=place.strip() or None)
+        found._class().check(found.place)
+        return found
+
+    def open(self, run: RunFolder) -> Tracker:
+        """The tracker for a run; nothing is written yet."""
+        made: Tracker = self._class()(run, self.place)
+        return made
+
+    def _class(self) -> Any:
+        return getattr(import_module(f"autodistill.trackers.to_{self.name}"), _CLASSES[self.name])

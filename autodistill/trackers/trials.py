@@ -1,0 +1,185 @@
+"""What the log of a run says of each trial, in terms of experiment trackers: parameters, metrics by step, an end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autodistill.hardware.budget import read_budget
+from autodistill.runs.events import RowAdded, RowTested, RunEvent, RungReached, TrialAdded, TrialEnded, of_kind, rows_of
+from autodistill.runs.results.row import Row
+from autodistill.runs.run_folder import RunFolder
+from autodistill.utils.hashing import content_hash
+
+# Of a step; whatever else a later version writes is passed over.
+_OF_A_STEP = (
+    *("loss", "divergence", "cross_entropy", "alignment", "attention"),
+    *("learning_rate", "gradient_norm", "temperature", "tokens_per_second"),
+)
+_OF_A_ROW = (
+    *("accuracy", "accuracy_stderr", "perplexity", "agreement", "retention", "memory_bytes", "latency_ms"),
+    *("size_bytes", "params", "train_tokens", "train_seconds", "fidelity"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What was measured of a trial after so many tokens.
+
+    Attributes:
+        tokens: Trained on by then: the step of a tracker.
+        time: When it was written down, in seconds since the epoch.
+        values: Finite figures by their names, like "train/loss" and "rung/accuracy".
+    """
+
+    tokens: int
+    time: float
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedTrial:
+    """One trial, as far as the log knows of it.
+
+    Attributes:
+        trial: Its id, like "t003"; "teacher" for what is served without training.
+        title: Its id and its name, for a person.
+        began, ended: In seconds since the epoch; None where it has not ended.
+        params: Settings of its strategy by their dotted names, and its seed.
+        tags: What it belongs to: run, teacher, data, budget; and what became of it.
+        points: By tokens, the fewest first.
+        final: Figures of the best of its rows, like "final/accuracy", and those of the test split.
+        status: "completed", "stopped", "rejected" or "failed"; None where it has not ended.
+    """
+
+    trial: str
+    title: str
+    began: float
+    ended: float | None
+    params: Mapping[str, str | float | int | bool]
+    tags: Mapping[str, str]
+    points: tuple[Point, ...]
+    final: Mapping[str, float]
+    status: str | None
+
+
+def identity_of(run: RunFolder) -> str:
+    """A short hash that another run of the same name does not share.
+
+    Raises:
+        InputError: The records of the run cannot be read.
+    """
+    first = next(iter(run.events.all()), None)
+    return content_hash([run.name, first.time if first is not None else None])
+
+
+def tracked_trials(run: RunFolder) -> list[TrackedTrial]:
+    """Read all trials of a run, finished or under way, in the order in which they were added; the teacher comes first.
+
+    Raises:
+        InputError: The records of the run cannot be read.
+    """
+    asked = run.asked("metric", "direction", "teacher", "data", "budget")
+    about = {
+        "run": run.name,
+        "teacher": str(asked["teacher"].get("name", "")),
+        "data": str(asked["data"].get("name", "")),
+        "budget": read_budget(asked["budget"]).describe(),
+        "metric": str(asked["metric"]),
+    }
+    events = run.events.all()
+    rows = [row for row in rows_of(events, (RowAdded, RowTested)) if row.kind != "initial"]
+    added = {trial.trial: trial for trial in of_kind(events, TrialAdded)}
+    names = dict.fromkeys([*(row.trial for row in rows if row.kind == "teacher"), *added])
+    ends = {end.trial: end for end in of_kind(events, TrialEnded)}
+    found = []
+    for name in names:
+        own = [row for row in rows if row.trial == name]
+        best = _best(own, asked["metric"], asked["direction"])
+        rungs = [rung for rung in of_kind(events, RungReached) if rung.trial == name]
+        end, trial = ends.get(name), added.get(name)
+        times = [event.time for event in _of_trial(events, name) if event.time is not None]
+        status = "completed" if trial is None else None if end is None else str(end.status)
+        tags = (
+            about | {"trial": name, "kind": trial.kind if trial else "teacher"} | ({"status": status} if status else {})
+        )
+        tags |= {"reason": end.reason} if end is not None and end.reason else {}
+        tags |= {"row": best.row_id, "deployment": best.deployment_name} if best is not None else {}
+        found.append(
+            TrackedTrial(
+                trial=name,
+                title=f"{name} {trial.name}".strip() if trial else name,
+                began=min(times, default=0.0),
+                ended=max(times, default=0.0) if status else None,
+                params=_params(trial),
+                tags=tags,
+                points=_points(rungs, asked["metric"]),
+                final=_final(best, own),
+                status=status,
+            )
+        )
+    return found
+
+
+def _of_trial(events: Sequence[RunEvent], name: str) -> list[RunEvent]:
+    return [event for event in events if getattr(getattr(event, "row", None) or event, "trial", None) == name]
+
+
+def _best(rows: Sequence[Row], metric: str, direction: Any) -> Row | None:
+    """The best by the metric, of those that keep to the budget where some do."""
+    sign = 1.0 if direction == "max" else -1.0
+    having = [(row, value) for row in rows if row.split != "test" and (value := row.figure(metric)) is not None]
+    return max(having, key=lambda one: (one[0].feasible, one[0].fidelity or 0.0, sign * one[1]), default=(None, 0.0))[0]
+
+
+def _params(trial: TrialAdded | None) -> dict[str, str | float | int | bool]:
+    """A trial's settings, flat; those that are None, which has no effect, are left out."""
+    if trial is None:
+        return {}
+    held = dict(trial.point or {}) if trial.strategy is None else trial.strategy.to_json()
+    about = {"seed": trial.seed, "length": trial.length, "parameters": trial.parameters}
+    return {
+        name: value if isinstance(value, str | float | int | bool) else str(value)
+        for name, value in (_flat(held) | about).items()
+        if value is not None
+    }
+
+
+def _flat(value: Mapping[str, Any], under: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        found |= _flat(item, f"{under}{name}.") if isinstance(item, Mapping) else {f"{under}{name}": item}
+    return found
+
+
+def _points(rungs: Sequence[RungReached], metric: str) -> tuple[Point, ...]:
+    """Steps and rungs by their tokens; what was done again after a crash counts as it was done last."""
+    found: dict[int, Point] = {}
+
+    def put(tokens: int, time: float | None, values: Mapping[str, Any]) -> None:
+        finite = {name: float(value) for name, value in values.items() if _is_finite(value)}
+        before = found[tokens].values if tokens in found else {}
+        if finite:
+            found[tokens] = Point(tokens=tokens, time=time or 0.0, values={**before, **finite})
+
+    for rung in rungs:
+        for step in rung.steps:
+            values: Mapping[str, Any] = step
+            if "tokens" in step:
+                put(step["tokens"], rung.time, {f"train/{name}": values.get(name) for name in _OF_A_STEP})
+        put(rung.tokens, rung.time, {f"rung/{metric}": rung.value, "rung/judged": rung.judged})
+    return tuple(found[tokens] for tokens in sorted(found))
+
+
+def _final(best: Row | None, rows: Sequence[Row]) -> dict[str, float]:
+    named = {} if best is None else {f"final/{name}": best.figure(name) for name in _OF_A_ROW}
+    for row in rows:
+        if row.split == "test" and (best is None or row.deployment == best.deployment):
+            named |= {f"test/{name}": row.figure(name) for name in ("accuracy", "accuracy_stderr", "perplexity")}
+    return {name: float(value) for name, value in named.items() if value is not None}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float | int) and math.isfinite(value)

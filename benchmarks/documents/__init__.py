@@ -1,0 +1,1 @@
+"""Programs that keep pages true: the translation of the README, generated references, the site."""

@@ -1,0 +1,378 @@
+"""Quality at equal bytes: one model in every 4-bit form of this project, and through what a user would pick instead.
+
+    python -m benchmarks.engine.export_quality [--tokens 1000] [--calibration 2000] [--seeds 3] [--only llama.cpp]
+
+Each form and seed is a line of `reports/export-quality.jsonl`; what is there is not judged again.
+
+The model is SmolLM2-135M. As its package has it, its codes are Q4_1 with a table in Q8_0: that form is exact, and what
+keeps these codes loses nothing there. So all forms are judged of a second model too, which computes the same and lies
+on no grid: its channels, neurons and values within heads are in another order, so that each group has weights of many
+groups of the package. Forms of this project:
+
+- plain: scales follow from the weights;
+- importance: scales are searched for by the mean square of each input (`weighted_scales`), as `solve` does it;
+- compensated: the same scales, and each column's error is made up for by the columns behind it (`compensated`);
+- of the first model also what `solve` chose for 175 MB in the tracked run `postgresql-175MB`.
+
+The others:
+
+- llama.cpp's own kernels (`ggml_quantize_chunk` of the library that xllamacpp has) with an importance matrix, the mean
+  square of each input over the same text, as llama-imatrix counts it; types as its quantiser picks them.
+- ONNX Runtime's own kernel (`quantize_matmul_4bits`, blocks of 32, symmetric) for products and the table, which is the
+  rule of onnxruntime-genai's builder.
+
+Not run: AutoRound, Olive, Model Optimizer, and the builder itself, whose packages are not installed here.
+
+The text is Python's language reference; a seed chooses what is calibrated on, what is judged, and the channels' order.
+KL is of all the vocabulary, next tokens are those of the text. Speed and bytes on disk in the runtimes: see
+`export_formats`.
+
+Targets, written before the first run: a form of this project loses less than each of the others at no more bytes; the
+codes of onnx and gguf are equal, so that these differ by what their runtimes compute, as `export_formats` measures it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import nn
+
+from autodistill.advisor.describe import deployment_named
+from autodistill.data.tokenization import load_tokenizer
+from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.export.gguf import KINDS
+from autodistill.export.student_reader import StudentFiles
+from autodistill.models.loading import load_model
+from autodistill.models.tensors import Role, TensorSpec
+from autodistill.options import cache_folder
+from autodistill.quantization.error_compensation import compensated
+from autodistill.quantization.formats import tensor_bytes
+from autodistill.quantization.grids import Grid, Scales
+from autodistill.quantization.rounding import deploy_tensor
+from autodistill.quantization.weighted_scales import weighted_scales
+from autodistill.strategy.deployment import Deployment
+from benchmarks.common import over_seeds, program, report
+
+STORE = "export-quality.jsonl"
+LENGTH = 100
+OURS = ("gguf-q4_1", "gguf-q4_0", "gguf-iq4_nl", "gguf-q4_k_m", "compressed-tensors-int4-g32-asym")
+LLAMA = ("gguf-q4_0", "gguf-iq4_nl", "gguf-q4_k_m")
+MODELS = {"package": "as packaged, on the grid of Q4_1", "permuted": "with its channels in another order, on no grid"}
+SOLVED = program.ROOT / "results" / "postgresql" / "postgresql-175MB" / "search.json"
+_MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.HEAD)
+Weights = dict[str, Any]
+
+
+def texts(folder: Path, calibration: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens to calibrate on and to judge by, int [sequences, LENGTH] each, of different topics."""
+    from pydoc_data.topics import topics
+
+    names = np.random.default_rng(seed).permutation(sorted(topics))
+    tokenizer, parts = load_tokenizer(folder), []
+    for half, wanted in ((names[: len(names) // 2], calibration), (names[len(names) // 2 :], tokens)):
+        rows, whole = -(-wanted // LENGTH), "\n\n".join(topics[name] for name in half)
+        found = tokenizer(whole[: 10 * rows * LENGTH])["input_ids"][: rows * LENGTH]
+        parts.append(torch.tensor(found).reshape(rows, LENGTH))
+    return parts[0], parts[1]
+
+
+def permuted(model: Any, seed: int) -> None:
+    """Put channels, FFN neurons, and values within each head, in another order; the model computes the same."""
+    dice, config = np.random.default_rng(seed), model.config
+    groups, heads = config.num_key_value_heads, config.num_attention_heads
+    size = config.hidden_size // heads if getattr(config, "head_dim", None) is None else config.head_dim
+    channels = torch.from_numpy(dice.permutation(config.hidden_size))
+    weights = dict(model.named_parameters())
+    for name, weight in weights.items():
+        part = name.split(".")[-2]
+        if part in ("o_proj", "down_proj"):
+            weight.data = weight.data[channels]
+        else:
+            weight.data = weight.data[..., channels]
+    for layer in range(config.num_hidden_layers):
+        own = {part: weights[f"model.layers.{layer}.{part}.weight"] for part in _PERMUTED}
+        neurons = torch.from_numpy(dice.permutation(config.intermediate_size))
+        own["mlp.gate_proj"].data, own["mlp.up_proj"].data = (
+            own[f"mlp.{n}_proj"].data[neurons] for n in ("gate", "up")
+        )
+        own["mlp.down_proj"].data = own["mlp.down_proj"].data[:, neurons]
+        inside = [torch.from_numpy(dice.permutation(size)) for _ in range(groups)]
+        values = torch.cat([group * size + one for group, one in enumerate(inside)])
+        read = torch.cat([head * size + inside[head // (heads // groups)] for head in range(heads)])
+        own["self_attn.v_proj"].data = own["self_attn.v_proj"].data[values]
+        own["self_attn.o_proj"].data = own["self_attn.o_proj"].data[:, read]
+
+
+_PERMUTED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.v_proj", "self_attn.o_proj")
+
+
+def moments_of(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The mean product of each pair of inputs of each matrix, float32 [columns, columns], by its name."""
+    sums: dict[str, torch.Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+
+            def add(_: Any, given: tuple[torch.Tensor, ...], key: str = f"{name}.weight") -> None:
+                rows = given[0].flatten(0, -2)
+                found = rows.T @ rows
+                sums[key] = sums[key] + found if key in sums else found
+
+            hooks.append(module.register_forward_pre_hook(add))
+    with torch.inference_mode():
+        for row in tokens:
+            model.base_model(row[None])
+    for hook in hooks:
+        hook.remove()
+    return {name: found.clone() / tokens.numel() for name, found in sums.items()}
+
+
+def llama_kernel() -> Callable[[np.ndarray, Any, np.ndarray | None], np.ndarray]:
+    """llama.cpp's rounding of a matrix to a type, by the importance of its columns, as the values that are read."""
+    found = importlib.util.find_spec("xllamacpp")
+    assert found is not None
+    assert found.origin is not None
+    library = ctypes.CDLL(str(next(Path(found.origin).parent.glob("*.so"))))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
+    ]
+
+    def rounded(matrix: np.ndarray, kind: Any, weights: np.ndarray | None) -> np.ndarray:
+        """Return the bytes of a matrix as llama.cpp rounds it, with importance of its columns or without."""
+        rows, columns = matrix.shape
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        source = np.ascontiguousarray(matrix, np.float32)
+        out = np.empty((rows, columns // block * size), np.uint8)
+        own = None if weights is None else np.ascontiguousarray(weights, np.float32)
+        given = None if own is None else own.ctypes.data
+        library.ggml_quantize_chunk(int(kind), source.ctypes.data, out.ctypes.data, 0, rows, columns, given)
+        return np.asarray(gguf.quants.dequantize(out, kind)).reshape(rows, columns)
+
+    return rounded
+
+
+class Files(StudentFiles):
+    """A model's tensors, with how a scheme stores them."""
+
+    def storage(self, name: str) -> Any:
+        """Of one tensor."""
+        return self._scheme.storage(self.specs[name])
+
+
+def by_importance(files: Files, moments: Mapping[str, torch.Tensor], *, compensate: bool) -> Weights:
+    """Weights whose scales are searched for by importance; with errors compensated, or not."""
+    found: Weights = {}
+    for name in files.specs:
+        storage = files.storage(name)
+        if not isinstance(storage, Grid) or name not in moments:
+            found[name] = files.deployed(name)
+            continue
+        weight = torch.from_numpy(files.read(name))
+        scales, offsets = weighted_scales(weight, storage, moments[name].diagonal())
+        given = Scales(scales.numpy(), None if offsets is None else offsets.numpy())
+        found[name] = compensated(weight, moments[name], storage, scales=given)[0] if compensate else None
+        if not compensate:
+            found[name] = deploy_tensor(weight, storage, given)
+    return found
+
+
+def by_llama(files: Files, known: Mapping[str, np.ndarray]) -> Weights:
+    """Weights as llama.cpp's quantiser leaves them, in the types of a format."""
+    rounded = llama_kernel()
+    found = {}
+    for name, tensor in files.specs.items():
+        storage = files.storage(name)
+        head = "lm_head.weight" if tensor.role is Role.EMBEDDING else name
+        # An importance matrix has no head of a tied table, whose products it does not count.
+        weights = known.get(name) if head == name else None
+        found[name] = rounded(files.read(name), KINDS[storage], weights) if isinstance(storage, Grid) else None
+    return {name: values for name, values in found.items() if values is not None}
+
+
+def onnx_bytes(files: Files) -> int:
+    """Of all tensors on ONNX Runtime's own grid: half a byte a weight, and a scale in float32 for each block."""
+    sizes = ((tensor, int(np.prod(tensor.shape))) for tensor in files.specs.values())
+    return sum(count // 2 + count // 8 if tensor.role in _MATRICES else 4 * count for tensor, count in sizes)
+
+
+def by_onnx(files: Files) -> Weights:
+    """Weights on ONNX Runtime's own grid of 4 bits, the table too."""
+    from onnxruntime.capi import _pybind_state as kernels
+
+    found = {}
+    for name, tensor in files.specs.items():
+        if tensor.role not in _MATRICES:
+            continue
+        rows, columns = tensor.shape
+        blocks = columns // 32
+        codes, scales = np.zeros((rows, blocks, 16), np.uint8), np.zeros(rows * blocks, np.float32)
+        zeros = np.zeros(rows * ((blocks + 1) // 2), np.uint8)
+        matrix = np.ascontiguousarray(files.read(name).T, np.float32)
+        kernels.quantize_matmul_4bits(codes, matrix, scales, zeros, 32, rows, columns, True)
+        low, high = codes & np.uint8(15), codes >> np.uint8(4)
+        steps = np.stack([low, high], -1).reshape(rows, blocks, 32).astype(np.float32) - 8
+        found[name] = (steps * scales.reshape(rows, blocks, 1)).reshape(rows, columns)
+    return found
+
+
+def stored_bytes(files: Files) -> int:
+    """Of all tensors."""
+
+    def size(tensor: TensorSpec) -> int:
+        return tensor_bytes(tensor, files.storage(tensor.name))
+
+    return sum(map(size, files.specs.values()))
+
+
+def forms(
+    student: Path, moments: Mapping[str, torch.Tensor], *, solved: bool
+) -> Iterator[tuple[str, int, Callable[[], Weights]]]:
+    """Each form with its bytes, and what makes the weights that differ from the model's.
+
+    Args:
+        student: The model.
+        moments: Of the inputs of its matrices.
+        solved: Whether the model is the one that the tracked run solved.
+    """
+    known = {name: one.diagonal().numpy() for name, one in moments.items()}
+    ours = {name: deployment_named(name) for name in OURS}
+    if solved:
+        found = json.loads(SOLVED.read_text(encoding="utf-8"))["constructions"][0]
+        one = Deployment.from_json(found["deployment"])
+        ours[f"solved, {one.name}"] = one
+    for name, deployment in ours.items():
+        with Files(student, deployment) as files:
+            size = stored_bytes(files)
+            yield f"ours: {name}", size, lambda files=files: {key: files.deployed(key) for key in files.specs}
+            for how in ("importance", "compensated"):
+                compensate = how == "compensated"
+                yield (
+                    f"ours: {name}, {how}",
+                    size,
+                    lambda files=files, compensate=compensate: by_importance(files, moments, compensate=compensate),
+                )
+    for form in LLAMA:
+        with Files(student, deployment_named(form)) as files:
+            name = f"llama.cpp: {form}, importance"
+            yield name, stored_bytes(files), lambda files=files: by_llama(files, known)
+    if importlib.util.find_spec("onnxruntime"):
+        with Files(student, deployment_named("gguf-q4_0")) as files:
+            yield "ONNX Runtime: int4, blocks of 32", onnx_bytes(files), lambda: by_onnx(files)
+
+
+def judged(model: Any, tokens: torch.Tensor, teacher: torch.Tensor) -> dict[str, float]:
+    """KL to the teacher, and the shares of the text's and the teacher's next tokens that are likeliest."""
+    total = text = same = 0.0
+    with torch.inference_mode():
+        for row, theirs in zip(tokens, teacher, strict=True):
+            ours = model(row[None]).logits[0].log_softmax(-1)
+            total += float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+            text += float((ours[:-1].argmax(-1) == row[1:]).float().mean())
+            same += float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
+    count = len(tokens)
+    return {"kl": total / count, "text": text / count, "same": same / count}
+
+
+def verdicts(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Of each rival, what of ours loses less at no more bytes."""
+    for name, rival in found.items():
+        if name.startswith("ours"):
+            continue
+        best = [
+            (float(np.mean(one["kl"])), mine)
+            for mine, one in found.items()
+            if mine.startswith("ours") and one["bytes"] <= 1.001 * rival["bytes"]
+        ]
+        if not best:
+            yield f"- {name}: nothing of ours is as small"
+            continue
+        least, mine = min(best)
+        loss = float(np.mean(rival["kl"]))
+        yield f"- {name} loses {loss:.4f} nats; {mine}, no larger, {least:.4f}: {'kept' if least < loss else 'missed'}"
+
+
+def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
+    """Judges every form of a model that is not in the store."""
+    teacher = program.tiny_teacher(layers=2, width=256, ffn=256) if given.smoke else "smollm2"
+    folder = materialise(resolve_teacher(teacher), cache_folder()).folder
+    model: Any = load_model(folder, torch.float32).eval()
+    calibration, tokens = (
+        one % model.config.vocab_size for one in texts(folder, given.calibration, given.tokens, seed)
+    )
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        if kind == "permuted":
+            before = model(tokens[:1]).logits
+            permuted(model, seed)
+            moved = float((model(tokens[:1]).logits - before).abs().max())
+            assert moved < 1e-3 * float(before.abs().max()), f"logits moved by {moved}"
+            model.save_pretrained(scratch)
+            folder = Path(scratch)
+        own = {name: one.detach().clone() for name, one in model.named_parameters()}
+        said = torch.stack([model(row[None]).logits[0].log_softmax(-1) for row in tokens])
+        moments = moments_of(model, calibration)
+        for name, size, make in forms(folder, moments, solved=kind == "package" and not given.smoke):
+            key = {"model": kind, "form": name, "seed": seed, "tokens": given.tokens, "calibration": given.calibration}
+            store = program.REPORTS / STORE
+            if given.only not in name or any(key.items() <= one.items() for one in report.lines_of(store)):
+                continue
+            weights = make()
+            for part, parameter in model.named_parameters():
+                parameter.data = torch.from_numpy(np.array(weights[part])) if part in weights else own[part]
+            one = key | {"bytes": size} | judged(model, tokens, said)
+            print(one, flush=True)
+            report.add_line(store, one)
+
+
+def section(given: argparse.Namespace, kind: str) -> list[str]:
+    """The table of a model, and what becomes of the targets."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in report.lines_of(program.REPORTS / STORE):
+        if (one.get("model"), one["tokens"], one.get("calibration")) == (kind, given.tokens, given.calibration):
+            kept = found.setdefault(one["form"], {"bytes": one["bytes"], "kl": [], "text": [], "same": []})
+            for key in ("kl", "text", "same"):
+                kept[key].append(one[key])
+    rows = [
+        [kind, name, f"{one['bytes'] / 1e6:.1f}", *(over_seeds.mean(one[key], 4) for key in ("kl", "same", "text"))]
+        for name, one in sorted(found.items(), key=lambda pair: float(np.mean(pair[1]["kl"])))
+    ]
+    titles = ["model", "form", "MB", "KL to the model, nats", "tokens as the model's", "tokens of the text"]
+    return [f"## The model {MODELS[kind]}", report.table(titles, rows), "\n".join(verdicts(found))]
+
+
+def main() -> None:
+    """Judges every form, and writes the report."""
+    parser = program.parser_of(__doc__, seeds=1)
+    parser.add_argument("--tokens", type=int, default=1000, help="that are judged by")
+    parser.add_argument("--calibration", type=int, default=2000, help="tokens that are calibrated on")
+    parser.add_argument("--only", default="", help="part of the names of the forms that are judged")
+    parser.add_argument("--render", action="store_true", help="write the report of what was judged, and judge nothing")
+    given = program.parse(parser, tokens=100, calibration=200)
+    torch.set_num_threads(1)
+    for seed in range(0 if given.render else given.seeds):
+        for kind in MODELS:
+            judge_all(given, kind, seed)
+    told = (
+        f"SmolLM2-135M, {given.calibration} tokens to calibrate on and {given.tokens} to judge by, seeds: "
+        f"{given.seeds}. Bytes are of the tensors. What was solved was so on another text (PostgreSQL's manual). "
+        "AutoRound, Olive, Model Optimizer and onnxruntime-genai's builder were not run: ONNX Runtime's kernel stands "
+        "for the last. A form that a table lacks was not judged at these sizes."
+    )
+    sections = [told, *(part for kind in MODELS for part in section(given, kind))]
+    store = program.REPORTS / STORE
+    print(report.write("export-quality", "One model in every 4-bit form, at equal bytes", sections, store))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""The loss of one step: which positions it reads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from autodistill.distillation.training.step_loss import StepLoss
+
+
+@pytest.mark.parametrize(("positions", "rows"), [("all", 3), ("uncertain", 0)])
+def test_nothing_is_chosen_where_every_position_counts_or_none_is_there(positions: str, rows: int) -> None:
+    asked: Any = SimpleNamespace(_recipe=SimpleNamespace(positions=positions), _frozen_head=None)
+    states = torch.arange(4.0 * rows).reshape(rows, 4)
+    learnt: Any = None  # is not asked for
+    chosen, logits = StepLoss._logits(asked, states, lambda one: 2 * one, learnt)
+    assert chosen is None
+    assert torch.equal(logits, 2 * states)

@@ -1,0 +1,132 @@
+"""A real server under load, and what is kept of it as `pick` reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autodistill.advisor.measure import fingerprint
+from autodistill.advisor.measurements import correction, read_measured
+from autodistill.errors import InputError, ServiceError
+from autodistill.hardware.budget import parse_latency
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.lookup import find_device
+from autodistill.hardware.machine import detect, machine_name
+from autodistill.service.client import Answer
+from autodistill.service.launch import Service
+from autodistill.service.load import Level, broken, load, run_level, varied_prompt
+from autodistill.service.request import LoadRequest
+
+
+@pytest.fixture
+def key_file(service: Service, tmp_path: Path) -> Path:
+    path = tmp_path / "key"
+    path.write_text(service.setting.key)
+    return path
+
+
+def asked(service: Service, key_file: Path, **options: Any) -> LoadRequest:
+    small = {"prompt": 16, "decoded": 4, "threads": 1, "time": "20s", "key_file": key_file, "out": key_file.parent}
+    return LoadRequest(service.setting.url, **{**small, **options})
+
+
+def test_it_is_loaded_as_far_as_asked_and_kept_as_pick_reads_it(
+    service: Service, student: Path, key_file: Path
+) -> None:
+    said: list[str] = []
+    found = load(asked(service, key_file, streams="2,3"), said.append)
+    # One alone is measured too, since predictions are of that.
+    assert [one["streams"] for one in found["levels"]] == [1, 2, 3]
+    assert found["streams"] == 3
+    assert found["capacity"] == found["levels"][-1]["requests_per_second"]
+    assert [line.split(":")[0] for line in said] == ["1 stream", "2 streams", "3 streams"]
+    (kept,) = read_measured(key_file.parent)
+    assert (kept.student, kept.how, kept.threads) == (fingerprint(student), "autodistill load", 1)
+    assert kept.machine == machine_name(detect(), accelerated=False)
+    assert (kept.runtime, kept.prompt, kept.size_bytes) == ("llama.cpp", 16, student.stat().st_size)
+    assert kept.ttft_ms > 0
+    assert kept.tpot_ms <= kept.tpot_p95_ms
+    assert [one["streams"] for one in kept.loads] == [1, 2, 3]
+
+
+def test_of_another_device_it_corrects_what_is_predicted_of_that(
+    service: Service, student: Path, key_file: Path
+) -> None:
+    pi = find_device("pi 5 8gb", devices())
+    load(asked(service, key_file, streams="1", device="pi 5 8gb", student=student))
+    kept = read_measured(key_file.parent)
+    assert correction(kept, pi, "llama.cpp").count == 1
+    assert correction(kept, find_device("4090", devices()), "llama.cpp").count == 0
+
+
+def test_it_stops_at_the_first_number_of_sequences_that_breaks_a_limit(service: Service, key_file: Path) -> None:
+    found = load(asked(service, key_file, latency="tpot_p95=1us", streams="1,2"))
+    assert [one["streams"] for one in found["levels"]] == [1]
+    assert (found["streams"], found["capacity"]) == (None, None)
+    assert "tpot_p95" in found["levels"][0]["broken"][0]
+
+
+def test_the_percentiles_of_a_level_are_those_of_its_answers() -> None:
+    answers = tuple(
+        Answer(tokens=3, first_seconds=first, token_seconds=(first / 10, first / 20)) for first in (0.1, 0.2, 0.4)
+    )
+    level = Level(streams=3, prompt=8, answers=answers, seconds=2.0)
+    document = level.to_json()
+    steps = np.array([0.01, 0.005, 0.02, 0.01, 0.04, 0.02])
+    assert document["tpot_p95_ms"] == pytest.approx(1e3 * np.percentile(steps, 95))
+    assert document["ttft_p50_ms"] == pytest.approx(200.0)
+    assert (document["tokens_per_second"], document["requests_per_second"]) == (4.5, 1.5)
+    assert document["answer_ms"] == pytest.approx(1e3 * (0.2 + 0.02 + 0.01))
+    assert broken(level, parse_latency("ttft_p95=300ms,tpot_p50=1s")) == ("ttft_p95 380.0ms of 300.0ms",)
+    assert broken(level, parse_latency("1s")) == ()
+
+
+def test_a_level_ends_when_its_time_is_over(service: Service) -> None:
+    with service.client() as client:
+        level = run_level(client, 2, 16, 4, 300, seconds=0.0)
+        assert level.answers == ()
+        level = run_level(client, 2, 16, 4, 300, seconds=30.0, answers=3)
+        assert len(level.answers) == 6
+
+
+def test_no_prompt_begins_like_another_and_all_ids_are_words() -> None:
+    prompts = [varied_prompt(40, 300, number) for number in range(200)]
+    assert len({one[0] for one in prompts}) == 200
+    assert all(3 <= token < 300 for one in prompts for token in one)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"streams": "1,x"}, "--streams"),
+        ({"streams": "0"}, "--streams"),
+        ({"streams": "1000"}, "at most 256"),
+        ({"time": "2h"}, "--time"),
+        ({"decoded": 1}, "--decoded"),
+        ({"prompt": 600}, "room for 512"),
+        ({"student": "gone.gguf"}, "gone.gguf, which is not here"),
+        ({"device": "no such device"}, "device"),
+    ],
+)
+def test_what_cannot_be_is_refused(service: Service, key_file: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        load(asked(service, key_file, **options))
+    assert not (key_file.parent / "measurements.jsonl").exists()
+
+
+def test_a_server_that_is_not_there_or_elsewhere_is_told(key_file: Path, service: Service) -> None:
+    with pytest.raises(ServiceError, match="cannot be reached"):
+        load(LoadRequest("http://127.0.0.1:9", out=key_file.parent))
+    with pytest.raises(InputError, match="another machine"):
+        load(LoadRequest("http://192.0.2.1:80", out=key_file.parent))
+    with pytest.raises(InputError, match="how many --threads"):
+        load(LoadRequest("http://192.0.2.1:80", device="pi 5 8gb", out=key_file.parent))
+    with pytest.raises(InputError, match="no address"):
+        load(LoadRequest("ftp://127.0.0.1", out=key_file.parent))
+    wrong = key_file.with_name("wrong")
+    wrong.write_text("another-key-than-that")
+    with pytest.raises(ServiceError, match="refused the key"):
+        load(asked(service, wrong))
