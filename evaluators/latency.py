@@ -8,7 +8,7 @@ from dataclasses import replace
 from autodistill.evaluation.base import Direction, Measurement, Needs, Quantity, Subject
 from autodistill.hardware.budget import DeviceBudget
 from autodistill.hardware.machine import detect
-from autodistill.serving.timing import Load, installed, time_serving
+from autodistill.runtimes.timing import Load, installed, time_serving
 from autodistill.strategy.deployment import Deployment
 
 _LIMITED_PROMPT = 512  # of prompts whose first token is limited, as is predicted of them

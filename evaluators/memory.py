@@ -13,8 +13,8 @@ from autodistill.hardware.budget import on_gpu
 from autodistill.hardware.device import DISCRETE
 from autodistill.hardware.lookup import class_of_machine
 from autodistill.hardware.machine import detect, machine_name
-from autodistill.serving.llama_cpp import LlamaServer
-from autodistill.serving.timing import installed, serve
+from autodistill.runtimes.llama_cpp import LlamaServer
+from autodistill.runtimes.timing import installed, serve
 from autodistill.strategy.deployment import Deployment
 
 _PROMPT = 512  # tokens that llama.cpp reads at once, which fill its compute buffer

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = (
     *("errors", "units", "plugins"),
     *("utils", "models", "quantization", "strategy", "hardware", "options", "estimates"),
-    *("data", "serving", "inference"),
+    *("data", "runtimes", "inference"),
     *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "profiling", "service", "search"),
     *("report", "trackers", "dashboards", "bundle"),
     *("objects", "api"),
@@ -141,7 +141,7 @@ def test_a_file_begins_with_one_sentence(module):
         ("ray", ("search.runners.",)),
         ("optuna", ("search.algorithms.optuna_study",)),
         ("typer", ("cli.app", "cli.help", "cli.options")),
-        ("xllamacpp", ("serving.llama_cpp_child", "serving.llama_cpp_http_child")),
+        ("xllamacpp", ("runtimes.llama_cpp_child", "runtimes.llama_cpp_http_child")),
     ],
 )
 def test_an_engine_is_imported_by_few_files(engine, files):

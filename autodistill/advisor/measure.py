@@ -26,9 +26,9 @@ from autodistill.hardware.machine import detect, memory_bytes
 from autodistill.models.config import config_of
 from autodistill.models.model_folder import read_config
 from autodistill.options import cache_folder, parsed
-from autodistill.serving.llama_bench import Bench, BoardResult, parse_result
-from autodistill.serving.ssh import parse_board, run_on
-from autodistill.serving.timing import Load, Timed, time_serving
+from autodistill.runtimes.llama_bench import Bench, BoardResult, parse_result
+from autodistill.runtimes.ssh import parse_board, run_on
+from autodistill.runtimes.timing import Load, Timed, time_serving
 from autodistill.strategy.deployment import GRAPH, STORED_AS, Deployment
 from autodistill.utils.input_files import check_file
 

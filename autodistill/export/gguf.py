@@ -44,7 +44,7 @@ from autodistill.quantization.grids import (
     Storage,
 )
 from autodistill.quantization.packing import unpack
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 
 FILE = "student.gguf"

@@ -19,7 +19,7 @@ from gguf import GGUFWriter
 from autodistill.data.tokenization import load_tokenizer, tokenized
 from autodistill.errors import InputError, VerificationError
 from autodistill.export.gguf_tokenizer import Spaces, add_tokenizer, is_certain, refusal, spaces
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 
 _WIDTH = 32
 _CONTEXT = 256

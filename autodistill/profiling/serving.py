@@ -17,7 +17,7 @@ from autodistill.hardware.device import Device
 from autodistill.profiling.advice import serving_advice
 from autodistill.profiling.floor import pass_floor
 from autodistill.profiling.trace import Trace, check_folder, record, write_spans
-from autodistill.serving.timing import serve
+from autodistill.runtimes.timing import serve
 from autodistill.strategy.deployment import Deployment
 
 READ, WRITE = "reading the prompt", "writing a token"

@@ -23,7 +23,7 @@ from autodistill.errors import InputError, ServiceError
 from autodistill.service.metrics import Counters, read_counters
 
 _UNIX = "unix:"
-_INTERPRETER = "interpreter-bytes="  # of the tag by which `serving/llama_cpp_http_child.py` says it
+_INTERPRETER = "interpreter-bytes="  # of the tag by which `runtimes/llama_cpp_http_child.py` says it
 _MOST_BYTES = 2**24  # of a page that is no answer
 _SHOWN = 200  # characters of what a server says
 _CONNECT_SECONDS = 5.0

@@ -29,7 +29,7 @@ from autodistill.service.request import ServeRequest
 from autodistill.service.served import Served, as_asked, find_served
 from autodistill.units import count_of, format_bytes, format_duration
 
-_CHILD = Path(__file__).parents[1] / "serving" / "llama_cpp_http_child.py"
+_CHILD = Path(__file__).parents[1] / "runtimes" / "llama_cpp_http_child.py"
 _LONGEST_SOCKET = 107  # bytes of a Unix socket's path
 _POLL_SECONDS = 0.1
 # A server that dies more often than this in a minute is not started again.

@@ -13,7 +13,7 @@ from autodistill.export.promise import RECORD
 from autodistill.hardware.budget import CONTEXT, check_streams
 from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.runs.run_folder import RunFolder, known_runs
-from autodistill.serving.launch_files import SERVE_FILE
+from autodistill.runtimes.launch_files import SERVE_FILE
 from autodistill.units import MOST_CONTEXT
 from autodistill.utils.input_files import check_file
 from autodistill.utils.json_files import read_json

@@ -17,8 +17,8 @@ from autodistill.advisor.describe import deployment_named, spec_of
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.grids import Grid, Storage
-from autodistill.serving.llama_cpp import LlamaServer
-from autodistill.serving.timing import Server
+from autodistill.runtimes.llama_cpp import LlamaServer
+from autodistill.runtimes.timing import Server
 from autodistill.strategy.deployment import Deployment
 
 _GRAPHS = {

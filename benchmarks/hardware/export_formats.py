@@ -34,7 +34,7 @@ from autodistill.export.verify import prove, verify
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
 from autodistill.options import cache_folder
-from autodistill.serving.timing import serve
+from autodistill.runtimes.timing import serve
 from autodistill.strategy.deployment import Deployment
 from benchmarks.common import program, report
 from benchmarks.common.model_files import timed

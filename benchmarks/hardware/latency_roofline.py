@@ -27,7 +27,7 @@ from autodistill.hardware.device import Device
 from autodistill.hardware.local import local_device
 from autodistill.hardware.lookup import find_device
 from autodistill.hardware.machine import computes_bf16, detect
-from autodistill.serving.python_server import PythonServer
+from autodistill.runtimes.python_server import PythonServer
 from autodistill.units import format_bytes
 from benchmarks.common import program, report
 from benchmarks.common.model_files import THREADS, Case, milliseconds, timed, write_folder

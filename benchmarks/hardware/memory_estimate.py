@@ -21,8 +21,8 @@ import numpy as np
 from autodistill.advisor.describe import deployment_named, shape, spec_of
 from autodistill.estimates.serving_memory import memory
 from autodistill.export.graphs.onnx import OnnxExporter
-from autodistill.serving.llama_cpp import LlamaServer
-from autodistill.serving.python_server import PythonServer
+from autodistill.runtimes.llama_cpp import LlamaServer
+from autodistill.runtimes.python_server import PythonServer
 from autodistill.units import format_bytes
 from benchmarks.common import program, report
 from benchmarks.common.model_files import LATENT, STRIDE, Case, write_folder, write_gguf

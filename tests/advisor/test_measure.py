@@ -24,7 +24,7 @@ from autodistill.hardware.background_load import Noise
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 from autodistill.models.config import spec_from_config
-from autodistill.serving.ssh import Board
+from autodistill.runtimes.ssh import Board
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 

@@ -17,7 +17,7 @@ from autodistill.export.base import load_exporter
 from autodistill.export.proof import simulate
 from autodistill.export.record import Exported, write
 from autodistill.export.verify import prove, verify
-from autodistill.serving.launch_files import write_launch_files
+from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 

@@ -29,7 +29,7 @@ from autodistill.models.config import ARCHITECTURES, comparable, config_of, resi
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
 from autodistill.quantization.grids import Grid
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import tiny_config as config
 

@@ -14,7 +14,7 @@ from autodistill.advisor.describe import deployment_named, describe, shape, spec
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import BASIS, basis_of, memory
 from autodistill.quantization.formats import CACHE_BYTES
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 from benchmarks.common import model_files
 
 SIZES = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "ffn": 256, "vocab": 1000}

@@ -18,7 +18,7 @@ from autodistill.evaluators.tasks.task import evaluator_of
 from autodistill.data.task_files import read_tasks
 from autodistill.evaluation.base import Evaluator, Measurement, Quantity, Subject
 from autodistill.plugins import load, names
-from autodistill.serving.timing import Load
+from autodistill.runtimes.timing import Load
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import EvaluatorConformance
 

@@ -16,7 +16,7 @@ from autodistill.hardware.budget import DeviceBudget
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 from autodistill.hardware.machine import detect, machine_name
-from autodistill.serving.llama_cpp import Buffers, LlamaServer
+from autodistill.runtimes.llama_cpp import Buffers, LlamaServer
 from autodistill.strategy.deployment import Deployment
 
 

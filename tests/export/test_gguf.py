@@ -20,7 +20,7 @@ from autodistill.export.gguf import GgufExporter
 from autodistill.export.verify import verify
 from autodistill.models.families import get_family
 from autodistill.models.llama_cpp_graphs import FULL, SLIDING, row_order
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 

@@ -20,7 +20,7 @@ from autodistill.errors import InputError
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.gguf_tokenizer import add_tokenizer, is_certain, refusal, spaces
 from autodistill.export.tokenizer_check import agreement, cannot_cut, comparable
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
 

@@ -21,7 +21,7 @@ from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.huggingface import HuggingFaceExporter
 from autodistill.export.verify import falls_short, verify, verify_runtime
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
 

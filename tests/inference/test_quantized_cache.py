@@ -15,7 +15,7 @@ from autodistill.export.gguf import GgufExporter
 from autodistill.inference.quantized_cache import as_cached, quantized_cache
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 from autodistill.utils.json_files import read_json

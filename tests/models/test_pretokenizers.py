@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.gguf_tokenizer import is_certain, refusal
 from autodistill.models.pretokenizers import PRETOKENIZERS, Pretokenizer, pretokenizer_named, pretokenizers_like
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import tiny_config
 

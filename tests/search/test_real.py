@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from autodistill.advisor.describe import deployment_named
 from autodistill.export.gguf import GgufExporter
 from autodistill.service.launch import Service, settle
 from autodistill.service.request import ServeRequest
-from autodistill.serving.launch_files import write_launch_files
+from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.testing import save_tiny_teacher
 
 

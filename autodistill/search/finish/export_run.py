@@ -40,7 +40,7 @@ from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of, trained_student
 from autodistill.runs.students import kept_after, listed
-from autodistill.serving.launch_files import write_launch_files
+from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.utils.checksums import check_list
 

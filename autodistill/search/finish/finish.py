@@ -44,7 +44,7 @@ from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import candidates, passed_over
 from autodistill.search.finish.forgetting import Forgotten, Gate
 from autodistill.search.finish.test_split import best_untrained, gains_on_test, score_on_test, spent
-from autodistill.serving.launch_files import write_launch_files
+from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.units import format_bytes, format_duration
 from autodistill.utils.durable import sync_below

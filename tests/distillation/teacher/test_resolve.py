@@ -27,7 +27,7 @@ from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.pretokenizers import PRETOKENIZERS
 from autodistill.models.stored_tensors import stored_type
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 

@@ -24,6 +24,7 @@ from autodistill.models.tensors import Role, TensorSpec
 from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
 from autodistill.strategy.strategy import Finishing, Strategy
 from autodistill.testing import save_tiny_teacher
+from tests import process_group
 
 ALIGNED = Strategy(
     distillation=Distillation(
@@ -91,6 +92,7 @@ def run(task, sharding=None):
 
 def joined(rank, port):
     """This process as one of two."""
+    process_group.begin()
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -108,7 +110,7 @@ def work(rank, port, tasks, results):
     sharding = joined(rank, port)
     for index, task in enumerate(tasks):
         np.save(results / f"{index}.{rank}.npy", run(task, sharding))
-    torch.distributed.destroy_process_group()
+    process_group.leave()
 
 
 def in_two(function, *arguments):
@@ -285,7 +287,7 @@ def watch(rank, port, workshop, results):
         write = trainer.checkpoint()
     seconds = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     (results / str(rank)).write_text(json.dumps([len(alive), most, write is not None, seconds]))
-    torch.distributed.destroy_process_group()
+    process_group.leave()
 
 
 def test_a_checkpoint_is_gathered_tensor_by_tensor_and_a_slow_storage_waited_for(workshop, tmp_path):

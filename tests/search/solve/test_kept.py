@@ -21,7 +21,7 @@ from autodistill.search.solve import SolveRequest, solve
 from autodistill.search.solve import library as scores
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.options import Options
-from autodistill.serving.llama_cpp import LlamaServer
+from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils import json_files

@@ -71,6 +71,7 @@ from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher
 from autodistill.utils.clock import Moment
 from autodistill.utils.storage import Storage
+from tests import process_group
 from tests.crash.kernel import why_not
 from tests.utils.test_durable import lost
 
@@ -1046,6 +1047,7 @@ def test_a_damaged_checkpoint_is_trained_again(lab, tmp_path):
 
 def _member(rank, port, setting, task, folder):
     """One of two processes of a trial; writes its report, and how many sharded modules were left whenever one looks."""
+    process_group.begin()
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     gc.disable()  # so that nothing is collected by chance
@@ -1062,7 +1064,7 @@ def _member(rank, port, setting, task, folder):
     report = Trial(bench, task).run(0)
     look()
     (folder / str(rank)).write_bytes(pickle.dumps((report, left)))
-    torch.distributed.destroy_process_group()
+    process_group.leave()
 
 
 def test_two_processes_go_on_where_the_first_cannot_write_a_checkpoint_and_leave_no_shards(lab, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.hardware.process_memory import peak_memory
-from autodistill.serving.json_child import JsonChild
+from autodistill.runtimes.json_child import JsonChild
 
 _CHILD = Path(__file__).with_name("llama_cpp_child.py")
 _BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")

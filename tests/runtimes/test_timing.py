@@ -10,9 +10,9 @@ import pytest
 
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.hardware.budget import parse_latency
-from autodistill.serving import timing
-from autodistill.serving.python_server import PythonServer
-from autodistill.serving.timing import Load, time_serving
+from autodistill.runtimes import timing
+from autodistill.runtimes.python_server import PythonServer
+from autodistill.runtimes.timing import Load, time_serving
 from autodistill.testing import save_tiny_teacher
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autodistill.serving.json_child import JsonChild
+from autodistill.runtimes.json_child import JsonChild
 
 DEAF = """
 import json, signal, time
@@ -27,7 +27,7 @@ def deaf(tmp_path: Path) -> JsonChild:
 
 
 def test_a_child_that_does_not_end_is_ended_by_force(deaf: JsonChild, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autodistill.serving.json_child._STOP_SECONDS", 0.05)
+    monkeypatch.setattr("autodistill.runtimes.json_child._STOP_SECONDS", 0.05)
     assert deaf.ready == {"ready": True}
     deaf.stop()
     assert not psutil.pid_exists(deaf.pid)

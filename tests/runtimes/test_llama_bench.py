@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autodistill.errors import InputError
-from autodistill.serving.llama_bench import Bench, parse_result
+from autodistill.runtimes.llama_bench import Bench, parse_result
 
 
 def bench(student: Path, **changes: object) -> Bench:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.hardware.process_memory import forget_peak, peak_memory
-from autodistill.serving.json_child import JsonChild
+from autodistill.runtimes.json_child import JsonChild
 
 _CHILD = Path(__file__).with_name("python_server_child.py")
 RUNTIMES = ("transformers", "vllm", "onnxruntime")

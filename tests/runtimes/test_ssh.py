@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autodistill.errors import InputError, RemoteError
-from autodistill.serving.llama_bench import Bench
-from autodistill.serving.ssh import Board, parse_board, run_on
+from autodistill.runtimes.llama_bench import Bench
+from autodistill.runtimes.ssh import Board, parse_board, run_on
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from autodistill.export.base import load_exporter
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
-from autodistill.serving.timing import installed
+from autodistill.runtimes.timing import installed
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 

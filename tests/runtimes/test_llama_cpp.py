@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.export.gguf import GgufExporter
-from autodistill.serving.llama_cpp import Buffers, LlamaServer, parse_buffers
+from autodistill.runtimes.llama_cpp import Buffers, LlamaServer, parse_buffers
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 
@@ -172,7 +172,7 @@ def test_a_dead_runtime_raises_and_leaves_nothing_behind(file: Path) -> None:
 
 def test_the_child_ends_with_a_killed_caller(file: Path) -> None:
     script = (
-        "import os, pathlib, signal, sys; from autodistill.serving.llama_cpp import LlamaServer\n"
+        "import os, pathlib, signal, sys; from autodistill.runtimes.llama_cpp import LlamaServer\n"
         f"with LlamaServer(pathlib.Path({str(file)!r}), 256, 1) as server:\n"
         "    print(server._child.pid, server._child._folder.name, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -188,7 +188,7 @@ def test_the_child_ends_with_a_killed_caller(file: Path) -> None:
 
 def test_the_child_imports_neither_torch_nor_this_package() -> None:
     script = (
-        "import runpy, sys; import autodistill.serving.llama_cpp as parent\n"
+        "import runpy, sys; import autodistill.runtimes.llama_cpp as parent\n"
         "before = set(sys.modules); runpy.run_path(str(parent._CHILD), run_name='child')\n"
         "print([name for name in set(sys.modules) - before if name.split('.')[0] in ('torch', 'autodistill')])"
     )

@@ -15,8 +15,8 @@ from autodistill.hardware.background_load import Noise, Watch
 from autodistill.hardware.budget import LatencyLimit
 from autodistill.hardware.machine import detect, machine_name
 from autodistill.hardware.runtime import further_runtime, further_runtimes
-from autodistill.serving.llama_cpp import LlamaServer
-from autodistill.serving.python_server import RUNTIMES, PythonServer
+from autodistill.runtimes.llama_cpp import LlamaServer
+from autodistill.runtimes.python_server import RUNTIMES, PythonServer
 from autodistill.units import count_of
 
 # By how much the medians of rounds may differ, relative to their median, before their figures are doubted.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from autodistill.serving.python_server_child import Vllm, gpu_share
+from autodistill.runtimes.python_server_child import Vllm, gpu_share
 
 
 @pytest.mark.parametrize(("used", "share"), [(0, 0.9), (3, 0.9), (7, 0.9), (8, 71 / 80), (30, 49 / 80), (70, 9 / 80)])
