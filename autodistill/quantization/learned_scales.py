@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from autodistill.models.config import spec_from_config
+from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Scales
 from autodistill.utils.plain_dataclass import plain
@@ -47,7 +48,8 @@ def read_scales(folder: Path, scheme: QuantizationScheme) -> dict[str, Scales]:
         names = set(file.keys())
         found = sorted(key.removesuffix(".scales") for key in names if key.endswith(".scales"))
         if learned != _text(scheme):
-            found = _stored_alike(folder, found, _scheme(learned), scheme)
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            found = stored_alike(found, spec_from_config(config), _scheme(learned), scheme)
         return {
             name: Scales(
                 file.get_tensor(f"{name}.scales"),
@@ -57,14 +59,15 @@ def read_scales(folder: Path, scheme: QuantizationScheme) -> dict[str, Scales]:
         }
 
 
-def _stored_alike(
-    folder: Path, names: Iterable[str], learned: QuantizationScheme, scheme: QuantizationScheme
+def stored_alike(
+    names: Iterable[str], spec: ModelSpec, learned: QuantizationScheme, scheme: QuantizationScheme
 ) -> list[str]:
-    """Those matrices of a model that two schemes store alike; none where neither has types by tensor."""
+    """Return those matrices of a model that two schemes store alike; none where they differ and name no types."""
+    if learned.scheme == scheme.scheme:
+        return list(names)
     if not (learned.types or scheme.types):
         return []
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tensors = {tensor.name: tensor for tensor in spec_from_config(config).tensors}
+    tensors = {tensor.name: tensor for tensor in spec.tensors}
     return [name for name in names if learned.storage(tensors[name]) == scheme.storage(tensors[name])]
 
 

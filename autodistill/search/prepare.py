@@ -34,7 +34,7 @@ from autodistill.search.setup.loading import Loaded, load
 from autodistill.search.setup.measure_plan import Paces, plan_from_measurement
 from autodistill.search.setup.rate_phase import for_plan, tested, to_test
 from autodistill.search.setup.solve_phase import construct
-from autodistill.search.setup.teacher_phase import cache_phase, check_cache_limit, teacher_phase
+from autodistill.search.setup.teacher_phase import cache_phase, check_cache_limit, solution_phase, teacher_phase
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.utils.json_files import write_json
 from autodistill.utils.typed_data import check_typed
@@ -168,6 +168,7 @@ def prepare_trials(planned: Planned, ready: Ready, run: RunFolder, clock: Clock,
         # Written down before a trial has it.
         document |= {"rates": rates, "space_definition": checked.space.to_json()}
         write_json(run.search_file, document)
+    solution_phase(checked, setting, run, clock)
     question = _question(checked, planned, setting)
     if "observations" not in document["warm_start"]:
         # Written down, since the earlier runs may go on, or away, before this one is resumed.

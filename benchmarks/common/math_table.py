@@ -31,8 +31,8 @@ from autodistill.estimates.fit import fits, holdable
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.options import cache_folder
 from autodistill.quantization.grids import Grid
+from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
-from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Point
 from autodistill.strategy.space import Space

@@ -24,9 +24,9 @@ from autodistill.search.planning.placement import Place
 from autodistill.search.prepare import plan_run, prepare_rows, prepare_trials
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
+from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialSetting
-from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy

@@ -28,8 +28,8 @@ from autodistill.evaluation.evaluate import evaluate
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.loading import load_model
 from autodistill.options import cache_folder
+from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
-from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 from benchmarks.common import program, report

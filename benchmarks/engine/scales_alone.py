@@ -23,9 +23,10 @@ from autodistill.distillation.student.check import student_spec
 from autodistill.hardware.budget import Budget
 from autodistill.search.prior.range_test import HeldOut, paired
 from autodistill.search.request.request import SearchRequest
+from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialSetting, TrialTask
-from autodistill.search.worker.trial import initial_student, trainer_of
+from autodistill.search.worker.trial import trainer_of
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.strategy import Finishing, Init, Strategy

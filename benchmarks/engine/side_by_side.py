@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from autodistill.distillation.training import trained_scales
+from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialSetting, TrialTask
-from autodistill.search.worker.trial import initial_student, trainer_of
+from autodistill.search.worker.trial import trainer_of
 from benchmarks.common import program, report, trials
 from benchmarks.engine.scales_alone import ARMS, LENGTH, PACKED, request_of
 

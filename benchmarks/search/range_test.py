@@ -45,9 +45,10 @@ from autodistill.search.prior.range_test import (
     train_briefly,
 )
 from autodistill.search.request.request import SearchRequest
+from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
-from autodistill.search.worker.trial import initial_student, trainer_of
+from autodistill.search.worker.trial import trainer_of
 from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import load_space
 from autodistill.strategy.strategy import Finishing, Init, Strategy

@@ -16,7 +16,7 @@ def beginning_trial(trial: str) -> str:
 
 def is_teacher(row: Row, teacher: Row) -> bool:
     """Whether a row's student begins as the whole teacher, whose row is the other one."""
-    begins = row.strategy is not None and row.strategy.init.source == "teacher"
+    begins = row.strategy is not None and row.strategy.init.source == "teacher" and row.strategy.codes is None
     return begins and row.shape is not None and row.shape == teacher.shape
 
 
@@ -31,7 +31,7 @@ def beginning_of(row: Row, rows: Sequence[Row]) -> Row | None:
         return None
     packed = [one for one in rows if one.deployment == row.deployment and one.split == row.split]
     for one in packed:
-        begins = one.kind == "initial" and one.strategy is not None and one.strategy.init == row.strategy.init
+        begins = one.kind == "initial" and one.strategy is not None and one.strategy.begins_as(row.strategy)
         if begins and one.seed == row.seed:
             return one
     return next((one for one in packed if one.kind == "teacher" and is_teacher(row, one)), None)

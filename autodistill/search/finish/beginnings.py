@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from autodistill.errors import TrialFailedError
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.torch_memory import give_back_memory
+from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.beginnings import beginning_of, beginning_trial, worsened
 from autodistill.runs.results.leaderboard import DISTILLED
@@ -18,7 +19,7 @@ from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Row, Status
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import next_candidate
-from autodistill.search.worker.trial import initial_student
+from autodistill.search.worker.begin import begun, scales_as
 from autodistill.strategy.strategy import Strategy
 
 
@@ -67,13 +68,14 @@ def _read(row: Row) -> int:
 def _whole(row: Row, finisher: Finisher) -> Row:
     """A row of a rung, of which all of the validation split is read that the end reads."""
     with finisher.phases.phase("evaluate", f"{row.name} as {row.deployment_name}, read whole"):
-        evaluation = _evaluate(finisher.load(row), row, finisher, trained=True)
+        scales = read_scales(finisher.student(row), row.deployment)
+        evaluation = _evaluate(finisher.load(row), row, finisher, scales)
     return _row(evaluation, row, finisher)
 
 
 def _beginning(row: Row, finisher: Finisher) -> Row:
     """The row of a student as it began, packed as the student is; one without figures where it cannot be measured."""
-    begun = replace(
+    made = replace(
         row,
         row_id=f"{beginning_trial(row.trial)}-{row.deployment_name}",
         trial=beginning_trial(row.trial),
@@ -82,14 +84,16 @@ def _beginning(row: Row, finisher: Finisher) -> Row:
         train_tokens=0,
         train_seconds=0.0,
     )
-    with finisher.phases.phase("evaluate", f"{begun.name} as {begun.deployment_name}"):
-        model, _ = initial_student(finisher.setting, _strategy(row).init, row.seed or 0)
+    with finisher.phases.phase("evaluate", f"{made.name} as {made.deployment_name}"):
+        strategy = _strategy(row)
+        model, scales = begun(finisher.setting, strategy, row.seed or 0)
+        held = scales_as(scales, strategy, finisher.spec(strategy), row.deployment)
         try:
-            evaluation = _evaluate(model.to(finisher.setting.device), row, finisher, trained=False)
+            evaluation = _evaluate(model, row, finisher, held)
         except TrialFailedError as error:
             reason = f"it cannot be measured ({error.cause}): {error}"
             return replace(
-                begun,
+                made,
                 status=Status.FAILED.value,
                 feasible=False,
                 reason=reason,
@@ -104,10 +108,10 @@ def _beginning(row: Row, finisher: Finisher) -> Row:
         finally:
             del model
             give_back_memory()
-    return _row(evaluation, begun, finisher)
+    return _row(evaluation, made, finisher)
 
 
-def _evaluate(model: Any, row: Row, finisher: Finisher, *, trained: bool) -> Evaluation:
+def _evaluate(model: Any, row: Row, finisher: Finisher, scales: Mapping[str, Scales]) -> Evaluation:
     """A model of a row's strategy, packed as the row says, on all of the validation split that the end reads."""
     setting, plan = finisher.setting, finisher.question.plan
     init, deployment = _strategy(row).init, row.deployment
@@ -122,7 +126,7 @@ def _evaluate(model: Any, row: Row, finisher: Finisher, *, trained: bool) -> Eva
         evaluators=setting.evaluators,
         metric=setting.metric,
         device=setting.device,
-        scales=read_scales(finisher.student(row), deployment) if trained else None,
+        scales=scales,
         share=plan.example_share,
         tokenizer=setting.text(init),
     )[0]

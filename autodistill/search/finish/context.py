@@ -21,14 +21,15 @@ from autodistill.errors import DamagedError
 from autodistill.inference.half_precision import load_held
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
+from autodistill.quantization.learned_scales import write_scales
 from autodistill.runs.events import RowAdded, RowTested
 from autodistill.runs.results.leaderboard import UNTRAINED
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.students import has_student, kept_after, listed, trained_student
 from autodistill.search.campaign.state import Question
+from autodistill.search.worker.begin import begun
 from autodistill.search.worker.messages import TrialSetting
-from autodistill.search.worker.trial import initial_student
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.checksums import LIST, write_list
 
@@ -86,12 +87,13 @@ class Finisher:
     def _begin(self, row: Row, folder: Path) -> None:
         """Writes a student as it begins, whole or not at all."""
         assert row.strategy is not None
-        init = row.strategy.init
-        model, _ = initial_student(self.setting, init, row.seed or 0)
+        model, scales = begun(self.setting, row.strategy, row.seed or 0)
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        save_student(model, self.setting.text(init), partial)
+        save_student(model, self.setting.text(row.strategy.init), partial)
+        if row.strategy.finishing is not None:
+            write_scales(partial, row.strategy.finishing, scales)
         write_list(partial)
         os.replace(partial, folder)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ from autodistill.evaluation.base import Direction
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.half_precision import load_held
 from autodistill.inference.scoring import score_teacher
+from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.events import RowTested
 from autodistill.runs.results.gains import Gain, Gains, named, unit_of
@@ -22,7 +23,7 @@ from autodistill.runs.results.selection import untrained_in_order
 from autodistill.runs.test_split_ledger import already_opened, record_test_opening, times_opened
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import trained_rows
-from autodistill.search.worker.trial import initial_student
+from autodistill.search.worker.begin import begun, scales_as
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.strategy.strategy import Strategy
 
@@ -90,7 +91,7 @@ def _is_among(untrained: Row, scored: Sequence[_Scored]) -> bool:
 
 
 def _begins_alike(one: Strategy | None, other: Strategy | None) -> bool:
-    return one is not None and other is not None and one.init == other.init
+    return one is not None and other is not None and one.begins_as(other)
 
 
 def on_test(row: Row, test: Sequence[Row]) -> Row | None:
@@ -142,8 +143,8 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
     _, reference = score_teacher(teacher, data, device=setting.device)
     results: list[Row] = []
 
-    def evaluated(model: Any, one: _Scored) -> Evaluation:
-        """What one model is on test, under its deployment."""
+    def evaluated(model: Any, one: _Scored, begun_with: Mapping[str, Scales] | None = None) -> Evaluation:
+        """What one model is on test, under its deployment; scales may be those that it begins with."""
         init = one.strategy.init if one.strategy else None
         trained = one.row if one.kind in DISTILLED else None
         # The teacher's own scales may lie beside it, as a student's do; what is not trained yet has none.
@@ -158,7 +159,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
             evaluators=setting.evaluators,
             metric=setting.metric,
             device=setting.device,
-            scales=read_scales(folder, one.packing) if folder else None,
+            scales=read_scales(folder, one.packing) if folder else begun_with,
             split="test",
             share=setting.plan.example_share,
             tokenizer=setting.text(init),
@@ -191,8 +192,9 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
         if one.kind == "teacher" or (one.packing in of_teacher and _begins_as_teacher(one, finisher)):
             write(of_teacher[one.packing], one)
         elif one.kind == "initial" and one.strategy is not None:
-            init = one.strategy.init
-            write(evaluated(initial_student(setting, init, question.plan.seed)[0].to(setting.device), one), one)
+            model, scales = begun(setting, one.strategy, question.plan.seed)
+            held = scales_as(scales, one.strategy, finisher.spec(one.strategy), one.packing)
+            write(evaluated(model, one, held), one)
         elif one.row is not None:
             write(evaluated(finisher.load(one.row), one), one)
     return tuple(results)
@@ -200,7 +202,9 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
 
 def _begins_as_teacher(one: _Scored, finisher: Finisher) -> bool:
     """Whether it is a student without training that is the teacher itself."""
-    begins = one.kind == "initial" and one.strategy is not None and one.strategy.init.source == "teacher"
+    if one.kind != "initial" or one.strategy is None or one.strategy.codes:
+        return False
+    begins = one.strategy.init.source == "teacher"
     return begins and finisher.spec(one.strategy) == finisher.setting.teacher_spec
 
 

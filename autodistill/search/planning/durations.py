@@ -131,8 +131,8 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
     """Expected seconds of all phases but training, with the teacher's outputs for so many tokens."""
     _, full_eval, test = evaluated_tokens(demand, speed)
     # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server.
-    # Two thirds of them go into 2,000 positions in the runtime, each with a pass of its own.
-    per_weight = 3.2e-7
+    # A third of them goes into 2,000 positions in the runtime, of eight sequences at once.
+    per_weight = 1.2e-7
     rows = 5 if not demand.baselines else 7 if demand.explore == 1 else 8
     one_row = speed.asked + 3e-8 * demand.parameters
     return {

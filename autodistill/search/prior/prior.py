@@ -65,12 +65,14 @@ class Prior:
         numbers, choices: What is believed of each dimension, by its path in a space.
         family_seen: Whether students of the teacher's family are among what was learnt from; else the rate needs a
             range test.
+        tokens: Of the training that the recipe is for.
     """
 
     recipe: Distillation
     numbers: Mapping[str, NumberPrior]
     choices: Mapping[str, ChoicePrior]
     family_seen: bool
+    tokens: int
 
     def stakes(self) -> dict[str, float]:
         """Nats at stake by dimension, the largest first: what a race can win by trying other values."""
@@ -126,7 +128,7 @@ def prior_for(
         ),
     )
     seen = f"family {teacher.architecture}" in known.beliefs
-    return Prior(recipe=recipe, numbers=numbers, choices=choices, family_seen=seen)
+    return Prior(recipe=recipe, numbers=numbers, choices=choices, family_seen=seen, tokens=max(1, steps) * batch_tokens)
 
 
 # Standard deviations that a normal variate stays below in three of four cases.

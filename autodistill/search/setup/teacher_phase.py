@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from autodistill.data.dataset import TokenSet, load_split
 from autodistill.distillation.losses.attention import teacher_layer
 from autodistill.distillation.losses.hidden_states import layer_map
 from autodistill.distillation.student.build import kept_layers
+from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.distillation.teacher.output_cache import META, CacheSettings
@@ -26,6 +27,7 @@ from autodistill.hardware.device import Device
 from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.scoring import score_teacher
 from autodistill.models.spec import ModelSpec
+from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.events import RowAdded, TeacherScored
 from autodistill.runs.phase_clock import Clock
@@ -34,14 +36,20 @@ from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Row, Status
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.planning.plan import fewest_tokens
-from autodistill.search.planning.representatives import alignment_cases, attention_cases, signal_cases
+from autodistill.search.planning.representatives import alignment_cases, attention_cases, cases, signal_cases
 from autodistill.search.request.metrics import Asked
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
+from autodistill.search.worker.begin import begun
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
+from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes, written_bytes
+from autodistill.utils.durable import make_folder
+
+UNTRAINED_TRIAL = "solved"
+"""Name under which what was solved has a row before it is trained."""
 
 EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
 
@@ -142,6 +150,7 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
         data=loaded.data.folder,
         cache=None,
         checkpoints=run.checkpoints,
+        codes=_codes_folder(checked, loaded, run),
         budget=checked.budget,
         plan=plan,
         evaluators=_evaluators(checked.asked),
@@ -160,10 +169,19 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
         if deployment.name in done:
             continue
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
-            row = _teacher_row(teacher(), deployment, setting, validation, checked.device)
+            row = _untrained_row(teacher(), deployment, setting, validation, checked.device, loaded.spec)
             run.events.add(RowAdded(row=row))
             setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
     return setting
+
+
+def _codes_folder(checked: SearchConfig, loaded: Loaded, run: RunFolder) -> Path | None:
+    """Folder of the codes that students keep; None where no strategy of the space asks for any."""
+    asked = cases(checked.space, {"finishing", "finishing.rounding"}, loaded.spec.layers)
+    if not any(one.finishing and one.finishing.rounding == "compensated" for one in asked):
+        return None
+    make_folder(folder := run.path / "codes")
+    return folder
 
 
 def cache_phase(
@@ -240,22 +258,48 @@ def _expecting(
     )
 
 
-def _teacher_row(
+def solution_phase(checked: SearchConfig, setting: TrialSetting, run: RunFolder, clock: Clock) -> None:
+    """Writes the row of what was solved first, before any training, where its codes make up for their errors.
+
+    From here on it may be exported; what is trained begins with the same codes, which are kept.
+    """
+    strategy = next(iter(checked.space.starts.values()), None)
+    if strategy is None or strategy.codes is None:
+        return
+    deployments = [one.deployment for one in checked.constructions if one.init == strategy.init]
+    deployment = next((one for one in deployments if one.scheme == strategy.codes), None)
+    held = [row for row in run.events.rows(split="validation") if row.kind == "initial"]
+    if deployment is None or any(row.strategy is not None and strategy.begins_as(row.strategy) for row in held):
+        return
+    validation = load_split(setting.data, "validation", setting.rendering(strategy.init)).head(setting.plan.eval_tokens)
+    with clock.phase("solve", "making up for the errors of rounding"):
+        model, scales = begun(setting, strategy, setting.plan.seed)
+    with clock.phase("evaluate", f"what is solved, untrained, as {deployment.name}"):
+        spec = student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model))
+        row = _untrained_row(model, deployment, setting, validation, checked.device, spec, strategy, scales)
+        run.events.add(RowAdded(row=row))
+
+
+def _untrained_row(
     model: Any,
     deployment: Deployment,
     setting: TrialSetting,
     validation: TokenSet,
     served_on: Device | None,
+    spec: ModelSpec,
+    strategy: Strategy | None = None,
+    scales: Mapping[str, Scales] | None = None,
 ) -> Row:
-    """The unmodified teacher under one deployment.
+    """The unmodified teacher, or a student without training, under one deployment.
 
     Raises:
         InputError: It cannot be measured so, by a person's command say.
     """
+    what = "teacher" if strategy is None else "untrained student"
     try:
         evaluation, _ = evaluate(
             model,
-            setting.teacher_spec,
+            spec,
             deployment,
             validation,
             TeacherReference.load(setting.teacher_reference),
@@ -263,19 +307,19 @@ def _teacher_row(
             evaluators=setting.evaluators,
             metric=setting.metric,
             device=setting.device,
-            scales=read_scales(setting.teacher, deployment),
+            scales=read_scales(setting.teacher, deployment) if scales is None else scales,
             share=setting.plan.example_share,
-            tokenizer=setting.teacher,
+            tokenizer=setting.text(strategy.init if strategy else None),
         )
     except TrialFailedError as error:
-        raise InputError(f"the teacher as {deployment.name} cannot be measured ({error.cause}): {error}") from error
+        raise InputError(f"the {what} as {deployment.name} cannot be measured ({error.cause}): {error}") from error
     return make_row(
         evaluation,
-        trial="teacher",
-        kind="teacher",
-        name="teacher",
-        strategy=None,
-        spec=setting.teacher_spec,
+        trial="teacher" if strategy is None else UNTRAINED_TRIAL,
+        kind="teacher" if strategy is None else "initial",
+        name="teacher" if strategy is None else "solved, without training",
+        strategy=strategy,
+        spec=spec,
         status=Status.COMPLETED,
         split="validation",
         budget=setting.budget,

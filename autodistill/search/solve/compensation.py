@@ -15,7 +15,9 @@ from autodistill.data.dataset import TokenSet
 from autodistill.inference.blocks import embedded, through_block
 from autodistill.models.families import get_family
 from autodistill.quantization.error_compensation import compensated
+from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Grid, Scales
+from autodistill.quantization.rounding import deploy_tensor
 from autodistill.search.solve.bench import Bench
 from autodistill.strategy.deployment import Deployment
 
@@ -47,11 +49,11 @@ class Compensated:
             yield name, bench.stored(name, self.deployment.storage(tensor)) if found is None else found
 
 
-def gains(bench: Bench, deployment: Deployment) -> list[str]:
-    """The matrices of layers that a deployment moves, and whose errors can be made up for."""
+def gains(bench: Bench, scheme: QuantizationScheme) -> list[str]:
+    """The matrices of layers that lie on no grid of a scheme, whose errors can be made up for."""
     found = []
     for tensor in bench.spec.tensors:
-        storage, name = deployment.storage(tensor), tensor.name
+        storage, name = scheme.storage(tensor), tensor.name
         inside = get_family(bench.spec.architecture).layer_part(name) is not None
         if inside and isinstance(storage, Grid) and not bench.keeps(name, storage):
             found.append(name)
@@ -59,6 +61,18 @@ def gains(bench: Bench, deployment: Deployment) -> list[str]:
 
 
 def compensate(bench: Bench, deployment: Deployment, data: TokenSet) -> Compensated:
+    """Round the matrices of a model as `made_up` does.
+
+    Args:
+        bench: The model, whole in memory.
+        deployment: How it is stored.
+        data: The text.
+    """
+    values, scales = made_up(bench, deployment, data)
+    return Compensated(deployment=deployment, values=values, scales=scales)
+
+
+def made_up(bench: Bench, scheme: QuantizationScheme, data: TokenSet) -> tuple[dict[str, Tensor], dict[str, Scales]]:
     """Round the matrices of a model so that what comes out of each changes little on some text.
 
     Each block reads what the rounded blocks before it pass on; of all its matrices the second moments of what goes into
@@ -67,38 +81,39 @@ def compensate(bench: Bench, deployment: Deployment, data: TokenSet) -> Compensa
 
     Args:
         bench: The model, whole in memory.
-        deployment: How it is stored.
+        scheme: How it is stored.
         data: The text.
+
+    Returns:
+        Of each matrix that is rounded so its values, and the scales that these are packed with.
     """
     family = get_family(bench.spec.architecture)
-    storages = {one.name: deployment.storage(one) for one in bench.spec.tensors}
-    moved = gains(bench, deployment)
+    storages = {one.name: scheme.storage(one) for one in bench.spec.tensors}
     values: dict[str, Tensor] = {}
     scales: dict[str, Scales] = {}
-    blocks: dict[int, list[str]] = {}
+    blocks: dict[int, dict[str, Grid]] = {}
     rest = []
-    for name in storages:
+    for name, storage in storages.items():
         part = family.layer_part(name)
-        if part is None or name not in moved:
+        if part is None or not isinstance(storage, Grid):
             rest.append(name)
         else:
-            blocks.setdefault(part[0], []).append(name)
+            blocks.setdefault(part[0], {})[name] = storage
     with ExitStack() as shown:
         shown.enter_context(bench.replaced([(name, bench.stored(name, storages[name])) for name in rest]))
         states = embedded(bench.model, data.tokens, bench.device)
         for index in range(bench.spec.layers):
-            names = blocks.get(index, [])
-            moments = _moments(bench, index, names, states)
-            for name in names:
-                grid = storages[name]
-                assert isinstance(grid, Grid)
-                weight = bench.master(name)
-                values[name], scales[name] = compensated(
-                    weight, moments[name], grid, scales=bench.scales(name, grid, weight)
-                )
-            shown.enter_context(bench.replaced([(name, values[name]) for name in names]))
+            grids, given = blocks.get(index, {}), dict[str, Scales | None]()
+            for name, grid in grids.items():
+                weight, found = bench.master(name), bench.scales(name, grid)
+                if not deploy_tensor(weight, grid, found).equal(weight):
+                    given[name] = found
+            moments = _moments(bench, index, list(given), states)
+            for name, found in given.items():
+                values[name], scales[name] = compensated(bench.master(name), moments[name], grids[name], scales=found)
+            shown.enter_context(bench.replaced([(name, values[name]) for name in given]))
             states = [one.after for one in through_block(bench.model, index, states, device=bench.device)]
-    return Compensated(deployment=deployment, values=values, scales=scales)
+    return values, scales
 
 
 def _moments(bench: Bench, index: int, names: list[str], states: list[Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from autodistill.models.families import FAMILIES as MODEL_FAMILIES
 from autodistill.models.families import GGUF_BY_LAYER, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import TensorSpec
+from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.search.solve.bench import Measured, Sample
 from autodistill.search.solve.library import Library, Score
 from autodistill.search.solve.options import KEYS, VALUES, Options
@@ -35,9 +36,8 @@ WHOLE = Init(depth=1.0)
 _TIGHT = 0.1  # nats that the whole teacher loses, beyond which cuts are looked at
 _MEASURED = 2  # shapes of a family that are measured whole
 _ROUNDS = 4  # of widths by layer, each of which may have narrower ones measured
-_SAFER = ("q8_0", "f16")  # types of the cache that are tried where one of fewer bits forgets
 _COPIES = 0.3  # share of a text that repeats itself, from which on a teacher copies
-_FORGOTTEN = 0.05  # of it, by which a student may copy less
+_FORGOTTEN = 0.05  # of its tokens, fewer of which may be copied
 _NAMED = 4  # of the shapes that a space names
 _PATIENCE = 2  # shapes in vain, one after another, after which no smaller ones are asked for
 
@@ -203,8 +203,8 @@ def best_forms(
 ) -> list[Form]:
     """The best student of each family that fits, the least KL to the teacher first.
 
-    Cuts are looked at where the whole teacher does not fit, or loses much. What cannot copy as the teacher does gives
-    way to the best with a cache of more bits, where that fits and can.
+    Cuts are looked at where the whole teacher does not fit, or loses much. Types of the cache with which the teacher
+    cannot copy any more are left out where something else fits.
 
     Args:
         options: Of the teacher and the budget.
@@ -215,32 +215,69 @@ def best_forms(
         thorough: Whether types are then exchanged in the best of each family, as `Solver.solve` does.
         probe: Text that is copied, as `bench.copying` makes it; None asks for nothing.
     """
-    found: list[Form] = []
-    for variant in options.variants():
-        members = [one for one in others if variant.fixed in (None, one)]
-        made = _forms_of(variant, library, shapes, sample, members, thorough=thorough)
-        for kind in _SAFER if variant.cache_type is None and variant.fixed is None else ():
-            families = {one.family for one in made if forgets(one, probe)}
-            if families and (kind, kind) in variant.caches:
-                safer = replace(variant, cache_type=kind)
-                again = _forms_of(safer, library, shapes, sample, members, thorough=thorough)
-                made = [one for one in made if one.family not in families]
-                made += [one for one in again if one.family in families]
-        found += made
+    without = _forgetting(options, library, probe)
+    found = _of_variants(replace(options, without_caches=without), library, shapes, sample, others, thorough=thorough)
+    if without and not found:  # what fits is worth more than what remembers
+        found = _of_variants(options, library, shapes, sample, others, thorough=thorough)
     left = [one for one in found if not forgets(one, probe)]
     return sorted(left or found, key=lambda one: one.joint.kl)
 
 
-def forgets(form: Form, probe: Sample | None) -> bool:
-    """Whether a student copies clearly less than the teacher does, of what lies far behind.
+def _of_variants(
+    options: Options,
+    library: Library,
+    shapes: Callable[[], Shapes],
+    sample: Sample,
+    others: Sequence[Deployment],
+    *,
+    thorough: bool,
+) -> list[Form]:
+    """The best student of each family, for each storage that a space lists."""
+    found: list[Form] = []
+    for variant in options.variants():
+        members = [one for one in others if variant.fixed in (None, one)]
+        found += _forms_of(variant, library, shapes, sample, members, thorough=thorough)
+    return found
 
-    Asked of what has a cache of few bits, or layers left out; a teacher that does not copy says nothing.
+
+def _forgetting(options: Options, library: Library, probe: Sample | None) -> frozenset[tuple[str, str]]:
+    """The types of keys and values with which the teacher itself copies clearly less of what lies far behind.
+
+    Weights of few bits copy less with any cache, which is not the cache's doing.
+    """
+    if probe is None or probe.teacher.accuracy < _COPIES or options.cache_type is not None or options.fixed is not None:
+        return frozenset()
+    found: set[tuple[str, str]] = set()
+    halves = [(kind, "f16") for kind in CACHE_BYTES] + [("f16", kind) for kind in CACHE_BYTES]
+    for pair in sorted(options.caches, key=lambda one: one not in halves):
+        keys, values = pair
+        known = {(keys, "f16"), ("f16", values)} & found
+        if known or (pair != ("f16", "f16") and _forgotten(library.joint(_with_cache(pair), probe).accuracy, probe)):
+            found.add(pair)
+    return frozenset(found)
+
+
+def _with_cache(pair: tuple[str, str]) -> Deployment:
+    """The teacher in 16 bits with types of its cache."""
+    return Deployment(
+        runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0, cache_type_k=pair[0], cache_type_v=pair[1]
+    )
+
+
+def _forgotten(accuracy: float, probe: Sample) -> bool:
+    return accuracy < probe.teacher.accuracy - _FORGOTTEN
+
+
+def forgets(form: Form, probe: Sample | None) -> bool:
+    """Whether a student with layers left out copies clearly less than the teacher does, of what lies far behind.
+
+    A teacher that does not copy says nothing.
     """
     if probe is None or probe.teacher.accuracy < _COPIES:
         return False
-    if form.deployment.cache_types == ("f16", "f16") and not form.init.dropped and form.init.depth == 1:
+    if not form.init.dropped and form.init.depth == 1:
         return False
-    return copied(form, probe) < probe.teacher.accuracy - _FORGOTTEN
+    return _forgotten(copied(form, probe), probe)
 
 
 def copied(form: Form, probe: Sample) -> float:

@@ -74,6 +74,7 @@ class Options:
         spec: The model's shape.
         budget: Context and batch for the memory, and whose memory it is.
         cache_type: The one type of keys and values that may be chosen; None for all.
+        without_caches: Pairs of types of keys and values that may not be chosen.
         limits: What a space restricts the choice to.
         fixed: The one storage that may be chosen, whatever else is said; None where types are.
         file_bytes: What all weights may take in a file; None for no limit.
@@ -84,6 +85,7 @@ class Options:
     spec: ModelSpec
     budget: Budget
     cache_type: str | None = None
+    without_caches: frozenset[tuple[str, str]] = frozenset()
     limits: Restriction = field(default_factory=Restriction)
     fixed: Deployment | None = None
     file_bytes: int | None = None
@@ -176,7 +178,7 @@ class Options:
                 check_cache(self.spec, "llama.cpp", pair)
             except InputError:
                 continue
-            if self.cache_type is not None and pair != (self.cache_type, self.cache_type):
+            if pair in self.without_caches or (self.cache_type is not None and pair != (self.cache_type,) * 2):
                 continue
             if pair[0] == pair[1] or not (on_gpu(self.budget) or self.spec.latent):
                 found.append(pair)

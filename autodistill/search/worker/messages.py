@@ -37,6 +37,7 @@ class TrialSetting:
         metric, direction: What a rung is judged by.
         device: Where trials train.
         calibration: File of the teacher's calibration, where a strategy chooses by it.
+        codes: Folder of the codes that students keep whose scales alone are trained, as far as they are known.
         pretrained: Folders of the models that strategies start from, by their references.
         renderings: Of those of them that have a chat template of their own, its name in the prepared data.
         held: What the teacher's matrices are held in.
@@ -59,6 +60,7 @@ class TrialSetting:
     direction: Direction
     device: str
     calibration: Path | None = None
+    codes: Path | None = None
     pretrained: Mapping[str, Path] = field(default_factory=dict)
     held: HeldType = "float32"
     storage: Storage | None = None

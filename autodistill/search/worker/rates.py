@@ -7,9 +7,10 @@ from functools import partial
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.search.prior.range_test import STEPS, RangeTest, range_test
+from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
-from autodistill.search.worker.trial import initial_student, trainer_of
+from autodistill.search.worker.trial import trainer_of
 from autodistill.strategy.deployment import Deployment
 
 

@@ -14,10 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from autodistill.distillation.losses.attention import teacher_layer
-from autodistill.distillation.student.build import build_student, save_student
+from autodistill.distillation.student.build import save_student
 from autodistill.distillation.student.check import student_spec
-from autodistill.distillation.student.pretrained import describe_tokens
-from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.distillation.training.checkpoint import read_metadata
 from autodistill.distillation.training.fsdp import whole_model
 from autodistill.distillation.training.learning_rate import branch_point, end_of
@@ -32,10 +30,11 @@ from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
 from autodistill.runs.checkpoints import Checkpoint, open_stages
 from autodistill.runs.students import send_student, student_folder, trained_student
+from autodistill.search.worker.begin import initial_student, on_codes
 from autodistill.search.worker.context import Workbench
-from autodistill.search.worker.messages import RungReport, TrialSetting, TrialTask
+from autodistill.search.worker.messages import RungReport, TrialTask
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Init, Strategy
+from autodistill.strategy.strategy import Strategy
 from autodistill.utils.checksums import check_seal, write_list
 from autodistill.utils.clock import Moment
 from autodistill.utils.durable import make_folder, put
@@ -500,23 +499,6 @@ def trainer_of(
         device=setting.device,
         teacher=bench.teacher,
         sharding=bench.sharding,
-        # The whole teacher begins with the scales of its own codes, where it has such.
-        beginning=read_scales(setting.teacher, strategy.finishing.scheme)
-        if strategy.finishing is not None and strategy.scales_alone and strategy.init.whole
-        else None,
+        beginning=on_codes(setting, strategy, model),
         side_by_side=side_by_side,
     )
-
-
-def initial_student(setting: TrialSetting, init: Init, seed: int) -> tuple[Any, tuple[int, ...]]:
-    """The student before training, in float32 on the CPU, and the teacher layer that each of its layers stands for."""
-    model, kept = build_student(
-        setting.teacher,
-        init,
-        seed=seed,
-        calibration=PartImportance.load(setting.calibration) if setting.calibration and init.selective else None,
-        pretrained=setting.pretrained.get(init.model),
-    )
-    if setting.rendering(init):
-        describe_tokens(model, setting.text(init))
-    return model, kept

@@ -77,7 +77,7 @@ def test_a_larger_box_holds_more_of_the_same() -> None:
 
 def test_what_is_exported_twice_takes_twice_as_long() -> None:
     once, twice = (make_plan(replace(DEMAND, exports=count), SPEED, WORKERS) for count in (1, 2))
-    assert twice.seconds["export"] == 2 * once.seconds["export"] == pytest.approx(2 * (12 + 3.2e-7 * 134e6))
+    assert twice.seconds["export"] == 2 * once.seconds["export"] == pytest.approx(2 * (12 + 1.2e-7 * 134e6))
     assert twice.tokens < once.tokens
     assert sum(twice.seconds.values()) <= 600
 
