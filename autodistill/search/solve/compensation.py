@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 from torch import Tensor, nn
@@ -119,13 +119,15 @@ def made_up(bench: Bench, scheme: QuantizationScheme, data: TokenSet) -> tuple[d
 def _moments(bench: Bench, index: int, names: list[str], states: list[Tensor]) -> dict[str, Tensor]:
     """The mean product of each pair of inputs of some matrices of a block, [in, in] each."""
     sums: dict[str, Tensor] = {}
-    lock = Lock()
+    lock, here = Lock(), local()
 
     def add(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = inputs[0].detach().float().flatten(0, -2)
-        found = (rows.T @ rows).double()  # whose sums hardly round, in whatever order
+        # Queries, keys and values have one input, and so have gate and up: its products are made once.
+        if inputs[0] is not getattr(here, "given", None):
+            rows = inputs[0].detach().float().flatten(0, -2)
+            here.given, here.found = inputs[0], (rows.T @ rows).double()  # whose sums hardly round, in whatever order
         with lock:
-            sums[name] = sums[name] + found if name in sums else found
+            sums[name] = sums[name] + here.found if name in sums else here.found
 
     with ExitStack() as hooks:
         for name in names:
