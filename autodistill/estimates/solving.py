@@ -117,7 +117,7 @@ def solving_work(
 def _moments(spec: ModelSpec) -> float:
     """Operations of a token for the second moments of what goes into all matrices, of which some have one input."""
     inputs = {
-        (one.name.rsplit(".", 3)[0], one.shape[1]): one.shape[1] for one in spec.tensors if one.role is Role.LINEAR
+        (one.name.rsplit(".", 2)[0], one.shape[1]): one.shape[1] for one in spec.tensors if one.role is Role.LINEAR
     }
     return sum(2.0 * columns**2 for columns in inputs.values())
 
