@@ -13,8 +13,8 @@ from autodistill.models.tensors import Role
 CUT_TOKENS, MOMENT_TOKENS = 512, 4096
 """Of text, on which single cuts are scored, and to which FFNs that are cut are fitted."""
 
-COMPENSATION_TOKENS = 8192
-"""Of text at least, whose inputs say how the errors of a solution are made up for."""
+COMPENSATION = 4
+"""Times as much text as that of calibration, whose inputs say how the errors of a solution are made up for."""
 
 CUT_SCORES = "scores of cuts, where types are not enough"
 """The step that is taken only where the whole teacher does not fit, or loses much."""
@@ -100,7 +100,7 @@ def solving_work(
         "whole storages": (_WHOLE + 2 * _HELD_OUT) * tokens * forward,
         "the solution's errors made up for": 0.0
         if streamed or spec.experts
-        else max(tokens, COMPENSATION_TOKENS) * (4.0 * linear + _moments(spec))
+        else COMPENSATION * tokens * (4.0 * linear + _moments(spec))
         + sum(_compensation(one.shape) for one in spec.tensors if one.role is Role.LINEAR),
         CUT_SCORES: CUT_TOKENS * (2 * forward + 2.0 * spec.layers * _CUTS * spec.width * spec.ffn_width)
         + _MEASURED * spec.layers * _CUTS * CUT_TOKENS * (linear + 2.0 * head)

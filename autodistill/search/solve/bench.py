@@ -172,6 +172,10 @@ class Bench:
         if self._searched is not None:
             self._searched.clear()
 
+    def importance(self, name: str) -> Tensor:
+        """What each column of a matrix counts, float32 [in], the mean of all about 1; after `weigh`."""
+        return self._importance[name]
+
     def sample(self, name: str, data: TokenSet) -> Sample:
         """Reads text with the teacher as it is."""
         with self.shown({}), self.reading(data) as begun:

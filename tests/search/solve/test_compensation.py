@@ -22,6 +22,7 @@ from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.packing import deployed
 from autodistill.search.solve import SolveRequest, solve
+from autodistill.search.solve import bench as benches
 from autodistill.search.solve.bench import Bench
 from autodistill.search.solve.compensation import compensate, gains
 from autodistill.strategy.deployment import Deployment
@@ -71,6 +72,21 @@ def test_the_model_is_nearer_to_the_teacher_and_lies_on_the_grid(
     # The teacher is left as it was.
     own = dict(load_model(folder, torch.float32).named_parameters())
     assert all(torch.equal(own[name], bench.master(name)) for name in made.values)
+
+
+def test_scales_are_searched_for_once_for_each_type_of_a_matrix(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, tokens = bench_of(save_tiny_teacher(tmp_path / "teacher", layers=2), text, tmp_path / "cache")
+    search, searched = benches.weighted_scales, []
+    monkeypatch.setattr(benches, "weighted_scales", lambda *given: searched.append(given) or search(*given))
+    matrix = next(one for one in bench.spec.tensors if one.name.endswith("up_proj.weight"))
+    storages = [one.storage(matrix) for one in (Q4_0, INT4)]
+    values = [bench.stored(matrix.name, storage) for storage in storages]
+    assert all(bench.stored(matrix.name, one).equal(found) for one, found in zip(storages, values, strict=True))
+    assert len(searched) == 2
+    bench.weigh(tokens.head(LENGTH))  # by other text columns count otherwise
+    assert not bench.stored(matrix.name, storages[0]).equal(values[0])
 
 
 def test_what_lies_on_the_grid_is_left_alone(text: Path, tmp_path: Path) -> None:

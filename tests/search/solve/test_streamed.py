@@ -18,10 +18,10 @@ from autodistill.inference.blocks_on_disk import BlocksOnDisk
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.search.solve import SolveRequest, plan_solve, solve
-from autodistill.search.solve.bench import load_bench
+from autodistill.search.solve.bench import Bench, load_bench
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
-from autodistill.search.solve.streamed import load_streamed
+from autodistill.search.solve.streamed import StreamedBench, load_streamed
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.json_files import read_json
 
@@ -52,7 +52,11 @@ def test_constants_and_weights_are_those_of_a_loaded_model(teacher: Teacher) -> 
     assert not any(weights[name].numel() for name in apart.in_blocks)
 
 
-def test_scores_and_figures_are_those_of_a_whole_model(teacher: Teacher, tmp_path: Path) -> None:
+def test_scores_and_figures_are_those_of_a_whole_model(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of the whole model gradients of all blocks are taken at once, as of one of no family.
+    monkeypatch.setattr(Bench, "by_block", property(lambda bench: isinstance(bench, StreamedBench)))
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     options = Options(spec=spec, budget=Budget(memory_bytes=10**9, context=256))
     tokens = np.random.default_rng(0).integers(3, 250, (6, 64)).astype(np.int32)

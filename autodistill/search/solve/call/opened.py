@@ -14,7 +14,7 @@ from autodistill.distillation.teacher.any_model import is_known, spec_of
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError
-from autodistill.estimates.solving import COMPENSATION_TOKENS
+from autodistill.estimates.solving import COMPENSATION
 from autodistill.export.gguf_mixtures import cannot_write
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.models.model_folder import tokenizer_fingerprint
@@ -133,7 +133,7 @@ def open_request(request: SolveRequest) -> Opened:
         bench=bench,
         calibration=calibration,
         held_out=held_out,
-        compensation=train.head(max(request.tokens, COMPENSATION_TOKENS)),
+        compensation=train.head(COMPENSATION * request.tokens),
     )
 
 
