@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from threading import local
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from autodistill.errors import InputError
 from autodistill.estimates.solving import LOGITS
 from autodistill.inference.batching import map_sequences
+from autodistill.inference.blocks import embedded, one_block, only_blocks, through_block
 
 Taken: TypeAlias = list[tuple[int, Tensor, Tensor]]
 """Of a matrix: which of those that lie in one tensor, what went in, [n, in], and the gradients behind it, [n, out]."""
@@ -92,13 +93,10 @@ def watched(model: Any, names: Sequence[str], read: Read, count: int, device: st
         found: dict[str, Taken] = here.found
         return found
 
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters = dict(model.named_parameters())
     inside = {id(parameters[name]): name for name in names if parameters[name].dim() == 3}
     with ExitStack() as hooks:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-            hooks.callback(parameter.requires_grad_, True)
+        hooks.enter_context(_frozen(model))
         for name in names:
             if id(parameters[name]) not in inside:
                 module = model.get_submodule(name.removesuffix(".weight"))
@@ -108,6 +106,92 @@ def watched(model: Any, names: Sequence[str], read: Read, count: int, device: st
     if unseen:
         raise InputError(f"nothing is known to go through {unseen[0]}, so that its types cannot be scored")
     return found
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Within the context no parameter has a gradient."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def watched_by_block(
+    model: Any,
+    block: Callable[[int], AbstractContextManager[list[str]]],
+    layers: int,
+    names: Sequence[str],
+    tokens: Tensor,
+    seed: int,
+    device: str,
+) -> Iterator[dict[str, list[Taken]]]:
+    """What goes into matrices, and the gradients of the log-probability of drawn tokens behind them, by block.
+
+    The last block comes first. The states before each block are kept, and each block is computed once more from them,
+    so that what is watched of one block alone is in memory.
+
+    Args:
+        model: In float32, of one of the families.
+        block: Gives a context within which a block has its weights, and the names of these.
+        layers: Number of blocks.
+        names: Of matrices in blocks.
+        tokens: int64 [sequences, length].
+        seed: Of the tokens that are drawn.
+        device: Where the model lies.
+
+    Yields:
+        Of the matrices of a block, which has its weights meanwhile, what every sequence has.
+    """
+    chances, wanted = chances_of(tokens, seed), set(names)
+
+    def behind(index: int) -> Tensor:
+        """Return the gradient behind the last block, of a sequence."""
+        leaf = given[-1][index].clone().requires_grad_()
+        with torch.enable_grad():
+            last = model.base_model(inputs_embeds=leaf, use_cache=False).last_hidden_state
+            last.backward(of_drawn_tokens(model, last.detach()[0], chances[index])[None])
+        assert leaf.grad is not None
+        return leaf.grad
+
+    given = [embedded(model, tokens.numpy(), device)]
+    for index in range(layers):
+        with block(index):
+            given.append([one.after for one in through_block(model, index, given[-1], device=device)])
+    with _frozen(model):
+        with only_blocks(model, ()):
+            slopes = list(map_sequences(behind, len(tokens), device))
+        given.pop()
+        for index in reversed(range(layers)):
+            with block(index) as inside:
+                part = [name for name in inside if name in wanted]
+                found, slopes = _back(model, index, part, given.pop(), slopes, device)
+                yield {name: [one.pop(name, []) for one in found] for name in part}
+
+
+def _back(
+    model: Any, index: int, names: Sequence[str], given: Sequence[Tensor], slopes: Sequence[Tensor], device: str
+) -> tuple[list[dict[str, Taken]], list[Tensor]]:
+    """What is watched in a block, and the gradients before it.
+
+    Args:
+        model, names, device: As for `watched`.
+        index: Of the block.
+        given: What it is given, of each sequence.
+        slopes: The gradients behind it.
+    """
+    leaves = [one.clone().requires_grad_() for one in given]
+    with one_block(model, index) as run:
+        found = watched(
+            model, names, lambda sequence: (run(leaves[sequence]), lambda: slopes[sequence]), len(leaves), device
+        )
+    before = [leaf.grad for leaf in leaves]
+    assert all(one is not None for one in before)
+    return found, [one for one in before if one is not None]
 
 
 def chances_of(tokens: Tensor, seed: int) -> list[Tensor]:

@@ -42,7 +42,7 @@ _SIDE_BY_SIDE = 64
 _LEAST_PART = 2**16
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile a function on its first call, and keep the machine code on disk if possible."""
 
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +57,7 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
     return made
 
 
-@_compiled()
+@compiled()
 def _extremes(weights: Array, lowest: Array, highest: Array) -> None:
     for group in range(len(weights)):
         # As integers of the same order, of which the extremes are found several at once: below 0 that of floats is the
@@ -72,16 +72,16 @@ def _extremes(weights: Array, lowest: Array, highest: Array) -> None:
         highest[group] = most ^ ((most >> _SIGN) & _MOST)
 
 
-@_compiled()
-def _upper_half(bits: np.uint32) -> np.uint32:
+@compiled()
+def upper_half(bits: np.uint32) -> np.uint32:
     """Return the bfloat16 part of a float32, rounded to nearest with ties to even."""
     if (bits & _SIZE) > _INFINITY:
         return _NAN
     return (bits + _HALF_ULP + ((bits >> _UPPER) & _ONE)) >> _UPPER
 
 
-@_compiled()
-def _code_near(step: np.float32, table: Array, low: np.float32) -> np.float32:
+@compiled()
+def code_near(step: np.float32, table: Array, low: np.float32) -> np.float32:
     """As `k_quants.nearest_codes`; what is no number has the first code."""
     place = (step - low) * _TWICE
     place = place if place > _ZERO else _ZERO
@@ -89,7 +89,7 @@ def _code_near(step: np.float32, table: Array, low: np.float32) -> np.float32:
     return table[np.int64(last if place > last else place)]
 
 
-@_compiled()
+@compiled()
 def _values(
     weights: Array,
     factors: Array,
@@ -135,7 +135,7 @@ def _values(
         # Comparisons are such that what is no number stays none.
         if table is not None:
             for i in range(size):
-                steps[i] = _code_near(steps[i], table, low) if steps[i] == steps[i] else steps[i]
+                steps[i] = code_near(steps[i], table, low) if steps[i] == steps[i] else steps[i]
         elif rounding == _HALF_UP:
             span = high - low
             for i in range(size):
@@ -162,17 +162,17 @@ def _values(
                 steps[i] = steps[i] + bases[group]
         if short is not None:
             for i in range(size):
-                short[group, i] = np.uint16(_upper_half(bits[i]))
+                short[group, i] = np.uint16(upper_half(bits[i]))
         if out is not None:
             if rounded:
                 for i in range(size):
-                    bits[i] = _upper_half(bits[i]) << _UPPER
+                    bits[i] = upper_half(bits[i]) << _UPPER
             for i in range(size):
                 out[group, i] = steps[i]
 
 
 # The order of a sum is free.
-@_compiled(fastmath={"reassoc", "nsz"})
+@compiled(fastmath={"reassoc", "nsz"})
 def _learned_gradients(
     weights: Array,
     incoming: Array | None,
@@ -215,7 +215,7 @@ def _learned_gradients(
         sums[group] = total
 
 
-@_compiled()
+@compiled()
 def _stop_clipped(incoming: Array | None, short: Array | None, inside: Array, out: Array) -> None:
     count, size = out.shape
     arriving = np.empty(size, np.float32)
@@ -231,7 +231,7 @@ def _stop_clipped(incoming: Array | None, short: Array | None, inside: Array, ou
             out[group, i] = arriving[i] * np.float32(inside[group, i])
 
 
-@_compiled()
+@compiled()
 def _scaled_codes(
     codes: Array, scales: Array, minima: Array | None, zero_points: Array | None, out: Array | None, short: Array | None
 ) -> None:
@@ -248,14 +248,14 @@ def _scaled_codes(
                 shown[i] = shown[i] + minima[group]
         if short is not None:
             for i in range(size):
-                short[group, i] = np.uint16(_upper_half(bits[i]))
+                short[group, i] = np.uint16(upper_half(bits[i]))
         if out is not None:
             for i in range(size):
                 out[group, i] = shown[i]
 
 
 # The order of a sum is free.
-@_compiled(fastmath={"reassoc", "nsz"})
+@compiled(fastmath={"reassoc", "nsz"})
 def _scale_gradients(
     incoming: Array | None,
     short: Array | None,
@@ -284,7 +284,7 @@ def _scale_gradients(
             of_minima[group] = total
 
 
-@_compiled()
+@compiled()
 def _in_columns(weights: Array, start: int, columns: Array) -> None:
     """Copy some groups into columns; those beyond the last group have the first of them."""
     count, size = weights.shape
@@ -294,7 +294,7 @@ def _in_columns(weights: Array, start: int, columns: Array) -> None:
             columns[i, j] = weights[group, i]
 
 
-@_compiled()
+@compiled()
 def _add_halves(rows: Array) -> None:
     """Add the rows' halves, and halves of these, until the first row is the sum of all: the order of `k_quants`."""
     half = len(rows) // 2
@@ -305,7 +305,7 @@ def _add_halves(rows: Array) -> None:
         half //= 2
 
 
-@_compiled()
+@compiled()
 def _bounds(columns: Array, lowest: Array, highest: Array) -> None:
     lowest[:] = columns[0]
     highest[:] = columns[0]
@@ -316,7 +316,7 @@ def _bounds(columns: Array, lowest: Array, highest: Array) -> None:
             highest[j] = weight if weight > highest[j] else highest[j]
 
 
-@_compiled()
+@compiled()
 def _code_sums(
     columns: Array,
     scales: Array,
@@ -338,7 +338,7 @@ def _code_sums(
                 code = low if code < low else code
                 code = high if code > high else code
             else:
-                code = _code_near(code, table, low)
+                code = code_near(code, table, low)
             codes[i, j] = code
             squares[i, j] = code * code
             products[i, j] = code * weight
@@ -347,7 +347,7 @@ def _code_sums(
     _add_halves(products)
 
 
-@_compiled()
+@compiled()
 def _nearest_minimum(
     weights: Array,
     minima: Array,
@@ -411,7 +411,7 @@ def _nearest_minimum(
             products_sums[start + j] = best[4, j]
 
 
-@_compiled()
+@compiled()
 def _nearest_symmetric(
     weights: Array,
     scales: Array,
@@ -476,8 +476,8 @@ def fits(*tensors: Tensor | None) -> bool:
 def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest weight of each group, [groups, 1], of float32 [groups, size]."""
     found = torch.empty((2, len(groups), 1))
-    lowest, highest = _array(found.view(torch.int32))[..., 0]
-    _over_threads(_extremes, _groups(groups, groups.shape[1]).view(np.int32), lowest, highest)
+    lowest, highest = array_of(found.view(torch.int32))[..., 0]
+    over_threads(_extremes, _groups(groups, groups.shape[1]).view(np.int32), lowest, highest)
     return found[0], found[1]
 
 
@@ -493,7 +493,7 @@ def values(weight: Tensor, steps: Steps, grid: Grid, *, rounded: bool, out: Tens
         inside: bool [out, in], which is filled with whether each weight was not clipped; or None.
     """
     size = grid.group(weight.shape[1])
-    _over_threads(
+    over_threads(
         _values,
         _groups(weight, size),
         _flat(steps.factors),
@@ -520,10 +520,10 @@ def nearest(groups: Tensor, grid: Grid) -> tuple[Tensor, ...]:
     """
     found = torch.empty((1 if grid.symmetric else 4, len(groups)))
     factors, shifts = np.array(tries(grid), dtype=np.float32).T.copy()
-    _over_threads(
+    over_threads(
         _nearest_symmetric if grid.symmetric else _nearest_minimum,
         _groups(groups, grid.group_size),
-        *_array(found),
+        *array_of(found),
         constants=(
             *((factors,) if grid.symmetric else (factors, shifts)),
             np.float32(1 / grid.divisor),
@@ -551,7 +551,7 @@ def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid
     """
     size = grid.group(weight.shape[1])
     sums = torch.empty(steps.factors.numel())
-    _over_threads(
+    over_threads(
         _learned_gradients,
         _groups(weight, size),
         *_by_type(gradient, size),
@@ -559,7 +559,7 @@ def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid
         _flat(steps.minima),
         _flat(steps.zero_points),
         _groups(out, size),
-        _array(sums),
+        array_of(sums),
         constants=(np.float32(grid.qmin), np.float32(grid.qmax)),
     )
     return sums
@@ -579,7 +579,7 @@ def scaled_codes(
     """
     of_groups = (_flat(scales), _flat(minima), _flat(zero_points))
     size = codes.shape[1]
-    _over_threads(_scaled_codes, _groups(codes, size), *of_groups, *_by_type(out, size))
+    over_threads(_scaled_codes, _groups(codes, size), *of_groups, *_by_type(out, size))
 
 
 def scale_gradients(
@@ -595,8 +595,8 @@ def scale_gradients(
         of_minima: float32 [groups], or None.
     """
     size = codes.shape[1]
-    sums = (_array(of_scales), None if of_minima is None else _array(of_minima))
-    _over_threads(_scale_gradients, *_by_type(gradient, size), _groups(codes, size), _flat(zero_points), *sums)
+    sums = (array_of(of_scales), None if of_minima is None else array_of(of_minima))
+    over_threads(_scale_gradients, *_by_type(gradient, size), _groups(codes, size), _flat(zero_points), *sums)
 
 
 def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
@@ -605,7 +605,7 @@ def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
     All are [out, in]; `out` may be what arrives.
     """
     size = gradient.shape[-1]
-    _over_threads(_stop_clipped, *_by_type(gradient, size), _groups(inside.view(torch.uint8), size), _groups(out, size))
+    over_threads(_stop_clipped, *_by_type(gradient, size), _groups(inside.view(torch.uint8), size), _groups(out, size))
 
 
 def _table(grid: Grid) -> Array | None:
@@ -627,17 +627,17 @@ class _Memory:
         }
 
 
-def _array(tensor: Tensor) -> Array:
+def array_of(tensor: Tensor) -> Array:
     """Return a tensor as an array that shares its memory; after `Tensor.numpy` the memory could never be freed."""
     return np.asarray(_Memory(tensor))
 
 
 def _groups(tensor: Tensor, size: int) -> Array:
-    return _array(tensor.detach().view(-1, size))
+    return array_of(tensor.detach().view(-1, size))
 
 
 def _flat(tensor: Tensor | None) -> Array | None:
-    return None if tensor is None else _array(tensor.detach().reshape(-1))
+    return None if tensor is None else array_of(tensor.detach().reshape(-1))
 
 
 def _by_type(tensor: Tensor, size: int) -> tuple[Array | None, Array | None]:
@@ -647,7 +647,7 @@ def _by_type(tensor: Tensor, size: int) -> tuple[Array | None, Array | None]:
     return _groups(tensor, size), None
 
 
-def _over_threads(loop: Callable[..., None], *arrays: Array | None, constants: tuple[Any, ...] = ()) -> None:
+def over_threads(loop: Callable[..., None], *arrays: Array | None, constants: tuple[Any, ...] = ()) -> None:
     """Run a loop over groups, the first dimension of all arrays, in as many threads as torch uses."""
     count = max(len(array) for array in arrays if array is not None)
     weights = max(array.size for array in arrays if array is not None)

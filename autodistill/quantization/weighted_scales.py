@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from autodistill.quantization import k_quants as super_blocks
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.packing import BF16_EPSILON
-from autodistill.quantization.rounding import fitted_scales
+from autodistill.quantization.rounding import fitted_scales, loops
 
 # How many codes beyond that of the scale rule a group's largest weight would be: it is clipped where that pays.
 _BEYOND = (-1.0, -0.7, -0.4, -0.2, 0.0, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 4.5, 6.5)
@@ -58,36 +59,44 @@ def weighted_scales(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Ten
         part = slice(start, start + at_once)
         groups = weight[part].reshape(-1, columns // size, size)
         first = _Fit.of(groups, counts, grid, scales[part], None if offsets is None else offsets[part])
-        found = _in_blocks(first, groups, counts, grid) if grid.block_size else _one_by_one(first, groups, counts, grid)
+        found = _in_blocks(first, groups, counts, grid) if grid.block_size else _searched(first, groups, counts, grid)
         scales[part] = found.scales
         if offsets is not None and found.offsets is not None:
             offsets[part] = found.offsets
     return scales, offsets
 
 
+def _loops(groups: Tensor) -> ModuleType | None:
+    """The compiled loops, where they can handle groups; else all is done operation by operation."""
+    compiled = loops()
+    if compiled is None or not compiled.fits(groups):
+        return None
+    from autodistill.quantization import weighted_scales_numba
+
+    return weighted_scales_numba
+
+
 class _Fit:
     """Scales and offsets of groups, [out, groups] each, with the weighted squared error that they leave."""
 
-    def __init__(self, scales: Tensor, offsets: Tensor | None, codes: Tensor, error: Tensor) -> None:
-        self.scales, self.offsets, self.codes, self.error = scales, offsets, codes, error
+    def __init__(self, scales: Tensor, offsets: Tensor | None, error: Tensor) -> None:
+        self.scales, self.offsets, self.error = scales, offsets, error
 
     @classmethod
     def of(cls, groups: Tensor, counts: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None) -> _Fit:
         """Round groups, [out, groups, size], under scales and offsets."""
-        step = scales.unsqueeze(-1)
-        divisor = step.masked_fill(step == 0, math.inf)
-        moved = offsets.unsqueeze(-1) if offsets is not None else None
-        if moved is None:
-            codes = _codes(groups / divisor, grid)
+        compiled = _loops(groups)
+        if compiled is not None:
+            return cls(scales, offsets, compiled.errors(groups, counts[0], grid, scales, offsets))
+        codes, step = _codes(groups, grid, scales, offsets), scales.unsqueeze(-1)
+        if offsets is None:
             values = codes * step
         elif grid.offset == "minimum":
-            codes = _codes((groups - moved) / divisor, grid)
-            values = codes * step + moved
+            values = codes * step + offsets.unsqueeze(-1)
         else:
-            codes = _codes(groups / divisor + moved, grid)
-            values = (codes - moved) * step
+            values = (codes - offsets.unsqueeze(-1)) * step
         error = values.sub_(groups).square_().mul_(counts).sum(-1)
-        return cls(scales, offsets, codes, error.nan_to_num_(nan=math.inf))
+        return cls(scales, offsets, error.nan_to_num_(nan=math.inf))
 
     def or_better(self, other: _Fit) -> _Fit:
         """Of each group that of two with less error, this one where they are equal."""
@@ -96,37 +105,59 @@ class _Fit:
         if self.offsets is not None and other.offsets is not None:
             offsets = torch.where(better, other.offsets, self.offsets)
         return _Fit(
-            torch.where(better, other.scales, self.scales),
-            offsets,
-            torch.where(better.unsqueeze(-1), other.codes, self.codes),
-            torch.where(better, other.error, self.error),
+            torch.where(better, other.scales, self.scales), offsets, torch.where(better, other.error, self.error)
         )
 
 
-def _codes(steps: Tensor, grid: Grid) -> Tensor:
+def _codes(groups: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None) -> Tensor:
+    """The codes of groups, [out, groups, size], under scales and offsets."""
+    step = scales.unsqueeze(-1)
+    divisor = step.masked_fill(step == 0, math.inf)
+    if offsets is None:
+        steps = groups / divisor
+    elif grid.offset == "minimum":
+        steps = (groups - offsets.unsqueeze(-1)) / divisor
+    else:
+        steps = groups / divisor + offsets.unsqueeze(-1)
     if grid.codebook:
         found: Tensor = super_blocks.nearest_codes(steps, grid, torch)
         return found
     return steps.round_().clamp_(grid.qmin, grid.qmax)
 
 
-def _one_by_one(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
-    """The best of scales that are stored one by one."""
+def _searched(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
+    """The best of what is tried, and of what that leads to: as a file stores scales one by one, or free of a block."""
+    stored = not grid.block_size
+    compiled = _loops(groups)
+    if compiled is not None:
+        scales, offsets = best.scales.clone(), None if best.offsets is None else best.offsets.clone()
+        compiled.search(groups, counts[0], grid, scales, offsets, _tried(grid), _moves(grid), stored=stored)
+        return _Fit(scales, offsets, best.error)
     for scales, offsets in _tries(groups, grid):
-        best = best.or_better(_Fit.of(groups, counts, grid, *_stored(scales, offsets, grid)))
-    if grid.scale_dtype == "e8m0":
-        return best  # powers of two were all tried that come into question
-    for move in _MOVES:
-        best = best.or_better(_Fit.of(groups, counts, grid, *_stored(*_moved(best, move, groups, counts, grid), grid)))
+        given = _stored(scales, offsets, grid) if stored else (scales, offsets)
+        best = best.or_better(_Fit.of(groups, counts, grid, *given))
+    for move in _moves(grid):
+        codes = _codes(groups, grid, best.scales * move, best.offsets)
+        scales, offsets = _refitted(codes, best.offsets, groups, counts, grid)
+        given = _stored(scales, offsets, grid) if stored else (scales, offsets)
+        best = best.or_better(_Fit.of(groups, counts, grid, *given))
     return best
 
 
-def _moved(best: _Fit, move: float, groups: Tensor, counts: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Scales and offsets that are fitted to the codes which the best give, or which the best times some number give."""
-    codes = best.codes
-    if move != 1.0:
-        codes = _Fit.of(groups, counts, grid, best.scales * move, best.offsets).codes
-    return _refitted(codes, best.offsets, groups, counts, grid)
+def _tried(grid: Grid) -> list[tuple[float, float]]:
+    """What the scales that are tried follow from, for `_tries`."""
+    if not grid.symmetric:
+        return list(_ENDS)
+    if grid.scale_dtype == "e8m0":
+        return [(factor / grid.divisor, 0.0) for factor in (0.5, 1.0, 2.0)]
+    unit = abs(grid.divisor) / 8 if grid.codebook else 1.0
+    divisors = [abs(grid.divisor) + unit * beyond for beyond in _BEYOND]
+    return [(side * divisor, 0.0) for divisor in divisors for side in (1, -1)]
+
+
+def _moves(grid: Grid) -> tuple[float, ...]:
+    """Those of `_MOVES` that a grid has; powers of two were all tried that come into question."""
+    return () if grid.scale_dtype == "e8m0" else _MOVES
 
 
 def _tries(groups: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -135,21 +166,17 @@ def _tries(groups: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor | None]]
     if grid.symmetric:
         largest = torch.where(high > -low, high, low)
         if grid.scale_dtype == "e8m0":
-            power = super_blocks.powers_of_two(largest.contiguous(), torch) / grid.divisor
-            yield from ((power * factor, None) for factor in (0.5, 1.0, 2.0))
-            return
-        unit = abs(grid.divisor) / 8 if grid.codebook else 1.0
-        for beyond in _BEYOND:
-            divisor = abs(grid.divisor) + unit * beyond
-            yield largest / divisor, None
-            yield largest / -divisor, None
+            power = super_blocks.powers_of_two(largest.contiguous(), torch)
+            yield from ((power * factor, None) for factor, _ in _tried(grid))
+        else:
+            yield from ((largest / divisor, None) for divisor, _ in _tried(grid))
         return
     if grid.offset == "zero_point":
         low, high = low.clamp(max=0), high.clamp(min=0)
     elif grid.block_size:
         low = low.clamp(max=0)  # a minimum is subtracted there
     step = (high - low) / grid.levels
-    for below, above in _ENDS:
+    for below, above in _tried(grid):
         least = low + below * step
         scales = (high - above * step - least) / grid.levels
         if grid.offset == "minimum":
@@ -195,16 +222,12 @@ def _refitted(
 
 def _in_blocks(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
     """The best of scales that lie on the grid of their super-blocks, where each block is taken as a whole."""
-    free = best
-    for scales, offsets in _tries(groups, grid):
-        free = free.or_better(_Fit.of(groups, counts, grid, scales, offsets))
-    for move in _MOVES:
-        free = free.or_better(_Fit.of(groups, counts, grid, *_moved(free, move, groups, counts, grid)))
+    free = _searched(best, groups, counts, grid)
     minima, scales = free.offsets, free.scales
     if minima is not None:
         minima = 0.0 - super_blocks.stored(-minima, grid, torch)
-        held = groups - minima.unsqueeze(-1)
-        scales = (free.codes * held * counts).sum(-1) / _positive((free.codes.square() * counts).sum(-1))
+        codes, held = _codes(groups, grid, free.scales, free.offsets), groups - minima.unsqueeze(-1)
+        scales = (codes * held * counts).sum(-1) / _positive((codes.square() * counts).sum(-1))
     found = _Fit.of(groups, counts, grid, super_blocks.stored(scales, grid, torch), minima)
     found = _nudged(found, groups, counts, grid)
     shape = (-1, grid.groups_per_block)

@@ -47,6 +47,21 @@ def test_what_counts_changes_less_and_is_packed_as_it_was_found(name: str) -> No
         assert error(weight, values, importance) < 0.97 * plain
 
 
+@pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if grid.bits <= 5])
+def test_compiled_loops_find_what_single_operations_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = GRIDS[name]
+    weight, importance = matrix(80, 256, 3), importance_of(256, 3)
+    weight[0] *= 1e-6  # whose scales are below the normal numbers of float16
+    weight[1, :64] = 0
+    compiled = found(weight, grid, importance)
+    monkeypatch.setattr("autodistill.quantization.weighted_scales.loops", lambda: None)
+    single = found(weight, grid, importance)
+    # Sums are added up in another order: of two tries that are as good either may be taken.
+    assert (compiled.scales == single.scales).mean() > 0.98
+    left = [error(weight, deploy_tensor(weight, grid, one), importance) for one in (compiled, single)]
+    assert left[0] == pytest.approx(left[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["q4_0", "q5_0", "iq4_nl"])
 def test_other_scales_leave_hardly_less(name: str) -> None:
     """Every float16 of either sign up to twice the plain scale, tried one by one in float64."""

@@ -22,7 +22,8 @@ from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import choices, score, score_teacher
-from autodistill.inference.watching import Taken, chances_of, of_drawn_tokens, watched
+from autodistill.inference.watching import Taken, chances_of, of_drawn_tokens, watched, watched_by_block
+from autodistill.models.families import FAMILIES, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import TYPES
 from autodistill.quantization.grids import Grid, Scales, Storage
@@ -100,6 +101,7 @@ class Bench:
         own: How the teacher's own file stores each tensor, and its scales there, by name; empty where it is on no grid.
         device: Where it lies.
         cut: Whether it is a student, which is not the teacher in any storage.
+        keep: Whether scales that were searched for are kept, a few bits for each weight and type.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Bench:
         device: str = "cpu",
         *,
         cut: bool = False,
+        keep: bool = True,
     ) -> None:
         self.model, self.spec, self.device, self.cut = model, spec, device, cut
         self._own = own
@@ -119,6 +122,12 @@ class Bench:
         self._masters: dict[str, Tensor] = {}
         self._shown: dict[str, Storage] = {}
         self._importance: dict[str, Tensor] = {}
+        self._searched: dict[tuple[str, str], Scales] | None = {} if keep else None
+
+    @property
+    def by_block(self) -> bool:
+        """Whether gradients are taken block by block, of which one alone is held."""
+        return self.spec.architecture in FAMILIES
 
     @property
     def weighed(self) -> bool:
@@ -160,6 +169,8 @@ class Bench:
             for name, found in sums.items()
         }
         self._importance = {name: one + 1 if name in tied else one for name, one in means.items()}
+        if self._searched is not None:
+            self._searched.clear()
 
     def sample(self, name: str, data: TokenSet) -> Sample:
         """Reads text with the teacher as it is."""
@@ -210,6 +221,10 @@ class Bench:
         Yields:
             Some matrices at a time, whose weights are in memory meanwhile: of each what every sequence has.
         """
+        if self.by_block:
+            with self.shown({}):
+                yield from watched_by_block(self.model, self._block, self.spec.layers, names, tokens, seed, self.device)
+            return
         chances, tokens, model = chances_of(tokens, seed), tokens.to(self.device), self.model
 
         def read(index: int) -> tuple[Tensor, Callable[[], Tensor]]:
@@ -220,6 +235,13 @@ class Bench:
         with self.shown({}):
             found = watched(model, names, read, len(tokens), self.device)
             yield {name: [one.pop(name, []) for one in found] for name in names}
+
+    @contextmanager
+    def _block(self, index: int) -> Iterator[list[str]]:
+        """Within the context a block has its weights; gives their names."""
+        family = get_family(self.spec.architecture)
+        parts = {tensor.name: family.layer_part(tensor.name) for tensor in self.spec.tensors}
+        yield [name for name, part in parts.items() if part is not None and part[0] == index]
 
     def measure_weights(
         self, weights: Iterable[tuple[str, Tensor]], cache_types: tuple[str, str], samples: Sequence[Sample]
@@ -267,8 +289,14 @@ class Bench:
         importance = self._importance.get(name)
         if importance is None or not isinstance(storage, Grid) or storage.bits > _MOST_BITS:
             return None
+        known = None if self._searched is None else self._searched.get((name, storage.name))
+        if known is not None:
+            return known
         scales, offsets = weighted_scales(self.master(name) if weight is None else weight, storage, importance)
-        return Scales(scales.cpu().numpy(), None if offsets is None else offsets.cpu().numpy())
+        found = Scales(scales.cpu().numpy(), None if offsets is None else offsets.cpu().numpy())
+        if self._searched is not None:
+            self._searched[name, storage.name] = found
+        return found
 
     def keeps(self, name: str, storage: Storage) -> bool:
         """Whether a storage leaves a tensor as it is."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from autodistill import inference, quantization
 from autodistill.errors import InputError
+from autodistill.estimates.solving import BLOCK_TOKENS, PASS_TOKENS
 from autodistill.inference.batching import map_sequences
 from autodistill.inference.watching import Taken
 from autodistill.search.solve.bench import Bench, Measured, Sample
@@ -25,8 +27,8 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.utils.hashing import content_hash, file_hash
 from autodistill.utils.json_files import read_json, write_json
 
-_PASS_TOKENS = 1024  # that are read forward and backward at once
 _FACTORS = (0.5, 4.0)  # between which lies what tokens have in common
+_SAVED_SECONDS = 10.0  # after which what is scored in a pass is written
 _IN_A_LAYER = re.compile(r"\.\d+\.(.+?)(?:\.weight)?$")
 
 
@@ -73,14 +75,19 @@ class Library:
         self._told = False  # that they cannot be kept
 
     def build(self) -> None:
-        """Scores what is not in the file yet; it is written after each pass."""
+        """Scores what is not in the file yet; it is written after each pass, and every few seconds of one."""
         passes = list(self._passes())
-        missing = [index for index in range(len(passes)) if str(index) not in self._held["passes"]]
-        for index in missing:
+        for index, part in enumerate(passes):
+            known = self._held["passes"].setdefault(str(index), {})
+            if known.keys() >= self._options.matrices.keys():
+                continue
             self._notify(f"scoring all matrices by gradients, pass {index + 1} of {len(passes)}")
-            tokens = torch.from_numpy(self._sample.data.tokens[passes[index]].astype(np.int64))
-            sums = _second_order(self._bench, self._options, tokens, index)
-            self._held["passes"][str(index)] = sums
+            tokens, saved = torch.from_numpy(self._sample.data.tokens[part].astype(np.int64)), time.monotonic()
+            for sums in _second_order(self._bench, self._options, tokens, index, known):
+                known |= sums
+                if time.monotonic() > saved + _SAVED_SECONDS:
+                    self._save()
+                    saved = time.monotonic()
             self._save()
         for name, kind in self._exact():
             if _key(name, kind) not in self._held["exact"]:
@@ -90,7 +97,7 @@ class Library:
 
     def _passes(self) -> Iterator[slice]:
         sequences, length = self._sample.data.tokens.shape
-        at_once = max(1, _PASS_TOKENS // length)
+        at_once = max(1, (BLOCK_TOKENS if self._bench.by_block else PASS_TOKENS) // length)
         return (slice(start, min(start + at_once, sequences)) for start in range(0, sequences, at_once))
 
     def _exact(self) -> Iterator[tuple[str, str]]:
@@ -233,7 +240,9 @@ _Sums: TypeAlias = dict[str, _OfTypes]
 """The same by matrix."""
 
 
-def _second_order(bench: Bench, options: Options, tokens: Tensor, seed: int) -> _Sums:
+def _second_order(
+    bench: Bench, options: Options, tokens: Tensor, seed: int, known: Container[str] = ()
+) -> Iterator[_Sums]:
     """Half the mean squared change of the log-probability of drawn tokens, by matrix, type and sequence.
 
     Args:
@@ -241,29 +250,36 @@ def _second_order(bench: Bench, options: Options, tokens: Tensor, seed: int) -> 
         options: Matrices and their types.
         tokens: int64 [sequences, length].
         seed: Of the tokens that are drawn.
+        known: Matrices that are not scored.
+
+    Yields:
+        The scores of some matrices.
     """
-    sums: _Sums = {}
     for part in bench.watched(list(options.matrices), tokens, seed):
-        names = list(part)
+        names = [name for name in part if name not in known]
+        pairs = [(name, kind) for name in names for kind in options.kinds(options.matrices[name])]
 
-        def score(index: int, names: list[str] = names, part: dict[str, list[Taken]] = part) -> _OfTypes:
-            """Return the scores of all types of a matrix, by its place in the part."""
-            name = names[index]
-            # Given up one by one: gradients of all matrices take more memory than what is made of them.
-            taken = part.pop(name)
-            weight, found = bench.master(name), {}
-            for kind in options.kinds(options.matrices[name]):
-                change = bench.stored(name, options.held[kind], weight) - weight
-                if not change.any():
-                    found[kind] = [[0.0] * len(tokens)] * 2
-                    continue
-                apart, together = zip(*moved(taken, bench.matrices(name, change)), strict=True)
-                scale = 2 * tokens.shape[1]
-                found[kind] = [[one / scale for one in apart], [one / scale for one in together]]
-            return found
+        def score(
+            index: int, pairs: list[tuple[str, str]] = pairs, part: dict[str, list[Taken]] = part
+        ) -> list[list[float]]:
+            """Return the scores of a matrix in a type, by its place among the pairs."""
+            name, kind = pairs[index]
+            weight = bench.master(name)
+            change = bench.stored(name, options.held[kind], weight) - weight
+            if not change.any():
+                return [[0.0] * len(tokens)] * 2
+            scale = 2 * tokens.shape[1]
+            apart, together = zip(*moved(part[name], bench.matrices(name, change)), strict=True)
+            return [[one / scale for one in apart], [one / scale for one in together]]
 
-        sums |= zip(names, map_sequences(score, len(names), bench.device), strict=True)
-    return sums
+        sums: _Sums = {name: {} for name in names}
+        for (name, kind), found in zip(pairs, map_sequences(score, len(pairs), bench.device), strict=True):
+            sums[name][kind] = found
+            if kind == options.kinds(options.matrices[name])[-1]:
+                # Given up one by one: gradients of all matrices take more memory than what is made of them.
+                del part[name]
+        if sums:
+            yield sums
 
 
 def moved(taken: list[Taken], changes: Tensor) -> Iterator[tuple[float, float]]:

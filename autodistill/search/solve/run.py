@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +29,7 @@ from autodistill.search.solve.forms import WHOLE, may_cut, named, smallest
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
+from autodistill.search.solve.shapes import Shapes
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
 from autodistill.utils.file_locks import alone
@@ -58,14 +59,15 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
         VerificationError: The solution, exported, is not what was measured.
     """
     opened = open_request(request)
-    found = [_solved(one, opened, notify) for one in opened.options]
+    shapes = cache(partial(opened.shapes, notify))  # what is read to cut a teacher is read once
+    found = [_solved(one, opened, shapes, notify) for one in opened.options]
     solutions = [one for one in found if one is not None]
     with suppress(OSError, InputError):  # a full disk loses a line that pick would show
         if request.runtime == "llama.cpp":
             keep_solved(request.cache, opened.teacher.fingerprint, _known(solutions, opened))
     document = _document(opened, found)
     if request.export:
-        document["exported"] = _exported(solutions[0], opened, notify)
+        document["exported"] = _exported(solutions[0], opened, shapes, notify)
     if request.out is not None:
         try:
             write_json(request.out / DOCUMENT, document)
@@ -74,7 +76,9 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
     return document
 
 
-def _solved(options: Options, opened: Opened, notify: Callable[[str], None]) -> dict[str, Any] | None:
+def _solved(
+    options: Options, opened: Opened, shapes: Callable[[], Shapes], notify: Callable[[str], None]
+) -> dict[str, Any] | None:
     """The solution of a budget and its rivals, as plain data; None where nothing fits."""
     _, _, least = smallest(options)
     if least > options.budget.memory_bytes:
@@ -83,7 +87,7 @@ def _solved(options: Options, opened: Opened, notify: Callable[[str], None]) -> 
         use(path)
         library = Library(path, opened.bench, options, opened.calibration, notify)
         library.build()
-        return of_budget(opened, options, library, partial(opened.shapes, notify))
+        return of_budget(opened, options, library, shapes)
 
 
 def _document(opened: Opened, found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
@@ -117,7 +121,9 @@ def _chosen(solved: Mapping[str, Any], candidates: Sequence[Candidate], options:
     return Deployment.from_json(solved["solution"]["deployment"]) if winner is None else winner.fitting(options)
 
 
-def _exported(solved: Mapping[str, Any], opened: Opened, notify: Callable[[str], None]) -> dict[str, Any]:
+def _exported(
+    solved: Mapping[str, Any], opened: Opened, shapes: Callable[[], Shapes], notify: Callable[[str], None]
+) -> dict[str, Any]:
     """Writes what was chosen and verifies it in its runtime; a cut student is laid down beside the teacher's text."""
     request, options, teacher, bench = opened.request, opened.options[0], opened.teacher, opened.bench
     assert request.out is not None
@@ -127,12 +133,12 @@ def _exported(solved: Mapping[str, Any], opened: Opened, notify: Callable[[str],
     with ExitStack() as stack:
         if init != WHOLE:
             with alone(opened.library_file(options)):
-                bench = opened.shapes(notify).student(init)
+                bench = shapes().student(init)
             folder = Path(stack.enter_context(TemporaryDirectory(prefix=".student-", dir=request.cache)))
             save_student(bench.model, teacher.folder, folder)
             teacher = replace(teacher, folder=folder)
         if isinstance(chosen, Deployment) and solved["solution"]["compensated"]:
-            chosen = compensate(bench, chosen, opened.calibration.data)
+            chosen = compensate(bench, chosen, opened.compensation)
         return export(bench, teacher, chosen, options.budget, opened.data, request.out)
 
 

@@ -123,7 +123,7 @@ class Shapes:
         bench, spec = self._bench, self._bench.spec
         self._notify("scoring narrower FFNs of all layers by gradients")
         names, tokens = last_matrices(spec), torch.from_numpy(self._text.tokens.astype(np.int64))
-        (taken,) = bench.watched(names, tokens, 0)
+        taken = {name: one for part in bench.watched(names, tokens, 0) for name, one in part.items()}
         with bench.shown({}):
             moments = self._moments
             found = ffn_moments(bench.model, self._calibration.text, bench.device) if moments is None else moments

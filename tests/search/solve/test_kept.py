@@ -27,25 +27,30 @@ from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils import json_files
 
 SIZES: dict[str, Any] = {"layers": 2, "width": 64, "heads": 2, "kv_heads": 1, "ffn": 64}
-# A process that ends in the middle of a file, after so many messages, so that nothing can be cleaned up any more.
+# A process that ends in the middle of one of its files of scores, so that nothing can be cleaned up any more. They are
+# written after each block.
 KILLED = """
 import os, sys
 from pathlib import Path
 from autodistill.hardware.budget import Budget
-from autodistill.search.solve import SolveRequest, solve
+from autodistill.search.solve import SolveRequest, library, solve
 from autodistill.utils import json_files
 
 teacher, data, cache, number = sys.argv[1:]
-told = []
+library._SAVED_SECONDS, put, written = 0.0, json_files.put, []
 
-def notify(line):
-    told.append(line)
-    if len(told) == int(number):
-        json_files.put = lambda temporary, path: os._exit(9)
+def dying(temporary, path):
+    if Path(path).parent.name == "solve":
+        written.append(path)
+    if len(written) == int(number):
+        os._exit(9)
+    put(temporary, path)
+
+json_files.put = dying
 
 budgets = (Budget(memory_bytes=10**9, context=256),)
 load = {"tokens": 2048, "sequence_length": 64}
-solve(SolveRequest(budgets=budgets, cache=Path(cache), teacher=teacher, data=data, **load), notify)
+solve(SolveRequest(budgets=budgets, cache=Path(cache), teacher=teacher, data=data, **load))
 """
 
 
@@ -70,20 +75,21 @@ def found(teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     return solve(asked(teacher, text, tmp_path_factory.mktemp("cache")))
 
 
-def test_a_process_that_is_killed_between_its_passes_leaves_what_it_scored_and_the_same_solution(
+def test_a_process_that_is_killed_in_its_pass_leaves_what_it_scored_and_the_same_solution(
     found: dict[str, Any], teacher: Path, text: Path, tmp_path: Path
 ) -> None:
-    # While the scores of its second pass are written, after those of the first.
+    # While the scores of a second block are written, after those of the last.
     words = [sys.executable, "-c", KILLED, str(teacher), str(text), str(tmp_path), "2"]
     killed = subprocess.run(words, check=False, capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr
     (file,) = (one for one in (tmp_path / "solve").glob("*.json") if not one.name.startswith("."))
     held = json_files.read_json(file)
-    assert (list(held["passes"]), held["exact"]) == (["0"], {})
+    assert held["exact"] == {}
+    assert {name.split(".")[2] for name in held["passes"]["0"]} == {"1"}
     told: list[str] = []
     again = solve(asked(teacher, text, tmp_path), told.append)
     assert again["solutions"] == found["solutions"]
-    assert [line for line in told if "gradients" in line] == ["scoring all matrices by gradients, pass 2 of 2"]
+    assert [line for line in told if "gradients" in line] == ["scoring all matrices by gradients, pass 1 of 1"]
 
 
 def test_a_full_disk_is_told_once_and_costs_no_solution(
@@ -93,7 +99,7 @@ def test_a_full_disk_is_told_once_and_costs_no_solution(
     saved: list[Path] = []
 
     def filling(path: Path, data: Any) -> None:
-        if len(saved) == 2:
+        if len(saved) == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         saved.append(path)
         wrote(path, data)
@@ -105,7 +111,7 @@ def test_a_full_disk_is_told_once_and_costs_no_solution(
     assert full["solutions"] == found["solutions"]
     (line,) = (line for line in told if "cannot be kept" in line)
     assert "No space left on device" in line
-    assert len(json_files.read_json(saved[0])["passes"]) == 2
+    assert list(json_files.read_json(saved[0])["passes"]) == ["0"]
     told.clear()
     assert solve(asked(teacher, text, tmp_path), told.append)["solutions"] == found["solutions"]
     assert not any("gradients" in line for line in told)

@@ -92,7 +92,7 @@ def _made_up(
 
     def measure(*texts: Sample) -> tuple[Measured, ...]:
         """Return what it does on each text."""
-        made = compensate(bench, best.deployment, opened.calibration.data)
+        made = compensate(bench, best.deployment, opened.compensation)
         return bench.measure_weights(made.weights(bench), best.deployment.cache_types, texts)
 
     key = f"compensated {content_hash([best.init.to_json(), best.deployment.to_json()], 16)}"

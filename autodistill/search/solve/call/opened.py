@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from autodistill.data.dataset import Prepared, load_split
+from autodistill.data.dataset import Prepared, TokenSet, load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.data.tokenization import check_ids
@@ -14,9 +14,11 @@ from autodistill.distillation.teacher.any_model import is_known, spec_of
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError
+from autodistill.estimates.solving import COMPENSATION_TOKENS
 from autodistill.export.gguf_mixtures import cannot_write
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.models.spec import ModelSpec
 from autodistill.search.solve.bench import Bench, Sample, load_bench
 from autodistill.search.solve.call.request import SolveRequest, check_fits, options_of, within_context
 from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
@@ -43,6 +45,7 @@ class Opened:
         data: The text, in tokens.
         bench: The teacher, loaded.
         calibration, held_out: Text on which is chosen, and on which is told.
+        compensation: Text whose inputs say how errors are made up for; the calibration text is part of it.
     """
 
     request: SolveRequest
@@ -56,6 +59,7 @@ class Opened:
     bench: Bench
     calibration: Sample
     held_out: Sample
+    compensation: TokenSet
 
     @property
     def _tokens(self) -> tuple[int, ...]:
@@ -112,7 +116,9 @@ def open_request(request: SolveRequest) -> Opened:
     fingerprint = tokenizer_fingerprint(teacher.folder)
     data = prepare(source, teacher.folder, fingerprint, request.sequence_length, request.cache)
     bench = load_bench(teacher, spec, own) if options[0].cuts else load_streamed(teacher, spec, own)
-    calibration, held_out = _samples(request, data, bench)
+    train, validation = _texts(request, data, spec)
+    calibration = bench.sample("calibration", train.head(request.tokens))
+    held_out = bench.sample("held-out", validation.head(2 * request.tokens))
     if is_known(config):  # of others a file has no place for scales that were searched for
         bench.weigh(calibration.data)
     return Opened(
@@ -127,15 +133,16 @@ def open_request(request: SolveRequest) -> Opened:
         bench=bench,
         calibration=calibration,
         held_out=held_out,
+        compensation=train.head(max(request.tokens, COMPENSATION_TOKENS)),
     )
 
 
-def _samples(request: SolveRequest, data: Prepared, bench: Bench) -> tuple[Sample, Sample]:
+def _texts(request: SolveRequest, data: Prepared, spec: ModelSpec) -> tuple[TokenSet, TokenSet]:
+    """The text to choose on, and the one to tell of."""
     train, validation = load_split(data.folder, "train"), load_split(data.folder, "validation")
-    check_ids(int(max(train.tokens.max(initial=0), validation.tokens.max(initial=0))), bench.spec.vocabulary, "teacher")
+    check_ids(int(max(train.tokens.max(initial=0), validation.tokens.max(initial=0))), spec.vocabulary, "teacher")
     if train.tokens.size < 2 * request.sequence_length:
         raise InputError(
             f"{request.data} has less than two sequences of {request.sequence_length} tokens: give more text"
         )
-    calibration = bench.sample("calibration", train.head(request.tokens))
-    return calibration, bench.sample("held-out", validation.head(2 * request.tokens))
+    return train, validation

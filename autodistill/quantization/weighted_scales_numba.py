@@ -1,0 +1,437 @@
+"""Scales by importance on a CPU, in loops compiled by numba: all that is tried of a group while it is in the cache.
+
+They do what `weighted_scales` does operation by operation. Sums are added up in another order, so that of two tries
+that are as good either may be taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autodistill.quantization.grids import Grid
+from autodistill.quantization.k_quants import LEAST_POWER
+from autodistill.quantization.packing import BF16_EPSILON
+from autodistill.quantization.rounding_numba import Array, array_of, compiled, over_threads, upper_half
+
+# What stands beside a code, as a number: within compiled loops there are no names.
+_NOTHING, _MINIMUM, _ZERO_POINT = range(3)
+_OFFSETS = {"none": _NOTHING, "minimum": _MINIMUM, "zero_point": _ZERO_POINT}
+# What a scale is rounded to: nothing, since its block's grid is to come; or the type that it is stored in.
+_FREE, _HALF, _BRAIN, _POWER = range(4)
+_TYPES = {"f16": _HALF, "bf16": _BRAIN, "e8m0": _POWER}
+# Rows of which a group each is searched side by side, in columns of a table in the nearest cache.
+_ROWS = 64
+_ZERO, _ONE, _ENDLESS = np.float32(0.0), np.float32(1.0), np.float32(math.inf)
+# Of float16: the least number with all its digits, what lies below it is a multiple of, its inverse, and the least that
+# is rounded to infinity. Of a float32's bits: those that are rounded away, half of what is kept of them, and infinity.
+_NORMAL, _UNIT, _UNITS, _TOO_LARGE = (
+    np.float32(2.0**-14),
+    np.float32(2.0**-24),
+    np.float32(2.0**24),
+    np.float32(65520),
+)
+_LOST, _BELOW_HALF, _BITS, _FIRST = np.uint32(13), np.uint32(0xFFF), np.uint32(0xFFFFE000), np.uint32(1)
+_UPPER, _INFINITY = np.uint32(16), np.uint32(0x7F800000)
+_EPSILON, _LEAST = np.float32(BF16_EPSILON), np.float32(LEAST_POWER)
+
+
+@compiled()
+def _as_half(value: np.float32) -> np.float32:
+    """Round a float32 to a value of float16, ties to even."""
+    size = value if value > _ZERO else -value
+    bits = np.float32(value).view(np.uint32)
+    large = np.uint32((bits + _BELOW_HALF + ((bits >> _LOST) & _FIRST)) & _BITS).view(np.float32)
+    large = large if size < _TOO_LARGE else value * _ENDLESS
+    return np.rint(value * _UNITS) * _UNIT if size < _NORMAL else large
+
+
+@compiled()
+def _as_brain(value: np.float32) -> np.float32:
+    """Round a float32 to a value of bfloat16, ties to even, and 0 to the least scale of compressed-tensors."""
+    found = np.uint32(upper_half(np.float32(value).view(np.uint32)) << _UPPER).view(np.float32)
+    return _EPSILON if found == _ZERO else found
+
+
+@compiled()
+def _round_scales(scales: Array, offsets: Array, stored: int, beside: int, low: np.float32, high: np.float32) -> None:
+    """Round scales and offsets to what a file holds one by one, as `weighted_scales._stored`."""
+    if stored == _HALF:
+        for j in range(_ROWS):
+            scales[j] = _as_half(scales[j])
+        if beside == _MINIMUM:
+            for j in range(_ROWS):
+                offsets[j] = _as_half(offsets[j])
+    elif stored == _BRAIN:
+        for j in range(_ROWS):
+            scales[j] = _as_brain(scales[j])
+    elif stored == _POWER:
+        for j in range(_ROWS):
+            scales[j] = scales[j] if scales[j] > _LEAST else _LEAST
+    if beside == _ZERO_POINT:
+        for j in range(_ROWS):
+            offset = offsets[j] if offsets[j] > low else low
+            offsets[j] = offset if offset < high else high
+
+
+@compiled()
+def _inverted(scales: Array, factor: np.float32, inverses: Array) -> None:
+    for j in range(_ROWS):
+        scale = scales[j] * factor
+        inverses[j] = _ZERO if scale == _ZERO else _ONE / scale
+
+
+@compiled()
+def _code(step: np.float32, low: np.float32, high: np.float32) -> np.float32:
+    """Round a step to a code; what is no number stays none."""
+    code = np.rint(step)
+    code = low if code < low else code
+    return high if code > high else code
+
+
+@compiled()
+def _on_codebook(columns: Array, i: int, inverses: Array, middles: Array, steps: Array, codes: Array) -> None:
+    """Write the nearest codes of a codebook, as `k_quants.nearest_codes`; what is no number has the first.
+
+    Middles are those between codes, each with the step from the lower code to the higher; the first has the least code.
+    """
+    for j in range(_ROWS):
+        steps[j] = columns[i, j] * inverses[j]
+        codes[j] = middles[0, 1]
+    for k in range(1, len(middles)):
+        middle, rise = middles[k, 0], middles[k, 1]
+        for j in range(_ROWS):
+            codes[j] += rise if steps[j] >= middle else _ZERO
+
+
+# A product and a sum may be one operation.
+@compiled(fastmath={"contract"})
+def _left(
+    columns: Array,
+    counts: Array,
+    scales: Array,
+    offsets: Array,
+    inverses: Array,
+    beside: int,
+    low: np.float32,
+    high: np.float32,
+    middles: Array,
+    left: Array,
+) -> None:
+    """Write the weighted squared error that scales and offsets leave; what is no number is endless."""
+    steps, codes = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
+    _inverted(scales, _ONE, inverses)
+    left[:] = _ZERO
+    for i in range(len(columns)):
+        count = counts[i]
+        if len(middles):
+            _on_codebook(columns, i, inverses, middles, steps, codes)
+            for j in range(_ROWS):
+                error = codes[j] * scales[j] - columns[i, j]
+                left[j] += error * error * count
+        elif beside == _NOTHING:
+            for j in range(_ROWS):
+                error = _code(columns[i, j] * inverses[j], low, high) * scales[j] - columns[i, j]
+                left[j] += error * error * count
+        elif beside == _MINIMUM:
+            for j in range(_ROWS):
+                above = columns[i, j] - offsets[j]
+                error = _code(above * inverses[j], low, high) * scales[j] - above
+                left[j] += error * error * count
+        else:
+            for j in range(_ROWS):
+                code = _code(columns[i, j] * inverses[j] + offsets[j], low, high)
+                error = (code - offsets[j]) * scales[j] - columns[i, j]
+                left[j] += error * error * count
+    for j in range(_ROWS):
+        left[j] = left[j] if left[j] == left[j] else _ENDLESS
+
+
+@compiled(fastmath={"contract"})
+def _refit(
+    columns: Array,
+    counts: Array,
+    scales: Array,
+    offsets: Array,
+    inverses: Array,
+    beside: int,
+    low: np.float32,
+    high: np.float32,
+    middles: Array,
+    factor: np.float32,
+    bounded: bool,
+    sums: Array,
+    fitted: Array,
+    moved: Array,
+) -> None:
+    """As `weighted_scales._refitted`, of the codes that scales times a factor give."""
+    steps, codes = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
+    _inverted(scales, factor, inverses)
+    sums[:] = _ZERO
+    total = _ZERO
+    for i in range(len(columns)):
+        count = counts[i]
+        total += count
+        if len(middles):
+            _on_codebook(columns, i, inverses, middles, steps, codes)
+            for j in range(_ROWS):
+                sums[0, j] += codes[j] * codes[j] * count
+                sums[1, j] += codes[j] * columns[i, j] * count
+        elif beside == _NOTHING:
+            for j in range(_ROWS):
+                weight = columns[i, j]
+                code = _code(weight * inverses[j], low, high)
+                sums[0, j] += code * code * count
+                sums[1, j] += code * weight * count
+        elif beside == _MINIMUM:
+            for j in range(_ROWS):
+                weight = columns[i, j]
+                code = _code((weight - offsets[j]) * inverses[j], low, high)
+                sums[0, j] += code * code * count
+                sums[1, j] += code * weight * count
+                sums[2, j] += code * count
+                sums[3, j] += weight * count
+        else:
+            for j in range(_ROWS):
+                weight = columns[i, j]
+                code = _code(weight * inverses[j] + offsets[j], low, high) - offsets[j]
+                sums[0, j] += code * code * count
+                sums[1, j] += code * weight * count
+    for j in range(_ROWS):
+        squares, products = sums[0, j], sums[1, j]
+        scale, offset = products / (squares if squares > _ZERO else _ONE), offsets[j]
+        if beside == _MINIMUM:
+            of_codes, weights = sums[2, j], sums[3, j]
+            spread = squares * total - of_codes * of_codes
+            slope = (products * total - of_codes * weights) / (spread if spread > _ZERO else _ONE)
+            offset = (weights - slope * of_codes) / total
+            scale = scale if bounded and offset > _ZERO else slope
+            offset = _ZERO if bounded and offset > _ZERO else offset
+        fitted[j] = scale
+        moved[j] = offset
+
+
+@compiled()
+def _better(
+    scales: Array, offsets: Array, left: Array, best_scales: Array, best_offsets: Array, best_left: Array
+) -> None:
+    for j in range(_ROWS):
+        better = left[j] < best_left[j]
+        best_scales[j] = scales[j] if better else best_scales[j]
+        best_offsets[j] = offsets[j] if better else best_offsets[j]
+        best_left[j] = left[j] if better else best_left[j]
+
+
+@compiled()
+def _try(
+    number: int,
+    tries: Array,
+    lowest: Array,
+    highest: Array,
+    beside: int,
+    stored: int,
+    bounded: bool,
+    low: np.float32,
+    levels: np.float32,
+    scales: Array,
+    offsets: Array,
+) -> None:
+    """As `weighted_scales._tries`, one of them."""
+    first, second = tries[number, 0], tries[number, 1]
+    if beside == _NOTHING:
+        for j in range(_ROWS):
+            largest = highest[j] if highest[j] > -lowest[j] else lowest[j]
+            scales[j] = largest * first if stored == _POWER else largest / first
+        return
+    for j in range(_ROWS):
+        step = (highest[j] - lowest[j]) / levels
+        least = lowest[j] + first * step
+        scale = (highest[j] - second * step - least) / levels
+        scales[j] = scale
+        if beside == _MINIMUM:
+            offsets[j] = _ZERO if bounded and least > _ZERO else least
+        else:
+            offset = low - least / scale
+            offsets[j] = np.rint(offset) if offset == offset else _ZERO
+
+
+@compiled()
+def _in_columns(weights: Array, start: int, place: int, columns: Array) -> None:
+    """Copy a group of some rows into columns; those beyond the last row have the first of them."""
+    rows, _, size = weights.shape
+    for j in range(_ROWS):
+        row = start + j if start + j < rows else start
+        for i in range(size):
+            columns[i, j] = weights[row, place, i]
+
+
+@compiled()
+def _ends(columns: Array, beside: int, bounded: bool, power: bool, lowest: Array, highest: Array) -> None:
+    """Write the smallest and the largest weight of groups, as tries begin with them."""
+    lowest[:] = columns[0]
+    highest[:] = columns[0]
+    for i in range(1, len(columns)):
+        for j in range(_ROWS):
+            weight = columns[i, j]
+            lowest[j] = weight if weight < lowest[j] else lowest[j]
+            highest[j] = weight if weight > highest[j] else highest[j]
+    for j in range(_ROWS):
+        if beside == _ZERO_POINT or bounded:
+            lowest[j] = _ZERO if lowest[j] > _ZERO else lowest[j]
+        if beside == _ZERO_POINT:
+            highest[j] = _ZERO if highest[j] < _ZERO else highest[j]
+    if power:
+        # Of the larger magnitude the largest power of two in it.
+        bits = highest.view(np.uint32)
+        for j in range(_ROWS):
+            highest[j] = highest[j] if highest[j] > -lowest[j] else -lowest[j]
+            bits[j] = bits[j] & _INFINITY
+        lowest[:] = _ZERO
+
+
+@compiled()
+def _search(
+    weights: Array,
+    scales: Array,
+    offsets: Array,
+    counts: Array,
+    tries: Array,
+    moves: Array,
+    beside: int,
+    stored: int,
+    bounded: bool,
+    low: np.float32,
+    high: np.float32,
+    levels: np.float32,
+    middles: Array,
+) -> None:
+    rows, places, size = weights.shape
+    columns = np.empty((size, _ROWS), np.float32)
+    scale, offset = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
+    left, inverse = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
+    lowest, highest = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
+    best_scale, best_offset = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
+    best_left, sums = np.empty(_ROWS, np.float32), np.empty((4, _ROWS), np.float32)
+    for start in range(0, rows, _ROWS):
+        for place in range(places):
+            _in_columns(weights, start, place, columns)
+            count = counts[place]
+            for j in range(_ROWS):
+                row = start + j if start + j < rows else start
+                best_scale[j], best_offset[j] = scales[row, place], offsets[row, place]
+            _left(columns, count, best_scale, best_offset, inverse, beside, low, high, middles, best_left)
+            _ends(columns, beside, bounded, stored == _POWER, lowest, highest)
+            for number in range(len(tries)):
+                _try(number, tries, lowest, highest, beside, stored, bounded, low, levels, scale, offset)
+                _round_scales(scale, offset, stored, beside, low, high)
+                _left(columns, count, scale, offset, inverse, beside, low, high, middles, left)
+                _better(scale, offset, left, best_scale, best_offset, best_left)
+            for number in range(len(moves)):
+                _refit(
+                    *(columns, count, best_scale, best_offset, inverse, beside, low, high, middles, moves[number]),
+                    *(bounded, sums, scale, offset),
+                )
+                _round_scales(scale, offset, stored, beside, low, high)
+                _left(columns, count, scale, offset, inverse, beside, low, high, middles, left)
+                _better(scale, offset, left, best_scale, best_offset, best_left)
+            for j in range(min(_ROWS, rows - start)):
+                scales[start + j, place], offsets[start + j, place] = best_scale[j], best_offset[j]
+
+
+@compiled()
+def _errors(
+    weights: Array,
+    scales: Array,
+    offsets: Array,
+    found: Array,
+    counts: Array,
+    beside: int,
+    low: np.float32,
+    high: np.float32,
+    middles: Array,
+) -> None:
+    rows, places, size = weights.shape
+    columns, inverse = np.empty((size, _ROWS), np.float32), np.empty(_ROWS, np.float32)
+    scale, offset = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
+    left = np.empty(_ROWS, np.float32)
+    for start in range(0, rows, _ROWS):
+        for place in range(places):
+            _in_columns(weights, start, place, columns)
+            for j in range(_ROWS):
+                row = start + j if start + j < rows else start
+                scale[j], offset[j] = scales[row, place], offsets[row, place]
+            _left(columns, counts[place], scale, offset, inverse, beside, low, high, middles, left)
+            for j in range(min(_ROWS, rows - start)):
+                found[start + j, place] = left[j]
+
+
+def search(
+    groups: Tensor,
+    counts: Tensor,
+    grid: Grid,
+    scales: Tensor,
+    offsets: Tensor | None,
+    tries: Sequence[tuple[float, float]],
+    moves: Sequence[float],
+    *,
+    stored: bool,
+) -> None:
+    """Write the best scales and offsets over those that are given, which are among what is tried.
+
+    Args:
+        groups: float32 [out, groups, size].
+        counts: float32 [groups, size], what a square of each column counts.
+        grid: The grid.
+        scales, offsets: float32 [out, groups]; no offsets of a symmetric grid.
+        tries, moves: As `weighted_scales` has them.
+        stored: Whether scales are rounded to what a file holds one by one; else they are free.
+    """
+    over_threads(
+        _search,
+        array_of(groups),
+        array_of(scales),
+        array_of(torch.zeros_like(scales) if offsets is None else offsets),
+        constants=(
+            array_of(counts),
+            np.array(tries, dtype=np.float32),
+            np.array(moves, dtype=np.float32),
+            *(_OFFSETS[grid.offset], _TYPES[grid.scale_dtype] if stored else _FREE),
+            bool(grid.block_size) and grid.offset == "minimum",
+            *(np.float32(bound) for bound in (grid.qmin, grid.qmax, grid.levels)),
+            _middles(grid),
+        ),
+    )
+
+
+def errors(groups: Tensor, counts: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None) -> Tensor:
+    """Return the weighted squared error that scales and offsets leave of each group, float32 [out, groups].
+
+    Args:
+        groups, counts, grid, scales, offsets: As for `search`.
+    """
+    found = torch.empty_like(scales)
+    over_threads(
+        _errors,
+        array_of(groups),
+        array_of(scales),
+        array_of(torch.zeros_like(scales) if offsets is None else offsets),
+        array_of(found),
+        constants=(
+            array_of(counts),
+            _OFFSETS[grid.offset],
+            *(np.float32(bound) for bound in (grid.qmin, grid.qmax)),
+            _middles(grid),
+        ),
+    )
+    return found
+
+
+def _middles(grid: Grid) -> Array:
+    """The middles between the codes of a codebook, for `_on_codebook`; none where all codes are."""
+    held = np.unique(np.array(grid.codebook, dtype=np.float32))
+    lower = np.concatenate([held[:1] - held[:1], held[:-1]])
+    return np.stack([(held + lower) / 2, held - lower], axis=1)
