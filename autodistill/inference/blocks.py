@@ -103,9 +103,11 @@ def second_moments(rows: Sequence[Tensor]) -> Tensor:
     # What lies above the diagonal is as what lies below.
     step = -(-columns // _PARTS)
     for start in range(0, columns, step):
-        part = slice(start, start + step)
-        found[part, start:] = joined[:, part].T @ joined[:, start:]
-        found[start:, part] = found[part, start:].T
+        part, behind = slice(start, start + step), slice(start + step, None)
+        own = joined[:, part].T @ joined[:, part]
+        found[part, part] = (own + own.T) / 2
+        found[part, behind] = joined[:, part].T @ joined[:, behind]
+        found[behind, part] = found[part, behind].T
     return found / len(joined)
 
 
