@@ -130,3 +130,7 @@ class RemoteError(AutoDistillError):
 
 class VerificationError(AutoDistillError):
     """An exported artifact, loaded again, is not what was evaluated."""
+
+
+class RuntimeDiffersError(VerificationError):
+    """A runtime does not do with an exported artifact, whose weights are right, what the evaluated student does."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.errors import VerificationError
+from autodistill.errors import RuntimeDiffersError, VerificationError
 from autodistill.evaluation.statistics import binomial_interval, binomial_tail
 from autodistill.export.base import Artifact, Expected, Exporter, Ran, TakesAny
 from autodistill.export.student_reader import StudentFiles
@@ -173,13 +173,13 @@ def prove(
     same = ran.top1 == top1
     alike, positions = int(same[clear].sum()), int(clear.sum())
     if falls_short(alike, positions, MIN_AGREEMENT):
-        raise VerificationError(
+        raise RuntimeDiffersError(
             f"{path} chose the evaluated student's token in {alike / positions:.1%} of {positions} clear "
             f"positions in {runtime}; {MIN_AGREEMENT:.0%} is the least"
         )
     away = divergence(expected, ran)
     if away is not None and not away <= MAX_DIVERGENCE:
-        raise VerificationError(
+        raise RuntimeDiffersError(
             f"{path} is {away:.3g} nats away from the evaluated student in {runtime}; {MAX_DIVERGENCE} is the most"
         )
     return RuntimeCheck(

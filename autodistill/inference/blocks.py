@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import local
@@ -51,7 +51,7 @@ def embedded(model: Any, tokens: npt.NDArray[Any], device: str = "cpu") -> list[
         device: Where the model lies.
     """
     begun = [{"input_ids": torch.from_numpy(one.astype(np.int64))[None].to(device)} for one in tokens]
-    return [one.after for one in _passed(model, (), begun, None, device)]
+    return [one.after for one in _passed(model, (), begun, {}, device)]
 
 
 @contextmanager
@@ -84,15 +84,38 @@ class Passed(NamedTuple):
 
     Attributes:
         after: States, [1, length, width].
-        seen: What a module of the block was given, [length, in]; None where none is watched.
+        seen: What modules of the block that are watched were given, [length, in] of each, by name.
     """
 
     after: Tensor
-    seen: Tensor | None
+    seen: Mapping[str, Tensor]
+
+
+def second_moments(rows: Sequence[Tensor]) -> Tensor:
+    """Return the mean product of each pair of columns, float64 [in, in].
+
+    Args:
+        rows: Of each sequence float32 [length, in].
+    """
+    joined = torch.cat(list(rows))
+    columns = joined.shape[1]
+    found = torch.empty(columns, columns, dtype=torch.float64, device=joined.device)
+    # What lies above the diagonal is as what lies below.
+    step = -(-columns // _PARTS)
+    for start in range(0, columns, step):
+        part, behind = slice(start, start + step), slice(start + step, None)
+        own = joined[:, part].T @ joined[:, part]
+        found[part, part] = (own + own.T) / 2
+        found[part, behind] = joined[:, part].T @ joined[:, behind]
+        found[behind, part] = found[part, behind].T
+    return found / len(joined)
+
+
+_PARTS = 4
 
 
 def through_block(
-    model: Any, index: int, states: Sequence[Tensor], watched: str | None = None, device: str = "cpu"
+    model: Any, index: int, states: Sequence[Tensor], watched: Sequence[str] = (), device: str = "cpu"
 ) -> Iterator[Passed]:
     """Sequences run through one block, one after another.
 
@@ -100,32 +123,35 @@ def through_block(
         model: In float32 on `device`.
         index: Of the block.
         states: Of each sequence what the block is given.
-        watched: Name of a module in the block.
+        watched: Names of modules in the block.
         device: Where the model lies.
     """
-    module = None if watched is None else decoder_layers(model)[index].get_submodule(watched)
-    yield from _passed(model, (index,), [{"inputs_embeds": one} for one in states], module, device)
+    modules = {name: decoder_layers(model)[index].get_submodule(name) for name in watched}
+    yield from _passed(model, (index,), [{"inputs_embeds": one} for one in states], modules, device)
 
 
 def _passed(
-    model: Any, kept: Collection[int], begun: Sequence[dict[str, Tensor]], watched: nn.Module | None, device: str
+    model: Any, kept: Collection[int], begun: Sequence[dict[str, Tensor]], watched: Mapping[str, nn.Module], device: str
 ) -> Iterator[Passed]:
     here = local()
 
+    def end(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        here.after = inputs[0]
+
     def see(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        setattr(here, name, inputs[0])
+        here.seen[name] = inputs[0][0]
 
     def run(index: int) -> Passed:
         """Run one sequence, and return what the blocks passed on."""
-        here.seen = None
+        here.seen = {}
         with torch.no_grad():
             model.base_model(**begun[index], use_cache=False)
-        return Passed(here.after, None if here.seen is None else here.seen[0])
+        return Passed(here.after, here.seen)
 
     norm = model.base_model.get_submodule(get_family(model.config.model_type).final_norm)
     with ExitStack() as hooks:
-        hooks.callback(norm.register_forward_pre_hook(partial(see, "after")).remove)
-        if watched is not None:
-            hooks.callback(watched.register_forward_pre_hook(partial(see, "seen")).remove)
+        hooks.callback(norm.register_forward_pre_hook(end).remove)
+        for name, module in watched.items():
+            hooks.callback(module.register_forward_pre_hook(partial(see, name)).remove)
         hooks.enter_context(only_blocks(model, kept))
         yield from map_sequences(run, len(begun), device)

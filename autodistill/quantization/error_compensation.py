@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -52,20 +55,42 @@ def compensated(
     order = diagonal.argsort(descending=True, stable=True)
     factor = _factor(moments.double()[order][:, order], damping).to(weight.dtype)
     left, out = weight[:, order], torch.empty_like(weight)
-    places = (order // grid.group(columns)).tolist()
-    groups = columns // grid.group(columns)
+    places = order // grid.group(columns)
+    compiled = _loops() if weight.device.type == "cpu" else None
+    rows = None if compiled is None else compiled.Rows(steps, len(weight), grid)
     for start in range(0, columns, _BLOCK):
-        end = min(start + _BLOCK, columns)
-        part, errors = left[:, start:end], torch.empty((len(weight), end - start), device=weight.device)
-        for place in range(end - start):
-            column = part[:, place : place + 1]
-            values = _on_grid(column, _of_group(steps, places[start + place], groups), grid)
-            out[:, order[start + place]] = values[:, 0]
-            row = factor[start + place, start + place : end]
-            errors[:, place] = (column - values)[:, 0] / row[0]
-            part[:, place:] -= errors[:, place : place + 1] * row
-        left[:, end:] -= errors @ factor[start:end, end:]
+        part = slice(start, start + _BLOCK)
+        block, spread, groups = left[:, part].contiguous(), factor[part, part].contiguous(), places[part]
+        if rows is not None:
+            values, errors = rows.made_up(block, spread, groups)
+        else:
+            values, errors = _made_up(block, spread, groups.tolist(), steps, grid)
+        out[:, order[part]] = values
+        left[:, start + _BLOCK :] -= errors @ factor[part, start + _BLOCK :]
     return out, stored
+
+
+@cache
+def _loops() -> ModuleType | None:
+    """Return the compiled loop, or None if numba does not work here; it is imported on first use."""
+    try:
+        from autodistill.quantization import compensation_numba
+    except ImportError:
+        return None
+    return compensation_numba
+
+
+def _made_up(left: Tensor, factor: Tensor, groups: list[int], steps: Steps, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return the values of some columns, and the errors that those behind them make up for, [out, columns] each."""
+    values, errors = torch.empty_like(left), torch.empty_like(left)
+    count = len(steps.scales) // len(left)
+    for place, group in enumerate(groups):
+        column = left[:, place : place + 1]
+        values[:, place : place + 1] = found = _on_grid(column, _of_group(steps, group, count), grid)
+        row = factor[place, place:]
+        errors[:, place] = (column - found)[:, 0] / row[0]
+        left[:, place:] -= errors[:, place : place + 1] * row
+    return values, errors
 
 
 def _as_tensors(scales: Scales, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -165,7 +165,7 @@ class Finishing(QuantizationScheme, PlainDataclass):
         start: Share of the decay, 0 to below 1, after which the weights are rounded to the grid.
         rounding: How the codes are found that stay where scales alone are trained. "nearest" takes each weight's
             nearest code. "compensated" searches for scales by how much each column counts, and lets the weights that
-            are not rounded yet make up for the errors of those that are (GPTQ, arXiv:2210.17323), on 8,192 tokens of
+            are not rounded yet make up for the errors of those that are (GPTQ, arXiv:2210.17323), on 4,096 tokens of
             training text.
     """
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from autodistill.inference.blocks import embedded, only_blocks, through_block
+from autodistill.inference.blocks import embedded, only_blocks, second_moments, through_block
 from autodistill.models.families import FAMILIES, Axis, get_family
 from autodistill.models.loading import decoder_layers, load_model
 from autodistill.testing import save_tiny_teacher
@@ -28,10 +28,9 @@ def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path)
     states = embedded(model, tokens)
     for index in range(7):
         torch.testing.assert_close(torch.cat(states), whole.hidden_states[index])
-        passed = list(through_block(model, index, states, name))
+        passed = list(through_block(model, index, states, (name,)))
         states = [one.after for one in passed]
-        seen = passed[0].seen
-        assert seen is not None
+        seen = passed[0].seen[name]
         assert seen.shape == (24, layers[index].get_submodule(name).weight.shape[1])
     with torch.no_grad():
         ended = model.base_model.get_submodule(get_family(architecture).final_norm)(torch.cat(states))
@@ -41,3 +40,14 @@ def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path)
             upper = model.base_model(inputs_embeds=whole.hidden_states[4], use_cache=False)
     torch.testing.assert_close(upper.last_hidden_state, whole.last_hidden_state)
     assert decoder_layers(model) is layers
+
+
+def test_second_moments_are_the_mean_products_of_columns():
+    dice = np.random.default_rng(0)
+    for columns in (1, 3, 37):
+        rows = [dice.normal(size=(length, columns)).astype(np.float32) for length in (5, 9)]
+        found = second_moments([torch.from_numpy(one) for one in rows])
+        joined = np.concatenate(rows).astype(np.float64)
+        assert found.dtype == torch.float64
+        np.testing.assert_allclose(found.numpy(), joined.T @ joined / len(joined), rtol=1e-5, atol=1e-6)
+        assert torch.equal(found, found.T)

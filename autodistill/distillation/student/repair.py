@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autodistill.inference.blocks import embedded, through_block
+from autodistill.inference.blocks import embedded, second_moments, through_block
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import Axis, get_family
 from autodistill.models.spec import ModelSpec
@@ -39,15 +39,9 @@ def ffn_moments(model: Any, text: Tensor, device: str = "cpu") -> Iterator[Tenso
     watched = last_matrix(spec.architecture)
     states = embedded(model, text.numpy(), device)
     for index in range(spec.layers):
-        after = []
-        neurons = spec.ffn_by_layer[index]
-        found = torch.zeros(neurons, neurons, dtype=torch.float64, device=device)
-        for passed in through_block(model, index, states, watched, device):
-            assert passed.seen is not None
-            after.append(passed.after)
-            found += passed.seen.T @ passed.seen
-        states = after
-        yield (found / text.numel()).float()
+        passed = list(through_block(model, index, states, (watched,), device))
+        states = [one.after for one in passed]
+        yield second_moments([one.seen[watched] for one in passed]).float()
 
 
 def strongest(moments: Tensor, weight: Tensor, count: int) -> Tensor:

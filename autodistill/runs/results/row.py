@@ -42,7 +42,10 @@ DAMAGED = "its student was changed or damaged after it was trained"
 FORGOT = "it forgot general text, where the best row without training did not"
 """Likewise, had the search the task alone for its goal."""
 
-WITHIN_LIMITS = (REMOVED, DAMAGED, FORGOT)
+DIFFERS = "its runtime did not do what was evaluated"
+"""Likewise, did its runtime compute what was evaluated."""
+
+WITHIN_LIMITS = (REMOVED, DAMAGED, FORGOT, DIFFERS)
 """The reasons of rows that keep to the budget, and are not to be exported all the same."""
 
 

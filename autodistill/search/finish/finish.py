@@ -16,7 +16,7 @@ import torch
 from autodistill import plugins
 from autodistill.data.dataset import load_split
 from autodistill.data.student_template import copy_license
-from autodistill.errors import InputError, NothingFitsError, VerificationError
+from autodistill.errors import InputError, NothingFitsError, RuntimeDiffersError, VerificationError
 from autodistill.estimates.fit import fits, holdable, too_late
 from autodistill.evaluation.base import Measurement, Subject, load_evaluator
 from autodistill.evaluation.evaluate import deployed_weights
@@ -37,7 +37,7 @@ from autodistill.runs.events import TrialEnded
 from autodistill.runs.results.beginnings import worsened
 from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, limits_of, nearest
-from autodistill.runs.results.row import DAMAGED, FORGOT, REMOVED, Row, Status
+from autodistill.runs.results.row import DAMAGED, DIFFERS, FORGOT, REMOVED, Row, Status
 from autodistill.runs.results.selection import Confirmation, confirmations, in_order, untrained_in_order
 from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.search.finish.beginnings import settle, settled_candidate
@@ -232,9 +232,13 @@ def _first_that_fits(
 
     Returns:
         What was exported, if anything fits; and the rejected rows, with those that did not fit, those whose student was
-        damaged, and those that forgot.
+        damaged, those that forgot, and those with which their runtime does something else.
+
+    Raises:
+        RuntimeDiffersError: Of what was tried, some only did something else in its runtime.
     """
     rejected = list(rejected)
+    failed: RuntimeDiffersError | None = None
     for _ in range(_CANDIDATES):
         candidate = settled_candidate(rows, rejected, finisher, container)
         while candidate is not None and (passed := _passed(candidate, rows, finisher, gate)):
@@ -244,13 +248,24 @@ def _first_that_fits(
             candidate = settled_candidate(rows, rejected, finisher, container)
         if candidate is None:
             break
-        found = _export(candidate, finisher)
+        try:
+            found = _export(candidate, finisher)
+        except RuntimeDiffersError as error:
+            # Whoever reads the log later passes it over too.
+            finisher.write(out := replace(candidate, feasible=False, reason=DIFFERS))
+            rejected.append(out)
+            shutil.rmtree(finisher.run.student(candidate.deployment.container))
+            finisher.line(f"{candidate.name} as {candidate.deployment_name} is passed over: {error}")
+            failed = failed or error
+            continue
         if found.row.feasible:
             return found, rejected
         rejected.append(found.row)
         # Nobody is to serve what breaks the budget.
         shutil.rmtree(finisher.run.student(found.deployment.container))
         finisher.line(f"{candidate.name} as {found.deployment.name} does not fit once measured: {found.row.reason}")
+    if failed is not None:
+        raise failed
     return None, rejected
 
 

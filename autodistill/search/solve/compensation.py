@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from threading import Lock, local
-from typing import Any
+from typing import TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
-from autodistill.inference.blocks import embedded, through_block
+from autodistill.inference.batching import map_sequences
+from autodistill.inference.blocks import embedded, second_moments, through_block
 from autodistill.models.families import get_family
 from autodistill.quantization.error_compensation import compensated
 from autodistill.quantization.formats import QuantizationScheme
@@ -99,41 +98,58 @@ def made_up(bench: Bench, scheme: QuantizationScheme, data: TokenSet) -> tuple[d
             rest.append(name)
         else:
             blocks.setdefault(part[0], {})[name] = storage
+    given = _given(bench, {name: grid for grids in blocks.values() for name, grid in grids.items()})
+    if not given:
+        return values, scales
     with ExitStack() as shown:
         shown.enter_context(bench.replaced([(name, bench.stored(name, storages[name])) for name in rest]))
         states = embedded(bench.model, data.tokens, bench.device)
         for index in range(bench.spec.layers):
-            grids, given = blocks.get(index, {}), dict[str, Scales | None]()
-            for name, grid in grids.items():
-                weight, found = bench.master(name), bench.scales(name, grid)
-                if not deploy_tensor(weight, grid, found).equal(weight):
-                    given[name] = found
-            moments = _moments(bench, index, list(given), states)
-            for name, found in given.items():
-                values[name], scales[name] = compensated(bench.master(name), moments[name], grids[name], scales=found)
-            shown.enter_context(bench.replaced([(name, values[name]) for name in given]))
-            states = [one.after for one in through_block(bench.model, index, states, device=bench.device)]
+            grids = {name: grid for name, grid in blocks.get(index, {}).items() if name in given}
+            moments = _moments(bench, index, list(grids), states)
+
+            def rounded(place: int, grids: dict[str, Grid] = grids, moments: dict[str, Tensor] = moments) -> _Rounded:
+                """Round one of the block's matrices."""
+                name, grid = list(grids.items())[place]
+                return compensated(bench.master(name), moments[name], grid, scales=given[name])
+
+            for name, found in zip(grids, map_sequences(rounded, len(grids), bench.device), strict=True):
+                values[name], scales[name] = found
+            shown.enter_context(bench.replaced([(name, values[name]) for name in grids]))
+            if index < max(blocks):
+                states = [one.after for one in through_block(bench.model, index, states, device=bench.device)]
     return values, scales
+
+
+_Rounded: TypeAlias = tuple[Tensor, Scales]
+
+
+def _given(bench: Bench, grids: Mapping[str, Grid]) -> dict[str, Scales | None]:
+    """The scales of those matrices that do not lie on their grids; None where they follow from the weights."""
+
+    def looked_up(place: int) -> tuple[bool, Scales | None]:
+        """Whether a matrix is moved, and its scales."""
+        name, grid = list(grids.items())[place]
+        scales, weight = bench.scales(name, grid), bench.master(name)
+        return not deploy_tensor(weight, grid, scales).equal(weight), scales
+
+    found = zip(grids, map_sequences(looked_up, len(grids), bench.device), strict=True)
+    return {name: scales for name, (moved, scales) in found if moved}
 
 
 def _moments(bench: Bench, index: int, names: list[str], states: list[Tensor]) -> dict[str, Tensor]:
     """The mean product of each pair of inputs of some matrices of a block, [in, in] each."""
-    sums: dict[str, Tensor] = {}
-    lock, here = Lock(), local()
-
-    def add(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        # Queries, keys and values have one input, and so have gate and up: its products are made once.
-        if inputs[0] is not getattr(here, "given", None):
-            rows = inputs[0].detach().float().flatten(0, -2)
-            here.given, here.found = inputs[0], (rows.T @ rows).double()  # whose sums hardly round, in whatever order
-        with lock:
-            sums[name] = sums[name] + here.found if name in sums else here.found
-
-    with ExitStack() as hooks:
-        for name in names:
-            module: Any = bench.model.get_submodule(name.removesuffix(".weight"))
-            hooks.callback(module.register_forward_pre_hook(partial(add, name)).remove)
-        for _ in through_block(bench.model, index, states, device=bench.device) if names else ():
-            pass
-    count = sum(one.shape[1] for one in states)
-    return {name: one / count for name, one in sums.items()}
+    inside = get_family(bench.spec.architecture).layer_part
+    modules = {name: part[1].removesuffix(".weight") for name in names if (part := inside(name)) is not None}
+    if not names:
+        return {}
+    passed = list(through_block(bench.model, index, states, tuple(modules.values()), bench.device))
+    found: dict[str, Tensor] = {}
+    known: dict[int, Tensor] = {}  # by where they lie: several matrices read the same
+    for name, module in modules.items():
+        rows = [one.seen[module] for one in passed]
+        place = rows[0].data_ptr()
+        if place not in known:
+            known[place] = second_moments(rows)
+        found[name] = known[place]
+    return found

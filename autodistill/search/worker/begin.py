@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,8 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from torch import Tensor
 
-from autodistill.data.dataset import TokenSet, load_split
+from autodistill.data.dataset import load_split
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.student.pretrained import describe_tokens
 from autodistill.distillation.teacher.importance import PartImportance
@@ -33,10 +33,10 @@ from autodistill.utils.checksums import saved_once
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.plain_dataclass import plain
 
-CALIBRATION_TOKENS = 8192
+CALIBRATION_TOKENS = 4096
 """Of training text, by which the errors of rounding are made up for."""
 
-_WEIGHED_TOKENS = 2048  # of it, by which columns count: their order hardly depends on more
+_WEIGHED_TOKENS = 1024  # of it, by which columns count: their order hardly depends on more
 _FILE = "codes.safetensors"
 
 
@@ -54,13 +54,22 @@ def initial_student(setting: TrialSetting, init: Init, seed: int) -> tuple[Any, 
     return model, kept
 
 
+def student_of(setting: TrialSetting, strategy: Strategy, seed: int) -> tuple[Any, tuple[int, ...]]:
+    """Return what `initial_student` does, for a student that `on_codes` is told of before it is used.
+
+    Its weights then come from the file of its codes, so that a cut is not repaired for nothing.
+    """
+    init = replace(strategy.init, repair=False) if strategy.codes else strategy.init
+    return initial_student(setting, init, seed)
+
+
 def on_codes(setting: TrialSetting, strategy: Strategy, model: Any) -> Mapping[str, Scales] | None:
     """Put a student that has not been trained on the codes that it keeps, where its scales alone are trained.
 
     Args:
         setting: Of the trials.
         strategy: The student's.
-        model: The student as its `init` makes it, in float32; its weights on the grid change.
+        model: A student of that shape, in float32; where codes make up for errors all of its weights change.
 
     Returns:
         The scales that its codes have, by name of the weight; None where these follow from the weights.
@@ -68,27 +77,30 @@ def on_codes(setting: TrialSetting, strategy: Strategy, model: Any) -> Mapping[s
     finishing = strategy.finishing
     if finishing is None or not strategy.scales_alone:
         return None
-    if finishing.rounding == "nearest":
+    if not strategy.codes:
         # The whole teacher begins with the scales of its own codes, where it has such.
         return read_scales(setting.teacher, finishing.scheme) if strategy.init.whole else None
-    path = codes_file(setting, strategy, model)
     spec, parameters, found = spec_from_config(model.config.to_dict()), dict(model.named_parameters()), {}
-    shapes, parts = {tensor.name: tensor.shape for tensor in spec.tensors}, defaultdict[str, list[str]](list)
-    with safe_open(path, framework="numpy") as file:
+    grids, parts = _grids(spec, finishing), defaultdict[str, list[str]](list)
+    with safe_open(codes_file(setting, strategy), framework="numpy") as file:
         for key in file.keys():  # noqa: SIM118
             name, _, part = key.rpartition("/")
             parts[name].append(part)
-        for name, grid in _grids(spec, finishing).items():
+        for tensor in spec.tensors:
+            name = tensor.name
             arrays = {part: file.get_tensor(f"{name}/{part}") for part in parts[name]}
-            codes, found[name] = unpack_codes(arrays, grid, shapes[name])
-            values = torch.from_numpy(dequantize(codes, found[name], grid))
-            parameters[name].data = values.to(parameters[name].device)
+            if (grid := grids.get(name)) is None:
+                values = arrays["data"]
+            else:
+                codes, found[name] = unpack_codes(arrays, grid, tensor.shape)
+                values = dequantize(codes, found[name], grid)
+            parameters[name].data = torch.from_numpy(values).to(parameters[name].device)
     return found
 
 
 def begun(setting: TrialSetting, strategy: Strategy, seed: int) -> tuple[Any, Mapping[str, Scales]]:
     """Return a student as it is before training, on the trials' device, and the scales of the codes that it keeps."""
-    model, _ = initial_student(setting, strategy.init, seed)
+    model, _ = student_of(setting, strategy, seed)
     model = model.to(setting.device)
     # Scales of the teacher's own codes stand beside the teacher.
     scales = on_codes(setting, strategy, model) if strategy.codes else None
@@ -104,16 +116,16 @@ def scales_as(
     return {name: scales[name] for name in stored_alike(scales, spec, strategy.finishing.scheme, scheme)}
 
 
-def codes_file(setting: TrialSetting, strategy: Strategy, model: Any) -> Path:
-    """Return the file of a student's codes, packed as its container packs them; they are found if it is not there.
+def codes_file(setting: TrialSetting, strategy: Strategy) -> Path:
+    """Return the file of a student on its codes, as its container packs them; they are found if it is not there.
 
     Args:
-        setting, strategy, model: As of `on_codes`.
+        setting, strategy: As of `on_codes`.
     """
     assert strategy.finishing is not None
     assert setting.codes is not None
     key = content_hash([strategy.init.to_json(), plain(strategy.finishing.scheme)], 16)
-    return saved_once(setting.codes, key, _FILE, partial(_save, setting=setting, strategy=strategy, model=model))
+    return saved_once(setting.codes, key, _FILE, partial(_save, setting=setting, strategy=strategy))
 
 
 def _grids(spec: ModelSpec, finishing: Finishing) -> dict[str, Grid]:
@@ -122,35 +134,28 @@ def _grids(spec: ModelSpec, finishing: Finishing) -> dict[str, Grid]:
     return {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
 
 
-def _save(path: Path, *, setting: TrialSetting, strategy: Strategy, model: Any) -> None:
-    """Finds the codes of a student and writes them."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for name, (values, grid, scales) in _found(setting, strategy, model).items():
-        packed = pack(values.cpu().numpy(), grid, scales)
-        arrays |= {f"{name}/{part}": np.ascontiguousarray(array) for part, array in packed.items()}
-    save_file(arrays, path)
-
-
-def _found(setting: TrialSetting, strategy: Strategy, model: Any) -> dict[str, tuple[Tensor, Grid, Scales | None]]:
-    """Of each weight on a grid the values that it is to have, and the scales under which these are its codes."""
+def _save(path: Path, *, setting: TrialSetting, strategy: Strategy) -> None:
+    """Finds the codes of a student and writes them, and its other weights."""
     finishing, init = strategy.finishing, strategy.init
     assert finishing is not None
+    model, _ = initial_student(setting, init, 0)
+    model = model.to(setting.device)
     spec = spec_from_config(model.config.to_dict())
     grids = _grids(spec, finishing)
     own = read_scales(setting.teacher, finishing.scheme) if init.whole else {}
     text = load_split(setting.data, "train", setting.rendering(init))
-    device = next(model.parameters()).device.type
-    bench = Bench(model, spec, {name: (grids[name], one) for name, one in own.items()}, device, cut=not init.whole)
-    bench.weigh(_head(text, _WEIGHED_TOKENS))
-    values, scales = made_up(bench, finishing.scheme, _head(text, CALIBRATION_TOKENS))
-    found: dict[str, tuple[Tensor, Grid, Scales | None]] = {}
-    for name, grid in grids.items():
-        if name in values:
-            found[name] = values[name], grid, scales[name]
+    known = {name: (grids[name], one) for name, one in own.items()}
+    bench = Bench(model, spec, known, setting.device, cut=not init.whole)
+    bench.weigh(text.head(_WEIGHED_TOKENS))
+    values, scales = made_up(bench, finishing.scheme, text.head(CALIBRATION_TOKENS))
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for tensor in spec.tensors:
+        name = tensor.name
+        if (grid := grids.get(name)) is None:
+            packed = {"data": bench.master(name).cpu().numpy()}
+        elif name in values:
+            packed = pack(values[name].cpu().numpy(), grid, scales[name])
         else:
-            found[name] = bench.stored(name, grid), grid, bench.scales(name, grid)
-    return found
-
-
-def _head(text: TokenSet, tokens: int) -> TokenSet:
-    return text.head(max(tokens, text.tokens.shape[1]))
+            packed = pack(bench.master(name).cpu().numpy(), grid, bench.scales(name, grid))
+        arrays |= {f"{name}/{part}": np.ascontiguousarray(array) for part, array in packed.items()}
+    save_file(arrays, path)

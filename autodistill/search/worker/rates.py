@@ -7,7 +7,7 @@ from functools import partial
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.search.prior.range_test import STEPS, RangeTest, range_test
-from autodistill.search.worker.begin import initial_student
+from autodistill.search.worker.begin import student_of
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
 from autodistill.search.worker.trial import trainer_of
@@ -41,7 +41,7 @@ def try_rates(
     setting, strategy = bench.setting, task.strategy
     if bench.sharding is not None:
         raise ValueError("a range test needs the whole student in one process")
-    model, kept = initial_student(setting, strategy.init, task.seed)
+    model, kept = student_of(setting, strategy, task.seed)
     bench.check(strategy, kept)
     model = model.to(setting.device)
     return range_test(

@@ -30,7 +30,7 @@ from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
 from autodistill.runs.checkpoints import Checkpoint, open_stages
 from autodistill.runs.students import send_student, student_folder, trained_student
-from autodistill.search.worker.begin import initial_student, on_codes
+from autodistill.search.worker.begin import on_codes, student_of
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import RungReport, TrialTask
 from autodistill.strategy.deployment import Deployment
@@ -412,7 +412,7 @@ class Trial:
         )[0]
 
     def _trainer(self) -> Trainer:
-        model, kept = initial_student(self._bench.setting, self._task.strategy.init, self._task.seed)
+        model, kept = student_of(self._bench.setting, self._task.strategy, self._task.seed)
         self._bench.check(self._task.strategy, kept)
         model = model.to(self._bench.setting.device) if self._bench.sharding is None else model
         plan, processes = self._bench.setting.plan, self._processes()

@@ -1,0 +1,107 @@
+"""Rounding of some columns one after another, each error spread over those behind it: a loop compiled by numba.
+
+It does the arithmetic of `error_compensation`, which does it column by column of all rows wherever this cannot be
+imported or the weights are not on a CPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autodistill.quantization.grids import Grid
+from autodistill.quantization.group_scales import Steps
+from autodistill.quantization.rounding_numba import (
+    _UPPER,
+    Array,
+    _array,
+    _code_near,
+    _compiled,
+    _over_threads,
+    _table,
+    _upper_half,
+)
+
+_ZERO = np.float32(0.0)
+
+
+# A product and its sum may be rounded once.
+@_compiled(fastmath={"contract"})
+def _made_up(
+    left: Array,
+    scales: Array,
+    divisors: Array,
+    minima: Array | None,
+    zero_points: Array | None,
+    out: Array,
+    errors: Array,
+    factor: Array,
+    groups: Array,
+    low: np.float32,
+    high: np.float32,
+    table: Array | None,
+    rounded: bool,
+) -> None:
+    rows, columns = left.shape
+    weights = np.empty(columns, np.float32)
+    value = np.empty(1, np.float32)
+    bits = value.view(np.uint32)
+    for row in range(rows):
+        weights[:] = left[row]
+        for j in range(columns):
+            group = groups[j]
+            step = weights[j]
+            if minima is not None:
+                step = step - minima[row, group]
+            step = step / divisors[row, group]
+            if zero_points is not None:
+                step = step + zero_points[row, group]
+            if table is not None:
+                code = _code_near(step, table, low) if step == step else step
+            else:
+                code = low if step < low else step
+                code = np.rint(high if code > high else code)
+            if zero_points is not None:
+                code = code - zero_points[row, group]
+            value[0] = (code + _ZERO) * scales[row, group]
+            if minima is not None:
+                value[0] = value[0] + minima[row, group]
+            if rounded:
+                bits[0] = _upper_half(bits[0]) << _UPPER
+            out[row, j] = value[0]
+            error = (weights[j] - value[0]) / factor[j, j]
+            errors[row, j] = error
+            for k in range(j + 1, columns):
+                weights[k] -= error * factor[j, k]
+
+
+class Rows:
+    """The grid steps of a matrix, as the loop reads them.
+
+    Args:
+        steps: Of all groups, whose factors are divisors.
+        rows: Of the matrix.
+        grid: The grid.
+    """
+
+    def __init__(self, steps: Steps, rows: int, grid: Grid) -> None:
+        self._grid = grid
+        parts = (steps.scales, steps.factors, steps.bases, steps.zero_points)
+        self._tensors = [None if one is None else one.reshape(rows, -1).contiguous() for one in parts]
+
+    def made_up(self, left: Tensor, factor: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values of some columns, and the errors that those behind them make up for, float32 [out, columns].
+
+        Args:
+            left: float32 [out, columns], in the order in which they are rounded.
+            factor: float32 [columns, columns], whose row j, over its value at j, spreads an error at j.
+            groups: int64 [columns], the group of each.
+        """
+        out, errors = torch.empty_like(left), torch.empty_like(left)
+        grid = self._grid
+        arrays = [None if one is None else _array(one) for one in (left, *self._tensors, out, errors)]
+        bounds = (np.float32(grid.qmin), np.float32(grid.qmax))
+        rounded = grid.container == "compressed-tensors"
+        _over_threads(_made_up, *arrays, constants=(_array(factor), _array(groups), *bounds, _table(grid), rounded))
+        return out, errors
