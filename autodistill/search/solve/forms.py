@@ -41,6 +41,7 @@ _FORGOTTEN = 0.05  # of its tokens, fewer of which may be copied
 # Nats a token by which a cache may change the teacher there: 0.016 with values of SmolLM2 in Q4_0 and 0.126 with keys,
 # with which llama.cpp also chooses other tokens than its simulation in 5 of 100 clear positions.
 _CHANGED = 0.05
+_NEAR = 1.2  # times the least KL, within which types are exchanged in a family's best, which gains less
 _NAMED = 4  # of the shapes that a space names
 _PATIENCE = 2  # shapes in vain, one after another, after which no smaller ones are asked for
 
@@ -215,31 +216,50 @@ def best_forms(
         shapes: Gives the scores of its cuts, once they are asked for.
         sample: The calibration text of both.
         others: Storages of the whole teacher that are members too, where they fit.
-        thorough: Whether types are then exchanged in the best of each family, as `Solver.solve` does.
+        thorough: Whether types are then exchanged in the best, and in those near it, as `Solver.solve` does.
         probe: Text that is copied, as `bench.copying` makes it; None asks for nothing.
     """
     without = _forgetting(options, library, probe)
-    found = _of_variants(replace(options, without_caches=without), library, shapes, sample, others, thorough=thorough)
+    found = _of_variants(replace(options, without_caches=without), library, shapes, sample, others)
     if without and not found:  # what fits is worth more than what remembers
-        found = _of_variants(options, library, shapes, sample, others, thorough=thorough)
+        found = _of_variants(options, library, shapes, sample, others)
+    found = _remembering(found, probe)
+    return _remembering(_exchanged(found, sample, others), probe) if thorough and found else found
+
+
+def _remembering(found: Sequence[Form], probe: Sample | None) -> list[Form]:
+    """Those that copy, or all where none does, the least KL first."""
     left = [one for one in found if not forgets(one, probe)]
     return sorted(left or found, key=lambda one: one.joint.kl)
 
 
+def _exchanged(found: Sequence[Form], sample: Sample, others: Sequence[Deployment]) -> list[Form]:
+    """The same with types exchanged in the best, and in those that are near it: all else would stay behind.
+
+    Args:
+        found: The best of each family, the least KL first.
+        sample, others: As for `best_forms`.
+    """
+    made = []
+    for one in found:
+        if one.joint.kl <= _NEAR * found[0].joint.kl:
+            members = [other for other in others if one.init == WHOLE and one.options.fixed in (None, other)]
+            solver = Solver(one.options, one.scores, sample)
+            better = solver.solve(one.options.budget.memory_bytes, members, thorough=True)
+            assert better is not None
+            one = replace(one, found=better)
+        made.append(one)
+    return made
+
+
 def _of_variants(
-    options: Options,
-    library: Library,
-    shapes: Callable[[], Shapes],
-    sample: Sample,
-    others: Sequence[Deployment],
-    *,
-    thorough: bool,
+    options: Options, library: Library, shapes: Callable[[], Shapes], sample: Sample, others: Sequence[Deployment]
 ) -> list[Form]:
     """The best student of each family, for each storage that a space lists."""
     found: list[Form] = []
     for variant in options.variants():
         members = [one for one in others if variant.fixed in (None, one)]
-        found += _forms_of(variant, library, shapes, sample, members, thorough=thorough)
+        found += _forms_of(variant, library, shapes, sample, members)
     return found
 
 
@@ -297,17 +317,15 @@ def _forms_of(
     shapes: Callable[[], Shapes],
     sample: Sample,
     others: Sequence[Deployment],
-    *,
-    thorough: bool,
 ) -> list[Form]:
     """The best student of each family, of options that are no list of storages."""
     whole = None
     if whole_allowed(options):
-        whole = Solver(options, library, sample).solve(options.budget.memory_bytes, others, thorough=thorough)
+        whole = Solver(options, library, sample).solve(options.budget.memory_bytes, others, thorough=False)
     found = [Form(family=FAMILIES[0], init=WHOLE, options=options, scores=library, found=whole)] if whole else []
     named = options.limits.inits is not None
     if may_cut(options) and (named or whole is None or whole.joint.kl > _TIGHT):
-        found += cut_forms(options, library, shapes(), sample, thorough=thorough)
+        found += cut_forms(options, library, shapes(), sample)
     return found
 
 
@@ -318,21 +336,20 @@ def cut_forms(
     sample: Sample,
     *,
     families: Sequence[str] = CUTS,
-    thorough: bool = False,
 ) -> list[Form]:
     """The best of each family of cuts that has one.
 
     Args:
-        options, library, sample, thorough: As for `best_forms`.
+        options, library, sample: As for `best_forms`.
         shapes: The scores of the cuts; those that are missing are made.
         families: Which of `CUTS`.
     """
     limit, found = options.budget.memory_bytes, []
     if options.limits.inits is not None:
-        return _best("named", _named(options, library, shapes, sample), limit, sample, thorough=thorough)
+        return _best("named", _named(options, library, shapes, sample), limit, sample)
     for family, proposed in (("narrow", _narrow), ("layered", _layered), ("shallow", _shallow)):
         if family in families:
-            found += _best(family, proposed(options, library, shapes), limit, sample, thorough=thorough)[:1]
+            found += _best(family, proposed(options, library, shapes), limit, sample)[:1]
     return found
 
 
@@ -411,7 +428,7 @@ class CutScores:
         return self._shapes.joint(self.init, deployment, sample)
 
 
-def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample, *, thorough: bool) -> list[Form]:
+def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample) -> list[Form]:
     """The shapes of the least sums of scores, the one of least KL as a whole first.
 
     Args:
@@ -419,7 +436,6 @@ def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample
         proposed: Shapes that cost more and more by themselves; asked for until that is more than another's all.
         limit: Bytes.
         sample: The calibration text.
-        thorough: As for `best_forms`.
     """
     sums: list[tuple[float, CutScores, Solver]] = []
     least, vain = math.inf, 0
@@ -436,7 +452,7 @@ def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample
             least = min(least, sums[-1][0])
     measured = []
     for _, cut, solver in sorted(sums, key=lambda one: one[0])[: _NAMED if family == "named" else _MEASURED]:
-        solved = solver.solve(limit, (), thorough=thorough)
+        solved = solver.solve(limit, (), thorough=False)
         assert solved is not None
         measured.append(Form(family=family, init=cut.init, options=cut.options, scores=cut, found=solved))
     return sorted(measured, key=lambda one: one.found.joint.kl)
