@@ -250,6 +250,7 @@ def _demand(
         caches=not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty,
         rates=RATES if to_test(checked, loaded.workers) else 0.0,
         arms=len(raced),
+        made_up=sum(start.codes is not None for start in raced),
         train_tokens=train_tokens,
         validation_tokens=splits["validation"].sequences * checked.sequence_length,
         test_tokens=splits["test"].sequences * checked.sequence_length,
