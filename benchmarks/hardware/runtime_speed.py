@@ -9,8 +9,8 @@ guide to deployment says fusion gains 23% on. Times are of CPU on one thread, so
 as little as it can: of a prompt of 128 tokens, and of a later token behind them. Variants of torch compute in float32,
 with the cache that the exports for phones have: eager, compiled by Inductor, and a library of AOTInductor.
 ONNX Runtime and llama.cpp read the same codes, Q4_0 with a table in Q8_0; they are compared with each other, since
-fewer bytes are another gain than a better runtime. ONNX Runtime is run with all of its graph's optimisations, and with none:
-that is fusion alone. For torch it is compiled against eager, where less dispatch is gained as well.
+fewer bytes are another gain than a better runtime. ONNX Runtime is run with all of its graph's optimisations, and with
+none: that is fusion alone. For torch it is compiled against eager, where less dispatch is gained as well.
 
 Targets, written before the first run: compiled and AOTInductor take less time than eager in prompt and decode; fusion
 in ONNX Runtime gains less than the 23% that the guide names, on both shapes.
