@@ -208,7 +208,7 @@ def export(
         str,
         Option(
             help="Formats to write, separated by commas: huggingface, gguf, compressed-tensors, onnx, onnx-f16, "
-            "pt2, torchscript, aoti.",
+            "pt2, torchscript, aoti, litert, executorch.",
             metavar="NAMES",
         ),
     ],
@@ -281,6 +281,8 @@ def verified_text(document: Mapping[str, Any]) -> str:
         said.append(f"They are {proof['divergence']:.2g} nats away from that student.")
     if proof["same_written"] is not None:
         said.append(f"The first {proof['same_written']} tokens that they write are the same.")
+    if proof["tokens_per_second"] is not None:
+        said.append(f"They write {proof['tokens_per_second']:.3g} tokens a second here.")
     return " ".join(said)
 
 
