@@ -333,6 +333,15 @@ class SearchRequest:
             commands=("search", "distill"),
         ),
     ] = None
+    dashboard: Annotated[
+        bool,
+        Option(
+            help="Show Ray's workers in its dashboard, on this machine alone and by a token, while trials run.",
+            typed=bool,
+            section="Run",
+            commands=("search", "distill"),
+        ),
+    ] = False
     runner: Annotated[
         str,
         Option(
