@@ -14,7 +14,7 @@ from autodistill.api.parameters import takes
 from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.tables import printable
 from autodistill.options import RUNS, Option, Out
-from autodistill.service.request import KeyFile, LoadRequest, ServeRequest
+from autodistill.service.request import MARGIN, KeyFile, LoadRequest, ServeRequest
 from autodistill.units import format_bytes, format_duration, parse_duration
 from autodistill.utils.json_files import strict_json
 
@@ -87,7 +87,7 @@ def served_text(document: Mapping[str, Any]) -> str:
 
 @takes(LoadRequest, "load")
 def load(**options: Any) -> dict[str, Any]:
-    """Load a server with more and more sequences at once until a latency limit breaks. pick uses the results."""
+    """Load a server with more and more sequences at once, up to a limit. Exits with 4 if its promise breaks."""
     request = LoadRequest(**options)
     quiet_libraries()
     from autodistill.service.load import load as loaded
@@ -103,7 +103,20 @@ def loaded_text(document: Mapping[str, Any]) -> str:
     else:
         more = "" if document["levels"][-1]["broken"] else ", the most that was tried"
         kept = f"It keeps to the limits with {document['streams']} at once{more}: {document['capacity']:.3g} answers/s."
-    return f"{kept}\nStored in {document['kept_in']}.{doubts}"
+    held = document["promise"]
+    told = "" if held is None else "\n" + _held(held)
+    return f"{kept}{told}\nStored in {document['kept_in']}.{doubts}"
+
+
+def _held(held: Mapping[str, Any]) -> str:
+    """How a promise stands under load."""
+    figures = [f"{one['figure']} {_KEPT[one['kept']]}: {one['said']}" for one in held["promise"]]
+    return f"The promise of {held['of']} is {held['verdict']}: {'; '.join(figures)}."
+
+
+def promised(document: Mapping[str, Any]) -> int:
+    """The exit code of a load: `BROKEN` where a promise was."""
+    return BROKEN if document["promise"] is not None and document["promise"]["verdict"] == "BROKEN" else 0
 
 
 Url = Annotated[str, Option(help="Address of the server, like http://127.0.0.1:8080.", metavar="URL", argument=True)]
@@ -197,7 +210,7 @@ def monitor(
             metavar="X",
             typed=float,
         ),
-    ] = 0.25,
+    ] = MARGIN,
     window: Annotated[str, Option(help="Time that averages are over (default: 5m).", metavar="TIME")] = "5m",
     every: Annotated[
         str, Option(help="Time between two small requests of its own, at least (default: 5s).", metavar="TIME")
@@ -228,7 +241,7 @@ def monitor(
     last: Report | None = None
     with ExitStack() as opened:
         client = opened.enter_context(
-            Client(url, client_key(None if key_file is None else Path(key_file)), timeout=30.0)
+            Client(url, client_key(None if key_file is None else Path(key_file)), timeout=30.0, longest=300.0)
         )
         watched = Monitor(client, held, window=parse_duration(window), every=parse_duration(every))
         endpoint = None

@@ -32,8 +32,7 @@ def _parameters(settings: dict[str, Any], interpreter_bytes: int) -> Any:
     params.n_ctx = settings["context"] * settings["streams"]
     for name in ("cache_type_k", "cache_type_v"):
         setattr(params, name, getattr(xllamacpp.ggml_type, f"GGML_TYPE_{settings[name].upper()}"))
-    ways = {"on": "ENABLED", "off": "DISABLED", "auto": "AUTO"}
-    way = ways[settings["flash_attention"]]
+    way = {"on": "ENABLED", "off": "DISABLED", "auto": "AUTO"}[settings["flash_attention"]]
     params.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{way}")
     params.cpuparams.n_threads = settings["threads"]
     params.cpuparams_batch.n_threads = settings["threads"]

@@ -14,7 +14,9 @@ from autodistill.options import RUNS, Devices, Option, Out, parsed, read_texts
 from autodistill.units import format_duration, parse_duration
 
 _MOST_SECONDS, _MOST_STREAMS = 3600.0, 256
-_PROMPT, _DECODED = 256, 64  # tokens
+_DECODED = 64  # tokens
+MARGIN = 0.25
+"""By what share a figure that nobody set a limit for may be above what was measured, by default."""
 
 KeyFile = Annotated[
     str | Path | None,
@@ -108,9 +110,32 @@ class LoadRequest:
     time: Annotated[
         str | float, Option(help="Time for all of it (default: 2m; at most 1h).", metavar="TIME", parse=parse_duration)
     ] = "2m"
-    prompt: Annotated[int, Option(help="Length of a prompt (default: 256).", metavar="TOKENS", typed=int, least=1)] = (
-        _PROMPT
-    )
+    promise: Annotated[
+        str | None,
+        Option(
+            help="Hold it to what was promised of this, with as many sequences as that is for: a .gguf file, an "
+            "exported folder, a run, or a row's id.",
+            metavar="EXPORT",
+            complete="runs",
+        ),
+    ] = None
+    margin: Annotated[
+        float,
+        Option(
+            help="Share by which a measured figure may be exceeded, where no limit was asked for (default: 0.25).",
+            metavar="X",
+            typed=float,
+        ),
+    ] = MARGIN
+    prompt: Annotated[
+        int | None,
+        Option(
+            help="Length of a prompt (default: 256, or what the promise's first token is of).",
+            metavar="TOKENS",
+            typed=int,
+            least=1,
+        ),
+    ] = None
     decoded: Annotated[int, Option(help="Length of an answer (default: 64).", metavar="TOKENS", typed=int, least=2)] = (
         _DECODED
     )
@@ -144,8 +169,9 @@ class LoadRequest:
         if not 0 < float(parsed(self.time) or 0) <= _MOST_SECONDS:
             raise InputError(f"--time must be above zero and at most {format_duration(_MOST_SECONDS)}")
         for name, least in (("prompt", 1), ("decoded", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+            asked = getattr(self, name)
+            if asked is not None and asked < least:
+                raise InputError(f"--{name} must be at least {least}, not {asked}")
 
     @property
     def counts(self) -> tuple[int, ...]:
