@@ -74,7 +74,7 @@ _PURPOSES = {
         "study",
         "log",
     ),
-    "Take it to its users": ("export", "verify", "bundle", "serve", "chat", "monitor", "load", "dashboards"),
+    "Take it to its users": ("export", "verify", "bundle", "serve", "chat", "monitor", "load", "drafts", "dashboards"),
     "Ask of hardware": ("pick", "estimate", "measure", "profile", "devices", "doctor"),
     "Read what ships": ("strategies", "spaces"),
 }
@@ -317,6 +317,7 @@ _verb(
 _verb(serving.serve, dict, serving.served_text)
 _streaming(serving.chat)
 _streaming(serving.monitor)
+_verb(serving.drafts, dict, serving.drafts_text)
 _verb(serving.load, dict, serving.loaded_text, after=_promised)
 
 

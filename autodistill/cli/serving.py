@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from autodistill.api.parameters import takes
 from autodistill.cli.streams import quiet_libraries
+from autodistill.cli.summary import table
 from autodistill.cli.tables import printable
 from autodistill.options import RUNS, Option, Out
-from autodistill.service.request import MARGIN, KeyFile, LoadRequest, ServeRequest
+from autodistill.service.request import MARGIN, DraftsRequest, KeyFile, LoadRequest, ServeRequest
 from autodistill.units import format_bytes, format_duration, parse_duration
 from autodistill.utils.json_files import strict_json
 
@@ -40,6 +41,8 @@ def serve(**options: Any) -> dict[str, Any]:
     """Serve a student over HTTP, with a key, until Ctrl-C or SIGTERM."""
     request = ServeRequest(**options)
     quiet_libraries()
+    # Now, and not once it is told to end.
+    from autodistill.service.drafts import record_served
     from autodistill.service.launch import Service, settle
 
     setting = settle(request, _say)
@@ -50,7 +53,9 @@ def serve(**options: Any) -> dict[str, Any]:
             try:
                 service.watch()
             except KeyboardInterrupt:
-                return service.summary()
+                done = service.summary()
+                record_served(setting, Path(request.out), done, _say)
+                return done
     except KeyboardInterrupt:
         pass
     return {"url": setting.url, "restarts": service.restarts}
@@ -83,6 +88,56 @@ def served_text(document: Mapping[str, Any]) -> str:
         told.append(f"{document['accepted']:,} of {document['drafted']:,} drafted taken ({document['acceptance']:.0%})")
     told += [f"started again {document['restarts']} times"] if document["restarts"] else []
     return ", ".join(told)
+
+
+@takes(DraftsRequest, "drafts")
+def drafts(**options: Any) -> dict[str, Any]:
+    """Try smaller students as drafts of a model in llama.cpp: how much of them it takes, and how fast that is."""
+    request = DraftsRequest(**options)
+    quiet_libraries()
+    from autodistill.service.drafts import drafts as tried
+
+    return tried(request, _say)
+
+
+def drafts_text(document: Mapping[str, Any]) -> str:
+    """What drafts did, for a person: those that were tried now, or what is recorded."""
+    found = document["drafts"]
+    name = Path(document["target"]).name
+    if not found:
+        return f"No draft of {name} is recorded: name students to try, or serve one with --draft."
+    titles = ("draft", "size", "taken", "of", "a pass", "tokens/s", "speed", "expected", "the same")
+
+    def cells(one: Mapping[str, Any]) -> tuple[str, ...]:
+        """Of a record, which of a server has its acceptance alone."""
+        share = one["accepted"] / one["drafted"] if one["drafted"] else 0.0
+        if one["how"] != "drafts":
+            return (Path(one["draft"]).name, "-", f"{share:.1%}", f"{one['drafted']:,}", *"-----")
+        error = "" if one["speed_stderr"] is None else f" ± {one['speed_stderr']:.2f}"
+        return (
+            Path(one["draft"]).name,
+            format_bytes(one["size_bytes"]),
+            f"{share:.1%}",
+            f"{one['drafted']:,}",
+            f"{one['tokens_per_pass']:.2f}",
+            f"{one['tokens_per_second']:.4g}",
+            f"{one['speed']:.2f}x{error}",
+            f"{one['expected']:.2f}x",
+            f"{one['same']} of {one['answers']}",
+        )
+
+    shown = table([titles, *map(cells, found)], left=1)
+    if document["tokens_per_second"] is None:
+        return f"Recorded drafts of {name}, the last one first\n{shown}"
+    best = found[0]
+    doubt = best["speed_stderr"] or 0.0
+    verdict = (
+        f"The best draft is {Path(best['draft']).name}."
+        if best["speed"] - doubt > 1
+        else "None is faster than the model alone by more than its error."
+    )
+    rate = document["tokens_per_second"]
+    return f"{name} alone: {rate:.4g} tokens/s\n{shown}\n{verdict}\nStored in {document['kept_in']}."
 
 
 @takes(LoadRequest, "load")

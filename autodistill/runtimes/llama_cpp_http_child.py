@@ -48,6 +48,9 @@ def _parameters(settings: dict[str, Any], interpreter_bytes: int) -> Any:
     if settings["draft"]:
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
         params.speculative.draft.mparams.path = settings["draft"]
+        # Always as many, however sure the draft is.
+        params.speculative.draft.n_max = settings["proposed"]
+        params.speculative.draft.n_min, params.speculative.draft.p_min = 0, 0.0
         params.speculative.draft.cpuparams.n_threads = settings["threads"]
         params.speculative.draft.cpuparams_batch.n_threads = settings["threads"]
     return params

@@ -41,6 +41,7 @@ class Answer:
         first_seconds: From the request to the first token.
         token_seconds: From each token to the next. Tokens that came together share the time since those before.
         drafted, accepted: Tokens that a draft model proposed for it, and that were taken.
+        text: What it says.
     """
 
     tokens: int
@@ -48,6 +49,7 @@ class Answer:
     token_seconds: tuple[float, ...]
     drafted: int = 0
     accepted: int = 0
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,11 @@ class Client:
                 raise ServiceError(f"{self.url} names no model: name the address of a server that has one")
         return self._model
 
+    def tokenize(self, text: str) -> list[int]:
+        """Return llama.cpp's ids of a text, with those that begin it."""
+        with self._told(), self._http.stream("POST", "/tokenize", json={"content": text, "add_special": True}) as said:
+            return [int(token) for token in self._checked(self._whole(said)).json()["tokens"]]
+
     def memory_bytes(self) -> int | None:
         """Return the memory of its processes, which are others once it was started again; None where none are seen.
 
@@ -209,12 +216,14 @@ class Client:
             "stream_options": {"include_usage": True},
         }
         came: list[float] = []
+        text = ""
         counted, ended = 0, 0.0
         timings: Mapping[str, Any] = {}
         began = time.perf_counter()
         for event in self._events("/v1/completions", body, _TOKEN_BYTES * (tokens + 64), self._longest):
             now = time.perf_counter() - began
             for choice in event.get("choices", ()):
+                text += str(choice.get("text") or "")
                 came += [now] if choice.get("finish_reason") is None else []
                 ended = now
             counted = (event.get("usage") or {}).get("completion_tokens", counted)
@@ -234,6 +243,7 @@ class Client:
             token_seconds=_steps(came, counted, ended),
             drafted=drafted,
             accepted=accepted,
+            text=text,
         )
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[Piece]:

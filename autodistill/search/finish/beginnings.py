@@ -125,6 +125,7 @@ def _evaluate(model: Any, row: Row, finisher: Finisher, *, trained: bool) -> Eva
         scales=read_scales(finisher.student(row), deployment) if trained else None,
         share=plan.example_share,
         tokenizer=setting.text(init),
+        teacher=setting.teacher_spec,
     )[0]
 
 

@@ -266,6 +266,7 @@ def _teacher_row(
             scales=read_scales(setting.teacher, deployment),
             share=setting.plan.example_share,
             tokenizer=setting.teacher,
+            teacher=setting.teacher_spec,
         )
     except TrialFailedError as error:
         raise InputError(f"the teacher as {deployment.name} cannot be measured ({error.cause}): {error}") from error
