@@ -74,7 +74,7 @@ _PURPOSES = {
         "study",
         "log",
     ),
-    "Take it to its users": ("export", "verify", "bundle", "serve", "chat", "monitor", "load", "dashboards"),
+    "Take it to its users": ("export", "verify", "bundle", "serve", "chat", "monitor", "load", "drafts", "dashboards"),
     "Ask of hardware": ("pick", "estimate", "measure", "profile", "devices", "doctor"),
     "Read what ships": ("strategies", "spaces"),
 }
@@ -268,6 +268,11 @@ def _ready(found: Any) -> None:
         raise typer.Exit(2)
 
 
+def _promised(found: dict[str, Any]) -> None:
+    if code := serving.promised(found):
+        raise typer.Exit(code)
+
+
 def _models(given: dict[str, Any]) -> list[str | None]:
     """The model that is estimated, and that which a strategy's student begins from."""
     return [given.get("model"), *commands.further({"strategy": given.get("strategy")})]
@@ -312,7 +317,8 @@ _verb(
 _verb(serving.serve, dict, serving.served_text)
 _streaming(serving.chat)
 _streaming(serving.monitor)
-_verb(serving.load, dict, serving.loaded_text)
+_verb(serving.drafts, dict, serving.drafts_text)
+_verb(serving.load, dict, serving.loaded_text, after=_promised)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -287,6 +287,10 @@ def measured_text(document: Mapping[str, Any]) -> str:
     lines += [(name.replace("_", " "), text.format(board[name]), "") for name, text in told if board.get(name)]
     lines += [("throttled", "yes" if board["throttled"] else "no", "")] if board.get("throttled") is not None else []
     title = f"{found['name']} on {found['machine']}, {found['threads']} threads, by {found['how']}"
+    if "slots" in board:
+        cache = " and ".join(dict.fromkeys(found["deployment"].get(f"cache_type_{one}", "f16") for one in "kv"))
+        flash = f"flash attention {board['flash_attention']}"
+        title += f"\n{board['slots']} x {board['context']} tokens, cache in {cache}, {flash}"
     doubts = "".join(f"\nDoubtful: {doubt}." for doubt in found["doubts"])
     left = f"\n{document['left']}." if document["left"] else ""
     unknown = ""

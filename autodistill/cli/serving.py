@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from autodistill.api.parameters import takes
 from autodistill.cli.streams import quiet_libraries
+from autodistill.cli.summary import table
 from autodistill.cli.tables import printable
 from autodistill.options import RUNS, Option, Out
-from autodistill.service.request import KeyFile, LoadRequest, ServeRequest
+from autodistill.service.request import MARGIN, DraftsRequest, KeyFile, LoadRequest, ServeRequest
 from autodistill.units import format_bytes, format_duration, parse_duration
 from autodistill.utils.json_files import strict_json
 
@@ -40,6 +41,8 @@ def serve(**options: Any) -> dict[str, Any]:
     """Serve a student over HTTP, with a key, until Ctrl-C or SIGTERM."""
     request = ServeRequest(**options)
     quiet_libraries()
+    # Now, and not once it is told to end.
+    from autodistill.service.drafts import record_served
     from autodistill.service.launch import Service, settle
 
     setting = settle(request, _say)
@@ -50,7 +53,9 @@ def serve(**options: Any) -> dict[str, Any]:
             try:
                 service.watch()
             except KeyboardInterrupt:
-                return service.summary()
+                done = service.summary()
+                record_served(setting, Path(request.out), done, _say)
+                return done
     except KeyboardInterrupt:
         pass
     return {"url": setting.url, "restarts": service.restarts}
@@ -85,9 +90,59 @@ def served_text(document: Mapping[str, Any]) -> str:
     return ", ".join(told)
 
 
+@takes(DraftsRequest, "drafts")
+def drafts(**options: Any) -> dict[str, Any]:
+    """Try smaller students as drafts of a model in llama.cpp: how much of them it takes, and how fast that is."""
+    request = DraftsRequest(**options)
+    quiet_libraries()
+    from autodistill.service.drafts import drafts as tried
+
+    return tried(request, _say)
+
+
+def drafts_text(document: Mapping[str, Any]) -> str:
+    """What drafts did, for a person: those that were tried now, or what is recorded."""
+    found = document["drafts"]
+    name = Path(document["target"]).name
+    if not found:
+        return f"No draft of {name} is recorded: name students to try, or serve one with --draft."
+    titles = ("draft", "size", "taken", "of", "a pass", "tokens/s", "speed", "expected", "the same")
+
+    def cells(one: Mapping[str, Any]) -> tuple[str, ...]:
+        """Of a record, which of a server has its acceptance alone."""
+        share = one["accepted"] / one["drafted"] if one["drafted"] else 0.0
+        if one["how"] != "drafts":
+            return (Path(one["draft"]).name, "-", f"{share:.1%}", f"{one['drafted']:,}", *"-----")
+        error = "" if one["speed_stderr"] is None else f" ± {one['speed_stderr']:.2f}"
+        return (
+            Path(one["draft"]).name,
+            format_bytes(one["size_bytes"]),
+            f"{share:.1%}",
+            f"{one['drafted']:,}",
+            f"{one['tokens_per_pass']:.2f}",
+            f"{one['tokens_per_second']:.4g}",
+            f"{one['speed']:.2f}x{error}",
+            f"{one['expected']:.2f}x",
+            f"{one['same']} of {one['answers']}",
+        )
+
+    shown = table([titles, *map(cells, found)], left=1)
+    if document["tokens_per_second"] is None:
+        return f"Recorded drafts of {name}, the last one first\n{shown}"
+    best = found[0]
+    doubt = best["speed_stderr"] or 0.0
+    verdict = (
+        f"The best draft is {Path(best['draft']).name}."
+        if best["speed"] - doubt > 1
+        else "None is faster than the model alone by more than its error."
+    )
+    rate = document["tokens_per_second"]
+    return f"{name} alone: {rate:.4g} tokens/s\n{shown}\n{verdict}\nStored in {document['kept_in']}."
+
+
 @takes(LoadRequest, "load")
 def load(**options: Any) -> dict[str, Any]:
-    """Load a server with more and more sequences at once until a latency limit breaks. pick uses the results."""
+    """Load a server with more and more sequences at once, up to a limit. Exits with 4 if its promise breaks."""
     request = LoadRequest(**options)
     quiet_libraries()
     from autodistill.service.load import load as loaded
@@ -103,7 +158,20 @@ def loaded_text(document: Mapping[str, Any]) -> str:
     else:
         more = "" if document["levels"][-1]["broken"] else ", the most that was tried"
         kept = f"It keeps to the limits with {document['streams']} at once{more}: {document['capacity']:.3g} answers/s."
-    return f"{kept}\nStored in {document['kept_in']}.{doubts}"
+    held = document["promise"]
+    told = "" if held is None else "\n" + _held(held)
+    return f"{kept}{told}\nStored in {document['kept_in']}.{doubts}"
+
+
+def _held(held: Mapping[str, Any]) -> str:
+    """How a promise stands under load."""
+    figures = [f"{one['figure']} {_KEPT[one['kept']]}: {one['said']}" for one in held["promise"]]
+    return f"The promise of {held['of']} is {held['verdict']}: {'; '.join(figures)}."
+
+
+def promised(document: Mapping[str, Any]) -> int:
+    """The exit code of a load: `BROKEN` where a promise was."""
+    return BROKEN if document["promise"] is not None and document["promise"]["verdict"] == "BROKEN" else 0
 
 
 Url = Annotated[str, Option(help="Address of the server, like http://127.0.0.1:8080.", metavar="URL", argument=True)]
@@ -197,7 +265,7 @@ def monitor(
             metavar="X",
             typed=float,
         ),
-    ] = 0.25,
+    ] = MARGIN,
     window: Annotated[str, Option(help="Time that averages are over (default: 5m).", metavar="TIME")] = "5m",
     every: Annotated[
         str, Option(help="Time between two small requests of its own, at least (default: 5s).", metavar="TIME")
@@ -228,7 +296,7 @@ def monitor(
     last: Report | None = None
     with ExitStack() as opened:
         client = opened.enter_context(
-            Client(url, client_key(None if key_file is None else Path(key_file)), timeout=30.0)
+            Client(url, client_key(None if key_file is None else Path(key_file)), timeout=30.0, longest=300.0)
         )
         watched = Monitor(client, held, window=parse_duration(window), every=parse_duration(every))
         endpoint = None

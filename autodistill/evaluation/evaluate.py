@@ -104,6 +104,7 @@ def evaluate(
     split: str = "validation",
     share: float = 1.0,
     tokenizer: Path | None = None,
+    teacher: ModelSpec | None = None,
 ) -> tuple[Evaluation, TokenScores]:
     """Makes once what the evaluators need of the packed model, and lets every one of them read it.
 
@@ -123,6 +124,7 @@ def evaluate(
         share: Of the evaluators' own examples, how much is read.
         tokenizer: Folder whose files describe the model's text: the teacher's, or `dataset.rendering_folder` of
             a student that learnt another template; None where no evaluator asks in text.
+        teacher: Shape of the teacher that the reference is of.
 
     Raises:
         InputError: An evaluator needs answers, and the data have no questions.
@@ -160,6 +162,7 @@ def evaluate(
             answers=answers,
             student=student,
             split=split,
+            teacher=teacher,
         )
         measurements = {item.name: item for evaluator in chosen for item in evaluator.evaluate(subject)}
     found = Evaluation(

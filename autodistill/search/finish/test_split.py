@@ -163,6 +163,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
             split="test",
             share=setting.plan.example_share,
             tokenizer=setting.text(init),
+            teacher=setting.teacher_spec,
         )[0]
 
     def write(evaluation: Evaluation, one: _Scored) -> None:

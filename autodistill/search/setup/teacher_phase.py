@@ -310,6 +310,7 @@ def _untrained_row(
             scales=read_scales(setting.teacher, deployment) if scales is None else scales,
             share=setting.plan.example_share,
             tokenizer=setting.text(strategy.init if strategy else None),
+            teacher=setting.teacher_spec,
         )
     except TrialFailedError as error:
         raise InputError(f"the {what} as {deployment.name} cannot be measured ({error.cause}): {error}") from error

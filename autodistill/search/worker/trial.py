@@ -409,6 +409,7 @@ class Trial:
             scales=scales,
             share=setting.plan.example_share * tokens / setting.plan.eval_tokens,
             tokenizer=setting.text(init),
+            teacher=setting.teacher_spec,
         )[0]
 
     def _trainer(self) -> Trainer:
