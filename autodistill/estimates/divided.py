@@ -8,6 +8,8 @@ from collections.abc import Callable
 from autodistill.models.families import FAMILIES, Axis, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import TensorSpec
+from autodistill.quantization.formats import QuantizationScheme
+from autodistill.quantization.grids import Grid
 
 _DIVIDED = frozenset({Axis.VOCABULARY, Axis.QUERIES, Axis.KEYS, Axis.FUSED, Axis.FFN})
 
@@ -31,9 +33,7 @@ def part_weights(spec: ModelSpec, tensor: TensorSpec, processes: int) -> int:
         processes: That hold it.
     """
     axes = get_family(spec.architecture).axes(tensor.name)
-    sizes = (
-        -(-size // processes) if axis in _DIVIDED else size for axis, size in zip(axes, tensor.shape, strict=True)
-    )
+    sizes = (-(-size // processes) if axis in _DIVIDED else size for axis, size in zip(axes, tensor.shape, strict=True))
     return math.prod(sizes)
 
 
@@ -42,7 +42,14 @@ def part_bytes(spec: ModelSpec, processes: int, width: Callable[[TensorSpec], in
     return sum(width(tensor) * part_weights(spec, tensor, processes) for tensor in spec.tensors)
 
 
-def split_groups(spec: ModelSpec, tensor: TensorSpec, processes: int, group: int) -> bool:
-    """Return whether a division cuts through groups of `group` weights that lie in a row of a matrix."""
-    axes = get_family(spec.architecture).axes(tensor.name)
-    return axes[-1] in _DIVIDED and -(-tensor.shape[-1] // processes) % group != 0
+def splits(spec: ModelSpec, scheme: QuantizationScheme, processes: int) -> bool:
+    """Return whether a division cuts through weights that share a scale, which no process could then find."""
+
+    def cut(tensor: TensorSpec) -> bool:
+        grid, last = scheme.storage(tensor), get_family(spec.architecture).axes(tensor.name)[-1]
+        if last not in _DIVIDED or not isinstance(grid, Grid):
+            return False
+        together = grid.block_size or grid.group(tensor.shape[-1])
+        return -(-tensor.shape[-1] // processes) % together != 0
+
+    return processes > 1 and any(map(cut, spec.tensors))

@@ -1,8 +1,9 @@
 """A teacher that no one device holds: several processes have a part of each matrix, and run as one model.
 
 This process is the first of them: it has the model that callers use, whose body and head tell the others what they are
-called with. The plan is transformers' own (`tp_plan="auto"`): of queries, keys, values and the FFN's first matrices each
-process has some rows, of the matrices that read these some columns, whose products are summed, and of the table some tokens.
+called with. The plan is transformers' own (`tp_plan="auto"`): of queries, keys, values and the FFN's first matrices
+each process has some rows, of the matrices that read these some columns, whose products are summed, and of the table
+some tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from autodistill.errors import AutoDistillError
-from autodistill.inference.half_precision import TYPES, hold, held_as_deployed, load_held
+from autodistill.inference.half_precision import TYPES, held_as_deployed, hold, load_held
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
@@ -43,6 +44,8 @@ _LONGEST_WAIT = timedelta(hours=1)
 _LEAVING_SECONDS = 10.0
 _MEMBER = "from autodistill.inference.tensor_parallel import member; member()"
 _STATE = "_divided"
+# What the last divided model was loaded by, and that model, if it is still there.
+_open: tuple[Any, Callable[[], Any]] = ((), lambda: None)
 
 
 def load_teacher(folder: Path, held: HeldType, device: str = "cpu", processes: int = 1) -> Any:
@@ -52,13 +55,21 @@ def load_teacher(folder: Path, held: HeldType, device: str = "cpu", processes: i
         folder: Of transformers.
         held: Type of the matrices.
         device: Of this process: "cpu", or "cuda", of which the first `processes` are used.
-        processes: Between which the weights are divided; 1 gives `load_held`'s. They end with the model.
+        processes: Between which the weights are divided; 1 gives `load_held`'s. They end with the model, of which there
+            is one: asked for again while it is there it is the same, and another one takes its place.
 
     Raises:
         AutoDistillError: One of the processes ended.
     """
+    global _open
     if processes == 1:
         return load_held(folder, held, device)
+    key = (folder, held, device, processes)
+    known, model = _open
+    if known == key and (found := model()) is not None:
+        return found
+    if (found := model()) is not None:
+        leave(found)
     others = _Others(folder, held, device, processes)
     try:
         model = _own_part(folder, held, device, 0, processes)
@@ -71,7 +82,13 @@ def load_teacher(folder: Path, held: HeldType, device: str = "cpu", processes: i
     body.forward = partial(others.call, "body", body.forward)
     head.forward = partial(others.call, "head", head.forward)
     weakref.finalize(model, others.close)
+    _open = key, weakref.ref(model)
     return model
+
+
+def leave(model: Any) -> None:
+    """End the other processes of a divided model, which is of no use from then on."""
+    getattr(model, _STATE).close()
 
 
 def is_divided(model: Any) -> bool:
@@ -146,8 +163,9 @@ class _Others:
     """
 
     def __init__(self, folder: Path, held: HeldType, device: str, processes: int) -> None:
-        self._meeting = tempfile.TemporaryDirectory(prefix="autodistill-")
-        place = Path(self._meeting.name)
+        meeting = tempfile.TemporaryDirectory(prefix="autodistill-")
+        self._meeting: tempfile.TemporaryDirectory[str] | None = meeting
+        place = Path(meeting.name)
         # The calls of several threads come one after another, since all processes meet in each.
         self._lock = threading.RLock()
         self._errors = [place / f"error.{rank}" for rank in range(1, processes)]
@@ -184,7 +202,7 @@ class _Others:
         """
         named |= dict(zip(("input_ids" if what == "body" else "input",), arguments, strict=False))
         tensors = {name: value.contiguous() for name, value in named.items() if isinstance(value, Tensor)}
-        assert not named.get("use_cache") and named.get("past_key_values") is None, "a divided model keeps no cache"
+        assert not named.get("use_cache"), "a divided model keeps no cache"
         with self._lock:
             device = next(iter(tensors.values())).device.type
             shapes = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in tensors.items()}
@@ -223,15 +241,17 @@ class _Others:
                 said = errors.read_text(errors="replace").split("\n")[-2:-1] or said
                 break
         count = len(self._processes) + 1
-        self._end(kill=True)
+        if self._meeting is not None:
+            self._end(kill=True)
         return AutoDistillError(
-            f"the teacher, divided over {count} processes, cannot go on ({said[0]}): free memory of the devices, or choose "
-            "a smaller teacher"
+            f"the teacher, divided over {count} processes, cannot go on ({said[0]}): free memory of the devices, or "
+            "choose a smaller teacher"
         )
 
     def close(self) -> None:
-        """Let all of them leave."""
-        self._end(kill=False)
+        """Let all of them leave, if they have not."""
+        if self._meeting is not None:
+            self._end(kill=False)
 
     def _end(self, kill: bool) -> None:
         for process in self._processes:
@@ -252,7 +272,9 @@ class _Others:
                 process.wait()
         if dist.is_initialized():
             dist.destroy_process_group()
-        self._meeting.cleanup()
+        meeting, self._meeting = self._meeting, None
+        if meeting is not None:
+            meeting.cleanup()
 
 
 def member() -> None:
@@ -324,7 +346,7 @@ def _meet(device: str, store: Path, rank: int, count: int) -> None:
 def _own_part(folder: Path, held: HeldType, device: str, rank: int, count: int) -> Any:
     """This process's part of a model: each module computes with plain tensors, and meets the others where it must."""
     model: Any = load_model(folder, TYPES[held], device, divided=count)
-    plan = {name: style for name, style in model._expand_parallel_plan(model.tp_plan).items()}
+    plan = model._expand_parallel_plan(model.tp_plan)
     local: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
