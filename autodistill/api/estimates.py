@@ -68,7 +68,7 @@ class EstimateRequest:
     gpus: Annotated[
         int | None,
         Option(
-            help="Also estimate what each of so many GPUs holds that run the model together, and train it with --training.",
+            help="Also estimate what each of so many GPUs holds that run the model together, or train it.",
             metavar="N",
             typed=int,
         ),

@@ -136,8 +136,8 @@ def _training(found: Mapping[str, Any]) -> str:
     trained = found.get("trained", "all weights")
     note = (
         f"{trained[0].upper()}{trained[1:]}, by AdamW in float32, products in bfloat16, "
-        f"{count_of(found['tokens'], 'token')} a step of one pass{together}.\nActivations are freed as gradients appear: the "
-        "total has the larger of the two sums. 16-bit and 8-bit states come with checkpointing."
+        f"{count_of(found['tokens'], 'token')} a step of one pass{together}.\nActivations are freed as gradients "
+        "appear: the total has the larger of the two sums. 16-bit and 8-bit states come with checkpointing."
     )
     return f"{table([head, *lines], left=1)}\n{note}"
 
