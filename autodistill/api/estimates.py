@@ -65,6 +65,14 @@ class EstimateRequest:
             typed=int,
         ),
     ] = None
+    gpus: Annotated[
+        int | None,
+        Option(
+            help="Also estimate what each of so many GPUs holds that run the model together, or train it.",
+            metavar="N",
+            typed=int,
+        ),
+    ] = None
     strategy: Annotated[
         Strategies | None,
         Option(
@@ -152,7 +160,9 @@ def estimate(**options: Any) -> Estimate:
         found = (choose_device(request.device, cache_folder(request.cache), files),)
     model = request.model
     described = shape(request.sizes, tied=request.tied) if model is None else describe(str(model))
-    load: dict[str, Any] = {name: getattr(request, name) for name in ("context", "kv_type", "runtime", "prompt")}
+    load: dict[str, Any] = {
+        name: getattr(request, name) for name in ("context", "kv_type", "runtime", "prompt", "gpus")
+    }
     load |= {"batch": request.batch or 1, "devices": found, "overheads": recalibrated(Path(request.out))}
     if request.strategy is not None:
         document = _student_estimated(described, request.strategy, request.format, request.training, load)
@@ -192,5 +202,6 @@ def _student_estimated(
     student = student_of(teacher, recipe, recipe.id if isinstance(strategy, Strategy) else str(strategy))
     named = None if format_name is None else deployment_named(format_name)
     deployment = named or own_deployment(recipe) or deployment_named("gguf-q8_0")
-    trained = strategy_training(teacher, student, recipe, tokens=TOKENS if training is None else training)
+    tokens = TOKENS if training is None else training
+    trained = strategy_training(teacher, student, recipe, tokens=tokens, gpus=load["gpus"] or 1)
     return appraise(student, deployment, **load) | {"training": trained}

@@ -69,6 +69,8 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
         sections.append(f"{table([head, *rows], left=2)}\n{_speeds_note(document)}")
     if document["training"]:
         sections.append(_training(document["training"]))
+    if document["gpus"]:
+        sections.append(_gpus(document["gpus"]))
     if document.get("stress"):
         sections.append(_stress(document["stress"]))
     return "\n\n".join(sections)
@@ -129,14 +131,27 @@ def _training(found: Mapping[str, Any]) -> str:
         (_PARTS.get(name, name.removesuffix("_bytes")), *(format_bytes(way[name]) for way in ways.values()))
         for name in parts
     ]
-    head = ("training", *(_WAYS.get(way, way.replace("_", " ")) for way in ways))
+    together = f" on each of {found['gpus']} GPUs" if found["gpus"] > 1 else ""
+    head = (f"training{together}", *(_WAYS.get(way, way.replace("_", " ")) for way in ways))
     trained = found.get("trained", "all weights")
     note = (
         f"{trained[0].upper()}{trained[1:]}, by AdamW in float32, products in bfloat16, "
-        f"{count_of(found['tokens'], 'token')} a step of one pass.\nActivations are freed as gradients appear: the "
-        "total has the larger of the two sums. 16-bit and 8-bit states come with checkpointing."
+        f"{count_of(found['tokens'], 'token')} a step of one pass{together}.\nActivations are freed as gradients "
+        "appear: the total has the larger of the two sums. 16-bit and 8-bit states come with checkpointing."
     )
     return f"{table([head, *lines], left=1)}\n{note}"
+
+
+def _gpus(found: Mapping[str, Any]) -> str:
+    """What each of several GPUs holds of a model, beside what one would."""
+    names = [name for name in found["each"] if name != "total_bytes"]
+    rows = [
+        (name.removesuffix("_bytes").replace("_", " "), *(format_bytes(found[who][name]) for who in ("alone", "each")))
+        for name in (*names, "total_bytes")
+    ]
+    note = "Run in 16 bits by transformers, with tensor parallelism, as a search divides its teacher."
+    head = ("running", "one GPU", f"each of {found['count']}")
+    return f"{table([head, *rows], left=1)}\n{note}"
 
 
 def _overhead(change: Mapping[str, Any]) -> str:

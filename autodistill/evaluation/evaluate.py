@@ -23,6 +23,7 @@ from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.packed_student import PackedStudent
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import score
+from autodistill.inference.tensor_parallel import deployed_in_all
 from autodistill.models.loading import stock_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
@@ -70,7 +71,11 @@ def deployed_weights(
     """
     if is_held(model):
         storages = {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}
-        with held_as_deployed(model, storages, scales), quantized_cache(model, deployment.cache_types):
+        with (
+            deployed_in_all(model, deployment, scales) as own,
+            held_as_deployed(model, storages, own),
+            quantized_cache(model, deployment.cache_types),
+        ):
             yield
         return
     parameters = dict(model.named_parameters())

@@ -20,6 +20,7 @@ from autodistill.errors import NotFiniteError
 from autodistill.inference.batching import map_batches, pass_tokens
 from autodistill.inference.likelihood import continuations
 from autodistill.inference.outputs import Answers
+from autodistill.inference.tensor_parallel import is_divided
 
 _BATCH = 16  # prompts answered at once on a CPU
 BATCH_ON_ACCELERATOR = 64
@@ -132,7 +133,11 @@ def _settings(model: Any, stops: Sequence[int], max_tokens: int) -> Iterator[Non
 
     before = model.generation_config
     model.generation_config = GenerationConfig(
-        max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0], use_cache=True
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=list(stops),
+        pad_token_id=stops[0],
+        use_cache=not is_divided(model),
     )
     try:
         yield

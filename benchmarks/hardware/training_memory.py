@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from autodistill.estimates.training_fit import Training, fit_teacher, training_fits
+from autodistill.estimates.teacher_fit import fit_teacher
+from autodistill.estimates.training_fit import Training, training_fits
 from autodistill.estimates.training_memory import TrainingEstimate, training_memory
 from autodistill.hardware.machine import Gpu, Machine
 from autodistill.models.config import spec_from_config

@@ -216,7 +216,7 @@ def _teacher_batches(
             columns: list[dict[str, pa.Array]] = [{} for _ in batch]
             if settings.top_k or settings.draws:
                 head = model.get_output_embeddings()
-                at_once = max(1, (_CPU_ROWS if device == "cpu" else logit_rows(head.weight.shape[0])) // rows.shape[1])
+                at_once = max(1, (_CPU_ROWS if device == "cpu" else logit_rows(head.out_features)) // rows.shape[1])
                 for start in range(0, len(batch), at_once):
                     part = rows[start : start + at_once]
                     found = _sparse_outputs(head(part.flatten(0, 1)), settings, batch[start : start + at_once])

@@ -32,10 +32,10 @@ from autodistill.errors import (
     RefusedPromptError,
     WritingError,
 )
-from autodistill.estimates.training_fit import fit_teacher
+from autodistill.estimates.teacher_fit import fit_teacher
 from autodistill.hardware.machine import detect
 from autodistill.inference.generation import Sampling, write
-from autodistill.inference.half_precision import load_held
+from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
 from autodistill.models.stored_tensors import stored_type
@@ -220,7 +220,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
         if not read:
             return
         came = write(
-            load_held(teacher.folder, fit.held, device),
+            load_teacher(teacher.folder, fit.held, device, fit.processes),
             [ids[place] for place in read],
             stops=renderer.stops,
             max_tokens=request.max_tokens,

@@ -21,6 +21,8 @@ from autodistill.evaluation.base import Measurement
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.inference.batching import PASS_TOKENS, pass_tokens
 from autodistill.inference.generation import BATCH_ON_ACCELERATOR, answer
+from autodistill.inference.half_precision import load_held
+from autodistill.inference.tensor_parallel import is_divided
 from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
@@ -147,6 +149,8 @@ def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box
         """Build the largest student of one way to begin."""
         if init.model:
             return load_model(loaded.pretrained[init.model], torch.float32)
+        if is_divided(model):
+            model = load_held(loaded.teacher.folder, loaded.teacher_fit.held)
         # Which layers and neurons are kept does not bear on speed.
         return cut_student(model, replace(init, layers="even"), None)[0]
 

@@ -159,6 +159,7 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
         device=loaded.device,
         pretrained=loaded.pretrained,
         held=loaded.teacher_fit.held,
+        divided=loaded.teacher_fit.processes,
         renderings=loaded.renderings,
         divergences=checked.asked.divergences,
     )

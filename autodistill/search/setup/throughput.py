@@ -178,7 +178,7 @@ class _Passes:
                 ids = self._ids[: len(batch)]
                 hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
                 head = self.model.get_output_embeddings()
-                for rows in hidden.split(logit_rows(head.weight.shape[0])):
+                for rows in hidden.split(logit_rows(head.out_features)):
                     head(rows)
             return len(batch)
 

@@ -7,7 +7,8 @@ from functools import partial
 
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
-from autodistill.estimates.training_fit import TeacherFit, Training, TrainingFit, fit_training
+from autodistill.estimates.teacher_fit import TeacherFit
+from autodistill.estimates.training_fit import Training, TrainingFit, fit_training
 from autodistill.estimates.training_memory import adapted_tensors
 from autodistill.inference.torch_memory import share_bytes
 from autodistill.models.spec import ModelSpec
