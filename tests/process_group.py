@@ -15,8 +15,8 @@ def begin() -> None:
 def leave() -> None:
     """End this process once all of its group are here, without the destructors of gloo and torch.
 
-    Threads of gloo may still hold what was gathered while the interpreter goes: glibc once ended a process there with "double
-    free or corruption" (SIGABRT), after all of its work had been written.
+    After its work a process called `destroy_process_group`, and one was once ended there, or about there, by glibc with "double
+    free or corruption": gloo's threads may still hold what was sent. A search's own groups end by SIGKILL.
     """
     torch.distributed.barrier()
     sys.stdout.flush()

@@ -30,12 +30,10 @@ _PLACES = {
 
 
 def _file(help: str) -> Option:
-    """Return an option that names a file."""
     return Option(help=help, metavar="FILE", typed=Path, parse=Path)
 
 
 def _tokens(help: str) -> Option:
-    """Return an option that gives a length in tokens."""
     return Option(help=help, metavar="TOKENS", typed=int)
 
 
@@ -102,7 +100,6 @@ class MeasureRequest:
     cache: Cache = None
 
     def __post_init__(self) -> None:
-        """Refuse options that change nothing where it is measured."""
         read_texts(self)
         object.__setattr__(self, "streams", tuple(self.streams))
         places = {"--on": self.on, "--script": self.script, "--result": self.result}

@@ -24,7 +24,6 @@ RUN_SHAPE = "A shape in the place of MODEL"
 
 
 def _size(help: str, metavar: str = "N") -> Option:
-    """Return an option that gives a number of a shape."""
     return Option(help=help, metavar=metavar, typed=int, section=RUN_SHAPE)
 
 
@@ -105,7 +104,6 @@ class EstimateRequest:
     cache: Cache = None
 
     def __post_init__(self) -> None:
-        """Refuse arguments that contradict each other."""
         if (self.model is None) == all(size is None for size in self.sizes.values()):
             raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
         if self.tied and self.model is not None:

@@ -120,7 +120,6 @@ class SolveOptions:
     cache: Cache = None
 
     def __post_init__(self) -> None:
-        """Refuse limits that contradict each other."""
         if isinstance(self.latency, str):
             # Where it names no streams, those of --batch are meant.
             object.__setattr__(self, "latency", parse_latency(self.latency, self._batch))

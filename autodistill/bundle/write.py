@@ -133,7 +133,6 @@ def _library_files(exported: Exported) -> dict[str, str]:
 
 
 def _asked(exported: Exported) -> dict[str, str]:
-    """The smoke test, and what it asks."""
     return {
         "smoke_test.py": (_HERE / "smoke_test.py").read_text(encoding="utf-8"),
         "answers.json": json.dumps(answers(exported)) + "\n",
@@ -144,7 +143,6 @@ class _Plain(yaml.SafeDumper):
     """Writes each value out: aliases are read by few programs, and by no person."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write no alias, for any value."""
         return True
 
 

@@ -31,7 +31,6 @@ BROKEN = 4
 
 
 def _say(line: str) -> None:
-    """Print a line for a person, at once."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
@@ -167,7 +166,6 @@ def _reached(to: str, key_file: str | Path | None, out: Path) -> Iterator[Client
 
 
 def _typed() -> Iterator[str]:
-    """What a person types, line by line."""
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
@@ -273,7 +271,6 @@ def report_facts(report: Report) -> dict[str, str]:
     figures = report.figures
 
     def times(found: Times) -> str:
-        """Mean and percentiles."""
         if not found.count:
             return ""
         shares = (("mean", found.mean), ("p50", found.p50), ("p95", found.p95), ("p99", found.p99))

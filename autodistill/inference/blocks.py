@@ -116,7 +116,6 @@ def _passed(
         setattr(here, name, inputs[0])
 
     def run(index: int) -> Passed:
-        """Run one sequence, and return what the blocks passed on."""
         here.seen = None
         with torch.no_grad():
             model.base_model(**begun[index], use_cache=False)

@@ -226,7 +226,6 @@ def _results(points: Mapping[str, Mapping[str, Any]], rungs: Iterable[RungReache
 
 
 def _table(objective: str, found: Importance) -> list[str]:
-    """Which dimensions mattered for one objective, and of which nothing is said, in lines."""
     if not found.shares:
         return [f"{found.results} results are too few to tell which dimensions mattered for {objective}."]
     lines = [f"What mattered for {objective}, in {found.results} trials at the first rung (PED-ANOVA):"]

@@ -69,7 +69,6 @@ class WriteRequest:
     cache: Cache = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that are wrong, or contradict each other."""
         read_texts(self)
         if self.max_tokens < 1:
             raise InputError(f"--max-tokens must be at least 1, not {self.max_tokens}")
