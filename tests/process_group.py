@@ -15,8 +15,8 @@ def begin() -> None:
 def leave() -> None:
     """End this process once all of its group are here, without the destructors of gloo and torch.
 
-    After its work a process called `destroy_process_group`, and one was once ended there, or about there, by glibc with "double
-    free or corruption": gloo's threads may still hold what was sent. A search's own groups end by SIGKILL.
+    After its work a process once called `destroy_process_group`, and glibc ended one there, or about there, with "double
+    free or corruption": threads of gloo may still hold what was sent. A search ends the members of a group at once too.
     """
     torch.distributed.barrier()
     sys.stdout.flush()

@@ -88,13 +88,13 @@ class MeasureRequest:
     ] = "1"
     prompt: Annotated[int | None, _tokens("Length of the prompt before the first token (default: 512).")] = None
     decoded: Annotated[int | None, _tokens("Length of an answer (default: 64).")] = None
-    rounds: Annotated[int | None, Option(help="Number of repetitions (default: 3).", metavar="N", typed=int)] = None
-    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", typed=int, least=0)] = 0
+    rounds: Annotated[int | None, Option(help="Number of repetitions (default: 3).", metavar="N")] = None
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
     timeout: Annotated[
         str | float | None,
         Option(help="Stop waiting for a board after this long (default: 30m).", metavar="TIME", parse=parse_duration),
     ] = None
-    busy: Annotated[bool, Option(help="Measure even if the machine is busy, and mark the result.", typed=bool)] = False
+    busy: Annotated[bool, Option(help="Measure even if the machine is busy, and mark the result.")] = False
     devices: Devices = None
     out: Out = RUNS
     cache: Cache = None

@@ -148,11 +148,7 @@ def _printed(json: Json = False) -> None:
 def _planned(
     plan: Annotated[
         bool,
-        Option(
-            help="Print the planned trials, tokens, disk, time and hours without training anything.",
-            typed=bool,
-            section="Run",
-        ),
+        Option(help="Print the planned trials, tokens, disk, time and hours without training anything.", section="Run"),
     ] = False,
     price: Annotated[
         str | None,

@@ -52,8 +52,7 @@ class ProfileRequest:
     prompt: Annotated[int | None, _number("Serving: length of the prompt (default: 256).")] = None
     decoded: Annotated[int | None, _number("Serving: tokens that are written (default: 32).")] = None
     runtime: Annotated[
-        str | None,
-        Option(help="Serving: the runtime, as of measure (default: as the export is).", metavar="NAME"),
+        str | None, Option(help="Serving: the runtime, as of measure (default: as the export is).", metavar="NAME")
     ] = None
     threads: Annotated[int | None, _number("CPU threads (default: all cores).", "N")] = None
     cache: Cache = None

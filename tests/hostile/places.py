@@ -38,7 +38,7 @@ _ROWS = (
 )
 _IMAGES = (
     *("", " ", "A", "a b", "a:b:c", "a@sha256:0", "-a", "a;touch ran", "a$(touch ran)", "a\nRUN touch ran", "a/../b"),
-    *("x" * 300, "registry.example.com/", "registry.example.com:99999/a", "é", "a:", ":a", "\udcff"),
+    *("x" * 300, "registry.example.com/", "registry.example.com:x/a", "a//b", "é", "a:", ":a", "\udcff"),
 )
 _NUMBERS = ("0", "-1", "1e3", "nan", "", "x", "1.5", "65536", "9" * 400, "9" * 5_000)
 
