@@ -147,7 +147,7 @@ def explain(run: RunFolder) -> Explanation:
     Raises:
         InputError: There is no trial yet.
     """
-    asked, events = run.asked("metric", "direction", "plan", "space_definition"), run.events.all()
+    asked, events = run.asked("metric", "direction", "budget", "plan", "space_definition"), run.events.all()
     plan, space = Plan.from_json(asked["plan"]), Space.stored(asked["space_definition"])
     run.check_together(len(plan.rungs))
     trials = {event.trial: event for event in of_kind(events, TrialAdded)}
