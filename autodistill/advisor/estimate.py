@@ -124,7 +124,6 @@ class _Served:
     prompt: int | None
 
     def need(self, on_gpu: bool) -> MemoryEstimate:
-        """Return its memory, of a process or of a discrete GPU."""
         return memory(
             self.model.spec,
             self.deployment,

@@ -30,12 +30,10 @@ _PLACES = {
 
 
 def _file(help: str) -> Option:
-    """Return an option that names a file."""
     return Option(help=help, metavar="FILE", typed=Path, parse=Path)
 
 
 def _tokens(help: str) -> Option:
-    """Return an option that gives a length in tokens."""
     return Option(help=help, metavar="TOKENS", typed=int)
 
 
@@ -93,19 +91,18 @@ class MeasureRequest:
     ] = None
     prompt: Annotated[int | None, _tokens("Length of the prompt before the first token (default: 512).")] = None
     decoded: Annotated[int | None, _tokens("Length of an answer (default: 64).")] = None
-    rounds: Annotated[int | None, Option(help="Number of repetitions (default: 3).", metavar="N", typed=int)] = None
-    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", typed=int, least=0)] = 0
+    rounds: Annotated[int | None, Option(help="Number of repetitions (default: 3).", metavar="N")] = None
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
     timeout: Annotated[
         str | float | None,
         Option(help="Stop waiting for a board after this long (default: 30m).", metavar="TIME", parse=parse_duration),
     ] = None
-    busy: Annotated[bool, Option(help="Measure even if the machine is busy, and mark the result.", typed=bool)] = False
+    busy: Annotated[bool, Option(help="Measure even if the machine is busy, and mark the result.")] = False
     devices: Devices = None
     out: Out = RUNS
     cache: Cache = None
 
     def __post_init__(self) -> None:
-        """Refuse options that change nothing where it is measured."""
         read_texts(self)
         if self.streams is not None:
             object.__setattr__(self, "streams", tuple(self.streams))

@@ -6,11 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
 
 from autodistill.errors import DamagedError, InputError
 from autodistill.export.base import Expected
-from autodistill.export.promise import RECORD, Promised
+from autodistill.export.promise import RECORD, ExportRecord, Promised
 from autodistill.models.licenses import stated
 from autodistill.runtimes.launch_files import SERVE_FILE, Launch, read_launch
 from autodistill.strategy.deployment import Deployment
@@ -28,18 +27,6 @@ _READ = {
     "onnxruntime": ("onnx", "onnx-f16"),
 }
 _NOT_NAMES = re.compile(r"[^a-z0-9]+")
-
-
-class _Record(TypedDict):
-    """What is read of `export.json`."""
-
-    format: str
-    row: str | None
-    deployment: Mapping[str, Any]
-    artifact: str
-    files: Mapping[str, Mapping[str, Any]]
-    versions: Mapping[str, str]
-    proof: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +84,7 @@ def read_export(folder: Path, runtime: str | None = None) -> Exported:
         raise InputError(f"{folder} has no {RECORD}: name a folder that autodistill export wrote")
     record = read_json(folder / RECORD)
     where = str(folder / RECORD)
-    check_typed(record, _Record, where)
+    check_typed(record, ExportRecord, where)
     fitting = [name for name, formats in _READ.items() if record["format"] in formats]
     runtime = runtime or next(iter(fitting), None)
     if runtime not in fitting:

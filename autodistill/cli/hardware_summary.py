@@ -102,7 +102,6 @@ def _speeds_note(document: Mapping[str, Any]) -> str:
 
 
 def _rate(tokens_per_second: float) -> str:
-    """Three significant digits, without an exponent."""
     rounded = float(f"{tokens_per_second:.3g}")
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
 
@@ -209,7 +208,6 @@ def pick_text(document: Mapping[str, Any]) -> str:
 
 
 def _solved_text(solved: Mapping[str, Any] | None) -> str:
-    """What `solve` found earlier within the same memory."""
     if solved is None:
         return ""
     return (

@@ -32,7 +32,6 @@ BROKEN = 4
 
 
 def _say(line: str) -> None:
-    """Print a line for a person, at once."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
@@ -188,10 +187,9 @@ def chat(
         ),
     ] = "http://127.0.0.1:8080",
     system: Annotated[str, Option(help="What the student is told before anything else.", metavar="TEXT")] = "",
-    max_tokens: Annotated[int | None, Option(help="Most tokens of an answer.", metavar="N", typed=int, least=1)] = None,
+    max_tokens: Annotated[int | None, Option(help="Most tokens of an answer.", metavar="N", least=1)] = None,
     temperature: Annotated[
-        float | None,
-        Option(help="0 for the likeliest answer (default: as the server has it).", metavar="X", typed=float),
+        float | None, Option(help="0 for the likeliest answer (default: as the server has it).", metavar="X")
     ] = None,
     key_file: KeyFile = None,
     out: Out = RUNS,
@@ -235,7 +233,6 @@ def _reached(to: str, key_file: str | Path | None, out: Path) -> Iterator[Client
 
 
 def _typed() -> Iterator[str]:
-    """What a person types, line by line."""
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
@@ -263,7 +260,6 @@ def monitor(
         Option(
             help="Share by which a measured figure may be exceeded, where no limit was asked for (default: 0.25).",
             metavar="X",
-            typed=float,
         ),
     ] = MARGIN,
     window: Annotated[str, Option(help="Time that averages are over (default: 5m).", metavar="TIME")] = "5m",
@@ -271,13 +267,12 @@ def monitor(
         str, Option(help="Time between two small requests of its own, at least (default: 5s).", metavar="TIME")
     ] = "5s",
     time: Annotated[str | None, Option(help="End after this long (default: at Ctrl-C).", metavar="TIME")] = None,
-    json: Annotated[bool, Option(help="Print a line of JSON after each look.", typed=bool)] = False,
+    json: Annotated[bool, Option(help="Print a line of JSON after each look.")] = False,
     prometheus: Annotated[
         int | None,
         Option(
             help="Also give the figures to Prometheus, on this port of the loopback; 0 takes a free one.",
             metavar="PORT",
-            typed=int,
             least=0,
         ),
     ] = None,
@@ -341,7 +336,6 @@ def report_facts(report: Report) -> dict[str, str]:
     figures = report.figures
 
     def times(found: Times) -> str:
-        """Mean and percentiles."""
         if not found.count:
             return ""
         shares = (("mean", found.mean), ("p50", found.p50), ("p95", found.p95), ("p99", found.p99))

@@ -180,7 +180,6 @@ def evaluate(
 
 
 def _reading(evaluators: Sequence[str | Evaluator], deployment: Deployment) -> list[Evaluator]:
-    """The evaluators that read a packed model, loaded."""
     loaded = (load_evaluator(item) if isinstance(item, str) else item for item in evaluators)
     return [item for item in loaded if item.needs != "artifact" and item.supports(deployment)]
 

@@ -23,6 +23,7 @@ from autodistill.export.tokenizer_check import agreement, cannot_cut, comparable
 from autodistill.export.verify import falls_short
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.families import FAMILIES, GGUF_FAMILIES, get_family
+from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.llama_cpp_graphs import SLIDING, graph_of, rotary, rotary_dims, row_order, window_period
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
@@ -173,9 +174,7 @@ def _run(
 ) -> Ran:
     keys, values = deployment.cache_types
     # Beyond the context that a model was made for its server writes nothing.
-    reader = GGUFReader(path)
-    longest = int(_field(reader, f"{_field(reader, 'general.architecture')}.context_length"))
-    asked = max(1, min(WRITTEN_TOKENS, longest - PROMPT_TOKENS))
+    asked = max(1, min(WRITTEN_TOKENS, read_gguf(path).context_length - PROMPT_TOKENS))
     context = max(sequences.shape[1] + 1, PROMPT_TOKENS + asked)
     rows, beside = sequences.tolist(), min(len(sequences), _BESIDE)
     top1 = list[list[int]]()

@@ -71,7 +71,6 @@ class _Multiples(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor, grid: Grid) -> _Multiples:
-        """Convert stored values, float32 [out, groups]."""
         units, multipliers = on_block_grid(values, grid, torch)
         rows = len(values)
         return cls(units.half().view(rows, -1, 1), multipliers.to(torch.int8).view(rows, -1, grid.groups_per_block))
@@ -92,7 +91,6 @@ class _Singles(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor, grid: Grid) -> _Singles:
-        """Convert stored values, float32 [out, groups]."""
         return cls(values.half() if grid.scale_dtype == "f16" else values)
 
     def read(self, rows: slice | Tensor) -> Tensor:

@@ -44,7 +44,6 @@ def continuations(
     sizes = [[len(pairs[place][1]) for place in by_prompt[prompt]] for prompt in prompts]
 
     def work(batch: range) -> list[tuple[int, Likelihood]]:
-        """Score one batch, and return the results with their places."""
         asked = prompts[batch.start : batch.stop]
         places = [place for prompt in asked for place in by_prompt[prompt]]
         owners = [row for row, prompt in enumerate(asked) for _ in by_prompt[prompt]]
@@ -166,7 +165,6 @@ def rolling(
     lengths = [len(begun) + pieces[piece][2] - pieces[piece][1] for piece in order]
 
     def work(batch: range) -> list[Tensor]:
-        """Return negative log-likelihoods in nats, float64 [counted], of the tokens that some windows count."""
         chosen = [pieces[order[index]] for index in batch]
         rows = [torch.tensor([*begun, *texts[place][start:end]]) for place, start, end, _ in chosen]
         # Nothing predicts a window's first token.

@@ -172,7 +172,6 @@ def _over_rows(
     sequences, length = data.tokens.shape
 
     def pass_over(batch: range) -> list[Tensor]:
-        """Return the joined results of `work` for some sequences: tensors [predicted, ...], on the CPU."""
         part = slice(batch.start, batch.stop)
         ids = torch.from_numpy(np.array(data.tokens[part], dtype=np.int64)).to(device)
         row, column = np.nonzero(counted[part, 1:])

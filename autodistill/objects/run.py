@@ -248,7 +248,6 @@ def lines() -> Observer:
 
 
 def _cells(place: int, student: Student) -> dict[str, Any]:
-    """A student as a row of a table."""
     cells: dict[str, Any] = {
         "place": place,
         "id": student.id,

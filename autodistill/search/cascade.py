@@ -173,7 +173,6 @@ def cascade(
 
 
 def _named(run: RunFolder, rows: str, asked: Mapping[str, Any]) -> tuple[Row, Row]:
-    """The two rows that are named."""
     names = [name.strip() for name in rows.split(",")]
     if len(names) != 2 or not all(names):
         raise InputError(f"--rows {rows!r} must name two rows: the small one, a comma, and the large one or teacher")
@@ -191,7 +190,6 @@ def _named(run: RunFolder, rows: str, asked: Mapping[str, Any]) -> tuple[Row, Ro
 
 
 def _data(run: RunFolder, asked: Mapping[str, Any], cache: Path) -> Prepared:
-    """The data of the run, as it read them."""
     folder = cache / "data" / str(asked["data"]["fingerprint"])
     if not folder.is_dir():
         raise InputError(
@@ -202,7 +200,6 @@ def _data(run: RunFolder, asked: Mapping[str, Any], cache: Path) -> Prepared:
 
 
 def _rendering(row: Row, folder: Path, data: Prepared) -> str:
-    """The rendering of the data that a row's model reads."""
     if not data.renderings or row.strategy is None or not row.strategy.init.model:
         return ""
     template = Renderer(folder).template
@@ -310,7 +307,6 @@ def _measured(
 
 
 def _speed_on_file(row: Row) -> _Speed | None:
-    """Speed as the row has it; None where it has none."""
     rate, first = row.figure("tokens_per_second"), row.figure("ttft_ms")
     if not rate or row.machine is None:
         return None

@@ -51,7 +51,6 @@ SEED = 0  # of the recorded students
 
 
 def teacher_spec() -> ModelSpec:
-    """The math teacher's shape."""
     return spec_from_config(
         {"model_type": "llama", "vocab_size": 20, "max_position_embeddings": 80, "tie_word_embeddings": True, **SHAPE}
     )
@@ -61,11 +60,9 @@ class Remembering(Space):
     """A space that makes the strategy of a point once, however often it is asked for."""
 
     def strategy(self, point: Mapping[str, Value]) -> Strategy:
-        """The strategy at a point."""
         return _strategy(self, frozenset(point.items()))
 
     def __hash__(self) -> int:
-        """Of its content."""
         return int(self.hash, 16)
 
 
@@ -122,16 +119,13 @@ class Table:
         return bool(allowed(student_spec(strategy, self.teacher), self.deployments))
 
     def line(self, strategy: Strategy) -> Line:
-        """What was recorded of a strategy."""
         return self.lines[strategy.id]
 
     def best(self) -> float:
-        """The best accuracy of any student at full fidelity, under any deployment that it was judged by."""
         return max(max(line.rows.values()) for line in self.recorded)
 
     @property
     def recorded(self) -> list[Line]:
-        """Lines of the space's strategies."""
         points = self.space.points(lambda dimension: dimension.domain.grid or ())
         strategies = map(self.space.strategy, points)
         return [self.lines[strategy.id] for strategy in strategies if strategy.id in self.lines]
@@ -139,12 +133,10 @@ class Table:
 
 @cache
 def allowed(spec: ModelSpec, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
-    """Deployments that the budget allows."""
     return tuple(fit.deployment for fit in fits(spec, deployments, BUDGET) if fit.slack <= 0)
 
 
 def plan(trials: int, rungs: Sequence[int], keep: Sequence[int], workers: int = 1) -> Plan:
-    """The plan of a search on the table."""
     return straight_plan(
         TOKENS,
         sequence_length=LENGTH,
@@ -174,11 +166,9 @@ class Memory(RunLog):
         self._kept: list[RunEvent] = []
 
     def add(self, event: RunEvent) -> None:
-        """Keeps an event."""
         self._kept.append(event)
 
     def all(self) -> list[RunEvent]:
-        """All events."""
         return self._kept
 
 
@@ -200,7 +190,6 @@ class Stopping(SuccessiveHalving):
         feasible: bool = True,
         further: Sequence[float | None] = (),
     ) -> Decision:
-        """Judges at once, against those before."""
         decision = super().report(trial_id, rung, value, feasible, further)
         if decision is Decision.PAUSE:
             reported = len(self._reports[rung])
@@ -248,7 +237,6 @@ class Spent:
 
     @property
     def best(self) -> tuple[int, float, float, str, str]:
-        """The best student."""
         return max(self.curve, key=lambda one: one[2])
 
 
@@ -271,7 +259,6 @@ class Worker:
 
     @property
     def start(self) -> Expense:
-        """Before the first trial."""
         return self.expenses.teacher_rows + (Expense() if self._live else self.expenses.cache)
 
     def answer(self, assignment: Assignment) -> tuple[RungReport, Expense]:
@@ -460,7 +447,6 @@ def simulate(
 
 
 def points(space: Space) -> list[Point]:
-    """All points of a finite space."""
     return list(space.points(lambda dimension: dimension.domain.grid or ()))
 
 

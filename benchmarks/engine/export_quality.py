@@ -337,7 +337,6 @@ def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
 
 
 def section(given: argparse.Namespace, kind: str) -> list[str]:
-    """The table of a model, and what becomes of the targets."""
     found: dict[str, dict[str, Any]] = {}
     for one in report.lines_of(program.REPORTS / STORE):
         if (one.get("model"), one["tokens"], one.get("calibration")) == (kind, given.tokens, given.calibration):
@@ -353,7 +352,6 @@ def section(given: argparse.Namespace, kind: str) -> list[str]:
 
 
 def main() -> None:
-    """Judges every form, and writes the report."""
     parser = program.parser_of(__doc__, seeds=1)
     parser.add_argument("--tokens", type=int, default=1000, help="that are judged by")
     parser.add_argument("--calibration", type=int, default=2000, help="tokens that are calibrated on")

@@ -98,7 +98,6 @@ def exported(name: str, student: Path, deployment: Deployment, expected: Expecte
 
 
 def lines(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    """A row of the table for each format."""
     for one in found:
         if "failed" in one:
             yield [one["format"], one["failed"], *[""] * 8]
@@ -122,7 +121,6 @@ def lines(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def findings(found: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """How the targets stand."""
     known = {one["format"]: one for one in found if "failed" not in one}
     failed = [f"{one['format']} ({one['failed']})" for one in found if "failed" in one]
     yield f"- proven: {', '.join(known)}" + (f"; not: {'; '.join(failed)}" if failed else "")
@@ -134,7 +132,6 @@ def findings(found: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Exports every format, and writes the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=500, help="of the proof")
     parser.add_argument("--only", default=",".join(FORMATS), help="formats, separated by commas")

@@ -198,7 +198,6 @@ def _teacher_batches(
     local = threading.local()
 
     def capture(index: int) -> Callable[..., None]:
-        """Return a hook that keeps the hidden states of a layer."""
 
         def hook(module: Any, arguments: Any, output: Any) -> None:
             local.states[index] = output[0] if isinstance(output, tuple) else output
@@ -206,7 +205,6 @@ def _teacher_batches(
         return hook
 
     def pass_over(batch: range) -> list[pa.RecordBatch]:
-        """Return the teacher's outputs for some sequences, as one record batch each."""
         local.states = {}
         tokens = np.array(data.tokens[batch.start : batch.stop], dtype=np.int64)
         with torch.no_grad():

@@ -145,7 +145,6 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
 
 
 def _spread(tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Some sequences of [sequences, length], evenly spread."""
     count = min(len(tokens), max(1, TEXT_TOKENS // tokens.shape[1]))
     return tokens[(np.arange(count) * 2 + 1) * len(tokens) // (2 * count)]
 

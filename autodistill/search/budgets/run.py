@@ -265,5 +265,4 @@ class _Drive:
 
 
 def _read(search: Mapping[str, Any]) -> int:
-    """Tokens of the validation split that a run reads."""
     return int(search["plan"]["eval_tokens"])

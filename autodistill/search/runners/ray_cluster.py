@@ -75,9 +75,7 @@ class Cluster(Protocol):
         """Until Ray is up."""
         ...
 
-    def ended(self) -> str | None:
-        """What of Ray itself has ended, for a person to read; None while all of it that can be seen runs."""
-        ...
+    def ended(self) -> str | None: ...
 
     def leave(self) -> None:
         """Gives Ray up, if that has not been done; what was joined runs on."""
@@ -94,7 +92,6 @@ class _Watched:
         self._leaving = threading.Event()
 
     def ended(self) -> str | None:
-        """What of it has ended."""
         raise NotImplementedError
 
     def _watch(self) -> None:
@@ -175,7 +172,6 @@ class LocalRay(_Watched):
             ) from self._error
 
     def ended(self) -> str | None:
-        """The first of Ray's processes that is gone."""
         gone = [name for name, process in self._processes.items() if not _running(process)]
         return f"Ray's {gone[0].removeprefix('ray::')} has ended (killed, or out of memory?)" if gone else None
 

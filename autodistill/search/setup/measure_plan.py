@@ -146,7 +146,6 @@ def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box
     init = loaded.largest[0].init
 
     def largest(model: Any) -> Any:
-        """Build the largest student of one way to begin."""
         if init.model:
             return load_model(loaded.pretrained[init.model], torch.float32)
         if is_divided(model):
@@ -286,7 +285,6 @@ def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[in
     most = min(PASS_TOKENS // checked.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
 
     def held(size: int) -> bool:
-        """Say whether memory holds a step of this many sequences."""
         try:
             return loaded.fit_step(size * loaded.step_tokens).micro_batch == size
         except InputError:

@@ -110,7 +110,6 @@ def moving_seconds(state: OptimizerState, device: str, threads: int) -> float:
         optimizer = adamw([{"params": [weight]}], state)
 
         def seconds() -> float:
-            """Time one step of the optimizer."""
             began = time.perf_counter()
             optimizer.step()
             _wait(device)
@@ -183,7 +182,6 @@ class _Passes:
             return len(batch)
 
         def seconds(tokens: int) -> tuple[float, int]:
-            """Time one pass, and return its largest batch too."""
             began = time.perf_counter()
             largest = max(map_batches(work, sequences, by_length([length] * sequences), tokens, self._device))
             _wait(self._device)
@@ -203,7 +201,6 @@ class _Passes:
             logits.float().square().mean().backward()
 
         def seconds() -> float:
-            """Time one step on each worker."""
             began = time.perf_counter()
             list(pool.map(step, range(beside)))
             _wait(self._device)

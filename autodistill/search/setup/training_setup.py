@@ -132,7 +132,6 @@ def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillati
 
 
 def _on_grid(space: Space, spec: ModelSpec) -> bool:
-    """Whether a trial of the space may be trained on a grid."""
     return any(strategy.finishing is not None for strategy in cases(space, {"finishing"}, spec.layers))
 
 

@@ -74,7 +74,6 @@ class Task:
 
     @property
     def left(self) -> float:
-        """Seconds."""
         return max(1.0, self.ends - time.time())
 
 
@@ -227,7 +226,6 @@ ARMS: Mapping[str, Callable[[Task], Made]] = {
 
 
 def share_of(arm: str) -> float:
-    """Of the block's time that an arm has."""
     return SHORT if arm == "search-short" else 1.0
 
 
@@ -279,7 +277,6 @@ def _known(spec: ModelSpec) -> Distillation:
 
 
 def _labels(spec: ModelSpec) -> Distillation:
-    """The same by the labels alone."""
     plain = Distillation()
     return replace(_known(spec), divergence_weight=0.0, signal=plain.signal, signal_tokens=plain.signal_tokens)
 
