@@ -297,6 +297,7 @@ def strategy_training(
         train_embeddings=recipe.train_embeddings,
         on_grid=strategy.finishing is not None,
         scales_of=strategy.finishing if strategy.scales_alone else None,
+        written=-(-tokens // SEQUENCE_LENGTH) if recipe.on_policy else 0,
     )
     with_teacher = {
         way: {**parts, "teacher_bytes": beside, "total_bytes": parts["total_bytes"] + beside}

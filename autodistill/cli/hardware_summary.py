@@ -122,9 +122,10 @@ def _training(found: Mapping[str, Any]) -> str:
     """The memory of training by parts, by the means that make it fit."""
     ways = {name: parts for name, parts in found.items() if isinstance(parts, Mapping)}
     told = next(iter(ways.values()))
-    # What a teacher adds is told where it adds anything; the sum comes last.
-    added = [name for name in ("alignment_bytes", "teacher_bytes") if told.get(name)]
-    own = [name for name in told if name not in ("alignment_bytes", "teacher_bytes", "total_bytes")]
+    # What a teacher, or the student's own writing, adds is told where it adds anything; the sum comes last.
+    more = ("alignment_bytes", "writing_bytes", "teacher_bytes")
+    added = [name for name in more if told.get(name)]
+    own = [name for name in told if name not in (*more, "total_bytes")]
     parts = [*own, *added, "total_bytes"]
     lines = [
         (_PARTS.get(name, name.removesuffix("_bytes")), *(format_bytes(way[name]) for way in ways.values()))

@@ -54,6 +54,7 @@ class Training:
         bf16: Whether products are computed in bfloat16.
         on_grid: Whether a trial may be trained on a grid.
         scales_of: How weights are stored where every trial trains their scales alone; each process holds all of them.
+        writes: Whether a trial's student writes tokens itself, as many sequences at once as it trains on at once.
         device: Where trials run: "cpu", or an accelerator.
         threads: Of a process; on a CPU each has a pass of its own.
     """
@@ -69,6 +70,7 @@ class Training:
     bf16: bool = False
     on_grid: bool = False
     scales_of: QuantizationScheme | None = None
+    writes: bool = False
     device: str = "cpu"
     threads: int = 1
 
@@ -90,6 +92,7 @@ class Training:
                 on_grid=self.on_grid,
                 scales_of=self.scales_of,
                 passes=-(-self.sequences // (self.processes * micro_batch)),
+                written=micro_batch if self.writes else 0,
             )
             for alignment, attention in self.alignments or [(None, None)]
         )

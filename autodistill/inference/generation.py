@@ -66,7 +66,7 @@ def write(
     Args:
         model: Causal language model on `device`.
         prompts: Token ids, none of them empty.
-        stops: Tokens that end an answer; the one that did is the last of it.
+        stops: Tokens that end an answer; the one that did is the last of it. Without any all have `max_tokens`.
         max_tokens: Tokens after which an answer ends unfinished.
         sampling: How tokens are chosen.
         batch: Prompts answered at once, fewer where an accelerator's memory runs out; None for what suits the device.
@@ -80,6 +80,7 @@ def write(
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    padding = stops[0] if stops else 0
 
     def work(part: range) -> list[tuple[int, list[int] | None]]:
         """Return places and answers of some prompts, left-padded and written together; None for logits not finite."""
@@ -87,7 +88,7 @@ def write(
         rows = [torch.tensor(prompts[place]) for place in places]
         # Where the mask hides the padding, and positions do not count it.
         lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=stops[0], padding_side="left")
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
         mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
         look = None if enough is None else _Look(enough, ids.shape[1])
         finite = _Finite()
@@ -135,8 +136,8 @@ def _settings(model: Any, stops: Sequence[int], max_tokens: int) -> Iterator[Non
     model.generation_config = GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=False,
-        eos_token_id=list(stops),
-        pad_token_id=stops[0],
+        eos_token_id=list(stops) or None,
+        pad_token_id=stops[0] if stops else 0,
         use_cache=not is_divided(model),
     )
     try:

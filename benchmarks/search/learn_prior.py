@@ -74,6 +74,7 @@ _CHOICES = {
     "distillation.temperature.shape": (0.03, 0.01),
     "distillation.alignment": (0.05, 0.01),
     "distillation.alignment.projection": (0.02, 0.01),
+    "distillation.on_policy": (0.03, 0.03),
 }
 # From teacher to teacher.
 _BETWEEN = {

@@ -21,6 +21,7 @@ from autodistill.distillation.student.pretrained import token_rows
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher, text_files
 from autodistill.distillation.teacher.stored_grids import StoredAs, stored_as
 from autodistill.distillation.teacher.target_sources import check_logprobs
+from autodistill.distillation.training.on_policy import SEVERAL_PROCESSES
 from autodistill.errors import InputError
 from autodistill.estimates.divided import splits
 from autodistill.estimates.fit import cannot_hold, holdable
@@ -145,6 +146,8 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
         NothingFitsError: None of those that can fits the budget.
     """
     _compare_tokens(checked)
+    if place.share.processes > 1 and any(one.on_policy for one in signal_cases(checked.space)):
+        raise InputError(SEVERAL_PROCESSES)
     teacher = materialise(checked.teacher, checked.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     # A run of an earlier version goes on without the row of a teacher's own codes.

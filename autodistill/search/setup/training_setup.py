@@ -119,6 +119,7 @@ def _training(checked: SearchConfig, memory: TrialMemory, largest: ModelSpec, st
         bf16=memory.bf16,
         on_grid=_on_grid(space, spec),
         scales_of=_scales_of(space, spec),
+        writes=any(recipe.on_policy for recipe in _recipes(space, spec, "on_policy")),
         device=memory.device,
         threads=memory.threads,
     )
