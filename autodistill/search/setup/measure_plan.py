@@ -116,7 +116,10 @@ def plan_from_measurement(
     if train_tokens < all_tokens and plan.tokens > train_tokens - demand.step_tokens:
         notes = (*notes, "the teacher's outputs for more tokens of a trial would not fit --cache-limit")
     models = (loaded.spec, *(student for _, student in students))
-    left_out = [cannot_hold(model, deployment) for model in models for deployment in checked.space.deployments]
+    # What was solved for one shape need not hold another.
+    solved = {one.deployment for one in checked.constructions}
+    asked = [one for one in checked.space.deployments if one not in solved]
+    left_out = [cannot_hold(model, deployment) for model in models for deployment in asked]
     plan = replace(
         plan,
         notes=(
