@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -27,7 +27,8 @@ class Option:
     Attributes:
         help: What it does, for a person.
         metavar: What stands for its value in the help.
-        typed: What the command line reads: str, int, float, Path, bool (a flag), a Literal, or list[...] (repeatable).
+        typed: What the command line reads: str, int, float, Path, bool (a flag), a Literal, list[...] (repeatable). By
+            default the type in Python, where that is int, float or bool alone, or else str.
         parse: Reads a text, also where Python gives one; the request then holds what it returns.
         complete: What a shell offers: "runs", "devices", "spaces", "strategies" or "formats".
         section: Heading of the help under which it is shown.
@@ -41,7 +42,7 @@ class Option:
 
     help: str
     metavar: str | None = None
-    typed: Any = str
+    typed: Any = None
     parse: Callable[[str], Any] | None = None
     complete: str = ""
     section: str = ""
@@ -72,7 +73,13 @@ def options_of(declared: Any, command: str = "") -> Mapping[str, Option]:
 @cache
 def _options(declared: Any) -> dict[str, Option]:
     hints = typing.get_type_hints(declared, include_extras=True)
-    return {name: option for name, hint in hints.items() if (option := option_of(hint)) is not None}
+    found = {name: (hint, option) for name, hint in hints.items() if (option := option_of(hint)) is not None}
+    return {name: replace(one, typed=one.typed or _typed(hint)) for name, (hint, one) in found.items()}
+
+
+def _typed(hint: Any) -> Any:
+    kinds = {*typing.get_args(hint.__origin__), hint.__origin__} - {type(None)}
+    return next((kind for kind in (int, float, bool) if kind in kinds and str not in kinds), str)
 
 
 def read_texts(request: Any) -> None:
@@ -129,7 +136,6 @@ Context = Annotated[
     Option(
         help="Context length the memory must cover (default: 2048, or the model's limit).",
         metavar="TOKENS",
-        typed=int,
         section="Budget",
     ),
 ]
@@ -150,8 +156,7 @@ ServedBy = Annotated[
     ),
 ]
 Batch = Annotated[
-    int | None,
-    Option(help="Number of sequences decoded at once (default: 1).", metavar="N", typed=int, section="Budget"),
+    int | None, Option(help="Number of sequences decoded at once (default: 1).", metavar="N", section="Budget")
 ]
 TEACHER = Option(
     help="Teacher model: a transformers folder, a .gguf file, a hub id, or smollm2 (default).",

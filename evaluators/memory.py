@@ -65,7 +65,6 @@ def _estimate(subject: Subject, of_gpu: bool) -> MemoryEstimate:
 
 
 def _in_llama_cpp(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
-    """What llama.cpp takes for a file, and where."""
     context, batch = subject.budget.context, subject.budget.batch
     keys, values = subject.deployment.cache_types
     with LlamaServer(artifact, context, subject.threads, batch, cache_type_k=keys, cache_type_v=values) as server:
@@ -85,7 +84,6 @@ def _in_llama_cpp(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dic
 
 
 def _measuring(runtime: str) -> Callable[[Subject, Path], tuple[MemoryEstimate, dict[str, str]]] | None:
-    """Return the function that measures memory in a runtime, or None if none does."""
     if runtime == "llama.cpp":
         return _in_llama_cpp
     # What vLLM takes is what it is given.

@@ -15,8 +15,9 @@ def begin() -> None:
 def leave() -> None:
     """End this process once all of its group are here, without the destructors of gloo and torch.
 
-    Threads of gloo may still hold what was gathered while the interpreter goes: glibc once ended a process there with
-    "double free or corruption" (SIGABRT), after all of its work had been written.
+    After its work a process once called `destroy_process_group`, and glibc ended one there, or about there, with
+    "double free or corruption": threads of gloo may still hold what was sent. A search ends the members of a group at
+    once too.
     """
     torch.distributed.barrier()
     sys.stdout.flush()

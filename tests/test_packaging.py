@@ -63,7 +63,7 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
             *("plots.py", "storage_chart.py", "training_charts.py"),
         )
         own = {
-            ("gauges.py", "prometheus.py"): "monitor",
+            ("prometheus.py",): "monitor",
             ("report.py",): "plots",
             tuple(sorted(("charts.py", "solutions.py", "solved.py", *drawing))): "plots",
             ("page.py", "writing.py"): "plots",

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from autodistill.advisor.cards import running_parts
 from autodistill.advisor.describe import Described, describe
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import MemoryEstimate, basis_of, memory
 from autodistill.estimates.speed import SpeedEstimate, speed
-from autodistill.estimates.training_fit import MEANS
+from autodistill.estimates.training_fit import MEANS, sharded
 from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.hardware.budget import CONTEXT, check_streams
 from autodistill.hardware.device import Device
@@ -40,6 +41,7 @@ def appraise(
     devices: Sequence[Device] = (),
     overheads: Mapping[Place, Overhead] | None = None,
     training: int | None = None,
+    gpus: int | None = None,
 ) -> dict[str, Any]:
     """Return memory by parts, and for each device whether the model fits and how fast it would be.
 
@@ -52,20 +54,22 @@ def appraise(
         devices: One, whose speed and overhead are then the document's own, or several.
         overheads: By what predicted memory is changed, by class of devices and runtime.
         training: Tokens of a forward and backward pass; the memory of training the model with them is told too.
+        gpus: Over which the model is run, and trained, together; what each of them holds is told.
 
     Returns:
         Plain data: why the format's container cannot hold the model (`cannot_hold`, None where it can; it then fits
         nowhere), the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
         context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device or a predicted speed),
-        the devices, and under `training` the parts of its memory as `training_parts` has them (None where it is not
-        asked for). The parts are those of a discrete GPU where that is the one device, and else of a process
-        (`on_gpu`); each device has the sum on it, and what that rests on (`memory_basis`).
+        the devices, under `training` the parts of its memory as `training_parts` has them, and under `gpus` what
+        `running_parts` has (None each where it is not asked for). The parts are those of a discrete GPU where that is
+        the one device, and else of a process (`on_gpu`); each device has the sum on it, and what that rests on
+        (`memory_basis`).
 
     Raises:
         InputError: As `memory` and `check_streams`, a runtime that does not serve the deployment, a context beyond the
             model's, or a model that cannot be trained here.
     """
-    made = None if training is None else _training(model, training)
+    made = None if training is None else _training(model, training, gpus or 1)
     check_streams(batch, "--batch")
     if runtime is not None:
         deployment = replace(deployment, runtime=runtime)
@@ -104,6 +108,7 @@ def appraise(
         "time_to_first_token_ms": found[0]["time_to_first_token_ms"] if alone else None,
         "devices": found,
         "training": made,
+        "gpus": None if gpus is None else running_parts(model.spec, gpus, context=served.context, batch=batch),
     }
 
 
@@ -119,7 +124,6 @@ class _Served:
     prompt: int | None
 
     def need(self, on_gpu: bool) -> MemoryEstimate:
-        """Return its memory, of a process or of a discrete GPU."""
         return memory(
             self.model.spec,
             self.deployment,
@@ -199,12 +203,12 @@ def check_trainable(model: Described) -> None:
         raise InputError(f"{model.name} cannot be trained here: these families can: {', '.join(FAMILIES)}")
 
 
-def _training(model: Described, tokens: int) -> dict[str, Any]:
+def _training(model: Described, tokens: int, gpus: int) -> dict[str, Any]:
     check_trainable(model)
-    return {"tokens": tokens, **training_parts(model.spec, tokens)}
+    return {"tokens": tokens, "gpus": gpus, **training_parts(model.spec, tokens, gpus)}
 
 
-def training_parts(spec: ModelSpec, tokens: int, **of: Any) -> dict[str, dict[str, int]]:
+def training_parts(spec: ModelSpec, tokens: int, gpus: int = 1, **of: Any) -> dict[str, dict[str, int]]:
     """Return the memory of training by AdamW in float32 by parts, in bytes, for each way to make it fit.
 
     Products are computed in bfloat16, as on a GPU.
@@ -212,6 +216,8 @@ def training_parts(spec: ModelSpec, tokens: int, **of: Any) -> dict[str, dict[st
     Args:
         spec: What is trained.
         tokens: Of a step's one forward and backward pass.
+        gpus: Over which weights, gradients and states are divided (FSDP2), each with a pass of its own; the memory is
+            that of each.
         of: What else `training_memory` is to know; without it all weights are trained, on no grid, and nothing is
             aligned.
 
@@ -227,6 +233,8 @@ def training_parts(spec: ModelSpec, tokens: int, **of: Any) -> dict[str, dict[st
     found = {}
     for way, (checkpointing, state) in zip(WAYS, MEANS, strict=True):
         made = training_memory(spec, tokens=tokens, checkpointing=checkpointing, optimizer_state=state, bf16=True, **of)
+        # Each GPU holds all codes where scales alone are trained.
+        made = sharded(made, spec, 1 if of.get("scales_of") else gpus)
         found[way] = {**made.parts, "total_bytes": made.total_bytes}
     return found
 
@@ -257,7 +265,7 @@ def student_of(teacher: Described, strategy: Strategy, name: str) -> Described:
 
 
 def strategy_training(
-    teacher: Described, student: Described, strategy: Strategy, *, tokens: int = TOKENS
+    teacher: Described, student: Described, strategy: Strategy, *, tokens: int = TOKENS, gpus: int = 1
 ) -> dict[str, Any]:
     """Return the memory of training a student with a strategy by parts, in bytes, for each way to make it fit.
 
@@ -267,6 +275,7 @@ def strategy_training(
         teacher, student: As `student_of` takes and gives them.
         strategy: Whose losses, low-rank changes and finishing count.
         tokens: Of a forward and backward pass.
+        gpus: As of `training_parts`.
 
     Returns:
         Plain data, as `appraisal.training_parts`, and of each way as `teacher_bytes` what lies of the teacher beside
@@ -280,6 +289,7 @@ def strategy_training(
     ways = training_parts(
         student.spec,
         tokens,
+        gpus,
         teacher=teacher.spec,
         alignment=recipe.alignment,
         attention=recipe.attention,
@@ -287,12 +297,13 @@ def strategy_training(
         train_embeddings=recipe.train_embeddings,
         on_grid=strategy.finishing is not None,
         scales_of=strategy.finishing if strategy.scales_alone else None,
+        written=-(-tokens // SEQUENCE_LENGTH) if recipe.on_policy else 0,
     )
     with_teacher = {
         way: {**parts, "teacher_bytes": beside, "total_bytes": parts["total_bytes"] + beside}
         for way, parts in ways.items()
     }
-    return {"teacher": teacher.name, "trained": _trained(strategy), "tokens": tokens, **with_teacher}
+    return {"teacher": teacher.name, "trained": _trained(strategy), "tokens": tokens, "gpus": gpus, **with_teacher}
 
 
 def _trained(strategy: Strategy) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from autodistill.hardware.machine import detect, memory_bytes
 from autodistill.models.config import config_of
 from autodistill.models.model_folder import read_config
 from autodistill.options import cache_folder, parsed
+from autodistill.runtimes.launch_files import Launch, read_launch
 from autodistill.runtimes.llama_bench import Bench, BoardResult, parse_result
 from autodistill.runtimes.ssh import parse_board, run_on
 from autodistill.runtimes.timing import Load, Timed, time_serving
@@ -59,9 +60,9 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
     if request.path.is_dir():
         if request.on or request.script or request.result:
             raise InputError(f"a board runs a GGUF file, and {request.path} is a folder: export it with --to gguf")
-        return _kept(request, _here(request, model, deployment), model, deployment)
+        return _kept(request, _here(request, model, deployment), model)
     if not (request.on or request.script or request.result):
-        return _kept(request, _here(request, model, deployment), model, deployment)
+        return _kept(request, _here(request, model, deployment), model)
     board = parse_board(request.on, parsed(request.ssh_config)) if request.on else None
     bench = Bench(
         student=fingerprint(request.path),
@@ -70,6 +71,7 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
         decoded=request.decoded or _DECODED,
         repetitions=request.rounds or _ROUNDS,
         threads=request.threads,
+        **_of_llama_bench(read_launch(request.path)),
     )
     if request.script is not None:
         script = Path(request.script)
@@ -95,7 +97,7 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
     found = parse_result(said, where)
     if found.student != bench.student:
         raise InputError(f"{where} is of another student than {request.path}: give the file that was measured")
-    return _kept(request, _of_board(request, found, model, deployment), model, deployment) | {"left": left}
+    return _kept(request, _of_board(request, found, model, deployment), model) | {"left": left}
 
 
 def fingerprint(path: Path) -> str:
@@ -116,7 +118,7 @@ def weights_of(path: Path) -> list[Path]:
 
 
 def described_export(path: Path, runtime: str | None) -> tuple[Described, Deployment]:
-    """Return the student's shape, and the deployment of most of its weights.
+    """Return the student's shape, and the deployment of most of its weights, with the cache that its `serve.json` has.
 
     Raises:
         InputError: No student, or one that the runtime does not serve as it is.
@@ -138,7 +140,9 @@ def described_export(path: Path, runtime: str | None) -> tuple[Described, Deploy
         # The usual one here; an answer of vLLM's takes a GPU.
         deployment = deployment_named(named, runtime if runtime == "vllm" else "transformers")
     else:
-        deployment = deployment_named(model.format_name or "gguf-q8_0")
+        keys, values = ("f16", "f16") if (launch := read_launch(path)) is None else launch.cache_types
+        plain = deployment_named(model.format_name or "gguf-q8_0")
+        deployment = replace(plain, cache_type_k=keys, cache_type_v=values)
     if runtime not in (None, deployment.runtime):
         raise InputError(
             f"{path} is served by {deployment.runtime}, not by {runtime}: leave --runtime out, or export it in a "
@@ -147,19 +151,34 @@ def described_export(path: Path, runtime: str | None) -> tuple[Described, Deploy
     return model, deployment
 
 
-def _context(request: MeasureRequest, model: Described) -> int:
+def _launch(request: MeasureRequest, model: Described) -> Launch:
+    """Return how it is started here: as asked, or as its `serve.json` says, or as is usual."""
+    told = None if request.path.is_dir() else read_launch(request.path)
+    usual = told or Launch(context=CONTEXT, slots=1, cache_types=("f16", "f16"), flash_attention="auto")
+    return replace(usual, context=_context(request, model, usual.context), slots=max(request.counts or (usual.slots,)))
+
+
+def _of_llama_bench(launch: Launch | None) -> dict[str, str]:
+    """Return what llama-bench is told of that; it takes what is usual where nothing says more."""
+    if launch is None:
+        return {}
+    keys, values = launch.cache_types
+    return {"cache_k": keys, "cache_v": values, "flash": {"on": "1", "off": "0"}.get(launch.flash_attention, "")}
+
+
+def _context(request: MeasureRequest, model: Described, usual: int) -> int:
     """Return the tokens of each stream; the default is limited to what the student reads."""
     most = model.spec.max_context
     if request.context is None:
-        return min(CONTEXT, most)
+        return min(usual, most)
     if request.context > most:
         raise InputError(f"{request.path} has a context of {most} tokens: give --context {most} or less")
     return request.context
 
 
 def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> Measured:
-    context = _context(request, model)
-    load = _load(request, context)
+    launch = _launch(request, model)
+    load = _load(request, launch)
     cores = detect().cpus
     if request.threads > cores:
         raise InputError(f"--threads {request.threads} is more than the cores here, {cores}: give {cores} or less")
@@ -172,8 +191,11 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
         deployment.runtime,
         load,
         vocabulary=model.spec.vocabulary,
-        context=context,
+        context=launch.context,
         threads=threads,
+        slots=launch.slots,
+        cache_types=launch.cache_types,
+        flash_attention=launch.flash_attention,
     )
     alone = timed.alone
     first = alone.ttft_ms(50)
@@ -190,20 +212,21 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
         tokens_per_second=alone.tokens_per_second,
         prompt_tokens_per_second=1e3 * alone.prompt / first,
         peak_bytes=timed.peak_bytes,
-        board=_own_facts(timed, cores) | {"memory_bytes": memory_bytes()},
+        board=_own_facts(timed, cores) | _started(launch, deployment) | {"memory_bytes": memory_bytes()},
         loads=tuple(one.to_json() for one in timed.loads),
         doubts=timed.doubts,
     )
 
 
-def _load(request: MeasureRequest, context: int) -> Load:
+def _load(request: MeasureRequest, launch: Launch) -> Load:
     """Return the load to time; a requested prompt or answer is never shortened."""
+    context = launch.context
     prompt, decoded = request.prompt or _PROMPT, request.decoded or _DECODED
     load = Load(
         prompts=tuple(sorted({min(one, prompt) for one in (16, 64, 256, prompt)})),
         prompt=prompt,
         decoded=decoded,
-        streams=tuple(sorted({1, *request.counts})),
+        streams=tuple(sorted({1, *(request.counts or (launch.slots,))})),
         rounds=request.rounds or _ROUNDS,
     ).within(context)
     for name, asked, held in (("decoded", request.decoded, load.decoded), ("prompt", request.prompt, load.prompt)):
@@ -213,6 +236,13 @@ def _load(request: MeasureRequest, context: int) -> Load:
                 f"give --{name} {held} or less, or more --context"
             )
     return load
+
+
+def _started(launch: Launch, deployment: Deployment) -> dict[str, Any]:
+    """What the record says of how llama.cpp was started, beside the cache's types, which are the deployment's."""
+    return (
+        {"slots": launch.slots, "flash_attention": launch.flash_attention} if deployment.runtime == "llama.cpp" else {}
+    )
 
 
 def _own_facts(timed: Timed, cores: int) -> dict[str, Any]:
@@ -233,8 +263,9 @@ def _of_board(request: MeasureRequest, found: BoardResult, model: Described, dep
         name: getattr(found, name)
         for name in ("system", "cores", "temperature", "throttled", "power_mode", "watts", "joules_per_token")
     }
+    keys, values = found.cache_types
     return Measured(
-        **_common(request, model, deployment),
+        **_common(request, model, replace(deployment, cache_type_k=keys, cache_type_v=values)),
         machine=_device_name(request, found),
         how=f"llama-bench {found.build}",
         threads=found.threads,
@@ -277,7 +308,8 @@ def _device_name(request: MeasureRequest, found: BoardResult) -> str:
     return found.machine if device is None else device.name
 
 
-def _kept(request: MeasureRequest, measured: Measured, model: Described, deployment: Deployment) -> dict[str, Any]:
+def _kept(request: MeasureRequest, measured: Measured, model: Described) -> dict[str, Any]:
+    deployment = Deployment.from_json(measured.deployment)
     path = store_measured(Path(request.out), measured)
     device = next((one for one in devices(*request.own_devices) if measured.is_of(one)), None)
     if device is None and measured.how == "autodistill":
@@ -285,10 +317,11 @@ def _kept(request: MeasureRequest, measured: Measured, model: Described, deploym
         device = here if here.name == measured.machine else None
     predicted: dict[str, Any] = {}
     if measured.how == "autodistill":
-        context, batch = _context(request, model), max(1, *request.counts)
+        launch = _launch(request, model)
+        context, batch = launch.context, launch.slots
         if deployment.runtime in ("transformers", "onnxruntime"):
             # They hold what was read, where llama.cpp makes room for all of the context.
-            load = _load(request, context)
+            load = _load(request, launch)
             context = load.prompt + load.decoded - 1
         on_gpu = device is not None and device.discrete
         asked: dict[str, Any] = {"context": context, "batch": batch, "weights": model.weights_bytes, "on_gpu": on_gpu}

@@ -30,12 +30,10 @@ _PLACES = {
 
 
 def _file(help: str) -> Option:
-    """Return an option that names a file."""
     return Option(help=help, metavar="FILE", typed=Path, parse=Path)
 
 
 def _tokens(help: str) -> Option:
-    """Return an option that gives a length in tokens."""
     return Option(help=help, metavar="TOKENS", typed=int)
 
 
@@ -80,41 +78,44 @@ class MeasureRequest:
     ] = None
     ssh_config: Annotated[str | Path | None, _file("ssh configuration to use instead of your own.")] = None
     context: Annotated[
-        int | None, _tokens("Measured here: context of each stream (default: 2048, or the student's limit).")
+        int | None,
+        _tokens("Measured here: context of each stream (default: serve.json's; else 2048, or the student's limit)."),
     ] = None
     streams: Annotated[
-        str | Sequence[int],
+        str | Sequence[int] | None,
         Option(
-            help="Measured here: numbers of sequences decoded at once, like 1,4,16.", metavar="N,...", parse=read_counts
+            help="Measured here: numbers of sequences decoded at once, like 1,4,16 (default: 1, and serve.json's).",
+            metavar="N,...",
+            parse=read_counts,
         ),
-    ] = "1"
+    ] = None
     prompt: Annotated[int | None, _tokens("Length of the prompt before the first token (default: 512).")] = None
     decoded: Annotated[int | None, _tokens("Length of an answer (default: 64).")] = None
-    rounds: Annotated[int | None, Option(help="Number of repetitions (default: 3).", metavar="N", typed=int)] = None
-    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", typed=int, least=0)] = 0
+    rounds: Annotated[int | None, Option(help="Number of repetitions (default: 3).", metavar="N")] = None
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
     timeout: Annotated[
         str | float | None,
         Option(help="Stop waiting for a board after this long (default: 30m).", metavar="TIME", parse=parse_duration),
     ] = None
-    busy: Annotated[bool, Option(help="Measure even if the machine is busy, and mark the result.", typed=bool)] = False
+    busy: Annotated[bool, Option(help="Measure even if the machine is busy, and mark the result.")] = False
     devices: Devices = None
     out: Out = RUNS
     cache: Cache = None
 
     def __post_init__(self) -> None:
-        """Refuse options that change nothing where it is measured."""
         read_texts(self)
-        object.__setattr__(self, "streams", tuple(self.streams))
+        if self.streams is not None:
+            object.__setattr__(self, "streams", tuple(self.streams))
         places = {"--on": self.on, "--script": self.script, "--result": self.result}
         given = [name for name, place in places.items() if place is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} each say where it is measured: give one of them")
         place = given[0] if given else "here"
         for name, allowed in _PLACES.items():
-            if getattr(self, name) not in (None, False, (1,)) and place not in allowed:
+            if getattr(self, name) not in (None, False) and place not in allowed:
                 where = place if place == "here" else f"by {place}"
                 raise InputError(f"--{name.replace('_', '-')} changes nothing of a measurement {where}: leave it out")
-        for count in self.counts or (0,):
+        for count in (1,) if self.streams is None else self.counts or (0,):
             check_streams(count, "--streams")
         # An answer is a first token and one that follows it.
         for name, least in (("context", 2), ("prompt", 1), ("decoded", 2), ("rounds", 1)):
@@ -129,7 +130,7 @@ class MeasureRequest:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Numbers of sequences decoded at once."""
+        """Numbers of sequences decoded at once; none where nobody said any."""
         return tuple(parsed(self.streams) or ())
 
     @property

@@ -50,7 +50,6 @@ class _Broken:
         return False
 
     def add(self, place: _Place, solved: Requirements) -> None:
-        """Remember a row, unless accuracy is what it lacks most."""
         excess = solved.excess
         if max(excess, key=lambda name: excess[name]) != "accuracy":
             alike, sizes = place
@@ -242,7 +241,6 @@ def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[
 
 
 def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether two picks are of one row."""
     return (one["run"], one["row_id"]) == (other["run"], other["row_id"])
 
 

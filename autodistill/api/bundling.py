@@ -69,8 +69,7 @@ def dashboards(
     out: Annotated[str | Path, Option(help="Folder to write into.", metavar="DIR", typed=Path, required=True)],
     *,
     port: Annotated[
-        int,
-        Option(help=f"Port that the search is given as --metrics-port (default: {PORT}).", metavar="PORT", typed=int),
+        int, Option(help=f"Port that the search is given as --metrics-port (default: {PORT}).", metavar="PORT")
     ] = PORT,
 ) -> dict[str, str]:
     """Write a Grafana dashboard of a search, and the scrape configuration for Prometheus.

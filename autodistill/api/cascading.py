@@ -24,7 +24,7 @@ def cascade(
         ),
     ],
     measure: Annotated[
-        bool, Option(help="Export both for a moment, and measure their speed and memory on this machine.", typed=bool)
+        bool, Option(help="Export both for a moment, and measure their speed and memory on this machine.")
     ] = False,
     out: Out = RUNS,
     cache: Cache = None,

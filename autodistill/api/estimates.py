@@ -24,7 +24,6 @@ RUN_SHAPE = "A shape in the place of MODEL"
 
 
 def _size(help: str, metavar: str = "N") -> Option:
-    """Return an option that gives a number of a shape."""
     return Option(help=help, metavar=metavar, typed=int, section=RUN_SHAPE)
 
 
@@ -46,15 +45,13 @@ class EstimateRequest:
         ),
     ] = None
     runtime: Annotated[
-        str | None,
-        Option(help="Another runtime that serves the format, like onnxruntime.", metavar="NAME"),
+        str | None, Option(help="Another runtime that serves the format, like onnxruntime.", metavar="NAME")
     ] = None
     context: Context = None
     batch: Batch = None
     kv_type: Annotated[str, Option(help="Type of the KV cache: f16, q8_0 or q4_0.", metavar="TYPE")] = "f16"
     prompt: Annotated[
-        int | None,
-        Option(help="Length of the prompt before the first token (default: 512).", metavar="TOKENS", typed=int),
+        int | None, Option(help="Length of the prompt before the first token (default: 512).", metavar="TOKENS")
     ] = None
     training: Annotated[
         int | None,
@@ -62,6 +59,13 @@ class EstimateRequest:
             help="Estimate the memory of training too, with passes of this many tokens (default: 1024 with "
             "--strategy, else no training).",
             metavar="TOKENS",
+        ),
+    ] = None
+    gpus: Annotated[
+        int | None,
+        Option(
+            help="Also estimate what each of so many GPUs holds that run the model together, or train it.",
+            metavar="N",
             typed=int,
         ),
     ] = None
@@ -77,13 +81,12 @@ class EstimateRequest:
         str | None,
         Option(help="Device to estimate the speed on, like 4090 or local.", metavar="NAME", complete="devices"),
     ] = None
-    all_devices: Annotated[bool, Option(help="Estimate the speed on every known device.", typed=bool)] = False
+    all_devices: Annotated[bool, Option(help="Estimate the speed on every known device.")] = False
     devices: Devices = None
     stress: Annotated[
         bool,
         Option(
             help="Also allocate as much on this machine, in a process of its own, and say what really fits.",
-            typed=bool,
         ),
     ] = False
     layers: Annotated[int | None, _size("Number of layers.")] = None
@@ -98,14 +101,11 @@ class EstimateRequest:
     window: Annotated[
         int | None, _size("Window of sliding attention in all layers, which GGUF cannot hold.", "TOKENS")
     ] = None
-    tied: Annotated[
-        bool, Option(help="The output layer shares the embedding table.", typed=bool, section=RUN_SHAPE)
-    ] = False
+    tied: Annotated[bool, Option(help="The output layer shares the embedding table.", section=RUN_SHAPE)] = False
     out: Out = RUNS
     cache: Cache = None
 
     def __post_init__(self) -> None:
-        """Refuse arguments that contradict each other."""
         if (self.model is None) == all(size is None for size in self.sizes.values()):
             raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
         if self.tied and self.model is not None:
@@ -152,7 +152,9 @@ def estimate(**options: Any) -> Estimate:
         found = (choose_device(request.device, cache_folder(request.cache), files),)
     model = request.model
     described = shape(request.sizes, tied=request.tied) if model is None else describe(str(model))
-    load: dict[str, Any] = {name: getattr(request, name) for name in ("context", "kv_type", "runtime", "prompt")}
+    load: dict[str, Any] = {
+        name: getattr(request, name) for name in ("context", "kv_type", "runtime", "prompt", "gpus")
+    }
     load |= {"batch": request.batch or 1, "devices": found, "overheads": recalibrated(Path(request.out))}
     if request.strategy is not None:
         document = _student_estimated(described, request.strategy, request.format, request.training, load)
@@ -192,5 +194,6 @@ def _student_estimated(
     student = student_of(teacher, recipe, recipe.id if isinstance(strategy, Strategy) else str(strategy))
     named = None if format_name is None else deployment_named(format_name)
     deployment = named or own_deployment(recipe) or deployment_named("gguf-q8_0")
-    trained = strategy_training(teacher, student, recipe, tokens=TOKENS if training is None else training)
+    tokens = TOKENS if training is None else training
+    trained = strategy_training(teacher, student, recipe, tokens=tokens, gpus=load["gpus"] or 1)
     return appraise(student, deployment, **load) | {"training": trained}

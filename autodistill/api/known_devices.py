@@ -24,8 +24,8 @@ def devices(
     ] = None,
     *,
     devices: Devices = None,
-    local: Annotated[bool, Option(help="Include this machine; it is measured the first time.", typed=bool)] = False,
-    again: Annotated[bool, Option(help="With --local: measure this machine again.", typed=bool)] = False,
+    local: Annotated[bool, Option(help="Include this machine; it is measured the first time.")] = False,
+    again: Annotated[bool, Option(help="With --local: measure this machine again.")] = False,
     cache: Cache = None,
 ) -> tuple[Device, ...]:
     """List the known devices with their memory, bandwidth and computing rates.

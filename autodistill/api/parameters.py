@@ -17,7 +17,6 @@ def takes(request: Callable[P, object], verb: str) -> Callable[[Callable[..., R]
     """Give a function the parameters that a request declares for a verb: names, types, defaults and help."""
 
     def decorate(function: Callable[..., R]) -> Callable[P, R]:
-        """Replace the function's `**options` by the request's parameters."""
         declared = inspect.signature(request).parameters
         taken = options_of(request, verb)
         own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
@@ -29,7 +28,6 @@ def takes(request: Callable[P, object], verb: str) -> Callable[[Callable[..., R]
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            """Call the function with arguments that the signature allows."""
             return function(**signature.bind(*args, **kwargs).arguments)
 
         call.__signature__ = signature  # type: ignore[attr-defined]

@@ -38,7 +38,7 @@ def pick(
     ] = None,
     context: Context = None,
     streams: Annotated[
-        int | None, Option(help="Number of sequences decoded at once (default: 1).", metavar="N", typed=int)
+        int | None, Option(help="Number of sequences decoded at once (default: 1).", metavar="N")
     ] = None,
     latency: Latency = None,
     runtime: ServedBy = None,
@@ -48,12 +48,9 @@ def pick(
             help="Lowest acceptable score, as a fraction: of the metric that ranked the runs if higher is better, else "
             "of accuracy.",
             metavar="X",
-            typed=float,
         ),
     ] = None,
-    tiers: Annotated[
-        bool, Option(help="Show the best for GPUs of 4 to 80 GB instead. Not with --latency.", typed=bool)
-    ] = False,
+    tiers: Annotated[bool, Option(help="Show the best for GPUs of 4 to 80 GB instead. Not with --latency.")] = False,
     devices: Devices = None,
     out: Out = RUNS,
     cache: Cache = None,

@@ -63,7 +63,7 @@ class SolveOptions:
         str | int | None,
         Option(help="Limit of all weights in the file, like 120MB.", metavar="SIZE", parse=parse_bytes),
     ] = None
-    tiers: Annotated[bool, Option(help="Solve for GPUs of 4 to 80 GB instead, as pick has them.", typed=bool)] = False
+    tiers: Annotated[bool, Option(help="Solve for GPUs of 4 to 80 GB instead, as pick has them.")] = False
     runtime: Annotated[
         str, Option(help="What will serve it: llama.cpp, or vllm (folders of compressed-tensors).", metavar="NAME")
     ] = "llama.cpp"
@@ -73,12 +73,10 @@ class SolveOptions:
     ] = None
     context: Context = None
     batch: Batch = None
-    tokens: Annotated[
-        int, Option(help="Tokens of text to score on; twice as many are held out.", metavar="TOKENS", typed=int)
-    ] = 2048
-    sequence_length: Annotated[
-        int, Option(help="Length of the sequences that are read.", metavar="TOKENS", typed=int)
-    ] = 256
+    tokens: Annotated[int, Option(help="Tokens of text to score on; twice as many are held out.", metavar="TOKENS")] = (
+        2048
+    )
+    sequence_length: Annotated[int, Option(help="Length of the sequences that are read.", metavar="TOKENS")] = 256
     memory: Annotated[
         str | int | None,
         Option(
@@ -94,7 +92,7 @@ class SolveOptions:
         ),
     ] = None
     export: Annotated[
-        bool, Option(help="Write the solution, and verify it in llama.cpp, or for vllm in transformers.", typed=bool)
+        bool, Option(help="Write the solution, and verify it in llama.cpp, or for vllm in transformers.")
     ] = False
     plot: Annotated[
         str | Path | None,
@@ -105,9 +103,7 @@ class SolveOptions:
             parse=Path,
         ),
     ] = None
-    plan: Annotated[
-        bool, Option(help="Say what solving would take on this machine, and solve nothing.", typed=bool)
-    ] = False
+    plan: Annotated[bool, Option(help="Say what solving would take on this machine, and solve nothing.")] = False
     candidate: Annotated[
         str | Path | Sequence[str | Path] | None,
         Option(
@@ -120,7 +116,6 @@ class SolveOptions:
     cache: Cache = None
 
     def __post_init__(self) -> None:
-        """Refuse limits that contradict each other."""
         if isinstance(self.latency, str):
             # Where it names no streams, those of --batch are meant.
             object.__setattr__(self, "latency", parse_latency(self.latency, self._batch))

@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
 
 from autodistill.errors import DamagedError, InputError
 from autodistill.export.base import Expected
-from autodistill.export.promise import RECORD, Promised
+from autodistill.export.promise import RECORD, ExportRecord, Promised
 from autodistill.models.licenses import stated
+from autodistill.runtimes.launch_files import SERVE_FILE, Launch, read_launch
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.checksums import check_entries
 from autodistill.utils.hashing import content_hash
@@ -27,28 +27,6 @@ _READ = {
     "onnxruntime": ("onnx", "onnx-f16"),
 }
 _NOT_NAMES = re.compile(r"[^a-z0-9]+")
-
-
-class _Record(TypedDict):
-    """What is read of `export.json`."""
-
-    format: str
-    row: str | None
-    deployment: Mapping[str, Any]
-    artifact: str
-    files: Mapping[str, Mapping[str, Any]]
-    versions: Mapping[str, str]
-    proof: Mapping[str, Any] | None
-
-
-class _Launch(TypedDict):
-    """What is read of `serve.json`."""
-
-    context: int
-    slots: int
-    cache_type_k: str
-    cache_type_v: str
-    flash_attention: Literal["on", "off", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +45,7 @@ class Exported:
         promise: What it was chosen for.
         expected: What the evaluated student does.
         written: Tokens that it writes after the first ones of the first sequence, as far as its runtime wrote the same.
-        launch: Of a GGUF file: context, slots, cache types and flash attention.
+        launch: How llama.cpp is to be started with it; None of any other runtime.
         versions: Of what wrote and ran it.
         licence: Of the student, as its card says; "" where that does not.
     """
@@ -83,7 +61,7 @@ class Exported:
     promise: Promised
     expected: Expected
     written: tuple[int, ...]
-    launch: Mapping[str, Any]
+    launch: Launch | None
     versions: Mapping[str, str]
     licence: str
 
@@ -106,7 +84,7 @@ def read_export(folder: Path, runtime: str | None = None) -> Exported:
         raise InputError(f"{folder} has no {RECORD}: name a folder that autodistill export wrote")
     record = read_json(folder / RECORD)
     where = str(folder / RECORD)
-    check_typed(record, _Record, where)
+    check_typed(record, ExportRecord, where)
     fitting = [name for name, formats in _READ.items() if record["format"] in formats]
     runtime = runtime or next(iter(fitting), None)
     if runtime not in fitting:
@@ -121,7 +99,7 @@ def read_export(folder: Path, runtime: str | None = None) -> Exported:
         raise InputError(f"{folder} was exported without a proof, so that nobody knows its answers: export it again")
     if record["artifact"] and record["artifact"] not in record["files"]:
         raise DamagedError(f"{where} names {record['artifact']!r}, which is none of its files")
-    launch = _launch(folder) if runtime == "llamacpp" else {}
+    launch = _launch(folder / record["artifact"]) if runtime == "llamacpp" else None
     check_entries(folder, record["files"], without=(RECORD,))
     # It loads torch, which nobody waits for where something is wrong.
     from autodistill.export import proof
@@ -152,13 +130,11 @@ def read_export(folder: Path, runtime: str | None = None) -> Exported:
     )
 
 
-def _launch(folder: Path) -> dict[str, Any]:
-    path = folder / "serve.json"
-    if not path.is_file():
-        raise InputError(f"{folder} has no {path.name}, as those of earlier versions: export the student again")
-    found = read_json(path)
-    check_typed(found, _Launch, str(path))
-    return found
+def _launch(model: Path) -> Launch:
+    launch = read_launch(model)
+    if launch is None:
+        raise InputError(f"no {SERVE_FILE} beside {model} is of it, as in earlier versions: export the student again")
+    return launch
 
 
 def _licence(folder: Path) -> str:

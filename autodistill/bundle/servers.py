@@ -46,10 +46,11 @@ def server_of(exported: Exported) -> Server:
 
 def _llama_cpp(exported: Exported) -> Server:
     launch, promise = exported.launch, exported.promise
+    assert launch is not None
+    keys, values = launch.cache_types
     limits = [
-        *("--ctx-size", str(launch["context"] * launch["slots"]), "--parallel", str(launch["slots"])),
-        *("--cache-type-k", launch["cache_type_k"], "--cache-type-v", launch["cache_type_v"]),
-        *("--flash-attn", launch["flash_attention"]),
+        *("--ctx-size", str(launch.context * launch.slots), "--parallel", str(launch.slots)),
+        *("--cache-type-k", keys, "--cache-type-v", values, "--flash-attn", launch.flash_attention),
     ]
     if promise.gpu_maker:
         limits += ["--n-gpu-layers", str(_GPU_LAYERS)]

@@ -29,7 +29,9 @@ from autodistill.utils.json_files import unwritable
 
 MONITOR_PORT = 9465
 """Of the monitor's own endpoint, beside a server."""
-_IMAGE = re.compile(r"[a-z0-9][a-z0-9._/-]*(:\d+/[a-z0-9._/-]+)?(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?\Z", re.ASCII)
+_PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(rf"(?:{_PART}:\d{{1,5}}/)?{_PART}(?:/{_PART})*(?::\w[\w.-]{{0,127}})?\Z", re.ASCII)
+_LONGEST_IMAGE = 255
 _HERE = Path(__file__).parent
 _ONNX_GENAI = "onnxruntime-genai>=0.9"
 
@@ -51,7 +53,7 @@ def write_bundle(export: Path, out: Path, runtime: str | None = None, image: str
             written.
         DamagedError: A file of the export is not as it was written.
     """
-    if image is not None and not _IMAGE.match(image):
+    if image is not None and not (len(image) <= _LONGEST_IMAGE and _IMAGE.match(image)):
         raise InputError(f"{image!r} is no name of an image: write one like registry.example.com/team/student:1")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder: choose another one with --out")
@@ -133,7 +135,6 @@ def _library_files(exported: Exported) -> dict[str, str]:
 
 
 def _asked(exported: Exported) -> dict[str, str]:
-    """The smoke test, and what it asks."""
     return {
         "smoke_test.py": (_HERE / "smoke_test.py").read_text(encoding="utf-8"),
         "answers.json": json.dumps(answers(exported)) + "\n",
@@ -144,7 +145,6 @@ class _Plain(yaml.SafeDumper):
     """Writes each value out: aliases are read by few programs, and by no person."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write no alias, for any value."""
         return True
 
 

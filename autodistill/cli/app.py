@@ -74,7 +74,7 @@ _PURPOSES = {
         "study",
         "log",
     ),
-    "Take it to its users": ("export", "verify", "bundle", "serve", "chat", "monitor", "load", "dashboards"),
+    "Take it to its users": ("export", "verify", "bundle", "serve", "chat", "monitor", "load", "drafts", "dashboards"),
     "Ask of hardware": ("pick", "estimate", "measure", "profile", "devices", "doctor"),
     "Read what ships": ("strategies", "spaces"),
 }
@@ -87,7 +87,6 @@ def _command(
     """Adds a command with such options; its body reads them from the context."""
 
     def call(ctx: typer.Context, **given: Any) -> None:
-        """Run the command; Typer gives it the context first."""
         body(ctx)
 
     first = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
@@ -117,12 +116,10 @@ def _verb(
     """
 
     def body(ctx: typer.Context) -> None:
-        """Call the function with what was typed, and print its result."""
         given = typed(ctx)
         as_json = given.pop("json", False)
 
         def work() -> Any:
-            """Call the function, with a place to log to where it takes one."""
             if quiet is not None:
                 quiet_libraries(*quiet(given))
             with open_view() if "notify" in inspect.signature(function).parameters else nullcontext() as view:
@@ -138,7 +135,6 @@ def _streaming(function: Callable[..., int]) -> None:
     """Adds the command of a function that prints as it goes, and gives the exit code."""
 
     def body(ctx: typer.Context) -> None:
-        """Call the function with what was typed."""
         if code := function(**typed(ctx)):
             raise typer.Exit(code)
 
@@ -152,11 +148,7 @@ def _printed(json: Json = False) -> None:
 def _planned(
     plan: Annotated[
         bool,
-        Option(
-            help="Print the planned trials, tokens, disk, time and hours without training anything.",
-            typed=bool,
-            section="Run",
-        ),
+        Option(help="Print the planned trials, tokens, disk, time and hours without training anything.", section="Run"),
     ] = False,
     price: Annotated[
         str | None,
@@ -178,12 +170,10 @@ def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest]
     """Adds a command that trains, or plans what it would train, as its request asks."""
 
     def body(ctx: typer.Context) -> None:
-        """Search or distil as typed, or print the plan."""
         started, given = time.monotonic(), typed(ctx)
         as_json, plan, price = (given.pop(name, None) for name in ("json", "plan", "price"))
 
         def asked() -> SearchRequest:
-            """Return the request, once libraries are silenced."""
             if price is not None and not plan:
                 raise InputError("--price is for what a plan would cost: give it with --plan")
             request = asks(**given, command=ctx.obj or ctx.command_path, started=started)
@@ -239,7 +229,6 @@ def _later(module: str, name: str) -> Callable[[Any], Any]:
 
 
 def _of(show: Callable[[dict[str, Any]], str]) -> Callable[[Any], str]:
-    """Shows the document of a result."""
     return lambda result: show(result.document)
 
 
@@ -266,6 +255,11 @@ def _ready(found: Any) -> None:
 
     if not ready(found):
         raise typer.Exit(2)
+
+
+def _promised(found: dict[str, Any]) -> None:
+    if code := serving.promised(found):
+        raise typer.Exit(code)
 
 
 def _models(given: dict[str, Any]) -> list[str | None]:
@@ -312,7 +306,8 @@ _verb(
 _verb(serving.serve, dict, serving.served_text)
 _streaming(serving.chat)
 _streaming(serving.monitor)
-_verb(serving.load, dict, serving.loaded_text)
+_verb(serving.drafts, dict, serving.drafts_text)
+_verb(serving.load, dict, serving.loaded_text, after=_promised)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

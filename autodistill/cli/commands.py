@@ -58,7 +58,6 @@ def leaderboard(
         bool,
         Option(
             help="Rank the rows of all runs together, where they compare. RUN may then be a folder or a .parquet file.",
-            typed=bool,
         ),
     ] = False,
     by: Annotated[
@@ -70,8 +69,7 @@ def leaderboard(
         Option(help="With --merge: also write all rows into this .parquet file.", metavar="FILE", typed=Path),
     ] = None,
     most: Annotated[
-        int | None,
-        Option(help="With --merge: rows to show of each table (default: 20).", metavar="N", typed=int, least=1),
+        int | None, Option(help="With --merge: rows to show of each table (default: 20).", metavar="N", least=1)
     ] = None,
     out: Out = RUNS,
 ) -> Boards | Merged:
@@ -172,10 +170,7 @@ def compare(
 
 def study(
     run: RunName,
-    to: Annotated[
-        Path | None,
-        Option(help="File to write (default: RUN.journal).", metavar="FILE", typed=Path),
-    ] = None,
+    to: Annotated[Path | None, Option(help="File to write (default: RUN.journal).", metavar="FILE", typed=Path)] = None,
     out: Out = RUNS,
 ) -> dict[str, str]:
     """Write a run's trials as a study of Optuna, which optuna-dashboard shows."""
@@ -188,10 +183,7 @@ def study(
 
 def log(
     run: RunName,
-    to: Annotated[
-        str,
-        Option(help="tensorboard[=DIR], mlflow[=URI] or wandb[=PROJECT].", metavar="TRACKER"),
-    ],
+    to: Annotated[str, Option(help="tensorboard[=DIR], mlflow[=URI] or wandb[=PROJECT].", metavar="TRACKER")],
     out: Out = RUNS,
 ) -> dict[str, Any]:
     """Send a run's trials to TensorBoard, MLflow or Weights & Biases, each as a run of its own."""
@@ -208,7 +200,7 @@ def export(
         str,
         Option(
             help="Formats to write, separated by commas: huggingface, gguf, compressed-tensors, onnx, onnx-f16, "
-            "pt2, torchscript, aoti.",
+            "pt2, torchscript, aoti, litert, executorch.",
             metavar="NAMES",
         ),
     ],
@@ -220,8 +212,7 @@ def export(
     ] = None,
     runs: Annotated[Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path)] = RUNS,
     unverified: Annotated[
-        bool,
-        Option(help="Do not run what was written; its card says so. Weights are compared all the same.", typed=bool),
+        bool, Option(help="Do not run what was written; its card says so. Weights are compared all the same.")
     ] = False,
 ) -> dict[str, str]:
     """Export a row of a run, a student or the teacher, to other formats, and prove that each does the same."""
@@ -248,10 +239,7 @@ def verify(
         Path, Option(help="Folder that autodistill export wrote.", metavar="DIR", typed=Path, argument=True)
     ],
     run_code: Annotated[
-        bool,
-        Option(
-            help="Also run files that are code (pt2, torchscript, aoti). Only if you trust their maker.", typed=bool
-        ),
+        bool, Option(help="Also run files that are code (pt2, torchscript, aoti). Only if you trust their maker.")
     ] = False,
 ) -> dict[str, Any]:
     """Compare an export with the hashes in its record, and repeat its proof on this machine."""
@@ -281,6 +269,8 @@ def verified_text(document: Mapping[str, Any]) -> str:
         said.append(f"They are {proof['divergence']:.2g} nats away from that student.")
     if proof["same_written"] is not None:
         said.append(f"The first {proof['same_written']} tokens that they write are the same.")
+    if proof["tokens_per_second"] is not None:
+        said.append(f"They write {proof['tokens_per_second']:.3g} tokens a second here.")
     return " ".join(said)
 
 
@@ -296,8 +286,7 @@ def doctor(
 
 def strategies(
     name: Annotated[
-        str | None,
-        Option(help="Print this strategy's YAML.", metavar="NAME", argument=True, complete="strategies"),
+        str | None, Option(help="Print this strategy's YAML.", metavar="NAME", argument=True, complete="strategies")
     ] = None,
 ) -> dict[str, Any]:
     """List the strategies that distill and --baseline know by name, or print one."""

@@ -123,7 +123,6 @@ def _namesake() -> Iterator[Finding]:
 
 
 def _extra(requirement: Requirement) -> str | None:
-    """The extra that asks for a requirement."""
     declared = importlib.metadata.metadata(_DISTRIBUTION).get_all("Provides-Extra") or []
     if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
         return None

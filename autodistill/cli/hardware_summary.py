@@ -69,6 +69,8 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
         sections.append(f"{table([head, *rows], left=2)}\n{_speeds_note(document)}")
     if document["training"]:
         sections.append(_training(document["training"]))
+    if document["gpus"]:
+        sections.append(_gpus(document["gpus"]))
     if document.get("stress"):
         sections.append(_stress(document["stress"]))
     return "\n\n".join(sections)
@@ -100,7 +102,6 @@ def _speeds_note(document: Mapping[str, Any]) -> str:
 
 
 def _rate(tokens_per_second: float) -> str:
-    """Three significant digits, without an exponent."""
     rounded = float(f"{tokens_per_second:.3g}")
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
 
@@ -121,22 +122,36 @@ def _training(found: Mapping[str, Any]) -> str:
     """The memory of training by parts, by the means that make it fit."""
     ways = {name: parts for name, parts in found.items() if isinstance(parts, Mapping)}
     told = next(iter(ways.values()))
-    # What a teacher adds is told where it adds anything; the sum comes last.
-    added = [name for name in ("alignment_bytes", "teacher_bytes") if told.get(name)]
-    own = [name for name in told if name not in ("alignment_bytes", "teacher_bytes", "total_bytes")]
+    # What a teacher, or the student's own writing, adds is told where it adds anything; the sum comes last.
+    more = ("alignment_bytes", "writing_bytes", "teacher_bytes")
+    added = [name for name in more if told.get(name)]
+    own = [name for name in told if name not in (*more, "total_bytes")]
     parts = [*own, *added, "total_bytes"]
     lines = [
         (_PARTS.get(name, name.removesuffix("_bytes")), *(format_bytes(way[name]) for way in ways.values()))
         for name in parts
     ]
-    head = ("training", *(_WAYS.get(way, way.replace("_", " ")) for way in ways))
+    together = f" on each of {found['gpus']} GPUs" if found["gpus"] > 1 else ""
+    head = (f"training{together}", *(_WAYS.get(way, way.replace("_", " ")) for way in ways))
     trained = found.get("trained", "all weights")
     note = (
         f"{trained[0].upper()}{trained[1:]}, by AdamW in float32, products in bfloat16, "
-        f"{count_of(found['tokens'], 'token')} a step of one pass.\nActivations are freed as gradients appear: the "
-        "total has the larger of the two sums. 16-bit and 8-bit states come with checkpointing."
+        f"{count_of(found['tokens'], 'token')} a step of one pass{together}.\nActivations are freed as gradients "
+        "appear: the total has the larger of the two sums. 16-bit and 8-bit states come with checkpointing."
     )
     return f"{table([head, *lines], left=1)}\n{note}"
+
+
+def _gpus(found: Mapping[str, Any]) -> str:
+    """What each of several GPUs holds of a model, beside what one would."""
+    names = [name for name in found["each"] if name != "total_bytes"]
+    rows = [
+        (name.removesuffix("_bytes").replace("_", " "), *(format_bytes(found[who][name]) for who in ("alone", "each")))
+        for name in (*names, "total_bytes")
+    ]
+    note = "Run in 16 bits by transformers, with tensor parallelism, as a search divides its teacher."
+    head = ("running", "one GPU", f"each of {found['count']}")
+    return f"{table([head, *rows], left=1)}\n{note}"
 
 
 def _overhead(change: Mapping[str, Any]) -> str:
@@ -194,7 +209,6 @@ def pick_text(document: Mapping[str, Any]) -> str:
 
 
 def _solved_text(solved: Mapping[str, Any] | None) -> str:
-    """What `solve` found earlier within the same memory."""
     if solved is None:
         return ""
     return (
@@ -287,6 +301,10 @@ def measured_text(document: Mapping[str, Any]) -> str:
     lines += [(name.replace("_", " "), text.format(board[name]), "") for name, text in told if board.get(name)]
     lines += [("throttled", "yes" if board["throttled"] else "no", "")] if board.get("throttled") is not None else []
     title = f"{found['name']} on {found['machine']}, {found['threads']} threads, by {found['how']}"
+    if "slots" in board:
+        cache = " and ".join(dict.fromkeys(found["deployment"].get(f"cache_type_{one}", "f16") for one in "kv"))
+        flash = f"flash attention {board['flash_attention']}"
+        title += f"\n{board['slots']} x {board['context']} tokens, cache in {cache}, {flash}"
     doubts = "".join(f"\nDoubtful: {doubt}." for doubt in found["doubts"])
     left = f"\n{document['left']}." if document["left"] else ""
     unknown = ""

@@ -14,7 +14,7 @@ from autodistill.options import Option, options_of
 SECTIONS = ("Budget", "Model and data", "Scores", "Search", "Training", "Run", "Workers", "Storage", "Output")
 """Headings under which the help of a command with many options shows them."""
 
-Json = Annotated[bool, Option(help="Print the result as JSON.", typed=bool, section="Output")]
+Json = Annotated[bool, Option(help="Print the result as JSON.", section="Output")]
 
 
 def parameters(

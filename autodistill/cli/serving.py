@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from autodistill.api.parameters import takes
 from autodistill.cli.streams import quiet_libraries
+from autodistill.cli.summary import table
 from autodistill.cli.tables import printable
 from autodistill.options import RUNS, Option, Out
-from autodistill.service.request import KeyFile, LoadRequest, ServeRequest
+from autodistill.service.request import MARGIN, DraftsRequest, KeyFile, LoadRequest, ServeRequest
 from autodistill.units import format_bytes, format_duration, parse_duration
 from autodistill.utils.json_files import strict_json
 
@@ -31,7 +32,6 @@ BROKEN = 4
 
 
 def _say(line: str) -> None:
-    """Print a line for a person, at once."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
@@ -40,6 +40,8 @@ def serve(**options: Any) -> dict[str, Any]:
     """Serve a student over HTTP, with a key, until Ctrl-C or SIGTERM."""
     request = ServeRequest(**options)
     quiet_libraries()
+    # Now, and not once it is told to end.
+    from autodistill.service.drafts import record_served
     from autodistill.service.launch import Service, settle
 
     setting = settle(request, _say)
@@ -50,7 +52,9 @@ def serve(**options: Any) -> dict[str, Any]:
             try:
                 service.watch()
             except KeyboardInterrupt:
-                return service.summary()
+                done = service.summary()
+                record_served(setting, Path(request.out), done, _say)
+                return done
     except KeyboardInterrupt:
         pass
     return {"url": setting.url, "restarts": service.restarts}
@@ -85,9 +89,59 @@ def served_text(document: Mapping[str, Any]) -> str:
     return ", ".join(told)
 
 
+@takes(DraftsRequest, "drafts")
+def drafts(**options: Any) -> dict[str, Any]:
+    """Try smaller students as drafts of a model in llama.cpp: how much of them it takes, and how fast that is."""
+    request = DraftsRequest(**options)
+    quiet_libraries()
+    from autodistill.service.drafts import drafts as tried
+
+    return tried(request, _say)
+
+
+def drafts_text(document: Mapping[str, Any]) -> str:
+    """What drafts did, for a person: those that were tried now, or what is recorded."""
+    found = document["drafts"]
+    name = Path(document["target"]).name
+    if not found:
+        return f"No draft of {name} is recorded: name students to try, or serve one with --draft."
+    titles = ("draft", "size", "taken", "of", "a pass", "tokens/s", "speed", "expected", "the same")
+
+    def cells(one: Mapping[str, Any]) -> tuple[str, ...]:
+        """Of a record, which of a server has its acceptance alone."""
+        share = one["accepted"] / one["drafted"] if one["drafted"] else 0.0
+        if one["how"] != "drafts":
+            return (Path(one["draft"]).name, "-", f"{share:.1%}", f"{one['drafted']:,}", *"-----")
+        error = "" if one["speed_stderr"] is None else f" ± {one['speed_stderr']:.2f}"
+        return (
+            Path(one["draft"]).name,
+            format_bytes(one["size_bytes"]),
+            f"{share:.1%}",
+            f"{one['drafted']:,}",
+            f"{one['tokens_per_pass']:.2f}",
+            f"{one['tokens_per_second']:.4g}",
+            f"{one['speed']:.2f}x{error}",
+            f"{one['expected']:.2f}x",
+            f"{one['same']} of {one['answers']}",
+        )
+
+    shown = table([titles, *map(cells, found)], left=1)
+    if document["tokens_per_second"] is None:
+        return f"Recorded drafts of {name}, the last one first\n{shown}"
+    best = found[0]
+    doubt = best["speed_stderr"] or 0.0
+    verdict = (
+        f"The best draft is {Path(best['draft']).name}."
+        if best["speed"] - doubt > 1
+        else "None is faster than the model alone by more than its error."
+    )
+    rate = document["tokens_per_second"]
+    return f"{name} alone: {rate:.4g} tokens/s\n{shown}\n{verdict}\nStored in {document['kept_in']}."
+
+
 @takes(LoadRequest, "load")
 def load(**options: Any) -> dict[str, Any]:
-    """Load a server with more and more sequences at once until a latency limit breaks. pick uses the results."""
+    """Load a server with more and more sequences at once, up to a limit. Exits with 4 if its promise breaks."""
     request = LoadRequest(**options)
     quiet_libraries()
     from autodistill.service.load import load as loaded
@@ -103,7 +157,20 @@ def loaded_text(document: Mapping[str, Any]) -> str:
     else:
         more = "" if document["levels"][-1]["broken"] else ", the most that was tried"
         kept = f"It keeps to the limits with {document['streams']} at once{more}: {document['capacity']:.3g} answers/s."
-    return f"{kept}\nStored in {document['kept_in']}.{doubts}"
+    held = document["promise"]
+    told = "" if held is None else "\n" + _held(held)
+    return f"{kept}{told}\nStored in {document['kept_in']}.{doubts}"
+
+
+def _held(held: Mapping[str, Any]) -> str:
+    """How a promise stands under load."""
+    figures = [f"{one['figure']} {_KEPT[one['kept']]}: {one['said']}" for one in held["promise"]]
+    return f"The promise of {held['of']} is {held['verdict']}: {'; '.join(figures)}."
+
+
+def promised(document: Mapping[str, Any]) -> int:
+    """The exit code of a load: `BROKEN` where a promise was."""
+    return BROKEN if document["promise"] is not None and document["promise"]["verdict"] == "BROKEN" else 0
 
 
 Url = Annotated[str, Option(help="Address of the server, like http://127.0.0.1:8080.", metavar="URL", argument=True)]
@@ -120,10 +187,9 @@ def chat(
         ),
     ] = "http://127.0.0.1:8080",
     system: Annotated[str, Option(help="What the student is told before anything else.", metavar="TEXT")] = "",
-    max_tokens: Annotated[int | None, Option(help="Most tokens of an answer.", metavar="N", typed=int, least=1)] = None,
+    max_tokens: Annotated[int | None, Option(help="Most tokens of an answer.", metavar="N", least=1)] = None,
     temperature: Annotated[
-        float | None,
-        Option(help="0 for the likeliest answer (default: as the server has it).", metavar="X", typed=float),
+        float | None, Option(help="0 for the likeliest answer (default: as the server has it).", metavar="X")
     ] = None,
     key_file: KeyFile = None,
     out: Out = RUNS,
@@ -167,7 +233,6 @@ def _reached(to: str, key_file: str | Path | None, out: Path) -> Iterator[Client
 
 
 def _typed() -> Iterator[str]:
-    """What a person types, line by line."""
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
@@ -195,21 +260,19 @@ def monitor(
         Option(
             help="Share by which a measured figure may be exceeded, where no limit was asked for (default: 0.25).",
             metavar="X",
-            typed=float,
         ),
-    ] = 0.25,
+    ] = MARGIN,
     window: Annotated[str, Option(help="Time that averages are over (default: 5m).", metavar="TIME")] = "5m",
     every: Annotated[
         str, Option(help="Time between two small requests of its own, at least (default: 5s).", metavar="TIME")
     ] = "5s",
     time: Annotated[str | None, Option(help="End after this long (default: at Ctrl-C).", metavar="TIME")] = None,
-    json: Annotated[bool, Option(help="Print a line of JSON after each look.", typed=bool)] = False,
+    json: Annotated[bool, Option(help="Print a line of JSON after each look.")] = False,
     prometheus: Annotated[
         int | None,
         Option(
             help="Also give the figures to Prometheus, on this port of the loopback; 0 takes a free one.",
             metavar="PORT",
-            typed=int,
             least=0,
         ),
     ] = None,
@@ -228,7 +291,7 @@ def monitor(
     last: Report | None = None
     with ExitStack() as opened:
         client = opened.enter_context(
-            Client(url, client_key(None if key_file is None else Path(key_file)), timeout=30.0)
+            Client(url, client_key(None if key_file is None else Path(key_file)), timeout=30.0, longest=300.0)
         )
         watched = Monitor(client, held, window=parse_duration(window), every=parse_duration(every))
         endpoint = None
@@ -273,7 +336,6 @@ def report_facts(report: Report) -> dict[str, str]:
     figures = report.figures
 
     def times(found: Times) -> str:
-        """Mean and percentiles."""
         if not found.count:
             return ""
         shares = (("mean", found.mean), ("p50", found.p50), ("p95", found.p95), ("p99", found.p99))

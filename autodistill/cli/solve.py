@@ -47,7 +47,6 @@ def solve_text(document: Mapping[str, Any], width: int) -> str:
 
 
 def _planned(document: Mapping[str, Any]) -> str:
-    """What solving would take, as `plan_solve` says it."""
     teacher, plan = document["teacher"], document["plan"]
     said = (
         f"Solving {teacher['name']}, {teacher['parameters'] / 1e9:.3g}B weights, would take about "

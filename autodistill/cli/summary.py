@@ -115,7 +115,6 @@ def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
 
 
 def _beside(baselines: Sequence[str]) -> str:
-    """What else a plan has trained."""
     if not baselines:
         return "and no baseline to beat: neither the space nor --baseline names one"
     return f"and the baseline{'s' if len(baselines) > 1 else ''} {', '.join(baselines)}"
@@ -291,7 +290,6 @@ def _seconds(seconds: Mapping[str, float]) -> str:
 
 
 def _paths(document: Mapping[str, Any]) -> str:
-    """Where everything lies, and the line that serves the student."""
     paths = document["paths"]
     lines = [table([(name, str(path)) for name, path in paths.items()], left=2)]
     best = document["best"]

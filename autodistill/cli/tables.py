@@ -300,7 +300,6 @@ def _estimated(value: float | None, source: str | None, write: Callable[[float],
 
 
 def _strategy(row: Row) -> str:
-    """A trial, and its strategy in a line."""
     assert row.strategy is not None
     # A proposed strategy is named by a description of itself, which is what follows.
     title = row.trial if row.kind in ("student", CONFIRMATION) else f"{row.trial} {row.name}"

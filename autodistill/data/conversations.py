@@ -149,7 +149,6 @@ def read_prompt(record: Record, where: str) -> tuple[Turn, ...]:
 
 def _pair_reader(prompt: str, answer: str) -> Reader:
     def read(record: Record, where: str) -> Conversation | None:
-        """Read one record as a question and its answer."""
         for name in (prompt, answer):
             _text(name, record, where)
         question, reply = _with_context(prompt, record, where), _text(answer, record, where)

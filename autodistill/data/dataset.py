@@ -301,7 +301,6 @@ def _table(folder: Path) -> pyarrow.Table:
 
 
 def _token_set(folder: Path, split: str, table: pyarrow.Table, rendering: str = "") -> TokenSet:
-    """Open one rendering of a split."""
 
     def column(name: str) -> npt.NDArray[Any] | None:
         whole = f"{rendering}/{name}" if rendering else name

@@ -340,7 +340,6 @@ def _record_documents(records: list[tuple[str, Record]], field: str | None, ref:
 
 def _text_reader(name: str) -> Callable[[Record, str], str | None]:
     def read(record: Record, where: str) -> str | None:
-        """Read the text of one record; None where it is blank."""
         if name not in record:
             raise lacking(name, record, where)
         value = record[name]

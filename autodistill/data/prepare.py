@@ -352,7 +352,6 @@ def _tokenize(documents: Sequence[str], tokenizer: Any) -> list[Tokens]:
 
 
 def _sequences(values: Tokens, length: int) -> Tokens:
-    """Return whole sequences; the rest at the end is dropped."""
     count = len(values) // length
     return values[: count * length].reshape(count, length)
 

@@ -91,7 +91,6 @@ def marker(task: str | None) -> Marker:
     dataset, _ = _dataset(task)
 
     def mark(written: str, expected: str, item: int | None) -> float:
-        """Mark one answer, from 0 to 1."""
         if item is None:
             raise ValueError(f"an answer to {task} is marked by the number of its item, and has none")
         try:

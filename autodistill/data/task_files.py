@@ -194,7 +194,6 @@ Maker = Callable[[Mapping[str, Any], str, int], Example]
 
 
 def _records(paths: Sequence[Path]) -> list[tuple[str, Record]]:
-    """Return the records of some files, each with its place, like "line 3 of q.jsonl"."""
     found: list[tuple[str, Record]] = []
     for path in paths:
         records = read_records(path)
@@ -225,7 +224,6 @@ def _maker(
     choices = template.get("choices")
 
     def asked(record: Mapping[str, Any], place: str) -> _Asked:
-        """Raise `InputError` if choices are blank or too few."""
         found = (
             [_filled(one, record, place) for one in texts["choices"]]
             if isinstance(choices, list)
@@ -239,7 +237,6 @@ def _maker(
     by_text = metric == "multiple_choice" and _numbers_are_texts(asked(record, place) for place, record in records)
 
     def make(record: Mapping[str, Any], place: str, number: int) -> Example:
-        """Raise `InputError` if a text is blank, choices are too few, or the gold answer is not among them."""
         if metric == "perplexity":
             text = _filled(texts["text"], record, place)
             if not text.strip():
@@ -272,7 +269,6 @@ class _Asked:
 
     @property
     def told(self) -> str:
-        """The choices, for a message."""
         return "; ".join(" ".join(one.split())[:30] for one in self.plain[:6])
 
 

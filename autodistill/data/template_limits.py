@@ -66,7 +66,6 @@ class _Bounded(ImmutableSandboxedEnvironment):
             raise _EndlessError
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """Join pieces; each is counted before it is kept."""
         kept = []
         for piece in pieces:
             self.spend(len(piece))
@@ -74,7 +73,6 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return "".join(kept)
 
     def str_join(self, pieces: Iterable[Any]) -> str:
-        """Join pieces for the operator `~`."""
         return self.concat(map(self.text, pieces))
 
     def text(self, value: Any) -> str:

@@ -257,7 +257,6 @@ def _active_ffn(spec: ModelSpec) -> int:
 
 
 def _rows(spec: ModelSpec, suffix: str) -> list[int]:
-    """Return the number of rows of the tensors with this name."""
     return [tensor.shape[0] for tensor in spec.tensors if tensor.name.endswith(suffix)]
 
 
@@ -356,7 +355,6 @@ def _repacked(serving: _Serving) -> bool:
 
 
 def _table_bytes(serving: _Serving) -> int:
-    """Return the bytes of the embedding table as it is stored."""
     tables = (tensor for tensor in serving.spec.tensors if tensor.role is Role.EMBEDDING)
     return sum(tensor_bytes(tensor, serving.deployment.storage(tensor)) for tensor in tables)
 

@@ -129,7 +129,6 @@ def _step(
     kv_type: str | None = None,
     weights: int | None = None,
 ) -> Work:
-    """Return the work of decoding one token in each stream."""
     return work(spec, deployment, tokens=batch, sequences=batch, behind=context, kv_type=kv_type, weights=weights)
 
 

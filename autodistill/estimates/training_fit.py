@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
 from autodistill.estimates.training_memory import OptimizerState, TrainingEstimate, training_memory
-from autodistill.hardware.machine import Machine
-from autodistill.models.model_folder import HeldType
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import QuantizationScheme
 from autodistill.strategy.recipe import Alignment, Attention, Lora
@@ -56,6 +54,7 @@ class Training:
         bf16: Whether products are computed in bfloat16.
         on_grid: Whether a trial may be trained on a grid.
         scales_of: How weights are stored where every trial trains their scales alone; each process holds all of them.
+        writes: Whether a trial's student writes tokens itself, as many sequences at once as it trains on at once.
         device: Where trials run: "cpu", or an accelerator.
         threads: Of a process; on a CPU each has a pass of its own.
     """
@@ -71,6 +70,7 @@ class Training:
     bf16: bool = False
     on_grid: bool = False
     scales_of: QuantizationScheme | None = None
+    writes: bool = False
     device: str = "cpu"
     threads: int = 1
 
@@ -92,11 +92,12 @@ class Training:
                 on_grid=self.on_grid,
                 scales_of=self.scales_of,
                 passes=-(-self.sequences // (self.processes * micro_batch)),
+                written=micro_batch if self.writes else 0,
             )
             for alignment, attention in self.alignments or [(None, None)]
         )
         shards = 1 if self.scales_of else self.processes
-        return _sharded(max(estimates, key=lambda estimate: estimate.total_bytes), self.spec, shards)
+        return sharded(max(estimates, key=lambda estimate: estimate.total_bytes), self.spec, shards)
 
     @property
     def evaluation_bytes(self) -> int:
@@ -184,7 +185,7 @@ def pass_bytes(spec: ModelSpec, sequence_length: int, threads: int) -> int:
     return threads * (activations + logits) + TRAINING_PROCESS_BYTES
 
 
-def _sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> TrainingEstimate:
+def sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> TrainingEstimate:
     """Return the memory of one process of several: its shards, and weights and gradients that are briefly whole.
 
     Whole are the tables, and of the layers the one at work and the one fetched ahead (FSDP2), and low-rank changes with
@@ -239,106 +240,3 @@ def fit_training(training: Training, limit_bytes: int) -> TrainingFit:
         f"{what} a student of {training.spec.layers} layers takes {format_bytes(smallest.total_bytes)} {means}, and "
         f"this machine has {format_bytes(limit_bytes)} free: choose a smaller teacher, or a space with smaller students"
     )
-
-
-# float32 values of a matrix that are shown to a product at once, for each thread.
-_SHOWN_BYTES = 4 * 2**25
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherFit:
-    """The type in which a running teacher's matrices are stored; it computes in float32 (in a trial possibly bfloat16).
-
-    Attributes:
-        held: Their type.
-        stored: The type of the weights on disk.
-        weights_bytes: Of the weights, and in float32 of their copy as a deployment packs them.
-        pass_bytes: What a pass on each thread takes beside them.
-    """
-
-    held: HeldType
-    stored: HeldType
-    weights_bytes: int
-    pass_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """The memory needed."""
-        return self.weights_bytes + self.pass_bytes
-
-    @property
-    def held_bytes(self) -> int:
-        """The memory of the weights alone."""
-        return self.weights_bytes // (2 if self.held == "float32" else 1)
-
-    @property
-    def rounded(self) -> bool:
-        """Whether weights were rounded, so that the outputs differ from those of the weights on disk."""
-        return self.held not in ("float32", self.stored)
-
-    def of(self, fingerprint: str) -> str:
-        """Return the name under which the outputs of this teacher are stored; rounded weights give another name."""
-        return f"{fingerprint}-{self.held}" if self.rounded else fingerprint
-
-    @property
-    def note(self) -> str | None:
-        """Return a note for the user, or None for float32."""
-        if self.held == "float32":
-            return None
-        exact = "which rounds them: its outputs differ a little" if self.rounded else "the type of its files"
-        return (
-            f"the teacher's matrices are held in {self.held}, {exact}, and computed with in float32: "
-            f"{format_bytes(self.total_bytes)} of memory"
-        )
-
-
-def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, machine: Machine) -> TeacherFit:
-    """Return how to store a teacher: in float32 if memory holds it (fastest on a CPU), else in 16 bits.
-
-    Float32 needs the weights twice: while the teacher is scored under a deployment, its packed values lie beside them.
-    On a GPU, where the weights wait in the machine's memory meanwhile, that half is room for what runs beside it.
-    In 16 bits matrices are held once, in the type that they are stored in, and cast to float32, or packed, part by
-    part when they are read. Weights stored in float32 are then rounded to bfloat16.
-
-    Args:
-        spec: The teacher.
-        stored: Type of the weights on disk.
-        sequence_length: Tokens of a sequence.
-        machine: What is free of its first GPU's memory is the limit, or of its own where that is less (through it
-            weights are read) or there is no GPU; on a CPU each core runs a pass of its own.
-
-    Raises:
-        InputError: Not even 16 bits fit.
-    """
-    limit_bytes = min([machine.usable_bytes, *(gpu.usable_bytes for gpu in machine.gpus[:1])])
-    threads = 1 if machine.gpus else machine.cpus
-    matrices = sum(math.prod(tensor.shape) for tensor in spec.tensors if len(tensor.shape) == 2)
-    whole = TeacherFit(
-        held="float32",
-        stored=stored,
-        weights_bytes=2 * 4 * spec.parameters,
-        pass_bytes=pass_bytes(spec, sequence_length, threads),
-    )
-    if whole.total_bytes <= limit_bytes:
-        return whole
-    half = TeacherFit(
-        held="bfloat16" if stored == "float32" else stored,
-        stored=stored,
-        weights_bytes=2 * matrices + 4 * (spec.parameters - matrices),
-        pass_bytes=whole.pass_bytes + threads * _SHOWN_BYTES,
-    )
-    if half.total_bytes <= limit_bytes:
-        return half
-    raise InputError(
-        f"running a teacher of {spec.layers} layers takes {format_bytes(half.total_bytes)} even in 16 bits, and "
-        f"{_holder(machine)} has {format_bytes(limit_bytes)} free: choose a smaller teacher, or let it write the text "
-        "to learn from where it is served (autodistill write --endpoint)"
-    )
-
-
-def _holder(machine: Machine) -> str:
-    """Return what has to hold the whole teacher, in words."""
-    count = len(machine.gpus)
-    if count > 1 and machine.gpus[0].memory_bytes <= machine.memory_bytes:
-        return f"one GPU of this machine's {count}, over which a teacher is not divided,"
-    return "this machine"

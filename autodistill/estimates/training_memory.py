@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
+from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES, kv_bytes
 from autodistill.models.config import uniform
 from autodistill.models.families import Axis, get_family
 from autodistill.models.spec import ModelSpec
@@ -30,6 +30,7 @@ class TrainingEstimate:
         logits_bytes: Logits, whose place the loss's gradient of them takes.
         alignment_bytes: What alignments add: projections with their gradients and optimiser states, aligned states, the
             sides of attention matrices, and the teacher's layer.
+        writing_bytes: Keys and values, and logits, of what a student writes itself, between steps.
         overhead_bytes: What the process takes beyond those.
         passes: Forward and backward passes of a step.
     """
@@ -42,6 +43,7 @@ class TrainingEstimate:
     logits_bytes: int
     alignment_bytes: int
     overhead_bytes: int
+    writing_bytes: int = 0
     passes: int = 1
 
     @property
@@ -54,10 +56,11 @@ class TrainingEstimate:
         """The memory at the moment of the largest use.
 
         A step of several passes holds all gradients beside what its last pass keeps. In a step of one they come as what
-        was kept goes, and the larger of the two counts.
+        was kept goes, and the larger of the two counts. While a student writes nothing else is held.
         """
         kept = self.shown_bytes + self.activations_bytes + self.logits_bytes + self.alignment_bytes
         held = kept + self.gradients_bytes if self.passes > 1 else max(kept, self.gradients_bytes)
+        held = max(held, self.shown_bytes + self.writing_bytes) if self.writing_bytes else held
         return self.weights_bytes + self.optimizer_bytes + held + self.overhead_bytes
 
 
@@ -108,6 +111,7 @@ def training_memory(
     on_grid: bool = False,
     scales_of: QuantizationScheme | None = None,
     passes: int = 1,
+    written: int = 0,
 ) -> TrainingEstimate:
     """Predict the memory that a trial's training takes: float32 weights and AdamW.
 
@@ -131,6 +135,7 @@ def training_memory(
         on_grid: Whether the weights of products and the table are shown on a grid, at the end of the training.
         scales_of: How weights are stored whose scales and minima alone are trained; None where weights are.
         passes: Forward and backward passes of an optimiser step.
+        written: Sequences, of the tokens, that the student writes on itself at once; 0 where it writes nothing.
     """
     teacher = teacher or spec
     width, attended, ffn = _KEPT.get(spec.architecture, _KEPT["llama"])[bf16]
@@ -166,8 +171,19 @@ def training_memory(
         alignment_bytes=(_states_bytes(spec, teacher, alignment, tokens) if alignment else 0)
         + (_attention_bytes(spec, teacher, attention, tokens) if attention else 0),
         overhead_bytes=TRAINING_PROCESS_BYTES,
+        writing_bytes=_writing_bytes(spec, tokens, written, bf16=bf16) if written else 0,
         passes=passes,
     )
+
+
+def _writing_bytes(spec: ModelSpec, tokens: int, sequences: int, *, bf16: bool) -> int:
+    """Return the memory for writing the ends of sequences that have so many tokens together.
+
+    Keys and values of all tokens, those of one layer twice, as each token makes them longer by a copy; and in float32
+    the logits of the last token of each, as they are, over the temperature, less the noise, and the noise.
+    """
+    cached = kv_bytes(spec, spec.layers + 1, tokens, ("f16", "f16"))
+    return (1 if bf16 else 2) * cached + 4 * 4 * sequences * spec.vocabulary
 
 
 def _shown_bytes(spec: ModelSpec, *, checkpointing: bool, bf16: bool, on_grid: bool, looked_up: bool) -> int:

@@ -142,6 +142,7 @@ class Subject:
         artifact: The exported file or folder, or None before export.
         artifact_bytes: Of its files that hold weights, as its exporter counts them; None before export.
         split: That scores and answers are of.
+        teacher: Shape of the teacher; None where there is none.
         threads: CPU threads a runtime may use.
     """
 
@@ -154,6 +155,7 @@ class Subject:
     artifact: Path | None = None
     artifact_bytes: int | None = None
     split: str = "validation"
+    teacher: ModelSpec | None = None
     threads: int = 1
 
 

@@ -23,6 +23,7 @@ from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.packed_student import PackedStudent
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import score
+from autodistill.inference.tensor_parallel import deployed_in_all
 from autodistill.models.loading import stock_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
@@ -70,7 +71,11 @@ def deployed_weights(
     """
     if is_held(model):
         storages = {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}
-        with held_as_deployed(model, storages, scales), quantized_cache(model, deployment.cache_types):
+        with (
+            deployed_in_all(model, deployment, scales) as own,
+            held_as_deployed(model, storages, own),
+            quantized_cache(model, deployment.cache_types),
+        ):
             yield
         return
     parameters = dict(model.named_parameters())
@@ -104,6 +109,7 @@ def evaluate(
     split: str = "validation",
     share: float = 1.0,
     tokenizer: Path | None = None,
+    teacher: ModelSpec | None = None,
 ) -> tuple[Evaluation, TokenScores]:
     """Makes once what the evaluators need of the packed model, and lets every one of them read it.
 
@@ -123,6 +129,7 @@ def evaluate(
         share: Of the evaluators' own examples, how much is read.
         tokenizer: Folder whose files describe the model's text: the teacher's, or `dataset.rendering_folder` of
             a student that learnt another template; None where no evaluator asks in text.
+        teacher: Shape of the teacher that the reference is of.
 
     Raises:
         InputError: An evaluator needs answers, and the data have no questions.
@@ -160,6 +167,7 @@ def evaluate(
             answers=answers,
             student=student,
             split=split,
+            teacher=teacher,
         )
         measurements = {item.name: item for evaluator in chosen for item in evaluator.evaluate(subject)}
     found = Evaluation(
@@ -172,7 +180,6 @@ def evaluate(
 
 
 def _reading(evaluators: Sequence[str | Evaluator], deployment: Deployment) -> list[Evaluator]:
-    """The evaluators that read a packed model, loaded."""
     loaded = (load_evaluator(item) if isinstance(item, str) else item for item in evaluators)
     return [item for item in loaded if item.needs != "artifact" and item.supports(deployment)]
 

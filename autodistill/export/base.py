@@ -30,6 +30,22 @@ class Artifact:
     size_bytes: int
 
 
+class Pace(NamedTuple):
+    """How fast an artifact wrote, by the clock, with whatever else the machine did; and what memory that took.
+
+    Attributes:
+        first_ms: Milliseconds from the first `PROMPT_TOKENS` to the first token.
+        tokens_per_second: Of those that follow it.
+        cpu_ms: Milliseconds of CPU that each of those took, of all threads together.
+        peak_bytes: Peak memory of the runtime's own process until then; None where it has none of its own.
+    """
+
+    first_ms: float
+    tokens_per_second: float
+    cpu_ms: float
+    peak_bytes: int | None = None
+
+
 class Ran(NamedTuple):
     """What an artifact did in its runtime.
 
@@ -41,6 +57,7 @@ class Ran(NamedTuple):
         likeliest: Tokens and log-probabilities, int and float [sequences, tokens, some], of the likeliest after each,
             best first; None where the runtime does not tell them.
         written: The tokens of `text`; () where they are not known.
+        pace: How fast it wrote them; None where that was not timed.
     """
 
     top1: npt.NDArray[np.integer[Any]]
@@ -48,6 +65,7 @@ class Ran(NamedTuple):
     same_cut: float = 1.0
     likeliest: tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.floating[Any]]] | None = None
     written: tuple[int, ...] = ()
+    pace: Pace | None = None
 
 
 class Expected(NamedTuple):

@@ -16,13 +16,14 @@ from gguf.utility import size_label
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import InputError, VerificationError
 from autodistill.estimates.fit import check_holds
-from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Ran, check_written
+from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Pace, Ran, check_written
 from autodistill.export.gguf_tokenizer import add_tokenizer, spaces
 from autodistill.export.student_reader import StudentFiles, read_json, replacing
 from autodistill.export.tokenizer_check import agreement, cannot_cut, comparable
 from autodistill.export.verify import falls_short
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.families import FAMILIES, GGUF_FAMILIES, get_family
+from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.llama_cpp_graphs import SLIDING, graph_of, rotary, rotary_dims, row_order, window_period
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
@@ -86,6 +87,7 @@ KINDS: Mapping[Storage, GGMLQuantizationType] = {
 }
 STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(KINDS.items()))}
 _ROPE_FACTORS = "rope_freqs.weight"
+_TIMED = 8  # tokens
 _BESIDE = 8  # sequences that the runtime reads at once when a file is proven
 MIN_SAME_CUT = 0.99
 """Least share of the tokens of validation text that the runtime cuts it into as the tokenizer does. Of rare characters
@@ -172,9 +174,7 @@ def _run(
 ) -> Ran:
     keys, values = deployment.cache_types
     # Beyond the context that a model was made for its server writes nothing.
-    reader = GGUFReader(path)
-    longest = int(_field(reader, f"{_field(reader, 'general.architecture')}.context_length"))
-    asked = max(1, min(WRITTEN_TOKENS, longest - PROMPT_TOKENS))
+    asked = max(1, min(WRITTEN_TOKENS, read_gguf(path).context_length - PROMPT_TOKENS))
     context = max(sequences.shape[1] + 1, PROMPT_TOKENS + asked)
     rows, beside = sequences.tolist(), min(len(sequences), _BESIDE)
     top1 = list[list[int]]()
@@ -186,10 +186,16 @@ def _run(
             # Each prompt is the one before and a token more, so that only that token is computed.
             columns = [server.next_tokens([row[: end + 1] for row in some]) for end in range(sequences.shape[1])]
             top1 += map(list, zip(*columns, strict=True))
-        written = server.write(sequences[0, :PROMPT_TOKENS].tolist(), asked)
+        prompt = sequences[0, :PROMPT_TOKENS].tolist()
+        written = server.write(prompt, asked)
+        first = server.begin([prompt])
+        began = server.used_seconds()
+        steps = [server.step() for _ in range(max(1, min(_TIMED, asked - 1)))]
+        used = server.used_seconds() - began
+        pace = Pace(1e3 * first, len(steps) / sum(steps), 1e3 * used / len(steps), server.peak_bytes())
         same_cut = 1.0 if student.samefile(path.parent) else _check_cut(path, server, sequences, student)
     check_written(path, len(written.tokens), asked)
-    return Ran(np.array(top1), written.text, same_cut, written=written.tokens)
+    return Ran(np.array(top1), written.text, same_cut, written=written.tokens, pace=pace)
 
 
 def _check_cut(path: Path, server: LlamaServer, sequences: npt.NDArray[np.integer[Any]], student: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import VerificationError
-from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Ran, check_written
+from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Pace, Ran, check_written
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
 from autodistill.hardware.runtime import Runtime
 from autodistill.quantization.formats import formats_of
@@ -93,11 +94,15 @@ def run_model(model: Any, path: Path, sequences: npt.NDArray[np.integer[Any]], t
     tokens = torch.from_numpy(sequences.astype(np.int64))
     with torch_threads(threads), torch.inference_mode():
         found = [likeliest(model(row[None]).logits[0]) for row in tokens]
-        written = greedy(model, tokens[:1, :PROMPT_TOKENS])
+        times = [(time.perf_counter(), time.process_time())]
+        written = greedy(model, tokens[:1, :PROMPT_TOKENS], times)
     check_written(path, len(written))
     text = load_tokenizer(path).decode(written, skip_special_tokens=True)
     kept = tuple(np.stack(part) for part in zip(*found, strict=True))
-    return Ran(kept[0][..., 0], str(text), likeliest=(kept[0], kept[1]), written=written)
+    seconds, used = (last - first for first, last in zip(times[1], times[-1], strict=True))
+    later = len(written) - 1
+    pace = Pace(1e3 * (times[1][0] - times[0][0]), later / seconds, 1e3 * used / later)
+    return Ran(kept[0][..., 0], str(text), likeliest=(kept[0], kept[1]), written=written, pace=pace)
 
 
 def likeliest(logits: torch.Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
@@ -108,14 +113,22 @@ def likeliest(logits: torch.Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[
     return tokens.int().numpy(), values.numpy()
 
 
-def greedy(model: Any, prompt: torch.Tensor) -> tuple[int, ...]:
-    """Return the `WRITTEN_TOKENS` tokens that a model writes after a prompt [1, tokens], whatever they are."""
+def greedy(model: Any, prompt: torch.Tensor, times: list[tuple[float, float]] | None = None) -> tuple[int, ...]:
+    """Return the `WRITTEN_TOKENS` tokens that a model writes after a prompt [1, tokens], whatever they are.
+
+    Args:
+        model: Of transformers.
+        prompt: int64 [1, tokens].
+        times: Takes the clock's time and the process's of each token, where it is given.
+    """
     from transformers import DynamicCache
 
     cache, read, written = DynamicCache(config=model.config), prompt, list[int]()
     for _ in range(WRITTEN_TOKENS):
         read = model(input_ids=read, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
         written.append(int(read))
+        if times is not None:
+            times.append((time.perf_counter(), time.process_time()))
     return tuple(written)
 
 

@@ -16,6 +16,20 @@ from autodistill.utils.typed_data import check_typed
 RECORD = "export.json"
 """The record beside an export, which holds its promise."""
 
+
+class ExportRecord(TypedDict):
+    """What is read of `export.json`."""
+
+    version: int
+    format: str
+    row: str | None
+    deployment: Mapping[str, Any]
+    artifact: str
+    files: Mapping[str, Mapping[str, Any]]
+    versions: Mapping[str, str]
+    proof: Mapping[str, Any] | None
+
+
 _MAKERS = ("nvidia", "amd")  # of GPUs that a container is given
 _LIMITED_PROMPT = 512  # tokens of prompts whose first token a limit is of
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ from autodistill.export.student_reader import StudentFiles
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.models.loading import load_model, stock_model
 from autodistill.strategy.deployment import Deployment
+from autodistill.units import format_bytes
 
 FILE = "proof.npz"
 """Lies beside an export: what was read, and what the evaluated student does after it."""
+_MOST_BYTES = 500_000_000  # of what is unpacked, far more than a proof has
 
 
 def deployed_model(student: Path, files: StudentFiles) -> Any:
@@ -81,10 +86,32 @@ def load(folder: Path) -> Expected:
         VerificationError: The file is not one of these.
     """
     try:
+        with zipfile.ZipFile(folder / FILE) as whole:
+            if sum(part.file_size for part in whole.infolist()) > _MOST_BYTES:
+                raise ValueError(f"it holds more than {format_bytes(_MOST_BYTES)}")
         with np.load(folder / FILE, allow_pickle=False) as found:
-            kept = (found["likeliest"], found["log_probs"]) if "likeliest" in found else None
-            written = tuple(int(one) for one in found["written"])
-            expected = Expected(found["sequences"], found["top1"], found["leads"], kept, written)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            arrays = dict(found)
+        shape = arrays["sequences"].shape
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"sequences of the shape {list(shape)}")
+        places = shape, shape, shape, (arrays["written"].size,)
+        _check(arrays, ("sequences", "top1", "leads", "written"), places, "iifi")
+        kept = None
+        if "likeliest" in arrays:
+            more = (*shape, arrays["likeliest"].shape[-1])
+            _check(arrays, ("likeliest", "log_probs"), (more, more), "if")
+            kept = (arrays["likeliest"], arrays["log_probs"])
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise VerificationError(f"{folder / FILE} cannot be read: {error}") from error
-    return expected
+    written = tuple(arrays["written"].tolist())
+    return Expected(arrays["sequences"], arrays["top1"], arrays["leads"], kept, written)
+
+
+def _check(arrays: dict[str, Any], names: Sequence[str], shapes: Sequence[tuple[int, ...]], kinds: str) -> None:
+    """Hold arrays to their shapes, and to tokens ("i") or numbers ("f")."""
+    for name, shape, kind in zip(names, shapes, kinds, strict=True):
+        values = arrays[name]
+        if values.shape != shape or values.dtype.kind != kind:
+            raise ValueError(f"{name} is {values.dtype} of the shape {list(values.shape)}")
+        if not (values < np.inf if kind == "f" else (values >= 0) & (values < 2**31)).all():
+            raise ValueError(f"{name} has values that are none")

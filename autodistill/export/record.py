@@ -13,10 +13,12 @@ from autodistill.errors import DamagedError, InputError, VerificationError
 from autodistill.export import proof
 from autodistill.export.base import Expected, Exporter, TakesAny, load_exporter
 from autodistill.export.promise import RECORD as FILE
+from autodistill.export.promise import ExportRecord
 from autodistill.export.verify import RuntimeCheck, Verification, prove
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.checksums import check_entries, entries
 from autodistill.utils.json_files import read_json, write_json
+from autodistill.utils.typed_data import check_typed
 
 _VERSION = 1
 _PACKAGES = ("autodistill-search", "torch", "transformers")
@@ -120,19 +122,15 @@ def repeat(folder: Path, threads: int, *, run_code: bool = False) -> Repeated:
     if not (folder / FILE).is_file():
         raise InputError(f"{folder} has no {FILE}: name a folder that autodistill export wrote")
     record = read_json(folder / FILE)
-    try:
-        version, files = record["version"], {str(name): dict(entry) for name, entry in record["files"].items()}
-        deployment = Deployment.from_json(record["deployment"])
-        exporter = load_exporter(str(record["format"]))
-        proven, name = record["proof"] is not None, str(record["artifact"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder / FILE} is not the record of an export: {error}") from error
-    if version != _VERSION:
+    check_typed(record, ExportRecord, str(folder / FILE))
+    if record["version"] != _VERSION:
         raise InputError(
-            f"{folder / FILE} is of version {version}, and this is {_VERSION}: install a newer AutoDistill"
+            f"{folder / FILE} is of version {record['version']}, and this is {_VERSION}: install a newer AutoDistill"
         )
+    deployment, exporter = Deployment.from_json(record["deployment"]), load_exporter(record["format"])
+    files, name = record["files"], record["artifact"]
     check_entries(folder, files, without=(FILE,))
-    if not proven:
+    if record["proof"] is None:
         return Repeated(record=record, check=None, why_not="it was exported without a proof")
     if isinstance(exporter, TakesAny) and exporter.is_code and not run_code:
         why = f"{exporter.name} files are code: if you trust where it comes from, give --run-code"

@@ -108,7 +108,6 @@ def comparable(text: str, tokenizer: Any, put: Spaces) -> str:
 
 
 def _without(begin: int | None, tokens: Sequence[int]) -> list[int]:
-    """Return the tokens behind those that begin a text."""
     start = next((place for place, token in enumerate(tokens) if token != begin), len(tokens))
     return list(tokens[start:])
 

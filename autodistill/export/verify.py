@@ -63,6 +63,7 @@ class RuntimeCheck:
             likeliest of both and the remainder as one; None where one of them does not tell probabilities.
         same_written: Of the tokens that it wrote, how many from the first on are those that the evaluated student
             writes; None where that is not known.
+        first_ms, tokens_per_second, cpu_ms, peak_bytes: As `Pace` has them; None where that was not timed.
     """
 
     agreement: float
@@ -73,6 +74,10 @@ class RuntimeCheck:
     same_cut: float = 1.0
     divergence: float | None = None
     same_written: int | None = None
+    first_ms: float | None = None
+    tokens_per_second: float | None = None
+    cpu_ms: float | None = None
+    peak_bytes: int | None = None
 
 
 def verify(exporter: Exporter, artifact: Artifact, student: Path, deployment: Deployment) -> Verification:
@@ -191,6 +196,7 @@ def prove(
         same_cut=ran.same_cut,
         divergence=away,
         same_written=_same_written(expected.written, ran.written),
+        **({} if ran.pace is None else ran.pace._asdict()),
     )
 
 

@@ -142,7 +142,6 @@ def _passed(
         here.seen[name] = inputs[0][0]
 
     def run(index: int) -> Passed:
-        """Run one sequence, and return what the blocks passed on."""
         here.seen = {}
         with torch.no_grad():
             model.base_model(**begun[index], use_cache=False)

@@ -20,6 +20,7 @@ from autodistill.errors import NotFiniteError
 from autodistill.inference.batching import map_batches, pass_tokens
 from autodistill.inference.likelihood import continuations
 from autodistill.inference.outputs import Answers
+from autodistill.inference.tensor_parallel import is_divided
 
 _BATCH = 16  # prompts answered at once on a CPU
 BATCH_ON_ACCELERATOR = 64
@@ -65,7 +66,7 @@ def write(
     Args:
         model: Causal language model on `device`.
         prompts: Token ids, none of them empty.
-        stops: Tokens that end an answer; the one that did is the last of it.
+        stops: Tokens that end an answer; the one that did is the last of it. Without any all have `max_tokens`.
         max_tokens: Tokens after which an answer ends unfinished.
         sampling: How tokens are chosen.
         batch: Prompts answered at once, fewer where an accelerator's memory runs out; None for what suits the device.
@@ -79,6 +80,7 @@ def write(
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    padding = stops[0] if stops else 0
 
     def work(part: range) -> list[tuple[int, list[int] | None]]:
         """Return places and answers of some prompts, left-padded and written together; None for logits not finite."""
@@ -86,7 +88,7 @@ def write(
         rows = [torch.tensor(prompts[place]) for place in places]
         # Where the mask hides the padding, and positions do not count it.
         lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=stops[0], padding_side="left")
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
         mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
         look = None if enough is None else _Look(enough, ids.shape[1])
         finite = _Finite()
@@ -132,7 +134,11 @@ def _settings(model: Any, stops: Sequence[int], max_tokens: int) -> Iterator[Non
 
     before = model.generation_config
     model.generation_config = GenerationConfig(
-        max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0], use_cache=True
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=list(stops) or None,
+        pad_token_id=stops[0] if stops else 0,
+        use_cache=not is_divided(model),
     )
     try:
         yield
@@ -152,7 +158,6 @@ def _at_most(lengths: Sequence[int], tokens: int) -> Callable[[int, int], int]:
     """Return the `take` function of `map_batches` with limits of rows (shortest first) and of padded tokens."""
 
     def take(start: int, rows: int) -> int:
-        """Return where the batch that begins here ends."""
         stop = start + 1
         while stop < len(lengths) and stop - start < rows and (stop + 1 - start) * lengths[stop] <= tokens:
             stop += 1

@@ -21,7 +21,12 @@ from autodistill.quantization.rounding import deploy_tensor, fitted_scales, give
 
 # Weights shown in float32 at once: a table of 150,000 tokens would take gigabytes, for each thread that multiplies.
 _SHOWN = 2**25
-_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TYPES: Mapping[HeldType, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""What matrices may be held in."""
 
 
 def load_held(folder: Path, held: HeldType, device: str = "cpu") -> Any:
@@ -36,16 +41,21 @@ def load_held(folder: Path, held: HeldType, device: str = "cpu") -> Any:
         held: Type of the matrices; "float32" gives `load_model`'s.
         device: Where the model goes.
     """
-    model = load_model(folder, _TYPES[held])
+    model = load_model(folder, TYPES[held])
     if held != "float32":
-        for module in list(model.modules()):
-            if type(module) is nn.Linear:
-                module.__class__ = _HeldLinear
-            elif type(module) is nn.Embedding:
-                module.__class__ = _HeldEmbedding
-        for module in model.modules():
-            _widen(module)
+        hold(model)
     return model.to(device)  # type: ignore[arg-type]
+
+
+def hold(model: Any) -> None:
+    """Let a model compute in float32 with matrices that stay as they are stored."""
+    for module in list(model.modules()):
+        if type(module) is nn.Linear:
+            module.__class__ = _HeldLinear
+        elif type(module) is nn.Embedding:
+            module.__class__ = _HeldEmbedding
+    for module in model.modules():
+        _widen(module)
 
 
 class _Multiples(NamedTuple):
@@ -61,7 +71,6 @@ class _Multiples(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor, grid: Grid) -> _Multiples:
-        """Convert stored values, float32 [out, groups]."""
         units, multipliers = on_block_grid(values, grid, torch)
         rows = len(values)
         return cls(units.half().view(rows, -1, 1), multipliers.to(torch.int8).view(rows, -1, grid.groups_per_block))
@@ -82,7 +91,6 @@ class _Singles(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor, grid: Grid) -> _Singles:
-        """Convert stored values, float32 [out, groups]."""
         return cls(values.half() if grid.scale_dtype == "f16" else values)
 
     def read(self, rows: slice | Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autodistill.inference.batching import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.inference.outputs import Likelihood
+from autodistill.inference.tensor_parallel import is_divided
 
 # Tokens of a pass on a CPU, padding included.
 _CPU_TOKENS = 1024
@@ -43,7 +44,6 @@ def continuations(
     sizes = [[len(pairs[place][1]) for place in by_prompt[prompt]] for prompt in prompts]
 
     def work(batch: range) -> list[tuple[int, Likelihood]]:
-        """Score one batch, and return the results with their places."""
         asked = prompts[batch.start : batch.stop]
         places = [place for prompt in asked for place in by_prompt[prompt]]
         owners = [row for row, prompt in enumerate(asked) for _ in by_prompt[prompt]]
@@ -85,13 +85,18 @@ def _likelihoods(
     lengths = torch.tensor([len(tokens) for tokens in rest], device=device)
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in rest], batch_first=True).to(device)
     with torch.no_grad():
-        first = model.base_model(input_ids=torch.tensor(prompts, device=device), use_cache=True)
-        hidden = first.last_hidden_state[:, -1:][owner]
-        if ids.shape[1] > 1:
-            cache = first.past_key_values
-            cache.batch_select_indices(owner)
-            later = model.base_model(input_ids=ids[:, :-1], cache=cache, use_cache=True).last_hidden_state
-            hidden = torch.cat([hidden, later], dim=1)
+        begun = torch.tensor(prompts, device=device)
+        if is_divided(model):
+            whole = torch.cat([begun[owner], ids[:, :-1]], dim=1)
+            hidden = model.base_model(input_ids=whole, use_cache=False).last_hidden_state[:, begun.shape[1] - 1 :]
+        else:
+            first = model.base_model(input_ids=begun, use_cache=True)
+            hidden = first.last_hidden_state[:, -1:][owner]
+            if ids.shape[1] > 1:
+                cache = first.past_key_values
+                cache.batch_select_indices(owner)
+                later = model.base_model(input_ids=ids[:, :-1], cache=cache, use_cache=True).last_hidden_state
+                hidden = torch.cat([hidden, later], dim=1)
         counted = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         parts = [
             (
@@ -115,7 +120,7 @@ def _by_rows(model: Any, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tenso
     accelerator.
     """
     head = model.get_output_embeddings()
-    at_once = max(1, len(hidden)) if hidden.device.type == "cpu" else logit_rows(head.weight.shape[0])
+    at_once = max(1, len(hidden)) if hidden.device.type == "cpu" else logit_rows(head.out_features)
     for rows, true in zip(hidden.split(at_once), labels.split(at_once), strict=True):
         yield head(rows).float(), true
 
@@ -160,7 +165,6 @@ def rolling(
     lengths = [len(begun) + pieces[piece][2] - pieces[piece][1] for piece in order]
 
     def work(batch: range) -> list[Tensor]:
-        """Return negative log-likelihoods in nats, float64 [counted], of the tokens that some windows count."""
         chosen = [pieces[order[index]] for index in batch]
         rows = [torch.tensor([*begun, *texts[place][start:end]]) for place, start, end, _ in chosen]
         # Nothing predicts a window's first token.

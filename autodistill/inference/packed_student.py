@@ -152,7 +152,6 @@ class PackedStudent:
         reach = max(len(stop.encode()) for stop in stops) + LOOKED + 1
 
         def enough(ids: list[int]) -> bool:
-            """Say whether an answer has come to a stop."""
             tail = self._tokenizer.decode(ids[-reach:], skip_special_tokens=True)
             return any(stop in tail for stop in stops) and _settled(
                 str(self._tokenizer.decode(ids, skip_special_tokens=True)), stops

@@ -110,7 +110,7 @@ def _score(
 
 def _outcomes(reference: TeacherReference, model: Any) -> int:
     tokens = reference.tokens.shape[1]
-    return tokens + (tokens < model.get_output_embeddings().weight.shape[0])
+    return tokens + (tokens < model.get_output_embeddings().out_features)
 
 
 def _divergence(reference: TeacherReference, rows: slice, logits: Tensor, total: Tensor) -> Tensor:
@@ -168,11 +168,10 @@ def _over_rows(
     model.eval()
     head = model.get_output_embeddings()
     starts = np.cumsum([0, *counted[:, 1:].sum(axis=1)])
-    at_once = _CHUNK_ROWS if device == "cpu" else logit_rows(head.weight.shape[0])
+    at_once = _CHUNK_ROWS if device == "cpu" else logit_rows(head.out_features)
     sequences, length = data.tokens.shape
 
     def pass_over(batch: range) -> list[Tensor]:
-        """Return the joined results of `work` for some sequences: tensors [predicted, ...], on the CPU."""
         part = slice(batch.start, batch.stop)
         ids = torch.from_numpy(np.array(data.tokens[part], dtype=np.int64)).to(device)
         row, column = np.nonzero(counted[part, 1:])

@@ -82,7 +82,6 @@ def watched(model: Any, names: Sequence[str], read: Read, count: int, device: st
         note(name, 0, inputs[0], output)
 
     def back_and_forth(index: int) -> dict[str, Taken]:
-        """Return what a sequence leaves at each matrix, forwards and backwards."""
         here.found = defaultdict(list)
         with torch.enable_grad(), ExitStack() as modes:
             if inside:

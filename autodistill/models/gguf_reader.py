@@ -39,7 +39,6 @@ class _Cursor:
         self.position = 0
 
     def numbers(self, code: str, count: int = 1) -> tuple[Any, ...]:
-        """Read numbers of one type."""
         layout = f"<{count}{code}"
         size = struct.calcsize(layout)
         if self.position + size > len(self.data):
@@ -48,7 +47,6 @@ class _Cursor:
         return struct.unpack_from(layout, self.data, self.position - size)
 
     def text(self) -> str:
-        """Read a text behind its length."""
         (length,) = self.numbers("Q")
         if self.position + length > len(self.data):
             raise struct.error("text beyond the end of the file")
@@ -112,6 +110,11 @@ class GgufFile:
         """GGUF's name of the architecture."""
         return str(self.metadata.get("general.architecture"))
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model was made for."""
+        return self._size("context_length")
+
     def config(self) -> dict[str, Any]:
         """Return the transformers config of the model in this file, without defaults.
 
@@ -156,7 +159,7 @@ class GgufFile:
             "hidden_size": width,
             **self._ffn(),
             "num_attention_heads": heads,
-            "max_position_embeddings": self._size("context_length"),
+            "max_position_embeddings": self.context_length,
             "vocab_size": shapes["token_embd.weight"][0],
             "tie_word_embeddings": "output.weight" not in shapes,
         }

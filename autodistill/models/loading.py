@@ -84,21 +84,25 @@ def _check_generation(folder: Path) -> None:
         ) from error
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, divided: int = 1) -> PreTrainedModel:
     """Load a causal language model for inference: from safetensors only, without remote code, without network.
 
     Args:
         folder: Of transformers.
         dtype: Of the weights, whatever the file has.
         device: Where the model goes.
+        divided: Over how many processes, all of which call this; each reads its part of the weights by transformers'
+            own plan, as distributed tensors.
 
     Raises:
         InputError: Weights that are not those of the model that the folder's config describes.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig
+    from transformers.distributed import DistributedConfig
 
     check_stored(folder, spec_from_config(read_config(folder)))
+    plan = {"distributed_config": DistributedConfig(tp_size=divided, tp_plan="auto")} if divided > 1 else {}
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -111,6 +115,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrai
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # they are in the report
                 output_loading_info=True,
+                **plan,
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"transformers cannot load {folder} ({one_line(error)}): get the folder again") from error

@@ -172,7 +172,6 @@ def _check_tied(folder: Path, head: Stored, table: Stored) -> None:
 
 
 def _bytes(tensor: Stored) -> Iterable[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """Yield the bytes of a tensor in pieces."""
     with tensor.path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         start, end = json.loads(file.read(length))[tensor.name]["data_offsets"]

@@ -17,7 +17,7 @@ from autodistill.options import cache_folder, parsed
 from autodistill.runs.events import RowAdded, RowTested
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of, leaderboard_of
-from autodistill.search.gauges import HOST, SearchGauges
+from autodistill.search.prometheus import Endpoint
 from autodistill.search.request.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -225,9 +225,9 @@ def run_search(request: SearchRequest, observer: Observer | None = None) -> Sear
 
 def _shown(request: SearchRequest, port: int, observer: Observer) -> SearchResult:
     """A search with its gauges for Prometheus on a port, which is taken before any work: it may be in use."""
-    with closing(SearchGauges(port, cache_folder(request.cache), parsed(request.cache_limit) or 0)) as gauges:
-        observer.line(f"gauges for Prometheus: http://{HOST}:{gauges.port}/metrics")
-        told = (*request.callbacks, gauges)
+    with closing(Endpoint(port, cache_folder(request.cache), parsed(request.cache_limit) or 0)) as endpoint:
+        observer.line(f"gauges for Prometheus: {endpoint.url}")
+        told = (*request.callbacks, endpoint)
         return run_search(replace(request, callbacks=told, metrics_port=None), observer)
 
 
@@ -248,7 +248,6 @@ def lines() -> Observer:
 
 
 def _cells(place: int, student: Student) -> dict[str, Any]:
-    """A student as a row of a table."""
     cells: dict[str, Any] = {
         "place": place,
         "id": student.id,

@@ -21,7 +21,6 @@ _SERVING = {"prompt": 256, "decoded": 32, "runtime": None}
 
 
 def _number(help: str, metavar: str = "TOKENS") -> Option:
-    """Return an option that is a number of at least 1."""
     return Option(help=help, metavar=metavar, typed=int, least=1)
 
 
@@ -53,14 +52,12 @@ class ProfileRequest:
     prompt: Annotated[int | None, _number("Serving: length of the prompt (default: 256).")] = None
     decoded: Annotated[int | None, _number("Serving: tokens that are written (default: 32).")] = None
     runtime: Annotated[
-        str | None,
-        Option(help="Serving: the runtime, as of measure (default: as the export is).", metavar="NAME"),
+        str | None, Option(help="Serving: the runtime, as of measure (default: as the export is).", metavar="NAME")
     ] = None
     threads: Annotated[int | None, _number("CPU threads (default: all cores).", "N")] = None
     cache: Cache = None
 
     def __post_init__(self) -> None:
-        """Refuse options of the other work."""
         read_texts(self)
         others, this = (_TRAINING, "a served model") if self.is_served else (_SERVING, "a strategy's training")
         given = [name for name in others if getattr(self, name) is not None]
@@ -98,7 +95,6 @@ def profile(request: ProfileRequest, notify: Callable[[str], None] = lambda line
 
     @cache
     def here() -> Device:
-        """This machine, measured once."""
         return local_device(cache_folder(request.cache))
 
     if request.is_served:

@@ -105,7 +105,8 @@ def _in_its_process(
         spans.append((name, began, began + work()))
 
     context = min(model.spec.max_context, prompt + decoded + _WARM)
-    with serve(path, deployment.runtime, context=context, threads=threads, parallel=1) as server:
+    cache = deployment.cache_types
+    with serve(path, deployment.runtime, context=context, threads=threads, parallel=1, cache_types=cache) as server:
         server.begin([ids])
         for _ in range(_WARM):
             server.step()

@@ -121,7 +121,6 @@ def profile_training(
 
 
 def _document(trace: Trace, floors: dict[str, float], total: float, device: Device, kind: str) -> dict[str, Any]:
-    """What is told of a trace, as plain data."""
     parts = [
         {"part": name, "ms": 1e3 * seconds, "share": seconds / trace.traced_seconds, "floor_ms": _ms(floors.get(name))}
         for name, seconds in trace.kinds.items()

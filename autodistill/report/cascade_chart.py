@@ -63,7 +63,6 @@ def cascade_charts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _points(curve: Any) -> Iterator[dict[str, Any]]:
-    """Points of the curve with their words."""
     for one in curve:
         error, gained = one["accuracy_stderr"], one.get("over_chance_stderr")
         needs = [] if one["latency_ms"] is None else [f"{one['latency_ms']:.4g} ms"]

@@ -234,7 +234,6 @@ def _key(metric: str) -> str:
 
 
 def _figure(row: Row, metric: str) -> tuple[float | None, float | None]:
-    """A row's figure and its standard error."""
     if metric != NLL:
         return row.figure(metric), row.figure(f"{metric}_stderr")
     perplexity, error = row.figure("perplexity"), row.figure("perplexity_stderr")

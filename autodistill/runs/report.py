@@ -280,7 +280,6 @@ def _confirmed(confirmed: Sequence[Confirmation], ranked: Sequence[Ranked]) -> s
 
 
 def _short(row: Row) -> str:
-    """How much of the plan a row was trained for, where that is not all of it."""
     return "" if row.full else f"after {row.figure('fidelity') or 0:.0%} of the plan's tokens only"
 
 

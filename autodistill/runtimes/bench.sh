@@ -104,7 +104,8 @@ run() {
     say "$name.throttled_before" "$(throttled | tr '\n' ' ')"
     say "$name.energy_before_uj" "$(energy)"
     say "$name.began" "$(seconds)"
-    "$bench" -m "$model" -o json -r "$repetitions" -t "$threads" "$@" > "$tmp/out" 2> "$tmp/err" &
+    "$bench" -m "$model" -o json -r "$repetitions" -t "$threads" -ctk "$cache_k" -ctv "$cache_v" ${flash:+-fa "$flash"} \
+        "$@" > "$tmp/out" 2> "$tmp/err" &
     child=$!
     peak=0
     meanwhile=' '

@@ -3,12 +3,85 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypedDict
 
+from autodistill.errors import InputError
+from autodistill.hardware.budget import check_streams
+from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.strategy.deployment import Deployment
+from autodistill.units import MOST_CONTEXT
+from autodistill.utils.json_files import read_json
+from autodistill.utils.typed_data import check_typed
 
 SERVE_FILE = "serve.json"
 """Lies beside a GGUF file."""
+
+FlashAttention = Literal["on", "off", "auto"]
+
+
+class _Stored(TypedDict):
+    """What is read of `serve.json`; the command that it has for people is not."""
+
+    model: str
+    context: int
+    slots: int
+    cache_type_k: str
+    cache_type_v: str
+    flash_attention: FlashAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How llama.cpp is to be started with a GGUF file.
+
+    Attributes:
+        context: Tokens of each sequence.
+        slots: Sequences at once.
+        cache_types: What keys and values are held in.
+        flash_attention: "on", "off" or "auto".
+    """
+
+    context: int
+    slots: int
+    cache_types: tuple[str, str]
+    flash_attention: FlashAttention
+
+
+def read_launch(model: Path) -> Launch | None:
+    """Return what `serve.json` beside a GGUF file says of it; None where there is none, or it is of another file.
+
+    Raises:
+        InputError: It says something that cannot be.
+    """
+    beside = model.parent / SERVE_FILE
+    if not beside.is_file():
+        return None
+    said = read_json(beside)
+    check_typed(said, _Stored, str(beside))
+    if said["model"] != model.name:
+        return None
+    for name in ("cache_type_k", "cache_type_v"):
+        if said[name] not in CACHE_BYTES:
+            raise InputError(f"{beside} has {name} {said[name]!r}, which is none of {', '.join(CACHE_BYTES)}")
+    return Launch(
+        context=check_context(said["context"], f"the context in {beside}"),
+        slots=check_streams(said["slots"], f"the slots in {beside}"),
+        cache_types=(said["cache_type_k"], said["cache_type_v"]),
+        flash_attention=said["flash_attention"],
+    )
+
+
+def check_context(tokens: int, where: str) -> int:
+    """Check a length of context, and return it.
+
+    Raises:
+        InputError: Below 2, or more than any model reads.
+    """
+    if not 2 <= tokens <= MOST_CONTEXT:
+        raise InputError(f"{where} must be 2 to {MOST_CONTEXT:,} tokens, not {tokens}")
+    return tokens
 
 
 def write_launch_files(model: Path, deployment: Deployment, context: int, slots: int) -> None:

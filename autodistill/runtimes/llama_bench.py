@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from autodistill.errors import InputError
+from autodistill.quantization.formats import CACHE_BYTES
 
 _SCRIPT = Path(__file__).with_name("bench.sh")
 _VERSION = "1"
@@ -32,6 +33,8 @@ class Bench:
         prompt, decoded: Tokens of the prompt, and of the decoding.
         repetitions: Of each.
         threads: CPU threads; 0 is as many as the board has cores.
+        cache_k, cache_v: What keys and values are held in.
+        flash: Whether attention is llama.cpp's fused one: 1 or 0, or "" for what llama-bench takes.
     """
 
     student: str
@@ -40,6 +43,9 @@ class Bench:
     decoded: int = 64
     repetitions: int = 3
     threads: int = 0
+    cache_k: str = "f16"
+    cache_v: str = "f16"
+    flash: str = ""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "decoded", "repetitions"):
@@ -66,6 +72,7 @@ class BoardResult:
         system: Kernel and architecture.
         build: Of llama.cpp.
         threads, cores: CPU threads used, and cores there.
+        cache_types: What keys and values were held in.
         prompt, decoded: Tokens.
         prompt_ms, step_ms: Of each repetition, the prompt's time, and the mean time of a decoding step.
         peak_bytes: The most memory llama-bench had, or None where the board does not tell, or where a GPU holds most:
@@ -86,6 +93,7 @@ class BoardResult:
     build: str
     threads: int
     cores: int
+    cache_types: tuple[str, str]
     prompt: int
     decoded: int
     prompt_ms: tuple[float, ...]
@@ -136,6 +144,7 @@ def parse_result(text: str, where: str) -> BoardResult:
         build=f"{decode.get('build_commit', '?')} ({decode.get('build_number', '?')})",
         threads=int(_number(facts, "threads") or 1),
         cores=int(_number(facts, "cores") or 1),
+        cache_types=_cache_types(decode, where),
         prompt=prompt_tokens,
         decoded=decoded,
         prompt_ms=first,
@@ -182,6 +191,16 @@ def _test(text: str | None, name: str, where: str) -> Mapping[str, Any]:
         raise InputError(f"{where}: llama-bench's output of the {name} counts its tokens in no whole numbers")
     test: dict[str, Any] = found[0]
     return test
+
+
+def _cache_types(test: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """Return what llama-bench held keys and values in; older builds do not say, and had what is usual."""
+    keys, values = (test.get(name, "f16") for name in ("type_k", "type_v"))
+    for one in (keys, values):
+        if one not in CACHE_BYTES:
+            known = ", ".join(CACHE_BYTES)
+            raise InputError(f"{where}: llama-bench held its cache in {one!r}, which is none of {known}")
+    return keys, values
 
 
 def _samples(test: Mapping[str, Any], where: str) -> tuple[float, ...]:

@@ -69,6 +69,7 @@ class LlamaServer:
         threads: CPU threads.
         parallel: Sequences that it makes room for.
         cache_type_k, cache_type_v: What keys and values are held in: "f16", "q8_0" or "q4_0".
+        flash_attention: "on", "off", or "auto" for what llama.cpp takes.
         whole_cache: Whether layers with a sliding window keep all tokens' keys and values. Otherwise a prompt that goes
             on from the one before is read from its beginning while it is shorter than the window.
 
@@ -87,6 +88,7 @@ class LlamaServer:
         *,
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
+        flash_attention: str = "auto",
         whole_cache: bool = False,
     ) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
@@ -102,6 +104,7 @@ class LlamaServer:
             "parallel": parallel,
             "cache_type_k": cache_type_k,
             "cache_type_v": cache_type_v,
+            "flash_attention": flash_attention,
             "whole_cache": whole_cache,
         }
 

@@ -24,6 +24,8 @@ def _load(settings: dict[str, Any]) -> Any:
     params.n_ctx = settings["context"] * settings["parallel"]
     for name in ("cache_type_k", "cache_type_v"):
         setattr(params, name, getattr(xllamacpp.ggml_type, f"GGML_TYPE_{settings[name].upper()}"))
+    way = {"on": "ENABLED", "off": "DISABLED", "auto": "AUTO"}[settings["flash_attention"]]
+    params.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{way}")
     params.swa_full = settings["whole_cache"]
     params.cpuparams.n_threads = settings["threads"]
     params.cpuparams_batch.n_threads = settings["threads"]

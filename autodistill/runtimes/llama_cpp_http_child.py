@@ -32,8 +32,7 @@ def _parameters(settings: dict[str, Any], interpreter_bytes: int) -> Any:
     params.n_ctx = settings["context"] * settings["streams"]
     for name in ("cache_type_k", "cache_type_v"):
         setattr(params, name, getattr(xllamacpp.ggml_type, f"GGML_TYPE_{settings[name].upper()}"))
-    ways = {"on": "ENABLED", "off": "DISABLED", "auto": "AUTO"}
-    way = ways[settings["flash_attention"]]
+    way = {"on": "ENABLED", "off": "DISABLED", "auto": "AUTO"}[settings["flash_attention"]]
     params.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{way}")
     params.cpuparams.n_threads = settings["threads"]
     params.cpuparams_batch.n_threads = settings["threads"]
@@ -49,6 +48,9 @@ def _parameters(settings: dict[str, Any], interpreter_bytes: int) -> Any:
     if settings["draft"]:
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
         params.speculative.draft.mparams.path = settings["draft"]
+        # Always as many, however sure the draft is.
+        params.speculative.draft.n_max = settings["proposed"]
+        params.speculative.draft.n_min, params.speculative.draft.p_min = 0, 0.0
         params.speculative.draft.cpuparams.n_threads = settings["threads"]
         params.speculative.draft.cpuparams_batch.n_threads = settings["threads"]
     return params

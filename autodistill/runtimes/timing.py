@@ -61,6 +61,7 @@ def serve(
     threads: int,
     parallel: int,
     cache_types: tuple[str, str] = ("f16", "f16"),
+    flash_attention: str = "auto",
 ) -> Server:
     """The artifact in its runtime, for use in a `with` statement.
 
@@ -70,7 +71,16 @@ def serve(
     """
     if runtime == "llama.cpp":
         keys, values = cache_types
-        return LlamaServer(path, context, threads, parallel, cache_type_k=keys, cache_type_v=values, whole_cache=True)
+        return LlamaServer(
+            path,
+            context,
+            threads,
+            parallel,
+            cache_type_k=keys,
+            cache_type_v=values,
+            flash_attention=flash_attention,
+            whole_cache=True,
+        )
     if runtime in RUNTIMES:
         return PythonServer(path, runtime, context, threads, parallel)
     opens = further_runtime(runtime).server
@@ -244,7 +254,9 @@ def time_serving(
     vocabulary: int,
     context: int,
     threads: int,
+    slots: int = 1,
     cache_types: tuple[str, str] = ("f16", "f16"),
+    flash_attention: str = "auto",
 ) -> Timed:
     """Times an artifact in its runtime, after warming up.
 
@@ -255,14 +267,16 @@ def time_serving(
         vocabulary: Entries of it: prompts are its first ids in turn, since times do not depend on them.
         context: Tokens of each sequence.
         threads: CPU threads.
-        cache_types: What llama.cpp holds keys and values in.
+        slots: Sequences that room is made for, where that is more than the load has.
+        cache_types, flash_attention: What llama.cpp holds keys and values in, and how it attends: "on", "off", "auto".
 
     Raises:
         VerificationError: The runtime cannot load the artifact.
     """
     load = load.within(context)
-    streams = max(load.streams)
-    server = serve(path, runtime, context=context, threads=threads, parallel=streams, cache_types=cache_types)
+    slots = max(slots, *load.streams)
+    how: dict[str, Any] = {"cache_types": cache_types, "flash_attention": flash_attention}
+    server = serve(path, runtime, context=context, threads=threads, parallel=slots, **how)
     with server:
         server.begin([_prompt(load.prompts[0], vocabulary, 0)])
         server.step()

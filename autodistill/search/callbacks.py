@@ -202,7 +202,6 @@ class Callbacks:
         self._failed: set[int] = set()
 
     def __call__(self, event: Event) -> None:
-        """Call each callback with an event."""
         method = _METHODS[type(event)]
         for number, callback in enumerate(self._callbacks):
             try:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from autodistill.data.chat_template import Renderer
 from autodistill.data.dataset import Prepared, TokenSet, load_split, open_prepared
 from autodistill.errors import InputError
-from autodistill.estimates.training_fit import fit_teacher
+from autodistill.estimates.teacher_fit import fit_teacher
 from autodistill.evaluation.base import Subject, load_evaluator
 from autodistill.evaluation.cascade import Items, curve, suggest
 from autodistill.evaluation.evaluate import deployed_weights
@@ -22,9 +22,9 @@ from autodistill.hardware.budget import Budget, read_budget
 from autodistill.hardware.environment import code
 from autodistill.hardware.machine import detect_for_training
 from autodistill.inference.generation import answer
-from autodistill.inference.half_precision import load_held
 from autodistill.inference.outputs import Answers, TokenScores
 from autodistill.inference.scoring import score
+from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
 from autodistill.models.stored_tensors import stored_type
@@ -173,7 +173,6 @@ def cascade(
 
 
 def _named(run: RunFolder, rows: str, asked: Mapping[str, Any]) -> tuple[Row, Row]:
-    """The two rows that are named."""
     names = [name.strip() for name in rows.split(",")]
     if len(names) != 2 or not all(names):
         raise InputError(f"--rows {rows!r} must name two rows: the small one, a comma, and the large one or teacher")
@@ -191,7 +190,6 @@ def _named(run: RunFolder, rows: str, asked: Mapping[str, Any]) -> tuple[Row, Ro
 
 
 def _data(run: RunFolder, asked: Mapping[str, Any], cache: Path) -> Prepared:
-    """The data of the run, as it read them."""
     folder = cache / "data" / str(asked["data"]["fingerprint"])
     if not folder.is_dir():
         raise InputError(
@@ -202,7 +200,6 @@ def _data(run: RunFolder, asked: Mapping[str, Any], cache: Path) -> Prepared:
 
 
 def _rendering(row: Row, folder: Path, data: Prepared) -> str:
-    """The rendering of the data that a row's model reads."""
     if not data.renderings or row.strategy is None or not row.strategy.init.model:
         return ""
     template = Renderer(folder).template
@@ -217,7 +214,7 @@ def _reads(row: Row, folder: Path, data: TokenSet, budget: Budget) -> _Read:
     device = "cuda" if machine.gpus else "cpu"
     spec = spec_from_config(read_config(folder))
     fit = fit_teacher(spec, stored=stored_type(folder), sequence_length=data.tokens.shape[1], machine=machine)
-    model = load_held(folder, fit.held, device)
+    model = load_teacher(folder, fit.held, device, fit.processes)
     answers = None
     with deployed_weights(model, spec, row.deployment, read_scales(folder, row.deployment)):
         scores = score(model, data, device=device)[0]
@@ -310,7 +307,6 @@ def _measured(
 
 
 def _speed_on_file(row: Row) -> _Speed | None:
-    """Speed as the row has it; None where it has none."""
     rate, first = row.figure("tokens_per_second"), row.figure("ttft_ms")
     if not rate or row.machine is None:
         return None

@@ -147,7 +147,7 @@ def explain(run: RunFolder) -> Explanation:
     Raises:
         InputError: There is no trial yet.
     """
-    asked, events = run.asked("metric", "direction", "plan", "space_definition"), run.events.all()
+    asked, events = run.asked("metric", "direction", "budget", "plan", "space_definition"), run.events.all()
     plan, space = Plan.from_json(asked["plan"]), Space.stored(asked["space_definition"])
     run.check_together(len(plan.rungs))
     trials = {event.trial: event for event in of_kind(events, TrialAdded)}
@@ -226,7 +226,6 @@ def _results(points: Mapping[str, Mapping[str, Any]], rungs: Iterable[RungReache
 
 
 def _table(objective: str, found: Importance) -> list[str]:
-    """Which dimensions mattered for one objective, and of which nothing is said, in lines."""
     if not found.shares:
         return [f"{found.results} results are too few to tell which dimensions mattered for {objective}."]
     lines = [f"What mattered for {objective}, in {found.results} trials at the first rung (PED-ANOVA):"]

@@ -1,119 +1,80 @@
-"""Gauges of a search for Prometheus, on this machine alone, read from the run's log each time they are asked for."""
+"""Gauges of a search: what a dashboard shows of it, read from the run's log each time they are asked for."""
 
 from __future__ import annotations
 
 import math
-import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from autodistill.errors import InputError, MissingDependencyError
 from autodistill.runs.events import RunEvent, RungReached, TrialAdded, TrialEnded, of_kind, rows_of
 from autodistill.runs.results.row import Row
 from autodistill.runs.results.selection import chosen
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of
-from autodistill.search.callbacks import Callback, SearchFinished, SearchStarted
 
-if TYPE_CHECKING:
-    from prometheus_client.core import GaugeMetricFamily
+PREFIX = "autodistill_search_"
+"""That the name of each gauge begins with."""
 
-HOST = "127.0.0.1"
 _STATES = ("running", "completed", "stopped", "rejected", "failed")
 _OUTPUTS = "teacher-outputs"  # of the cache: what `--cache-limit` limits
 
 
-class SearchGauges(Callback):
-    """Serves the gauges of one search over HTTP on loopback, from when it is made until `close`.
-
-    Before the search has a folder, only `autodistill_search_running` is there. What a gauge says is on disk already,
-    so that one asked for in the middle of an event is whole, and a search that is resumed goes on from where it was.
-
-    Args:
-        port: To listen on; 0 for any that is free.
-        cache: Folder of the teacher's outputs.
-        cache_limit: Bytes that these may take.
+@dataclass(frozen=True, kw_only=True)
+class Gauge:
+    """A figure that goes up and down.
 
     Attributes:
-        port: That it listens on.
-
-    Raises:
-        MissingDependencyError: prometheus-client is not installed.
-        InputError: The port is in use, or is none.
+        name: As Prometheus has it, with its unit.
+        about: What it is, for a person.
+        values: Finite, each with the values of its labels.
+        labels: Names of these.
     """
 
-    def __init__(self, port: int, cache: Path, cache_limit: int) -> None:
-        try:
-            from prometheus_client import CollectorRegistry, start_http_server
-        except ImportError:
-            raise MissingDependencyError(
-                "--metrics-port needs prometheus-client: pip install 'autodistill-search[monitor]'"
-            ) from None
-        self._run: RunFolder | None = None
-        self._running = 1
-        self._reading = threading.Lock()
-        self._cache, self._cache_limit = cache / _OUTPUTS, cache_limit
-        registry = CollectorRegistry()
-        registry.register(self)
-        try:
-            self._server, self._thread = start_http_server(port, addr=HOST, registry=registry)
-        except OverflowError:
-            raise InputError(f"--metrics-port must be 0 to 65535, not {port}") from None
-        except OSError as error:
-            raise InputError(
-                f"--metrics-port {port} cannot be listened on ({error.strerror}): stop what does, or give another port"
-            ) from None
-        self.port = int(self._server.server_port)
+    name: str
+    about: str
+    values: Mapping[tuple[str, ...], float]
+    labels: tuple[str, ...] = ()
 
-    def search_started(self, event: SearchStarted) -> None:
-        """The search has a folder, whose log is read from now on."""
-        self._run = RunFolder(event.run.parent, event.run.name)
 
-    def search_finished(self, event: SearchFinished) -> None:
-        """The search is at its end; its last figures stay."""
-        self._running = 0
+class SearchGauges:
+    """The gauges of one search. What they say is on disk already, so that one that is read in the middle is whole.
 
-    def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    Args:
+        run: The search's folder.
+        cache: Folder that holds the teachers' outputs.
+        cache_limit: Bytes that these may take.
+    """
 
-    def describe(self) -> Sequence[GaugeMetricFamily]:
-        """Name no gauges beforehand: a registry would otherwise collect them to learn their names."""
-        return ()
+    def __init__(self, run: RunFolder, cache: Path, cache_limit: int) -> None:
+        self._run, self._cache, self._cache_limit = run, cache / _OUTPUTS, cache_limit
 
-    def collect(self) -> list[GaugeMetricFamily]:
-        """Return every gauge as the log has it at this moment."""
-        with self._reading:  # each request has a thread of its own
-            return list(self._gauges())
+    def read(self) -> Iterator[Gauge]:
+        """Yield every gauge that has a value, as the log has it at this moment.
 
-    def _gauges(self) -> Iterator[GaugeMetricFamily]:
-        from prometheus_client.core import GaugeMetricFamily
-
-        yield GaugeMetricFamily(
-            "autodistill_search_running", "1 while the search runs, 0 once it has ended", self._running
-        )
-        if self._run is None:
-            return
+        Raises:
+            InputError: The run's files are not what a search writes.
+        """
         asked, events = self._run.asked("metric", "direction"), self._run.events.all()
         for name, told, value in self._figures(asked, events):
             if value is not None and math.isfinite(value):
-                yield GaugeMetricFamily(f"autodistill_search_{name}", told, value)
+                yield Gauge(name=PREFIX + name, about=told, values={(): value})
         metric = str(asked["metric"])
-        best = GaugeMetricFamily(
-            "autodistill_search_best", "Value of the metric that ranks, on validation text", labels=("metric", "of")
+        leaders = {(metric, of): row.figure(metric) for of, row in self._leaders(asked, events).items() if row}
+        yield Gauge(
+            name=PREFIX + "best",
+            about="Value of the metric that ranks, on validation text",
+            labels=("metric", "of"),
+            values={key: value for key, value in leaders.items() if value is not None},
         )
-        for of, row in self._leaders(asked, events).items():
-            if row is not None and (value := row.figure(metric)) is not None:
-                best.add_metric((metric, of), value)
-        yield best
-        trials = GaugeMetricFamily("autodistill_search_trials", "Trials by their state", labels=("state",))
-        for state, count in _states(events).items():
-            trials.add_metric((state,), count)
-        yield trials
+        yield Gauge(
+            name=PREFIX + "trials",
+            about="Trials by their state",
+            labels=("state",),
+            values={(state,): float(count) for state, count in _states(events).items()},
+        )
 
     def _figures(self, asked: dict[str, Any], events: Sequence[RunEvent]) -> Iterator[tuple[str, str, float | None]]:
         """Name, help and value of each gauge that has one value."""
@@ -142,7 +103,6 @@ class SearchGauges(Callback):
 
     def _leaders(self, asked: dict[str, Any], events: Sequence[RunEvent]) -> dict[str, Row | None]:
         """The best row, and the best that needs no training, on validation text."""
-        assert self._run is not None
         rows = [row for row in rows_of(events) if row.split == "validation"]
         untrained = [row for row in rows if row.kind in ("teacher", "initial")]
         metric, direction = asked["metric"], asked["direction"]

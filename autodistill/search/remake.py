@@ -166,7 +166,6 @@ class _Told(Observer):
         self._notify = notify
 
     def phase(self, name: str) -> None:
-        """A phase began."""
         self._notify(name)
 
 

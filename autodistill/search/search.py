@@ -94,12 +94,22 @@ def plan_search(request: SearchRequest, observer: Observer | None = None, price:
             "--plan shows what a new search would do, and a run that goes on keeps the plan in its search.json: leave "
             "out --plan or --resume"
         )
-    if request.metrics_port is not None:
-        raise InputError("--plan trains nothing that gauges could show: leave out --plan or --metrics-port")
+    check_shows_nothing(request)
     checked = check_request(request)
     with disk_faults(str(checked.cache), lambda: ""), workplace(checked) as (place, _):
         told = observer or Observer()
         return _plan(checked, place, told, price)
+
+
+def check_shows_nothing(request: SearchRequest) -> None:
+    """Refuse to show a search that is only planned.
+
+    Raises:
+        InputError: It was asked for.
+    """
+    for option, shown in (("--metrics-port", request.metrics_port is not None), ("--dashboard", request.dashboard)):
+        if shown:
+            raise InputError(f"--plan trains nothing that could be watched: leave out --plan or {option}")
 
 
 def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price | None) -> dict[str, Any]:
@@ -225,7 +235,7 @@ def _search(
     stopped = False
     with SignsOfLife(run.path, storage, clock.started_at, clock.session):
         # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
-        with runner_of(checked, place, joined, lambda: going_on(checked, run)) as runner:
+        with runner_of(checked, place, joined, run, observer.line) as runner:
             ready = prepare_rows(planned, run, clock)
             try:
                 ready = prepare_trials(planned, ready, run, clock, observer)

@@ -13,6 +13,7 @@ from autodistill.runs.remote_copy import Lease, StoredLog, check_free, pull
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
+from autodistill.search.gauges import SearchGauges
 from autodistill.search.planning.placement import Place, check_share
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.runners.inline import run_inline
@@ -94,6 +95,10 @@ def stored_run(checked: SearchConfig, run: RunFolder, observer: Observer) -> Ite
 @contextmanager
 def workplace(checked: SearchConfig) -> Iterator[tuple[Place, Cluster | None]]:
     """Where the search runs, and the cluster that it joined for it; what a trial is to be given is there."""
+    if checked.dashboard:
+        from autodistill.search.runners.ray_dashboard import check_dashboard
+
+        check_dashboard()
     joined = None
     if checked.ray_address is not None:
         from autodistill.search.runners.ray_cluster import join
@@ -113,19 +118,28 @@ def workplace(checked: SearchConfig) -> Iterator[tuple[Place, Cluster | None]]:
 
 @contextmanager
 def runner_of(
-    checked: SearchConfig, place: Place, joined: Cluster | None, to_go_on: Callable[[], str]
+    checked: SearchConfig,
+    place: Place,
+    joined: Cluster | None,
+    run: RunFolder,
+    tell: Callable[[str], None],
 ) -> Iterator[Runner]:
     """The function that drives a campaign. Ray starts in the background while the teacher's outputs are cached, and a
-    Ray of this search's own is left, whatever fails before the trials.
+    Ray of this search's own is left, whatever fails before the trials; `tell` has lines about its dashboard.
     """
     if checked.runner == "inline":
         yield run_inline
         return
     from autodistill.search.runners.ray import run_ray
     from autodistill.search.runners.ray_cluster import LocalRay
+    from autodistill.search.runners.ray_dashboard import Dashboard
 
-    cluster = joined or LocalRay(place.here)
-    cluster.to_go_on = to_go_on
+    dashboard = None
+    if checked.dashboard:
+        gauges = SearchGauges(RunFolder(checked.out, run.name), checked.cache, checked.cache_limit_bytes)
+        dashboard = Dashboard(run.path, gauges, tell)
+    cluster = joined or LocalRay(place.here, dashboard)
+    cluster.to_go_on = lambda: going_on(checked, run)
     try:
         yield partial(run_ray, cluster)
     finally:

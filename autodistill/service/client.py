@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from autodistill.service.metrics import Counters, read_counters
 _UNIX = "unix:"
 _INTERPRETER = "interpreter-bytes="  # of the tag by which `runtimes/llama_cpp_http_child.py` says it
 _MOST_BYTES = 2**24  # of a page that is no answer
+_TOKEN_BYTES, _CHAT_BYTES = 2**14, 2**28  # of a token as a server may write it, and of a chat's answer
+_LONGEST_SECONDS = 600.0
 _SHOWN = 200  # characters of what a server says
 _CONNECT_SECONDS = 5.0
 
@@ -38,6 +41,7 @@ class Answer:
         first_seconds: From the request to the first token.
         token_seconds: From each token to the next. Tokens that came together share the time since those before.
         drafted, accepted: Tokens that a draft model proposed for it, and that were taken.
+        text: What it says.
     """
 
     tokens: int
@@ -45,6 +49,7 @@ class Answer:
     token_seconds: tuple[float, ...]
     drafted: int = 0
     accepted: int = 0
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,7 @@ class Client:
         url: Like "http://127.0.0.1:8080", or "unix:/run/student.sock"; a "/v1" at its end is ignored.
         key: Sent with each request; None sends none.
         timeout: Seconds without a byte after which a request is given up.
+        longest: Seconds after which one is given up that still trickles in; of a chat's answer a person decides.
 
     Attributes:
         url: Without what was ignored.
@@ -76,7 +82,13 @@ class Client:
         InputError: No such URL.
     """
 
-    def __init__(self, url: str, key: str | None = None, *, timeout: float = 120.0) -> None:
+    _processes: tuple[psutil.Process, ...] = ()
+    _interpreter = 0
+
+    def __init__(
+        self, url: str, key: str | None = None, *, timeout: float = 120.0, longest: float = _LONGEST_SECONDS
+    ) -> None:
+        self._longest = longest
         self.url = url.rstrip("/").removesuffix("/v1")
         transport, base = None, self.url
         if self.url.startswith(_UNIX):
@@ -155,7 +167,26 @@ class Client:
                 raise ServiceError(f"{self.url} names no model: name the address of a server that has one")
         return self._model
 
-    def interpreter_bytes(self) -> int:
+    def tokenize(self, text: str) -> list[int]:
+        """Return llama.cpp's ids of a text, with those that begin it."""
+        with self._told(), self._http.stream("POST", "/tokenize", json={"content": text, "add_special": True}) as said:
+            return [int(token) for token in self._checked(self._whole(said)).json()["tokens"]]
+
+    def memory_bytes(self) -> int | None:
+        """Return the memory of its processes, which are others once it was started again; None where none are seen.
+
+        What is promised is llama.cpp's own: the interpreter that runs it in `autodistill serve` is left out.
+        """
+        if not self.local:
+            return None
+        found = memory_of(self._processes)
+        if found is None:
+            self._processes = server_processes(self.url)
+            self._interpreter = self._interpreter_bytes() if self._processes else 0
+            found = memory_of(self._processes)
+        return None if found is None else max(0, found - self._interpreter)
+
+    def _interpreter_bytes(self) -> int:
         """Return the memory of its process that is a Python interpreter's and not the server's, as it says itself."""
         with self._told():
             models = self._get("/v1/models").json()["data"]
@@ -172,7 +203,7 @@ class Client:
             reuse: Whether what it holds of the prompt already may be kept.
 
         Raises:
-            ServiceError: It is not reached, refuses, or writes nothing.
+            ServiceError: It is not reached, refuses, writes nothing, or more than was asked for, or for too long.
         """
         body = {
             "model": self.model(),
@@ -185,12 +216,14 @@ class Client:
             "stream_options": {"include_usage": True},
         }
         came: list[float] = []
+        text = ""
         counted, ended = 0, 0.0
         timings: Mapping[str, Any] = {}
         began = time.perf_counter()
-        for event in self._events("/v1/completions", body):
+        for event in self._events("/v1/completions", body, _TOKEN_BYTES * (tokens + 64), self._longest):
             now = time.perf_counter() - began
             for choice in event.get("choices", ()):
+                text += str(choice.get("text") or "")
                 came += [now] if choice.get("finish_reason") is None else []
                 ended = now
             counted = (event.get("usage") or {}).get("completion_tokens", counted)
@@ -210,6 +243,7 @@ class Client:
             token_seconds=_steps(came, counted, ended),
             drafted=drafted,
             accepted=accepted,
+            text=text,
         )
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[Piece]:
@@ -226,7 +260,7 @@ class Client:
         body["stream_options"] = {"include_usage": True}
         began = time.perf_counter()
         pieces, counted = 0, 0
-        for event in self._events("/v1/chat/completions", body):
+        for event in self._events("/v1/chat/completions", body, _CHAT_BYTES, math.inf):
             counted = (event.get("usage") or {}).get("completion_tokens", counted)
             for choice in event.get("choices", ()):
                 text = choice.get("delta", {}).get("content") or choice.get("delta", {}).get("reasoning_content") or ""
@@ -235,31 +269,49 @@ class Client:
                     yield Piece(text=text)
         yield Piece(text="", tokens=counted or pieces, seconds=time.perf_counter() - began)
 
-    def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    def _events(
+        self, path: str, body: Mapping[str, Any], most_bytes: int, longest: float
+    ) -> Iterator[Mapping[str, Any]]:
+        """Yield the JSON of a stream of events, each of which is one line here."""
         with self._told(), self._http.stream("POST", path, json=body) as response:
             if response.status_code != 200:
-                response.read()
-                self._checked(response)
-            for event in httpx2.EventSource(response):
-                if event.data == "[DONE]":
-                    return
-                found = json.loads(event.data)
-                if "error" in found:
-                    raise ServiceError(f"{self.url} gave up an answer: {_said(found)}")
-                yield found
+                self._checked(self._whole(response))
+            left = b""
+            for part in self._parts(response, most_bytes, longest):
+                *lines, left = (left + part).split(b"\n")
+                for line in lines:
+                    name, _, data = line.partition(b":")
+                    if name.strip() != b"data":
+                        continue
+                    if data.strip() == b"[DONE]":
+                        return
+                    found = json.loads(data)
+                    if "error" in found:
+                        raise ServiceError(f"{self.url} gave up an answer: {_short(_said(found))}")
+                    yield found
 
     def _get(self, path: str) -> httpx2.Response:
         return self._checked(self._page(path))
 
     def _page(self, path: str) -> httpx2.Response:
-        """Return a page that is read whole, but never without end."""
-        read = bytearray()
         with self._told(), self._http.stream("GET", path) as response:
-            for part in response.iter_bytes():
-                read += part
-                if len(read) > _MOST_BYTES:
-                    raise ServiceError(f"{self.url} sent more than {_MOST_BYTES:,} bytes, which no such page has")
-        return httpx2.Response(response.status_code, content=bytes(read), request=response.request)
+            return self._whole(response)
+
+    def _whole(self, response: httpx2.Response) -> httpx2.Response:
+        """Return a response that has been read."""
+        read = b"".join(self._parts(response, _MOST_BYTES, self._longest))
+        return httpx2.Response(response.status_code, content=read, request=response.request)
+
+    def _parts(self, response: httpx2.Response, most_bytes: int, longest: float) -> Iterator[bytes]:
+        """Yield what comes, but neither without end nor for ever."""
+        read, began = 0, time.monotonic()
+        for part in response.iter_bytes():
+            read += len(part)
+            if read > most_bytes:
+                raise ServiceError(f"{self.url} sent more than {most_bytes:,} bytes, which no such answer has")
+            if time.monotonic() - began > longest:
+                raise ServiceError(f"{self.url} was not done after {longest:g} seconds: it may be busy, or stuck")
+            yield part
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from typing import Any, Self
 from autodistill.advisor.describe import Described, deployment_named, describe
 from autodistill.errors import InputError, MissingDependencyError, ServiceError
 from autodistill.estimates.serving_memory import memory
+from autodistill.evaluation.speculative import PROPOSED
 from autodistill.hardware.machine import cores, free_memory_bytes
 from autodistill.service.client import Client, is_loopback
 from autodistill.service.keys import kept_key, make_key
@@ -383,4 +384,5 @@ def child_settings(setting: Setting) -> Mapping[str, Any]:
         "flash_attention": served.flash_attention,
         "threads": setting.threads,
         "draft": None if setting.draft is None else str(setting.draft.resolve()),
+        "proposed": PROPOSED,
     }

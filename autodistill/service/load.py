@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +29,16 @@ from autodistill.models.config import config_of
 from autodistill.options import parsed
 from autodistill.service.client import Answer, Client, server_processes
 from autodistill.service.keys import client_key
+from autodistill.service.monitor import Judged, judge, verdict
+from autodistill.service.promise import Promise, find_promise
 from autodistill.service.request import LoadRequest
+from autodistill.service.window import Sight, Window
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import count_of, format_duration
 
 _ANSWERS = 12  # of each sequence, after which it asks no more
+_PROMPT = 256  # tokens
+_WORST = (None, True, False)  # whether a limit is kept, the worst last
 _FIRST_ID = 3  # ids below it are special in most vocabularies
 
 
@@ -45,6 +51,7 @@ class Level:
         prompt: Tokens of each prompt.
         answers: Those that were answered whole.
         seconds: That it took.
+        memory_bytes: Of the server's processes after it; None where they are not seen.
         broken: The limits that it broke, in words.
     """
 
@@ -52,6 +59,7 @@ class Level:
     prompt: int
     answers: tuple[Answer, ...]
     seconds: float
+    memory_bytes: int | None = None
     broken: tuple[str, ...] = ()
 
     @property
@@ -85,6 +93,7 @@ class Level:
             "requests_per_second": len(self.answers) / self.seconds,
             "answers": len(self.answers),
             "answer_ms": float(np.median(whole)),
+            "memory_bytes": self.memory_bytes,
             "broken": list(self.broken),
             **figures,
         }
@@ -99,14 +108,16 @@ def load(request: LoadRequest, notify: Callable[[str], None] = lambda line: None
 
     Returns:
         Plain data: "levels", with what each number of sequences came to; "streams", the largest number that kept every
-        limit (None where none did); "capacity", the requests a second at that number; the measurement under "measured",
-        and where it was "kept_in".
+        limit (None where none did); "capacity", the requests a second at that number; how the "promise" stands (None
+        without one); the measurement under "measured", and where it was "kept_in".
 
     Raises:
-        InputError: No such student or device, or prompts that the server has no room for.
+        InputError: No such student, device or promise, or prompts that the server has no room for.
         ServiceError: The server is not reached, refuses, or answers nothing in time.
     """
     known = devices(*map(Path, request.devices or ()))
+    held = None if request.promise is None else find_promise(request.promise, Path(request.out), request.margin)
+    prompt = request.prompt or (held and held.prompt) or _PROMPT
     named = None if request.device is None else find_device(request.device, known)
     with Client(request.url, client_key(None if request.key_file is None else Path(request.key_file))) as client:
         if named is None and not client.local:
@@ -114,7 +125,7 @@ def load(request: LoadRequest, notify: Callable[[str], None] = lambda line: None
         if not client.local and not request.threads:
             raise InputError(f"{request.url} is another machine: say how many --threads its server has")
         room = client.room()
-        needed = request.prompt + request.decoded
+        needed = prompt + request.decoded
         if room is not None and needed > room[0]:
             raise InputError(
                 f"the server has room for {room[0]} tokens of each sequence, and prompt and answer have {needed}: give "
@@ -126,13 +137,16 @@ def load(request: LoadRequest, notify: Callable[[str], None] = lambda line: None
         processes = server_processes(client.url) if client.local else ()
         threads = request.threads or cores()
         watch = Watch(min(threads, psutil.cpu_count() or 1), lambda: _used(processes)) if client.local else None
+        counts = counts_of(request.counts, held)
         with watch or nullcontext():
-            levels = _levels(client, request, limits, model.spec.vocabulary, notify)
+            levels = _levels(client, request, counts, prompt, limits, model.spec.vocabulary, notify)
     doubts = watch.noise.doubts if watch is not None else ()
     machine = machine_name(detect(), accelerated=deployment.runtime == "vllm") if named is None else named.name
     facts: dict[str, Any] = {} if named is not None else {"cores": cores(), "memory_bytes": memory_bytes()}
     if watch is not None:
         facts |= asdict(watch.noise)
+    if room is not None:
+        facts |= {"context": room[0], "slots": room[1]}
     measured = _measured(student, model, deployment, levels, threads=threads, machine=machine, board=facts)
     measured = replace(measured, doubts=doubts)
     path = store_measured(Path(request.out), measured)
@@ -141,6 +155,7 @@ def load(request: LoadRequest, notify: Callable[[str], None] = lambda line: None
         "levels": [one.to_json() for one in levels],
         "streams": kept[-1].streams if kept else None,
         "capacity": kept[-1].to_json()["requests_per_second"] if kept else None,
+        "promise": None if held is None else _stand(held, levels, room),
         "measured": measured.to_json(),
         "kept_in": str(path),
     }
@@ -171,6 +186,8 @@ def _used(processes: Sequence[psutil.Process]) -> float:
 def _levels(
     client: Client,
     request: LoadRequest,
+    counts: Sequence[int],
+    prompt: int,
     limits: Sequence[LatencyLimit],
     vocabulary: int,
     notify: Callable[[str], None],
@@ -178,21 +195,21 @@ def _levels(
     """Load it with each number of sequences in turn, until a limit breaks or the time is over."""
     ends = time.monotonic() + float(parsed(request.time) or 0)
     # The first request may wait for what is made on demand.
-    client.complete(varied_prompt(request.prompt, vocabulary, 0), 2)
+    client.complete(varied_prompt(prompt, vocabulary, 0), 2)
     levels: list[Level] = []
-    for place, streams in enumerate(request.counts):
+    for place, streams in enumerate(counts):
         left = ends - time.monotonic()
-        share = left / (len(request.counts) - place)
+        share = left / (len(counts) - place)
         if left <= 0:
             notify(f"the time is over before {count_of(streams, 'stream')}: give more --time")
             break
-        level = run_level(client, streams, request.prompt, request.decoded, vocabulary, share)
+        level = run_level(client, streams, prompt, request.decoded, vocabulary, share)
         if not level.answers:
             if not levels:
                 raise ServiceError(f"{request.url} gave no whole answer in {format_duration(share)}: give more --time")
             notify(f"{count_of(streams, 'stream')}: no whole answer in {format_duration(share)}")
             break
-        level = replace(level, broken=broken(level, limits))
+        level = replace(level, broken=broken(level, limits), memory_bytes=client.memory_bytes())
         levels.append(level)
         notify(_said(level))
         if level.broken:
@@ -255,6 +272,49 @@ def broken(level: Level, limits: Sequence[LatencyLimit]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def counts_of(asked: tuple[int, ...], promise: Promise | None) -> tuple[int, ...]:
+    """Return the numbers of sequences to try: those that were asked for, and those that something is promised for."""
+    if promise is None:
+        return asked
+    return tuple(sorted({*asked, *(limit.streams for limit in promise.limits if limit.percentile is not None)}))
+
+
+def stand(promise: Promise, levels: Sequence[Level], room: tuple[int, int] | None) -> tuple[Judged, ...]:
+    """Hold each number of sequences to the limits that are for as many; of each limit the worst is returned.
+
+    A limit is kept where as many sequences as it is for were tried.
+
+    Args:
+        promise: What is promised.
+        levels: At least one.
+        room: Tokens of a sequence and sequences that the server makes room for, where that is known.
+    """
+    found = []
+    for level in levels:
+        window = Window(math.inf)
+        for one in level.answers:
+            sight = Sight(at=0.0, first_seconds=one.first_seconds, token_seconds=one.token_seconds)
+            window.add(replace(sight, streams=level.streams, memory_bytes=level.memory_bytes))
+        # That it answers is seen from the figures.
+        _, *judged = judge(promise, window, room, level.prompt)
+        at = count_of(level.streams, "stream")
+        found.append([one if one.value is None else replace(one, said=f"{one.said} at {at}") for one in judged])
+    tried, stands = {level.streams for level in levels}, []
+    for limit, *same in zip(promise.limits, *found, strict=True):
+        worst = max(same, key=lambda one: (_WORST.index(one.kept), one.value or 0.0))
+        if worst.kept and limit.percentile is not None and limit.streams not in tried:
+            untried = f"{worst.said}, and {count_of(limit.streams, 'stream')} were not tried"
+            worst = replace(worst, kept=None, said=untried)
+        stands.append(worst)
+    return tuple(stands)
+
+
+def _stand(promise: Promise, levels: Sequence[Level], room: tuple[int, int] | None) -> dict[str, Any]:
+    """Return how a promise stands, as plain data."""
+    judged = stand(promise, levels, room)
+    return {"of": promise.of, "verdict": verdict(judged), "promise": [one.to_json() for one in judged]}
+
+
 def _said(level: Level) -> str:
     found = level.to_json()
     told = (
@@ -295,6 +355,7 @@ def _measured(
         tpot_p95_ms=figures["tpot_p95_ms"],
         tokens_per_second=1 / float(np.mean(steps)),
         prompt_tokens_per_second=alone.prompt / first,
+        peak_bytes=max((one.memory_bytes for one in levels if one.memory_bytes is not None), default=None),
         board=dict(board),
         loads=tuple(one.to_json() for one in levels),
         time=datetime.now(UTC).isoformat(timespec="seconds"),

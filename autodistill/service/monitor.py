@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
-import psutil
 
 from autodistill.errors import InputError, ServiceError
-from autodistill.service.client import Client, memory_of, server_processes
+from autodistill.service.client import Client
 from autodistill.service.promise import Limit, Promise
 from autodistill.service.window import Figures, Sight, Window
 
@@ -39,6 +38,10 @@ class Judged:
     value: float | None
     most: float | None
     said: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {"figure": self.figure, "kept": self.kept, "value": self.value, "limit": self.most, "said": self.said}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +74,10 @@ class Report:
     @property
     def verdict(self) -> str | None:
         """ "OK", "BROKEN", or "UNKNOWN" where nothing could be judged yet; None without a promise."""
-        if not self.judged:
-            return None
-        if self.broken:
-            return "BROKEN"
-        known = [one for one in self.judged if one.kept is not None and one.figure != "answers"]
-        return "OK" if known else "UNKNOWN"
+        return verdict(self.judged)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        judged = [
-            {"figure": one.figure, "kept": one.kept, "value": one.value, "limit": one.most, "said": one.said}
-            for one in self.judged
-        ]
         return {
             "at": self.at,
             "up": self.up,
@@ -92,7 +86,7 @@ class Report:
             **self.figures.to_json(),
             "verdict": self.verdict,
             "broken": [one.figure for one in self.broken],
-            "promise": judged,
+            "promise": [one.to_json() for one in self.judged],
         }
 
 
@@ -131,8 +125,6 @@ class Monitor:
         self._number = count()
         self._room: tuple[int, int] | None = None
         self._runtime = ""
-        self._processes: tuple[psutil.Process, ...] = ()
-        self._interpreter = 0
         self._began = clock()
 
     def watch(self, seconds: float | None = None) -> Iterator[Report]:
@@ -151,7 +143,7 @@ class Monitor:
         """Probe the server, read its counters and its memory, and say how it stands."""
         sight, why = self._sight()
         self.window.add(sight)
-        judged = () if self.promise is None else judge(self.promise, self.window, self._room, why)
+        judged = () if self.promise is None else judge(self.promise, self.window, self._room, self._length(), why)
         return Report(
             at=sight.at - self._began,
             up=not why,
@@ -170,7 +162,7 @@ class Monitor:
                 self._room = self.client.room()
             answer = self.client.complete(self._prompt(), DECODED)
             after = self.client.counters()
-            memory = self._memory()
+            memory = self.client.memory_bytes()
         except ServiceError as error:
             return Sight(at=self._clock(), failed=True), str(error)
         return Sight(
@@ -185,41 +177,42 @@ class Monitor:
             acceptance=after.acceptance,
         ), ""
 
-    def _memory(self) -> int | None:
-        """Return the memory of the server's processes, which are others once it was started again.
-
-        What is promised is llama.cpp's own: the interpreter that runs it in `autodistill serve` is left out.
-        """
-        if not self.client.local:
-            return None
-        found = memory_of(self._processes)
-        if found is None:
-            self._processes = server_processes(self.client.url)
-            self._interpreter = self.client.interpreter_bytes() if self._processes else 0
-            found = memory_of(self._processes)
-        return None if found is None else found - self._interpreter
-
     def _prompt(self) -> list[int]:
         """Return ids that differ from the last probe's from the first on, so that the server reads all of them."""
         number = next(self._number)
-        room = self.prompt if self._room is None else max(1, min(self.prompt, self._room[0] - DECODED - 1))
-        return [3 + (number + 7 * place) % (_SPREAD - 3) for place in range(room)]
+        return [3 + (number + 7 * place) % (_SPREAD - 3) for place in range(self._length())]
+
+    def _length(self) -> int:
+        """Return the tokens of a prompt: fewer where the server has no room for so many."""
+        return self.prompt if self._room is None else max(1, min(self.prompt, self._room[0] - DECODED - 1))
 
 
-def judge(promise: Promise, window: Window, room: tuple[int, int] | None = None, why: str = "") -> tuple[Judged, ...]:
+def verdict(judged: Sequence[Judged]) -> str | None:
+    """Return "OK", "BROKEN", or "UNKNOWN" where nothing could be judged; None where nothing was to be."""
+    if not judged:
+        return None
+    if any(one.kept is False for one in judged):
+        return "BROKEN"
+    return "OK" if any(one.kept is not None and one.figure != "answers" for one in judged) else "UNKNOWN"
+
+
+def judge(
+    promise: Promise, window: Window, room: tuple[int, int] | None, prompt: int | None, why: str = ""
+) -> tuple[Judged, ...]:
     """Hold what was seen to each limit of a promise.
 
     Args:
         promise: What is promised.
         window: What was seen.
         room: Tokens of a sequence and sequences that the server makes room for, where that is known.
+        prompt: Tokens of the prompts whose first tokens were timed.
         why: Why the last probe had no answer; empty where it had one.
     """
     answers = Judged(figure="answers", kept=not why, value=None, most=None, said=why or "it answers")
-    return (answers, *(_judged(limit, promise, window, room) for limit in promise.limits))
+    return (answers, *(_judged(limit, promise, window, room, prompt) for limit in promise.limits))
 
 
-def _judged(limit: Limit, promise: Promise, window: Window, room: tuple[int, int] | None) -> Judged:
+def _judged(limit: Limit, promise: Promise, window: Window, room: tuple[int, int] | None, prompt: int | None) -> Judged:
     value: float | None = None
     why_not = ""
     if limit.quantity == "memory":
@@ -233,7 +226,9 @@ def _judged(limit: Limit, promise: Promise, window: Window, room: tuple[int, int
     else:
         assert limit.percentile is not None
         found = window.times(limit.quantity, limit.streams)
-        if found:
+        if limit.prompt is not None and prompt != limit.prompt:
+            why_not = f"prompts have {prompt} tokens, and it is promised of {limit.prompt}"
+        elif found:
             value = float(np.percentile(found, limit.percentile))
         elif window.times(limit.quantity):
             why_not = f"more than {limit.streams} sequences at once, for which nothing is promised"

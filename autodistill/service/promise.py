@@ -13,12 +13,11 @@ from autodistill.export.promise import RECORD, Promised, promise_asked
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of
+from autodistill.service.request import MARGIN
 from autodistill.service.served import find_run, find_served
 from autodistill.units import format_bytes, format_duration
 from autodistill.utils.json_files import read_json
 
-MARGIN = 0.25
-"""By what share a figure that nobody set a limit for may be above what was measured, by default."""
 _WAY_SECONDS = 0.01  # beyond that, of a first token: the runtime alone was timed, and a client's has the way to it
 
 

@@ -14,7 +14,9 @@ from autodistill.options import RUNS, Devices, Option, Out, parsed, read_texts
 from autodistill.units import format_duration, parse_duration
 
 _MOST_SECONDS, _MOST_STREAMS = 3600.0, 256
-_PROMPT, _DECODED = 256, 64  # tokens
+_DECODED = 64  # tokens
+MARGIN = 0.25
+"""By what share a figure that nobody set a limit for may be above what was measured, by default."""
 
 KeyFile = Annotated[
     str | Path | None,
@@ -85,6 +87,58 @@ class ServeRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftsRequest:
+    """Which students are tried as drafts of a model, and on what."""
+
+    target: Annotated[
+        str | Path,
+        Option(
+            help="The model that answers, such as the teacher: a .gguf file, an exported folder, a run, or a row's id.",
+            metavar="TARGET",
+            argument=True,
+            complete="runs",
+        ),
+    ] = field(kw_only=False)
+    drafts: Annotated[
+        Sequence[str] | None,
+        Option(
+            help="Smaller students with the same tokenizer, named likewise (default: show what is recorded).",
+            metavar="DRAFT",
+            typed=list[str],
+            argument=True,
+            complete="runs",
+        ),
+    ] = None
+    text: Annotated[
+        str,
+        Option(
+            help="Text whose beginnings are continued: a file or folder (default: text that ships).", metavar="TEXT"
+        ),
+    ] = "packaged"
+    prompts: Annotated[int, Option(help="Number of beginnings (default: 8).", metavar="N", typed=int, least=1)] = 8
+    prompt: Annotated[
+        int, Option(help="Tokens of a beginning, at most (default: 48).", metavar="TOKENS", typed=int, least=1)
+    ] = 48
+    decoded: Annotated[
+        int, Option(help="Tokens that continue it (default: 64).", metavar="TOKENS", typed=int, least=1)
+    ] = 64
+    time: Annotated[
+        str | float, Option(help="Time for all of it (default: 10m; at most 1h).", metavar="TIME", parse=parse_duration)
+    ] = "10m"
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", typed=int, least=0)] = 0
+    out: Out = RUNS
+
+    def __post_init__(self) -> None:
+        """Refuse what would give no draft, or have no end."""
+        read_texts(self)
+        if not 0 < float(parsed(self.time) or 0) <= _MOST_SECONDS:
+            raise InputError(f"--time must be above zero and at most {format_duration(_MOST_SECONDS)}")
+        for name, least, most in (("prompts", 1, 1000), ("prompt", 1, 10**5), ("decoded", 3, 10**5)):
+            if not least <= getattr(self, name) <= most:
+                raise InputError(f"--{name} must be {least} to {most:,}, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadRequest:
     """What a server is loaded with, and where what it did is kept."""
 
@@ -108,9 +162,32 @@ class LoadRequest:
     time: Annotated[
         str | float, Option(help="Time for all of it (default: 2m; at most 1h).", metavar="TIME", parse=parse_duration)
     ] = "2m"
-    prompt: Annotated[int, Option(help="Length of a prompt (default: 256).", metavar="TOKENS", typed=int, least=1)] = (
-        _PROMPT
-    )
+    promise: Annotated[
+        str | None,
+        Option(
+            help="Hold it to what was promised of this, with as many sequences as that is for: a .gguf file, an "
+            "exported folder, a run, or a row's id.",
+            metavar="EXPORT",
+            complete="runs",
+        ),
+    ] = None
+    margin: Annotated[
+        float,
+        Option(
+            help="Share by which a measured figure may be exceeded, where no limit was asked for (default: 0.25).",
+            metavar="X",
+            typed=float,
+        ),
+    ] = MARGIN
+    prompt: Annotated[
+        int | None,
+        Option(
+            help="Length of a prompt (default: 256, or what the promise's first token is of).",
+            metavar="TOKENS",
+            typed=int,
+            least=1,
+        ),
+    ] = None
     decoded: Annotated[int, Option(help="Length of an answer (default: 64).", metavar="TOKENS", typed=int, least=2)] = (
         _DECODED
     )
@@ -144,8 +221,9 @@ class LoadRequest:
         if not 0 < float(parsed(self.time) or 0) <= _MOST_SECONDS:
             raise InputError(f"--time must be above zero and at most {format_duration(_MOST_SECONDS)}")
         for name, least in (("prompt", 1), ("decoded", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+            asked = getattr(self, name)
+            if asked is not None and asked < least:
+                raise InputError(f"--{name} must be at least {least}, not {asked}")
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -5,33 +5,19 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 from autodistill.advisor.origin import origin
 from autodistill.errors import InputError
 from autodistill.export.promise import RECORD
 from autodistill.hardware.budget import CONTEXT, check_streams
-from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.runs.run_folder import RunFolder, known_runs
-from autodistill.runtimes.launch_files import SERVE_FILE
-from autodistill.units import MOST_CONTEXT
+from autodistill.runtimes.launch_files import FlashAttention, check_context, read_launch
 from autodistill.utils.input_files import check_file
 from autodistill.utils.json_files import read_json
-from autodistill.utils.typed_data import check_typed
 
 _CONTAINERS = ("gguf", "compressed-tensors", "huggingface")
 """What a server here reads, the usual one first."""
-
-
-class _Launch(TypedDict):
-    """What is read of `serve.json`; the command that it has for people is not."""
-
-    model: str
-    context: int
-    slots: int
-    cache_type_k: str
-    cache_type_v: str
-    flash_attention: Literal["on", "off", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +38,7 @@ class Served:
     context: int | None = None
     streams: int = 1
     cache_types: tuple[str, str] = ("f16", "f16")
-    flash_attention: str = "auto"
+    flash_attention: FlashAttention = "auto"
 
     @property
     def name(self) -> str:
@@ -151,35 +137,16 @@ def _of_folder(folder: Path) -> Served:
 
 def _with_launch(path: Path) -> Served:
     """A GGUF file with what `serve.json` beside it says, where that is of this file."""
-    served = Served(path=path, runtime="llama.cpp")
-    beside = path.parent / SERVE_FILE
-    if not beside.is_file():
+    served, launch = Served(path=path, runtime="llama.cpp"), read_launch(path)
+    if launch is None:
         return served
-    said = read_json(beside)
-    check_typed(said, _Launch, str(beside))
-    if said["model"] != path.name:
-        return served
-    for name in ("cache_type_k", "cache_type_v"):
-        if said[name] not in CACHE_BYTES:
-            raise InputError(f"{beside} has {name} {said[name]!r}, which is none of {', '.join(CACHE_BYTES)}")
     return replace(
         served,
-        context=check_context(said["context"], f"the context in {beside}"),
-        streams=check_streams(said["slots"], f"the slots in {beside}"),
-        cache_types=(said["cache_type_k"], said["cache_type_v"]),
-        flash_attention=said["flash_attention"],
+        context=launch.context,
+        streams=launch.slots,
+        cache_types=launch.cache_types,
+        flash_attention=launch.flash_attention,
     )
-
-
-def check_context(tokens: int, where: str) -> int:
-    """Check a length of context, and return it.
-
-    Raises:
-        InputError: Below 2, or more than any model reads.
-    """
-    if not 2 <= tokens <= MOST_CONTEXT:
-        raise InputError(f"{where} must be 2 to {MOST_CONTEXT:,} tokens, not {tokens}")
-    return tokens
 
 
 def as_asked(served: Served, context: int | None, streams: int | None, most: int) -> Served:

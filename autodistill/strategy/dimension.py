@@ -31,7 +31,6 @@ _DIMENSION_FIELDS = ("choices", "low", "high", "step", "log", "when")
 
 
 def _strategy_paths(part: type[PlainDataclass] = Strategy, prefix: str = "") -> dict[str, type]:
-    """Return every dotted path of a strategy with its type."""
     paths: dict[str, type] = {}
     for name, hint in typing.get_type_hints(part).items():
         if isinstance(hint, types.UnionType):

@@ -238,7 +238,6 @@ class Choice:
         self.values, self.when = values, when
 
     def __repr__(self) -> str:
-        """As it was made."""
         when = "" if self.when is None else f", when={self.when!r}"
         return f"Choice({', '.join(map(repr, self.values))}{when})"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autodistill.strategy.divergence import known_divergence
-from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice
+from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +145,34 @@ class Lora(PlainDataclass):
         check_choice("lora.layers", self.layers, ("attention", "ffn", "all"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnPolicy(PlainDataclass):
+    """A last phase in which the student also learns from what it writes itself (GKD, arXiv:2306.13649).
+
+    In each of its steps the student goes on from the beginnings of the training sequences, and the teacher beside it
+    says how likely each token was. At those tokens the loss is a divergence from the teacher at temperature 1, in which
+    every token counts as much as one of the text; at the tokens before them it is the loss of the other steps.
+
+    Attributes:
+        share: Of the decay's steps, the last ones, above 0 to 1.
+        length: Tokens that the student writes in a sequence, at most: in place of the last ones of a text, or of the
+            last answer of a conversation, up to its end.
+        temperature: Of its draws.
+        divergence: "reverse_kl", or "same" for the divergence of the other steps.
+    """
+
+    share: float = 0.5
+    length: int = 64
+    temperature: float = 1.0
+    divergence: str = "reverse_kl"
+
+    def __post_init__(self) -> None:
+        check(0 < self.share <= 1, f"on_policy.share is of the decay's steps, above 0 to 1, not {self.share}")
+        check(self.length >= 1, f"on_policy.length must be at least 1 token, not {self.length}")
+        check(0 < self.temperature <= 2, f"on_policy.temperature must lie in 0 to 2, above 0, not {self.temperature}")
+        check_choice("on_policy.divergence", self.divergence, ("reverse_kl", "same"))
+
+
 _SPARSE_SIGNALS = ("top-k", "sampled")
 
 
@@ -188,6 +216,8 @@ class Distillation(PlainDataclass):
         train_embeddings: Whether the embedding table is trained; a frozen table stays the teacher's, and training is
             faster.
         lora: Low-rank changes that are trained instead of the weights, or None.
+        on_policy: The last phase, in which the student learns from what it writes; None for none. It needs the signal
+            "online": what is cached, or was reported, is of other tokens.
     """
 
     divergence: str = "forward_kl"
@@ -205,6 +235,7 @@ class Distillation(PlainDataclass):
     learning_rate: float = 3e-4
     train_embeddings: bool = False
     lora: Lora | None = None
+    on_policy: OnPolicy | None = left_out(None)  # noqa: RUF009 - a field, which it makes
 
     def __post_init__(self) -> None:
         self._check_mixture()
@@ -240,6 +271,12 @@ class Distillation(PlainDataclass):
             f"{' and '.join(_FULL_SIGNALS)}, which have all tokens, and {_WRITTEN}, which has those that were "
             f"reported, not {tokens} for {self.signal}",
         )
+        check(
+            self.on_policy is None or self.signal == "online",
+            f"distillation.on_policy needs the teacher beside the student, to judge what it writes, and the signal "
+            f"{self.signal} is of the text alone: use the signal online (signal_tokens 0), or leave on_policy out, in "
+            "a space by `when: {distillation.signal: [online]}`",
+        )
         full = f"use the signal {' or '.join(_FULL_SIGNALS)}"
         known = known_divergence(self.divergence)
         check(
@@ -265,8 +302,8 @@ class Distillation(PlainDataclass):
 
     @property
     def weighs_teacher(self) -> bool:
-        """Whether the divergence has a weight above 0 at any time."""
-        return max(self.divergence_weight, self.final_divergence_weight or 0.0) > 0
+        """Whether the teacher's outputs have a weight above 0 at any time."""
+        return max(self.divergence_weight, self.final_divergence_weight or 0.0) > 0 or self.on_policy is not None
 
     def approximation(self, vocabulary: int) -> str | None:
         """What the logit loss computes instead of the named divergence, or None if it is exactly that.

@@ -218,11 +218,9 @@ class Space:
     def _points_over(
         self, paths: Collection[str], values: Callable[[Dimension], Sequence[Value]] | None = None
     ) -> Iterator[Point]:
-        """Return the points of `varied`."""
         branching = with_conditions(self.dimensions, paths)
 
         def taken(dimension: Dimension) -> Sequence[Value]:
-            """Return the values that a dimension is given."""
             corners = dimension.domain.corners
             if dimension.path not in branching:
                 return corners[:1]

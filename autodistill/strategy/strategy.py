@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -268,8 +268,9 @@ class Strategy(PlainDataclass):
 
     @cached_property
     def stable_id(self) -> str:
-        """Content hash of the stages before finishing, whose checkpoint strategies may share."""
-        stages = {"init": self.init.to_json(), "distillation": self.distillation.to_json()}
+        """Content hash of the stages before the decay, whose checkpoint strategies may share."""
+        before = replace(self.distillation, on_policy=None)
+        stages = {"init": self.init.to_json(), "distillation": before.to_json()}
         if self.scales_alone and self.finishing is not None:
             stages["finishing"] = self.finishing.to_json()
         return content_hash(stages)
@@ -278,7 +279,7 @@ class Strategy(PlainDataclass):
 def _of_outputs(recipe: Distillation) -> list[str]:
     """Describe how the outputs are learnt; forward KL is called KD, as in most recipes."""
     told = ("divergence", "mixture", "divergence_weight", "final_divergence_weight", "temperature", "signal")
-    beside = ("signal_tokens", "learning_rate", "alignment", "attention", "lora")
+    beside = ("signal_tokens", "learning_rate", "alignment", "attention", "lora", "on_policy")
     rest = [f"lr {recipe.learning_rate:g}", *_besides(recipe, (*told, *beside))]
     if not recipe.weighs_teacher:
         # How the teacher's outputs would be compared is then of no account.
@@ -299,7 +300,7 @@ def _of_outputs(recipe: Distillation) -> list[str]:
 
 
 def _of_states(recipe: Distillation) -> list[str]:
-    """Describe which states and attention are compared, and whether low-rank changes are trained."""
+    """Describe which states and attention are compared, whether low-rank changes are trained, and the last phase."""
     words = []
     if one := recipe.alignment:
         words.append(" ".join([f"{one.name} {one.projection} x{one.weight:g}", *_besides(one, _IN_ALIGNMENT)]))
@@ -308,6 +309,9 @@ def _of_states(recipe: Distillation) -> list[str]:
     if recipe.lora:
         lora = recipe.lora
         words.append(" ".join([f"LoRA {lora.rank}", *_besides(lora, ("rank",))]))
+    if phase := recipe.on_policy:
+        told = [f"on-policy {_percent(phase.share)} x{phase.length}", *_besides(phase, ("share", "length"))]
+        words.append(" ".join(told))
     return words
 
 

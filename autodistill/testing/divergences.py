@@ -82,7 +82,6 @@ class DivergenceConformance:
         assert bool((log_q == _distributions(1)).all())
 
     def _compare(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """The divergence of each row, and its slope."""
         value, slope = divergence_of(self.divergence, self.mixture)(log_p, log_q)
         return (value.sum(dim=1) if value.ndim == 2 else value), slope
 

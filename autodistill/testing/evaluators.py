@@ -41,8 +41,10 @@ def tiny_subject(folder: Path, *, artifact: bool = False) -> Subject:
     count = documents.size
     tokens = dice.integers(3, 300, (6, 32)).astype(np.int32)
     deployment = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+    spec = spec_from_config(json.loads((student / "config.json").read_text()))
     return Subject(
-        spec=spec_from_config(json.loads((student / "config.json").read_text())),
+        spec=spec,
+        teacher=spec,
         deployment=deployment,
         budget=Budget(memory_bytes=10**9, context=512, batch=2),
         scores=TokenScores(

@@ -147,7 +147,6 @@ class ExporterConformance:
 
 
 def _first(name: str) -> Deployment:
-    """A format's first deployment."""
     form = get_format(name)
     storage = form.linears[0]
     grid = (storage.bits, storage.group_size, storage.symmetric) if isinstance(storage, Grid) else (16, 0, True)

@@ -55,8 +55,10 @@ def replacing(path: Path) -> Iterator[Path]:
     A reader sees the old file or the whole new one. After an exception nothing is left behind.
 
     Raises:
-        InputError: The folder cannot be written to.
+        InputError: The folder cannot be written to, or the path is one.
     """
+    if not path.name:
+        raise InputError(f"{path} is a folder: name a file in it")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         make_folder(path.parent)

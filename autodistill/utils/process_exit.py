@@ -32,7 +32,9 @@ class Reply:
     def give(self, text: str) -> None:
         """Print a result; does not return if another thread is about to end the process."""
         self._take()
-        print(text, flush=True)
+        # A path may hold bytes that are no text, and a terminal may have few characters.
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
     def give_error(self, message: str, exit_code: int) -> None:
         """Print the error that ended the command, if errors are replies; does not return if the process is ending."""

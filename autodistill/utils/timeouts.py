@@ -38,7 +38,6 @@ def call_with_timeout(
     ended = threading.Event()
 
     def run() -> None:
-        """Call, and keep the result or the error."""
         try:
             results.append(call())
         except BaseException as error:

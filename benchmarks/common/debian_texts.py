@@ -87,7 +87,6 @@ class Texts:
 
     @property
     def train(self) -> Path:
-        """What a teacher is trained on."""
         return self.folder / "train.jsonl"
 
 
@@ -195,7 +194,6 @@ def _plain(text: str, kind: str) -> str:
 
 
 def main() -> None:
-    """Makes the texts and says what they have."""
     arguments = parse(parser_of(__doc__))
     # A smoke run has no network to rely on: it shows what would be read.
     record = {"packages": PACKAGES} if arguments.smoke else debian_texts().record

@@ -33,15 +33,12 @@ class Expense:
     seconds: float = 0.0
 
     def __add__(self, other: Expense) -> Expense:
-        """Both together."""
         return Expense(operations=self.operations + other.operations, seconds=self.seconds + other.seconds)
 
     def __mul__(self, times: float) -> Expense:
-        """So many times as much."""
         return Expense(operations=self.operations * times, seconds=self.seconds * times)
 
     def covers(self, other: Expense) -> bool:
-        """Whether it is as much as another in both."""
         return self.operations >= other.operations and self.seconds >= other.seconds
 
 
@@ -73,27 +70,22 @@ class Clock:
         return student_spec(strategy, self._teacher).parameters
 
     def train(self, strategy: Strategy, tokens: int) -> float:
-        """Of training on so many tokens, what it reads of the teacher cached."""
         known = self._train.get(_taught(strategy))
         return tokens * (self._train_by_size * self._parameters(strategy) if known is None else known)
 
     def evaluation(self, strategy: Strategy, tokens: int) -> float:
-        """Of one evaluation over so many tokens."""
         known = self._read.get(strategy.init)
         return tokens * (self._read_by_size * self._parameters(strategy) if known is None else known)
 
     def online(self, tokens: int) -> float:
-        """Of the teacher run beside a student that trains on so many tokens."""
         return self._parts.live_over_training * self.train(self._recipe, tokens)
 
     @property
     def cache(self) -> float:
-        """Of the teacher's outputs for a trial's tokens."""
         return self._parts.cache_over_training * self.train(self._recipe, TOKENS)
 
     @property
     def teacher_rows(self) -> float:
-        """Of the teacher's score and its row under each deployment."""
         return self._parts.rows_over_evaluation * self.evaluation(self._recipe, QUESTIONS * LENGTH)
 
 
@@ -127,30 +119,25 @@ class Expenses:
         self._rows = 1 + deployments
 
     def train(self, strategy: Strategy, tokens: int, *, live: bool = False) -> Expense:
-        """Of so many tokens of training, and of the teacher beside it where it is live and the student reads it."""
         alone = Expense(operations=self.costs.train(strategy, tokens), seconds=self._clock.train(strategy, tokens))
         if not live or not learns_from_teacher(strategy):
             return alone
         return alone + Expense(operations=self.costs.online(tokens), seconds=self._clock.online(tokens))
 
     def evaluation(self, strategy: Strategy, tokens: int) -> Expense:
-        """Of one evaluation."""
         return Expense(
             operations=self.costs.evaluation(strategy, tokens), seconds=self._clock.evaluation(strategy, tokens)
         )
 
     def whole(self, strategy: Strategy, *, live: bool = False) -> Expense:
-        """Of training from its beginning to the plan's end, and the evaluation there."""
         last = len(self.costs.rungs) - 1
         read = self.evaluation(strategy, self.costs.read_at(last))
         return self.train(strategy, self.costs.rungs[last], live=live) + read
 
     @property
     def cache(self) -> Expense:
-        """Of the teacher's outputs for the plan's tokens."""
         return Expense(operations=self.costs.cache, seconds=self._clock.cache)
 
     @property
     def teacher_rows(self) -> Expense:
-        """Of the teacher's score and its row under each deployment."""
         return Expense(operations=self._rows * self.costs.teacher_rows, seconds=self._clock.teacher_rows)

@@ -74,5 +74,4 @@ def prepare(
 
 
 def space() -> Space:
-    """The space of the math task."""
     return load_space(str(SPACE_FILE))

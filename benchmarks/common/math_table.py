@@ -77,7 +77,6 @@ class Line:
 
     @cached_property
     def id(self) -> str:
-        """Of its strategy."""
         return Strategy.from_json(self.strategy).id
 
     @property
@@ -87,7 +86,6 @@ class Line:
 
 
 def read(path: Path = program.TRACKED / STORE) -> list[Line]:
-    """What was recorded at these rungs."""
     lines = [Line(**line) for line in report.lines_of(path)]
     return [
         replace(line, **{name: tuple(getattr(line, name)) for name in ("tokens", "decayed", "plain")})
@@ -97,12 +95,10 @@ def read(path: Path = program.TRACKED / STORE) -> list[Line]:
 
 
 def student_file(strategy: Strategy, seed: int) -> Path:
-    """Where a trained student's weights are kept."""
     return cache_folder() / "math-table" / f"{strategy.id}-{seed}-{TOKENS}.safetensors"
 
 
 def fitting(prepared: Prepared, strategy: Strategy) -> tuple[Deployment, ...]:
-    """Deployments of a strategy's student that the budget allows."""
     spec = student_spec(strategy, prepared.setting.teacher_spec)
     deployments = holdable(spec, prepared.question.deployments)
     return tuple(fit.deployment for fit in fits(spec, deployments, prepared.question.budget) if fit.slack <= 0)
@@ -163,7 +159,6 @@ class Recorder:
         return model
 
     def record(self, strategies: list[Strategy], seed: int) -> list[Line]:
-        """Lines of strategies that share their stable part."""
         began, first = time.process_time(), strategies[0]
         plan = self._plan
         model, trainer = new_trainer(self._bench, first, seed)
@@ -237,7 +232,6 @@ def decay(trainer: Trainer, strategy: Strategy, until: int, prepared: Prepared) 
 
 
 def exhaust(records: Iterable[Any]) -> None:
-    """Trains to the end."""
     for _ in records:
         pass
 
@@ -249,7 +243,6 @@ def make_small() -> None:
 
 
 def main() -> None:
-    """Records what is missing, as far as the time box goes."""
     parser = program.parser_of(__doc__, time=True)
     parser.add_argument("--groups", type=int, help="of students that share a part of their training; all by default")
     arguments = program.parse(parser, groups=1)

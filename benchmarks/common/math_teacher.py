@@ -103,7 +103,6 @@ def math_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_model(folder: Path) -> Path:
-    """Writes the untrained teacher."""
     tokenizer = math_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -193,7 +192,6 @@ def _train(start: Path, folder: Path, data: TokenSet, test: TokenSet, limit_seco
 
 
 def main() -> None:
-    """Trains the teacher and says how well it answers."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--questions", type=int, default=2000, help="that the trained teacher is asked")
     arguments = parse(parser, questions=50)

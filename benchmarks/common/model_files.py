@@ -69,7 +69,6 @@ class Case:
     more: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
-        """transformers' config."""
         config: dict[str, Any] = {
             "model_type": self.family,
             "num_hidden_layers": self.layers,
@@ -86,7 +85,6 @@ class Case:
 
 
 def gguf_name(spec: ModelSpec, family: str, name: str) -> str:
-    """llama.cpp's name of a tensor."""
     parts = name.split(".")
     if "layers" in parts:
         block, part, suffix = parts[parts.index("layers") + 1], parts[-2], parts[-1]
@@ -108,7 +106,6 @@ def gguf_name(spec: ModelSpec, family: str, name: str) -> str:
 
 
 def write_gguf(case: Case, spec: ModelSpec, deployment: Deployment, path: Path) -> None:
-    """Writes the file."""
     graph = _GRAPHS.get(case.family, case.family)
     writer = gguf.GGUFWriter(path, graph)
     writer.add_context_length(spec.max_context)
@@ -201,7 +198,6 @@ def _latent_halves(config: dict[str, Any], tensor: TensorSpec) -> Iterator[tuple
 
 
 def write_folder(case: Case, folder: Path) -> None:
-    """Writes the folder of a model in bfloat16."""
     config = transformers.AutoConfig.for_model(**case.config())
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -213,7 +209,6 @@ def write_folder(case: Case, folder: Path) -> None:
 
 
 def _cpu(server: Server) -> float:
-    """CPU seconds of the runtime's process."""
     return server.used_seconds() - time.process_time()
 
 

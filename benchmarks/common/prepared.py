@@ -43,12 +43,10 @@ class Prepared:
 
     @property
     def space(self) -> Space:
-        """The space that is searched."""
         return self.question.space
 
     @property
     def costs(self) -> Costs:
-        """What the work of its trials costs."""
         return Costs(self.setting.teacher_spec, self.question.plan)
 
 
@@ -90,7 +88,6 @@ class Costs:
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        """Tokens at which trials are judged."""
         return self._plan.rungs
 
     def weights(self, strategy: Strategy) -> int:
@@ -112,15 +109,12 @@ class Costs:
         return self._plan.rungs[rung] - self.branch(reached)
 
     def train(self, strategy: Strategy, tokens: int) -> int:
-        """Of so many tokens of training."""
         return 6 * self.weights(strategy) * tokens
 
     def evaluation(self, strategy: Strategy, tokens: int) -> int:
-        """Of one evaluation."""
         return 2 * student_spec(strategy, self._teacher).parameters * tokens
 
     def read_at(self, rung: int) -> int:
-        """Tokens that an evaluation reads there."""
         plan = self._plan
         return plan.eval_tokens if rung == len(plan.rungs) - 1 else plan.rung_eval_tokens
 
@@ -139,7 +133,6 @@ class Costs:
         return 2 * self._teacher.parameters * self._plan.eval_tokens
 
     def online(self, tokens: int) -> int:
-        """Of the teacher run beside the student."""
         return 2 * self._teacher.parameters * tokens
 
 

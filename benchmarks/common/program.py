@@ -76,7 +76,6 @@ def tiny_teacher(**sizes: Any) -> str:
 
 
 def tiny_data(documents: int = 30, sentences: int = 24) -> str:
-    """A tiny text in a temporary folder, as an argument."""
     from autodistill.testing import tiny_text
 
     return str(tiny_text(Path(tempfile.mkdtemp()) / "text", documents=documents, sentences=sentences))

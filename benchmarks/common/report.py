@@ -25,7 +25,6 @@ _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
 def machine() -> str:
-    """One line about this machine and the packages that matter."""
     found = detect()
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -41,7 +40,6 @@ def machine() -> str:
 
 
 def table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
     rows = [titles, ["---"] * len(titles), *lines]
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
 
@@ -119,7 +117,6 @@ def add_line(store: Path, data: Any) -> None:
 
 
 def lines_of(store: Path) -> list[dict[str, Any]]:
-    """The lines of a store without their stamps; none of one that is not there."""
     if not store.exists():
         return []
     lines = [json.loads(line) for line in store.read_text(encoding="utf-8").splitlines()]
@@ -127,7 +124,6 @@ def lines_of(store: Path) -> list[dict[str, Any]]:
 
 
 def stamps_of(store: Path) -> Iterator[dict[str, str]]:
-    """The stamps in a store, whose older lines may have none."""
     for line in store.read_text(encoding="utf-8").splitlines():
         if '"made"' in line and isinstance(found := json.loads(line).get("made"), dict):
             yield found
@@ -176,7 +172,6 @@ class Kept:
         self._made = {entry["key"]: entry["made"] for entry in entries if "made" in entry}
 
     def knows(self, key: str) -> bool:
-        """Whether a result is there."""
         return key in self._known
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.training.plan import Plan
@@ -26,6 +28,7 @@ from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.state import Candidate, Question, TrialState
 from autodistill.search.planning.durations import Speed
 from autodistill.search.worker.attempt import Assignment
+from autodistill.search.worker.failures import WORKER_DIED
 from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Point
@@ -48,7 +51,6 @@ SEED = 0  # of the recorded students
 
 
 def teacher_spec() -> ModelSpec:
-    """The math teacher's shape."""
     return spec_from_config(
         {"model_type": "llama", "vocab_size": 20, "max_position_embeddings": 80, "tie_word_embeddings": True, **SHAPE}
     )
@@ -58,11 +60,9 @@ class Remembering(Space):
     """A space that makes the strategy of a point once, however often it is asked for."""
 
     def strategy(self, point: Mapping[str, Value]) -> Strategy:
-        """The strategy at a point."""
         return _strategy(self, frozenset(point.items()))
 
     def __hash__(self) -> int:
-        """Of its content."""
         return int(self.hash, 16)
 
 
@@ -119,16 +119,13 @@ class Table:
         return bool(allowed(student_spec(strategy, self.teacher), self.deployments))
 
     def line(self, strategy: Strategy) -> Line:
-        """What was recorded of a strategy."""
         return self.lines[strategy.id]
 
     def best(self) -> float:
-        """The best accuracy of any student at full fidelity, under any deployment that it was judged by."""
         return max(max(line.rows.values()) for line in self.recorded)
 
     @property
     def recorded(self) -> list[Line]:
-        """Lines of the space's strategies."""
         points = self.space.points(lambda dimension: dimension.domain.grid or ())
         strategies = map(self.space.strategy, points)
         return [self.lines[strategy.id] for strategy in strategies if strategy.id in self.lines]
@@ -136,12 +133,10 @@ class Table:
 
 @cache
 def allowed(spec: ModelSpec, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
-    """Deployments that the budget allows."""
     return tuple(fit.deployment for fit in fits(spec, deployments, BUDGET) if fit.slack <= 0)
 
 
 def plan(trials: int, rungs: Sequence[int], keep: Sequence[int], workers: int = 1) -> Plan:
-    """The plan of a search on the table."""
     return straight_plan(
         TOKENS,
         sequence_length=LENGTH,
@@ -171,11 +166,9 @@ class Memory(RunLog):
         self._kept: list[RunEvent] = []
 
     def add(self, event: RunEvent) -> None:
-        """Keeps an event."""
         self._kept.append(event)
 
     def all(self) -> list[RunEvent]:
-        """All events."""
         return self._kept
 
 
@@ -197,7 +190,6 @@ class Stopping(SuccessiveHalving):
         feasible: bool = True,
         further: Sequence[float | None] = (),
     ) -> Decision:
-        """Judges at once, against those before."""
         decision = super().report(trial_id, rung, value, feasible, further)
         if decision is Decision.PAUSE:
             reported = len(self._reports[rung])
@@ -227,6 +219,8 @@ class Spent:
         curve: (operations, seconds, accuracy, row's strategy, deployment) of each student at full fidelity.
         trained: Tokens trained on.
         shared: Tokens that others had trained.
+        worked: Seconds of all workers that brought a report.
+        lost: Times that a worker was lost with its work.
     """
 
     operations: int
@@ -234,6 +228,8 @@ class Spent:
     curve: list[tuple[int, float, float, str, str]] = field(default_factory=list)
     trained: int = 0
     shared: int = 0
+    worked: float = 0.0
+    lost: int = 0
 
     def first_above(self, value: float) -> int | None:
         """Operations after which a student was better than this, or None."""
@@ -241,7 +237,6 @@ class Spent:
 
     @property
     def best(self) -> tuple[int, float, float, str, str]:
-        """The best student."""
         return max(self.curve, key=lambda one: one[2])
 
 
@@ -264,7 +259,6 @@ class Worker:
 
     @property
     def start(self) -> Expense:
-        """Before the first trial."""
         return self.expenses.teacher_rows + (Expense() if self._live else self.expenses.cache)
 
     def answer(self, assignment: Assignment) -> tuple[RungReport, Expense]:
@@ -286,6 +280,14 @@ class Worker:
         # What no budget holds is trained where nothing is rejected, and has no value.
         value = None if line is None else line.rows[line.probe] if last else line.decayed[RUNGS.index(tokens)]
         return self._report(assignment, assignment.task.probe, value, trained, shared, spent.seconds), spent
+
+    def forget(self, assignment: Assignment, held: set[int]) -> None:
+        """Drops the checkpoints of work that was lost, back to those that were there before."""
+        self._stages[getattr(assignment.task, "stage", "") or assignment.task.id] = held
+
+    def held(self, assignment: Assignment) -> set[int]:
+        """The checkpoints, by tokens, from which an assignment may go on."""
+        return set(self._stages.get(getattr(assignment.task, "stage", "") or assignment.task.id, ()))
 
     def _restore(self, assignment: Assignment) -> tuple[int, int]:
         """Where a stretch begins: at the furthest checkpoint of its stage; and what others had trained of it."""
@@ -357,6 +359,8 @@ def simulate(
     live_teacher: bool = False,
     space: Space | None = None,
     limit: Expense | None = None,
+    life: float = float("inf"),
+    away: float = 0.0,
     **hints: Any,
 ) -> tuple[Spent, Campaign]:
     """One search to its end, in simulated time.
@@ -371,6 +375,8 @@ def simulate(
         live_teacher: Whether there is no cache.
         space: Other than the table's.
         limit: Broken off where as many operations and as many seconds have passed.
+        life: Mean seconds of work after which a worker is lost with what it works on, at random (exponential).
+        away: Seconds until another takes the place of a lost one.
         hints: Further arguments of the sampler: what earlier searches observed.
     """
     worker = Worker(table, search_plan, live_teacher=live_teacher)
@@ -399,15 +405,34 @@ def simulate(
     start, ticket = worker.start, count()
     now = start.seconds
     spent = Spent(operations=round(start.operations), seconds=now)
-    running: list[tuple[float, int, Assignment, RungReport, Expense]] = []
+    dice = np.random.default_rng([seed, search_plan.workers])
+    # Work without a report is lost at its end, and a place without work is empty until then.
+    running: list[tuple[float, int, Assignment | None, RungReport | None, Expense]] = []
     while limit is None or not Expense(operations=spent.operations, seconds=spent.seconds).covers(limit):
         while len(running) < search_plan.workers and (assignment := campaign.next()) is not None:
+            before = worker.held(assignment)
             report, expense = worker.answer(assignment)
+            until = dice.exponential(life) if np.isfinite(life) else life
+            if until < expense.seconds:
+                worker.forget(assignment, before)
+                expense = replace(expense, operations=expense.operations * until / expense.seconds, seconds=until)
+                heapq.heappush(running, (now + until, next(ticket), assignment, None, expense))
+                continue
             # Rejections aside, work ends in the order of its length; ties in that of its start.
             heapq.heappush(running, (now + expense.seconds, next(ticket), assignment, report, expense))
-        if not running:
+        if all(one[2] is None for one in running):
             break
-        now, _, assignment, report, expense = heapq.heappop(running)
+        now, _, done, report, expense = heapq.heappop(running)
+        if done is None:
+            continue
+        assignment = done
+        if report is None:
+            spent.operations += round(expense.operations)
+            spent.seconds, spent.lost = now, spent.lost + 1
+            campaign.fail(assignment, WORKER_DIED, "its node was lost")
+            heapq.heappush(running, (now + away, next(ticket), None, None, Expense()))
+            continue
+        spent.worked += expense.seconds
         spent.operations += round(expense.operations)
         spent.seconds = now
         spent.trained += report.trained
@@ -422,7 +447,6 @@ def simulate(
 
 
 def points(space: Space) -> list[Point]:
-    """All points of a finite space."""
     return list(space.points(lambda dimension: dimension.domain.grid or ()))
 
 

@@ -98,12 +98,10 @@ def step_seconds(prepared: Prepared, strategy: Strategy, steps: int = 12) -> flo
 
 
 def live(strategy: Strategy) -> Strategy:
-    """The same strategy with the teacher run in the trial."""
     return replace(strategy, distillation=replace(strategy.distillation, signal="online", signal_tokens=0))
 
 
 def cache_seconds(prepared: Prepared) -> float:
-    """Seconds of making the teacher's outputs anew."""
     bench, spec = Workbench(prepared.setting), prepared.setting.teacher_spec
     assert bench.cache is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +157,6 @@ def measure(prepared: Prepared, recipe: Strategy, repeats: int, steps: int) -> P
 
 
 def main() -> None:
-    """Times the parts and writes them down."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="of each part, of which the median counts")
     parser.add_argument("--steps", type=int, default=12, help="before those that are timed, which are twice as many")

@@ -78,7 +78,6 @@ class Result:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What is not trained twice."""
         return self.strategy, self.seed, self.tokens, self.batch_tokens, self.eval_tokens
 
 
@@ -147,12 +146,10 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Reads the command line of such a program."""
     return program.parse(parser, tokens=256, seeds=1, workers=2)
 
 
 def small_inputs() -> dict[str, Any]:
-    """What a smoke run gives to `run`."""
     inputs = {"teacher": program.tiny_teacher(**SMALL), "data": program.tiny_data()}
     return inputs | {"context": 256, "eval_tokens": 512}
 
@@ -175,12 +172,10 @@ def study(arguments: argparse.Namespace, store: str, strategies: Mapping[str, St
 
 
 def kept(store: Path) -> list[Result]:
-    """What earlier calls have written."""
     return [Result(**line) for line in report.lines_of(store)]
 
 
 def by_seed(results: Iterable[Result], figure: str) -> dict[str, dict[int, float]]:
-    """One figure of each strategy by its name, and by seed."""
     found: dict[str, dict[int, float]] = {}
     for one in sorted(results, key=lambda one: one.seed):
         found.setdefault(one.name, {})[one.seed] = getattr(one, figure)

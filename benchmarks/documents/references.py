@@ -24,12 +24,10 @@ _ENTRY = re.compile(r"( {4})([\w.*, ]+): (.*)\Z")
 
 
 def pages() -> dict[Path, str]:
-    """The pages as they must be now, by their paths."""
     return {FOLDER / "command-line.md": command_line(), FOLDER / "python.md": python_names()}
 
 
 def command_line() -> str:
-    """The page of the command line."""
     import typer
 
     from autodistill.cli.app import app
@@ -59,7 +57,6 @@ def command_line() -> str:
 
 
 def _options(command: Any, context: Any) -> Iterator[str]:
-    """A table of options for each heading of a command's help."""
     sections: dict[str, list[str]] = {}
     for param in command.get_params(context):
         if getattr(param, "hidden", False):
@@ -85,7 +82,6 @@ def _metavar(param: Any) -> str:
 
 
 def python_names() -> str:
-    """The page of the Python API."""
     import autodistill as ad
 
     names = [name for name in ad.__all__ if not name.startswith("__")]
@@ -195,7 +191,6 @@ def stale(write: bool = False) -> list[str]:
 
 
 def main() -> None:
-    """Checks, or writes."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", action="store_true", help="write the pages that are stale")
     arguments = parse(parser)

@@ -28,7 +28,6 @@ _AWAY = re.compile(r"[a-z][a-z0-9+.-]*:")
 
 
 def listed(items: object) -> Iterator[str]:
-    """The pages of a navigation, in order."""
     if isinstance(items, str):
         yield items
     elif isinstance(items, list):
@@ -44,7 +43,6 @@ def navigation() -> list[str]:
 
 
 def links(text: str) -> Iterator[re.Match[str]]:
-    """The links of a page to files, those of code blocks left out."""
     plain = _FENCED.sub(lambda found: " " * len(found[0]), text)
     return (found for found in _LINK.finditer(plain) if not _AWAY.match(found[2]))
 
@@ -125,7 +123,6 @@ def build(out: Path) -> None:
 
 
 def main() -> None:
-    """Builds it, or with `--smoke` copies the pages and looks at their links alone."""
     parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "site", help="folder of the site (build/site)")
     arguments = parse(parser)

@@ -45,12 +45,10 @@ class Paragraph:
 
     @property
     def is_code(self) -> bool:
-        """Whether it is a code block."""
         return self.lines[0].startswith("```")
 
     @property
     def comments(self) -> list[str]:
-        """The comments of its code."""
         return [found[2] for line in self.lines if (found := _comment(self, line))]
 
     @property
@@ -61,7 +59,6 @@ class Paragraph:
 
 
 def paragraphs(text: str) -> list[Paragraph]:
-    """The paragraphs of a page."""
     found, lines = [], text.splitlines()
     mark, place, begins, fenced = None, None, -1, False
     for number, line in enumerate([*lines, ""]):
@@ -184,7 +181,6 @@ def _texts() -> tuple[str, str]:
 
 
 def main() -> None:
-    """Checks, or writes."""
     parser = parser_of(__doc__)
     parser.add_argument(
         "--write", action="store_true", help="put the figures and the code of README.md into the translation"

@@ -43,7 +43,6 @@ CASES: dict[str, tuple[Alignment | None, Attention | None]] = {
 
 
 def main() -> None:
-    """Trains a student for each case and seed that is missing and writes the report."""
     arguments = trials.parse(trials.parser_of(__doc__))
     strategies = {
         name: Strategy(

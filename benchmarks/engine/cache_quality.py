@@ -38,7 +38,6 @@ def shares(found: Mapping[str, Mapping[int, float]], name: str) -> list[float]:
 
 
 def lines(found: list[trials.Result]) -> Iterator[list[str]]:
-    """A row of the table for each signal."""
     accuracy, perplexity = (trials.by_seed(found, figure) for figure in ("accuracy", "perplexity"))
     for name in SIGNALS:
         own = [one for one in found if one.name == name]
@@ -52,7 +51,6 @@ def lines(found: list[trials.Result]) -> Iterator[list[str]]:
 
 
 def findings(found: list[trials.Result]) -> Iterator[str]:
-    """Whether each signal is within the target, by both measures."""
     measures = {figure: trials.by_seed(found, figure) for figure in ("accuracy", "perplexity")}
     for name in SIGNALS:
         if name == BASE or name not in measures["accuracy"]:
@@ -72,7 +70,6 @@ def findings(found: list[trials.Result]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Trains what is missing and writes the report."""
     arguments = trials.parse(trials.parser_of(__doc__))
     strategies = {
         name: Strategy(

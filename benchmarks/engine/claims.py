@@ -94,12 +94,10 @@ class Findings:
         self._lines = {(one.case, one.packing, one.aware, one.seed): one for one in lines}
 
     def of(self, case: str, packing: str = DEPLOYMENT.name, aware: bool = False) -> dict[int, Line]:
-        """By seed."""
         wanted = (case, packing, aware)
         return {seed: line for (*key, seed), line in sorted(self._lines.items()) if tuple(key) == wanted}
 
     def less(self, case: str, base: str) -> list[float]:
-        """Exact match of a recipe less that of another, by seed."""
         found, other = self.of(case), self.of(base)
         return [found[seed].exact_match - other[seed].exact_match for seed in sorted(found.keys() & other.keys())]
 
@@ -116,7 +114,6 @@ class Findings:
         return without, with_it
 
     def summary(self) -> list[str]:
-        """What the tables say, in sentences."""
         sentences = [
             f"Lost against the teacher, in points of exact match: outputs alone {self.lost('outputs')} (often quoted: "
             f"8), the full recipe {self.lost('full recipe')} (often quoted: at most 3), cross-entropy without the "
@@ -239,7 +236,6 @@ def make(bench: Bench, seeds: Sequence[int]) -> None:
 
 
 def main() -> None:
-    """Makes what is missing, as far as the time box goes, and writes the report."""
     parser = program.parser_of(__doc__, seeds=5, time=True)
     parser.add_argument("--sweep", action="store_true", help="only the choice of rates and weights")
     parser.add_argument("--report", action="store_true", help="only the report of what is there")

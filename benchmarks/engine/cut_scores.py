@@ -42,7 +42,6 @@ def core_seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Scores in both ways and writes the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--data", default="pydoc")

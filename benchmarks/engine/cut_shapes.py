@@ -60,7 +60,6 @@ def repairs(spec_width: int, shapes: Shapes, sample: Sample) -> Iterator[dict[st
 
 
 def main() -> None:
-    """Solves each budget and writes the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--data", default="pydoc")

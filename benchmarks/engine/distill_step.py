@@ -78,7 +78,6 @@ ARMS = {
 
 
 def plain_step(student: Any, optimizer: Any, ids: Tensor) -> None:
-    """A training step on the cross-entropy that transformers' own models give."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = student(input_ids=ids, labels=ids, use_cache=False).loss
     descend(student, optimizer, loss)
@@ -142,7 +141,6 @@ class Taken(NamedTuple):
 
 
 def seconds(work: Callable[[], Any]) -> Taken:
-    """What one call takes."""
     began = Taken(time.perf_counter(), time.process_time())
     work()
     return Taken(time.perf_counter() - began.wall, time.process_time() - began.processor)
@@ -287,7 +285,6 @@ def workshop(reference: str, root: Path, length: int, tokens: int, folder: Path)
 def arms(
     shop: Workshop, length: int, tokens: int, threads: int, wanted: Sequence[str]
 ) -> dict[str, Callable[[], Taken]]:
-    """One step of each arm that is wanted, and of those that they are compared with, the first of them first."""
     plan = straight_plan(10**9, sequence_length=length, batch_tokens=tokens, decay=0.25, threads=threads, bf16=True)
     live = LiveTeacher(shop.teacher.folder, bf16=True)
     trainers = {
@@ -356,7 +353,6 @@ def spent_on(run: Callable[[], Any]) -> list[list[str]]:
 
 
 def step_lines(taken: Mapping[str, list[Taken]], tokens: int) -> Iterator[list[str]]:
-    """Seconds, tokens a second and ratios of each arm."""
     for name, times in taken.items():
         middle = statistics.median(step.wall for step in times)
         used = statistics.median(step.processor for step in times)
@@ -365,7 +361,6 @@ def step_lines(taken: Mapping[str, list[Taken]], tokens: int) -> Iterator[list[s
 
 
 def sized(taken: Mapping[tuple[int, int], Mapping[str, list[Taken]]]) -> Iterator[str]:
-    """A heading and a table of the steps of each size."""
     clocks = [cell for other in COMPARED.values() for cell in (f"over {other}", "by processor")]
     for (sequences, length), times in taken.items():
         yield f"## Steps of {sequences} x {length} tokens"
@@ -380,7 +375,6 @@ def size_of(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Times the arms by turns and writes the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
     parser.add_argument("--rounds", type=int, default=3, help="in which each arm takes a step")

@@ -80,7 +80,6 @@ def rounded(
 
 
 def main() -> None:
-    """Rounds, scores, and writes the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--data", default="pydoc")

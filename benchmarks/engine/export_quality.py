@@ -1,6 +1,6 @@
 """Quality at equal bytes: one model in every 4-bit form of this project, and through what a user would pick instead.
 
-    python -m benchmarks.engine.export_quality [--tokens 1000] [--calibration 2000] [--seeds 3] [--only llama.cpp]
+    python -m benchmarks.engine.export_quality [--tokens 1000] [--calibration 2000] [--seeds 3] [--models permuted]
 
 Each form and seed is a line of `reports/export-quality.jsonl`; what is there is not judged again.
 
@@ -37,6 +37,7 @@ import argparse
 import ctypes
 import importlib.util
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -325,7 +326,7 @@ def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
         for name, size, make in forms(folder, moments, solved=kind == "package" and not given.smoke):
             key = {"model": kind, "form": name, "seed": seed, "tokens": given.tokens, "calibration": given.calibration}
             store = program.REPORTS / STORE
-            if given.only not in name or any(key.items() <= one.items() for one in report.lines_of(store)):
+            if not re.search(given.only, name) or any(key.items() <= one.items() for one in report.lines_of(store)):
                 continue
             weights = make()
             for part, parameter in model.named_parameters():
@@ -336,7 +337,6 @@ def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
 
 
 def section(given: argparse.Namespace, kind: str) -> list[str]:
-    """The table of a model, and what becomes of the targets."""
     found: dict[str, dict[str, Any]] = {}
     for one in report.lines_of(program.REPORTS / STORE):
         if (one.get("model"), one["tokens"], one.get("calibration")) == (kind, given.tokens, given.calibration):
@@ -352,16 +352,16 @@ def section(given: argparse.Namespace, kind: str) -> list[str]:
 
 
 def main() -> None:
-    """Judges every form, and writes the report."""
     parser = program.parser_of(__doc__, seeds=1)
     parser.add_argument("--tokens", type=int, default=1000, help="that are judged by")
     parser.add_argument("--calibration", type=int, default=2000, help="tokens that are calibrated on")
-    parser.add_argument("--only", default="", help="part of the names of the forms that are judged")
+    parser.add_argument("--only", default="", help="a regular expression of the names of the forms that are judged")
+    parser.add_argument("--models", default=",".join(MODELS), help="that are judged, separated by commas")
     parser.add_argument("--render", action="store_true", help="write the report of what was judged, and judge nothing")
     given = program.parse(parser, tokens=100, calibration=200)
     torch.set_num_threads(1)
     for seed in range(0 if given.render else given.seeds):
-        for kind in MODELS:
+        for kind in given.models.split(","):
             judge_all(given, kind, seed)
     told = (
         f"SmolLM2-135M, {given.calibration} tokens to calibrate on and {given.tokens} to judge by, seeds: "

@@ -108,7 +108,6 @@ def by_ends(weights: Floats, grid: Grid) -> Floats:
 
 
 def draws(folder: Path) -> dict[str, Floats]:
-    """Weights to be packed, by what they are."""
     random = np.random.default_rng(0)
     model = load_model(folder, torch.float32)
     layers = model.model.layers
@@ -125,7 +124,6 @@ def draws(folder: Path) -> dict[str, Floats]:
 
 
 def losses(found: Mapping[str, Floats]) -> str:
-    """The table of squared errors."""
     lines = []
     for grid in GRIDS:
         for name, weights in found.items():
@@ -149,7 +147,6 @@ def _more(ours: float, other: float) -> str:
 
 
 def seconds(millions: int) -> str:
-    """The table of times."""
     weights = np.random.default_rng(0).standard_normal((2048, 4096)).astype(np.float32)
     times = millions * 1e6 / weights.size
     lines = []
@@ -181,7 +178,6 @@ def _theirs(model: Any, spec: ModelSpec, form: str) -> dict[str, torch.Tensor]:
 
 
 def divergences(folder: Path, tokens: int, forms: Sequence[str]) -> str:
-    """The table of what is lost of a model."""
     model = load_model(folder, torch.float32)
     spec = spec_from_config(read_json(folder / "config.json"))
     text = prepare(
@@ -240,7 +236,6 @@ def divergences(folder: Path, tokens: int, forms: Sequence[str]) -> str:
 
 
 def steps(folder: Path, sizes: Mapping[str, int]) -> str:
-    """The table of what training on a grid adds to a step."""
     teacher = save_tiny_teacher(folder / "teacher", **sizes)
     found = measure(teacher, 1024, 3, 1, False, {"": quantization}, SCALES, FINISHED)
     report.note("seconds of steps", found)
@@ -257,7 +252,6 @@ def steps(folder: Path, sizes: Mapping[str, int]) -> str:
 
 
 def speeds(folder: Path, sizes: Mapping[str, int], forms: Sequence[str]) -> str:
-    """The table of times in llama.cpp."""
     lines = []
     for form in forms:
         case = Case(family="llama", tied=True, form=form, **sizes)
@@ -273,7 +267,6 @@ def speeds(folder: Path, sizes: Mapping[str, int], forms: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Measures all of it, and writes the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
     parser.add_argument("--tokens", type=int, default=1024, help="that the model is judged on")

@@ -72,7 +72,6 @@ class Line:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What is not made twice."""
         return self.study, self.case, self.seed, self.packing, self.aware, self.tokens, self.questions
 
 

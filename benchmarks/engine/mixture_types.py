@@ -73,7 +73,6 @@ def stored(library: ctypes.CDLL, model: Path, file_type: int, out: Path) -> dict
 
 
 def cases(library: ctypes.CDLL, asked: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each case with what the quantiser made of it."""
     for case in asked:
         sizes = {"width": 256, "ffn": 256, "tied": True} | case
         with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +84,6 @@ def cases(library: ctypes.CDLL, asked: Iterable[dict[str, Any]]) -> Iterator[dic
 
 
 def main() -> None:
-    """Writes the file that the tests read."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--library", type=Path, required=True, help="libllama, beside the libraries that it loads")
     parser.add_argument("--release", required=True, help="which release of llama.cpp it is of")

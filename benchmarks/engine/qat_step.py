@@ -59,7 +59,6 @@ FINISHINGS: dict[str, dict[str, Any]] = {
 
 
 def load_module(path: Path) -> ModuleType:
-    """The module of quantisation in another file."""
     spec = importlib.util.spec_from_file_location("quantization_before", path)
     assert spec is not None
     assert spec.loader is not None
@@ -138,7 +137,6 @@ def measure(
 
 
 def main() -> None:
-    """Measures both sizes and writes the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
     parser.add_argument("--threads", type=int, default=1, help="of torch")

@@ -108,7 +108,6 @@ def request_of(arguments: argparse.Namespace, tokens: int, step_tokens: int) -> 
 
 
 def main() -> None:
-    """Trains what is missing and writes the report."""
     parser = program.parser_of(__doc__, seeds=2)
     parser.add_argument("--data", default="pydoc", help="text that is trained on")
     parser.add_argument("--tokens", type=int, default=24576)

@@ -55,7 +55,6 @@ def rate(setting: TrialSetting, way: str, steps: int) -> float:
 
 
 def main() -> None:
-    """Times all ways and writes the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--data", default="pydoc", help="text that is trained on")
     parser.add_argument("--steps", type=int, default=8)

@@ -85,7 +85,6 @@ def regrets(kinds: tuple[str, ...], tokens: int, seed: int, folder: Path) -> lis
 
 
 def _whole_tables(options: Options) -> Options:
-    """Options whose tables are in 16 bits."""
 
     class WholeTables(Options):
         def kinds(self, tensor):  # type: ignore[no-untyped-def]
@@ -95,7 +94,6 @@ def _whole_tables(options: Options) -> Options:
 
 
 def main() -> None:
-    """Tries all, solves, and writes the report."""
     parser = program.parser_of(__doc__, seeds=1)
     parser.add_argument("--kinds", default="q8_0,q4_0,q3_k", help="types, parted by commas")
     parser.add_argument("--tokens", type=int, default=128)

@@ -23,7 +23,6 @@ BUDGETS = "175MB,150MB"
 
 
 def lines(document: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The solution of one budget, and each rival that was measured."""
     for found in document["solutions"]:
         limit = format_bytes(found["budget"]["memory_bytes"])
         yield [limit, f"**solved: {found['solution']['name']}**", *_figures(found["solution"]), "-"]
@@ -54,7 +53,6 @@ def said(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Solves each budget by itself, with exchanges, and writes the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--data", default="pydoc")

@@ -35,7 +35,6 @@ INITS |= {
 
 
 def main() -> None:
-    """Trains what is missing and writes the report."""
     parser = trials.parser_of(__doc__)
     parser.add_argument("--recipe", choices=RECIPES, default="logits", help="see above")
     arguments = trials.parse(parser)

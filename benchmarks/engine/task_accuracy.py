@@ -50,7 +50,6 @@ TOKENS, ROUNDS = 512, 3
 
 
 def own(task: TaskFile, model: Any, folder: Path, name: str, share: float) -> dict[str, Any]:
-    """Accuracy as a search measures it."""
     spec = spec_from_config(read_json(folder / "config.json"))
     data = load_split(_data(folder), "validation").head(256)
     evaluation, _ = evaluate(
@@ -121,7 +120,6 @@ def _data(folder: Path) -> Path:
 
 
 def accuracy_of(folder: Path, tasks: Path, name: str, packed: str, questions: int) -> dict[str, Any]:
-    """One model on one task, by us and by lm-eval."""
     model = load_model(folder, torch.float32)
     (task,) = read_tasks(tasks / f"{name}.yaml")
     # A question of MMLU has about three times as many tokens.
@@ -132,7 +130,6 @@ def accuracy_of(folder: Path, tasks: Path, name: str, packed: str, questions: in
 
 
 def accuracies(name: str, found: dict[str, dict[str, Any]]) -> str:
-    """The table of one task, by what it was packed as."""
     lines = []
     for packed, mine in found.items():
         compared = "-"
@@ -190,7 +187,6 @@ def divergences(folder: Path) -> dict[str, Any]:
 
 
 def divergence_section(found: dict[str, Any]) -> str:
-    """The table of divergences, and their cost."""
     without, also = found["seconds"]["without"], found["seconds"]["with"]
     lines = [[name, *(f"{value:.5f}" for value in values)] for name, values in found["means"].items()]
     return (
@@ -206,7 +202,6 @@ PARTS = ("divergence", *(f"{name}:{packed}" for name in ("openbookqa", "mmlu") f
 
 
 def main() -> None:
-    """Measures what is asked for, and writes the report of all that is there."""
     parser = program.parser_of(__doc__)
     parser.add_argument("folder", type=Path, nargs="?", help="of the task files")
     parser.add_argument("--questions", type=int, default=240, help="of each task at the most")

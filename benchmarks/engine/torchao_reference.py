@@ -23,7 +23,6 @@ SHAPE = (16, 256)
 
 
 def main() -> None:
-    """Scales, zero points and codes of each grid of 4 and 8 bits in groups."""
     smoke = program.parse(program.parser_of(__doc__)).smoke
     try:
         from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine

@@ -7,7 +7,8 @@ Each format is a line of `reports/export-formats.jsonl`; what is there is not ex
 The teacher is exported as it is, with its own codes (its matrices lie on Q4_1, its table on Q8_0) where a format holds
 these, and proven in the runtime that serves the format, as an export of a search is. Times are of CPU on one thread, so
 that other work on the machine does not count: of the export, of the first token after a prompt of 64, and of a later
-token. Formats without a cache (pt2, torchscript) read the whole text for each token, and are not timed.
+token. Formats without a cache (pt2, torchscript) read the whole text for each token, and are not timed. Those for
+phones are timed while they are proven: a later token of those that are written, and the peak memory of the process.
 
 Targets, written before the first run: every format is proven; the codes of onnx take no more bytes than those of gguf
 (alignment and graph within 2%); a later token of onnx takes at most three times that of llama.cpp.
@@ -48,6 +49,8 @@ FORMATS = {
     "huggingface": "huggingface",
     "pt2": OWN,
     "torchscript": OWN,
+    "litert": OWN,
+    "executorch": OWN,
 }
 SERVED_BY = {
     "gguf": "llama.cpp",
@@ -55,6 +58,7 @@ SERVED_BY = {
     "compressed-tensors": "transformers",
     "huggingface": "transformers",
 }
+PHONES = ("litert", "executorch")
 STORE = "export-formats.jsonl"
 LENGTH = 100  # tokens of a sequence
 PROMPT = 64
@@ -88,11 +92,12 @@ def exported(name: str, student: Path, deployment: Deployment, expected: Expecte
         with serve(artifact.path, runtime, context=512, threads=1, parallel=1) as server:
             step, first = timed(server, vocabulary, PROMPT)
             found |= {"runtime": runtime, "step_ms": step, "first_ms": first, "peak_bytes": server.peak_bytes()}
+    elif name in PHONES:
+        found |= {"runtime": exporter.runs_in, "step_ms": check["cpu_ms"], "peak_bytes": check["peak_bytes"]}
     return found
 
 
 def lines(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    """A row of the table for each format."""
     for one in found:
         if "failed" in one:
             yield [one["format"], one["failed"], *[""] * 8]
@@ -100,7 +105,8 @@ def lines(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
         away = "" if one["divergence"] is None else f"{one['divergence']:.1g}"
         timing = ["", "", ""]
         if "runtime" in one:
-            timing = [f"{one['first_ms']:.0f}", f"{one['step_ms']:.1f}", f"{one['peak_bytes'] / 1e6:.0f}"]
+            first = f"{one['first_ms']:.0f}" if "first_ms" in one else ""
+            timing = [first, f"{one['step_ms']:.1f}", f"{one['peak_bytes'] / 1e6:.0f}"]
         yield [
             one["format"],
             one["stored"],
@@ -115,7 +121,6 @@ def lines(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def findings(found: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """How the targets stand."""
     known = {one["format"]: one for one in found if "failed" not in one}
     failed = [f"{one['format']} ({one['failed']})" for one in found if "failed" in one]
     yield f"- proven: {', '.join(known)}" + (f"; not: {'; '.join(failed)}" if failed else "")
@@ -127,7 +132,6 @@ def findings(found: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Exports every format, and writes the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=500, help="of the proof")
     parser.add_argument("--only", default=",".join(FORMATS), help="formats, separated by commas")

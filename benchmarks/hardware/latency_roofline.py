@@ -130,7 +130,6 @@ def _core() -> dict[str, Any]:
 
 
 def local(found: Sequence[Point], known: Device, told: str) -> str:
-    """The prediction against every point."""
     lines = []
     ratios: dict[tuple[bool, str], list[float]] = defaultdict(list)
     for point in found:
@@ -195,7 +194,6 @@ _RUNTIMES: dict[str, tuple[str, Callable[[Path, Sequence[str]], Iterator[Point]]
 
 
 def runtime_section(runtime: str, models: Sequence[str]) -> str:
-    """One runtime, measured now."""
     _, points, told = _RUNTIMES[runtime]
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -247,7 +245,6 @@ def quoted_7b() -> str:
 
 
 def quoted_1b() -> str:
-    """1B at 4 bits on a Raspberry Pi 4B."""
     model, device = shape(SIZES["1B"]), find_device("Raspberry Pi 4B", devices())
     lines = []
     for form in ("gguf-f16", "gguf-q4_0"):
@@ -297,7 +294,6 @@ def measure_again(runtime: str | None, models: Sequence[str]) -> Path:
 
 
 def main() -> None:
-    """Writes the report, or measures one runtime's part of the newest one again."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--runtime", choices=list(_RUNTIMES), help="measure it alone anew, in the newest report")
     parser.add_argument("--predicted", action="store_true", help="what is predicted alone anew, in the newest report")

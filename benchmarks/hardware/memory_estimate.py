@@ -75,7 +75,6 @@ CASES = (
 
 
 def measure(case: Case, folder: Path) -> tuple[list[str], float]:
-    """A line of the table, and the sum's error."""
     spec = spec_of(case.config())
     deployment = deployment_named(case.form)
     path = folder / "model.gguf"
@@ -146,7 +145,6 @@ def process_peak(case: Case, folder: Path, runtime: str) -> int:
 
 
 def measure_folder(case: Case, folder: Path, calibrates: bool) -> tuple[list[str], float]:
-    """A line of transformers' table, and the error against the median process."""
     write_folder(case, folder)
     spec, deployment = spec_of(case.config()), deployment_named("huggingface")
     peaks = sorted(process_peak(case, folder, "transformers") for _ in range(_PROCESSES))
@@ -275,7 +273,6 @@ _RUNTIMES = {
 
 
 def llama_table(most: int) -> str:
-    """The last files, so many of them, in llama.cpp."""
     lines, errors = [], []
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES[-most:]:
@@ -322,7 +319,6 @@ _LLAMA_CPP = ("## llama.cpp", llama_table, next(iter(_RUNTIMES.values()))[0])
 
 
 def main() -> None:
-    """Measures every case and writes the report, or one runtime's part of the newest one."""
     parser = program.parser_of(__doc__)
     known = ["llama.cpp", *_RUNTIMES]
     parser.add_argument("--runtime", choices=known, help="measure it alone anew, in the newest report")

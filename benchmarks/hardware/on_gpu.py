@@ -58,7 +58,6 @@ class Setting:
             self.search = self.short
 
     def key(self, part: str) -> str:
-        """What a result is kept under."""
         return f"{part}, {self.device}{', smoke' if self.smoke else ''}"
 
 
@@ -89,7 +88,6 @@ def tests(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def training_memory(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Memory of training steps, predicted and allocated, each in a process of its own."""
     found: dict[str, Any] = {"modes": {}, "failed": ""}
     for mode in setting.memory:
         command = [sys.executable, "-m", "benchmarks.hardware.training_memory", "--measure", mode]
@@ -102,7 +100,6 @@ def training_memory(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def weights(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Memory of the teacher's weights in 16 bits, predicted and allocated."""
     command = [sys.executable, "-m", "benchmarks.hardware.on_gpu", "--weights", setting.teacher, setting.device]
     said, failed = run(command, seconds)
     return {"failed": failed} | ({} if failed else json.loads(said.splitlines()[-1]))
@@ -157,7 +154,6 @@ def shared(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def search(setting: Setting, seconds: float) -> dict[str, Any]:
-    """A real search, with its export, proof and test split."""
     return _searched(setting, "on-gpu", setting.search, seconds)
 
 
@@ -196,7 +192,6 @@ PARTS: Mapping[str, Callable[[Setting, float], dict[str, Any]]] = {
 
 
 def sections(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The report's text."""
     lines = [[name, "failed: " + one["failed"] if one["failed"] else "done"] for name, one in found.items()]
     parts = ["## Parts\n\n" + report.table(["part", "what became of it"], lines)]
     ran = {name: one for name, one in found.items() if not one["failed"]}
@@ -242,7 +237,6 @@ def _held(predicted: int, held: int) -> list[str]:
 
 
 def main() -> None:
-    """Runs the parts that are not known yet, and writes the report."""
     parser = program.parser_of(__doc__, time=True)
     parser.add_argument("--rehearse", action="store_true", help="each part on the CPU, where there is no GPU")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="by default all")

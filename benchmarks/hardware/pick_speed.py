@@ -146,7 +146,6 @@ STORES = {
 
 
 def main() -> None:
-    """Times every question and writes the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--before", type=Path, help="a checkout of another version, to be timed beside this one")
     parser.add_argument("--rows", type=int, default=10_000, help="of the run that is picked from")

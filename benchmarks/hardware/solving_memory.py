@@ -154,7 +154,6 @@ def peak_bytes() -> int:
 
 
 def lines(names: Sequence[str], tokens: int, layers: int) -> Iterator[list[str]]:
-    """Each case's prediction beside what was measured."""
     kept = report.Kept("solving-memory", content_hash([tokens, layers, file_hash(Path(estimates.__file__))], 16))
     for name in names:
         found = kept.get(name, partial(in_its_process, name, tokens, layers))
@@ -172,7 +171,6 @@ def lines(names: Sequence[str], tokens: int, layers: int) -> Iterator[list[str]]
 
 
 def in_its_process(name: str, tokens: int, layers: int) -> dict[str, Any]:
-    """What `measure` gives in a process that has done nothing else."""
     command = [sys.executable, "-m", "benchmarks.hardware.solving_memory", "--measure", name]
     command += ["--tokens", str(tokens), "--layers", str(layers)]
     environment = os.environ | GIVING_BACK
@@ -204,7 +202,6 @@ def large(tokens: int) -> str:
 
 
 def main() -> None:
-    """Prints and writes the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--measure", choices=list(CASES), help="one measurement, for a process of its own")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from autodistill.estimates.training_fit import Training, fit_teacher, training_fits
+from autodistill.estimates.teacher_fit import fit_teacher
+from autodistill.estimates.training_fit import Training, training_fits
 from autodistill.estimates.training_memory import TrainingEstimate, training_memory
 from autodistill.hardware.machine import Gpu, Machine
 from autodistill.models.config import spec_from_config
@@ -81,7 +82,6 @@ class Mode:
     on_grid: bool = False
 
     def estimate(self, spec: ModelSpec) -> TrainingEstimate:
-        """What the step is predicted to take."""
         return training_memory(
             spec,
             tokens=self.micro_batch * LENGTH,
@@ -145,7 +145,6 @@ def measure(mode: Mode, device: str = "cpu") -> dict[str, int]:
 
 
 def train(mode: Mode, config: dict[str, Any], device: str = "cpu") -> None:
-    """Three steps of a new model."""
     import numpy as np
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -189,7 +188,6 @@ def train(mode: Mode, config: dict[str, Any], device: str = "cpu") -> None:
 
 
 def parts(estimate: TrainingEstimate, held: Sequence[str] = PARTS) -> list[str]:
-    """The parts for a table's line."""
     return [format_bytes(getattr(estimate, name)) for name in held]
 
 
@@ -251,7 +249,6 @@ def growth(name: str, environment: dict[str, str], more: Sequence[str]) -> int:
 
 
 def measured_lines(modes: Sequence[str], more: Sequence[str]) -> Iterator[list[str]]:
-    """Each mode's prediction, less the process's own memory, beside the measured growth of the peak."""
     spec = spec_from_config(MEASURED)
     own = [name for name in PARTS if name not in ("overhead_bytes", "alignment_bytes")]
     for name, mode in ((name, MODES[name]) for name in modes):
@@ -267,7 +264,6 @@ def measured_lines(modes: Sequence[str], more: Sequence[str]) -> Iterator[list[s
 
 
 def main() -> None:
-    """Prints and writes the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--measure", choices=list(MODES), help="one measurement, for a process of its own")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of that one measurement")

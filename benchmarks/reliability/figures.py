@@ -83,7 +83,6 @@ def rounded(shown: str, exact: str) -> str:
 
 
 def quotes(path: Path = QUOTES) -> list[Quote]:
-    """The quotes of a file."""
     return [Quote(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
 
 
@@ -137,7 +136,6 @@ def board(name: str, rows: int) -> str:
 
 
 def main() -> None:
-    """Checks, or writes."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", action="store_true", help="put the reports' figures into the documents")
     arguments = parse(parser)

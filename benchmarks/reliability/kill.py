@@ -101,12 +101,10 @@ class Search:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The log so far."""
         return EventLog(self.run / "trials.jsonl").read()
 
     @property
     def finished(self) -> bool:
-        """Whether a process has come to its end."""
         return self._finished.exists()
 
     @property
@@ -118,7 +116,6 @@ class Search:
 
     @property
     def said(self) -> str:
-        """What the latest process has said."""
         return self._said.read_text() if self._said.exists() else ""
 
     def live(self, events: int | None, seconds: float = 0.0, end: str = "") -> bool:
@@ -252,12 +249,10 @@ def twice(events: list[dict[str, Any]]) -> int:
 
 
 def kept_kills(path: Path) -> list[Kill]:
-    """Kills of an earlier call."""
     return [Kill(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main() -> None:
-    """Kills, resumes, compares and writes the report."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--runner", choices=("inline", "ray"), default="inline", help="of the searches")
     parser.add_argument("--kills", type=int, default=20, help="in all")
@@ -331,7 +326,6 @@ def main() -> None:
 
 
 def sections(lines: list[list[Any]], kills: list[Kill], faults: list[str], seconds: float, runner: str) -> list[str]:
-    """The report's parts."""
     verdict = "Held" if not faults and not any(line[-1] for line in lines) else "Not held"
     stages: dict[str, int] = {}
     for kill in kills:

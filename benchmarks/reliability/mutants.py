@@ -176,7 +176,6 @@ class Job:
         return int(pytest.main([*(options if plugin.fails else options[:-1]), *arguments], plugins=[plugin]))
 
     def ended(self) -> bool:
-        """Whether it has; one beyond all patience is ended."""
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
         if pid:
             self.code, self.seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
@@ -557,7 +556,6 @@ def equivalents() -> dict[tuple[str, str, str], str]:
 
 
 def main() -> int:
-    """See the module's docstring."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--mutants", type=int, default=100, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="that draws them")

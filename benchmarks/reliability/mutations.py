@@ -68,7 +68,6 @@ class Mutation:
 
 
 def mutations(module: str, text: str) -> list[Mutation]:
-    """All mutations of a module, in the order of its text."""
     tree = ast.parse(text)
     found = []
     for path, node, statement, inside in _walk(tree):
@@ -99,7 +98,6 @@ def mutations(module: str, text: str) -> list[Mutation]:
 
 
 def _short(node: _Node) -> str:
-    """The first line of what a node says."""
     operator = ast.unparse(node).strip() if not isinstance(node, (ast.operator, ast.cmpop, ast.boolop)) else ""
     return (operator or type(node).__name__).splitlines()[0]
 
@@ -110,7 +108,6 @@ def _walk(tree: ast.Module) -> Iterator[tuple[_Path, _Node, ast.stmt | None, boo
     def visit(
         node: _Node, path: _Path, statement: ast.stmt | None, inside: bool
     ) -> Iterator[tuple[_Path, _Node, ast.stmt | None, bool]]:
-        """The same of one node and what lies in it."""
         if isinstance(node, (ast.FormattedValue, ast.Import, ast.ImportFrom)):
             return
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
@@ -135,7 +132,6 @@ def _walk(tree: ast.Module) -> Iterator[tuple[_Path, _Node, ast.stmt | None, boo
 
 
 def _changes(node: _Node, field: str) -> Iterator[tuple[str, _Node]]:
-    """What may become of a node, with the kind of the change."""
     for other in _OPERATORS.get(type(node), ()):
         kind = (
             "comparison" if isinstance(node, ast.cmpop) else "logic" if isinstance(node, ast.boolop) else "arithmetic"
@@ -192,7 +188,6 @@ def marked(module: str, text: str) -> str:
     """The module with a call `_reached(module, line)` before each statement of its functions."""
 
     def each(body: list[ast.stmt]) -> list[ast.stmt]:
-        """Put the call before each statement of a body."""
         found: list[ast.stmt] = []
         for number, statement in enumerate(body):
             is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

@@ -53,7 +53,6 @@ class Spell:
 
     @classmethod
     def of(cls, seconds: float) -> Spell:
-        """Works for so long, and says so."""
         began = time.time()
         time.sleep(seconds)
         return cls(began=began, ended=time.time(), process=os.getpid())
@@ -67,28 +66,23 @@ class Trials:
         self.spells: list[Spell] = []
 
     def next(self) -> Any:
-        """The seconds of the next trial."""
         return self._left.pop() if self._left else None
 
     def take(self, assignment: Any, outcome: Mapping[str, Any]) -> None:
-        """Keeps what its worker says of it."""
         self.spells.append(outcome["report"])
 
 
 def sleeper() -> Callable[[float], dict[str, Any]]:
-    """What a worker does its trials by."""
     return lambda seconds: {"report": Spell.of(seconds)}
 
 
 def ours(count: int, seconds: float, workers: int) -> list[Spell]:
-    """The search's own runner."""
     trials = Trials(count, seconds)
     drive(trials, workers, [{"CPU": 1.0}], sleeper, lambda: None)
     return trials.spells
 
 
 def plain(count: int, seconds: float, workers: int) -> list[Spell]:
-    """What an engineer writes in an afternoon."""
     from ray import tune
 
     def train(config: dict[str, Any]) -> None:
@@ -138,7 +132,6 @@ class Processors:
 
     @property
     def seconds(self) -> float:
-        """Once the context is left."""
         return sum(spent - self._first.get(process, 0.0) for process, spent in self._last.items())
 
     def _watch(self) -> None:
@@ -177,7 +170,6 @@ class Cost:
 
 
 def measure(run: Callable[[int, float, int], list[Spell]], count: int, seconds: float, workers: int) -> Cost:
-    """Runs so many trials of so many seconds."""
     start = time.time()
     with Processors() as processors:
         spells = run(count, seconds, workers)
@@ -202,7 +194,6 @@ def measure(run: Callable[[int, float, int], list[Spell]], count: int, seconds: 
 
 
 def line(name: str, seconds: float, cost: Cost) -> Sequence[Any]:
-    """A line of the table."""
     gaps = f"{statistics.mean(cost.gaps):.2f} (most {max(cost.gaps):.2f})" if cost.gaps else "no process has two"
     beyond = (cost.spent - cost.workers * cost.first) / max(1, cost.trials - cost.workers)
     return (
@@ -244,7 +235,6 @@ def source() -> str:
 
 
 def main() -> None:
-    """Measures what is missing and writes the report."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--trials", type=int, default=12, help="of each run")
     parser.add_argument("--seconds", type=float, nargs="*", default=[0.0, 30.0], help="that a trial works for")

@@ -34,7 +34,6 @@ IDS = ("strategy_id", "deployment_id", "row_id", "id")
 
 
 def main() -> None:
-    """Records, or compares."""
     parser = parser_of(__doc__)
     verbs = parser.add_subparsers(dest="verb")
     recording = verbs.add_parser("record", help="run the searches and write their rows")
@@ -63,7 +62,6 @@ def main() -> None:
 
 
 def compare(*records: Path) -> None:
-    """Says what two records do not have in common."""
     before, after = (json.loads(path.read_text(encoding="utf-8")) for path in records)
     faults = [*differences(before, after)]
     rows = sum(len(found) for found in before.values())
@@ -83,7 +81,6 @@ def record(out: Path, inputs: Path, names: list[str]) -> None:
 
 
 def searches(name: str, inputs: Path) -> Iterator[tuple[str, list[str]]]:
-    """Names and command lines of one set."""
     if name == "smollm2":
         yield "smollm2", ["search", "--budget", "210MB", "--trials", "2", "--tokens", "1024", "--explore", "1"]
         return
@@ -163,7 +160,6 @@ def comparable(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
-    """What two records do not have in common; ids that changed are printed as a map, and must change one to one."""
     renamed: dict[str, str] = {}
     for run in sorted(before.keys() ^ after.keys()):
         yield f"{run} is in one record only"

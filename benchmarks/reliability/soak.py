@@ -89,7 +89,6 @@ class Soaked:
 
 
 def main() -> None:
-    """Run all parts, and write the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--student", default="", help="a .gguf file, an exported folder, a run or a row")
     parser.add_argument("--time", type=parse_duration, default=600.0, help="under load, 10m by default")
@@ -119,7 +118,6 @@ def _student(reference: str, folder: Path, *, tiny: bool) -> Path:
 
 
 def run(student: Path, folder: Path, arguments: Any) -> dict[str, Any]:
-    """Serve, load, and kill; what came of it as plain data."""
     port, key_file = _free_port(), folder / "key"
     command = [sys.executable, "-m", "autodistill", "serve", str(student), "--port", str(port)]
     command += ["--key-file", str(key_file), "--streams", str(arguments.streams), "--threads", str(arguments.threads)]

@@ -42,7 +42,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def one(table: Table, case: str, seed: int) -> dict[str, Any]:
-    """What a search spends and finds."""
     made = plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3))
     spent, campaign = simulate(table, made, seed=seed, **CASES[case])
     rejected = sum(trial.status == "rejected" for trial in campaign.trials.values())
@@ -69,7 +68,6 @@ def warm(table: Table, seed: int, warmed: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Replays and measures what is missing, and writes the report."""
     parser = parser_of(__doc__, seeds=50, time=True)
     arguments = parse(parser, seeds=2)
     if arguments.smoke:
@@ -93,14 +91,12 @@ def main() -> None:
 
 
 def paired(values: list[float], base: list[float], scale: float) -> str:
-    """Mean of paired differences and its standard error."""
     return mean(np.asarray(values) - np.asarray(base), 3, factor=scale)
 
 
 def sections(
     table: Table, found: dict[str, list[Any]], warmed: dict[str, list[Any]], seconds: list[float]
 ) -> list[str]:
-    """The report's parts."""
     whole, best = found["the whole search"], table.best()
     rows = []
     for case, runs in found.items():

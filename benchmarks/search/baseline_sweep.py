@@ -23,7 +23,6 @@ ALIGNMENT_WEIGHTS = (0.1, 1.0)
 
 
 def candidates(rates: list[float], divergence: list[float], alignment: list[float]) -> dict[str, Strategy]:
-    """Variants of the recipe by name."""
     recipe = load_strategy("hand_designed")
     assert recipe.distillation.alignment is not None
     found = {}
@@ -39,7 +38,6 @@ def candidates(rates: list[float], divergence: list[float], alignment: list[floa
 
 
 def main() -> None:
-    """Runs the sweep, shows progress and writes the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=12544, help="training tokens of each")
     parser.add_argument("--workers", type=int, default=2, help="that train at once")

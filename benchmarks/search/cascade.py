@@ -74,7 +74,6 @@ def smallest(out: Path, name: str) -> str:
 
 
 def lines(curve: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
-    """About every tenth point of a curve, for a table."""
     chosen = sorted({round(step * (len(curve) - 1) / _TENTHS) for step in range(_TENTHS + 1)})
     for one in (curve[place] for place in chosen):
         yield [
@@ -92,7 +91,6 @@ def _pair(value: float, error: float | None, times: float, digits: int) -> str:
 
 
 def section(document: Mapping[str, Any]) -> str:
-    """A cascade as a section of the report."""
     small, large, data = document["small"]["row_id"], document["large"]["row_id"], document["data"]["name"]
     parts = [f"## {small}, then {large}, on {data}\n\n" + " ".join(document["notes"])]
     titles = ["below", "deferred, %", "accuracy, %", "over chance, points", "ms an item", "memory, MB"]
@@ -111,7 +109,6 @@ def section(document: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Makes what is missing, and writes the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--runs", nargs="+", metavar="RUN:ROWS", default=[], help="folders of runs, and two rows each")
     parser.add_argument("--steps", type=int, default=300, help="that train the teacher of sums")

@@ -81,7 +81,6 @@ class Lab:
 
     @cached_property
     def reference(self) -> TeacherReference:
-        """What the teacher says of the held-out text."""
         return self._scored_teacher[1]
 
     @cached_property
@@ -93,7 +92,6 @@ class Lab:
         return measure_importance(load_model(self.teacher, torch.float32), self._train)
 
     def teacher_itself(self) -> dict[str, Any]:
-        """NLL and accuracy of the teacher."""
         return figures(self._scored_teacher[0])
 
     def begun(self, init: Init) -> tuple[Any, tuple[int, ...]]:
@@ -155,7 +153,6 @@ def figures(scores: TokenScores) -> dict[str, Any]:
 
 
 def finishing(deployment: Deployment) -> Finishing | None:
-    """The grid of a storage, on which training ends."""
     scheme = deployment.scheme
     return None if scheme.bits == 16 and not scheme.types else Finishing(**asdict(scheme))
 

@@ -48,7 +48,6 @@ PRUNING = (0.3, 0.5)
 
 
 def joint(table: Table, seed: int) -> dict[str, Any]:
-    """One search of everything."""
     spent, _ = simulate(table, plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3)), seed=seed)
     return {"tokens": spent.trained, "best": spent.best[2], "strategy": spent.best[3]}
 
@@ -162,7 +161,6 @@ class Turns:
 
 
 def fitting(line: Line) -> float:
-    """Accuracy under the best deployment that fits."""
     return max(line.rows.values())
 
 
@@ -189,7 +187,6 @@ def unquantized(table: Table, prepared: Prepared, kept: Kept, most: int | None =
 
 
 def main() -> None:
-    """Makes what is missing, and writes the report."""
     parser = parser_of(__doc__, seeds=50, time=True)
     arguments = parse(parser, seeds=2)
     if arguments.smoke:
@@ -219,7 +216,6 @@ def main() -> None:
 
 
 def sections(table: Table, found: dict[str, list[Any]]) -> list[str]:
-    """The report's parts."""
     best = table.best()
     joint_best = np.array([run["best"] for run in found["joint"]])
     rows, sentences = [], []

@@ -74,6 +74,7 @@ _CHOICES = {
     "distillation.temperature.shape": (0.03, 0.01),
     "distillation.alignment": (0.05, 0.01),
     "distillation.alignment.projection": (0.02, 0.01),
+    "distillation.on_policy": (0.03, 0.03),
 }
 # From teacher to teacher.
 _BETWEEN = {
@@ -106,13 +107,11 @@ def vague() -> Knowledge:
 
 
 def of_reference() -> Iterator[Evidence]:
-    """Students of the reference runs, at every rung."""
     for path in sorted(REFERENCE.glob("*/search.json")):
         yield from evidence_of_run(RunFolder.open(REFERENCE, path.parent.name), "smollm2")
 
 
 def of_sweep() -> Iterator[Evidence]:
-    """Variants of the hand-designed recipe."""
     store = TRACKED / "baseline-sweep.json"
     for tokens, done in json.loads(store.read_text()).items():
         for name, result in done.items():
@@ -208,7 +207,6 @@ def _figure(belief: Belief) -> str:
 
 
 def _recipe(prior: Prior) -> str:
-    """A prior as a table."""
     numbers = [
         [path, f"{one.value:g}", f"{one.low:g} to {one.high:g}", f"{one.stake:.4f}"]
         for path, one in prior.numbers.items()
@@ -221,7 +219,6 @@ def _recipe(prior: Prior) -> str:
 
 
 def main() -> None:
-    """Learns, and prints the fit."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {FILE.name}, which ships")
     arguments = parse(parser)

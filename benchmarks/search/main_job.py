@@ -20,7 +20,6 @@ from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
 
 
 def main() -> None:
-    """Runs the search and writes the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--time", default=None, help="time budget of the search")
     parser.add_argument("--out", type=Path, default=None, help="folder of the run")
@@ -47,7 +46,6 @@ def main() -> None:
 
 
 def sections(command: str, result: dict, wall: float) -> list[str]:
-    """The report's parts."""
     seconds, plan = result["seconds"], result["plan"]
     phases = [[name, f"{value:.1f}", f"{value / seconds['total']:.1%}"] for name, value in seconds.items()]
     rows = result["rows"]

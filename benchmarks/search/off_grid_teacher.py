@@ -70,7 +70,6 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        """Where the teacher is, once it is trained."""
         parts = [self.teacher, self.rate, self.steps, self.sequence, WARMUP, DECAY, EVERY, NORMAL]
         return cache_folder() / "benchmarks" / f"off-grid-teacher-{content_hash(parts)}"
 
@@ -212,7 +211,6 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def sections(told: dict[str, Any]) -> list[str]:
-    """The report's parts."""
     first, last = told["curve"][0], told["curve"][-1]
     head = (
         f"{told['teacher']} trained on for {last['step']} steps of {told['tokens'] // last['step']} tokens "
@@ -235,7 +233,6 @@ def sections(told: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Trains the teacher where it is not yet, and writes the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--steps", type=int, default=STEPS, help="at the most, beside the decay")

@@ -83,7 +83,6 @@ and for an export that is run and measured; the others for none of these."""
 
 
 def main() -> None:
-    """Makes what is missing and writes the report."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--budget", default="210MB", help="of the search")
     parser.add_argument("--box", type=parse_duration, default=600.0, help="of the search, on two cores")
@@ -168,7 +167,6 @@ def searched(asked: argparse.Namespace, explore: float) -> peers_arms.Made:
 
 
 def sections(found: Mapping[str, Mapping[str, Any]], versions: Mapping[str, str], asked: Any) -> list[str]:
-    """The report's parts."""
     mine, seconds = found[MINE], THREADS * asked.box
     given = {**vars(asked), **versions, "seconds": seconds}
     rows = []

@@ -99,7 +99,6 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """Under which rules are compared."""
         return f"{'SmolLM2' if self.teacher is None else 'small'}, {self.shape}"
 
 
@@ -237,7 +236,6 @@ class Student:
 
 @contextmanager
 def opened(case: Case, teacher_steps: int, eval_tokens: int) -> Iterator[Student]:
-    """A case's student, ready to be trained."""
     batch, length, teacher, data = 256, 256, "smollm2", "pydoc"
     if case.teacher is not None:
         folder, text = small_teacher(*case.teacher, case.seed, teacher_steps)
@@ -282,7 +280,6 @@ class Found:
 
     @property
     def ends(self) -> list[TriedRate]:
-        """The long trainings that stayed finite."""
         return [one for one in self.tried[self.steps] if one.gain is not None]
 
     def gain(self, rate: float) -> float:
@@ -292,7 +289,6 @@ class Found:
 
     @property
     def most(self) -> float:
-        """The gain of the best rate."""
         return max(one.gain or 0.0 for one in self.ends)
 
     def lost(self, rate: float) -> float:
@@ -478,7 +474,6 @@ def _losses(picked: Sequence[tuple[Found, float]]) -> str:
 
 
 def best_table(found: Sequence[Found]) -> str:
-    """The best rate of each student by the length of its training."""
     lines = []
     for one in found:
         tops = []
@@ -497,7 +492,6 @@ def best_table(found: Sequence[Found]) -> str:
 
 
 def main() -> None:
-    """Measures what is not known yet, and writes the report."""
     parser = parser_of(__doc__, seeds=1, time=True)
     parser.add_argument("--students", type=int, default=None, help="how many small ones, of all by default")
     parser.add_argument("--report", action="store_true", help="only the report of the students that are there")
@@ -536,7 +530,6 @@ def main() -> None:
 
 
 def sections(found: Sequence[Found]) -> list[str]:
-    """The report's parts."""
     small = next(one for one in found if one.counts)
     families, widths = ", ".join(FAMILIES), ", ".join(map(str, WIDTHS))
     return [

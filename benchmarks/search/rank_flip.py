@@ -145,7 +145,6 @@ def on_draws(
 
 
 def main() -> None:
-    """Reads the table and writes the report."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--draws", type=int, default=2000, help="of strategies to be halved")
     arguments = parse(parser, draws=2)

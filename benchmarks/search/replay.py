@@ -38,7 +38,6 @@ BROKEN_OFF = ("to the end", "stops (ASHA)")
 
 
 def one(table: Table, scheduler: str, sampler: str, seed: int, trials: int, limit: int | None) -> Any:
-    """The curve of a search as plain data: operations and accuracy, and its total."""
     if scheduler == "to the end":
         made = plan(len(table.recorded) if limit else trials, (TOKENS,), ())
     else:
@@ -56,7 +55,6 @@ def best_at(curve: list[list[float]], operations: float) -> float:
 
 
 def main() -> None:
-    """Replays what is missing, and writes the report."""
     parser = parser_of(__doc__, seeds=50, time=True)
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS, help="which of them")
     arguments = parse(parser, seeds=2, samplers=["random"])

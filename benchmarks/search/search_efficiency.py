@@ -81,7 +81,6 @@ def curve_of(spent: Spent) -> list[Known]:
 
 
 def script(table: Table, seed: int, limit: Expense) -> list[Known]:
-    """(c): an afternoon's script."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     made = plan(1, RUNGS, (1,) * (len(RUNGS) - 1))
     expenses = Worker(table, made).expenses
@@ -127,7 +126,6 @@ def script(table: Table, seed: int, limit: Expense) -> list[Known]:
 
 
 def suggest(trial: optuna.Trial, space: Space) -> Point:
-    """A point by Optuna, one dimension after another."""
     point: Point = {}
     for dimension in space.dimensions:
         if dimension.active(point):
@@ -178,7 +176,6 @@ class Judge:
         self._data = load_split(prepared.setting.data, "test").head(TEST_QUESTIONS * LENGTH)
 
     def judge(self, strategy: Strategy, seed: int, deployment: str) -> dict[str, Any]:
-        """Right tokens and answers of each question."""
         spec = student_spec(strategy, self._setting.teacher_spec)
         return self._score(self._recorder.student(strategy, seed), spec, deployment)
 
@@ -230,7 +227,6 @@ def _told(events: Sequence[RunEvent]) -> Iterator[tuple[str, float]]:
 
 
 def main() -> None:
-    """Looks up, trains what is to be trained, scores test and writes the report."""
     parser = parser_of(__doc__, seeds=50, time=True)
     parser.add_argument("--real", type=int, default=1, help="searches that train, to hold the table to")
     arguments = parse(parser, seeds=1, real=0)

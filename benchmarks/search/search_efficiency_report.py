@@ -53,7 +53,6 @@ class Known:
 
     @classmethod
     def of(cls, spent: Expense, value: float, strategy: str, seed: int, deployment: str) -> Known:
-        """A student that is known after this."""
         given = {"value": value, "strategy": strategy, "seed": seed, "deployment": deployment}
         return cls(operations=spent.operations, seconds=spent.seconds, **given)
 
@@ -82,7 +81,6 @@ class Outcome:
 
     @property
     def recipe(self) -> Expense:
-        """Of training the recipe and judging it once."""
         return Worker(self.table, plan(1, (RUNGS[-1],), ())).expenses.whole(self.table.space.baselines[RECIPE])
 
     @property
@@ -97,13 +95,11 @@ class Outcome:
         return self.followed * float(getattr(self.box, what))
 
     def curves(self, name: str, what: str) -> list[list[Known]]:
-        """Of an arm, up to there."""
         end = self.end(what)
         return [[one for one in curve if getattr(one, what) <= end] for curve in self.arms[name]]
 
 
 def sections(found: Outcome) -> list[str]:
-    """The report's parts."""
     untuned, tuned, _ = found.values
     times, verdict = training(found)
     return [
@@ -133,7 +129,6 @@ def sections(found: Outcome) -> list[str]:
 
 
 def opening(found: Outcome) -> str:
-    """What was compared."""
     checked = "; ".join(
         f"of {one['stretches']} stretches of seed {seed} {one['same']} had the recorded value to the last bit"
         + (f", on another processor than the table's up to {100 * one['off']:.2f} points off" if one["off"] else "")
@@ -154,7 +149,6 @@ def opening(found: Outcome) -> str:
 
 
 def verdicts(found: Outcome, time: str) -> Iterator[str]:
-    """What the targets come to."""
 
     def ratios(value: float) -> str:
         told = []
@@ -209,7 +203,6 @@ def cheapest(table: Table, value: float, what: str) -> float | None:
 
 
 def best_by_compute(found: Outcome, what: str) -> str:
-    """Best values after shares of the box."""
     rows = []
     for name, curves in found.arms.items():
         cells = [NAMES[name]]
@@ -277,7 +270,6 @@ def clock(found: Outcome) -> str:
 
 
 def tested(found: Outcome) -> str:
-    """What was chosen, on test."""
     rows = []
     recipe = found.test["d"][0]
     for name, tests in found.test.items():

@@ -86,11 +86,9 @@ class Bench:
 
     @property
     def operations(self) -> float:
-        """Spent so far."""
         return self._operations
 
     def spend(self, operations: float) -> None:
-        """Adds operations, and the time since the last piece of work."""
         now = time.process_time()
         self._operations, self._seconds, self._since = (
             self._operations + operations,
@@ -116,7 +114,6 @@ class Bench:
         self._add(judged=value, name=name, train=train, test=test)
 
     def note_end(self) -> None:
-        """Writes down what was spent in all."""
         self.spend(0)
         self._add()
 
@@ -241,7 +238,6 @@ def script(
     *,
     told: bool,
 ) -> list[Known]:
-    """(c): an afternoon's script."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     bench = Bench(one, one.costs.teacher_rows, seconds)
     sampler = optuna.samplers.TPESampler(seed=seed)
@@ -289,12 +285,10 @@ def tuned(one: Prepared, limit: float, seconds: float, *, taught: bool) -> list[
 
 
 def is_over(found: Sequence[Known], spent: float, *, box: float, follow: float, target: float) -> bool:
-    """Whether the script has been followed far enough."""
     return spent >= follow or (spent >= box and bool(np.isfinite(passes(found, target))))
 
 
 def main() -> None:
-    """Trains what is missing and writes the report."""
     parser = parser_of(__doc__, seeds=3, time=True)
     parser.add_argument("--tokens", type=int, default=6144, help="of training at full fidelity")
     arguments = parse(parser, seeds=1, tokens=1024)

@@ -93,7 +93,6 @@ def sections(arms: dict[str, list[list[Known]]], plan: Plan, dimensions: int, as
 
 
 def verdicts(arms: dict[str, list[list[Known]]], untuned: float, target: float, box: float) -> Iterator[str]:
-    """What the targets come to, by the medians over seeds."""
     for name, value in (("the recipe as it stands", untuned), ("the tuned recipe", target)):
         for mine, theirs in (("a", "c"), ("a, no start", "c"), ("a, no start", "c, told"), ("a", "c, told")):
             yield f"{ARMS[mine]} passes {name} at one fifth of the compute of {ARMS[theirs]}: " + speedup(
@@ -142,7 +141,6 @@ def short(found: Sequence[Sequence[Known]]) -> list[Known]:
 
 
 def curves(arms: dict[str, list[list[Known]]], box: float) -> str:
-    """Best values after shares of the box."""
     shares = (0.25, 0.5, 0.75, 1.0, 2.0)
     rows = []
     for name, found in arms.items():
@@ -156,7 +154,6 @@ def curves(arms: dict[str, list[list[Known]]], box: float) -> str:
 
 
 def passing(arms: dict[str, list[list[Known]]], untuned: float, target: float, unit: float) -> str:
-    """When each seed of each arm first passes the recipe."""
 
     def cell(curve: Sequence[Known], value: float, what: str, scale: float) -> str:
         found = passes(curve, value, what)
@@ -180,7 +177,6 @@ def passing(arms: dict[str, list[list[Known]]], untuned: float, target: float, u
 
 
 def tested(arms: dict[str, list[list[Known]]], box: float, unit: float) -> str:
-    """What is chosen at the end of the box, on test."""
     chosen = {name: [at(curve, box) for curve in found] for name, found in arms.items()}
     chosen["d, untuned"] = [as_it_stands(arms)]
     recipe = chosen["d"][0]

@@ -84,11 +84,9 @@ class SmallTeacher:
 
     @property
     def newest(self) -> Path | None:
-        """The teacher after most tokens; None before its first checkpoint."""
         return next(reversed(self.folders()), None)
 
     def folders(self) -> list[Path]:
-        """The teachers that are kept, that of fewest tokens first."""
         return sorted(self.folder.glob("tokens-*"), key=_tokens)
 
     def train(self, tokens: int, seconds: float = float("inf")) -> None:
@@ -329,7 +327,6 @@ def _tiny(tokens: int) -> SmallTeacher:
 
 
 def sections(teacher: SmallTeacher) -> list[str]:
-    """The report's parts: how far the teacher has come, that it lies on no grid, and what it has read."""
     folder = teacher.newest
     assert folder is not None
     model = load_model(folder, torch.float32)
@@ -358,7 +355,6 @@ def sections(teacher: SmallTeacher) -> list[str]:
 
 
 def main() -> None:
-    """Trains the teacher on, and says what it is worth."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="in all, 30 a parameter by default")
     arguments = parse(parser, tokens=6 * SEQUENCE * BATCH)

@@ -156,7 +156,6 @@ def less(mine: Mapping[str, Any], other: Mapping[str, Any], what: str) -> tuple[
 
 
 def main() -> None:
-    """Trains what is missing and writes the report."""
     parser = parser_of(__doc__, seeds=3, time=True)
     parser.add_argument("--tokens", type=int, default=6144, help="that each is trained on")
     parser.add_argument("--budgets", default=BUDGETS, help=f"shares, {BUDGETS} by default")

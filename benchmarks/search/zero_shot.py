@@ -115,7 +115,6 @@ def regret(found: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any] |
 
 
 def sections(found: Sequence[Mapping[str, Any]], limits: Mapping[float, int], told: Mapping[str, Any]) -> Iterator[str]:
-    """The report's parts."""
     yield (
         f"Students of {told['teacher']}, text {told['data']}: KL to the teacher, NLL and accuracy on "
         f"{told['held_out']:,} held-out tokens; each student trained on {told['tokens']:,} tokens (forward KL from the "
@@ -151,7 +150,6 @@ def sections(found: Sequence[Mapping[str, Any]], limits: Mapping[float, int], to
 
 
 def main() -> None:
-    """Trains what is missing and writes the report."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--tokens", type=int, default=6144, help="that each student is trained on")
     parser.add_argument("--data", help="the held-apart manuals by default")

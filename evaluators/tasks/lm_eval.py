@@ -141,7 +141,6 @@ def _is_file(task: str) -> bool:
 
 
 def _metrics(task: str, reference: str) -> dict[str, Direction]:
-    """The metrics of a task and their directions."""
     found = _load(task, reference)
     if len(found) != 1:
         one = next(iter(found), "")

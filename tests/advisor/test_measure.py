@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from autodistill.hardware.background_load import Noise
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 from autodistill.models.config import spec_from_config
+from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.runtimes.ssh import Board
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
@@ -245,3 +247,54 @@ def test_what_cannot_be_measured_is_said_before_anything_runs(
     ):
         with pytest.raises(InputError, match=said):
             measure(request(asked[0], tmp_path, **asked[1]))
+
+
+def test_a_file_is_timed_as_its_serve_json_says_and_the_record_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "current_load", lambda threads: QUIET)
+    told: list[dict[str, Any]] = []
+    real = module.time_serving
+    monkeypatch.setattr(module, "time_serving", lambda *given, **more: told.append(more) or real(*given, **more))
+    # Heads of 32, which blocks of a quantised cache divide.
+    wide = save_tiny_teacher(tmp_path / "wide", layers=2, heads=2, kv_heads=1)
+    file = GgufExporter().export(wide, Q8, tmp_path / "gguf").path
+    cached = replace(Q8, cache_type_k="q8_0", cache_type_v="q4_0")
+    write_launch_files(file, cached, 128, 2)
+    found = measure(request(file, tmp_path, context=None))
+    assert [(one["context"], one["slots"]) for one in told] == [(128, 2)]
+    assert [(one["cache_types"], one["flash_attention"]) for one in told] == [(("q8_0", "q4_0"), "on")]
+    measured = found["measured"]
+    assert Deployment.from_json(measured["deployment"]) == cached
+    said = {name: measured["board"][name] for name in ("context", "slots", "flash_attention")}
+    assert said == {"context": 128, "slots": 2, "flash_attention": "on"}
+    assert [load["streams"] for load in measured["loads"]] == [1, 2]
+    assert "2 x 128 tokens, cache in q8_0 and q4_0, flash attention on" in measured_text(found)
+    model = describe(str(file))
+    need = memory(model.spec, cached, context=128, batch=2, weights=model.weights_bytes)
+    assert found["predicted"]["memory_bytes"] == need.total_bytes
+    # What is asked for comes before what the file says.
+    asked = measure(request(file, tmp_path, context=64, streams=(1,)))["measured"]
+    assert (asked["board"]["context"], asked["board"]["slots"]) == (64, 1)
+    assert [load["streams"] for load in asked["loads"]] == [1]
+
+
+def test_llama_bench_is_told_the_cache_and_what_it_had_is_recorded(
+    folder: Path, tmp_path: Path, llama_bench: Path
+) -> None:
+    file = GgufExporter().export(folder, Q8, tmp_path / "gguf").path
+    write_launch_files(file, replace(Q8, cache_type_k="q8_0", cache_type_v="q8_0"), 128, 2)
+    script, given = tmp_path / "bench.sh", tmp_path / "given"
+    spy = tmp_path / "llama-bench"
+    said = '"type_k": "q8_0", "type_v": "q4_0"'
+    spy.write_text(f'#!/bin/sh\necho "$@" >> {given}\n{llama_bench} "$@" | sed \'s/"n_gen"/{said}, &/\'\n')
+    spy.chmod(0o755)
+    measure(request(file, tmp_path, script=script))
+    printed = subprocess.run(["sh", script, file, spy], capture_output=True, text=True, check=True).stdout
+    assert all("-ctk q8_0 -ctv q8_0 -fa 1" in line for line in given.read_text().splitlines())
+    (result := tmp_path / "result.txt").write_text(printed)
+    measured = measure(request(file, tmp_path, result=result))["measured"]
+    assert Deployment.from_json(measured["deployment"]).cache_types == ("q8_0", "q4_0")
+    result.write_text(printed.replace('"type_v": "q4_0"', '"type_v": "q9_0"'))
+    with pytest.raises(InputError, match="held its cache in 'q9_0'"):
+        measure(request(file, tmp_path, result=result))

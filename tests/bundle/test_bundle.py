@@ -307,6 +307,8 @@ def damaged(export: Path) -> None:
         (["EXPORT", "--out", "new", "--runtime", "ollama"], "there is no runtime 'ollama'"),
         (["EXPORT", "--out", "new", "--runtime", "vllm"], "is an export to gguf"),
         (["EXPORT", "--out", "new", "--image", "No Image"], "is no name of an image"),
+        (["EXPORT", "--out", "new", "--image", "team/../student"], "is no name of an image"),
+        (["EXPORT", "--out", "new", "--image", "x" * 256], "is no name of an image"),
         (["FULL", "--out", "new"], "has no export.json"),
         (["DAMAGED", "--out", "new"], "has changed since it was written"),
         (["UNPROMISED", "--out", "new"], "has no promise"),

@@ -41,7 +41,7 @@ baselines: [logit_kd]
 VERBS = {
     "search": "--budget --budgets --tiers --device --latency --devices --kv-type "
     "--teacher --data --space --metric --trials --tokens --time --context --batch --seed "
-    "--name --out --resume --plan --price --runner --metrics-port --json --cache --cache-limit --checkpoint-limit",
+    "--name --out --resume --plan --price --runner --metrics-port --dashboard --json --cache --cache-limit --checkpoint-limit",
     "distill": "--budget --device --latency --devices --kv-type "
     "--teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
     "--json --cache --cache-limit",
@@ -63,8 +63,9 @@ VERBS = {
     "serve": "--row --host --port --public --key-file --streams --context --threads --draft --out --json",
     "chat": "--system --max-tokens --temperature --key-file --out",
     "monitor": "--promise --margin --window --every --time --json --prometheus --key-file --out",
-    "load": "--streams --latency --time --prompt --decoded --student --device --devices --threads --key-file --out "
-    "--json",
+    "load": "--streams --latency --time --promise --margin --prompt --decoded --student --device --devices --threads "
+    "--key-file --out --json",
+    "drafts": "--text --prompts --prompt --decoded --time --threads --out --json",
     "doctor": "--out --cache --json",
     "devices": "--devices --local --cache --json",
     "estimate": "--format --runtime --context --batch --kv-type --prompt --device --all-devices --devices "

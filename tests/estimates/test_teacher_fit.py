@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autodistill.errors import InputError
-from autodistill.estimates.training_fit import fit_teacher
+from autodistill.estimates.teacher_fit import TeacherFit, fit_teacher
 from autodistill.hardware.machine import Gpu, Machine
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import HeldType
@@ -82,12 +82,39 @@ def test_a_pass_runs_on_every_core_or_once_on_a_gpu() -> None:
     [
         (_machine(16e9), "and this machine has 16"),
         (_machine(128e9, 8e9), "and this machine has 8"),
-        (_machine(128e9, *[8e9] * 4), "and one GPU of this machine's 4, over which a teacher is not divided, has 8"),
+        (_machine(128e9, *[3e9] * 4), r"and \S+ GB on each of 4 GPUs, of which the first has 3"),
         (_machine(4e9, *[8e9] * 4), "and this machine has 4"),
+        (_machine(128e9, 15e9, 4e9, 15e9), r"and \S+ GB on each of 2 GPUs, of which the first has 15"),
     ],
 )
-def test_a_teacher_that_several_gpus_could_hold_together_is_refused_for_what_one_holds(
-    machine: Machine, said: str
-) -> None:
+def test_a_teacher_that_all_gpus_together_do_not_hold_is_refused_in_one_line(machine: Machine, said: str) -> None:
     with pytest.raises(InputError, match=f"{said}.*choose a smaller teacher, or let it write"):
         fit_teacher(spec_from_config(QWEN_7_6B), stored="bfloat16", sequence_length=256, machine=machine)
+
+
+def test_a_teacher_whose_heads_do_not_divide_is_not_divided() -> None:
+    spec = spec_from_config(QWEN_7_6B | {"num_key_value_heads": 7})
+    said = r"one GPU of this machine's 3 \(its 28 attention heads do not divide over 3\) has 15"
+    with pytest.raises(InputError, match=said):
+        fit_teacher(spec, stored="bfloat16", sequence_length=256, machine=_machine(128e9, *[15e9] * 3))
+
+
+def test_a_teacher_is_divided_over_the_fewest_gpus_that_hold_it() -> None:
+    spec = spec_from_config(QWEN_7_6B)
+
+    def fit(memory: float, stored: HeldType = "bfloat16") -> TeacherFit:
+        machine = _machine(128e9, *[memory] * 4)
+        return fit_teacher(spec, stored=stored, sequence_length=256, machine=machine)
+
+    # By hand: half of the matrices, and of the biases of queries, keys and values; norms are whole.
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
+    matrices, biases, norms = 2 * 152064 * 3584 + 28 * layer, 28 * (3584 + 2 * 512), 57 * 3584
+    two, four = fit(12e9), fit(8e9)
+    assert (two.processes, two.held, two.rounded) == (2, "bfloat16", False)
+    assert two.weights_bytes == matrices + 2 * biases + 4 * norms
+    assert two.held_bytes == 2 * matrices + 4 * (biases + norms)
+    assert "on each of 2 GPUs, over which it is divided as no one of them holds it" in str(two.note)
+    # 28 heads divide over 4, but not over 3.
+    assert four.processes == 4
+    assert four.weights_bytes == matrices // 2 + biases + 4 * norms
+    assert fit(12e9, "float32").of("abc") == "abc-bfloat16"

@@ -6,13 +6,19 @@ import shutil
 
 import pytest
 
+from autodistill.export.base import load_exporter
+from autodistill.export.graphs.phone import PhoneExporter
 from autodistill.plugins import names
 from autodistill.testing import ExporterConformance
+from tests.export.graphs.test_phone import installed
 
 for _name in names("exporters"):
     _title = "Test" + _name.title().replace("-", "")
     _marks = []
     if _name == "aoti":  # compiles for half a minute each time
         _marks = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")]
+    if isinstance(_made := load_exporter(_name), PhoneExporter):  # converts for half a minute each time
+        _why = f"{' and '.join(_made.packages)} is not installed"
+        _marks = [pytest.mark.slow, pytest.mark.skipif(not installed(_made), reason=_why)]
     _members = {"__module__": __name__, "exporter": _name, "pytestmark": _marks}
     globals()[_title] = type(_title, (ExporterConformance,), _members)

@@ -16,12 +16,15 @@ import pytest
 
 from autodistill.estimates.fit import cannot_hold
 from autodistill.export.base import TakesAny, load_exporter
+from autodistill.export.graphs.onnx_graph import unsupported
+from autodistill.export.graphs.phone import PhoneExporter
 from autodistill.export.proof import simulate
 from autodistill.export.verify import prove, verify
 from autodistill.models.config import resized, spec_from_config
 from autodistill.models.families import FAMILIES
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.testing import save_tiny_teacher, tiny_config
+from tests.export.graphs.test_phone import installed
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 BEGIN, END = "<!-- matrix: written by tests/export/test_matrix.py -->\n", "<!-- end of the matrix -->\n"
@@ -30,7 +33,7 @@ INT4 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_siz
 FORMATS = {
     "huggingface": IN_16_BITS,
     "compressed-tensors": INT4,
-    **dict.fromkeys(("gguf", "onnx", "onnx-f16", "pt2", "torchscript", "aoti"), Q4_0),
+    **dict.fromkeys(("gguf", "onnx", "onnx-f16", "pt2", "torchscript", "aoti", "litert", "executorch"), Q4_0),
 }
 TOKENS = np.random.default_rng(0).integers(3, 300, (2, 40))
 
@@ -43,6 +46,8 @@ def gap(folder: Path, family: str, name: str, **changes: Any) -> str:
     exporter = load_exporter(name)
     if name == "aoti":
         return ""  # whatever torch runs; a compiler may be missing
+    if isinstance(exporter, PhoneExporter):
+        return unsupported(config)  # as it says itself where its packages are
     if isinstance(exporter, TakesAny):
         (folder / "config.json").write_text(json.dumps(config))
         return exporter.refuses(folder, FORMATS[name])
@@ -97,16 +102,18 @@ def test_each_cell_is_exported_and_does_what_was_evaluated(tmp_path: Path, famil
     """Of an odd shape: 3 heads, one of keys, wider than their share; 300 entries; a width of 96."""
     if name == "aoti" and shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
+    exporter, deployment = load_exporter(name), FORMATS[name]
+    if isinstance(exporter, PhoneExporter) and not installed(exporter):
+        pytest.skip(f"{' and '.join(exporter.packages)} is not installed")
     shape: dict[str, Any] = {"layers": 3, "width": 96, "heads": 3, "kv_heads": 1, "ffn": 160, "tied": False, "seed": 1}
     if family not in ("gpt_neox", "llama", "gemma3_text") and (family, name) != ("qwen2", "gguf"):
         shape["head_dim"] = 64
     student = save_tiny_teacher(tmp_path / "student", architecture=family, **shape)
-    exporter, deployment = load_exporter(name), FORMATS[name]
     artifact = exporter.export(student, deployment, tmp_path / "out")
     verify(exporter, artifact, student, deployment)
     expected = simulate(student, deployment, TOKENS, 1)
     check = prove(exporter, artifact.path, deployment, expected, 1, student)
-    if name in ("pt2", "torchscript", "aoti"):
+    if name in ("pt2", "torchscript", "aoti", "litert", "executorch"):
         assert (check.agreement, check.same_written) == (1.0, 64)
 
 

@@ -6,11 +6,13 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from autodistill.errors import DamagedError, InputError, VerificationError
+from autodistill.export import proof
 from autodistill.export.base import Expected, Ran
 from autodistill.export.graphs.onnx import OnnxExporter
 from autodistill.export.graphs.torchscript import TorchScriptExporter
@@ -101,8 +103,9 @@ def test_weights_that_were_altered_with_their_hash_fail_the_proof(folder: Path) 
     [
         ({"version": 2}, "is of version 2"),
         ({"format": "onion"}, "there is no exporter 'onion'"),
-        ({"files": ["README.md"]}, "is not the record of an export"),
-        ({"deployment": {}}, "deployment|is not the record"),
+        ({"files": ["README.md"]}, r"export\.json\.files must be a mapping"),
+        ({"row": 7}, r"export\.json\.row must be"),
+        ({"deployment": {}}, "deployment"),
         ({"artifact": "../other"}, "none of its files"),
     ],
 )
@@ -110,6 +113,46 @@ def test_a_record_that_is_none_is_refused(folder: Path, change: dict[str, object
     (folder / FILE).write_text(json.dumps(json.loads((folder / FILE).read_text()) | change))
     with pytest.raises(InputError, match=said):
         repeat(folder, 1)
+
+
+def test_a_record_without_a_row_is_refused(folder: Path) -> None:
+    record = json.loads((folder / FILE).read_text())
+    del record["row"]
+    (folder / FILE).write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"export\.json lacks row"):
+        repeat(folder, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sequences": SEQUENCES.reshape(-1).astype(np.int32)}, "sequences of the shape"),
+        ({"top1": SEQUENCES[:1].astype(np.int32)}, "top1 is int32 of the shape"),
+        ({"leads": np.full(SEQUENCES.shape, np.nan, np.float32)}, "leads has values that are none"),
+        ({"sequences": -1 - SEQUENCES.astype(np.int32)}, "sequences has values that are none"),
+        ({"written": np.array(["a"])}, "written is <U1"),
+        ({"log_probs": np.zeros(3, np.float32)}, "log_probs is float32 of the shape"),
+    ],
+)
+def test_a_proof_that_is_none_is_refused(exported: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with np.load(exported / "proof.npz") as file:
+        np.savez_compressed(tmp_path / "proof.npz", **(dict(file) | change))
+    with pytest.raises(VerificationError, match=rf"proof\.npz cannot be read: .*{said}"):
+        load(tmp_path)
+
+
+def test_a_proof_with_flipped_bits_is_refused(exported: Path, tmp_path: Path) -> None:
+    data = bytearray((exported / "proof.npz").read_bytes())
+    data[len(data) // 2] ^= 255
+    (tmp_path / "proof.npz").write_bytes(data)
+    with pytest.raises(VerificationError, match=r"proof\.npz cannot be read"):
+        load(tmp_path)
+
+
+def test_a_proof_that_unpacks_to_very_much_is_refused(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_MOST_BYTES", 1_000)
+    with pytest.raises(VerificationError, match=r"proof\.npz cannot be read: it holds more than 1"):
+        load(exported)
 
 
 def test_a_library_for_another_machine_is_not_run(folder: Path) -> None:

@@ -15,8 +15,11 @@ from pathlib import Path
 import tests.hostile
 
 VERBS = (
+    "bundle",
+    "cascade",
     "chat",
     "compare",
+    "dashboards",
     "devices",
     "distill",
     "doctor",
@@ -25,9 +28,11 @@ VERBS = (
     "export",
     "leaderboard",
     "load",
+    "log",
     "measure",
     "monitor",
     "pick",
+    "profile",
     "report",
     "reproduce",
     "search",
@@ -37,6 +42,7 @@ VERBS = (
     "spaces",
     "strategies",
     "study",
+    "verify",
     "write",
 )
 
@@ -111,6 +117,13 @@ class Kit:
         GgufExporter().export(self.teacher, deployment, self.folder / "exported")
         (path,) = (self.folder / "exported").rglob("*.gguf")
         return path.rename(self.folder / "teacher.gguf")
+
+    @cached_property
+    def export(self) -> Path:
+        """An export of it with its record and its proof, as `autodistill export` leaves it."""
+        from tests.bundle.conftest import Q8_0, export_to
+
+        return export_to(self.folder / "export", "gguf", Q8_0)
 
     @cached_property
     def text(self) -> Path:

@@ -20,24 +20,28 @@ MODULES = Path(os.environ.get("AUTODISTILL_NODE_MODULES", "node_modules"))
 NEEDS = "needs chromium, node, and playwright-core and axe-core in the folder that AUTODISTILL_NODE_MODULES names"
 
 
-def browse(page: Path, shots: Path, check: str = "") -> dict[str, dict[str, Any]]:
-    """What the browser found on desktop and phone, in the light and in the dark."""
+def drive(script: Path, *words: str, shots: Path, check: str = "") -> dict[str, Any]:
+    """What a script of node found in the browser, with its screenshots in a folder; the test is skipped without one."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     node = shutil.which("node")
     if not (chromium and node and all((MODULES / name).is_dir() for name in ("playwright-core", "axe-core"))):
         pytest.skip(NEEDS)
     shots.mkdir(exist_ok=True)
-    script = Path(__file__).with_name("browser.mjs")
     done = subprocess.run(
-        [node, str(script), str(page), str(shots), str(MODULES.absolute()), chromium],
+        [node, str(script), *words, str(shots), str(MODULES.absolute()), chromium],
         env={**os.environ, "CHECK": check},
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def browse(page: Path, shots: Path, check: str = "") -> dict[str, dict[str, Any]]:
+    """What the browser found on desktop and phone, in the light and in the dark."""
+    return drive(Path(__file__).with_name("browser.mjs"), str(page), shots=shots, check=check)
 
 
 @pytest.fixture(scope="module", params=[README, POSTGRESQL], ids=lambda run: run.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from autodistill.testing import small_plan
 from autodistill.units import format_bytes
 from autodistill.utils.json_files import write_json
 
+REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "search-20261126-101010"
 PLAN = small_plan()
 SPACE = Space.from_json(
     {
@@ -372,3 +374,12 @@ def test_a_race_is_told_by_the_best_row_of_each_trial_and_its_paired_distance() 
     first, second = _race([*rows, raced("teacher", [10.0, 10.0], "teacher")], PLAN)
     assert first.endswith("2.1000 nats a token")
     assert second.endswith("2.3000 nats a token, 0.2000 ± 0.0000 behind")
+
+
+def test_a_run_that_does_not_name_its_budget_is_refused(tmp_path: Path) -> None:
+    run = RunFolder.open(Path(shutil.copytree(REFERENCE, tmp_path / REFERENCE.name)).parent, REFERENCE.name)
+    asked = json.loads(run.search_file.read_text())
+    del asked["budget"]
+    run.search_file.write_text(json.dumps(asked))
+    with pytest.raises(InputError, match="search lacks budget"):
+        explain(run)

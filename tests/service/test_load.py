@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 
 from autodistill.advisor.measure import fingerprint
 from autodistill.advisor.measurements import correction, read_measured
+from autodistill.cli.app import main
 from autodistill.errors import InputError, ServiceError
 from autodistill.hardware.budget import parse_latency
 from autodistill.hardware.catalog import devices
@@ -17,7 +21,8 @@ from autodistill.hardware.lookup import find_device
 from autodistill.hardware.machine import detect, machine_name
 from autodistill.service.client import Answer
 from autodistill.service.launch import Service
-from autodistill.service.load import Level, broken, load, run_level, varied_prompt
+from autodistill.service.load import Level, broken, counts_of, load, run_level, stand, varied_prompt
+from autodistill.service.promise import Limit, Promise
 from autodistill.service.request import LoadRequest
 
 
@@ -130,3 +135,64 @@ def test_a_server_that_is_not_there_or_elsewhere_is_told(key_file: Path, service
     wrong.write_text("another-key-than-that")
     with pytest.raises(ServiceError, match="refused the key"):
         load(asked(service, wrong))
+
+
+def promise(*limits: Limit, streams: int = 2) -> Promise:
+    return Promise(of="t001", context=512, streams=streams, limits=limits)
+
+
+def limit(quantity: str, percentile: int | None, most: float, streams: int, prompt: int | None = None) -> Limit:
+    return Limit(quantity=quantity, percentile=percentile, most=most, streams=streams, prompt=prompt)
+
+
+def level(streams: int, first: float, later: float, memory: int | None = None) -> Level:
+    answers = (Answer(tokens=3, first_seconds=first, token_seconds=(later, later)),) * 4
+    return Level(streams=streams, prompt=16, answers=answers, seconds=1.0, memory_bytes=memory)
+
+
+def test_a_promise_holds_for_as_many_sequences_as_it_is_of() -> None:
+    levels = [level(1, 0.1, 0.01, 900), level(2, 0.2, 0.02, 1100), level(4, 9.0, 9.0, 1100)]
+
+    def judged(*limits: Limit, of: Sequence[Level] = levels, room: tuple[int, int] = (512, 2)) -> list[Any]:
+        return [(one.kept, one.value) for one in stand(promise(*limits), of, room)]
+
+    # What four at once take breaks nothing that is promised of two.
+    assert judged(limit("ttft", 95, 0.25, 2), limit("tpot", 50, 0.015, 2)) == [(True, 0.2), (False, 0.02)]
+    assert judged(limit("tpot", 50, 0.015, 1)) == [(True, 0.01)]
+    # Kept by fewer says nothing of as many; broken by fewer is broken.
+    assert judged(limit("ttft", 95, 0.25, 2), of=levels[:1]) == [(None, 0.1)]
+    assert judged(limit("ttft", 95, 0.05, 2), of=levels[:1]) == [(False, 0.1)]
+    # The largest memory counts, but not of more room than is promised, and a first token only of prompts as long.
+    assert judged(limit("memory", None, 1000, 2)) == [(False, 1100.0)]
+    assert judged(limit("memory", None, 1000, 2), room=(512, 4)) == [(None, None)]
+    assert judged(limit("ttft", 95, 0.25, 2, prompt=16)) == [(True, 0.2)]
+    assert judged(limit("ttft", 95, 0.25, 2, prompt=512)) == [(None, None)]
+    assert counts_of((1, 4), promise(limit("tpot", 95, 1.0, 2), limit("memory", None, 1.0, 9))) == (1, 2, 4)
+    assert counts_of((1, 4), None) == (1, 4)
+
+
+def test_a_load_says_whether_the_promise_is_kept_and_by_its_exit_code_too(
+    service: Service, student: Path, key_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = key_file.parent / "export"
+    folder.mkdir()
+    shutil.copy(student, folder)
+    latency = {"quantity": "ttft", "percentile": 95, "seconds": 60.0, "streams": 2, "prompt": 24}
+    stored = {"context": 512, "streams": 2, "memory_bytes": 10**9, "latency": [latency], "measured": {}}
+    words = ["load", service.setting.url, "--key-file", str(key_file), "--out", str(key_file.parent)]
+    words += ["--streams", "1", "--decoded", "4", "--time", "20s", "--threads", "1", "--promise", str(folder)]
+    for most, code, verdict in ((10**9, 0, "OK"), (10**6, 4, "BROKEN")):
+        (folder / "export.json").write_text(json.dumps({"row": "t001", "promise": stored | {"memory_bytes": most}}))
+        assert main([*words, "--json"]) == code
+        found = json.loads(capsys.readouterr().out)["promise"]
+        assert (found["of"], found["verdict"]) == ("t001", verdict)
+        assert [one["figure"] for one in found["promise"]] == ["ttft_p95", "memory"]
+    assert main(words) == 4
+    said = capsys.readouterr().out
+    assert "The promise of t001 is BROKEN: ttft_p95 kept: " in said
+    assert "of 1.00 MB at " in said
+    kept = read_measured(key_file.parent)[-1]
+    # Two at once are tried, as that is what is promised, with prompts as long as the limit is of.
+    assert [one["streams"] for one in kept.loads] == [1, 2]
+    assert (kept.prompt, kept.board["slots"]) == (24, 2)
+    assert kept.peak_bytes is not None

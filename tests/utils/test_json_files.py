@@ -26,3 +26,9 @@ def test_a_broken_json_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "search.json").write_text(text)
     with pytest.raises(InputError, match=r"search\.json"):
         read_json(tmp_path / "search.json")
+
+
+@pytest.mark.parametrize("path", ["/", "."])
+def test_a_folder_is_no_place_of_a_file(path: str) -> None:
+    with pytest.raises(InputError, match="is a folder: name a file in it"), replacing(Path(path)):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -131,3 +132,10 @@ def test_no_descriptor_is_left_open() -> None:
     for _ in range(3):
         show(True, dict, dict, str)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_what_a_terminal_has_no_characters_for_is_shown_by_their_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    show(False, dict, dict, lambda result: "a\udcffb, é")
+    assert shown.getvalue() == b"a\\udcffb, \\xe9\n"

@@ -271,5 +271,4 @@ class _SoftmaxKL(torch.autograd.Function):
 
 
 def _log_softmax(left: Tensor, right: Tensor, scale: float, hidden: Tensor) -> Tensor:
-    """Of the scaled products, [heads, tokens, tokens], over what is not hidden."""
     return (left @ right.mT).mul_(scale).masked_fill_(hidden, _HIDDEN).log_softmax(dim=-1)

@@ -103,30 +103,24 @@ class _TokenRows:
     log_p: Tensor
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
-        """See `Outputs`."""
         raise NotImplementedError
 
     @property
     def heard(self) -> Tensor | None:
-        """See `Outputs`."""
         return None
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
-        """See `Target`."""
         for part in parts_of(len(self.ids), step):
             yield part, self.take(part)
 
     def take(self, rows: Tensor | slice) -> Self:
-        """See `Target`."""
         return replace(self, **{name: tensor[rows] for name, tensor in self._tensors()})
 
     def renamed(self, first: int, second: int) -> Self:
-        """See `Target`."""
         ids = self.ids
         return replace(self, ids=torch.where(ids == first, second, torch.where(ids == second, first, ids)))
 
     def to(self, device: str) -> Self:
-        """See `Target`."""
         return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors()})
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -153,7 +147,6 @@ class TopTarget(_TokenRows):
     standardized: bool = field(default=False, init=False)
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
-        """See `Outputs`."""
         return _gathered(scaled, self.spread(scaled, divergence))
 
     def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
@@ -203,7 +196,6 @@ class SampledTarget(_TokenRows):
     standardized: bool = field(default=False, init=False)
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
-        """See `Outputs`."""
         return _gathered(scaled, self.spread(scaled, divergence))
 
     def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
@@ -234,11 +226,9 @@ class WrittenTarget(_TokenRows):
 
     @property
     def heard(self) -> Tensor:
-        """See `Outputs`."""
         return self.ids[:, 0] >= 0
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
-        """See `Outputs` and `TopTarget.compare`; rows with equally many tokens are compared together."""
         gradient = torch.zeros_like(scaled)
         counts = (self.ids >= 0).sum(dim=1)
         value = scaled.new_zeros(())
@@ -270,7 +260,6 @@ class FullTarget:
     exchanged: tuple[int, int] | None = None
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
-        """See `Target`."""
         rows = max(1, min(len(self.states), max(step, _HEAD_ROWS // step * step)))
         # One block of logits, written over by the next: the parts are read in order.
         room = self.head.new_empty(rows, len(self.head))
@@ -284,15 +273,12 @@ class FullTarget:
                 yield slice(block.start + part.start, block.start + part.stop), outputs
 
     def take(self, rows: Tensor | slice) -> FullTarget:
-        """See `Target`."""
         return replace(self, states=self.states[rows])
 
     def renamed(self, first: int, second: int) -> FullTarget:
-        """See `Target`."""
         return replace(self, exchanged=(first, second))
 
     def to(self, device: str) -> FullTarget:
-        """See `Target`."""
         return replace(self, states=self.states.to(device), head=self.head.to(device))
 
 
@@ -305,11 +291,9 @@ class FullOutputs(NamedTuple):
 
     @property
     def heard(self) -> None:
-        """See `Outputs`."""
         return None
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
-        """See `Outputs`. With g the slopes and G their sum, the derivative by logit j is g_j - q_j G."""
         logits = self.logits.to(scaled.dtype)
         divisor: Tensor | float = self.temperature
         if self.standardized:

@@ -143,7 +143,6 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
     parameters = dict(model.named_parameters())
 
     def kept(axis: Axis, layer: int) -> Tensor | None:
-        """Return the kept indices along an axis; None for all."""
         if axis is Axis.WIDTH:
             return selection.channels
         if axis is Axis.FFN:

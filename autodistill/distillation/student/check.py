@@ -65,15 +65,21 @@ def student_spec(strategy: Strategy, teacher: ModelSpec, pretrained: Path | None
 
 
 def check_rendering(strategy: Strategy, renderings: Collection[str]) -> None:
-    """Refuse a strategy that compares what two renderings of a conversation do not share.
+    """Refuse a strategy that needs the teacher to read what the student does, where it reads another rendering.
 
     Args:
         strategy: What is to be trained.
         renderings: References of the pretrained models that have a chat template of their own.
 
     Raises:
-        InputError: Attention over whole sequences, whose prompts differ.
+        InputError: Attention over whole sequences, whose prompts differ, or answers that the student writes to them.
     """
+    if strategy.distillation.on_policy is not None and strategy.init.model in renderings:
+        raise InputError(
+            f"what a student writes is judged by the teacher as it stands, and {strategy.init.model} reads prompts in "
+            "its own chat template: leave distillation.on_policy out where it is the student, or take the template out "
+            "of its folder"
+        )
     if strategy.distillation.attention is not None and strategy.init.model in renderings:
         raise InputError(
             f"attention is compared between the same tokens, and {strategy.init.model} reads prompts in its own chat "

@@ -102,7 +102,6 @@ def _size(sizes: Any, name: str, default: int | None = None) -> int:
 
 
 def _on_meta(config: Mapping[str, Any]) -> Any:
-    """The model of a config, without memory for its weights."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
 
     check_config(config)

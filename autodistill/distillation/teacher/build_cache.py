@@ -198,7 +198,6 @@ def _teacher_batches(
     local = threading.local()
 
     def capture(index: int) -> Callable[..., None]:
-        """Return a hook that keeps the hidden states of a layer."""
 
         def hook(module: Any, arguments: Any, output: Any) -> None:
             local.states[index] = output[0] if isinstance(output, tuple) else output
@@ -206,7 +205,6 @@ def _teacher_batches(
         return hook
 
     def pass_over(batch: range) -> list[pa.RecordBatch]:
-        """Return the teacher's outputs for some sequences, as one record batch each."""
         local.states = {}
         tokens = np.array(data.tokens[batch.start : batch.stop], dtype=np.int64)
         with torch.no_grad():
@@ -216,7 +214,7 @@ def _teacher_batches(
             columns: list[dict[str, pa.Array]] = [{} for _ in batch]
             if settings.top_k or settings.draws:
                 head = model.get_output_embeddings()
-                at_once = max(1, (_CPU_ROWS if device == "cpu" else logit_rows(head.weight.shape[0])) // rows.shape[1])
+                at_once = max(1, (_CPU_ROWS if device == "cpu" else logit_rows(head.out_features)) // rows.shape[1])
                 for start in range(0, len(batch), at_once):
                     part = rows[start : start + at_once]
                     found = _sparse_outputs(head(part.flatten(0, 1)), settings, batch[start : start + at_once])

@@ -297,7 +297,6 @@ class _Http(urllib.request.HTTPHandler):
         self._until = until
 
     def http_open(self, request: urllib.request.Request) -> Any:
-        """Open a connection (see `urllib.request`)."""
         return self.do_open(partial(_connection, http.client.HTTPConnection, self._until), request)
 
 
@@ -307,7 +306,6 @@ class _Https(urllib.request.HTTPSHandler):
         self._until = until
 
     def https_open(self, request: urllib.request.Request) -> Any:
-        """Open a connection (see `urllib.request`)."""
         return self.do_open(partial(_connection, http.client.HTTPSConnection, self._until), request)
 
 
@@ -330,7 +328,6 @@ class _Until(io.RawIOBase):
         self._raw, self._sock, self._until = raw, sock, until
 
     def readable(self) -> bool:
-        """Return True (see `io`)."""
         return True
 
     def readinto(self, buffer: Any) -> int | None:
@@ -342,6 +339,5 @@ class _Until(io.RawIOBase):
         return cast("int | None", self._raw.readinto(buffer))
 
     def close(self) -> None:
-        """Close the reader (see `io`)."""
         self._raw.close()
         super().close()

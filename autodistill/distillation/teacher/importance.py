@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
+from autodistill.inference.tensor_parallel import inputs_gathered, whole_input
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import Axis, get_family
 from autodistill.utils.durable import put
@@ -94,23 +96,28 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
         states.append((output[0] if isinstance(output, tuple) else output)[0])
 
     def see_neurons(index: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        magnitudes = inputs[0][0].abs()
+        magnitudes = whole_input(module, inputs)[0].abs()
         add(neurons[index, : magnitudes.shape[-1]], magnitudes)
 
     def see_heads(index: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        heads = inputs[0][0].unflatten(-1, (spec.kv_heads, -1, spec.head_dim))
+        heads = whole_input(module, inputs)[0].unflatten(-1, (spec.kv_heads, -1, spec.head_dim))
         add(groups[index], heads.norm(dim=-1).sum(dim=-1))
 
     def see_channels(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         add(channels, output[0].abs())
 
     norms = [layer.get_submodule(name) for layer in layers for name in family.norms]
+    reads = [
+        (index, f"{family.body}.layers.{index}.{family.reading(axis)}", see)
+        for index in range(len(layers))
+        for axis, see in ((Axis.FFN, see_neurons), (Axis.QUERIES, see_heads))
+    ]
+    gathering = ExitStack()
+    gathering.enter_context(inputs_gathered(model, [name for _, name, _ in reads]))
     handles = [layer.register_forward_pre_hook(see_state) for layer in layers]
     handles.append(layers[-1].register_forward_hook(see_last))
-    for index, layer in enumerate(layers):
-        for axis, see in ((Axis.FFN, see_neurons), (Axis.QUERIES, see_heads)):
-            module = layer.get_submodule(family.reading(axis))
-            handles.append(module.register_forward_pre_hook(partial(see, index)))
+    for index, name, see in reads:
+        handles.append(model.get_submodule(name).register_forward_pre_hook(partial(see, index)))
     handles += [
         norm.register_forward_hook(see_channels) for norm in (*norms, model.base_model.get_submodule(family.final_norm))
     ]
@@ -126,6 +133,7 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
     finally:
         for handle in handles:
             handle.remove()
+        gathering.close()
     count = len(sequences)
     return PartImportance(
         similarity=similarity / count,
@@ -137,7 +145,6 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
 
 
 def _spread(tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Some sequences of [sequences, length], evenly spread."""
     count = min(len(tokens), max(1, TEXT_TOKENS // tokens.shape[1]))
     return tokens[(np.arange(count) * 2 + 1) * len(tokens) // (2 * count)]
 

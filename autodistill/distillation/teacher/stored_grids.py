@@ -215,7 +215,6 @@ def _stores(scheme: QuantizationScheme, types: Iterable[tuple[TensorSpec, str]])
 
 
 def _type_name(storage: Storage) -> str:
-    """Return the name of a storage, which is ggml's name for GGUF."""
     if not isinstance(storage, Grid):
         return storage.removesuffix("_plus_1").upper()
     name = storage.name.removeprefix(f"{storage.container}-")
@@ -298,7 +297,6 @@ class _Own:
 
 
 def _own_of_gguf(file: GgufFile, scheme: QuantizationScheme, spec: ModelSpec) -> _Own:
-    """Return the scales of a file's blocks."""
     known, own, exact = {tensor.name: tensor for tensor in spec.tensors}, dict[str, Scales](), True
     for stored in file.tensors:
         tensor = known[str(file.family.from_gguf_name(stored.name))]
@@ -387,7 +385,6 @@ class _Weights:
         return values
 
     def whole(self, tensor: TensorSpec) -> Floats:
-        """Return a whole tensor in float32."""
         file, stored = self._files[tensor.name]
         values: Floats = file.get_tensor(stored).float().numpy()
         return values

@@ -126,7 +126,6 @@ def target_source(
     """
 
     def target(indices: list[int], ids: Tensor, temperature: float) -> Target:
-        """Return the teacher's targets for these sequences."""
         if recipe.signal == "online":
             assert teacher is not None
             states, head = teacher.final(ids), teacher.head

@@ -32,10 +32,10 @@ from autodistill.errors import (
     RefusedPromptError,
     WritingError,
 )
-from autodistill.estimates.training_fit import fit_teacher
+from autodistill.estimates.teacher_fit import fit_teacher
 from autodistill.hardware.machine import detect
 from autodistill.inference.generation import Sampling, write
-from autodistill.inference.half_precision import load_held
+from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
 from autodistill.models.stored_tensors import stored_type
@@ -148,7 +148,6 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
 
 
 def _sampling(request: WriteRequest) -> Sampling:
-    """Return how the next token is chosen."""
     return Sampling(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
 
 
@@ -167,7 +166,6 @@ def _log(out: Path) -> EventLog:
 
 
 def _count(counts: dict[str, int], answer: _Answer) -> None:
-    """Count an answer that was written."""
     counts["written"] += 1
     counts["unfinished"] += not answer.finished
     counts["blank"] += answer.finished and not answer.text.strip()
@@ -177,7 +175,6 @@ def _count(counts: dict[str, int], answer: _Answer) -> None:
 
 
 def _beginning(prompt: Sequence[Turn]) -> str:
-    """Return the beginning of a prompt, for a message."""
     return " ".join(prompt[-1].content.split())[:_SHOWN]
 
 
@@ -202,7 +199,6 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
     fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=detect())
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | None]]:
-        """Yield answers with the places of their prompts; first the prompts that get none."""
         if not prompts:
             return
         import torch
@@ -220,7 +216,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
         if not read:
             return
         came = write(
-            load_held(teacher.folder, fit.held, device),
+            load_teacher(teacher.folder, fit.held, device, fit.processes),
             [ids[place] for place in read],
             stops=renderer.stops,
             max_tokens=request.max_tokens,
@@ -248,7 +244,6 @@ def _from_endpoint(
     options = dataclasses.asdict(_sampling(request))
 
     def ask(prompt: Sequence[Turn]) -> _Answer:
-        """Return one answer of the endpoint."""
         reply = endpoint.ask(
             [turn._asdict() for turn in prompt],
             max_tokens=request.max_tokens,
@@ -259,7 +254,6 @@ def _from_endpoint(
         return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, told)
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | RefusedPromptError]]:
-        """Yield answers, or refusals, with the places of their prompts, as they arrive."""
         left = deque(enumerate(prompts))
         came: SimpleQueue[tuple[int, _Answer | RefusedPromptError] | Exception | None] = SimpleQueue()
 

@@ -27,35 +27,31 @@ class WriteRequest:
         ),
     ]
     out: Annotated[
-        str | Path,
-        Option(help="The .jsonl file to write; answers already in it are kept.", metavar="FILE", typed=Path),
+        str | Path, Option(help="The .jsonl file to write; answers already in it are kept.", metavar="FILE", typed=Path)
     ]
     teacher: Annotated[str | Path | None, TEACHER] = None
     endpoint: Annotated[
         str | None, Option(help="Address of an OpenAI-compatible API, like http://localhost:8000/v1.", metavar="URL")
     ] = None
     model: Annotated[str | None, Option(help="Name of the model at the endpoint.", metavar="NAME")] = None
-    max_tokens: Annotated[
-        int, Option(help="Longest answer; answers cut off here are not trained on.", metavar="N", typed=int)
-    ] = 256
-    temperature: Annotated[
-        float, Option(help="Sampling temperature; 0 takes the most likely token.", metavar="T", typed=float)
-    ] = 0.0
+    max_tokens: Annotated[int, Option(help="Longest answer; answers cut off here are not trained on.", metavar="N")] = (
+        256
+    )
+    temperature: Annotated[float, Option(help="Sampling temperature; 0 takes the most likely token.", metavar="T")] = (
+        0.0
+    )
     top_p: Annotated[
-        float,
-        Option(help="Sample from the most likely tokens that add up to this probability.", metavar="P", typed=float),
+        float, Option(help="Sample from the most likely tokens that add up to this probability.", metavar="P")
     ] = 1.0
-    seed: Annotated[int, Option(help="Seed of the sampling.", metavar="N", typed=int, least=0)] = 0
+    seed: Annotated[int, Option(help="Seed of the sampling.", metavar="N", least=0)] = 0
     top_k: Annotated[
-        int,
-        Option(help="Number of log-probabilities to request from the endpoint for each token.", metavar="N", typed=int),
+        int, Option(help="Number of log-probabilities to request from the endpoint for each token.", metavar="N")
     ] = 0
     batch: Annotated[
         int | None,
         Option(
             help="Number of answers written at once (default: 8 at an endpoint, what suits the device here).",
             metavar="N",
-            typed=int,
         ),
     ] = None
     timeout: Annotated[
@@ -69,7 +65,6 @@ class WriteRequest:
     cache: Cache = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that are wrong, or contradict each other."""
         read_texts(self)
         if self.max_tokens < 1:
             raise InputError(f"--max-tokens must be at least 1, not {self.max_tokens}")

@@ -112,7 +112,6 @@ def rounded(values: Tensor, draws: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process holds."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 

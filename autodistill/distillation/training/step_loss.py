@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,27 +17,29 @@ from autodistill.distillation.losses.attention import Heads, TeacherBlock, atten
 from autodistill.distillation.losses.divergence import divergence_of
 from autodistill.distillation.losses.hidden_states import Pair, alignment_loss, layer_map, projection, rms_normalize
 from autodistill.distillation.losses.logits import logit_loss
-from autodistill.distillation.losses.targets import Target
+from autodistill.distillation.losses.targets import FullTarget, Target
 from autodistill.distillation.losses.token_selection import Learnt, learnt_tokens, uncertain_logits
 from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.distillation.teacher.target_sources import LiveTeacher, target_source
+from autodistill.distillation.training.on_policy import Written
 from autodistill.models.loading import decoder_layers
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.strategy.recipe import Attention, Distillation
 
-RECORDED = ("loss", "divergence", "cross_entropy", "alignment", "attention")
+RECORDED = ("loss", "divergence", "cross_entropy", "alignment", "attention", "on_policy")
 """A step's loss, and its terms without their weights."""
 TERMS = (*RECORDED, "logits", "heard", "shared")
 """And the logit loss; the share of its tokens with a divergence, and of the learnt tokens with an alignment."""
 
 
 class Sizes(NamedTuple):
-    """Numbers of tokens over which the means of logit loss, alignments and attention are taken."""
+    """Numbers of tokens over which the means of logit loss, alignments, attention and own tokens are taken."""
 
     logits: int
     learnt: int
     attended: int
+    own: int
 
 
 class Shares(NamedTuple):
@@ -45,6 +48,7 @@ class Shares(NamedTuple):
     logits: float
     learnt: float
     attended: float
+    own: float
 
 
 class Weighing(NamedTuple):
@@ -113,6 +117,7 @@ class StepLoss:
         self._bf16 = bf16
         self._sharded = sharded
         self._frozen_head: Tensor | None = None
+        self._own: npt.NDArray[np.bool_] | None = None
         alignment, width = recipe.alignment, model.config.hidden_size
         self._pairs: tuple[Pair, ...] = layer_map(alignment, kept, teacher_layers) if alignment else ()
         # Beside the student, the teacher gives all that is read of it.
@@ -136,14 +141,26 @@ class StepLoss:
         grid = storage_of(name) if storage_of else None
         return (weight.detach() if grid is None else deploy_tensor(weight, grid)).bfloat16()
 
+    @contextmanager
+    def reading(self, written: Written | None) -> Iterator[None]:
+        """Within the context, indices are of sequences whose ends the student wrote; None changes nothing."""
+        before = self._data, self._own
+        if written is not None:
+            self._data, self._own = written
+        try:
+            yield
+        finally:
+            self._data, self._own = before
+
     def sizes(self, indices: list[int]) -> Sizes:
         """Return the token counts for the means over some sequences; no pass is needed."""
         learnt, recipe = self._learnt(indices, "cpu"), self._recipe
         chosen = learnt.chosen(recipe.uncertain_share) if recipe.positions == "uncertain" else learnt.size
+        own = 0 if self._own is None else int(self._own[indices].sum())
         if recipe.attention is None:
-            return Sizes(chosen, learnt.size, 0)
+            return Sizes(chosen, learnt.size, 0, own)
         text = self._data.documents[indices, :-1] >= 0
-        return Sizes(chosen, learnt.size, text.size if self._data.answers is None else int(text.sum()))
+        return Sizes(chosen, learnt.size, text.size if self._data.answers is None else int(text.sum()), own)
 
     def _learnt(self, indices: list[int], device: str) -> Learnt:
         """Return the predicted tokens that losses are averaged over; all of them for plain text."""
@@ -170,14 +187,17 @@ class StepLoss:
                 handle = layer.register_forward_hook(_capture(states, pair.student_layer))
                 stack.callback(handle.remove)
             heads = stack.enter_context(watch(self._model, recipe.attention)) if recipe.attention else []
-            with self._autocast():
+            with self.autocast():
                 hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
                 # As a matrix: for a slice of three dimensions the product would copy the whole head.
-                rows = hidden[:, :-1].flatten(0, 1)[learnt.rows]
+                all_rows = hidden[:, :-1].flatten(0, 1)
+                rows = all_rows[learnt.rows]
                 frozen = self._frozen_head
                 head = self._model.get_output_embeddings()
                 head = head if frozen is None else partial(nn.functional.linear, weight=frozen)
                 chosen, logits = self._logits(rows, head, learnt)
+                own_rows = self._own_rows(indices)
+                own_logits = None if own_rows is None else head(all_rows[own_rows])
                 projected = [
                     project(states[pair.student_layer][:, :-1].flatten(0, 1)[learnt.shared])
                     for pair, project in zip(self._pairs, self.projections, strict=True)
@@ -189,7 +209,13 @@ class StepLoss:
             labels, heard, target = labels[chosen], len(known), target.take(known) if target else None
         divergence = divergence_of(recipe.divergence, at.mixture)
         logit_terms = logit_loss(logits, labels, target, at.weight, divergence, heard=heard)
-        loss = shares.logits * logit_terms.total
+        # Each token that the student wrote counts as one of the text.
+        part = step.own / max(1, step.own + step.logits)
+        loss = (1 - part) * shares.logits * logit_terms.total
+        own = torch.zeros((), device=self._device)
+        if own_rows is not None and own_logits is not None:
+            own = self._own_loss(own_logits, ids[:, 1:].flatten()[own_rows], indices, own_rows, at.mixture)
+            loss = loss + part * shares.own * own
         aligned, attended = (torch.zeros((), device=self._device) for _ in range(2))
         if alignment := recipe.alignment:
             aligned = self._alignment_loss(projected, indices, learnt, alignment.distance)
@@ -198,13 +224,14 @@ class StepLoss:
             attended = attention_loss(heads, self._teacher_heads(indices, attention), self._text(indices))
             loss = loss + shares.attended * attention.weight * at.attention * attended
         terms = [loss.detach().double()]
-        for share, own in (
+        for share, found in (
             (shares.logits, (logit_terms.divergence, logit_terms.cross_entropy)),
             (shares.learnt, (aligned,)),
             (shares.attended, (attended,)),
+            (shares.own, (own,)),
             (shares.logits, (logit_terms.total, logit_terms.heard)),
         ):
-            terms += [share * term.detach().double() for term in own]
+            terms += [share * term.detach().double() for term in found]
         shared = shares.learnt * learnt.heard / max(1, learnt.size)
         return loss, torch.stack([*terms, torch.full_like(terms[0], shared)])
 
@@ -214,9 +241,37 @@ class StepLoss:
             return None, head(states)
         return uncertain_logits(states, head, self._frozen_head, self._recipe.uncertain_share, learnt.sequences)
 
+    def _own_rows(self, indices: list[int]) -> Tensor | None:
+        """Return the places of the student's own tokens among the predicted ones; None where it wrote none."""
+        if self._own is None:
+            return None
+        return torch.from_numpy(np.flatnonzero(self._own[indices, 1:])).to(self._device)
+
+    def _own_loss(self, logits: Tensor, labels: Tensor, indices: list[int], rows: Tensor, mixture: float) -> Tensor:
+        """Return the mean divergence from the teacher at temperature 1, over tokens that the student wrote.
+
+        Of the whole distributions in each place: no gradient follows how the tokens before came to be drawn (GKD, arXiv
+        2306.13649, section 3.1).
+
+        Args:
+            logits: [own, vocab], of the student.
+            labels: int64 [own], the tokens.
+            indices: Of the sequences.
+            rows: int64 [own], places among the predicted tokens.
+            mixture: Of the divergence of other steps.
+        """
+        phase = self._recipe.on_policy
+        assert phase is not None
+        assert self._teacher is not None
+        # The same pass as of what else is read of the teacher.
+        states = self._teacher.read(self._read(indices), self._layers)["final"][rows]
+        target = FullTarget(states=states, head=self._teacher.head, temperature=1.0)
+        name = self._recipe.divergence if phase.divergence == "same" else phase.divergence
+        return logit_loss(logits, labels, target, 1.0, divergence_of(name, mixture)).total
+
     def of_nothing(self, indices: list[int]) -> Tensor:
         """Return a loss of 0 from a pass without counted tokens, so that every block and the head are gathered."""
-        with self._autocast():
+        with self.autocast():
             hidden = self._body(input_ids=self._ids(indices), use_cache=False).last_hidden_state
             logits: Tensor = self._model.get_output_embeddings()(hidden[:, :1])
         return 0.0 * logits.sum()
@@ -230,7 +285,8 @@ class StepLoss:
     def _ids(self, indices: list[int]) -> Tensor:
         return torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the student computes."""
         return torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._bf16)
 
     def _alignment_loss(self, projected: list[Tensor], indices: list[int], learnt: Learnt, distance: str) -> Tensor:
@@ -278,7 +334,7 @@ class StepLoss:
         states, sizes = self._teacher_state(indices, self._teacher_block.layer - 1, sized=True)
         assert sizes is not None
         states = (states.float() * sizes).unflatten(0, (len(indices), -1))
-        with self._autocast():
+        with self.autocast():
             return self._teacher_block.heads(states, attention)
 
 

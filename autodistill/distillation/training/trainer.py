@@ -29,11 +29,12 @@ from autodistill.distillation.training.fake_quantize import FakeQuantized, one_s
 from autodistill.distillation.training.fsdp import Sharding, clip_sharded
 from autodistill.distillation.training.learning_rate import Decay, stable_rate
 from autodistill.distillation.training.lora import Adapters
+from autodistill.distillation.training.on_policy import SEVERAL_PROCESSES, Written, write_on
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.side_by_side import SideBySide
 from autodistill.distillation.training.step_loss import RECORDED, TERMS, Sizes, StepLoss, Weighing
 from autodistill.distillation.training.trained_scales import RATE, TrainedScales
-from autodistill.errors import TrialFailedError
+from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimates.training_memory import OptimizerState
 from autodistill.inference.torch_memory import TooManyAtOnce, give_back_memory, is_out_of_memory
 from autodistill.models.config import spec_from_config
@@ -64,6 +65,7 @@ class StepRecord:
         gradient_norm: Before clipping.
         tokens_per_second: Of this step.
         micro_batch: Sequences of one forward and backward pass.
+        on_policy: Mean divergence at the tokens that the student wrote itself; 0 where it wrote none.
     """
 
     tokens: int
@@ -79,6 +81,7 @@ class StepRecord:
     gradient_norm: float
     tokens_per_second: float
     micro_batch: int
+    on_policy: float = 0.0
 
 
 class Trainer:
@@ -99,7 +102,7 @@ class Trainer:
             token; the other tokens count as 0 in the divergence and in the alignment of states.
         cache: The teacher's outputs for them; None where the strategy reads none.
         teacher_block: The layer of the teacher whose attention is followed; None where the strategy follows none.
-        seed: Of data order and projections.
+        seed: Of data order, projections and what the student draws.
         device: Where the student is trained.
         teacher: For the signals "states" and "online".
         sharding: The processes that train it together, each of which makes a trainer; None for this one alone.
@@ -153,6 +156,9 @@ class Trainer:
         self.scales: dict[str, Scales] = {}
         self._learned: list[nn.Parameter] = []
         self._on_grid: Mapping[str, FakeQuantized] = {}
+        self._writes_from: Callable[[], int] | None = None
+        if sharding is not None and self._recipe.on_policy is not None:
+            raise InputError(SEVERAL_PROCESSES)
         lora = self._recipe.lora
         spec = spec_from_config(model.config.to_dict())
         self._adapters = Adapters(model, spec, lora, seed).to(device) if lora else None
@@ -200,6 +206,7 @@ class Trainer:
 
     def train_stable(self, until: int) -> Iterator[StepRecord]:
         """Train at the warm-up or stable rate until `until` tokens, a whole number of steps."""
+        self._writes_from = None
         yield from self._train(lambda: until, self._stable_rate, None)
 
     def train_decay(
@@ -238,11 +245,14 @@ class Trainer:
                     if end < decay.end:
                         decay.shorten(self.tokens, end)
 
+        steps = (until - self.tokens) // batch
+        if phase := self._recipe.on_policy:
+            first = until - max(1, round(steps * phase.share)) * batch
+            self._writes_from = lambda: min(first, decay.end - batch)
         if storage_of is None:
             yield from watched(self._train(lambda: decay.end, rate, None))
             self._merge()
             return
-        steps = (until - self.tokens) // batch
         before = self.tokens + min(round(steps * on_grid_after), steps - 1) * batch
         yield from watched(self._train(lambda: min(before, decay.end - batch), rate, None))
         changes = {name: adapter.merged for name, adapter in self._adapters.by_name.items()} if self._adapters else {}
@@ -365,13 +375,19 @@ class Trainer:
             group["lr"] = rate * group["factor"]
         mixture = self._interpolation.share if self._interpolation else recipe.mixture
         indices = self._sequences(tokens)
-        step = self._loss.sizes(indices)
-        terms = self._gradients(indices, Weighing(temperature, weight, mixture), step)
+        written = self._written(indices)
+        if written is not None:
+            indices = list(range(len(indices)))
+        with self._loss.reading(written):
+            step = self._loss.sizes(indices)
+            terms = self._gradients(indices, Weighing(temperature, weight, mixture), step, written)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         norm = _clip(parameters) if self._sharding is None else clip_sharded(self._sharding, parameters, _CLIP)
         if not (math.isfinite(norm) and math.isfinite(terms["loss"])):
             self._failures += 1
-        elif step.learnt > 0:  # where no token counts nothing is known, and no good step stands between two spoilt ones
+        elif (
+            step.learnt + step.own > 0
+        ):  # where no token counts nothing is known, and no good step stands between two spoilt ones
             self._optimizer.step()
             self._failures = 0
             self._balance = self._balanced(terms) if self._balancing else None
@@ -398,7 +414,36 @@ class Trainer:
             **{name: terms[name] for name in RECORDED},
         )
 
-    def _gradients(self, indices: list[int], at: Weighing, step: Sizes) -> dict[str, float]:
+    def _written(self, indices: list[int]) -> Written | None:
+        """Return a step's sequences as the student goes on from their beginnings; None before its last phase."""
+        phase = self._recipe.on_policy
+        if phase is None or self._writes_from is None or self.tokens < self._writes_from():
+            return None
+        # Weights that a step computes with lie on their grids once for all of the tokens.
+        with self._loss.autocast(), one_step(self._on_grid.values()):
+            return write_on(
+                self.model,
+                self._data,
+                indices,
+                phase,
+                seed=int(np.random.SeedSequence((self._seed, self.tokens)).generate_state(1, np.uint64)[0]),
+                batch=self._micro_batch,
+                device=self._device,
+            )
+
+    def writing_seconds(self) -> float:
+        """Return what writing a step's tokens takes in the last phase, by doing it once; 0 without such a phase."""
+        if self._recipe.on_policy is None:
+            return 0.0
+        before, self._writes_from = self._writes_from, lambda: 0
+        began = time.perf_counter()
+        try:
+            self._written(self._sequences(self._plan.batch_tokens))
+        finally:
+            self._writes_from = before
+        return time.perf_counter() - began
+
+    def _gradients(self, indices: list[int], at: Weighing, step: Sizes, written: Written | None) -> dict[str, float]:
         """Compute the gradients of a whole step and the means of its terms, some sequences at a time.
 
         Where memory runs out the step begins again with half as many at a time: the effective batch stays.
@@ -409,7 +454,7 @@ class Trainer:
         processes = 1 if self._sharding is None else self._sharding.count
         while True:
             try:
-                return self._in_all_processes(indices, self._weighed(indices, at, step), step)
+                return self._in_all_processes(indices, self._weighed(indices, at, step), step, written)
             except (RuntimeError, MemoryError) as error:
                 fewer = min(self._micro_batch, len(indices) // processes) // 2
                 if not is_out_of_memory(error) or fewer == 0:
@@ -421,7 +466,9 @@ class Trainer:
             self._micro_batch = fewer
             give_back_memory()
 
-    def _in_all_processes(self, indices: list[int], at: Weighing, step: Sizes) -> dict[str, float]:
+    def _in_all_processes(
+        self, indices: list[int], at: Weighing, step: Sizes, written: Written | None
+    ) -> dict[str, float]:
         """Add up the step's gradients and means, of which each process does a share."""
         if self._side_by_side == 1:
             return self._accumulate(indices, at, step)
@@ -434,7 +481,7 @@ class Trainer:
         mine, *others = (indices[start : start + each] for start in range(0, len(indices), each))
         torch.set_num_threads(each_threads)
         try:
-            self._beside.ask(*((part, at, step, self._micro_batch) for part in others))
+            self._beside.ask(*((part, at, step, self._micro_batch, written) for part in others))
             found = [self._accumulate(mine, at, step), *self._beside.answers()]
         except BaseException:
             self.close()  # whose answers belong to this step
@@ -443,10 +490,13 @@ class Trainer:
             torch.set_num_threads(threads)
         return {name: sum(one[name] for one in found) for name in TERMS}
 
-    def _asked(self, indices: list[int], at: Weighing, step: Sizes, micro_batch: int) -> dict[str, float]:
+    def _asked(
+        self, indices: list[int], at: Weighing, step: Sizes, micro_batch: int, written: Written | None
+    ) -> dict[str, float]:
         """Do what another process asks of this fork of it."""
         self._micro_batch = micro_batch
-        return self._accumulate(indices, at, step)
+        with self._loss.reading(written):
+            return self._accumulate(indices, at, step)
 
     def close(self) -> None:
         """End the processes that train beside this one."""
@@ -485,7 +535,7 @@ class Trainer:
     def _accumulate(self, indices: list[int], at: Weighing, step: Sizes) -> dict[str, float]:
         """Add up the micro-batches' parts of the step's means, and their gradients if enabled."""
         means = dict.fromkeys(TERMS, 0.0)
-        if step.learnt == 0:
+        if step.learnt + step.own == 0:
             return means
         found: list[Tensor] = []
         learning = torch.is_grad_enabled()

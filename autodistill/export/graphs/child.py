@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import VerificationError
-from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Ran, check_written
+from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Pace, Ran, check_written
 
 _PROGRAM = Path(__file__).with_name("run_child.py")
 _LINES = 3  # of what a runtime said last
@@ -60,6 +60,8 @@ def run_alone(runtime: str, path: Path, tokenizer: Path, sequences: npt.NDArray[
             )
         with np.load(out, allow_pickle=False) as found:
             likeliest, log_probs, written = (found[name] for name in ("likeliest", "log_probs", "written"))
+            first, rate, used = (float(found[name]) for name in ("first_ms", "tokens_per_second", "cpu_ms"))
+            pace = Pace(first, rate, used, int(found["peak_bytes"]))
     check_written(path, len(written))
     text = str(load_tokenizer(tokenizer).decode(written.tolist(), skip_special_tokens=True))
-    return Ran(likeliest[..., 0], text, likeliest=(likeliest, log_probs), written=tuple(written.tolist()))
+    return Ran(likeliest[..., 0], text, likeliest=(likeliest, log_probs), written=tuple(written.tolist()), pace=pace)

@@ -288,7 +288,7 @@ def _narrow(values: Floats) -> npt.NDArray[Any]:
 
 def unsupported(config: Mapping[str, Any]) -> str:
     """Return what a config asks for that these graphs do not compute, or ""."""
-    activation = _activation(config)
+    activation = activation_of(config)
     if activation not in _ACTIVATIONS:
         return f"the activation {activation!r} is none of {', '.join(_ACTIVATIONS)}"
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -300,7 +300,7 @@ def unsupported(config: Mapping[str, Any]) -> str:
     return ""
 
 
-def _activation(config: Mapping[str, Any]) -> str:
+def activation_of(config: Mapping[str, Any]) -> str:
     default = {"gemma3_text": "gelu_pytorch_tanh", "gpt_neox": "gelu"}.get(str(config["model_type"]), "silu")
     name = "hidden_activation" if config["model_type"] == "gemma3_text" else "hidden_act"
     return str(config.get(name) or default)
@@ -435,7 +435,7 @@ class Decoder:
         return self._linear(f"{prefix}.mlp.down_proj", inner)
 
     def _activated(self, inputs: Value) -> Value:
-        kind, attributes = _ACTIVATIONS[_activation(self._config)]
+        kind, attributes = _ACTIVATIONS[activation_of(self._config)]
         if kind == "Silu":
             return self._graph.op("Mul", inputs, self._graph.op("Sigmoid", inputs))
         return self._graph.op(kind, inputs, **attributes)

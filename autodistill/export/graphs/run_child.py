@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -99,7 +101,78 @@ def _aoti(path: str, threads: int) -> Callable[[], Reader]:
     return _whole(aoti_load_package(path))
 
 
-_RUNTIMES = {"onnx": _onnx, "torchscript": _torchscript, "pt2": _pt2, "aoti": _aoti}
+def _litert(path: str, threads: int) -> Callable[[], Reader]:
+    """LiteRT, with the cache that the file gives back: prompts in chunks, the rest one by one."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    loaded = Interpreter(path, num_threads=threads)
+    loaded.allocate_tensors()
+    chunks, single = (loaded.get_signature_runner(name) for name in ("prefill", "decode"))
+    shapes = {name: one["shape"] for name, one in chunks.get_input_details().items()}
+    chunk, context = int(shapes["tokens"][1]), int(shapes["keys_0"][2])
+
+    def begin() -> Reader:
+        """Return a reader with an empty cache."""
+        cache = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in ("tokens", "start")}
+        before = 0
+
+        def read(tokens: npt.NDArray[np.int64]) -> Logits:
+            """Return the logits of the tokens that follow."""
+            nonlocal before
+            found, rest = [], tokens.astype(np.int32)
+            while rest.shape[1]:
+                whole = rest.shape[1] > 1 and before + chunk <= context
+                count = min(rest.shape[1], chunk) if whole else 1
+                # What is read behind the text lies in places that are written anew before they are looked at.
+                part = np.pad(rest[:, :count], ((0, 0), (0, chunk - count))) if whole else rest[:, :1]
+                given = (chunks if whole else single)(tokens=part, start=np.array([before], np.int32), **cache)
+                found.append(given.pop("logits")[:, :count])
+                cache.update(given)
+                before, rest = before + count, rest[:, count:]
+            return np.concatenate(found, axis=1)
+
+        return read
+
+    return begin
+
+
+def _executorch(path: str, threads: int) -> Callable[[], Reader]:
+    """ExecuTorch, whose program keeps its cache: a text that begins at place 0 is a new one."""
+    import torch
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    from executorch.runtime import Runtime
+
+    _unsafe_reset_threadpool(threads)
+    method = Runtime.get().load_program(path).load_method("forward")
+    most = int(method.metadata.input_tensor_meta(0).sizes()[1])
+
+    def begin() -> Reader:
+        """Return a reader that has read nothing."""
+        before = 0
+
+        def read(tokens: npt.NDArray[np.int64]) -> Logits:
+            """Return the logits of the tokens that follow."""
+            nonlocal before
+            found = []
+            for part in np.split(tokens, range(most, tokens.shape[1], most), axis=1):
+                given = method.execute([torch.from_numpy(np.ascontiguousarray(part)), torch.tensor([before])])
+                found.append(given[0].numpy().copy())
+                before += part.shape[1]
+            return np.concatenate(found, axis=1)
+
+        return read
+
+    return begin
+
+
+_RUNTIMES = {
+    "onnx": _onnx,
+    "torchscript": _torchscript,
+    "pt2": _pt2,
+    "aoti": _aoti,
+    "litert": _litert,
+    "executorch": _executorch,
+}
 
 
 def _likeliest(logits: Logits, count: int) -> tuple[npt.NDArray[np.int32], Logits]:
@@ -116,7 +189,7 @@ def _likeliest(logits: Logits, count: int) -> tuple[npt.NDArray[np.int32], Logit
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Read sequences, write tokens after the first ones of the first sequence, and keep what came out.
+    """Write tokens after the first ones of the first sequence, read all sequences, and keep what came out.
 
     Args:
         settings: "runtime", one of `_RUNTIMES`; "path" of the file; "tokens", an .npy file of sequences; "out", the
@@ -125,16 +198,28 @@ def main(settings: dict[str, Any]) -> None:
     """
     begin = _RUNTIMES[settings["runtime"]](settings["path"], settings["threads"])
     sequences = np.load(settings["tokens"], allow_pickle=False).astype(np.int64)
-    found = [_likeliest(begin()(row[None])[0], settings["kept"]) for row in sequences]
     read, tokens = begin(), sequences[:1, : settings["prompt"]]
-    written = []
+    written, times, used = list[int](), [time.perf_counter()], list[float]()
     for _ in range(settings["written"]):
         tokens = read(tokens)[:, -1:].argmax(axis=-1)
         written.append(int(tokens[0, 0]))
+        times.append(time.perf_counter())
+        used.append(time.process_time())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = [_likeliest(begin()(row[None])[0], settings["kept"]) for row in sequences]
     loaded = sorted(name for name in ("transformers", "autodistill") if name in sys.modules)
     assert not loaded, f"{loaded} was loaded"
     likeliest, log_probs = (np.stack(part) for part in zip(*found, strict=True))
-    np.savez(settings["out"], likeliest=likeliest, log_probs=log_probs, written=np.array(written, np.int64))
+    np.savez(
+        settings["out"],
+        likeliest=likeliest,
+        log_probs=log_probs,
+        written=np.array(written, np.int64),
+        first_ms=1e3 * (times[1] - times[0]),
+        tokens_per_second=(len(written) - 1) / (times[-1] - times[1]),
+        cpu_ms=1e3 * (used[-1] - used[0]) / (len(written) - 1),
+        peak_bytes=peak,
+    )
 
 
 if __name__ == "__main__":

@@ -85,14 +85,14 @@ class TorchExporter(ABC):
             model = deployed_model(student, files)
             model.set_attn_implementation("sdpa")
             model.requires_grad_(False)
-            with _without_warnings(), torch.no_grad():
+            with without_warnings(), torch.no_grad():
                 self.write(Logits(model), torch.ones(_TRACED, dtype=torch.int64), partial / self.file)
             copy_tokenizer(student, partial)
         return Artifact(path=out, size_bytes=(out / self.file).stat().st_size)
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
         """Yield each stored tensor of a file that was just written."""
-        with _without_warnings():
+        with without_warnings():
             found = self.stored(artifact / self.file)
         stored = {name.removeprefix(PREFIX): one.detach() for name, one in found.items() if name.startswith(PREFIX)}
         tables = [one for name, one in stored.items() if name.endswith((".embed_tokens.weight", ".embed_in.weight"))]
@@ -130,7 +130,7 @@ def exported(module: Logits, example: Tensor, *, least_tokens: int) -> torch.exp
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Silence what torch says of transformers' code while it follows it: the result is run and compared."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

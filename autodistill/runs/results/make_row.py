@@ -135,7 +135,6 @@ def _by_field(figures: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, f
 
 
 def _errors(evaluation: Evaluation) -> dict[str, float]:
-    """Standard errors, where there are any."""
     found = {f"{name}_stderr": measurement.stderr for name, measurement in evaluation.measurements.items()}
     return {name: error for name, error in found.items() if error is not None}
 

@@ -53,7 +53,6 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def _metrics(directions: Mapping[str, Direction]) -> dict[str, Objective]:
-    """Objectives that are metrics."""
     return {name: Objective(name=name, figure=name, direction=way, trained=True) for name, way in directions.items()}
 
 

@@ -99,7 +99,6 @@ class Sampler:
         return None
 
     def _id(self, point: Mapping[str, Value]) -> str:
-        """The id of the strategy at a point."""
         key = str(point)
         if key not in self._ids:
             self._ids[key] = self.space.strategy(point).id
@@ -151,7 +150,6 @@ class Sampler:
         row = rows.index(own)
 
         def quantile(dimension: Dimension) -> float:
-            """Return the row's place in a Latin hypercube, for one dimension."""
             source = random.Random(f"{self.seed}/{dimension.path}")
             parts = source.sample(range(len(rows)), len(rows))
             offsets = [source.random() for _ in parts]

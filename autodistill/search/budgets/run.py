@@ -23,7 +23,7 @@ from autodistill.search.budgets.request import BudgetsRequest
 from autodistill.search.budgets.summary import document, write_summary
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.search import search
+from autodistill.search.search import check_shows_nothing, search
 from autodistill.units import count_of, format_duration
 from autodistill.utils.json_files import write_json
 
@@ -40,6 +40,7 @@ def plan_budgets(
     """
     if request.resume:
         raise InputError("--plan shows what a new search would do: leave out --plan or --resume")
+    check_shows_nothing(request)
     prepared = prepare(request, request.name or _stamp(), observer or Observer())
     return {"box_seconds": prepared.box_seconds, "budgets": prepared.documents(price)}
 
@@ -264,5 +265,4 @@ class _Drive:
 
 
 def _read(search: Mapping[str, Any]) -> int:
-    """Tokens of the validation split that a run reads."""
     return int(search["plan"]["eval_tokens"])

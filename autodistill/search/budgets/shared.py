@@ -46,7 +46,6 @@ def _serves(small: SearchConfig, large: SearchConfig) -> bool:
 
 
 def _holds(one: Construction, spec: ModelSpec, budget: Budget) -> bool:
-    """Whether a budget holds a construction, and its device serves it."""
     student = student_spec(Strategy(init=one.init), spec)
     return any(fit.slack <= 0 for fit in fits(student, (one.deployment,), budget))
 

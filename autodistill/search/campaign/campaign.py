@@ -241,12 +241,10 @@ class Campaign:
         return rung == len(self.question.plan.rungs) - 1
 
     def _shown(self, row: Row) -> str:
-        """The metric of a row, for a person."""
         value = row.figure(self.question.metric)
         return "no value" if value is None else f"{self.question.metric} {value:.4f}"
 
     def _evaluated(self, trial: TrialState, row: Row) -> Decision:
-        """A trained student was evaluated under one more deployment."""
         trial.evaluating -= 1
         self._notify(f"{trial.task.id} as {row.deployment_name}: {self._shown(row)}")
         self._collector.students()

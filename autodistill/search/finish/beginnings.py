@@ -129,6 +129,7 @@ def _evaluate(model: Any, row: Row, finisher: Finisher, scales: Mapping[str, Sca
         scales=scales,
         share=plan.example_share,
         tokenizer=setting.text(init),
+        teacher=setting.teacher_spec,
     )[0]
 
 

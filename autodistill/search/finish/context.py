@@ -18,7 +18,7 @@ from autodistill.distillation.student.build import save_student
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.errors import DamagedError
-from autodistill.inference.half_precision import load_held
+from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.learned_scales import write_scales
@@ -122,7 +122,7 @@ class Finisher:
     def load(self, row: Row) -> Any:
         """The model of a row, in float32; the teacher as it is held."""
         if row.kind == "teacher":
-            return load_held(self.teacher.folder, self.setting.held, self.setting.device)
+            return load_teacher(self.teacher.folder, self.setting.held, self.setting.device, self.setting.divided)
         return load_model(self.student(row), torch.float32, self.setting.device)
 
     def write(self, row: Row) -> None:

@@ -168,6 +168,9 @@ def _said(card: str, exporter: Exporter, found: Exported) -> str:
             lines.append(f"It is {check.divergence:.2g} nats away from that student.")
         if check.same_written is not None:
             lines.append(f"It wrote {check.same_written} tokens as that student does, up to the first that differs.")
+        if check.tokens_per_second is not None:
+            took = "" if check.peak_bytes is None else f", in a process of {check.peak_bytes / 1e6:.0f} MB at most"
+            lines.append(f"Meanwhile it wrote {check.tokens_per_second:.3g} tokens a second{took}, by the clock.")
     lines.append(f"`autodistill verify` repeats this from `{RECORD}`.")
     return "\n".join(lines) + "\n"
 

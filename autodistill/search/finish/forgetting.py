@@ -19,9 +19,9 @@ from autodistill.data.general_text import general_sequences
 from autodistill.errors import TrialFailedError
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.evaluation.statistics import clustered_mean
-from autodistill.inference.half_precision import load_held
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.scoring import score, score_teacher
+from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.gains import named
@@ -205,7 +205,7 @@ class Gate:
             self.unknown = f"of {finisher.general.name} {count} documents hold a sequence, and {_FEWEST_DOCUMENTS} must"
             return None
         with finisher.phases.phase("evaluate", "teacher on general text"):
-            teacher = load_held(setting.teacher, setting.held, setting.device)
+            teacher = load_teacher(setting.teacher, setting.held, setting.device, setting.divided)
             scores, reference = score_teacher(teacher, data, device=setting.device)
             del teacher
             give_back_memory()

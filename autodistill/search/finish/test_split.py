@@ -10,8 +10,8 @@ from typing import Any
 from autodistill.data.dataset import load_split
 from autodistill.evaluation.base import Direction
 from autodistill.evaluation.evaluate import Evaluation, evaluate
-from autodistill.inference.half_precision import load_held
 from autodistill.inference.scoring import score_teacher
+from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.events import RowTested
@@ -139,7 +139,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
         return known
     record_test_opening(finisher.run.path.parent, run=finisher.run.name, data=finisher.data.fingerprint)
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
-    teacher = load_held(finisher.teacher.folder, setting.held, setting.device)
+    teacher = load_teacher(finisher.teacher.folder, setting.held, setting.device, setting.divided)
     _, reference = score_teacher(teacher, data, device=setting.device)
     results: list[Row] = []
 
@@ -163,6 +163,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
             split="test",
             share=setting.plan.example_share,
             tokenizer=setting.text(init),
+            teacher=setting.teacher_spec,
         )[0]
 
     def write(evaluation: Evaluation, one: _Scored) -> None:

@@ -16,6 +16,10 @@ CACHING, TRAINING = 1.4, 1.1
 # Seconds a weight of the teacher, of a core of the two servers that this was read off: a trained student is loaded and
 # packed; beside that, one is built, restored and saved for each segment of training.
 _PACKED, _BUILT = 1.5e-8, 2.5e-8
+# Likewise: scales are searched for, and the errors of each column spread over those behind it.
+_MADE_UP = 1.5e-7
+CALIBRATION_TOKENS = 4096
+"""Of training text, by which the errors of rounding are made up for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ class Demand:
         rates: Share of the time budget that a test of learning rates takes.
         caches: Whether outputs of the teacher are cached before the first trial.
         arms: Of a race, that are proposed first; 0 of a search without one.
+        made_up: How many of these begin with codes that make up for the errors of their rounding.
         exports: Kinds of files that are written and measured: of the best student, and as GGUF where it is another.
     """
 
@@ -108,6 +113,7 @@ class Demand:
     rates: float = 0.0
     caches: bool = True
     arms: int = 0
+    made_up: int = 0
 
 
 def evaluated_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
@@ -140,6 +146,7 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
         "cache": caching_seconds(demand, speed, cached) + full_eval / speed.score,
         "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
         "rates": demand.rates * (demand.box_seconds or 0.0),
+        "codes": demand.made_up * codes_seconds(demand.parameters, speed),
         "workers": 15.0 if demand.ray else 0.0,
         "export": demand.exports * (12.0 + per_weight * demand.parameters),
         # The teacher as it is and in two packings, the undistilled student and the found one, each loaded and packed;
@@ -147,6 +154,14 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
         # student as it began.
         "test": rows * (test / speed.score + one_row) + full_eval / speed.score + one_row,
     }
+
+
+def codes_seconds(parameters: int, speed: Speed) -> float:
+    """Expected seconds in which the codes of a student are found that make up for the errors of their rounding.
+
+    Of the text three passes are made: one that a cut is repaired by, and two through each block.
+    """
+    return 3 * CALIBRATION_TOKENS / speed.score + _MADE_UP * parameters
 
 
 def caching_seconds(demand: Demand, speed: Speed, tokens: float) -> float:

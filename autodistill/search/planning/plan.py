@@ -179,6 +179,9 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
         # Trials too short to choose by would leave nothing that is worth training on.
         least = _FEWEST_STEPS // 2 * batch
         trials, tokens = _held(demand, speed, workers)
+        if trials < demand.made_up:
+            demand = replace(demand, made_up=trials)
+            tokens = _most_tokens(demand, speed, workers, trials)
         if tokens < least and not demand.arms:
             tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
         # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
@@ -188,7 +191,12 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
         tokens = max(fewest_tokens(batch), min(tokens, most))
         if trials < _TRIALS and demand.trials is None and not demand.arms:
             notes.append(f"the time budget holds {trials} trials; {_TRIALS} are usual: give it more --time")
-        if tokens < _fewest_steps(demand) * batch:
+        if demand.arms > trials:
+            notes.append(
+                "the time budget holds no race: only the construction that is nearest to its teacher is trained; give "
+                "it more --time"
+            )
+        elif tokens < _fewest_steps(demand) * batch:
             notes.append(f"{tokens // batch} optimiser steps a trial hardly tell strategies apart: give it more --time")
     plan = _build(demand, speed, workers, trials, tokens, tuple(notes))
     if demand.explore < 1 and plan.longest == 1:
@@ -335,17 +343,19 @@ def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tu
 def _held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
     """How many trials the time budget holds, a dozen at most, and their tokens.
 
-    As many as can be told apart; where not even the fewest trials can, as many as have half of the steps for it.
+    As many as can be told apart; where not even the fewest trials can, as many as have half of the steps for it. Of a
+    race that could tell nothing apart, what is believed to be best runs alone, so that it is trained on for longer.
     """
     if demand.trials is not None:
         return demand.trials, _most_tokens(demand, speed, workers, demand.trials)
     fewest = demand.arms or _FEWEST_TRIALS
     held = [(trials, _most_tokens(demand, speed, workers, trials)) for trials in range(_TRIALS, fewest - 1, -1)]
-    for steps in (_fewest_steps(demand), _fewest_steps(demand) // 2):
+    least = _fewest_steps(demand)
+    for steps in (least,) if demand.arms > 1 else (least, least // 2):
         enough = [item for item in held if item[1] >= steps * demand.step_tokens]
         if enough:
             return enough[0]
-    return held[-1]
+    return (1, _most_tokens(demand, speed, workers, 1)) if demand.arms > 1 else held[-1]
 
 
 def _left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:

@@ -23,6 +23,7 @@ _SIGNAL = (
     "distillation.temperature.shape",
     "distillation.temperature.start",
     "distillation.temperature.end",
+    "distillation.on_policy",
 )
 
 

@@ -168,6 +168,7 @@ class TrialMemory:
             bf16=self.bf16,
             on_grid=strategy.finishing is not None,
             scales_of=strategy.finishing if strategy.scales_alone else None,
+            writes=recipe.on_policy is not None,
             device=self.device,
             threads=self.threads,
         )

@@ -16,7 +16,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
-from autodistill.strategy.recipe import Alignment, Distillation
+from autodistill.strategy.recipe import Alignment, Distillation, OnPolicy
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.plain_dataclass import PlainDataclass
 from autodistill.utils.typed_data import check_typed
@@ -44,6 +44,7 @@ CHOICES = {
     "distillation.temperature.shape": ("constant", "linear", "cosine", "exponential"),
     "distillation.alignment": ("none", "last", "even-2", "even-4", "even-8"),
     "distillation.alignment.projection": ("none", "linear"),
+    "distillation.on_policy": ("none", "half"),
 }
 """Choices that are believed in; the first is what the others are compared with."""
 
@@ -249,6 +250,8 @@ def number(recipe: Distillation, path: str) -> float | None:
 def chosen(recipe: Distillation, path: str) -> str | None:
     """Return the name of a recipe's choice, as `CHOICES` has it; None where it is none of them."""
     alignment = recipe.alignment
+    if path == "distillation.on_policy":
+        return {None: "none", OnPolicy(): "half"}.get(recipe.on_policy)
     if path == "distillation.temperature.shape":
         return recipe.temperature.shape if recipe.weighs_teacher else None
     if path == "distillation.alignment.projection":
@@ -274,8 +277,11 @@ def known(recipe: Distillation) -> bool:
         and not alignment.balance
         and all(chosen(recipe, path) for path in CHOICES if path.startswith("distillation.alignment"))
     )
+    phased = chosen(recipe, "distillation.on_policy") is not None
     constant = not recipe.weighs_teacher or recipe.temperature.shape != "constant" or recipe.temperature.start == 1
-    return recipe.divergence == "forward_kl" and not (recipe.attention or recipe.lora) and aligned and constant
+    return (
+        recipe.divergence == "forward_kl" and not (recipe.attention or recipe.lora) and aligned and constant and phased
+    )
 
 
 def telling(evidence: Iterable[Evidence]) -> list[Evidence]:

@@ -147,7 +147,6 @@ def _number(path: str, belief: Belief, known: Knowledge) -> NumberPrior:
     least, most = _BOUNDS[path]
 
     def shown(value: float) -> float:
-        """Return a value as a recipe has it, with three digits."""
         plain = value if path == _LINEAR else 10 ** min(5.0, max(-9.0, value))
         return float(f"{min(most, max(least, plain)):.3g}")
 

@@ -256,7 +256,6 @@ def _try(
     before: tuple[float, ...],
     train: Callable[[float], tuple[list[StepRecord], Mapping[str, Scales]]],
 ) -> TriedRate:
-    """Train at a rate, and judge the student."""
     began = time.monotonic()
     try:
         after = held.sums(train(rate)[1])

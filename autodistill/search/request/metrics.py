@@ -192,7 +192,6 @@ def _follows(name: str) -> bool:
 
 
 def _ranking() -> Iterator[Evaluator]:
-    """Every installed evaluator that may rank."""
     found = (load_evaluator(name) for name in plugins.names("evaluators"))
     return (item for item in found if item.needs in _RANKING)
 

@@ -211,7 +211,6 @@ class SearchRequest:
         Option(
             help="Number of strategies to try (default: what the time allows). With --resume, the new total.",
             metavar="N",
-            typed=int,
             section="Search",
             commands=_SEARCH,
         ),
@@ -222,7 +221,6 @@ class SearchRequest:
             help="Share of the training time for trying strategies; the rest trains the best (default: 0.2, from an "
             "hour on 0.25; 0.5 where the space is not solved).",
             metavar="SHARE",
-            typed=float,
             section="Search",
             commands=_SEARCH,
         ),
@@ -232,7 +230,6 @@ class SearchRequest:
         Option(
             help="Retrain the best 3 and the baseline on N more seeds; the best mean is chosen.",
             metavar="N",
-            typed=int,
             section="Search",
             commands=_SEARCH,
         ),
@@ -241,7 +238,6 @@ class SearchRequest:
         bool | None,
         Option(
             help="Export the best trained student, even if the quantised teacher does better.",
-            typed=bool,
             section="Search",
             commands=_SEARCH,
         ),
@@ -279,20 +275,13 @@ class SearchRequest:
     seed: Annotated[
         int | None,
         Option(
-            help="Seed of data order, projections and proposals (default: 0).",
-            metavar="N",
-            typed=int,
-            least=0,
-            section="Search",
+            help="Seed of data order, projections and proposals (default: 0).", metavar="N", least=0, section="Search"
         ),
     ] = None
     tokens: Annotated[
         int | None,
         Option(
-            help="Training tokens of each trial (default: what the time allows).",
-            metavar="TOKENS",
-            typed=int,
-            section="Training",
+            help="Training tokens of each trial (default: what the time allows).", metavar="TOKENS", section="Training"
         ),
     ] = None
     sequence_length: Annotated[
@@ -300,7 +289,6 @@ class SearchRequest:
         Option(
             help="Length of the sequences in training and evaluation (default: 256).",
             metavar="TOKENS",
-            typed=int,
             section="Training",
         ),
     ] = None
@@ -309,7 +297,6 @@ class SearchRequest:
         Option(
             help="Training tokens of each optimiser step (default: one sequence; on a GPU, what keeps it busy).",
             metavar="TOKENS",
-            typed=int,
             section="Training",
         ),
     ] = None
@@ -318,8 +305,7 @@ class SearchRequest:
     ] = None
     out: Out = RUNS
     resume: Annotated[
-        bool,
-        Option(help="Continue the run given by --name, with the settings it has.", typed=bool, section="Run"),
+        bool, Option(help="Continue the run given by --name, with the settings it has.", section="Run")
     ] = False
     metrics_port: Annotated[
         int | None,
@@ -327,12 +313,20 @@ class SearchRequest:
             help="Serve the search's gauges to Prometheus on this port of 127.0.0.1; autodistill dashboards has what "
             "shows them.",
             metavar="PORT",
-            typed=int,
             least=0,
             section="Run",
             commands=("search", "distill"),
         ),
     ] = None
+    dashboard: Annotated[
+        bool,
+        Option(
+            help="Show Ray's workers in its dashboard, on this machine alone and by a token, while trials run.",
+            typed=bool,
+            section="Run",
+            commands=("search", "distill"),
+        ),
+    ] = False
     runner: Annotated[
         str,
         Option(
@@ -347,7 +341,6 @@ class SearchRequest:
         Option(
             help="GPUs of each trial: a fraction, like 0.25, or a whole number (default: 1).",
             metavar="X",
-            typed=float,
             section="Workers",
         ),
     ] = None
@@ -356,7 +349,6 @@ class SearchRequest:
         Option(
             help="Cores of each trial, or of each GPU's process in it (default: planned).",
             metavar="N",
-            typed=int,
             section="Workers",
         ),
     ] = None

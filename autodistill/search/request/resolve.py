@@ -112,6 +112,7 @@ class SearchConfig:
     out: Path
     runner: str
     ray_address: str | None
+    dashboard: bool
     gpus_per_trial: float | None
     cpus_per_trial: int | None
     storage: Storage | None
@@ -207,6 +208,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         out=Path(request.out),
         runner=request.runner,
         ray_address=request.ray_address,
+        dashboard=request.dashboard,
         gpus_per_trial=request.gpus_per_trial,
         cpus_per_trial=request.cpus_per_trial,
         storage=None if storage is None else Storage(storage),

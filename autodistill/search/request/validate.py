@@ -93,6 +93,10 @@ def _check_alone(request: SearchRequest) -> None:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     if request.ray_address is not None and request.runner == "inline":
         raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
+    if request.dashboard and request.runner == "inline":
+        raise InputError("--dashboard shows Ray, which --runner inline does not use: leave one of them out")
+    if request.dashboard and request.ray_address is not None:
+        raise InputError("--ray-address names a cluster, which has a dashboard of its own: leave out --dashboard")
     for option, folder in (("--out", Path(request.out)), ("--cache", _cache(request))):
         check_folder(folder, option)
 

@@ -296,7 +296,6 @@ def _stretch_class() -> Any:
         """One segment of a trial, as Tune runs it in a worker."""
 
         def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
-            """Prepare the worker for its first segment."""
             self._assignment: Assignment | Rest = config["assignment"].assignment
             self._work = make()
             self._suspect = False
@@ -309,7 +308,6 @@ def _stretch_class() -> Any:
             settle()
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
-            """Take the next segment in the same worker."""
             from autodistill.inference.torch_memory import give_back_memory
 
             self._assignment = new_config["assignment"].assignment

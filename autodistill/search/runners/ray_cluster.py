@@ -22,6 +22,7 @@ import psutil
 
 from autodistill.errors import AutoDistillError, InputError, LostClusterError
 from autodistill.hardware.machine import Gpu, Machine
+from autodistill.search.runners.ray_dashboard import HOST, Dashboard
 from autodistill.utils.process_exit import end_process, sigterm_kept
 from autodistill.utils.storage import Storage
 from autodistill.utils.timeouts import CallTimeoutError, call_with_timeout
@@ -74,9 +75,7 @@ class Cluster(Protocol):
         """Until Ray is up."""
         ...
 
-    def ended(self) -> str | None:
-        """What of Ray itself has ended, for a person to read; None while all of it that can be seen runs."""
-        ...
+    def ended(self) -> str | None: ...
 
     def leave(self) -> None:
         """Gives Ray up, if that has not been done; what was joined runs on."""
@@ -93,7 +92,6 @@ class _Watched:
         self._leaving = threading.Event()
 
     def ended(self) -> str | None:
-        """What of it has ended."""
         raise NotImplementedError
 
     def _watch(self) -> None:
@@ -114,14 +112,16 @@ class LocalRay(_Watched):
 
     Args:
         machine: Its cores and GPUs are what Ray may use.
+        dashboard: Is told once Ray's own is there; None for none.
     """
 
     # Where a raylet ends in good order, Ray ends this process a quarter of a second later, without a word.
     look_seconds = 0.05
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, dashboard: Dashboard | None = None) -> None:
         super().__init__()
         self.machines: tuple[Machine, ...] = (machine,)
+        self._dashboard = dashboard
         self._error: BaseException | None = None
         self._processes: dict[str, psutil.Process] = {}
         self._ready = threading.Event()
@@ -134,9 +134,16 @@ class LocalRay(_Watched):
         try:
             with _for_this_machine() as own:
                 # Without an address Ray would join whatever cluster it finds.
-                _init(
-                    address="local", num_cpus=machine.cpus, num_gpus=len(machine.gpus), include_dashboard=False, **own
+                context = _init(
+                    address="local",
+                    num_cpus=machine.cpus,
+                    num_gpus=len(machine.gpus),
+                    include_dashboard=self._dashboard is not None,
+                    dashboard_host=HOST,
+                    **own,
                 )
+            if self._dashboard is not None:
+                self._dashboard.opened(context.dashboard_url, _own_token())
         except BaseException as error:
             # Raised where somebody waits for Ray, in the thread that can answer it.
             self._error = error
@@ -159,11 +166,12 @@ class LocalRay(_Watched):
         self._ready.wait()
         if self._error is not None:
             raise AutoDistillError(
-                f"Ray could not be started ({self._error}): try --runner inline, which needs no Ray"
+                f"Ray could not be started ({self._error}): try it without --dashboard"
+                if self._dashboard
+                else f"Ray could not be started ({self._error}): try --runner inline, which needs no Ray"
             ) from self._error
 
     def ended(self) -> str | None:
-        """The first of Ray's processes that is gone."""
         gone = [name for name, process in self._processes.items() if not _running(process)]
         return f"Ray's {gone[0].removeprefix('ray::')} has ended (killed, or out of memory?)" if gone else None
 
@@ -173,6 +181,8 @@ class LocalRay(_Watched):
             return
         self._leaving.set()
         self._ready.wait()
+        if self._dashboard is not None:
+            self._dashboard.close()
         _shut_down()
         self._over.set()
 
@@ -326,12 +336,17 @@ def _for_this_machine() -> Iterator[dict[str, Any]]:
         # This process may have had another one before, of a cluster.
         AuthenticationTokenLoader.instance().reset_cache()
     try:
-        yield {"_node_ip_address": "127.0.0.1"}
+        yield {"_node_ip_address": HOST}
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _init(**options: Any) -> None:
+def _own_token() -> str | None:
+    """The token of this process's Rays; None where a person named another."""
+    return _OWN_TOKEN if os.environ.get("RAY_AUTH_TOKEN") == _OWN_TOKEN else None
+
+
+def _init(**options: Any) -> Any:
     import ray
 
     job = ray.job_config.JobConfig()
@@ -339,7 +354,9 @@ def _init(**options: Any) -> None:
     # file named like a library stands in for it: in a checkout, this package without its evaluators.
     job._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign, unused-ignore]
     with sigterm_kept():
-        ray.init(job_config=job, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options)
+        return ray.init(
+            job_config=job, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options
+        )
 
 
 def _shut_down() -> None:

@@ -21,15 +21,18 @@ from autodistill.distillation.student.pretrained import token_rows
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher, text_files
 from autodistill.distillation.teacher.stored_grids import StoredAs, stored_as
 from autodistill.distillation.teacher.target_sources import check_logprobs
+from autodistill.distillation.training.on_policy import SEVERAL_PROCESSES
 from autodistill.errors import InputError
+from autodistill.estimates.divided import splits
 from autodistill.estimates.fit import cannot_hold, holdable
 from autodistill.estimates.serving_memory import memory
-from autodistill.estimates.training_fit import TeacherFit, TrainingFit, fit_teacher
+from autodistill.estimates.teacher_fit import TeacherFit, fit_teacher
+from autodistill.estimates.training_fit import TrainingFit
 from autodistill.export.gguf_tokenizer import spaces
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.export.verify import CLEAR_SHARE, ENOUGH_POSITIONS
 from autodistill.hardware.budget import Budget, on_gpu, served
-from autodistill.inference.half_precision import load_held
+from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
@@ -114,18 +117,24 @@ class Loaded:
         if checked.constructions:
             constructed = [one.deployment for one in arms(checked.constructions) if one.whole]
             wide = [one for one in deployments if one.bits == 16 and not one.types]
-            return holdable(self.spec, tuple(dict.fromkeys((*constructed, *wide[:1]))))
+            deployments = tuple(dict.fromkeys((*constructed, *wide[:1])))
+            return tuple(one for one in holdable(self.spec, deployments) if self._packs(one))
         if self.stored is not None:
             deployments = served(self.stored.among(deployments), checked.budget)
-        return holdable(self.spec, deployments)
+        return tuple(one for one in holdable(self.spec, deployments) if self._packs(one))
 
     def stepping(self, tokens: int) -> Loaded:
         """The same with optimiser steps of so many tokens."""
         return replace(self, step_tokens=tokens, fit=self.fit_step(tokens))
 
     def load_teacher(self, device: str = "cpu") -> Any:
-        """The teacher, held as it fits and computing in float32."""
-        return load_held(self.teacher.folder, self.teacher_fit.held, device)
+        """The teacher, held as it fits and computing in float32; a divided one lies on this machine's devices."""
+        fit = self.teacher_fit
+        return load_teacher(self.teacher.folder, fit.held, self.device if fit.processes > 1 else device, fit.processes)
+
+    def _packs(self, deployment: Deployment) -> bool:
+        """Whether each process that has a part of the teacher has whole groups of the deployment's grids."""
+        return not splits(self.spec, deployment, self.teacher_fit.processes)
 
 
 def load(checked: SearchConfig, place: Place) -> Loaded:
@@ -137,6 +146,8 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
         NothingFitsError: None of those that can fits the budget.
     """
     _compare_tokens(checked)
+    if place.share.processes > 1 and any(one.on_policy for one in signal_cases(checked.space)):
+        raise InputError(SEVERAL_PROCESSES)
     teacher = materialise(checked.teacher, checked.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     # A run of an earlier version goes on without the row of a teacher's own codes.

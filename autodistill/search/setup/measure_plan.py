@@ -21,6 +21,8 @@ from autodistill.evaluation.base import Measurement
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.inference.batching import PASS_TOKENS, pass_tokens
 from autodistill.inference.generation import BATCH_ON_ACCELERATOR, answer
+from autodistill.inference.half_precision import load_held
+from autodistill.inference.tensor_parallel import is_divided
 from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
@@ -114,7 +116,10 @@ def plan_from_measurement(
     if train_tokens < all_tokens and plan.tokens > train_tokens - demand.step_tokens:
         notes = (*notes, "the teacher's outputs for more tokens of a trial would not fit --cache-limit")
     models = (loaded.spec, *(student for _, student in students))
-    left_out = [cannot_hold(model, deployment) for model in models for deployment in checked.space.deployments]
+    # What was solved for one shape need not hold another.
+    solved = {one.deployment for one in checked.constructions}
+    asked = [one for one in checked.space.deployments if one not in solved]
+    left_out = [cannot_hold(model, deployment) for model in models for deployment in asked]
     plan = replace(
         plan,
         notes=(
@@ -144,9 +149,10 @@ def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box
     init = loaded.largest[0].init
 
     def largest(model: Any) -> Any:
-        """Build the largest student of one way to begin."""
         if init.model:
             return load_model(loaded.pretrained[init.model], torch.float32)
+        if is_divided(model):
+            model = load_held(loaded.teacher.folder, loaded.teacher_fit.held)
         # Which layers and neurons are kept does not bear on speed.
         return cut_student(model, replace(init, layers="even"), None)[0]
 
@@ -250,6 +256,7 @@ def _demand(
         caches=not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty,
         rates=RATES if to_test(checked, loaded.workers) else 0.0,
         arms=len(raced),
+        made_up=sum(start.codes is not None for start in raced),
         train_tokens=train_tokens,
         validation_tokens=splits["validation"].sequences * checked.sequence_length,
         test_tokens=splits["test"].sequences * checked.sequence_length,
@@ -281,7 +288,6 @@ def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[in
     most = min(PASS_TOKENS // checked.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
 
     def held(size: int) -> bool:
-        """Say whether memory holds a step of this many sequences."""
         try:
             return loaded.fit_step(size * loaded.step_tokens).micro_batch == size
         except InputError:

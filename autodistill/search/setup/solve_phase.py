@@ -126,7 +126,7 @@ def _options(config: SearchConfig, loaded: Loaded) -> Options | str:
     """What may be chosen within a budget; or why nothing can be solved, in words."""
     if not in_gguf(config.declared, config.budget):
         return "no deployment of the space is of llama.cpp, whose types alone are solved"
-    if loaded.teacher_fit.held != "float32":
+    if loaded.teacher_fit.held != "float32" or loaded.teacher_fit.processes > 1:
         return "memory does not hold the teacher in float32, which it is scored in"
     options = Options(
         spec=loaded.spec, budget=config.budget, cache_type=config.kv_type, limits=config.declared.restriction

@@ -159,6 +159,7 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
         device=loaded.device,
         pretrained=loaded.pretrained,
         held=loaded.teacher_fit.held,
+        divided=loaded.teacher_fit.processes,
         renderings=loaded.renderings,
         divergences=checked.asked.divergences,
     )
@@ -310,6 +311,7 @@ def _untrained_row(
             scales=read_scales(setting.teacher, deployment) if scales is None else scales,
             share=setting.plan.example_share,
             tokenizer=setting.text(strategy.init if strategy else None),
+            teacher=setting.teacher_spec,
         )
     except TrialFailedError as error:
         raise InputError(f"the {what} as {deployment.name} cannot be measured ({error.cause}): {error}") from error

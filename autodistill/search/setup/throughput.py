@@ -110,7 +110,6 @@ def moving_seconds(state: OptimizerState, device: str, threads: int) -> float:
         optimizer = adamw([{"params": [weight]}], state)
 
         def seconds() -> float:
-            """Time one step of the optimizer."""
             began = time.perf_counter()
             optimizer.step()
             _wait(device)
@@ -178,12 +177,11 @@ class _Passes:
                 ids = self._ids[: len(batch)]
                 hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
                 head = self.model.get_output_embeddings()
-                for rows in hidden.split(logit_rows(head.weight.shape[0])):
+                for rows in hidden.split(logit_rows(head.out_features)):
                     head(rows)
             return len(batch)
 
         def seconds(tokens: int) -> tuple[float, int]:
-            """Time one pass, and return its largest batch too."""
             began = time.perf_counter()
             largest = max(map_batches(work, sequences, by_length([length] * sequences), tokens, self._device))
             _wait(self._device)
@@ -203,7 +201,6 @@ class _Passes:
             logits.float().square().mean().backward()
 
         def seconds() -> float:
-            """Time one step on each worker."""
             began = time.perf_counter()
             list(pool.map(step, range(beside)))
             _wait(self._device)

@@ -7,7 +7,8 @@ from functools import partial
 
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
-from autodistill.estimates.training_fit import TeacherFit, Training, TrainingFit, fit_training
+from autodistill.estimates.teacher_fit import TeacherFit
+from autodistill.estimates.training_fit import Training, TrainingFit, fit_training
 from autodistill.estimates.training_memory import adapted_tensors
 from autodistill.inference.torch_memory import share_bytes
 from autodistill.models.spec import ModelSpec
@@ -118,6 +119,7 @@ def _training(checked: SearchConfig, memory: TrialMemory, largest: ModelSpec, st
         bf16=memory.bf16,
         on_grid=_on_grid(space, spec),
         scales_of=_scales_of(space, spec),
+        writes=any(recipe.on_policy for recipe in _recipes(space, spec, "on_policy")),
         device=memory.device,
         threads=memory.threads,
     )
@@ -131,7 +133,6 @@ def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillati
 
 
 def _on_grid(space: Space, spec: ModelSpec) -> bool:
-    """Whether a trial of the space may be trained on a grid."""
     return any(strategy.finishing is not None for strategy in cases(space, {"finishing"}, spec.layers))
 
 

@@ -25,6 +25,7 @@ from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.quantization.learned_scales import read_scales, stored_alike
 from autodistill.quantization.packing import dequantize, pack, unpack_codes
+from autodistill.search.planning.durations import CALIBRATION_TOKENS
 from autodistill.search.solve.bench import Bench
 from autodistill.search.solve.compensation import made_up
 from autodistill.search.worker.messages import TrialSetting
@@ -32,9 +33,6 @@ from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.utils.checksums import saved_once
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.plain_dataclass import plain
-
-CALIBRATION_TOKENS = 4096
-"""Of training text, by which the errors of rounding are made up for."""
 
 _WEIGHED_TOKENS = 1024  # of it, by which columns count: their order hardly depends on more
 _FILE = "codes.safetensors"

@@ -41,6 +41,7 @@ class TrialSetting:
         pretrained: Folders of the models that strategies start from, by their references.
         renderings: Of those of them that have a chat template of their own, its name in the prepared data.
         held: What the teacher's matrices are held in.
+        divided: Over how many processes it is divided where it runs outside of trials.
         storage: The run's, where trials keep what another node may go on from; None for `checkpoints` alone.
         divergences: Those that strategies may have and that the driver's session registered; a worker registers them.
         copies_limit_bytes: Disk that a node's copies of what storages have may take; None for no limit.
@@ -63,6 +64,7 @@ class TrialSetting:
     codes: Path | None = None
     pretrained: Mapping[str, Path] = field(default_factory=dict)
     held: HeldType = "float32"
+    divided: int = 1
     storage: Storage | None = None
     copies_limit_bytes: int | None = None
     renderings: Mapping[str, str] = field(default_factory=dict)

@@ -101,6 +101,8 @@ class Trial:
         self._stage = task.stage or task.id
         self._decay = setting.plan.decay if task.decay is None else task.decay
         self._damaged: str | None = None
+        # Seconds in which the student writes a step's own tokens, where a phase lets it.
+        self._writing = 0.0
 
     def run(self, rung: int, *, keep: bool = False, until: Moment | None = None) -> RungReport | None:
         """Trains to a rung and evaluates there, from the furthest checkpoint of its stage, whoever trained it.
@@ -186,6 +188,7 @@ class Trial:
             stretch.between = stretch.start
         make_folder(self._folder)
         plan, branch = self._bench.setting.plan, self._branches(rung)[-1]
+        self._writing = trainer.writing_seconds() if until is not None else 0.0
         for point in self._points(rung, stretch.start):
             for record in trainer.train_stable(point):
                 stretch.steps.append(record)
@@ -240,7 +243,9 @@ class Trial:
         each = _each(steps, plan.batch_tokens)
         left = (end_of(tokens + plan.batch_tokens, self._decay, plan.batch_tokens) - tokens) // plan.batch_tokens
         slower = _ON_GRID if self._task.strategy.finishing and not self._task.strategy.scales_alone else 1.0
-        return self._agreed(_SPARE * slower * left * each > until.left)
+        phase = self._task.strategy.distillation.on_policy
+        writing = phase.share * self._writing if phase else 0.0
+        return self._agreed(_SPARE * left * (slower * each + writing) > until.left)
 
     def _sooner(self, until: Moment, steps: Sequence[StepRecord], end: int) -> int:
         """Tokens at which a decay under way is to end, fewer than before where the machine has become slower.
@@ -253,7 +258,9 @@ class Trial:
             end: Tokens at its end, as was thought before.
         """
         batch = self._bench.setting.plan.batch_tokens
-        each = _each(steps, batch)
+        own = [step for step in steps if step.on_policy]
+        # In the last phase a step takes as long as those of it; before, as if all that are left were of it.
+        each = _each(own, batch) if own else _each(steps, batch) + self._writing
         left = 0 if len(steps) < _FEW_STEPS else (end - steps[-1].tokens) // batch
         held = max(0, int(until.left / each))
         least = self._bench.setting.plan.tokens + batch
@@ -409,6 +416,7 @@ class Trial:
             scales=scales,
             share=setting.plan.example_share * tokens / setting.plan.eval_tokens,
             tokenizer=setting.text(init),
+            teacher=setting.teacher_spec,
         )[0]
 
     def _trainer(self) -> Trainer:

@@ -82,7 +82,6 @@ class Versus:
         self._rows: dict[str, Row] = {}
 
     def teacher(self, name: str) -> Teacher:
-        """A teacher by its name in the file."""
         if name not in self._known_teachers:
             given = self._teachers.get(name)
             if given is None and name == "small":
@@ -136,7 +135,6 @@ class Versus:
         return self._rows[key]
 
     def judge(self, block: Block) -> Judge:
-        """Of the block's text."""
         test, general = (self._texts / name for name in (f"{block.text}-test", self.asked["general"]))
         return Judge(
             teacher=self.teacher(block.teacher).folder,
@@ -200,7 +198,6 @@ class Versus:
 
 
 def child(arm: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """One arm, in this process."""
     torch.set_num_threads(THREADS)
     memory_bytes, context = given["budget"]
     task = Task(
@@ -219,7 +216,6 @@ def child(arm: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sections(versus: Versus, rows: Mapping[Block, Mapping[str, Row]], first_look: bool) -> Iterator[str]:
-    """The report's parts."""
     asked = versus.asked
     if first_look:
         yield "**A first look, with other times or another teacher than the file's: no target is decided by it.**"
@@ -294,7 +290,6 @@ def _run_and_not(versus: Versus, rows: Mapping[Block, Mapping[str, Row]]) -> str
 
 
 def main() -> None:
-    """Makes what is missing, and writes the report of what is there."""
     parser = parser_of(__doc__)
     parser.add_argument("--only", metavar="BLOCK/ARM", help="a row, a block, an arm or a teacher: no others are made")
     parser.add_argument("--time", type=parse_duration, help="of each arm, instead of the file's: a first look")

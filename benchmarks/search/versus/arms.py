@@ -74,7 +74,6 @@ class Task:
 
     @property
     def left(self) -> float:
-        """Seconds."""
         return max(1.0, self.ends - time.time())
 
 
@@ -227,7 +226,6 @@ ARMS: Mapping[str, Callable[[Task], Made]] = {
 
 
 def share_of(arm: str) -> float:
-    """Of the block's time that an arm has."""
     return SHORT if arm == "search-short" else 1.0
 
 
@@ -279,7 +277,6 @@ def _known(spec: ModelSpec) -> Distillation:
 
 
 def _labels(spec: ModelSpec) -> Distillation:
-    """The same by the labels alone."""
     plain = Distillation()
     return replace(_known(spec), divergence_weight=0.0, signal=plain.signal, signal_tokens=plain.signal_tokens)
 
@@ -299,13 +296,21 @@ def _plain(task: Task, spec: ModelSpec, kinds: Sequence[str] = PLAIN) -> Deploym
 
 
 def _stored(spec: ModelSpec, kind: str) -> Deployment | None:
-    """All matrices and the tables in one type, and a cache of 8 bits; None where the type does not divide them."""
+    """All matrices and the tables in one type, and a cache of 8 bits; None where the type does not divide them.
+
+    A tied table in Q4_0 is in Q5_0 where that takes less: llama.cpp holds it twice in the one, and once in the other.
+    """
     options = Options(spec=spec, budget=Budget(memory_bytes=1, context=1))
     tensors = options.matrices | options.tables
     if any(kind not in options.kinds(tensor) for tensor in tensors.values()) or ("q8_0", "q8_0") not in options.caches:
         return None
-    found = options.deployment(dict.fromkeys(tensors, kind), ("q8_0", "q8_0"))
-    return None if cannot_hold(spec, found) else found
+    tables = (kind, "q5_0") if kind == "q4_0" else (kind,)
+    found = [
+        options.deployment(dict.fromkeys(tensors, kind) | dict.fromkeys(options.tables, table), ("q8_0", "q8_0"))
+        for table in tables
+    ]
+    held = [one for one in found if not cannot_hold(spec, one)]
+    return min(held, key=lambda one: memory(spec, one, context=1, batch=1).total_bytes, default=None)
 
 
 def _fits(task: Task, spec: ModelSpec, deployment: Deployment) -> bool:

@@ -44,7 +44,6 @@ class Block:
 
     @property
     def cell(self) -> str:
-        """The block without its seed."""
         size = f"{self.budget:g}" if self.budget <= 1 else f"{self.budget / 1e6:g}MB"
         return f"{self.teacher}-{self.text}-{size}"
 
@@ -55,7 +54,6 @@ class Block:
 
 
 def read_blocks(path: Path = FILE) -> dict[str, Any]:
-    """The whole file."""
     found = read_yaml(path)
     return dict(found)
 

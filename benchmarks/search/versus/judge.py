@@ -49,7 +49,6 @@ class Judge:
     cache: Path
 
     def teacher_itself(self) -> dict[str, Any]:
-        """The same figures of the teacher in 32 bits."""
         model = load_model(self.teacher, torch.float32).eval()
         return self._read(model, ("f16", "f16")) | {"bytes": None, "weights": None}
 

@@ -54,7 +54,6 @@ def best_rival(rows: Mapping[str, Row], rivals: Sequence[str]) -> str | None:
 
 
 def verdicts(targets: Sequence[Mapping[str, Any]], rows: Rows, rivals: Sequence[str]) -> dict[str, Verdict]:
-    """Of each target by its id."""
     core = {
         block: found
         for block, found in rows.items()

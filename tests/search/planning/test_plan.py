@@ -332,3 +332,15 @@ def test_a_search_that_is_extended_leaves_the_best_as_long_as_was_planned_at_mos
     assert more(1000.0, 0.5) == pytest.approx(more(1000.0, 1.0) / 2, abs=1)
     longer = plan.seconds["longer"]
     assert more(20_000.0, 0.5) == pytest.approx(more(20_000.0 - longer / 0.93, 1.0), abs=1)
+
+
+def test_of_a_race_that_could_tell_nothing_apart_what_is_believed_runs_alone() -> None:
+    asked = replace(DEMAND, arms=3, made_up=3, explore=0.2, caches=False, baselines=0)
+    raced = make_plan(replace(asked, box_seconds=1800.0), SPEED, WORKERS)
+    assert raced.trials >= 3
+    assert raced.tokens >= 8 * 256
+    alone = make_plan(replace(asked, box_seconds=420.0), SPEED, WORKERS)
+    assert alone.trials == 1
+    assert alone.seconds["codes"] == pytest.approx(raced.seconds["codes"] / 3)
+    assert any("holds no race" in note for note in alone.notes)
+    assert sum(alone.seconds.values()) <= 420

@@ -12,7 +12,8 @@ import pytest
 from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
-from autodistill.estimates.training_fit import TeacherFit, training_fits
+from autodistill.estimates.teacher_fit import TeacherFit
+from autodistill.estimates.training_fit import training_fits
 from autodistill.hardware.budget import Budget
 from autodistill.hardware.machine import Gpu, Machine
 from autodistill.models.config import spec_from_config
@@ -305,7 +306,13 @@ def on_gpus(*memories: float, share: float = 1.0) -> TrialMemory:
         Machine(cpus=8, memory_bytes=10**12, gpus=(Gpu(name="", memory_bytes=int(size)),)) for size in memories
     )
     place = Place(here=machines[0], machines=machines, share=Share(gpus=share))
-    held = TeacherFit(held="float32", stored="bfloat16", weights_bytes=8 * TEACHER.parameters, pass_bytes=0)
+    held = TeacherFit(
+        held="float32",
+        stored="bfloat16",
+        weights_bytes=8 * TEACHER.parameters,
+        pass_bytes=0,
+        held_bytes=4 * TEACHER.parameters,
+    )
     return memory_of_trials(place, TEACHER, held)
 
 

@@ -1,0 +1,140 @@
+"""How to hold a running teacher: in float32, in 16 bits, or divided over several GPUs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from autodistill.errors import InputError
+from autodistill.estimates.divided import indivisible, part_bytes
+from autodistill.estimates.training_fit import pass_bytes
+from autodistill.hardware.machine import Machine
+from autodistill.models.model_folder import HeldType
+from autodistill.models.spec import ModelSpec
+from autodistill.units import format_bytes
+
+# float32 values of a matrix that are shown to a product at once, for each thread.
+_SHOWN_BYTES = 4 * 2**25
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFit:
+    """The type in which a running teacher's matrices are stored; it computes in float32 (in a trial possibly bfloat16).
+
+    Attributes:
+        held: Their type.
+        stored: The type of the weights on disk.
+        weights_bytes: Of the weights, and in float32 of their copy as a deployment packs them; of one process's part.
+        pass_bytes: What a pass on each thread takes beside them.
+        held_bytes: The memory of the weights alone, and of all of them.
+        processes: Over which they are divided, one for each GPU.
+    """
+
+    held: HeldType
+    stored: HeldType
+    weights_bytes: int
+    pass_bytes: int
+    held_bytes: int
+    processes: int = 1
+
+    @property
+    def total_bytes(self) -> int:
+        """The memory needed, of each process."""
+        return self.weights_bytes + self.pass_bytes
+
+    @property
+    def rounded(self) -> bool:
+        """Whether weights were rounded, so that the outputs differ from those of the weights on disk."""
+        return self.held not in ("float32", self.stored)
+
+    def of(self, fingerprint: str) -> str:
+        """Return the name under which the outputs of this teacher are stored; rounded weights give another name."""
+        return f"{fingerprint}-{self.held}" if self.rounded else fingerprint
+
+    @property
+    def note(self) -> str | None:
+        """Return a note for the user, or None for float32."""
+        if self.held == "float32":
+            return None
+        exact = "which rounds them: its outputs differ a little" if self.rounded else "the type of its files"
+        note = (
+            f"the teacher's matrices are held in {self.held}, {exact}, and computed with in float32: "
+            f"{format_bytes(self.total_bytes)} of memory"
+        )
+        if self.processes == 1:
+            return note
+        return f"{note} on each of {self.processes} GPUs, over which it is divided as no one of them holds it"
+
+
+def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, machine: Machine) -> TeacherFit:
+    """Return how to store a teacher: in float32 if memory holds it (fastest on a CPU), else in 16 bits, else divided.
+
+    Float32 needs the weights twice: while the teacher is scored under a deployment, its packed values lie beside them.
+    On a GPU, where the weights wait in the machine's memory meanwhile, that half is room for what runs beside it.
+    In 16 bits matrices are held once, in the type that they are stored in, and cast to float32, or packed, part by
+    part when they are read. Weights stored in float32 are then rounded to bfloat16. So they are
+    over the fewest GPUs that hold them together.
+
+    Args:
+        spec: The teacher.
+        stored: Type of the weights on disk.
+        sequence_length: Tokens of a sequence.
+        machine: What is free of its first GPU's memory is the limit, or of its own where that is less (through it
+            weights are read) or there is no GPU; on a CPU each core runs a pass of its own. Several GPUs may share a
+            teacher that one of them does not hold.
+
+    Raises:
+        InputError: Not even 16 bits fit, on as many GPUs as its heads divide over.
+    """
+    limit_bytes = min([machine.usable_bytes, *(gpu.usable_bytes for gpu in machine.gpus[:1])])
+    threads = 1 if machine.gpus else machine.cpus
+    matrices = sum(math.prod(tensor.shape) for tensor in spec.tensors if len(tensor.shape) == 2)
+    whole = TeacherFit(
+        held="float32",
+        stored=stored,
+        weights_bytes=2 * 4 * spec.parameters,
+        pass_bytes=pass_bytes(spec, sequence_length, threads),
+        held_bytes=4 * spec.parameters,
+    )
+    if whole.total_bytes <= limit_bytes:
+        return whole
+    half_bytes = 2 * matrices + 4 * (spec.parameters - matrices)
+    half = TeacherFit(
+        held="bfloat16" if stored == "float32" else stored,
+        stored=stored,
+        weights_bytes=half_bytes,
+        pass_bytes=whole.pass_bytes + threads * _SHOWN_BYTES,
+        held_bytes=half_bytes,
+    )
+    if half.total_bytes <= limit_bytes:
+        return half
+    # Students are made of all of its weights, in main memory.
+    gpus = len(machine.gpus) if half_bytes <= machine.usable_bytes else 0
+    divided = list(_divided(spec, half, gpus))
+    for fit in divided:
+        if fit.total_bytes <= min(gpu.usable_bytes for gpu in machine.gpus[: fit.processes]):
+            return fit
+    raise InputError(
+        f"running a teacher of {spec.layers} layers takes {format_bytes(half.total_bytes)} even in 16 bits, and "
+        f"{_holder(spec, gpus, divided)} has {format_bytes(limit_bytes)} free: choose a smaller teacher, or let it "
+        "write the text to learn from where it is served (autodistill write --endpoint)"
+    )
+
+
+def _divided(spec: ModelSpec, half: TeacherFit, gpus: int) -> Iterator[TeacherFit]:
+    """Yield the ways to divide a teacher that is held in 16 bits, from the fewest GPUs."""
+    for processes in range(2, gpus + 1):
+        if not indivisible(spec, processes):
+            part = part_bytes(spec, processes, lambda tensor: 2 if len(tensor.shape) == 2 else 4)
+            yield replace(half, weights_bytes=part, processes=processes)
+
+
+def _holder(spec: ModelSpec, gpus: int, divided: list[TeacherFit]) -> str:
+    """Return what has to hold the whole teacher, in words, and why several GPUs do not help."""
+    if gpus < 2:
+        return "this machine"
+    if divided:
+        last = divided[-1]
+        return f"{format_bytes(last.total_bytes)} on each of {last.processes} GPUs, of which the first"
+    return f"one GPU of this machine's {gpus} ({indivisible(spec, gpus)})"

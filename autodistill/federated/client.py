@@ -1,0 +1,174 @@
+"""A client of federated distillation: a model, text of its own that stays with it, and the public text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from autodistill.data.documents import resolve_data
+from autodistill.data.tokenization import encode, load_tokenizer
+from autodistill.distillation.student.build import save_student
+from autodistill.errors import InputError
+from autodistill.federated.flower import client_of
+from autodistill.federated.predictions import KEPT, Predictions
+from autodistill.models.loading import load_model
+
+_ROWS = 32  # sequences that are predicted at once
+
+
+class Client:
+    """One who takes part: trains on text of its own and towards what all predict on the public text.
+
+    Args:
+        model: Causal language model in float32.
+        own: Token ids [sequences, length] of its own text.
+        public: Token ids [sequences, length] of the public text, the same for all.
+        rate: Learning rate of AdamW.
+        steps: Of each round.
+        batch: Sequences of a step, of its own text and of the public one each.
+        weight: Of the public text in the loss, once there is something to agree with.
+        seed: Of the order in which text is read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        own: npt.NDArray[np.int64],
+        public: npt.NDArray[np.int64],
+        *,
+        rate: float = 1e-3,
+        steps: int = 50,
+        batch: int = 8,
+        weight: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self._own, self._public = torch.from_numpy(own), torch.from_numpy(public)
+        self._steps, self._batch, self._weight = steps, batch, weight
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+        self._dice = torch.Generator().manual_seed(seed)
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the public text that are predicted."""
+        return self._public[:, 1:].numel()
+
+    def round(self, agreed: Predictions | None) -> Predictions:
+        """Train for a round, and return what the model then predicts on the public text.
+
+        Args:
+            agreed: What all predicted after the round before, if there was one.
+        """
+        self.model.train()
+        for _ in range(self._steps):
+            loss = self._likelihood()
+            if agreed is not None:
+                loss = loss + self._weight * self._agreement(agreed)
+            self._optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self._optimizer.step()
+        return self.predict()
+
+    def predict(self) -> Predictions:
+        """Return the model's likeliest tokens at each position of the public text."""
+        self.model.eval()
+        tokens, probabilities = [], []
+        with torch.no_grad():
+            for rows in self._public.split(_ROWS):
+                found = self._logits(rows).softmax(dim=-1).flatten(0, 1)
+                top = found.topk(min(KEPT, found.shape[1]), dim=1)
+                tokens.append(top.indices.int())
+                probabilities.append(top.values.half())
+        return Predictions(tokens=torch.cat(tokens).numpy(), probabilities=torch.cat(probabilities).numpy())
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        found: Tensor = self.model(input_ids=rows[:, :-1], use_cache=False).logits
+        return found
+
+    def _chosen(self, count: int) -> Tensor:
+        return torch.randint(count, (min(self._batch, count),), generator=self._dice)
+
+    def _likelihood(self) -> Tensor:
+        """Cross-entropy of some sequences of its own text, in nats a token."""
+        rows = self._own[self._chosen(len(self._own))]
+        return torch.nn.functional.cross_entropy(self._logits(rows).flatten(0, 1), rows[:, 1:].flatten())
+
+    def _agreement(self, agreed: Predictions) -> Tensor:
+        """Cross-entropy of the model under what all predict, in nats a token: shared tokens, and all others as one."""
+        chosen, each = self._chosen(len(self._public)), self._public.shape[1] - 1
+        places = (chosen[:, None] * each + torch.arange(each)).flatten()
+        logs = self._logits(self._public[chosen]).flatten(0, 1).log_softmax(dim=1)
+        tokens = torch.from_numpy(agreed.tokens[places.numpy()].astype(np.int64))
+        target = torch.from_numpy(agreed.probabilities[places.numpy()].astype(np.float32))
+        shared = logs.gather(1, tokens)
+        rest = (1 - target.sum(dim=1)).clamp_min(0)
+        others = (1 - shared.exp().sum(dim=1)).clamp_min(1e-6).log()
+        return -((target * shared).sum(dim=1) + rest * others).mean()
+
+
+def sequences(tokenizer: Any, texts: Sequence[str], length: int) -> npt.NDArray[np.int64]:
+    """Return texts one after another as token ids [sequences, length]; what is left over is left out.
+
+    Raises:
+        InputError: They do not fill one sequence.
+    """
+    ids = np.concatenate([np.zeros(0, np.int32), *encode(tokenizer, texts)]).astype(np.int64)
+    count = len(ids) // length
+    if count == 0:
+        raise InputError(f"{len(ids)} tokens do not fill a sequence of {length}: give more text, or shorter sequences")
+    return ids[: count * length].reshape(count, length)
+
+
+def _texts(reference: str) -> list[str]:
+    source = resolve_data(reference)
+    if source.conversations:
+        raise InputError(
+            f"{source.name} has conversations, and federated distillation takes plain text: give .txt files"
+        )
+    return [str(one) for one in source.documents]
+
+
+def join(
+    address: str,
+    *,
+    model: str | Path,
+    data: str,
+    public: str,
+    out: str | Path,
+    length: int = 128,
+    certificate: bytes | None = None,
+    told: Callable[[str], None] = print,
+    **training: Any,
+) -> Path:
+    """Take part in federated distillation until the server ends it, and write the model that this client then has.
+
+    Args:
+        address: Of the server, as host:port.
+        model: A transformers folder, from which this client's model begins; all of one tokenizer.
+        data: Text that stays here: a folder of .txt or .md files, or another reference of `--data`.
+        public: The public text, the same for all.
+        out: Folder to be written.
+        length: Tokens of a sequence, the same for all.
+        certificate: The server's root certificate in PEM; without it nothing is encrypted.
+        told: Is given a line for each round.
+        training: As `Client` takes it: rate, steps, batch, weight, seed.
+
+    Raises:
+        InputError: Bad input, before anything is sent; a server that does not answer; or Flower is not installed.
+    """
+    folder, out = Path(model), Path(out)
+    if out.exists():
+        raise InputError(f"{out} is there already: give another folder")
+    tokenizer = load_tokenizer(folder)
+    own, shared = (sequences(tokenizer, _texts(ref), length) for ref in (data, public))
+    client = Client(load_model(folder, torch.float32), own, shared, **training)
+    client_of(client.round, client.positions, address, certificate, told)
+    save_student(client.model, folder, out)
+    return out

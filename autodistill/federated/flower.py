@@ -1,0 +1,147 @@
+"""Flower's part: predictions go to a server over gRPC, and what all predict comes back; no text and no weights do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from autodistill.errors import InputError, MissingDependencyError
+from autodistill.federated.predictions import Predictions, pool
+
+_WAIT_SECONDS = 30.0
+
+
+def flower() -> Any:
+    """Import Flower, which sends no statistics of its use.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    try:
+        import flwr
+        import flwr.client
+        import flwr.server
+    except ImportError as error:
+        raise MissingDependencyError(
+            "federated distillation needs Flower: pip install 'autodistill-search[federated]'"
+        ) from error
+    return flwr
+
+
+def client_of(
+    train: Callable[[Predictions | None], Predictions],
+    positions: int,
+    address: str,
+    certificate: bytes | None,
+    told: Callable[[str], None],
+) -> None:
+    """Take part with a client until the server ends it.
+
+    Args:
+        train: Trains for a round towards what all predicted, if anything, and returns what the client predicts.
+        positions: Of the public text.
+        address: Of the server.
+        certificate: Its root certificate in PEM, or None for no encryption.
+        told: Is given a line for each round.
+
+    Raises:
+        InputError: The server does not answer.
+    """
+    flwr = flower()
+
+    class Participant(flwr.client.NumPyClient):  # type: ignore[misc]
+        def fit(self, parameters: Any, config: Any) -> Any:
+            agreed = Predictions.received(parameters, positions) if parameters else None
+            found = train(agreed)
+            told(f"round {config['round']}: {found.bytes:,} bytes of predictions sent")
+            return found.arrays, len(found.tokens), {}
+
+    try:
+        flwr.client.start_client(
+            server_address=address,
+            client=Participant().to_client(),
+            insecure=certificate is None,
+            root_certificates=certificate,
+            max_wait_time=_WAIT_SECONDS,
+        )
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("grpc", "flwr"):
+            raise
+        raise InputError(f"no server of federated distillation answers at {address}: start it first") from error
+
+
+def server_of(
+    address: str,
+    clients: int,
+    rounds: int,
+    seconds: float,
+    certificates: tuple[bytes, bytes, bytes] | None,
+    told: Callable[[str], None],
+) -> Predictions:
+    """Pool what clients predict, round by round, and return what they predict together at the end.
+
+    A client that vanishes, or takes too long, is left out of a round; a round without any client keeps what was
+    agreed before.
+
+    Args:
+        address: Where to listen.
+        clients: That are waited for before the first round.
+        rounds: Of training.
+        seconds: That a round waits for its clients.
+        certificates: CA, server certificate and key in PEM, or None for no encryption.
+        told: Is given a line for each round.
+
+    Raises:
+        InputError: No client ever sent predictions.
+    """
+    flwr = flower()
+    to_arrays, to_parameters = flwr.common.parameters_to_ndarrays, flwr.common.ndarrays_to_parameters
+
+    class Pooling(flwr.server.strategy.Strategy):  # type: ignore[misc]
+        agreed: Predictions | None = None
+
+        def initialize_parameters(self, client_manager: Any) -> Any:
+            client_manager.wait_for(clients)
+            return to_parameters([])
+
+        def configure_fit(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
+            asked = flwr.common.FitIns(parameters, {"round": server_round})
+            return [(one, asked) for one in client_manager.all().values()]
+
+        def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
+            came, faults = [], [str(one) for one in failures]
+            for _, result in results:
+                try:
+                    came.append(Predictions.received(to_arrays(result.parameters)))
+                    self.agreed = pool(came)
+                except InputError as error:
+                    came.pop()
+                    faults.append(str(error))
+            size = sum(one.bytes for one in came)
+            less = f", {len(faults)} left out ({' '.join(faults[0].split())[:100]})" if faults else ""
+            told(f"round {server_round}: {len(came)} clients, {size:,} bytes of predictions{less}")
+            return (None if self.agreed is None else to_parameters(self.agreed.arrays)), {}
+
+        def configure_evaluate(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
+            return []
+
+        def aggregate_evaluate(self, server_round: int, results: Any, failures: Any) -> Any:
+            return None, {}
+
+        def evaluate(self, server_round: int, parameters: Any) -> Any:
+            return None
+
+    strategy = Pooling()
+    flwr.server.start_server(
+        server_address=address,
+        config=flwr.server.ServerConfig(num_rounds=rounds, round_timeout=seconds),
+        strategy=strategy,
+        certificates=certificates,
+    )
+    if strategy.agreed is None:
+        raise InputError(
+            f"none of the clients sent predictions within {seconds:g} s: look at what they say, and start again"
+        )
+    return strategy.agreed

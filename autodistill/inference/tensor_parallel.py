@@ -1,0 +1,450 @@
+"""A teacher that no one device holds: several processes have a part of each matrix, and run as one model.
+
+This process is the first of them: it has the model that callers use, whose body and head tell the others what they are
+called with. The plan is transformers' own (`tp_plan="auto"`): of queries, keys, values and the FFN's first matrices
+each process has some rows, of the matrices that read these some columns, whose products are summed, and of the table
+some tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from autodistill.errors import AutoDistillError
+from autodistill.inference.half_precision import TYPES, held_as_deployed, hold, load_held
+from autodistill.inference.quantized_cache import quantized_cache
+from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
+from autodistill.models.model_folder import HeldType
+from autodistill.quantization.grids import Scales
+from autodistill.quantization.learned_scales import read_scales
+from autodistill.strategy.deployment import Deployment
+
+# Nothing is awaited that long but a process that is reading its part from a slow disk.
+_LONGEST_WAIT = timedelta(hours=1)
+_LEAVING_SECONDS = 10.0
+_MEMBER = "from autodistill.inference.tensor_parallel import member; member()"
+_STATE = "_divided"
+# What the last divided model was loaded by, and that model, if it is still there.
+_open: tuple[Any, Callable[[], Any]] = ((), lambda: None)
+
+
+def load_teacher(folder: Path, held: HeldType, device: str = "cpu", processes: int = 1) -> Any:
+    """Load a teacher for inference in float32, over as many devices as it takes.
+
+    Args:
+        folder: Of transformers.
+        held: Type of the matrices.
+        device: Of this process: "cpu", or "cuda", of which the first `processes` are used.
+        processes: Between which the weights are divided; 1 gives `load_held`'s. They end with the model, of which there
+            is one: asked for again while it is there it is the same, and another one takes its place.
+
+    Raises:
+        AutoDistillError: One of the processes ended.
+    """
+    global _open
+    if processes == 1:
+        return load_held(folder, held, device)
+    key = (folder, held, device, processes)
+    known, model = _open
+    if known == key and (found := model()) is not None:
+        return found
+    if (found := model()) is not None:
+        leave(found)
+    others = _Others(folder, held, device, processes)
+    try:
+        model = _own_part(folder, held, device, 0, processes)
+    except Exception as error:
+        raise others.failed(error) from error
+    setattr(model, _STATE, others)
+    # What is divided lies where it belongs.
+    model.to = lambda *where, **how: model
+    body, head = model.base_model, model.get_output_embeddings()
+    body.forward = partial(others.call, "body", body.forward)
+    head.forward = partial(others.call, "head", head.forward)
+    weakref.finalize(model, others.close)
+    _open = key, weakref.ref(model)
+    return model
+
+
+def leave(model: Any) -> None:
+    """End the other processes of a divided model, which is of no use from then on."""
+    getattr(model, _STATE).close()
+
+
+def is_divided(model: Any) -> bool:
+    """Return whether a model's weights are divided over several processes, which keep no cache of keys and values."""
+    return hasattr(model, _STATE)
+
+
+@contextmanager
+def deployed_in_all(
+    model: Any, deployment: Deployment, scales: Mapping[str, Scales] | None
+) -> Iterator[Mapping[str, Scales] | None]:
+    """Let the other processes of a divided model compute with a deployment's values too.
+
+    Args:
+        model: Of `load_teacher`.
+        deployment: How it is packed.
+        scales: The teacher's own, which each process reads from its folder, or None.
+
+    Yields:
+        The scales of this process's part.
+    """
+    if not is_divided(model):
+        yield scales
+        return
+    others = getattr(model, _STATE)
+    others.tell({"do": "deploy", "deployment": deployment.to_json(), "own": scales is not None})
+    try:
+        yield _own_scales(model, scales)
+    finally:
+        others.tell({"do": "restore"})
+
+
+@contextmanager
+def inputs_gathered(model: Any, names: Sequence[str]) -> Iterator[None]:
+    """Let `whole_input` give what linear layers of a divided model read in all processes.
+
+    Args:
+        model: Of `load_teacher`.
+        names: Of its modules, each of which reads what is divided.
+    """
+    if not is_divided(model):
+        yield
+        return
+    others = getattr(model, _STATE)
+    others.tell({"do": "gather", "names": list(names)})
+    try:
+        with _gathering(model, names):
+            yield
+    finally:
+        others.tell({"do": "restore"})
+
+
+def whole_input(module: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Return the whole input of a linear layer, whatever part of it this process has."""
+    found: Tensor = getattr(module, "whole_input", inputs[0])
+    return found
+
+
+class _Part(NamedTuple):
+    """Which part of a matrix a process has: its dimension, and the range in it."""
+
+    dim: int
+    start: int
+    stop: int
+
+
+class _Others:
+    """The other processes of a divided model, each a child of this one, which ends when its stdin does.
+
+    Args:
+        folder, held, device, processes: As of `load_teacher`.
+    """
+
+    def __init__(self, folder: Path, held: HeldType, device: str, processes: int) -> None:
+        meeting = tempfile.TemporaryDirectory(prefix="autodistill-")
+        self._meeting: tempfile.TemporaryDirectory[str] | None = meeting
+        place = Path(meeting.name)
+        # The calls of several threads come one after another, since all processes meet in each.
+        self._lock = threading.RLock()
+        self._errors = [place / f"error.{rank}" for rank in range(1, processes)]
+        settings = {"folder": str(folder.resolve()), "held": held, "device": device, "meeting": str(place / "store")}
+        self._processes = []
+        for rank, errors in enumerate(self._errors, start=1):
+            with errors.open("wb") as log:
+                child = subprocess.Popen(
+                    [sys.executable, "-c", _MEMBER],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | _names(rank, processes),
+                    # Ctrl-C is for this process, which ends the others.
+                    start_new_session=True,
+                )
+            self._processes.append(child)
+        try:
+            self.tell(settings | {"threads": torch.get_num_threads()})
+            _meet(device, place / "store", 0, processes)
+        except Exception as error:
+            raise self.failed(error) from error
+
+    def call(self, what: str, run: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Run a part of the model in all processes with the arguments of this one.
+
+        Args:
+            what: "body" or "head".
+            run: It, in this process.
+            arguments, named: Tensors, and what asks for no cache.
+
+        Raises:
+            AutoDistillError: It failed in one of them.
+        """
+        named |= dict(zip(("input_ids" if what == "body" else "input",), arguments, strict=False))
+        tensors = {name: value.contiguous() for name, value in named.items() if isinstance(value, Tensor)}
+        assert not named.get("use_cache"), "a divided model keeps no cache"
+        with self._lock:
+            device = next(iter(tensors.values())).device.type
+            shapes = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in tensors.items()}
+            self.tell({"do": what, "tensors": shapes, "bf16": torch.is_autocast_enabled(device)})
+            try:
+                for value in tensors.values():
+                    dist.broadcast(value, 0)
+                return run(**(named | tensors))
+            except Exception as error:
+                raise self.failed(error) from error
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Send a message to all of them, in the order of calls.
+
+        Raises:
+            AutoDistillError: One of them ended.
+        """
+        line = json.dumps(message).encode() + b"\n"
+        with self._lock:
+            for process in self._processes:
+                assert process.stdin is not None
+                try:
+                    process.stdin.write(line)
+                    process.stdin.flush()
+                except OSError as error:
+                    raise self.failed(error) from error
+
+    def failed(self, error: Exception) -> AutoDistillError:
+        """End all of them, as none goes on without the others, and return why, in one line."""
+        said = [" ".join(str(error).split())[:200]]
+        for process, errors in zip(self._processes, self._errors, strict=True):
+            with suppress(subprocess.TimeoutExpired):
+                # The one whose fault it is ends before those that wait for it.
+                process.wait(0.5)
+            if process.returncode:
+                said = errors.read_text(errors="replace").split("\n")[-2:-1] or said
+                break
+        count = len(self._processes) + 1
+        if self._meeting is not None:
+            self._end(kill=True)
+        return AutoDistillError(
+            f"the teacher, divided over {count} processes, cannot go on ({said[0]}): free memory of the devices, or "
+            "choose a smaller teacher"
+        )
+
+    def close(self) -> None:
+        """Let all of them leave, if they have not."""
+        if self._meeting is not None:
+            self._end(kill=False)
+
+    def _end(self, kill: bool) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            with suppress(OSError):
+                if not kill:
+                    process.stdin.write(b'{"do": "leave"}\n')
+                process.stdin.close()
+            if kill:
+                process.kill()
+        if dist.is_initialized() and not kill:
+            dist.destroy_process_group()
+        for process in self._processes:
+            try:
+                process.wait(_LEAVING_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        meeting, self._meeting = self._meeting, None
+        if meeting is not None:
+            meeting.cleanup()
+
+
+def member() -> None:
+    """Be one of the other processes: do what the first one says on stdin, a line of JSON each, until that ends."""
+    lines: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
+    settings = lines.get()
+    rank, count, device = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), settings["device"]
+    torch.set_num_threads(settings["threads"])
+    _meet(device, Path(settings["meeting"]), rank, count)
+    folder = Path(settings["folder"])
+    model = _own_part(folder, settings["held"], device, rank, count)
+    parts: Mapping[str, Any] = {"body": model.base_model, "head": model.get_output_embeddings()}
+    changed = ExitStack()
+    while (asked := lines.get())["do"] != "leave":
+        if asked["do"] in parts:
+            tensors = {}
+            for name, (kind, *shape) in asked["tensors"].items():
+                tensors[name] = torch.empty(shape, dtype=getattr(torch, kind), device=device)
+                dist.broadcast(tensors[name], 0)
+            more = {"use_cache": False} if asked["do"] == "body" else {}
+            with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=asked["bf16"]):
+                parts[asked["do"]](**tensors, **more)
+        elif asked["do"] == "deploy":
+            deployment = Deployment.from_json(asked["deployment"])
+            scales = read_scales(folder, deployment) if asked["own"] else None
+            storages = {one.name: deployment.storage(one) for one in spec_from_config(model.config.to_dict()).tensors}
+            changed.enter_context(held_as_deployed(model, storages, _own_scales(model, scales)))
+            changed.enter_context(quantized_cache(model, deployment.cache_types))
+        elif asked["do"] == "gather":
+            changed.enter_context(_gathering(model, asked["names"]))
+        else:
+            changed.close()
+    dist.destroy_process_group()
+    # Without destructors, as threads of gloo may still hold what was gathered.
+    os._exit(0)
+
+
+def _listen(lines: queue.Queue[dict[str, Any]]) -> None:
+    """Pass on what the first process says, and end this one with it, be it in a collective."""
+    said: dict[str, Any] = {}
+    for line in sys.stdin:
+        lines.put(said := json.loads(line))
+    if said.get("do") != "leave":
+        os._exit(0)
+
+
+def _names(rank: int, count: int) -> dict[str, str]:
+    """What a process is told of its place; gloo and NCCL are to meet within this machine."""
+    inside = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    return inside | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+
+
+def _meet(device: str, store: Path, rank: int, count: int) -> None:
+    os.environ.update({name: value for name, value in _names(rank, count).items() if name.endswith("IFNAME")})
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    # A file and not a port, which would be open to others.
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=count,
+        timeout=_LONGEST_WAIT,
+        device_id=torch.device(device, rank) if device == "cuda" else None,
+    )
+
+
+def _own_part(folder: Path, held: HeldType, device: str, rank: int, count: int) -> Any:
+    """This process's part of a model: each module computes with plain tensors, and meets the others where it must."""
+    model: Any = load_model(folder, TYPES[held], device, divided=count)
+    plan = model._expand_parallel_plan(model.tp_plan)
+    local: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                own = local.setdefault(id(parameter), nn.Parameter(parameter.to_local(), requires_grad=False))
+                (placement,) = parameter.placements
+                if isinstance(placement, Shard):
+                    dim, size = placement.dim % parameter.ndim, parameter.shape[placement.dim]
+                    own.part = _part(dim, size, rank, count)  # type: ignore[attr-defined]
+                module._parameters[name] = own
+        # Theirs is for distributed tensors.
+        module.__dict__.pop("forward", None)
+    hold(model)
+    for name, module in model.named_modules():
+        style = plan.get(name)
+        if style == "rowwise":
+            module.forward = partial(_sum_of_products, module, type(module).forward)
+        elif style == "embedding_rowwise":
+            module.forward = partial(_sum_of_rows, module, type(module).forward)
+        elif style == "colwise_gather_output":
+            module.forward = partial(_whole_outputs, module, type(module).forward)
+        else:
+            assert style in (None, "colwise", "replicated_with_grad_allreduce"), f"{name} is divided {style}"
+    return model
+
+
+def _part(dim: int, size: int, rank: int, count: int) -> _Part:
+    each = -(-size // count)
+    return _Part(dim, min(size, rank * each), min(size, (rank + 1) * each))
+
+
+def _sum_of_products(module: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
+    """A linear layer of whose inputs each process has a part."""
+    bias, module.bias = module.bias, None
+    try:
+        found = forward(module, input).contiguous()
+    finally:
+        module.bias = bias
+    dist.all_reduce(found)
+    return found if bias is None else found + bias
+
+
+def _sum_of_rows(module: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
+    """A table of whose tokens each process has a part."""
+    _, start, stop = module.weight.part
+    own = (input >= start) & (input < stop)
+    found = forward(module, (input - start).clamp(0, max(0, stop - start - 1))) * own.unsqueeze(-1)
+    dist.all_reduce(found)
+    return found
+
+
+def _whole_outputs(module: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
+    """A head of whose tokens each process has a part."""
+    return _gathered(forward(module, input), module.out_features)
+
+
+def _gathered(own: Tensor, size: int) -> Tensor:
+    """The parts of all processes side by side in the last dimension, which has `size` entries in all."""
+    count = dist.get_world_size()
+    each = -(-size // count)
+    own = nn.functional.pad(own, (0, each - own.shape[-1])).contiguous()
+    parts = [torch.empty_like(own) for _ in range(count)]
+    dist.all_gather(parts, own)
+    return torch.cat(parts, dim=-1)[..., :size]
+
+
+@contextmanager
+def _gathering(model: Any, names: Sequence[str]) -> Iterator[None]:
+    modules = [model.get_submodule(name) for name in names]
+
+    def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        module.whole_input = _gathered(inputs[0], module.in_features)
+
+    handles = [module.register_forward_pre_hook(see) for module in modules]
+    try:
+        yield
+    finally:
+        for handle, module in zip(handles, modules, strict=True):
+            handle.remove()
+            module.__dict__.pop("whole_input", None)
+
+
+def _own_scales(model: Any, scales: Mapping[str, Scales] | None) -> dict[str, Scales] | None:
+    """The scales and offsets, [out, groups], of this process's part of each matrix."""
+    if scales is None:
+        return None
+    parts = {name: getattr(parameter, "part", None) for name, parameter in model.named_parameters()}
+    sizes = {one.name: one.shape for one in spec_from_config(model.config.to_dict()).tensors}
+
+    def cut(whole: Any, part: _Part, size: int) -> Any:
+        groups = whole.shape[part.dim]
+        return np.ascontiguousarray(
+            whole.take(range(part.start * groups // size, part.stop * groups // size), axis=part.dim)
+        )
+
+    found = dict(scales)
+    for name, given in scales.items():
+        if (part := parts[name]) is not None:
+            size = sizes[name][part.dim]
+            found[name] = type(given)(*(None if one is None else cut(one, part, size) for one in given))
+    return found

@@ -1,0 +1,234 @@
+"""Tries students as drafts of a model in llama.cpp's server, by its own counters and clock, and keeps what came out."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from autodistill.data.general_text import resolve_general
+from autodistill.errors import AutoDistillError, InputError
+from autodistill.evaluation.speculative import PROPOSED, time_of
+from autodistill.evaluation.statistics import clustered_bootstrap
+from autodistill.options import parsed
+from autodistill.service.client import Answer, Client
+from autodistill.service.launch import Service, Setting, settle
+from autodistill.service.request import DraftsRequest, ServeRequest
+from autodistill.service.served import find_served
+from autodistill.units import count_of
+from autodistill.utils.durable import make_folder
+from autodistill.utils.event_log import EventLog
+from autodistill.utils.typed_data import check_typed
+
+FILE = "drafts.jsonl"
+
+
+class _Kept(TypedDict):
+    """What is read of a record."""
+
+    target: str
+    draft: str
+    how: str
+    drafted: int
+    accepted: int
+    time: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """What a model did on the same beginnings.
+
+    Attributes:
+        answers: One for each beginning.
+    """
+
+    answers: tuple[Answer, ...]
+
+    @property
+    def seconds(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Of each answer, the time after its first token."""
+        return np.array([sum(one.token_seconds) for one in self.answers])
+
+    @property
+    def steps(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Of each answer, the tokens after the first."""
+        return np.array([one.tokens - 1.0 for one in self.answers])
+
+    @property
+    def token_seconds(self) -> float:
+        """Mean time of a token after the first."""
+        return float(self.seconds.sum() / self.steps.sum())
+
+
+def drafts(request: DraftsRequest, notify: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Let a model answer alone and with each draft, and record which share was taken and how fast that was.
+
+    Args:
+        request: What is asked for.
+        notify: Told of each draft once it is done.
+
+    Returns:
+        Plain data: the "target" with its "tokens_per_second" alone, and "drafts", the fastest first, as they were
+        "kept_in" that file. Without drafts what is recorded of the target, the last one first, and
+        no speed (None).
+
+    Raises:
+        InputError: No such models, texts, or no tokenizer in common.
+        ServiceError: llama.cpp cannot serve one of them.
+    """
+    path = Path(request.out) / FILE
+    if not request.drafts:
+        target = find_served(request.target, Path(request.out)).path
+        return {"target": str(target.resolve()), "tokens_per_second": None, "drafts": recorded(target, path)}
+    # What cannot be is refused before any of them is started.
+    alone = settle(_asked(request, request.target))
+    if alone.served.runtime != "llama.cpp":
+        raise InputError(
+            f"{alone.served.path} is a folder, and drafts are tried in llama.cpp: export it with --to gguf"
+        )
+    together = [settle(_asked(request, request.target, one)) for one in request.drafts]
+    source = resolve_general(request.text)
+    texts = [str(one) for one in source.documents[: request.prompts]]
+    ends = time.monotonic() + float(parsed(request.time) or 0)
+    left = 1 + 2 * len(together)
+
+    def share() -> float:
+        """The time that the next of them has."""
+        nonlocal left
+        left -= 1
+        return (ends - time.monotonic()) / (left + 1)
+
+    with Service(_free(alone), notify) as service, service.client() as client:
+        prompts = _prompts(client, texts, request)
+        whole = _tried(client, prompts, request.decoded, share())
+    notify(f"alone: {1 / whole.token_seconds:.4g} tokens/s over {count_of(len(whole.answers), 'beginning')}")
+    found = []
+    for setting in together:
+        assert setting.draft is not None
+        small = replace(alone, served=replace(alone.served, path=setting.draft), draft=None)
+        with Service(_free(small), notify) as service, service.client() as client:
+            by_itself = _tried(client, prompts[: len(whole.answers)], request.decoded, share())
+        with Service(_free(setting), notify) as service, service.client() as client:
+            with_draft = _tried(client, prompts[: len(whole.answers)], request.decoded, share())
+        one = _compared(whole, with_draft, by_itself) | {"size_bytes": setting.draft.stat().st_size}
+        found.append(record(setting, path, "drafts", one))
+        notify(f"{setting.draft.name}: {one['acceptance']:.0%} taken, {one['speed']:.3g} times as fast")
+    found.sort(key=lambda one: -float(one["speed"]))
+    rate = 1 / whole.token_seconds
+    target = str(alone.served.path.resolve())
+    return {"target": target, "tokens_per_second": rate, "drafts": found, "kept_in": str(path)}
+
+
+def _asked(request: DraftsRequest, target: str | Path, draft: str | None = None) -> ServeRequest:
+    return ServeRequest(target, port=0, streams=1, threads=request.threads, draft=draft, out=request.out)
+
+
+def _free(setting: Setting) -> Setting:
+    """The same at any free port: the one that was found may be taken by now."""
+    with socket.socket() as probe:
+        probe.bind((setting.host, 0))
+        return replace(setting, port=int(probe.getsockname()[1]))
+
+
+def _prompts(client: Client, texts: Sequence[str], request: DraftsRequest) -> list[list[int]]:
+    """The beginnings as ids, each no longer than there is room for it and its answer."""
+    room = client.room()
+    length = request.prompt if room is None else min(request.prompt, room[0] - request.decoded - PROPOSED - 1)
+    if length < 1:
+        raise InputError(
+            f"a context of {room and room[0]} tokens has no room for --decoded {request.decoded}: give less"
+        )
+    # A token has a character at least.
+    return [ids for text in texts if (ids := client.tokenize(text[: 64 * length])[:length])]
+
+
+def _tried(client: Client, prompts: Sequence[Sequence[int]], decoded: int, seconds: float) -> Tried:
+    """Answers to the prompts in turn, to one at least, until the time is over."""
+    ends = time.monotonic() + seconds
+    client.complete(prompts[0], 3)
+    answers: list[Answer] = []
+    for prompt in prompts:
+        if answers and time.monotonic() > ends:
+            break
+        answers.append(client.complete(prompt, decoded))
+    return Tried(answers=tuple(answers))
+
+
+def _compared(whole: Tried, with_draft: Tried, by_itself: Tried) -> dict[str, Any]:
+    """A draft's figures, on the beginnings that both answered; errors are bootstrapped by beginning."""
+    count = len(with_draft.answers)
+    alone = replace(whole, answers=whole.answers[:count])
+    counts = np.array([(one.accepted, one.drafted) for one in with_draft.answers], float)
+    accepted, drafted = counts.sum(axis=0)
+    parts = np.stack([alone.seconds, with_draft.seconds], axis=1)
+    written = with_draft.steps.sum()
+    passes = written - accepted
+    return {
+        "answers": count,
+        "same": sum(a.text == b.text for a, b in zip(alone.answers, with_draft.answers, strict=True)),
+        "drafted": int(drafted),
+        "accepted": int(accepted),
+        "acceptance": float(accepted / drafted) if drafted else 0.0,
+        "acceptance_stderr": clustered_bootstrap(lambda sums: sums[:, 0] / np.maximum(1, sums[:, 1]), counts),
+        "tokens_per_pass": float(written / passes),
+        "tokens_per_second": 1 / with_draft.token_seconds,
+        "speed": float(alone.seconds.sum() / with_draft.seconds.sum()),
+        "speed_stderr": clustered_bootstrap(lambda sums: sums[:, 0] / sums[:, 1], parts),
+        "cost": by_itself.token_seconds / alone.token_seconds,
+        "expected": float(written / passes) / time_of(by_itself.token_seconds / alone.token_seconds),
+    }
+
+
+def record(setting: Setting, path: Path, how: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Append what a draft did to those beside the runs, and return it.
+
+    Args:
+        setting: Of the server, with its draft.
+        path: Of the file.
+        how: "drafts", or "serve" for what people asked of a server.
+        figures: With "drafted" and "accepted".
+    """
+    assert setting.draft is not None
+    kept = {
+        "target": str(setting.served.path.resolve()),
+        "draft": str(setting.draft.resolve()),
+        "how": how,
+        **figures,
+        "threads": setting.threads,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    make_folder(path.parent)
+    EventLog(path).append({"event": "drafted", **kept})
+    return kept
+
+
+def record_served(setting: Setting, out: Path, done: Mapping[str, Any], notify: Callable[[str], None]) -> None:
+    """Record the acceptance of what a server was asked until it was stopped, if anything was drafted."""
+    if setting.draft is None or not done.get("drafted"):
+        return
+    figures = {name: done[name] for name in ("drafted", "accepted", "acceptance", "answer_tokens")}
+    # It is stopped by now: what cannot be written is told, and changes nothing else.
+    try:
+        record(setting, out / FILE, "serve", figures)
+    except (AutoDistillError, OSError) as error:
+        notify(f"the acceptance was not recorded: {error}")
+
+
+def recorded(target: Path, path: Path) -> list[dict[str, Any]]:
+    """What is recorded of drafts of a target in a file, the last one first.
+
+    Raises:
+        InputError: A record is not whole.
+    """
+    found = []
+    for event in EventLog(path).read() if path.is_file() else ():
+        check_typed(event, _Kept, f"a record in {path}")
+        if event["target"] == str(target.resolve()):
+            found.append({name: value for name, value in event.items() if name != "event"})
+    return found[::-1]

@@ -1,0 +1,145 @@
+"""Files for phones compute what transformers does, in their runtimes, with the weights that a student has."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autodistill.errors import MissingDependencyError, VerificationError
+from autodistill.export.graphs.cached_decoder import CachedDecoder
+from autodistill.export.graphs.executorch import ExecuTorchExporter
+from autodistill.export.graphs.litert import LiteRtExporter
+from autodistill.export.graphs.onnx import rotary_of
+from autodistill.export.graphs.phone import PhoneExporter, located
+from autodistill.export.proof import simulate
+from autodistill.export.student_reader import StudentFiles
+from autodistill.export.verify import prove, verify
+from autodistill.models.loading import load_model
+from autodistill.strategy.deployment import Deployment
+from autodistill.testing import save_tiny_teacher
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt_neox")
+Q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+TOKENS = np.random.default_rng(0).integers(3, 300, (2, 40))
+EXPORTERS = [LiteRtExporter(), ExecuTorchExporter()]
+
+
+def installed(exporter: PhoneExporter) -> bool:
+    return all(map(find_spec, exporter.modules))
+
+
+def odd(folder: Path, family: str, **changes: Any) -> Path:
+    """A student with 3 heads, one of keys, that do not fill its width of 96; 300 entries are no whole blocks."""
+    sizes: dict[str, Any] = {"layers": 2, "width": 96, "heads": 3, "kv_heads": 1, "ffn": 160, "seed": 1}
+    if family not in ("gpt_neox", "llama", "gemma3_text"):
+        sizes["head_dim"] = 64
+    return save_tiny_teacher(folder, architecture=family, **(sizes | changes))
+
+
+def put(cache: torch.Tensor, new: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    return cache.index_copy(2, start + torch.arange(new.shape[2]), new)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_module_reads_prompts_and_single_tokens_as_transformers_does(tmp_path: Path, family: str) -> None:
+    """A sliding window of 16 is left behind, and what an earlier text left in the cache is not looked at."""
+    student = odd(tmp_path / "student", family, layers=6, tied=family not in ("gpt_neox", "qwen2"))
+    with StudentFiles(student, Q4_0) as files:
+        weights = {name: np.array(files.deployed(name)) for name in files.specs}
+        decoder = CachedDecoder(weights, files.spec, files.config, rotary_of(files.config), 48, put)
+    model = load_model(student, torch.float32)
+    model.load_state_dict({name: torch.from_numpy(one) for name, one in weights.items()}, strict=False)
+    cache = [torch.full_like(one, 7.0) for one in decoder.empty]
+    found, before = [], 0
+    with torch.inference_mode():
+        for part in np.split(TOKENS[:1], [25, 26, 27], axis=1):
+            logits, cache = decoder(torch.from_numpy(part), torch.tensor([before]), cache)
+            found.append(logits.numpy())
+            before += part.shape[1]
+        expected = model(torch.from_numpy(TOKENS[:1])).logits.numpy()
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exporter", EXPORTERS, ids=lambda one: one.name)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_it_is_proven_in_its_runtime(tmp_path: Path, exporter: PhoneExporter, family: str) -> None:
+    """The other families are in the matrix (`tests/export/test_matrix.py`)."""
+    if not installed(exporter):
+        pytest.skip(f"{' and '.join(exporter.packages)} is not installed")
+    student = odd(tmp_path / "student", family, layers=1, tied=family == "llama")
+    artifact = exporter.export(student, Q4_0, tmp_path / "out")
+    assert verify(exporter, artifact, student, Q4_0).weights > 0
+    # More tokens than are read at once, so that a second chunk reads on behind the first.
+    tokens = np.random.default_rng(1).integers(3, 300, (2, 100))
+    check = prove(exporter, artifact.path, Q4_0, simulate(student, Q4_0, tokens, 1), 1, student)
+    assert (check.agreement, check.same_written) == (1.0, 64)
+    assert check.divergence is not None
+    assert check.divergence < 1e-9
+    # Both exist once in the file, be the table the head as well: ExecuTorch has the head packed beside the table.
+    with StudentFiles(student, Q4_0) as files:
+        own = 4 * sum(int(np.prod(one.shape)) for one in files.specs.values())
+        table = 4 * files.spec.width * files.spec.vocabulary if files.spec.tied else 0
+    twice = table if isinstance(exporter, ExecuTorchExporter) else 0
+    assert artifact.size_bytes < own + twice + 200_000
+    (artifact.path / "weights.json").write_text("[]")
+    with pytest.raises(VerificationError, match=r"weights\.json cannot be read"):
+        dict(exporter.unpack(artifact.path))
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS, ids=lambda one: one.name)
+def test_without_the_packages_the_command_that_installs_them_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: PhoneExporter
+) -> None:
+    student = odd(tmp_path / "student", "llama")
+    phone = importlib.import_module("autodistill.export.graphs.phone")
+    monkeypatch.setattr(phone.importlib.util, "find_spec", lambda name: None)
+    said = rf"{exporter.name} needs .*, not installed here: pip install 'autodistill-search\[{exporter.extra}\]'"
+    with pytest.raises(MissingDependencyError, match=said):
+        exporter.refuses(student, Q4_0)
+    with pytest.raises(MissingDependencyError, match=said):
+        exporter.export(student, Q4_0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS, ids=lambda one: one.name)
+def test_what_it_cannot_hold_is_named_with_what_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: PhoneExporter
+) -> None:
+    monkeypatch.setattr(type(exporter), "_check_installed", lambda self: None)
+    student = odd(tmp_path / "student", "llama")
+    assert exporter.refuses(student, Q4_0) == ""
+    config = json.loads((student / "config.json").read_text())
+    rotary = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    (student / "config.json").write_text(json.dumps(config | rotary))
+    assert "'dynamic' depends on the length of the text; export to pt2 or gguf" in exporter.refuses(student, Q4_0)
+    (student / "config.json").write_text(json.dumps(config | {"vocab_size": 6_000_000}))
+    large = exporter.refuses(student, Q4_0)
+    assert (large == "") == isinstance(exporter, ExecuTorchExporter)
+    assert not large or "litert cannot hold 2.3 GB of float32 weights" in large
+    with pytest.raises(VerificationError, match=r"reads 1024 tokens at most, and the run's texts have 1025: .*gguf"):
+        exporter.run(tmp_path, np.zeros((1, 1025), np.int64), 1, student, Q4_0)
+
+
+def test_weights_are_found_by_their_bytes_and_a_changed_one_is_named(tmp_path: Path) -> None:
+    """Wherever they lie; also one that begins with zeros, and one that has nothing else."""
+    dice = np.random.default_rng(0)
+    weights: dict[str, Any] = {"one": dice.standard_normal((3, 5)).astype(np.float32), "none": np.zeros(6, np.float32)}
+    weights["late"] = np.concatenate([np.zeros(40, np.float32), dice.standard_normal(7).astype(np.float32)])
+    weights["odd"] = dice.standard_normal(3).astype(np.float32)
+    path = tmp_path / "file"
+    path.write_bytes(b"head" + b"".join(one.tobytes() for one in weights.values()))
+    raw = path.read_bytes()
+    for name, (offset, shape) in located(path, weights).items():
+        assert raw[offset : offset + weights[name].nbytes] == weights[name].tobytes()
+        assert shape == weights[name].shape
+    weights["late"][-1] += 1
+    with pytest.raises(VerificationError, match="does not have late as it was evaluated"):
+        located(path, weights)

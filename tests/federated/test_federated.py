@@ -1,0 +1,147 @@
+"""Clients of federated distillation: what they learn from each other, what goes over the wire, and who vanishes."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autodistill.data.tokenization import encode, load_tokenizer
+from autodistill.errors import InputError
+from autodistill.federated import Predictions, join, pool, serve
+from autodistill.models.loading import load_model
+from autodistill.testing import save_tiny_teacher, tiny_text
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "federate.py"
+
+
+def predicted(tokens: list[list[int]], probabilities: list[list[float]]) -> Predictions:
+    return Predictions(tokens=np.array(tokens, np.int32), probabilities=np.array(probabilities, np.float16))
+
+
+def test_the_pool_is_the_mean_of_probabilities() -> None:
+    """Against a dense table of all tokens."""
+    dice = np.random.default_rng(0)
+    several = []
+    for _ in range(3):
+        tokens = np.argsort(dice.random((20, 30)), axis=1)[:, :4]
+        several.append(predicted(tokens.tolist(), (dice.random((20, 4)) / 4).tolist()))
+    dense = np.zeros((20, 30), np.float32)
+    for one in several:
+        np.add.at(dense, (np.arange(20)[:, None], one.tokens), one.probabilities.astype(np.float32) / 3)
+    found = pool(several)
+    np.testing.assert_allclose(found.probabilities, -np.sort(-dense, axis=1)[:, :4], rtol=2e-3)
+    np.testing.assert_allclose(np.take_along_axis(dense, found.tokens, 1), found.probabilities, rtol=2e-3)
+    alone = pool([several[0]])
+    assert sorted(alone.tokens[0]) == sorted(several[0].tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ([np.zeros((2, 3), np.int32)], "two arrays, not 1"),
+        ([np.zeros((2, 3), np.int32), np.zeros((2, 2), np.float16)], "of one shape"),
+        ([np.full((2, 3), -1, np.int32), np.zeros((2, 3), np.float16)], "of one shape"),
+        ([np.zeros((2, 3), np.int32), np.full((2, 3), np.nan, np.float16)], "has diverged"),
+        ([np.zeros((9, 3), np.int32), np.zeros((9, 3), np.float16)], "of 9 positions, and the public text has 2"),
+    ],
+)
+def test_what_is_received_is_not_trusted(arrays: list[Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Predictions.received(arrays, 2)
+
+
+def test_numbers_that_are_none_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least one client"):
+        serve(clients=0, rounds=1)
+    with pytest.raises(InputError, match="more than 0 seconds"):
+        serve(clients=1, rounds=1, round_seconds=0)
+    with pytest.raises(InputError, match="is there already"):
+        join("127.0.0.1:1", model=tmp_path, data="x", public="y", out=tmp_path)
+
+
+class Wire:
+    """A proxy that keeps all that clients send to a server."""
+
+    def __init__(self, port: int) -> None:
+        self.sent = bytearray()
+        self._port = port
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self._listening.accept()
+            far = socket.create_connection(("127.0.0.1", self._port))
+            threading.Thread(target=self._pass, args=(near, far, self.sent), daemon=True).start()
+            threading.Thread(target=self._pass, args=(far, near, bytearray()), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, kept: bytearray) -> None:
+        while found := source.recv(65536):
+            kept += found
+            target.sendall(found)
+
+
+@pytest.fixture
+def wire() -> tuple[str, Wire]:
+    """Where a server is to listen, and the wire to it."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    return f"127.0.0.1:{port}", Wire(port)
+
+
+def start(wire: Wire, folder: Path, name: str, steps: int) -> subprocess.Popen[bytes]:
+    """A client in a process of its own, as the example starts one."""
+    given = {
+        "model": folder / "model",
+        "data": folder / name,
+        "public": folder / "public",
+        "out": folder / f"{name}.out",
+    }
+    options = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    command = [sys.executable, str(EXAMPLE), "join", wire.address, *options, "--steps", str(steps), "--length", "32"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.slow
+def test_no_text_of_a_client_leaves_it_and_one_that_vanishes_stops_nobody(
+    tmp_path: Path, wire: tuple[str, Wire], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("flwr", reason="the extra federated is not installed")
+    address, between = wire
+    save_tiny_teacher(tmp_path / "model", layers=1)
+    texts = {name: tiny_text(tmp_path / name, documents=2, seed=seed) for seed, name in enumerate(("public", "a", "b"))}
+    secret = "Zanzibar-4711 belongs to nobody else."
+    for name in ("a", "b"):
+        first = next(texts[name].iterdir())
+        first.write_text(f"{secret} {first.read_text()} {secret}")
+    clients = [start(between, tmp_path, "a", 2), start(between, tmp_path, "b", 2)]
+    lines: list[str] = []
+
+    def told(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 1:
+            clients[1].kill()
+
+    found = serve(address, clients=2, rounds=3, round_seconds=120, told=told)
+    assert clients[0].wait(60) == 0, clients[0].stdout.read()
+    assert "round 1: 2 clients" in lines[0]
+    assert lines[2].startswith("round 3: 1 clients")
+    # The wire has the predictions, and nothing of the text: neither as it is nor as tokens.
+    size = 3 * found.bytes + found.bytes
+    assert size <= len(between.sent) < 1.05 * size + 20_000
+    own = next(texts["a"].iterdir()).read_text()
+    for start_ in range(0, len(own) - 24, 24):
+        assert own[start_ : start_ + 24].encode() not in between.sent
+    ids = encode(load_tokenizer(tmp_path / "model"), [secret])[0]
+    for kind in (np.int16, np.int32, np.int64):
+        assert ids.astype(kind).tobytes() not in between.sent
+    assert load_model(tmp_path / "a.out", torch.float32)

@@ -1,0 +1,161 @@
+"""Altered records of runs: `search.json`, the log, the table and the ledger, for all commands that read a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.hostile.cases import Case, Kit
+
+Spoil = Callable[[Path], object]
+
+_REFERENCE = Path(__file__).parents[2] / "results" / "reference"
+_RUN, _OTHER = "search-20261126-101010", "search-20261128-114135"
+_ROW, _SMALL, _LARGE = "t001-huggingface", "teacher-gguf-q4_0", "teacher"
+# Each reads records alone, or comes to them before it would load anything: teacher and students are not there.
+_COMMANDS: dict[str, tuple[str, ...]] = {
+    "leaderboard": ("leaderboard", _RUN, "--out", "runs"),
+    "merge": ("leaderboard", _RUN, _OTHER, "--merge", "--to", "all.parquet", "--out", "runs"),
+    "explain": ("explain", _RUN, "--out", "runs"),
+    "show": ("show", _ROW, "--on", _RUN, "--out", "runs"),
+    "report": ("report", _RUN, "--runs", "runs"),
+    "compare": ("compare", _RUN, _OTHER, "--out", "runs"),
+    "study": ("study", _RUN, "--out", "runs"),
+    "log": ("log", _RUN, "--to", "tensorboard=board", "--out", "runs"),
+    "cascade": ("cascade", _RUN, "--rows", f"{_SMALL},{_LARGE}", "--out", "runs", "--cache", "cache"),
+    "reproduce": ("reproduce", _ROW, "--on", _RUN, "--out", "runs", "--cache", "cache"),
+    "export": ("export", _RUN, "--to", "gguf", "--out", "students", "--runs", "runs"),
+    "pick": ("pick", "--budget", "1GB", "--out", "runs", "--cache", "cache"),
+    "resume": ("search", "--resume", _RUN, "--out", "runs", "--cache", "cache", "--runner", "inline"),
+}
+_VALUES: tuple[Any, ...] = (None, 7, -1, 1e308, "", "x", "\ud800", [], [[]], {}, {"": None}, True, "9" * 5_000)
+_TEXTS: dict[str, bytes] = {
+    "empty": b"",
+    "blank": b"\n\n",
+    "object": b"{}\n",
+    "list": b"[]\n",
+    "null": b"null\n",
+    "torn": b'{"event": "row", "row": {',
+    "no-text": b"\xff\xfe\x00",
+    "nul": b"\0" * 4096,
+    "deep": b'{"event":' + b"[" * 100_000,
+    "digits": b'{"event": ' + b"9" * 5_000 + b"}\n",
+    "nan": b'{"event": "session", "time": NaN}\n',
+    "half": b'{"event": "\\ud800"}\n',
+    "unknown": b'{"event": "surprise", "time": "2026-01-01T00:00:00+00:00"}\n',
+}
+
+
+def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
+    for name, spoil in _spoils(dice).items():
+        for command in dice.sample(sorted(_COMMANDS), 4):
+            yield Case(
+                area="run_records",
+                name=f"{name}-{command}",
+                argv=_COMMANDS[command],
+                make=partial(_make, spoil=spoil),
+                # pick has nothing that fits where no row is left; a search with nothing to do is one that has ended.
+                codes=(0, 2, 3),
+            )
+
+
+def _spoils(dice: random.Random) -> dict[str, Spoil]:
+    """Ways to alter the folder of a run."""
+    asked = json.loads((_REFERENCE / _RUN / "search.json").read_text())
+    log = (_REFERENCE / _RUN / "trials.jsonl").read_text().splitlines()
+    table = (_REFERENCE / _RUN / "leaderboard.parquet").read_bytes()
+    kinds = {json.loads(line)["event"]: number for number, line in enumerate(log)}
+    found: dict[str, Spoil] = {}
+    for file in ("search.json", "trials.jsonl", "leaderboard.parquet", "../test_openings.jsonl"):
+        short = Path(file).name.partition(".")[0]
+        for name, content in _TEXTS.items():
+            found[f"{short}-{name}"] = partial(_write, file=file, content=content)
+        found[f"{short}-none"] = lambda run, file=file: (run / file).unlink()
+        found[f"{short}-folder"] = partial(_as_folder, file=file)
+        found[f"{short}-pipe"] = partial(_as_pipe, file=file)
+    for field in asked:
+        found[f"search-without-{field}"] = partial(_change, file="search.json", line=0, path=[field], lost=True)
+        found[f"search-{field}"] = partial(
+            _change, file="search.json", line=0, path=[field], value=dice.choice(_VALUES)
+        )
+    for kind, number in kinds.items():
+        event = json.loads(log[number])
+        for path in dice.sample(sorted(_paths(event)), min(6, len(list(_paths(event))))):
+            more = {"lost": True} if dice.random() < 0.3 else {"value": dice.choice(_VALUES)}
+            name = f"log-{kind}-{'.'.join(path)}"
+            found[name] = partial(_change, file="trials.jsonl", line=number, path=list(path), **more)
+    for number in range(6):
+        lines = [line for line in log if dice.random() < 0.7]
+        found[f"log-some-{number}"] = partial(_write, file="trials.jsonl", content="\n".join(lines).encode() + b"\n")
+        mixed = dice.sample(log, len(log))
+        found[f"log-mixed-{number}"] = partial(_write, file="trials.jsonl", content="\n".join(mixed).encode() + b"\n")
+        end = dice.randrange(len(table))
+        found[f"table-cut-{number}"] = partial(_write, file="leaderboard.parquet", content=table[:end])
+        flipped = bytearray(table)
+        flipped[dice.randrange(len(table))] ^= 1 << dice.randrange(8)
+        found[f"table-flip-{number}"] = partial(_write, file="leaderboard.parquet", content=bytes(flipped))
+    found["log-twice"] = partial(_write, file="trials.jsonl", content="\n".join([*log, *log]).encode() + b"\n")
+    found["table-columns"] = partial(_other_table, columns={"row_id": ["a"], "accuracy": ["b"]})
+    found["table-numbers"] = partial(_other_table, columns={"row_id": [1], "trial": [2], "kind": [3]})
+    found["table-no-rows"] = partial(_other_table, columns={"row_id": []})
+    return found
+
+
+def _make(folder: Path, spoil: Spoil) -> None:
+    runs = folder / "runs"
+    runs.mkdir()
+    for name in (_RUN, _OTHER):
+        shutil.copytree(_REFERENCE / name, runs / name, ignore=shutil.ignore_patterns("*.png"))
+    shutil.copyfile(_REFERENCE / "test_openings.jsonl", runs / "test_openings.jsonl")
+    spoil(runs / _RUN)
+
+
+def _paths(value: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of each field of an object, also of those within."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield (*before, key)
+        yield from _paths(inner, (*before, key))
+
+
+def _change(run: Path, file: str, line: int, path: list[str], value: Any = None, lost: bool = False) -> None:
+    """Sets a field of a line of JSON, or takes it away; `search.json` is a line."""
+    whole = file == "search.json"
+    text = (run / file).read_text()
+    lines = [text] if whole else text.splitlines()
+    document = json.loads(lines[line])
+    inner = document
+    for key in path[:-1]:
+        inner = inner[key]
+    if lost:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    lines[line] = json.dumps(document)
+    (run / file).write_text("\n".join(lines) + "\n")
+
+
+def _write(run: Path, file: str, content: bytes) -> None:
+    (run / file).write_bytes(content)
+
+
+def _as_folder(run: Path, file: str) -> None:
+    (run / file).unlink()
+    (run / file).mkdir()
+
+
+def _as_pipe(run: Path, file: str) -> None:
+    (run / file).unlink()
+    os.mkfifo(run / file)
+
+
+def _other_table(run: Path, columns: dict[str, list[Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), run / "leaderboard.parquet")
