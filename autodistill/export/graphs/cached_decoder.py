@@ -56,6 +56,9 @@ class CachedDecoder(nn.Module):
         rotary: By kind of layer, the frequencies float32 [rotated channels / 2] and the factor of sine and cosine.
         context: Tokens that the cache has places for.
         update: Writes into the cache.
+
+    Attributes:
+        context: As it was given.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class CachedDecoder(nn.Module):
         from transformers.activations import ACT2FN
 
         super().__init__()
-        self._spec, self._config, self._context, self._update = spec, config, context, update
+        self._spec, self._config, self.context, self._update = spec, config, context, update
         self._family = get_family(spec.architecture)
         for name, values in weights.items():
             self.register_parameter(_mangled(name), nn.Parameter(torch.from_numpy(values), requires_grad=False))
@@ -88,7 +91,7 @@ class CachedDecoder(nn.Module):
     @property
     def empty(self) -> list[Tensor]:
         """A cache without tokens: of each layer the keys, then the values, float32 [1, heads, context, head dim]."""
-        shape = (1, self._spec.kv_heads, self._context, self._spec.head_dim)
+        shape = (1, self._spec.kv_heads, self.context, self._spec.head_dim)
         return [torch.zeros(shape) for _ in range(2 * self._spec.layers)]
 
     def forward(self, tokens: Tensor, start: Tensor, cache: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -104,7 +107,7 @@ class CachedDecoder(nn.Module):
         """
         spec, body = self._spec, self._family.body
         places = start + torch.arange(tokens.shape[1], dtype=start.dtype)
-        numbers = torch.arange(self._context, dtype=start.dtype)[None]
+        numbers = torch.arange(self.context, dtype=start.dtype)[None]
         seen = numbers <= places[:, None]
         masks = {FULL: torch.where(seen, 0.0, _UNSEEN)}
         if spec.window:

@@ -42,9 +42,10 @@ class ExecuTorchExporter(PhoneExporter):
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
-            example = (torch.zeros(1, CHUNK // 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-            free = {1: torch.export.Dim("tokens", min=1, max=CHUNK)}
-            program = torch.export.export(_Stateful(decoder), example, dynamic_shapes=(free, None), strict=False)
+            most = min(CHUNK, decoder.context)
+            example = (torch.zeros(1, most // 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+            free = {1: torch.export.Dim("tokens", min=1, max=most)}
+            program = torch.export.export(_Stateful(decoder).eval(), example, dynamic_shapes=(free, None), strict=False)
             lowered = to_edge_transform_and_lower(
                 program,
                 partitioner=[XnnpackPartitioner()],

@@ -45,8 +45,8 @@ class LiteRtExporter(PhoneExporter):
         with _quiet(), without_warnings(), torch.no_grad():
             import litert_torch
 
-            module = _Signature(decoder)
-            made = litert_torch.signature("prefill", module, sample_kwargs=module.example(CHUNK))
+            module = _Signature(decoder).eval()
+            made = litert_torch.signature("prefill", module, sample_kwargs=module.example(min(CHUNK, decoder.context)))
             made.signature("decode", module, sample_kwargs=module.example(1)).convert().export(str(path))
 
 
