@@ -15,9 +15,8 @@ def begin() -> None:
 def leave() -> None:
     """End this process once all of its group are here, without the destructors of gloo and torch.
 
-    After its work a process once called `destroy_process_group`, and glibc ended one there, or about there, with
-    "double free or corruption": threads of gloo may still hold what was sent. A search ends the members of a group at
-    once too.
+    After its work a process once called `destroy_process_group`, and glibc ended one about there with "double free or
+    corruption": threads of gloo may still hold what was sent. A search ends the members of a group at once too.
     """
     torch.distributed.barrier()
     sys.stdout.flush()

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.hostile.cases import Case, Kit, all_cases, areas
+from tests.hostile.cases import Case, Kit, all_cases
 from tests.hostile.server import Ending, Server
 
 FRESH = 50
@@ -104,8 +104,13 @@ def known(record: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def report(cases: Sequence[Case], record: Path) -> Path:
+def report(cases: Sequence[Case], record: Path, of: int | None = None) -> Path:
     """Writes `benchmarks/reports/<date>-hostile.md` of a record that has all cases, and returns its path.
+
+    Args:
+        cases: What is reported.
+        record: How each ended.
+        of: How many cases there are, of which these are a part; its report is `<date>-hostile-part.md`.
 
     Raises:
         SystemExit: The record lacks some.
@@ -122,7 +127,7 @@ def report(cases: Sequence[Case], record: Path) -> Path:
     seconds = sum(line["seconds"] for line in last.values())
     fresh = sum(line["fresh"] for line in last.values())
     lines = []
-    for area in areas():
+    for area in dict.fromkeys(case.area for case in cases):
         mine = [case for case in cases if case.area == area]
         codes = Counter(last[case]["code"] for case in mine)
         said = ", ".join(f"{count} with {code}" for code, count in sorted(codes.items(), key=str))
@@ -137,6 +142,8 @@ def report(cases: Sequence[Case], record: Path) -> Path:
         "once more in a process that begins with nothing, where they end the same way. An area is a file of "
         "`tests/hostile` that makes such inputs, from a seed (0 here)."
     )
+    if part := of is not None and of > len(cases):
+        text += f" They are a part of the {of:,} inputs of these areas; the others were not run for this report."
     sections = [
         text,
         reports.table(["area", "inputs", "exit codes", "wrong"], lines),
@@ -144,7 +151,8 @@ def report(cases: Sequence[Case], record: Path) -> Path:
     ]
     if wrong:
         sections.append("## What was wrong\n\n" + "\n".join(f"- {case}: {fault}" for case, fault in wrong.items()))
-    return reports.write("hostile", "Hostile inputs", sections, made_by="-m tests.hostile --record FILE --report")
+    made_by = f"-m tests.hostile --record FILE {'--part I/N ' if part else ''}--report"
+    return reports.write("hostile-part" if part else "hostile", "Hostile inputs", sections, made_by=made_by)
 
 
 def _main() -> int:
@@ -156,20 +164,21 @@ def _main() -> int:
     parser.add_argument("--part", default="1/1", help="every N-th of them, from the I-th on: I/N")
     parser.add_argument("--record", type=Path, help="file that keeps how each ended; what ended well is not run again")
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds")
-    parser.add_argument("--report", action="store_true", help="write the report of a record that has all")
+    parser.add_argument("--report", action="store_true", help="write the report of a record that has them")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="at once (default: one a core)")
     parser.add_argument("--keep", type=Path, help="folder to keep all files in")
     parser.add_argument("--talk", action="store_true", help="say how each case ended")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as running:
         cases = all_cases(Kit(Path(scratch) / "kit"), given.seed, given.area)
-        if given.report:
-            print(report(cases, given.record))
-            return 0
+        everything = len(cases)
         cases = [case for case in cases if re.search(given.case or "", case.name)]
         if given.sample is not None:
             cases = random.Random(given.seed).sample(cases, min(given.sample, len(cases)))
         cases = part_of(cases, given.part)
+        if given.report:
+            print(report(cases, given.record, everything))
+            return 0
         if given.record:
             done = {name for name, lines in known(given.record).items() if not lines[-1]["fault"]}
             cases = [case for case in cases if str(case) not in done]

@@ -120,6 +120,9 @@ def test_a_report_is_of_all_inputs_by_how_each_ended_last(tmp_path: Path, monkey
     assert "and 1 of them, which their names choose, once more" in text
     assert "| gguf | 2 | 2 with 2 | 0 |" in text
     assert "| estimate | 1 |\n| no command | 1 |" in text
+    part = report(cases[:1], record, of=2)
+    assert part.name.endswith("-hostile-part.md")
+    assert "They are a part of the 2 inputs of these areas" in part.read_text()
 
 
 def test_a_command_that_does_nothing_for_long_is_ended_with_the_reason(

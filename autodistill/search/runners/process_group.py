@@ -143,6 +143,7 @@ class Group:
     def _end(self) -> None:
         import ray
 
+        # Not asked to end: an interpreter that goes in order takes gloo away from under its threads.
         for member in self._members:
             ray.kill(member)
         self._members = []
