@@ -466,8 +466,8 @@ def test_a_student_that_begins_as_the_teacher_is_not_scored_again_undistilled(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[object] = []
-    build = held_out.initial_student
-    monkeypatch.setattr(held_out, "initial_student", lambda *given: made.append(given) or build(*given))
+    build = held_out.begun
+    monkeypatch.setattr(held_out, "begun", lambda *given: made.append(given) or build(*given))
     found = {}
     for depth in ("1.0", "0.8"):
         shape = f"{{choices: {{only: {depth}}}}}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
-from autodistill.inference.tensor_parallel import inputs_gathered, whole_input
+from autodistill.inference.batching import map_sequences
+from autodistill.inference.tensor_parallel import inputs_gathered, is_divided, whole_input
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import Axis, get_family
+from autodistill.models.spec import ModelSpec
 from autodistill.utils.durable import put
 from autodistill.utils.file_locks import alone
 from autodistill.utils.hashing import content_hash
@@ -81,30 +84,35 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
     spec = spec_from_config(model.config.to_dict())
     family = get_family(spec.architecture)
     layers = model.base_model.layers
-    states: list[Tensor] = []
-    neurons = torch.zeros(spec.layers, spec.ffn_width, dtype=torch.float64)
-    groups = torch.zeros(spec.layers, spec.kv_heads, dtype=torch.float64)
-    channels = torch.zeros(spec.width, dtype=torch.float64)
-
-    def add(total: Tensor, magnitudes: Tensor) -> None:
-        total += magnitudes.double().mean(dim=0).cpu()
+    here = local()  # sequences are read side by side
 
     def see_state(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        states.append(inputs[0][0])
+        here.states.append(inputs[0][0])
 
     def see_last(module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        states.append((output[0] if isinstance(output, tuple) else output)[0])
+        here.states.append((output[0] if isinstance(output, tuple) else output)[0])
 
     def see_neurons(index: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        magnitudes = whole_input(module, inputs)[0].abs()
-        add(neurons[index, : magnitudes.shape[-1]], magnitudes)
+        magnitudes = _mean(whole_input(module, inputs)[0].abs())
+        here.found.neurons[index, : len(magnitudes)] += magnitudes
 
     def see_heads(index: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
         heads = whole_input(module, inputs)[0].unflatten(-1, (spec.kv_heads, -1, spec.head_dim))
-        add(groups[index], heads.norm(dim=-1).sum(dim=-1))
+        here.found.groups[index] += _mean(heads.norm(dim=-1).sum(dim=-1))
 
     def see_channels(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        add(channels, output[0].abs())
+        here.found.channels.add_(_mean(output[0].abs()))
+
+    def read(index: int) -> PartImportance:
+        """Read one sequence."""
+        here.states, here.found = [], _nothing(spec)
+        tokens = data.tokens[index]
+        with torch.no_grad():
+            model.base_model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None].to(device), use_cache=False)
+            directions = torch.nn.functional.normalize(torch.stack(here.states), dim=-1).flatten(1)
+            here.found.similarity.add_((directions @ directions.T).double().cpu() / len(tokens))
+        found: PartImportance = here.found
+        return found
 
     norms = [layer.get_submodule(name) for layer in layers for name in family.norms]
     reads = [
@@ -112,36 +120,44 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
         for index in range(len(layers))
         for axis, see in ((Axis.FFN, see_neurons), (Axis.QUERIES, see_heads))
     ]
-    gathering = ExitStack()
-    gathering.enter_context(inputs_gathered(model, [name for _, name, _ in reads]))
-    handles = [layer.register_forward_pre_hook(see_state) for layer in layers]
-    handles.append(layers[-1].register_forward_hook(see_last))
-    for index, name, see in reads:
-        handles.append(model.get_submodule(name).register_forward_pre_hook(partial(see, index)))
-    handles += [
-        norm.register_forward_hook(see_channels) for norm in (*norms, model.base_model.get_submodule(family.final_norm))
-    ]
-    sequences = data.tokens[:SEQUENCES]
-    similarity = torch.zeros(spec.layers + 1, spec.layers + 1, dtype=torch.float64)
-    try:
-        for tokens in sequences:
-            states.clear()
-            with torch.no_grad():
-                model.base_model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None].to(device), use_cache=False)
-            directions = torch.nn.functional.normalize(torch.stack(states), dim=-1).flatten(1)
-            similarity += (directions @ directions.T).double().cpu() / len(tokens)
-    finally:
+    count = min(SEQUENCES, len(data.tokens))
+    with ExitStack() as watching:
+        watching.enter_context(inputs_gathered(model, [name for _, name, _ in reads]))
+        handles = [layer.register_forward_pre_hook(see_state) for layer in layers]
+        handles.append(layers[-1].register_forward_hook(see_last))
+        for index, name, see in reads:
+            handles.append(model.get_submodule(name).register_forward_pre_hook(partial(see, index)))
+        handles += [
+            norm.register_forward_hook(see_channels)
+            for norm in (*norms, model.base_model.get_submodule(family.final_norm))
+        ]
         for handle in handles:
-            handle.remove()
-        gathering.close()
-    count = len(sequences)
+            watching.callback(handle.remove)
+        # Processes that share a model read in one order.
+        parts = map(read, range(count)) if is_divided(model) else map_sequences(read, count, device)
+        total = _nothing(spec)
+        for part in parts:
+            for item in ("similarity", "neurons", "groups", "channels"):
+                getattr(total, item).add_(getattr(part, item) / count)
+    return replace(total, text=torch.from_numpy(_spread(data.tokens).astype(np.int32)))
+
+
+def _nothing(spec: ModelSpec) -> PartImportance:
+    """Zeros of the shapes that a model's importance has."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float64)
+
     return PartImportance(
-        similarity=similarity / count,
-        neurons=neurons / count,
-        groups=groups / count,
-        channels=channels / count,
-        text=torch.from_numpy(_spread(data.tokens).astype(np.int32)),
+        similarity=zeros(spec.layers + 1, spec.layers + 1),
+        neurons=zeros(spec.layers, spec.ffn_width),
+        groups=zeros(spec.layers, spec.kv_heads),
+        channels=zeros(spec.width),
     )
+
+
+def _mean(magnitudes: Tensor) -> Tensor:
+    return magnitudes.double().mean(dim=0).cpu()
 
 
 def _spread(tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
