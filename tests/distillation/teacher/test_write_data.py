@@ -568,7 +568,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_bad_input_is_refused_before_a_model_is_loaded(
     request_: WriteRequest, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
 ) -> None:
-    monkeypatch.setattr(writing, "load_held", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(writing, "load_teacher", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=said):
         write_data(replace(request_, **changes))
 
