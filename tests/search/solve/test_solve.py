@@ -187,7 +187,7 @@ def test_a_plan_counts_products_as_an_independent_sum_does(teacher: Path) -> Non
         one.weight.numel() for one in load_model(teacher, torch.float32).model.modules() if type(one) is Linear
     )
     table = options.spec.vocabulary * options.spec.width
-    # A pass forward and one back, each block forward once more, and each matrix's errors in two types.
+    # A pass forward and one back, each block once more, and each matrix's errors in two types.
     assert work.operations["scores of types, by gradients"] == 100 * (4 * (linear + table) + (2 + 2 * 2) * linear)
     assert work.operations["scores of tables and cache"] == (2 * len(options.tables) + 4) * 100 * 2 * (linear + table)
     assert work.rounded == {kind: linear + len(options.tables) * table for kind in ("q8_0", "q4_0")}
