@@ -80,6 +80,8 @@ class Candidate:
         direction: "max" or "min": which value is better.
         shape: The student's; None where the row has none.
         folder: Of its run; None where it is not stored.
+        held: Whether it was held to what its training made it forget, or needs no training; rows of versions that did
+            not look at that were not, and their metric on the text alone says more than it should.
     """
 
     run: str
@@ -89,6 +91,7 @@ class Candidate:
     direction: str
     shape: Shape | None = None
     folder: RunFolder | None = None
+    held: bool = True
 
     @classmethod
     def of(cls, row: Row, run: str, metric: str, direction: str, folder: RunFolder | None = None) -> Candidate:
@@ -165,7 +168,11 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
                 "version may not: name the runs that are to be picked from"
             ) from error
         kinds = DISTILLED if students_only(asked) else (*DISTILLED, *UNTRAINED)
-        found += _candidates(run, kinds, *metrics[name])
+        looked = "goal" in asked
+        found += (
+            one if looked or one.cells["kind"] in UNTRAINED else replace(one, held=False)
+            for one in _candidates(run, kinds, *metrics[name])
+        )
     if len(set(metrics.values())) > 1:
         told = ", ".join(f"{name} by {metric}" for name, (metric, _) in metrics.items())
         raise InputError(f"runs that rank by different metrics cannot be compared ({told}): name those of one")

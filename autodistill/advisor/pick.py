@@ -18,11 +18,14 @@ from autodistill.evaluation.base import Direction
 from autodistill.hardware.budget import CONTEXT, check_streams
 from autodistill.hardware.catalog import device_classes
 from autodistill.hardware.device import DISCRETE, Device
-from autodistill.runs.results.leaderboard import rank
+from autodistill.runs.results.leaderboard import UNTRAINED, rank
 from autodistill.units import count_of, format_bytes, format_duration, written_bytes
 
 TIERS = tuple(size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80))
 """Classes of GPUs by the memory that they are sold with, in bytes."""
+
+LIMITS = (512 * 10**6, 10**9, 2 * 10**9)
+"""Tiers below these: limits of a process's memory, as of a container or of what a board leaves, in bytes."""
 
 _MOST_TIED = 32  # rows that are looked at for one that is smaller than the best and tied with it
 _CELLS = 256  # contexts that are named where a shorter one would do are multiples of this
@@ -77,7 +80,9 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
     """Return the best row within all limits, the runner-up, the margins, and the limit that excludes better rows.
 
     Of rows that are tied with the best, as `leaderboard.rank` has it, the smallest is picked. Rows of runtimes that the
-    device does not have are left out.
+    device does not have are left out. Where a student fits that was held to what training makes it forget, students
+    that were not come behind all rows ("last" names their runs), since the best on the text alone may be the one that
+    forgot most. Where none does, one of these may be picked ("not_held").
 
     What binds is the limit that the best of the better rows breaks by most; None where no better row was left out.
 
@@ -86,6 +91,16 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         InputError: There are no rows, or more streams are asked for than any machine decodes.
     """
     check_streams(wanted.streams, "--streams")
+    rows = list(candidates)
+    answer = _pick(rows, wanted)
+    others = {(one.run, one.cells["row_id"]) for one in rows if not one.held}
+    if others and answer["pick"]["kind"] in UNTRAINED:
+        answer = _pick([replace(one, held=True) for one in rows], wanted)
+    return answer | {"not_held": (answer["pick"]["run"], answer["pick"]["row_id"]) in others}
+
+
+def _pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
+    """Return what `pick` does, with all students that were not held behind all other rows."""
     ranked = sorted(candidates, key=_order)
     if not ranked:
         raise InputError("there is no student that was trained to the end: run autodistill search first")
@@ -129,6 +144,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         "better_unknown": better_unknown,
         "tied": tied,
         "other_runtimes": dict(others),
+        "last": _last(usable, chosen[0].candidate),
         "context": chosen[0].context,
         "streams": wanted.streams,
         "device": wanted.device.name if wanted.device else None,
@@ -144,6 +160,12 @@ def _basis(solved: Requirements, wanted: Wanted) -> str | None:
     return basis_of(solved.candidate.deployment.runtime, on_gpu=True)
 
 
+def _last(usable: Sequence[Candidate], picked: Candidate) -> list[str]:
+    """Return the runs with students that come behind the picked one although their metric is better."""
+    behind = (one for one in usable if picked.held and not one.held and one.worth > picked.worth)
+    return sorted({one.run for one in behind})
+
+
 def _lacks(candidate: Candidate, wanted: Wanted) -> str:
     """Return why a row cannot be served at all, by the runtime that is asked for or on the device; else ""."""
     own = candidate.deployment.runtime
@@ -155,7 +177,7 @@ def _lacks(candidate: Candidate, wanted: Wanted) -> str:
 def _may_tie(best: Candidate, other: Candidate) -> bool:
     """Return whether a paired difference may lie within its error, which is at most the sum of both rows' errors."""
     errors = [one.row.figure(f"{best.metric}_stderr") for one in (best, other)]
-    return None not in errors and best.worth - other.worth <= sum(filter(None, errors))
+    return best.held == other.held and None not in errors and best.worth - other.worth <= sum(filter(None, errors))
 
 
 def _smallest_first(chosen: list[Requirements]) -> tuple[list[Requirements], int]:
@@ -174,24 +196,33 @@ def _smallest_first(chosen: list[Requirements]) -> tuple[list[Requirements], int
     return [first, *(solved for solved in chosen if solved is not first)], max(1, sum(item.tied for item in order))
 
 
-def _order(candidate: Candidate) -> tuple[float, float, str, str]:
+def _order(candidate: Candidate) -> tuple[bool, float, float, str, str]:
     cells = candidate.cells
-    return -candidate.worth, cells.get("memory_bytes") or math.inf, candidate.run, cells["row_id"]
+    return not candidate.held, -candidate.worth, cells.get("memory_bytes") or math.inf, candidate.run, cells["row_id"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tier:
-    """A class of GPUs with the same amount of memory.
+    """A class of GPUs with the same amount of memory, or a limit of a process's memory.
 
     Attributes:
         nominal_bytes: That memory.
-        usable_bytes: What every known GPU of it leaves for a student.
+        usable_bytes: What every known GPU of it leaves for a student; of a limit all of it.
         device: The one that leaves least; None where no GPU of so much is known.
+        gpu: Whether it is a class of GPUs.
     """
 
     nominal_bytes: int
     usable_bytes: int
     device: str | None
+    gpu: bool = True
+
+
+def all_tiers(known: Iterable[Device]) -> list[Tier]:
+    """Return the limits of a process's memory, and behind them the classes of GPUs."""
+    devices = list(known)
+    limits = (Tier(nominal_bytes=size, usable_bytes=size, device=None, gpu=False) for size in LIMITS)
+    return [*limits, *(tier_of(size, devices) for size in TIERS)]
 
 
 def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
@@ -211,18 +242,26 @@ def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
 
 
 def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[Tier]) -> dict[str, Any]:
-    """Return the best row for each class of GPUs; None where nothing fits.
+    """Return the best row for each tier; None where nothing fits.
 
-    Of each it is said which limit excludes a better row ("binds"), and which class before it has the same row
+    Of each it is said which limit excludes a better row ("binds"), and which tier before it has the same row
     ("same_as", the first one's memory in bytes).
     """
     rows: list[dict[str, Any]] = []
+    last: set[str] = set()
     for tier in tiers:
-        limited = replace(wanted, memory_bytes=tier.usable_bytes, device=None, gpu=True)
+        limited = replace(wanted, memory_bytes=tier.usable_bytes, device=None, gpu=tier.gpu)
         try:
             found = pick(candidates, limited)
-        except NothingFitsError:
-            found = {"pick": None, "binds": None}
+        except NothingFitsError as error:
+            found = {
+                "nothing": str(error).removeprefix("nothing fits: "),
+                "pick": None,
+                "binds": None,
+                "last": [],
+                "not_held": False,
+            }
+        last.update(found["last"])
         answer = found["pick"]
         same = (one["memory_bytes"] for one in rows if answer and one["pick"] and _is_same(one["pick"], answer))
         rows.append(
@@ -230,14 +269,22 @@ def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[
                 "memory_bytes": tier.nominal_bytes,
                 "usable_bytes": tier.usable_bytes,
                 "least_device": tier.device,
+                "gpu": tier.gpu,
                 "pick": answer,
                 "binds": found["binds"],
+                "not_held": found["not_held"],
+                "nothing": found.get("nothing"),
                 "same_as": next(same, None),
             }
         )
-    runtimes = sorted({one["pick"]["runtime"] for one in rows if one["pick"]})
-    bases = {runtime: basis_of(runtime, on_gpu=True) for runtime in runtimes}
-    return {"tiers": rows, "context": wanted.context, "streams": wanted.streams, "memory_basis": bases}
+    runtimes = sorted({one["pick"]["runtime"] for one in rows if one["pick"] and one["gpu"]})
+    return {
+        "tiers": rows,
+        "context": wanted.context,
+        "streams": wanted.streams,
+        "memory_basis": {runtime: basis_of(runtime, on_gpu=True) for runtime in runtimes},
+        "last": sorted(last),
+    }
 
 
 def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -38,7 +38,11 @@ def pick(
     ] = None,
     context: Context = None,
     streams: Annotated[
-        int | None, Option(help="Number of sequences decoded at once (default: 1).", metavar="N")
+        str | int | Sequence[int] | None,
+        Option(
+            help="Number of sequences decoded at once (default: 1); with --tiers several numbers, like 1,16.",
+            metavar="N",
+        ),
     ] = None,
     latency: Latency = None,
     runtime: ServedBy = None,
@@ -50,7 +54,12 @@ def pick(
             metavar="X",
         ),
     ] = None,
-    tiers: Annotated[bool, Option(help="Show the best for GPUs of 4 to 80 GB instead. Not with --latency.")] = False,
+    tiers: Annotated[
+        bool,
+        Option(
+            help="Show the best for 512 MB to 2 GB of a process's memory and GPUs of 4 to 80 GB. Not with --latency.",
+        ),
+    ] = False,
     devices: Devices = None,
     out: Out = RUNS,
     cache: Cache = None,
@@ -70,9 +79,12 @@ def pick(
         )
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = parse_bytes(budget) if isinstance(budget, str) else budget
-    at_once = 1 if streams is None else check_streams(streams, "--streams")
+    counts = _counts(streams)
+    if len(counts) > 1 and not tiers:
+        raise InputError("several --streams go with --tiers: give one number, or --tiers instead of --budget")
+    at_once = counts[0] if counts else 1
     limits = parse_latency(latency, at_once) if isinstance(latency, str) else latency or ()
-    check_room(streams, limits, "--streams")
+    check_room(counts[0] if counts else None, limits, "--streams")
     files = device_files(devices, device is not None)
     from autodistill.advisor.requirements import Wanted
     from autodistill.hardware.local import choose_device
@@ -89,14 +101,24 @@ def pick(
         runtime=runtime,
         least=min_accuracy,
     )
-    return _picked(asked, *_together(runs or (), Path(out)), cache_folder(cache), tiers=tiers)
+    loads = [replace(asked, streams=count) for count in counts or (1,)] if tiers else []
+    return _picked(asked, *_together(runs or (), Path(out)), cache_folder(cache), loads)
 
 
-def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, *, tiers: bool) -> Pick:
-    """Pick among the stored rows of some runs, for one budget or for each tier of GPUs."""
+def _counts(streams: str | int | Sequence[int] | None) -> list[int]:
+    """The numbers of sequences that were asked for, each once."""
+    words = streams.split(",") if isinstance(streams, str) else [streams] if isinstance(streams, int) else streams or ()
+    try:
+        return list(dict.fromkeys(check_streams(int(word), "--streams") for word in words))
+    except ValueError:
+        raise InputError(f"--streams takes a number, or several like 1,16, not {streams!r}") from None
+
+
+def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, loads: Sequence[Wanted]) -> Pick:
+    """Pick among the stored rows of some runs, for one budget; or with loads, for each of them and each tier."""
     from autodistill.advisor.candidates import recalibrated_by, stored
     from autodistill.advisor.measurements import read_measured
-    from autodistill.advisor.pick import TIERS, pick_tiers, tier_of
+    from autodistill.advisor.pick import all_tiers, pick_tiers
     from autodistill.advisor.pick import pick as best
     from autodistill.hardware.catalog import listed
 
@@ -104,12 +126,13 @@ def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, *, t
         rows = stored(folder, names)
         timed = tuple(read_measured(folder)) if asked.device else ()
         wanted = replace(asked, overheads=recalibrated_by(rows), measured=timed)
-        if tiers:
-            answer = pick_tiers(rows, wanted, [tier_of(size, listed()) for size in TIERS])
-            on_gpus = replace(wanted, device=None, gpu=True)
+        answers = [pick_tiers(rows, replace(wanted, streams=one.streams), all_tiers(listed())) for one in loads]
+        for answer in answers:
             for one in answer["tiers"]:
-                one["solved"] = _solved_before(one["pick"], folder, one["usable_bytes"], on_gpus, cache)
-            return Pick(answer, folder)
+                load = replace(wanted, streams=answer["streams"], device=None, gpu=one["gpu"])
+                one["solved"] = _solved_before(one["pick"], folder, one["usable_bytes"], load, cache)
+        if answers:
+            return Pick(answers[0] if len(answers) == 1 else {"loads": answers}, folder)
         answer = best(rows, wanted)
     solved = _solved_before(answer["pick"], folder, wanted.memory_bytes, wanted, cache)
     return Pick(answer | {"next": _to_get(answer["pick"], folder), "solved": solved}, folder)

@@ -168,12 +168,14 @@ def _overhead(change: Mapping[str, Any]) -> str:
 
 
 def pick_text(document: Mapping[str, Any]) -> str:
-    """The row for some hardware and its runner-up, or the rows for each tier, as lines.
+    """The row for some hardware and its runner-up, or the rows for each tier and load, as lines.
 
     Args:
         document: As `pick` or `pick_tiers` gives it.
     """
     head = ("", "run", "row", "metric", "value", "memory", "size")
+    if "loads" in document:
+        return "\n\n".join(_tiers_text(load, head) for load in document["loads"])
     if "tiers" in document:
         return _tiers_text(document, head)
     named = (("pick", "pick"), ("runner-up", "runner_up"), ("left out", "better_left_out"))
@@ -203,9 +205,21 @@ def pick_text(document: Mapping[str, Any]) -> str:
         others += (
             f"\nFor {count_of(document['better_unknown'], 'better row')} the memory or time under this load is unknown."
         )
+    others += _last_text(document["last"], document["not_held"])
     then = f"\n{document['next']}" if document.get("next") else ""
     then += _solved_text(document.get("solved"))
     return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{tie}{others}{source}{on_gpu}{kept}{then}"
+
+
+def _last_text(runs: Sequence[str], not_held: bool) -> str:
+    """Which runs have students that come last, and why, or that one of them was picked all the same."""
+    why = "AutoDistill did not yet look at what a student forgets"
+    said = (
+        f"\nStudents of {', '.join(runs)} come last: then, {why}. Name runs to pick from these alone." if runs else ""
+    )
+    if not_held:
+        said += f"\nThe student was trained when {why}: none that was held to that fits."
+    return said
 
 
 def _solved_text(solved: Mapping[str, Any] | None) -> str:
@@ -225,7 +239,7 @@ def _tiers_text(document: Mapping[str, Any], head: Sequence[str]) -> str:
         (
             format_bytes(one["memory_bytes"]),
             format_bytes(one["usable_bytes"]),
-            one["least_device"] or "-",
+            (one["least_device"] or "-") if one["gpu"] else "a process",
             *_picked(one["pick"]),
             "-" if one.get("solved") is None else f"{one['solved']['name']}, {one['solved']['accuracy']:.4f}",
         )
@@ -234,10 +248,12 @@ def _tiers_text(document: Mapping[str, Any], head: Sequence[str]) -> str:
     context = document["context"] or f"{CONTEXT}, or what a student reads where that is less"
     rests = "".join(f"\nMemory in {runtime} is {basis}." for runtime, basis in document["memory_basis"].items())
     return (
-        f"{table([('GPU', 'usable', 'least on', *head[1:], 'solved, accuracy'), *lines], left=6)}\n"
-        f"At context {context}; {count_of(document['streams'], 'stream')}. Usable is the memory that every listed GPU "
-        f"of this class leaves; if none is listed, 10^9 bytes for each GB, less what GPUs reserve.{rests}"
-        f"{_binding(document['tiers'])}"
+        f"At context {context}; {count_of(document['streams'], 'stream')}:\n"
+        f"{table([('tier', 'usable', 'least on', *head[1:], 'solved, accuracy'), *lines], left=6)}"
+        f"{_binding(document['tiers'])}\n"
+        "Up to 2 GB a tier is a limit of a process's memory, as of a container. Of GPUs, usable is what every listed "
+        f"one of this class leaves; if none is listed, 10^9 bytes for each GB, less what GPUs reserve.{rests}"
+        f"{_last_text(document['last'], any(one['not_held'] for one in document['tiers']))}"
     )
 
 
@@ -247,7 +263,11 @@ def _binding(tiers: Sequence[Mapping[str, Any]]) -> str:
     for one in tiers:
         if one["pick"]:
             groups.setdefault(one["same_as"] or one["memory_bytes"], []).append(one)
+    none = [one for one in tiers if not one["pick"]]
     said = ""
+    if none:
+        names = [format_bytes(one["memory_bytes"]) for one in none]
+        said = f"\n{', '.join(names)}: nothing fits; of {names[-1]}, {none[-1]['nothing']}."
     for group in groups.values():
         names = ", ".join(format_bytes(one["memory_bytes"]) for one in group)
         binds = group[-1]["binds"]

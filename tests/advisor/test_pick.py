@@ -16,11 +16,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import autodistill as ad
 from autodistill.advisor.candidates import Candidate, recalibrated, stored
 from autodistill.advisor.describe import deployment_named
 from autodistill.advisor.measurements import Measured
-from autodistill.advisor.pick import Tier, pick, pick_tiers, tier_of
+from autodistill.advisor.pick import TIERS, Tier, all_tiers, pick, pick_tiers, tier_of
 from autodistill.advisor.requirements import Wanted, requirements_of
+from autodistill.cli.app import main
 from autodistill.cli.hardware_summary import pick_text
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.serving_memory import memory
@@ -325,7 +327,10 @@ def test_each_tier_has_its_own_row() -> None:
     picked = [one["pick"] and one["pick"]["row_id"] for one in answer["tiers"]]
     assert picked == [None, "c", "a"]
     assert [(one["binds"], one["same_as"]) for one in answer["tiers"]] == [(None, None), ("memory", None), (None, None)]
-    assert pick_text(answer).splitlines()[-2:] == [
+    lines = pick_text(answer).splitlines()
+    assert lines[5:8] == [
+        "100 MB: nothing fits; of 100 MB, the nearest, c of run, needs 100 MB at context 2048, 50.0 MB over the "
+        "limit; a budget of 100MB would do.",
         "300 MB: a student of its own; a better one is excluded by memory.",
         "2.00 GB: a student of its own; the budget does not bind.",
     ]
@@ -335,7 +340,7 @@ def test_tiers_that_do_not_bind_have_the_same_row() -> None:
     sizes = (150_000_000, 160_000_000, 10**9, 2 * 10**9)
     answer = pick_tiers(ON_GPU, Wanted(memory_bytes=1), tiers=tuple(map(tier, sizes)))
     assert [one["same_as"] for one in answer["tiers"]] == [None, 300_000_000, None, 2 * 10**9]
-    assert pick_text(answer).splitlines()[-2:] == [
+    assert pick_text(answer).splitlines()[6:8] == [
         "300 MB, 320 MB: the same student; a better one is excluded by memory.",
         "2.00 GB, 4.00 GB: the same student; the budget does not bind.",
     ]
@@ -376,8 +381,9 @@ def test_a_pick_for_a_tier_fits_each_gpu_of_it_and_says_what_is_usable() -> None
     assert pick([small], Wanted(memory_bytes=l4.usable_bytes, device=l4))["pick"]["row_id"] == "small"
     with pytest.raises(NothingFitsError):
         pick([large], Wanted(memory_bytes=l4.usable_bytes, device=l4))
-    head, line, *notes = pick_text(answer).splitlines()
-    assert head.split()[:3] == ["GPU", "usable", "least"]
+    load, head, line, *notes = pick_text(answer).splitlines()
+    assert load == "At context 2048, or what a student reads where that is less; 1 stream:"
+    assert head.split()[:3] == ["tier", "usable", "least"]
     assert line.startswith("24.0 GB")
     assert format_bytes(found["usable_bytes"]) in line
     assert "NVIDIA A10" in line
@@ -393,6 +399,70 @@ def test_memory_of_a_tier_is_that_of_a_gpu() -> None:
     (fits, none) = pick_tiers(board, Wanted(memory_bytes=1), [tier(need), tier(need - 1)])["tiers"]
     assert (fits["pick"]["memory_bytes"], fits["pick"]["memory_source"]) == (need, "predicted")
     assert none["pick"] is None
+
+
+def test_below_gpus_a_tier_is_a_limit_of_a_process() -> None:
+    tiers = all_tiers(devices())
+    assert [one.nominal_bytes for one in tiers] == [512 * 10**6, 10**9, 2 * 10**9, *TIERS]
+    assert [one.gpu for one in tiers] == [False] * 3 + [True] * len(TIERS)
+    assert [one.usable_bytes for one in tiers[:3]] == [512 * 10**6, 10**9, 2 * 10**9]
+    need = memory(SPEC, DEPLOYMENT, context=4096, batch=1, on_gpu=False).total_bytes
+    process = replace(tiers[0], usable_bytes=need)
+    (found,) = pick_tiers([candidate(row("a", 0.5, 1))], Wanted(memory_bytes=1, context=4096), [process])["tiers"]
+    assert (found["pick"]["memory_bytes"], found["gpu"]) == (need, False)
+
+
+def test_a_student_that_was_not_held_to_what_it_forgot_comes_last() -> None:
+    old, older = (
+        replace(candidate(row(name, worth, 90), None), held=False) for name, worth in (("old", 0.9), ("z", 0.3))
+    )
+    new = candidate(row("new", 0.5, 100), None)
+    plain = candidate(row("plain", 0.4, 50, kind="teacher"), None)
+    answer = pick([old, older, new, plain], Wanted(memory_bytes=150_000_000))
+    assert (answer["pick"]["row_id"], answer["last"], answer["not_held"]) == ("new", ["run"], False)
+    assert "Students of run come last: then, AutoDistill did not yet look at what" in pick_text(answer)
+    # Beside what needs no training the metric decides again, and it is said.
+    answer = pick([old, older, new, plain], Wanted(memory_bytes=95_000_000))
+    assert (answer["pick"]["row_id"], answer["binds"], answer["not_held"]) == ("old", None, True)
+    assert "The student was trained when AutoDistill did not yet look" in pick_text(answer)
+    answer = pick([older, new, plain], Wanted(memory_bytes=95_000_000))
+    assert (answer["pick"]["row_id"], answer["not_held"]) == ("plain", False)
+
+
+def test_runs_of_versions_that_did_not_look_at_what_was_forgotten_are_known(tmp_path: Path) -> None:
+    rows = [row("student", 0.6, 100), row("teacher", 0.5, 100, kind="teacher")]
+    run_folder(tmp_path, "old", rows, students_only=False)
+    run_folder(tmp_path, "new", rows, students_only=False, goal="task")
+    assert {(one.run, one.row.row_id): one.held for one in stored(tmp_path)} == {
+        ("old", "student"): False,
+        ("old", "teacher"): True,
+        ("new", "student"): True,
+        ("new", "teacher"): True,
+    }
+
+
+def test_of_the_reference_runs_one_of_this_version_is_picked() -> None:
+    """Although one of another version is better on the text, whose students nobody held to other texts."""
+    reference = Path(__file__).parents[2] / "results" / "reference"
+    answer = ad.pick(budget="16GB", out=reference).document
+    assert answer["pick"]["run"] == "search-20261128-174923"
+    assert answer["last"] == ["search-20261126-101010"]
+
+
+def test_several_loads_have_a_table_each(capsys: pytest.CaptureFixture[str]) -> None:
+    reference = str(Path(__file__).parents[2] / "results" / "reference")
+    assert main(["pick", "--tiers", "--context", "8192", "--streams", "1,16", "--out", reference, "--json"]) == 0
+    one, many = json.loads(capsys.readouterr().out)["loads"]
+    assert (one["streams"], many["streams"]) == (1, 16)
+    assert all(tier["pick"] for tier in one["tiers"])
+    assert [tier["memory_bytes"] for tier in many["tiers"] if tier["pick"] is None] == [512 * 10**6, 10**9, 2 * 10**9]
+    for words, said in (
+        ("--budget 1GB --streams 1,16", "several --streams go with --tiers"),
+        ("--tiers --streams 1,many", "--streams takes a number, or several like 1,16"),
+        ("--tiers --streams 0", "--streams must be at least 1, not 0"),
+    ):
+        assert main(["pick", *words.split(), "--out", reference]) == 2
+        assert said in capsys.readouterr().err
 
 
 DATA = {"data": {"name": "text", "fingerprint": "1"}, "teacher": {"name": "big", "fingerprint": "2"}}
