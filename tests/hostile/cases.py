@@ -20,6 +20,7 @@ VERBS = (
     "devices",
     "distill",
     "doctor",
+    "drafts",
     "estimate",
     "explain",
     "export",
