@@ -200,6 +200,9 @@ def _levels(
     for place, streams in enumerate(counts):
         left = ends - time.monotonic()
         share = left / (len(counts) - place)
+        if left <= 0 and not levels:
+            asked = format_duration(float(parsed(request.time) or 0))
+            raise ServiceError(f"{request.url} gave no whole answer in {asked}: give more --time")
         if left <= 0:
             notify(f"the time is over before {count_of(streams, 'stream')}: give more --time")
             break
