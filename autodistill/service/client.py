@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 from urllib.parse import urlsplit
 
 import httpx2
@@ -139,14 +139,15 @@ class Client:
     def room(self) -> tuple[int, int] | None:
         """Return the tokens of each sequence and the sequences at once that it makes room for; None of vLLM's."""
         props = self._props()
-        context = props.get("default_generation_settings", {}).get("n_ctx")
+        settings = props.get("default_generation_settings")
+        context = settings.get("n_ctx") if isinstance(settings, dict) else None
         slots = props.get("total_slots")
-        return (context, slots) if isinstance(context, int) and isinstance(slots, int) else None
+        return (context, slots) if _counts(context) and _counts(slots) else None
 
     def model_path(self) -> Path | None:
-        """Return the file that it says it serves; None where it says none."""
+        """Return the file that it says it serves; None where it says none that could be here."""
         path = self._props().get("model_path")
-        return Path(path) if isinstance(path, str) and path else None
+        return Path(path) if isinstance(path, str) and path and _nameable(path) else None
 
     def _props(self) -> Mapping[str, Any]:
         response = self._page("/props")
@@ -220,23 +221,25 @@ class Client:
         counted, ended = 0, 0.0
         timings: Mapping[str, Any] = {}
         began = time.perf_counter()
-        for event in self._events("/v1/completions", body, _TOKEN_BYTES * (tokens + 64), self._longest):
-            now = time.perf_counter() - began
-            for choice in event.get("choices", ()):
-                text += str(choice.get("text") or "")
-                came += [now] if choice.get("finish_reason") is None else []
-                ended = now
-            counted = (event.get("usage") or {}).get("completion_tokens", counted)
-            timings = event.get("timings") or timings
-        counted = counted or len(came)
-        if not counted:
-            raise ServiceError(f"{self.url} wrote nothing where {tokens} tokens were asked for")
-        drafted, accepted = (int(timings.get(name, 0)) for name in ("draft_n", "draft_n_accepted"))
-        if not came:
-            # llama.cpp holds back bytes that are no whole character yet, here to the end: it says itself how long a
-            # token took.
+        with self._told():
+            for event in self._events("/v1/completions", body, _TOKEN_BYTES * (tokens + 64), self._longest):
+                now = time.perf_counter() - began
+                for choice in event.get("choices") or ():
+                    text += str(choice.get("text") or "")
+                    came += [now] if choice.get("finish_reason") is None else []
+                    ended = now
+                counted = int((event.get("usage") or {}).get("completion_tokens", counted))
+                timings = event.get("timings") or timings
+            counted = counted or len(came)
+            if counted > 2 * tokens + 16:
+                raise ServiceError(f"{self.url} says that it wrote {counted} tokens where {tokens} were asked for")
+            if counted < 1:
+                raise ServiceError(f"{self.url} wrote nothing where {tokens} tokens were asked for")
+            drafted, accepted = (int(timings.get(name, 0)) for name in ("draft_n", "draft_n_accepted"))
+            # llama.cpp holds back bytes that are no whole character yet, sometimes to the end: it says itself how long
+            # a token took.
             step = float(timings.get("predicted_per_token_ms", 1e3 * ended / counted)) / 1e3
-            came = [max(0.0, ended - step * (counted - 1))]
+            came = came or [max(0.0, ended - step * (counted - 1))]
         return Answer(
             tokens=counted,
             first_seconds=came[0],
@@ -260,13 +263,15 @@ class Client:
         body["stream_options"] = {"include_usage": True}
         began = time.perf_counter()
         pieces, counted = 0, 0
-        for event in self._events("/v1/chat/completions", body, _CHAT_BYTES, math.inf):
-            counted = (event.get("usage") or {}).get("completion_tokens", counted)
-            for choice in event.get("choices", ()):
-                text = choice.get("delta", {}).get("content") or choice.get("delta", {}).get("reasoning_content") or ""
-                pieces += bool(text)
-                if text:
-                    yield Piece(text=text)
+        with self._told():
+            for event in self._events("/v1/chat/completions", body, _CHAT_BYTES, math.inf):
+                counted = int((event.get("usage") or {}).get("completion_tokens", counted))
+                for choice in event.get("choices") or ():
+                    said = choice.get("delta") or {}
+                    text = str(said.get("content") or said.get("reasoning_content") or "")
+                    pieces += bool(text)
+                    if text:
+                        yield Piece(text=text)
         yield Piece(text="", tokens=counted or pieces, seconds=time.perf_counter() - began)
 
     def _events(
@@ -326,7 +331,7 @@ class Client:
             raise ServiceError(f"{self.url} gave no answer in time: it may be busy, or stuck") from None
         except httpx2.HTTPError as error:
             raise ServiceError(f"{self.url} broke off ({_short(str(error)) or type(error).__name__})") from None
-        except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, AttributeError, KeyError, TypeError, OverflowError) as error:
             raise ServiceError(f"{self.url} answered nonsense ({_short(str(error))})") from None
 
     def _checked(self, response: httpx2.Response) -> httpx2.Response:
@@ -344,6 +349,20 @@ class Client:
             path = response.request.url.path
             raise ServiceError(f"{self.url} refused {path} ({response.status_code}): {_short(said)}{hint}")
         return response
+
+
+def _counts(value: Any) -> TypeGuard[int]:
+    """Return whether a value is a number of something."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**40
+
+
+def _nameable(path: str) -> bool:
+    """Return whether a system takes a text as a path at all."""
+    try:
+        Path(path).exists()
+    except (OSError, ValueError):
+        return False
+    return "\0" not in path
 
 
 def _is_address(url: str) -> bool:

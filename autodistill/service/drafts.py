@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -30,14 +30,27 @@ FILE = "drafts.jsonl"
 
 
 class _Kept(TypedDict):
-    """What is read of a record."""
+    """What is read of any record."""
 
     target: str
     draft: str
-    how: str
+    how: Literal["drafts", "serve"]
     drafted: int
     accepted: int
     time: str
+
+
+class _Figures(_Kept):
+    """What is read of one of a draft that was tried."""
+
+    size_bytes: int
+    tokens_per_pass: float
+    tokens_per_second: float
+    speed: float
+    speed_stderr: float | None
+    expected: float
+    same: int
+    answers: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +241,7 @@ def recorded(target: Path, path: Path) -> list[dict[str, Any]]:
     """
     found = []
     for event in EventLog(path).read() if path.is_file() else ():
-        check_typed(event, _Kept, f"a record in {path}")
+        check_typed(event, _Figures if event.get("how") == "drafts" else _Kept, f"a record in {path}")
         if event["target"] == str(target.resolve()):
             found.append({name: value for name, value in event.items() if name != "event"})
     return found[::-1]

@@ -117,7 +117,7 @@ def load(request: LoadRequest, notify: Callable[[str], None] = lambda line: None
     """
     known = devices(*map(Path, request.devices or ()))
     held = None if request.promise is None else find_promise(request.promise, Path(request.out), request.margin)
-    prompt = request.prompt or (held and held.prompt) or _PROMPT
+    prompt = request.prompt or (None if held is None else held.prompt) or _PROMPT
     named = None if request.device is None else find_device(request.device, known)
     with Client(request.url, client_key(None if request.key_file is None else Path(request.key_file))) as client:
         if named is None and not client.local:
@@ -200,6 +200,9 @@ def _levels(
     for place, streams in enumerate(counts):
         left = ends - time.monotonic()
         share = left / (len(counts) - place)
+        if left <= 0 and not levels:
+            asked = format_duration(float(parsed(request.time) or 0))
+            raise ServiceError(f"{request.url} gave no whole answer in {asked}: give more --time")
         if left <= 0:
             notify(f"the time is over before {count_of(streams, 'stream')}: give more --time")
             break

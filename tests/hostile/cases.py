@@ -23,6 +23,7 @@ VERBS = (
     "devices",
     "distill",
     "doctor",
+    "drafts",
     "estimate",
     "explain",
     "export",

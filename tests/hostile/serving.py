@@ -51,7 +51,7 @@ _PROMISE: dict[str, Any] = {
     "measured": {},
 }
 _LATE = {"quantity": "ttft", "percentile": 95, "seconds": 1.0, "streams": 1, "prompt": 512}
-_PROMISES: dict[str, Any] = {
+PROMISES: dict[str, Any] = {
     "none": None,
     "a-list": [],
     "empty": {},
@@ -92,7 +92,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         yield case(f"launch-{name}", "serve", "student.gguf", "--port", "0", make=make)
     for name, text in (("torn", '{"model": '), ("nan", '{"context": NaN}'), ("deep", "[" * 100_000), ("no-text", "\0")):
         yield case(f"launch-{name}", "serve", "student.gguf", "--port", "0", make=export("serve.json", text))
-    for name, document in _PROMISES.items():
+    for name, document in PROMISES.items():
         make = export("export.json", json.dumps({"row": "t001", "promise": document}))
         yield case(f"promise-{name}", "monitor", gone, "--promise", "student.gguf", "--time", "1ms", make=make)
     for number, url in enumerate(_URLS):

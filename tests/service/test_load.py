@@ -97,6 +97,12 @@ def test_a_level_ends_when_its_time_is_over(service: Service) -> None:
         assert len(level.answers) == 6
 
 
+def test_a_time_that_is_over_before_any_level_is_told(service: Service, key_file: Path) -> None:
+    with pytest.raises(ServiceError, match=r"gave no whole answer in .*: give more --time"):
+        load(asked(service, key_file, time="1us"))
+    assert not (key_file.parent / "measurements.jsonl").exists()
+
+
 def test_no_prompt_begins_like_another_and_all_ids_are_words() -> None:
     prompts = [varied_prompt(40, 300, number) for number in range(200)]
     assert len({one[0] for one in prompts}) == 200

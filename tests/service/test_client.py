@@ -1,0 +1,92 @@
+"""A client of a server that never ends: what comes byte by byte, or without bound, is given up."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autodistill.errors import ServiceError
+from autodistill.service import client as module
+from autodistill.service.client import Client
+
+_EVENT = {"choices": [{"text": "a", "finish_reason": None}]}
+_MODELS = {"data": [{"id": "student"}]}
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Pages that begin well; those of `/slow` never end."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        if self.path == "/v1/models":
+            self.wfile.write(json.dumps(_MODELS).encode())
+        else:
+            self._without_end(b"# more\n")
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.end_headers()
+        event = f"data: {json.dumps(_EVENT)}\n\n".encode()
+        if asked["max_tokens"] == 3:
+            # Cut within lines, as a network may.
+            text = b": a comment\nevent: x\n" + 3 * event + b"data: [DONE]\n\ndata: {\n\n"
+            for place in range(0, len(text), 7):
+                self.wfile.write(text[place : place + 7])
+                self.wfile.flush()
+        else:
+            self._without_end(event)
+
+    def _without_end(self, part: bytes) -> None:
+        try:
+            while True:
+                self.wfile.write(part)
+        except OSError:
+            pass
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_events_are_read_as_they_are_cut_and_up_to_the_last(url: str) -> None:
+    with Client(url) as client:
+        answer = client.complete([1], 3)
+    assert (answer.tokens, answer.text, len(answer.token_seconds)) == (3, "aaa", 2)
+
+
+def test_what_has_no_end_is_given_up_by_its_size_and_by_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Client(url) as client:
+        with pytest.raises(ServiceError, match="sent more than"):
+            client.complete([1], 1)
+        with pytest.raises(ServiceError, match="sent more than"):
+            client.counters()
+    monkeypatch.setattr(module, "_MOST_BYTES", 10**15)
+    with Client(url, longest=0.0) as client, pytest.raises(ServiceError, match="was not done after 0 seconds"):
+        client.counters()
+
+
+def test_memory_is_of_its_processes_without_the_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = iter([None, 900, 950, 50])
+    monkeypatch.setattr(module, "memory_of", lambda processes: next(seen))
+    monkeypatch.setattr(module, "server_processes", lambda url: ("one",))
+    with Client("http://127.0.0.1:9") as client:
+        monkeypatch.setattr(client, "_interpreter_bytes", lambda: 100)
+        assert [client.memory_bytes() for _ in range(3)] == [800, 850, 0]
+    with Client("http://192.0.2.1:9") as elsewhere:
+        assert elsewhere.memory_bytes() is None
