@@ -2,9 +2,10 @@
 
     python -m benchmarks.hardware.divided
 
-Small models of random weights run over two and three processes of this machine (gloo) and in one: the largest difference
-of their logits, and the bytes of the weights of the first process against the prediction. Then, by arithmetic alone, what
-each of 1, 2 and 4 GPUs holds of a model of 3.4B weights, and of training it, beside the figures of the guide.
+Small models of random weights run over two and three processes of this machine (gloo) and in one: the largest
+difference of their logits, and the bytes of the weights of the first process against the prediction. Then, by
+arithmetic alone, what each of 1, 2 and 4 GPUs holds of a model of 3.4B weights, and of training it, beside the figures
+of the guide.
 """
 
 from __future__ import annotations
@@ -85,9 +86,9 @@ def main() -> None:
     sections = [
         "Models of random weights, matrices held in bfloat16 and computed with in float32; processes meet over gloo.",
         report.table(("model", "processes", "logits differ by", "bytes of the first process", "predicted"), rows),
-        f"## A model of {spec.parameters / 1e9:.2f}B weights on several GPUs, predicted\n\nRun in 16 bits at one stream of "
-        f"{CONTEXT} tokens; trained by AdamW in float32 with checkpointing, {TOKENS} tokens a pass (FSDP2). The guide says "
-        "14 GB on one card and 7.2 GB on each of four; it does not say in which type, nor at which context.",
+        f"## A model of {spec.parameters / 1e9:.2f}B weights on several GPUs, predicted\n\nRun in 16 bits at one "
+        f"stream of {CONTEXT} tokens; trained by AdamW in float32 with checkpointing, {TOKENS} tokens a pass (FSDP2). "
+        "The guide says 14 GB on one card and 7.2 GB on each of four, but not in which type, nor at which context.",
         report.table(("GPUs", "weights of each", "each, running", "each, training"), cards),
     ]
     print(report.write("divided", "A model divided over several devices", sections))
