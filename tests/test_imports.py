@@ -20,7 +20,7 @@ PACKAGES = (
     *("utils", "models", "quantization", "strategy", "hardware", "options", "estimates"),
     *("data", "runtimes", "inference"),
     *("distillation", "evaluation", "evaluators", "runs", "export", "advisor", "profiling", "service", "search"),
-    *("report", "trackers", "dashboards", "bundle"),
+    *("report", "trackers", "dashboards", "bundle", "federated"),
     *("objects", "api"),
     *("testing", "cli", "__main__", ""),
 )

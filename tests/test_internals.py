@@ -21,7 +21,7 @@ PROJECT: dict[str, Any] = tomllib.loads((Path(__file__).parents[1] / "pyproject.
 EVERY = [*PROJECT["project"]["dependencies"], *chain(*PROJECT["project"]["optional-dependencies"].values())]
 
 
-@pytest.mark.parametrize("package", ["accelerate", "bitsandbytes", "ray", "transformers"])
+@pytest.mark.parametrize("package", ["accelerate", "bitsandbytes", "flwr", "ray", "transformers"])
 def test_packages_whose_internals_are_used_have_an_upper_bound(package: str) -> None:
     found = [one for one in map(Requirement, EVERY) if one.name == package]
     assert found
@@ -60,6 +60,16 @@ def test_of_tune_searcher_and_scheduler_are_asked_as_they_are_written() -> None:
     assert list(inspect.signature(Searcher.on_trial_complete).parameters) == ["self", "trial_id", "result", "error"]
     assert list(inspect.signature(FIFOScheduler.on_trial_error).parameters)[2:] == ["trial"]
     assert isinstance(inspect.getattr_static(Trial, "error_file"), property)
+
+
+def test_of_transformers_a_plan_of_tensor_parallelism_is_read_by_layer() -> None:
+    """`inference/tensor_parallel.py` divides by it, and puts functions of its own in the place of theirs."""
+    from transformers import PreTrainedModel
+    from transformers.distributed.tensor_parallel import ColwiseParallel
+
+    assert list(inspect.signature(PreTrainedModel._expand_parallel_plan).parameters) == ["self", "plan"]
+    assert isinstance(inspect.getattr_static(PreTrainedModel, "tp_plan"), property)
+    assert "module.forward = tp_forward" in inspect.getsource(ColwiseParallel.__mro__[1].install_forward)
 
 
 def test_of_accelerate_fsdp2_is_prepared_without_an_accelerator() -> None:

@@ -75,6 +75,7 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
             ("python_server_child.py",): "vllm",
             ("to_mlflow.py",): "mlflow",
             ("to_wandb.py",): "wandb",
+            ("flower.py",): "federated",
         }
         extra = own.get(tuple(sorted(where)))
         declared = REQUIRED | EXTRAS[extra] if extra else REQUIRED

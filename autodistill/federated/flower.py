@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,8 @@ def flower() -> Any:
         raise MissingDependencyError(
             "federated distillation needs Flower: pip install 'autodistill-search[federated]'"
         ) from error
+    # Its own lines are of its parts and not of ours, and tell everybody that what is used here is to go.
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     return flwr
 
 

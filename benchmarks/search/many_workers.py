@@ -24,7 +24,7 @@ from benchmarks.common.report import Kept
 from benchmarks.common.simulate import Table, Worker, default_rungs, load_table, plan, simulate
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
-TRIALS = 64
+TRIALS = 32
 LOSSES = {"none is lost": None, "each is lost every 10 pieces of work": 10, "each is lost every 3": 3}
 AWAY = 1.0  # pieces of work that take as long as a lost worker is away
 

@@ -54,6 +54,7 @@ def test_every_example_is_listed_and_tested():
     assert files == {
         *("smallest_search.py", "pick_for_tiers.py", "solve_without_training.py", "evaluator.ipynb"),
         "route.py",  # tests/docs/test_route_example.py
+        "federate.py",  # tests/federated/test_federated.py
     }
     assert all(f"]({name})" in listed for name in files)
 

@@ -16,7 +16,7 @@ from autodistill.cli.app import app
 
 JOB = Path(__file__).parents[2] / "docs" / "examples" / "rayjob.yaml"
 SCHEMA = "KUBERAY_CRD"
-"""Where the CRD of RayJob lies: ray.io_rayjobs.yaml of KubeRay's Helm chart (Apache-2.0), which is not part of this project."""
+"""Names the CRD of RayJob: ray.io_rayjobs.yaml of KubeRay's Helm chart (Apache-2.0), no part of this project."""
 
 
 def job() -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""What each of several GPUs holds: by hand for a small shape, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from autodistill.advisor.cards import running_parts
+from autodistill.advisor.describe import deployment_named, shape
+from autodistill.advisor.estimate import appraise, training_parts
+from autodistill.cli.hardware_summary import appraisal_text
+from autodistill.errors import InputError
+from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
+
+MODEL = shape({"layers": 10, "width": 512, "heads": 8, "kv_heads": 4, "ffn": 1024, "vocab": 32000}, tied=True)
+
+
+def test_each_gpu_holds_its_part_of_matrices_and_cache_and_whole_norms() -> None:
+    found = running_parts(MODEL.spec, 4, context=256, batch=2)
+    matrices = 32000 * 512 + 10 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1024)
+    norms = 21 * 512
+    assert found["count"] == 4
+    assert found["alone"]["weights_bytes"] == 2 * matrices + 4 * norms
+    assert found["each"]["weights_bytes"] == 2 * matrices // 4 + 4 * norms
+    # Keys and values of two sequences, two bytes each.
+    assert found["alone"]["kv_cache_bytes"] == 2 * 2 * 10 * 256 * 256 * 2 == 4 * found["each"]["kv_cache_bytes"]
+    assert found["each"]["overhead_bytes"] == TRAINING_PROCESS_BYTES
+    for parts in (found["alone"], found["each"]):
+        assert parts["total_bytes"] == sum(size for name, size in parts.items() if name != "total_bytes")
+
+
+def test_training_is_divided_too_and_shown_for_each_gpu() -> None:
+    alone, each = training_parts(MODEL.spec, 256), training_parts(MODEL.spec, 256, 4)
+    for way, parts in each.items():
+        assert parts["gradients_bytes"] == alone[way]["gradients_bytes"] // 4
+        assert parts["total_bytes"] < alone[way]["total_bytes"]
+    document = appraise(MODEL, deployment_named("gguf-q8_0"), training=256, gpus=4)
+    text = appraisal_text(document)
+    assert "training on each of 4 GPUs" in text
+    assert "each of 4" in text
+    assert appraise(MODEL, deployment_named("gguf-q8_0"))["gpus"] is None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"), [(0, "at least 1, not 0"), (3, "8 attention heads do not divide over 3: give")]
+)
+def test_numbers_that_do_not_divide_are_refused(gpus: int, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        running_parts(MODEL.spec, gpus, context=256, batch=1)
