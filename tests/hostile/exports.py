@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.hostile.cases import Case, Kit
-
-Spoil = Callable[[Path], object]
+from tests.hostile.spoils import Spoil, as_folder, as_pipe, change, paths, without, write
 
 _VALUES: tuple[Any, ...] = (None, 7, -1, 10**400, 1e308, "", "x", "../x", "/etc/passwd", [], [[]], {}, {"": None}, True)
 _TEXTS: dict[str, bytes] = {
@@ -83,25 +82,24 @@ def _spoils(kit: Kit, dice: random.Random) -> dict[str, Spoil]:
     found: dict[str, Spoil] = {}
     for file in ("export.json", "serve.json", "proof.npz"):
         for name, content in _TEXTS.items():
-            found[f"{file}-{name}"] = partial(_write, file=file, content=content)
+            found[f"{file}-{name}"] = partial(write, file=file, content=content)
             if file != "export.json":
                 found[f"{file}-{name}-told"] = _told(found[f"{file}-{name}"])
-        found[f"{file}-none"] = lambda folder, file=file: (folder / file).unlink()
-        found[f"{file}-folder"] = partial(_as_folder, file=file)
-        found[f"{file}-pipe"] = partial(_as_pipe, file=file)
+        found[f"{file}-none"] = partial(without, file=file)
+        found[f"{file}-folder"] = partial(as_folder, file=file)
+        found[f"{file}-pipe"] = partial(as_pipe, file=file)
         found[f"{file}-link"] = partial(_as_link, file=file)
     record = json.loads((kit.export / "export.json").read_text())
-    paths = sorted(path for path in _paths(record))
-    for path in paths:
+    for path in sorted(paths(record, 3)):
         name = ".".join(path)
-        found[f"without-{name}"] = partial(_change, path=path, lost=True)
-        found[f"record-{name}"] = partial(_change, path=path, value=dice.choice(_VALUES))
+        found[f"without-{name}"] = partial(change, file="export.json", path=path, lost=True)
+        found[f"record-{name}"] = partial(change, file="export.json", path=path, value=dice.choice(_VALUES))
     for number in range(4):
         found[f"model-flip-{number}"] = partial(_flip, seed=dice.random())
         found[f"model-flip-{number}-told"] = _told(partial(_flip, seed=dice.random()))
         found[f"proof-flip-{number}-told"] = _told(partial(_flip, seed=dice.random(), file="proof.npz"))
-    for name, arrays in _PROOFS.items():
-        found[f"proof-{name}-told"] = _told(partial(_proof, change=arrays))
+    for name, altered in _PROOFS.items():
+        found[f"proof-{name}-told"] = _told(partial(_proof, altered=altered))
     found["model-none"] = lambda folder: _model(folder).unlink()
     found["model-short"] = lambda folder: _model(folder).write_bytes(_model(folder).read_bytes()[:-1])
     found["another-file"] = lambda folder: (folder / "more.txt").write_text("more")
@@ -110,32 +108,13 @@ def _spoils(kit: Kit, dice: random.Random) -> dict[str, Spoil]:
     found["a-device-more"] = lambda folder: (folder / "zero").symlink_to("/dev/zero")
     found["card-none"] = lambda folder: (folder / "README.md").unlink(missing_ok=True)
     for name, card in _CARDS.items():
-        found[f"card-{name}-told"] = _told(partial(_write, file="README.md", content=card))
+        found[f"card-{name}-told"] = _told(partial(write, file="README.md", content=card))
     return found
 
 
 def _make(folder: Path, kit: Kit, spoil: Spoil) -> None:
     shutil.copytree(kit.export, folder / "export")
     spoil(folder / "export")
-
-
-def _paths(value: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        yield (*before, key)
-        if len(before) < 2:
-            yield from _paths(inner, (*before, key))
-
-
-def _change(folder: Path, path: tuple[str, ...], value: Any = None, lost: bool = False) -> None:
-    document = json.loads((folder / "export.json").read_text())
-    inner = document
-    for key in path[:-1]:
-        inner = inner[key]
-    if lost:
-        del inner[path[-1]]
-    else:
-        inner[path[-1]] = value
-    (folder / "export.json").write_text(json.dumps(document))
 
 
 def _model(folder: Path) -> Path:
@@ -159,17 +138,17 @@ def _told(spoil: Spoil) -> Spoil:
         from autodistill.utils.checksums import entries
 
         spoil(folder)
-        _change(folder, ("files",), entries(folder, without=("export.json",)))
+        change(folder, "export.json", ("files",), entries(folder, without=("export.json",)))
 
     return both
 
 
-def _proof(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def _proof(folder: Path, altered: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     import numpy as np
 
     with np.load(folder / "proof.npz") as file:
         arrays = dict(file)
-    np.savez_compressed(folder / "proof.npz", **change(arrays))
+    np.savez_compressed(folder / "proof.npz", **altered(arrays))
 
 
 def _zeros() -> Any:
@@ -212,20 +191,6 @@ def _sums(folder: Path, content: bytes) -> None:
     (folder / "a").write_bytes(b"a")
     (folder / "zero").symlink_to("/dev/zero")
     (folder / "SHA256SUMS").write_bytes(content)
-
-
-def _write(folder: Path, file: str, content: bytes) -> None:
-    (folder / file).write_bytes(content)
-
-
-def _as_folder(folder: Path, file: str) -> None:
-    (folder / file).unlink()
-    (folder / file).mkdir()
-
-
-def _as_pipe(folder: Path, file: str) -> None:
-    (folder / file).unlink()
-    os.mkfifo(folder / file)
 
 
 def _as_link(folder: Path, file: str) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.hostile.cases import Case, Kit
-
-Spoil = Callable[[Path], object]
+from tests.hostile.spoils import Spoil, as_folder, as_pipe, change, paths, without, write
 
 _REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 _RUN, _OTHER = "search-20261126-101010", "search-20261128-114135"
@@ -75,32 +73,30 @@ def _spoils(dice: random.Random) -> dict[str, Spoil]:
     for file in ("search.json", "trials.jsonl", "leaderboard.parquet", "../test_openings.jsonl"):
         short = Path(file).name.partition(".")[0]
         for name, content in _TEXTS.items():
-            found[f"{short}-{name}"] = partial(_write, file=file, content=content)
-        found[f"{short}-none"] = lambda run, file=file: (run / file).unlink()
-        found[f"{short}-folder"] = partial(_as_folder, file=file)
-        found[f"{short}-pipe"] = partial(_as_pipe, file=file)
+            found[f"{short}-{name}"] = partial(write, file=file, content=content)
+        found[f"{short}-none"] = partial(without, file=file)
+        found[f"{short}-folder"] = partial(as_folder, file=file)
+        found[f"{short}-pipe"] = partial(as_pipe, file=file)
     for field in asked:
-        found[f"search-without-{field}"] = partial(_change, file="search.json", line=0, path=[field], lost=True)
-        found[f"search-{field}"] = partial(
-            _change, file="search.json", line=0, path=[field], value=dice.choice(_VALUES)
-        )
+        found[f"search-without-{field}"] = partial(change, file="search.json", path=[field], lost=True)
+        found[f"search-{field}"] = partial(change, file="search.json", path=[field], value=dice.choice(_VALUES))
     for kind, number in kinds.items():
         event = json.loads(log[number])
-        for path in dice.sample(sorted(_paths(event)), min(6, len(list(_paths(event))))):
+        for path in dice.sample(sorted(paths(event, 9)), min(6, len(list(paths(event, 9))))):
             more = {"lost": True} if dice.random() < 0.3 else {"value": dice.choice(_VALUES)}
             name = f"log-{kind}-{'.'.join(path)}"
-            found[name] = partial(_change, file="trials.jsonl", line=number, path=list(path), **more)
+            found[name] = partial(change, file="trials.jsonl", line=number, path=list(path), **more)
     for number in range(6):
         lines = [line for line in log if dice.random() < 0.7]
-        found[f"log-some-{number}"] = partial(_write, file="trials.jsonl", content="\n".join(lines).encode() + b"\n")
+        found[f"log-some-{number}"] = partial(write, file="trials.jsonl", content="\n".join(lines).encode() + b"\n")
         mixed = dice.sample(log, len(log))
-        found[f"log-mixed-{number}"] = partial(_write, file="trials.jsonl", content="\n".join(mixed).encode() + b"\n")
+        found[f"log-mixed-{number}"] = partial(write, file="trials.jsonl", content="\n".join(mixed).encode() + b"\n")
         end = dice.randrange(len(table))
-        found[f"table-cut-{number}"] = partial(_write, file="leaderboard.parquet", content=table[:end])
+        found[f"table-cut-{number}"] = partial(write, file="leaderboard.parquet", content=table[:end])
         flipped = bytearray(table)
         flipped[dice.randrange(len(table))] ^= 1 << dice.randrange(8)
-        found[f"table-flip-{number}"] = partial(_write, file="leaderboard.parquet", content=bytes(flipped))
-    found["log-twice"] = partial(_write, file="trials.jsonl", content="\n".join([*log, *log]).encode() + b"\n")
+        found[f"table-flip-{number}"] = partial(write, file="leaderboard.parquet", content=bytes(flipped))
+    found["log-twice"] = partial(write, file="trials.jsonl", content="\n".join([*log, *log]).encode() + b"\n")
     found["table-columns"] = partial(_other_table, columns={"row_id": ["a"], "accuracy": ["b"]})
     found["table-numbers"] = partial(_other_table, columns={"row_id": [1], "trial": [2], "kind": [3]})
     found["table-no-rows"] = partial(_other_table, columns={"row_id": []})
@@ -114,44 +110,6 @@ def _make(folder: Path, spoil: Spoil) -> None:
         shutil.copytree(_REFERENCE / name, runs / name, ignore=shutil.ignore_patterns("*.png"))
     shutil.copyfile(_REFERENCE / "test_openings.jsonl", runs / "test_openings.jsonl")
     spoil(runs / _RUN)
-
-
-def _paths(value: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The path of each field of an object, also of those within."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        yield (*before, key)
-        yield from _paths(inner, (*before, key))
-
-
-def _change(run: Path, file: str, line: int, path: list[str], value: Any = None, lost: bool = False) -> None:
-    """Sets a field of a line of JSON, or takes it away; `search.json` is a line."""
-    whole = file == "search.json"
-    text = (run / file).read_text()
-    lines = [text] if whole else text.splitlines()
-    document = json.loads(lines[line])
-    inner = document
-    for key in path[:-1]:
-        inner = inner[key]
-    if lost:
-        del inner[path[-1]]
-    else:
-        inner[path[-1]] = value
-    lines[line] = json.dumps(document)
-    (run / file).write_text("\n".join(lines) + "\n")
-
-
-def _write(run: Path, file: str, content: bytes) -> None:
-    (run / file).write_bytes(content)
-
-
-def _as_folder(run: Path, file: str) -> None:
-    (run / file).unlink()
-    (run / file).mkdir()
-
-
-def _as_pipe(run: Path, file: str) -> None:
-    (run / file).unlink()
-    os.mkfifo(run / file)
 
 
 def _other_table(run: Path, columns: dict[str, list[Any]]) -> None:
