@@ -41,7 +41,8 @@ baselines: [logit_kd]
 VERBS = {
     "search": "--budget --budgets --tiers --device --latency --devices --kv-type "
     "--teacher --data --space --metric --trials --tokens --time --context --batch --seed "
-    "--name --out --resume --plan --price --runner --metrics-port --dashboard --json --cache --cache-limit --checkpoint-limit",
+    "--name --out --resume --plan --price --runner --metrics-port --dashboard --json --cache --cache-limit "
+    "--checkpoint-limit",
     "distill": "--budget --device --latency --devices --kv-type "
     "--teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
     "--json --cache --cache-limit",
