@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def math_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(folder: Path) -> Path:
+def new_model(folder: Path, shape: Mapping[str, int] = SHAPE) -> Path:
+    """Writes the untrained teacher, or one of another shape."""
     tokenizer = math_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -111,7 +113,7 @@ def new_model(folder: Path) -> Path:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **SHAPE,
+        **shape,
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -131,6 +131,31 @@ def test_gradients_come_as_what_was_kept_goes_in_a_step_of_one_pass() -> None:
     assert on_grid.shown_bytes == 4 * matrices - (0 if tied else 4 * spec.vocabulary * spec.width)
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_what_a_student_writes_takes_its_keys_and_values_and_logits(bf16: bool) -> None:
+    described, sequences, length = config(num_hidden_layers=3), 2, 20
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).eval()
+    ids = torch.zeros(sequences, length - 8, dtype=torch.long)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        more = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        found = model.generate(ids, return_dict_in_generate=True, output_scores=True, **more)
+    # The last token is written and not read.
+    held = sum(one.nbytes for layer in found.past_key_values.layers for one in (layer.keys, layer.values))
+    held = held // (length - 1) * length
+    spec = spec_from_config(described)
+    how = {"tokens": sequences * length, "bf16": bf16}
+    estimate, silent = training_memory(spec, written=sequences, **how), training_memory(spec, **how)  # type: ignore[arg-type]
+    layer = held // spec.layers
+    assert found.scores[0].dtype == torch.float32
+    assert estimate.writing_bytes == held + layer + 4 * found.scores[0].nbytes
+    assert silent.writing_bytes == 0
+    # Nothing is kept for a backward pass meanwhile: of the two moments the larger counts.
+    assert estimate.total_bytes == silent.total_bytes
+    wide = training_memory(spec, tokens=1, written=10**6)
+    held_now = wide.weights_bytes + wide.optimizer_bytes + wide.shown_bytes + wide.overhead_bytes
+    assert wide.total_bytes == held_now + wide.writing_bytes
+
+
 def _kept(run: Callable[[], object]) -> dict[int, int]:
     """Bytes by address of the storages that autograd keeps of `run`."""
     saved: dict[int, torch.UntypedStorage] = {}

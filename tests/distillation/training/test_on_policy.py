@@ -10,6 +10,7 @@ import torch
 from scipy.stats import chisquare
 
 from autodistill.data.dataset import TokenSet
+from autodistill.distillation.student.check import check_rendering
 from autodistill.distillation.training.on_policy import SEVERAL_PROCESSES, write_on
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
@@ -258,3 +259,13 @@ def test_several_processes_are_refused(workshop) -> None:  # type: ignore[no-unt
     with pytest.raises(InputError, match=r"in one process.*--gpus-per-trial 1"):
         workshop.trainer(STRATEGY, sharding=object())
     assert "leave on_policy out" in SEVERAL_PROCESSES
+
+
+def test_a_student_of_another_chat_template_is_refused() -> None:
+    init = Init(source="pretrained", model="other", depth=1.0)
+    strategy = Strategy(init=init, distillation=RECIPE)
+    check_rendering(strategy, [])
+    with pytest.raises(
+        InputError, match=r"other reads prompts in its own chat template: leave distillation.on_policy out"
+    ):
+        check_rendering(strategy, ["other"])

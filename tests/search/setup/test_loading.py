@@ -15,6 +15,7 @@ from autodistill.hardware.machine import Machine
 from autodistill.search.planning.placement import Place, Share
 from autodistill.search.setup import loading
 from autodistill.search.setup.loading import few_positions, load
+from autodistill.strategy.space import Space
 from autodistill.testing import save_tiny_teacher
 
 
@@ -38,3 +39,24 @@ def test_a_model_of_another_tokenizer_is_refused_before_any_weights_are_obtained
     )
     with pytest.raises(InputError, match=f"needs one vocabulary: {model} lacks"):
         load(checked, Place(here=Machine(cpus=1, memory_bytes=1), machines=(), share=Share()))
+
+
+def test_a_student_that_writes_is_not_trained_by_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = str(save_tiny_teacher(tmp_path / "teacher"))
+    monkeypatch.setattr(loading, "materialise", lambda *_: pytest.fail("weights were obtained"))
+    dimensions: dict[str, Any] = {
+        "distillation.signal": {"choices": ["online"]},
+        "distillation.signal_tokens": {"choices": [0]},
+        # Labels alone but for the phase, which asks the teacher all the same.
+        "distillation.divergence_weight": {"choices": [0.0]},
+        "distillation.on_policy": {"choices": {"none": None, "half": {"length": 8}}},
+    }
+    space = Space(dimensions)
+    checked: Any = SimpleNamespace(teacher=resolve_teacher(teacher), request=None, space=space)
+    place = Place(here=Machine(cpus=1, memory_bytes=1), machines=(), share=Share(processes=2))
+    with pytest.raises(InputError, match=r"in one process.*leave on_policy out"):
+        load(checked, place)
+    with pytest.raises(InputError, match=r"signal top-k is of the text alone.*when: {distillation.signal: \[online\]}"):
+        Space({"distillation.on_policy": dimensions["distillation.on_policy"]})
