@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ class Predictions:
     probabilities: npt.NDArray[np.float16]
 
     @property
-    def arrays(self) -> list[npt.NDArray[np.generic]]:
+    def arrays(self) -> list[npt.NDArray[Any]]:
         """What is sent, and nothing else."""
         return [self.tokens, self.probabilities]
 
@@ -37,7 +38,7 @@ class Predictions:
         return int(self.tokens.nbytes + self.probabilities.nbytes)
 
     @classmethod
-    def received(cls, arrays: Sequence[npt.NDArray[np.generic]], positions: int | None = None) -> Predictions:
+    def received(cls, arrays: Sequence[npt.NDArray[Any]], positions: int | None = None) -> Predictions:
         """Read what another process sent.
 
         Args:
