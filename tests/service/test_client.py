@@ -28,7 +28,7 @@ class _Endless(BaseHTTPRequestHandler):
         if self.path == "/v1/models":
             self.wfile.write(json.dumps(_MODELS).encode())
         else:
-            self._without_end(b"# more\n")
+            self._without_end(b"# more\n" * 10_000)
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
