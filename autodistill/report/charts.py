@@ -19,6 +19,7 @@ from autodistill.runs.results.row import Row
 from autodistill.search.construction.construction import Construction
 from autodistill.search.explain import FEWEST_RESULTS, Explanation
 from autodistill.strategy.strategy import Strategy
+from autodistill.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
     import altair
@@ -48,7 +49,8 @@ _COSTS: Mapping[str, _Cost] = {
 _TITLES = {NLL: "loss (nats a token)", "kl": "KL of the teacher (nats a token)"}
 _WHOLE, _PACKED, _SOLVED = "teacher", "quantised teacher", "solved, untrained"
 _KINDS = {"student": "student", "baseline": "baseline", "teacher": _WHOLE, "initial": "untrained student"}
-_FITS, _OVER = "fits", "over the budget"
+_FITS, _OVER, _PASSED = "fits", "over the budget", "passed over"
+_WIDE = 4.0  # times the least of what is drawn to the right, from where on an axis is logarithmic
 _BAR = 22
 _HOVER = ("row", "name", "deployment", "limits", "strategy")
 
@@ -111,7 +113,9 @@ def budget_curve(
     if not drawn:
         raise InputError(f"no row has both {metric} and {against}: choose another metric, or another figure")
     title = _TITLES.get(metric, metric)
-    x = alt.X(f"{against}:Q", title=cost.title, scale=alt.Scale(zero=False, padding=20))
+    limit = _limit(budget, against, cost)
+    across = [(row.figure(cost.field) or 0.0) / cost.scale for row in drawn] + ([] if limit is None else [limit])
+    x = alt.X(f"{against}:Q", title=cost.title, scale=_scale(alt, across))
     y = alt.Y(f"{_key(metric)}:Q", title=title, scale=alt.Scale(zero=False, padding=20))
     known = f"isValid(datum['{against}']) && isValid(datum['{_key(metric)}'])"
     base = alt.Chart(alt.Data(values=points)).transform_filter(known)
@@ -137,9 +141,8 @@ def budget_curve(
             ],
         ),
     ]
-    limit = _limit(budget, against, cost)
     if limit is not None:
-        layers += _limit_line(alt, limit, against, cost)
+        layers += _limit_line(alt, x, limit, against, cost, right=limit >= max(across))
     chart: altair.LayerChart = alt.layer(*layers).properties(
         title=f"{metric} against {against}", width=WIDTH, height=HEIGHT
     )
@@ -265,7 +268,7 @@ def _point(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
         "limits": _FITS if row.feasible else row.reason or _OVER,
         "strategy": _said(row),
         "kind": kind,
-        "state": _FITS if row.feasible else _OVER,
+        "state": _FITS if row.feasible else _PASSED,
     }
     for against, cost in _COSTS.items():
         if (needs := row.figure(cost.field)) is not None:
@@ -309,7 +312,7 @@ def _shape(alt: ModuleType, kinds: Sequence[str]) -> Any:
 
 
 def _color(alt: ModuleType) -> Any:
-    return alt.Color("state:N", title=None, scale=alt.Scale(domain=[_FITS, _OVER], range=["#3987d6", "#8f96a0"]))
+    return alt.Color("state:N", title=None, scale=alt.Scale(domain=[_FITS, _PASSED], range=["#3987d6", "#8f96a0"]))
 
 
 def _limit(budget: Budget | None, against: str, cost: _Cost) -> float | None:
@@ -324,10 +327,19 @@ def _limit(budget: Budget | None, against: str, cost: _Cost) -> float | None:
     return None
 
 
-def _limit_line(alt: ModuleType, limit: float, against: str, cost: _Cost) -> list[Any]:
-    base = alt.Chart(alt.Data(values=[{against: limit, "limit": f"budget: {limit:,.4g} {cost.unit}"}]))
-    x = alt.X(f"{against}:Q", title=cost.title)
+def _scale(alt: ModuleType, across: Sequence[float]) -> Any:
+    """Return the scale of what is drawn to the right: logarithmic where a budget lies far from what students take."""
+    if min(across) > 0 and max(across) > _WIDE * min(across):
+        return alt.Scale(type="log", nice=False, padding=20)
+    return alt.Scale(zero=False, padding=20)
+
+
+def _limit_line(alt: ModuleType, x: Any, limit: float, against: str, cost: _Cost, *, right: bool) -> list[Any]:
+    """Return the budget's line and its name, which stands to the left of a line that is the last to the right."""
+    said = format_duration(limit / 1e3) if against == "latency" else format_bytes(limit * cost.scale)
+    base = alt.Chart(alt.Data(values=[{against: limit, "limit": f"budget: {said}"}]))
+    side = {"align": "right", "dx": -4} if right else {"align": "left", "dx": 4}
     return [
         base.mark_rule(color="#e5534b").encode(x=x),
-        base.mark_text(align="left", dx=4, y=8, color="#e5534b").encode(x=x, text="limit:N"),
+        base.mark_text(y=8, color="#e5534b", **side).encode(x=x, text="limit:N"),
     ]

@@ -22,11 +22,16 @@ from autodistill.runs.events import RungReached, TrialAdded, TrialEnded, of_kind
 from autodistill.runs.report import INSTALL_PLOTS, asked_facts, notes_of
 from autodistill.runs.results.differences import differences, shown
 from autodistill.runs.results.gains import named
-from autodistill.runs.results.leaderboard import Ranked, rests_on
+from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
 from autodistill.runs.results.row import Row
 from autodistill.units import format_bytes, format_duration
 
 _CHARTS_ABSENT = f"Charts need Vega-Altair and vl-convert: {INSTALL_PLOTS}"
+_NAMES = (
+    'A name says what was tried: "80% even" are layers that are kept, evenly spaced; "KD 0.4" is the share of the '
+    "teacher's outputs in the loss, and T its temperature; lr is the learning rate; QAT trains weights on the grid of "
+    'a format, and of these "scales alone" trains nothing but the grid\'s scales.'
+)
 _TITLES = {"nll": "loss (nats a token)", "kl": "KL of the teacher (nats a token)"}
 
 
@@ -100,7 +105,18 @@ def sentence(contents: Contents) -> str:
     answer = f"<strong>{text(named(best))}</strong>, {text(', '.join(facts))}"
     if gains is None:
         return f"<p class=found>{text(question)}, so far: {answer}.</p>"
-    return f"<p class=found>{text(question)}: {answer}.</p>{paragraph(gains.describe())}"
+    return f"<p class=found>{text(question)}: {answer}.</p>{paragraph(gains.describe())}{_better(contents, best)}"
+
+
+def _better(contents: Contents, best: Row) -> str:
+    """Why the best by the metric was not chosen, where another was; empty where it was."""
+    metric, sign = contents.metric, 1 if contents.direction == "max" else -1
+    rows = [row for row in contents.rows if row.kind in DISTILLED and row.full and row.figure(metric) is not None]
+    first = max(rows, key=lambda row: sign * (row.figure(metric) or 0.0), default=best)
+    if first.feasible or sign * ((first.figure(metric) or 0.0) - (best.figure(metric) or 0.0)) <= 0:
+        return ""
+    why = first.reason or "it is over the budget"
+    return paragraph(f"{first.row_id} has a better {metric}, {_with_error(first, metric)}, and was passed over: {why}.")
 
 
 def _state(contents: Contents) -> str:
@@ -120,7 +136,7 @@ def _sections(contents: Contents, drawn: Mapping[str, Any]) -> Iterator[tuple[st
     yield "race", "What the race decided", _race(contents)
     if explanation is not None:
         yield "importance", "What mattered", _importance(contents, drawn)
-        yield "rejected", "What was rejected, stopped or failed, and why", _ended(contents)
+        yield "rejected", "How trials ended, and why", _ended(contents)
     yield "predicted", "Predicted and measured", _predicted(contents)
     yield "leaderboard", "All rows", _rows(contents)
     yield "test", "Test split", _test(contents)
@@ -149,7 +165,8 @@ def _curve(contents: Contents, drawn: Mapping[str, Any]) -> str:
     curves = [name for name in drawn if name.startswith(f"{BUDGET}-")]
     what = (
         "Each point is a student or the teacher. The dashed line joins those that none beats within the budget. Bars "
-        "are one standard error. The red line is the budget. The figures stand in the table below."
+        "are one standard error. The red line is the budget. What is gray was passed over: it is over the budget, or "
+        "forgot other text, as stands over the point and in the table of all rows."
     )
     if not curves:
         return paragraph("No row has both a figure and a cost yet.") if drawn else ""
@@ -204,7 +221,7 @@ def _learning(contents: Contents, drawn: Mapping[str, Any]) -> str:
     metric = contents.metric
     return _chart(
         "learning", drawn, f"Training loss by tokens; the mark at a curve's end says how the trial ended.{more}"
-    ) + _chart("rungs", drawn, f"{metric} on held-out text at each rung, by which trials are compared.{more}")
+    ) + _chart("rungs", drawn, f"By trial, {metric} on held-out text at each rung.{more}")
 
 
 def _race(contents: Contents) -> str:
@@ -225,9 +242,15 @@ def _race(contents: Contents) -> str:
                 "under way" if end is None else end.status.value + (f": {end.reason}" if end.reason else ""),
             ]
         )
-    titles = ["trial", "name", "tokens", contents.metric, "judged by", "at this rung", "in the end"]
+    judge = "perplexity (compared by it)" if _raced(contents) else "compared by"
+    titles = ["trial", "name", "tokens", contents.metric, judge, "at this rung", "in the end"]
     told = contents.explanation.race if contents.explanation else ()
     return items(told) + table("Decisions at rungs", titles, lines)
+
+
+def _raced(contents: Contents) -> bool:
+    """Whether trials were compared by likelihood, as those of solved constructions are."""
+    return bool(contents.explanation and contents.explanation.race)
 
 
 def _importance(contents: Contents, drawn: Mapping[str, Any]) -> str:
@@ -301,7 +324,7 @@ def _rows(contents: Contents) -> str:
         '<span id="shown" role=status class=state></span></div>'
     )
     lines = [_line(contents, one) for one in ranked]
-    notes = [rests_on([one.row for one in ranked]), "= tied with the best: within one standard error, paired."]
+    notes = [_NAMES, rests_on([one.row for one in ranked]), "= tied with the best: within one standard error, paired."]
     if len(contents.ranked) > len(ranked):
         notes.append(f"The best {MOST_ROWS:,} of {len(contents.ranked):,} rows are shown.")
     said = f"<p class=note>{text(' '.join(filter(None, notes)))}</p>"

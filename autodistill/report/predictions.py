@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from autodistill.report.contents import Contents
 
 
+_LEAST_KL = 5e-5
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """A figure that was predicted, and then measured.
@@ -27,6 +30,11 @@ class Prediction:
     of: str
     predicted: float
     measured: float
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether both are a KL that is shown as 0, whose ratio would be one of rounding errors."""
+        return self.what == "KL" and max(self.predicted, self.measured) < _LEAST_KL
 
     @property
     def ratio(self) -> float:
@@ -44,7 +52,7 @@ class Prediction:
 
 def predictions(contents: Contents) -> list[Prediction]:
     """Return every figure of a run that was both predicted and measured."""
-    return [one for one in _all(contents) if one.predicted > 0]
+    return [one for one in _all(contents) if one.predicted > 0 and not one.is_nothing]
 
 
 def _all(contents: Contents) -> Iterator[Prediction]:

@@ -43,7 +43,7 @@ def learning(events: Sequence[RunEvent]) -> altair.LayerChart:
     if not points:
         raise InputError("no trial has reached a rung, so that there is no learning curve yet")
     ends = [{**_end(events, trial), **_last(points, trial)} for trial in curves if _last(points, trial)]
-    x = alt.X("tokens:Q", title="training tokens", scale=alt.Scale(zero=False, padding=12))
+    x = alt.X("tokens:Q", title="training tokens", scale=alt.Scale(zero=True))
     y = alt.Y("loss:Q", title="training loss (nats a token)", scale=alt.Scale(zero=False, padding=12))
     color = _color(alt, list(curves))
     lines = alt.Chart(alt.Data(values=points)).mark_line(opacity=0.8).encode(x=x, y=y, color=color, detail="trial:N")
@@ -75,7 +75,7 @@ def rungs(events: Sequence[RunEvent], metric: str) -> altair.LayerChart:
     if not points:
         raise InputError(f"no trial has {metric} at a rung")
     ends = [{**_end(events, trial), **_last(points, trial)} for trial in curves if _last(points, trial)]
-    x = alt.X("tokens:Q", title="training tokens", scale=alt.Scale(zero=False, padding=20))
+    x = alt.X("tokens:Q", title="training tokens", scale=alt.Scale(zero=True))
     y = alt.Y("value:Q", title=f"{metric} at the rung", scale=alt.Scale(zero=False, padding=20))
     color = _color(alt, list(curves))
     lines = alt.Chart(alt.Data(values=points)).mark_line(opacity=0.6).encode(x=x, y=y, color=color, detail="trial:N")

@@ -104,7 +104,7 @@ def test_the_front_the_errors_and_the_budget_are_lines() -> None:
     errors = [label for label, _ in drawn(chart, "rule") if "accuracy_high" in label]
     assert [(label["accuracy"], label["accuracy_high"]) for label in errors] == [("0.4", "0.42")]
     ((text, _),) = drawn(chart, "text")
-    assert (text["memory (MB)"], text["limit"]) == ("90", "budget: 90 MB")
+    assert (text["memory (MB)"], text["limit"]) == ("90", "budget: 90.0 MB")
     assert not drawn(pareto(ROWS, budget=Budget(memory_bytes=NO_LIMIT)), "text")
     assert not drawn(pareto(ROWS, against="latency", budget=Budget(memory_bytes=10**9)), "text")
 
