@@ -48,8 +48,11 @@ def read_scales(folder: Path, scheme: QuantizationScheme) -> dict[str, Scales]:
         names = set(file.keys())
         found = sorted(key.removesuffix(".scales") for key in names if key.endswith(".scales"))
         if learned != _text(scheme):
+            other = _scheme(learned)
+            if not (other.types or scheme.types):
+                return {}
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            found = stored_alike(found, spec_from_config(config), _scheme(learned), scheme)
+            found = stored_alike(found, spec_from_config(config), other, scheme)
         return {
             name: Scales(
                 file.get_tensor(f"{name}.scales"),

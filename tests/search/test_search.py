@@ -398,7 +398,7 @@ def test_a_ray_of_its_own_is_left_where_a_search_fails_before_its_trials(
     left: list[str] = []
 
     class Local:
-        def __init__(self, machine: object) -> None:
+        def __init__(self, machine: object, dashboard: object = None) -> None:
             left.append("started")
 
         def leave(self) -> None:
