@@ -86,6 +86,8 @@ def test_a_person_reads_it_below_the_pick() -> None:
         "binds": None,
         "tied": 1,
         "better_unknown": 0,
+        "last": [],
+        "not_held": False,
         "other_runtimes": {},
         "memory_basis": None,
         "memory_overhead": {"pairs": 0, "correction_bytes": 0, "margin_bytes": 0},

@@ -303,7 +303,7 @@ def test_fewer_sequences_at_once_than_a_limit_has_streams_are_refused(line: str,
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("pick --streams abc --json", "'--streams': write a whole number"),
+        ("pick --budget 1GB --streams abc --json", "--streams takes a number, or several like 1,16, not 'abc'"),
         ("search --nope --json", "No such option: --nope"),
         ("distill --json", "STRATEGY"),
         ("serch --json", "No such command 'serch'"),
@@ -705,25 +705,29 @@ def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path,
     assert row["context"] == 512, "the teacher reads no more"
 
 
-def _values() -> list[tuple[str, str]]:
-    """Every option and argument of every command that takes a value, as the command line itself declares them."""
+def _values() -> list[tuple[str, str, int]]:
+    """Every option and argument of every command that takes a value, as the command line itself declares them.
+
+    With the number of arguments that stand before it.
+    """
     import typer.main
 
     commands = typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
     return [
-        (name, param.opts[0] if param.param_type_name == "option" else param.metavar)
+        (name, param.opts[0], 0) if param.param_type_name == "option" else (name, param.metavar, before.index(param))
         for name, command in commands
+        if (before := [one for one in command.params if one.param_type_name == "argument"]) is not None
         for param in command.get_params(typer.Context(command))
         if not getattr(param, "is_flag", False)
     ]
 
 
 @pytest.mark.parametrize("blank", ["", " \t"])
-@pytest.mark.parametrize(("verb", "what"), _values())
+@pytest.mark.parametrize(("verb", "what", "before"), _values())
 def test_an_empty_text_is_refused_wherever_a_value_is_given(
-    capsys: pytest.CaptureFixture[str], verb: str, what: str, blank: str
+    capsys: pytest.CaptureFixture[str], verb: str, what: str, before: int, blank: str
 ) -> None:
-    code = main([verb, *([f"{what}={blank}"] if what.startswith("--") else [blank])])
+    code = main([verb, *["given"] * before, *([f"{what}={blank}"] if what.startswith("--") else [blank])])
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
     (line,) = err.splitlines()

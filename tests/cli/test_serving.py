@@ -176,7 +176,8 @@ def test_what_a_server_and_a_load_came_to_is_told() -> None:
     assert served_text({"url": "http://x", "restarts": 0}) == "http://x is stopped"
     levels = [{"broken": []}, {"broken": ["tpot_p95"]}]
     measured = {"doubts": ["other work took 1.0 of 2 cores"]}
-    told = loaded_text({"levels": levels, "streams": 4, "capacity": 2.0, "measured": measured, "kept_in": "m.jsonl"})
+    load = {"levels": levels, "streams": 4, "capacity": 2.0, "measured": measured, "kept_in": "m.jsonl"}
+    told = loaded_text(load | {"promise": None})
     assert told == (
         "It keeps to the limits with 4 at once: 2 answers/s.\nStored in m.jsonl.\n"
         "Doubtful: other work took 1.0 of 2 cores."
