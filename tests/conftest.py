@@ -45,8 +45,8 @@ from autodistill.models import loading
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
-from autodistill.search.worker.messages import TrialSetting
 from autodistill.runtimes.ssh import Board
+from autodistill.search.worker.messages import TrialSetting
 from autodistill.strategy.strategy import Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.storage import Storage

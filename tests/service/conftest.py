@@ -9,9 +9,9 @@ import pytest
 
 from autodistill.advisor.describe import deployment_named
 from autodistill.export.gguf import GgufExporter
+from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.service.launch import Service, settle
 from autodistill.service.request import ServeRequest
-from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.testing import save_tiny_teacher
 
 

@@ -22,11 +22,11 @@ import pytest
 from autodistill.advisor.describe import deployment_named
 from autodistill.errors import InputError, MissingDependencyError, ServiceError
 from autodistill.export.gguf import GgufExporter
+from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.service import launch
 from autodistill.service.client import Client, server_processes
 from autodistill.service.launch import Service, child_settings, command, environment, settle
 from autodistill.service.request import ServeRequest
-from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.testing import save_tiny_teacher
 
 PROMPT = [20, 41, 7, 299, 150, 33, 88]

@@ -39,12 +39,12 @@ from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, limits_of, nearest
 from autodistill.runs.results.row import DAMAGED, DIFFERS, FORGOT, REMOVED, Row, Status
 from autodistill.runs.results.selection import Confirmation, confirmations, in_order, untrained_in_order
+from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.search.finish.beginnings import settle, settled_candidate
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import candidates, passed_over
 from autodistill.search.finish.forgetting import Forgotten, Gate
 from autodistill.search.finish.test_split import best_untrained, gains_on_test, score_on_test, spent
-from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.units import format_bytes, format_duration
 from autodistill.utils.durable import sync_below

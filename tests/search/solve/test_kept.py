@@ -17,11 +17,11 @@ from autodistill.export.gguf import GgufExporter
 from autodistill.export.verify import verify
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
+from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.search.solve import SolveRequest, solve
 from autodistill.search.solve import library as scores
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.options import Options
-from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils import json_files
