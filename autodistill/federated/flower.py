@@ -54,7 +54,9 @@ def client_of(
     """
     flwr = flower()
 
-    class Participant(flwr.client.NumPyClient):  # type: ignore[misc]
+    client: Any = flwr.client.NumPyClient
+
+    class Participant(client):  # type: ignore[misc]
         def fit(self, parameters: Any, config: Any) -> Any:
             agreed = Predictions.received(parameters, positions) if parameters else None
             found = train(agreed)
@@ -102,7 +104,9 @@ def server_of(
     flwr = flower()
     to_arrays, to_parameters = flwr.common.parameters_to_ndarrays, flwr.common.ndarrays_to_parameters
 
-    class Pooling(flwr.server.strategy.Strategy):  # type: ignore[misc]
+    strategy: Any = flwr.server.strategy.Strategy
+
+    class Pooling(strategy):  # type: ignore[misc]
         agreed: Predictions | None = None
 
         def initialize_parameters(self, client_manager: Any) -> Any:

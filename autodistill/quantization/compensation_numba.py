@@ -12,22 +12,13 @@ from torch import Tensor
 
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.group_scales import Steps
-from autodistill.quantization.rounding_numba import (
-    _UPPER,
-    Array,
-    _array,
-    _code_near,
-    _compiled,
-    _over_threads,
-    _table,
-    _upper_half,
-)
+from autodistill.quantization.rounding_numba import Array, array_of, code_near, compiled, over_threads, upper_half
 
-_ZERO = np.float32(0.0)
+_ZERO, _UPPER = np.float32(0.0), np.uint32(16)
 
 
 # A product and its sum may be rounded once.
-@_compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _made_up(
     left: Array,
     scales: Array,
@@ -58,7 +49,7 @@ def _made_up(
             if zero_points is not None:
                 step = step + zero_points[row, group]
             if table is not None:
-                code = _code_near(step, table, low) if step == step else step
+                code = code_near(step, table, low) if step == step else step
             else:
                 code = low if step < low else step
                 code = np.rint(high if code > high else code)
@@ -68,7 +59,7 @@ def _made_up(
             if minima is not None:
                 value[0] = value[0] + minima[row, group]
             if rounded:
-                bits[0] = _upper_half(bits[0]) << _UPPER
+                bits[0] = upper_half(bits[0]) << _UPPER
             out[row, j] = value[0]
             error = (weights[j] - value[0]) / factor[j, j]
             errors[row, j] = error
@@ -100,8 +91,9 @@ class Rows:
         """
         out, errors = torch.empty_like(left), torch.empty_like(left)
         grid = self._grid
-        arrays = [None if one is None else _array(one) for one in (left, *self._tensors, out, errors)]
+        arrays = [None if one is None else array_of(one) for one in (left, *self._tensors, out, errors)]
         bounds = (np.float32(grid.qmin), np.float32(grid.qmax))
         rounded = grid.container == "compressed-tensors"
-        _over_threads(_made_up, *arrays, constants=(_array(factor), _array(groups), *bounds, _table(grid), rounded))
+        table = grid.nearest if grid.codebook else None
+        over_threads(_made_up, *arrays, constants=(array_of(factor), array_of(groups), *bounds, table, rounded))
         return out, errors
