@@ -66,7 +66,7 @@ class Draft:
                 source="simulated",
                 stderr=time_error,
                 detail=detail,
-                documents=per_document(times, scores.documents),
+                documents=per_document(times.astype(np.float64), scores.documents),
             ),
             Measurement(
                 name="draft_acceptance",

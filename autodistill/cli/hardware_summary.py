@@ -266,8 +266,8 @@ def _binding(tiers: Sequence[Mapping[str, Any]]) -> str:
     none = [one for one in tiers if not one["pick"]]
     said = ""
     if none:
-        names = [format_bytes(one["memory_bytes"]) for one in none]
-        said = f"\n{', '.join(names)}: nothing fits; of {names[-1]}, {none[-1]['nothing']}."
+        sizes = [format_bytes(one["memory_bytes"]) for one in none]
+        said = f"\n{', '.join(sizes)}: nothing fits; of {sizes[-1]}, {none[-1]['nothing']}."
     for group in groups.values():
         names = ", ".join(format_bytes(one["memory_bytes"]) for one in group)
         binds = group[-1]["binds"]

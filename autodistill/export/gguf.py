@@ -188,11 +188,11 @@ def _run(
             top1 += map(list, zip(*columns, strict=True))
         prompt = sequences[0, :PROMPT_TOKENS].tolist()
         written = server.write(prompt, asked)
-        first = server.begin([prompt])
+        seconds = server.begin([prompt])
         began = server.used_seconds()
         steps = [server.step() for _ in range(max(1, min(_TIMED, asked - 1)))]
         used = server.used_seconds() - began
-        pace = Pace(1e3 * first, len(steps) / sum(steps), 1e3 * used / len(steps), server.peak_bytes())
+        pace = Pace(1e3 * seconds, len(steps) / sum(steps), 1e3 * used / len(steps), server.peak_bytes())
         same_cut = 1.0 if student.samefile(path.parent) else _check_cut(path, server, sequences, student)
     check_written(path, len(written.tokens), asked)
     return Ran(np.array(top1), written.text, same_cut, written=written.tokens, pace=pace)

@@ -56,7 +56,7 @@ def client_of(
 
     client: Any = flwr.client.NumPyClient
 
-    class Participant(client):  # type: ignore[misc]
+    class Participant(client):
         def fit(self, parameters: Any, config: Any) -> Any:
             agreed = Predictions.received(parameters, positions) if parameters else None
             found = train(agreed)
@@ -106,7 +106,7 @@ def server_of(
 
     strategy: Any = flwr.server.strategy.Strategy
 
-    class Pooling(strategy):  # type: ignore[misc]
+    class Pooling(strategy):
         agreed: Predictions | None = None
 
         def initialize_parameters(self, client_manager: Any) -> Any:

@@ -446,5 +446,6 @@ def _own_scales(model: Any, scales: Mapping[str, Scales] | None) -> dict[str, Sc
     for name, given in scales.items():
         if (part := parts[name]) is not None:
             size = sizes[name][part.dim]
-            found[name] = type(given)(*(None if one is None else cut(one, part, size) for one in given))
+            offsets = None if given.offsets is None else cut(given.offsets, part, size)
+            found[name] = Scales(cut(given.scales, part, size), offsets)
     return found

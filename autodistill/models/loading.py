@@ -99,7 +99,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, divided
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     check_stored(folder, spec_from_config(read_config(folder)))
     plan = {"distributed_config": DistributedConfig(tp_size=divided, tp_plan="auto")} if divided > 1 else {}

@@ -133,9 +133,12 @@ def drafts(request: DraftsRequest, notify: Callable[[str], None] = lambda line: 
         found.append(record(setting, path, "drafts", one))
         notify(f"{setting.draft.name}: {one['acceptance']:.0%} taken, {one['speed']:.3g} times as fast")
     found.sort(key=lambda one: -float(one["speed"]))
-    rate = 1 / whole.token_seconds
-    target = str(alone.served.path.resolve())
-    return {"target": target, "tokens_per_second": rate, "drafts": found, "kept_in": str(path)}
+    return {
+        "target": str(alone.served.path.resolve()),
+        "tokens_per_second": 1 / whole.token_seconds,
+        "drafts": found,
+        "kept_in": str(path),
+    }
 
 
 def _asked(request: DraftsRequest, target: str | Path, draft: str | None = None) -> ServeRequest:
