@@ -30,7 +30,7 @@ from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
 from autodistill.runs.checkpoints import Checkpoint, open_stages
 from autodistill.runs.students import send_student, student_folder, trained_student
-from autodistill.search.worker.begin import on_codes, student_of
+from autodistill.search.worker.begin import codes_file, on_codes, student_of
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import RungReport, TrialTask
 from autodistill.strategy.deployment import Deployment
@@ -131,6 +131,9 @@ class Trial:
     def _run(self, rung: int, keep: bool, until: Moment | None) -> RungReport | None:
         plan, sharding = self._bench.setting.plan, self._bench.sharding
         last = rung == len(plan.rungs) - 1
+        if self._task.strategy.codes:
+            # Once in a run: what they take says nothing of what other work will take.
+            codes_file(self._bench.setting, self._task.strategy)
         began = time.perf_counter()
         trainer = self._trainer()
         shared, resumed = self._restore(trainer, rung)
