@@ -225,6 +225,7 @@ def build_student(
     seed: int = 0,
     calibration: PartImportance | None = None,
     pretrained: Path | None = None,
+    moments: Iterable[Tensor] | None = None,
 ) -> tuple[Any, tuple[int, ...]]:
     """Return the initial student, in float32 on the CPU, and the teacher layer for each of its layers.
 
@@ -234,6 +235,7 @@ def build_student(
         seed: Of new weights.
         calibration: Of the teacher, where `init.selective`.
         pretrained: Folder of the model that `init.model` refers to.
+        moments: As `cut_student` takes them.
 
     Raises:
         InputError: Sizes that the family cannot have, or a pretrained model of other tokens.
@@ -243,7 +245,7 @@ def build_student(
     if init.source == "teacher":
         # In the folder's own type: what is kept becomes float32, the rest need not, where nothing is computed with it.
         held = torch.float32 if init.repair else getattr(torch, stored_type(teacher))
-        return cut_student(load_model(teacher, held), init, calibration)
+        return cut_student(load_model(teacher, held), init, calibration, moments)
     teacher_layers = spec_from_config(read_config(teacher)).layers
     if init.source == "scratch":
         return new_student(teacher, init, seed), kept_layers(init, teacher_layers)

@@ -41,7 +41,7 @@ from autodistill.search.planning.representatives import alignment_cases, attenti
 from autodistill.search.request.metrics import Asked
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.worker.begin import begun, codes_file
+from autodistill.search.worker.begin import begun, find_codes
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
@@ -276,9 +276,8 @@ def solution_phase(checked: SearchConfig, setting: TrialSetting, run: RunFolder,
     validation = load_split(setting.data, "validation", setting.rendering(strategy.init)).head(setting.plan.eval_tokens)
     # On all threads, of which a trial's worker has a part.
     with clock.phase("solve", "making up for the errors of rounding"):
-        for start in islice(checked.space.starts.values(), setting.plan.trials):
-            if start.codes:
-                codes_file(setting, start)
+        raced = islice(checked.space.starts.values(), setting.plan.trials)
+        find_codes(setting, [start for start in raced if start.codes])
         model, scales = begun(setting, strategy, setting.plan.seed)
     with clock.phase("evaluate", f"what is solved, untrained, as {deployment.name}"):
         spec = student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model))

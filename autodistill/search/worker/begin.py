@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from autodistill.data.dataset import load_split
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.student.pretrained import describe_tokens
+from autodistill.distillation.student.repair import ffn_moments
 from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import spec_from_config
+from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Grid, Scales
@@ -35,17 +38,26 @@ from autodistill.utils.hashing import content_hash
 from autodistill.utils.plain_dataclass import plain
 
 _WEIGHED_TOKENS = 1024  # of it, by which columns count: their order hardly depends on more
+_MOMENTS_BYTES = 2**30  # that those of all FFNs may take for a while
 _FILE = "codes.safetensors"
 
 
-def initial_student(setting: TrialSetting, init: Init, seed: int) -> tuple[Any, tuple[int, ...]]:
-    """The student before training, in float32 on the CPU, and the teacher layer that each of its layers stands for."""
+def initial_student(
+    setting: TrialSetting, init: Init, seed: int, moments: Iterable[Tensor] | None = None
+) -> tuple[Any, tuple[int, ...]]:
+    """The student before training, in float32 on the CPU, and the teacher layer that each of its layers stands for.
+
+    Args:
+        setting, init, seed: What it is made of.
+        moments: Of the teacher's FFNs, where they are known; see `cut_student`.
+    """
     model, kept = build_student(
         setting.teacher,
         init,
         seed=seed,
         calibration=PartImportance.load(setting.calibration) if setting.calibration and init.selective else None,
         pretrained=setting.pretrained.get(init.model),
+        moments=moments,
     )
     if setting.rendering(init):
         describe_tokens(model, setting.text(init))
@@ -114,16 +126,34 @@ def scales_as(
     return {name: scales[name] for name in stored_alike(scales, spec, strategy.finishing.scheme, scheme)}
 
 
-def codes_file(setting: TrialSetting, strategy: Strategy) -> Path:
+def find_codes(setting: TrialSetting, strategies: Iterable[Strategy]) -> None:
+    """Find the codes of several students, as far as they are not there; what cuts are repaired by is read once."""
+
+    @cache
+    def moments() -> list[Tensor]:
+        """Read the activations of the teacher's FFNs."""
+        assert setting.calibration is not None
+        teacher = load_model(setting.teacher, torch.float32, setting.device)
+        text = PartImportance.load(setting.calibration).text
+        return [one.cpu() for one in ffn_moments(teacher, text, setting.device)]
+
+    held = 4 * sum(width**2 for width in setting.teacher_spec.ffn_by_layer) <= _MOMENTS_BYTES
+    for strategy in strategies:
+        codes_file(setting, strategy, moments if held else None)
+
+
+def codes_file(setting: TrialSetting, strategy: Strategy, moments: Callable[[], list[Tensor]] | None = None) -> Path:
     """Return the file of a student on its codes, as its container packs them; they are found if it is not there.
 
     Args:
         setting, strategy: As of `on_codes`.
+        moments: Gives those of the teacher's FFNs, where others need them too.
     """
     assert strategy.finishing is not None
     assert setting.codes is not None
     key = content_hash([strategy.init.to_json(), plain(strategy.finishing.scheme)], 16)
-    return saved_once(setting.codes, key, _FILE, partial(_save, setting=setting, strategy=strategy))
+    save = partial(_save, setting=setting, strategy=strategy, moments=moments)
+    return saved_once(setting.codes, key, _FILE, save)
 
 
 def _grids(spec: ModelSpec, finishing: Finishing) -> dict[str, Grid]:
@@ -132,11 +162,11 @@ def _grids(spec: ModelSpec, finishing: Finishing) -> dict[str, Grid]:
     return {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
 
 
-def _save(path: Path, *, setting: TrialSetting, strategy: Strategy) -> None:
+def _save(path: Path, *, setting: TrialSetting, strategy: Strategy, moments: Callable[[], list[Tensor]] | None) -> None:
     """Finds the codes of a student and writes them, and its other weights."""
     finishing, init = strategy.finishing, strategy.init
     assert finishing is not None
-    model, _ = initial_student(setting, init, 0)
+    model, _ = initial_student(setting, init, 0, moments() if moments and init.repair else None)
     model = model.to(setting.device)
     spec = spec_from_config(model.config.to_dict())
     grids = _grids(spec, finishing)
