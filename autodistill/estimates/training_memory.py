@@ -180,10 +180,11 @@ def _writing_bytes(spec: ModelSpec, tokens: int, sequences: int, *, bf16: bool) 
     """Return the memory for writing the ends of sequences that have so many tokens together.
 
     Keys and values of all tokens, those of one layer twice, as each token makes them longer by a copy; and in float32
-    the logits of the last token of each, as they are, over the temperature, less the noise, and the noise.
+    the logits of the last token of each, as they are, over the temperature, less the noise, and the noise. Keys stay in
+    float32 under autocast, which turns them by their place in it.
     """
     cached = kv_bytes(spec, spec.layers + 1, tokens, ("f16", "f16"))
-    return (1 if bf16 else 2) * cached + 4 * 4 * sequences * spec.vocabulary
+    return (3 if bf16 else 4) * cached // 2 + 4 * 4 * sequences * spec.vocabulary
 
 
 def _shown_bytes(spec: ModelSpec, *, checkpointing: bool, bf16: bool, on_grid: bool, looked_up: bool) -> int:

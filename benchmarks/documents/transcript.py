@@ -91,7 +91,7 @@ class Folder:
         for place in (self.path, self.path.resolve()):
             text = text.replace(f"{place}/", "").replace(str(place), ".")
         text = text.replace(f"{program.ROOT}/", "").replace(str(Path.home()), "~")
-        lines = (line.rpartition("\r")[2].rstrip() for line in _ESCAPES.sub("", text).splitlines())
+        lines = (line.rpartition("\r")[2].rstrip() for line in _ESCAPES.sub("", text).split("\n"))
         return "\n".join(lines)
 
 

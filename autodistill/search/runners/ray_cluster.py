@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -353,10 +354,18 @@ def _init(**options: Any) -> Any:
     # Ray would put the folder where the command was typed in front of its workers' import path, where any folder or
     # file named like a library stands in for it: in a checkout, this package without its evaluators.
     job._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign, unused-ignore]
+    start = partial(
+        ray.init, job_config=job, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options
+    )
     with sigterm_kept():
-        return ray.init(
-            job_config=job, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options
-        )
+        try:
+            return start()
+        except Exception as error:
+            # A machine under load may not start one of Ray's processes in the seconds that Ray gives it.
+            if "Timed out waiting for file" not in str(error):
+                raise
+            ray.shutdown()
+            return start()
 
 
 def _shut_down() -> None:

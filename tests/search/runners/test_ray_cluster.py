@@ -30,6 +30,7 @@ from autodistill.runs.results.row import Status
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.request.request import SearchRequest
+from autodistill.search.runners import ray_cluster
 from autodistill.search.runners.ray_cluster import JoinedRay, LocalRay, _machine, _object, check_address, join
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -504,3 +505,21 @@ def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_find
     for stretch in common:
         # Processes sum in another order, here and there in bfloat16, and round states in other blocks.
         assert losses[stretch] == pytest.approx(aims[stretch], rel=5e-3)
+
+
+def test_a_start_that_takes_too_long_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def init(**options: object) -> str:
+        tried.append("init")
+        if tried.count("init") == 1:
+            raise RuntimeError("Timed out waiting for file /tmp/ray/session/gcs_server_port")
+        return "up"
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: tried.append("shutdown"))
+    assert ray_cluster._init() == "up"
+    assert tried == ["init", "shutdown", "init"]
+    monkeypatch.setattr("ray.init", lambda **options: pytest.fail("no room"))
+    with pytest.raises(BaseException, match="no room"):
+        ray_cluster._init()
