@@ -115,7 +115,13 @@ _PARTS = 4
 
 
 def through_block(
-    model: Any, index: int, states: Sequence[Tensor], watched: Sequence[str] = (), device: str = "cpu"
+    model: Any,
+    index: int,
+    states: Sequence[Tensor],
+    watched: Sequence[str] = (),
+    device: str = "cpu",
+    *,
+    bf16: bool = False,
 ) -> Iterator[Passed]:
     """Sequences run through one block, one after another.
 
@@ -125,13 +131,19 @@ def through_block(
         states: Of each sequence what the block is given.
         watched: Names of modules in the block.
         device: Where the model lies.
+        bf16: Whether its products are computed in bfloat16; states stay in float32.
     """
     modules = {name: decoder_layers(model)[index].get_submodule(name) for name in watched}
-    yield from _passed(model, (index,), [{"inputs_embeds": one} for one in states], modules, device)
+    yield from _passed(model, (index,), [{"inputs_embeds": one} for one in states], modules, device, bf16)
 
 
 def _passed(
-    model: Any, kept: Collection[int], begun: Sequence[dict[str, Tensor]], watched: Mapping[str, nn.Module], device: str
+    model: Any,
+    kept: Collection[int],
+    begun: Sequence[dict[str, Tensor]],
+    watched: Mapping[str, nn.Module],
+    device: str,
+    bf16: bool = False,
 ) -> Iterator[Passed]:
     here = local()
 
@@ -139,11 +151,11 @@ def _passed(
         here.after = inputs[0]
 
     def see(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        here.seen[name] = inputs[0][0]
+        here.seen[name] = inputs[0][0].float()
 
     def run(index: int) -> Passed:
         here.seen = {}
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
             model.base_model(**begun[index], use_cache=False)
         return Passed(here.after, here.seen)
 

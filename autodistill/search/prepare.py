@@ -168,7 +168,7 @@ def prepare_trials(planned: Planned, ready: Ready, run: RunFolder, clock: Clock,
         # Written down before a trial has it.
         document |= {"rates": rates, "space_definition": checked.space.to_json()}
         write_json(run.search_file, document)
-    solution_phase(checked, setting, run, clock)
+    solution_phase(checked, planned.loaded, setting, run, clock)
     question = _question(checked, planned, setting)
     if "observations" not in document["warm_start"]:
         # Written down, since the earlier runs may go on, or away, before this one is resumed.

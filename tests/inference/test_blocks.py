@@ -42,6 +42,18 @@ def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path)
     assert decoder_layers(model) is layers
 
 
+def test_a_block_in_bfloat16_gives_nearly_the_same_and_keeps_its_states_in_float32(tmp_path: Path) -> None:
+    model = load_model(save_tiny_teacher(tmp_path), torch.float32)
+    states = embedded(model, np.random.default_rng(0).integers(3, 300, (2, 24)))
+    name = get_family("llama").reading(Axis.FFN)
+    (exact, _), (brief, _) = (list(through_block(model, 1, states, (name,), bf16=bf16)) for bf16 in (False, True))
+    for found, aim in ((brief.after, exact.after), (brief.seen[name], exact.seen[name])):
+        assert found.dtype == torch.float32
+        assert not found.equal(aim)
+        # Eight bits of each number, over a few sums.
+        torch.testing.assert_close(found, aim, rtol=0.05, atol=0.02 * float(aim.abs().max()))
+
+
 def test_second_moments_are_the_mean_products_of_columns():
     dice = np.random.default_rng(0)
     for columns in (1, 3, 37):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,35 @@ def ffn_moments(model: Any, text: Tensor, device: str = "cpu") -> Iterator[Tenso
         passed = list(through_block(model, index, states, (watched,), device))
         states = [one.after for one in passed]
         yield second_moments([one.seen[watched] for one in passed]).float()
+
+
+class HeldMoments:
+    """Reads the activations of one teacher's FFNs once for all who cut it, and holds what they need of these."""
+
+    def __init__(self) -> None:
+        self._held: tuple[bytes, list[Tensor]] | None = None
+
+    def of(self, load: Callable[[], Any], spec: ModelSpec, text: Tensor, device: str = "cpu") -> list[Tensor] | None:
+        """Return what `ffn_moments` yields, on its device; None where all of them would take too much memory.
+
+        Args:
+            load: Gives the teacher, in float32 on `device`, where it must be read.
+            spec: Its shape.
+            text, device: As for `ffn_moments`.
+        """
+        if 4 * sum(width**2 for width in spec.ffn_by_layer) > _HELD_BYTES:
+            return None
+        key = text.cpu().numpy().tobytes()
+        if self._held is None or self._held[0] != key:
+            self._held = key, list(ffn_moments(load(), text, device))
+        return self._held[1]
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._held = None
+
+
+_HELD_BYTES = 2**31
 
 
 def strongest(moments: Tensor, weight: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from autodistill.search.planning.plan import BRANCHES
 BRANCH_DECAY = 0.08
 """Share of a student's tokens over which its rate falls where it branches off short of the trunk's end."""
 
-_COST = 0.08
+_COST = 0.07
 """Share of the trunk's time that decays short of its end, and what follows them, may take together."""
 
 

@@ -18,6 +18,7 @@ from autodistill.data.student_template import own_template
 from autodistill.data.tokenization import check_ids, load_tokenizer
 from autodistill.distillation.student.check import check_rendering
 from autodistill.distillation.student.pretrained import token_rows
+from autodistill.distillation.student.repair import HeldMoments
 from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher, text_files
 from autodistill.distillation.teacher.stored_grids import StoredAs, stored_as
 from autodistill.distillation.teacher.target_sources import check_logprobs
@@ -62,7 +63,7 @@ class Loaded:
     until a measurement chooses. `largest` is the student, with its strategy, that a plan is made for: of the space, or
     where its training fits no machine here, of what can be trained, and `untrained` says so; no student that is trained
     has more weights than `most_parameters`. `memory` is a trial's. `stored` is of a teacher that is quantised already,
-    and `ranked` says whether its own codes are among the rows.
+    and `ranked` says whether its own codes are among the rows. `moments` are what its FFNs are cut and repaired by.
     """
 
     teacher: Teacher
@@ -86,6 +87,7 @@ class Loaded:
     caveat: str = ""
     stored: StoredAs | None = None
     ranked: str = ""
+    moments: HeldMoments = field(default_factory=HeldMoments, repr=False, compare=False)
 
     @property
     def pretrained(self) -> Mapping[str, Path]:

@@ -153,7 +153,9 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
 
         told = rivals(options, own, budget.memory_bytes, predicted) if whole_allowed(options) else ()
         plain = fitting((one for one in told if options.allows(one.deployment)), options, predicted)
-        shapes = partial(open_shapes, config.cache, bench, sample, teacher, data, room.tokens, room.notify)
+        shapes = partial(
+            open_shapes, config.cache, bench, sample, teacher, data, room.tokens, room.notify, room.loaded.moments
+        )
         probe = copying(bench, sample.data, min(budget.context, room.loaded.spec.max_context, _PROBED))
         forms = best_forms(options, library, shapes, sample, plain, thorough=room.thorough, probe=probe)
         found = [_of(one, one.deployment not in plain) for one in forms]

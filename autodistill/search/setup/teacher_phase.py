@@ -260,7 +260,7 @@ def _expecting(
     )
 
 
-def solution_phase(checked: SearchConfig, setting: TrialSetting, run: RunFolder, clock: Clock) -> None:
+def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting, run: RunFolder, clock: Clock) -> None:
     """Writes the row of what was solved first, before any training, where its codes make up for their errors.
 
     From here on it may be exported; what is trained begins with the same codes, which are kept.
@@ -277,7 +277,8 @@ def solution_phase(checked: SearchConfig, setting: TrialSetting, run: RunFolder,
     # On all threads, of which a trial's worker has a part.
     with clock.phase("solve", "making up for the errors of rounding"):
         raced = islice(checked.space.starts.values(), setting.plan.trials)
-        find_codes(setting, [start for start in raced if start.codes])
+        find_codes(setting, [start for start in raced if start.codes], loaded.moments)
+        loaded.moments.release()
         model, scales = begun(setting, strategy, setting.plan.seed)
     with clock.phase("evaluate", f"what is solved, untrained, as {deployment.name}"):
         spec = student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model))

@@ -71,7 +71,9 @@ def compensate(bench: Bench, deployment: Deployment, data: TokenSet) -> Compensa
     return Compensated(deployment=deployment, values=values, scales=scales)
 
 
-def made_up(bench: Bench, scheme: QuantizationScheme, data: TokenSet) -> tuple[dict[str, Tensor], dict[str, Scales]]:
+def made_up(
+    bench: Bench, scheme: QuantizationScheme, data: TokenSet, *, bf16: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Scales]]:
     """Round the matrices of a model so that what comes out of each changes little on some text.
 
     Each block reads what the rounded blocks before it pass on; of all its matrices the second moments of what goes into
@@ -82,6 +84,7 @@ def made_up(bench: Bench, scheme: QuantizationScheme, data: TokenSet) -> tuple[d
         bench: The model, whole in memory.
         scheme: How it is stored.
         data: The text.
+        bf16: Whether it is read in bfloat16, for which this machine has instructions.
 
     Returns:
         Of each matrix that is rounded so its values, and the scales that these are packed with.
@@ -106,7 +109,7 @@ def made_up(bench: Bench, scheme: QuantizationScheme, data: TokenSet) -> tuple[d
         states = embedded(bench.model, data.tokens, bench.device)
         for index in range(bench.spec.layers):
             grids = {name: grid for name, grid in blocks.get(index, {}).items() if name in given}
-            moments = _moments(bench, index, list(grids), states)
+            moments = _moments(bench, index, list(grids), states, bf16)
 
             def rounded(place: int, grids: dict[str, Grid] = grids, moments: dict[str, Tensor] = moments) -> _Rounded:
                 """Round one of the block's matrices."""
@@ -117,7 +120,8 @@ def made_up(bench: Bench, scheme: QuantizationScheme, data: TokenSet) -> tuple[d
                 values[name], scales[name] = found
             shown.enter_context(bench.replaced([(name, values[name]) for name in grids]))
             if index < max(blocks):
-                states = [one.after for one in through_block(bench.model, index, states, device=bench.device)]
+                passed = through_block(bench.model, index, states, device=bench.device, bf16=bf16)
+                states = [one.after for one in passed]
     return values, scales
 
 
@@ -137,13 +141,13 @@ def _given(bench: Bench, grids: Mapping[str, Grid]) -> dict[str, Scales | None]:
     return {name: scales for name, (moved, scales) in found if moved}
 
 
-def _moments(bench: Bench, index: int, names: list[str], states: list[Tensor]) -> dict[str, Tensor]:
+def _moments(bench: Bench, index: int, names: list[str], states: list[Tensor], bf16: bool) -> dict[str, Tensor]:
     """The mean product of each pair of inputs of some matrices of a block, [in, in] each."""
     inside = get_family(bench.spec.architecture).layer_part
     modules = {name: part[1].removesuffix(".weight") for name in names if (part := inside(name)) is not None}
     if not names:
         return {}
-    passed = list(through_block(bench.model, index, states, tuple(modules.values()), bench.device))
+    passed = list(through_block(bench.model, index, states, tuple(modules.values()), bench.device, bf16=bf16))
     found: dict[str, Tensor] = {}
     known: dict[int, Tensor] = {}  # by where they lie: several matrices read the same
     for name, module in modules.items():

@@ -16,7 +16,7 @@ from autodistill import inference, quantization
 from autodistill.data.dataset import Prepared, load_split
 from autodistill.distillation import student
 from autodistill.distillation.student.build import cut_student, kept_layers
-from autodistill.distillation.student.repair import Refit, ffn_moments, last_matrices, refit
+from autodistill.distillation.student.repair import HeldMoments, Refit, ffn_moments, last_matrices, refit
 from autodistill.distillation.student.shapes import MULTIPLE
 from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.errors import InputError
@@ -37,7 +37,6 @@ _SCORED = (0.7, 0.4)  # fractions of an FFN whose cost is scored by gradients
 _DOUBT = 0.2  # of a cost by gradients, as a share of it: how far those of SmolLM2 lay from what was measured
 _POWERS = (1.0, 4.0)  # of the share that is cut, by which the cost of other widths grows
 _LEAST = 1e-12  # of a cost, whose logarithm is taken
-_MOMENTS_BYTES = 2**31  # that are held; more are computed anew for each student
 _IN_16_BITS = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
 _SPANS = 3  # blocks of layers of each length that are measured, of those that turn the states least
 
@@ -61,6 +60,7 @@ class Shapes:
         calibration: By which students are cut, and on whose text they are repaired.
         notify: Told of what is done.
         much: Nats that a cut costs by gradients, from which it is measured.
+        moments: Of the teacher's FFNs, where others cut it too.
     """
 
     def __init__(
@@ -71,12 +71,14 @@ class Shapes:
         calibration: PartImportance,
         notify: Callable[[str], None] = lambda _: None,
         much: float = MUCH,
+        moments: HeldMoments | None = None,
     ) -> None:
         self._path, self._bench, self._calibration, self._notify = path, bench, calibration, notify
         self._weighed, self._text = sample.data, sample.data.head(CUT_TOKENS)
         self._reference: TeacherReference = sample.reference.head(self._text.predicted)
         self._held, self._much = _read(path), much
         self._students: dict[Init, Bench] = {}
+        self._held_moments = moments or HeldMoments()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -100,16 +102,12 @@ class Shapes:
                 found.append([one.after for one in through_block(model, index, found[-1], device=device)])
         return found
 
-    @cached_property
-    def _kept_moments(self) -> list[Tensor]:
-        with self._bench.shown({}):
-            return list(ffn_moments(self._bench.model, self._calibration.text, self._bench.device))
-
     @property
     def _moments(self) -> Iterable[Tensor] | None:
         """Of the activations in each layer; None where they are too many to be held."""
-        layers = self._bench.spec.ffn_by_layer
-        return self._kept_moments if 4 * sum(width**2 for width in layers) <= _MOMENTS_BYTES else None
+        bench = self._bench
+        with bench.shown({}):
+            return self._held_moments.of(lambda: bench.model, bench.spec, self._calibration.text, bench.device)
 
     def build(self) -> None:
         """Scores two widths of each FFN, as far as they are not in the file yet."""
@@ -288,6 +286,7 @@ def open_shapes(
     data: Prepared,
     tokens: tuple[int, ...],
     notify: Callable[[str], None],
+    moments: HeldMoments | None = None,
 ) -> Shapes:
     """What cuts of a teacher cost, as far as it is known; the importance of its parts is measured if it is not.
 
@@ -299,6 +298,7 @@ def open_shapes(
         data: That the text is of.
         tokens: As for `shapes_file`.
         notify: Told of what is done.
+        moments: As `Shapes` has them.
     """
     with bench.shown({}):
         importance = ensure_importance(
@@ -311,7 +311,7 @@ def open_shapes(
         )
     path = shapes_file(cache, teacher, data.fingerprint, tokens)
     use(path)
-    return Shapes(path, bench, sample, PartImportance.load(importance), notify)
+    return Shapes(path, bench, sample, PartImportance.load(importance), notify, moments=moments)
 
 
 def shapes_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...]) -> Path:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from autodistill.data.dataset import load_split
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.student.pretrained import describe_tokens
-from autodistill.distillation.student.repair import ffn_moments
+from autodistill.distillation.student.repair import HeldMoments
 from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
@@ -38,7 +38,6 @@ from autodistill.utils.hashing import content_hash
 from autodistill.utils.plain_dataclass import plain
 
 _WEIGHED_TOKENS = 1024  # of it, by which columns count: their order hardly depends on more
-_MOMENTS_BYTES = 2**30  # that those of all FFNs may take for a while
 _FILE = "codes.safetensors"
 
 
@@ -126,34 +125,38 @@ def scales_as(
     return {name: scales[name] for name in stored_alike(scales, spec, strategy.finishing.scheme, scheme)}
 
 
-def find_codes(setting: TrialSetting, strategies: Iterable[Strategy]) -> None:
-    """Find the codes of several students, as far as they are not there; what cuts are repaired by is read once."""
+def find_codes(setting: TrialSetting, strategies: Iterable[Strategy], held: HeldMoments) -> None:
+    """Find the codes of several students, as far as they are not there.
 
-    @cache
-    def moments() -> list[Tensor]:
-        """Read the activations of the teacher's FFNs."""
-        assert setting.calibration is not None
-        teacher = load_model(setting.teacher, torch.float32, setting.device)
-        text = PartImportance.load(setting.calibration).text
-        return [one.cpu() for one in ffn_moments(teacher, text, setting.device)]
-
-    held = 4 * sum(width**2 for width in setting.teacher_spec.ffn_by_layer) <= _MOMENTS_BYTES
+    Args:
+        setting: Of the trials.
+        strategies: The students'.
+        held: Of the teacher's FFNs, by which cuts are repaired.
+    """
     for strategy in strategies:
-        codes_file(setting, strategy, moments if held else None)
+        codes_file(setting, strategy, held)
 
 
-def codes_file(setting: TrialSetting, strategy: Strategy, moments: Callable[[], list[Tensor]] | None = None) -> Path:
+def codes_file(setting: TrialSetting, strategy: Strategy, held: HeldMoments | None = None) -> Path:
     """Return the file of a student on its codes, as its container packs them; they are found if it is not there.
 
     Args:
         setting, strategy: As of `on_codes`.
-        moments: Gives those of the teacher's FFNs, where others need them too.
+        held: Of the teacher's FFNs, where others need them too.
     """
     assert strategy.finishing is not None
     assert setting.codes is not None
     key = content_hash([strategy.init.to_json(), plain(strategy.finishing.scheme)], 16)
-    save = partial(_save, setting=setting, strategy=strategy, moments=moments)
-    return saved_once(setting.codes, key, _FILE, save)
+    return saved_once(setting.codes, key, _FILE, partial(_save, setting=setting, strategy=strategy, held=held))
+
+
+def _moments(setting: TrialSetting, held: HeldMoments) -> list[Tensor] | None:
+    """What cuts of the teacher are repaired by, on the CPU; None where they are too many to be held."""
+    assert setting.calibration is not None
+    text, device = PartImportance.load(setting.calibration).text, setting.device
+    load = partial(load_model, setting.teacher, torch.float32, device)
+    found = held.of(load, setting.teacher_spec, text, device)
+    return None if found is None else [one.cpu() for one in found]
 
 
 def _grids(spec: ModelSpec, finishing: Finishing) -> dict[str, Grid]:
@@ -162,11 +165,11 @@ def _grids(spec: ModelSpec, finishing: Finishing) -> dict[str, Grid]:
     return {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
 
 
-def _save(path: Path, *, setting: TrialSetting, strategy: Strategy, moments: Callable[[], list[Tensor]] | None) -> None:
+def _save(path: Path, *, setting: TrialSetting, strategy: Strategy, held: HeldMoments | None) -> None:
     """Finds the codes of a student and writes them, and its other weights."""
     finishing, init = strategy.finishing, strategy.init
     assert finishing is not None
-    model, _ = initial_student(setting, init, 0, moments() if moments and init.repair else None)
+    model, _ = initial_student(setting, init, 0, _moments(setting, held) if held and init.repair else None)
     model = model.to(setting.device)
     spec = spec_from_config(model.config.to_dict())
     grids = _grids(spec, finishing)
@@ -175,7 +178,7 @@ def _save(path: Path, *, setting: TrialSetting, strategy: Strategy, moments: Cal
     known = {name: (grids[name], one) for name, one in own.items()}
     bench = Bench(model, spec, known, setting.device, cut=not init.whole)
     bench.weigh(text.head(_WEIGHED_TOKENS))
-    values, scales = made_up(bench, finishing.scheme, text.head(CALIBRATION_TOKENS))
+    values, scales = made_up(bench, finishing.scheme, text.head(CALIBRATION_TOKENS), bf16=setting.plan.bf16)
     arrays: dict[str, npt.NDArray[Any]] = {}
     for tensor in spec.tensors:
         name = tensor.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from autodistill.distillation.student.build import build_student
-from autodistill.distillation.student.repair import RIDGE, ffn_moments, refit, refitted, strongest
+from autodistill.distillation.student.repair import RIDGE, HeldMoments, ffn_moments, refit, refitted, strongest
 from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.errors import InputError
+from autodistill.models.config import spec_from_config
 from autodistill.models.families import Axis, get_family
 from autodistill.models.loading import decoder_layers, load_model
 from autodistill.strategy.strategy import Init
@@ -119,6 +121,25 @@ def test_a_student_that_is_repaired_by_layer_leaves_whole_layers_alone(
     made = refit(moments[1], before[1], 64)
     assert made is not None
     assert torch.equal(after[1], made.matrix)
+
+
+def test_activations_are_read_once_for_all_who_cut_a_teacher(teacher: Path, calibration: PartImportance) -> None:
+    model = load_model(teacher, torch.float32)
+    spec, loads, held = spec_from_config(model.config.to_dict()), [], HeldMoments()
+
+    def load() -> Any:
+        loads.append(1)
+        return model
+
+    for text, reads in ((calibration.text, 1), (calibration.text.clone(), 1), (calibration.text[1:], 2)):
+        found = held.of(load, spec, text)
+        assert found is not None
+        assert all(one.equal(other) for one, other in zip(found, ffn_moments(model, text), strict=True))
+        assert len(loads) == reads
+    held.release()
+    held.of(load, spec, calibration.text[1:])
+    assert len(loads) == 3
+    assert held.of(load, replace(spec, ffn_width=2**16, ffn_widths=()), calibration.text) is None
 
 
 @pytest.mark.parametrize(

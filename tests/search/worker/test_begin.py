@@ -81,7 +81,7 @@ def test_codes_are_found_once_and_again_where_their_file_is_damaged(
     setting: TrialSetting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, make = [], begin.made_up
-    monkeypatch.setattr(begin, "made_up", lambda *given: found.append(1) or make(*given))
+    monkeypatch.setattr(begin, "made_up", lambda *given, **more: found.append(1) or make(*given, **more))
     one = strategy(init=Init(depth=0.5))
     first, scales = begun(setting, one, 0)
     begun(setting, replace(one, distillation=Distillation(learning_rate=1e-4)), 1)
