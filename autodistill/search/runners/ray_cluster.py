@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import logging
 import os
@@ -15,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -354,18 +354,26 @@ def _init(**options: Any) -> Any:
     # Ray would put the folder where the command was typed in front of its workers' import path, where any folder or
     # file named like a library stands in for it: in a checkout, this package without its evaluators.
     job._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign, unused-ignore]
-    start = partial(
-        ray.init, job_config=job, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options
-    )
-    with sigterm_kept():
-        try:
-            return start()
-        except Exception as error:
-            # A machine under load may not start one of Ray's processes in the seconds that Ray gives it.
-            if "Timed out waiting for file" not in str(error):
-                raise
-            ray.shutdown()
-            return start()
+    with sigterm_kept(), _uncollected():
+        return ray.init(
+            job_config=job, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options
+        )
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keeps Python's garbage collector away in this block, and in what is forked in it.
+
+    Ray runs Python between a fork and its program. A process group of gloo that is garbage by then, and is collected
+    there, waits for threads that a fork does not have, and ends the child without a word: Ray would wait in vain.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _shut_down() -> None:
