@@ -42,7 +42,8 @@ SHORT = 0.6
 PLAIN = ("q8_0", "q6_k", "q5_0", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k")
 
 _FOUR_BITS = PLAIN[:6]
-_SEQUENCE = 256  # tokens of an optimiser step
+_SEQUENCE = 256
+_STEPS = 256  # of two sequences each; about as many as ten minutes hold, from which the rate follows
 # Of the hand-designed recipe, its own first; and of Minitron's pruning.
 _RECIPE_DEPTHS = (0.8, 0.7, 0.6, 0.5, 0.4)
 _DEPTHS, _FFNS = (1.0, 0.9, 0.8, 0.7, 0.6), tuple(round(1 - 0.05 * step, 2) for step in range(15))
@@ -273,7 +274,7 @@ def _exported(document: Mapping[str, Any]) -> Made:
 
 def _known(spec: ModelSpec) -> Distillation:
     """The recipe that is known before a search, which the search begins with too."""
-    return first_prior(spec, batch_tokens=_SEQUENCE).recipe
+    return first_prior(spec, batch_tokens=2 * _SEQUENCE, steps=_STEPS).recipe
 
 
 def _labels(spec: ModelSpec) -> Distillation:

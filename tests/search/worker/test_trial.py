@@ -911,6 +911,22 @@ def test_a_trunk_is_the_same_whatever_decays_branch_off_it(lab, tmp_path):
     assert _kept(tmp_path / "branched", "stage") == _kept(tmp_path / "whole", "stage")
 
 
+def test_a_step_that_several_processes_divide_is_wider_and_its_rate_larger(lab, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(trial_module, "trainer_of", lambda *given, **more: made.append(more))
+    monkeypatch.setattr(trial_module, "usable", lambda device: True)
+    finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32, scales="alone")
+    task = _task(strategy=replace(_task().strategy, finishing=finishing))
+    bench = Workbench(lab.setting(tmp_path, plan=replace(lab.plan, workers=2)))
+    for threads in (0, 2):
+        Trial(bench, task, threads=threads)._trainer()
+    beside, alone = made
+    assert (beside["plan"].batch_tokens, beside["strategy"]) == (lab.plan.batch_tokens, task.strategy)
+    assert (alone["plan"].batch_tokens, alone["side_by_side"]) == (2 * lab.plan.batch_tokens, 2)
+    rate = task.strategy.distillation.learning_rate
+    assert alone["strategy"].distillation.learning_rate == pytest.approx(1.6818 * rate, rel=1e-4)
+
+
 def test_a_long_stretch_is_saved_now_and_then_and_a_kill_costs_no_more(lab, tmp_path, monkeypatch):
     expected = Trial(Workbench(lab.setting(tmp_path / "whole")), _task()).run(0)
     monkeypatch.setattr(trial_module, "_SAVED_EVERY", 0.0)
