@@ -110,6 +110,7 @@ class Trainer:
             default they follow from the weights.
         side_by_side: Processes that divide the sequences of each step among them, this one and forks of it, of a
             student whose scales alone are trained on a CPU.
+        rate_factor: By which the strategy's learning rate is multiplied, for steps that are wider than it is for.
 
     Attributes:
         model: The student; where scales alone are trained it has its weights again after `finish`.
@@ -136,6 +137,7 @@ class Trainer:
         sharding: Sharding | None = None,
         beginning: Mapping[str, Scales] | None = None,
         side_by_side: int = 1,
+        rate_factor: float = 1.0,
     ) -> None:
         self.model = model
         self._side_by_side = side_by_side
@@ -144,6 +146,7 @@ class Trainer:
         self.tokens = 0
         self._strategy = strategy
         self._recipe = strategy.distillation
+        self._rate = rate_factor * self._recipe.learning_rate
         self._plan = plan
         self._data = data
         moving = get_divergence(self._recipe.divergence).moving_target
@@ -331,7 +334,7 @@ class Trainer:
 
     def _stable_rate(self, tokens: int) -> float:
         after = tokens + self._plan.batch_tokens
-        return stable_rate(self._recipe.learning_rate, after, self._plan.warmup_tokens)
+        return stable_rate(self._rate, after, self._plan.warmup_tokens)
 
     def _train(
         self,

@@ -431,14 +431,12 @@ class Trial:
         self._bench.check(self._task.strategy, kept)
         model = model.to(self._bench.setting.device) if self._bench.sharding is None else model
         plan, processes = self._bench.setting.plan, self._processes()
-        strategy = self._task.strategy
-        if self._threads:
-            # Alone on a machine, steps of as many more sequences take no longer. They are fewer, and less noisy.
-            recipe = strategy.distillation
-            wider = replace(recipe, learning_rate=recipe.learning_rate * processes**_RATE_OF_WIDER)
-            strategy = replace(strategy, distillation=wider)
-            plan = replace(plan, batch_tokens=plan.batch_tokens * processes)
-        return trainer_of(self._bench, self._task, model, kept, strategy=strategy, plan=plan, side_by_side=processes)
+        if not self._threads:
+            return trainer_of(self._bench, self._task, model, kept, side_by_side=processes)
+        # Alone on a machine, steps of as many more sequences take no longer. They are fewer, and less noisy.
+        wide = replace(plan, batch_tokens=plan.batch_tokens * processes)
+        factor = processes**_RATE_OF_WIDER
+        return trainer_of(self._bench, self._task, model, kept, plan=wide, side_by_side=processes, rate_factor=factor)
 
     def _processes(self) -> int:
         """How many processes divide a step's sequences, where scales alone are trained, which are few.
@@ -492,6 +490,7 @@ def trainer_of(
     strategy: Strategy | None = None,
     plan: Plan | None = None,
     side_by_side: int = 1,
+    rate_factor: float = 1.0,
 ) -> Trainer:
     """What trains a student, on the worker's data, cache and teacher.
 
@@ -502,6 +501,7 @@ def trainer_of(
         kept: Teacher layer that each of its layers stands for.
         strategy, plan: Others than the task's and the search's, where it is trained otherwise for once.
         side_by_side: Processes that divide the sequences of each step among them.
+        rate_factor: By which the strategy's learning rate is multiplied.
     """
     setting, strategy, plan = bench.setting, strategy or task.strategy, plan or bench.setting.plan
     attention, layers = strategy.distillation.attention, setting.teacher_spec.layers
@@ -521,4 +521,5 @@ def trainer_of(
         sharding=bench.sharding,
         beginning=on_codes(setting, strategy, model),
         side_by_side=side_by_side,
+        rate_factor=rate_factor,
     )

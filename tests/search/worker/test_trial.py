@@ -911,20 +911,16 @@ def test_a_trunk_is_the_same_whatever_decays_branch_off_it(lab, tmp_path):
     assert _kept(tmp_path / "branched", "stage") == _kept(tmp_path / "whole", "stage")
 
 
-def test_a_step_that_several_processes_divide_is_wider_and_its_rate_larger(lab, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(trial_module, "trainer_of", lambda *given, **more: made.append(more))
-    monkeypatch.setattr(trial_module, "usable", lambda device: True)
+def test_a_trunk_alone_on_a_machine_has_wider_steps_and_a_larger_rate(lab, tmp_path):
     finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32, scales="alone")
-    task = _task(strategy=replace(_task().strategy, finishing=finishing))
-    bench = Workbench(lab.setting(tmp_path, plan=replace(lab.plan, workers=2)))
-    for threads in (0, 2):
-        Trial(bench, task, threads=threads)._trainer()
-    beside, alone = made
-    assert (beside["plan"].batch_tokens, beside["strategy"]) == (lab.plan.batch_tokens, task.strategy)
-    assert (alone["plan"].batch_tokens, alone["side_by_side"]) == (2 * lab.plan.batch_tokens, 2)
-    rate = task.strategy.distillation.learning_rate
-    assert alone["strategy"].distillation.learning_rate == pytest.approx(1.6818 * rate, rel=1e-4)
+    task = partial(_task, strategy=replace(STRATEGY, finishing=finishing), straight=True, stage="stage")
+    plan = replace(lab.plan, longest=4.0, data_tokens=960, workers=2)
+    bench = Workbench(lab.setting(tmp_path, plan=plan))
+    Trial(bench, task()).run(2)
+    # It goes on from a stage of narrower steps, and at a rate for twice the sequences in half of the steps: 2 ** 0.75.
+    steps = Trial(bench, task(id="t000x", length=2.0), threads=2).run(2).steps
+    assert steps[0].learning_rate == pytest.approx(1.681793 * RECIPE.learning_rate, rel=1e-5)
+    assert steps[1].tokens - steps[0].tokens == 2 * plan.batch_tokens
 
 
 def test_a_long_stretch_is_saved_now_and_then_and_a_kill_costs_no_more(lab, tmp_path, monkeypatch):
