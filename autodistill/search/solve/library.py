@@ -202,7 +202,7 @@ def library_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...], 
         file_hash(path)
         for package in (quantization, inference)
         for folder in package.__path__
-        for path in sorted(Path(folder).glob("*.py"))
+        for path in sorted(Path(folder).rglob("*.py"))
     ]
     code += [file_hash(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in _SCORED_BY]
     key = content_hash(

@@ -326,7 +326,7 @@ def shapes_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...]) -
         file_hash(path)
         for package in (quantization, inference, student)
         for folder in package.__path__
-        for path in sorted(Path(folder).glob("*.py"))
+        for path in sorted(Path(folder).rglob("*.py"))
     ]
     code += [file_hash(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in _SCORED_BY]
     return cache / "solve" / f"{content_hash([teacher, data, list(tokens), code], 16)}-shapes.json"
