@@ -69,7 +69,7 @@ class Construction:
         errors of their rounding; of a cut student too.
         """
         scheme = self.deployment.scheme
-        # A grid that is trained on has fewer; what single matrices have beside it, such as a table, is rounded at the end.
+        # A grid that is trained on has fewer; what single matrices have beside it, like a table, is rounded last.
         if scheme.bits == 16:
             return {_NOT_TRAINED_ON: None}
         weights = Finishing(**asdict(scheme))
