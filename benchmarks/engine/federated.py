@@ -1,12 +1,13 @@
 """What do clients of skewed topics gain by sharing predictions on a public text, and how many bytes does it take?
 
-    python -m benchmarks.engine.federated [--seeds 5] [--rounds 5]
+    python -m benchmarks.engine.federated [--seeds 5] [--rounds 5] [--time 20m]
 
 Four clients have the pages of Python's language reference of one kind each (statements, expressions, types, the rest);
 every fifth page of each kind is public, and every fifth held out. All begin with one small model that was trained on
 the public pages. Compared by next-token accuracy on the held-out pages of all kinds, at equal steps on own text: each
-client alone; clients that agree on the public text after each round; and one model of all text, which no client may
-see. Predictions are exchanged within this process; a test runs the same over Flower, and reads what goes over the wire.
+client alone; each alone, but trained on the public text too, as much as those that agree on it; clients that agree on
+the public text after each round; and one model of all text, which no client may see. Predictions are exchanged within
+this process; a test runs the same over Flower, and reads what goes over the wire. Seeds that were run are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import copy
 import pydoc_data.topics
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,19 @@ import numpy.typing as npt
 import torch
 
 from autodistill.federated.client import Client, sequences
-from autodistill.federated.predictions import pool
+from autodistill.federated.predictions import Predictions, pool
 from autodistill.models.loading import load_model
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
+from autodistill.utils.hashing import content_hash
 from benchmarks.common import report
 from benchmarks.common.over_seeds import mean
 from benchmarks.common.program import parse, parser_of
 
 LENGTH, STEPS, BATCH, RATE = 64, 25, 8, 2e-3
 HELD_OUT = 128  # sequences
+ALONE, LABELLED = "each client alone", "alone, and the public text"
+SHARED, POOLED = "federated", "one model of all text"
+ARMS = ("the model that all begin with", ALONE, LABELLED, SHARED, POOLED)
 KINDS = {
     "statements": "assert assignment augassign break class compound continue del exec for function global if import "
     "nonlocal pass return try while with yield raise",
@@ -64,28 +70,30 @@ def accuracy(model: Any, held_out: npt.NDArray[np.int64]) -> float:
 
 
 def compared(start: Any, own: list[Any], public: Any, held_out: Any, seed: int, rounds: int) -> dict[str, Any]:
-    """The accuracies of one seed, and the bytes that clients sent and were sent."""
+    """The accuracies of one seed, the model's weights, and the bytes that clients sent and were sent."""
 
     def client(text: Any, offset: int = 0) -> Client:
         return Client(copy.deepcopy(start), text, public, rate=RATE, steps=STEPS, batch=BATCH, seed=100 * seed + offset)
 
-    alone = [client(text, offset) for offset, text in enumerate(own)]
-    together = [client(text, offset) for offset, text in enumerate(own)]
+    alone, labelled, together = ([client(text, offset) for offset, text in enumerate(own)] for _ in range(3))
     pooled = client(np.concatenate(own))
+    following = public[:, 1:].reshape(-1, 1)
+    labels = Predictions(tokens=following.astype(np.int32), probabilities=np.ones_like(following, np.float16))
     agreed, sent = None, 0
-    for _ in range(rounds):
+    for number in range(rounds):
         for one in (*alone, pooled):
             one.round(None)
+        for one in labelled:
+            one.round(labels if number else None)
         sent += 0 if agreed is None else len(own) * agreed.bytes
         predictions = [one.round(agreed) for one in together]
         agreed = pool(predictions)
         sent += sum(one.bytes for one in predictions)
+    shares = [[accuracy(one.model, held_out) for one in arm] for arm in (alone, labelled, together, [pooled])]
     return {
-        "start": accuracy(start, held_out),
-        "alone": [accuracy(one.model, held_out) for one in alone],
-        "federated": [accuracy(one.model, held_out) for one in together],
-        "pooled": accuracy(pooled.model, held_out),
+        "weights": sum(parameter.numel() for parameter in start.parameters()),
         "bytes": sent,
+        "right": dict(zip(ARMS, [[accuracy(start, held_out)], *shares], strict=True)),
     }
 
 
@@ -101,7 +109,7 @@ def first_model(folder: Path, public: npt.NDArray[np.int64], seed: int) -> Any:
 
 def main() -> None:
     """Train all arms, and write the report."""
-    parser = parser_of(__doc__, seeds=5)
+    parser = parser_of(__doc__, seeds=5, time=True)
     parser.add_argument("--rounds", type=int, default=5, help="of training (default: 5)")
     arguments = parse(parser, seeds=1, rounds=1)
     tokenizer, kinds = tiny_tokenizer(300), pages()
@@ -113,37 +121,32 @@ def main() -> None:
     public, held_out = (
         text[:: max(1, len(text) // count)][:count] for text, count in ((public, 64), (held_out, HELD_OUT))
     )
-    found = []
-    for seed in range(arguments.seeds):
+
+    def one(seed: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             start = first_model(Path(folder), public, seed)
-        found.append(compared(start, own, public, held_out, seed, arguments.rounds))
+        return compared(start, own, public, held_out, seed, arguments.rounds)
+
+    source = [ARMS, LENGTH, STEPS, BATCH, RATE, arguments.rounds, *(text.tolist() for text in (*own, public, held_out))]
+    kept = report.Kept("federated", content_hash(source), arguments.time)
+    found = []
+    for seed in range(arguments.seeds):
+        found.append(kept.get(f"seed {seed}", partial(one, seed)))
         print(seed, found[-1], flush=True)
-    report.note("seeds", found)
-    weights = sum(parameter.numel() for parameter in start.parameters())
-    print(
-        report.write(
-            "federated",
-            "Federated distillation of four clients",
-            sections(found, own, public, weights, arguments.rounds),
-        )
-    )
+    title = "Federated distillation of four clients"
+    print(report.write("federated", title, sections(found, own, public, arguments.rounds)))
 
 
-def sections(found: list[dict[str, Any]], own: list[Any], public: Any, weights: int, rounds: int) -> list[str]:
+def sections(found: list[dict[str, Any]], own: list[Any], public: Any, rounds: int) -> list[str]:
     """The text and tables of the report."""
-    arms = {"the model that all begin with": "start", "each client alone": "alone", "federated": "federated"}
-    arms["one model of all text"] = "pooled"
-    values = {name: [float(np.mean(one[key])) for one in found] for name, key in arms.items()}
+    values = {name: [float(np.mean(one["right"][name])) for one in found] for name in ARMS}
     rows = [(name, mean(several, 2, factor=100)) for name, several in values.items()]
-    gain = [
-        federated - alone for federated, alone in zip(values["federated"], values["each client alone"], strict=True)
-    ]
-    short = [
-        pooled - federated
-        for pooled, federated in zip(values["one model of all text"], values["federated"], strict=True)
-    ]
-    sent = np.mean([one["bytes"] for one in found])
+
+    def less(name: str, other: str) -> str:
+        pairs = zip(values[name], values[other], strict=True)
+        return f"{name} less {other}, {mean([one - base for one, base in pairs], 2, factor=100, sign=True)} points"
+
+    sent, weights = np.mean([one["bytes"] for one in found]), found[0]["weights"]
     sizes = ", ".join(f"{text.size:,}" for text in own)
     head = (
         f"{len(found)} seeds; mean and standard error over them, of clients their mean. In {rounds} rounds of {STEPS} "
@@ -151,8 +154,7 @@ def sections(found: list[dict[str, Any]], own: list[Any], public: Any, weights: 
         f"and all {public.size:,} public ones. The model has {weights:,} weights."
     )
     told = (
-        f"Federated less alone, paired by seed: {mean(gain, 2, factor=100)} points. One model of all text less "
-        f"federated: {mean(short, 2, factor=100)} points.\n\n"
+        f"Paired by seed: {less(SHARED, ALONE)}; {less(SHARED, LABELLED)}; {less(POOLED, SHARED)}.\n\n"
         f"All clients together sent and were sent {sent / 1e6:.2f} MB of predictions a seed. Weights in float32, sent "
         f"and returned in each round, would have been {2 * len(own) * 4 * weights * rounds / 1e6:.2f} MB."
     )

@@ -151,7 +151,7 @@ def report(cases: Sequence[Case], record: Path, of: int | None = None) -> Path:
     ]
     if wrong:
         sections.append("## What was wrong\n\n" + "\n".join(f"- {case}: {fault}" for case, fault in wrong.items()))
-    made_by = f"-m tests.hostile --record FILE {'--part I/N ' if part else ''}--report"
+    made_by = f"-m tests.hostile --record FILE --report{' --ran' if part else ''}"
     return reports.write("hostile-part" if part else "hostile", "Hostile inputs", sections, made_by=made_by)
 
 
@@ -165,10 +165,13 @@ def _main() -> int:
     parser.add_argument("--record", type=Path, help="file that keeps how each ended; what ended well is not run again")
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--report", action="store_true", help="write the report of a record that has them")
+    parser.add_argument("--ran", action="store_true", help="only those that the record has")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="at once (default: one a core)")
     parser.add_argument("--keep", type=Path, help="folder to keep all files in")
     parser.add_argument("--talk", action="store_true", help="say how each case ended")
     given = parser.parse_args()
+    if (given.report or given.ran) and given.record is None:
+        parser.error("--report and --ran read a --record: give one")
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as running:
         cases = all_cases(Kit(Path(scratch) / "kit"), given.seed, given.area)
         everything = len(cases)
@@ -176,6 +179,9 @@ def _main() -> int:
         if given.sample is not None:
             cases = random.Random(given.seed).sample(cases, min(given.sample, len(cases)))
         cases = part_of(cases, given.part)
+        if given.ran:
+            ran = known(given.record)
+            cases = [case for case in cases if str(case) in ran]
         if given.report:
             print(report(cases, given.record, everything))
             return 0

@@ -30,7 +30,7 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
     "reproduce": ("reproduce", _ROW, "--on", _RUN, "--out", "runs", "--cache", "cache"),
     "export": ("export", _RUN, "--to", "gguf", "--out", "students", "--runs", "runs"),
     "pick": ("pick", "--budget", "1GB", "--out", "runs", "--cache", "cache"),
-    "resume": ("search", "--resume", _RUN, "--out", "runs", "--cache", "cache", "--runner", "inline"),
+    "resume": ("search", "--resume", "--name", _RUN, "--out", "runs", "--cache", "cache", "--runner", "inline"),
 }
 _VALUES: tuple[Any, ...] = (None, 7, -1, 1e308, "", "x", "\ud800", [], [[]], {}, {"": None}, True, "9" * 5_000)
 _TEXTS: dict[str, bytes] = {
@@ -108,6 +108,8 @@ def _make(folder: Path, spoil: Spoil) -> None:
     runs.mkdir()
     for name in (_RUN, _OTHER):
         shutil.copytree(_REFERENCE / name, runs / name, ignore=shutil.ignore_patterns("*.png"))
+        # What would load it ends there.
+        change(runs / name, "search.json", ("teacher", "reference"), "./gone")
     shutil.copyfile(_REFERENCE / "test_openings.jsonl", runs / "test_openings.jsonl")
     spoil(runs / _RUN)
 

@@ -69,7 +69,8 @@ class Construction:
         errors of their rounding; of a cut student too.
         """
         scheme = self.deployment.scheme
-        if scheme.bits == 16 and not scheme.types:
+        # A grid that is trained on has fewer; what single matrices have beside it, like a table, is rounded last.
+        if scheme.bits == 16:
             return {_NOT_TRAINED_ON: None}
         weights = Finishing(**asdict(scheme))
         if not weights.scalable:

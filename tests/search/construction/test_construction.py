@@ -56,7 +56,11 @@ def test_where_nothing_was_scored_plain_cuts_are_raced_too() -> None:
 def test_a_construction_is_its_plain_data() -> None:
     one = made(MIXED, kl_stderr=0.01)
     assert Construction.from_json(one.to_json()) == one
-    assert list(made(F16).finishings.values()) == [None]
+
+
+def test_nothing_is_trained_on_16_bits_whatever_the_tables_have() -> None:
+    for one in (F16, replace(F16, types=(("embeddings", "q8_0"),))):
+        assert list(made(one).finishings.values()) == [None]
 
 
 def test_scales_are_trained_first_of_codes_that_make_up_for_their_errors() -> None:
