@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
-from autodistill.export.base import Artifact, Ran
+from autodistill.export.base import Artifact, Label, Ran, TokenIds
 from autodistill.export.graphs.child import run_alone
 from autodistill.export.graphs.onnx_graph import ACCURACY_LEVELS, DATA, Blocks, Decoder, Graph, Weights, unsupported
 from autodistill.export.student_reader import StudentFiles, copy_tokenizer, read_json, replacing
@@ -70,16 +70,7 @@ class OnnxExporter:
             )
         return ""
 
-    def export(
-        self,
-        student: Path,
-        deployment: Deployment,
-        out: Path,
-        *,
-        teacher: str | None = None,
-        license: str | None = None,
-        name: str | None = None,
-    ) -> Artifact:
+    def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Write the student into the folder `out`, one tensor in memory at a time; the card names its teacher.
 
         Raises:
@@ -145,14 +136,7 @@ class OnnxExporter:
             scales = Scales(_read(stored[f"{plain}.scales"], data), None if minima is None else _read(minima, data))
             yield plain, _weights(form.unpack(values), scales, block)
 
-    def run(
-        self,
-        artifact: Path,
-        sequences: npt.NDArray[np.integer[Any]],
-        threads: int,
-        student: Path,
-        deployment: Deployment,
-    ) -> Ran:
+    def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
         """Run the folder in ONNX Runtime, in a process of its own; see `Exporter.run`."""
         self._check_installed()
         return run_alone("onnx", artifact / GRAPH, artifact, sequences, threads)
