@@ -1,60 +1,39 @@
-"""Fake quantisation of a matrix on a CPU in one pass over memory: loops compiled by numba.
+"""Fake quantisation of a matrix on a CPU in one pass over memory, its gradients, and codes that are scaled.
 
-They do the arithmetic of `rounding` and `fake_quantize`, which do it operation by operation wherever this cannot be
-imported or the weights are not on a CPU. Every loop is over the weights of one group, which stay in the nearest cache.
+The loops do the arithmetic of `rounding`, `fake_quantize` and `trained_scales`, which do it operation by operation
+wherever this cannot be imported or the weights are not on a CPU. Each is over the weights of one group, which stay in
+the nearest cache. What arrives at a group is read in place each time: behind a function it is not vectorised.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any, TypeAlias
-
-import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.group_scales import Steps
-from autodistill.quantization.k_quants import tries
-
-Array: TypeAlias = npt.NDArray[Any]
+from autodistill.quantization.loops.compiled import (
+    Array,
+    array_of,
+    by_type,
+    code_near,
+    compiled,
+    flat,
+    groups_of,
+    over_threads,
+    table_of,
+    upper_half,
+)
 
 # The ways of rounding, as numbers: within compiled loops there are no names.
 _HALF_UP, _HALF_AWAY, _HALF_EVEN = range(3)
 _ROUNDINGS = {"half_up": _HALF_UP, "half_away": _HALF_AWAY, "half_even": _HALF_EVEN}
-# Of a float32's bits: the upper half, which is a bfloat16; what is added to round them; all but the sign; those of
-# infinity; and of a bfloat16 that is no number.
-_UPPER, _HALF_ULP, _ONE = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
-_SIZE, _INFINITY, _NAN = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000), np.uint32(0x7FC0)
+_UPPER = np.uint32(16)  # of a float32's bits those of bfloat16
 # The largest number of 32 bits, and where its sign lies.
 _MOST, _SIGN = np.int32(0x7FFFFFFF), np.int32(31)
-_ZERO, _HALF, _WHOLE, _ENDLESS = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(math.inf)
-_TWICE = np.float32(2.0)
+_ZERO, _HALF = np.float32(0.0), np.float32(0.5)
 _BELOW_HALF = np.float32(0.5 - 2.0**-25)
-# Groups of a super-block's grid that are searched side by side, each in a column of a table in the nearest cache.
-_SIDE_BY_SIDE = 64
-# Weights below which further threads are not worth waking.
-_LEAST_PART = 2**16
-
-
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile a function on its first call, and keep the machine code on disk if possible."""
-
-    def made(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile one function; without a cache where no folder can hold it."""
-        # Divisions by 0 give what IEEE 754 says.
-        settings: dict[str, Any] = {"nogil": True, "error_model": "numpy"} | options
-        try:
-            return numba.njit(cache=True, **settings)(function)
-        except RuntimeError:
-            return numba.njit(**settings)(function)
-
-    return made
 
 
 @compiled()
@@ -70,23 +49,6 @@ def _extremes(weights: Array, lowest: Array, highest: Array) -> None:
             most = max(most, number)
         lowest[group] = least ^ ((least >> _SIGN) & _MOST)
         highest[group] = most ^ ((most >> _SIGN) & _MOST)
-
-
-@compiled()
-def upper_half(bits: np.uint32) -> np.uint32:
-    """Return the bfloat16 part of a float32, rounded to nearest with ties to even."""
-    if (bits & _SIZE) > _INFINITY:
-        return _NAN
-    return (bits + _HALF_ULP + ((bits >> _UPPER) & _ONE)) >> _UPPER
-
-
-@compiled()
-def code_near(step: np.float32, table: Array, low: np.float32) -> np.float32:
-    """As `k_quants.nearest_codes`; what is no number has the first code."""
-    place = (step - low) * _TWICE
-    place = place if place > _ZERO else _ZERO
-    last = np.float32(len(table) - 1)
-    return table[np.int64(last if place > last else place)]
 
 
 @compiled()
@@ -284,200 +246,11 @@ def _scale_gradients(
             of_minima[group] = total
 
 
-@compiled()
-def _in_columns(weights: Array, start: int, columns: Array) -> None:
-    """Copy some groups into columns; those beyond the last group have the first of them."""
-    count, size = weights.shape
-    for j in range(_SIDE_BY_SIDE):
-        group = start + j if start + j < count else start
-        for i in range(size):
-            columns[i, j] = weights[group, i]
-
-
-@compiled()
-def _add_halves(rows: Array) -> None:
-    """Add the rows' halves, and halves of these, until the first row is the sum of all: the order of `k_quants`."""
-    half = len(rows) // 2
-    while half > 0:
-        for i in range(half):
-            for j in range(_SIDE_BY_SIDE):
-                rows[i, j] = rows[i, j] + rows[i + half, j]
-        half //= 2
-
-
-@compiled()
-def _bounds(columns: Array, lowest: Array, highest: Array) -> None:
-    lowest[:] = columns[0]
-    highest[:] = columns[0]
-    for i in range(1, len(columns)):
-        for j in range(_SIDE_BY_SIDE):
-            weight = columns[i, j]
-            lowest[j] = weight if weight < lowest[j] else lowest[j]
-            highest[j] = weight if weight > highest[j] else highest[j]
-
-
-@compiled()
-def _code_sums(
-    columns: Array,
-    scales: Array,
-    minima: Array,
-    low: np.float32,
-    high: np.float32,
-    table: Array | None,
-    codes: Array,
-    squares: Array,
-    products: Array,
-) -> None:
-    """Write the sums over codes, their squares and their products with the weights into the first rows."""
-    for i in range(len(columns)):
-        for j in range(_SIDE_BY_SIDE):
-            weight = columns[i, j]
-            code = (weight - minima[j]) / scales[j]
-            if table is None:
-                code = np.rint(code)
-                code = low if code < low else code
-                code = high if code > high else code
-            else:
-                code = code_near(code, table, low)
-            codes[i, j] = code
-            squares[i, j] = code * code
-            products[i, j] = code * weight
-    _add_halves(codes)
-    _add_halves(squares)
-    _add_halves(products)
-
-
-@compiled()
-def _nearest_minimum(
-    weights: Array,
-    minima: Array,
-    codes_sums: Array,
-    squares_sums: Array,
-    products_sums: Array,
-    factors: Array,
-    shifts: Array,
-    per_step: np.float32,
-    low: np.float32,
-    high: np.float32,
-) -> None:
-    """As `k_quants._search_minimum`, operation by operation."""
-    count, size = weights.shape
-    columns, codes = np.empty((size, _SIDE_BY_SIDE), np.float32), np.empty((size, _SIDE_BY_SIDE), np.float32)
-    squares, products = np.empty_like(columns), np.empty_like(columns)
-    total, squared = np.empty(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
-    lowest, step = np.empty(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
-    bases, divisors = np.empty(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
-    best = np.empty((5, _SIDE_BY_SIDE), np.float32)
-    number, share = np.float32(size), np.float32(1.0) / np.float32(size)
-    for start in range(0, count, _SIDE_BY_SIDE):
-        _in_columns(weights, start, columns)
-        for i in range(size):
-            for j in range(_SIDE_BY_SIDE):
-                codes[i, j] = columns[i, j]
-                squares[i, j] = columns[i, j] * columns[i, j]
-        _add_halves(codes)
-        _add_halves(squares)
-        total[:] = codes[0]
-        squared[:] = squares[0]
-        _bounds(columns, lowest, step)
-        for j in range(_SIDE_BY_SIDE):
-            lowest[j] = _ZERO if lowest[j] > _ZERO else lowest[j]
-            step[j] = (step[j] - lowest[j]) * per_step
-        for cut in range(len(factors)):
-            for j in range(_SIDE_BY_SIDE):
-                scale = step[j] * factors[cut]
-                divisors[j] = _ENDLESS if scale == _ZERO else scale
-                bases[j] = lowest[j] + step[j] * shifts[cut]
-            _code_sums(columns, divisors, bases, low, high, None, codes, squares, products)
-            for j in range(_SIDE_BY_SIDE):
-                of_codes, of_squares, of_products = codes[0, j], squares[0, j], products[0, j]
-                spread = of_squares * number - of_codes * of_codes
-                scale = (of_products * number - of_codes * total[j]) / (spread if spread > _ZERO else _WHOLE)
-                minimum = (total[j] - scale * of_codes) * share
-                if minimum > _ZERO:
-                    scale = of_products / (of_squares if of_squares > _ZERO else _WHOLE)
-                    minimum = _ZERO
-                left = squared[j] - scale * of_products - minimum * total[j]
-                if cut == 0 or left < best[0, j]:
-                    best[0, j] = left
-                    best[1, j] = minimum
-                    best[2, j] = of_codes
-                    best[3, j] = of_squares
-                    best[4, j] = of_products
-        for j in range(min(_SIDE_BY_SIDE, count - start)):
-            minima[start + j] = best[1, j]
-            codes_sums[start + j] = best[2, j]
-            squares_sums[start + j] = best[3, j]
-            products_sums[start + j] = best[4, j]
-
-
-@compiled()
-def _nearest_symmetric(
-    weights: Array,
-    scales: Array,
-    factors: Array,
-    per_step: np.float32,
-    low: np.float32,
-    high: np.float32,
-    table: Array | None,
-    power: bool,
-) -> None:
-    """As `k_quants._search_symmetric`, operation by operation."""
-    count, size = weights.shape
-    columns, codes = np.empty((size, _SIDE_BY_SIDE), np.float32), np.empty((size, _SIDE_BY_SIDE), np.float32)
-    squares, products = np.empty_like(columns), np.empty_like(columns)
-    lowest, step = np.empty(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
-    zeros, divisors = np.zeros(_SIDE_BY_SIDE, np.float32), np.empty(_SIDE_BY_SIDE, np.float32)
-    bits = step.view(np.uint32)
-    best = np.empty((2, _SIDE_BY_SIDE), np.float32)
-    for start in range(0, count, _SIDE_BY_SIDE):
-        _in_columns(weights, start, columns)
-        _bounds(columns, lowest, step)
-        for j in range(_SIDE_BY_SIDE):
-            step[j] = step[j] if step[j] > -lowest[j] else lowest[j]
-        if power:
-            for j in range(_SIDE_BY_SIDE):
-                bits[j] = bits[j] & _INFINITY
-        for j in range(_SIDE_BY_SIDE):
-            step[j] = step[j] * per_step
-        for cut in range(len(factors)):
-            for j in range(_SIDE_BY_SIDE):
-                scale = step[j] * factors[cut]
-                divisors[j] = _ENDLESS if scale == _ZERO else scale
-            _code_sums(columns, divisors, zeros, low, high, table, codes, squares, products)
-            for j in range(_SIDE_BY_SIDE):
-                of_squares, of_products = squares[0, j], products[0, j]
-                if power:
-                    scale = step[j] * factors[cut]
-                    gain = scale * of_products
-                    gain = gain + gain - scale * scale * of_squares
-                else:
-                    scale = of_products / (of_squares if of_squares > _ZERO else _WHOLE)
-                    gain = scale * of_products
-                left = -gain
-                if cut == 0 or left < best[0, j]:
-                    best[0, j] = left
-                    best[1, j] = scale
-        for j in range(min(_SIDE_BY_SIDE, count - start)):
-            scales[start + j] = best[1, j]
-
-
-def fits(*tensors: Tensor | None) -> bool:
-    """Return whether the loops can handle these tensors: on a CPU, float32, bfloat16, codes or masks, contiguous."""
-    return all(
-        tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-        and tensor.dtype in (torch.float32, torch.bfloat16, torch.int8, torch.bool)
-        for tensor in tensors
-        if tensor is not None
-    )
-
-
 def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest weight of each group, [groups, 1], of float32 [groups, size]."""
     found = torch.empty((2, len(groups), 1))
     lowest, highest = array_of(found.view(torch.int32))[..., 0]
-    over_threads(_extremes, _groups(groups, groups.shape[1]).view(np.int32), lowest, highest)
+    over_threads(_extremes, groups_of(groups, groups.shape[1]).view(np.int32), lowest, highest)
     return found[0], found[1]
 
 
@@ -495,44 +268,20 @@ def values(weight: Tensor, steps: Steps, grid: Grid, *, rounded: bool, out: Tens
     size = grid.group(weight.shape[1])
     over_threads(
         _values,
-        _groups(weight, size),
-        _flat(steps.factors),
-        _flat(steps.scales),
-        _flat(steps.minima),
-        _flat(steps.zero_points),
-        _flat(steps.bases),
-        None if inside is None else _groups(inside.view(torch.uint8), size),
-        *_by_type(out, size),
+        groups_of(weight, size),
+        flat(steps.factors),
+        flat(steps.scales),
+        flat(steps.minima),
+        flat(steps.zero_points),
+        flat(steps.bases),
+        None if inside is None else groups_of(inside.view(torch.uint8), size),
+        *by_type(out, size),
         constants=(
             *(steps.inverse, _ROUNDINGS[steps.rounding]),
             *(np.float32(bound) for bound in (grid.qmin, grid.qmax, *grid.reach)),
-            *(_table(grid), rounded),
+            *(table_of(grid), rounded),
         ),
     )
-
-
-def nearest(groups: Tensor, grid: Grid) -> tuple[Tensor, ...]:
-    """Return what the nearest codes of each group have, as `k_quants.fitted` asks for it: float32 [groups] each.
-
-    Args:
-        groups: float32 [groups, group].
-        grid: One of super-blocks, or with a codebook.
-    """
-    found = torch.empty((1 if grid.symmetric else 4, len(groups)))
-    factors, shifts = np.array(tries(grid), dtype=np.float32).T.copy()
-    over_threads(
-        _nearest_symmetric if grid.symmetric else _nearest_minimum,
-        _groups(groups, grid.group_size),
-        *array_of(found),
-        constants=(
-            *((factors,) if grid.symmetric else (factors, shifts)),
-            np.float32(1 / grid.divisor),
-            np.float32(grid.qmin),
-            np.float32(grid.qmax),
-            *((_table(grid), grid.scale_dtype == "e8m0") if grid.symmetric else ()),
-        ),
-    )
-    return found.unbind()
 
 
 def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid, out: Tensor) -> Tensor:
@@ -553,12 +302,12 @@ def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid
     sums = torch.empty(steps.factors.numel())
     over_threads(
         _learned_gradients,
-        _groups(weight, size),
-        *_by_type(gradient, size),
-        _flat(steps.factors),
-        _flat(steps.minima),
-        _flat(steps.zero_points),
-        _groups(out, size),
+        groups_of(weight, size),
+        *by_type(gradient, size),
+        flat(steps.factors),
+        flat(steps.minima),
+        flat(steps.zero_points),
+        groups_of(out, size),
         array_of(sums),
         constants=(np.float32(grid.qmin), np.float32(grid.qmax)),
     )
@@ -577,9 +326,9 @@ def scaled_codes(
         zero_points: float32, one a group, that codes are less first; or None.
         out: float32 or bfloat16 [groups, size].
     """
-    of_groups = (_flat(scales), _flat(minima), _flat(zero_points))
+    of_groups = (flat(scales), flat(minima), flat(zero_points))
     size = codes.shape[1]
-    over_threads(_scaled_codes, _groups(codes, size), *of_groups, *_by_type(out, size))
+    over_threads(_scaled_codes, groups_of(codes, size), *of_groups, *by_type(out, size))
 
 
 def scale_gradients(
@@ -596,7 +345,7 @@ def scale_gradients(
     """
     size = codes.shape[1]
     sums = (array_of(of_scales), None if of_minima is None else array_of(of_minima))
-    over_threads(_scale_gradients, *_by_type(gradient, size), _groups(codes, size), _flat(zero_points), *sums)
+    over_threads(_scale_gradients, *by_type(gradient, size), groups_of(codes, size), flat(zero_points), *sums)
 
 
 def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
@@ -605,67 +354,6 @@ def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
     All are [out, in]; `out` may be what arrives.
     """
     size = gradient.shape[-1]
-    over_threads(_stop_clipped, *_by_type(gradient, size), _groups(inside.view(torch.uint8), size), _groups(out, size))
-
-
-def _table(grid: Grid) -> Array | None:
-    return grid.nearest if grid.codebook else None
-
-
-class _Memory:
-    """A tensor's own memory, in the form that numpy asks for."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor  # which lives as long as what is made of it
-        kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (tensor.data_ptr(), False),
-            "typestr": kind.str,
-            "shape": tuple(tensor.shape),
-            "strides": tuple(kind.itemsize * step for step in tensor.stride()),
-        }
-
-
-def array_of(tensor: Tensor) -> Array:
-    """Return a tensor as an array that shares its memory; after `Tensor.numpy` the memory could never be freed."""
-    return np.asarray(_Memory(tensor))
-
-
-def _groups(tensor: Tensor, size: int) -> Array:
-    return array_of(tensor.detach().view(-1, size))
-
-
-def _flat(tensor: Tensor | None) -> Array | None:
-    return None if tensor is None else array_of(tensor.detach().reshape(-1))
-
-
-def _by_type(tensor: Tensor, size: int) -> tuple[Array | None, Array | None]:
-    """Return the groups of a tensor as float32, or bfloat16 ones as their 16 bits."""
-    if tensor.dtype == torch.bfloat16:
-        return None, _groups(tensor.view(torch.uint16), size)
-    return _groups(tensor, size), None
-
-
-def over_threads(loop: Callable[..., None], *arrays: Array | None, constants: tuple[Any, ...] = ()) -> None:
-    """Run a loop over groups, the first dimension of all arrays, in as many threads as torch uses."""
-    count = max(len(array) for array in arrays if array is not None)
-    weights = max(array.size for array in arrays if array is not None)
-    parts = min(torch.get_num_threads(), count, max(1, weights // _LEAST_PART))
-    if parts < 2:
-        loop(*arrays, *constants)
-        return
-    length = math.ceil(count / parts)
-    running = [
-        _threads(parts).submit(
-            loop, *(None if array is None else array[start : start + length] for array in arrays), *constants
-        )
-        for start in range(0, count, length)
-    ]
-    for part in running:
-        part.result()
-
-
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="grid-loops")
+    over_threads(
+        _stop_clipped, *by_type(gradient, size), groups_of(inside.view(torch.uint8), size), groups_of(out, size)
+    )
