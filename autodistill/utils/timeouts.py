@@ -38,6 +38,7 @@ def call_with_timeout(
     ended = threading.Event()
 
     def run() -> None:
+        """Keep what the call returns or raises."""
         try:
             results.append(call())
         except BaseException as error:
