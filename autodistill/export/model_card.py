@@ -208,12 +208,9 @@ def _table(titles: Sequence[str], rows: Sequence[Row], first: Callable[[Row], Se
 
 
 def _figures(row: Row) -> tuple[str, ...]:
-    accuracy = _number(row.figure("accuracy"), "{:.4f}")
-    if (error := row.figure("accuracy_stderr")) is not None:
-        accuracy += f" ± {error:.4f}"
     return (
         row.split or "-",
-        accuracy,
+        row.shown("accuracy"),
         _number(row.figure("retention"), "{:.3f}"),
         _number(row.figure("perplexity"), "{:.2f}"),
         _sourced(_bytes(row.memory_bytes), row.memory_source),
