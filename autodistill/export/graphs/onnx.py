@@ -26,6 +26,7 @@ from autodistill.quantization.formats import Format, as_held
 from autodistill.quantization.grids import Floats, Grid, Scales
 from autodistill.quantization.packing import from_bf16_bits
 from autodistill.strategy.deployment import GRAPH, STORED_AS, Deployment
+from autodistill.utils.json_files import write_json
 
 if TYPE_CHECKING:
     from onnx import TensorProto
@@ -94,10 +95,8 @@ class OnnxExporter:
                 model = decoder.build({_BLOCKS: json.dumps(blocks), _PLUS_1: json.dumps(above)})
                 (partial / GRAPH).write_bytes(model.SerializeToString(deterministic=True))
                 copy_tokenizer(student, partial)
-                own = {**files.config, STORED_AS: served(deployment).to_json()}
-                (partial / "config.json").write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
-                config = genai_config(files.spec, files.config, student)
-                (partial / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                write_json(partial / "config.json", {**files.config, STORED_AS: served(deployment).to_json()})
+                write_json(partial / "genai_config.json", genai_config(files.spec, files.config, student))
         return Artifact(path=out, size_bytes=sum((out / file).stat().st_size for file in (GRAPH, DATA)))
 
     def _check_installed(self) -> None:
