@@ -8,8 +8,8 @@ from collections.abc import Callable
 from autodistill.models.families import FAMILIES, Axis, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import TensorSpec
-from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Grid
+from autodistill.quantization.scheme import QuantizationScheme
 
 _DIVIDED = frozenset({Axis.VOCABULARY, Axis.QUERIES, Axis.KEYS, Axis.FUSED, Axis.FFN})
 

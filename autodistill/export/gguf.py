@@ -27,23 +27,8 @@ from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.llama_cpp_graphs import SLIDING, graph_of, rotary, rotary_dims, row_order, window_period
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
-from autodistill.quantization.formats import formats_of, tensor_bytes
-from autodistill.quantization.grids import (
-    IQ4_NL,
-    MXFP4,
-    Q2_K,
-    Q3_K,
-    Q4_0,
-    Q4_1,
-    Q4_K,
-    Q5_0,
-    Q5_1,
-    Q5_K,
-    Q6_K,
-    Q8_0,
-    Floats,
-    Storage,
-)
+from autodistill.quantization.formats import TYPES, formats_of, tensor_bytes
+from autodistill.quantization.grids import Floats, Storage
 from autodistill.quantization.packing import unpack
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
@@ -71,19 +56,7 @@ FILE_TYPES = {
 KINDS: Mapping[Storage, GGMLQuantizationType] = {
     "f32": GGMLQuantizationType.F32,
     "f32_plus_1": GGMLQuantizationType.F32,
-    "f16": GGMLQuantizationType.F16,
-    Q8_0: GGMLQuantizationType.Q8_0,
-    Q5_1: GGMLQuantizationType.Q5_1,
-    Q5_0: GGMLQuantizationType.Q5_0,
-    Q4_1: GGMLQuantizationType.Q4_1,
-    IQ4_NL: GGMLQuantizationType.IQ4_NL,
-    Q4_0: GGMLQuantizationType.Q4_0,
-    MXFP4: GGMLQuantizationType.MXFP4,
-    Q6_K: GGMLQuantizationType.Q6_K,
-    Q5_K: GGMLQuantizationType.Q5_K,
-    Q4_K: GGMLQuantizationType.Q4_K,
-    Q3_K: GGMLQuantizationType.Q3_K,
-    Q2_K: GGMLQuantizationType.Q2_K,
+    **{storage: GGMLQuantizationType[name.upper()] for name, storage in TYPES.items()},
 }
 STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(KINDS.items()))}
 _ROPE_FACTORS = "rope_freqs.weight"
