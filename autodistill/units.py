@@ -104,6 +104,19 @@ def written_bytes(count: int) -> str:
     return f"{-(-count // _BYTES[unit.lower()])}{unit}"
 
 
+def with_error(value: float | None, error: float | None, form: str = ".4f") -> str:
+    """Write a value with its standard error, like "0.5000 ± 0.0100"; "-" where it is not known.
+
+    Args:
+        value: In any unit.
+        error: In the same; None where there is none.
+        form: Of both, as `format` takes it; a sign that it asks for is the value's alone.
+    """
+    if value is None:
+        return "-"
+    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form.lstrip('+')}}"
+
+
 def count_of(count: int, thing: str) -> str:
     """A count of things in words, like "1 stream" or "4 streams"."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

@@ -23,7 +23,7 @@ from autodistill.hardware.budget import (
     parse_latency,
     parse_price,
 )
-from autodistill.units import format_bytes, format_duration, parse_bytes, parse_duration, written_bytes
+from autodistill.units import format_bytes, format_duration, parse_bytes, parse_duration, with_error, written_bytes
 
 BYTES = {
     "B": 1,
@@ -326,3 +326,17 @@ def test_a_duration_of_several_units_has_them_in_order_and_whole(text: str) -> N
 @given(st.integers(1, 10**6))
 def test_a_duration_that_is_printed_is_read(seconds: int) -> None:
     assert parse_duration(format_duration(seconds)) == pytest.approx(seconds, abs=60)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "form", "shown"),
+    [
+        (0.5, 0.01, ".4f", "0.5000 ± 0.0100"),
+        (0.5, None, ".4f", "0.5000"),
+        (0.5, 0.01, "+.2f", "+0.50 ± 0.01"),
+        (-0.5, 0.01, "+.2f", "-0.50 ± 0.01"),
+        (None, 0.01, ".4f", "-"),
+    ],
+)
+def test_a_value_is_written_with_its_error(value, error, form, shown):
+    assert with_error(value, error, form) == shown

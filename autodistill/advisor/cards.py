@@ -32,6 +32,7 @@ def running_parts(spec: ModelSpec, gpus: int, *, context: int, batch: int) -> di
         raise InputError(f"--gpus {gpus}: {reason}: give another number")
 
     def parts(count: int) -> dict[str, int]:
+        """Return what one of `count` cards holds, by what it is, in bytes."""
         cached = 2 * 2 * spec.layers * spec.kv_heads * spec.head_dim * context * batch
         found = {
             "weights_bytes": part_bytes(spec, count, lambda tensor: 2 if len(tensor.shape) == 2 else 4),

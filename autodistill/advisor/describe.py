@@ -21,7 +21,8 @@ from autodistill.models.model_folder import check_files, read_config, weight_fil
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import check_stored, stored_tensors
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import FORMATS, QuantizationScheme
+from autodistill.quantization.formats import FORMATS
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.deployment import Deployment, serving
 
 # transformers' names of mixtures: the dense family they are like, and the config's names of their sizes.

@@ -120,6 +120,7 @@ def _verb(
         as_json = given.pop("json", False)
 
         def work() -> Any:
+            """Call the function with what was typed, and with a view for its lines where it asks for one."""
             if quiet is not None:
                 quiet_libraries(*quiet(given))
             with open_view() if "notify" in inspect.signature(function).parameters else nullcontext() as view:
@@ -174,6 +175,7 @@ def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest]
         as_json, plan, price = (given.pop(name, None) for name in ("json", "plan", "price"))
 
         def asked() -> SearchRequest:
+            """Return what was typed as a request."""
             if price is not None and not plan:
                 raise InputError("--price is for what a plan would cost: give it with --plan")
             request = asks(**given, command=ctx.obj or ctx.command_path, started=started)

@@ -16,6 +16,7 @@ def _beginning(found: Callable[[dict[str, Any]], Iterable[str]]) -> Names:
     """Of the names found under a command's other options those that begin like the word."""
 
     def names(ctx: Any, incomplete: str) -> list[str]:
+        """Return the names that begin with what was typed so far."""
         try:
             return sorted(name for name in found(ctx.params) if name.lower().startswith(incomplete.lower()))
         except Exception:
@@ -40,6 +41,7 @@ def devices(given: dict[str, Any]) -> Iterable[str]:
     from autodistill.hardware.lookup import find_device
 
     def is_enough(word: str) -> bool:
+        """Whether a device is found by this word alone."""
         try:
             return bool(find_device(word, known))
         except InputError:

@@ -9,7 +9,7 @@ from typing import Any
 from autodistill.cli.summary import table
 from autodistill.hardware.budget import CONTEXT
 from autodistill.hardware.device import PRECISIONS, Device
-from autodistill.units import count_of, format_bytes, format_duration
+from autodistill.units import count_of, format_bytes, format_duration, with_error
 
 _PARTS = {"shown_bytes": "rounded copies"}
 _WAYS = {"sixteen_bit_states": "16-bit states", "eight_bit_states": "8-bit states"}
@@ -337,8 +337,7 @@ def measured_text(document: Mapping[str, Any]) -> str:
 def _picked(one: Mapping[str, Any] | None) -> tuple[str, ...]:
     if one is None:
         return ("-", "nothing fits", "-", "-", "-", "-")
-    error = "" if one["stderr"] is None else f" ± {one['stderr']:.4f}"
     mark = "~" if one["memory_source"] == "predicted" else ""
     size = "-" if one["size_bytes"] is None else format_bytes(one["size_bytes"])
-    value = f"{one['value']:.4f}{error}"
+    value = with_error(one["value"], one["stderr"])
     return (one["run"], one["row_id"], one["metric"], value, mark + format_bytes(one["memory_bytes"]), size)

@@ -336,6 +336,7 @@ def report_facts(report: Report) -> dict[str, str]:
     figures = report.figures
 
     def times(found: Times) -> str:
+        """Return mean and percentiles in words; "" where nothing was timed."""
         if not found.count:
             return ""
         shares = (("mean", found.mean), ("p50", found.p50), ("p95", found.p95), ("p99", found.p99))

@@ -7,7 +7,7 @@ from typing import Any
 
 from autodistill.cli.summary import table
 from autodistill.cli.tables import wrapped
-from autodistill.units import format_bytes, format_duration
+from autodistill.units import format_bytes, format_duration, with_error
 
 
 def solve_text(document: Mapping[str, Any], width: int) -> str:
@@ -91,7 +91,7 @@ def _one(found: Mapping[str, Any], width: int) -> str:
         if not rival["fits"] and rival["kl"] is None:
             too_large.append(f"{rival['name']} {format_bytes(rival['bytes'])}")
             continue
-        above = _with_error(rival["kl_above_solution"], rival["kl_above_solution_stderr"])
+        above = with_error(rival["kl_above_solution"], rival["kl_above_solution_stderr"])
         fits = "yes" if rival["fits"] else "no"
         memory = format_bytes(rival["bytes"])
         rows.append((rival["name"], rival["what"], memory, fits, *_figures(rival), above))
@@ -104,7 +104,7 @@ def _one(found: Mapping[str, Any], width: int) -> str:
     if solution["compensated"]:
         said += (
             f" The rounding makes up for its errors: each weight rounded by itself, the KL would be "
-            f"{_with_error(solution['nearest_kl'], solution['nearest_kl_stderr'])}."
+            f"{with_error(solution['nearest_kl'], solution['nearest_kl_stderr'])}."
         )
     if solution["teacher_copied"] > solution["copied"]:
         said += (
@@ -143,14 +143,8 @@ def _curve(solutions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _figures(one: Mapping[str, Any]) -> tuple[str, ...]:
-    measured = (_with_error(one[name], one[f"{name}_stderr"]) for name in ("kl", "nll", "accuracy"))
-    return (_with_error(one["predicted_kl"], None), *measured)
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+    measured = (with_error(one[name], one[f"{name}_stderr"]) for name in ("kl", "nll", "accuracy"))
+    return (with_error(one["predicted_kl"], None), *measured)
 
 
 def _exported(exported: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from autodistill.runs.results.row import Row, task_figures
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.savings import Saved
 from autodistill.strategy.deployment import Deployment
-from autodistill.units import format_bytes, format_duration
+from autodistill.units import format_bytes, format_duration, with_error
 
 _SHOWN_ROWS = 15
 _SHOWN_STRATEGIES = 3
@@ -191,8 +191,8 @@ def _confirmed(document: Mapping[str, Any], width: int) -> str:
         return ""
     lines = [(f"on {len(found[0]['seeds'])} seeds", "mean", "minus best")]
     for item in found:
-        difference = _figure(item["difference"], item["difference_stderr"])
-        lines.append((item["row_id"], _figure(item["mean"], item["stderr"]), difference))
+        difference = with_error(item["difference"], item["difference_stderr"])
+        lines.append((item["row_id"], with_error(item["mean"], item["stderr"]), difference))
     named = [line for item in found for line in wrapped(f"{item['trial']}: {item['name']}", width)]
     return "\n".join([table(lines, left=1), *named])
 
@@ -214,7 +214,7 @@ def _test(document: Mapping[str, Any], metric: str, width: int) -> str:
     header = ("test split", "deployment", "accuracy", "perplexity", "agreement", "memory")
     cells = [header, *(_cells(title, row) for title, row in titled)]
     if metric != "accuracy":
-        shown = (_figure(row.figure(metric), row.figure(f"{metric}_stderr")) for _, row in titled)
+        shown = (row.shown(metric) for _, row in titled)
         cells = [(*line, figure) for line, figure in zip(cells, (metric, *shown), strict=True)]
     lines = [table(cells, left=3)]
     lines += filter(None, [rests_on(rows)])
@@ -225,9 +225,7 @@ def _tasks(titled: Sequence[tuple[str, Row]], metric: str, width: int) -> list[s
     """Figures of the tasks beside the metric, as many in a table as a line holds; nothing where there are none."""
     names = task_figures([row for _, row in titled], metric)
     first = [("tasks", "deployment"), *((title, _packed(row)) for title, row in titled)]
-    columns = [
-        [name, *(_figure(row.figure(name), row.figure(f"{name}_stderr")) for _, row in titled)] for name in names
-    ]
+    columns = [[name, *(row.shown(name) for _, row in titled)] for name in names]
     tables: list[str] = []
     while columns:
         for count in range(len(columns), 0, -1):
@@ -272,15 +270,11 @@ def _cells(title: str, row: Row) -> tuple[str, ...]:
     return (
         title,
         _packed(row),
-        _figure(row.accuracy, row.accuracy_stderr),
+        row.shown("accuracy"),
         "-" if row.perplexity is None else f"{row.perplexity:.2f}",
         "-" if row.agreement is None else f"{row.agreement:.4f}",
         memory_cell(row),
     )
-
-
-def _figure(value: float | None, error: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _seconds(seconds: Mapping[str, float]) -> str:

@@ -268,13 +268,11 @@ def _aligned(cell: str, width: int, column: int) -> str:
 
 def _cells(one: Ranked, metric: str) -> list[str]:
     row = one.row
-    value, error = row.figure(metric), row.figure(f"{metric}_stderr")
-    spread = "" if error is None else f" ± {error:.4f}"
     marks = {"=": one.tied, "*": one.front, "!": not row.feasible}
     return [
         f"{one.place}{''.join(mark for mark, holds in marks.items() if holds)}",
         row.short_id,
-        "-" if value is None else f"{value:.4f}{spread}",
+        row.shown(metric),
         "-" if row.retention is None else f"{row.retention:.1%}",
         memory_cell(row),
         _estimated(row.size_bytes, None, format_bytes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,27 +11,14 @@ _WIDTH, _HEIGHT = 12, 8  # of a panel, on a grid that is 24 wide
 _SOURCE = {"type": "prometheus", "uid": "${source}"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Query:
-    """A line of a panel.
-
-    Attributes:
-        expr: What Prometheus is asked, in its language.
-        legend: Name of the line; labels stand in it as {{label}}.
-    """
-
-    expr: str
-    legend: str
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Panel:
     """A chart over time.
 
     Attributes:
         title, about: What it shows, in a few words and in a sentence.
         unit: By Grafana's name: "s", "bytes", "reqps", "percentunit", "short" and others.
-        queries: Its lines.
+        lines: What Prometheus is asked, in its language, by the name of the line; labels stand in names as {{label}}.
         limit: Where a red line is drawn.
         least: The lowest value of the axis.
     """
@@ -39,7 +26,7 @@ class Panel:
     title: str
     about: str
     unit: str
-    queries: tuple[Query, ...]
+    lines: Mapping[str, str]
     limit: float | None = None
     least: float | None = 0.0
 
@@ -90,7 +77,7 @@ def _panel(place: int, panel: Panel) -> dict[str, Any]:
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": {"legend": {"displayMode": "list", "placement": "bottom", "showLegend": True}},
         "targets": [
-            {"refId": chr(ord("A") + number), "datasource": _SOURCE, "expr": one.expr, "legendFormat": one.legend}
-            for number, one in enumerate(panel.queries)
+            {"refId": chr(ord("A") + number), "datasource": _SOURCE, "expr": asked, "legendFormat": name}
+            for number, (name, asked) in enumerate(panel.lines.items())
         ],
     }

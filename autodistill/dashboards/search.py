@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from autodistill.dashboards.grafana import Panel, Query, dashboard
+from autodistill.dashboards.grafana import Panel, dashboard
 from autodistill.dashboards.prometheus import Job, scrape
 from autodistill.errors import InputError
 from autodistill.utils.durable import make_folder
@@ -18,60 +18,49 @@ PORT = 9464
 
 PANELS = (
     Panel(
-        title="Best so far",
-        about="The metric that ranks, on validation text: of the best row, and of the best that needs no training.",
-        unit="short",
-        queries=(Query(expr="autodistill_search_best", legend="{{of}}, {{metric}}"),),
+        "Best so far",
+        "The metric that ranks, on validation text: of the best row, and of the best that needs no training.",
+        "short",
+        {"{{of}}, {{metric}}": "autodistill_search_best"},
         least=None,
     ),
     Panel(
-        title="Negative log-likelihood of the best",
-        about="Nats for each token of validation text.",
-        unit="short",
-        queries=(Query(expr="autodistill_search_best_nll_nats", legend="best"),),
+        "Negative log-likelihood of the best",
+        "Nats for each token of validation text.",
+        "short",
+        {"best": "autodistill_search_best_nll_nats"},
         least=None,
     ),
+    Panel("Trials", "By what became of them.", "short", {"{{state}}": "autodistill_search_trials"}),
     Panel(
-        title="Trials",
-        about="By what became of them.",
-        unit="short",
-        queries=(Query(expr="autodistill_search_trials", legend="{{state}}"),),
+        "Training tokens a second",
+        "Of all workers together, over the segments that are done.",
+        "short",
+        {"tokens a second": "autodistill_search_tokens_per_second"},
     ),
     Panel(
-        title="Training tokens a second",
-        about="Of all workers together, over the segments that are done.",
-        unit="short",
-        queries=(Query(expr="autodistill_search_tokens_per_second", legend="tokens a second"),),
+        "Share of the time in the final student",
+        "Training of the best student beyond the plan's tokens, as a share of the time budget.",
+        "percentunit",
+        {"share": "autodistill_search_final_student_share"},
     ),
     Panel(
-        title="Share of the time in the final student",
-        about="Training of the best student beyond the plan's tokens, as a share of the time budget.",
-        unit="percentunit",
-        queries=(Query(expr="autodistill_search_final_student_share", legend="share"),),
+        "Memory of the best against the budget",
+        "Inference memory of the deployed student.",
+        "bytes",
+        {"best": "autodistill_search_best_memory_bytes", "budget": "autodistill_search_budget_bytes"},
     ),
     Panel(
-        title="Memory of the best against the budget",
-        about="Inference memory of the deployed student.",
-        unit="bytes",
-        queries=(
-            Query(expr="autodistill_search_best_memory_bytes", legend="best"),
-            Query(expr="autodistill_search_budget_bytes", legend="budget"),
-        ),
+        "Cached outputs of teachers",
+        "Disk that they take, and may take.",
+        "bytes",
+        {"taken": "autodistill_search_cache_bytes", "limit": "autodistill_search_cache_limit_bytes"},
     ),
     Panel(
-        title="Cached outputs of teachers",
-        about="Disk that they take, and may take.",
-        unit="bytes",
-        queries=(
-            Query(expr="autodistill_search_cache_bytes", legend="taken"),
-            Query(expr="autodistill_search_cache_limit_bytes", legend="limit"),
-        ),
-    ),
-    Panel(
-        title="Running",
-        about="1 while the search runs, 0 once it has ended; nothing where nobody listens any more.",
-        unit="short",
-        queries=(Query(expr="autodistill_search_running", legend="running"),),
+        "Running",
+        "1 while the search runs, 0 once it has ended; nothing where nobody listens any more.",
+        "short",
+        {"running": "autodistill_search_running"},
     ),
 )
 

@@ -6,7 +6,7 @@ has none of them. Queues and tokens are the server's own.
 
 from __future__ import annotations
 
-from autodistill.dashboards.grafana import Panel, Query
+from autodistill.dashboards.grafana import Panel
 from autodistill.dashboards.prometheus import Alert
 from autodistill.export.promise import Promised
 from autodistill.units import format_bytes, format_duration
@@ -48,49 +48,46 @@ def panels(promise: Promised, server: str) -> tuple[Panel, ...]:
     limits = {limit.quantity: limit.seconds for limit in promise.latency}
     return (
         Panel(
-            title="Time to the first token",
-            about="Of requests in the monitor's window, by quantile.",
-            unit="s",
-            queries=(Query(expr=_FIGURES["ttft"], legend="{{instance}} {{quantile}}"),),
+            "Time to the first token",
+            "Of requests in the monitor's window, by quantile.",
+            "s",
+            {"{{instance}} {{quantile}}": _FIGURES["ttft"]},
             limit=limits.get("ttft"),
         ),
         Panel(
-            title="Time per later token",
-            about="Of requests in the monitor's window, by quantile.",
-            unit="s",
-            queries=(Query(expr=_FIGURES["tpot"], legend="{{instance}} {{quantile}}"),),
+            "Time per later token",
+            "Of requests in the monitor's window, by quantile.",
+            "s",
+            {"{{instance}} {{quantile}}": _FIGURES["tpot"]},
             limit=limits.get("tpot"),
         ),
         Panel(
-            title="Memory",
-            about="Of the server's process.",
-            unit="bytes",
-            queries=(Query(expr="autodistill_memory_bytes", legend="{{instance}}"),),
+            "Memory",
+            "Of the server's process.",
+            "bytes",
+            {"{{instance}}": "autodistill_memory_bytes"},
             limit=promise.memory_bytes,
         ),
         Panel(
-            title="Promise kept",
-            about="1 where a figure keeps to what was promised, 0 where it is broken.",
-            unit="short",
-            queries=(Query(expr="autodistill_promise_kept", legend="{{instance}} {{figure}}"),),
+            "Promise kept",
+            "1 where a figure keeps to what was promised, 0 where it is broken.",
+            "short",
+            {"{{instance}} {{figure}}": "autodistill_promise_kept"},
         ),
         Panel(
-            title="Tokens a second",
-            about="Written and read, by the server's own counters.",
-            unit="short",
-            queries=(
-                Query(expr=f"rate({own['written']}[5m])", legend="{{instance}} written"),
-                Query(expr=f"rate({own['read']}[5m])", legend="{{instance}} read"),
-            ),
+            "Tokens a second",
+            "Written and read, by the server's own counters.",
+            "short",
+            {
+                "{{instance}} written": f"rate({own['written']}[5m])",
+                "{{instance}} read": f"rate({own['read']}[5m])",
+            },
         ),
         Panel(
-            title="Requests",
-            about="Being answered, and waiting for a place.",
-            unit="short",
-            queries=(
-                Query(expr=own["running"], legend="{{instance}} answered"),
-                Query(expr=own["waiting"], legend="{{instance}} waiting"),
-            ),
+            "Requests",
+            "Being answered, and waiting for a place.",
+            "short",
+            {"{{instance}} answered": own["running"], "{{instance}} waiting": own["waiting"]},
         ),
     )
 

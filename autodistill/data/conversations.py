@@ -149,6 +149,7 @@ def read_prompt(record: Record, where: str) -> tuple[Turn, ...]:
 
 def _pair_reader(prompt: str, answer: str) -> Reader:
     def read(record: Record, where: str) -> Conversation | None:
+        """Return a record as one question and its answer; None where either is blank."""
         for name in (prompt, answer):
             _text(name, record, where)
         question, reply = _with_context(prompt, record, where), _text(answer, record, where)

@@ -340,6 +340,7 @@ def _record_documents(records: list[tuple[str, Record]], field: str | None, ref:
 
 def _text_reader(name: str) -> Callable[[Record, str], str | None]:
     def read(record: Record, where: str) -> str | None:
+        """Return the text of a record; None where it has none."""
         if name not in record:
             raise lacking(name, record, where)
         value = record[name]

@@ -91,6 +91,7 @@ def marker(task: str | None) -> Marker:
     dataset, _ = _dataset(task)
 
     def mark(written: str, expected: str, item: int | None) -> float:
+        """Return the mark of an answer, from 0 to 1, as the task itself gives it."""
         if item is None:
             raise ValueError(f"an answer to {task} is marked by the number of its item, and has none")
         try:

@@ -224,6 +224,7 @@ def _maker(
     choices = template.get("choices")
 
     def asked(record: Mapping[str, Any], place: str) -> _Asked:
+        """Return the question that a record asks, with its choices."""
         found = (
             [_filled(one, record, place) for one in texts["choices"]]
             if isinstance(choices, list)
@@ -237,6 +238,7 @@ def _maker(
     by_text = metric == "multiple_choice" and _numbers_are_texts(asked(record, place) for place, record in records)
 
     def make(record: Mapping[str, Any], place: str, number: int) -> Example:
+        """Return a record as an example of the task."""
         if metric == "perplexity":
             text = _filled(texts["text"], record, place)
             if not text.strip():

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from autodistill.models.families import FAMILIES, Axis, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import TensorSpec
-from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Grid
+from autodistill.quantization.scheme import QuantizationScheme
 
 _DIVIDED = frozenset({Axis.VOCABULARY, Axis.QUERIES, Axis.KEYS, Axis.FUSED, Axis.FFN})
 
@@ -46,6 +46,7 @@ def splits(spec: ModelSpec, scheme: QuantizationScheme, processes: int) -> bool:
     """Return whether a division cuts through weights that share a scale, which no process could then find."""
 
     def cut(tensor: TensorSpec) -> bool:
+        """Whether a share of a tensor would end within one of its groups."""
         grid, last = scheme.storage(tensor), get_family(spec.architecture).axes(tensor.name)[-1]
         if last not in _DIVIDED or not isinstance(grid, Grid):
             return False

@@ -12,8 +12,9 @@ from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, me
 from autodistill.estimates.speed import limit_seconds
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import QuantizationScheme, get_format
+from autodistill.quantization.formats import get_format
 from autodistill.quantization.grids import Grid
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, format_duration
 

@@ -12,7 +12,7 @@ from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
 from autodistill.estimates.training_memory import OptimizerState, TrainingEstimate, training_memory
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import QuantizationScheme
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.recipe import Alignment, Attention, Lora
 from autodistill.units import format_bytes
 

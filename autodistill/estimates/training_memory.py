@@ -12,8 +12,8 @@ from autodistill.models.config import uniform
 from autodistill.models.families import Axis, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Grid
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
 
 

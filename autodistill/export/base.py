@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,24 @@ from autodistill.errors import VerificationError
 from autodistill.hardware.runtime import Runtime
 from autodistill.quantization.formats import Format
 from autodistill.strategy.deployment import Deployment
+
+TokenIds: TypeAlias = npt.NDArray[np.integer[Any]]
+
+
+class Label(TypedDict, total=False):
+    """What a student is called, what it is of, and the licence that it inherits, as far as they are known.
+
+    An exporter writes them down where its container has a place for them.
+
+    Attributes:
+        teacher: Name of the model that it is of.
+        license: Of the teacher.
+        name: Of the student; where it has none it is called the student of its teacher.
+    """
+
+    teacher: str | None
+    license: str | None
+    name: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +78,10 @@ class Ran(NamedTuple):
         pace: How fast it wrote them; None where that was not timed.
     """
 
-    top1: npt.NDArray[np.integer[Any]]
+    top1: TokenIds
     text: str
     same_cut: float = 1.0
-    likeliest: tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.floating[Any]]] | None = None
+    likeliest: tuple[TokenIds, npt.NDArray[np.floating[Any]]] | None = None
     written: tuple[int, ...] = ()
     pace: Pace | None = None
 
@@ -78,10 +96,10 @@ class Expected(NamedTuple):
         written: As in `Ran`.
     """
 
-    sequences: npt.NDArray[np.integer[Any]]
-    top1: npt.NDArray[np.integer[Any]]
+    sequences: TokenIds
+    top1: TokenIds
     leads: npt.NDArray[np.floating[Any]]
-    likeliest: tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.floating[Any]]] | None = None
+    likeliest: tuple[TokenIds, npt.NDArray[np.floating[Any]]] | None = None
     written: tuple[int, ...] = ()
 
 
@@ -108,35 +126,15 @@ class Exporter(Protocol):
     formats: tuple[Format, ...]
     runtimes: tuple[Runtime, ...]
 
-    def export(
-        self,
-        student: Path,
-        deployment: Deployment,
-        out: Path,
-        *,
-        teacher: str | None = None,
-        license: str | None = None,
-        name: str | None = None,
-    ) -> Artifact:
-        """Pack `student`, a folder of transformers, into the folder `out`: a student's, or the teacher's own.
-
-        What the model is called, what it is of, and the licence that it inherits, are written down where the container
-        has a place for them and they are known. Without a name it is called the student of its teacher.
-        """
+    def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
+        """Pack `student`, a folder of transformers, into the folder `out`: a student's, or the teacher's own."""
         ...
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Yield each stored tensor by transformers' name, dequantised from the bytes on disk."""
         ...
 
-    def run(
-        self,
-        artifact: Path,
-        sequences: npt.NDArray[np.integer[Any]],
-        threads: int,
-        student: Path,
-        deployment: Deployment,
-    ) -> Ran:
+    def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
         """Run an artifact in its runtime, to compare it with the simulation of the same packed weights.
 
         Args:

@@ -7,15 +7,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from packaging.version import Version
 
 from autodistill.errors import MissingDependencyError, VerificationError
-from autodistill.export.base import Artifact, Ran
+from autodistill.export.base import Artifact, Label, Ran, TokenIds
 from autodistill.export.huggingface import as_bf16, run_in_transformers, run_model
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, read_json, write_folder
 from autodistill.hardware.runtime import Runtime
@@ -37,16 +36,7 @@ class CompressedTensorsExporter:
     formats = formats_of("compressed-tensors")
     runtimes: tuple[Runtime, ...] = ()
 
-    def export(
-        self,
-        student: Path,
-        deployment: Deployment,
-        out: Path,
-        *,
-        teacher: str | None = None,
-        license: str | None = None,
-        name: str | None = None,
-    ) -> Artifact:
+    def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Write the quantised student into the folder `out`; only the model card names its teacher and licence.
 
         Raises:
@@ -87,14 +77,7 @@ class CompressedTensorsExporter:
         if parts:
             raise VerificationError(f"{min(parts)} lacks a part of its packed weights: export the student again")
 
-    def run(
-        self,
-        artifact: Path,
-        sequences: npt.NDArray[np.integer[Any]],
-        threads: int,
-        student: Path,
-        deployment: Deployment,
-    ) -> Ran:
+    def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
         """Runs the folder in transformers, also where vLLM will serve it; see `Exporter.run`.
 
         Several grids with zero points are unpacked by the compressed-tensors package before: transformers 5.24 does not

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from gguf.utility import size_label
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import InputError, VerificationError
 from autodistill.estimates.fit import check_holds
-from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Pace, Ran, check_written
+from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Label, Pace, Ran, TokenIds, check_written
 from autodistill.export.gguf_tokenizer import add_tokenizer, spaces
 from autodistill.export.student_reader import StudentFiles, read_json, replacing
 from autodistill.export.tokenizer_check import agreement, cannot_cut, comparable
@@ -27,23 +27,8 @@ from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.llama_cpp_graphs import SLIDING, graph_of, rotary, rotary_dims, row_order, window_period
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
-from autodistill.quantization.formats import formats_of, tensor_bytes
-from autodistill.quantization.grids import (
-    IQ4_NL,
-    MXFP4,
-    Q2_K,
-    Q3_K,
-    Q4_0,
-    Q4_1,
-    Q4_K,
-    Q5_0,
-    Q5_1,
-    Q5_K,
-    Q6_K,
-    Q8_0,
-    Floats,
-    Storage,
-)
+from autodistill.quantization.formats import TYPES, formats_of, tensor_bytes
+from autodistill.quantization.grids import Floats, Storage
 from autodistill.quantization.packing import unpack
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
@@ -71,19 +56,7 @@ FILE_TYPES = {
 KINDS: Mapping[Storage, GGMLQuantizationType] = {
     "f32": GGMLQuantizationType.F32,
     "f32_plus_1": GGMLQuantizationType.F32,
-    "f16": GGMLQuantizationType.F16,
-    Q8_0: GGMLQuantizationType.Q8_0,
-    Q5_1: GGMLQuantizationType.Q5_1,
-    Q5_0: GGMLQuantizationType.Q5_0,
-    Q4_1: GGMLQuantizationType.Q4_1,
-    IQ4_NL: GGMLQuantizationType.IQ4_NL,
-    Q4_0: GGMLQuantizationType.Q4_0,
-    MXFP4: GGMLQuantizationType.MXFP4,
-    Q6_K: GGMLQuantizationType.Q6_K,
-    Q5_K: GGMLQuantizationType.Q5_K,
-    Q4_K: GGMLQuantizationType.Q4_K,
-    Q3_K: GGMLQuantizationType.Q3_K,
-    Q2_K: GGMLQuantizationType.Q2_K,
+    **{storage: GGMLQuantizationType[name.upper()] for name, storage in TYPES.items()},
 }
 STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(KINDS.items()))}
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -102,16 +75,7 @@ class GgufExporter:
     formats = formats_of("gguf")
     runtimes: tuple[Runtime, ...] = ()
 
-    def export(
-        self,
-        student: Path,
-        deployment: Deployment,
-        out: Path,
-        *,
-        teacher: str | None = None,
-        license: str | None = None,
-        name: str | None = None,
-    ) -> Artifact:
+    def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Write the quantised student to `out/student.gguf`, one tensor in memory at a time.
 
         Raises:
@@ -124,7 +88,7 @@ class GgufExporter:
                 if reason := cannot_cut(student, files.spec.vocabulary):
                     raise InputError(reason)
                 add_metadata(writer, files.spec, files.config, FILE_TYPES[deployment.format])
-                add_general(writer, files.spec, teacher, license, name)
+                add_general(writer, files.spec, **label)
                 add_sampling(writer, student)
                 add_tokenizer(writer, student, files.spec.vocabulary)
                 _write_tensors(writer, files, deployment)
@@ -157,21 +121,12 @@ class GgufExporter:
             order = row_order(graph, tensor.name, heads, kv_heads)
             yield name, order.to_transformers(values) if order else values
 
-    def run(
-        self,
-        artifact: Path,
-        sequences: npt.NDArray[np.integer[Any]],
-        threads: int,
-        student: Path,
-        deployment: Deployment,
-    ) -> Ran:
+    def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
         """Runs the file in llama.cpp; see `Exporter.run`."""
         return _run(artifact, sequences, threads, student, deployment)
 
 
-def _run(
-    path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path, deployment: Deployment
-) -> Ran:
+def _run(path: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
     keys, values = deployment.cache_types
     # Beyond the context that a model was made for its server writes nothing.
     asked = max(1, min(WRITTEN_TOKENS, read_gguf(path).context_length - PROMPT_TOKENS))
@@ -198,7 +153,7 @@ def _run(
     return Ran(np.array(top1), written.text, same_cut, written=written.tokens, pace=pace)
 
 
-def _check_cut(path: Path, server: LlamaServer, sequences: npt.NDArray[np.integer[Any]], student: Path) -> float:
+def _check_cut(path: Path, server: LlamaServer, sequences: TokenIds, student: Path) -> float:
     """The share of the text's tokens that are cut as the student's tokenizer does, if it is large enough."""
     tokenizer, put = load_tokenizer(student), spaces(student)
     texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in sequences.tolist()]
@@ -268,10 +223,9 @@ def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any],
         writer.add_float32("gemma3.rope.freq_base_swa", rotary(config, SLIDING)["rope_theta"])
 
 
-def add_general(
-    writer: GGUFWriter, spec: ModelSpec, teacher: str | None, license: str | None, name: str | None
-) -> None:
+def add_general(writer: GGUFWriter, spec: ModelSpec, **label: Unpack[Label]) -> None:
     """Write what programs show in lists of models, as llama.cpp's own converter does."""
+    teacher, license, name = label.get("teacher"), label.get("license"), label.get("name")
     writer.add_size_label(size_label(spec.parameters, 0, 0, 0))
     if name is not None or teacher is not None:
         writer.add_name(name if name is not None else f"Student of {teacher}")

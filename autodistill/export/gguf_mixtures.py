@@ -6,13 +6,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
 from autodistill.errors import VerificationError
-from autodistill.export.base import Artifact
+from autodistill.export.base import Artifact, Label
 from autodistill.export.gguf import FILE, FILE_TYPES, KINDS, STORAGES, add_general, add_metadata, add_sampling
 from autodistill.export.gguf_tokenizer import add_tokenizer
 from autodistill.export.student_reader import replacing
@@ -76,10 +76,7 @@ def write_mixture(
     deployment: Deployment,
     text: Path,
     out: Path,
-    *,
-    name: str,
-    teacher: str | None = None,
-    license: str | None = None,
+    **label: Unpack[Label],
 ) -> Artifact:
     """Write a mixture of experts to `out/student.gguf`, one tensor in memory at a time.
 
@@ -89,7 +86,7 @@ def write_mixture(
         deployment: How each tensor is stored.
         text: Folder with the tokenizer and the settings for sampling.
         out: Folder that the file goes into.
-        name, teacher, license: As for `GgufExporter.export`.
+        label: As for `GgufExporter.export`.
 
     Raises:
         InputError: The tokenizer cannot be held by GGUF, or `out` not be written.
@@ -102,7 +99,7 @@ def write_mixture(
             writer.add_expert_count(spec.experts)
             writer.add_expert_used_count(spec.active_experts)
             writer.add_expert_feed_forward_length(spec.ffn_width)
-            add_general(writer, spec, teacher, license, name)
+            add_general(writer, spec, **label)
             add_sampling(writer, text)
             add_tokenizer(writer, text, spec.vocabulary)
             _write_tensors(writer, values, spec, deployment)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,17 @@ import torch
 
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import VerificationError
-from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Pace, Ran, check_written
+from autodistill.export.base import (
+    KEPT_TOKENS,
+    PROMPT_TOKENS,
+    WRITTEN_TOKENS,
+    Artifact,
+    Label,
+    Pace,
+    Ran,
+    TokenIds,
+    check_written,
+)
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
 from autodistill.hardware.runtime import Runtime
 from autodistill.quantization.formats import formats_of
@@ -30,16 +40,7 @@ class HuggingFaceExporter:
     formats = formats_of("huggingface")
     runtimes: tuple[Runtime, ...] = ()
 
-    def export(
-        self,
-        student: Path,
-        deployment: Deployment,
-        out: Path,
-        *,
-        teacher: str | None = None,
-        license: str | None = None,
-        name: str | None = None,
-    ) -> Artifact:
+    def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Write the student into the folder `out`; only the model card names its teacher and licence.
 
         Raises:
@@ -54,14 +55,7 @@ class HuggingFaceExporter:
         for name, tensor in read_arrays(artifact / WEIGHTS):
             yield name, unpack({"data": tensor.view(torch.uint16).numpy()}, "bf16", tuple(tensor.shape))
 
-    def run(
-        self,
-        artifact: Path,
-        sequences: npt.NDArray[np.integer[Any]],
-        threads: int,
-        student: Path,
-        deployment: Deployment,
-    ) -> Ran:
+    def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
         """Runs the folder in transformers; see `Exporter.run`."""
         return run_in_transformers(artifact, sequences, threads)
 
@@ -71,7 +65,7 @@ def as_bf16(arrays: Mapping[str, Any]) -> torch.Tensor:
     return torch.from_numpy(arrays["data"]).view(torch.bfloat16)
 
 
-def run_in_transformers(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> Ran:
+def run_in_transformers(path: Path, sequences: TokenIds, threads: int) -> Ran:
     """Run an exported folder in transformers; see `Exporter.run`.
 
     Raises:
@@ -80,7 +74,7 @@ def run_in_transformers(path: Path, sequences: npt.NDArray[np.integer[Any]], thr
     return run_model(load_in_transformers(path), path, sequences, threads)
 
 
-def run_model(model: Any, path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> Ran:
+def run_model(model: Any, path: Path, sequences: TokenIds, threads: int) -> Ran:
     """Run a model of transformers; see `Exporter.run`.
 
     Args:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from autodistill.export.base import Label
 from autodistill.models.config import spec_from_config
 from autodistill.models.licenses import stated
 from autodistill.models.llama_cpp_graphs import graph_of
@@ -60,6 +61,10 @@ class Origin:
     def name_of(self, row: Row) -> str:
         """Return the name of a row's model for programs that list models."""
         return self.teacher if row.kind == "teacher" else f"Student of {self.teacher}"
+
+    def label(self, row: Row) -> Label:
+        """Return what a file of a row's model says of itself."""
+        return Label(teacher=self.teacher, license=self.teacher_license, name=self.name_of(row))
 
 
 def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Origin) -> str:
@@ -203,12 +208,9 @@ def _table(titles: Sequence[str], rows: Sequence[Row], first: Callable[[Row], Se
 
 
 def _figures(row: Row) -> tuple[str, ...]:
-    accuracy = _number(row.figure("accuracy"), "{:.4f}")
-    if (error := row.figure("accuracy_stderr")) is not None:
-        accuracy += f" ± {error:.4f}"
     return (
         row.split or "-",
-        accuracy,
+        row.shown("accuracy"),
         _number(row.figure("retention"), "{:.3f}"),
         _number(row.figure("perplexity"), "{:.2f}"),
         _sourced(_bytes(row.memory_bytes), row.memory_source),

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from autodistill.errors import VerificationError
-from autodistill.export.base import PROMPT_TOKENS, Expected
+from autodistill.export.base import PROMPT_TOKENS, Expected, TokenIds
 from autodistill.export.huggingface import greedy, likeliest, torch_threads
 from autodistill.export.student_reader import StudentFiles
 from autodistill.inference.quantized_cache import quantized_cache
@@ -42,7 +41,7 @@ def deployed_model(student: Path, files: StudentFiles) -> Any:
     return model
 
 
-def simulate(student: Path, deployment: Deployment, sequences: npt.NDArray[np.integer[Any]], threads: int) -> Expected:
+def simulate(student: Path, deployment: Deployment, sequences: TokenIds, threads: int) -> Expected:
     """Return what a student does under a deployment, with its likeliest tokens and what it writes.
 
     Args:

@@ -23,10 +23,11 @@ from autodistill.models.families import FAMILIES, get_family
 from autodistill.models.layer_widths import padded
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.stored_tensors import check_stored
-from autodistill.quantization.formats import QuantizationScheme, as_held
+from autodistill.quantization.formats import as_held
 from autodistill.quantization.grids import Floats, Grid, Scales
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.packing import Arrays, deployed, pack
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.utils.durable import make_folder, sync, sync_below
 
 WEIGHTS = "model.safetensors"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from autodistill.errors import RuntimeDiffersError, VerificationError
 from autodistill.evaluation.statistics import binomial_interval, binomial_tail
-from autodistill.export.base import Artifact, Expected, Exporter, Ran, TakesAny
+from autodistill.export.base import Artifact, Expected, Exporter, Ran, TakesAny, TokenIds
 from autodistill.export.student_reader import StudentFiles
 from autodistill.quantization.grids import Floats
 from autodistill.strategy.deployment import Deployment
@@ -121,8 +121,8 @@ def verify_runtime(
     exporter: Exporter,
     artifact: Artifact,
     deployment: Deployment,
-    simulated: tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.floating[Any]]],
-    sequences: npt.NDArray[np.integer[Any]],
+    simulated: tuple[TokenIds, npt.NDArray[np.floating[Any]]],
+    sequences: TokenIds,
     threads: int,
     student: Path,
 ) -> RuntimeCheck:

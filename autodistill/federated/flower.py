@@ -57,7 +57,10 @@ def client_of(
     client: Any = flwr.client.NumPyClient
 
     class Participant(client):
+        """A client as Flower calls it."""
+
         def fit(self, parameters: Any, config: Any) -> Any:
+            """Train on what was agreed in the round before, and return predictions."""
             agreed = Predictions.received(parameters, positions) if parameters else None
             found = train(agreed)
             told(f"round {config['round']}: {found.bytes:,} bytes of predictions sent")
@@ -107,17 +110,22 @@ def server_of(
     strategy: Any = flwr.server.strategy.Strategy
 
     class Pooling(strategy):
+        """A server as Flower calls it: it pools what clients send."""
+
         agreed: Predictions | None = None
 
         def initialize_parameters(self, client_manager: Any) -> Any:
+            """Begin with nothing agreed, once all clients are there."""
             client_manager.wait_for(clients)
             return to_parameters([])
 
         def configure_fit(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
+            """Ask every client for predictions, and send what was agreed."""
             asked = flwr.common.FitIns(parameters, {"round": server_round})
             return [(one, asked) for one in client_manager.all().values()]
 
         def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
+            """Pool the predictions of a round."""
             came, faults = [], [str(one) for one in failures]
             for _, result in results:
                 try:
@@ -132,12 +140,15 @@ def server_of(
             return (None if self.agreed is None else to_parameters(self.agreed.arrays)), {}
 
         def configure_evaluate(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
+            """Ask no client to evaluate."""
             return []
 
         def aggregate_evaluate(self, server_round: int, results: Any, failures: Any) -> Any:
+            """Return nothing: no client evaluates."""
             return None, {}
 
         def evaluate(self, server_round: int, parameters: Any) -> Any:
+            """Return nothing: the server has no model."""
             return None
 
     strategy = Pooling()

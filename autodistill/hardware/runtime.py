@@ -27,9 +27,12 @@ class Figures(Protocol):
     """A device's rates by precision, and whether its bandwidth was measured."""
 
     @property
-    def rates(self) -> Mapping[str, float]: ...
+    def rates(self) -> Mapping[str, float]:
+        """Operations a second, by precision."""
+
     @property
-    def measured(self) -> bool: ...
+    def measured(self) -> bool:
+        """Whether its bandwidth was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,7 @@ def one_block(model: Any, index: int) -> Iterator[Callable[[Tensor], Tensor]]:
         here.after = inputs[0]
 
     def run(states: Tensor) -> Tensor:
+        """Return what one batch is after the blocks, and what was seen within."""
         model.base_model(inputs_embeds=states, use_cache=False)
         after: Tensor = here.after
         return after
@@ -154,6 +155,7 @@ def _passed(
         here.seen[name] = inputs[0][0].float()
 
     def run(index: int) -> Passed:
+        """Return what one batch is after the blocks, and what was seen within."""
         here.seen = {}
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
             model.base_model(**begun[index], use_cache=False)

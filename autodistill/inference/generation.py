@@ -158,6 +158,7 @@ def _at_most(lengths: Sequence[int], tokens: int) -> Callable[[int, int], int]:
     """Return the `take` function of `map_batches` with limits of rows (shortest first) and of padded tokens."""
 
     def take(start: int, rows: int) -> int:
+        """Return where the batch ends that begins at `start`, of at most `rows` prompts."""
         stop = start + 1
         while stop < len(lengths) and stop - start < rows and (stop + 1 - start) * lengths[stop] <= tokens:
             stop += 1

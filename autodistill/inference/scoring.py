@@ -172,6 +172,7 @@ def _over_rows(
     sequences, length = data.tokens.shape
 
     def pass_over(batch: range) -> list[Tensor]:
+        """Return what `work` gives for the counted tokens of some sequences."""
         part = slice(batch.start, batch.stop)
         ids = torch.from_numpy(np.array(data.tokens[part], dtype=np.int64)).to(device)
         row, column = np.nonzero(counted[part, 1:])

@@ -437,6 +437,7 @@ def _own_scales(model: Any, scales: Mapping[str, Scales] | None) -> dict[str, Sc
     sizes = {one.name: one.shape for one in spec_from_config(model.config.to_dict()).tensors}
 
     def cut(whole: Any, part: _Part, size: int) -> Any:
+        """Return the part of a whole tensor that one of `size` groups holds."""
         groups = whole.shape[part.dim]
         return np.ascontiguousarray(
             whole.take(range(part.start * groups // size, part.stop * groups // size), axis=part.dim)

@@ -82,6 +82,7 @@ def watched(model: Any, names: Sequence[str], read: Read, count: int, device: st
         note(name, 0, inputs[0], output)
 
     def back_and_forth(index: int) -> dict[str, Taken]:
+        """Return what was taken of one batch on the way forth and back."""
         here.found = defaultdict(list)
         with torch.enable_grad(), ExitStack() as modes:
             if inside:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.quantization.group_scales import Steps, given_steps, in_steps
 from autodistill.quantization.k_quants import nearest_codes
+from autodistill.quantization.loops import loops
 from autodistill.quantization.rounding import fitted_scales, given_values
 
 # Of the mean of the moments' diagonal, which is added to it: inputs of a short text do not span all directions.
@@ -56,7 +54,7 @@ def compensated(
     factor = _factor(moments.double()[order][:, order], damping).to(weight.dtype)
     left, out = weight[:, order], torch.empty_like(weight)
     places = order // grid.group(columns)
-    compiled = _loops() if weight.device.type == "cpu" else None
+    compiled = loops("error_compensation") if weight.device.type == "cpu" else None
     rows = None if compiled is None else compiled.Rows(steps, len(weight), grid)
     for start in range(0, columns, _BLOCK):
         part = slice(start, start + _BLOCK)
@@ -68,16 +66,6 @@ def compensated(
         out[:, order[part]] = values
         left[:, start + _BLOCK :] -= errors @ factor[part, start + _BLOCK :]
     return out, stored
-
-
-@cache
-def _loops() -> ModuleType | None:
-    """Return the compiled loop, or None if numba does not work here; it is imported on first use."""
-    try:
-        from autodistill.quantization import compensation_numba
-    except ImportError:
-        return None
-    return compensation_numba
 
 
 def _made_up(left: Tensor, factor: Tensor, groups: list[int], steps: Steps, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Scales
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.utils.plain_dataclass import plain
 
 SCALES_FILE = "grid_scales.safetensors"

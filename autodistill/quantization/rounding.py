@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 from autodistill.quantization import k_quants as super_blocks
 from autodistill.quantization.grids import Grid, Scales, Storage
 from autodistill.quantization.group_scales import Steps, extremes, fitted_steps, given_steps, in_steps, stored_steps
+from autodistill.quantization.loops import loops
 
 # Weights handled at once, operation by operation: on a CPU a chunk and its buffers stay in cache, so that each of the
 # six or so passes costs a tenth of a nanosecond a weight, and memory is read and written once; of powers of two around
@@ -24,16 +23,6 @@ _SEARCHED = 2**19
 # The largest float32 below a half: x + this, with the sign of x, cut to an integer rounds halves away from 0. With 0.5
 # the sum itself could be rounded up.
 _BELOW_HALF = 0.5 - 2.0**-25
-
-
-@cache
-def loops() -> ModuleType | None:
-    """Return the compiled loops, or None if numba does not work here; they are imported on first use."""
-    try:
-        from autodistill.quantization import rounding_numba as grid_loops
-    except ImportError:
-        return None
-    return grid_loops
 
 
 def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None) -> Tensor:
@@ -65,8 +54,8 @@ def fitted_scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     if grid.searched:
         groups = weight.contiguous().view(-1, grid.group_size)
         at_once = _SEARCHED if weight.device.type == "cpu" else _CHUNK
-        compiled = loops()
-        search = compiled.nearest if compiled is not None and compiled.fits(groups) else None
+        compiled = loops("k_quants", groups)
+        search = None if compiled is None else compiled.nearest
         searched, minima = super_blocks.fitted(groups, grid, torch, at_once, search)
         return searched.view(shape), None if minima is None else minima.view(shape)
     size = grid.group(weight.shape[1])
@@ -104,8 +93,7 @@ def given_values(
 
 
 def _extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
-    compiled = loops()
-    if compiled is not None and compiled.fits(groups):
+    if (compiled := loops("rounding", groups)) is not None:
         found: tuple[Tensor, Tensor] = compiled.extremes(groups)
         return found
     return extremes(groups)
@@ -124,8 +112,7 @@ def _values(
     exact = dtype == torch.float32
     # What compressed-tensors holds is bfloat16, in float32 as well.
     rounded = exact and grid.container == "compressed-tensors"
-    compiled = loops()
-    if compiled is not None and compiled.fits(weight, out, inside):
+    if (compiled := loops("rounding", weight, out, inside)) is not None:
         steps = steps_of(weight.view(-1, size), slice(None))
         compiled.values(weight, steps, grid, rounded=rounded, out=out, inside=inside)
         return out

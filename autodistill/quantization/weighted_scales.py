@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from autodistill.quantization import k_quants as super_blocks
 from autodistill.quantization.grids import Grid
+from autodistill.quantization.loops import loops
 from autodistill.quantization.packing import BF16_EPSILON
-from autodistill.quantization.rounding import fitted_scales, loops
+from autodistill.quantization.rounding import fitted_scales
 
 # How many codes beyond that of the scale rule a group's largest weight would be: it is clipped where that pays.
 _BEYOND = (-1.0, -0.7, -0.4, -0.2, 0.0, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 4.5, 6.5)
@@ -66,16 +66,6 @@ def weighted_scales(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Ten
     return scales, offsets
 
 
-def _loops(groups: Tensor) -> ModuleType | None:
-    """The compiled loops, where they can handle groups; else all is done operation by operation."""
-    compiled = loops()
-    if compiled is None or not compiled.fits(groups):
-        return None
-    from autodistill.quantization import weighted_scales_numba
-
-    return weighted_scales_numba
-
-
 class _Fit:
     """Scales and offsets of groups, [out, groups] each, with the weighted squared error that they leave."""
 
@@ -85,8 +75,7 @@ class _Fit:
     @classmethod
     def of(cls, groups: Tensor, counts: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None) -> _Fit:
         """Round groups, [out, groups, size], under scales and offsets."""
-        compiled = _loops(groups)
-        if compiled is not None:
+        if (compiled := loops("weighted_scales", groups)) is not None:
             return cls(scales, offsets, compiled.errors(groups, counts[0], grid, scales, offsets))
         codes, step = _codes(groups, grid, scales, offsets), scales.unsqueeze(-1)
         if offsets is None:
@@ -128,8 +117,7 @@ def _codes(groups: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None) -
 def _searched(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
     """The best of what is tried, and of what that leads to: as a file stores scales one by one, or free of a block."""
     stored = not grid.block_size
-    compiled = _loops(groups)
-    if compiled is not None:
+    if (compiled := loops("weighted_scales", groups)) is not None:
         scales, offsets = best.scales.clone(), None if best.offsets is None else best.offsets.clone()
         compiled.search(groups, counts[0], grid, scales, offsets, _tried(grid), _moves(grid), stored=stored)
         return _Fit(scales, offsets, best.error)

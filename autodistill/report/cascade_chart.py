@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import InputError
 from autodistill.report.charts import HEIGHT, WIDTH, altair_module
-from autodistill.units import format_bytes
+from autodistill.units import format_bytes, with_error
 
 if TYPE_CHECKING:
     import altair
@@ -75,7 +75,7 @@ def _points(curve: Any) -> Iterator[dict[str, Any]]:
             "high": None if error is None else one["accuracy"] + error,
             "threshold": f"below {one['threshold']:.4f}",
             "share": f"{one['deferred']:.1%}",
-            "right": f"{one['accuracy']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
+            "right": with_error(one["accuracy"], error),
             "gain": f"{one['over_chance']:+.4f} over random" + ("" if gained is None else f" ± {gained:.4f}"),
             "needs": ", ".join(needs) or "not known",
         }

@@ -19,7 +19,7 @@ from autodistill.runs.results.row import Row
 from autodistill.search.construction.construction import Construction
 from autodistill.search.explain import FEWEST_RESULTS, Explanation
 from autodistill.strategy.strategy import Strategy
-from autodistill.units import format_bytes, format_duration
+from autodistill.units import format_bytes, format_duration, with_error
 
 if TYPE_CHECKING:
     import altair
@@ -276,7 +276,7 @@ def _point(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
     for metric in metrics:
         value, error = _figure(row, metric)
         if value is not None:
-            said = f"{metric} {value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            said = f"{metric} {with_error(value, error)}"
             found |= {_key(metric): value, f"{_key(metric)}_said": said}
             found |= (
                 {} if error is None else {f"{_key(metric)}_low": value - error, f"{_key(metric)}_high": value + error}

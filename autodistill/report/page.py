@@ -99,7 +99,7 @@ def sentence(contents: Contents) -> str:
     if best is None:
         return f"<p class=found>{text(question)}: nothing fits yet.</p>"
     metric = contents.metric
-    facts = [f"{metric} {_with_error(best, metric)} on validation"]
+    facts = [f"{metric} {best.shown(metric)} on validation"]
     if best.memory_bytes is not None:
         facts.append(f"{format_bytes(best.memory_bytes)} of memory ({best.memory_source or 'source not recorded'})")
     answer = f"<strong>{text(named(best))}</strong>, {text(', '.join(facts))}"
@@ -116,7 +116,7 @@ def _better(contents: Contents, best: Row) -> str:
     if first.feasible or sign * ((first.figure(metric) or 0.0) - (best.figure(metric) or 0.0)) <= 0:
         return ""
     why = first.reason or "it is over the budget"
-    return paragraph(f"{first.row_id} has a better {metric}, {_with_error(first, metric)}, and was passed over: {why}.")
+    return paragraph(f"{first.row_id} has a better {metric}, {first.shown(metric)}, and was passed over: {why}.")
 
 
 def _state(contents: Contents) -> str:
@@ -340,7 +340,7 @@ def _line(contents: Contents, one: Ranked) -> list[Any]:
         row.row_id,
         row.name,
         row.kind,
-        Cell(_with_error(row, metric), row.figure(metric)),
+        Cell(row.shown(metric), row.figure(metric)),
         Cell("-" if row.retention is None else f"{row.retention:.1%}", row.figure("retention")),
         _place(loss),
         _place(row.agreement, "{:.3f}"),
@@ -366,7 +366,7 @@ def _test(contents: Contents) -> str:
             row.row_id,
             row.name,
             row.kind + (", exported" if row.row_id == f"{exported}-test" else ""),
-            Cell(_with_error(row, metric), row.figure(metric)),
+            Cell(row.shown(metric), row.figure(metric)),
             Cell("-" if row.retention is None else f"{row.retention:.1%}", row.figure("retention")),
             _place(row.perplexity, "{:.2f}"),
         ]
@@ -402,11 +402,6 @@ def _seconds(contents: Contents, drawn: Mapping[str, Any]) -> str:
     seconds: Mapping[str, float] = contents.asked.get("seconds", {})
     told = {name: f"{value:,.1f}" for name, value in seconds.items()}
     return _chart("phases", drawn, "Seconds that each phase took.") + pairs("Seconds by phase", told)
-
-
-def _with_error(row: Row, metric: str) -> str:
-    value, error = row.figure(metric), row.figure(f"{metric}_stderr")
-    return "-" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _place(value: float | None, form: str = "{:.4f}") -> Cell:

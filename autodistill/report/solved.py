@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import InputError
 from autodistill.report.charts import altair_module
-from autodistill.units import format_bytes
+from autodistill.units import format_bytes, with_error
 from autodistill.utils.json_files import unwritable
 
 if TYPE_CHECKING:
@@ -123,5 +123,5 @@ def _point(what: str, one: Mapping[str, Any]) -> dict[str, Any]:
         "kl": kl,
         "low": None if error is None else max(0.0, kl - error),
         "high": None if error is None else kl + error,
-        "told": f"{kl:.4f}" if error is None else f"{kl:.4f} ± {error:.4f}",
+        "told": with_error(kl, error),
     }

@@ -19,7 +19,7 @@ from autodistill.runs.results.selection import KIND, Confirmation, chosen, confi
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.savings import Saved
 from autodistill.runs.test_split_ledger import opened, openings_of
-from autodistill.units import format_bytes, format_duration
+from autodistill.units import format_bytes, format_duration, with_error
 from autodistill.utils.json_files import replacing
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _answer(
         whatever = chosen(rows, metric, direction, students_only=False)
         what = "No trained student fits the budget." if whatever is not None else "Nothing fits the budget."
         return f"## Answer\n\n{what}{reason}"
-    parts = [f"**{plain(best.name)}** ({best.kind}) as {best.deployment_name}: {plain(metric)} {_figure(best, metric)}"]
+    parts = [f"**{plain(best.name)}** ({best.kind}) as {best.deployment_name}: {plain(metric)} {best.shown(metric)}"]
     if best.retention is not None:
         parts.append(f"{best.retention:.1%} of the teacher's")
     if best.memory_bytes is not None:
@@ -253,7 +253,7 @@ def _beside(best: Row, rows: Sequence[Row], metric: str, direction: Direction) -
 
 
 def _told(row: Row, metric: str) -> str:
-    parts = [plain(named(row)), f"{plain(metric)} {_figure(row, metric)}", _short(row)]
+    parts = [plain(named(row)), f"{plain(metric)} {row.shown(metric)}", _short(row)]
     return ", ".join(filter(None, parts))
 
 
@@ -267,8 +267,8 @@ def _confirmed(confirmed: Sequence[Confirmation], ranked: Sequence[Ranked]) -> s
             item.trial,
             item.name,
             packed.get(item.row_id, "-"),
-            _with_error("{:.4f}", item.mean, item.stderr),
-            _with_error("{:+.4f}", item.difference, item.difference_stderr),
+            with_error(item.mean, item.stderr),
+            with_error(item.difference, item.difference_stderr, "+.4f"),
         ]
         for item in confirmed
     ]
@@ -290,7 +290,7 @@ def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
             f"{one.place}{' =' if one.tied else ''}",
             one.row.row_id,
             one.row.name,
-            _figure(one.row, metric),
+            one.row.shown(metric),
             _shown(one.row.retention, "{:.1%}"),
             _shown(one.row.perplexity, "{:.2f}"),
             _shown(one.row.agreement, "{:.3f}"),
@@ -325,7 +325,7 @@ def _front(search: Mapping[str, Any], ranked: Sequence[Ranked]) -> str:
 def _objective(row: Row, objective: Objective) -> str:
     value = row.figure(objective.figure) or 0.0
     if objective.trained:
-        return _figure(row, objective.figure)
+        return row.shown(objective.figure)
     return format_bytes(value) if objective.figure.endswith("_bytes") else format_duration(value / 1e3)
 
 
@@ -376,10 +376,10 @@ def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int], exporte
             row.row_id,
             row.name,
             _shown(row.fidelity, "{:.0%}"),
-            _figure(row, metric),
+            row.shown(metric),
             _shown(row.retention, "{:.1%}"),
             _shown(row.perplexity, "{:.2f}"),
-            *(_figure(row, name) for name in tasks),
+            *(row.shown(name) for name in tasks),
         ]
         for row in rows
     ]
@@ -400,14 +400,6 @@ def _command(search: Mapping[str, Any]) -> str:
     if "command" not in search:
         return ""
     return f"## How to repeat this run\n\n{fenced(search['command'])}"
-
-
-def _figure(row: Row, metric: str) -> str:
-    return _with_error("{:.4f}", row.figure(metric), row.figure(f"{metric}_stderr"))
-
-
-def _with_error(form: str, value: float | None, error: float | None) -> str:
-    return _shown(value, form) + ("" if value is None or error is None else f" ± {error:.4f}")
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from autodistill.errors import VerificationError
+from autodistill.utils.timeouts import end_within
 
 _STOP_SECONDS = 10
 
@@ -104,13 +105,8 @@ class JsonChild:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
         try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+            end_within(self._process, _STOP_SECONDS)
         finally:
-            if self._process.poll() is None:
-                self._process.kill()
-                self._process.wait()
             self._folder.cleanup()
 
     def _answer(self, failure: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -12,7 +11,7 @@ from autodistill.hardware.budget import check_streams
 from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import MOST_CONTEXT
-from autodistill.utils.json_files import read_json
+from autodistill.utils.json_files import read_json, write_json
 from autodistill.utils.typed_data import check_typed
 
 SERVE_FILE = "serve.json"
@@ -106,7 +105,7 @@ def write_launch_files(model: Path, deployment: Deployment, context: int, slots:
         "flash_attention": "on" if narrow else "auto",
         "command": [*command, *deployment.server_arguments],
     }
-    (model.parent / SERVE_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_json(model.parent / SERVE_FILE, document)
     # Ollama has one type for keys and values, set for the whole server.
     server = [f"OLLAMA_NUM_PARALLEL={slots}"]
     server += [f"OLLAMA_KV_CACHE_TYPE={keys}", "OLLAMA_FLASH_ATTENTION=1"] if narrow and keys == values else []

@@ -35,7 +35,7 @@ from autodistill.runs.results.row import Row
 from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.finish.export_run import export_run, find_row, model_folder
-from autodistill.units import format_bytes
+from autodistill.units import format_bytes, with_error
 
 POSITION, ANSWER = "position", "answer"
 _TEACHER = "teacher"
@@ -389,19 +389,15 @@ def _table(points: Sequence[Mapping[str, Any]]) -> list[str]:
         cells.append(
             (
                 f"{one['threshold']:.4f}",
-                _pair(100 * one["deferred"], one["deferred_stderr"] and 100 * one["deferred_stderr"], "{:.1f}") + "%",
-                _pair(one["accuracy"], one["accuracy_stderr"], "{:.4f}"),
-                _pair(one["over_chance"], one["over_chance_stderr"], "{:+.4f}"),
-                "-" if one["latency_ms"] is None else _pair(one["latency_ms"], one["latency_stderr"], "{:.2f}"),
+                with_error(100 * one["deferred"], one["deferred_stderr"] and 100 * one["deferred_stderr"], ".1f") + "%",
+                with_error(one["accuracy"], one["accuracy_stderr"], ".4f"),
+                with_error(one["over_chance"], one["over_chance_stderr"], "+.4f"),
+                with_error(one["latency_ms"], one["latency_stderr"], ".2f"),
                 "-" if one["memory_bytes"] is None else format_bytes(one["memory_bytes"]),
             )
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-
-
-def _pair(value: float, error: float | None, form: str) -> str:
-    return form.format(value) + ("" if error is None else f" ± {form.replace('+', '').format(error)}")
 
 
 def _suggested(found: Mapping[str, Any], large: str) -> str:
@@ -410,7 +406,7 @@ def _suggested(found: Mapping[str, Any], large: str) -> str:
         return f"{said} One document alone says nothing of others."
     return (
         f"{said} On documents that a threshold was not chosen by it defers "
-        f"{_pair(100 * found['deferred'], 100 * (found['deferred_stderr'] or 0), '{:.1f}')}%, with accuracy "
-        f"{_pair(found['accuracy'], found['accuracy_stderr'], '{:.4f}')}, "
-        f"{_pair(found['over_large'], found['over_large_stderr'], '{:+.4f}')} to {large} alone."
+        f"{with_error(100 * found['deferred'], 100 * (found['deferred_stderr'] or 0), '.1f')}%, with accuracy "
+        f"{with_error(found['accuracy'], found['accuracy_stderr'], '.4f')}, "
+        f"{with_error(found['over_large'], found['over_large_stderr'], '+.4f')} to {large} alone."
     )

@@ -30,7 +30,7 @@ from autodistill.search.campaign.state import LIKELIHOOD
 from autodistill.search.construction.construction import Construction
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
-from autodistill.units import format_bytes
+from autodistill.units import format_bytes, with_error
 
 # With fewer results a share of the variance is noise.
 FEWEST_RESULTS = 8
@@ -203,7 +203,7 @@ def _race(rows: Sequence[Row], plan: Plan) -> tuple[str, ...]:
         said = f"{named(row)}: {math.log(row.perplexity or math.inf):.4f} nats a token"
         gap = paired_difference(paired(row, LIKELIHOOD), paired(firsts[0], LIKELIHOOD))
         if row is not firsts[0] and gap is not None:
-            said += f", {gap[0]:.4f}{'' if gap[1] is None else f' ± {gap[1]:.4f}'} behind"
+            said += f", {with_error(*gap)} behind"
         lines.append(said)
     return tuple(lines)
 

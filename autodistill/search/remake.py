@@ -31,6 +31,7 @@ from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.trial import Trial
+from autodistill.units import with_error
 
 Verdict = Literal["identical", "within its error", "different"]
 # What is measured in a runtime or on a machine, or only told, is not a figure of the student on its text.
@@ -71,8 +72,8 @@ class Remade:
         lines = [f"{self.row} of {self.run}, made again in {self.seconds:.0f}s: {self.verdict}."]
         lines += [f"  {name}: {before:.10g} before, {now:.10g} now" for name, (before, now) in self.figures.items()]
         if self.verdict != "identical" and self.difference is not None:
-            error = "" if self.stderr is None else f" ± {self.stderr:.4f}"
-            lines.append(f"  {self.metric}, paired by document: {self.difference:+.4f}{error}")
+            difference = with_error(self.difference, self.stderr, "+.4f")
+            lines.append(f"  {self.metric}, paired by document: {difference}")
         differs = self.environment or ("nothing that the run recorded",)
         lines.append(f"What differs from then: {'; '.join(differs)}.")
         return "\n".join(lines)

@@ -9,6 +9,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+from autodistill.utils.timeouts import end_within
+
 _STOP_SECONDS = 10
 _KEPT = 40  # lines of what it said
 _TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)|(?P<error>\w*Error: .*)")
@@ -89,13 +91,8 @@ class ServerProcess:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
         try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+            end_within(self._process, _STOP_SECONDS)
         finally:
-            if self._process.poll() is None:
-                self._process.kill()
-                self._process.wait()
             self._reader.join(2)
             if self._process.stdout is not None and not self._reader.is_alive():
                 self._process.stdout.close()

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autodistill.models.tensors import TensorSpec
-from autodistill.quantization.formats import CACHE_BYTES, QuantizationScheme, get_format
+from autodistill.quantization.formats import CACHE_BYTES, get_format
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

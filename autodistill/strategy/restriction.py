@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from autodistill.errors import InputError
-from autodistill.quantization.formats import TYPES, QuantizationScheme
+from autodistill.quantization.formats import TYPES
 from autodistill.quantization.grids import Grid, Storage
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import PATHS, Dimension, in_order, place, points
 from autodistill.strategy.domains import Choices, Range, Value

@@ -221,6 +221,7 @@ class Space:
         branching = with_conditions(self.dimensions, paths)
 
         def taken(dimension: Dimension) -> Sequence[Value]:
+            """Return the values of a dimension that stand in the corners."""
             corners = dimension.domain.corners
             if dimension.path not in branching:
                 return corners[:1]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
 
-from autodistill.quantization.formats import QuantizationScheme
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.recipe import Distillation
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out

@@ -18,8 +18,7 @@ from autodistill.export.verify import verify, verify_runtime
 from autodistill.hardware.catalog import devices
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import get_format, weights_bytes
-from autodistill.quantization.grids import Grid
+from autodistill.quantization.formats import get_format, key_of, weights_bytes
 from autodistill.strategy.deployment import Deployment, serving
 from autodistill.testing.models import save_tiny_teacher
 
@@ -148,9 +147,7 @@ class ExporterConformance:
 
 def _first(name: str) -> Deployment:
     form = get_format(name)
-    storage = form.linears[0]
-    grid = (storage.bits, storage.group_size, storage.symmetric) if isinstance(storage, Grid) else (16, 0, True)
-    bits, group_size, symmetric = grid
+    bits, group_size, symmetric = key_of(form.linears[0])
     plain = Deployment(runtime=form.runtimes[-1], format=name, bits=bits, group_size=group_size, symmetric=symmetric)
     return Deployment(**{**plain.to_json(), "runtime": serving(plain)[0], "keep": ()})
 

@@ -159,6 +159,7 @@ def _points(rungs: Sequence[RungReached], metric: str) -> tuple[Point, ...]:
     found: dict[int, Point] = {}
 
     def put(tokens: int, time: float | None, values: Mapping[str, Any]) -> None:
+        """Add finite values to the point at so many tokens."""
         finite = {name: float(value) for name, value in values.items() if _is_finite(value)}
         before = found[tokens].values if tokens in found else {}
         if finite:

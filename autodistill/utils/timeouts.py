@@ -1,11 +1,12 @@
-"""A call with a deadline: a library call that never returns is abandoned in a thread of its own."""
+"""Deadlines: a library call that never returns is abandoned in a thread of its own, a process is killed."""
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
 _LEAST_WAIT = 0.01  # seconds
@@ -38,6 +39,7 @@ def call_with_timeout(
     ended = threading.Event()
 
     def run() -> None:
+        """Keep what the call returns or raises."""
         try:
             results.append(call())
         except BaseException as error:
@@ -63,3 +65,15 @@ def call_with_timeout(
 def calls_left() -> bool:
     """Return whether an abandoned call is still running; what a library cleans up at exit may wait for it."""
     return not all(ended.is_set() for ended in _left)
+
+
+def end_within(process: subprocess.Popen[Any], seconds: float) -> None:
+    """Wait for a process to end; kill it after so many seconds, or where an interrupt does not allow to wait."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

@@ -67,7 +67,7 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def _none() -> None:
+def _none(*_: object) -> None:
     """The loops of a machine without numba."""
 
 

@@ -17,8 +17,8 @@ import pytest
 import autodistill as ad
 from autodistill import plugins
 from autodistill.options import options_of
+from autodistill.search.request.given_space import strategy_reference
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.request.resolve import _reference
 from autodistill.testing import save_tiny_teacher, tiny_text
 from tests.search.conftest import untimed
 
@@ -103,10 +103,10 @@ def test_what_is_exported_is_loaded_by_another_library(page: dict[str, Any]):
 
 def test_a_strategy_that_is_an_object_is_kept_as_a_file_so_that_its_run_can_go_on(tmp_path: Path):
     strategy = ad.load_strategy("hand_designed")
-    path = _reference(strategy, tmp_path)
+    path = strategy_reference(strategy, tmp_path)
     assert ad.load_strategy(path) == strategy
-    assert _reference(strategy, tmp_path) == path
-    assert _reference("logit_kd", tmp_path) == "logit_kd"
+    assert strategy_reference(strategy, tmp_path) == path
+    assert strategy_reference("logit_kd", tmp_path) == "logit_kd"
 
 
 def test_a_frame_has_the_leaderboard_with_errors_and_dimensions(page: dict[str, Any]):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from autodistill.errors import InputError
 from autodistill.export.student_reader import StudentFiles, replacing
-from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.packing import deployed
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.testing import save_tiny_teacher
 
 F16 = QuantizationScheme(format="gguf-f16", bits=16, group_size=0)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,54 +9,18 @@ import torch
 
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.check import student_spec
-from autodistill.distillation.teacher.build_cache import ensure_cache
-from autodistill.distillation.teacher.importance import measure_importance
-from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.distillation.training.fsdp import Sharding
 from autodistill.models.config import spec_from_config
-from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Grid
-from autodistill.search.setup.teacher_phase import cache_settings
-from autodistill.strategy.named import load_strategy
 from autodistill.strategy.recipe import Alignment, Distillation, Lora
-from autodistill.strategy.space import load_space
 from autodistill.strategy.strategy import Finishing, Init, Strategy
+from tests.strategy.test_named_strategies import NAMES, bench_of
 
-NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces" / "strategies").glob("*.yaml"))
 STEP = 64
 # What the others have as well.
 SLOW = ("block_influence", "cross_entropy", "distillm", "from_scratch", "gkd", "logit_kd", "qat_int2", "reverse_kl")
 SLOW += ("sequence_level",)
 STRATEGIES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NAMES]
-
-
-def _fitted(strategy, layers):
-    """The strategy, with no more aligned layers than the tiny student has."""
-    alignment = strategy.distillation.alignment
-    if alignment is None or alignment.count <= layers:
-        return strategy
-    recipe = dataclasses.replace(strategy.distillation, alignment=dataclasses.replace(alignment, count=layers))
-    return dataclasses.replace(strategy, distillation=recipe)
-
-
-def _cache(workshop, name, strategy, spec, calibration, root, device):
-    space = dataclasses.replace(load_space("declared"), dimensions=(), baselines={name: strategy})
-    settings = cache_settings(space, spec, bf16=False, calibration=calibration)
-    if settings.empty:
-        return None
-    folder = ensure_cache(
-        lambda: load_model(workshop.teacher, torch.float32),
-        teacher_fingerprint="t",
-        data_fingerprint="d",
-        data=workshop.data,
-        vocabulary=spec.vocabulary,
-        width=spec.width,
-        settings=settings,
-        root=root,
-        limit_bytes=10**8,
-        device=device,
-    )
-    return TeacherCache(folder)
 
 
 def _spec(workshop):
@@ -67,22 +30,8 @@ def _spec(workshop):
 def _train(workshop, name, folder, device):
     """Records and weights of a stretch with a checkpoint, and of the decay that another trainer goes on with."""
     workshop = dataclasses.replace(workshop, data=workshop.data.head(4 * workshop.data.tokens.shape[1]))
-    spec, strategy = _spec(workshop), load_strategy(name)
-    strategy = _fitted(strategy, student_spec(strategy, spec).layers)
     folder.mkdir()
-    calibration = None
-    if strategy.init.selective:
-        calibration = folder / "calibration.safetensors"
-        measure_importance(load_model(workshop.teacher, torch.float32), workshop.data, device).save(calibration)
-    cache = _cache(workshop, name, strategy, spec, calibration, folder, device)
-    storage_of = None
-    if strategy.finishing is not None:
-        storages = {t.name: strategy.finishing.storage(t) for t in student_spec(strategy, spec).tensors}
-        storage_of = {tensor: storage for tensor, storage in storages.items() if isinstance(storage, Grid)}.get
-    bench = dataclasses.replace(workshop, cache=cache)
-    if name == "written":
-        bench = bench.told(workshop.cache)
-        bench.data.told.ids[:, ::2] = -1
+    strategy, bench, calibration, storage_of = bench_of(workshop, name, folder, device)
     options = {"calibration": calibration, "tokens": 3 * STEP, "device": device}
     first = bench.trainer(strategy, **options)
     records = [*first.train_stable(STEP)]

@@ -11,9 +11,10 @@ from autodistill.errors import InputError
 from autodistill.models.config import resized, spec_from_config
 from autodistill.models.families import get_family
 from autodistill.models.tensors import Role, TensorSpec, takes_more_bits
-from autodistill.quantization.formats import FORMATS, QuantizationScheme, get_format, tensor_bytes, weights_bytes
+from autodistill.quantization.formats import FORMATS, get_format, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.packing import pack
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.testing import tiny_config
 
 PACKINGS = [

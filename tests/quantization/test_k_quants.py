@@ -15,8 +15,8 @@ from hypothesis.extra import numpy as npst
 from autodistill.quantization.formats import FORMATS
 from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_K, Q5_K, Q6_K
 from autodistill.quantization.k_quants import fitted, on_block_grid, stored
+from autodistill.quantization.loops import k_quants as compiled
 from autodistill.quantization.packing import deployed
-from autodistill.quantization.rounding import loops
 
 GRIDS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
 by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
@@ -63,8 +63,6 @@ def test_torch_finds_the_scales_of_numpy(grid, weights, at_once):
 @by_grid
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 def test_compiled_loops_find_the_scales_of_single_operations(grid, weights):
-    compiled = loops()
-    assert compiled is not None
     groups = torch.from_numpy(weights).view(-1, grid.group_size)
     for mine, other in zip(
         fitted(groups, grid, torch, search=compiled.nearest), fitted(groups, grid, torch), strict=True

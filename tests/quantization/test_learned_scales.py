@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Finishing
 

@@ -10,7 +10,8 @@ import pytest
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.models.tensors import Role
-from autodistill.quantization.formats import FORMATS, INTEGER_TYPES, TYPES, QuantizationScheme, scheme_by_tensor
+from autodistill.quantization.formats import FORMATS, INTEGER_TYPES, TYPES
+from autodistill.quantization.scheme import QuantizationScheme, scheme_by_tensor
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Finishing
 from autodistill.testing import tiny_config

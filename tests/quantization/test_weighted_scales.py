@@ -54,7 +54,7 @@ def test_compiled_loops_find_what_single_operations_do(name: str, monkeypatch: p
     weight[0] *= 1e-6  # whose scales are below the normal numbers of float16
     weight[1, :64] = 0
     compiled = found(weight, grid, importance)
-    monkeypatch.setattr("autodistill.quantization.weighted_scales.loops", lambda: None)
+    monkeypatch.setattr("autodistill.quantization.weighted_scales.loops", lambda *_: None)
     single = found(weight, grid, importance)
     # Sums are added up in another order: of two tries that are as good either may be taken.
     assert (compiled.scales == single.scales).mean() > 0.98

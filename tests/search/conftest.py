@@ -19,7 +19,7 @@ from autodistill.evaluators.memory import Memory
 from autodistill.errors import MissingDependencyError
 from autodistill.evaluation.base import Measurement, Subject
 from autodistill.runs import report
-from autodistill.search.finish import finish
+from autodistill.search.finish import export_row
 from autodistill.search.planning.durations import Speed
 from autodistill.search.setup import measure_plan
 from autodistill.search.solve.call import export as solve_export
@@ -55,8 +55,8 @@ def untimed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Latency, "supports", timed)
         patch.setattr(Memory, "evaluate", predicted)
-        patch.setattr(finish, "free_cores", lambda most: 1)
-        patch.setattr(finish, "POSITIONS", 160)
+        patch.setattr(export_row, "free_cores", lambda most: 1)
+        patch.setattr(export_row, "POSITIONS", 160)
         patch.setattr(solve_export, "POSITIONS", 160)
         patch.setattr(measure_plan, "measure_speed", speed)
         patch.setattr(report, "figure", drawn)

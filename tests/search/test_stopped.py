@@ -137,7 +137,7 @@ def test_a_second_one_stops_at_once_and_what_cannot_be_exported_is_said(
     ):
         with monkeypatch.context() as patch:
             interrupted_after(1, patch)
-            patch.setattr("autodistill.search.finish.finish._export", failing(error))
+            patch.setattr("autodistill.search.finish.finish.export_row", failing(error))
             assert stopped(request(inputs, tmp_path, resume=(tmp_path / "run").exists())).startswith(expected)
     assert search(request(inputs, tmp_path, resume=True)).finish.best.feasible
 

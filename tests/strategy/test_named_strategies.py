@@ -23,8 +23,13 @@ NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces
 STEP = 64
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_trains(workshop, tmp_path, name):
+def bench_of(workshop, name, folder, device="cpu"):
+    """A named strategy as the tiny student can have it, and a workshop with what it is trained on.
+
+    Returns:
+        Strategy, workshop, the file of the importance that it begins from or None, and what gives the grids of its
+        finishing by name or None.
+    """
     strategy = load_strategy(name)
     spec = spec_from_config(json.loads((workshop.teacher / "config.json").read_text()))
     alignment, layers = strategy.distillation.alignment, student_spec(strategy, spec).layers
@@ -36,12 +41,12 @@ def test_it_trains(workshop, tmp_path, name):
     space = dataclasses.replace(load_space("declared"), dimensions=(), baselines={name: strategy})
     calibration = None
     if strategy.init.selective:
-        calibration = tmp_path / "calibration.safetensors"
-        measure_importance(load_model(workshop.teacher, torch.float32), workshop.data).save(calibration)
+        calibration = folder / "calibration.safetensors"
+        measure_importance(load_model(workshop.teacher, torch.float32), workshop.data, device).save(calibration)
     settings = cache_settings(space, spec, bf16=False, calibration=calibration)
     cache = None
     if not settings.empty:
-        folder = ensure_cache(
+        made = ensure_cache(
             lambda: load_model(workshop.teacher, torch.float32),
             teacher_fingerprint="t",
             data_fingerprint="d",
@@ -49,10 +54,11 @@ def test_it_trains(workshop, tmp_path, name):
             vocabulary=spec.vocabulary,
             width=spec.width,
             settings=settings,
-            root=tmp_path,
+            root=folder,
             limit_bytes=10**8,
+            device=device,
         )
-        cache = TeacherCache(folder)
+        cache = TeacherCache(made)
     storage_of = None
     if strategy.finishing is not None:
         storages = {t.name: strategy.finishing.storage(t) for t in student_spec(strategy, spec).tensors}
@@ -62,6 +68,12 @@ def test_it_trains(workshop, tmp_path, name):
         bench = bench.told(workshop.cache)
         # In every other place there is text alone.
         bench.data.told.ids[:, ::2] = -1
+    return strategy, bench, calibration, storage_of
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains(workshop, tmp_path, name):
+    strategy, bench, calibration, storage_of = bench_of(workshop, name, tmp_path)
     trainer = bench.trainer(strategy, calibration=calibration, tokens=40 * STEP)
     records = [*trainer.train_stable(32 * STEP), *trainer.train_decay(40 * STEP, storage_of)]
     # Losses of one kind: TAID's target moves, and a temperature scales what it is a divergence of.

@@ -16,15 +16,11 @@ _HEAD_ROWS = 128
 
 
 class Outputs(Protocol):
-    """The teacher's outputs for a few rows.
-
-    Attributes:
-        heard: bool [rows], those that there are outputs for; None for all of them. The others learn from their true
-            tokens alone.
-    """
+    """The teacher's outputs for a few rows."""
 
     @property
-    def heard(self) -> Tensor | None: ...
+    def heard(self) -> Tensor | None:
+        """bool [rows], those that there are outputs for; None for all. The others learn from true tokens alone."""
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
         """The divergence summed over the rows heard, and its gradient by `scaled`, [rows, vocab], 0 for the others.
@@ -36,17 +32,15 @@ class Outputs(Protocol):
 
 
 class Target(Protocol):
-    """The teacher's outputs for n predicted tokens at one temperature.
-
-    Attributes:
-        temperature: That logits are divided by.
-        standardized: Whether each row of logits, teacher's and student's, is first divided by its standard deviation.
-    """
+    """The teacher's outputs for n predicted tokens at one temperature."""
 
     @property
-    def temperature(self) -> float: ...
+    def temperature(self) -> float:
+        """What logits are divided by."""
+
     @property
-    def standardized(self) -> bool: ...
+    def standardized(self) -> bool:
+        """Whether each row of logits, teacher's and student's, is first divided by its standard deviation."""
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
         """The rows in order, `step` of them at a time."""
@@ -147,6 +141,7 @@ class TopTarget(_TokenRows):
     standardized: bool = field(default=False, init=False)
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
+        """See `Outputs.compare`."""
         return _gathered(scaled, self.spread(scaled, divergence))
 
     def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
@@ -196,6 +191,7 @@ class SampledTarget(_TokenRows):
     standardized: bool = field(default=False, init=False)
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
+        """See `Outputs.compare`."""
         return _gathered(scaled, self.spread(scaled, divergence))
 
     def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
@@ -226,9 +222,11 @@ class WrittenTarget(_TokenRows):
 
     @property
     def heard(self) -> Tensor:
+        """Rows of which the writer told any token."""
         return self.ids[:, 0] >= 0
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
+        """See `Outputs.compare`; rows of as many tokens are compared together."""
         gradient = torch.zeros_like(scaled)
         counts = (self.ids >= 0).sum(dim=1)
         value = scaled.new_zeros(())
@@ -260,6 +258,7 @@ class FullTarget:
     exchanged: tuple[int, int] | None = None
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
+        """See `Target.parts`; the logits of a block of rows are made at once."""
         rows = max(1, min(len(self.states), max(step, _HEAD_ROWS // step * step)))
         # One block of logits, written over by the next: the parts are read in order.
         room = self.head.new_empty(rows, len(self.head))
@@ -273,12 +272,15 @@ class FullTarget:
                 yield slice(block.start + part.start, block.start + part.stop), outputs
 
     def take(self, rows: Tensor | slice) -> FullTarget:
+        """See `Target.take`."""
         return replace(self, states=self.states[rows])
 
     def renamed(self, first: int, second: int) -> FullTarget:
+        """See `Target.renamed`."""
         return replace(self, exchanged=(first, second))
 
     def to(self, device: str) -> FullTarget:
+        """See `Target.to`."""
         return replace(self, states=self.states.to(device), head=self.head.to(device))
 
 
@@ -291,9 +293,11 @@ class FullOutputs(NamedTuple):
 
     @property
     def heard(self) -> None:
+        """There are outputs for all rows."""
         return None
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
+        """See `Outputs.compare`."""
         logits = self.logits.to(scaled.dtype)
         divisor: Tensor | float = self.temperature
         if self.standardized:

@@ -143,6 +143,7 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
     parameters = dict(model.named_parameters())
 
     def kept(axis: Axis, layer: int) -> Tensor | None:
+        """Return the indices that a layer keeps along an axis; None where it keeps all."""
         if axis is Axis.WIDTH:
             return selection.channels
         if axis is Axis.FFN:

@@ -198,6 +198,7 @@ def _teacher_batches(
     local = threading.local()
 
     def capture(index: int) -> Callable[..., None]:
+        """Return a hook that keeps the states of one layer, of the thread that runs it."""
 
         def hook(module: Any, arguments: Any, output: Any) -> None:
             local.states[index] = output[0] if isinstance(output, tuple) else output
@@ -205,6 +206,7 @@ def _teacher_batches(
         return hook
 
     def pass_over(batch: range) -> list[pa.RecordBatch]:
+        """Return the outputs of some sequences, as the cache stores them."""
         local.states = {}
         tokens = np.array(data.tokens[batch.start : batch.stop], dtype=np.int64)
         with torch.no_grad():

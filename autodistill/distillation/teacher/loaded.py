@@ -45,6 +45,7 @@ def teacher_reference(
     name = stated if _NAME.fullmatch(stated) else str(model.config.model_type)
 
     def save(path: Path) -> None:
+        """Save the model and its tokenizer in a folder."""
         try:
             model.save_pretrained(path)
             text.save_pretrained(path)

@@ -26,20 +26,14 @@ from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import (
-    TYPES,
-    Format,
-    QuantizationScheme,
-    all_formats,
-    scheme_by_tensor,
-    weights_bytes,
-)
+from autodistill.quantization.formats import TYPES, Format, all_formats, weights_bytes
 from autodistill.quantization.grids import Floats, Grid, Scales, Storage
 from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
 from autodistill.quantization.packing import (
     Arrays,
     unpack_codes,
 )
+from autodistill.quantization.scheme import QuantizationScheme, scheme_by_tensor
 from autodistill.strategy.deployment import Deployment, serving
 from autodistill.utils.file_locks import alone
 from autodistill.utils.json_files import write_json

@@ -126,6 +126,7 @@ def target_source(
     """
 
     def target(indices: list[int], ids: Tensor, temperature: float) -> Target:
+        """Return the target of some sequences, by their indices, with tokens `ids`, at a temperature."""
         if recipe.signal == "online":
             assert teacher is not None
             states, head = teacher.final(ids), teacher.head

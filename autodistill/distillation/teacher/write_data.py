@@ -244,6 +244,7 @@ def _from_endpoint(
     options = dataclasses.asdict(_sampling(request))
 
     def ask(prompt: Sequence[Turn]) -> _Answer:
+        """Return the answer to one prompt."""
         reply = endpoint.ask(
             [turn._asdict() for turn in prompt],
             max_tokens=request.max_tokens,

@@ -16,6 +16,7 @@ from autodistill.errors import InputError
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.grids import Grid, Scales, Storage, check_tensor
 from autodistill.quantization.group_scales import Steps, clips, given_steps, in_steps, next_beyond
+from autodistill.quantization.loops import loops
 from autodistill.quantization.rounding import (
     buffers_of,
     chunks,
@@ -23,7 +24,6 @@ from autodistill.quantization.rounding import (
     fitted_scales,
     fitted_values,
     given_values,
-    loops,
 )
 
 # The least scale above 0 that a super-block holds: float16's least unit, once.
@@ -99,8 +99,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def _stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
     """Write the gradient of a weight into `out` (it may be the incoming one), with 0 where it was clipped."""
-    compiled = loops()
-    if compiled is not None and compiled.fits(gradient, inside, out):
+    if (compiled := loops("rounding", gradient, inside, out)) is not None:
         compiled.stop_clipped(gradient, inside, out)
         return
     # As bytes the mask converts to float several times faster than as booleans.
@@ -147,8 +146,7 @@ def _learned_gradients(
     if grid.block_size:
         steps = steps._replace(factors=_revived(steps, scale, grid))
     factor = 1 / math.sqrt(size * grid.levels)
-    compiled = loops()
-    if compiled is not None and compiled.fits(weight, gradient, out):
+    if (compiled := loops("rounding", weight, gradient, out)) is not None:
         of_groups: Tensor = compiled.learned_gradients(weight, gradient, steps, grid, out)
         return of_groups.mul_(factor).view_as(scale)
     scale_gradient = torch.empty_like(scale)

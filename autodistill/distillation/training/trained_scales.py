@@ -16,8 +16,9 @@ from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization import k_quants
 from autodistill.quantization.grids import Grid, Scales, Storage, check_tensor
 from autodistill.quantization.group_scales import given_steps
+from autodistill.quantization.loops import loops
 from autodistill.quantization.packing import quantize
-from autodistill.quantization.rounding import buffers_of, chunks, fitted_scales, loops
+from autodistill.quantization.rounding import buffers_of, chunks, fitted_scales
 
 RATE = 15.0
 """Times the learning rate by which a step changes scales, as a share of what they were: of SmolLM2 in 4 bits, trained
@@ -146,8 +147,7 @@ class _Scaled(torch.autograd.Function):
         of_groups = [None if one is None else one.reshape(-1, 1) for one in (scales, minima, zero_points)]
         size = codes.shape[1]
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        compiled = loops()
-        if compiled is not None and compiled.fits(codes, scales, minima, zero_points, out):
+        if (compiled := loops("rounding", codes, scales, minima, zero_points, out)) is not None:
             compiled.scaled_codes(codes, scales, minima, zero_points, out=out)
             return out
         (buffer,) = buffers_of(codes, size, 1)
@@ -170,8 +170,7 @@ class _Scaled(torch.autograd.Function):
         groups, size = codes.shape
         of_scales = torch.empty(groups, device=codes.device)
         of_minima = torch.empty_like(of_scales) if ctx.has_minima else None
-        compiled = loops()
-        if compiled is not None and compiled.fits(codes, gradient, zero_points):
+        if (compiled := loops("rounding", codes, gradient, zero_points)) is not None:
             compiled.scale_gradients(gradient, codes, zero_points, of_scales=of_scales, of_minima=of_minima)
             return _shaped(ctx, of_scales, of_minima)
         ones = torch.ones(size, device=codes.device)

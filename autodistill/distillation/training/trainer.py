@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.losses.attention import TeacherBlock
-from autodistill.distillation.losses.hidden_states import balance_factor
 from autodistill.distillation.losses.schedules import Interpolation, along, progress, snap, temperature_at
 from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.distillation.teacher.target_sources import LiveTeacher
@@ -27,16 +26,15 @@ from autodistill.distillation.training.adamw_bf16 import RoundedAdamW
 from autodistill.distillation.training.checkpoint import gathered, restore, write_checkpoint
 from autodistill.distillation.training.fake_quantize import FakeQuantized, one_step, quantized_training
 from autodistill.distillation.training.fsdp import Sharding, clip_sharded
+from autodistill.distillation.training.gradients import Gradients
 from autodistill.distillation.training.learning_rate import Decay, stable_rate
 from autodistill.distillation.training.lora import Adapters
 from autodistill.distillation.training.on_policy import SEVERAL_PROCESSES, Written, write_on
 from autodistill.distillation.training.plan import Plan
-from autodistill.distillation.training.side_by_side import SideBySide
-from autodistill.distillation.training.step_loss import RECORDED, TERMS, Sizes, StepLoss, Weighing
+from autodistill.distillation.training.step_loss import RECORDED, StepLoss, Weighing
 from autodistill.distillation.training.trained_scales import RATE, TrainedScales
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimates.training_memory import OptimizerState
-from autodistill.inference.torch_memory import TooManyAtOnce, give_back_memory, is_out_of_memory
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Grid, Scales
@@ -140,8 +138,6 @@ class Trainer:
         rate_factor: float = 1.0,
     ) -> None:
         self.model = model
-        self._side_by_side = side_by_side
-        self._beside: SideBySide | None = None
         self._sharding = sharding
         self.tokens = 0
         self._strategy = strategy
@@ -154,11 +150,8 @@ class Trainer:
         self._seed = seed
         self._device = device
         self._failures = 0
-        # What brings alignment and attention to the size of the logit loss, from the step before.
-        self._balance: tuple[float, float] | None = None
         self.scales: dict[str, Scales] = {}
         self._learned: list[nn.Parameter] = []
-        self._on_grid: Mapping[str, FakeQuantized] = {}
         self._writes_from: Callable[[], int] | None = None
         if sharding is not None and self._recipe.on_policy is not None:
             raise InputError(SEVERAL_PROCESSES)
@@ -198,14 +191,22 @@ class Trainer:
         if alignment and projected:
             groups.append({"params": projected, "factor": alignment.projection_rate})
         self._optimizer = adamw(groups, plan.optimizer_state)
-        self._micro_batch = plan.micro_batch
+        self._gradients = Gradients(
+            self._loss,
+            self._recipe,
+            plan,
+            parameters=self._moved,
+            whole=self._held_whole,
+            sharding=sharding,
+            side_by_side=side_by_side,
+        )
         if plan.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     @property
     def moved(self) -> int:
         """How many numbers a step of the optimiser moves: trained weights, changes, scales and projections."""
-        return sum(one.numel() for group in self._optimizer.param_groups for one in group["params"])
+        return sum(one.numel() for one in self._moved())
 
     def train_stable(self, until: int) -> Iterator[StepRecord]:
         """Train at the warm-up or stable rate until `until` tokens, a whole number of steps."""
@@ -345,10 +346,10 @@ class Trainer:
     ) -> Iterator[StepRecord]:
         """Train steps until so many tokens; weights on a grid include their low-rank changes."""
         self.model.train()
-        self._on_grid = on_grid or {}
+        self._gradients.on_grid = on_grid or {}
         if self._scaled is None:
             self._loss.hold_head(storage_of)
-        with self._adapters.added(self.model, self._on_grid) if self._adapters else nullcontext():
+        with self._adapters.added(self.model, self._gradients.on_grid) if self._adapters else nullcontext():
             while self.tokens < until():
                 yield self._step(rate(self.tokens), min(self._plan.batch_tokens, until() - self.tokens))
 
@@ -383,8 +384,8 @@ class Trainer:
             indices = list(range(len(indices)))
         with self._loss.reading(written):
             step = self._loss.sizes(indices)
-            terms = self._gradients(indices, Weighing(temperature, weight, mixture), step, written)
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            terms = self._gradients.of_step(indices, Weighing(temperature, weight, mixture), step, written)
+        parameters = self._moved()
         norm = _clip(parameters) if self._sharding is None else clip_sharded(self._sharding, parameters, _CLIP)
         if not (math.isfinite(norm) and math.isfinite(terms["loss"])):
             self._failures += 1
@@ -393,7 +394,7 @@ class Trainer:
         ):  # where no token counts nothing is known, and no good step stands between two spoilt ones
             self._optimizer.step()
             self._failures = 0
-            self._balance = self._balanced(terms) if self._balancing else None
+            self._gradients.balance_by(terms)
         self._optimizer.zero_grad(set_to_none=True)
         self.tokens += tokens
         if self._failures >= _PATIENCE:
@@ -413,7 +414,7 @@ class Trainer:
             learning_rate=rate,
             gradient_norm=norm,
             tokens_per_second=tokens / (time.perf_counter() - began),
-            micro_batch=self._micro_batch,
+            micro_batch=self._gradients.micro_batch,
             **{name: terms[name] for name in RECORDED},
         )
 
@@ -423,14 +424,14 @@ class Trainer:
         if phase is None or self._writes_from is None or self.tokens < self._writes_from():
             return None
         # Weights that a step computes with lie on their grids once for all of the tokens.
-        with self._loss.autocast(), one_step(self._on_grid.values()):
+        with self._loss.autocast(), one_step(self._gradients.on_grid.values()):
             return write_on(
                 self.model,
                 self._data,
                 indices,
                 phase,
                 seed=int(np.random.SeedSequence((self._seed, self.tokens)).generate_state(1, np.uint64)[0]),
-                batch=self._micro_batch,
+                batch=self._gradients.micro_batch,
                 device=self._device,
             )
 
@@ -446,137 +447,9 @@ class Trainer:
             self._writes_from = before
         return time.perf_counter() - began
 
-    def _gradients(self, indices: list[int], at: Weighing, step: Sizes, written: Written | None) -> dict[str, float]:
-        """Compute the gradients of a whole step and the means of its terms, some sequences at a time.
-
-        Where memory runs out the step begins again with half as many at a time: the effective batch stays.
-
-        Raises:
-            TooManyAtOnce: Several processes must begin again for that.
-        """
-        processes = 1 if self._sharding is None else self._sharding.count
-        while True:
-            try:
-                return self._in_all_processes(indices, self._weighed(indices, at, step), step, written)
-            except (RuntimeError, MemoryError) as error:
-                fewer = min(self._micro_batch, len(indices) // processes) // 2
-                if not is_out_of_memory(error) or fewer == 0:
-                    raise
-                if self._sharding is not None:
-                    raise TooManyAtOnce(fewer) from error
-            # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
-            self._optimizer.zero_grad(set_to_none=True)
-            self._micro_batch = fewer
-            give_back_memory()
-
-    def _in_all_processes(
-        self, indices: list[int], at: Weighing, step: Sizes, written: Written | None
-    ) -> dict[str, float]:
-        """Add up the step's gradients and means, of which each process does a share."""
-        if self._side_by_side == 1:
-            return self._accumulate(indices, at, step)
-        threads = torch.get_num_threads()
-        each_threads = max(1, threads // self._side_by_side)
-        if self._beside is None:
-            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-            self._beside = SideBySide(self._asked, parameters, self._side_by_side - 1, each_threads)
-        each = -(-len(indices) // self._side_by_side)
-        mine, *others = (indices[start : start + each] for start in range(0, len(indices), each))
-        torch.set_num_threads(each_threads)
-        try:
-            self._beside.ask(*((part, at, step, self._micro_batch, written) for part in others))
-            found = [self._accumulate(mine, at, step), *self._beside.answers()]
-        except BaseException:
-            self.close()  # whose answers belong to this step
-            raise
-        finally:
-            torch.set_num_threads(threads)
-        return {name: sum(one[name] for one in found) for name in TERMS}
-
-    def _asked(
-        self, indices: list[int], at: Weighing, step: Sizes, micro_batch: int, written: Written | None
-    ) -> dict[str, float]:
-        """Do what another process asks of this fork of it."""
-        self._micro_batch = micro_batch
-        with self._loss.reading(written):
-            return self._accumulate(indices, at, step)
-
     def close(self) -> None:
         """End the processes that train beside this one."""
-        if self._beside is not None:
-            self._beside.close()
-            self._beside = None
-
-    def _weighed(self, indices: list[int], at: Weighing, step: Sizes) -> Weighing:
-        """Return the weights with the balancing factors of the previous step, or of this one if it is the first.
-
-        So it is known before any gradient, and is the same however many sequences are read at once.
-        """
-        if not self._balancing:
-            return at
-        if self._balance is None and step.learnt > 0:
-            with torch.no_grad():
-                self._balance = self._balanced(self._accumulate(indices, at, step))
-        alignment, attention = self._balance or (1.0, 1.0)
-        return at._replace(alignment=alignment, attention=attention)
-
-    @property
-    def _balancing(self) -> bool:
-        return any(part is not None and part.balance for part in (self._recipe.alignment, self._recipe.attention))
-
-    def _balanced(self, terms: Mapping[str, float]) -> tuple[float, float] | None:
-        """Return factors that bring a step's alignment and attention to its logit loss; unmeasured ones stay."""
-        alignment, attention = self._balance or (1.0, 1.0)
-        if not all(map(math.isfinite, terms.values())):
-            return self._balance
-        if self._recipe.alignment and self._recipe.alignment.balance and terms["shared"] > 0:
-            alignment = balance_factor(terms["alignment"] / terms["shared"], terms["logits"])
-        if self._recipe.attention and self._recipe.attention.balance:
-            attention = balance_factor(terms["attention"], terms["logits"])
-        return alignment, attention
-
-    def _accumulate(self, indices: list[int], at: Weighing, step: Sizes) -> dict[str, float]:
-        """Add up the micro-batches' parts of the step's means, and their gradients if enabled."""
-        means = dict.fromkeys(TERMS, 0.0)
-        if step.learnt + step.own == 0:
-            return means
-        found: list[Tensor] = []
-        learning = torch.is_grad_enabled()
-        sharding, processes = self._sharding, 1
-        if sharding is not None:
-            indices, processes = sharding.share(indices), sharding.count
-        parts = [indices[start : start + self._micro_batch] for start in range(0, len(indices), self._micro_batch)]
-        # What is uncertain is chosen by the head, a few rows at a time, each of which would put it on its grid anew.
-        repeated = len(parts) > 1 or self._recipe.positions == "uncertain"
-        # Where memory is short, or weights are gathered for each pass, they are not kept from pass to pass.
-        kept = repeated and sharding is None and not self._plan.checkpointing
-        with one_step(self._on_grid.values() if kept else ()):
-            for part in parts:
-                if not any(self._loss.sizes(part)):
-                    # Beside passes that count in other processes: they gather every block together.
-                    if sharding is not None:
-                        nothing = self._loss.of_nothing(part)
-                        if learning:
-                            nothing.backward()
-                    continue
-                loss, terms = self._loss.of(part, at, step)
-                if learning:
-                    # Processes' gradients are averaged, where those of the step's parts add up.
-                    (loss * processes).backward()
-                found.append(terms)
-        # Read once a step: with each reading this process waits for the GPU, which then waits for work.
-        for values in torch.stack(found).tolist() if found else []:
-            for name, value in zip(TERMS, values, strict=True):
-                means[name] += value
-        if sharding is None:
-            return means
-        if learning:
-            changes = [] if self._adapters is None else self._adapters.parameters()
-            whole = [*self._projections.parameters(), *changes, *self._learned]
-            if self._scaled is not None:
-                whole = [parameter for _, parameter in self._trained()]
-            sharding.average(whole)
-        return sharding.sum(means)
+        self._gradients.close()
 
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
         """Write a checkpoint, completely or not at all (see `checkpoint`); all processes wait until it is written."""
@@ -602,7 +475,8 @@ class Trainer:
         if not first:
             return None
         extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
-        extra |= {} if self._balance is None else {"balance": json.dumps(self._balance)}
+        balance = self._gradients.balance
+        extra |= {} if balance is None else {"balance": json.dumps(balance)}
         extra |= {"failures": str(self._failures)} if self._failures else {}
         extra["optimizer_state"] = self._plan.optimizer_state
         extra["processes"] = "1" if self._sharding is None else str(self._sharding.count)
@@ -621,8 +495,18 @@ class Trainer:
         self.tokens = int(metadata["tokens"])
         if self._interpolation is not None:
             self._interpolation = Interpolation(**json.loads(metadata["interpolation"]))
-        self._balance = tuple(json.loads(metadata["balance"])) if "balance" in metadata else None
+        self._gradients.balance = tuple(json.loads(metadata["balance"])) if "balance" in metadata else None
         self._failures = int(metadata.get("failures", 0))
+
+    def _moved(self) -> list[nn.Parameter]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _held_whole(self) -> list[nn.Parameter]:
+        """What each of several processes holds whole, of which no shards are averaged."""
+        if self._scaled is not None:
+            return [parameter for _, parameter in self._trained()]
+        changes = [] if self._adapters is None else self._adapters.parameters()
+        return [*self._projections.parameters(), *changes, *self._learned]
 
     def _identity(self) -> dict[str, str]:
         return {"strategy": self._strategy.stable_id, "seed": str(self._seed)}

@@ -9,13 +9,13 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from autodistill.errors import MissingDependencyError
-from autodistill.export.base import Artifact
+from autodistill.export.base import Artifact, Label
 from autodistill.export.graphs.torch_module import PREFIX, Logits, TorchExporter, exported
 from autodistill.models.families import FAMILIES
 from autodistill.strategy.deployment import Deployment
@@ -44,16 +44,7 @@ class AotiExporter(TorchExporter):
         """Hold every row where there is a compiler."""
         return _no_compiler()
 
-    def export(
-        self,
-        student: Path,
-        deployment: Deployment,
-        out: Path,
-        *,
-        teacher: str | None = None,
-        license: str | None = None,
-        name: str | None = None,
-    ) -> Artifact:
+    def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Compile the student and write it, and its tokenizer, into the folder `out`; the card names its teacher.
 
         Raises:
@@ -62,7 +53,7 @@ class AotiExporter(TorchExporter):
         """
         if missing := _no_compiler():
             raise MissingDependencyError(missing)
-        return super().export(student, deployment, out, teacher=teacher, license=license, name=name)
+        return super().export(student, deployment, out, **label)
 
     def write(self, module: Logits, example: Tensor, path: Path) -> None:
         """Compile the module with both dimensions of its input free."""

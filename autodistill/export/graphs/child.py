@@ -7,20 +7,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import VerificationError
-from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Pace, Ran, check_written
+from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Pace, Ran, TokenIds, check_written
 
 _PROGRAM = Path(__file__).with_name("run_child.py")
 _LINES = 3  # of what a runtime said last
 
 
-def run_alone(runtime: str, path: Path, tokenizer: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> Ran:
+def run_alone(runtime: str, path: Path, tokenizer: Path, sequences: TokenIds, threads: int) -> Ran:
     """Run a file that was just exported; see `Exporter.run`.
 
     Args:

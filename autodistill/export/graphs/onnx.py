@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
-from autodistill.export.base import Artifact, Ran
+from autodistill.export.base import Artifact, Label, Ran, TokenIds
 from autodistill.export.graphs.child import run_alone
 from autodistill.export.graphs.onnx_graph import ACCURACY_LEVELS, DATA, Blocks, Decoder, Graph, Weights, unsupported
 from autodistill.export.student_reader import StudentFiles, copy_tokenizer, read_json, replacing
@@ -26,6 +26,7 @@ from autodistill.quantization.formats import Format, as_held
 from autodistill.quantization.grids import Floats, Grid, Scales
 from autodistill.quantization.packing import from_bf16_bits
 from autodistill.strategy.deployment import GRAPH, STORED_AS, Deployment
+from autodistill.utils.json_files import write_json
 
 if TYPE_CHECKING:
     from onnx import TensorProto
@@ -70,16 +71,7 @@ class OnnxExporter:
             )
         return ""
 
-    def export(
-        self,
-        student: Path,
-        deployment: Deployment,
-        out: Path,
-        *,
-        teacher: str | None = None,
-        license: str | None = None,
-        name: str | None = None,
-    ) -> Artifact:
+    def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Write the student into the folder `out`, one tensor in memory at a time; the card names its teacher.
 
         Raises:
@@ -103,10 +95,8 @@ class OnnxExporter:
                 model = decoder.build({_BLOCKS: json.dumps(blocks), _PLUS_1: json.dumps(above)})
                 (partial / GRAPH).write_bytes(model.SerializeToString(deterministic=True))
                 copy_tokenizer(student, partial)
-                own = {**files.config, STORED_AS: served(deployment).to_json()}
-                (partial / "config.json").write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
-                config = genai_config(files.spec, files.config, student)
-                (partial / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                write_json(partial / "config.json", {**files.config, STORED_AS: served(deployment).to_json()})
+                write_json(partial / "genai_config.json", genai_config(files.spec, files.config, student))
         return Artifact(path=out, size_bytes=sum((out / file).stat().st_size for file in (GRAPH, DATA)))
 
     def _check_installed(self) -> None:
@@ -145,14 +135,7 @@ class OnnxExporter:
             scales = Scales(_read(stored[f"{plain}.scales"], data), None if minima is None else _read(minima, data))
             yield plain, _weights(form.unpack(values), scales, block)
 
-    def run(
-        self,
-        artifact: Path,
-        sequences: npt.NDArray[np.integer[Any]],
-        threads: int,
-        student: Path,
-        deployment: Deployment,
-    ) -> Ran:
+    def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
         """Run the folder in ONNX Runtime, in a process of its own; see `Exporter.run`."""
         self._check_installed()
         return run_alone("onnx", artifact / GRAPH, artifact, sequences, threads)

@@ -301,6 +301,7 @@ def unsupported(config: Mapping[str, Any]) -> str:
 
 
 def activation_of(config: Mapping[str, Any]) -> str:
+    """Return transformers' name of the activation of a model's feed-forward layers."""
     default = {"gemma3_text": "gelu_pytorch_tanh", "gpt_neox": "gelu"}.get(str(config["model_type"]), "silu")
     name = "hidden_activation" if config["model_type"] == "gemma3_text" else "hidden_act"
     return str(config.get(name) or default)

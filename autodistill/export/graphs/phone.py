@@ -7,13 +7,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
-import numpy.typing as npt
 
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
-from autodistill.export.base import Artifact, Ran
+from autodistill.export.base import Artifact, Label, Ran, TokenIds
 from autodistill.export.graphs.cached_decoder import CachedDecoder, Update
 from autodistill.export.graphs.child import run_alone
 from autodistill.export.graphs.onnx import rotary_of
@@ -76,16 +75,7 @@ class PhoneExporter(ABC):
             )
         return ""
 
-    def export(
-        self,
-        student: Path,
-        deployment: Deployment,
-        out: Path,
-        *,
-        teacher: str | None = None,
-        license: str | None = None,
-        name: str | None = None,
-    ) -> Artifact:
+    def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Write the student's graph and its tokenizer into the folder `out`; the card names its teacher.
 
         Raises:
@@ -123,14 +113,7 @@ class PhoneExporter(ABC):
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise VerificationError(f"{artifact / MANIFEST} cannot be read: {error}") from error
 
-    def run(
-        self,
-        artifact: Path,
-        sequences: npt.NDArray[np.integer[Any]],
-        threads: int,
-        student: Path,
-        deployment: Deployment,
-    ) -> Ran:
+    def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
         """Run the file in its runtime, in a process of its own; see `Exporter.run`."""
         self._check_installed()
         if sequences.shape[1] > CONTEXT:

@@ -7,14 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from autodistill.export.base import Artifact, Ran
+from autodistill.export.base import Artifact, Label, Ran, TokenIds
 from autodistill.export.graphs.child import run_alone
 from autodistill.export.proof import deployed_model
 from autodistill.export.student_reader import StudentFiles, copy_tokenizer, replacing
@@ -66,16 +64,7 @@ class TorchExporter(ABC):
         """Hold every row: codes become the float32 weights that they stand for."""
         return ""
 
-    def export(
-        self,
-        student: Path,
-        deployment: Deployment,
-        out: Path,
-        *,
-        teacher: str | None = None,
-        license: str | None = None,
-        name: str | None = None,
-    ) -> Artifact:
+    def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Write the student's graph and its tokenizer into the folder `out`; the card names its teacher.
 
         Raises:
@@ -101,14 +90,7 @@ class TorchExporter(ABC):
         for name, tensor in stored.items():
             yield name, tensor.float().numpy()
 
-    def run(
-        self,
-        artifact: Path,
-        sequences: npt.NDArray[np.integer[Any]],
-        threads: int,
-        student: Path,
-        deployment: Deployment,
-    ) -> Ran:
+    def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
         """Run the file in a process without transformers; see `Exporter.run`."""
         return run_alone(self.name, artifact / self.file, artifact, sequences, threads)
 

@@ -11,6 +11,7 @@ import numpy as np
 from autodistill.evaluation.statistics import binned_difference, paired_bootstrap
 from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import Row
+from autodistill.units import with_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +131,8 @@ def shown(items: Iterable[Difference]) -> list[list[str]]:
     table: dict[str, dict[str, str]] = {}
     titles: dict[str, None] = {}
     for item in items:
-        error = "" if item.stderr is None else f" ± {item.stderr:.4f}"
         titles[item.to] = None
         name = f"{item.metric} [{item.unit}]" if item.unit else item.metric
-        table.setdefault(name, {})[item.to] = f"{item.difference:+.4f}{error}"
+        table.setdefault(name, {})[item.to] = with_error(item.difference, item.stderr, "+.4f")
     lines = [[name, *(cells.get(title, "-") for title in titles)] for name, cells in table.items()]
     return [["exported less", *titles], *lines] if lines else []

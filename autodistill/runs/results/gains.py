@@ -9,6 +9,7 @@ from typing import Any
 from autodistill.evaluation.base import Direction
 from autodistill.runs.results.differences import paired, paired_difference
 from autodistill.runs.results.row import Row
+from autodistill.units import with_error
 
 
 def named(row: Row) -> str:
@@ -45,8 +46,7 @@ class Gain:
         """The figure with its error, and where it is asked for what it is of."""
         if self.value is None:
             return "unknown, since it is not kept by document"
-        error = "" if self.stderr is None else f" ± {self.stderr:.4f}"
-        return f"{self.value:+.4f}{error}{f' of {unit}' if unit else ''}"
+        return with_error(self.value, self.stderr, "+.4f") + (f" of {unit}" if unit else "")
 
 
 @dataclass(frozen=True, kw_only=True)

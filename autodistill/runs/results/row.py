@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 from autodistill.errors import InputError
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
+from autodistill.units import with_error
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import replacing, strict_json
 from autodistill.utils.plain_dataclass import PlainDataclass
@@ -159,6 +160,10 @@ class Row:
     def deployment_name(self) -> str:
         """Short readable name, like "gguf-q4_0"."""
         return self.deployment.name
+
+    def shown(self, name: str) -> str:
+        """A figure with its standard error, for a person; "-" where the row has none."""
+        return with_error(self.figure(name), self.figure(f"{name}_stderr"))
 
     def figure(self, name: str) -> float | None:
         """A measured figure by name, or None where it is missing or not finite."""

@@ -150,6 +150,7 @@ class Sampler:
         row = rows.index(own)
 
         def quantile(dimension: Dimension) -> float:
+            """Return where a row lies along a dimension, from 0 to 1, in its own part of a shuffled division."""
             source = random.Random(f"{self.seed}/{dimension.path}")
             parts = source.sample(range(len(rows)), len(rows))
             offsets = [source.random() for _ in parts]

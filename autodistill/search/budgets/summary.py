@@ -16,7 +16,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.schema import about
 from autodistill.runs.sessions import lasted
 from autodistill.search.budgets.record import BudgetsFolder, Part, Record
-from autodistill.units import format_bytes
+from autodistill.units import format_bytes, with_error
 from autodistill.utils.json_files import replacing
 
 REPORT, TABLE = "report.md", "leaderboard.parquet"
@@ -127,11 +127,9 @@ def _cells(one: Mapping[str, Any], metric: str) -> tuple[str, ...]:
     if one["best"] is None:
         return (one["label"], one["run"] or "-", "nothing fits" if one["nothing_fits"] else one["state"], "-", "-", "-")
     row, gains = Row.from_json(one["best"]), Gains.from_json(one)
-    value, error = row.figure(metric), row.figure(f"{metric}_stderr")
-    shown = "-" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
     mark = "~" if row.memory_source == "predicted" else ""
     memory = "-" if row.memory_bytes is None else mark + format_bytes(row.memory_bytes)
-    return (one["label"], one["run"], row.row_id, shown, memory, _gain(gains))
+    return (one["label"], one["run"], row.row_id, row.shown(metric), memory, _gain(gains))
 
 
 def _gain(gains: Gains | None) -> str:
@@ -157,10 +155,10 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
             said.append(f"{label}: the same student as {one['same_as']}; the budget does not bind.")
         if one["better"]:
             better = one["better"]
-            error = "" if better["stderr"] is None else f" ± {better['stderr']:.4f}"
+            gain = with_error(better["value"], better["stderr"], "+.4f")
             said.append(
                 f"{label}: the student of {better['label']}, in {better['run']}, fits as well and is better on the "
-                f"validation split ({better['value']:+.4f}{error} of {found['metric']}): take that one."
+                f"validation split ({gain} of {found['metric']}): take that one."
             )
     said.append(
         "The gain is over the best that fits the budget of the run and needs no training, on the test split, paired "

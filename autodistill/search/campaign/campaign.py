@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +15,8 @@ from autodistill.runs.events import (
     NotEvaluated,
     RowAdded,
     RunEvent,
+    RungReached,
     StudentKept,
-    StudentsRemoved,
     TrialAdded,
     TrialEnded,
     TrunkDecided,
@@ -28,17 +28,18 @@ from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Decision, Row, Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.run_log import RunLog
-from autodistill.search.algorithms.race import clearly_behind
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving
-from autodistill.search.callbacks import Event, RungReached, Step, TrialFinished, TrialStarted
+from autodistill.search.callbacks import Event
 from autodistill.search.campaign.admission import admit, candidate_of, with_training
 from autodistill.search.campaign.agenda import Agenda
 from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper
-from autodistill.search.campaign.state import LIKELIHOOD, Candidate, Question, TrialState
+from autodistill.search.campaign.judging import Judge
+from autodistill.search.campaign.replay import Replay
+from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.campaign.telling import Teller
 from autodistill.search.campaign.time_budget import TimeBox
 from autodistill.search.campaign.trunk import Trunk
-from autodistill.search.planning.trial_memory import TrainingNeed
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.failures import KILLED, OUT_OF_MEMORY, RETRIED, WORKER_DIED
 from autodistill.search.worker.messages import RungReport
@@ -96,40 +97,34 @@ class Campaign:
         self.box = TimeBox(question, deadline)
         self._log = log
         self._notify = notify
-        self._tell = tell
-        self._started: set[str] = set()
+        self._tell = Teller(tell, question.metric)
         self.watch: Callable[[], None] = lambda: None
-        # By which each trial was judged at its latest rung, and how far it is behind.
-        self._rows: dict[str, Row] = {}
-        self._behind: dict[str, tuple[float, float]] = {}
-        # While a log is replayed: each trial's latest row, and kills when work was last begun.
-        self._read: dict[str, Row] = {}
-        self._kills = 0
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
-        self._stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.judge_direction)
-        self._scheduler = halving(
+        stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.judge_direction)
+        scheduler = halving(
             trials=plan.trials,
             rungs=plan.rungs,
             keep=plan.keep,
             direction=question.judge_direction,
             further=[objective.direction for objective in question.further],
         )
+        self._judge = Judge(question, self.trials, scheduler)
         self._agenda = Agenda(
             question,
             trials=self.trials,
             box=self.box,
             sampler=sampler,
-            scheduler=self._scheduler,
-            stages=self._stages,
+            scheduler=scheduler,
+            stages=stages,
             enter=self._enter,
             evaluating=self._evaluating,
             decide=self._decide,
-            behind=self._behind_of,
+            behind=self._judge.behind,
             notify=notify,
         )
         self._collector = Collector(
-            self._stages,
+            stages,
             StudentKeeper(checkpoints, storage, question),
             self.trials,
             log=log,
@@ -148,27 +143,12 @@ class Campaign:
             trial = self.trials[assignment.task.id]
             if assignment.deployment is None:
                 trial.running = True
-                self._start(trial)
+                self._tell.starts(trial)
             else:
                 trial.settled.add(assignment.deployment.name)
                 trial.evaluating += 1
         self.watch()
         return assignment
-
-    def _start(self, trial: TrialState) -> None:
-        """Tells of a trial that begins: once, also where its first work is given out again."""
-        if trial.task.id not in self._started and trial.rung < 0:
-            self._started.add(trial.task.id)
-            self._tell(
-                TrialStarted(
-                    trial=trial.task.id,
-                    name=trial.name,
-                    kind=trial.kind,
-                    strategy=trial.candidate.strategy,
-                    seed=trial.task.seed,
-                    parameters=trial.candidate.spec.parameters if trial.candidate.spec else None,
-                )
-            )
 
     @property
     def finished(self) -> bool:
@@ -280,18 +260,17 @@ class Campaign:
             share: Workers whose time it took.
         """
         trial.rung = report.rung
-        self._ended_at(trial, report.tokens)
+        trial.ended_at(report.tokens, self.question.plan)
         trial.value = row.figure(self.question.metric) if row.feasible else None
         trial.judged = row.figure(self.question.judge) if row.feasible else None
-        self._rows[trial.task.id] = row
         trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
-        decision = self._judge(trial)
+        decision = self._judge.judge(trial, row)
         steps = tuple(cast(events.Step, asdict(step)) for step in report.steps)
-        self._hold(trial, steps)
+        trial.hold(steps, self.question.plan)
         # The row came before the rung it belongs to: killed in between, the stretch runs again and supersedes it.
         self._write(
-            events.RungReached(
+            RungReached(
                 trial=trial.task.id,
                 rung=report.rung,
                 tokens=report.tokens,
@@ -314,79 +293,14 @@ class Campaign:
         self._notify(f"{trial.task.id} {trial.name}: {self._shown(row)} after {report.tokens:,} tokens{reused}")
         if report.unsaved is not None:
             self._notify(f"{trial.task.id}: {report.unsaved}")
-        self._tell_of_rung(trial, report, decision)
+        self._tell.reaches(trial, report, decision)
         if self._is_last(report.rung):
             self._end(trial, Status.COMPLETED)
         self._collector.between(self._promotable())
         return decision
 
     def _promotable(self) -> set[str]:
-        return self._scheduler.promotable(self._agenda.in_flight())
-
-    def _keep_none(self) -> None:
-        """Which student is the best short of the end is open again, once one was trained further."""
-        for trial in self.trials.values():
-            trial.kept = None
-
-    def _tell_of_rung(self, trial: TrialState, report: RungReport, decision: Decision) -> None:
-        name = trial.task.id
-        for step in report.steps:
-            self._tell(
-                Step(
-                    trial=name,
-                    tokens=step.tokens,
-                    loss=step.loss,
-                    learning_rate=step.learning_rate,
-                    gradient_norm=step.gradient_norm,
-                    tokens_per_second=step.tokens_per_second,
-                )
-            )
-        self._tell(
-            RungReached(
-                trial=name,
-                rung=report.rung,
-                tokens=report.tokens,
-                metric=self.question.metric,
-                value=trial.value,
-                decision=decision.value,
-            )
-        )
-
-    def _judge(self, trial: TrialState) -> Decision:
-        # A baseline runs straight to the end and takes nobody's place at a rung.
-        if trial.task.straight:
-            return Decision.STOP
-        decision = self._scheduler.report(trial.task.id, trial.rung, trial.judged, further=trial.further)
-        if self.question.raced:
-            self._race(trial.rung)
-        return decision
-
-    def _race(self, rung: int) -> None:
-        """Takes the trials out that are clearly behind the best at a rung, whatever place they have."""
-        here = [
-            trial
-            for trial in self.trials.values()
-            if trial.status is None and trial.rung == rung and trial.judged is not None and not trial.task.straight
-        ]
-        for name, (behind, error) in self._behind_of(here).items():
-            if name not in self._behind:
-                self._behind[name] = (behind, error)
-                self._scheduler.discard(name)
-
-    def _behind_of(self, trials: Sequence[TrialState]) -> dict[str, tuple[float, float]]:
-        """By how much trials are clearly behind the best of them, and the standard error of it."""
-        return clearly_behind({trial.task.id: self._rows[trial.task.id] for trial in trials}, LIKELIHOOD)
-
-    def _ended_at(self, trial: TrialState, tokens: int) -> None:
-        """What was trained on for as long as the box had time is as long as it became."""
-        if trial.task.length > 1:
-            trial.task = replace(trial.task, length=tokens / self.question.plan.tokens)
-
-    def _hold(self, trial: TrialState, steps: Sequence[events.Step]) -> None:
-        """Where memory ran out, the trial goes on with as many sequences at once as its last step had."""
-        most = self.question.plan.micro_batch
-        if steps and (held := steps[-1].get("micro_batch", most)) < most:
-            trial.task = replace(trial.task, micro_batch=held)
+        return self._judge.promotable(self._agenda.in_flight())
 
     def fail(self, assignment: Assignment, cause: str, message: str, *, trained: int = 0) -> None:
         """Records work that ended without a result after so many tokens, or gives it out once more; the search goes on.
@@ -411,7 +325,7 @@ class Campaign:
             self._write(
                 WorkRetried(trial=trial.task.id, rung=assignment.rung, deployment=name, cause=cause, reason=message)
             )
-            self._retry(trial, assignment.rung, name)
+            trial.retry(assignment.rung, name)
             self._notify(f"{trial.task.id} is tried once more ({cause}): {message}")
             return
         cause = OUT_OF_MEMORY if cause == KILLED else cause
@@ -420,15 +334,9 @@ class Campaign:
             self._write(NotEvaluated(trial=trial.task.id, deployment=name, reason=f"{cause}: {message}"))
             self._notify(f"{trial.task.id} could not be evaluated as {name} ({cause}): {message}")
             return
-        self._scheduler.discard(trial.task.id)
+        self._judge.discard(trial.task.id)
         self._end(trial, Status.FAILED, f"{cause}: {message}", cause)
         self._notify(f"{trial.task.id} failed ({cause}): {message}")
-
-    def _retry(self, trial: TrialState, rung: int, deployment: str | None) -> None:
-        """Takes note of a first failure; the work is then as undone as it was."""
-        trial.retried.add((rung, deployment))
-        if deployment is not None:
-            trial.settled.discard(deployment)
 
     def _lose(self, assignment: Assignment, trained: int) -> None:
         """Writes down what an attempt without a result had trained, and that it has ended."""
@@ -436,12 +344,7 @@ class Campaign:
         if trained or trial.begun:
             rung, work = _work(assignment)
             self._write(WorkLost(trial=trial.task.id, rung=rung, work=work, trained=trained))
-        self._lost(trial, trained)
-
-    def _lost(self, trial: TrialState, trained: int) -> None:
-        trial.begun.clear()
-        trial.lost += trained
-        trial.trained_tokens += trained
+        trial.lose(trained)
 
     def abandon(self, assignment: Assignment, *, trained: int = 0) -> None:
         """A worker gave work back undone, because the search is stopping or out of time."""
@@ -461,9 +364,8 @@ class Campaign:
         for trial in self.trials.values():
             if trial.status is None:
                 reason = f"stopped at rung {trial.rung + 1} of {len(self.question.plan.rungs)}"
-                if trial.task.id in self._behind:
-                    gap, error = self._behind[trial.task.id]
-                    reason += f": {gap:.4f} ± {error:.4f} nats a token behind the best there"
+                if lag := self._judge.lag(trial.task.id):
+                    reason += f": {lag}"
                 self._end(
                     trial, Status.STOPPED, reason if trial.rung >= 0 else "the time budget ended before its first rung"
                 )
@@ -503,88 +405,13 @@ class Campaign:
     def replay(self, log: Sequence[RunEvent]) -> None:
         """Takes up the state that earlier events left; what a kill left undone of the last one is done now."""
         self._agenda.resumed = bool(log)
-        for event in log:
-            self._replay(event)
+        replay = Replay(self.question, self.trials, self._judge, self._agenda.take)
+        replay.take(log)
         for trial in self.trials.values():
             self._end_after_kill(trial)
-        self._give_up_killers()
+        self._give_up_killers(replay.kills)
         if log:
             self._collector.between(self._promotable())
-
-    def _replay(self, event: RunEvent) -> None:
-        match event:
-            case TrialAdded():
-                self._replay_trial(event)
-            case RowAdded():
-                self._replay_row(event.row)
-            case events.RungReached():
-                self._replay_rung(event)
-            case TrialEnded():
-                self._replay_end(event)
-            case WorkBegan():
-                self.trials[event.trial].begun[event.rung, event.work] += 1
-                self._kills = event.kills
-            case WorkLost():
-                self._lost(self.trials[event.trial], event.trained)
-            case StudentKept():
-                self.trials[event.trial].kept = event.kept
-            case NotEvaluated():
-                self.trials[event.trial].settled.add(event.deployment)
-            case WorkRetried():
-                self._retry(self.trials[event.trial], event.rung, event.deployment)
-            case TrunkDecided():
-                self._agenda.take(Trunk.from_json(event.to_json()))
-            case StudentsRemoved():
-                for name in event.trials:
-                    self.trials[name].collected = True
-
-    def _replay_trial(self, event: TrialAdded) -> None:
-        assert event.strategy is not None  # `check_log` has refused a log without
-        candidate = candidate_of(self.question, event.strategy)
-        self._admit(
-            # As it was then: what was admitted on another machine stays so.
-            replace(candidate, training=TrainingNeed.from_json(event.training)),
-            trial_id=event.trial,
-            number=event.number,
-            kind=event.kind,
-            name=event.name,
-            point=event.point,
-            seed=event.seed,
-            length=event.length,
-        )
-
-    def _replay_row(self, row: Row) -> None:
-        trial = self.trials.get(row.trial)
-        if trial is None or row.split != "validation":
-            return
-        self._read[row.trial] = row
-        trial.settled.add(row.deployment_name)
-        # A training's is followed by its rung; all other work has ended with it.
-        for piece in [piece for piece in trial.begun if piece[1] is not None]:
-            del trial.begun[piece]
-
-    def _replay_rung(self, event: events.RungReached) -> None:
-        trial = self.trials[event.trial]
-        trial.rung, trial.value, trial.judged, trial.further = event.rung, event.value, event.judged, event.further
-        self._ended_at(trial, event.tokens)
-        trial.train_seconds += event.seconds["train"]
-        trial.trained_tokens += event.trained + event.resumed
-        trial.begun.clear()
-        trial.lost = 0
-        trial.settled = set()
-        if (row := self._read.get(trial.task.id)) is not None:
-            # That of the rung, whatever deployments are looked at later.
-            self._rows[trial.task.id] = row
-            trial.settled = {row.deployment_name}
-        self._keep_none()
-        self._hold(trial, event.steps)
-        self._judge(trial)
-
-    def _replay_end(self, event: TrialEnded) -> None:
-        trial = self.trials[event.trial]
-        trial.status, trial.reason, trial.cause = event.status, event.reason, event.cause
-        if trial.status is Status.FAILED:
-            self._scheduler.discard(trial.task.id)
 
     def _end_after_kill(self, trial: TrialState) -> None:
         """Ends a trial that a kill left unended, and opens one again that a closed search had left at a rung."""
@@ -598,9 +425,13 @@ class Campaign:
         if trial.status is Status.STOPPED:
             trial.status = None
 
-    def _give_up_killers(self) -> None:
-        """Ends work that the search has been killed with too often."""
-        memory = killed_for_memory() > self._kills
+    def _give_up_killers(self, kills: int) -> None:
+        """Ends work that the search has been killed with too often.
+
+        Args:
+            kills: Processes that the kernel had ended for want of memory when work was last begun.
+        """
+        memory = killed_for_memory() > kills
         for trial in self.trials.values():
             for (rung, work), times in list(trial.begun.items()):
                 over = times >= (_TRIES_IN_MEMORY if memory else _TRIES)
@@ -628,7 +459,8 @@ class Campaign:
         # What goes on from another one's stage is trained as that one is.
         same = next((one for one in self.trials.values() if one.task.strategy.id == strategy.id), None)
         made = same.candidate if same else with_training(self.question, candidate_of(self.question, strategy))
-        trial = self._admit(made, **fields)
+        trial = admit(self.question, made, **fields)
+        self.trials[trial.task.id] = trial
         self._write(
             TrialAdded(
                 trial=trial.task.id,
@@ -647,19 +479,13 @@ class Campaign:
             self._end(trial, Status.REJECTED, trial.reason)
         return trial
 
-    def _admit(self, candidate: Candidate, **fields: Any) -> TrialState:
-        trial = admit(self.question, candidate, **fields)
-        self.trials[trial.task.id] = trial
-        return trial
-
     def _end(self, trial: TrialState, status: Status, reason: str | None = None, cause: str | None = None) -> None:
         trial.status, trial.reason, trial.cause = status, reason, cause
         miss: events.Miss | None = None
         if status is Status.REJECTED and trial.miss is not None:
             miss = {"limit": trial.miss.limit, "slack": trial.miss.slack}
         self._write(TrialEnded(trial=trial.task.id, status=status, reason=reason, cause=cause, miss=miss))
-        value = trial.value if trial.rung >= 0 else None
-        self._tell(TrialFinished(trial=trial.task.id, name=trial.name, status=status.value, reason=reason, value=value))
+        self._tell.ends(trial)
 
     def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
         assert trial.candidate.spec is not None

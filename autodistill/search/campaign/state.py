@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from autodistill.distillation.training.plan import Plan
 from autodistill.estimates.fit import Fit, Miss
@@ -12,7 +12,7 @@ from autodistill.evaluation.base import Direction, Goal
 from autodistill.hardware.budget import Budget
 from autodistill.hardware.device import Device
 from autodistill.models.spec import ModelSpec
-from autodistill.runs.events import TrialKind
+from autodistill.runs.events import Step, TrialKind
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.results.row import Status
 from autodistill.search.planning.durations import Speed
@@ -160,3 +160,25 @@ class TrialState:
         if self.status is not Status.COMPLETED or self.collected:
             return []
         return [deployment for deployment in self.task.deployments if deployment.name not in self.settled]
+
+    def lose(self, trained: int) -> None:
+        """An attempt has ended without a result, after so many tokens."""
+        self.begun.clear()
+        self.lost += trained
+        self.trained_tokens += trained
+
+    def retry(self, rung: int, deployment: str | None) -> None:
+        """Take note of a first failure; the work is then as undone as it was."""
+        self.retried.add((rung, deployment))
+        if deployment is not None:
+            self.settled.discard(deployment)
+
+    def ended_at(self, tokens: int, plan: Plan) -> None:
+        """What was trained on for as long as the box had time is as long as it became."""
+        if self.task.length > 1:
+            self.task = replace(self.task, length=tokens / plan.tokens)
+
+    def hold(self, steps: Sequence[Step], plan: Plan) -> None:
+        """Where memory ran out, go on with as many sequences at once as the last step had."""
+        if steps and (held := steps[-1].get("micro_batch", plan.micro_batch)) < plan.micro_batch:
+            self.task = replace(self.task, micro_batch=held)

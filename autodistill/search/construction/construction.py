@@ -16,7 +16,7 @@ from autodistill.strategy.domains import Range, Value
 from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Finishing, Init, Strategy
-from autodistill.units import format_bytes
+from autodistill.units import format_bytes, with_error
 
 _NOT_TRAINED_ON = "none"  # the label of a finishing that is none
 # Of numbers that are believed in whatever the other choices are: temperatures are so of schedules alone, and how much
@@ -83,8 +83,8 @@ class Construction:
         said = f"{label(self)} as {self.deployment.name}, {'solved' if self.solved else 'plain'}"
         if self.kl is None:
             return f"{said}, {format_bytes(self.bytes)}"
-        error = "" if self.kl_stderr is None else f" ± {self.kl_stderr:.4f}"
-        return f"{said}, {format_bytes(self.bytes)}: {self.kl:.4f}{error} nats a token from the teacher, untrained"
+        kl = with_error(self.kl, self.kl_stderr)
+        return f"{said}, {format_bytes(self.bytes)}: {kl} nats a token from the teacher, untrained"
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""

@@ -21,7 +21,7 @@ from autodistill.data.student_template import copy_license
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import DamagedError, InputError
-from autodistill.export.base import Artifact, Exporter, TakesAny, load_exporter
+from autodistill.export.base import Exporter, TakesAny, load_exporter
 from autodistill.export.model_card import Origin, model_card
 from autodistill.export.promise import RECORD, promise_asked
 from autodistill.export.proof import simulate
@@ -109,7 +109,7 @@ def export_run(
     for name, deployment in deployments.items():
         with _told(out), replacing(out) as partial:
             folder = partial / name
-            artifact = _pack(exporters[name], student, row, deployment, folder, origin)
+            artifact = exporters[name].export(student, deployment, folder, **origin.label(row))
             weights = verify(exporters[name], artifact, student, deployment)
             # Another container is another runtime, in which the row was not measured.
             promise = promise_asked(row, asked, deployment.name) if deployment.container == name else None
@@ -362,15 +362,4 @@ def _deployment(
     raise InputError(
         f"the trial {row.trial} was evaluated under no {container} deployment, so none can be verified: {remedy}, or "
         "choose another container"
-    )
-
-
-def _pack(exporter: Exporter, student: Path, row: Row, deployment: Deployment, out: Path, origin: Origin) -> Artifact:
-    return exporter.export(
-        student,
-        deployment,
-        out,
-        teacher=origin.teacher,
-        license=origin.teacher_license,
-        name=origin.name_of(row),
     )

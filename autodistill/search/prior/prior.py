@@ -80,10 +80,6 @@ class Prior:
         found |= {path: one.stake for path, one in self.choices.items()}
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def unsure(self, nats: float) -> tuple[str, ...]:
-        """Dimensions of which at least so many nats are at stake, the largest first."""
-        return tuple(path for path, stake in self.stakes().items() if stake >= nats)
-
 
 def prior_for(
     teacher: ModelSpec,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.data.documents import DataSource, resolve_data
@@ -24,35 +23,25 @@ from autodistill.hardware.local import choose_device
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.options import DEFAULT_DATA, DEFAULT_TEACHER, cache_folder, parsed
-from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.runs.results import selection as choice
 from autodistill.runs.results.objectives import Objective
 from autodistill.search.construction.construction import Construction, with_constructions
-from autodistill.search.construction.plain import plain_constructions
 from autodistill.search.construction.recipe import first_prior
 from autodistill.search.planning.plan import EXPLORE, race_share
 from autodistill.search.prior.prior import Prior
 from autodistill.search.request.earlier_runs import parse_runs
 from autodistill.search.request.feasibility import on_its_device, shortest_context
+from autodistill.search.request.given_space import first_of, given_space, under_budget
 from autodistill.search.request.metrics import Asked, ask
 from autodistill.search.request.request import (
     DEFAULT_SAMPLER,
-    DEFAULT_SPACE,
     SearchRequest,
     joined,
 )
-from autodistill.strategy.deployment import serving
-from autodistill.strategy.named import load_strategy
-from autodistill.strategy.space import Space, load_space, space_reference
-from autodistill.strategy.strategy import Strategy
-from autodistill.utils.durable import make_folder
-from autodistill.utils.json_files import replacing
-from autodistill.utils.plain_dataclass import check_choice
+from autodistill.strategy.space import Space
 from autodistill.utils.storage import Storage
 
-T = TypeVar("T")
 _LEAST_EXPLORED = 0.1
-_LLAMA_CPP = "llama.cpp"
 # Metrics of a text, which is learnt beside whatever else a student knows.
 _OF_TEXT = ("accuracy", "agreement", "kl", "ece", "perplexity")
 
@@ -155,19 +144,19 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
     cache = cache_folder(request.cache)
     asked, objectives = ask(request, known)
     limits = _limits(request, known, cache)
-    named_teacher = _first(_teacher(request, cache), known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
+    named_teacher = first_of(_teacher(request, cache), known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
     data = None if request.data is None else data_reference(cast(Any, request.data), cache)
-    named_data = _first(data, known.get("data", {}).get("reference"), DEFAULT_DATA)
+    named_data = first_of(data, known.get("data", {}).get("reference"), DEFAULT_DATA)
     teacher = resolve_teacher(_as_before(named_teacher, known.get("teacher", {})))
     source = resolve_data(_as_before(named_data, known.get("data", {})))
     general = None if request.general_text is None else str(request.general_text)
-    named_general = _first(general, known.get("general_text"), PACKAGED)
-    given = _given_space(request, known, cache)
+    named_general = first_of(general, known.get("general_text"), PACKAGED)
+    given = given_space(request, known, cache)
     searched = given.space
     spec = spec_from_config(teacher.config)
     budget, notes = _budget(limits, known, spec, searched)
     declared = on_its_device(searched, budget) if searched.solved else searched
-    constructions, searched = _under_budget(declared, spec, budget, known, given.kv_type)
+    constructions, searched = under_budget(declared, spec, budget, known, given.kv_type)
     confirm = request.confirm if request.confirm is not None else known.get("confirm", 0)
     warm_start = joined(request.warm_start)
     storage = request.storage or known.get("storage")
@@ -190,7 +179,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         asked=asked.with_divergences(searched.divergences),
         objectives=objectives,
         device=_device(request.device, budget, known, objectives, cache),
-        sampler=_first(request.sampler, known.get("sampler"), DEFAULT_SAMPLER),
+        sampler=first_of(request.sampler, known.get("sampler"), DEFAULT_SAMPLER),
         time_seconds=parsed(request.time),
         trials=request.trials,
         tokens=request.tokens,
@@ -222,55 +211,6 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _GivenSpace:
-    """What is searched, as it was named and before any budget.
-
-    Attributes:
-        reference: Of the space.
-        strategy: Of the one strategy that is distilled, or None.
-        baselines: Of those that stand in the place of the space's own, or None.
-        served_by: The runtime of all students, where one was named.
-        kv_type: Of all caches in llama.cpp, where one was named.
-        space: With all of these.
-    """
-
-    reference: str
-    strategy: str | None
-    baselines: tuple[str, ...] | None
-    served_by: str | None
-    kv_type: str | None
-    space: Space
-
-
-def _given_space(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> _GivenSpace:
-    """Load the space that is asked for, or was searched before, or the default one."""
-    asked = None if request.space is None else space_reference(request.space, cache)
-    reference = _first(asked, known.get("space"), DEFAULT_SPACE)
-    strategy = _reference(request.strategy, cache)
-    space = load_space(reference)
-    baselines = tuple(map(str, request.baseline)) if request.baseline else _named(known.get("baselines"))
-    if baselines is not None:
-        space = against(space, baselines)
-    if strategy is not None:
-        space = single(space, strategy)
-    served_by = _as_begun("--runtime", request.runtime, known, "served_by")
-    kv_type = _as_begun("--kv-type", request.kv_type, known, "kv_type")
-    return _GivenSpace(
-        reference=reference,
-        strategy=strategy,
-        baselines=baselines,
-        served_by=served_by,
-        kv_type=kv_type,
-        space=_cached(_served_by(space, served_by), kv_type),
-    )
-
-
-def _first(*given: str | Path | None) -> str:
-    """What is asked, or was before, or is the default; an empty text is asked too, and refused for what it is."""
-    return str(next(one for one in given if one is not None))
-
-
 def _teacher(request: SearchRequest, cache: Path) -> str | None:
     """The reference of the teacher that is asked for; a loaded model is saved in the cache."""
     if request.teacher is not None:
@@ -283,18 +223,6 @@ def _teacher(request: SearchRequest, cache: Path) -> str | None:
 def _number(value: str | int) -> int:
     assert not isinstance(value, str)  # a request has read it
     return value
-
-
-def _reference(strategy: str | Path | Strategy | None, cache: Path) -> str | None:
-    """The name or file of a strategy; one that is given as an object is kept as a file, so that its run can go on."""
-    if not isinstance(strategy, Strategy):
-        return None if strategy is None else str(strategy)
-    path = cache / "strategies" / f"{strategy.id}.yaml"
-    if not path.exists():
-        make_folder(path.parent)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(strategy.to_json()), encoding="utf-8")
-    return str(path)
 
 
 def _limits(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> Limits:
@@ -413,117 +341,6 @@ def _students_only(request: SearchRequest, stored: Mapping[str, Any] | None) -> 
     return bool(request.students_only) or request.strategy is not None
 
 
-def _served_by(space: Space, runtime: str | None) -> Space:
-    """The space whose students one runtime serves, where that is asked for; what it cannot serve is left out.
-
-    Raises:
-        InputError: It serves none of the deployments, or types are solved, which is for llama.cpp.
-    """
-    if runtime is None:
-        return space
-    if space.solved and space.types_solved and runtime != _LLAMA_CPP:
-        raise InputError(
-            f"--runtime {runtime}: the space {space.name} solves types for llama.cpp; give --space declared, or one "
-            "that lists its deployments"
-        )
-    usual: dict[str, Any] = {} if runtime == _LLAMA_CPP else {"cache_type_k": "f16", "cache_type_v": "f16"}
-    found = [replace(one, runtime=runtime, **usual) for one in space.deployments if runtime in serving(one)]
-    if not found:
-        named = ", ".join(one.name for one in space.deployments)
-        raise InputError(f"--runtime {runtime} serves no deployment of the space {space.name}, which has {named}")
-    return replace(space, deployments=tuple(dict.fromkeys(found)))
-
-
-def _cached(space: Space, kind: str | None) -> Space:
-    """The space whose students llama.cpp serves with a cache of one type, where that is asked for.
-
-    Raises:
-        InputError: No such type, or no deployment in llama.cpp.
-    """
-    if kind is None:
-        return space
-    check_choice("--kv-type", kind, tuple(CACHE_BYTES))
-    if not any(one.runtime == _LLAMA_CPP for one in space.deployments):
-        raise InputError(f"--kv-type is llama.cpp's, in which the space {space.name} deploys nothing: leave it out")
-    for one in space.deployments if space.solved and not space.types_solved else ():
-        if one.cache_types not in (("f16", "f16"), (kind, kind)):
-            raise InputError(f"--kv-type {kind} and the deployment {one.name} contradict each other: leave one out")
-    held = (
-        replace(one, cache_type_k=kind, cache_type_v=kind) if one.runtime == _LLAMA_CPP else one
-        for one in space.deployments
-    )
-    return replace(space, deployments=tuple(dict.fromkeys(held)))
-
-
-def _as_begun(option: str, asked: str | None, known: Mapping[str, Any], name: str) -> str | None:
-    """What is asked for, on resuming as before.
-
-    Args:
-        option: Of the command line.
-        asked: Its value.
-        known: `search.json` of the run that goes on; empty of a new one.
-        name: Of what it says there.
-
-    Raises:
-        InputError: Another value than the run began with.
-    """
-    before: str | None = known.get(name)
-    if known and asked not in (None, before):
-        raise InputError(f"the run began without {option} {asked}: leave it out, or begin a new run")
-    return asked or before
-
-
-def _under_budget(
-    space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any], kv_type: str | None
-) -> tuple[tuple[Construction, ...], Space]:
-    """The constructions and the space that this budget is searched with, on resuming those of before.
-
-    Raises:
-        NothingFitsError: Of a solved space nothing fits.
-    """
-    if known.get("constructions"):
-        constructions = tuple(map(Construction.from_json, known["constructions"]))
-        return constructions, replace(Space.stored(known["space_definition"]), narrowed_from=space.hash)
-    if known:
-        # Runs of earlier versions have deployments that their device does not serve.
-        return (), space if space.hash == known.get("space_hash") else on_its_device(space, budget)
-    if space.solved:
-        constructions = plain_constructions(spec, space, budget, kv_type)
-        return constructions, with_constructions(space, constructions, first_prior(spec, batch_tokens=SEQUENCE_LENGTH))
-    return (), on_its_device(space, budget)
-
-
 def warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the runs that a stored one was warm-started by."""
     return tuple(stored.get("warm_start", {}).get("runs", ()))
-
-
-def _named(stored: Sequence[str] | None) -> tuple[str, ...] | None:
-    return None if stored is None else tuple(stored)
-
-
-def against(space: Space, references: Sequence[str]) -> Space:
-    """The space with other baselines, each by the name of its file.
-
-    Raises:
-        InputError: No such strategy, or two of one name.
-    """
-    named = {Path(reference).stem: load_strategy(reference) for reference in references}
-    if len(named) < len(references):
-        raise InputError(f"each --baseline needs a name of its own, not {', '.join(references)}: rename a file")
-    return replace(space, baselines=named)
-
-
-def single(space: Space, reference: str) -> Space:
-    """The space that holds one strategy alone, under the deployments of another space."""
-    strategy = load_strategy(reference)
-    return replace(
-        space,
-        name=Path(reference).stem,
-        dimensions=(),
-        starts={},
-        solved=False,
-        restrictions=(),
-        types_solved=False,
-        baselines={Path(reference).stem: strategy},
-    )

@@ -296,18 +296,21 @@ def _stretch_class() -> Any:
         """One segment of a trial, as Tune runs it in a worker."""
 
         def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
+            """Take the first segment's assignment and make what works on it."""
             self._assignment: Assignment | Rest = config["assignment"].assignment
             self._work = make()
             self._suspect = False
             # By now it is known where the package lies.
             from autodistill.inference.torch_memory import settle
-            from autodistill.quantization.rounding import loops
+            from autodistill.quantization.loops import loops
 
             # Every trial comes to need these, which are many objects: they are to settle too.
-            loops()
+            for name in ("rounding", "k_quants"):
+                loops(name)
             settle()
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
+            """Take the next assignment in the same process."""
             from autodistill.inference.torch_memory import give_back_memory
 
             self._assignment = new_config["assignment"].assignment

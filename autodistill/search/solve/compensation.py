@@ -14,9 +14,9 @@ from autodistill.inference.batching import map_sequences
 from autodistill.inference.blocks import embedded, second_moments, through_block
 from autodistill.models.families import get_family
 from autodistill.quantization.error_compensation import compensated
-from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.quantization.rounding import deploy_tensor
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.search.solve.bench import Bench
 from autodistill.strategy.deployment import Deployment
 

@@ -14,15 +14,9 @@ from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, me
 from autodistill.hardware.budget import Budget, on_gpu
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import (
-    CACHE_BYTES,
-    INTEGER_TYPES,
-    TYPES,
-    QuantizationScheme,
-    scheme_by_tensor,
-    tensor_bytes,
-)
+from autodistill.quantization.formats import CACHE_BYTES, INTEGER_TYPES, TYPES, tensor_bytes
 from autodistill.quantization.grids import Grid, Storage
+from autodistill.quantization.scheme import QuantizationScheme, scheme_by_tensor
 from autodistill.strategy.deployment import FUSED, IN_16_BITS, Deployment, serving
 from autodistill.strategy.restriction import Restriction
 

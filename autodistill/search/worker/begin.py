@@ -24,10 +24,10 @@ from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import QuantizationScheme
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.quantization.learned_scales import read_scales, stored_alike
 from autodistill.quantization.packing import dequantize, pack, unpack_codes
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.search.planning.durations import CALIBRATION_TOKENS
 from autodistill.search.solve.bench import Bench
 from autodistill.search.solve.compensation import made_up

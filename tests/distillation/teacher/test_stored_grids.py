@@ -26,10 +26,11 @@ from autodistill.inference.half_precision import held_as_deployed, load_held
 from autodistill.models.config import spec_from_config
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import FORMATS, QuantizationScheme
+from autodistill.quantization.formats import FORMATS
 from autodistill.quantization.grids import Q4_0, Q4_1, Q8_0, Grid
 from autodistill.quantization.learned_scales import SCALES_FILE, read_scales
 from autodistill.quantization.packing import deployed, from_bf16_bits, to_bf16_bits
+from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.deployment import Deployment, serving
 from autodistill.testing import save_tiny_teacher
 

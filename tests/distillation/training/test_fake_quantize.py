@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autodistill import quantization as package
 from autodistill.distillation.training import fake_quantize as quantization
 from autodistill.distillation.training.fake_quantize import (
     FakeQuantized,
@@ -23,6 +22,7 @@ from autodistill.distillation.training.fake_quantize import (
 )
 from autodistill.errors import InputError
 from autodistill.quantization import group_scales as grid_steps
+from autodistill.quantization import loops
 from autodistill.quantization import rounding as grid_values
 from autodistill.quantization.formats import get_format
 from autodistill.quantization.grids import (
@@ -41,6 +41,7 @@ from autodistill.quantization.grids import (
     Grid,
     Scales,
 )
+from autodistill.quantization.loops import compiled
 from autodistill.quantization.packing import deployed, quantize
 from autodistill.quantization.rounding import deploy_tensor, fitted_scales
 
@@ -78,12 +79,11 @@ by_pair, by_learned_pair = (
 def way(request, monkeypatch):
     """How matrices are put on their grids."""
     if request.param in ("compiled", "in threads"):
-        loops = grid_values.loops()
-        monkeypatch.setattr(loops, "_LEAST_PART", 64)
+        monkeypatch.setattr(compiled, "_LEAST_PART", 64)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1 if request.param == "compiled" else 3)
     else:
         for module in (grid_values, quantization):
-            monkeypatch.setattr(module, "loops", lambda: None)
+            monkeypatch.setattr(module, "loops", lambda *_: None)
         monkeypatch.setattr(grid_values, "_CPU_CHUNK", 2**18 if request.param == "at once" else 256)
     return request.param
 
@@ -188,12 +188,12 @@ def test_what_is_no_number_stays_none_and_spoils_no_other_group(grid, way):
 
 
 def test_a_machine_without_numba_does_without_loops(monkeypatch):
-    loops = grid_values.loops.__wrapped__
-    assert loops() is not None
+    imported = loops._imported.__wrapped__
+    assert imported("rounding") is not None
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "autodistill.quantization.rounding_numba")
-    monkeypatch.delattr(package, "rounding_numba")
-    assert loops() is None
+    for name in ("rounding", "compiled"):
+        monkeypatch.delitem(sys.modules, f"autodistill.quantization.loops.{name}")
+    assert imported("rounding") is None
 
 
 @pytest.mark.parametrize("storage", ["f32", "f16", "bf16"])

@@ -31,7 +31,7 @@ def test_a_step_that_processes_divide_is_that_of_one(workshop, processes):
         assert divided.loss == pytest.approx(alone.loss, rel=1e-5)
         assert divided.divergence == pytest.approx(alone.divergence, rel=1e-5)
         assert divided.gradient_norm == pytest.approx(alone.gradient_norm, rel=1e-4)
-    assert some._beside is not None
+    assert some._gradients.beside is not None
     for trainer in (one, some):
         list(trainer.finish(640, spec_from_config(trainer.model.config.to_dict())))
     for (name, expected), (_, found) in zip(one.model.named_parameters(), some.model.named_parameters(), strict=True):
@@ -43,17 +43,17 @@ def test_a_step_that_processes_divide_is_that_of_one(workshop, processes):
 def test_copies_end_with_the_training_and_with_their_process(workshop):
     trainer = workshop.trainer(ALONE, side_by_side=2, batch_tokens=128)
     next(trainer.train_stable(512))
-    (copy,) = trainer._beside._processes
+    (copy,) = trainer._gradients.beside._processes
     assert copy.is_alive()
     trainer.close()
     assert not copy.is_alive()
     # It goes on as before, with new ones.
     next(trainer.train_stable(512))
-    (copy,) = trainer._beside._processes
+    (copy,) = trainer._gradients.beside._processes
     os.kill(copy.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="ended with code -9"):
         list(trainer.train_stable(512))
-    assert trainer._beside is None
+    assert trainer._gradients.beside is None
 
 
 def test_what_fails_in_a_copy_fails_here():

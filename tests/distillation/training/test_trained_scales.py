@@ -12,6 +12,7 @@ from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.quantization.formats import get_format
 from autodistill.quantization.grids import IQ4_NL, MXFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0, Grid
+from autodistill.quantization.loops import compiled, loops
 from autodistill.quantization.packing import deployed, pack, quantize, unpack
 from autodistill.strategy.recipe import Distillation, Lora
 from autodistill.strategy.strategy import Finishing, Init, Strategy
@@ -96,12 +97,12 @@ def test_gradients_are_those_of_codes_times_scales(grid):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_loops_are_the_single_operations(grid, dtype, monkeypatch):
     """Values to the last bit, in one thread or several; sums of gradients, whose order is free, within a rounding."""
-    assert trained_scales.loops() is not None
-    monkeypatch.setattr(trained_scales.loops(), "_LEAST_PART", 64)
+    assert loops("rounding") is not None
+    monkeypatch.setattr(compiled, "_LEAST_PART", 64)
     found = []
     for switched_off in (False, True):
         if switched_off:
-            monkeypatch.setattr(trained_scales, "loops", lambda: None)
+            monkeypatch.setattr(trained_scales, "loops", lambda *_: None)
         _, shown = _moved(grid)
         values = shown(dtype=dtype)
         incoming = torch.randn(values.shape, generator=torch.Generator().manual_seed(2)).to(dtype)

@@ -17,7 +17,7 @@ from autodistill.evaluation.evaluate import Evaluation
 from autodistill.hardware.budget import Budget
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
-from autodistill.models.config import resized, spec_from_config
+from autodistill.models.config import resized
 from autodistill.runs.results.objectives import OBJECTIVES
 from autodistill.runs.results.row import Status
 from autodistill.runs.run_folder import RunFolder
@@ -25,7 +25,6 @@ from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.state import Question
 from autodistill.search.campaign.warm_start import WarmStart, warm_start
-from autodistill.search.planning.durations import Speed
 from autodistill.search.request.earlier_runs import (
     check_asked,
     check_fingerprints,
@@ -40,34 +39,7 @@ from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.space import load_space
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.utils.json_files import write_json
-
-PLAN = small_plan()
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 20,
-    "hidden_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 512,
-    "vocab_size": 1000,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
-
-
-def question() -> Question:
-    space = load_space("declared")
-    return Question(
-        space=space,
-        deployments=space.deployments,
-        budget=Budget(memory_bytes=10**9),
-        plan=PLAN,
-        speed=Speed(cache=1e6, score=1e6, worker_train=1e6, worker_score=1e6),
-        teacher_spec=spec_from_config(CONFIG),
-        teacher_accuracy=0.5,
-        metric="accuracy",
-        direction="max",
-    )
+from tests.search.campaign.test_campaign import PLAN, question
 
 
 def worker(assignment: Assignment) -> RungReport:

@@ -18,17 +18,11 @@ from autodistill.runs.events import RowAdded, RowTested, TrialEnded, of_kind, ro
 from autodistill.runs.results.row import DAMAGED, Row, Status
 from autodistill.runs.results.selection import in_order
 from autodistill.search.campaign.state import Question
-from autodistill.search.finish import finish
 from autodistill.search.finish.export_choice import candidates, next_candidate, passed_over, trained_rows
-from autodistill.search.finish.finish import (
-    ExportedRow,
-    _first_that_fits,
-    _gguf_beside,
-    _leave_out_removed,
-    _notes,
-    _with_measured,
-)
+from autodistill.search.finish.export_row import ExportedRow, with_measured
+from autodistill.search.finish.finish import _first_that_fits, _gguf_beside, _leave_out_removed
 from autodistill.search.finish.forgetting import Gate
+from autodistill.search.finish.notes import notes_on, nothing_fits
 from autodistill.search.finish.test_split import compared_with, gains_on_test, known_on_test
 from autodistill.search.planning.durations import Speed
 from autodistill.strategy.deployment import Deployment
@@ -182,7 +176,7 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
         folder.mkdir()
         return ExportedRow(row=measured(one, 50), deployment=one.deployment, path=folder / "student.gguf")
 
-    monkeypatch.setattr("autodistill.search.finish.finish._export", export)
+    monkeypatch.setattr("autodistill.search.finish.finish.export_row", export)
     finisher = SimpleNamespace(
         question=replace(question("accuracy", "max"), budget=Budget(memory_bytes=LIMIT)),
         run=SimpleNamespace(student=lambda container: tmp_path / container),
@@ -218,7 +212,7 @@ def test_a_gguf_file_that_fails_does_not_end_what_has_a_verified_best(
         folder.mkdir()
         raise failure
 
-    monkeypatch.setattr(finish, "_export", export)
+    monkeypatch.setattr("autodistill.search.finish.finish.export_row", export)
     beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher, Gate(finisher))  # type: ignore[arg-type]
     assert beside is None
     assert notes == (f"there is no GGUF file beside the best student: {failure}",)
@@ -231,8 +225,8 @@ def test_what_was_predicted_stays_beside_a_measurement_that_is_made_again() -> N
         {"memory_bytes": Measurement(name="memory_bytes", value=need, unit="bytes", direction="min", source="measured")}
         for need in (150, 155)
     )
-    first = _with_measured(row("t000", "accuracy", 0.5), once, finisher)  # type: ignore[arg-type]
-    again = _with_measured(first, twice, finisher)  # type: ignore[arg-type]
+    first = with_measured(row("t000", "accuracy", 0.5), once, finisher)  # type: ignore[arg-type]
+    again = with_measured(first, twice, finisher)  # type: ignore[arg-type]
     assert (first.figure("memory_bytes_predicted"), first.memory_bytes) == (100, 150)
     assert (again.figure("memory_bytes_predicted"), again.memory_bytes) == (100, 155)
 
@@ -245,7 +239,7 @@ def test_a_measurement_says_whose_memory_it_is_of_and_what_was_predicted_there(
     detail = {"on_gpu": on_gpu, "predicted_bytes": 140}
     made = {"name": "memory_bytes", "value": 150, "unit": "bytes", "direction": "min", "source": "measured"}
     measured = {"memory_bytes": Measurement(**made, detail=detail)}  # type: ignore[arg-type]
-    found = _with_measured(row("t000", "accuracy", 0.5, other=before), measured, finisher)  # type: ignore[arg-type]
+    found = with_measured(row("t000", "accuracy", 0.5, other=before), measured, finisher)  # type: ignore[arg-type]
     assert (found.memory_bytes, found.figure("memory_bytes_predicted")) == (150, 140)
     assert found.other.get("memory_on") == ("discrete-gpu" if on_gpu else None)
 
@@ -396,7 +390,7 @@ def test_a_teacher_that_is_not_quantized_is_not_said_to_be(packing: str, said: s
     )
     best = row("t000", "accuracy", 0.5, memory_source="predicted")
     teacher = row("teacher", "accuracy", 0.6, packing, kind="teacher", fidelity=None)
-    (note,) = (note for note in _notes(best, [best, teacher], finisher) if "has accuracy" in note)
+    (note,) = (note for note in notes_on(best, [best, teacher], finisher) if "has accuracy" in note)
     assert note.startswith(said)
 
 
@@ -405,10 +399,10 @@ def test_a_gain_over_a_baseline_is_told_where_there_is_one() -> None:
         question=question("accuracy", "max"), setting=SimpleNamespace(teacher_spec=spec_from_config(CONFIG))
     )
     best = row("t000x", "accuracy", 0.5, memory_source="predicted", fidelity=3.0, train_tokens=300)
-    (note,) = (note for note in _notes(best, [best], finisher) if "300%" in note)
+    (note,) = (note for note in notes_on(best, [best], finisher) if "300%" in note)
     assert note == "the best student was trained for 300% of a trial's tokens (300)"
     baseline = row("b000", "accuracy", 0.4, kind="baseline")
-    (note,) = (note for note in _notes(best, [best, baseline], finisher) if "300%" in note)
+    (note,) = (note for note in notes_on(best, [best, baseline], finisher) if "300%" in note)
     assert "gain over the baseline" in note
 
 
@@ -416,6 +410,6 @@ def test_a_search_whose_trainings_all_failed_names_the_failure() -> None:
     events = [TrialEnded(trial="t000", status=Status.FAILED, reason="nan: the loss is not finite")]
     run = SimpleNamespace(events=SimpleNamespace(of=lambda kind: of_kind(events, kind)))
     finisher: Any = SimpleNamespace(question=question("accuracy", "max"), run=run)
-    assert "1 training failed, the first by nan: the loss is not finite" in finish._nothing([], False, finisher)
+    assert "1 training failed, the first by nan: the loss is not finite" in nothing_fits([], False, finisher)
     events.clear()
-    assert finish._nothing([], False, finisher).startswith("nothing was trained as far as a rung")
+    assert nothing_fits([], False, finisher).startswith("nothing was trained as far as a rung")

@@ -20,7 +20,7 @@ from autodistill.data.dataset import Prepared, load_split
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.errors import NothingFitsError
 from autodistill.evaluation.base import Subject, load_evaluator
-from autodistill.export.base import Artifact, load_exporter
+from autodistill.export.base import Artifact, Label, load_exporter
 from autodistill.export.gguf import FILE
 from autodistill.export.gguf_mixtures import verify_mixture, write_mixture
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, replacing
@@ -119,12 +119,12 @@ def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment | Compensa
     Raises:
         InputError, VerificationError: As `export`.
     """
-    name, deployment = f"{teacher.name}, solved", chosen if isinstance(chosen, Deployment) else chosen.deployment
+    label = Label(teacher=teacher.name, license=teacher.license, name=f"{teacher.name}, solved")
+    deployment = chosen if isinstance(chosen, Deployment) else chosen.deployment
     if bench.spec.architecture not in GGUF_MIXTURES:
         exporter = load_exporter(deployment.container)
-        told = {"teacher": teacher.name, "license": teacher.license, "name": name}
         with _with_scales(bench, teacher.folder, chosen) as folder:
-            artifact = exporter.export(folder, deployment, out, **told)
+            artifact = exporter.export(folder, deployment, out, **label)
             return artifact, verify(exporter, artifact, folder, deployment).tensors
     storages = {tensor.name: deployment.storage(tensor) for tensor in bench.spec.tensors}
 
@@ -134,17 +134,8 @@ def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment | Compensa
     def stored(name: str) -> Floats:
         return _rows(bench, name, bench.stored(name, storages[name]))
 
-    artifact = write_mixture(
-        own,
-        bench.spec,
-        read_json(teacher.folder / "config.json"),
-        deployment,
-        teacher.folder,
-        out,
-        name=name,
-        teacher=teacher.name,
-        license=teacher.license,
-    )
+    config = read_json(teacher.folder / "config.json")
+    artifact = write_mixture(own, bench.spec, config, deployment, teacher.folder, out, **label)
     return artifact, verify_mixture(artifact.path, stored, bench.spec, deployment)
 
 

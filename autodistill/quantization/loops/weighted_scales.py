@@ -15,8 +15,16 @@ from torch import Tensor
 
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.k_quants import LEAST_POWER
+from autodistill.quantization.loops.compiled import (
+    SIDE_BY_SIDE,
+    Array,
+    array_of,
+    bounds,
+    compiled,
+    over_threads,
+    upper_half,
+)
 from autodistill.quantization.packing import BF16_EPSILON
-from autodistill.quantization.rounding_numba import Array, array_of, compiled, over_threads, upper_half
 
 # What stands beside a code, as a number: within compiled loops there are no names.
 _NOTHING, _MINIMUM, _ZERO_POINT = range(3)
@@ -24,8 +32,6 @@ _OFFSETS = {"none": _NOTHING, "minimum": _MINIMUM, "zero_point": _ZERO_POINT}
 # What a scale is rounded to: nothing, since its block's grid is to come; or the type that it is stored in.
 _FREE, _HALF, _BRAIN, _POWER = range(4)
 _TYPES = {"f16": _HALF, "bf16": _BRAIN, "e8m0": _POWER}
-# Rows of which a group each is searched side by side, in columns of a table in the nearest cache.
-_ROWS = 64
 _ZERO, _ONE, _ENDLESS = np.float32(0.0), np.float32(1.0), np.float32(math.inf)
 # Of float16: the least number with all its digits, what lies below it is a multiple of, its inverse, and the least that
 # is rounded to infinity. Of a float32's bits: those that are rounded away, half of what is kept of them, and infinity.
@@ -61,26 +67,26 @@ def _as_brain(value: np.float32) -> np.float32:
 def _round_scales(scales: Array, offsets: Array, stored: int, beside: int, low: np.float32, high: np.float32) -> None:
     """Round scales and offsets to what a file holds one by one, as `weighted_scales._stored`."""
     if stored == _HALF:
-        for j in range(_ROWS):
+        for j in range(SIDE_BY_SIDE):
             scales[j] = _as_half(scales[j])
         if beside == _MINIMUM:
-            for j in range(_ROWS):
+            for j in range(SIDE_BY_SIDE):
                 offsets[j] = _as_half(offsets[j])
     elif stored == _BRAIN:
-        for j in range(_ROWS):
+        for j in range(SIDE_BY_SIDE):
             scales[j] = _as_brain(scales[j])
     elif stored == _POWER:
-        for j in range(_ROWS):
+        for j in range(SIDE_BY_SIDE):
             scales[j] = scales[j] if scales[j] > _LEAST else _LEAST
     if beside == _ZERO_POINT:
-        for j in range(_ROWS):
+        for j in range(SIDE_BY_SIDE):
             offset = offsets[j] if offsets[j] > low else low
             offsets[j] = offset if offset < high else high
 
 
 @compiled()
 def _inverted(scales: Array, factor: np.float32, inverses: Array) -> None:
-    for j in range(_ROWS):
+    for j in range(SIDE_BY_SIDE):
         scale = scales[j] * factor
         inverses[j] = _ZERO if scale == _ZERO else _ONE / scale
 
@@ -99,12 +105,12 @@ def _on_codebook(columns: Array, i: int, inverses: Array, middles: Array, steps:
 
     Middles are those between codes, each with the step from the lower code to the higher; the first has the least code.
     """
-    for j in range(_ROWS):
+    for j in range(SIDE_BY_SIDE):
         steps[j] = columns[i, j] * inverses[j]
         codes[j] = middles[0, 1]
     for k in range(1, len(middles)):
         middle, rise = middles[k, 0], middles[k, 1]
-        for j in range(_ROWS):
+        for j in range(SIDE_BY_SIDE):
             codes[j] += rise if steps[j] >= middle else _ZERO
 
 
@@ -123,31 +129,31 @@ def _left(
     left: Array,
 ) -> None:
     """Write the weighted squared error that scales and offsets leave; what is no number is endless."""
-    steps, codes = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
+    steps, codes = np.empty(SIDE_BY_SIDE, np.float32), np.empty(SIDE_BY_SIDE, np.float32)
     _inverted(scales, _ONE, inverses)
     left[:] = _ZERO
     for i in range(len(columns)):
         count = counts[i]
         if len(middles):
             _on_codebook(columns, i, inverses, middles, steps, codes)
-            for j in range(_ROWS):
+            for j in range(SIDE_BY_SIDE):
                 error = codes[j] * scales[j] - columns[i, j]
                 left[j] += error * error * count
         elif beside == _NOTHING:
-            for j in range(_ROWS):
+            for j in range(SIDE_BY_SIDE):
                 error = _code(columns[i, j] * inverses[j], low, high) * scales[j] - columns[i, j]
                 left[j] += error * error * count
         elif beside == _MINIMUM:
-            for j in range(_ROWS):
+            for j in range(SIDE_BY_SIDE):
                 above = columns[i, j] - offsets[j]
                 error = _code(above * inverses[j], low, high) * scales[j] - above
                 left[j] += error * error * count
         else:
-            for j in range(_ROWS):
+            for j in range(SIDE_BY_SIDE):
                 code = _code(columns[i, j] * inverses[j] + offsets[j], low, high)
                 error = (code - offsets[j]) * scales[j] - columns[i, j]
                 left[j] += error * error * count
-    for j in range(_ROWS):
+    for j in range(SIDE_BY_SIDE):
         left[j] = left[j] if left[j] == left[j] else _ENDLESS
 
 
@@ -169,7 +175,7 @@ def _refit(
     moved: Array,
 ) -> None:
     """As `weighted_scales._refitted`, of the codes that scales times a factor give."""
-    steps, codes = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
+    steps, codes = np.empty(SIDE_BY_SIDE, np.float32), np.empty(SIDE_BY_SIDE, np.float32)
     _inverted(scales, factor, inverses)
     sums[:] = _ZERO
     total = _ZERO
@@ -178,17 +184,17 @@ def _refit(
         total += count
         if len(middles):
             _on_codebook(columns, i, inverses, middles, steps, codes)
-            for j in range(_ROWS):
+            for j in range(SIDE_BY_SIDE):
                 sums[0, j] += codes[j] * codes[j] * count
                 sums[1, j] += codes[j] * columns[i, j] * count
         elif beside == _NOTHING:
-            for j in range(_ROWS):
+            for j in range(SIDE_BY_SIDE):
                 weight = columns[i, j]
                 code = _code(weight * inverses[j], low, high)
                 sums[0, j] += code * code * count
                 sums[1, j] += code * weight * count
         elif beside == _MINIMUM:
-            for j in range(_ROWS):
+            for j in range(SIDE_BY_SIDE):
                 weight = columns[i, j]
                 code = _code((weight - offsets[j]) * inverses[j], low, high)
                 sums[0, j] += code * code * count
@@ -196,12 +202,12 @@ def _refit(
                 sums[2, j] += code * count
                 sums[3, j] += weight * count
         else:
-            for j in range(_ROWS):
+            for j in range(SIDE_BY_SIDE):
                 weight = columns[i, j]
                 code = _code(weight * inverses[j] + offsets[j], low, high) - offsets[j]
                 sums[0, j] += code * code * count
                 sums[1, j] += code * weight * count
-    for j in range(_ROWS):
+    for j in range(SIDE_BY_SIDE):
         squares, products = sums[0, j], sums[1, j]
         scale, offset = products / (squares if squares > _ZERO else _ONE), offsets[j]
         if beside == _MINIMUM:
@@ -219,7 +225,7 @@ def _refit(
 def _better(
     scales: Array, offsets: Array, left: Array, best_scales: Array, best_offsets: Array, best_left: Array
 ) -> None:
-    for j in range(_ROWS):
+    for j in range(SIDE_BY_SIDE):
         better = left[j] < best_left[j]
         best_scales[j] = scales[j] if better else best_scales[j]
         best_offsets[j] = offsets[j] if better else best_offsets[j]
@@ -243,11 +249,11 @@ def _try(
     """As `weighted_scales._tries`, one of them."""
     first, second = tries[number, 0], tries[number, 1]
     if beside == _NOTHING:
-        for j in range(_ROWS):
+        for j in range(SIDE_BY_SIDE):
             largest = highest[j] if highest[j] > -lowest[j] else lowest[j]
             scales[j] = largest * first if stored == _POWER else largest / first
         return
-    for j in range(_ROWS):
+    for j in range(SIDE_BY_SIDE):
         step = (highest[j] - lowest[j]) / levels
         least = lowest[j] + first * step
         scale = (highest[j] - second * step - least) / levels
@@ -263,7 +269,7 @@ def _try(
 def _in_columns(weights: Array, start: int, place: int, columns: Array) -> None:
     """Copy a group of some rows into columns; those beyond the last row have the first of them."""
     rows, _, size = weights.shape
-    for j in range(_ROWS):
+    for j in range(SIDE_BY_SIDE):
         row = start + j if start + j < rows else start
         for i in range(size):
             columns[i, j] = weights[row, place, i]
@@ -272,14 +278,8 @@ def _in_columns(weights: Array, start: int, place: int, columns: Array) -> None:
 @compiled()
 def _ends(columns: Array, beside: int, bounded: bool, power: bool, lowest: Array, highest: Array) -> None:
     """Write the smallest and the largest weight of groups, as tries begin with them."""
-    lowest[:] = columns[0]
-    highest[:] = columns[0]
-    for i in range(1, len(columns)):
-        for j in range(_ROWS):
-            weight = columns[i, j]
-            lowest[j] = weight if weight < lowest[j] else lowest[j]
-            highest[j] = weight if weight > highest[j] else highest[j]
-    for j in range(_ROWS):
+    bounds(columns, lowest, highest)
+    for j in range(SIDE_BY_SIDE):
         if beside == _ZERO_POINT or bounded:
             lowest[j] = _ZERO if lowest[j] > _ZERO else lowest[j]
         if beside == _ZERO_POINT:
@@ -287,7 +287,7 @@ def _ends(columns: Array, beside: int, bounded: bool, power: bool, lowest: Array
     if power:
         # Of the larger magnitude the largest power of two in it.
         bits = highest.view(np.uint32)
-        for j in range(_ROWS):
+        for j in range(SIDE_BY_SIDE):
             highest[j] = highest[j] if highest[j] > -lowest[j] else -lowest[j]
             bits[j] = bits[j] & _INFINITY
         lowest[:] = _ZERO
@@ -310,17 +310,17 @@ def _search(
     middles: Array,
 ) -> None:
     rows, places, size = weights.shape
-    columns = np.empty((size, _ROWS), np.float32)
-    scale, offset = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
-    left, inverse = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
-    lowest, highest = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
-    best_scale, best_offset = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
-    best_left, sums = np.empty(_ROWS, np.float32), np.empty((4, _ROWS), np.float32)
-    for start in range(0, rows, _ROWS):
+    columns = np.empty((size, SIDE_BY_SIDE), np.float32)
+    scale, offset = np.empty(SIDE_BY_SIDE, np.float32), np.empty(SIDE_BY_SIDE, np.float32)
+    left, inverse = np.empty(SIDE_BY_SIDE, np.float32), np.empty(SIDE_BY_SIDE, np.float32)
+    lowest, highest = np.empty(SIDE_BY_SIDE, np.float32), np.empty(SIDE_BY_SIDE, np.float32)
+    best_scale, best_offset = np.empty(SIDE_BY_SIDE, np.float32), np.empty(SIDE_BY_SIDE, np.float32)
+    best_left, sums = np.empty(SIDE_BY_SIDE, np.float32), np.empty((4, SIDE_BY_SIDE), np.float32)
+    for start in range(0, rows, SIDE_BY_SIDE):
         for place in range(places):
             _in_columns(weights, start, place, columns)
             count = counts[place]
-            for j in range(_ROWS):
+            for j in range(SIDE_BY_SIDE):
                 row = start + j if start + j < rows else start
                 best_scale[j], best_offset[j] = scales[row, place], offsets[row, place]
             _left(columns, count, best_scale, best_offset, inverse, beside, low, high, middles, best_left)
@@ -338,7 +338,7 @@ def _search(
                 _round_scales(scale, offset, stored, beside, low, high)
                 _left(columns, count, scale, offset, inverse, beside, low, high, middles, left)
                 _better(scale, offset, left, best_scale, best_offset, best_left)
-            for j in range(min(_ROWS, rows - start)):
+            for j in range(min(SIDE_BY_SIDE, rows - start)):
                 scales[start + j, place], offsets[start + j, place] = best_scale[j], best_offset[j]
 
 
@@ -355,17 +355,17 @@ def _errors(
     middles: Array,
 ) -> None:
     rows, places, size = weights.shape
-    columns, inverse = np.empty((size, _ROWS), np.float32), np.empty(_ROWS, np.float32)
-    scale, offset = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
-    left = np.empty(_ROWS, np.float32)
-    for start in range(0, rows, _ROWS):
+    columns, inverse = np.empty((size, SIDE_BY_SIDE), np.float32), np.empty(SIDE_BY_SIDE, np.float32)
+    scale, offset = np.empty(SIDE_BY_SIDE, np.float32), np.empty(SIDE_BY_SIDE, np.float32)
+    left = np.empty(SIDE_BY_SIDE, np.float32)
+    for start in range(0, rows, SIDE_BY_SIDE):
         for place in range(places):
             _in_columns(weights, start, place, columns)
-            for j in range(_ROWS):
+            for j in range(SIDE_BY_SIDE):
                 row = start + j if start + j < rows else start
                 scale[j], offset[j] = scales[row, place], offsets[row, place]
             _left(columns, counts[place], scale, offset, inverse, beside, low, high, middles, left)
-            for j in range(min(_ROWS, rows - start)):
+            for j in range(min(SIDE_BY_SIDE, rows - start)):
                 found[start + j, place] = left[j]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.group_scales import Steps
-from autodistill.quantization.rounding_numba import Array, array_of, code_near, compiled, over_threads, upper_half
+from autodistill.quantization.loops.compiled import Array, array_of, code_near, compiled, over_threads, upper_half
 
 _ZERO, _UPPER = np.float32(0.0), np.uint32(16)
 

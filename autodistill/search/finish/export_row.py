@@ -1,0 +1,138 @@
+"""Exports one row of a run: packed, held to what was evaluated, run, and measured in its runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autodistill.data.dataset import load_split
+from autodistill.estimates.fit import too_late
+from autodistill.evaluation.base import Measurement, Subject, load_evaluator
+from autodistill.evaluation.evaluate import deployed_weights
+from autodistill.export.base import Artifact, Expected, load_exporter
+from autodistill.export.model_card import Origin
+from autodistill.export.verify import POSITIONS, RuntimeCheck, prove, verify
+from autodistill.hardware.background_load import free_cores
+from autodistill.hardware.budget import DeviceBudget
+from autodistill.hardware.device import DISCRETE
+from autodistill.hardware.lookup import is_machine
+from autodistill.inference.scoring import choices
+from autodistill.inference.torch_memory import give_back_memory
+from autodistill.quantization.learned_scales import read_scales
+from autodistill.runs.results.row import Row
+from autodistill.search.finish.context import Finisher
+from autodistill.strategy.deployment import Deployment
+from autodistill.utils.json_files import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedRow:
+    """What was written of a row in one deployment, and how its runtime agrees; None where that was not run."""
+
+    row: Row
+    deployment: Deployment
+    path: Path
+    check: RuntimeCheck | None = None
+    expected: Expected | None = None
+
+
+def pack(row: Row, deployment: Deployment, finisher: Finisher) -> Artifact:
+    """Writes one deployment of a row's model and holds the bytes on disk to the evaluated weights."""
+    exporter = load_exporter(deployment.container)
+    student, out = finisher.student(row), finisher.run.student(deployment.container)
+    label = Origin.of(read_json(finisher.run.search_file)).label(row)
+    artifact = exporter.export(student, deployment, out, **label)
+    verify(exporter, artifact, student, deployment)
+    return artifact
+
+
+def export_row(row: Row, finisher: Finisher) -> ExportedRow:
+    """Exports a row's model and verifies it in its runtime; its row then has what was measured there."""
+    deployment, strategy = row.deployment, row.strategy
+    spec = finisher.spec(strategy)
+    with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
+        artifact = pack(row, deployment, finisher)
+        length = finisher.question.plan.sequence_length
+        sequences = math.ceil(POSITIONS / (length - 1))
+        rendering = finisher.setting.rendering(strategy.init if strategy else None)
+        data = load_split(finisher.data.folder, "validation", rendering).head(sequences * length)
+        model = finisher.load(row)
+        with deployed_weights(model, spec, deployment, read_scales(finisher.student(row), deployment)):
+            simulated = choices(model, data, device=finisher.setting.device)
+        # The runtime may take all that a GPU has.
+        del model
+        give_back_memory()
+        threads = free_cores(finisher.threads)
+        exporter = load_exporter(deployment.container)
+        expected = Expected(np.array(data.tokens[:, :-1]), *simulated)
+        check = prove(exporter, artifact.path, deployment, expected, threads, finisher.student(row))
+    subject = Subject(
+        spec=spec,
+        deployment=deployment,
+        budget=finisher.question.budget,
+        artifact=artifact.path,
+        artifact_bytes=artifact.size_bytes,
+        threads=finisher.threads,
+    )
+    measured: dict[str, Measurement] = {}
+    for name in ("memory", "size", "latency"):
+        evaluator = load_evaluator(name)
+        if evaluator.supports(deployment):
+            with finisher.phases.phase("evaluate", f"{name} of the {deployment.name} student"):
+                measured |= {item.name: item for item in evaluator.evaluate(subject)}
+    updated = with_measured(row, measured, finisher)
+    finisher.write(updated)
+    return ExportedRow(row=updated, deployment=deployment, path=artifact.path, check=check, expected=expected)
+
+
+def with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finisher) -> Row:
+    """The row with the runtime's figures; the memory and size that were predicted stay beside the measured ones."""
+    fields: dict[str, Any] = {"other": dict(row.other)}
+    for name, item in measured.items():
+        if name in ("memory_bytes", "size_bytes"):
+            fields[name] = int(item.value)
+        elif name in ("latency_ms", "tokens_per_second"):
+            fields[name] = item.value
+        elif "@" not in name:
+            fields["other"][name] = item.value
+    if "memory_bytes" in measured:
+        fields["memory_source"] = measured["memory_bytes"].source
+        if row.memory_source != "measured":
+            fields["other"] |= {"memory_bytes_predicted": row.memory_bytes, "size_bytes_predicted": row.size_bytes}
+        detail = measured["memory_bytes"].detail
+        fields["other"]["memory_parts"] = dict(detail)
+        if "predicted_bytes" in detail:
+            # Of where it was measured: of a GPU it is another figure than of the process that was budgeted for.
+            fields["other"]["memory_bytes_predicted"] = detail["predicted_bytes"]
+            fields["other"].pop("memory_on", None)
+            fields["other"] |= {"memory_on": DISCRETE} if detail["on_gpu"] else {}
+    late: tuple[str, ...] = ()
+    if "latency_ms" in measured:
+        detail = measured["latency_ms"].detail
+        fields |= {"latency_source": "measured", "machine": detail["machine"]}
+        fields["other"].pop("latency_assumed", None)
+        fields["other"] |= {"latency_detail": dict(detail), "latency_doubts": "; ".join(detail["doubts"]) or None}
+        late = _too_late(measured, fields, finisher)
+    updated = replace(row, **fields)
+    limit = finisher.question.budget.memory_bytes
+    over = (updated.memory_bytes or 0) - limit
+    broken = [f"memory: {updated.memory_bytes} bytes, {over} over {limit}"] if over > 0 else [*late]
+    return replace(updated, feasible=False, reason="; ".join(broken)) if broken else updated
+
+
+def _too_late(measured: Mapping[str, Measurement], fields: Mapping[str, Any], finisher: Finisher) -> tuple[str, ...]:
+    """The limits of latency that are broken, where it was measured on what they hold on.
+
+    Elsewhere they stay predicted: what another machine does says nothing of them.
+    """
+    budget = finisher.question.budget
+    if not isinstance(budget, DeviceBudget) or not is_machine(budget.device, fields["machine"]):
+        return ()
+    times = {limit: measured[limit.name].value / 1e3 for limit in budget.latency}
+    fields["other"].update({limit.name: 1e3 * seconds for limit, seconds in times.items()})
+    return too_late(times, "measured")
