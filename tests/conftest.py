@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -139,6 +140,14 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as a terminal's process has it, also where these tests run in the background and would wait for it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)
