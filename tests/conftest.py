@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -51,6 +52,10 @@ from autodistill.search.worker.messages import TrialSetting
 from autodistill.strategy.strategy import Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.storage import Storage
+
+# How long an example takes, or is looked for, says how busy the machine is.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 LAYERS, WIDTH, VOCABULARY, LENGTH, SEQUENCES, TOP_K, DRAWS = 6, 64, 300, 32, 8, 64, 12
 
