@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 
@@ -20,5 +21,7 @@ for _name in names("exporters"):
     if isinstance(_made := load_exporter(_name), PhoneExporter):  # converts for half a minute each time
         _why = f"{' and '.join(_made.packages)} is not installed"
         _marks = [pytest.mark.slow, pytest.mark.skipif(not installed(_made), reason=_why)]
-    _members = {"__module__": __name__, "exporter": _name, "pytestmark": _marks}
+    _members: dict[str, Any] = {"__module__": __name__, "exporter": _name, "pytestmark": _marks}
+    if _name == "pt2":  # traces for seconds each time; of its sister torchscript, which packs alike, all are tried
+        _members["deployments"] = lambda self: ExporterConformance.deployments(self)[:1]
     globals()[_title] = type(_title, (ExporterConformance,), _members)

@@ -30,7 +30,7 @@ from autodistill.search.search import Outcome, search
 from autodistill.search.worker.attempt import Assignment
 from autodistill.strategy.space import load_space
 from tests.search.small_search import SPACE, small_inputs, small_request
-from tests.search.test_kill import start, wait_for
+from tests.search.test_kill import ROOT, start, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,17 @@ def test_a_student_that_its_training_ruined_is_not_what_is_exported(
     assert (run.student("gguf") / "student.gguf").exists()
 
 
+# The command, in a process that leaves out what searches of other tests here do.
+COMMAND = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from autodistill.cli.app import main
+from tests.search.conftest import untimed
+with untimed():
+    sys.exit(main())
+"""
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("runner", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
 def test_the_command_ends_with_a_student_and_the_code_of_its_signal(
@@ -205,7 +216,7 @@ def test_the_command_ends_with_a_student_and_the_code_of_its_signal(
         "--tokens",
         "23040",
     ]
-    process = start([sys.executable, "-m", "autodistill", *words, "--name", "run", "--json"], tmp_path)
+    process = start([sys.executable, "-c", COMMAND, *words, "--name", "run", "--json"], tmp_path)
     out = tmp_path / "results" / "runs"
     wait_for(process, lambda: (out / "run" / "search.json").exists() and bool(events(out, "trial")))
     os.kill(process.pid, number)

@@ -376,15 +376,6 @@ def test_an_answer_without_a_word_is_kept_and_not_asked_for_again(
     assert sorted(seen) == sorted(PROMPTS)
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C as a terminal's process has it, also where these tests run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_what_was_under_way_at_a_ctrl_c_is_kept_and_nothing_else_is_asked(
     request_: WriteRequest, served: Callable[[Answers], tuple[str, list[str]]]
 ) -> None:

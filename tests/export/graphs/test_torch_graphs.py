@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +28,39 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt_neox")
 Q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
 INT4 = Deployment(runtime="transformers", format="compressed-tensors", bits=4, group_size=32)
 SHAPES = ((1, 2), (3, 40), (2, 100))
-# Loads a file, runs it on the tokens beside it and keeps the logits, and shows what of transformers is loaded.
+# Loads each file that it is told of, keeps its logits of some tokens, and shows whether transformers is loaded.
 PROGRAM = """
 import sys, numpy, torch
 from torch._inductor import aoti_load_package
-path = sys.argv[1]
-if path.endswith("_aoti.pt2"):
-    module = aoti_load_package(path)
-else:
-    module = torch.jit.load(path) if path.endswith(".pt") else torch.export.load(path).module()
-tokens = numpy.load(sys.argv[2])
-with torch.no_grad():
-    numpy.savez(sys.argv[3], **{name: module(torch.from_numpy(tokens[name])).numpy() for name in tokens.files})
-print("transformers" in sys.modules)
+for line in sys.stdin:
+    path, given, found = line.rstrip("\\n").split("\\t")
+    if path.endswith("_aoti.pt2"):
+        module = aoti_load_package(path)
+    else:
+        module = torch.jit.load(path) if path.endswith(".pt") else torch.export.load(path).module()
+    tokens = numpy.load(given)
+    with torch.no_grad():
+        numpy.savez(found, **{name: module(torch.from_numpy(tokens[name])).numpy() for name in tokens.files})
+    print("transformers" in sys.modules, flush=True)
 """
 
 
-def check(tmp_path: Path, exporter: TorchExporter, deployment: Deployment, **changes: Any) -> None:
+@pytest.fixture(scope="module")
+def apart() -> Iterator[subprocess.Popen[str]]:
+    """A process that runs files and knows nothing of transformers: one for all tests, since torch is long to import."""
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
+    with (
+        tempfile.TemporaryDirectory() as folder,  # where nothing of ours can be imported from
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder) as process,
+    ):
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def check(
+    apart: subprocess.Popen[str], tmp_path: Path, exporter: TorchExporter, deployment: Deployment, **changes: Any
+) -> None:
     sizes: dict[str, Any] = {"layers": 3, "width": 96, "heads": 3, "kv_heads": 1, "ffn": 160, "seed": 1}
     student = save_tiny_teacher(tmp_path / "student", **(sizes | changes))
     artifact = exporter.export(student, deployment, tmp_path / "out")
@@ -52,10 +70,10 @@ def check(tmp_path: Path, exporter: TorchExporter, deployment: Deployment, **cha
     tokens = {f"{rows}x{length}": drawn.integers(3, 300, (rows, length)) for rows, length in shapes}
     np.savez(tmp_path / "tokens.npz", **tokens)
     paths = [artifact.path / exporter.file, tmp_path / "tokens.npz", tmp_path / "found.npz"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, *map(str, paths)], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.stdout.strip() == "False", done.stderr[-2000:]
+    assert apart.stdin is not None
+    assert apart.stdout is not None
+    print(*paths, sep="\t", file=apart.stdin, flush=True)
+    assert apart.stdout.readline().strip() == "False", "it failed, or loaded transformers"
     model = load_model(student, torch.float32)
     weights = {name: torch.from_numpy(np.array(one)) for name, one in exporter.unpack(artifact.path)}
     narrow = {name: one[tuple(map(slice, dict(model.named_parameters())[name].shape))] for name, one in weights.items()}
@@ -66,19 +84,19 @@ def check(tmp_path: Path, exporter: TorchExporter, deployment: Deployment, **cha
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_torchscript_of_every_family(tmp_path: Path, family: str) -> None:
-    check(tmp_path, TorchScriptExporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
+def test_torchscript_of_every_family(apart: subprocess.Popen[str], tmp_path: Path, family: str) -> None:
+    check(apart, tmp_path, TorchScriptExporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES[1:])])
-def test_archives_of_torch_export_of_every_family(tmp_path: Path, family: str) -> None:
-    check(tmp_path, Pt2Exporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
+def test_archives_of_torch_export_of_every_family(apart: subprocess.Popen[str], tmp_path: Path, family: str) -> None:
+    check(apart, tmp_path, Pt2Exporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
 
 
-def test_layers_of_their_own_width_and_codes_of_another_container(tmp_path: Path) -> None:
-    check(tmp_path / "own", TorchScriptExporter(), Q4_0, ffn=(64, 160, 32))
+def test_layers_of_their_own_width_and_codes_of_another_container(apart: subprocess.Popen[str], tmp_path: Path) -> None:
+    check(apart, tmp_path / "own", TorchScriptExporter(), Q4_0, ffn=(64, 160, 32))
     # Of which zeros fill the narrower ones.
-    check(tmp_path / "int4", TorchScriptExporter(), INT4, ffn=(64, 160, 32))
+    check(apart, tmp_path / "int4", TorchScriptExporter(), INT4, ffn=(64, 160, 32))
 
 
 def test_torchscript_is_said_to_be_deprecated_and_code() -> None:
@@ -95,18 +113,18 @@ COMPILED = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not in
 @pytest.mark.system
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_libraries_of_aotinductor_of_every_family(tmp_path: Path, family: str) -> None:
-    check(tmp_path, AotiExporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
+def test_libraries_of_aotinductor_of_every_family(apart: subprocess.Popen[str], tmp_path: Path, family: str) -> None:
+    check(apart, tmp_path, AotiExporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
 
 
 @COMPILED
 @pytest.mark.system
 @pytest.mark.slow
 def test_a_library_of_layers_of_their_own_width_leaves_no_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    apart: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    check(tmp_path, AotiExporter(), INT4, ffn=(64, 160, 32))
+    check(apart, tmp_path, AotiExporter(), INT4, ffn=(64, 160, 32))
     assert not any((tmp_path / "cache").glob("**/*.so"))
 
 
