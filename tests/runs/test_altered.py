@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from autodistill.cli.app import main
+from autodistill.export.gguf import GgufExporter
 from autodistill.hardware.budget import Budget
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.finish import export_run
@@ -164,14 +165,14 @@ class Told:
 @pytest.fixture
 def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Told:
     # What is packed is the student, whose files have checksums of their own.
-    monkeypatch.setattr(export_run, "_pack", _packed)
+    monkeypatch.setattr(GgufExporter, "export", _packed)
     for name in ("_text_of", "verify", "write_record"):
         monkeypatch.setattr(export_run, name, lambda *given: None)
     monkeypatch.setattr("autodistill.cli.commands.quiet_libraries", lambda *references: None)
     return Told(capsys)
 
 
-def _packed(exporter: Any, student: Path, row: Any, deployment: Any, out: Path, origin: Any) -> Any:
+def _packed(exporter: Any, student: Path, deployment: Any, out: Path, **label: Any) -> Any:
     out.mkdir(parents=True)
     return SimpleNamespace(path=out)
 

@@ -36,7 +36,7 @@ from autodistill.search.campaign.agenda import Agenda
 from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper
 from autodistill.search.campaign.judging import Judge
 from autodistill.search.campaign.replay import Replay
-from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.campaign.state import Candidate, Question, TrialState
 from autodistill.search.campaign.telling import Teller
 from autodistill.search.campaign.time_budget import TimeBox
 from autodistill.search.campaign.trunk import Trunk
@@ -459,7 +459,7 @@ class Campaign:
         # What goes on from another one's stage is trained as that one is.
         same = next((one for one in self.trials.values() if one.task.strategy.id == strategy.id), None)
         made = same.candidate if same else with_training(self.question, candidate_of(self.question, strategy))
-        trial = admit(self.question, made, **fields)
+        trial = self._admit(made, **fields)
         self.trials[trial.task.id] = trial
         self._write(
             TrialAdded(
@@ -478,6 +478,9 @@ class Campaign:
         if trial.reason is not None:
             self._end(trial, Status.REJECTED, trial.reason)
         return trial
+
+    def _admit(self, candidate: Candidate, **fields: Any) -> TrialState:
+        return admit(self.question, candidate, **fields)
 
     def _end(self, trial: TrialState, status: Status, reason: str | None = None, cause: str | None = None) -> None:
         trial.status, trial.reason, trial.cause = status, reason, cause

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from autodistill.export.gguf import GgufExporter
 from autodistill.hardware.budget import Budget
 from autodistill.runs import report
 from autodistill.runs.events import RowAdded
@@ -129,13 +130,13 @@ def test_all_who_name_the_best_student_name_the_same_one(
     at_the_end = next_candidate([*trained_rows(ROWS, "accuracy", lambda _: True), *others], [], asked)
     assert at_the_end == BEST[0]
 
-    def pack(exporter: object, student: Path, row: Row, deployment: object, out: Path, origin: object) -> Any:
+    def pack(exporter: object, student: Path, deployment: object, out: Path, **label: object) -> Any:
         out.mkdir(parents=True, exist_ok=True)
         packed.append(student)
         return SimpleNamespace(path=out)
 
     packed: list[Path] = []
-    monkeypatch.setattr(export_run, "_pack", pack)
+    monkeypatch.setattr(GgufExporter, "export", pack)
     for name in ("verify", "write_record"):
         monkeypatch.setattr(export_run, name, lambda *given: None)
     export_run.export_run(run, None, ["gguf"], tmp_path / "out", verified=False)
