@@ -12,8 +12,9 @@ from autodistill.search.planning.plan import BRANCHES
 BRANCH_DECAY = 0.08
 """Share of a student's tokens over which its rate falls where it branches off short of the trunk's end."""
 
-_COST = 0.07
-"""Share of the trunk's time that decays short of its end, and what follows them, may take together."""
+COST, COST_OF_WHOLE = 0.07, 0.08
+"""Share of the trunk's time that decays short of its end, and what follows them, may take together: more where the
+student is the whole teacher, which may forget general text at the trunk's end. An early student is then exported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Trunk:
         kept, left_out = told(True), told(False)
         said = f"{self.trial} is trained on to about {self.tokens:,} tokens"
         said += f", and students are kept at {kept}" if kept else ""
-        return said + (f"; not at {left_out}: above {_COST:.0%} together" if left_out else "")
+        return said + (f"; not at {left_out}: too much of its time" if left_out else "")
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -76,7 +77,14 @@ class Trunk:
 
 
 def plan_trunk(
-    trial: str, *, start: int, end: int, least: float, batch_tokens: int, seconds: Callable[[int], float]
+    trial: str,
+    *,
+    start: int,
+    end: int,
+    least: float,
+    batch_tokens: int,
+    seconds: Callable[[int], float],
+    most: float = COST,
 ) -> Trunk:
     """Decides which decays a trunk can spare: the later one first, whose student is the better.
 
@@ -87,6 +95,7 @@ def plan_trunk(
         least: Tokens below which a student is not worth a decay of its own.
         batch_tokens: Of a step.
         seconds: Expected time of so many tokens, and of the evaluation after them.
+        most: Share of the trunk's time that all decays may take.
     """
     whole, spent, found = seconds(end - start), 0.0, []
     for share in sorted(BRANCHES, reverse=True):
@@ -97,7 +106,7 @@ def plan_trunk(
         cost = seconds(tokens - at) / whole
         if tokens < least or tokens >= end:
             continue
-        kept = spent + cost <= _COST
+        kept = spent + cost <= most
         spent += cost if kept else 0.0
         found.append(Branch(share=share, tokens=tokens, cost=cost, kept=kept))
     return Trunk(trial=trial, tokens=end, branches=tuple(reversed(found)))

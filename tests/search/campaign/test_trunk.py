@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from autodistill.search.campaign.trunk import BRANCH_DECAY, Trunk, plan_trunk
+from autodistill.search.campaign.trunk import BRANCH_DECAY, COST, COST_OF_WHOLE, Trunk, plan_trunk
 
 
 def _trunk(beside: float, start: int = 0, least: float = 0.0) -> Trunk:
@@ -38,8 +38,21 @@ def test_nothing_branches_off_before_its_start_or_below_what_is_worth_it() -> No
     assert _trunk(0.2, least=60_000).branches == ()
 
 
+def test_of_the_whole_teacher_an_early_student_may_cost_more() -> None:
+    costs = {
+        "start": 0,
+        "end": 100_000,
+        "least": 0.0,
+        "batch_tokens": 100,
+        "seconds": lambda tokens: tokens / 1000 + 3.3,
+    }
+    cut, whole = (plan_trunk("t000", **costs, most=most) for most in (COST, COST_OF_WHOLE))
+    assert [(one.share, one.kept) for one in cut.branches] == [(0.25, True), (0.5, False)]
+    assert [(one.share, one.kept) for one in whole.branches] == [(0.25, False), (0.5, True)]
+
+
 def test_the_decision_is_told_with_its_cost() -> None:
     said = _trunk(2.0).describe()
     assert said.startswith("t003 is trained on to about 100,000 tokens, and students are kept at 50% (54,300 tokens,")
-    assert "not at 25% (27,200 tokens, 4.1% of the time): above 7% together" in said
+    assert "not at 25% (27,200 tokens, 4.1% of the time): too much of its time" in said
     assert BRANCH_DECAY < 0.2
