@@ -124,6 +124,7 @@ class _Served:
     prompt: int | None
 
     def need(self, on_gpu: bool) -> MemoryEstimate:
+        """Return what a process that serves the model takes, with its weights on a GPU or in main memory."""
         return memory(
             self.model.spec,
             self.deployment,

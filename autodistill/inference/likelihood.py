@@ -165,6 +165,7 @@ def rolling(
     lengths = [len(begun) + pieces[piece][2] - pieces[piece][1] for piece in order]
 
     def work(batch: range) -> list[Tensor]:
+        """Return the nats that each predicted token of some pieces costs, float64 [tokens] of each piece."""
         chosen = [pieces[order[index]] for index in batch]
         rows = [torch.tensor([*begun, *texts[place][start:end]]) for place, start, end, _ in chosen]
         # Nothing predicts a window's first token.

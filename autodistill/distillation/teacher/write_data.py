@@ -199,6 +199,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
     fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=detect())
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | None]]:
+        """Yield the place of each prompt with its answer, or None where it leaves no room for one."""
         if not prompts:
             return
         import torch
@@ -255,6 +256,7 @@ def _from_endpoint(
         return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, told)
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | RefusedPromptError]]:
+        """Yield the place of each prompt with its answer, or why the endpoint refused it, as they come."""
         left = deque(enumerate(prompts))
         came: SimpleQueue[tuple[int, _Answer | RefusedPromptError] | Exception | None] = SimpleQueue()
 
