@@ -6,6 +6,7 @@ Where one of these fails with a new version, the bound in pyproject.toml holds u
 from __future__ import annotations
 
 import inspect
+import subprocess
 import tomllib
 from importlib.util import find_spec
 from itertools import chain
@@ -30,7 +31,7 @@ def test_packages_whose_internals_are_used_have_an_upper_bound(package: str) -> 
 
 
 def test_of_ray_a_jobs_working_folder_can_be_kept_off_the_import_path() -> None:
-    """`search/runners/ray_cluster.py` replaces the method by one of its own."""
+    """`search/runners/ray_session.py` replaces the method by one of its own."""
     from ray.job_config import JobConfig
 
     assert list(inspect.signature(JobConfig()._runtime_env_has_working_dir).parameters) == []
@@ -39,7 +40,7 @@ def test_of_ray_a_jobs_working_folder_can_be_kept_off_the_import_path() -> None:
 
 
 def test_of_ray_a_node_can_be_kept_to_the_loopback_and_its_token_to_the_environment() -> None:
-    """`search/runners/ray_cluster.py` says that there is no cluster, and has a token read anew."""
+    """`search/runners/ray_local.py` says that there is no cluster, and has a token read anew."""
     from ray._private import ray_constants, services
     from ray._raylet import AuthenticationTokenLoader
 
@@ -47,6 +48,19 @@ def test_of_ray_a_node_can_be_kept_to_the_loopback_and_its_token_to_the_environm
     assert "ENABLE_RAY_CLUSTER" in inspect.getsource(services.get_node_ip_address)
     assert "_node_ip_address" in inspect.getsource(__import__("ray._private.worker", fromlist=["worker"]).init)
     assert callable(AuthenticationTokenLoader.instance().reset_cache)
+
+
+def test_of_ray_processes_are_begun_by_one_class_that_can_be_replaced() -> None:
+    """`search/runners/ray_processes.py` replaces it, and does what Ray's code in the fork does."""
+    from ray._private import services
+
+    assert issubclass(services.ConsolePopen, subprocess.Popen)
+    source = inspect.getsource(services.start_ray_process)
+    assert "process = ConsolePopen(" in source
+    between = source[source.index("def preexec_fn") : source.index("win32_fate_sharing")]
+    assert "SIG_BLOCK, {signal.SIGINT}" in between
+    assert "set_kill_on_parent_death_linux()" in between
+    assert len(between.strip().splitlines()) == 6
 
 
 def test_of_tune_searcher_and_scheduler_are_asked_as_they_are_written() -> None:

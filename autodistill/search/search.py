@@ -65,7 +65,7 @@ from autodistill.utils.json_files import write_json
 from autodistill.utils.storage import Storage
 
 if TYPE_CHECKING:
-    from autodistill.search.runners.ray_cluster import Cluster
+    from autodistill.search.runners.ray_session import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)

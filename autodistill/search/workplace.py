@@ -24,7 +24,7 @@ from autodistill.utils.json_files import read_json
 from autodistill.utils.storage import Storage
 
 if TYPE_CHECKING:
-    from autodistill.search.runners.ray_cluster import Cluster
+    from autodistill.search.runners.ray_session import Cluster
 
 
 Runner: TypeAlias = Callable[[Campaign, TrialSetting, Moment | None], None]
@@ -131,8 +131,8 @@ def runner_of(
         yield run_inline
         return
     from autodistill.search.runners.ray import run_ray
-    from autodistill.search.runners.ray_cluster import LocalRay
     from autodistill.search.runners.ray_dashboard import Dashboard
+    from autodistill.search.runners.ray_local import LocalRay
 
     dashboard = None
     if checked.dashboard:

@@ -36,7 +36,7 @@ import psutil
 from autodistill.hardware.machine import detect
 from autodistill.search.runners import ray_cluster as cluster
 from autodistill.search.runners.ray import drive
-from autodistill.search.runners.ray_cluster import LocalRay
+from autodistill.search.runners.ray_local import LocalRay
 from autodistill.utils.hashing import content_hash
 from benchmarks.common import report
 from benchmarks.common.program import parse, parser_of

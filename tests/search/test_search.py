@@ -407,7 +407,7 @@ def test_a_ray_of_its_own_is_left_where_a_search_fails_before_its_trials(
     def interrupt(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autodistill.search.runners.ray_cluster.LocalRay", Local)
+    monkeypatch.setattr("autodistill.search.runners.ray_local.LocalRay", Local)
     monkeypatch.setattr("autodistill.search.search.prepare_trials", interrupt)
     with pytest.raises(InterruptedSearchError, match="To go on"):
         search(request(inputs, tmp_path, runner="ray"))

@@ -20,11 +20,11 @@ from autodistill.utils.process_exit import end_process
 STUCK = """
 import sys, threading
 from autodistill.cli.printing import show
-from autodistill.search.runners import ray_cluster as cluster
+from autodistill.search.runners import ray_session as cluster
 
 cluster._STUCK_SECONDS = 0.05
 
-class Ended(cluster._Watched):
+class Ended(cluster.WatchedRay):
     look_seconds = 0.01
 
     def ended(self):

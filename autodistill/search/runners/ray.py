@@ -22,7 +22,7 @@ from autodistill.search.runners.idle_workers import Bell, Rest
 from autodistill.search.runners.node_files import absolute, fetch
 from autodistill.search.runners.oom_kills import Kills
 from autodistill.search.runners.process_group import Group
-from autodistill.search.runners.ray_cluster import Cluster
+from autodistill.search.runners.ray_session import Cluster
 from autodistill.search.worker.attempt import Assignment, attempted, step_guard
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.failures import RETRIED, WORKER_DIED, death, is_disk_full

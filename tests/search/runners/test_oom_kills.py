@@ -13,7 +13,7 @@ from autodistill.hardware.process_memory import killed_for_memory
 from autodistill.search.runners import oom_kills as kills
 from autodistill.search.runners import process_group as group
 from autodistill.search.runners.oom_kills import Kills
-from autodistill.search.runners.ray_cluster import LocalRay
+from autodistill.search.runners.ray_local import LocalRay
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.failures import KILLED
 from autodistill.search.worker.messages import TrialTask

@@ -15,7 +15,7 @@ from autodistill.distillation.training.step_loss import StepLoss
 from autodistill.hardware.machine import Machine
 from autodistill.inference.torch_memory import TooManyAtOnce
 from autodistill.search.runners import process_group as group
-from autodistill.search.runners.ray_cluster import LocalRay
+from autodistill.search.runners.ray_local import LocalRay
 from autodistill.search.worker.attempt import Assignment, attempt
 from autodistill.search.worker.messages import RungReport, TrialSetting, TrialTask
 from autodistill.strategy.deployment import Deployment

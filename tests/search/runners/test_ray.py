@@ -31,7 +31,7 @@ from autodistill.search.request.request import SearchRequest
 from autodistill.search.runners.inline import run_inline
 from autodistill.search.runners.ray import _scheduler, _searcher, _worker
 from autodistill.search.runners.ray import drive as run_pieces
-from autodistill.search.runners.ray_cluster import LocalRay
+from autodistill.search.runners.ray_local import LocalRay
 from autodistill.search.search import search
 from autodistill.search.worker.failures import KILLED
 from autodistill.testing import save_tiny_teacher, tiny_text

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
-import ipaddress
 import json
 import os
 import platform
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -25,14 +21,13 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError
 from autodistill.estimates.training_fit import Training, TrainingFit, training_fits
 from autodistill.hardware.budget import Budget
-from autodistill.hardware.machine import Machine, detect
+from autodistill.hardware.machine import detect
 from autodistill.runs.events import read_events, rows_of
 from autodistill.runs.results.row import Status
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.runners import ray_cluster
-from autodistill.search.runners.ray_cluster import JoinedRay, LocalRay, _machine, _object, check_address, join
+from autodistill.search.runners.ray_cluster import JoinedRay, _machine, _object, check_address, join
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.event_log import EventLog
@@ -70,7 +65,7 @@ def test_a_joined_cluster_has_ended_once_one_of_its_processes_takes_no_connectio
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("autodistill.search.runners.ray_cluster._SILENT_SECONDS", 0.0)
-    monkeypatch.setattr("autodistill.search.runners.ray_cluster.end_process", lambda said, code: None)
+    monkeypatch.setattr("autodistill.search.runners.ray_session.end_process", lambda said, code: None)
     with socket.create_server(("127.0.0.1", 0)) as gcs:
         with socket.create_server(("127.0.0.1", 0)) as raylet:
             port = raylet.getsockname()[1]
@@ -78,28 +73,6 @@ def test_a_joined_cluster_has_ended_once_one_of_its_processes_takes_no_connectio
             assert joined.ended() is None
         assert joined.ended() == f"the raylet, at 127.0.0.1:{port}, has ended, or is out of reach"
         joined.leave()
-
-
-def test_a_ray_of_this_machine_has_ended_once_one_of_its_processes_has(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Said at once, since Ray may end this process before it can leave."""
-    monkeypatch.setattr("autodistill.search.runners.ray_cluster._STUCK_SECONDS", 0.0)
-    ends: list[tuple[str, int]] = []
-    monkeypatch.setattr(
-        "autodistill.search.runners.ray_cluster.end_process", lambda said, code: ends.append((said, code))
-    )
-    monkeypatch.setattr(LocalRay, "_start", lambda self: None)
-    local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
-    local.to_go_on = lambda: "go on with --resume"
-    with subprocess.Popen(["sleep", "60"]) as raylet, subprocess.Popen(["sleep", "60"]) as agent:
-        local._processes = {"raylet": psutil.Process(raylet.pid), "ray::DashboardAgent": psutil.Process(agent.pid)}
-        assert local.ended() is None
-        agent.kill()
-        local._watch()
-        raylet.kill()
-    assert ends == [("Ray's DashboardAgent has ended (killed, or out of memory?); go on with --resume", 1)]
-    assert "goes on with --resume" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("resources", "bf16"), [({"CPU": 4, "GPU": 2}, True), ({"CPU": 4}, False)])
@@ -139,73 +112,6 @@ def test_a_node_that_does_not_reach_the_storage_is_refused(tmp_path: Path) -> No
         _machine("b", {"CPU": 1}, said, {})
 
 
-def test_a_ray_of_its_own_is_told_to_listen_on_the_loopback_and_writes_no_token(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from ray._private import ray_constants, services
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    seen: list[tuple[dict[str, Any], str, str | None]] = []
-
-    def init(**options: Any) -> None:
-        address = services.resolve_ip_for_localhost(options["_node_ip_address"])
-        seen.append((options, address, os.environ.get("RAY_AUTH_TOKEN")))
-
-    monkeypatch.setattr("autodistill.search.runners.ray_cluster._init", init)
-    monkeypatch.setattr("autodistill.search.runners.ray_cluster._shut_down", lambda: None)
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
-    local.wait()
-    local.leave()
-    ((options, address, token),) = seen
-    assert options["address"] == "local"
-    assert address == "127.0.0.1"
-    assert token is not None
-    assert len(token) == 64
-    assert before == ray_constants.ENABLE_RAY_CLUSTER, "a cluster that is joined later has other machines"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_token_that_a_person_named_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
-    monkeypatch.setattr("autodistill.search.runners.ray_cluster._init", lambda **options: None)
-    monkeypatch.setattr("autodistill.search.runners.ray_cluster._shut_down", lambda: None)
-    local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
-    local.wait()
-    local.leave()
-    assert os.environ["RAY_AUTH_TOKEN"] == "a" * 64
-
-
-@pytest.mark.slow
-def test_nothing_of_a_ray_of_its_own_listens_beyond_the_loopback(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Of this process, Ray's and a worker's, as the system lists their sockets; and there is no file with a token."""
-    import ray
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    own = {one.laddr.port for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN}
-    local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
-    try:
-        local.wait()
-        assert ray.get(ray.remote(lambda: 2).remote()) == 2  # with a worker
-        names, listening = set(), []
-        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-            for one in process.net_connections("inet"):
-                if one.status == psutil.CONN_LISTEN and one.laddr.port not in own:
-                    names.add(process.name())
-                    listening.append(ipaddress.ip_address(one.laddr.ip.removeprefix("::ffff:")))
-    finally:
-        local.leave()
-    assert {"gcs_server", "raylet"} <= names
-    assert all(address.is_loopback for address in listening), listening
-    assert not (tmp_path / ".ray" / "auth_token").exists()
-
-
 @pytest.mark.slow
 def test_what_is_no_cluster_is_given_up_after_a_short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autodistill.search.runners.ray_cluster._JOIN_SECONDS", 3.0)
@@ -240,18 +146,6 @@ def test_nodes_that_differ_are_refused_and_the_cluster_lives_on(
     assert list((tmp_path / "out").iterdir()) == []
     joined.leave()
     join(cluster.address, []).leave()
-
-
-def test_a_ray_is_ended_once_and_not_before_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a later search of this process has started by then is another one."""
-    started, ended = threading.Event(), []
-    monkeypatch.setattr("autodistill.search.runners.ray_cluster._init", lambda **options: started.wait(10))
-    monkeypatch.setattr("autodistill.search.runners.ray_cluster._shut_down", lambda: ended.append(started.is_set()))
-    local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
-    threading.Timer(0.2, started.set).start()
-    local.leave()
-    local.leave()
-    assert ended == [True]
 
 
 class TrialsDone(Exception):
@@ -506,15 +400,3 @@ def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_find
     for stretch in common:
         # Processes sum in another order, here and there in bfloat16, and round states in other blocks.
         assert losses[stretch] == pytest.approx(aims[stretch], rel=5e-3)
-
-
-def test_nothing_is_collected_between_a_fork_of_ray_and_its_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the destructor of a process group, whose threads are not there, would end it."""
-    collecting: list[bool] = []
-    monkeypatch.setattr("ray.init", lambda **options: collecting.append(gc.isenabled()))
-    ray_cluster._init()
-    monkeypatch.setattr("ray.init", lambda **options: pytest.fail("no room"))
-    with pytest.raises(BaseException, match="no room"):
-        ray_cluster._init()
-    assert collecting == [False]
-    assert gc.isenabled()
