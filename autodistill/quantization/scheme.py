@@ -153,7 +153,17 @@ class QuantizationScheme:
             check_tensor(tensor, stored)
             return stored
         table = tensor.more_bits if held.mixture else tensor.role is not Role.LINEAR
-        storage = held.tables if table else self.linear
+        if (place := (table, tensor.shape)) not in self._places:
+            self._places[place] = self._on_own_grid(tensor, held.tables if table else self.linear)
+        return self._places[place]
+
+    @cached_property
+    def _places(self) -> dict[tuple[bool, tuple[int, ...]], Storage]:
+        """What `storage` has found for tables and other matrices that have no type of their own: it is asked often."""
+        return {}
+
+    @staticmethod
+    def _on_own_grid(tensor: TensorSpec, storage: Storage) -> Storage:
         if isinstance(storage, Grid) and storage.fallback and not storage.divides(tensor.shape[-1]):
             # Where that does not divide them either, the grid that was asked for is named.
             storage = storage.fallback if storage.fallback.divides(tensor.shape[-1]) else storage
@@ -259,6 +269,13 @@ def _is_part(part: str, tensor: TensorSpec) -> bool:
 _IN_A_LAYER = re.compile(r"\.\d+\.(.+?)(?:\.weight)?$")
 
 
+@lru_cache(maxsize=2**14)
+def _part_of_a_layer(name: str) -> str | None:
+    """What follows the layer's number in a tensor's name; None outside layers."""
+    found = _IN_A_LAYER.search(name)
+    return found[1] if found else None
+
+
 def scheme_by_tensor(
     types: Mapping[TensorSpec, str], container: Literal["gguf", "compressed-tensors"] = "gguf"
 ) -> QuantizationScheme:
@@ -290,15 +307,15 @@ def scheme_by_tensor(
     named: dict[str, str] = {}
     alike: dict[str, set[str]] = {}
     for tensor, kind in types.items():
-        if found := _IN_A_LAYER.search(tensor.name):
-            alike.setdefault(found[1], set()).add(kind)
+        if part := _part_of_a_layer(tensor.name):
+            alike.setdefault(part, set()).add(kind)
     for tensor, kind in types.items():
         if _stores(plain, tensor, kind):
             continue
         words = [word for word, role in _ROLES.items() if role is tensor.role]
-        found = _IN_A_LAYER.search(tensor.name)
-        if found and len(alike[found[1]]) == 1:
-            words = [found[1]]
+        part = _part_of_a_layer(tensor.name)
+        if part and len(alike[part]) == 1:
+            words = [part]
         named[words[0] if words else tensor.name.partition(".")[2].removesuffix(".weight")] = kind
     return replace(plain, types=tuple(named.items()))
 

@@ -14,7 +14,7 @@ from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, me
 from autodistill.hardware.budget import Budget, on_gpu
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import CACHE_BYTES, INTEGER_TYPES, TYPES, tensor_bytes
+from autodistill.quantization.formats import CACHE_BYTES, INTEGER_TYPES, TYPES, as_held, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid, Storage
 from autodistill.quantization.scheme import QuantizationScheme, scheme_by_tensor
 from autodistill.strategy.deployment import FUSED, IN_16_BITS, Deployment, serving
@@ -128,15 +128,27 @@ class Options:
         Where a space allows only types of large blocks, which do not divide them, llama.cpp's stand-ins may be chosen.
         """
         if self.fixed is not None:
-            storages: set[Storage] = {self.fixed.storage(tensor)}
-        elif self.runtime == "vllm" and tensor.role is not Role.LINEAR:
-            storages = {"bf16"}
-        elif self.limits.kinds is None or tensor.role is not Role.LINEAR:
-            storages = set(self.held.values())
-        else:
-            allowed = {TYPES[kind] for kind in self.limits.kinds}
-            dividing = {one for one in allowed if _divides(one, tensor)}
-            storages = dividing or {one.fallback for one in allowed if isinstance(one, Grid) and one.fallback}
+            return self._of_storages({self.fixed.storage(tensor)}, tensor)
+        linear, row = tensor.role is Role.LINEAR, tensor.shape[1]
+        if (linear, row) not in self._kinds:
+            self._kinds[linear, row] = self._of_storages(self._storages(tensor), tensor)
+        return self._kinds[linear, row]
+
+    @cached_property
+    def _kinds(self) -> dict[tuple[bool, int], tuple[str, ...]]:
+        """What `kinds` has found for linear layers and tables, by the length of their rows: it is asked very often."""
+        return {}
+
+    def _storages(self, tensor: TensorSpec) -> set[Storage]:
+        if self.runtime == "vllm" and tensor.role is not Role.LINEAR:
+            return {"bf16"}
+        if self.limits.kinds is None or tensor.role is not Role.LINEAR:
+            return set(self.held.values())
+        allowed = {TYPES[kind] for kind in self.limits.kinds}
+        dividing = {one for one in allowed if _divides(one, tensor)}
+        return dividing or {one.fallback for one in allowed if isinstance(one, Grid) and one.fallback}
+
+    def _of_storages(self, storages: set[Storage], tensor: TensorSpec) -> tuple[str, ...]:
         return tuple(kind for kind, one in self.held.items() if one in storages and _divides(one, tensor))
 
     @cached_property
@@ -188,10 +200,15 @@ class Options:
     def families(self) -> Iterator[Family]:
         """Every choice of types for tables and cache."""
         smallest = self.smallest_types()
+        stored = []
+        for kinds in product(*(self.kinds(tensor) for tensor in self.tables.values())):
+            tables = dict(zip(self.tables, kinds, strict=True))
+            deployment = self.deployment(smallest | tables, ("f16", "f16"))
+            stored.append((tables, deployment, weights_bytes(as_held(self.spec, deployment).tensors, deployment)))
         for cache_types in self.caches:
-            for kinds in product(*(self.kinds(tensor) for tensor in self.tables.values())):
-                tables = dict(zip(self.tables, kinds, strict=True))
-                need = self.memory(self.deployment(smallest | tables, cache_types))
+            for tables, deployment, weights in stored:
+                cached = deployment if self.fixed is not None else with_cache(deployment, cache_types)
+                need = self.memory(cached, weights)
                 yield Family(
                     tables=tables, cache_types=cache_types, bytes=need.total_bytes, weights_bytes=need.weights_bytes
                 )
@@ -224,10 +241,17 @@ class Options:
         names = {storage: kind for kind, storage in self.held.items()}
         return {name: names[deployment.storage(tensor)] for name, tensor in (self.matrices | self.tables).items()}
 
-    def memory(self, deployment: Deployment) -> MemoryEstimate:
-        """What the process, or the GPU, takes."""
+    def memory(self, deployment: Deployment, weights: int | None = None) -> MemoryEstimate:
+        """What the process, or the GPU, takes; `weights` is the bytes of all tensors, where they are known."""
         budget = self.budget
-        return memory(self.spec, deployment, context=budget.context, batch=budget.batch, on_gpu=on_gpu(budget))
+        return memory(
+            self.spec,
+            deployment,
+            context=budget.context,
+            batch=budget.batch,
+            weights=weights,
+            on_gpu=on_gpu(budget),
+        )
 
     def fits(self, deployment: Deployment, limit: int | None = None) -> bool:
         """Whether a storage keeps to the limits of memory, of the file and of latency.
@@ -250,6 +274,10 @@ class Options:
 
     def smallest(self) -> tuple[Deployment, MemoryEstimate]:
         """The solution of the least memory, and what it takes."""
+        return self._smallest
+
+    @cached_property
+    def _smallest(self) -> tuple[Deployment, MemoryEstimate]:
         if self._listed:
             return min((one.smallest() for one in self.variants()), key=lambda one: one[1].total_bytes)
         family = min(self.families(), key=lambda one: one.bytes)
