@@ -23,7 +23,8 @@ _NOT_TRAINED_ON = "none"  # the label of a finishing that is none
 # of the loss is the teacher's depends on how far the text is from it.
 _BELIEVED = (RATE, "distillation.alignment.weight")
 _LABELS, _TAUGHT = "labels alone", "by its teacher too"
-_BY_SCALES = " by its scales"  # follows the label of a grid whose scales alone are trained
+# Follow the label of a grid whose scales alone are trained: of codes that are found, or that the teacher's file has.
+_BY_SCALES, _BY_OWN_SCALES = " by its scales", " by its own scales"
 _NEAR = 0.1  # nats: a student that is so near to its teacher has more to learn from the text
 # Tokens of a training from which on a text says more than the teacher to one that is further from it: of a cut of
 # SmolLM2 in 4 bits labels alone were behind at 6,000 tokens (perplexity 33.8 against 32.4), and ahead from here on.
@@ -42,6 +43,7 @@ class Construction:
         solved: Whether its types were solved for the budget; a plain one is what a person would take.
         kl, kl_stderr: KL of the teacher to it on calibration text, in nats a token, and its standard error; None where
             nobody measured it.
+        own_codes: Whether its weights stay as they lie in the teacher's own file, so that nothing is rounded.
     """
 
     init: Init
@@ -50,6 +52,7 @@ class Construction:
     solved: bool = False
     kl: float | None = None
     kl_stderr: float | None = None
+    own_codes: bool = False
 
     @property
     def whole(self) -> bool:
@@ -66,7 +69,7 @@ class Construction:
         """How it may be trained on what it is stored on, by the names of a space; the first is what is known best.
 
         In as many steps as a search trains, scales alone reach further than weights do, from codes that make up for the
-        errors of their rounding; of a cut student too.
+        errors of their rounding; of a cut student too. The teacher's own codes have no such errors.
         """
         scheme = self.deployment.scheme
         # A grid that is trained on has fewer; what single matrices have beside it, like a table, is rounded last.
@@ -75,6 +78,8 @@ class Construction:
         weights = Finishing(**asdict(scheme))
         if not weights.scalable:
             return {scheme.name: weights}
+        if self.own_codes:
+            return {f"{scheme.name}{_BY_OWN_SCALES}": replace(weights, scales="alone"), scheme.name: weights}
         by_scales = replace(weights, scales="alone", rounding="compensated")
         return {f"{scheme.name}{_BY_SCALES}": by_scales, scheme.name: weights}
 

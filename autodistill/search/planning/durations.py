@@ -139,8 +139,13 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
     # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server.
     # A third of them goes into 2,000 positions in the runtime, of eight sequences at once.
     per_weight = 1.2e-7
-    rows = 5 if not demand.baselines else 7 if demand.explore == 1 else 8
-    one_row = speed.asked + 3e-8 * demand.parameters
+    # The teacher as it is and in the found student's storage, and that student; where it did not begin as the teacher,
+    # also what it began with, before that on validation too, and the best without training. With a baseline that, and
+    # the found one as it was after as many tokens.
+    as_teacher = bool(demand.arms) and not demand.made_up
+    rows = (3 if as_teacher else 5) + (0 if not demand.baselines else 2 if demand.explore == 1 else 3)
+    beginning = 0.0 if as_teacher else full_eval / speed.score
+    one_row = speed.asked + _PACKED * demand.parameters
     return {
         "load": demand.spent_seconds,
         "cache": caching_seconds(demand, speed, cached) + full_eval / speed.score,
@@ -149,10 +154,7 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
         "codes": demand.made_up * codes_seconds(demand.parameters, speed),
         "workers": 15.0 if demand.ray else 0.0,
         "export": demand.exports * (12.0 + per_weight * demand.parameters),
-        # The teacher as it is and in two packings, the undistilled student and the found one, each loaded and packed;
-        # with a baseline that, and the found one as it was after as many tokens. And before that, on validation, the
-        # student as it began.
-        "test": rows * (test / speed.score + one_row) + full_eval / speed.score + one_row,
+        "test": rows * (test / speed.score + one_row) + beginning + one_row,
     }
 
 

@@ -29,8 +29,9 @@ def without_python() -> Iterator[None]:
     done so, without a word, and Ray then waits in vain for a file. What that code does (no Ctrl-C for the child; on
     Linux, its end with this process) is done here by inherited signal masks and by a program of four lines.
     """
-    from ray._private import services
+    from ray._private import services as ray_services
 
+    services: Any = ray_services
     ray_s_own = services.ConsolePopen
 
     class Spawned(ray_s_own):  # type: ignore[misc, valid-type, unused-ignore]

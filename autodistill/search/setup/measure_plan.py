@@ -256,7 +256,7 @@ def _demand(
         caches=not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty,
         rates=RATES if to_test(checked, loaded.workers) else 0.0,
         arms=len(raced),
-        made_up=sum(_moves(start, loaded) for start in raced),
+        made_up=sum(start.codes is not None for start in raced),
         train_tokens=train_tokens,
         validation_tokens=splits["validation"].sequences * checked.sequence_length,
         test_tokens=splits["test"].sequences * checked.sequence_length,
@@ -271,12 +271,6 @@ def _demand(
         cached_tokens=cached,
         exports=max(1, len({get_format(one.format).container == "gguf" for every in allowed for one in every})),
     )
-
-
-def _moves(start: Strategy, loaded: Loaded) -> bool:
-    """Whether a student has codes to be found, which the whole teacher on the grids of its own file has not."""
-    own = loaded.stored.deployment.scheme if loaded.stored and loaded.stored.deployment else None
-    return start.codes is not None and not (start.init.whole and start.codes == own)
 
 
 def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from autodistill.data.dataset import load_split
@@ -162,7 +162,7 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
         solved = {one.deployment for one in forms if one.init == WHOLE}
         beside = (one for one in plain if one not in solved)
         found += [_plain(one, options, library.joint(one, sample)) for one in beside]
-    return tuple(one for one in found if _in_time(one, config))
+    return tuple(_told_own(one, own) for one in found if _in_time(one, config))
 
 
 def _of(form: Form, solved: bool) -> Construction:
@@ -174,6 +174,10 @@ def _of(form: Form, solved: bool) -> Construction:
         kl=form.joint.kl,
         kl_stderr=form.joint.kl_stderr,
     )
+
+
+def _told_own(one: Construction, own: Deployment | None) -> Construction:
+    return replace(one, own_codes=one.whole and own is not None and one.deployment.scheme == own.scheme)
 
 
 def _plain(deployment: Deployment, options: Options, joint: Measured) -> Construction:

@@ -265,21 +265,23 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
 
     From here on it may be exported; what is trained begins with the same codes, which are kept.
     """
-    strategy = next(iter(checked.space.starts.values()), None)
-    if strategy is None or strategy.codes is None:
+    starts = list(islice(checked.space.starts.values(), setting.plan.trials))
+    raced = [start for start in starts if start.codes]
+    # An earlier session of this search has found them where it has rows of students.
+    if not raced or any(row.strategy is not None for row in run.events.rows(split="validation")):
         return
-    deployments = [one.deployment for one in checked.constructions if one.init == strategy.init]
-    deployment = next((one for one in deployments if one.scheme == strategy.codes), None)
-    held = [row for row in run.events.rows(split="validation") if row.kind == "initial"]
-    if deployment is None or any(row.strategy is not None and strategy.begins_as(row.strategy) for row in held):
-        return
-    validation = load_split(setting.data, "validation", setting.rendering(strategy.init)).head(setting.plan.eval_tokens)
     # On all threads, of which a trial's worker has a part.
     with clock.phase("solve", "making up for the errors of rounding"):
-        raced = islice(checked.space.starts.values(), setting.plan.trials)
-        find_codes(setting, [start for start in raced if start.codes], loaded.moments)
+        find_codes(setting, raced, loaded.moments)
         loaded.moments.release()
-        model, scales = begun(setting, strategy, setting.plan.seed)
+    strategy = starts[0]
+    deployments = [one.deployment for one in checked.constructions if one.init == strategy.init]
+    deployment = next((one for one in deployments if one.scheme == strategy.codes), None)
+    if deployment is None:
+        # Untrained, the first of them is the teacher in a plain storage, which has its row.
+        return
+    validation = load_split(setting.data, "validation", setting.rendering(strategy.init)).head(setting.plan.eval_tokens)
+    model, scales = begun(setting, strategy, setting.plan.seed)
     with clock.phase("evaluate", f"what is solved, untrained, as {deployment.name}"):
         spec = student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model))
         row = _untrained_row(model, deployment, setting, validation, checked.device, spec, strategy, scales)

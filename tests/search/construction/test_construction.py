@@ -16,7 +16,7 @@ from autodistill.search.construction.recipe import first_prior
 from autodistill.search.solve.forms import WHOLE
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space, load_space
-from autodistill.strategy.strategy import Init
+from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import tiny_config
 
 SPEC = spec_from_config(tiny_config())
@@ -200,3 +200,14 @@ def test_a_cache_that_is_asked_for_is_the_only_one() -> None:
     assert {one.deployment.cache_types for one in found} == {("q8_0", "q8_0")}
     with pytest.raises(InputError, match="no deployment of the space"):
         plain_constructions(SPEC, replace(space, deployments=(cached,)), tight, "q8_0")
+
+
+def test_the_teachers_own_codes_are_trained_by_scales_as_they_lie_in_its_file() -> None:
+    """Compensated rounding would look for codes that are known, and for errors that are not made."""
+    own = Deployment(runtime="llama.cpp", format="gguf-q4_1", bits=4, group_size=32, symmetric=False)
+    first = [
+        next(iter(Construction(init=WHOLE, deployment=own, bytes=1, own_codes=known).finishings.values()))
+        for known in (True, False)
+    ]
+    assert [Strategy(init=WHOLE, finishing=one).codes for one in first] == [None, own.scheme]
+    assert all(one is not None and one.scales == "alone" for one in first)

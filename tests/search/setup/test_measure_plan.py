@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,10 +25,8 @@ from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import check_request
 from autodistill.search.setup.loading import Loaded, load
-from autodistill.search.setup.measure_plan import OutputsPace, _moves, _sizes, plan_from_measurement
+from autodistill.search.setup.measure_plan import OutputsPace, _sizes, plan_from_measurement
 from autodistill.search.setup.teacher_phase import cache_phase
-from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 LENGTH = 16
@@ -215,17 +213,6 @@ def test_a_trial_reads_no_more_tokens_than_the_cache_may_hold(planned, monkeypat
     assert timed == [1]
     assert any("--cache-limit" in note for note in held.notes)
     assert not any("--cache-limit" in note for note in free.notes)
-
-
-def test_the_whole_teacher_on_the_grids_of_its_own_file_has_no_codes_to_be_found() -> None:
-    own = Deployment(runtime="llama.cpp", format="gguf-q4_1", bits=4, group_size=32, symmetric=False)
-    loaded: Any = SimpleNamespace(stored=SimpleNamespace(deployment=own))
-    kept = Finishing(format="gguf-q4_1", bits=4, group_size=32, symmetric=False, scales="alone", rounding="compensated")
-    whole = Strategy(init=Init(depth=1.0), finishing=kept)
-    assert not _moves(whole, loaded)
-    assert _moves(whole, cast(Any, SimpleNamespace(stored=None)))
-    assert _moves(replace(whole, init=Init(depth=0.5)), loaded)
-    assert not _moves(replace(whole, init=Init(depth=0.5), finishing=replace(kept, rounding="nearest")), loaded)
 
 
 def test_what_outputs_take_is_in_the_speed() -> None:
