@@ -44,6 +44,7 @@ _CHANGED = 0.05
 _SEEN = 0.002  # nats that a cache costs on any text, from which on it is tried there
 _NEAR = 1.2  # times the least KL, within which types are exchanged in a family's best, which gains less
 _NAMED = 4  # of the shapes that a space names
+_HOPELESS = 1.3  # times the KL of another family's best: sums of scores have been within that of what is measured
 _PATIENCE = 2  # shapes in vain, one after another, after which no smaller ones are asked for
 
 
@@ -217,13 +218,14 @@ def best_forms(
         shapes: Gives the scores of its cuts, once they are asked for.
         sample: The calibration text of both.
         others: Storages of the whole teacher that are members too, where they fit.
-        thorough: Whether types are then exchanged in the best, and in those near it, as `Solver.solve` does.
+        thorough: Whether types are then exchanged in the best, and in those near it, as `Solver.solve` does, and
+            whether cuts are measured that by their scores are far from it.
         probe: Text that is copied, as `bench.copying` makes it; None asks for nothing.
     """
     without = _forgetting(options, library, probe)
-    found = _of_variants(replace(options, without_caches=without), library, shapes, sample, others)
+    found = _of_variants(replace(options, without_caches=without), library, shapes, sample, others, thorough)
     if without and not found:  # what fits is worth more than what remembers
-        found = _of_variants(options, library, shapes, sample, others)
+        found = _of_variants(options, library, shapes, sample, others, thorough)
     found = _remembering(found, probe)
     return _remembering(_exchanged(found, sample, others), probe) if thorough and found else found
 
@@ -254,13 +256,18 @@ def _exchanged(found: Sequence[Form], sample: Sample, others: Sequence[Deploymen
 
 
 def _of_variants(
-    options: Options, library: Library, shapes: Callable[[], Shapes], sample: Sample, others: Sequence[Deployment]
+    options: Options,
+    library: Library,
+    shapes: Callable[[], Shapes],
+    sample: Sample,
+    others: Sequence[Deployment],
+    thorough: bool,
 ) -> list[Form]:
     """The best student of each family, for each storage that a space lists."""
     found: list[Form] = []
     for variant in options.variants():
         members = [one for one in others if variant.fixed in (None, one)]
-        found += _forms_of(variant, library, shapes, sample, members)
+        found += _forms_of(variant, library, shapes, sample, members, thorough)
     return found
 
 
@@ -319,6 +326,7 @@ def _forms_of(
     shapes: Callable[[], Shapes],
     sample: Sample,
     others: Sequence[Deployment],
+    thorough: bool,
 ) -> list[Form]:
     """The best student of each family, of options that are no list of storages."""
     whole = None
@@ -327,7 +335,7 @@ def _forms_of(
     found = [Form(family=FAMILIES[0], init=WHOLE, options=options, scores=library, found=whole)] if whole else []
     named = options.limits.inits is not None
     if may_cut(options) and (named or whole is None or whole.joint.kl > _TIGHT):
-        found += cut_forms(options, library, shapes(), sample)
+        found += cut_forms(options, library, shapes(), sample, thorough=thorough)
     return found
 
 
@@ -338,6 +346,7 @@ def cut_forms(
     sample: Sample,
     *,
     families: Sequence[str] = CUTS,
+    thorough: bool = True,
 ) -> list[Form]:
     """The best of each family of cuts that has one.
 
@@ -345,13 +354,15 @@ def cut_forms(
         options, library, sample: As for `best_forms`.
         shapes: The scores of the cuts; those that are missing are made.
         families: Which of `CUTS`.
+        thorough: Whether a family is also measured whose sums of scores are far above what an earlier one has.
     """
     limit, found = options.budget.memory_bytes, []
     if options.limits.inits is not None:
         return _best("named", _named(options, library, shapes, sample), limit, sample)
     for family, proposed in (("narrow", _narrow), ("layered", _layered), ("shallow", _shallow)):
         if family in families:
-            found += _best(family, proposed(options, library, shapes), limit, sample)[:1]
+            near = min((_HOPELESS * one.joint.kl for one in found if not thorough), default=math.inf)
+            found += _best(family, proposed(options, library, shapes), limit, sample, near)[:1]
     return found
 
 
@@ -430,7 +441,7 @@ class CutScores:
         return self._shapes.joint(self.init, deployment, sample)
 
 
-def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample) -> list[Form]:
+def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample, near: float = math.inf) -> list[Form]:
     """The shapes of the least sums of scores, the one of least KL as a whole first.
 
     Args:
@@ -438,9 +449,10 @@ def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample
         proposed: Shapes that cost more and more by themselves; asked for until that is more than another's all.
         limit: Bytes.
         sample: The calibration text.
+        near: Sum of scores, in nats, above which a shape is not measured.
     """
     sums: list[tuple[float, CutScores, Solver]] = []
-    least, vain = math.inf, 0
+    least, vain = near, 0
     for cut in proposed:
         vain = vain + 1 if cut.cost >= least else 0
         if vain == _PATIENCE:
@@ -449,7 +461,7 @@ def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample
             continue
         solver = Solver(cut.options, cut, sample)
         found = solver.predicted(limit)
-        if found is not None:
+        if found is not None and cut.cost + found[0] <= near:
             sums.append((cut.cost + found[0], cut, solver))
             least = min(least, sums[-1][0])
     measured = []

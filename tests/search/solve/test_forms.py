@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,7 +146,8 @@ def test_a_block_of_layers_costs_what_the_student_without_it_loses(setting: Sett
         assert cost.kl == pytest.approx(kl(setting, Init(depth=1.0, dropped=(first, count))), rel=0.02)
 
 
-def test_below_the_smallest_types_the_shape_gives_way(setting: Setting) -> None:
+def test_below_the_smallest_types_the_shape_gives_way(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autodistill.search.solve.forms._HOPELESS", math.inf)
     limit = setting.options.smallest()[1].total_bytes - 60_000
     found = formed(setting, limit)
     assert {one.family for one in found} == {"narrow", "shallow"}
@@ -179,6 +181,21 @@ def test_a_family_alone_is_as_among_all(setting: Setting) -> None:
     assert {one.family for one in every} == {"narrow", "shallow"}
     (alone,) = cut_forms(options, setting.library, setting.shapes, setting.sample, families=("narrow",))
     assert (alone.init, alone.deployment) in {(one.init, one.deployment) for one in every}
+
+
+def test_a_family_whose_scores_are_far_behind_another_is_measured_only_where_there_is_time(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = within(setting, setting.options.smallest()[1].total_bytes + 100_000)
+    monkeypatch.setattr("autodistill.search.solve.forms._HOPELESS", 0.01)
+    found = {
+        thorough: [
+            one.family for one in cut_forms(options, setting.library, setting.shapes, setting.sample, thorough=thorough)
+        ]
+        for thorough in (True, False)
+    }
+    assert sorted(found[True]) == ["narrow", "shallow"]
+    assert found[False] == ["narrow"]
 
 
 def test_nothing_fits_nothing(setting: Setting) -> None:
