@@ -445,7 +445,7 @@ def test_of_the_reference_runs_one_of_this_version_is_picked() -> None:
     """Although one of another version is better on the text, whose students nobody held to other texts."""
     reference = Path(__file__).parents[2] / "results" / "reference"
     answer = ad.pick(budget="16GB", out=reference).document
-    assert answer["pick"]["run"] == "search-20261128-174923"
+    assert answer["pick"]["run"] == "search-20261129-053718"
     assert answer["last"] == ["search-20261126-101010"]
 
 
