@@ -51,7 +51,7 @@ def request(student: Path, out: Path, **changes: Any) -> MeasureRequest:
     return MeasureRequest(student=student, out=out, **(small | changes))
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("folder", marks=pytest.mark.slow)])
 def test_here_it_is_timed_in_its_own_runtime(
     kind: str, folder: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

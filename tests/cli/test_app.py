@@ -631,6 +631,7 @@ def test_a_pick_ends_with_the_command_that_exports_it(
     assert any((tmp_path / "students" / picked["pick"]["row_id"]).iterdir())
 
 
+@pytest.mark.slow
 def test_an_export_of_another_row_is_loaded_by_another_library(
     ran: Ran, inputs: Path, tmp_path: Path, capfd: Any
 ) -> None:

@@ -21,7 +21,7 @@ from tests.hostile.__main__ import counts, faults, known, part_of, report, runs_
 from tests.hostile.cases import Case, Kit, all_cases, areas
 from tests.hostile.server import Ending, Server
 
-_OF_EACH = 6
+_OF_EACH = 3
 _AREAS = sorted(areas())
 
 

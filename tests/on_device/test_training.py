@@ -19,7 +19,7 @@ from tests.strategy.test_named_strategies import NAMES, bench_of
 STEP = 64
 # What the others have as well.
 SLOW = ("block_influence", "cross_entropy", "distillm", "from_scratch", "gkd", "logit_kd", "qat_int2", "reverse_kl")
-SLOW += ("sequence_level",)
+SLOW += ("sequence_level", "hand_designed", "influence", "narrow", "qat_q4_mixed", "quantized", "written")
 STRATEGIES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NAMES]
 
 

@@ -82,6 +82,7 @@ def test_a_load_is_shortened_to_what_a_context_holds() -> None:
     assert Load().within(2).prompts == (1,)
 
 
+@pytest.mark.slow
 def test_a_folder_is_timed_in_transformers_and_a_broken_one_is_refused(tmp_path: Path) -> None:
     folder = save_tiny_teacher(tmp_path / "model")
     load = Load(prompts=(4,), prompt=4, decoded=4, streams=(1, 2), rounds=1)

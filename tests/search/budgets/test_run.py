@@ -158,6 +158,7 @@ def test_a_finished_search_is_left_as_it_is(folder: Path, found: Any) -> None:
     assert (folder / "whole" / f"{NAME}-1GB" / "trials.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_time_is_divided_and_what_one_run_leaves_goes_to_the_next(folder: Path) -> None:
     asked = request(folder, "timed", time="600s", explore=1.0, trials=1)
     seconds: list[float] = []
@@ -253,6 +254,7 @@ def test_a_better_student_of_a_smaller_budget_is_named(folder: Path, found: Any)
     assert _better(wide, wide, record, swapped) is None
 
 
+@pytest.mark.slow
 def test_the_command_line_has_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--context", "64", "--teacher", str(folder / "teacher"), "--data", str(folder / "text"), "--trials", "1"]
     words += ["--tokens", "256", "--sequence-length", "64", "--runner", "inline", "--cache", str(folder / "cache")]

@@ -251,6 +251,7 @@ def test_more_memory_never_costs_more_and_a_budget_below_the_smallest_is_told(
     assert json.loads((tmp_path / "solve.json").read_text())["solutions"][1]["solution"]["name"] == least["name"]
 
 
+@pytest.mark.slow
 def test_a_call_that_was_cut_off_goes_on_to_the_same_solution(
     found: dict[str, Any], teacher: Path, text: Path, tmp_path: Path
 ) -> None:
