@@ -10,6 +10,7 @@ from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.search.algorithms.successive_halving import DECAY, confirmed, kept_at_rungs, rung_tokens
 from autodistill.search.planning.placement import Workers
 
+_GENERAL = 2048  # tokens of the general text by which is told what a student forgot, about
 _LEAST_EVALUATED = 1024  # tokens: the standard error of an accuracy of one half is then about 0.016
 CACHING, TRAINING = 1.4, 1.1
 """What caching and training take beyond what was timed: writing, the optimiser, reading."""
@@ -137,8 +138,10 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
     """Expected seconds of all phases but training, with the teacher's outputs for so many tokens."""
     _, full_eval, test = evaluated_tokens(demand, speed)
     # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server.
-    # A third of them goes into 2,000 positions in the runtime, of eight sequences at once.
-    per_weight = 1.2e-7
+    # A third of them goes into 2,000 positions in the runtime, of eight sequences at once. It then serves once.
+    written, served = 12.0 + 1.2e-7 * demand.parameters, 2.0 + 5e-8 * demand.parameters
+    # Teacher and student read general text. The best is seldom written in a second container.
+    general = 2 * (_GENERAL / speed.score + _PACKED * demand.parameters)
     # The teacher as it is and in the found student's storage, and that student; where it did not begin as the teacher,
     # also what it began with, before that on validation too, and the best without training. With a baseline that, and
     # the found one as it was after as many tokens.
@@ -153,7 +156,7 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
         "rates": demand.rates * (demand.box_seconds or 0.0),
         "codes": demand.made_up * codes_seconds(demand.parameters, speed),
         "workers": 15.0 if demand.ray else 0.0,
-        "export": demand.exports * (12.0 + per_weight * demand.parameters),
+        "export": general + (1 + demand.exports) / 2 * written + served,
         "test": rows * (test / speed.score + one_row) + beginning + one_row,
     }
 
