@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from autodistill.strategy.strategy import Strategy
 from autodistill.units import with_error
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import replacing, strict_json
-from autodistill.utils.plain_dataclass import PlainDataclass
+from autodistill.utils.plain_dataclass import PlainDataclass, hints_of, plain, required, without_none
 from autodistill.utils.typed_data import check_typed
 
 if TYPE_CHECKING:
@@ -171,7 +169,8 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data, every field written out."""
-        return {name: _plain(getattr(self, name)) for name in _types()}
+        found: dict[str, Any] = plain(self)
+        return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
@@ -186,7 +185,7 @@ class Row:
                 f"a row has schema version {version}, this version of autodistill reads up to {SCHEMA_VERSION}: "
                 "upgrade autodistill to read it"
             )
-        missing = [name for name in required() if data.get(name) is None]
+        missing = [name for name in required(Row) if data.get(name) is None]
         if missing:
             raise InputError(f"row {data.get('row_id')!r} lacks the field {', '.join(missing)}")
         check_typed(data.get("schema_version", SCHEMA_VERSION), int, "schema_version")
@@ -256,23 +255,8 @@ def finite(value: Any) -> float | None:
 @cache
 def _types() -> dict[str, type]:
     """Type of each field of `Row`, None and the parameters of a mapping left out."""
-    types_ = {}
-    for name, hint in typing.get_type_hints(Row).items():
-        if isinstance(hint, types.UnionType):
-            (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
-        types_[name] = typing.get_origin(hint) or hint
-    return types_
-
-
-@cache
-def required() -> tuple[str, ...]:
-    """Names of the fields that every row has."""
-    missing = dataclasses.MISSING
-    return tuple(f.name for f in dataclasses.fields(Row) if f.default is missing and f.default_factory is missing)
-
-
-def _plain(value: Any) -> Any:
-    return value.to_json() if isinstance(value, PlainDataclass) else value
+    held = {name: without_none(hint) for name, hint in hints_of(Row).items()}
+    return {name: typing.get_origin(hint) or hint for name, hint in held.items()}
 
 
 def _convert(value: Any, name: str) -> Any:
@@ -344,7 +328,7 @@ def _table_schema() -> pa.Schema:
 
 
 def _cell(value: Any) -> Any:
-    value = _plain(value)
+    value = plain(value)
     if not isinstance(value, Mapping):
         return value
     try:
@@ -376,7 +360,7 @@ def read_table(path: Path) -> tuple[pa.Table, Mapping[str, Any]]:
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read {path} as a leaderboard: {str(error).splitlines()[0]}") from error
     said = _said(table, path)
-    if (lacking := sorted(set(required()) - set(table.column_names))) != []:
+    if (lacking := sorted(set(required(Row)) - set(table.column_names))) != []:
         raise InputError(f"{path} is no leaderboard: it lacks the column {', '.join(lacking)}")
     schema, count = _table_schema(), len(table)
     columns = {}
