@@ -34,6 +34,5 @@ def first_prior(spec: ModelSpec, *, batch_tokens: int, steps: int = STEPS, rate:
     recipe = replace(prior.recipe, signal=signal, signal_tokens=tokens)
     if rate is None:
         return replace(prior, recipe=recipe)
-    stake = prior.numbers[RATE].stake
-    tested = NumberPrior(value=rate, low=rate / _TESTED, high=rate * _TESTED, stake=stake)
+    tested = NumberPrior(value=rate, low=rate / _TESTED, high=rate * _TESTED)
     return replace(prior, recipe=replace(recipe, learning_rate=rate), numbers={**prior.numbers, RATE: tested})
