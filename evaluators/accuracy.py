@@ -18,7 +18,7 @@ class Accuracy:
     measures: Mapping[str, Quantity] = {"accuracy": Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the scores' correct tokens."""
+        """Read the scores' correct tokens."""
         scores = subject.scores
         if scores is None:
             raise ValueError("accuracy is read from scores, and the subject has none")

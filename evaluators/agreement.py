@@ -18,7 +18,7 @@ class Agreement:
     measures: Mapping[str, Quantity] = {"agreement": Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads where the scores agree with the teacher's."""
+        """Read where the scores agree with the teacher's."""
         scores = subject.scores
         if scores is None:
             raise ValueError("agreement is read from scores, and the subject has none")

@@ -29,7 +29,7 @@ class Calibration:
     measures: Mapping[str, Quantity] = {"ece": Quantity("fraction", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the scores' confidence and where they are right."""
+        """Read the scores' confidence and where they are right."""
         scores = subject.scores
         if scores is None or scores.confidence is None:
             raise ValueError("calibration is read from scores with confidences, and the subject has none")

@@ -33,7 +33,7 @@ class Draft:
     }
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Follows the documents of the scores."""
+        """Follow the documents of the scores."""
         scores, teacher = subject.scores, subject.teacher
         if scores is None or teacher is None:
             raise ValueError("a draft is read from scores beside its teacher, and the subject lacks one of both")

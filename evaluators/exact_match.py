@@ -37,7 +37,7 @@ class ExactMatch:
     measures: Mapping[str, Quantity] = {"exact_match": Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the marks of the answers."""
+        """Read the marks of the answers."""
         answers = subject.answers
         if answers is None:
             raise ValueError("exact_match is read from answers, and the subject has none")

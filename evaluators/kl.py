@@ -24,7 +24,7 @@ class Divergence:
     measures: Mapping[str, Quantity] = {"kl": Quantity("nats", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the scores' divergence."""
+        """Read the scores' divergence."""
         scores = subject.scores
         if scores is None or scores.divergence is None:
             raise ValueError("kl is read from scores with the teacher's reference, and the subject has none")

@@ -35,7 +35,7 @@ class Latency:
     }
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Times the artifact.
+        """Measure the artifact's latency.
 
         Raises:
             VerificationError: The runtime cannot load the artifact.

@@ -40,7 +40,7 @@ class Perplexity:
     measures: Mapping[str, Quantity] = {"perplexity": Quantity("perplexity", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the scores' log-likelihoods."""
+        """Read the scores' log-likelihoods."""
         scores = subject.scores
         if scores is None:
             raise ValueError("perplexity is read from scores, and the subject has none")

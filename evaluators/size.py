@@ -17,7 +17,7 @@ class Size:
     measures: Mapping[str, Quantity] = {"size_bytes": Quantity("bytes", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the artifact's bytes, or adds up those of each tensor in the deployment's format."""
+        """Read the artifact's bytes, or add up those of each tensor in the deployment's format."""
         source: Source = "predicted" if subject.artifact_bytes is None else "measured"
         value = _predicted(subject) if subject.artifact_bytes is None else subject.artifact_bytes
         return (Measurement(name="size_bytes", value=float(value), unit="bytes", direction="min", source=source),)

@@ -96,7 +96,7 @@ class View:
         self._when = 0.0
 
     def update(self, progress: Progress) -> None:
-        """Shows new figures."""
+        """Show new figures."""
         # Trials begin as others end, so the number of running ones alone is not worth a line.
         counts = (progress.done, progress.paused, progress.stopped, progress.rejected, progress.failed)
         key = (progress.phase, *counts, progress.quality())
@@ -110,7 +110,7 @@ class View:
         self.log(f"{progress.phase}: {'; '.join(filter(None, [*parts, progress.speed()]))}".removesuffix(": "))
 
     def log(self, line: str) -> None:
-        """Prints one line, without any control codes in it."""
+        """Print one line, without any control codes in it."""
         print(printable(line), file=self._stream, flush=True)
 
     def __enter__(self) -> Self:
@@ -137,7 +137,7 @@ class LiveView(View):
         )
 
     def update(self, progress: Progress) -> None:
-        """Shows new figures."""
+        """Show new figures."""
         self._progress, self._when = progress, self._clock()
         self._live.refresh()
 
@@ -151,7 +151,7 @@ class LiveView(View):
         return panel(progress)
 
     def log(self, line: str) -> None:
-        """Prints one line above the figures."""
+        """Print one line above the figures."""
         from rich.text import Text
 
         self._live.console.print(Text(printable(line)))

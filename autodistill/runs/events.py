@@ -42,7 +42,7 @@ class Branch(TypedDict):
 
 
 class Miss(TypedDict):
-    """By how much a trial was too large, as log(need / limit)."""
+    """The limit that a trial exceeds, and by how much, as log(need / limit)."""
 
     limit: str
     slack: float
@@ -329,7 +329,7 @@ def read_events(lines: Iterable[Mapping[str, Any]]) -> list[RunEvent]:
 
 
 def of_kind(events: Iterable[RunEvent], kind: type[E]) -> list[E]:
-    """Those events that are of one kind."""
+    """Return those events that are of one kind."""
     return [event for event in events if isinstance(event, kind)]
 
 

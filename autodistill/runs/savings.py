@@ -46,7 +46,7 @@ class Saved:
     without_student: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return all of it as plain data."""
         return asdict(self)
 
     def describe(self) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ def _amount(tokens: int, flops: float, seconds: float) -> str:
 
 
 def saved(events: Iterable[RunEvent], plan: Plan) -> Saved:
-    """Adds up what the log of a run says.
+    """Add up what the log of a run says.
 
     Args:
         events: The log.

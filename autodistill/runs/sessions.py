@@ -60,7 +60,7 @@ class SignsOfLife:
         self.give()
 
     def give(self) -> None:
-        """Writes one; where that is impossible, the one before stands, and costs the next session's box some time."""
+        """Write one; where that is impossible, the one before stands, and costs the next session's box some time."""
         data = {"session": self._started, "time": now(), "seconds": dict(self._seconds())}
         try:
             write_json(self._folder / _FILE, data)

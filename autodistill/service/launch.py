@@ -68,7 +68,7 @@ class Setting:
 
     @property
     def url(self) -> str:
-        """Where clients on this machine reach it."""
+        """The address at which clients on this machine reach the server."""
         if self.is_socket:
             return f"unix:{self.host}"
         anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
@@ -264,7 +264,7 @@ class Service:
 
     @property
     def pid(self) -> int:
-        """Of the server's process."""
+        """Id of the server's process."""
         assert self._process is not None
         return self._process.pid
 

@@ -41,7 +41,7 @@ class TaskEvaluator:
 
     @property
     def name(self) -> str:
-        """That of its measurement."""
+        """The name of the task's measurement."""
         return f"task:{self.task.name}"
 
     @property

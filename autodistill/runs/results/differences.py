@@ -53,7 +53,7 @@ def paired(row: Row, metric: str) -> Mapping[str, Any] | None:
 
 
 def differences(rows: Sequence[Row], exported: str | None = None) -> list[Difference]:
-    """Of the exported row to every other row, in every figure that both have by document.
+    """Return the differences of the exported row to every other one, in every figure that both have by document.
 
     Args:
         rows: Of the test split, the exported one among them.
@@ -74,7 +74,7 @@ def differences(rows: Sequence[Row], exported: str | None = None) -> list[Differ
 def paired_difference(
     mine: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
 ) -> tuple[float, float | None] | None:
-    """By how much a figure of two rows differs, and its standard error; None where they have none of the same tokens.
+    """Return the difference of two rows' figures and its standard error; None if they have none of the same tokens.
 
     None too where one row has the mean of a figure by document and the other its bins.
 
@@ -127,7 +127,7 @@ def _title(row: Row, found: Row) -> str:
 
 
 def shown(items: Iterable[Difference]) -> list[list[str]]:
-    """Rows of a table: figure, and for each row compared to, the difference with its error."""
+    """Return the rows of a table: figure, and for each row compared to, the difference with its error."""
     table: dict[str, dict[str, str]] = {}
     titles: dict[str, None] = {}
     for item in items:

@@ -146,7 +146,7 @@ class Row:
 
     @property
     def short_id(self) -> str:
-        """Its id as tables have it, which `export --row` reads as well."""
+        """The row's id as tables show it, which `export --row` reads as well."""
         return self.row_id.replace("-compressed-tensors-", "-ct-")
 
     @property
@@ -160,11 +160,11 @@ class Row:
         return self.deployment.name
 
     def shown(self, name: str) -> str:
-        """A figure with its standard error, for a person; "-" where the row has none."""
+        """Return a figure with its standard error, for a person; "-" where the row has none."""
         return with_error(self.figure(name), self.figure(f"{name}_stderr"))
 
     def figure(self, name: str) -> float | None:
-        """A measured figure by name, or None where it is missing or not finite."""
+        """Return a measured figure by name, or None where it is missing or not finite."""
         return finite(getattr(self, name) if is_field(name) else self.other.get(name))
 
     def to_json(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Row:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
-        """Reads what `to_json` wrote; fields this version does not know are left out.
+        """Read what `to_json` wrote; fields this version does not know are left out.
 
         Raises:
             InputError: A newer schema, a missing field, or a value of another type.
@@ -209,7 +209,7 @@ class Row:
 
 
 def check_kind(kind: str, name: str = "a row") -> None:
-    """Holds a row's kind to those that there are.
+    """Hold a row's kind to those that there are.
 
     Raises:
         InputError: It is none of them.
@@ -219,7 +219,7 @@ def check_kind(kind: str, name: str = "a row") -> None:
 
 
 def check_documents(documents: Any, where: str) -> None:
-    """Holds a row's paired data to what they must be.
+    """Hold a row's paired data to what they must be.
 
     Raises:
         InputError: Says what is wrong.
@@ -232,7 +232,7 @@ def check_documents(documents: Any, where: str) -> None:
 
 
 def trained_fully(kind: str, fidelity: float | None) -> bool:
-    """As `Row.full`, of a row's fields."""
+    """Whether a row with these fields was measured after all of the plan's tokens; see `Row.full`."""
     return kind in ("teacher", "initial") or (fidelity is not None and fidelity > 1 - 1e-9)
 
 
@@ -248,7 +248,7 @@ def is_field(figure: str) -> bool:
 
 
 def finite(value: Any) -> float | None:
-    """A value that is a finite number, else None."""
+    """Return a value that is a finite number, else None."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -274,7 +274,7 @@ def _convert(value: Any, name: str) -> Any:
 
 
 def to_parquet(rows: Sequence[Row], path: Path, run: str = "", about: Mapping[str, Any] | None = None) -> None:
-    """Writes rows as a Parquet file, atomically; docs/leaderboards.md says what it holds.
+    """Write rows as a Parquet file, atomically; docs/leaderboards.md says what it holds.
 
     Args:
         rows: Of one run.
@@ -286,7 +286,7 @@ def to_parquet(rows: Sequence[Row], path: Path, run: str = "", about: Mapping[st
 
 
 def table_of(rows: Sequence[Row], run: str) -> pa.Table:
-    """Rows as a table: a column for each field, a mapping as JSON text; and `run`, and `examples`."""
+    """Return rows as a table: a column for each field, a mapping as JSON text; and `run`, and `examples`."""
     import pyarrow as pa
 
     columns = {name: [_cell(getattr(row, name)) for row in rows] for name in _types()}
@@ -295,7 +295,7 @@ def table_of(rows: Sequence[Row], run: str) -> pa.Table:
 
 
 def write_table(table: pa.Table, path: Path, about: Mapping[str, Any]) -> None:
-    """Writes a table that `table_of` made, atomically, with what is to be said of each of its runs."""
+    """Write a table that `table_of` made, atomically, with what is to be said of each of its runs."""
     import pyarrow.parquet as pq
 
     said = json.dumps({"table": TABLE_VERSION, "runs": strict_json(about)}, allow_nan=False)
@@ -304,7 +304,7 @@ def write_table(table: pa.Table, path: Path, about: Mapping[str, Any]) -> None:
 
 
 def examples_of(split: str | None, documents: Mapping[str, Any] | None) -> str | None:
-    """A hash of the documents that a row was measured on, and of how many tokens of each; None where it has none."""
+    """Return a hash of the documents that a row was measured on, and of their numbers of tokens; None without any."""
     if documents is None or "ids" not in documents or "count" not in documents:
         return None
     return content_hash([split, list(documents["ids"]), [float(count) for count in documents["count"]]])
@@ -338,7 +338,7 @@ def _cell(value: Any) -> Any:
 
 
 def read_parquet(path: Path) -> list[Row]:
-    """Reads what `to_parquet` wrote.
+    """Read what `to_parquet` wrote.
 
     Raises:
         InputError: The file is missing or no Parquet file, or see `Row.from_json`.
@@ -347,7 +347,7 @@ def read_parquet(path: Path) -> list[Row]:
 
 
 def read_table(path: Path) -> tuple[pa.Table, Mapping[str, Any]]:
-    """Reads the table of a file, and what it says of its runs by name; an earlier version is brought up to this one.
+    """Read the table of a file, and what it says of its runs by name; an earlier version is brought up to this one.
 
     Raises:
         InputError: The file is missing or damaged, of a later version, or not a table of rows.

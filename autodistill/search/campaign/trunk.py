@@ -66,12 +66,12 @@ class Trunk:
         return said + (f"; not at {left_out}: too much of its time" if left_out else "")
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """Return the trunk as plain data."""
         return asdict(self) | {"branches": [asdict(one) for one in self.branches]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trunk:
-        """Reads what `to_json` wrote."""
+        """Read what `to_json` wrote."""
         branches = tuple(Branch(**one) for one in data["branches"])
         return cls(trial=data["trial"], tokens=data["tokens"], branches=branches)
 
@@ -86,7 +86,7 @@ def plan_trunk(
     seconds: Callable[[int], float],
     most: float = COST,
 ) -> Trunk:
-    """Decides which decays a trunk can spare: the later one first, whose student is the better.
+    """Decide which decays a trunk can spare: the later one first, whose student is the better.
 
     Args:
         trial: That it goes on from.

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from autodistill.search.prior.knowledge import RATE
 from autodistill.search.prior.prior import Prior
-from autodistill.search.solve.forms import WHOLE
+from autodistill.search.solve.cuts import WHOLE
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Dimension, Point, find, look_up
 from autodistill.strategy.domains import Range, Value
@@ -87,7 +87,7 @@ class Construction:
         return f"{said}, {format_bytes(self.bytes)}: {kl} nats a token from the teacher, untrained"
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """Return the construction as plain data."""
         return asdict(self) | {"init": self.init.to_json(), "deployment": self.deployment.to_json()}
 
     @classmethod

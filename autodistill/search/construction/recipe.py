@@ -17,7 +17,7 @@ _TESTED = 2.0  # times a rate that was tested, up and down, within which others 
 
 
 def first_prior(spec: ModelSpec, *, batch_tokens: int, steps: int = STEPS, rate: float | None = None) -> Prior:
-    """What a search begins with.
+    """Return the prior that a search begins with.
 
     Where memory holds the teacher beside each student with ease, it runs there: that gives the whole divergence, and no
     trial waits for outputs that it does not read. Else they are cached.
