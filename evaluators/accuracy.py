@@ -6,11 +6,10 @@ from collections.abc import Mapping
 
 from autodistill.evaluators.token_share import token_share
 
-from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
-from autodistill.strategy.deployment import Deployment
+from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, Subject
 
 
-class Accuracy:
+class Accuracy(Evaluator):
     """Measures "accuracy", a fraction, as `token_share` does."""
 
     name = "accuracy"
@@ -23,7 +22,3 @@ class Accuracy:
         if scores is None:
             raise ValueError("accuracy is read from scores, and the subject has none")
         return (token_share("accuracy", scores.correct, scores.documents, subject),)
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True

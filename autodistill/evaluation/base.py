@@ -178,12 +178,12 @@ class Evaluator(Protocol):
         ...
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Measures; called only where what `needs` names is there and `supports` holds."""
+        """Measure a subject that has what `needs` names, under a deployment that `supports` holds for."""
         ...
 
     def supports(self, deployment: Deployment) -> bool:
-        """Whether this evaluator can measure a student packed so."""
-        ...
+        """Whether this evaluator can measure a student packed so; a subclass that does not say can measure any."""
+        return True
 
 
 def register_evaluator(evaluator: Evaluator) -> str:
