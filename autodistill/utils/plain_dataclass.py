@@ -65,7 +65,7 @@ class PlainDataclass:
         fields, hints = [field.name for field in dataclasses.fields(cls)], hints_of(cls)  # type: ignore[arg-type]
         unknown = sorted(str(key) for key in data if key not in fields)
         check(not unknown, f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
-        for name in required(cls):
+        for name in required(cls):  # type: ignore[arg-type]
             check(name in data, f"{where} lacks the field {name}")
         return cls(**{name: _convert(data[name], hints[name], f"{where}.{name}") for name in fields if name in data})
 
