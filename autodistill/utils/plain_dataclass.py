@@ -6,7 +6,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Self
 
@@ -50,7 +50,15 @@ def left_out(default: Any, *, mapping: bool = False) -> Any:
     return dataclasses.field(default=default, metadata={"left_out": True, "mapping": mapping})
 
 
-class PlainDataclass:
+class ToJson:
+    """A dataclass whose fields become plain data."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain data, but those that are `left_out`."""
+        return typing.cast(dict[str, Any], plain(self))
+
+
+class PlainDataclass(ToJson):
     """A frozen dataclass that reads and writes plain data, with each field checked by name and type."""
 
     @classmethod
@@ -65,19 +73,13 @@ class PlainDataclass:
         fields, hints = [field.name for field in dataclasses.fields(cls)], hints_of(cls)  # type: ignore[arg-type]
         unknown = sorted(str(key) for key in data if key not in fields)
         check(not unknown, f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
-        for name in required(cls):  # type: ignore[arg-type]
+        for name in required(cls):
             check(name in data, f"{where} lacks the field {name}")
         return cls(**{name: _convert(data[name], hints[name], f"{where}.{name}") for name in fields if name in data})
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the part as plain data, with every field but those that are `left_out`."""
-        return typing.cast(dict[str, Any], plain(self))
 
-
-@cache
-def hints_of(kind: type) -> dict[str, Any]:
-    """Return the types of a class's fields, cached: Python evaluates annotations anew each time."""
-    return typing.get_type_hints(kind)
+hints_of: Callable[[type], dict[str, Any]] = cache(typing.get_type_hints)
+"""The types of a class's fields, cached: Python evaluates annotations anew each time."""
 
 
 def without_none(hint: Any) -> Any:
@@ -86,12 +88,14 @@ def without_none(hint: Any) -> Any:
     return held
 
 
-@cache
-def required(kind: type) -> tuple[str, ...]:
-    """Return the names of a dataclass's fields that have no default."""
+def _required(kind: Any) -> tuple[str, ...]:
     missing = dataclasses.MISSING
     fields = dataclasses.fields(kind)
     return tuple(one.name for one in fields if one.default is missing and one.default_factory is missing)
+
+
+required: Callable[[type], tuple[str, ...]] = cache(_required)
+"""The names of a dataclass's fields that have no default."""
 
 
 def plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,11 @@ from autodistill.evaluation.statistics import binned_difference, paired_bootstra
 from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import Row
 from autodistill.units import with_error
+from autodistill.utils.plain_dataclass import ToJson
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class Difference(ToJson):
     """How much more of a figure the exported row has than another row on the same examples.
 
     Attributes:
@@ -34,10 +35,6 @@ class Difference:
     stderr: float | None
     unit: str
     documents: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The difference as plain data."""
-        return asdict(self)
 
 
 def paired(row: Row, metric: str) -> Mapping[str, Any] | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from autodistill.distillation.training.learning_rate import end_of
 from autodistill.search.planning.plan import BRANCHES
+from autodistill.utils.plain_dataclass import ToJson
 
 BRANCH_DECAY = 0.08
 """Share of a student's tokens over which its rate falls where it branches off short of the trunk's end."""
@@ -35,7 +36,7 @@ class Branch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trunk:
+class Trunk(ToJson):
     """One stable training, as it was decided before it began; its end follows the time that is left.
 
     Attributes:
@@ -64,10 +65,6 @@ class Trunk:
         said = f"{self.trial} is trained on to about {self.tokens:,} tokens"
         said += f", and students are kept at {kept}" if kept else ""
         return said + (f"; not at {left_out}: too much of its time" if left_out else "")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the trunk as plain data."""
-        return asdict(self) | {"branches": [asdict(one) for one in self.branches]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trunk:

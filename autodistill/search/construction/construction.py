@@ -17,6 +17,7 @@ from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.units import format_bytes, with_error
+from autodistill.utils.plain_dataclass import ToJson
 
 _NOT_TRAINED_ON = "none"  # the label of a finishing that is none
 # Of numbers that are believed in whatever the other choices are: temperatures are so of schedules alone, and how much
@@ -32,7 +33,7 @@ _FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no
 
 
 @dataclass(frozen=True, kw_only=True)
-class Construction:
+class Construction(ToJson):
     """How a student begins, and how it is stored, before anything is trained.
 
     Attributes:
@@ -85,10 +86,6 @@ class Construction:
             return f"{said}, {format_bytes(self.bytes)}"
         kl = with_error(self.kl, self.kl_stderr)
         return f"{said}, {format_bytes(self.bytes)}: {kl} nats a token from the teacher, untrained"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the construction as plain data."""
-        return asdict(self) | {"init": self.init.to_json(), "deployment": self.deployment.to_json()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from autodistill.distillation.student.check import check_strategy, student_spec
@@ -20,6 +20,7 @@ from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
+from autodistill.utils.plain_dataclass import ToJson
 from autodistill.utils.typed_data import check_typed
 
 # Strategies that stand for all of a space: as many as say where between its ends training stops to fit.
@@ -27,7 +28,7 @@ _EXAMPLES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingNeed:
+class TrainingNeed(ToJson):
     """What training a strategy takes, under a plan's settings, beside what a process of a trial may take.
 
     Attributes:
@@ -58,10 +59,6 @@ class TrainingNeed:
             f"{format_bytes(self.limit_bytes)} that a trial has here; {self.remedy}"
         )
         return Miss(limit="training memory", slack=self.slack, said=said)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain data, which the log keeps: another session's machine may have other memory."""
-        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> TrainingNeed | None:

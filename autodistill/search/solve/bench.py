@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import Any, Self
@@ -31,10 +31,11 @@ from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.quantization.weighted_scales import weighted_scales
 from autodistill.strategy.deployment import Deployment
+from autodistill.utils.plain_dataclass import ToJson
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(ToJson):
     """What a storage does to a teacher on some text, per predicted token.
 
     Attributes:
@@ -54,10 +55,6 @@ class Measured:
     counts: tuple[float, ...]
     kl_sums: tuple[float, ...]
     nll_sums: tuple[float, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
