@@ -61,7 +61,7 @@ def _parse(text: str, units: Mapping[str, int | Fraction], what: str, examples: 
 
 
 def parse_bytes(text: str) -> int:
-    """Reads an amount of memory: GB, or G, is 10^9 bytes, GiB is 2^30.
+    """Read an amount of memory: GB, or G, is 10^9 bytes, GiB is 2^30.
 
     Raises:
         InputError: Not a positive number with a known unit, or below one byte.
@@ -73,7 +73,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Reads a duration as seconds: units us, ms, s, m (or min), h, d; or several of them, like "1h30m" or "10m 00s".
+    """Read a duration as seconds: units us, ms, s, m (or min), h, d; or several of them, like "1h30m" or "10m 00s".
 
     Raises:
         InputError: Not a positive number with a known unit, nor several of falling units.
@@ -90,7 +90,7 @@ def parse_duration(text: str) -> float:
 
 
 def format_bytes(count: float) -> str:
-    """Writes bytes with three significant digits in decimal units, like "98.3 MB"."""
+    """Write bytes with three significant digits in decimal units, like "98.3 MB"."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         # The limit lies where three digits would round up to the next unit's first.
         if abs(count) >= 0.9995 * factor:
@@ -123,7 +123,7 @@ def count_of(count: int, thing: str) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Writes seconds as a person says them, like "9m 05s", "12.3s", "48.0ms" or "1.50us"."""
+    """Write seconds as a person says them, like "9m 05s", "12.3s", "48.0ms" or "1.50us"."""
     if seconds >= 3599.5:
         seconds = round(seconds)
         return f"{int(seconds // 3600)}h {int(seconds % 3600 // 60):02d}m"

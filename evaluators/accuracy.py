@@ -6,11 +6,10 @@ from collections.abc import Mapping
 
 from autodistill.evaluators.token_share import token_share
 
-from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
-from autodistill.strategy.deployment import Deployment
+from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, Subject
 
 
-class Accuracy:
+class Accuracy(Evaluator):
     """Measures "accuracy", a fraction, as `token_share` does."""
 
     name = "accuracy"
@@ -18,12 +17,8 @@ class Accuracy:
     measures: Mapping[str, Quantity] = {"accuracy": Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the scores' correct tokens."""
+        """Read the scores' correct tokens."""
         scores = subject.scores
         if scores is None:
             raise ValueError("accuracy is read from scores, and the subject has none")
         return (token_share("accuracy", scores.correct, scores.documents, subject),)
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True

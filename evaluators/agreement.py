@@ -6,11 +6,10 @@ from collections.abc import Mapping
 
 from autodistill.evaluators.token_share import token_share
 
-from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
-from autodistill.strategy.deployment import Deployment
+from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, Subject
 
 
-class Agreement:
+class Agreement(Evaluator):
     """Measures "agreement", a fraction, as `token_share` does."""
 
     name = "agreement"
@@ -18,12 +17,8 @@ class Agreement:
     measures: Mapping[str, Quantity] = {"agreement": Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads where the scores agree with the teacher's."""
+        """Read where the scores agree with the teacher's."""
         scores = subject.scores
         if scores is None:
             raise ValueError("agreement is read from scores, and the subject has none")
         return (token_share("agreement", scores.agrees, scores.documents, subject),)
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
+from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, Subject
 from autodistill.evaluation.statistics import binned_error, clustered_bootstrap
-from autodistill.strategy.deployment import Deployment
 
 BINS = 15
 
 
-class Calibration:
+class Calibration(Evaluator):
     """Measures "ece", the expected calibration error, with 15 bins of equal width over the confidence.
 
     A bin's gap is the difference between the share of right tokens in it and their mean confidence, and the error is
@@ -29,7 +28,7 @@ class Calibration:
     measures: Mapping[str, Quantity] = {"ece": Quantity("fraction", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the scores' confidence and where they are right."""
+        """Read the scores' confidence and where they are right."""
         scores = subject.scores
         if scores is None or scores.confidence is None:
             raise ValueError("calibration is read from scores with confidences, and the subject has none")
@@ -56,10 +55,6 @@ class Calibration:
                 },
             ),
         )
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True
 
 
 def _gaps(

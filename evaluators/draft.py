@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from autodistill.estimates.serving_memory import memory
-from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
+from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, Subject
 from autodistill.evaluation.speculative import PROPOSED, speculate, time_of
 from autodistill.evaluation.statistics import clustered_mean, per_document
-from autodistill.strategy.deployment import IN_16_BITS, Deployment
+from autodistill.strategy.deployment import IN_16_BITS
 
 
-class Draft:
+class Draft(Evaluator):
     """Measures "draft_acceptance", the share of proposed tokens that the teacher takes, and "draft_time", the expected
     time of a token over that of the teacher alone: 0.5 is twice as fast.
 
@@ -33,7 +33,7 @@ class Draft:
     }
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Follows the documents of the scores."""
+        """Follow the documents of the scores."""
         scores, teacher = subject.scores, subject.teacher
         if scores is None or teacher is None:
             raise ValueError("a draft is read from scores beside its teacher, and the subject lacks one of both")
@@ -78,7 +78,3 @@ class Draft:
                 detail=detail,
             ),
         )
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True

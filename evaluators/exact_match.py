@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
+from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, Subject
 from autodistill.evaluation.statistics import clustered_mean, per_document
-from autodistill.strategy.deployment import Deployment
 
 
 def full_marks(marks: npt.NDArray[Any], documents: npt.NDArray[np.int32]) -> dict[str, Any]:
@@ -26,7 +25,7 @@ def full_marks(marks: npt.NDArray[Any], documents: npt.NDArray[np.int32]) -> dic
     return {"exact_match": value, "stderr": stderr, "mean_mark": float(np.mean(marks))}
 
 
-class ExactMatch:
+class ExactMatch(Evaluator):
     """Measures "exact_match", a fraction; a task marks by its own rules, which may give a wrong answer a part.
 
     A question that does not fit the budget's context with its answer counts as not answered.
@@ -37,7 +36,7 @@ class ExactMatch:
     measures: Mapping[str, Quantity] = {"exact_match": Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the marks of the answers."""
+        """Read the marks of the answers."""
         answers = subject.answers
         if answers is None:
             raise ValueError("exact_match is read from answers, and the subject has none")
@@ -59,7 +58,3 @@ class ExactMatch:
                 documents=per_document(answers.marks >= 1, answers.documents),
             ),
         )
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True

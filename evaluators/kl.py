@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
+from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, Subject
 from autodistill.evaluation.statistics import clustered_mean, per_document
-from autodistill.strategy.deployment import Deployment
 
 
-class Divergence:
+class Divergence(Evaluator):
     """Measures "kl", the mean of KL(teacher || student) over all predicted tokens, in nats.
 
     What is kept of the teacher are its likeliest tokens; all others are one outcome, whose probability is the rest. By
@@ -24,7 +23,7 @@ class Divergence:
     measures: Mapping[str, Quantity] = {"kl": Quantity("nats", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the scores' divergence."""
+        """Read the scores' divergence."""
         scores = subject.scores
         if scores is None or scores.divergence is None:
             raise ValueError("kl is read from scores with the teacher's reference, and the subject has none")
@@ -46,7 +45,3 @@ class Divergence:
                 documents={**per_document(scores.divergence, scores.documents), "unit": "nats"},
             ),
         )
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from autodistill.evaluation.base import Direction, Measurement, Needs, Quantity, Subject
+from autodistill.evaluation.base import Direction, Evaluator, Measurement, Needs, Quantity, Subject
 from autodistill.hardware.budget import DeviceBudget
 from autodistill.hardware.machine import detect
 from autodistill.runtimes.timing import Load, installed, time_serving
@@ -14,7 +14,7 @@ from autodistill.strategy.deployment import Deployment
 _LIMITED_PROMPT = 512  # of prompts whose first token is limited, as is predicted of them
 
 
-class Latency:
+class Latency(Evaluator):
     """Measures "latency_ms" (95th percentile of decode time per token), "ttft_ms" (median), "answer_ms" (median) and
     "tokens_per_second" at one stream, and what the budget limits at its streams.
 
@@ -35,7 +35,7 @@ class Latency:
     }
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Times the artifact.
+        """Measure the artifact's latency.
 
         Raises:
             VerificationError: The runtime cannot load the artifact.

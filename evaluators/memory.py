@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.estimates.serving_memory import MemoryEstimate, basis_of, memory
-from autodistill.evaluation.base import Measurement, Needs, Quantity, Source, Subject
+from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, Source, Subject
 from autodistill.hardware.budget import on_gpu
 from autodistill.hardware.device import DISCRETE
 from autodistill.hardware.lookup import class_of_machine
 from autodistill.hardware.machine import detect, machine_name
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.runtimes.timing import installed, serve
-from autodistill.strategy.deployment import Deployment
 
 _PROMPT = 512  # tokens that llama.cpp reads at once, which fill its compute buffer
 
 
-class Memory:
+class Memory(Evaluator):
     """Measures "memory_bytes" at the budget's context and batch, with its parts as detail.
 
     It is predicted, unless there is an artifact whose runtime states it. llama.cpp loads a GGUF file and reads a
@@ -53,10 +52,6 @@ class Memory:
             return (_measurement(_estimate(subject, of_gpu), "predicted"),)
         predicted = {"predicted_bytes": _estimate(subject, found.on_gpu).total_bytes}
         return (_measurement(found, "measured", where | predicted),)
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment's memory can at least be predicted."""
-        return True
 
 
 def _estimate(subject: Subject, of_gpu: bool) -> MemoryEstimate:

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.evaluation.base import Measurement, Needs, Quantity, Subject
+from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, Subject
 from autodistill.evaluation.statistics import clustered_mean, per_document
-from autodistill.strategy.deployment import Deployment
 
 
 def perplexity(nll: npt.NDArray[Any], documents: npt.NDArray[np.int32]) -> tuple[float, float | None]:
@@ -27,7 +26,7 @@ def perplexity(nll: npt.NDArray[Any], documents: npt.NDArray[np.int32]) -> tuple
     return value, None if stderr is None else value * stderr
 
 
-class Perplexity:
+class Perplexity(Evaluator):
     """Measures "perplexity" over all predicted tokens of the split, each in the context of its own sequence alone.
 
     In the words of strided windows, the stride is the window, a sequence: its first tokens have little context, so that
@@ -40,7 +39,7 @@ class Perplexity:
     measures: Mapping[str, Quantity] = {"perplexity": Quantity("perplexity", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the scores' log-likelihoods."""
+        """Read the scores' log-likelihoods."""
         scores = subject.scores
         if scores is None:
             raise ValueError("perplexity is read from scores, and the subject has none")
@@ -64,7 +63,3 @@ class Perplexity:
                 documents={**per_document(scores.nll, scores.documents), "unit": "nats"},
             ),
         )
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True

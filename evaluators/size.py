@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from autodistill.evaluation.base import Measurement, Needs, Quantity, Source, Subject
+from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, Source, Subject
 from autodistill.quantization.formats import as_held, weights_bytes
-from autodistill.strategy.deployment import Deployment
 
 
-class Size:
+class Size(Evaluator):
     """Measures "size_bytes": of the artifact's files that hold weights where there is one, else of the tensors."""
 
     name = "size"
@@ -17,14 +16,10 @@ class Size:
     measures: Mapping[str, Quantity] = {"size_bytes": Quantity("bytes", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads the artifact's bytes, or adds up those of each tensor in the deployment's format."""
+        """Read the artifact's bytes, or add up those of each tensor in the deployment's format."""
         source: Source = "predicted" if subject.artifact_bytes is None else "measured"
         value = _predicted(subject) if subject.artifact_bytes is None else subject.artifact_bytes
         return (Measurement(name="size_bytes", value=float(value), unit="bytes", direction="min", source=source),)
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment has a size."""
-        return True
 
 
 def _predicted(subject: Subject) -> int:

@@ -24,13 +24,13 @@ from autodistill.runs.results.row import (
     check_kind,
     finite,
     is_field,
-    required,
     trained_fully,
 )
 from autodistill.runs.results.selection import students_only
 from autodistill.runs.run_folder import RunFolder, known_runs
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.json_files import plain_json
+from autodistill.utils.plain_dataclass import required
 from autodistill.utils.typed_data import check_typed
 
 T = TypeVar("T")
@@ -317,7 +317,7 @@ def _table(run: RunFolder, *needed: str) -> Iterator[Any]:
         for field in file.schema_arrow:
             if field.name in written.names and not field.type.equals(written.field(field.name).type):
                 raise InputError(f"the column {field.name} is of {field.type}")
-        missing = [name for name in (*required(), *needed) if name not in file.schema_arrow.names]
+        missing = [name for name in (*required(Row), *needed) if name not in file.schema_arrow.names]
         if missing:
             raise InputError(f"it lacks the column {missing[0]}")
         yield file
@@ -329,7 +329,7 @@ def _columns(run: RunFolder, *needed: str) -> dict[str, list[Any]]:
         # Runs of earlier versions lack some.
         names = [name for name in _COLUMNS if name in file.schema_arrow.names]
         table = file.read(columns=names, use_threads=False)
-        for name in required():
+        for name in required(Row):
             if table.column(name).null_count:
                 raise InputError(f"the column {name} has rows without it")
         for kind in table.column("kind").unique().to_pylist():

@@ -55,8 +55,8 @@ class Board:
         metric, direction: What ranks them.
         on: What all of them were measured on, in words.
         runs: Names of the runs.
-        ranked: The best of them, in their order; the id of each begins with its run.
-        beyond: Ids of those that do not keep to the budget of their own run. Budgets differ: the order passes it over.
+        ranked: The best of them, in their order, whatever the budget of their own run, which `feasible` says; the id
+            of each begins with its run.
         count: How many rows there are in all.
     """
 
@@ -65,7 +65,6 @@ class Board:
     on: str
     runs: tuple[str, ...]
     ranked: tuple[Ranked, ...]
-    beyond: tuple[str, ...]
     count: int
 
 
@@ -274,7 +273,7 @@ def _board(key: _Key, parts: Sequence[tuple[Stored, Any, Any, Any]], most: int) 
         mine = [int(place) for place in first if owners[place] == number]
         read = read_rows(run.table.take(within[mine]), str(run.path)) if mine else []
         rows |= {place: replace(row, row_id=f"{run.run}/{row.row_id}") for place, row in zip(mine, read, strict=True)}
-    beyond = tuple(row.row_id for row in rows.values() if not row.feasible)
+    beyond = {row.row_id for row in rows.values() if not row.feasible}
     ordered = [replace(rows[int(place)], feasible=True) for place in first]
     ranked = rank(ordered[:PAIRED], key.metric, key.direction)
     ranked += [Ranked(place=place, row=row) for place, row in enumerate(ordered[PAIRED:], start=PAIRED + 1)]
@@ -286,7 +285,6 @@ def _board(key: _Key, parts: Sequence[tuple[Stored, Any, Any, Any]], most: int) 
         on=key.served or _data(key, [run for run, *_ in parts]),
         runs=runs,
         ranked=tuple(shown),
-        beyond=beyond,
         count=len(order),
     )
 

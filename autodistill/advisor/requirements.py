@@ -27,7 +27,7 @@ _BY_DOUBTFUL = " by doubtful measurements alone"
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The requested hardware and load.
+    """The hardware and load that are asked for.
 
     Attributes:
         memory_bytes: Limit of memory.

@@ -40,7 +40,7 @@ class Solved(TypedDict):
 
 
 def keep_solved(cache: Path, fingerprint: str, found: Iterable[Solved]) -> None:
-    """Adds solutions to those of a teacher, in place of older ones for the same budget.
+    """Add solutions to those of a teacher, in place of older ones for the same budget.
 
     Args:
         cache: Root of caches.

@@ -186,7 +186,7 @@ def _to_get(picked: Mapping[str, Any], runs: Path) -> str:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Makes no search for cycles of garbage, a tenth of the time where much is read of which nothing is given up."""
+    """Make no search for cycles of garbage, a tenth of the time where much is read of which nothing is given up."""
     enabled = gc.isenabled()
     gc.disable()
     try:

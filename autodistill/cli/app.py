@@ -84,9 +84,10 @@ _PANELS = {name: purpose for purpose, names in _PURPOSES.items() for name in nam
 def _command(
     name: str, help: str, declared: Sequence[inspect.Parameter], body: Callable[[typer.Context], None], cls: type[Any]
 ) -> None:
-    """Adds a command with such options; its body reads them from the context."""
+    """Add a command with such options; its body reads them from the context."""
 
     def call(ctx: typer.Context, **given: Any) -> None:
+        """Run the body; the context says of each option whether it was typed, which `given` does not."""
         body(ctx)
 
     first = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
@@ -104,7 +105,7 @@ def _verb(
     sections: Collection[str] = (),
     after: Callable[[Any], None] = lambda result: None,
 ) -> None:
-    """Adds the command of a function: its options are those that the function declares.
+    """Add the command of a function: its options are those that the function declares.
 
     Args:
         function: What is called with what was typed.
@@ -116,6 +117,7 @@ def _verb(
     """
 
     def body(ctx: typer.Context) -> None:
+        """Call the function and show its result."""
         given = typed(ctx)
         as_json = given.pop("json", False)
 
@@ -133,9 +135,10 @@ def _verb(
 
 
 def _streaming(function: Callable[..., int]) -> None:
-    """Adds the command of a function that prints as it goes, and gives the exit code."""
+    """Add the command of a function that prints as it goes, and returns the exit code."""
 
     def body(ctx: typer.Context) -> None:
+        """Call the function and exit with its code."""
         if code := function(**typed(ctx)):
             raise typer.Exit(code)
 
@@ -168,9 +171,10 @@ def _first_line(function: Callable[..., Any]) -> str:
 
 
 def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest] = SearchRequest) -> None:
-    """Adds a command that trains, or plans what it would train, as its request asks."""
+    """Add a command that trains, or plans what it would train, as its request asks."""
 
     def body(ctx: typer.Context) -> None:
+        """Search, or plan what a search would do, and show the result."""
         started, given = time.monotonic(), typed(ctx)
         as_json, plan, price = (given.pop(name, None) for name in ("json", "plan", "price"))
 
@@ -313,7 +317,7 @@ _verb(serving.load, dict, serving.loaded_text, after=_promised)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line, by default this process's own, and gives its exit code."""
+    """Run a command line, by default this process's own, and return its exit code."""
     code = _run(sys.argv[1:] if arguments is None else list(arguments))
     if arguments is None and calls_left():
         # A library would wait for it at exit without end, deaf to interrupts.

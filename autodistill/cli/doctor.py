@@ -53,7 +53,7 @@ class Finding:
 
 
 def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str | None = None) -> tuple[Finding, ...]:
-    """Looks at packages, plug-ins, the default teacher, the hardware, and the folders of runs and cache.
+    """Look at packages, plug-ins, the default teacher, the hardware, and the folders of runs and cache.
 
     Args:
         out, cache: The folders.

@@ -12,7 +12,7 @@ class PlainCommand(TyperCommand):
     """A command whose usage line has NAME for what is needed and [NAME] for what is not."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Reads a command line.
+        """Read a command line.
 
         Raises:
             BadParameter: An option or argument is empty or blank, which would be taken for one that was left out.

@@ -30,15 +30,15 @@ class SearchView(Observer):
         self._end: float | None = None
 
     def phase(self, name: str) -> None:
-        """Shows that a phase began."""
+        """Show that a phase began."""
         self._show(replace(self._progress, phase=name, tokens_per_second=None))
 
     def line(self, text: str) -> None:
-        """Prints a line."""
+        """Print a line."""
         self._view.log(text)
 
     def campaign(self, campaign: Campaign, best: float | None, baseline: float | None) -> None:
-        """Shows how the trials stand."""
+        """Show how the trials stand."""
         question = campaign.question
         if campaign.box.deadline is not None:
             # Trials end at the deadline; what follows is expected to take this much longer.

@@ -23,7 +23,7 @@ _NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.
 
 
 def show(as_json: bool, work: Callable[[], T], document: Callable[[T], Any], text: Callable[[T], str]) -> T:
-    """Does the work with stdout held free, and prints its result there; with JSON also the error that ended it."""
+    """Do the work with stdout held free, and print its result there; with JSON also the error that ended it."""
     with replying(as_json) as reply:
         try:
             with stdout_reserved():

@@ -319,7 +319,7 @@ def _as_json(report: Report) -> None:
 
 @contextmanager
 def _view() -> Iterator[Callable[[Report], None]]:
-    """Shows reports: figures drawn anew on a terminal, else a line each."""
+    """Show reports: figures drawn anew on a terminal, else a line each."""
     environ = os.environ
     if not sys.stdout.isatty() or environ.get("TERM", "dumb") in ("", "dumb", "unknown") or environ.get("NO_COLOR"):
         yield lambda report: print(report_line(report), flush=True)

@@ -32,7 +32,7 @@ def _local(reference: str) -> bool:
 
 
 def quiet_libraries(*references: str | None) -> None:
-    """Silences warnings and progress bars of the libraries; called before they are imported.
+    """Silence warnings and progress bars of the libraries; called before they are imported.
 
     Args:
         references: Of all that will be read, None for a default. Where none of them may lie on a hub, no hub is asked
@@ -50,7 +50,7 @@ def quiet_libraries(*references: str | None) -> None:
 
 @contextmanager
 def stdout_reserved() -> Iterator[None]:
-    """Sends to stderr what this process, its libraries and its children print to stdout within the block."""
+    """Send to stderr what this process, its libraries and its children print to stdout within the block."""
     sys.stdout.flush()
     saved = os.dup(1)
     os.dup2(2, 1)

@@ -9,7 +9,6 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from autodistill.runs.results.leaderboard import Ranked, rests_on
@@ -96,7 +95,7 @@ class View:
         self._when = 0.0
 
     def update(self, progress: Progress) -> None:
-        """Shows new figures."""
+        """Show new figures."""
         # Trials begin as others end, so the number of running ones alone is not worth a line.
         counts = (progress.done, progress.paused, progress.stopped, progress.rejected, progress.failed)
         key = (progress.phase, *counts, progress.quality())
@@ -110,15 +109,13 @@ class View:
         self.log(f"{progress.phase}: {'; '.join(filter(None, [*parts, progress.speed()]))}".removesuffix(": "))
 
     def log(self, line: str) -> None:
-        """Prints one line, without any control codes in it."""
+        """Print one line, without any control codes in it."""
         print(printable(line), file=self._stream, flush=True)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         return None
 
 
@@ -137,7 +134,7 @@ class LiveView(View):
         )
 
     def update(self, progress: Progress) -> None:
-        """Shows new figures."""
+        """Show new figures."""
         self._progress, self._when = progress, self._clock()
         self._live.refresh()
 
@@ -151,7 +148,7 @@ class LiveView(View):
         return panel(progress)
 
     def log(self, line: str) -> None:
-        """Prints one line above the figures."""
+        """Print one line above the figures."""
         from rich.text import Text
 
         self._live.console.print(Text(printable(line)))
@@ -160,9 +157,7 @@ class LiveView(View):
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._live.stop()
 
 

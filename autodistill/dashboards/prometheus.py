@@ -24,7 +24,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Alert:
-    """A rule.
+    """A rule by which Prometheus raises an alert.
 
     Attributes:
         name: Of the alert, in capitals and small letters.
@@ -39,15 +39,14 @@ class Alert:
     summary: str
 
 
-def scrape(jobs: Sequence[Job], rules: str = "", seconds: int = 15) -> dict[str, Any]:
+def scrape(jobs: Sequence[Job], rules: str = "") -> dict[str, Any]:
     """Return the content of `prometheus.yml`.
 
     Args:
         jobs: Who is scraped.
         rules: Name of the file of alerts beside it; "" for none.
-        seconds: Between two scrapes.
     """
-    found: dict[str, Any] = {"global": {"scrape_interval": f"{seconds}s", "evaluation_interval": f"{seconds}s"}}
+    found: dict[str, Any] = {"global": {"scrape_interval": "15s", "evaluation_interval": "15s"}}
     if rules:
         found["rule_files"] = [rules]
     configs = []

@@ -95,17 +95,16 @@ class DataSource:
         return tuple(document for document in self.documents if isinstance(document, Conversation))
 
 
-def resolve_data(ref: str, field: str | None = None) -> DataSource:
+def resolve_data(ref: str) -> DataSource:
     """Find and read the documents that `ref` names.
 
     Args:
         ref: "pydoc" (Python's language reference, each topic a document), a folder (each .txt, .md or .rst file in it
             a document), a .txt file (one long text), a .jsonl or .parquet file (each record a document),
             "reasoning-gym:TASK?option=value&..." (see `tasks.read_task`), or a hub id "owner/name", which may name a
-            revision ("owner/name@commit"), read whole through `datasets`.
-        field: Name of the field of a record that holds its text. By default the first of these that the records
-            have: text; content; a prompt (or question, or instruction) with an answer (or response, completion,
-            output); messages. The last two make conversations.
+            revision ("owner/name@commit"), read whole through `datasets`. Of a record's fields the first of these is
+            read that any record has: text; content; a prompt (or question, or instruction) with an answer (or response,
+            completion, output); messages. The last two make conversations.
 
     Raises:
         InputError: Missing or of an unsupported kind, malformed, not UTF-8, without a usable field, without any text.
@@ -123,14 +122,14 @@ def resolve_data(ref: str, field: str | None = None) -> DataSource:
     suffix = path.suffix.lower()
     if not os.path.exists(expanded):
         if _is_hub_id(ref):
-            return _hub(ref, field)
+            return _hub(ref)
         raise InputError(f"there is no data at {ref!r}: give {_KINDS}")
     if suffix not in _FILE_SUFFIXES:
         raise InputError(f"{ref} is a file of an unsupported kind: give {_KINDS}")
     if suffix == ".txt":
         return _source(path.stem, "txt", [_read_text(path)], ref)
     records = read_records(path)
-    return _source(path.stem, suffix[1:], _record_documents(records, field, ref), ref)
+    return _source(path.stem, suffix[1:], _record_documents(records, ref), ref)
 
 
 def resolve_prompts(ref: str) -> tuple[tuple[Turn, ...], ...]:
@@ -272,7 +271,7 @@ def _is_hub_id(ref: str) -> bool:
     return bool(_HUB_ID.fullmatch(ref)) and not ref.lower().endswith(known) and not os.path.isdir(Path(ref).parent)
 
 
-def _hub(ref: str, field: str | None) -> DataSource:
+def _hub(ref: str) -> DataSource:
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -303,7 +302,7 @@ def _hub(ref: str, field: str | None) -> DataSource:
             "hub, or give the data of that commit as a local file"
         )
     records = [(f"record {number}", record) for number, record in enumerate(split, start=1)]
-    source = _source(name, "hub", _record_documents(records, field, ref), ref, stated(split.info.license))
+    source = _source(name, "hub", _record_documents(records, ref), ref, stated(split.info.license))
     return replace(source, revision=read or revision)
 
 
@@ -313,7 +312,7 @@ def _commit_of(split: Dataset) -> str | None:
     return next((name for name in folders if _COMMIT.fullmatch(name)), None)
 
 
-def _record_documents(records: list[tuple[str, Record]], field: str | None, ref: str) -> list[Document | None]:
+def _record_documents(records: list[tuple[str, Record]], ref: str) -> list[Document | None]:
     """Return the document of each record, None for a blank one; at least one is not blank.
 
     Args:
@@ -322,18 +321,11 @@ def _record_documents(records: list[tuple[str, Record]], field: str | None, ref:
     found = list(dict.fromkeys(name for _, record in records for name in record))
     if not records:
         raise InputError(f"{ref} holds no record: give data with some")
-    if field is not None and field not in found:
-        raise InputError(f"{ref} has no field {field}; the fields found are {', '.join(found)}")
-    texts = [name for name in TEXTS if name in found] if field is None else [field]
-    ways: list[Callable[[Record, str], Document | None]] = [_text_reader(name) for name in texts]
-    if field is None:
-        ways += readers(found)
-    for read in ways:
+    ways: list[Callable[[Record, str], Document | None]] = [_text_reader(name) for name in TEXTS if name in found]
+    for read in (*ways, *readers(found)):
         documents = [read(record, f"{where} of {ref}") for where, record in records]
         if any(documents):
             return documents
-    if field is not None:
-        raise InputError(f"{ref} holds no text in its field {field}: give data with some")
     fields = f"the fields found are {', '.join(found)}" if found else "no fields were found"
     raise InputError(f"{ref} has no field with usable text ({USABLE}): {fields}")
 

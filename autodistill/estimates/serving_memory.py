@@ -208,7 +208,7 @@ def memory(
 
 
 def check_cache(spec: ModelSpec, runtime: str, cache_types: tuple[str, str]) -> None:
-    """Refuses types of keys and values that a runtime does not hold of a model.
+    """Refuse types of keys and values that a runtime does not hold of a model.
 
     Raises:
         InputError: A type of cache that the runtime has not, or whose blocks do not divide a head.

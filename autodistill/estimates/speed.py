@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from autodistill.estimates.serving_memory import all_activation_rows, kv_bytes, window_in
 from autodistill.hardware.budget import LatencyLimit
@@ -14,6 +13,7 @@ from autodistill.models.tensors import Role, TensorSpec, is_expert
 from autodistill.quantization.formats import as_held, get_format, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid, Storage
 from autodistill.strategy.deployment import Deployment
+from autodistill.utils.plain_dataclass import ToJson
 
 PROMPT_TOKENS = 512
 """Of the prompt whose time to the first token is predicted, where none is given."""
@@ -25,7 +25,7 @@ _FLOAT32 = ("cpu", "board", "phone")  # classes whose runtimes compute in float3
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedEstimate:
+class SpeedEstimate(ToJson):
     """A predicted speed with its band.
 
     Attributes:
@@ -51,10 +51,6 @@ class SpeedEstimate:
     bound: str
     source: str = "predicted"
     assumed: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the prediction as plain data."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

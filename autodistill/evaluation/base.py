@@ -78,7 +78,7 @@ class SimulatedStudent(Protocol):
 
     @property
     def device(self) -> str:
-        """Where the model lies."""
+        """The torch device that holds the model."""
         ...
 
     @property
@@ -93,7 +93,7 @@ class SimulatedStudent(Protocol):
 
     @property
     def share(self) -> float:
-        """Of an evaluator's own examples, how much is to be read: 1 is all of them; less at a rung."""
+        """The share of an evaluator's own examples that is to be read: 1 for all of them, less at a rung."""
         ...
 
     @property
@@ -120,7 +120,7 @@ class SimulatedStudent(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes the packed weights, dequantised, as a folder that transformers loads."""
+        """Write the packed weights, dequantised, as a folder that transformers loads."""
         ...
 
     def examples(self) -> list[dict[str, Any]]:
@@ -164,12 +164,12 @@ class Evaluator(Protocol):
 
     @property
     def name(self) -> str:
-        """As it is declared."""
+        """The evaluator's name, as its entry point declares it."""
         ...
 
     @property
     def needs(self) -> Needs:
-        """What it reads of a subject."""
+        """The parts of a subject that the evaluator reads."""
         ...
 
     @property
@@ -178,12 +178,12 @@ class Evaluator(Protocol):
         ...
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Measures; called only where what `needs` names is there and `supports` holds."""
+        """Measure a subject that has what `needs` names, under a deployment that `supports` holds for."""
         ...
 
     def supports(self, deployment: Deployment) -> bool:
-        """Whether this evaluator can measure a student packed so."""
-        ...
+        """Whether this evaluator can measure a student packed so; a subclass that does not say can measure any."""
+        return True
 
 
 def register_evaluator(evaluator: Evaluator) -> str:
@@ -204,7 +204,7 @@ def register_evaluator(evaluator: Evaluator) -> str:
 
 
 def load_evaluator(name: str) -> Evaluator:
-    """Makes the installed evaluator of a name.
+    """Make the installed evaluator of a name.
 
     Raises:
         InputError: As `plugins.load`.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from autodistill.evaluation.statistics import clustered_bootstraps, paired_bootstrap
+from autodistill.utils.plain_dataclass import ToJson
 
 Floats = npt.NDArray[np.float64]
 
@@ -48,7 +49,7 @@ class Items:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class Point(ToJson):
     """What a cascade does at one threshold. Standard errors are bootstrapped by document, of differences paired.
 
     Attributes:
@@ -79,13 +80,9 @@ class Point:
     latency_stderr: float | None = None
     memory_bytes: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the point as plain data."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Suggestion:
+class Suggestion(ToJson):
     """A threshold that is good enough, and what it does on documents that it was not chosen by.
 
     Attributes:
@@ -102,10 +99,6 @@ class Suggestion:
     accuracy_stderr: float | None = None
     over_large: float | None = None
     over_large_stderr: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the suggestion as plain data."""
-        return asdict(self)
 
 
 def thresholds(confidence: Floats) -> list[float]:

@@ -57,7 +57,7 @@ class Evaluation:
 def deployed_weights(
     model: Any, spec: ModelSpec, deployment: Deployment, scales: Mapping[str, Scales] | None = None
 ) -> Iterator[None]:
-    """Puts the values that the runtime will see into the model, and the master weights back at the end.
+    """Put the values that the runtime will see into the model, and the master weights back at the end.
 
     Keys and values are those of the deployment's cache meanwhile.
 
@@ -111,7 +111,7 @@ def evaluate(
     tokenizer: Path | None = None,
     teacher: ModelSpec | None = None,
 ) -> tuple[Evaluation, TokenScores]:
-    """Makes once what the evaluators need of the packed model, and lets every one of them read it.
+    """Make once what the evaluators need of the packed model, and let every one of them read it.
 
     Args:
         model: In float32 on `device`; unchanged afterwards.

@@ -59,18 +59,18 @@ def binomial_tail(hits: int, count: int, share: float) -> float:
     return min(1.0, math.fsum(map(math.exp, logs)))
 
 
-def binomial_interval(hits: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Between what the share lies that gave so many hits in `count` independent trials, at least so confidently.
+def binomial_interval(hits: int, count: int) -> tuple[float, float]:
+    """Return the 95% confidence interval of a share that gave so many hits in `count` independent trials.
 
     The exact interval of Clopper and Pearson (Biometrika 26, 1934): the shares under which neither so few hits nor so
-    many are rarer than half of what the confidence leaves. By halving.
+    many are rarer than in one of 40 cases. By halving.
 
     Raises:
         ValueError: No trials, or more hits than these.
     """
     if not 0 <= hits <= count or count < 1:
         raise ValueError(f"{hits} hits in {count} trials")
-    rare = (1 - confidence) / 2
+    rare = (1 - 0.95) / 2
 
     def highest(few: int) -> float:
         """The largest share under which so few hits are not rare."""
@@ -85,7 +85,7 @@ def binomial_interval(hits: int, count: int, confidence: float = 0.95) -> tuple[
 
 
 def widening(clusters: int) -> float:
-    """By how much an error of few clusters, which scatters itself, must be widened to hold as often as it says.
+    """Return the factor by which a standard error from few clusters must be widened to hold as often as it says.
 
     The quantile of Student's t for `clusters` - 1 over the normal one, which is 1, for the 68% of one standard error:
     1.84 for two clusters, 1.20 for four, 1.03 for twenty.
@@ -186,7 +186,7 @@ def binned_error(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def binned_difference(
     mine: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]
 ) -> tuple[float, float | None]:
-    """By how much two `binned_error`s of the same tokens differ, and its standard error.
+    """Return the difference of two `binned_error`s over the same tokens, and its standard error.
 
     Both are drawn at once: a draw has the same documents of either. A pair's figures depend on nothing but the pair.
 

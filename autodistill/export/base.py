@@ -183,7 +183,7 @@ def check_written(path: Path, count: int, asked: int = WRITTEN_TOKENS) -> None:
 
 
 def load_exporter(name: str) -> Exporter:
-    """Makes the installed exporter of a name.
+    """Make the installed exporter of a name.
 
     Raises:
         InputError: As `plugins.load`.

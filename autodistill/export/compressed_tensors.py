@@ -78,7 +78,7 @@ class CompressedTensorsExporter:
             raise VerificationError(f"{min(parts)} lacks a part of its packed weights: export the student again")
 
     def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
-        """Runs the folder in transformers, also where vLLM will serve it; see `Exporter.run`.
+        """Run the folder in transformers, also where vLLM will serve it; see `Exporter.run`.
 
         Several grids with zero points are unpacked by the compressed-tensors package before: transformers 5.24 does not
         load them.

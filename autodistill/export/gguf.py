@@ -122,7 +122,7 @@ class GgufExporter:
             yield name, order.to_transformers(values) if order else values
 
     def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
-        """Runs the file in llama.cpp; see `Exporter.run`."""
+        """Run the file in llama.cpp; see `Exporter.run`."""
         return _run(artifact, sequences, threads, student, deployment)
 
 

@@ -103,7 +103,7 @@ def is_certain(folder: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Spaces:
-    """Where the tokenizer and llama.cpp put a space before text.
+    """The places where the tokenizer and llama.cpp put a space before text.
 
     Attributes:
         put: By the tokenizer: "never", "each" (before each piece of a text, which special tokens part), "spaceless"

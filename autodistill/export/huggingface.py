@@ -56,7 +56,7 @@ class HuggingFaceExporter:
             yield name, unpack({"data": tensor.view(torch.uint16).numpy()}, "bf16", tuple(tensor.shape))
 
     def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
-        """Runs the folder in transformers; see `Exporter.run`."""
+        """Run the folder in transformers; see `Exporter.run`."""
         return run_in_transformers(artifact, sequences, threads)
 
 
@@ -127,7 +127,7 @@ def greedy(model: Any, prompt: torch.Tensor, times: list[tuple[float, float]] | 
 
 
 def load_in_transformers(path: Path) -> Any:
-    """Loads an exported folder with the weights it serves, to compute in float32.
+    """Load an exported folder with the weights it serves, to compute in float32.
 
     A compressed-tensors folder is dequantised in bfloat16, as served, and widened afterwards: in bfloat16 itself equal
     logits are so frequent that the most likely token would often be a matter of order. Where it has several grids,

@@ -81,7 +81,7 @@ class RuntimeCheck:
 
 
 def verify(exporter: Exporter, artifact: Artifact, student: Path, deployment: Deployment) -> Verification:
-    """Compares every weight read back from an artifact with the weights that were evaluated.
+    """Compare every weight read back from an artifact with the weights that were evaluated.
 
     Args:
         exporter: The one that wrote the artifact.
@@ -126,7 +126,7 @@ def verify_runtime(
     threads: int,
     student: Path,
 ) -> RuntimeCheck:
-    """Loads an artifact in its runtime, compares its choices with the simulation's, and lets it write.
+    """Load an artifact in its runtime, compare its choices with the simulation's, and let it write.
 
     Its weights were compared one by one already (`verify`): what is asked here is whether the runtime computes with
     them what was evaluated, which a wrong layout, rotation or norm spoils at most positions. Small data gives few

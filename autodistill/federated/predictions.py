@@ -34,7 +34,7 @@ class Predictions:
 
     @property
     def bytes(self) -> int:
-        """Of what is sent."""
+        """Bytes of what is sent."""
         return int(self.tokens.nbytes + self.probabilities.nbytes)
 
     @classmethod

@@ -142,7 +142,7 @@ class Limits:
 
     @classmethod
     def of(cls, budget: Budget) -> Limits:
-        """Those of a whole budget."""
+        """Return the limits of a whole budget."""
         limits = cls(memory_bytes=budget.memory_bytes, context=budget.context, batch=budget.batch)
         if not isinstance(budget, DeviceBudget):
             return limits

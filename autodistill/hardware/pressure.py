@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import psutil
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.hardware.machine import detect_for_training, free_memory_bytes
 from autodistill.units import format_bytes
+from autodistill.utils.plain_dataclass import ToJson
 
 _STEP_BYTES = 64 * 2**20
 _LEAST_RESERVE, _RESERVED_SHARE = 512 * 10**6, 0.1
@@ -30,7 +31,7 @@ _WHOLE = "all of the plan fits"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pressure:
+class Pressure(ToJson):
     """What a pressure test found.
 
     Attributes:
@@ -54,10 +55,6 @@ class Pressure:
     reserve_bytes: int
     seconds: float
     summary: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return asdict(self)
 
     def describe(self) -> str:
         """Return it in a sentence."""

@@ -26,7 +26,7 @@ _LOGITS_BYTES = 2**28
 
 
 def map_sequences(work: Callable[[int], Result], count: int, device: str) -> Iterator[Result]:
-    """Yields `work(0)` to `work(count - 1)` in order.
+    """Yield `work(0)` to `work(count - 1)` in order.
 
     On a CPU, as many calls run side by side as torch has threads, each with one thread. That is faster than all threads
     on one call, whose every operation waits for the slowest thread: a third when idle, several times when another

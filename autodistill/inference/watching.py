@@ -38,7 +38,7 @@ class _Experts(TorchFunctionMode):
         self._slices: dict[int, tuple[str, int, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the function, and notes what it did with a watched tensor."""
+        """Call the function, and note what it did with a watched tensor."""
         found = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name == "__getitem__" and id(args[0]) in self._names:

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """What ranks."""
+        """The metric that ranks the rows."""
         return str(self._folder.asked("metric")["metric"])
 
     @property
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def plot(self) -> Plots:
-        """Its charts: `plot.pareto()`, `storage`, `learning`, `rungs`, `importance` and `phases`."""
+        """The charts of the run: `plot.pareto()`, `storage`, `learning`, `rungs`, `importance` and `phases`."""
         return Plots(self._folder)
 
     def write_page(self, out: str | Path | None = None) -> Path:

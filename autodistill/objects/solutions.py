@@ -80,7 +80,7 @@ class Solution:
 
     @property
     def name(self) -> str:
-        """Of its deployment."""
+        """Name of the solution's deployment."""
         return self.deployment.name
 
     def __repr__(self) -> str:

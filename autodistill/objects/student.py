@@ -96,7 +96,7 @@ class Student:
         return export_run(self._run, self.id, [to], Path(out), notify)[to]
 
     def difference(self, other: Student, metric: str = "accuracy") -> Metric | None:
-        """By how much a metric is higher here than of another student, paired by document; None where it cannot be.
+        """Return how much higher a metric is than another student's, paired by document; None where they share none.
 
         Args:
             other: A student of the same run and split.

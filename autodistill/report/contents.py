@@ -70,7 +70,7 @@ class Contents:
 
     @property
     def metric(self) -> str:
-        """What ranks."""
+        """The metric that ranks the rows."""
         return str(self.asked["metric"])
 
     @property
@@ -91,7 +91,7 @@ class Contents:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """Its rows of the validation split."""
+        """The run's rows of the validation split."""
         return [row for row in rows_of(self.events) if row.split != "test"]
 
     @cached_property
@@ -102,7 +102,7 @@ class Contents:
 
     @cached_property
     def ranked(self) -> list[Ranked]:
-        """Its leaderboard."""
+        """The leaderboard of the run."""
         return with_front(rank(contenders(self.rows), self.metric, self.direction), objectives_of(self.asked))
 
     @cached_property

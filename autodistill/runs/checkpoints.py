@@ -23,11 +23,11 @@ _DEFAULT_SHARE = 4
 
 
 def stage_key(strategy: Strategy, seed: int, plan: Plan, device: str) -> str:
-    """Content address of the stable part of a training, within a run: its teacher, data and cache are the run's own.
+    """Return the content address of the stable part of a training, within its run.
 
-    Two trainings with one address have the same bits at the same tokens. Rungs, evaluation and decay, which say how far
-    the stable part is followed and what branches off it, are none of it. Past the plan's tokens it may have more
-    threads, and only what trains the best on goes on from there.
+    Teacher, data and cache are the run's own. Two trainings with one address have the same bits at the same tokens.
+    Rungs, evaluation and decay, which say how far the stable part is followed and what branches off it, are none of it.
+    Past the plan's tokens it may have more threads, and only what trains the best on goes on from there.
 
     Args:
         strategy: Its finishing is left out.
@@ -47,7 +47,7 @@ class Files(Protocol):
     """Files by key, on whatever holds them."""
 
     def put(self, file: Path, key: str) -> None:
-        """Takes a local file over, whole or not at all, in the place of any that the key had.
+        """Take a local file over, whole or not at all, in the place of any that the key had.
 
         Raises:
             OSError: It cannot be written.
@@ -59,7 +59,7 @@ class Files(Protocol):
         ...
 
     def drop_copy(self, key: str) -> bool:
-        """Drops what `get` gave where that was a copy, which is fetched again then; False where it was the file."""
+        """Drop what `get` gave where that was a copy, which is fetched again then; False where it was the file."""
         ...
 
     def list(self) -> dict[str, int]:
@@ -67,7 +67,7 @@ class Files(Protocol):
         ...
 
     def remove(self, key: str) -> None:
-        """Removes a file; nothing where there is none."""
+        """Remove a file; nothing where there is none."""
         ...
 
 
@@ -82,7 +82,7 @@ class LocalFiles:
         self._root = root
 
     def put(self, file: Path, key: str) -> None:
-        """Renames what is on the disk, so that a reader sees no part of a file and a kill or a crash leaves none."""
+        """Rename what is on the disk, so that a reader sees no part of a file and a kill or a crash leaves none."""
         make_folder(self._root)
         put(file, self._root / key)
 
@@ -92,7 +92,7 @@ class LocalFiles:
         return path if path.is_file() else None
 
     def drop_copy(self, key: str) -> bool:
-        """It is the file itself."""
+        """Drop nothing: `get` gives the file itself."""
         return False
 
     def list(self) -> dict[str, int]:
@@ -111,7 +111,7 @@ class LocalFiles:
         return found
 
     def remove(self, key: str) -> None:
-        """Unlinks it."""
+        """Remove the file."""
         (self._root / key).unlink(missing_ok=True)
 
 
@@ -131,7 +131,7 @@ class Checkpoint:
 
     @property
     def key(self) -> str:
-        """Of its file."""
+        """Key of the checkpoint's file."""
         return _key(self.stage, self.tokens)
 
 
@@ -167,7 +167,7 @@ class StageStore:
         return any(checkpoint.tokens == tokens for checkpoint in self.checkpoints(stage))
 
     def save(self, stage: str, tokens: int, write: Callable[[Path], None]) -> None:
-        """Keeps a checkpoint, whole or not at all.
+        """Keep a checkpoint, whole or not at all.
 
         Args:
             stage, tokens: Of the checkpoint.
@@ -192,15 +192,15 @@ class StageStore:
         return sorted(found)
 
     def drop_copy(self, checkpoint: Checkpoint) -> bool:
-        """Drops this machine's copy, which is fetched again; False where there is none beside the checkpoint itself."""
+        """Drop this machine's copy, which is fetched again; False where there is none beside the checkpoint itself."""
         return self._files.drop_copy(checkpoint.key)
 
     def remove(self, checkpoint: Checkpoint) -> None:
-        """Removes a checkpoint; nothing where it is gone."""
+        """Remove a checkpoint; nothing where it is gone."""
         self._files.remove(checkpoint.key)
 
     def sweep(self) -> None:
-        """Removes what killed writers left behind; called while nobody writes."""
+        """Remove what killed writers left behind; called while nobody writes."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 

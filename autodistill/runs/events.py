@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
 from typing import Any, ClassVar, Literal, Self, TypedDict, TypeVar
 
 from autodistill.errors import InputError
 from autodistill.runs.results.row import Decision, Row, Status
 from autodistill.strategy.strategy import Strategy
-from autodistill.utils.plain_dataclass import PlainDataclass
+from autodistill.utils.plain_dataclass import hints_of, left_out, plain, required, without_none
 from autodistill.utils.typed_data import check_typed
 
 # Names of trials become names of folders.
 _TRIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z", re.ASCII)
-
-# A field that is not written while it has its default.
-_LEFT_OUT = {"left_out": True}
 
 Numbers = Mapping[str, float]
 TrialKind = Literal["student", "baseline", "confirmation"]
@@ -48,7 +42,7 @@ class Branch(TypedDict):
 
 
 class Miss(TypedDict):
-    """By how much a trial was too large, as log(need / limit)."""
+    """The limit that a trial exceeds, and by how much, as log(need / limit)."""
 
     limit: str
     slack: float
@@ -64,16 +58,13 @@ class RunEvent:
     """
 
     event: ClassVar[str]
-    time: float | None = field(default=None, metadata=_LEFT_OUT)
+    time: float | None = left_out(None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the event as plain data; a field that may be left out is, while it has its default."""
-        found: dict[str, Any] = {"event": self.event}
-        # The time comes first among the fields, and last in the log.
-        for one in (*dataclasses.fields(self)[1:], dataclasses.fields(self)[0]):
-            value = getattr(self, one.name)
-            if not (one.metadata.get("left_out") and value == one.default):
-                found[one.name] = _plain(value)
+        found: dict[str, Any] = {"event": self.event} | plain(self)
+        if "time" in found:  # the first among the fields, and the last in the log
+            found["time"] = found.pop("time")
         return found
 
     @classmethod
@@ -83,11 +74,10 @@ class RunEvent:
         Raises:
             InputError: A field is missing, or is not what it must be.
         """
-        fields, hints = _fields(typing.cast(Any, cls))
-        lacking = sorted(name for name, needed in fields.items() if needed and name not in data)
-        if lacking:
+        if lacking := sorted(set(required(cls)) - set(data)):
             raise InputError(f"{cls.event} lacks {', '.join(lacking)}")
-        return cls(**{name: _read(data[name], hints[name], f"{cls.event}.{name}") for name in fields if name in data})
+        names, hints = [one.name for one in dataclasses.fields(cls) if one.name in data], hints_of(cls)
+        return cls(**{name: _read(data[name], hints[name], f"{cls.event}.{name}") for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +102,7 @@ class TeacherScored(RunEvent):
 
     event = "teacher"
     teacher_accuracy: float
-    tokens: int | None = field(default=None, metadata=_LEFT_OUT)
+    tokens: int | None = left_out(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +126,7 @@ class TrialAdded(RunEvent):
     name: str = ""
     point: Mapping[str, Any] | None
     parameters: int | None = None
-    strategy: Strategy | None = field(default=None, metadata=_LEFT_OUT)
+    strategy: Strategy | None = left_out(None)
     seed: int = 0
     length: float = 1.0
     training: Mapping[str, Any] | None = None
@@ -169,15 +159,15 @@ class RungReached(RunEvent):
     value: float | None
     judged: float | None = None
     further: tuple[float | None, ...] = ()
-    decision: Decision | None = field(default=None, metadata=_LEFT_OUT)
+    decision: Decision | None = left_out(None)
     seconds: Numbers = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     trained: int = 0
     shared: int = 0
-    unsaved: str | None = field(default=None, metadata=_LEFT_OUT)
-    resumed: int = field(default=0, metadata=_LEFT_OUT)
-    workers: int = field(default=1, metadata=_LEFT_OUT)
-    student: str | None = field(default=None, metadata=_LEFT_OUT)
+    unsaved: str | None = left_out(None)
+    resumed: int = left_out(0)
+    workers: int = left_out(1)
+    student: str | None = left_out(None)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -193,8 +183,8 @@ class TrialEnded(RunEvent):
     trial: str
     status: Status
     reason: str | None
-    cause: str | None = field(default=None, metadata=_LEFT_OUT)
-    miss: Miss | None = field(default=None, metadata=_LEFT_OUT)
+    cause: str | None = left_out(None)
+    miss: Miss | None = left_out(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +204,7 @@ class WorkLost(RunEvent):
 
     event = "lost"
     trial: str
-    rung: int | None = field(default=None, metadata=_LEFT_OUT)
+    rung: int | None = left_out(None)
     work: str | None = None
     trained: int
 
@@ -295,7 +285,7 @@ class RowTested(RunEvent):
     """A row of the test split was measured; earlier versions wrote several at once, in fields that nothing reads."""
 
     event = "test"
-    row: Row | None = field(default=None, metadata=_LEFT_OUT)
+    row: Row | None = left_out(None)
 
 
 KINDS: Mapping[str, type[RunEvent]] = {
@@ -339,7 +329,7 @@ def read_events(lines: Iterable[Mapping[str, Any]]) -> list[RunEvent]:
 
 
 def of_kind(events: Iterable[RunEvent], kind: type[E]) -> list[E]:
-    """Those events that are of one kind."""
+    """Return those events that are of one kind."""
     return [event for event in events if isinstance(event, kind)]
 
 
@@ -355,31 +345,13 @@ def rows_of(events: Iterable[RunEvent], kinds: Sequence[type[RowAdded | RowTeste
     return list(found.values())
 
 
-@cache
-def _fields(kind: type[RunEvent]) -> tuple[dict[str, bool], dict[str, Any]]:
-    """Names of the fields and whether each must be there, and their types."""
-    missing = dataclasses.MISSING
-    found = {one.name: one.default is missing and one.default_factory is missing for one in dataclasses.fields(kind)}
-    return found, typing.get_type_hints(kind)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Row | PlainDataclass):
-        return value.to_json()
-    return value.value if isinstance(value, StrEnum) else list(value) if isinstance(value, tuple) else value
-
-
 def _read(value: Any, hint: Any, where: str) -> Any:
     """A field from plain data: a part of its own by its own reader, all else held to its type."""
-    held = [one for one in typing.get_args(hint) if one is not types.NoneType] if _optional(hint) else [hint]
-    if isinstance(held[0], type) and hasattr(held[0], "from_json"):
-        check_typed(value, Mapping[str, Any] | None if _optional(hint) else Mapping[str, Any], where)
-        return None if value is None else held[0].from_json(value)
+    held = without_none(hint)
+    if isinstance(held, type) and hasattr(held, "from_json"):
+        check_typed(value, Mapping[str, Any] if held is hint else Mapping[str, Any] | None, where)
+        return None if value is None else held.from_json(value)
     check_typed(value, hint, where)
     if isinstance(value, list):
         return tuple(value)
-    return held[0](value) if isinstance(held[0], type) and issubclass(held[0], StrEnum) and value else value
-
-
-def _optional(hint: Any) -> bool:
-    return isinstance(hint, types.UnionType) and types.NoneType in typing.get_args(hint)
+    return held(value) if isinstance(held, type) and issubclass(held, StrEnum) and value else value

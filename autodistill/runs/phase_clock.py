@@ -33,7 +33,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str, shown: str) -> Iterator[None]:
-        """Times the block, whatever ends it."""
+        """Measure the time of the block, whatever ends it."""
         self._notify(shown)
         began = time.monotonic()
         with self.counting(lambda: {name: time.monotonic() - began}):
@@ -41,7 +41,7 @@ class Clock:
 
     @contextmanager
     def counting(self, seconds: Callable[[], Mapping[str, float]]) -> Iterator[None]:
-        """Adds what `seconds` gives after the block; meanwhile it counts as it stands."""
+        """Add what `seconds` gives after the block; meanwhile it counts as it stands."""
         before, self._running = self._running, seconds
         try:
             yield
@@ -51,7 +51,7 @@ class Clock:
                 self.add(name, spent)
 
     def add(self, name: str, seconds: float) -> None:
-        """Adds seconds to a phase."""
+        """Add seconds to a phase."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def session(self) -> dict[str, float]:

@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -63,12 +62,12 @@ class Holder:
 
     @classmethod
     def here(cls) -> Holder:
-        """This process."""
+        """Return this process as a holder."""
         born = psutil.Process().create_time()
         return cls(host=socket.gethostname(), process=os.getpid(), place=_place(), born=born, token=uuid.uuid4().hex)
 
     def describe(self) -> str:
-        """In words."""
+        """Return the holder in words."""
         return f"process {self.process} on {self.host}"
 
     @property
@@ -101,7 +100,7 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
-        """Takes the lease.
+        """Take the lease.
 
         Raises:
             InputError: Another process holds it, or took it at the same moment.
@@ -119,9 +118,7 @@ class Lease:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
         try:
@@ -131,7 +128,7 @@ class Lease:
             return  # it goes stale
 
     def check(self) -> None:
-        """Refuses to go on with a run that another process holds by now.
+        """Refuse to go on with a run that another process holds by now.
 
         Raises:
             AutoDistillError: It does.
@@ -143,7 +140,7 @@ class Lease:
             )
 
     def beat(self) -> None:
-        """Renews the lease, unless another process has it."""
+        """Renew the lease, unless another process has it."""
         try:
             now = _read(self._storage)
             if now is not None and now != self._holder:
@@ -166,7 +163,7 @@ class Lease:
 
 
 def check_unheld(storage: Storage) -> Holder | None:
-    """Refuses a run that a process holds, as far as can be seen; gives the holder of one that may be taken over.
+    """Refuse a run that a process holds, as far as can be seen; return the holder of one that may be taken over.
 
     Args:
         storage: The run's.
@@ -229,7 +226,7 @@ class StoredLog(RunLog):
         self._last = 0
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Writes one event to the storage, and then to the local log.
+        """Write one event to the storage, and then to the local log.
 
         Raises:
             AutoDistillError: It could not be written, or the run is another process's by now.
@@ -245,7 +242,7 @@ class StoredLog(RunLog):
         super().append(event)
 
     def sync(self) -> None:
-        """Brings the local log to what the storage holds, which counts.
+        """Bring the local log to what the storage holds, which counts.
 
         Raises:
             InputError: An event cannot be read.
@@ -267,7 +264,7 @@ class StoredLog(RunLog):
 
 
 def check_free(storage: Storage) -> None:
-    """Refuses the name of a run that the storage has already.
+    """Refuse the name of a run that the storage has already.
 
     Raises:
         InputError: It has.
@@ -279,7 +276,7 @@ def check_free(storage: Storage) -> None:
 
 
 def keep(search_file: Path, storage: Storage) -> None:
-    """Keeps the run's `search.json` on its storage too.
+    """Keep the run's `search.json` on its storage too.
 
     Raises:
         AutoDistillError: It cannot be written.
@@ -291,7 +288,7 @@ def keep(search_file: Path, storage: Storage) -> None:
 
 
 def pull(folder: Path, storage: Storage) -> bool:
-    """Fetches the run's `search.json`, in the place of this machine's; False where neither has one.
+    """Fetch the run's `search.json`, in the place of this machine's; False where neither has one.
 
     Another machine may have gone on with the run since. What the storage has not got yet is this machine's alone.
 

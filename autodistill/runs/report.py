@@ -77,7 +77,7 @@ def report_markdown(
 
 
 def write_report(run: RunFolder) -> tuple[str, ...]:
-    """Writes `report.md` into the run's folder and, where matplotlib is installed, `report.png`.
+    """Write `report.md` into the run's folder and, where matplotlib is installed, `report.png`.
 
     Returns:
         The names of the files written.

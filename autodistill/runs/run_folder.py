@@ -9,7 +9,6 @@ import socket
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from autodistill.errors import InputError
@@ -48,7 +47,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, out: Path, name: str) -> Self:
-        """Makes the folder of a new run and locks it.
+        """Make the folder of a new run and lock it.
 
         Raises:
             InputError: No plain name, the folder cannot be written, a run of this name exists or another process
@@ -71,7 +70,7 @@ class RunFolder:
 
     @classmethod
     def create_free(cls, out: Path, stem: str) -> Self:
-        """As `create`, under the first of the names `stem`, `stem-2`, `stem-3`, ... that is free.
+        """Create a run's folder under the first of the names `stem`, `stem-2`, `stem-3`, ... that is free.
 
         Raises:
             InputError: The folder cannot be written.
@@ -116,7 +115,7 @@ class RunFolder:
         return read_search(self.search_file, *needed)
 
     def check_together(self, rungs: int, *, whole: bool = False) -> None:
-        """Holds the events of the log to each other, as `schema.check_log` does.
+        """Hold the events of the log to each other, as `schema.check_log` does.
 
         Raises:
             InputError: Names the log, and what does not fit together.
@@ -132,7 +131,7 @@ class RunFolder:
         return self._log
 
     def use(self, log: RunLog) -> None:
-        """Appends to another log, which keeps this one."""
+        """Append to another log, which keeps this one."""
         self._log = log
 
     @property
@@ -184,7 +183,7 @@ class RunFolder:
         return self.path / "student" / container
 
     def close(self) -> None:
-        """Gives up the lock, if it is held, and what is held with it."""
+        """Give up the lock, if it is held, and what is held with it."""
         while self._held:
             os.close(self._held.pop())
         if self._lock is not None:
@@ -194,13 +193,11 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def hold(self, path: Path) -> bool:
-        """Keeps other runs from removing a shared file (see `claimed`) until this one is closed; False if it is gone.
+        """Keep other runs from removing a shared file (see `claimed`) until this one is closed; False if it is gone.
 
         Args:
             path: The file.
@@ -216,7 +213,7 @@ class RunFolder:
         return path.exists()
 
     def discard(self) -> None:
-        """Removes the folder of a run that was made and ended before anything was planned, so that nothing is left."""
+        """Remove the folder of a run that was made and ended before anything was planned, so that nothing is left."""
         if self.search_file.exists():
             return
         for path in self.path.iterdir():
@@ -231,7 +228,7 @@ class RunFolder:
         return path.name == _LOCK or (path.name.startswith(".search.") and path.suffix == ".json")
 
     def check_free(self) -> None:
-        """Refuses a name that a run, or anything else, has already."""
+        """Refuse a name that a run, or anything else, has already."""
         if self.search_file.exists():
             raise _TakenError(
                 f"the run {self.name!r} exists in {self.path.parent}: go on with it by --resume, or choose another "
@@ -241,7 +238,7 @@ class RunFolder:
             raise _TakenError(f"{self.path} exists and is not a run: choose another name with --name")
 
     def _acquire(self) -> None:
-        """Locks the run for this process; the kernel frees the lock however the process ends."""
+        """Lock the run for this process; the kernel frees the lock however the process ends."""
         try:
             descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:

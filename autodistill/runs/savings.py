@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from autodistill.distillation.training.plan import Plan
 from autodistill.runs.events import RunEvent, RungReached, StudentKept, TrialAdded, TrialEnded, WorkLost, of_kind
 from autodistill.runs.results.row import Status
 from autodistill.units import format_duration
+from autodistill.utils.plain_dataclass import ToJson
 
 # Operations of training a weight on a token: two forward, four backward (Kaplan et al., 2020, arXiv:2001.08361).
 _FLOPS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class Saved(ToJson):
     """What was trained, and what was not.
 
     Operations are estimated as six a weight and token; seconds of one worker, at the rate of what the run trained.
@@ -44,10 +44,6 @@ class Saved:
     rejected_flops: float
     rejected_seconds: float
     without_student: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
 
     def describe(self) -> tuple[str, ...]:
         """A sentence for each thing that saved anything."""
@@ -77,7 +73,7 @@ def _amount(tokens: int, flops: float, seconds: float) -> str:
 
 
 def saved(events: Iterable[RunEvent], plan: Plan) -> Saved:
-    """Adds up what the log of a run says.
+    """Add up what the log of a run says.
 
     Args:
         events: The log.

@@ -119,7 +119,7 @@ class Opening(TypedDict):
 
 
 def check_opening(opening: Mapping[str, Any]) -> None:
-    """Holds a line of the ledger of opened test splits to what it must have.
+    """Hold a line of the ledger of opened test splits to what it must have.
 
     Raises:
         InputError: Says what is wrong.
@@ -128,7 +128,7 @@ def check_opening(opening: Mapping[str, Any]) -> None:
 
 
 def check_log(events: Iterable[Mapping[str, Any]], rungs: int, *, whole: bool = False) -> None:
-    """Holds the events of a log to each other: what they tell of is known, and of a rung that the plan has.
+    """Hold the events of a log to each other: what they tell of is known, and of a rung that the plan has.
 
     Args:
         events: Each as `read_event` has it.
@@ -169,7 +169,7 @@ def _has(found: Any, name: str) -> bool:
 
 
 def _check_plan(plan: Plan) -> None:
-    """Refuses a plan that nobody made: what is divided by, and indexed, is there."""
+    """Refuse a plan that nobody made: what is divided by, and indexed, is there."""
     least = {"trials": 0, "tokens": 1, "sequence_length": 1, "batch_tokens": 1, "eval_tokens": 1, "rung_eval_tokens": 1}
     least |= {"test_tokens": 1, "workers": 1, "threads": 1, "processes": 1, "micro_batch": 1, "warmup_tokens": 0}
     for name, value in least.items():

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from autodistill.errors import InputError
@@ -52,15 +51,13 @@ class SignsOfLife:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
         self.give()
 
     def give(self) -> None:
-        """Writes one; where that is impossible, the one before stands, and costs the next session's box some time."""
+        """Write one; where that is impossible, the one before stands, and costs the next session's box some time."""
         data = {"session": self._started, "time": now(), "seconds": dict(self._seconds())}
         try:
             write_json(self._folder / _FILE, data)

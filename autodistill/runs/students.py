@@ -22,17 +22,17 @@ def kept_after(row: Row) -> int | None:
 
 
 def student_folder(trial: Path, tokens: int | None = None) -> Path:
-    """Where a trial keeps its float32 student: of full fidelity, or as a rung judged it after so many tokens."""
+    """Return the folder of a trial's float32 student: of full fidelity, or as a rung judged it after so many tokens."""
     return trial / ("student" if tokens is None else f"student-{tokens}")
 
 
 def student_key(trial: Path, tokens: int | None = None) -> str:
-    """Where a storage keeps it."""
+    """Return the key under which a storage keeps a student."""
     return f"students/{trial.name}" + ("" if tokens is None else f"-{tokens}")
 
 
 def send_student(trial: Path, storage: Storage, tokens: int | None = None) -> None:
-    """Sends a trial's student in the place of one that another try of it sent, which may be of other tokens or bits.
+    """Send a trial's student in the place of one that another try of it sent, which may be of other tokens or bits.
 
     Args:
         trial: The trial's folder.
@@ -110,7 +110,7 @@ def student_bytes(checkpoints: Path, storage: Storage | None) -> dict[str, int]:
 
 
 def remove_student(trial: Path, storage: Storage | None) -> None:
-    """Removes a trial's student of full fidelity, here and from the storage; half of one is never there.
+    """Remove a trial's student of full fidelity, here and from the storage; half of one is never there.
 
     Args:
         trial: The trial's folder.

@@ -36,7 +36,7 @@ def recorded_test_openings(out: Path, *, data: str | None = None) -> list[dict[s
 
 
 def openings_in(events: Iterable[RunEvent]) -> int:
-    """In how many sessions of a run its test split was scored, by its log, which goes where the run goes."""
+    """Return the number of sessions in which a run's test split was scored, by the run's own log."""
     count, scored = 0, False
     for event in events:
         if isinstance(event, SessionBegan):
@@ -59,7 +59,7 @@ def times_opened(run: RunFolder, data: str) -> int:
 
 
 def already_opened(times: int) -> str:
-    """That a run's test split has been opened so many times, at least once, in a clause."""
+    """Return a clause that says how often, at least, a run's test split has been opened."""
     return f"this run's test split was used before ({count_of(times, 'time')})"
 
 

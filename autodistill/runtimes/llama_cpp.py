@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
@@ -115,9 +114,7 @@ class LlamaServer:
         self._child = JsonChild(_CHILD, self._settings, environment, failure, _last_words)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._child.stop()
 
     def complete(

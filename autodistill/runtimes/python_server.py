@@ -6,7 +6,6 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from autodistill.errors import InputError, MissingDependencyError
@@ -61,9 +60,7 @@ class PythonServer:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._child.stop()
 
     @property

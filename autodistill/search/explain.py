@@ -72,7 +72,7 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What the log of a run tells.
+    """An account of a run, from its log.
 
     Attributes:
         metric: That the search was judged by.
@@ -142,7 +142,7 @@ class Explanation:
 
 
 def explain(run: RunFolder) -> Explanation:
-    """Reads the log of a run, finished or under way.
+    """Read the log of a run, finished or under way.
 
     Raises:
         InputError: There is no trial yet.

@@ -65,7 +65,7 @@ class Ready:
 
 
 def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
-    """Loads teacher and data, plans, and writes `search.json`; what a resumed run has planned, it keeps,
+    """Load teacher and data, plan, and write `search.json`; what a resumed run has planned, it keeps,
     but for more trials.
 
     Args:
@@ -114,7 +114,7 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
 def plan_anew(
     checked: SearchConfig, loaded: Loaded, spent: float, paces: Paces | None = None
 ) -> tuple[SearchConfig, Loaded, Plan, Speed]:
-    """Plans a new run, whose teacher and data are loaded and whose constructions are known.
+    """Plan a new run, whose teacher and data are loaded and whose constructions are known.
 
     Args:
         checked: What is asked.
@@ -159,7 +159,7 @@ def prepare_rows(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
 
 
 def prepare_trials(planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer) -> Ready:
-    """Caches the teacher's outputs, tests the learning rate and reads earlier runs; a resumed run keeps what it has."""
+    """Cache the teacher's outputs, test the learning rate and read earlier runs; a resumed run keeps what it has."""
     checked, document = planned.config, dict(ready.document)
     setting = cache_phase(checked, planned.loaded, planned.plan, run, clock, ready.setting)
     if to_test(checked, planned.loaded.workers) and "rates" not in document:

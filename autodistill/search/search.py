@@ -273,7 +273,7 @@ def _trials(
     observer: Observer,
     tell: Callbacks,
 ) -> Campaign:
-    """Runs the trials; `earlier` is the log of the sessions before this one."""
+    """Run the trials; `earlier` is the log of the sessions before this one."""
     checked, question, plan = ready.config, ready.question, planned.plan
     deadline = _deadline(planned, earlier, clock, observer)
     campaign = Campaign(
@@ -320,7 +320,7 @@ def _trials(
 def _stop(
     checked: SearchConfig, planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer
 ) -> NoReturn:
-    """Ends a search that a person stopped with the best that it has.
+    """End a search that a person stopped with the best that it has.
 
     Raises:
         InterruptedSearchError: Always, with what was exported and how the search goes on.
@@ -356,7 +356,7 @@ def _end(
     clock: Clock,
     observer: Observer,
 ) -> Outcome:
-    """Exports the best of what was trained, and writes down what the search found."""
+    """Export the best of what was trained, and write down what the search found."""
     loaded, plan = planned.loaded, planned.plan
     rows = run.events.rows(split="validation")
     try:
@@ -379,7 +379,7 @@ def _end(
 
 
 def _pages(run: RunFolder) -> None:
-    """Writes the leaderboard of the validation split and the report."""
+    """Write the leaderboard of the validation split and the report."""
     to_parquet(run.events.rows(split="validation"), run.leaderboard_file, run.name, about(run.asked()))
     write_report(run)
 

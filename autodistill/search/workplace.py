@@ -33,7 +33,7 @@ Runner: TypeAlias = Callable[[Campaign, TrialSetting, Moment | None], None]
 
 @contextmanager
 def disk_faults(folders: str, then: Callable[[], str]) -> Iterator[None]:
-    """Says what to do where a file of the search itself finds no room, or its disk does not work.
+    """Say what to do where a file of the search itself finds no room, or its disk does not work.
 
     One of a trial's is a failure of that trial.
     """
@@ -54,7 +54,7 @@ def going_on_or_again(checked: SearchConfig, run: RunFolder) -> str:
 
 
 def going_on(checked: SearchConfig, run: RunFolder) -> str:
-    """That nothing is lost, and the command line that goes on."""
+    """Return a sentence that nothing is lost, with the command line that goes on."""
     return f"every finished trial is kept. To go on: {resuming(checked, run)}"
 
 

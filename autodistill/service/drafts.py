@@ -65,12 +65,12 @@ class Tried:
 
     @property
     def seconds(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Of each answer, the time after its first token."""
+        """Seconds of each answer after its first token."""
         return np.array([sum(one.token_seconds) for one in self.answers])
 
     @property
     def steps(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Of each answer, the tokens after the first."""
+        """Tokens of each answer after the first."""
         return np.array([one.tokens - 1.0 for one in self.answers])
 
     @property

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from autodistill.advisor.describe import Described, deployment_named, describe
@@ -68,7 +67,7 @@ class Setting:
 
     @property
     def url(self) -> str:
-        """Where clients on this machine reach it."""
+        """The address at which clients on this machine reach the server."""
         if self.is_socket:
             return f"unix:{self.host}"
         anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
@@ -257,14 +256,12 @@ class Service:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop()
 
     @property
     def pid(self) -> int:
-        """Of the server's process."""
+        """Id of the server's process."""
         assert self._process is not None
         return self._process.pid
 

@@ -74,7 +74,7 @@ class Level:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all sequences together, the reading of prompts included."""
+        """Tokens a second of all sequences together, the reading of prompts included."""
         return sum(one.tokens for one in self.answers) / self.seconds
 
     def to_json(self) -> dict[str, Any]:

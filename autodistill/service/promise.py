@@ -43,7 +43,7 @@ class Limit:
 
     @property
     def figure(self) -> str:
-        """Its name, like "ttft_p95" or "memory"."""
+        """The name of the figure, like "ttft_p95" or "memory"."""
         return self.quantity if self.percentile is None else f"{self.quantity}_p{self.percentile}"
 
     def shown(self, value: float) -> str:

@@ -42,7 +42,7 @@ class Served:
 
     @property
     def name(self) -> str:
-        """Under which clients ask for it."""
+        """The name under which clients ask for the student."""
         return self.path.stem if self.runtime == "llama.cpp" else self.path.resolve().name
 
     @property

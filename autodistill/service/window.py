@@ -42,7 +42,7 @@ class Sight:
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Times within a window, in seconds.
+    """Latencies of requests within a window, in seconds.
 
     Attributes:
         count: How many; all others are None where it is 0.

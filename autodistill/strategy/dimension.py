@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import types
-import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +21,7 @@ from autodistill.strategy.domains import (
     read_range,
 )
 from autodistill.strategy.strategy import Strategy
-from autodistill.utils.plain_dataclass import PlainDataclass, check
+from autodistill.utils.plain_dataclass import PlainDataclass, check, hints_of, without_none
 
 Point = dict[str, Value]
 
@@ -32,9 +30,8 @@ _DIMENSION_FIELDS = ("choices", "low", "high", "step", "log", "when")
 
 def _strategy_paths(part: type[PlainDataclass] = Strategy, prefix: str = "") -> dict[str, type]:
     paths: dict[str, type] = {}
-    for name, hint in typing.get_type_hints(part).items():
-        if isinstance(hint, types.UnionType):
-            (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
+    for name, optional in hints_of(part).items():
+        hint = without_none(optional)
         paths[prefix + name] = hint
         if isinstance(hint, type) and issubclass(hint, PlainDataclass):
             paths |= _strategy_paths(hint, f"{prefix}{name}.")

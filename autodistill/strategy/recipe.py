@@ -235,7 +235,7 @@ class Distillation(PlainDataclass):
     learning_rate: float = 3e-4
     train_embeddings: bool = False
     lora: Lora | None = None
-    on_policy: OnPolicy | None = left_out(None)  # noqa: RUF009 - a field, which it makes
+    on_policy: OnPolicy | None = left_out(None)
 
     def __post_init__(self) -> None:
         self._check_mixture()

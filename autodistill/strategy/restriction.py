@@ -40,7 +40,7 @@ class Restriction:
     storages: tuple[Deployment, ...] | None = None
 
     def check(self) -> None:
-        """Refuses what the solver does not choose, and what contradicts itself.
+        """Refuse what the solver does not choose, and what contradicts itself.
 
         Raises:
             InputError: Names the dimension, or the two that contradict each other.

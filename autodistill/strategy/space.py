@@ -289,7 +289,7 @@ class Space:
 
     @classmethod
     def from_json(cls, data: Any) -> Space:
-        """Reads a space from plain data and checks that each of its corners is a strategy.
+        """Read a space from plain data and check that each of its corners is a strategy.
 
         Raises:
             InputError: Anything wrong with it, naming the dimension.
@@ -352,7 +352,7 @@ def _types_solved(solved: bool, deployments: Any) -> tuple[bool, Any]:
 
 
 def _check_corners(space: Space) -> None:
-    """Builds the strategy at each corner: rules hold within a part, so parts are crossed one at a time."""
+    """Build the strategy at each corner: rules hold within a part, so parts are crossed one at a time."""
     active: set[str] = set()
     for part in dict.fromkeys(part_of(dimension.path) for dimension in space.dimensions):
         members = {item.path for item in space.dimensions if part_of(item.path) == part}

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Self
 
@@ -50,7 +50,15 @@ def left_out(default: Any, *, mapping: bool = False) -> Any:
     return dataclasses.field(default=default, metadata={"left_out": True, "mapping": mapping})
 
 
-class PlainDataclass:
+class ToJson:
+    """A dataclass whose fields become plain data."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain data, but those that are `left_out`."""
+        return typing.cast(dict[str, Any], plain(self))
+
+
+class PlainDataclass(ToJson):
     """A frozen dataclass that reads and writes plain data, with each field checked by name and type."""
 
     @classmethod
@@ -62,31 +70,36 @@ class PlainDataclass:
         """
         where = where or cls.__name__.lower()
         check(isinstance(data, Mapping), f"{where} must be a mapping of fields to values, not {data!r}")
-        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        hints = _hints(cls)  # type: ignore[arg-type]
+        fields, hints = [field.name for field in dataclasses.fields(cls)], hints_of(cls)  # type: ignore[arg-type]
         unknown = sorted(str(key) for key in data if key not in fields)
         check(not unknown, f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
-        values = {}
-        for name, field in fields.items():
-            if name in data:
-                values[name] = _convert(data[name], hints[name], f"{where}.{name}")
-            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise InputError(f"{where} lacks the field {name}")
-        return cls(**values)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the part as plain data, with every field but those that are `left_out`."""
-        return typing.cast(dict[str, Any], plain(self))
+        for name in required(cls):
+            check(name in data, f"{where} lacks the field {name}")
+        return cls(**{name: _convert(data[name], hints[name], f"{where}.{name}") for name in fields if name in data})
 
 
-@cache
-def _hints(part: type[PlainDataclass]) -> dict[str, Any]:
-    """Return the types of a part's fields, cached: Python evaluates annotations anew each time."""
-    return typing.get_type_hints(part)
+hints_of: Callable[[type], dict[str, Any]] = cache(typing.get_type_hints)
+"""The types of a class's fields, cached: Python evaluates annotations anew each time."""
+
+
+def without_none(hint: Any) -> Any:
+    """Return the one type that a value has which may be None."""
+    (held,) = set(typing.get_args(hint)) - {types.NoneType} if isinstance(hint, types.UnionType) else (hint,)
+    return held
+
+
+def _required(kind: Any) -> tuple[str, ...]:
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(kind)
+    return tuple(one.name for one in fields if one.default is missing and one.default_factory is missing)
+
+
+required: Callable[[type], tuple[str, ...]] = cache(_required)
+"""The names of a dataclass's fields that have no default."""
 
 
 def plain(value: Any) -> Any:
-    """A frozen dataclass, or a value of one of its fields, as plain data."""
+    """Return a frozen dataclass, or a value of one of its fields, as plain data."""
     if dataclasses.is_dataclass(value):
         found = {}
         for field in dataclasses.fields(value):
@@ -101,10 +114,10 @@ def plain(value: Any) -> Any:
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Check `value` against the annotation of its field; an int is accepted for a float."""
-    if isinstance(hint, types.UnionType):
-        if value is None and type(None) in hint.__args__:
-            return None
-        (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
+    held = without_none(hint)
+    if value is None and held is not hint:
+        return None
+    hint = held
     if isinstance(hint, type) and issubclass(hint, PlainDataclass):
         return hint.from_json(value, where)
     if typing.get_origin(hint) is tuple:

@@ -25,19 +25,15 @@ from autodistill.search.prior.knowledge import (
     LAW,
     RATE,
     Belief,
-    Evidence,
     Knowledge,
     alignment_of,
-    evidence_of_run,
-    is_cut,
     names,
-    telling,
-    updated,
 )
 from autodistill.search.prior.prior import Prior, prior_for
 from autodistill.search.prior.range_test import FACTOR
 from autodistill.strategy.strategy import Init, Strategy
 from benchmarks.common import math_table, report, trials
+from benchmarks.common.evidence import Evidence, evidence_of_run, is_cut, telling, updated
 from benchmarks.common.math_search import STEP
 from benchmarks.common.program import ROOT, TRACKED, parse, parser_of
 from benchmarks.common.simulate import teacher_spec
@@ -207,15 +203,12 @@ def _figure(belief: Belief) -> str:
 
 
 def _recipe(prior: Prior) -> str:
-    numbers = [
-        [path, f"{one.value:g}", f"{one.low:g} to {one.high:g}", f"{one.stake:.4f}"]
-        for path, one in prior.numbers.items()
-    ]
+    numbers = [[path, f"{one.value:g}", f"{one.low:g} to {one.high:g}"] for path, one in prior.numbers.items()]
     choices = [
-        [path, one.value, ", ".join(f"{n} {m:+.3f} ± {sd:.3f}" for n, (m, sd) in one.nats.items()), f"{one.stake:.4f}"]
+        [path, one.value, ", ".join(f"{n} {m:+.3f} ± {sd:.3f}" for n, (m, sd) in one.nats.items())]
         for path, one in prior.choices.items()
     ]
-    return report.table(["dimension", "value", "one standard deviation", "nats at stake"], [*numbers, *choices])
+    return report.table(["dimension", "value", "one standard deviation"], [*numbers, *choices])
 
 
 def main() -> None:

@@ -80,12 +80,12 @@ class Command:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Those that its words name, which each machine that runs it must have there."""
+        """The files that its words name, which each machine that runs it must have."""
         # os.path takes words for paths that pathlib raises on, a program among them.
         return tuple(self.folder / word for word in self.words if os.path.isfile(self.folder / word))
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Runs the command.
+        """Run the command.
 
         Raises:
             TrialFailedError: It failed, took too long, or printed something else; its own words are in the message.

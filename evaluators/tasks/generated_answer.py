@@ -37,7 +37,7 @@ class WrittenMatch(MarkedTask):
     def marks(
         self, student: SimulatedStudent, examples: Sequence[Example], prompts: Sequence[str]
     ) -> npt.NDArray[np.bool_]:
-        """Lets the student write an answer to every question."""
+        """Let the student write an answer to every question."""
         written = student.write(prompts, max_tokens=self.task.max_tokens, stops=self.task.stop)
         right = [
             normalized(without_thoughts(text)) in {normalized(answer) for answer in example.answers}

@@ -80,7 +80,7 @@ class Harness:
         return (Path(self.task),) if _is_file(self.task) else ()
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Runs the task's documents of the split.
+        """Run the task's documents of the split.
 
         Raises:
             InputError: The task cannot be made, or gives the metric for no single example.
@@ -175,7 +175,7 @@ def _load(task: str, reference: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps lm-eval's log, progress bars and tables away."""
+    """Keep lm-eval's log, progress bars and tables away."""
     logger, level = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
     logger.setLevel(logging.ERROR)
     try:

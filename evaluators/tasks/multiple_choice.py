@@ -25,7 +25,7 @@ class MultipleChoice(MarkedTask):
     def marks(
         self, student: SimulatedStudent, examples: Sequence[Example], prompts: Sequence[str]
     ) -> npt.NDArray[np.bool_]:
-        """Asks the student for the likelihood of every choice; whether the likeliest is right, by length and by sum."""
+        """Ask the student for the likelihood of every choice; whether the likeliest is right, by length and by sum."""
         # A chat template ends where the answer begins; elsewhere a space parts it from the prompt.
         gaps = ["" if self.task.chat or prompt[-1:].isspace() else " " for prompt in prompts]
         pairs = [

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill.data.task_files import Example, TaskFile
-from autodistill.evaluation.base import Measurement, Needs, Quantity, SimulatedStudent, Subject
+from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, SimulatedStudent, Subject
 from autodistill.evaluation.statistics import clustered_mean, per_document
-from autodistill.strategy.deployment import Deployment
 
 
 def asked(subject: Subject, name: str) -> SimulatedStudent:
@@ -28,7 +27,7 @@ def asked(subject: Subject, name: str) -> SimulatedStudent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskEvaluator:
+class TaskEvaluator(Evaluator):
     """Measures "task:NAME" of a task file's task; a subclass says what is asked, and how that is scored.
 
     Attributes:
@@ -41,17 +40,13 @@ class TaskEvaluator:
 
     @property
     def name(self) -> str:
-        """That of its measurement."""
+        """The name of the task's measurement."""
         return f"task:{self.task.name}"
 
     @property
     def measures(self) -> Mapping[str, Quantity]:
         """One figure."""
         return {self.name: self.quantity}
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True
 
     def questions(self, subject: Subject) -> tuple[SimulatedStudent, tuple[Example, ...], list[str]]:
         """The student, the examples of its split, and their prompts as the task puts them.

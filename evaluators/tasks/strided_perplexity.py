@@ -23,7 +23,7 @@ class StridedPerplexity(TaskEvaluator):
     quantity = Quantity("perplexity", "min")
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Reads every text."""
+        """Read every text."""
         student, examples, texts = self.questions(subject)
         window, stride = min(self.task.window, student.context), min(self.task.stride, student.context)
         parts = student.rolling(texts, window, stride)

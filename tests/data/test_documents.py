@@ -77,11 +77,8 @@ def test_records_give_their_document_from_jsonl_and_parquet_alike(
     assert resolve_data(str(tmp_path / "d.parquet")).documents == (text,)
 
 
-def test_a_named_field_is_taken_and_blank_records_are_left_out(tmp_path: Path) -> None:
-    ref = _jsonl(
-        tmp_path / "d.jsonl", {"text": "x", "body": "one"}, {"text": "y", "body": None}, {"text": "", "body": "two"}
-    )
-    assert resolve_data(ref, field="body").documents == ("one", "two")
+def test_blank_records_are_left_out(tmp_path: Path) -> None:
+    ref = _jsonl(tmp_path / "d.jsonl", {"text": "x", "body": "one"}, {"text": None}, {"text": ""}, {"text": "y"})
     assert resolve_data(ref).documents == ("x", "y")
 
 
@@ -252,11 +249,6 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
 def test_both_halves_of_a_character_are_that_character(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(r'{"text": "a \ud83d\ude00 b"}' + "\n" + r'{"text": "a \\ud83d b"}')
     assert resolve_data(str(tmp_path / "a.jsonl")).documents == ("a \N{GRINNING FACE} b", r"a \ud83d b")
-
-
-def test_an_unknown_field_is_refused_with_those_found(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no field body; the fields found are text, title"):
-        resolve_data(_jsonl(tmp_path / "d.jsonl", {"text": "x"}, {"text": "y", "title": "z"}), field="body")
 
 
 @pytest.mark.parametrize("ref", ["", "~nobody-of-this-name/x.txt", "x" * 5000])

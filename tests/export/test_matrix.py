@@ -16,7 +16,7 @@ import pytest
 
 from autodistill.estimates.fit import cannot_hold
 from autodistill.export.base import TakesAny, load_exporter
-from autodistill.export.graphs.onnx_graph import unsupported
+from autodistill.export.graphs.onnx_decoder import unsupported
 from autodistill.export.graphs.phone import PhoneExporter
 from autodistill.export.proof import simulate
 from autodistill.export.verify import prove, verify

@@ -58,7 +58,7 @@ def teacher_layer(attention: Attention, teacher_layers: int) -> int:
 
 
 def check_attention(attention: Attention, student: ModelSpec, teacher: ModelSpec) -> None:
-    """Refuses an attention alignment between models of these shapes.
+    """Refuse an attention alignment between models of these shapes.
 
     Raises:
         InputError: Maps of models with different numbers of heads, relation heads that do not divide a width, or a
@@ -141,7 +141,7 @@ def watch(model: Any, attention: Attention, layer: int = -1) -> Iterator[list[He
     heads = model.config.num_attention_heads
 
     def relate(module: nn.Module, arguments: Any, output: Tensor) -> None:
-        """Keeps the side of the relations that the module gives."""
+        """Keep the side of the relations that the module gives."""
         parts = [output]
         if projections[module] is Axis.FUSED:
             # One projection gives the query, key and value of each head side by side.
@@ -190,7 +190,7 @@ class TeacherBlock:
 
 
 def _keep_layer(model: Any, layer: int) -> None:
-    """Removes all blocks but one, in place."""
+    """Remove all blocks but one, in place."""
     block: Any = decoder_layers(model)[layer]
     model.base_model.layers = nn.ModuleList([block])
     numbered: list[Any] = [module for module in block.modules() if hasattr(module, "layer_idx")]

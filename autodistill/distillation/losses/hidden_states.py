@@ -88,7 +88,7 @@ def projection(alignment: Alignment, student_width: int, teacher_width: int, see
 
 
 def check_projection(alignment: Alignment, student_width: int, teacher_width: int) -> None:
-    """Refuses a projection that these widths do not allow.
+    """Refuse a projection that these widths do not allow.
 
     Raises:
         InputError: Widths that differ without a projection, or a rank above one of them, which is no reduction.

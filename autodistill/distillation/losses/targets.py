@@ -293,7 +293,7 @@ class FullOutputs(NamedTuple):
 
     @property
     def heard(self) -> None:
-        """There are outputs for all rows."""
+        """None: there are outputs for all rows."""
         return None
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 # values share a draw.
 _A_THREAD, _ON_A_GPU = 2**16, 2**22
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_EPS = 1e-8  # is added to the root of the second one
 
 
 class RoundedAdamW(Optimizer):
@@ -31,16 +32,13 @@ class RoundedAdamW(Optimizer):
         groups: Of float32 parameters, each contiguous.
         lr: Learning rate of groups that name none.
         betas: Memory of the first and the second moment.
-        eps: Added to the root of the second one.
 
     Raises:
         ValueError: Parameters of another type, or not contiguous.
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float = 1e-8
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with the same requirements as the first."""
@@ -87,7 +85,7 @@ class RoundedAdamW(Optimizer):
         for values, gradient, first, second in parts:
             mean = first.float().lerp_(gradient, 1 - memory)
             square = second.float().mul_(square_memory).addcmul_(gradient, gradient, value=1 - square_memory)
-            values.addcdiv_(mean, square.sqrt().div_(correction).add_(group["eps"]), value=-rate)
+            values.addcdiv_(mean, square.sqrt().div_(correction).add_(_EPS), value=-rate)
             # Of 64 random bits two values take 32 each, and of those a moment half.
             wide = torch.empty(-(-len(values) // 2), dtype=torch.int64, device=values.device)
             bits = wide.random_(-(2**63), None, generator=draws).view(torch.int32)[: len(values)]

@@ -111,6 +111,11 @@ class Sharding:
         self._accelerator.wait_for_everyone()
 
 
+def agreed(sharding: Sharding | None, value: int) -> int:
+    """Return what the first of several processes has, in each of them; of one alone its own value."""
+    return value if sharding is None else int(sharding.first(value))
+
+
 def whole_model(sharding: Sharding, model: Any) -> Any | None:
     """Return a plain model with whole weights on the CPU in the first process, and None in the others."""
     from accelerate import init_empty_weights

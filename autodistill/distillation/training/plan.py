@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from autodistill.estimates.training_memory import OptimizerState
+from autodistill.utils.plain_dataclass import ToJson
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(ToJson):
     """What a search will spend, fixed before the first trial.
 
     Attributes:
@@ -82,10 +83,6 @@ class Plan:
     def most_tokens(self) -> int:
         """Training tokens of the text that every trial draws from."""
         return self.data_tokens or self.tokens_of(max(self.lengths))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as plain data."""
-        return asdict(self) | {name: list(getattr(self, name)) for name in ("rungs", "keep", "notes", "lengths")}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autodistill.export.graphs.onnx_graph import activation_of
+from autodistill.export.graphs.onnx_decoder import activation_of
 from autodistill.models.families import get_family
 from autodistill.models.llama_cpp_graphs import FULL, SLIDING
 from autodistill.models.spec import ModelSpec

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.export.base import Artifact, Label, Ran, TokenIds
 from autodistill.export.graphs.child import run_alone
-from autodistill.export.graphs.onnx_graph import ACCURACY_LEVELS, DATA, Blocks, Decoder, Graph, Weights, unsupported
+from autodistill.export.graphs.onnx_decoder import Decoder, unsupported
+from autodistill.export.graphs.onnx_graph import ACCURACY_LEVELS, DATA, Blocks, Graph, Weights
 from autodistill.export.student_reader import StudentFiles, copy_tokenizer, read_json, replacing
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.config import spec_from_config

@@ -16,7 +16,7 @@ from autodistill.export.base import Artifact, Label, Ran, TokenIds
 from autodistill.export.graphs.cached_decoder import CachedDecoder, Update
 from autodistill.export.graphs.child import run_alone
 from autodistill.export.graphs.onnx import rotary_of
-from autodistill.export.graphs.onnx_graph import unsupported
+from autodistill.export.graphs.onnx_decoder import unsupported
 from autodistill.export.student_reader import StudentFiles, copy_tokenizer, read_json, replacing
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.config import spec_from_config

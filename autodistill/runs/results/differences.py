@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,11 @@ from autodistill.evaluation.statistics import binned_difference, paired_bootstra
 from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import Row
 from autodistill.units import with_error
+from autodistill.utils.plain_dataclass import ToJson
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class Difference(ToJson):
     """How much more of a figure the exported row has than another row on the same examples.
 
     Attributes:
@@ -35,10 +36,6 @@ class Difference:
     unit: str
     documents: int
 
-    def to_json(self) -> dict[str, Any]:
-        """The difference as plain data."""
-        return asdict(self)
-
 
 def paired(row: Row, metric: str) -> Mapping[str, Any] | None:
     """Ids, counts and sums by document of any of a row's figures; None where the row has none.
@@ -53,7 +50,7 @@ def paired(row: Row, metric: str) -> Mapping[str, Any] | None:
 
 
 def differences(rows: Sequence[Row], exported: str | None = None) -> list[Difference]:
-    """Of the exported row to every other row, in every figure that both have by document.
+    """Return the differences of the exported row to every other one, in every figure that both have by document.
 
     Args:
         rows: Of the test split, the exported one among them.
@@ -74,7 +71,7 @@ def differences(rows: Sequence[Row], exported: str | None = None) -> list[Differ
 def paired_difference(
     mine: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
 ) -> tuple[float, float | None] | None:
-    """By how much a figure of two rows differs, and its standard error; None where they have none of the same tokens.
+    """Return the difference of two rows' figures and its standard error; None if they have none of the same tokens.
 
     None too where one row has the mean of a figure by document and the other its bins.
 
@@ -127,7 +124,7 @@ def _title(row: Row, found: Row) -> str:
 
 
 def shown(items: Iterable[Difference]) -> list[list[str]]:
-    """Rows of a table: figure, and for each row compared to, the difference with its error."""
+    """Return the rows of a table: figure, and for each row compared to, the difference with its error."""
     table: dict[str, dict[str, str]] = {}
     titles: dict[str, None] = {}
     for item in items:

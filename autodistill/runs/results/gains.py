@@ -13,14 +13,14 @@ from autodistill.units import with_error
 
 
 def named(row: Row) -> str:
-    """What a row is, in words, and how it is packed."""
+    """Return what a row is, in words, and how it is packed."""
     what = "the teacher itself" if row.kind == "teacher" else row.name
     return f"{what} as {row.deployment_name}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """By how much one row is better than another one on the test split.
+    """The gain of one row over another one on the test split.
 
     Attributes:
         over: Id of the other row.
@@ -36,7 +36,7 @@ class Gain:
 
     @classmethod
     def of(cls, row: Row, other: Row, metric: str, direction: Direction) -> Gain:
-        """Of one row over another one, on the same examples."""
+        """Return the gain of one row over another one, on the same examples."""
         found = paired_difference(paired(row, metric), paired(other, metric))
         value, stderr = found or (None, None)
         signed = -value if value is not None and direction == "min" else value
@@ -89,7 +89,7 @@ class Gains:
 
     @classmethod
     def from_json(cls, search: Mapping[str, Any]) -> Gains | None:
-        """Those of a search's document, or of its `search.json`; None where there are none yet."""
+        """Read the gains of a search's document, or of its `search.json`; None if there are none yet."""
         if "exported" not in search:
             return None
         over = (search[name] and Gain(**search[name]) for name in ("gain_over_untrained", "gain_over_baseline"))
@@ -126,6 +126,6 @@ class Gains:
 
 
 def unit_of(row: Row, metric: str) -> str:
-    """What a gain in a metric is of."""
+    """Return the unit of a gain in a metric, in words."""
     unit = (row.documents or {}).get("unit")
     return f"{metric}, in {unit}" if unit else metric

@@ -51,7 +51,7 @@ class Ranked:
 
 
 def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max") -> list[Ranked]:
-    """Ranks rows; the order does not depend on the order they come in.
+    """Rank rows; the order does not depend on the order they come in.
 
     Rows that have the metric come before those that lack it, feasible ones before infeasible ones, those of full
     fidelity before others, higher fidelity before lower, then the metric decides; of a row of which not all was read,
@@ -102,7 +102,7 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
 
 
 def rests_on(rows: Sequence[Row]) -> str:
-    """Of how many documents the errors of some rows are, in a sentence that warns where these are few.
+    """Return how many documents the errors of some rows rest on, in a sentence that warns if they are few.
 
     Of a task each question is a document, of one long text some sequences in a row. Empty where no row says.
     """
@@ -119,7 +119,7 @@ def rests_on(rows: Sequence[Row]) -> str:
 
 
 def check_comparable(rows: Sequence[Row], metric: str) -> None:
-    """Refuses to compare latencies of several machines or runtimes.
+    """Refuse to compare latencies of several machines or runtimes.
 
     Raises:
         InputError: The message names them.
@@ -144,7 +144,7 @@ def _order(row: Row, metric: str, direction: Direction) -> tuple[Any, ...]:
 
 
 def smallness(row: Row) -> tuple[float, float]:
-    """What decides between tied rows: bytes of memory, then of size, predicted where that is known; less is better."""
+    """Return what decides between tied rows: bytes of memory, then of size, predicted if known; less is better."""
     # Like is compared with like: one row that was measured among predicted ones would be the larger for that alone.
     figures = []
     for name, value in (("memory_bytes", row.memory_bytes), ("size_bytes", row.size_bytes)):
@@ -244,7 +244,7 @@ class Nearest:
         return math.log(self.need / self.allowed)
 
     def describe(self) -> str:
-        """In words, like "needs 98.3 MB of memory, 1.23 times the limit of 80.0 MB"."""
+        """Return the miss in words, like "needs 98.3 MB of memory, 1.23 times the limit of 80.0 MB"."""
         memory = self.limit == "memory_bytes"
         need, allowed = (format_bytes(v) if memory else format_duration(v / 1e3) for v in (self.need, self.allowed))
         what = "of memory" if memory else f"of {self.limit}"

@@ -70,7 +70,7 @@ def overheads(rows: Iterable[Row]) -> dict[Place, Overhead]:
 
 
 def overhead_of(known: Mapping[Place, Overhead], runtime: str, device_class: str | None = None) -> Overhead:
-    """That of a runtime on a class of devices; of no class, where one alone was measured, that one's."""
+    """Return the overhead of a runtime on a class of devices; of no class, that of the only one measured."""
     kinds = {kind for kind, _ in known}
     kind = device_class or (next(iter(kinds)) if len(kinds) == 1 else "")
     return known.get((kind, runtime), Overhead())

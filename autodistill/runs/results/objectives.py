@@ -57,7 +57,7 @@ def _metrics(directions: Mapping[str, Direction]) -> dict[str, Objective]:
 
 
 def parse_objectives(text: str, own: Mapping[str, Direction] | None = None) -> tuple[Objective, ...]:
-    """Reads names separated by commas; the first is the metric that ranks, and chooses what is exported.
+    """Read names separated by commas; the first is the metric that ranks, and chooses what is exported.
 
     Args:
         text: The names.

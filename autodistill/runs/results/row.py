@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from autodistill.strategy.strategy import Strategy
 from autodistill.units import with_error
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import replacing, strict_json
-from autodistill.utils.plain_dataclass import PlainDataclass
+from autodistill.utils.plain_dataclass import PlainDataclass, hints_of, plain, required, without_none
 from autodistill.utils.typed_data import check_typed
 
 if TYPE_CHECKING:
@@ -148,7 +146,7 @@ class Row:
 
     @property
     def short_id(self) -> str:
-        """Its id as tables have it, which `export --row` reads as well."""
+        """The row's id as tables show it, which `export --row` reads as well."""
         return self.row_id.replace("-compressed-tensors-", "-ct-")
 
     @property
@@ -162,20 +160,21 @@ class Row:
         return self.deployment.name
 
     def shown(self, name: str) -> str:
-        """A figure with its standard error, for a person; "-" where the row has none."""
+        """Return a figure with its standard error, for a person; "-" where the row has none."""
         return with_error(self.figure(name), self.figure(f"{name}_stderr"))
 
     def figure(self, name: str) -> float | None:
-        """A measured figure by name, or None where it is missing or not finite."""
+        """Return a measured figure by name, or None where it is missing or not finite."""
         return finite(getattr(self, name) if is_field(name) else self.other.get(name))
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data, every field written out."""
-        return {name: _plain(getattr(self, name)) for name in _types()}
+        found: dict[str, Any] = plain(self)
+        return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
-        """Reads what `to_json` wrote; fields this version does not know are left out.
+        """Read what `to_json` wrote; fields this version does not know are left out.
 
         Raises:
             InputError: A newer schema, a missing field, or a value of another type.
@@ -186,7 +185,7 @@ class Row:
                 f"a row has schema version {version}, this version of autodistill reads up to {SCHEMA_VERSION}: "
                 "upgrade autodistill to read it"
             )
-        missing = [name for name in required() if data.get(name) is None]
+        missing = [name for name in required(Row) if data.get(name) is None]
         if missing:
             raise InputError(f"row {data.get('row_id')!r} lacks the field {', '.join(missing)}")
         check_typed(data.get("schema_version", SCHEMA_VERSION), int, "schema_version")
@@ -210,7 +209,7 @@ class Row:
 
 
 def check_kind(kind: str, name: str = "a row") -> None:
-    """Holds a row's kind to those that there are.
+    """Hold a row's kind to those that there are.
 
     Raises:
         InputError: It is none of them.
@@ -220,7 +219,7 @@ def check_kind(kind: str, name: str = "a row") -> None:
 
 
 def check_documents(documents: Any, where: str) -> None:
-    """Holds a row's paired data to what they must be.
+    """Hold a row's paired data to what they must be.
 
     Raises:
         InputError: Says what is wrong.
@@ -233,7 +232,7 @@ def check_documents(documents: Any, where: str) -> None:
 
 
 def trained_fully(kind: str, fidelity: float | None) -> bool:
-    """As `Row.full`, of a row's fields."""
+    """Whether a row with these fields was measured after all of the plan's tokens; see `Row.full`."""
     return kind in ("teacher", "initial") or (fidelity is not None and fidelity > 1 - 1e-9)
 
 
@@ -249,30 +248,15 @@ def is_field(figure: str) -> bool:
 
 
 def finite(value: Any) -> float | None:
-    """A value that is a finite number, else None."""
+    """Return a value that is a finite number, else None."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 @cache
 def _types() -> dict[str, type]:
     """Type of each field of `Row`, None and the parameters of a mapping left out."""
-    types_ = {}
-    for name, hint in typing.get_type_hints(Row).items():
-        if isinstance(hint, types.UnionType):
-            (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
-        types_[name] = typing.get_origin(hint) or hint
-    return types_
-
-
-@cache
-def required() -> tuple[str, ...]:
-    """Names of the fields that every row has."""
-    missing = dataclasses.MISSING
-    return tuple(f.name for f in dataclasses.fields(Row) if f.default is missing and f.default_factory is missing)
-
-
-def _plain(value: Any) -> Any:
-    return value.to_json() if isinstance(value, PlainDataclass) else value
+    held = {name: without_none(hint) for name, hint in hints_of(Row).items()}
+    return {name: typing.get_origin(hint) or hint for name, hint in held.items()}
 
 
 def _convert(value: Any, name: str) -> Any:
@@ -290,7 +274,7 @@ def _convert(value: Any, name: str) -> Any:
 
 
 def to_parquet(rows: Sequence[Row], path: Path, run: str = "", about: Mapping[str, Any] | None = None) -> None:
-    """Writes rows as a Parquet file, atomically; docs/leaderboards.md says what it holds.
+    """Write rows as a Parquet file, atomically; docs/leaderboards.md says what it holds.
 
     Args:
         rows: Of one run.
@@ -302,7 +286,7 @@ def to_parquet(rows: Sequence[Row], path: Path, run: str = "", about: Mapping[st
 
 
 def table_of(rows: Sequence[Row], run: str) -> pa.Table:
-    """Rows as a table: a column for each field, a mapping as JSON text; and `run`, and `examples`."""
+    """Return rows as a table: a column for each field, a mapping as JSON text; and `run`, and `examples`."""
     import pyarrow as pa
 
     columns = {name: [_cell(getattr(row, name)) for row in rows] for name in _types()}
@@ -311,7 +295,7 @@ def table_of(rows: Sequence[Row], run: str) -> pa.Table:
 
 
 def write_table(table: pa.Table, path: Path, about: Mapping[str, Any]) -> None:
-    """Writes a table that `table_of` made, atomically, with what is to be said of each of its runs."""
+    """Write a table that `table_of` made, atomically, with what is to be said of each of its runs."""
     import pyarrow.parquet as pq
 
     said = json.dumps({"table": TABLE_VERSION, "runs": strict_json(about)}, allow_nan=False)
@@ -320,7 +304,7 @@ def write_table(table: pa.Table, path: Path, about: Mapping[str, Any]) -> None:
 
 
 def examples_of(split: str | None, documents: Mapping[str, Any] | None) -> str | None:
-    """A hash of the documents that a row was measured on, and of how many tokens of each; None where it has none."""
+    """Return a hash of the documents that a row was measured on, and of their numbers of tokens; None without any."""
     if documents is None or "ids" not in documents or "count" not in documents:
         return None
     return content_hash([split, list(documents["ids"]), [float(count) for count in documents["count"]]])
@@ -344,7 +328,7 @@ def _table_schema() -> pa.Schema:
 
 
 def _cell(value: Any) -> Any:
-    value = _plain(value)
+    value = plain(value)
     if not isinstance(value, Mapping):
         return value
     try:
@@ -354,7 +338,7 @@ def _cell(value: Any) -> Any:
 
 
 def read_parquet(path: Path) -> list[Row]:
-    """Reads what `to_parquet` wrote.
+    """Read what `to_parquet` wrote.
 
     Raises:
         InputError: The file is missing or no Parquet file, or see `Row.from_json`.
@@ -363,7 +347,7 @@ def read_parquet(path: Path) -> list[Row]:
 
 
 def read_table(path: Path) -> tuple[pa.Table, Mapping[str, Any]]:
-    """Reads the table of a file, and what it says of its runs by name; an earlier version is brought up to this one.
+    """Read the table of a file, and what it says of its runs by name; an earlier version is brought up to this one.
 
     Raises:
         InputError: The file is missing or damaged, of a later version, or not a table of rows.
@@ -376,7 +360,7 @@ def read_table(path: Path) -> tuple[pa.Table, Mapping[str, Any]]:
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read {path} as a leaderboard: {str(error).splitlines()[0]}") from error
     said = _said(table, path)
-    if (lacking := sorted(set(required()) - set(table.column_names))) != []:
+    if (lacking := sorted(set(required(Row)) - set(table.column_names))) != []:
         raise InputError(f"{path} is no leaderboard: it lacks the column {', '.join(lacking)}")
     schema, count = _table_schema(), len(table)
     columns = {}

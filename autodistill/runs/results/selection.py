@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from autodistill.evaluation.statistics import widening
 from autodistill.runs.results.beginnings import worsened
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, rank, rank_students, smallness
 from autodistill.runs.results.row import Row
+from autodistill.utils.plain_dataclass import ToJson
 
 KIND = "confirmation"
 
@@ -29,7 +30,7 @@ def confirmed_trial(row: Row) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Confirmation:
+class Confirmation(ToJson):
     """One strategy under one deployment on several seeds.
 
     Attributes:
@@ -52,10 +53,6 @@ class Confirmation:
     memory_bytes: int
     difference: float | None = None
     difference_stderr: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The confirmation as plain data."""
-        return asdict(self) | {"seeds": list(self.seeds), "values": list(self.values)}
 
 
 def confirmations(rows: Sequence[Row], metric: str, direction: Direction) -> list[Confirmation]:

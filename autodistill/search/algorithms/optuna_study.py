@@ -54,7 +54,7 @@ class Observation:
 
     @property
     def values(self) -> tuple[float, ...] | None:
-        """Of all objectives; None where one is missing or not finite."""
+        """The values of all objectives; None if one is missing or not finite."""
         found = tuple(value for value in (self.value, *self.further) if value is not None and math.isfinite(value))
         return found if len(found) == 1 + len(self.further) else None
 
@@ -137,7 +137,7 @@ def write_journal(path: Path, name: str, space: Space, trials: Sequence[Told], d
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Of what sets the better results apart the part that one dimension accounts for, and the trials that have it."""
+    """The share of a dimension in what sets the better results apart, and the trials that have the dimension."""
 
     share: float
     trials: int
@@ -305,7 +305,7 @@ def _suggest(trial: optuna.Trial, name: str, distribution: Distribution) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Optuna from logging each proposal and from warning that its groups are experimental."""
+    """Keep Optuna from logging each proposal and from warning that its groups are experimental."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -14,7 +14,7 @@ and each is looked at more than once."""
 
 
 def clearly_behind(rows: Mapping[str, Row], figure: str) -> dict[str, tuple[float, float]]:
-    """By how much trials are behind the best of them, where that is clear, and the standard error of it.
+    """Return how far trials are clearly behind the best of them, and the standard error of that.
 
     Args:
         rows: Of each trial the row at one rung, all of the same documents.

@@ -69,7 +69,7 @@ class SuccessiveHalving:
         feasible: bool = True,
         further: Sequence[float | None] = (),
     ) -> Decision:
-        """Takes the value of a trial at a rung: STOP when it is complete, else PAUSE.
+        """Take the value of a trial at a rung: STOP when it is complete, else PAUSE.
 
         Args:
             trial_id: Any name.
@@ -95,7 +95,7 @@ class SuccessiveHalving:
         return Decision.STOP if rung == self.last else Decision.PAUSE
 
     def discard(self, trial_id: str) -> None:
-        """Takes a trial out that failed or was stopped: it is not promoted, and the place it took is free again."""
+        """Take a trial out that failed or was stopped: it is not promoted, and the place it took is free again."""
         self._discarded.add(trial_id)
         self._ranks.clear()
 

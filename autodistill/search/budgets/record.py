@@ -19,7 +19,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One budget.
+    """One budget of a search for several, and the run that serves it.
 
     Attributes:
         label: What it is called, like "150MB" or "pi-5".
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """All of it.
+    """The record of a search for several budgets.
 
     Attributes:
         name: Of the search.

@@ -140,7 +140,7 @@ def _begun(request: BudgetsRequest, folder: BudgetsFolder, observer: Observer) -
 
 
 def _check_same(request: BudgetsRequest, record: Record) -> None:
-    """Refuses to go on for other budgets than a search was begun for."""
+    """Refuse to go on for other budgets than a search was begun for."""
     if request.budgets is None and request.tiers is None:
         return
     asked, before = list(request.limits()), [one.label for one in record.parts]
@@ -173,7 +173,7 @@ class _Drive:
         self._out = Path(request.out)
 
     def run(self) -> None:
-        """Goes on with every run that has not finished; with all of them where these are given more time or trials."""
+        """Go on with every run that has not finished; with all of them where these are given more time or trials."""
         own = self.record.own
         open_ = [part for part in own if not self._finished(part)]
         more = not open_ and (self._request.time is not None or self._more_trials(own))
@@ -217,7 +217,7 @@ class _Drive:
         return self._request.going_on(part.run, command, seconds=seconds, started=started, first=first)
 
     def _make(self, part: Part) -> None:
-        """Makes the run's folder with what was planned, and with what an earlier run knows of the teacher."""
+        """Make the run's folder with what was planned, and with what an earlier run knows of the teacher."""
         assert part.run is not None
         assert part.search is not None
         if RunFolder(self._out, part.run).search_file.exists():
@@ -227,7 +227,7 @@ class _Drive:
             self._hand_on(part, run)
 
     def _hand_on(self, part: Part, run: RunFolder) -> None:
-        """Takes over how another run scored the teacher, if that was on as many tokens."""
+        """Take over how another run scored the teacher, if that was on as many tokens."""
         assert part.search is not None
         for other in self.record.own:
             known = RunFolder(self._out, str(other.run))

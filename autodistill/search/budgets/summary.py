@@ -168,7 +168,7 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
 
 
 def write_summary(folder: BudgetsFolder, record: Record, found: Mapping[str, Any]) -> None:
-    """Writes the report, and all rows of all runs as one table, into the folder of the search.
+    """Write the report, and all rows of all runs as one table, into the folder of the search.
 
     Args:
         folder: Of the search.

@@ -286,7 +286,7 @@ class Agenda:
         return replace(assignment, task=replace(trial.task, length=length, decay=assignment.task.decay))
 
     def take(self, trunk: Trunk) -> None:
-        """Keeps to what was decided of a trunk, in this session or an earlier one."""
+        """Keep to what was decided of a trunk, in this session or an earlier one."""
         self._rest.trunks[trunk.trial] = trunk
 
     def _confirmation(self) -> Assignment | None:

@@ -160,7 +160,7 @@ class Campaign:
         return any(trial.evaluating for trial in self.trials.values())
 
     def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
-        """Takes what became of an assignment back, as `attempted` gives it, or a group of processes."""
+        """Take what became of an assignment back, as `attempted` gives it, or a group of processes."""
         if "report" in outcome:
             if outcome.get("lost"):
                 # The group began again in between, from the last checkpoint.
@@ -174,7 +174,7 @@ class Campaign:
             self.abandon(assignment, trained=trained)
 
     def begin(self, assignment: Assignment, kills: int) -> None:
-        """Writes down that work begins, for a runner that ends with it: what ends it twice is not begun again.
+        """Write down that work begins, for a runner that ends with it: what ends it twice is not begun again.
 
         Args:
             assignment: The work.
@@ -208,7 +208,7 @@ class Campaign:
         return self._reached(trial, row, report, resumed, share)
 
     def _count_seconds(self, assignment: Assignment, report: RungReport, share: int) -> None:
-        """Takes note of how long work took, on so many workers: for what is expected of others, and of all by phase."""
+        """Take note of how long work took, on so many workers: for what is expected of others, and of all by phase."""
         if not assignment.keep:
             rung = self.trials[assignment.task.id].rung
             work = report.seconds["train"] + report.seconds["evaluate"]
@@ -339,7 +339,7 @@ class Campaign:
         self._notify(f"{trial.task.id} failed ({cause}): {message}")
 
     def _lose(self, assignment: Assignment, trained: int) -> None:
-        """Writes down what an attempt without a result had trained, and that it has ended."""
+        """Write down what an attempt without a result had trained, and that it has ended."""
         trial = self.trials[assignment.task.id]
         if trained or trial.begun:
             rung, work = _work(assignment)
@@ -360,7 +360,7 @@ class Campaign:
         self.box.close()
 
     def close(self) -> None:
-        """Ends every trial that was left at a rung. Called once nothing runs and the search is not to be resumed."""
+        """End every trial that was left at a rung. Called once nothing runs and the search is not to be resumed."""
         for trial in self.trials.values():
             if trial.status is None:
                 reason = f"stopped at rung {trial.rung + 1} of {len(self.question.plan.rungs)}"
@@ -403,7 +403,7 @@ class Campaign:
     # What a resumed search replays.
 
     def replay(self, log: Sequence[RunEvent]) -> None:
-        """Takes up the state that earlier events left; what a kill left undone of the last one is done now."""
+        """Take up the state that earlier events left; what a kill left undone of the last one is done now."""
         self._agenda.resumed = bool(log)
         replay = Replay(self.question, self.trials, self._judge, self._agenda.take)
         replay.take(log)
@@ -414,7 +414,7 @@ class Campaign:
             self._collector.between(self._promotable())
 
     def _end_after_kill(self, trial: TrialState) -> None:
-        """Ends a trial that a kill left unended, and opens one again that a closed search had left at a rung."""
+        """End a trial that a kill left unended, and open one again that a closed search had left at a rung."""
         # Between a trial and its rejection. What was begun had been admitted, by whatever estimate.
         if trial.status is None and trial.reason is not None and trial.rung < 0 and not trial.begun:
             self._end(trial, Status.REJECTED, trial.reason)
@@ -426,7 +426,7 @@ class Campaign:
             trial.status = None
 
     def _give_up_killers(self, kills: int) -> None:
-        """Ends work that the search has been killed with too often.
+        """End work that the search has been killed with too often.
 
         Args:
             kills: Processes that the kernel had ended for want of memory when work was last begun.
@@ -439,7 +439,7 @@ class Campaign:
                     self._give_up(trial, rung, work, times, memory=memory)
 
     def _give_up(self, trial: TrialState, rung: int, work: str | None, times: int, *, memory: bool) -> None:
-        """Ends work that the search was ended with so many times; `memory` says whether the kernel did it for that."""
+        """End work that the search was ended with so many times; `memory` says whether the kernel did it for that."""
         named = next((one for one in trial.task.deployments if one.name == work), None)
         if named is None and work not in (None, _KEPT):
             return
@@ -455,7 +455,7 @@ class Campaign:
     # Trials.
 
     def _enter(self, strategy: Strategy, **fields: Any) -> TrialState:
-        """Writes a new trial down, and its rejection where no deployment, or its training, can fit."""
+        """Write a new trial down, and its rejection where no deployment, or its training, can fit."""
         # What goes on from another one's stage is trained as that one is.
         same = next((one for one in self.trials.values() if one.task.strategy.id == strategy.id), None)
         made = same.candidate if same else with_training(self.question, candidate_of(self.question, strategy))

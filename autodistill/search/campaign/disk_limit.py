@@ -74,11 +74,11 @@ class StageKeeper:
         return self._limit
 
     def bytes(self) -> int:
-        """Of all checkpoints."""
+        """Bytes of all checkpoints."""
         return sum(checkpoint.bytes for checkpoint in self._stages.checkpoints())
 
     def surplus(self, trials: Collection[TrialState], promotable: Collection[str], beside: int = 0) -> list[Checkpoint]:
-        """What is to be removed to hold the limit, the least valuable first.
+        """Return what is to be removed to hold the limit, the least valuable first.
 
         A stage is worth what the best trial of it is: that which went furthest, then that of the better value; one of
         no trial is worth least, and within a stage the shorter checkpoint. Never removed is what a trial that runs, or
@@ -114,7 +114,7 @@ class StageKeeper:
         return [checkpoint for checkpoint in held if checkpoint not in safe]
 
     def remove(self, checkpoints: Iterable[Checkpoint]) -> None:
-        """Removes them."""
+        """Remove checkpoints."""
         for checkpoint in checkpoints:
             self._stages.remove(checkpoint)
 
@@ -187,17 +187,17 @@ class Collector:
         self._notify = notify
 
     def between(self, promotable: Collection[str]) -> None:
-        """While a search goes on: what stands beyond the limit; a trial among `promotable` may go past its rung."""
+        """Remove what is beyond the limit while a search goes on; a trial among `promotable` may go past its rung."""
         self.students()
         self._checkpoints(lambda: self._surplus(promotable))
 
     def at_the_end(self) -> None:
-        """Once no trial of this session goes on: what nothing may continue from."""
+        """Remove what nothing may continue from, once no trial of this session goes on."""
         self._checkpoints(lambda: self._stages.spare(self._trials.values()))
         self.students()
 
     def students(self) -> None:
-        """Students that nothing needs, where the limit asks for it."""
+        """Remove students that nothing needs, if the limit asks for it."""
         if self._stages.limit is None:
             return
         try:
@@ -225,7 +225,7 @@ class Collector:
         return self._stages.surplus(self._trials.values(), waiting | set(promotable), beside)
 
     def _checkpoints(self, chosen: Callable[[], Sequence[Checkpoint]]) -> None:
-        """Removes checkpoints of stages; what a storage does not let go of stays."""
+        """Remove checkpoints of stages; what a storage does not let go of stays."""
         try:
             checkpoints = chosen()
             if not checkpoints:
@@ -298,7 +298,7 @@ class StudentKeeper:
         return found
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes the students of these trials."""
+        """Remove the students of these trials."""
         for name in names:
             remove_student(self._checkpoints / name, self._storage)
 

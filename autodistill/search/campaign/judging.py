@@ -45,7 +45,7 @@ class Judge:
         return decision
 
     def _race(self, rung: int) -> None:
-        """Takes the trials out that are clearly behind the best at a rung, whatever place they have."""
+        """Take the trials out that are clearly behind the best at a rung, whatever place they have."""
         here = [
             trial
             for trial in self._trials.values()
@@ -57,7 +57,7 @@ class Judge:
                 self.discard(name)
 
     def behind(self, trials: Sequence[TrialState]) -> dict[str, tuple[float, float]]:
-        """By how much trials are clearly behind the best of them, and the standard error of it, in nats a token."""
+        """Return how far trials are clearly behind the best of them, in nats a token, and its standard error."""
         return clearly_behind({trial.task.id: self._rows[trial.task.id] for trial in trials}, LIKELIHOOD)
 
     def lag(self, trial_id: str) -> str:

@@ -104,7 +104,7 @@ class Candidate:
 
 @dataclass
 class TrialState:
-    """Where one trial stands.
+    """The state of one trial.
 
     Attributes:
         task: What runs; for a rejected trial its strategy alone counts.
@@ -162,7 +162,7 @@ class TrialState:
         return [deployment for deployment in self.task.deployments if deployment.name not in self.settled]
 
     def lose(self, trained: int) -> None:
-        """An attempt has ended without a result, after so many tokens."""
+        """Take note of an attempt that ended without a result, after so many tokens."""
         self.begun.clear()
         self.lost += trained
         self.trained_tokens += trained
@@ -174,11 +174,11 @@ class TrialState:
             self.settled.discard(deployment)
 
     def ended_at(self, tokens: int, plan: Plan) -> None:
-        """What was trained on for as long as the box had time is as long as it became."""
+        """Take note of how long extended training became, which the time budget decides."""
         if self.task.length > 1:
             self.task = replace(self.task, length=tokens / plan.tokens)
 
     def hold(self, steps: Sequence[Step], plan: Plan) -> None:
-        """Where memory ran out, go on with as many sequences at once as the last step had."""
+        """Go on with as many sequences at once as the last step had, if memory ran out."""
         if steps and (held := steps[-1].get("micro_batch", plan.micro_batch)) < plan.micro_batch:
             self.task = replace(self.task, micro_batch=held)

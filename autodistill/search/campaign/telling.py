@@ -24,7 +24,7 @@ class Teller:
         self._started: set[str] = set()
 
     def starts(self, trial: TrialState) -> None:
-        """A trial begins: told once, also where its first work is given out again."""
+        """Tell that a trial begins: once, also if its first work is given out again."""
         if trial.task.id in self._started or trial.rung >= 0:
             return
         self._started.add(trial.task.id)
@@ -41,7 +41,7 @@ class Teller:
         )
 
     def reaches(self, trial: TrialState, report: RungReport, decision: Decision) -> None:
-        """A trial has taken the steps up to a rung, and was judged there."""
+        """Tell the steps of a trial up to a rung, and how it was judged there."""
         name = trial.task.id
         for step in report.steps:
             self._tell(
@@ -66,7 +66,7 @@ class Teller:
         )
 
     def ends(self, trial: TrialState) -> None:
-        """A trial has ended, as its status says."""
+        """Tell that a trial has ended."""
         assert trial.status is not None
         value = trial.value if trial.rung >= 0 else None
         self._tell(

@@ -93,7 +93,7 @@ class TimeBox:
         return max(1.0, self._took / self._expected) if self._expected else 1.0
 
     def close(self) -> None:
-        """Nothing is to start any more."""
+        """Start nothing any more."""
         self._closed = True
 
     def expected(self, work: Assignment, reached: int) -> float:
@@ -150,7 +150,7 @@ class TimeBox:
         trained: int = 0,
         beside: float = 0.0,
     ) -> None:
-        """Follows how much longer than measured at first work takes: upwards at once, downwards slowly.
+        """Follow how much longer than measured at first work takes: upwards at once, downwards slowly.
 
         What follows the trials, and is of another kind, is told by all of it together.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from autodistill.distillation.training.learning_rate import end_of
 from autodistill.search.planning.plan import BRANCHES
+from autodistill.utils.plain_dataclass import ToJson
 
 BRANCH_DECAY = 0.08
 """Share of a student's tokens over which its rate falls where it branches off short of the trunk's end."""
@@ -35,7 +36,7 @@ class Branch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trunk:
+class Trunk(ToJson):
     """One stable training, as it was decided before it began; its end follows the time that is left.
 
     Attributes:
@@ -65,13 +66,9 @@ class Trunk:
         said += f", and students are kept at {kept}" if kept else ""
         return said + (f"; not at {left_out}: too much of its time" if left_out else "")
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        return asdict(self) | {"branches": [asdict(one) for one in self.branches]}
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trunk:
-        """Reads what `to_json` wrote."""
+        """Read what `to_json` wrote."""
         branches = tuple(Branch(**one) for one in data["branches"])
         return cls(trial=data["trial"], tokens=data["tokens"], branches=branches)
 
@@ -86,7 +83,7 @@ def plan_trunk(
     seconds: Callable[[int], float],
     most: float = COST,
 ) -> Trunk:
-    """Decides which decays a trunk can spare: the later one first, whose student is the better.
+    """Decide which decays a trunk can spare: the later one first, whose student is the better.
 
     Args:
         trial: That it goes on from.

@@ -31,7 +31,7 @@ _KNOWN_BY = ("reference", "fingerprint")
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStart:
-    """What a search begins with.
+    """The observations and strategies of earlier runs that a search begins with.
 
     Attributes:
         runs: Names of the earlier runs.
@@ -54,7 +54,7 @@ class WarmStart:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WarmStart:
-        """Reads what `to_json` wrote.
+        """Read what `to_json` wrote.
 
         Raises:
             InputError: Not that.
@@ -71,7 +71,7 @@ class WarmStart:
 
 
 def warm_start(out: Path, runs: Sequence[str], question: Question) -> WarmStart:
-    """Reads the logs of earlier runs, finished or not, as this search would have seen their trials.
+    """Read the logs of earlier runs, finished or not, as this search would have seen their trials.
 
     A trial's value is that of the rung nearest to this plan's end, which counts as finished within 0.8 to 1.25 of its
     tokens; of a trial without one there, that of the last rung before, with the fraction of this plan's tokens as its

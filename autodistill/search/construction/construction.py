@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from autodistill.search.prior.knowledge import RATE
 from autodistill.search.prior.prior import Prior
-from autodistill.search.solve.forms import WHOLE
+from autodistill.search.solve.cuts import WHOLE
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Dimension, Point, find, look_up
 from autodistill.strategy.domains import Range, Value
@@ -17,6 +17,7 @@ from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.units import format_bytes, with_error
+from autodistill.utils.plain_dataclass import ToJson
 
 _NOT_TRAINED_ON = "none"  # the label of a finishing that is none
 # Of numbers that are believed in whatever the other choices are: temperatures are so of schedules alone, and how much
@@ -33,7 +34,7 @@ _FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no
 
 
 @dataclass(frozen=True, kw_only=True)
-class Construction:
+class Construction(ToJson):
     """How a student begins, and how it is stored, before anything is trained.
 
     Attributes:
@@ -90,10 +91,6 @@ class Construction:
             return f"{said}, {format_bytes(self.bytes)}"
         kl = with_error(self.kl, self.kl_stderr)
         return f"{said}, {format_bytes(self.bytes)}: {kl} nats a token from the teacher, untrained"
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        return asdict(self) | {"init": self.init.to_json(), "deployment": self.deployment.to_json()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -11,7 +11,7 @@ from autodistill.estimates.fit import Fit, Miss, fits, holdable, nearest_miss, s
 from autodistill.hardware.budget import Budget, served
 from autodistill.models.spec import ModelSpec
 from autodistill.search.construction.construction import Construction
-from autodistill.search.solve import forms
+from autodistill.search.solve import cuts
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import rivals
 from autodistill.strategy.deployment import Deployment
@@ -19,7 +19,7 @@ from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Init, Strategy
 
 SHAPES = (
-    forms.WHOLE,
+    cuts.WHOLE,
     *(Init(depth=1.0, ffn=ffn) for ffn in (0.7, 0.4, 0.2)),
     *(Init(depth=depth, layers="block-influence") for depth in (0.8, 0.6, 0.5)),
 )
@@ -45,7 +45,7 @@ def plain_constructions(
     nearest: tuple[Init, Fit] | None = None
     refused: InputError | None = None
     options = Options(spec=spec, budget=budget, cache_type=kv_type, limits=space.restriction)
-    forms.check_shapes(options)
+    cuts.check_shapes(options)
     shapes = _shapes(options)
     for init in dict.fromkeys((*shapes, *_smallest(options, space))):
         if found and init not in shapes:
@@ -119,7 +119,7 @@ def _smallest(options: Options, space: Space) -> tuple[Init, ...]:
         options.check()
     except InputError:
         return ()
-    return (forms.smallest(options)[0],) if in_gguf(space, options.budget) else ()
+    return (cuts.smallest(options)[0],) if in_gguf(space, options.budget) else ()
 
 
 def _tried(options: Options, space: Space) -> Iterator[Fit]:

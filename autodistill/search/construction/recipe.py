@@ -17,7 +17,7 @@ _TESTED = 2.0  # times a rate that was tested, up and down, within which others 
 
 
 def first_prior(spec: ModelSpec, *, batch_tokens: int, steps: int = STEPS, rate: float | None = None) -> Prior:
-    """What a search begins with.
+    """Return the prior that a search begins with.
 
     Where memory holds the teacher beside each student with ease, it runs there: that gives the whole divergence, and no
     trial waits for outputs that it does not read. Else they are cached.
@@ -34,6 +34,5 @@ def first_prior(spec: ModelSpec, *, batch_tokens: int, steps: int = STEPS, rate:
     recipe = replace(prior.recipe, signal=signal, signal_tokens=tokens)
     if rate is None:
         return replace(prior, recipe=recipe)
-    stake = prior.numbers[RATE].stake
-    tested = NumberPrior(value=rate, low=rate / _TESTED, high=rate * _TESTED, stake=stake)
+    tested = NumberPrior(value=rate, low=rate / _TESTED, high=rate * _TESTED)
     return replace(prior, recipe=replace(recipe, learning_rate=rate), numbers={**prior.numbers, RATE: tested})

@@ -30,7 +30,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a search runs.
+    """The machines and devices that a search runs on.
 
     Attributes:
         here: This machine.

@@ -118,7 +118,7 @@ def fewest_tokens(step_tokens: int, asked: int | None = None) -> int:
 
 
 def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
-    """Refuses a time budget that does not hold the training of the baselines, or of one trial, and all that it needs.
+    """Refuse a time budget that does not hold the training of the baselines, or of one trial, and all that it needs.
 
     Raises:
         ShortTimeError: It has the least time that would do, with a tenth to spare.
@@ -154,7 +154,7 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
 
 
 def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
-    """Fixes trials, rungs and tokens; `Plan.notes` says what the time budget could not hold.
+    """Fix trials, rungs and tokens; `Plan.notes` says what the time budget could not hold.
 
     Baseline, evaluation and export are reserved first, and of what is left a share for training the best on. The rest
     goes to trials: as many tokens at full fidelity as it holds for a dozen trials, at most one pass over the data; then

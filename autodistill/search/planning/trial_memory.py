@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from autodistill.distillation.student.check import check_strategy, student_spec
@@ -20,6 +20,7 @@ from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
+from autodistill.utils.plain_dataclass import ToJson
 from autodistill.utils.typed_data import check_typed
 
 # Strategies that stand for all of a space: as many as say where between its ends training stops to fit.
@@ -27,7 +28,7 @@ _EXAMPLES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingNeed:
+class TrainingNeed(ToJson):
     """What training a strategy takes, under a plan's settings, beside what a process of a trial may take.
 
     Attributes:
@@ -59,13 +60,9 @@ class TrainingNeed:
         )
         return Miss(limit="training memory", slack=self.slack, said=said)
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain data, which the log keeps: another session's machine may have other memory."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> TrainingNeed | None:
-        """Reads what `to_json` wrote; None of a trial that nobody asked it of."""
+        """Read what `to_json` wrote; None of a trial that nobody asked it of."""
         if data is None:
             return None
         check_typed(data, cls, "training")
@@ -97,7 +94,7 @@ class TrialMemory:
     held_bytes: int
 
     def beside_bytes(self, recipes: Iterable[Distillation]) -> int:
-        """Of the teacher in a trial, which lies beside the student: all of it, its head, or nothing."""
+        """Return the bytes of the teacher beside the student in a trial: all of it, its head, or nothing."""
         return beside_bytes(recipes, self.teacher, bf16=self.bf16, held_bytes=self.held_bytes)
 
     def fit(self, strategy: Strategy, spec: ModelSpec, sequence_length: int, sequences: int) -> TrainingFit:
@@ -177,7 +174,7 @@ class TrialMemory:
 def most_demanding(
     space: Space, memory: TrialMemory, sequence_length: int, sequences: int
 ) -> tuple[Strategy, ModelSpec, int]:
-    """Of what can be trained of a space where not all can, the strategy that takes most, its student, and most weights.
+    """Return the trainable strategy of a space that takes most memory, its student, and the most weights of any.
 
     One that takes most may have fewer weights than another, of which low-rank changes are trained.
 

@@ -30,13 +30,11 @@ class NumberPrior:
     Attributes:
         value: The most likely best value.
         low, high: One standard deviation below and above it, within what the number may be.
-        stake: Nats per held-out token that `value` is expected to lose against the best one.
     """
 
     value: float
     low: float
     high: float
-    stake: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +46,10 @@ class ChoicePrior:
             to be worse.
         nats: Of each choice, the nats per held-out token that it is expected to lose over the first one, and the
             standard deviation of that.
-        stake: Nats that the best other choice is expected to win where it is better, times how likely that is.
     """
 
     value: str
     nats: Mapping[str, tuple[float, float]]
-    stake: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +69,6 @@ class Prior:
     choices: Mapping[str, ChoicePrior]
     family_seen: bool
     tokens: int
-
-    def stakes(self) -> dict[str, float]:
-        """Nats at stake by dimension, the largest first: what a race can win by trying other values."""
-        found = {path: one.stake for path, one in self.numbers.items()}
-        found |= {path: one.stake for path, one in self.choices.items()}
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def prior_for(
@@ -146,14 +136,8 @@ def _number(path: str, belief: Belief, known: Knowledge) -> NumberPrior:
         plain = value if path == _LINEAR else 10 ** min(5.0, max(-9.0, value))
         return float(f"{min(most, max(least, plain)):.3g}")
 
-    cost = math.exp(known.beliefs[f"cost {path}"].mean)
     sd = math.hypot(belief.sd, known.between[path])
-    return NumberPrior(
-        value=shown(belief.mean),
-        low=shown(belief.mean - sd),
-        high=shown(belief.mean + sd),
-        stake=cost * (sd / UNITS[path]) ** 2,
-    )
+    return NumberPrior(value=shown(belief.mean), low=shown(belief.mean - sd), high=shown(belief.mean + sd))
 
 
 def _choice(path: str, known: Knowledge, kind: str) -> ChoicePrior:
@@ -164,17 +148,7 @@ def _choice(path: str, known: Knowledge, kind: str) -> ChoicePrior:
         nats[name] = (belief.mean, belief.sd)
     # Another than the first, which is the plainest, has to be likely to be better.
     value = min(nats, key=lambda name: nats[name][0] + _DOUBT * nats[name][1])
-    gains = [_expected_gain(nats[value], nats[name]) for name in nats if name != value]
-    return ChoicePrior(value=value, nats=nats, stake=max(gains))
-
-
-def _expected_gain(mine: tuple[float, float], other: tuple[float, float]) -> float:
-    """Mean of what another choice wins, counted as 0 where it loses, both normal and independent."""
-    behind, sd = other[0] - mine[0], math.hypot(mine[1], other[1])
-    if sd == 0:
-        return max(0.0, -behind)
-    z = behind / sd
-    return sd * (math.exp(-z * z / 2) / math.sqrt(2 * math.pi) - z * math.erfc(z / math.sqrt(2)) / 2)
+    return ChoicePrior(value=value, nats=nats)
 
 
 def _temperature(shape: str, start: float, end: float) -> Temperature:

@@ -26,7 +26,7 @@ def parse_runs(text: str) -> tuple[str, ...]:
 
 
 def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
-    """Refuses runs that are not there, or whose space is another, so that their points mean other strategies.
+    """Refuse runs that are not there, or whose space is another, so that their points mean other strategies.
 
     Baselines and starts may differ: they are points like others, or lie outside of the space and say nothing of it.
 
@@ -52,7 +52,7 @@ def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
 
 
 def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str, str]) -> None:
-    """Refuses runs of another teacher or other data, whose values say nothing here.
+    """Refuse runs of another teacher or other data, whose values say nothing here.
 
     Args:
         out, runs: The folder of the runs, and names.
@@ -72,7 +72,7 @@ def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str
 
 
 def check_asked(out: Path, runs: Sequence[str], asked: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuses runs whose figures of the same name were measured on other questions, or by another command.
+    """Refuse runs whose figures of the same name were measured on other questions, or by another command.
 
     Args:
         out, runs: The folder of the runs, and names.

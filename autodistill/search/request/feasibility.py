@@ -15,7 +15,7 @@ from autodistill.strategy.strategy import Strategy
 
 
 def check_teacher(spec: ModelSpec, space: Space, budget: Budget, sequence_length: int) -> None:
-    """Refuses sequences and a context that the teacher cannot read, and a budget that no student of it meets.
+    """Refuse sequences and a context that the teacher cannot read, and a budget that no student of it meets.
 
     Args:
         spec: The teacher's shape.
@@ -61,7 +61,7 @@ def shortest_context(spec: ModelSpec, space: Space) -> tuple[int, str]:
 
 
 def _check_context(spec: ModelSpec, space: Space, context: int) -> None:
-    """Refuses a budget at a context that some student could not be served at."""
+    """Refuse a budget at a context that some student could not be served at."""
     read, which = shortest_context(spec, space)
     if context > read:
         raise InputError(
@@ -71,7 +71,7 @@ def _check_context(spec: ModelSpec, space: Space, context: int) -> None:
 
 
 def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
-    """Refuses a budget that no student meets, not even that which needs least."""
+    """Refuse a budget that no student meets, not even that which needs least."""
     students = by_size(space, spec)
     fitting = {strategy: fits(student, holdable(student, space.deployments), budget) for strategy, student in students}
     held = {strategy: found for strategy, found in fitting.items() if found}

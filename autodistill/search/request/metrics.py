@@ -59,7 +59,7 @@ class Asked:
 
 
 def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[Objective, ...]]:
-    """Finds what a request wants measured, and what a search is judged by: what is asked, on resuming what was asked
+    """Find what a request wants measured, and what a search is judged by: what is asked, on resuming what was asked
     before, or the default metric.
 
     Args:

@@ -401,7 +401,7 @@ class SearchRequest:
             self._check_limits()
 
     def _check_limits(self) -> None:
-        """Refuses limits that cannot be, before a device is looked for, since that may measure this machine."""
+        """Refuse limits that cannot be, before a device is looked for, since that may measure this machine."""
         if (self.strategy, self.budget, self.device) == (None, None, None) and not self.resume:
             raise InputError(
                 "search needs the memory that the student may take: --budget like 16GB, or --device like 4090"
@@ -423,7 +423,7 @@ def joined(names: Names) -> str | None:
 
 
 def check_room(at_once: int | None, limits: Sequence[Any], option: str) -> None:
-    """Refuses fewer sequences at once, where they were asked for, than a limit of latency has streams.
+    """Refuse fewer sequences at once, where they were asked for, than a limit of latency has streams.
 
     Args:
         at_once: Sequences, or None.

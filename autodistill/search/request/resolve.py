@@ -131,7 +131,7 @@ class SearchConfig:
 
 
 def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchConfig:
-    """Says of every setting what it is: what is asked for, or as it was before, or the default.
+    """Say of every setting what it is: what is asked for, or as it was before, or the default.
 
     Args:
         request: What is asked.

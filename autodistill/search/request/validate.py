@@ -47,7 +47,7 @@ _SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict fro
 
 
 def check_request(request: SearchRequest) -> SearchConfig:
-    """Resolves a request, and checks all that can be checked before a model is loaded or a file written.
+    """Resolve a request, and check all that can be checked before a model is loaded or a file written.
 
     Raises:
         InputError: Of each of its parts, in one line.
@@ -81,7 +81,7 @@ def check_request(request: SearchRequest) -> SearchConfig:
 
 
 def _check_alone(request: SearchRequest) -> None:
-    """Refuses what is wrong whatever else is asked for, or was before."""
+    """Refuse what is wrong whatever else is asked for, or was before."""
     for name, most in _MOST.items():
         value = getattr(request, name)
         if value is not None and not 1 <= value <= most:
@@ -106,7 +106,7 @@ def _cache(request: SearchRequest) -> Path:
 
 
 def check_students(config: SearchConfig, spec: ModelSpec) -> None:
-    """Refuses strategies that were asked for by name, and a budget, that a teacher of this shape does not allow.
+    """Refuse strategies that were asked for by name, and a budget, that a teacher of this shape does not allow.
 
     Raises:
         InputError, NothingFitsError: As `check_strategy` and `check_teacher`.
@@ -121,7 +121,7 @@ def check_students(config: SearchConfig, spec: ModelSpec) -> None:
 
 
 def _check_possible(space: Space, request: SearchRequest) -> None:
-    """Refuses more trials than a finite space holds strategies, and seeds that no generator takes."""
+    """Refuse more trials than a finite space holds strategies, and seeds that no generator takes."""
     last = (request.seed or 0) + (request.confirm or 0)
     if not 0 <= (request.seed or 0) <= last < _SEEDS:
         raise InputError(f"seeds lie between 0 and {_SEEDS - 1}, and --seed with those of --confirm reaches {last}")
@@ -139,7 +139,7 @@ def _check_possible(space: Space, request: SearchRequest) -> None:
 
 
 def _check_cache(cache: Path) -> None:
-    """Refuses a cache that cannot be written; it is made here, since nothing else would tell."""
+    """Refuse a cache that cannot be written; it is made here, since nothing else would tell."""
     try:
         make_folder(cache)
         writable = os.access(cache, os.W_OK | os.X_OK)
@@ -205,7 +205,7 @@ def _keeping(request: SearchRequest, storage: Storage | None) -> Storage | None:
 
 
 def _check_kind(config: SearchConfig, stored: Mapping[str, Any]) -> None:
-    """Refuses to go on with a run of one strategy as a search, or with a search as one of these."""
+    """Refuse to go on with a run of one strategy as a search, or with a search as one of these."""
     was_search = stored.get("space_definition", {}).get("dimensions") != {}
     if was_search == (config.strategy is None):
         return
@@ -262,7 +262,7 @@ def _check_same(request: SearchRequest, config: SearchConfig, stored: Mapping[st
 
 
 def _check_time(config: SearchConfig, stored: Mapping[str, Any]) -> None:
-    """Refuses time for a finished run that its end takes before anything is trained.
+    """Refuse time for a finished run that its end takes before anything is trained.
 
     One that has not finished may be given less: it is then ended with what it has.
     """

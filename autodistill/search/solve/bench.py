@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import Any, Self
@@ -31,10 +31,11 @@ from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.quantization.weighted_scales import weighted_scales
 from autodistill.strategy.deployment import Deployment
+from autodistill.utils.plain_dataclass import ToJson
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(ToJson):
     """What a storage does to a teacher on some text, per predicted token.
 
     Attributes:
@@ -55,10 +56,6 @@ class Measured:
     kl_sums: tuple[float, ...]
     nll_sums: tuple[float, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
@@ -66,7 +63,7 @@ class Measured:
         return cls(**fields)
 
     def kl_above(self, other: Measured) -> tuple[float, float]:
-        """By how much this KL is above another one on the same text, and the standard error of that."""
+        """Return how far this KL is above another one on the same text, and the standard error of that."""
         gaps = np.array([np.subtract(self.kl_sums, other.kl_sums)])
         found, errors = paired_bootstrap(gaps, np.array(self.counts))
         return float(found[0]), float(np.nan_to_num(errors[0]))
@@ -135,7 +132,7 @@ class Bench:
         return bool(self._importance)
 
     def weigh(self, data: TokenSet) -> None:
-        """From now on matrices are rounded by how much each column counts: the mean square of that input on some text.
+        """Round matrices from now on by how much each column counts: the mean square of that input on some text.
 
         A table that is also the head is read by rows too, of which all columns count alike: it has the mean of both.
 
@@ -177,7 +174,7 @@ class Bench:
         return self._importance[name]
 
     def sample(self, name: str, data: TokenSet) -> Sample:
-        """Reads text with the teacher as it is."""
+        """Read text with the teacher as it is."""
         with self.shown({}), self.reading(data) as begun:
             scores, reference = score_teacher(self.model, data, device=self.device, begun=begun)
         return Sample(name=name, data=data, reference=reference, teacher=measured(scores))
@@ -402,7 +399,7 @@ def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Ben
 
 
 def compute_device() -> str:
-    """Where teachers are scored: on an accelerator where there is one."""
+    """Return the device on which teachers are scored: an accelerator if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -37,7 +37,7 @@ class Compensated:
 
     @property
     def name(self) -> str:
-        """That of the deployment."""
+        """Name of the deployment."""
         return self.deployment.name
 
     def weights(self, bench: Bench) -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,7 @@ _ABANDONED_SECONDS = 3600  # after which an unfinished file is one of a process 
 
 
 def use(path: Path, limit: int = LIMIT) -> None:
-    """Marks a library as used now, and removes others, the least recently used first, until all take a limit.
+    """Mark a library as used now, and remove others, the least recently used first, until all take a limit.
 
     One that another process works on stays, and so does this one, whatever the limit.
 

@@ -179,7 +179,7 @@ class Library:
         return tuple(Measured.from_json(self._held["joint"][place]) for place in keys)
 
     def _save(self) -> None:
-        """Writes what is known; where the disk is full it stays in memory, and in the file what was known before."""
+        """Write what is known; where the disk is full it stays in memory, and in the file what was known before."""
         try:
             write_json(self._path, self._held)
         except (OSError, InputError) as error:
@@ -190,7 +190,7 @@ class Library:
 
 
 def library_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...], options: Options) -> Path:
-    """Where the scores of a teacher on a text are kept; what they depend on beside those is the code that makes them.
+    """Return the file of a teacher's scores on a text; they also depend on the code that makes them.
 
     Args:
         cache: Root of caches.

@@ -19,13 +19,13 @@ from autodistill.estimates.solving import CUT_SCORES
 from autodistill.export.gguf_mixtures import cannot_write
 from autodistill.hardware.budget import on_gpu
 from autodistill.search.solve.bench import speeds
+from autodistill.search.solve.call.candidates import Candidate
 from autodistill.search.solve.call.document import of_budget
 from autodistill.search.solve.call.export import READERS, export
 from autodistill.search.solve.call.opened import Opened, open_request
 from autodistill.search.solve.call.request import SolveRequest, check_fits, options_of, room_of, within_context, work_of
-from autodistill.search.solve.candidates import Candidate
 from autodistill.search.solve.compensation import Compensated, compensate
-from autodistill.search.solve.forms import WHOLE, may_cut, named, smallest
+from autodistill.search.solve.cuts import WHOLE, may_cut, named, smallest
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
@@ -39,7 +39,7 @@ DOCUMENT = "solve.json"
 
 
 def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Finds for each budget how a teacher is stored at the least KL to itself, before anything is trained.
+    """Find for each budget how a teacher is stored at the least KL to itself, before anything is trained.
 
     What is scored and measured is kept in the cache, so that a call that was cut off goes on, and another budget costs
     seconds.
@@ -124,7 +124,7 @@ def _chosen(solved: Mapping[str, Any], candidates: Sequence[Candidate], options:
 def _exported(
     solved: Mapping[str, Any], opened: Opened, shapes: Callable[[], Shapes], notify: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Writes what was chosen and verifies it in its runtime; a cut student is laid down beside the teacher's text."""
+    """Write what was chosen and verify it in its runtime; a cut student is laid down beside the teacher's text."""
     request, options, teacher, bench = opened.request, opened.options[0], opened.teacher, opened.bench
     assert request.out is not None
     chosen: Deployment | Candidate | Compensated = _chosen(solved, opened.candidates, options)

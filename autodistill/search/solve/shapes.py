@@ -265,7 +265,7 @@ class Shapes:
         return self._students[init]
 
     def _save(self) -> None:
-        """Writes what is known; where the disk is full it stays in memory, as in a `Library`."""
+        """Write what is known; where the disk is full it stays in memory, as in a `Library`."""
         try:
             write_json(self._path, self._held)
         except (OSError, InputError) as error:
@@ -315,7 +315,7 @@ def open_shapes(
 
 
 def shapes_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...]) -> Path:
-    """Where the scores of a teacher's cuts on a text are kept; they depend on the code that makes them too.
+    """Return the file of the scores of a teacher's cuts on a text; they also depend on the code that makes them.
 
     Args:
         cache: Root of caches.

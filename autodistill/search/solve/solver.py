@@ -54,6 +54,26 @@ class Scores(Protocol):
         ...
 
 
+def cost_of(family: Family, scores: Scores) -> float:
+    """Return the sum of the scores of what a family has in common: its tables and its cache."""
+    keys, values = family.cache_types
+    chosen = [*family.tables.items(), (KEYS, keys), (VALUES, values)]
+    return sum(scores.score(name, kind).kl for name, kind in chosen)
+
+
+def room_of(family: Family, limit: int, file_bytes: int | None, least: int) -> int:
+    """Return the bytes that a family leaves for the matrices of linear layers.
+
+    Args:
+        family: Its bytes are those with the smallest types for these matrices.
+        limit: Bytes of the process.
+        file_bytes: Bytes of all weights in the file; None for no limit.
+        least: Bytes of the matrices in the smallest types.
+    """
+    room = limit - family.bytes + least
+    return room if file_bytes is None else min(room, file_bytes - family.weights_bytes + least)
+
+
 class Solver:
     """Finds storages for any limit from one library of scores.
 
@@ -109,26 +129,15 @@ class Solver:
                 high = middle
         return [one for one in found if self._options.in_time(one[2])]
 
-    def _room(self, limit: int, family: Family) -> int:
-        """Bytes for the matrices of linear layers in a family, within limits of memory and of the file."""
-        file = self._options.file_bytes
-        room = limit - family.bytes + self._least
-        return room if file is None else min(room, file - family.weights_bytes + self._least)
-
     def _of_families(self, limit: int) -> list[tuple[float, Family, Deployment]]:
         """The same, whatever the time."""
         sums = []
         for family in self._families:
-            best = self._knapsack.best(self._room(limit, family))
+            best = self._knapsack.best(room_of(family, limit, self._options.file_bytes, self._least))
             if best is not None:
-                sums.append((best[0] + self._of_family(family), family, best[1]))
+                sums.append((best[0] + cost_of(family, self._library), family, best[1]))
         sums.sort(key=lambda one: one[0])
         return [(cost, family, self._deployment(types, family)) for cost, family, types in sums[:_FAMILIES]]
-
-    def _of_family(self, family: Family) -> float:
-        keys, values = family.cache_types
-        chosen = [*family.tables.items(), (KEYS, keys), (VALUES, values)]
-        return sum(self._library.score(name, kind).kl for name, kind in chosen)
 
     def _deployment(self, types: Mapping[str, str], family: Family) -> Deployment:
         every = {name: types[names[0]] for names in self._options.tied for name in names}
@@ -172,7 +181,7 @@ class Solver:
             for one in self._families
             if one.cache_types == best.deployment.cache_types and one.tables.items() <= types.items()
         )
-        room = self._room(limit, family)
+        room = room_of(family, limit, self._options.file_bytes, self._least)
         dice, seen, failures = np.random.default_rng(0), {best.deployment}, 0
         for _ in range(_SWAPS):
             if best.joint.kl < _NOTHING or failures == _PATIENCE:

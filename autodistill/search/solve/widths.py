@@ -11,8 +11,9 @@ from autodistill.models.families import Axis, get_family
 from autodistill.quantization.formats import tensor_bytes
 from autodistill.search.solve.knapsack import Knapsack, undominated
 from autodistill.search.solve.library import Library
-from autodistill.search.solve.options import KEYS, VALUES, Family, Options
+from autodistill.search.solve.options import Options
 from autodistill.search.solve.shapes import Shapes
+from autodistill.search.solve.solver import cost_of, room_of
 from autodistill.strategy.strategy import Init
 
 Choices = Mapping[str, tuple[int, float]]
@@ -81,10 +82,9 @@ class Widths:
         freed = self._compute_bytes(self._options.spec.ffn_width) - self._compute_bytes(cap)
         solved = []
         for family in self._families:
-            room, file = limit - family.bytes + self._least + freed, self._options.file_bytes
-            best = knapsack.best(room if file is None else min(room, file - family.weights_bytes + self._least))
+            best = knapsack.best(room_of(family, limit + freed, self._options.file_bytes, self._least))
             if best is not None:
-                solved.append((best[0] + self._of_family(family), best[1]))
+                solved.append((best[0] + cost_of(family, self._library), best[1]))
         if not solved:
             return None
         cost, chosen = min(solved, key=lambda one: one[0])
@@ -95,11 +95,6 @@ class Widths:
         cut = replace(self._options, spec=cut_spec(init, self._options.spec))
         estimate = cut.memory(cut.deployment(cut.smallest_types(), ("f16", "f16")))
         return estimate.compute_bytes + estimate.overhead_bytes
-
-    def _of_family(self, family: Family) -> float:
-        keys, values = family.cache_types
-        chosen = [*family.tables.items(), (KEYS, keys), (VALUES, values)]
-        return sum(self._library.score(name, kind).kl for name, kind in chosen)
 
     def _items(self, cap: int) -> dict[str, Choices]:
         options = self._options

@@ -44,7 +44,7 @@ class Assignment:
 
 
 def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport | None:
-    """Does what a worker was assigned; of several processes the first one has the report.
+    """Do what a worker was assigned; of several processes the first one has the report.
 
     Raises:
         TrialFailedError: Whatever went wrong in this trial.
@@ -118,7 +118,7 @@ def step_guard(deadline: Moment | None, sharding: Sharding | None = None) -> Cal
     """
 
     def guard(record: StepRecord) -> None:
-        """Raises `OutOfTime` where this step, or that of any process, ended past the deadline."""
+        """Raise `OutOfTime` where this step, or that of any process, ended past the deadline."""
         if deadline is None:
             return
         late = deadline.left < 0

@@ -166,7 +166,7 @@ def _grids(spec: ModelSpec, finishing: Finishing) -> dict[str, Grid]:
 
 
 def _save(path: Path, *, setting: TrialSetting, strategy: Strategy, held: HeldMoments | None) -> None:
-    """Finds the codes of a student and writes them, and its other weights."""
+    """Find the codes of a student and write them, and its other weights."""
     finishing, init = strategy.finishing, strategy.init
     assert finishing is not None
     model, _ = initial_student(setting, init, 0, _moments(setting, held) if held and init.repair else None)

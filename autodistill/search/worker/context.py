@@ -67,7 +67,7 @@ class Workbench:
         return self._blocks[layer]
 
     def check(self, strategy: Strategy, kept: tuple[int, ...]) -> None:
-        """Refuses a strategy that needs what the cache, or the data, lack.
+        """Refuse a strategy that needs what the cache, or the data, lack.
 
         Args:
             strategy: What is to be trained.

@@ -11,7 +11,6 @@ from autodistill.search.worker.begin import student_of
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
 from autodistill.search.worker.trial import trainer_of
-from autodistill.strategy.deployment import Deployment
 
 
 def try_rates(
@@ -20,18 +19,16 @@ def try_rates(
     *,
     horizon: int,
     tokens: int,
-    deployment: Deployment | None = None,
     steps: int = STEPS,
     seconds: float = math.inf,
 ) -> RangeTest:
-    """Builds a trial's student once, and tests the rates around that of its strategy.
+    """Build a trial's student once, and test the rates around that of its strategy.
 
     Args:
         bench: The worker's, of one process.
         task: Which trial.
         horizon: Optimiser steps of the training that a rate is chosen for.
         tokens: Of validation that each rate is judged on.
-        deployment: What the student is judged as; by default the task's probe.
         steps, seconds: As for `range_test`.
 
     Raises:
@@ -51,7 +48,7 @@ def try_rates(
         strategy=strategy,
         plan=setting.plan,
         held_out=bench.held_out(tokens, strategy.init)[0],
-        deployment=deployment or task.probe,
+        deployment=task.probe,
         horizon=horizon,
         steps=steps,
         seconds=seconds,

@@ -4,46 +4,36 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from autodistill.distillation.losses.attention import teacher_layer
 from autodistill.distillation.student.build import save_student
 from autodistill.distillation.student.check import student_spec
-from autodistill.distillation.training.checkpoint import read_metadata
-from autodistill.distillation.training.fsdp import whole_model
-from autodistill.distillation.training.learning_rate import branch_point, end_of
+from autodistill.distillation.training.fsdp import agreed, whole_model
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.side_by_side import MOST, usable
 from autodistill.distillation.training.trainer import StepRecord, Trainer
-from autodistill.errors import DamagedError, TrialFailedError
+from autodistill.errors import TrialFailedError
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
 from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
-from autodistill.runs.checkpoints import Checkpoint, open_stages
 from autodistill.runs.students import send_student, student_folder, trained_student
 from autodistill.search.worker.begin import codes_file, on_codes, student_of
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import RungReport, TrialTask
+from autodistill.search.worker.punctual import Punctual
+from autodistill.search.worker.stage import TrialStage
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
-from autodistill.utils.checksums import check_seal, write_list
+from autodistill.utils.checksums import write_list
 from autodistill.utils.clock import Moment
 from autodistill.utils.durable import make_folder, put
-
-# How much longer than the steps before a decay may take: for noise, and for its steps on a grid, which are slower.
-_SPARE, _ON_GRID = 1.1, 1.25
-
-# Steps by which the time of those to come is told, the first of a worker aside, which is slow.
-_FEW_STEPS, _MANY_STEPS = 3, 100
 
 # The power of a step's sequences by which its rate grows where they are more, and steps as many fewer: what the prior
 # holds of both together (`search/prior/knowledge.yaml`: 0.46 and 0.30).
@@ -101,15 +91,10 @@ class Trial:
         pretrained = setting.pretrained.get(task.strategy.init.model)
         self._spec = student_spec(task.strategy, setting.teacher_spec, pretrained)
         self._folder = setting.checkpoints / task.id
-        self._stages = open_stages(setting.checkpoints, setting.storage)
-        self._stage = task.stage or task.id
-        self._decay = setting.plan.decay if task.decay is None else task.decay
-        self._damaged: str | None = None
-        # Seconds in which the student writes a step's own tokens, where a phase lets it.
-        self._writing = 0.0
+        self._stage = TrialStage(setting, task, bench.sharding)
 
     def run(self, rung: int, *, keep: bool = False, until: Moment | None = None) -> RungReport | None:
-        """Trains to a rung and evaluates there, from the furthest checkpoint of its stage, whoever trained it.
+        """Train to a rung and evaluate there, from the furthest checkpoint of its stage, whoever trained it.
 
         Of several processes the first one alone evaluates and reports.
 
@@ -140,8 +125,8 @@ class Trial:
             codes_file(self._bench.setting, self._task.strategy)
         began = time.perf_counter()
         trainer = self._trainer()
-        shared, resumed = self._restore(trainer, rung)
-        stretch = _Stretch(start=trainer.tokens, target=self._targets(rung)[-1], shared=shared)
+        shared, resumed = self._stage.restore(trainer, rung)
+        stretch = _Stretch(start=trainer.tokens, target=self._stage.targets(rung)[-1], shared=shared)
         ready = time.perf_counter()
         try:
             self._train(trainer, rung, stretch, until)
@@ -184,26 +169,29 @@ class Trial:
             shared=shared,
             unsaved=stretch.unsaved,
             resumed=resumed,
-            damaged=self._damaged,
+            damaged=self._stage.damaged,
             student=student,
         )
 
     def _train(self, trainer: Trainer, rung: int, stretch: _Stretch, until: Moment | None) -> None:
-        """Trains a stretch, its decay included, and leaves a checkpoint where one is of use."""
+        """Train a stretch, its decay included, and leave a checkpoint where one is of use."""
         saved = time.perf_counter()
-        if self._is_between(stretch.start):
+        if self._stage.is_between(stretch.start):
             stretch.between = stretch.start
         make_folder(self._folder)
-        plan, branch = self._bench.setting.plan, self._branches(rung)[-1]
-        self._writing = trainer.writing_seconds() if until is not None else 0.0
-        for point in self._points(rung, stretch.start):
+        plan, branch, sharding = self._bench.setting.plan, self._stage.branches(rung)[-1], self._bench.sharding
+        punctual = None
+        if until is not None:
+            writing = trainer.writing_seconds()
+            punctual = Punctual(until, plan, self._task.strategy, self._stage.decay, writing, sharding)
+        for point in self._stage.points(rung, stretch.start):
             for record in trainer.train_stable(point):
                 stretch.steps.append(record)
                 self._on_step(record)
-                if until is not None and self._is_time(until, stretch.steps):
-                    stretch.target = end_of(trainer.tokens, self._decay, plan.batch_tokens)
+                if punctual is not None and punctual.must_decay(stretch.steps):
+                    stretch.target = self._stage.end_of(trainer.tokens)
                     break
-                if self._agreed(time.perf_counter() - saved > _SAVED_EVERY) and trainer.tokens < point:
+                if agreed(sharding, time.perf_counter() - saved > _SAVED_EVERY) and trainer.tokens < point:
                     self._leave(trainer, stretch, on_the_way=True)
                     saved = time.perf_counter()
             # Nobody but this trial continues a stage of its own, and after the last rung it does not go on.
@@ -216,7 +204,7 @@ class Trial:
 
         def sooner(record: StepRecord, end: int) -> int:
             decay.append(record)
-            return end if until is None else self._sooner(until, decay, end)
+            return end if punctual is None else punctual.end(decay, end)
 
         for record in trainer.finish(stretch.target, self._spec, sooner):
             stretch.steps.append(record)
@@ -225,9 +213,9 @@ class Trial:
         stretch.target = trainer.tokens
 
     def _leave(self, trainer: Trainer, stretch: _Stretch, *, on_the_way: bool) -> None:
-        """Leaves a checkpoint in the place of the one before, where that is between two that others go on from."""
+        """Leave a checkpoint in the place of the one before, where that is between two that others go on from."""
         began = time.perf_counter()
-        failed = self._save(trainer, stretch.shared, in_place_of=stretch.between)
+        failed = self._stage.save(trainer, stretch.shared, in_place_of=stretch.between)
         stretch.unsaved = failed or stretch.unsaved
         if not on_the_way:
             stretch.between = None
@@ -235,160 +223,8 @@ class Trial:
             stretch.between = trainer.tokens
         stretch.saving += time.perf_counter() - began
 
-    def _is_time(self, until: Moment, steps: Sequence[StepRecord]) -> bool:
-        """Whether the decay must begin to end in time, by what the steps so far took; of several processes the first's.
-
-        Never before the student has more tokens than the plan's.
-
-        Args:
-            until: When it is to end.
-            steps: Of this stretch, all of them so far.
-        """
-        plan, tokens = self._bench.setting.plan, steps[-1].tokens
-        if len(steps) <= _FEW_STEPS or end_of(tokens, self._decay, plan.batch_tokens) <= plan.tokens:
-            return False
-        each = _each(steps, plan.batch_tokens)
-        left = (end_of(tokens + plan.batch_tokens, self._decay, plan.batch_tokens) - tokens) // plan.batch_tokens
-        slower = _ON_GRID if self._task.strategy.finishing and not self._task.strategy.scales_alone else 1.0
-        phase = self._task.strategy.distillation.on_policy
-        writing = phase.share * self._writing if phase else 0.0
-        return self._agreed(_SPARE * left * (slower * each + writing) > until.left)
-
-    def _sooner(self, until: Moment, steps: Sequence[StepRecord], end: int) -> int:
-        """Tokens at which a decay under way is to end, fewer than before where the machine has become slower.
-
-        Never fewer than the plan's; of several processes the first's.
-
-        Args:
-            until: When it is to end.
-            steps: Of the decay so far.
-            end: Tokens at its end, as was thought before.
-        """
-        batch = self._bench.setting.plan.batch_tokens
-        own = [step for step in steps if step.on_policy]
-        # In the last phase a step takes as long as those of it; before, as if all that are left were of it.
-        each = _each(own, batch) if own else _each(steps, batch) + self._writing
-        left = 0 if len(steps) < _FEW_STEPS else (end - steps[-1].tokens) // batch
-        held = max(0, int(until.left / each))
-        least = self._bench.setting.plan.tokens + batch
-        found = min(end, max(steps[-1].tokens + held * batch, least)) if left > _SPARE * held else end
-        sharding = self._bench.sharding
-        return int(sharding.first(found)) if sharding is not None else found
-
-    def _agreed(self, own: bool) -> bool:
-        """What the first of several processes finds, in each."""
-        sharding = self._bench.sharding
-        return bool(sharding.first(int(own))) if sharding is not None else own
-
-    def _points(self, rung: int, start: int) -> list[int]:
-        """Tokens beyond `start` at which decays branch off, up to that of a rung.
-
-        A trial that passes rungs without stopping leaves a checkpoint at each, from which others, or it itself where
-        its time ends, are judged there.
-        """
-        passes = self._task.stage or (self._task.straight and self._task.length == 1)
-        branches = self._branches(rung)
-        return [point for point in (branches if passes else branches[-1:]) if point > start]
-
-    def _is_between(self, tokens: int) -> bool:
-        """Whether a checkpoint at so many tokens is none from which a decay branches off."""
-        plan = self._bench.setting.plan
-        targets = (*plan.rungs, *(plan.tokens_of(length) for length in plan.lengths))
-        branches = [branch_point(target, plan.decay, plan.batch_tokens) for target in targets]
-        return tokens not in (0, *branches, self._branches(len(plan.rungs) - 1)[-1])
-
-    def _targets(self, rung: int) -> tuple[int, ...]:
-        """Tokens of the rungs up to one; a longer trial ends beyond the last."""
-        plan, length = self._bench.setting.plan, self._task.length
-        return (*plan.rungs[: rung + 1], *((plan.tokens_of(length),) if length > 1 else ()))
-
-    def _branches(self, rung: int) -> list[int]:
-        """Tokens at which the decays of these branch off; that of a longer trial may be of another share."""
-        plan, targets = self._bench.setting.plan, self._targets(rung)
-        decays = [plan.decay] * (len(targets) - 1) + [self._decay]
-        return [branch_point(tokens, decay, plan.batch_tokens) for tokens, decay in zip(targets, decays, strict=True)]
-
-    def _restore(self, trainer: Trainer, rung: int) -> tuple[int, int]:
-        """Continues from the furthest checkpoint up to a rung's branch.
-
-        Gives the tokens of this stretch that others had trained, and those that this trial had, which was interrupted.
-
-        A checkpoint that cannot be read, or is not as it was written, is removed, and the one before it is taken; of a
-        storage this machine's copy is fetched once more before.
-        """
-        tokens, sharding = self._branches(rung), self._bench.sharding
-        fetched: set[Checkpoint] = set()
-        while (found := self._furthest(tokens[-1])) is not None:
-            path, checkpoint = found
-            try:
-                # Before a weight is changed: without a checkpoint the trial begins with those it was made with.
-                check_seal(path)
-                trainer.load(path)
-            except FileNotFoundError:
-                if sharding is not None:
-                    raise  # the other processes wait in theirs: all end, and are tried again
-                continue  # collected meanwhile
-            except (DamagedError, SafetensorError, OSError) as error:
-                if checkpoint in fetched or sharding is not None or not self._stages.drop_copy(checkpoint):
-                    self._damaged = f"the checkpoint at {checkpoint.tokens:,} tokens is lost: {error}"
-                    self._stages.remove(checkpoint)
-                fetched.add(checkpoint)
-                if sharding is not None:
-                    raise
-                continue
-            before = tokens[-2] if rung > 0 and not self._task.straight else 0
-            if checkpoint.tokens <= before:
-                return 0, 0
-            notes, reached = read_metadata(path), checkpoint.tokens - before
-            if notes["trial"] != self._task.id:
-                return reached, 0
-            # Its own, of this very stretch: the worker was killed between the checkpoint and the report.
-            shared = int(notes["shared"])
-            return shared, max(0, reached - shared)
-        return 0, 0
-
-    def _furthest(self, tokens: int) -> tuple[Path, Checkpoint] | None:
-        """The furthest checkpoint of the stage up to so many tokens; of several processes the first one's choice."""
-        found, sharding = self._stages.find(self._stage, tokens), self._bench.sharding
-        if sharding is None:
-            return found
-        chosen = int(sharding.first(found[1].tokens if found else -1))
-        if chosen < 0 or (found is not None and found[1].tokens == chosen):
-            return found if chosen >= 0 else None
-        found = self._stages.find(self._stage, chosen)
-        if found is None or found[1].tokens != chosen:
-            raise FileNotFoundError(f"this node has no checkpoint of {self._stage} at {chosen} tokens")
-        return found
-
-    def _save(self, trainer: Trainer, shared: int, in_place_of: int | None) -> str | None:
-        """Keeps the stable part for whoever goes on from it; gives the reason where that is impossible.
-
-        Without it the trial goes on all the same, and a later stretch trains again what was lost.
-
-        Args:
-            trainer: At the point that is kept.
-            shared: Tokens of this stretch that others had trained.
-            in_place_of: Tokens of the checkpoint that is of no use any more then, or None.
-        """
-        sharding = self._bench.sharding
-        held = self._stages.holds(self._stage, trainer.tokens)
-        if sharding.first(held) if sharding else held:
-            return None
-        # Before anything can fail in the first process alone: each gives its shards.
-        write = trainer.checkpoint({"trial": self._task.id, "shared": str(shared)})
-        if write is None:
-            return None
-        try:
-            self._stages.save(self._stage, trainer.tokens, write)
-        except (OSError, SafetensorError) as error:
-            return f"the checkpoint at {trainer.tokens:,} tokens could not be written: {error}"
-        for checkpoint in self._stages.checkpoints() if in_place_of else ():
-            if (checkpoint.stage, checkpoint.tokens) == (self._stage, in_place_of):
-                self._stages.remove(checkpoint)
-        return None
-
     def evaluate(self, deployment: Deployment) -> RungReport:
-        """Evaluates the trained student, as it was kept at the last rung, under one more deployment."""
+        """Evaluate the trained student, as it was kept at the last rung, under one more deployment."""
         setting, plan = self._bench.setting, self._bench.setting.plan
         began = time.perf_counter()
         folder = trained_student(self._folder, setting.storage)
@@ -452,7 +288,7 @@ class Trial:
         return min(plan.threads, plan.batch_tokens // plan.sequence_length, MOST)
 
     def _save_student(self, model: Any, scales: Mapping[str, Scales], tokens: int | None) -> str:
-        """Writes the trained master weights as a folder that transformers loads, whole or not at all.
+        """Write the trained master weights as a folder that transformers loads, whole or not at all.
 
         What scales were learned lie beside them: rounded weights would not give these scales back. A student of full
         fidelity, that of no `tokens`, takes the place of what was kept of the trial before.
@@ -475,12 +311,6 @@ class Trial:
         if (storage := self._bench.setting.storage) is not None:
             send_student(self._folder, storage, tokens)
         return written
-
-
-def _each(steps: Sequence[StepRecord], batch_tokens: int) -> float:
-    """Seconds that a step takes, by those that were made; the machine may have become slower of late."""
-    took = [batch_tokens / step.tokens_per_second for step in steps[-_MANY_STEPS:]]
-    return max(fmean(took[1:] or took), median(took[-_FEW_STEPS:]))
 
 
 def trainer_of(

@@ -27,7 +27,7 @@ from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.recipe import first_prior
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.solve import SolveRequest, solve
-from autodistill.search.solve.forms import WHOLE
+from autodistill.search.solve.cuts import WHOLE
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import OWN_CODES, rivals
 from autodistill.strategy.deployment import Deployment

@@ -16,7 +16,7 @@ from autodistill.cli.app import main
 from autodistill.errors import DamagedError, InputError, VerificationError
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.graphs.onnx import OnnxExporter
-from autodistill.export.graphs.onnx_graph import Decoder
+from autodistill.export.graphs.onnx_decoder import Decoder
 from autodistill.hardware.budget import Budget
 from autodistill.quantization.grids import Q4_0
 from autodistill.quantization.packing import deployed

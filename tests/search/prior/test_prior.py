@@ -43,8 +43,6 @@ def test_an_unseen_family_begins_lower_and_is_less_sure():
         return found.numbers[RATE].high / found.numbers[RATE].low
 
     assert spread(unseen) > spread(prior())
-    assert unseen.stakes()[RATE] > prior().stakes()[RATE]
-    assert next(iter(unseen.stakes())) == RATE
 
 
 def test_every_dimension_is_one_of_a_space_and_has_a_spread():
@@ -58,8 +56,6 @@ def test_every_dimension_is_one_of_a_space_and_has_a_spread():
     for path, one in found.choices.items():
         assert one.value in CHOICES[path]
         assert set(one.nats) == set(CHOICES[path])
-    stakes = list(found.stakes().values())
-    assert stakes == sorted(stakes, reverse=True)
 
 
 def test_a_choice_other_than_the_first_has_to_be_likely():
@@ -69,14 +65,3 @@ def test_a_choice_other_than_the_first_has_to_be_likely():
         beliefs = {**known.beliefs, name: Belief(mean=mean, sd=0.01)}
         alignment = prior(knowledge=replace(known, beliefs=beliefs)).recipe.alignment
         assert (alignment and alignment.name) == expected
-
-
-def test_what_a_choice_may_win_is_the_mean_of_a_cut_off_normal():
-    import numpy as np
-
-    known = load()
-    names = [f"whole distillation.temperature.shape={one}" for one in ("linear", "cosine", "exponential")]
-    beliefs = {**known.beliefs, **dict.fromkeys(names, Belief(mean=1.0, sd=0.0)), names[0]: Belief(mean=0.01, sd=0.02)}
-    stake = prior(knowledge=replace(known, beliefs=beliefs)).choices["distillation.temperature.shape"].stake
-    drawn = np.random.default_rng(0).normal(0.01, 0.02, 10**6)
-    assert stake == pytest.approx(np.maximum(0, -drawn).mean(), rel=0.02)

@@ -23,7 +23,7 @@ from autodistill.search.solve import SolveRequest, solve
 from autodistill.search.solve.bench import Bench
 from autodistill.search.solve.call import document
 from autodistill.search.solve.call import export as exporting
-from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
+from autodistill.search.solve.call.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.options import Options
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_text

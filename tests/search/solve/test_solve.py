@@ -40,7 +40,8 @@ from autodistill.quantization.formats import TYPES
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.search.solve import SolveRequest, forms, plan_solve, solve
 from autodistill.search.solve.bench import Bench
-from autodistill.search.solve.forms import CUTS, cut_forms, named, smallest
+from autodistill.search.solve.cuts import named, smallest
+from autodistill.search.solve.forms import CUTS, cut_forms
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import KEYS, Options
 from autodistill.search.solve.widths import Widths

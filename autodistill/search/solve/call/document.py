@@ -9,7 +9,8 @@ from typing import Any
 from autodistill.search.solve.bench import Measured, Sample, copying
 from autodistill.search.solve.call.opened import Opened
 from autodistill.search.solve.compensation import compensate, gains
-from autodistill.search.solve.forms import CUTS, WHOLE, Form, best_forms, copied
+from autodistill.search.solve.cuts import WHOLE
+from autodistill.search.solve.forms import CUTS, Form, best_forms, copied
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import Rival, fitting, rivals

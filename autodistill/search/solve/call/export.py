@@ -31,7 +31,7 @@ from autodistill.models.families import GGUF_MIXTURES, get_family
 from autodistill.quantization.grids import Floats
 from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
 from autodistill.search.solve.bench import Bench
-from autodistill.search.solve.candidates import Candidate
+from autodistill.search.solve.call.candidates import Candidate
 from autodistill.search.solve.compensation import Compensated
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
@@ -49,7 +49,7 @@ def export(
     data: Prepared,
     out: Path,
 ) -> dict[str, Any]:
-    """Writes a deployment of the teacher, or copies a candidate, and holds file and runtime to what was measured.
+    """Write a deployment of the teacher, or copy a candidate, and hold file and runtime to what was measured.
 
     Args:
         bench: The teacher in memory.
@@ -111,7 +111,7 @@ def export(
 
 
 def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment | Compensated, out: Path) -> tuple[Artifact, int]:
-    """Writes a deployment of the teacher, compares the file's tensors with what was measured, and counts them.
+    """Write a deployment of the teacher, compare the file's tensors with what was measured, and count them.
 
     Args:
         bench, teacher, chosen, out: As for `export`.

@@ -20,8 +20,8 @@ from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.search.solve.bench import Bench, Sample, load_bench
+from autodistill.search.solve.call.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.call.request import SolveRequest, check_fits, options_of, within_context
-from autodistill.search.solve.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.library import library_file
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.shapes import Shapes, open_shapes
@@ -67,7 +67,7 @@ class Opened:
         return (request.tokens, self.held_out.data.tokens.size, request.sequence_length)
 
     def library_file(self, options: Options) -> Path:
-        """Where the scores of types are kept."""
+        """The file of the scores of types."""
         return library_file(self.request.cache, self.teacher.fingerprint, self.data.fingerprint, self._tokens, options)
 
     def shapes(self, notify: Callable[[str], None]) -> Shapes:

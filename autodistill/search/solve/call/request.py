@@ -20,7 +20,7 @@ from autodistill.hardware.machine import memory_bytes
 from autodistill.models.families import FAMILIES
 from autodistill.models.spec import ModelSpec
 from autodistill.search.solve.bench import compute_device
-from autodistill.search.solve.forms import WHOLE, named, smallest
+from autodistill.search.solve.cuts import WHOLE, named, smallest
 from autodistill.search.solve.options import RUNTIMES, Options
 from autodistill.strategy.strategy import Init
 from autodistill.units import format_bytes
@@ -175,7 +175,7 @@ def within_context(request: SolveRequest, spec: ModelSpec) -> SolveRequest:
 
 
 def check_fits(options: Sequence[Options]) -> None:
-    """Refuses budgets of which none holds even the smallest storage.
+    """Refuse budgets of which none holds even the smallest storage.
 
     Raises:
         InputError: The model is nothing that llama.cpp holds.

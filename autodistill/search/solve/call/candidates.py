@@ -97,7 +97,7 @@ class Candidate:
         return self
 
     def weights(self, bench: Bench) -> Iterator[tuple[str, Tensor]]:
-        """Yields all tensors of the file, dequantised in float32, under transformers' names.
+        """Yield all tensors of the file, dequantised in float32, under transformers' names.
 
         Raises:
             InputError: A block format that cannot be read, weights that are no numbers, or those of another model.
@@ -120,7 +120,7 @@ class Candidate:
 
 
 def open_candidate(path: Path, spec: ModelSpec) -> Candidate:
-    """Reads the header of a file, which must be of the teacher's shape.
+    """Read the header of a file, which must be of the teacher's shape.
 
     Raises:
         InputError: Damaged, not GGUF, or of another model.
@@ -141,7 +141,7 @@ def open_candidate(path: Path, spec: ModelSpec) -> Candidate:
 
 
 def check_candidate(candidate: Candidate, folder: Path, spec: ModelSpec) -> None:
-    """Compares what a file says of its model and tokenizer with what would be written of the teacher's.
+    """Compare what a file says of its model and tokenizer with what would be written of the teacher's.
 
     Args:
         candidate: The file.

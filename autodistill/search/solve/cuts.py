@@ -1,0 +1,277 @@
+"""Students cut from a teacher: the shapes that a space allows, and what each costs with its types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import product
+
+from autodistill.distillation.student.shapes import cut_spec, student_depth
+from autodistill.errors import InputError
+from autodistill.models.families import FAMILIES as MODEL_FAMILIES
+from autodistill.models.families import GGUF_BY_LAYER, get_family
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import TensorSpec
+from autodistill.search.solve.bench import Measured, Sample
+from autodistill.search.solve.library import Library, Score
+from autodistill.search.solve.options import KEYS, VALUES, Options
+from autodistill.search.solve.shapes import Shapes, ffn_widths
+from autodistill.search.solve.widths import Widths
+from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import Init
+
+WHOLE = Init(depth=1.0)
+"""The shape of the teacher itself."""
+
+_ROUNDS = 4  # of widths by layer, each of which may have narrower ones measured
+
+
+def can_cut(spec: ModelSpec) -> bool:
+    """Whether students are cut from a model of this architecture."""
+    return spec.architecture in MODEL_FAMILIES and not spec.experts
+
+
+def may_cut(options: Options) -> bool:
+    """Whether students that are cut are among what may be chosen."""
+    return options.cuts and options.runtime == "llama.cpp" and can_cut(options.spec)
+
+
+def smallest(options: Options) -> tuple[Init, Deployment, int]:
+    """Return the student of the least memory in any family: its shape, its storage, and its bytes.
+
+    Args:
+        options: Of the teacher and the budget.
+
+    Raises:
+        InputError: A space allows shapes that none of the types that it allows can hold.
+    """
+    found = [(WHOLE, options)] if whole_allowed(options) else []
+    found += [(init, replace(options, spec=cut_spec(init, options.spec))) for init in _extremes(options)]
+    sizes = [(init, *cut.smallest()) for init, cut in found if storable(cut)]
+    if not sizes:
+        raise InputError("the shapes that the space allows have rows that no type divides that it allows: allow others")
+    init, deployment, estimate = min(sizes, key=lambda one: one[2].total_bytes)
+    return init, deployment, estimate.total_bytes
+
+
+def whole_allowed(options: Options) -> bool:
+    """Whether the teacher's own shape may be chosen."""
+    limits = options.limits
+    return WHOLE in limits.inits if limits.inits is not None else limits.depth(1.0) and limits.ffn(1.0)
+
+
+def _extremes(options: Options) -> list[Init]:
+    """Of each family of cuts the shape that needs least."""
+    spec, limits = options.spec, options.limits
+    if limits.inits is not None:
+        return [init for init in limits.inits if init != WHOLE]
+    if not may_cut(options):
+        return []
+    drops, widths = allowed_drops(options), allowed_widths(options)
+    found = [_narrowed(widths[-1], spec)] if 0 in drops and widths[-1] < spec.ffn_width else []
+    return found + (
+        [_dropped(1, drops[-1], widths[-1 if widths[0] < spec.ffn_width else 0], spec)] if drops[-1] else []
+    )
+
+
+def check_shapes(options: Options) -> None:
+    """Refuse shapes that a space asks for and this teacher cannot be cut to.
+
+    Raises:
+        InputError: Says which.
+    """
+    for init in options.limits.inits or ():
+        cut_spec(init, options.spec)
+    if options.limits.inits is None and not can_cut(options.spec):
+        if not whole_allowed(options):
+            raise InputError("the space asks for a student that is cut, and this model cannot be: allow init.depth 1")
+        return
+    allowed_drops(options)
+
+
+def allowed_widths(options: Options) -> tuple[int, ...]:
+    """Return the widths that all FFNs may have, the widest first."""
+    spec, limits = options.spec, options.limits
+    found = [width for width in ffn_widths(spec.ffn_width) if limits.ffn(width / spec.ffn_width)]
+    # Fractions that are listed, and the ends of a range, are rounded to widths as everywhere.
+    told = [cut_spec(Init(depth=1.0, ffn=share), spec).ffn_width for share in limits.ends("init.ffn")]
+    return tuple(sorted({*found, *told}, reverse=True))
+
+
+def allowed_drops(options: Options) -> tuple[int, ...]:
+    """Return how many layers may be left out, in one block between the first and the last; the fewest first.
+
+    Raises:
+        InputError: So few layers are to be kept that there is no such block.
+    """
+    layers, limits = options.spec.layers, options.limits
+    ends = [layers - student_depth(Init(depth=share), layers) for share in limits.ends("init.depth")]
+    counts = [count for count in range(_most_dropped(layers) + 1) if limits.depth((layers - count) / layers)]
+    found = sorted({*counts, *(count for count in ends if count == 0 or count <= layers - 2)})
+    if not found:
+        raise InputError(
+            f"init.depth leaves fewer than two of the teacher's {layers} layers, and the first and the last are kept: "
+            f"allow {2 / layers:.2g} or more"
+        )
+    return tuple(found)
+
+
+def _narrowed(width: int, spec: ModelSpec) -> Init:
+    return Init(depth=1.0, ffn=width / spec.ffn_width, repair=True)
+
+
+def _dropped(first: int, count: int, width: int, spec: ModelSpec) -> Init:
+    """Without a block of layers, and with FFNs of a width."""
+    init = Init(depth=1.0, dropped=(first, count))
+    return init if width == spec.ffn_width else replace(init, ffn=width / spec.ffn_width, repair=True)
+
+
+def named(init: Init, deployment: Deployment) -> str:
+    """Return the name of a student in a storage: that of the storage if it is the whole teacher."""
+    return deployment.name if init == WHOLE else f"{deployment.name} ({init.describe()})"
+
+
+def _most_dropped(layers: int) -> int:
+    """How many layers are left out at the most: half of them, and neither the first nor the last."""
+    return max(0, min(layers // 2, layers - 2))
+
+
+def storable(options: Options) -> bool:
+    """Whether llama.cpp holds a shape in any of the types that may be chosen."""
+    try:
+        options.check()
+    except InputError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutOptions(Options):
+    """The types that a student's matrices may have: those that the teacher's were scored in.
+
+    Attributes:
+        scored: Of each matrix, by the student's name of it.
+    """
+
+    scored: Mapping[str, tuple[str, ...]]
+
+    def kinds(self, tensor: TensorSpec) -> tuple[str, ...]:
+        """The types whose blocks divide a matrix's rows, the most bits first."""
+        return tuple(kind for kind in super().kinds(tensor) if kind in self.scored[tensor.name])
+
+
+class CutScores:
+    """What storages cost a student: the costs of its cuts, and of types the share of the teacher's that is kept.
+
+    Args:
+        init: How it is made: FFNs narrower, a block of layers left out, or both.
+        teacher: Options of the teacher.
+        library: The teacher's.
+        shapes: Where the student is made and measured.
+        cost: Of the cut, where it was measured as a whole.
+    """
+
+    def __init__(
+        self, init: Init, teacher: Options, library: Library, shapes: Shapes, cost: Score | None = None
+    ) -> None:
+        self.init, self._library, self._shapes = init, library, shapes
+        layers = shapes.kept_layers(init)
+        self._deep = len(layers) / teacher.spec.layers
+        spec = cut_spec(init, teacher.spec)
+        widths = zip(layers, spec.ffn_by_layer, strict=True)
+        self._costs = [cost] if cost else [shapes.ffn(layer, width) for layer, width in widths]
+        self._costs += [shapes.span(*init.dropped)] if init.dropped and not cost else []
+        tensors = {tensor.name: tensor for tensor in teacher.spec.tensors}
+        family = get_family(spec.architecture)
+        self._origins: dict[str, tuple[str, float]] = {}
+        for tensor in spec.tensors:
+            part = family.layer_part(tensor.name)
+            origin = tensor.name if part is None else f"{family.body}.layers.{layers[part[0]]}.{part[1]}"
+            share = math.prod(tensor.shape) / math.prod(tensors[origin].shape)
+            self._origins[tensor.name] = (origin, share)
+        scored = {
+            name: teacher.free.kinds(tensors[origin])
+            for name, (origin, _) in self._origins.items()
+            if origin in teacher.matrices or origin in teacher.tables
+        }
+        given = {field.name: getattr(teacher, field.name) for field in fields(Options)}
+        self.options = CutOptions(**given | {"spec": spec, "scored": scored})
+
+    def score(self, name: str, kind: str) -> Score:
+        """What it costs to store a matrix, or a half of the cache, as a type."""
+        origin, share = (name, self._deep) if name in (KEYS, VALUES) else self._origins[name]
+        found = self._library.score(origin, kind)
+        return replace(found, kl=share * found.kl, stderr=share * found.stderr, exact=found.exact and share == 1)
+
+    def predict(self, deployment: Deployment) -> tuple[float, float]:
+        """The sum of the scores of the cuts and of a deployment, and its standard error with scores independent."""
+        keys, values = deployment.cache_types
+        chosen = [*self.options.types(deployment).items(), (KEYS, keys), (VALUES, values)]
+        scores = [*self._costs, *(self.score(name, kind) for name, kind in chosen)]
+        return sum(one.kl for one in scores), math.sqrt(sum(one.stderr**2 for one in scores))
+
+    @property
+    def cost(self) -> float:
+        """Of the cuts alone, in nats."""
+        return sum(one.kl for one in self._costs)
+
+    def joint(self, deployment: Deployment, sample: Sample) -> Measured:
+        """What the whole student does on a sample."""
+        return self._shapes.joint(self.init, deployment, sample)
+
+
+def named_cuts(options: Options, library: Library, shapes: Shapes, sample: Sample) -> Iterator[CutScores]:
+    """Yield the shapes that a space names and of which some storage fits, the one that costs least by itself first."""
+    found = []
+    for init in options.limits.inits or ():
+        kept = replace(options, spec=cut_spec(init, options.spec))
+        if init == WHOLE or not storable(kept) or not kept.fits(kept.smallest()[0]):
+            continue
+        found.append(CutScores(init, options, library, shapes, shapes.whole(init, sample)))
+    yield from sorted(found, key=lambda one: one.cost)
+
+
+def narrow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
+    """Yield the teacher with all FFNs equally narrow, and repaired; the wider ones first."""
+    if 0 not in allowed_drops(options):
+        return
+    shapes.build()
+    for width in allowed_widths(options):
+        if width < options.spec.ffn_width:
+            yield CutScores(_narrowed(width, options.spec), options, library, shapes)
+
+
+def layered(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
+    """Yield the teacher with the widths of least cost, if llama.cpp holds layers that differ."""
+    allowed = allowed_widths(options)
+    by_layer = get_family(options.spec.architecture).gguf in GGUF_BY_LAYER
+    if not by_layer or 0 not in allowed_drops(options) or len(allowed) == 1:
+        return
+    shapes.build()
+    widths = None
+    for _ in range(_ROUNDS):
+        widths = Widths(options, library, shapes, allowed).best(options.budget.memory_bytes)
+        # What is narrower than all that was measured is measured before it is relied on.
+        beyond = [(layer, width) for layer, width in enumerate(widths or ()) if width < shapes.scored[-1]]
+        beyond = [(layer, width) for layer, width in beyond if not shapes.ffn(layer, width).exact]
+        if not beyond:
+            break
+        shapes.measure(beyond)
+    if widths is not None and len(set(widths)) > 1:
+        yield CutScores(Init(depth=1.0, ffn_widths=widths, repair=True), options, library, shapes)
+
+
+def shallow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
+    """Yield the teacher without a block of layers, for each number of layers the one that costs least; few first."""
+    spec, widths = options.spec, allowed_widths(options)
+    # Both are cut only where a space leaves no FFN whole.
+    widths = widths[:1] if widths[0] == spec.ffn_width else widths
+    for count, width in product(allowed_drops(options), widths):
+        kept = replace(options, spec=cut_spec(_dropped(1, count, width, spec), spec)) if count else options
+        if not count or not kept.fits(kept.smallest()[0]):
+            continue
+        if width < spec.ffn_width:
+            shapes.build()
+        first, _ = shapes.spans(count)[0]
+        yield CutScores(_dropped(first, count, width, spec), options, library, shapes)
