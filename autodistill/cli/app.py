@@ -314,7 +314,10 @@ _verb(serving.load, dict, serving.loaded_text, after=_promised)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line, by default this process's own, and gives its exit code."""
-    code = _run(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        code = _run(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:  # one more, while the first one was being answered
+        code = _fail("stopped", ended_by(INTERRUPTED))
     if arguments is None and calls_left():
         # A library would wait for it at exit without end, deaf to interrupts.
         sys.stdout.flush()
