@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import takewhile
@@ -13,10 +14,11 @@ from autodistill.api.paths import each_run, run_folder
 from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.tables import open_view
 from autodistill.errors import InputError
-from autodistill.export.promise import check_exported
+from autodistill.export.promise import RECORD, check_exported
 from autodistill.options import RUNS, Cache, Option, Out, cache_folder
 from autodistill.runs.run_folder import RunFolder, known_runs
 from autodistill.runs.standing import leaderboard_of
+from autodistill.utils.json_files import read_json
 
 RunName = Annotated[str, Option(help="Name of the run, or its folder.", metavar="RUN", argument=True, complete="runs")]
 Boards = list[tuple[RunFolder, tuple[Any, str]]]
@@ -230,6 +232,26 @@ def export(
         return {name: str(path) for name, path in paths.items()}
 
 
+def exported_text(paths: Mapping[str, str]) -> str:
+    """What `export` wrote, with what its proof found, for a person."""
+    told = []
+    for name, path in paths.items():
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        proof = read_json(folder / RECORD)["proof"]
+        found = "not run, as asked" if proof is None else f"{_agreement(proof)}."
+        told.append(f"{name}: {path}\n  {found}")
+    served = [f"To serve it: autodistill serve {shlex.quote(paths['gguf'])}"] if "gguf" in paths else []
+    return "\n".join(told + served)
+
+
+def _agreement(proof: Mapping[str, Any]) -> str:
+    low, high = proof["interval"]
+    return (
+        f"Run here they choose the evaluated student's token in {proof['agreement']:.2%} ({low:.1%} to {high:.1%}) of "
+        f"{proof['positions']} clear positions, and in {proof['raw_agreement']:.2%} of all"
+    )
+
+
 def _threads() -> int:
     from autodistill.hardware.background_load import free_cores
     from autodistill.hardware.machine import detect
@@ -263,12 +285,7 @@ def verified_text(document: Mapping[str, Any]) -> str:
     if "not_run" in document:
         return f"{whole}. They were not run: {document['not_run']}"
     proof = document["proof"]
-    low, high = proof["interval"]
-    said = [
-        f"{whole}.",
-        f"Run here they choose the evaluated student's token in {proof['agreement']:.2%} ({low:.1%} to {high:.1%}) of "
-        f"{proof['positions']} clear positions, and in {proof['raw_agreement']:.2%} of all.",
-    ]
+    said = [f"{whole}.", f"{_agreement(proof)}."]
     if proof["divergence"] is not None:
         said.append(f"They are {proof['divergence']:.2g} nats away from that student.")
     if proof["same_written"] is not None:
