@@ -117,8 +117,12 @@ def origin(row_id: str, out: Path, on: str | None = None) -> Origin:
         told = ", ".join(one.run.name for one in found)
         raise InputError(f"several runs have a row {row_id!r} ({told}): name one of them with --on")
     known = list(dict.fromkeys(name for held in rows.values() for name in held))
-    near = difflib.get_close_matches(row_id, known, _NEAR, 0.5) or known[:_NEAR]
-    offered = f"near it are {', '.join(near)}" if near else "there are no rows yet"
+    if row_id in names:
+        offered = f"that is a run: name one of its rows, which autodistill leaderboard {row_id} shows"
+    elif near := difflib.get_close_matches(row_id, known, _NEAR, 0.5):
+        offered = f"near it are {', '.join(near)}"
+    else:
+        offered = "autodistill leaderboard shows those that there are" if known else "there are no rows yet"
     where = f"the run {on!r} has" if on is not None else f"the runs in {out} have"
     raise InputError(f"{where} no row {row_id!r}: {offered}")
 

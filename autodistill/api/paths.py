@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def run_folder(run: str | Path | Run, out: Path) -> RunFolder:
     if isinstance(run, Run):
         return RunFolder.open(run.path.parent, run.name)
     path = Path(run).expanduser()
-    if isinstance(run, Path) or len(path.parts) > 1:
+    if isinstance(run, Path) or _is_path(run):
         return RunFolder.open(path.absolute().parent, path.absolute().name)
     if each := runs_of(out, str(run)):
         raise InputError(f"{run!r} is a search for several budgets: name one of its runs, {', '.join(each)}")
@@ -29,7 +30,12 @@ def each_run(names: Iterable[str], out: Path) -> list[str]:
 
 
 def _runs_of(name: str, out: Path) -> list[str]:
-    return [] if len(Path(name).parts) > 1 else runs_of(out, name)
+    return [] if _is_path(name) else runs_of(out, name)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a run is named by its folder, as in ./run."""
+    return os.sep in name or len(Path(name).expanduser().parts) > 1
 
 
 def device_files(files: Sequence[str | Path] | None, named: bool) -> list[Path]:

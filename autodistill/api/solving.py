@@ -107,7 +107,7 @@ class SolveOptions:
     candidate: Annotated[
         str | Path | Sequence[str | Path] | None,
         Option(
-            help="Measure this GGUF file of the same model too, and take it if it is better; may be repeated.",
+            help="Measure this GGUF file of the same model too, and take it if it is better. Repeatable.",
             metavar="FILE",
             typed=list[str],
         ),

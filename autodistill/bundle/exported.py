@@ -9,7 +9,7 @@ from pathlib import Path
 
 from autodistill.errors import DamagedError, InputError
 from autodistill.export.base import Expected
-from autodistill.export.promise import RECORD, ExportRecord, Promised
+from autodistill.export.promise import RECORD, ExportRecord, Promised, check_exported
 from autodistill.models.licenses import stated
 from autodistill.runtimes.launch_files import SERVE_FILE, Launch, read_launch
 from autodistill.strategy.deployment import Deployment
@@ -80,8 +80,7 @@ def read_export(folder: Path, runtime: str | None = None) -> Exported:
     """
     if runtime is not None and runtime not in RUNTIMES:
         raise InputError(f"there is no runtime {runtime!r}: --runtime is {', '.join(RUNTIMES)}")
-    if not (folder / RECORD).is_file():
-        raise InputError(f"{folder} has no {RECORD}: name a folder that autodistill export wrote")
+    check_exported(folder)
     record = read_json(folder / RECORD)
     where = str(folder / RECORD)
     check_typed(record, ExportRecord, where)

@@ -204,7 +204,9 @@ def _plan(request: SearchRequest, price: str | None) -> dict[str, Any]:
     hourly = None if price is None else parse_price(price)
     from autodistill.cli.live import SearchView
     from autodistill.search.search import plan_search
+    from autodistill.trackers.writing import Live
 
+    Live(request.log or ())  # refuses what the search would refuse
     with open_view() as view:
         if isinstance(request, BudgetsRequest) and request.several:
             from autodistill.search.budgets.run import plan_budgets
@@ -285,7 +287,7 @@ _verb(commands.compare, dict, lines)
 _verb(commands.study, dict, lines)
 _verb(commands.log, dict, lines)
 _verb(api.cascade, dict, _cascaded, quiet=lambda given: [])
-_verb(commands.export, dict, lines)
+_verb(commands.export, dict, commands.exported_text)
 _verb(commands.verify, dict, commands.verified_text)
 _verb(api.bundle, dict, bundle_text, quiet=lambda given: [])
 _verb(api.dashboards, dict, lines)
@@ -318,7 +320,10 @@ _verb(serving.load, dict, serving.loaded_text, after=_promised)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default this process's own, and return its exit code."""
-    code = _run(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        code = _run(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:  # one more, while the first one was being answered
+        code = _fail("stopped", ended_by(INTERRUPTED))
     if arguments is None and calls_left():
         # A library would wait for it at exit without end, deaf to interrupts.
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import takewhile
@@ -13,9 +14,11 @@ from autodistill.api.paths import each_run, run_folder
 from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.tables import open_view
 from autodistill.errors import InputError
-from autodistill.options import RUNS, Cache, Option, Out, RayAddress, Storage, cache_folder
+from autodistill.export.promise import RECORD, check_exported
+from autodistill.options import RUNS, Cache, Option, Out, cache_folder
 from autodistill.runs.run_folder import RunFolder, known_runs
 from autodistill.runs.standing import leaderboard_of
+from autodistill.utils.json_files import read_json
 
 RunName = Annotated[str, Option(help="Name of the run, or its folder.", metavar="RUN", argument=True, complete="runs")]
 Boards = list[tuple[RunFolder, tuple[Any, str]]]
@@ -98,9 +101,10 @@ def _merged(names: Sequence[str], out: Path, by: str | None, to: Path | None, mo
 
 def explain(run: RunName, out: Out = RUNS) -> dict[str, Any]:
     """Show what mattered in a run, what was stopped early, which limit binds and what to try next."""
+    folder = run_folder(run, Path(out))
     from autodistill.search.explain import explain as explained
 
-    found = explained(run_folder(run, Path(out)))
+    found = explained(folder)
     return {**found.to_json(), "text": found.describe()}
 
 
@@ -145,9 +149,9 @@ def report(
     runs: Annotated[Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path)] = RUNS,
 ) -> dict[str, str]:
     """Write the page about a run again: one file with charts and tables, which opens from disk."""
+    folder = run_folder(run, runs)
     from autodistill.report.writing import write_charts, write_page
 
-    folder = run_folder(run, runs)
     paths = {"page": str(write_page(folder, out))}
     return paths | ({path.name: str(path) for path in write_charts(folder, plots)} if plots else {})
 
@@ -163,9 +167,10 @@ def compare(
     out: Out = RUNS,
 ) -> dict[str, str]:
     """Write one page about several runs: what each was asked and found, with their budget curves."""
+    folders = [run_folder(name, Path(out)) for name in each_run(runs, Path(out))]
     from autodistill.report.writing import write_comparison
 
-    return {"page": str(write_comparison([run_folder(name, Path(out)) for name in each_run(runs, Path(out))], to))}
+    return {"page": str(write_comparison(folders, to))}
 
 
 def study(
@@ -227,6 +232,26 @@ def export(
         return {name: str(path) for name, path in paths.items()}
 
 
+def exported_text(paths: Mapping[str, str]) -> str:
+    """What `export` wrote, with what its proof found, for a person."""
+    told = []
+    for name, path in paths.items():
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        proof = read_json(folder / RECORD)["proof"]
+        found = "not run, as asked" if proof is None else f"{_agreement(proof)}."
+        told.append(f"{name}: {path}\n  {found}")
+    served = [f"To serve it: autodistill serve {shlex.quote(paths['gguf'])}"] if "gguf" in paths else []
+    return "\n".join(told + served)
+
+
+def _agreement(proof: Mapping[str, Any]) -> str:
+    low, high = proof["interval"]
+    return (
+        f"Run here they choose the evaluated student's token in {proof['agreement']:.2%} ({low:.1%} to {high:.1%}) of "
+        f"{proof['positions']} clear positions, and in {proof['raw_agreement']:.2%} of all"
+    )
+
+
 def _threads() -> int:
     from autodistill.hardware.background_load import free_cores
     from autodistill.hardware.machine import detect
@@ -243,6 +268,7 @@ def verify(
     ] = False,
 ) -> dict[str, Any]:
     """Compare an export with the hashes in its record, and repeat its proof on this machine."""
+    check_exported(folder)
     quiet_libraries()
     from autodistill.export.record import repeat
 
@@ -259,12 +285,7 @@ def verified_text(document: Mapping[str, Any]) -> str:
     if "not_run" in document:
         return f"{whole}. They were not run: {document['not_run']}"
     proof = document["proof"]
-    low, high = proof["interval"]
-    said = [
-        f"{whole}.",
-        f"Run here they choose the evaluated student's token in {proof['agreement']:.2%} ({low:.1%} to {high:.1%}) of "
-        f"{proof['positions']} clear positions, and in {proof['raw_agreement']:.2%} of all.",
-    ]
+    said = [f"{whole}.", f"{_agreement(proof)}."]
     if proof["divergence"] is not None:
         said.append(f"They are {proof['divergence']:.2g} nats away from that student.")
     if proof["same_written"] is not None:
@@ -275,7 +296,16 @@ def verified_text(document: Mapping[str, Any]) -> str:
 
 
 def doctor(
-    out: Out = RUNS, cache: Cache = None, storage: Storage = None, ray_address: RayAddress = None
+    out: Out = RUNS,
+    cache: Cache = None,
+    storage: Annotated[
+        str | None,
+        Option(help="Also check that this can be written and read: an s3://, gs:// or file:// address.", metavar="URI"),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        Option(help="Also check each node of this running Ray cluster: auto, or host:port.", metavar="ADDR"),
+    ] = None,
 ) -> Sequence[Any]:
     """Check what is installed and what is missing. Exits with 2 if the default search cannot run."""
     quiet_libraries()

@@ -50,8 +50,8 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
     parts = ("weights", "kv_cache", "compute", "overhead")
     lines = [(name.replace("_", " "), format_bytes(document[f"{name}_bytes"])) for name in parts]
     change = document["memory_overhead"]
-    if change["pairs"]:
-        lines.append(("by measured students", format_bytes(change["correction_bytes"] + change["margin_bytes"])))
+    if learnt := change["correction_bytes"] + change["margin_bytes"]:
+        lines.append(("by measured students", format_bytes(learnt)))
     lines.append(("total", format_bytes(document["total_bytes"])))
     if document["main_memory_bytes"]:
         lines.append(("beside, in main memory", format_bytes(document["main_memory_bytes"])))

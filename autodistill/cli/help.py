@@ -1,4 +1,4 @@
-"""How a command reads and shows its options: no empty text, plain usage lines, flags without values, sections."""
+"""How a command reads and shows its options: no empty text, plain usage lines, no types of Python, sections."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class PlainCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Its parameters, of which the flags are not shown to take a value."""
-        return _without_values(super().get_params(ctx))
+        """Its parameters, shown without what only a programmer reads."""
+        return _plain(super().get_params(ctx))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """What follows the command's name in its usage line."""
@@ -52,14 +52,17 @@ class PlainGroup(TyperGroup):
     """The program, whose commands these are."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Its parameters, of which the flags are not shown to take a value."""
-        return _without_values(super().get_params(ctx))
+        """Its parameters, shown without what only a programmer reads."""
+        return _plain(super().get_params(ctx))
 
 
-def _without_values(params: list[Any]) -> list[Any]:
+def _plain(params: list[Any]) -> list[Any]:
+    """The parameters, of which flags are shown without a value, and arguments without a type of Python."""
     for param in params:
         if getattr(param, "is_flag", False):
             param.metavar = ""
+        elif param.param_type_name == "argument":
+            param.display_type_rich = lambda ctx: None
     return params
 
 

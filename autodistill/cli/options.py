@@ -39,6 +39,8 @@ def _parameter(name: str, option: Option, default: Any, command: str, sections: 
     shown: dict[str, Any] = {
         "help": option.helps.get(command, option.help),
         "metavar": option.metavar,
+        # Typer adds the value itself, which a help text may have told.
+        "show_default": "(default" not in option.helps.get(command, option.help),
         "rich_help_panel": option.section if option.section in sections else None,
     }
     if option.complete:

@@ -86,7 +86,12 @@ def tables(boards: Boards | Merged) -> str:
         parts = [*(["\n".join(wrapped(said, line_width()))] if said else []), *map(_board, boards.boards)]
         return "\n\n".join(parts)
     return "\n\n".join(
-        "\n".join([*wrapped(headline(run), line_width()), leaderboard_table(ranked, metric, line_width())])
+        "\n".join(
+            [
+                *wrapped(headline(run), line_width()),
+                leaderboard_table(ranked, metric, line_width()) if ranked else "no row yet",
+            ]
+        )
         for run, (ranked, metric) in boards
     )
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from autodistill.service.window import Times
 
 BROKEN = 4
-"""Exit code of `monitor` where the promise is broken."""
+"""Exit code of `monitor` and `load` where the promise is broken."""
 
 
 def _say(line: str) -> None:
@@ -155,8 +155,11 @@ def loaded_text(document: Mapping[str, Any]) -> str:
     if document["streams"] is None:
         kept = "Even one sequence alone breaks a limit."
     else:
-        more = "" if document["levels"][-1]["broken"] else ", the most that was tried"
-        kept = f"It keeps to the limits with {document['streams']} at once{more}: {document['capacity']:.3g} answers/s."
+        rate, many = f"{document['capacity']:.3g} answers/s", f"{document['streams']} at once"
+        met = document["levels"][-1]["broken"]  # without a limit, or below all of them, nobody knows how much it bears
+        kept = (
+            f"It keeps to the limits with {many}: {rate}." if met else f"It gives {rate} with {many}, the most tried."
+        )
     held = document["promise"]
     told = "" if held is None else "\n" + _held(held)
     return f"{kept}{told}\nStored in {document['kept_in']}.{doubts}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from autodistill.runs.results.leaderboard import Ranked, rests_on
+from autodistill.runs.results.leaderboard import UNTRAINED, Ranked, rests_on
 from autodistill.runs.results.objectives import PREDICTED_LATENCY
 from autodistill.runs.results.row import WITHIN_LIMITS, Row
 from autodistill.runs.results.selection import KIND as CONFIRMATION
@@ -207,7 +207,7 @@ def leaderboard_table(
         ranked: The rows in their order.
         metric: The figure that ranks.
         width: Characters of a line.
-        legend: Of how many trials the strategy is told, the best first; of all by default.
+        legend: How many strategies are told, the best first; of all by default.
     """
     kept = "retention" if metric == "accuracy" else "accuracy retention"
     titles = ["#", "row", metric, kept, "memory", "size", "latency", "trained"]
@@ -224,13 +224,10 @@ def leaderboard_table(
         **{f"! {gone}": any(one.row.reason == gone for one in ranked) for gone in WITHIN_LIMITS},
         f"{kept}: share of the teacher's accuracy": bool(ranked) and _KEPT in shown,
         "trained: 1x is as many tokens as the plan gives a trial": bool(ranked) and _TRAINED in shown,
+        "rows with less training than that stand last": any(one.row.feasible and not one.row.full for one in ranked),
     }
     note = "; ".join(text for text, needed in notes.items() if needed)
-    trials: dict[str, Row] = {}
-    for one in ranked:
-        if one.row.strategy is not None:
-            trials.setdefault(one.row.trial, one.row)
-    told = [_strategy(row) for row in trials.values()]
+    told = _strategies([one.row for one in ranked])
     strategies = [line for text in told[:legend] for line in wrapped(text, width)]
     said = [line for text in (note, rests_on([one.row for one in ranked])) if text for line in wrapped(text, width)]
     return "\n".join([*body, *said, *([""] if strategies else []), *strategies])
@@ -272,8 +269,15 @@ def _cells(one: Ranked, metric: str) -> list[str]:
         memory_cell(row),
         _estimated(row.size_bytes, None, format_bytes),
         _estimated(*_latency(row), lambda ms: format_duration(ms / 1e3)),
-        "-" if row.strategy is None else f"{1.0 if row.fidelity is None and row.full else row.fidelity or 0.0:.3g}x",
+        _trained(row),
     ]
+
+
+def _trained(row: Row) -> str:
+    """Training in times the plan's tokens; a student as it begins has a strategy, but none."""
+    if row.strategy is None or row.kind in UNTRAINED:
+        return "-"
+    return f"{1.0 if row.fidelity is None and row.full else row.fidelity or 0.0:.3g}x"
 
 
 def memory_cell(row: Row) -> str:
@@ -292,8 +296,16 @@ def _estimated(value: float | None, source: str | None, write: Callable[[float],
     return "-" if value is None else ("~" if source == "predicted" else "") + write(value)
 
 
-def _strategy(row: Row) -> str:
-    assert row.strategy is not None
-    # A proposed strategy is named by a description of itself, which is what follows.
-    title = row.trial if row.kind in ("student", CONFIRMATION) else f"{row.trial} {row.name}"
-    return f"{title}: {row.strategy.describe()}"
+def _strategies(rows: Sequence[Row]) -> list[str]:
+    """What the students are, the best first; those of one strategy, like one that was trained further, together."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.strategy is None:
+            continue
+        untrained = row.kind in UNTRAINED
+        described = f"{row.strategy.init.describe()}, without training" if untrained else row.strategy.describe()
+        # A proposed strategy is named by a description of itself, which is what follows.
+        name = "" if untrained or row.kind in ("student", CONFIRMATION) else f" {row.name}"
+        trials = told.setdefault((described, name), [])
+        trials += [] if row.trial in trials else [row.trial]
+    return [f"{', '.join(trials)}{name}: {described}" for (described, name), trials in told.items()]

@@ -96,7 +96,8 @@ def prepare(
     folder = cache / "data" / fingerprint
     with alone(folder):
         with contextlib.suppress(InputError):  # missing, torn or altered: made below
-            return open_prepared(folder)
+            # The same text may have been prepared before under another name.
+            return replace(open_prepared(folder), name=source.name, license=source.license)
         if renderer is not None:
             renderers = {"": renderer} | {name: own[name] for name in sorted(own)}
             return _prepare_conversations(folder, source, renderers, tokenizer_folder, sequence_length, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from autodistill.errors import InputError
@@ -28,6 +29,26 @@ class ExportRecord(TypedDict):
     files: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str]
     proof: Mapping[str, Any] | None
+
+
+def check_exported(folder: Path) -> None:
+    """Refuse what is no export, and name the exports that lie in it, as in a run or in what `export --out` wrote.
+
+    Raises:
+        InputError: No such folder, or one without a record.
+    """
+    if (folder / RECORD).is_file():
+        return
+    if not folder.is_dir():
+        raise InputError(
+            f"there is no folder {folder}: name one that a search or autodistill export wrote, like "
+            "results/runs/RUN/student/gguf"
+        )
+    inner = sorted(path.parent for pattern in ("*", "student/*") for path in folder.glob(f"{pattern}/{RECORD}"))
+    named = (
+        f"one of the exports in it, {', '.join(map(str, inner))}" if inner else "a folder that autodistill export wrote"
+    )
+    raise InputError(f"{folder} has no {RECORD}: name {named}")
 
 
 _MAKERS = ("nvidia", "amd")  # of GPUs that a container is given

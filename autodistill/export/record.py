@@ -13,7 +13,7 @@ from autodistill.errors import DamagedError, InputError, VerificationError
 from autodistill.export import proof
 from autodistill.export.base import Expected, Exporter, TakesAny, load_exporter
 from autodistill.export.promise import RECORD as FILE
-from autodistill.export.promise import ExportRecord
+from autodistill.export.promise import ExportRecord, check_exported
 from autodistill.export.verify import RuntimeCheck, Verification, prove
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.checksums import check_entries, entries
@@ -119,8 +119,7 @@ def repeat(folder: Path, threads: int, *, run_code: bool = False) -> Repeated:
         DamagedError: A file is missing, was added or altered; names the first one.
         VerificationError: It does not do here what the evaluated student does.
     """
-    if not (folder / FILE).is_file():
-        raise InputError(f"{folder} has no {FILE}: name a folder that autodistill export wrote")
+    check_exported(folder)
     record = read_json(folder / FILE)
     check_typed(record, ExportRecord, str(folder / FILE))
     if record["version"] != _VERSION:

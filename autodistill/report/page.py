@@ -263,7 +263,8 @@ def _importance(contents: Contents, drawn: Mapping[str, Any]) -> str:
             shares = {path: f"{item.share:.1%} of {item.trials} trials" for path, item in found.shares.items()}
             said += pairs(f"What mattered for {objective}", shares)
         else:
-            said += paragraph(f"{found.results} results are too few to tell which dimensions mattered for {objective}.")
+            few = f"There are too few results ({found.results}) to tell which dimensions mattered for {objective}."
+            said += paragraph(few)
     return said
 
 

@@ -135,7 +135,7 @@ class Explanation:
             shared = f", {self.saved.shared_tokens:,} of them shared with others" if self.saved.shared_tokens else ""
             lines.append(
                 f"Trials reached {reached:,} of the {self.tokens_full:,} tokens that all of them would take to the end "
-                f"({1 - reached / self.tokens_full:.0%} saved by stopping){shared}."
+                f"({1 - reached / self.tokens_full:.0%} fewer){shared}."
             )
         lines += [f"{sentence}." for sentence in self.saved.describe()]
         return "\n".join([*lines, opened(self.openings), *filter(None, [self.gains]), self.binding, *self.next])
@@ -227,7 +227,7 @@ def _results(points: Mapping[str, Mapping[str, Any]], rungs: Iterable[RungReache
 
 def _table(objective: str, found: Importance) -> list[str]:
     if not found.shares:
-        return [f"{found.results} results are too few to tell which dimensions mattered for {objective}."]
+        return [f"There are too few results ({found.results}) to tell which dimensions mattered for {objective}."]
     lines = [f"What mattered for {objective}, in {found.results} trials at the first rung (PED-ANOVA):"]
     for path, item in found.shares.items():
         under = "" if item.trials == found.results else f", among the {item.trials} trials that have it"
@@ -254,12 +254,16 @@ def _ended(ends: Iterable[TrialEnded], status: Status) -> tuple[Ended, ...]:
 def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
     """Which limit the best row is near to, and which better row is how far beyond it."""
     limit = asked["budget"]["memory_bytes"]
-    judged = [row for row in rows if row.split == "validation" and row.full and row.memory_bytes]
+    held = [row for row in rows if row.split == "validation" and row.memory_bytes]
+    judged = [row for row in held if row.full]
     full = contenders(judged)
     beyond = least_beyond(full)
     students = [row for row in full if row.kind in DISTILLED]
     only = students_only(asked)
-    best = chosen(judged, asked["metric"], asked["direction"], students_only=only)
+    # Where no trial reached the end of the plan, what was exported is short of it too.
+    exported = (asked.get("exported") or {}).get("row_id")
+    unfinished = next((row for row in held if row.row_id == exported and not row.full), None)
+    best = unfinished or chosen(judged, asked["metric"], asked["direction"], students_only=only)
     if best is not None and corrected(best, beyond) > limit:
         # What was found of one row in its runtime, once exported, holds for those that were only predicted.
         usable = (*DISTILLED, *UNTRAINED)

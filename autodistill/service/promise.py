@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autodistill.advisor.origin import origin
 from autodistill.errors import InputError
 from autodistill.export.promise import RECORD, Promised, promise_asked
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of
 from autodistill.service.request import MARGIN
-from autodistill.service.served import find_run, find_served
+from autodistill.service.served import find_row, find_run, find_served
 from autodistill.units import format_bytes, format_duration
 from autodistill.utils.json_files import read_json
 
@@ -93,7 +92,7 @@ def find_promise(reference: str | Path, out: Path, margin: float = MARGIN) -> Pr
             raise InputError(f"the run {run.name!r} has nothing that keeps to its budget, so it promises nothing")
         return _of_row(run, row, margin)
     if not path.exists():
-        found = origin(str(reference), out)
+        found = find_row(str(reference), out)
         return _of_row(found.run, found.row, margin)
     folder = find_served(path, out).export
     if not (folder / RECORD).is_file():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autodistill.advisor.origin import origin
+from autodistill.advisor.origin import Origin, origin
 from autodistill.errors import InputError
 from autodistill.export.promise import RECORD
 from autodistill.hardware.budget import CONTEXT, check_streams
@@ -78,8 +78,24 @@ def find_served(reference: str | Path, out: Path, row: str | None = None) -> Ser
         if path.suffix != ".gguf":
             raise InputError(f"{path} is no .gguf file and no folder: export a student with --to gguf")
         return _with_launch(path)
-    found = origin(str(reference), out)
+    found = find_row(str(reference), out)
     return _of_run(found.run, found.row.row_id)
+
+
+def find_row(reference: str, out: Path) -> Origin:
+    """Return the row of an id, where what a person named is no file, folder or run.
+
+    Args:
+        reference: What was named.
+        out: Folder that holds the runs.
+
+    Raises:
+        InputError: It is no row either.
+    """
+    try:
+        return origin(reference, out)
+    except InputError as error:
+        raise InputError(f"there is no file, folder or run {reference!r}, and {error}") from None
 
 
 def find_run(path: Path, name: str, out: Path) -> RunFolder | None:

@@ -192,6 +192,7 @@ BAD = [
     (f"{GOOD} --checkpoint-limit lots", ["lots", "16GB"]),
     (f"{GOOD} --plan --price 2.5", ["'2.5' is not a price", "2.5/h"]),
     (f"{GOOD} --price 2.5/h", ["give it with --plan"]),
+    (f"{GOOD} --plan --log diary", ["'diary' is no tracker", "tensorboard"]),
     (f"{GOOD} --metric exact_match", ["exact_match needs questions with answers", "reasoning-gym:TASK"]),
     (f"{GOOD} --data reasoning-gym:chain_som", ["no task 'chain_som'", "chain_sum"]),
     (f"{GOOD} --trials 0", ["--trials", "at least 1"]),
@@ -458,7 +459,9 @@ def test_help_fits_80_columns_and_shows_flags_without_a_value(
     monkeypatch.setenv("COLUMNS", "80")
     out = run(capfd, f"{verb} --help", inputs)[1]
     assert "…" not in out, "nothing is cut"
-    assert "<bool>" not in out
+    assert not re.search(r"<(bool|str|path|list.*)>", out), "no type of Python"
+    shown = re.sub(r"[\s│]+", " ", out)
+    assert not re.search(r"\(default: [^()]*\)\. \[default: ", shown), "a default is told once"
     usage = next(line for line in out.splitlines() if "Usage:" in line)
     assert not set("{}") & set(usage)
     assert "[[" not in usage
@@ -476,6 +479,17 @@ def test_every_option_of_a_search_is_shown_in_a_section(
     out = run(capfd, "search --help", inputs)[1]
     assert all(f"─ {name} ─" in out for name in SECTIONS)
     assert "─ Options ─" not in out
+
+
+def test_one_more_interrupt_while_the_first_is_answered_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def interrupted(given: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autodistill.cli.app._run", interrupted)
+    assert main(["devices"]) == 130
+    assert capfd.readouterr().err == "error: stopped\n"
 
 
 def test_help_is_shown_where_nothing_is_asked(inputs: Path, capfd: Any) -> None:

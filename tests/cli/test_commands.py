@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from autodistill.cli.app import main
-from autodistill.cli.commands import explain
+from autodistill.cli.commands import explain, exported_text, leaderboard
 
 SPACE = """
 dimensions:
@@ -97,3 +98,25 @@ def test_what_a_request_names_is_known_before_a_library_that_asks_hubs_is_import
 def test_a_run_may_be_given_by_its_folder() -> None:
     folder = Path(__file__).parents[2] / "results" / "postgresql" / "postgresql-175MB"
     assert explain(str(folder)) == explain(folder.name, out=folder.parent)
+
+
+def test_what_an_export_does_is_told_with_its_path_and_how_it_is_served(tmp_path: Path) -> None:
+    proof = {"interval": [0.98, 1.0], "agreement": 0.995, "positions": 400, "raw_agreement": 0.9}
+    for name, found in (("gguf", proof), ("onnx", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "export.json").write_text(json.dumps({"proof": found}))
+    file = tmp_path / "gguf" / "student.gguf"
+    file.write_bytes(b"GGUF")
+    told = exported_text({"gguf": str(file), "onnx": str(tmp_path / "onnx")}).splitlines()
+    assert told[0] == f"gguf: {file}"
+    assert "student's token in 99.50% (98.0% to 100.0%) of 400 clear positions, and in 90.00% of all." in told[1]
+    assert told[3] == "  not run, as asked"
+    assert told[4] == f"To serve it: autodistill serve {file}"
+
+
+def test_a_run_is_named_by_its_folder_in_any_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "search.json").write_text('{"metric": "accuracy", "direction": "max"}')
+    monkeypatch.chdir(tmp_path)
+    for name in ("./mine", str(tmp_path / "mine")):
+        assert [run.path for run, _ in leaderboard([name])] == [tmp_path / "mine"]

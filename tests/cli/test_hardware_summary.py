@@ -37,6 +37,16 @@ def test_a_speed_that_rests_on_no_measurement_is_marked_and_told_why() -> None:
     assert [any(cell.endswith("*") for cell in line) for line in cells] == [False, True]
 
 
+def test_what_measured_students_changed_is_a_part_where_they_changed_it() -> None:
+    model = shape({"layers": 4, "width": 256, "heads": 4, "ffn": 512, "vocab": 1000})
+    document = appraise(model, deployment_named("gguf-f16"))
+    texts = [
+        appraisal_text(document | {"memory_overhead": {"pairs": 1, "correction_bytes": more, "margin_bytes": 0}})
+        for more in (0, 5_000_000)
+    ]
+    assert ["by measured students" in text for text in texts] == [False, True]
+
+
 def test_a_rate_has_three_digits_and_no_exponent() -> None:
     rates = {1653.2: "1,650", 123456.0: "123,000", 785.4: "785", 99.96: "100", 12.345: "12.3", 0.0456: "0.0456"}
     assert {rate: _rate(rate) for rate in rates} == rates

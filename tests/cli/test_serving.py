@@ -87,7 +87,7 @@ def test_load_prints_what_was_kept_and_where(
     monkeypatch.setenv("AUTODISTILL_API_KEY", service.setting.key)
     small = ["--prompt", "8", "--decoded", "2", "--time", "10s", "--out", str(tmp_path), "--threads", "1"]
     assert main(["load", service.setting.url, "--streams", "1,2", *small]) == 0
-    assert "with 2 at once, the most that was tried" in capsys.readouterr().out
+    assert "with 2 at once, the most tried" in capsys.readouterr().out
     assert main(["load", service.setting.url, "--streams", "1", "--latency", "1us", *small, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["streams"] is None
 
@@ -182,3 +182,6 @@ def test_what_a_server_and_a_load_came_to_is_told() -> None:
         "It keeps to the limits with 4 at once: 2 answers/s.\nStored in m.jsonl.\n"
         "Doubtful: other work took 1.0 of 2 cores."
     )
+    # Where no limit was met there may be none: nothing is said of limits beside a promise that is broken.
+    told = loaded_text(load | {"levels": levels[:1], "promise": None})
+    assert told.startswith("It gives 2 answers/s with 4 at once, the most tried.")

@@ -174,7 +174,7 @@ def test_the_table_fits_a_hundred_characters_and_its_columns_align() -> None:
     )
 
 
-def test_the_strategies_of_a_leaderboard_are_told_once_a_trial() -> None:
+def test_the_strategies_of_a_leaderboard_are_told_once() -> None:
     strategy = Strategy().to_json()
     rows = [
         row("t001", name="80% even, KD 0.50 T1", strategy=strategy, accuracy=0.3),
@@ -183,7 +183,7 @@ def test_the_strategies_of_a_leaderboard_are_told_once_a_trial() -> None:
         row("t001s1", kind="confirmation", name="80% even, KD 0.50 T1", strategy=strategy, accuracy=0.1),
     ]
     lines = leaderboard_table(rank(rows)).split("\n\n")[1].splitlines()
-    assert [line.split(": 80% even")[0] for line in lines] == ["t001", "b000 logit_kd", "t001s1"]
+    assert [line.split(": 80% even")[0] for line in lines] == ["t001, t001s1", "b000 logit_kd"]
     assert all(line.count("80%") == 1 for line in lines)
     assert len(leaderboard_table(rank(rows), legend=1).split("\n\n")[1].splitlines()) == 1
 
@@ -197,6 +197,23 @@ def test_strategies_stand_in_the_order_of_their_best_rows() -> None:
     ]
     told = leaderboard_table(rank(rows), legend=1).split("\n\n")[1]
     assert told.startswith("t001: ")
+
+
+def test_a_student_as_it_begins_is_not_said_to_be_trained() -> None:
+    rows = [
+        row("t001", strategy=Strategy().to_json(), accuracy=0.3, fidelity=4.0),
+        row("solved", kind="initial", name="solved, without training", strategy=Strategy().to_json(), accuracy=0.2),
+    ]
+    table, told = leaderboard_table(rank(rows)).split("\n\n")
+    assert [line.split()[-1] for line in table.splitlines()[1:3]] == ["4x", "-"]
+    assert told.splitlines()[1] == "solved: 80% even, without training"
+
+
+def test_a_row_that_was_not_trained_to_the_end_is_said_to_stand_last() -> None:
+    short = row("t001", strategy=Strategy().to_json(), accuracy=0.3, fidelity=0.5)
+    teacher = row("teacher", kind="teacher", accuracy=0.2)
+    assert "less training than that stand last" in " ".join(leaderboard_table(rank([short, teacher])).split())
+    assert "stand last" not in leaderboard_table(rank([teacher]))
 
 
 def test_a_narrow_leaderboard_keeps_rows_figures_and_memory_whole() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -219,6 +220,9 @@ def test_prepared_data_are_used_again(
     monkeypatch.setattr(data_module, "encode", None)  # no text is tokenised again
     again = prepare(source, tokenizer, "tiny", LENGTH, prepared.folder.parent.parent)
     assert again == prepared == open_prepared(prepared.folder)
+    other = dataclasses.replace(source, name="other", license="MIT")
+    named = prepare(other, tokenizer, "tiny", LENGTH, prepared.folder.parent.parent)
+    assert (named.name, named.license, named.fingerprint) == ("other", "MIT", prepared.fingerprint)
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,13 @@ def test_a_library_for_another_machine_is_not_run(folder: Path) -> None:
 def test_a_folder_without_a_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no export\.json: name a folder that autodistill export wrote"):
         repeat(tmp_path, 1)
+    for inner in ("student/gguf", "onnx"):
+        (tmp_path / inner).mkdir(parents=True)
+        (tmp_path / inner / FILE).write_text("{}")
+    with pytest.raises(InputError, match=r"name one of the exports in it, .*/onnx, .*/student/gguf"):
+        repeat(tmp_path, 1)
+    with pytest.raises(InputError, match=r"there is no folder .*/gone: name one"):
+        repeat(tmp_path / "gone", 1)
 
 
 def test_files_that_are_code_are_not_run_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

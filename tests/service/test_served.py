@@ -70,7 +70,7 @@ def test_what_nothing_here_serves_is_refused_with_what_to_do(export: Path, stude
         (tmp_path / "text.txt", "no .gguf file"),
         (tmp_path / "gone.gguf", "there is no"),
         (two, "name one of them"),
-        ("gone", "there are no runs"),
+        ("gone", "there is no file, folder or run 'gone', and there are no runs"),
     ):
         with pytest.raises(InputError, match=words):
             find_served(named, tmp_path / "runs")

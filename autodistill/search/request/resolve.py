@@ -301,7 +301,9 @@ def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> 
     """
     asked = request.explore
     if asked is not None and not _LEAST_EXPLORED <= asked <= 1:
-        raise InputError(f"--explore is a share from {_LEAST_EXPLORED:g} to 1, which trains nothing on, not {asked:g}")
+        raise InputError(
+            f"--explore is a share from {_LEAST_EXPLORED:g} to 1 (1: nothing is left for the best), not {asked:g}"
+        )
     if known:
         before = known.get("explore", 1.0)
         if asked not in (None, before):
