@@ -16,7 +16,8 @@ from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
 from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
-from autodistill.search.solve.forms import WHOLE, Form, best_forms, whole_allowed
+from autodistill.search.solve.cuts import WHOLE, whole_allowed
+from autodistill.search.solve.forms import Form, best_forms
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options

@@ -8,9 +8,18 @@ from dataclasses import dataclass, replace
 
 from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.search.solve.bench import Measured, Sample
-from autodistill.search.solve.cuts import WHOLE as WHOLE
-from autodistill.search.solve.cuts import CutScores, layered, may_cut, named, named_cuts, narrow, shallow, storable
-from autodistill.search.solve.cuts import whole_allowed as whole_allowed
+from autodistill.search.solve.cuts import (
+    WHOLE,
+    CutScores,
+    layered,
+    may_cut,
+    named,
+    named_cuts,
+    narrow,
+    shallow,
+    storable,
+    whole_allowed,
+)
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import KEYS, VALUES, Options
 from autodistill.search.solve.shapes import Shapes
@@ -225,7 +234,8 @@ def cut_forms(
         families: Which of `CUTS`.
         thorough: Whether a family is also measured whose sums of scores are far above what an earlier one has.
     """
-    limit, found = options.budget.memory_bytes, []
+    found: list[Form] = []
+    limit = options.budget.memory_bytes
     if options.limits.inits is not None:
         return _best("named", named_cuts(options, library, shapes, sample), limit, sample)
     for family, proposed in (("narrow", narrow), ("layered", layered), ("shallow", shallow)):
