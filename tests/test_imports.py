@@ -34,7 +34,7 @@ WITHOUT_TORCH = (
     *("quantization.packing", "strategy.strategy", "strategy.deployment", "strategy.space", "strategy.named"),
     *("hardware.budget", "hardware.device", "hardware.lookup", "estimates.fit", "estimates.serving_memory"),
     *("evaluation.base", "distillation.student.shapes"),
-    *("advisor.describe", "advisor.estimate", "advisor.candidates", "cli.app", "cli.commands"),
+    *("advisor.describe", "advisor.estimate", "advisor.candidates", "search.explain", "cli.app", "cli.commands"),
 )
 
 

@@ -20,13 +20,12 @@ from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
 from autodistill.runs.results.memory_correction import corrected, least_beyond
 from autodistill.runs.results.objectives import Objective, objectives_of
-from autodistill.runs.results.row import WITHIN_LIMITS, Row, Status
+from autodistill.runs.results.row import LIKELIHOOD, WITHIN_LIMITS, Row, Status
 from autodistill.runs.results.selection import chosen, contenders, students_only
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.savings import Saved, saved
 from autodistill.runs.test_split_ledger import opened, openings_of
 from autodistill.search.algorithms.optuna_study import Importance, Observation, importance
-from autodistill.search.campaign.state import LIKELIHOOD
 from autodistill.search.construction.construction import Construction
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space

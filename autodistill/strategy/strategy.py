@@ -149,6 +149,10 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.4g}%"
 
 
+WHOLE = Init(depth=1.0)
+"""How a student begins that is the teacher itself."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finishing(QuantizationScheme, PlainDataclass):
     """The grid on which the last stage trains, with weights rounded to it in the forward pass (QAT), or all stages.

@@ -15,8 +15,8 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.search.construction.construction import Construction, arms
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
-from autodistill.search.solve.cuts import WHOLE
 from autodistill.strategy.space import Space
+from autodistill.strategy.strategy import WHOLE
 from autodistill.testing import save_tiny_teacher, tiny_text
 from tests.search.small_search import middle_budget
 

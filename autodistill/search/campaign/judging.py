@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from autodistill.runs.results.row import Decision, Row
+from autodistill.runs.results.row import LIKELIHOOD, Decision, Row
 from autodistill.search.algorithms.race import clearly_behind
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving
-from autodistill.search.campaign.state import LIKELIHOOD, Question, TrialState
+from autodistill.search.campaign.state import Question, TrialState
 
 
 class Judge:

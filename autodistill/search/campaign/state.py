@@ -14,7 +14,7 @@ from autodistill.hardware.device import Device
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.events import Step, TrialKind
 from autodistill.runs.results.objectives import Objective
-from autodistill.runs.results.row import Status
+from autodistill.runs.results.row import LIKELIHOOD, Status
 from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.trial_memory import TrainingNeed, TrialMemory
 from autodistill.search.worker.messages import TrialTask
@@ -22,8 +22,6 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Point
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
-
-LIKELIHOOD = "perplexity"
 
 
 @dataclass(frozen=True, kw_only=True)

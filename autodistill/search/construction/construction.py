@@ -9,13 +9,12 @@ from typing import Any, Self
 
 from autodistill.search.prior.knowledge import RATE
 from autodistill.search.prior.prior import Prior
-from autodistill.search.solve.cuts import WHOLE
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Dimension, Point, find, look_up
 from autodistill.strategy.domains import Range, Value
 from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Finishing, Init, Strategy
+from autodistill.strategy.strategy import WHOLE, Finishing, Init, Strategy
 from autodistill.units import format_bytes, with_error
 from autodistill.utils.plain_dataclass import ToJson
 

@@ -16,10 +16,10 @@ from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import rivals
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Init, Strategy
+from autodistill.strategy.strategy import WHOLE, Init, Strategy
 
 SHAPES = (
-    cuts.WHOLE,
+    WHOLE,
     *(Init(depth=1.0, ffn=ffn) for ffn in (0.7, 0.4, 0.2)),
     *(Init(depth=depth, layers="block-influence") for depth in (0.8, 0.6, 0.5)),
 )

@@ -16,7 +16,7 @@ from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
 from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
-from autodistill.search.solve.cuts import WHOLE, whole_allowed
+from autodistill.search.solve.cuts import whole_allowed
 from autodistill.search.solve.forms import Form, best_forms
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
@@ -24,7 +24,7 @@ from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import fitting, rivals
 from autodistill.search.solve.shapes import open_shapes
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Strategy
+from autodistill.strategy.strategy import WHOLE, Strategy
 from autodistill.utils.file_locks import alone
 
 _PROBED = 512  # tokens of a text that is copied, at the most

@@ -19,10 +19,7 @@ from autodistill.search.solve.options import KEYS, VALUES, Options
 from autodistill.search.solve.shapes import Shapes, ffn_widths
 from autodistill.search.solve.widths import Widths
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Init
-
-WHOLE = Init(depth=1.0)
-"""The shape of the teacher itself."""
+from autodistill.strategy.strategy import WHOLE, Init
 
 _ROUNDS = 4  # of widths by layer, each of which may have narrower ones measured
 

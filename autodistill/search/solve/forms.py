@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.search.solve.bench import Measured, Sample
 from autodistill.search.solve.cuts import (
-    WHOLE,
     CutScores,
     layered,
     may_cut,
@@ -25,7 +24,7 @@ from autodistill.search.solve.options import KEYS, VALUES, Options
 from autodistill.search.solve.shapes import Shapes
 from autodistill.search.solve.solver import Found, Scores, Solver
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Init
+from autodistill.strategy.strategy import WHOLE, Init
 
 FAMILIES = ("whole", "narrow", "layered", "shallow", "named")
 """Of shapes: the teacher's own, all FFNs as narrow, each FFN as narrow as it may be, one block of layers left out, and

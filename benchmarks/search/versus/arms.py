@@ -27,13 +27,12 @@ from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.recipe import first_prior
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.solve import SolveRequest, solve
-from autodistill.search.solve.cuts import WHOLE
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import OWN_CODES, rivals
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.named import load_strategy
 from autodistill.strategy.recipe import Distillation
-from autodistill.strategy.strategy import Finishing, Init, Strategy
+from autodistill.strategy.strategy import WHOLE, Finishing, Init, Strategy
 from autodistill.utils.json_files import read_json
 
 # Of the time, what a search has that must reach its rivals' end with 40% less.

@@ -13,10 +13,9 @@ from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.construction.construction import Construction, arms, with_constructions
 from autodistill.search.construction.plain import plain_constructions
 from autodistill.search.construction.recipe import first_prior
-from autodistill.search.solve.cuts import WHOLE
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space, load_space
-from autodistill.strategy.strategy import Init, Strategy
+from autodistill.strategy.strategy import WHOLE, Init, Strategy
 from autodistill.testing import tiny_config
 
 SPEC = spec_from_config(tiny_config())

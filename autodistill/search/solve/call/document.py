@@ -9,7 +9,6 @@ from typing import Any
 from autodistill.search.solve.bench import Measured, Sample, copying
 from autodistill.search.solve.call.opened import Opened
 from autodistill.search.solve.compensation import compensate, gains
-from autodistill.search.solve.cuts import WHOLE
 from autodistill.search.solve.forms import CUTS, Form, best_forms, copied
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
@@ -17,6 +16,7 @@ from autodistill.search.solve.rivals import Rival, fitting, rivals
 from autodistill.search.solve.shapes import Shapes
 from autodistill.search.solve.solver import Found, Solver
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import WHOLE
 from autodistill.utils.hashing import content_hash
 
 PROBED = 1024  # tokens of a text that is copied, at the most

@@ -20,9 +20,9 @@ from autodistill.hardware.machine import memory_bytes
 from autodistill.models.families import FAMILIES
 from autodistill.models.spec import ModelSpec
 from autodistill.search.solve.bench import compute_device
-from autodistill.search.solve.cuts import WHOLE, named, smallest
+from autodistill.search.solve.cuts import named, smallest
 from autodistill.search.solve.options import RUNTIMES, Options
-from autodistill.strategy.strategy import Init
+from autodistill.strategy.strategy import WHOLE, Init
 from autodistill.units import format_bytes
 from autodistill.utils.plain_dataclass import check_no_blank
 
