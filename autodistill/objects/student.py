@@ -82,7 +82,7 @@ class Student:
             to: The format: "gguf", "huggingface", "compressed-tensors", "onnx", "onnx-f16", "pt2", "torchscript",
                 "aoti", "litert", "executorch", or one of an exporter that you installed.
             out: Folder to write into; the container gets a folder in it.
-            notify: Told what a person must know of the student.
+            notify: Told what is done, and what a person must know of the student.
 
         Returns:
             The file or folder that a runtime is given.

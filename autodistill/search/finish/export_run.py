@@ -74,7 +74,7 @@ def export_run(
         row_id: Of the row, or None for the run's best.
         containers: Names of exporters; a folder of that name is made in `out` for each.
         out: Folder for them.
-        notify: Told what a person must know of the student.
+        notify: Told what is done, and what a person must know of the student.
         verified: Whether each is run and compared with the evaluated student; else its card says that it was not.
         threads: CPU threads to run it with.
 
@@ -109,6 +109,7 @@ def export_run(
     for name, deployment in deployments.items():
         with _told(out), replacing(out) as partial:
             folder = partial / name
+            notify(f"writing {row.name} as {name}")
             artifact = exporters[name].export(student, deployment, folder, **origin.label(row))
             weights = verify(exporters[name], artifact, student, deployment)
             # Another container is another runtime, in which the row was not measured.
@@ -117,6 +118,7 @@ def export_run(
             inner = artifact.path.relative_to(folder)
             found = replace(found, artifact="" if inner == Path() else inner.as_posix())
             if text is not None:
+                notify(f"running {name}, and beside it the evaluated student, on {text[1]}")
                 expected = simulate(student, deployment, text[0], threads)
                 check = prove(exporters[name], artifact.path, deployment, expected, threads, student)
                 found = replace(found, expected=expected, check=check, text=text[1])
@@ -206,14 +208,14 @@ def _text_of(asked: Mapping[str, Any], student: Path) -> tuple[npt.NDArray[np.in
 
 def _check_containers(containers: Sequence[str]) -> None:
     known = plugins.names("exporters")
-    listed = f"the containers are {', '.join(known)}"
+    listed = f"the formats are {', '.join(known)}"
     if not containers:
-        raise InputError(f"--to names no container; {listed}")
+        raise InputError(f"--to names no format; {listed}")
     for name in containers:
         if name not in known:
-            raise InputError(f"there is no container {name!r}; {listed}")
+            raise InputError(f"there is no format {name!r}; {listed}")
     if len(set(containers)) < len(containers):
-        raise InputError(f"--to names a container twice: {', '.join(containers)}")
+        raise InputError(f"--to names a format twice: {', '.join(containers)}")
 
 
 def find_row(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:

@@ -165,7 +165,7 @@ def test_a_student_that_was_changed_is_not_exported_under_the_old_figures(tmp_pa
         made.events.append({**reached, "student": write_list(folder)})
     lines: list[str] = []
     export_run(made, None, ["huggingface"], tmp_path / "first", lines.append)
-    assert lines == []
+    assert [line.partition(" ")[0] for line in lines] == ["writing", "running"], "only what is done"
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1000] ^= 1
@@ -185,8 +185,7 @@ def test_a_student_that_was_changed_is_not_exported_under_the_old_figures(tmp_pa
 def test_a_student_of_an_earlier_version_is_exported_and_that_is_said(run: RunFolder, tmp_path: Path) -> None:
     lines: list[str] = []
     export_run(run, "t000-q8_0", ["huggingface"], tmp_path, lines.append)
-    (line,) = lines
-    assert "kept no checksums" in line
+    assert "kept no checksums" in lines[0]
 
 
 def test_a_row_that_is_asked_for_is_the_one_that_is_exported(run: RunFolder, tmp_path: Path) -> None:
@@ -276,7 +275,8 @@ def test_ctrl_c_twice_while_it_is_written_is_one_line_and_the_same_command_then_
         assert main(words) == 130
     # The file, the folder that the exporter writes into, and that of the whole export.
     assert len(signals) == 3
-    assert capfd.readouterr().err.splitlines()[1:] == ["error: stopped"]
+    told = [line for line in capfd.readouterr().err.splitlines()[1:] if not line.startswith("writing ")]
+    assert told == ["error: stopped"]
     assert not list(out.rglob("student.gguf"))
     assert main(words) == 0
     assert stored(out / "gguf" / "student.gguf")[0] == "Q4_0"
