@@ -80,6 +80,23 @@ def test_targets_are_met_failed_or_not_run():
     assert good["packaged"].state == good["arithmetic"].state == targets.NOT_RUN
 
 
+def test_the_target_of_the_packaged_teacher_waits_for_each_of_its_budgets():
+    asked = read_blocks()
+    packaged = {one.name.split("-", 2)[2]: one for one in blocks(asked) if one.budget > 1}
+
+    def state(**points):
+        found = {
+            packaged[f"{size}-0"]: {targets.MINE: row(2.0, accuracy=0.3 + gain / 100), "untrained": row(3.0)}
+            for size, gain in points.items()
+        }
+        return targets.verdicts(asked["targets"], found, asked["rivals"])["packaged"].state
+
+    assert state(**{"150MB": 5.0, "210MB": 5.0}) == targets.NOT_RUN
+    assert state(**{"175MB": 5.0, "210MB": 5.0}) == targets.MET
+    assert state(**{"150MB": 0.0, "175MB": 5.0, "210MB": 5.0}) == targets.MET
+    assert state(**{"175MB": 1.0, "210MB": 5.0}) == targets.FAILED
+
+
 def test_an_arm_that_nothing_fits_or_that_does_not_fit_is_no_rival():
     found = {"finetune": {"nothing_fits": "too large"}, "recipe": row(2.0, fits=False), "minitron": row(3.0)}
     assert targets.best_rival(found, [*found]) == "minitron"

@@ -25,9 +25,9 @@ def without_python() -> Iterator[None]:
     """Ray starts its processes in this block by a plain spawn, and not by Python code in a fork of this process.
 
     Ray's own way runs Python in the fork, which has one thread of the many here. Whatever is freed there, or waits for
-    another thread, can end the child before it is Ray: a process group of gloo that this process is done with has
-    done so, without a word, and Ray then waits in vain for a file. What that code does (no Ctrl-C for the child; on
-    Linux, its end with this process) is done here by inherited signal masks and by a program of four lines.
+    another thread, can end the child without a word before it is Ray, and Ray then waits in vain for a file: a process
+    group of gloo that this process had given up has done so. What Ray's code does there is done here by a signal mask
+    that the child inherits (it ignores Ctrl-C), and on Linux by a program of four lines (it ends with this process).
     """
     from ray._private import services as ray_services
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -47,14 +48,16 @@ class Cluster(Protocol):
         """Until Ray is up."""
         ...
 
-    def ended(self) -> str | None: ...
+    def ended(self) -> str | None:
+        """What of it has ended, in words; None while all of it runs."""
+        ...
 
     def leave(self) -> None:
         """Gives Ray up, if that has not been done; what was joined runs on."""
         ...
 
 
-class WatchedRay:
+class WatchedRay(ABC):
     """A Ray that is watched from the side, since a call to one that has ended comes to no end."""
 
     look_seconds = LOOK_SECONDS
@@ -63,8 +66,9 @@ class WatchedRay:
         self.to_go_on: Callable[[], str] = lambda: "start the search again"
         self._leaving = threading.Event()
 
+    @abstractmethod
     def ended(self) -> str | None:
-        raise NotImplementedError
+        """What of it has ended, in words; None while all of it runs."""
 
     def _watch(self) -> None:
         """Ends this process where it does not leave a Ray that has ended: after a minute Ray would, without a word."""

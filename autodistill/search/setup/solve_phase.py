@@ -163,7 +163,7 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
         solved = {one.deployment for one in forms if one.init == WHOLE}
         beside = (one for one in plain if one not in solved)
         found += [_plain(one, options, library.joint(one, sample)) for one in beside]
-    return tuple(_told_own(one, own) for one in found if _in_time(one, config))
+    return tuple(_of_own_codes(one, own) for one in found if _in_time(one, config))
 
 
 def _of(form: Form, solved: bool) -> Construction:
@@ -177,7 +177,8 @@ def _of(form: Form, solved: bool) -> Construction:
     )
 
 
-def _told_own(one: Construction, own: Deployment | None) -> Construction:
+def _of_own_codes(one: Construction, own: Deployment | None) -> Construction:
+    """The construction, which knows whether its weights are the teacher's own codes."""
     return replace(one, own_codes=one.whole and own is not None and one.deployment.scheme == own.scheme)
 
 

@@ -40,14 +40,20 @@ def test_a_ray_of_this_machine_has_ended_once_one_of_its_processes_has(
     assert "goes on with --resume" in capfd.readouterr().err
 
 
-def test_a_ray_of_its_own_is_told_to_listen_on_the_loopback_and_writes_no_token(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from ray._private import ray_constants, services
-
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The empty home of a person who has named no token."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_a_ray_of_its_own_is_told_to_listen_on_the_loopback_and_writes_no_token(
+    monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    from ray._private import ray_constants, services
+
     seen: list[tuple[dict[str, Any], str, str | None]] = []
 
     def init(**options: Any) -> None:
@@ -66,7 +72,7 @@ def test_a_ray_of_its_own_is_told_to_listen_on_the_loopback_and_writes_no_token(
     assert token is not None
     assert len(token) == 64
     assert before == ray_constants.ENABLE_RAY_CLUSTER, "a cluster that is joined later has other machines"
-    assert list(tmp_path.iterdir()) == []
+    assert list(home.iterdir()) == []
 
 
 def test_a_token_that_a_person_named_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,15 +86,10 @@ def test_a_token_that_a_person_named_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_nothing_of_a_ray_of_its_own_listens_beyond_the_loopback(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_nothing_of_a_ray_of_its_own_listens_beyond_the_loopback(home: Path) -> None:
     """Of this process, Ray's and a worker's, as the system lists their sockets; and there is no file with a token."""
     import ray
 
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
     own = {one.laddr.port for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN}
     local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
     try:
@@ -104,7 +105,7 @@ def test_nothing_of_a_ray_of_its_own_listens_beyond_the_loopback(
         local.leave()
     assert {"gcs_server", "raylet"} <= names
     assert all(address.is_loopback for address in listening), listening
-    assert not (tmp_path / ".ray" / "auth_token").exists()
+    assert not (home / ".ray" / "auth_token").exists()
 
 
 def test_a_ray_is_ended_once_and_not_before_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
