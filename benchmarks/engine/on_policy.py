@@ -81,13 +81,13 @@ class Trained:
     accuracy: float
 
 
-def teacher_of(steps: int, size: int) -> MathTeacher:
-    """The teacher, trained where it is not yet."""
+def teacher_of(steps: int, size: int, shape: Mapping[str, Any] = SHAPE) -> MathTeacher:
+    """The teacher of a shape, trained where it is not yet."""
     task = TASK.format(size=size)
     cache = cache_folder()
-    key = content_hash([SHAPE, task, LENGTH, BATCH, steps])
+    key = content_hash([shape, task, LENGTH, BATCH, steps])
     folder, start = (cache / "teachers" / f"sums-{key}{end}" for end in ("", "-start"))
-    math_teacher.new_model(start, SHAPE)
+    math_teacher.new_model(start, shape)
     prepared = prepare(resolve_data(task), start, tokenizer_fingerprint(start), LENGTH, cache)
     train, validation, test = (load_split(prepared.folder, split) for split in prepared.splits)
     made = MathTeacher(
