@@ -60,7 +60,7 @@ def search(weight: Tensor, grid: Grid, importance: Tensor, way: str) -> tuple[fl
     """The seconds of a core that a search takes, and what it finds."""
     loops = searches.loops
     if way != WAYS[0]:
-        searches.loops = lambda: None
+        searches.loops = lambda *_: None
     try:
         began = time.process_time()
         scales, offsets = searches.weighted_scales(weight, grid, importance)

@@ -43,7 +43,7 @@ def rate(setting: TrialSetting, way: str, steps: int) -> float:
     torch.set_num_threads(threads)
     loops = trained_scales.loops
     if not compiled:
-        trained_scales.loops = lambda: None
+        trained_scales.loops = lambda *_: None
     try:
         model, kept = initial_student(setting, strategy.init, 0)
         trainer = trainer_of(Workbench(setting), task, model, kept, side_by_side=processes)

@@ -179,6 +179,8 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
         # Trials too short to choose by would leave nothing that is worth training on.
         least = _FEWEST_STEPS // 2 * batch
         trials, tokens = _held(demand, speed, workers)
+        # Where a race could tell nothing apart, none of its other arms is begun, whose codes would have to be found.
+        races = trials >= demand.arms
         if trials < demand.made_up:
             demand = replace(demand, made_up=trials)
             tokens = _most_tokens(demand, speed, workers, trials)
@@ -186,7 +188,7 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
             tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
         # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
         path, shared = path_seconds(demand, speed, trials, tokens), shared_seconds(demand, speed, trials, tokens)
-        if demand.trials is None and (tokens > most or path > shared / workers.count):
+        if demand.trials is None and races and (tokens > most or path > shared / workers.count):
             trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
         tokens = max(fewest_tokens(batch), min(tokens, most))
         if trials < _TRIALS and demand.trials is None and not demand.arms:

@@ -347,3 +347,12 @@ def test_of_a_race_that_could_tell_nothing_apart_what_is_believed_runs_alone() -
     assert alone.seconds["codes"] == pytest.approx(raced.seconds["codes"] / 3)
     assert any("holds no race" in note for note in alone.notes)
     assert sum(alone.seconds.values()) <= 420
+
+
+def test_what_runs_alone_stays_so_though_other_workers_are_free() -> None:
+    """Further arms would train beside it, but only once their codes are found, which takes longer than they train."""
+    asked = replace(DEMAND, arms=2, made_up=2, explore=0.5, caches=False, baselines=0)
+    one = make_plan(replace(asked, box_seconds=420.0, arms=1, made_up=1), SPEED, WORKERS).seconds["codes"]
+    for seconds in range(240, 660, 30):
+        plan = make_plan(replace(asked, box_seconds=float(seconds)), SPEED, WORKERS)
+        assert plan.seconds["codes"] == pytest.approx(min(plan.trials, 2) * one)
