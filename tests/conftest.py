@@ -136,8 +136,14 @@ class Workshop:
         )
 
 
+def pytest_sessionstart() -> None:
+    """Nothing of what tests import becomes garbage, and looking for some takes long."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Leaves what was imported out of garbage collection, of which a search asks for several: each takes a second."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

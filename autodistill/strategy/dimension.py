@@ -75,7 +75,8 @@ class Dimension:
         Raises:
             InputError: An unknown path or field, a wrong type, an empty domain.
         """
-        check(path in PATHS, f"no strategy has {path}; {near(path, PATHS)}")
+        if path not in PATHS:
+            raise InputError(f"no strategy has {path}; {near(path, PATHS)}")
         if isinstance(data, Float | Int | Choice):
             other = int if isinstance(data, Float) else float if isinstance(data, Int) else None
             hint = "a whole number: use Int" if other is int else "no whole number: use Float"
@@ -154,10 +155,10 @@ def in_order(dimensions: Sequence[Dimension]) -> tuple[Dimension, ...]:
     by_path = {dimension.path: dimension for dimension in dimensions}
     for dimension in dimensions:
         for path, values in dimension.when.items():
-            check(
-                path in by_path,
-                f"{dimension.path} has a condition on {path}, no dimension here; {near(path, by_path)}",
-            )
+            if path not in by_path:
+                raise InputError(
+                    f"{dimension.path} has a condition on {path}, no dimension here; {near(path, by_path)}"
+                )
             domain = by_path[path].domain
             check(isinstance(domain, Choices), f"{dimension.path} has a condition on {path}, which has no choices")
             for value in values:

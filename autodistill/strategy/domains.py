@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from autodistill.errors import InputError
 from autodistill.utils.plain_dataclass import check
 
 Value = str | int | float | bool
@@ -24,7 +25,8 @@ def near(word: object, known: Iterable[str]) -> str:
 def check_fields(data: Mapping[Any, Any], fields: Sequence[str], where: str) -> None:
     """Raise `InputError` for the first key of `data` that is not in `fields`."""
     for key in data:
-        check(key in fields, f"{where} has no field {key}; {near(key, fields)}")
+        if key not in fields:  # what is near is looked for only then, since that takes longest of all that is read
+            raise InputError(f"{where} has no field {key}; {near(key, fields)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,14 @@ def request(student: Path, out: Path, **changes: Any) -> MeasureRequest:
     return MeasureRequest(student=student, out=out, **(small | changes))
 
 
+@pytest.fixture(scope="module")
+def printed(student: Path, tmp_path_factory: pytest.TempPathFactory, llama_bench: Path) -> str:
+    """What the script for a board printed here of the student, once for all that only read it."""
+    script = tmp_path_factory.mktemp("printed") / "bench.sh"
+    assert measure(request(student, script.parent, script=script))["script"] == str(script)
+    return subprocess.run(["sh", script, student, llama_bench], capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("kind", ["file", pytest.param("folder", marks=pytest.mark.slow)])
 def test_here_it_is_timed_in_its_own_runtime(
     kind: str, folder: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -121,17 +129,15 @@ def test_more_threads_than_cores_are_refused_for_what_they_are(
     assert not [doubt for doubt in doubts if "busy" in doubt]
 
 
-def carried(student: Path, tmp_path: Path, llama_bench: Path, **changes: Any) -> dict[str, Any]:
-    """Measures by a script, as a person who carries it would."""
-    script, result = tmp_path / "bench.sh", tmp_path / "result.txt"
-    assert measure(request(student, tmp_path, script=script))["script"] == str(script)
-    said = subprocess.run(["sh", script, student, llama_bench], capture_output=True, text=True, check=True)
-    result.write_text(said.stdout, encoding="utf-8")
+def carried(student: Path, tmp_path: Path, printed: str, **changes: Any) -> dict[str, Any]:
+    """Measures by what a script printed, as a person who carries it would."""
+    result = tmp_path / "result.txt"
+    result.write_text(printed, encoding="utf-8")
     return measure(request(student, tmp_path, result=result, **changes))
 
 
-def test_a_script_that_was_carried_brings_back_a_measurement(student: Path, tmp_path: Path, llama_bench: Path) -> None:
-    measured = carried(student, tmp_path, llama_bench, device="pi 5")["measured"]
+def test_a_script_that_was_carried_brings_back_a_measurement(student: Path, tmp_path: Path, printed: str) -> None:
+    measured = carried(student, tmp_path, printed, device="pi 5")["measured"]
     assert (measured["machine"], measured["student"]) == (PI.name, fingerprint(student))
     assert (measured["ttft_ms"], measured["tpot_ms"], measured["tokens_per_second"]) == (32.0, 2.0, 500.0)
     assert measured["how"].startswith("llama-bench 8cf427ff")
@@ -151,11 +157,9 @@ def test_a_script_that_was_carried_brings_back_a_measurement(student: Path, tmp_
     ],
 )
 def test_a_board_is_the_device_that_its_system_calls_it_or_one_that_is_to_be_named(
-    system: tuple[str, int, int, str], gpu: str, device: str | None, student: Path, tmp_path: Path, llama_bench: Path
+    system: tuple[str, int, int, str], gpu: str, device: str | None, student: Path, tmp_path: Path, printed: str
 ) -> None:
-    script, result = tmp_path / "bench.sh", tmp_path / "result.txt"
-    measure(request(student, tmp_path, script=script))
-    said = subprocess.run(["sh", script, student, llama_bench], capture_output=True, text=True, check=True).stdout
+    said, result = printed, tmp_path / "result.txt"
     facts = dict(zip(("machine", "cores", "memory_kb", "power_mode"), system, strict=True))
     for name, value in facts.items():
         said = re.sub(rf"^{name}=.*$", f"{name}={value}", said, flags=re.MULTILINE)
@@ -170,9 +174,9 @@ def test_a_board_is_the_device_that_its_system_calls_it_or_one_that_is_to_be_nam
 
 
 def test_what_was_measured_corrects_what_is_predicted_there_and_nowhere_else(
-    student: Path, tmp_path: Path, llama_bench: Path
+    student: Path, tmp_path: Path, printed: str
 ) -> None:
-    measured = carried(student, tmp_path, llama_bench, device="pi 5")["measured"]
+    measured = carried(student, tmp_path, printed, device="pi 5")["measured"]
     kept = read_measured(tmp_path)
     spec = spec_from_config(measured["shape"])
     found = correction(kept, PI, "llama.cpp")
@@ -208,12 +212,12 @@ def test_what_may_be_left_on_a_board_is_said(
 
 
 def test_what_cannot_be_measured_is_said_before_anything_runs(
-    folder: Path, student: Path, tmp_path: Path, llama_bench: Path
+    folder: Path, student: Path, tmp_path: Path, printed: str
 ) -> None:
     torn, other, result = tmp_path / "torn.gguf", tmp_path / "other.gguf", tmp_path / "result.txt"
     torn.write_bytes(student.read_bytes()[:3000])
     other.write_bytes(student.read_bytes() + b"more")
-    carried(student, tmp_path, llama_bench)
+    carried(student, tmp_path, printed)
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text((folder / "config.json").read_text())

@@ -52,8 +52,8 @@ baselines: [logit_kd]
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The names that the page's code leaves behind."""
     folder = tmp_path_factory.mktemp("page")
-    save_tiny_teacher(folder / "model")
-    tiny_text(folder / "docs")
+    save_tiny_teacher(folder / "model", layers=4)
+    tiny_text(folder / "docs", documents=30, sentences=24)
     (folder / "space.yaml").write_text(SPACE)
     quick = {"runner": "inline", "cache": "cache"}
     names: dict[str, Any] = {"HERE": {"name": "first", **quick}, "QUICK": quick, "told": []}

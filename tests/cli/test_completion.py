@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from autodistill.cli.app import main
 from autodistill.cli.completion import devices, formats, runs
 from autodistill.hardware.catalog import devices as known
 from autodistill.hardware.lookup import find_device
@@ -23,12 +23,10 @@ class Given:
         self.params = params
 
 
-def _offered(folder: Path, line: str) -> list[str]:
-    words = line.split(" ")
-    environment = {"_AUTODISTILL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    call = [sys.executable, "-m", "autodistill"]
-    found = subprocess.run(call, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=True)
-    return found.stdout.split()
+def _asked(line: str) -> dict[str, str]:
+    """What bash has in its environment where it asks for the last word of a line."""
+    place = str(len(line.split(" ")) - 1)
+    return {"_AUTODISTILL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": place}
 
 
 @pytest.fixture
@@ -52,8 +50,21 @@ def folder(tmp_path):
         ("autodistill estimate --format gguf-q8", ["gguf-q8_0"]),
     ],
 )
-def test_bash_is_offered_what_there_is(folder, line, expected):
-    assert _offered(folder, line) == expected
+def test_bash_is_offered_what_there_is(folder, line, expected, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    for name, value in _asked(line).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert not ended.value.code
+    assert capfd.readouterr().out.split() == expected
+
+
+def test_the_command_itself_answers_bash(folder):
+    environment = os.environ | _asked("autodistill explain ")
+    call = [sys.executable, "-m", "autodistill"]
+    found = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["first", "second"]
 
 
 def test_every_device_that_is_offered_is_found():

@@ -84,6 +84,7 @@ def test_what_is_solved_within_two_budgets():
     assert solutions[1].kl.value <= solutions[0].kl.value + solutions[0].kl.stderr
 
 
+@pytest.mark.slow  # docs/python.md registers an evaluator too
 def test_the_cells_of_the_notebook():
     pytest.importorskip("altair")
     book = json.loads((EXAMPLES / "evaluator.ipynb").read_text(encoding="utf-8"))

@@ -16,7 +16,8 @@ from autodistill.strategy.deployment import Deployment
 PLAIN = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
 
 
-@pytest.mark.parametrize("runtime", ["llama.cpp", "transformers"])
+# A folder is timed in its process by tests/advisor/test_measure.py too.
+@pytest.mark.parametrize("runtime", ["llama.cpp", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_states_what_it_measured_and_how(subject: Subject, student: Path, artifact: Path, runtime: str) -> None:
     given: dict[str, Any] = {"artifact": artifact} if runtime == "llama.cpp" else {"artifact": student}
     if runtime == "transformers":

@@ -47,6 +47,7 @@ def test_measures_the_file_in_llama_cpp(subject: Subject, artifact: Path) -> Non
     assert predicted.value - predicted.detail["overhead_bytes"] == pytest.approx(buffers.total_bytes, rel=0.05)
 
 
+@pytest.mark.slow  # tests/advisor/test_measure.py measures a folder in its process
 def test_measures_a_folder_as_the_peak_of_its_process(subject: Subject, student: Path) -> None:
     plain = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
     loaded = replace(subject, deployment=plain, artifact=student)

@@ -22,6 +22,7 @@ for _name in names("exporters"):
         _why = f"{' and '.join(_made.packages)} is not installed"
         _marks = [pytest.mark.slow, pytest.mark.skipif(not installed(_made), reason=_why)]
     _members: dict[str, Any] = {"__module__": __name__, "exporter": _name, "pytestmark": _marks}
-    if _name == "pt2":  # traces for seconds each time; of its sister torchscript, which packs alike, all are tried
+    if _name == "pt2":  # traces for seconds each time; its sister torchscript, which packs alike, is tried whole
         _members["deployments"] = lambda self: ExporterConformance.deployments(self)[:1]
+        _marks.append(pytest.mark.slow)
     globals()[_title] = type(_title, (ExporterConformance,), _members)

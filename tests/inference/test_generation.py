@@ -108,8 +108,10 @@ def test_draws_depend_on_prompt_and_seed_alone(model: torch.nn.Module) -> None:
     assert drawn(PROMPTS, 1) != first
 
 
-def test_draws_follow_the_models_distribution(model: torch.nn.Module) -> None:
+def test_draws_follow_the_models_distribution(tmp_path: Path) -> None:
     """Both knobs at once: either alone would take as long again, and say no more."""
+    folder = save_tiny_teacher(tmp_path / "model", layers=1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     temperature, top_p = 1.5, 0.7
     draws = 1000
     counts = np.zeros(300)

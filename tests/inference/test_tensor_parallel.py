@@ -38,7 +38,8 @@ CACHE = Deployment(
 )
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Of three processes each loads torch anew.
+@pytest.fixture(scope="module", params=["llama in two", pytest.param("gemma in three", marks=pytest.mark.slow)])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, int]]:
     """The model in one process, divided, and over how many."""
     shape, processes = CASES[request.param]

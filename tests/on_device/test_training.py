@@ -17,10 +17,9 @@ from autodistill.strategy.strategy import Finishing, Init, Strategy
 from tests.strategy.test_named_strategies import NAMES, bench_of
 
 STEP = 64
-# What the others have as well.
-SLOW = ("block_influence", "cross_entropy", "distillm", "from_scratch", "gkd", "logit_kd", "qat_int2", "reverse_kl")
-SLOW += ("sequence_level", "hand_designed", "influence", "narrow", "qat_q4_mixed", "quantized", "written")
-STRATEGIES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NAMES]
+# What is in no other test of a device: the others' parts are in these, in those of another rendering, or in a trial's.
+QUICK = ("full_recipe", "on_policy", "taid")
+STRATEGIES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NAMES]
 
 
 def _spec(workshop):
@@ -124,7 +123,13 @@ def _twinned(workshop):
     return dataclasses.replace(workshop, data=own)
 
 
-@pytest.mark.parametrize("recipe", TWINNED.values(), ids=TWINNED)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(recipe, id=name, marks=[pytest.mark.slow] if name in ("cached draws", "cached states") else [])
+        for name, recipe in TWINNED.items()
+    ],
+)
 def test_a_rendering_of_its_own_and_a_grid_train_as_on_the_cpu(workshop, device, recipe):
     grid = Finishing(format="gguf-q4_0", bits=4, group_size=32)
     strategy = Strategy(init=Init(depth=0.5), distillation=recipe, finishing=grid)

@@ -147,7 +147,7 @@ ATTENTIVE = replace(STRATEGY, finishing=None, distillation=replace(RECIPE, atten
     ("strategy", "changes"),
     [
         (STRATEGY, {}),
-        (ATTENTIVE, {"micro_batch": 1, "checkpointing": True}),
+        pytest.param(ATTENTIVE, {"micro_batch": 1, "checkpointing": True}, marks=pytest.mark.slow),
         pytest.param(replace(STRATEGY, finishing=None), {"optimizer_state": "bfloat16"}, marks=pytest.mark.slow),
         # bitsandbytes takes long on a CPU.
         pytest.param(replace(STRATEGY, finishing=None), {"optimizer_state": "int8"}, marks=pytest.mark.slow),
@@ -197,7 +197,7 @@ def test_a_step_waits_for_the_device_twice(workshop, device, traffic):
         assert sum(waits.values()) == 2, waits
 
 
-@pytest.mark.parametrize("deployment", [Q4, INT4, Q8], ids=lambda one: one.name)
+@pytest.mark.parametrize("deployment", [Q4, INT4, pytest.param(Q8, marks=pytest.mark.slow)], ids=lambda one: one.name)
 def test_a_grid_adds_no_waiting(workshop, device, traffic, deployment):
     spec = _spec(workshop.teacher)
     trainer = workshop.trainer(replace(STRATEGY, finishing=None), device=device, tokens=64 * 8)
@@ -310,7 +310,14 @@ def test_what_is_written_is_the_cpus(teacher, device, sampling):
 
 @pytest.mark.parametrize(
     ("deployment", "held"),
-    [*((deployment, "float32") for deployment in ALL), (Q4, "bfloat16"), (INT4, "bfloat16")],
+    [
+        (Q8, "float32"),
+        (INT4, "bfloat16"),
+        *(
+            pytest.param(deployment, held, marks=pytest.mark.slow)
+            for deployment, held in ((F16, "float32"), (Q4, "float32"), (INT4, "float32"), (Q4, "bfloat16"))
+        ),
+    ],
     ids=lambda one: getattr(one, "name", one),
 )
 def test_a_packed_teacher_is_evaluated_as_on_the_cpu(teacher, validation, device, deployment, held):

@@ -38,7 +38,7 @@ def _trained(teacher: Path, cache: Path, out: Path, strategy: str, **changes: An
     return ad.profile(strategy, teacher=str(teacher), cache=cache, out=out, **(sizes | changes))
 
 
-@pytest.mark.parametrize("strategy", ["logit_kd", "gkd", "lora"])
+@pytest.mark.parametrize("strategy", ["logit_kd", "gkd", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_training_step_is_parted_and_held_to_its_floor(
     teacher: Path, cache: Path, tmp_path: Path, strategy: str
 ) -> None:

@@ -186,7 +186,7 @@ def _write(path: Path, data: bytes, run: RunFolder) -> None:
 
 
 # Beside the whole files, of the several hundred fields of each record; all of them in the slow tests.
-_FEW, _ALL = 8, 10**6
+_FEW, _ALL = 4, 10**6
 
 
 def _sample(found: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:

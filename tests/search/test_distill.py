@@ -76,9 +76,8 @@ def student_of(outcome: Outcome) -> torch.nn.Module:
 @pytest.mark.parametrize(
     "name",
     [
-        "influence",
         "from_scratch",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("narrow", "block_influence")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("influence", "narrow", "block_influence")),
     ],
 )
 def test_a_named_strategy_ends_in_a_student_that_transformers_loads(inputs, tmp_path: Path, name: str) -> None:
@@ -179,15 +178,7 @@ def test_a_student_whose_layers_differ_is_trained_on_a_grid_exported_and_read(in
     assert f"| {rows['gguf-q8_0'].row_id} | mine |" in (run.path / "report.md").read_text()
 
 
-def test_a_pretrained_sibling_is_the_student(inputs, tmp_path: Path) -> None:
-    sibling = save_tiny_teacher(tmp_path / "sibling", architecture="qwen2", layers=2, width=64, seed=9)
-    strategy = written(tmp_path, source="pretrained", model=str(sibling), depth=1.0)
-    outcome = search(request(inputs, tmp_path / "out", strategy))
-    config = student_of(outcome).config
-    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("qwen2", 64, 2)
-
-
-def test_low_rank_changes_of_a_pretrained_sibling_are_merged_before_it_is_packed(
+def test_a_pretrained_sibling_is_the_student_and_low_rank_changes_are_merged_before_it_is_packed(
     inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sibling = save_tiny_teacher(tmp_path / "sibling", architecture="qwen2", layers=2, width=64, seed=9)
@@ -207,6 +198,8 @@ def test_low_rank_changes_of_a_pretrained_sibling_are_merged_before_it_is_packed
 
     monkeypatch.setattr(Adapters, "merge", watched)
     outcome = search(request(inputs, tmp_path / "out", strategy, space=str(tmp_path / "space.yaml"), tokens=4096))
+    config = student_of(outcome).config
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("qwen2", 64, 2)
     base = load_file(sibling / "model.safetensors")
     exact = {name: weight.double() for name, weight in base.items()}
     for name in {name.rpartition(".")[0] for name in changes}:

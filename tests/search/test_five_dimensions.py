@@ -27,6 +27,8 @@ deployments:
   - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
 """
 TRIALS = 10
+# Each of the dimensions, and the solver in a search, have tests of their own.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

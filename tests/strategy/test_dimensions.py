@@ -336,9 +336,15 @@ def _attention_divergence(student, teacher):
     return sum(terms) / len(terms)
 
 
-@pytest.mark.parametrize(("kind", "relation_heads"), [("maps", 0), ("relations", 4), ("relations", 16)])
-@pytest.mark.parametrize(("depth", "layer"), [(1.0, 5), (0.7, 3)])
-@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "relation_heads", "depth", "layer", "balance"),
+    [
+        (kind, heads, *depth, balance)
+        for number, (kind, heads) in enumerate([("maps", 0), ("relations", 4), ("relations", 16)])
+        # Each kind at both depths and both ways of weighing, one with one and one with the other.
+        for depth, balance in zip([(1.0, 5), (0.7, 3)], [number % 2 == 0, number % 2 == 1], strict=True)
+    ],
+)
 def test_attention(workshop, truth, tmp_path, kind, relation_heads, depth, layer, balance):
     attention = Attention(kind=kind, relation_heads=relation_heads, teacher_depth=depth, weight=0.7, balance=balance)
     trainer = _trainer(workshop, _strategy(attention=attention))

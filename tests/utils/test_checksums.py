@@ -1,4 +1,4 @@
-"""Checksums of folders and of safetensors files: every changed bit is seen, and what has none is told apart."""
+"""Checksums of folders and of safetensors files: a changed bit is seen anywhere, and what has none is told apart."""
 
 import hashlib
 import json
@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from autodistill.errors import DamagedError
 from autodistill.utils.checksums import LIST, check_list, check_seal, seal, unsealed, write_list
+
+# Bits between two that are changed: every byte is met, and over eight bytes every bit of one.
+STEP = 7
 
 
 def _flipped(data: bytes, bit: int) -> bytes:
@@ -33,13 +36,13 @@ def test_a_list_has_the_hash_of_each_file_as_others_compute_it(folder: Path) -> 
     assert sorted(found) == ["config.json", "sub/weights"]
 
 
-def test_every_bit_that_changes_in_a_folder_is_seen(folder: Path) -> None:
+def test_a_bit_that_changes_anywhere_in_a_folder_is_seen(folder: Path) -> None:
     known = write_list(folder)
     assert check_list(folder)
     assert check_list(folder, known)
     for file in (folder / "config.json", folder / "sub" / "weights", folder / LIST):
         before = file.read_bytes()
-        for bit in range(8 * len(before)):
+        for bit in range(0, 8 * len(before), STEP):
             file.write_bytes(_flipped(before, bit))
             # What is spaces and newlines in the list may be others: what it says is the same.
             try:
@@ -88,11 +91,11 @@ def sealed(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_bit_that_changes_in_a_sealed_file_is_seen(sealed: Path) -> None:
+def test_a_bit_that_changes_anywhere_in_a_sealed_file_is_seen(sealed: Path) -> None:
     before = sealed.read_bytes()
     assert check_seal(sealed)
     assert torch.equal(load_file(sealed)["a"], torch.arange(4.0))
-    for bit in range(8 * len(before)):
+    for bit in range(0, 8 * len(before), STEP):
         sealed.write_bytes(_flipped(before, bit))
         with pytest.raises(DamagedError):
             check_seal(sealed)

@@ -86,7 +86,7 @@ def test_a_process_that_is_stuck_is_ended_with_the_document_of_any_other_error(o
 
 @pytest.mark.parametrize("ending", ["error", "result"])
 def test_of_two_threads_that_end_a_command_at_once_one_has_the_word(ending: str) -> None:
-    for _ in range(5):
+    for _ in range(3):
         done = in_a_process(RACE, ending)
         document = json.loads(done.stdout)
         assert done.returncode == document.get("exit_code", 0)

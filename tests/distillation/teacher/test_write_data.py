@@ -409,6 +409,7 @@ def test_what_was_under_way_at_a_ctrl_c_is_kept_and_nothing_else_is_asked(
     assert sorted(seen) == sorted(PROMPTS)
 
 
+@pytest.mark.slow  # a process of its own; the first Ctrl-C is tried in this one
 def test_a_second_ctrl_c_waits_for_nobody(
     request_: WriteRequest, served: Callable[[Answers], tuple[str, list[str]]]
 ) -> None:
@@ -676,6 +677,7 @@ ONE_DEPLOYMENT = {
 }
 
 
+@pytest.mark.slow  # what the server tells, and the signal "written", have tests of their own
 def test_a_student_learns_from_what_llama_cpps_own_server_told(
     request_: WriteRequest,
     teacher: Path,

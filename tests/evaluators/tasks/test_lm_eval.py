@@ -69,6 +69,7 @@ def write(folder: Path, **changes: object) -> Path:
     return path
 
 
+@pytest.mark.slow  # lm-eval's own model is loaded and asked beside ours
 @needs_lm_eval
 def test_a_task_gives_what_lm_evals_own_model_does(tmp_path: Path, subject: Subject) -> None:
     import lm_eval

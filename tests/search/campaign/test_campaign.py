@@ -224,11 +224,18 @@ def test_a_missing_value_is_never_promoted(tmp_path: Path) -> None:
     assert ("t005", 1) not in drive(search, half_blind)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a search that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    drive(campaign(folder, question()))
+    return folder
+
+
 @pytest.mark.parametrize("kept", range(1, 60, 7))
-def test_a_search_cut_off_after_any_event_ends_with_the_same_rows(tmp_path: Path, kept: int) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+def test_a_search_cut_off_after_any_event_ends_with_the_same_rows(whole: Path, tmp_path: Path, kept: int) -> None:
+    cut = tmp_path / "cut"
     cut.mkdir()
-    drive(campaign(whole, question()))
     events = RunLog(whole / "trials.jsonl").read()
     for event in events[:kept]:
         RunLog(cut / "trials.jsonl").append(event)
@@ -242,8 +249,7 @@ def test_a_search_cut_off_after_any_event_ends_with_the_same_rows(tmp_path: Path
     assert rows == expected
 
 
-def test_proposals_do_not_depend_on_how_often_a_search_was_resumed(tmp_path: Path) -> None:
-    drive(campaign(tmp_path / "whole", question()))
+def test_proposals_do_not_depend_on_how_often_a_search_was_resumed(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pieces"
     for _ in range(40):
         search = campaign(folder, question())
@@ -255,7 +261,7 @@ def test_proposals_do_not_depend_on_how_often_a_search_was_resumed(tmp_path: Pat
         search.report(assignment, worker(assignment))
     strategies = [
         [event["strategy_id"] for event in RunLog(path / "trials.jsonl").read() if event["event"] == "trial"]
-        for path in (tmp_path / "whole", folder)
+        for path in (whole, folder)
     ]
     assert strategies[0] == strategies[1]
 

@@ -214,7 +214,10 @@ def test_it_says_when_no_rate_beats_the_untrained_student(folder):
     assert found.chosen < 1e-2
 
 
-@pytest.mark.parametrize(("architecture", "width"), [("llama", 32), ("qwen3", 64), ("gemma3_text", 96)])
+@pytest.mark.parametrize(
+    ("architecture", "width"),
+    [("llama", 32), *(pytest.param(*size, marks=pytest.mark.slow) for size in (("qwen3", 64), ("gemma3_text", 96)))],
+)
 def test_the_chosen_rate_does_not_ruin_what_was_learnt(tmp_path, architecture, width):
     """A model that knows the text already, tested from a rate that would ruin it, and trained on at the chosen one."""
     start = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, layers=2, width=width, ffn=64)

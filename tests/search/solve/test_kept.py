@@ -144,6 +144,7 @@ def test_what_was_used_least_recently_is_removed_first_unless_it_is_in_use(tmp_p
     assert all(path.exists() for path in (mine, new, fresh))
 
 
+@pytest.mark.slow  # its scores, its file and its run have tests of their own
 def test_a_gemma_is_solved_written_and_run(text: Path, tmp_path: Path) -> None:
     """Scaled embeddings, norms above one, norms of heads and sliding windows."""
     folder = save_tiny_teacher(tmp_path / "gemma", architecture="gemma3_text", **SIZES | {"layers": 3})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,9 +40,12 @@ def bench(teacher: Teacher) -> Bench:
     return load_bench(teacher, spec_from_config(read_json(teacher.folder / "config.json")), None)
 
 
-def offered() -> list[tuple[str, int]]:
-    """Every type, each with another pair of types for the cache."""
-    return [(kind, index) for index, kind in enumerate(TYPES)]
+def offered() -> list[Any]:
+    """Every type, each with another pair of types for the cache; slow, where a type of one more bit is alike."""
+    alike = ("q5_0", "q5_1", "q5_k", "q4_k", "q3_k")
+    return [
+        pytest.param(kind, index, marks=[pytest.mark.slow] if kind in alike else []) for index, kind in enumerate(TYPES)
+    ]
 
 
 @pytest.mark.parametrize(("kind", "index"), offered())

@@ -381,7 +381,7 @@ def test_conversations_are_refused(teacher: Path, cache: Path, tmp_path: Path) -
         solve(asked(teacher, tmp_path / "asked.jsonl", cache, 10**9))
 
 
-@pytest.mark.parametrize("family", ["narrow", "layered"])
+@pytest.mark.parametrize("family", [pytest.param("narrow", marks=pytest.mark.slow), "layered"])
 def test_a_cut_student_is_written_and_runs_as_it_was_measured(
     family: str, teacher: Path, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,7 +88,7 @@ def test_scores_and_figures_are_those_of_a_whole_model(
 def test_a_teacher_larger_than_its_memory_is_solved_by_layer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher = save_tiny_teacher(tmp_path / "teacher", seed=3, **{**SIZES, "layers": 6})
+    teacher = save_tiny_teacher(tmp_path / "teacher", seed=3, **{**SIZES, "layers": 4})
     text = tiny_text(tmp_path / "text", documents=30)
 
     def asked(**more: Any) -> SolveRequest:

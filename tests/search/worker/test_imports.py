@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -27,6 +29,7 @@ print([name for name in ("datasets", "evaluate", "altair") if name in sys.module
 """
 
 
+@pytest.mark.slow  # a process that begins with nothing
 def test_a_worker_imports_neither_datasets_nor_evaluate(tmp_path: Path) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher")
     data = prepare(resolve_data(str(tiny_text(tmp_path / "text"))), teacher, "tokenizer", 32, tmp_path / "cache")

@@ -520,7 +520,14 @@ LEARNED = {
 }
 
 
-@pytest.mark.parametrize("finishing", LEARNED.values(), ids=LEARNED)
+@pytest.mark.parametrize(
+    "finishing",
+    [
+        # A mixture has what its own types have.
+        pytest.param(one, id=name, marks=[pytest.mark.slow] if name in ("gguf-q4_0", "gguf-q4_k", "gguf-q6_k") else [])
+        for name, one in LEARNED.items()
+    ],
+)
 def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(request, tmp_path, finishing):
     lab = request.getfixturevalue("wide_lab" if "_k" in finishing.format else "lab")
     setting = lab.setting(tmp_path)
@@ -759,7 +766,7 @@ FINISHINGS = (
 )
 
 
-# Each recipe and each finishing, and of those that keep most in a checkpoint two.
+# Of the finishings the plain one and the one that keeps most in a checkpoint; slow, those between them.
 @pytest.mark.parametrize(
     ("recipe", "finishing"),
     [
@@ -768,8 +775,9 @@ FINISHINGS = (
             replace(RECIPE, divergence="taid", mixture=0.3, train_embeddings=True, signal="states", signal_tokens=0),
             FINISHINGS[2],
             id="taid-learned",
+            marks=pytest.mark.slow,
         ),
-        pytest.param(replace(RECIPE, lora=Lora(rank=4)), FINISHINGS[1], id="lora-q8"),
+        pytest.param(replace(RECIPE, lora=Lora(rank=4)), FINISHINGS[1], id="lora-q8", marks=pytest.mark.slow),
         pytest.param(replace(RECIPE, lora=Lora(rank=4)), FINISHINGS[2], id="lora-learned"),
     ],
 )
