@@ -131,16 +131,11 @@ def _run(path: Path, sequences: TokenIds, threads: int, student: Path, deploymen
     # Beyond the context that a model was made for its server writes nothing.
     asked = max(1, min(WRITTEN_TOKENS, read_gguf(path).context_length - PROMPT_TOKENS))
     context = max(sequences.shape[1] + 1, PROMPT_TOKENS + asked)
-    rows, beside = sequences.tolist(), min(len(sequences), _BESIDE)
-    top1 = list[list[int]]()
+    beside = min(len(sequences), _BESIDE)
     with LlamaServer(
         path, context, threads, beside, cache_type_k=keys, cache_type_v=values, whole_cache=True
     ) as server:
-        for first in range(0, len(rows), beside):
-            some = rows[first : first + beside]
-            # Each prompt is the one before and a token more, so that only that token is computed.
-            columns = [server.next_tokens([row[: end + 1] for row in some]) for end in range(sequences.shape[1])]
-            top1 += map(list, zip(*columns, strict=True))
+        top1 = server.choices(sequences.tolist())
         prompt = sequences[0, :PROMPT_TOKENS].tolist()
         written = server.write(prompt, asked)
         seconds = server.begin([prompt])

@@ -17,10 +17,13 @@ from autodistill.hardware.process_memory import peak_memory
 from autodistill.runtimes.json_child import JsonChild
 
 _CHILD = Path(__file__).with_name("llama_cpp_child.py")
+_LIBRARY_CHILD = Path(__file__).with_name("llama_cpp_logits_child.py")
 _BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
 # The last of them.
 _COMPUTED = re.compile(r"compute buffer size")
 _TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)", re.MULTILINE)
+# What a context holds keys and values in.
+_HELD = re.compile(r"\b([KV]) \((\w+)\): ")
 _LOG_SECONDS = 10
 
 
@@ -96,7 +99,7 @@ class LlamaServer:
             if value < 1:
                 raise InputError(f"llama.cpp needs {name} of at least 1, not {value}")
         self._path = path
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "path": str(path.resolve()),
             "context": context,
             "threads": threads,
@@ -108,10 +111,8 @@ class LlamaServer:
         }
 
     def __enter__(self) -> Self:
-        # OpenMP settings are those of the caller's torch, or of its scheduler.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
         failure = f"llama.cpp could not load {self._path.name}"
-        self._child = JsonChild(_CHILD, self._settings, environment, failure, _last_words)
+        self._child = JsonChild(_CHILD, self._settings, _environment(), failure, _last_words)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,6 +139,37 @@ class LlamaServer:
         Of a prompt that begins like the one before, only the rest is computed.
         """
         return self.complete(tokens, 1, reuse=True).tokens[0]
+
+    def choices(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the most likely token after each token of some sequences.
+
+        llama.cpp's library reads a sequence at once, beside the server. Where that cannot be, the server is asked for
+        one token after another, of as many sequences together as are served in parallel, which takes several times as
+        long.
+        """
+        try:
+            return self._read_at_once(sequences)
+        except VerificationError:
+            found: list[list[int]] = []
+            beside: int = self._settings["parallel"]
+            for first in range(0, len(sequences), beside):
+                rows = sequences[first : first + beside]
+                # Each prompt is the one before and a token more, so that only that token is computed.
+                columns = [self.next_tokens([row[: end + 1] for row in rows]) for end in range(len(rows[0]))]
+                found += map(list, zip(*columns, strict=True))
+            return found
+
+    def _read_at_once(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+        failure = f"llama.cpp's library did not read {self._path.name}"
+        child = JsonChild(_LIBRARY_CHILD, self._settings, _environment(), failure, _last_words)
+        try:
+            found = [child.ask({"sequence": [int(token) for token in row]}, failure) for row in sequences]
+            held = dict(_HELD.findall(child.log()))
+        finally:
+            child.stop()
+        if held != {"K": self._settings["cache_type_k"], "V": self._settings["cache_type_v"]}:
+            raise VerificationError(f"{failure} with the cache that was asked for")
+        return found
 
     def next_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Return the most likely token after each of some prompts, which are read together.
@@ -298,6 +330,11 @@ def parse_buffers(log: str, *, on_gpu: bool | None = None) -> Buffers:
         compute_bytes=sizes["compute"],
         output_bytes=sizes["output"],
     )
+
+
+def _environment() -> dict[str, str]:
+    """The variables of a child: OpenMP settings are those of the caller's torch, or of its scheduler."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
 
 
 def _last_words(log: str) -> str:

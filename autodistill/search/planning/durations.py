@@ -138,8 +138,8 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
     """Expected seconds of all phases but training, with the teacher's outputs for so many tokens."""
     _, full_eval, test = evaluated_tokens(demand, speed)
     # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server.
-    # A third of them goes into 2,000 positions in the runtime, of eight sequences at once. It then serves once.
-    written, served = 12.0 + 1.2e-7 * demand.parameters, 2.0 + 5e-8 * demand.parameters
+    # A third of them goes into 2,000 positions in the runtime. It then serves once.
+    written, served = 10.0 + 1e-7 * demand.parameters, 2.0 + 5e-8 * demand.parameters
     # Teacher and student read general text. The best is seldom written in a second container.
     general = 2 * (_GENERAL / speed.score + _PACKED * demand.parameters)
     # The teacher as it is and in the found student's storage, and that student; where it did not begin as the teacher,
