@@ -141,7 +141,7 @@ def test_a_file_begins_with_one_sentence(module):
         ("ray", ("search.runners.",)),
         ("optuna", ("search.algorithms.optuna_study",)),
         ("typer", ("cli.app", "cli.help", "cli.options")),
-        ("xllamacpp", ("runtimes.llama_cpp_child", "runtimes.llama_cpp_http_child")),
+        ("xllamacpp", ("runtimes.llama_cpp_",)),
     ],
 )
 def test_an_engine_is_imported_by_few_files(engine, files):
