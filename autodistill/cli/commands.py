@@ -12,14 +12,16 @@ from typing import Annotated, Any
 from autodistill.advisor.merged import Board
 from autodistill.api.paths import each_run, run_folder
 from autodistill.cli.streams import quiet_libraries
+from autodistill.cli.summary import headline
 from autodistill.cli.tables import open_view
 from autodistill.errors import InputError
 from autodistill.export.base import check_containers
 from autodistill.export.promise import RECORD, check_exported
 from autodistill.options import RUNS, Cache, Option, Out, cache_folder
 from autodistill.runs.events import RowAdded, RowTested
+from autodistill.runs.results.leaderboard import Ranked
 from autodistill.runs.results.selection import contenders
-from autodistill.runs.run_folder import RunFolder, known_runs
+from autodistill.runs.run_folder import RunFolder, read_each
 from autodistill.runs.standing import find_row, leaderboard_of
 from autodistill.utils.json_files import read_json
 
@@ -86,11 +88,17 @@ def leaderboard(
     for name, value in (("by", by), ("parquet", parquet), ("most", most)):
         if value is not None:
             raise InputError(f"--{name} belongs to tables of several runs: give it with --merge")
-    names = each_run(runs or known_runs(Path(out)), Path(out))
-    if not names:
+    if runs:
+        return [_board(run_folder(name, Path(out))) for name in each_run(runs, Path(out))]
+    found = read_each(Path(out), _board)
+    if not found:
         raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
-    found = [run_folder(name, Path(out)) for name in names]
-    return [(run, leaderboard_of(run)) for run in found]
+    return list(found.values())
+
+
+def _board(run: RunFolder) -> tuple[RunFolder, tuple[list[Ranked], str]]:
+    headline(run)  # refuses a run that cannot be told of, before others are shown
+    return run, leaderboard_of(run)
 
 
 def _merged(names: Sequence[str], out: Path, by: str | None, parquet: Path | None, most: int) -> Merged:
