@@ -33,7 +33,8 @@ WITHOUT_TORCH = (
     *("quantization.grids", "quantization.formats", "quantization.k_quants", "quantization.k_quant_bytes"),
     *("quantization.packing", "strategy.strategy", "strategy.deployment", "strategy.space", "strategy.named"),
     *("hardware.budget", "hardware.device", "hardware.lookup", "estimates.fit", "estimates.serving_memory"),
-    *("evaluation.base", "distillation.student.shapes"),
+    *("evaluation.base", "distillation.student.shapes", "export.base", "runs.standing"),
+    *("search.request.alone", "search.solve_request"),
     *("advisor.describe", "advisor.estimate", "advisor.candidates", "search.explain", "cli.app", "cli.commands"),
 )
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from autodistill.errors import InputError
 from autodistill.models.config import comparable, spec_from_config
@@ -27,7 +27,7 @@ from autodistill.runs.results.row import (
     trained_fully,
 )
 from autodistill.runs.results.selection import students_only
-from autodistill.runs.run_folder import RunFolder, known_runs
+from autodistill.runs.run_folder import RunFolder, read_each
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.json_files import plain_json
 from autodistill.utils.plain_dataclass import required
@@ -149,37 +149,45 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
         runs: Names; all by default.
 
     Raises:
-        InputError: No such run, none at all, one that does not say what it ranked by, or runs that ranked by different
+        InputError: No such run, none at all, one that is named and cannot be read, or runs that ranked by different
             metrics, or on different data.
     """
-    names = list(dict.fromkeys(runs or known_runs(out)))
-    if not names:
+    found = read_each(out, _of_run, runs)
+    if not found:
         raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
-    found: list[Candidate] = []
-    metrics, sources = {}, {}
-    for name in names:
-        run = RunFolder.open(out, name)
-        asked = run.asked()
-        try:
-            metrics[name], sources[name] = (asked["metric"], asked["direction"]), _measured_on(asked)
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{run.search_file} does not say what {name} was ranked by and on which data, as one of another "
-                "version may not: name the runs that are to be picked from"
-            ) from error
-        kinds = DISTILLED if students_only(asked) else (*DISTILLED, *UNTRAINED)
-        looked = "goal" in asked
-        found += (
-            one if looked or one.cells["kind"] in UNTRAINED else replace(one, held=False)
-            for one in _candidates(run, kinds, *metrics[name])
-        )
-    if len(set(metrics.values())) > 1:
-        told = ", ".join(f"{name} by {metric}" for name, (metric, _) in metrics.items())
+    if len({one.metric for one in found.values()}) > 1:
+        told = ", ".join(f"{name} by {one.metric[0]}" for name, one in found.items())
         raise InputError(f"runs that rank by different metrics cannot be compared ({told}): name those of one")
-    if len({tuple(source.values()) for source in sources.values()}) > 1:
-        told = ", ".join(f"{name} on {' of '.join(map(' '.join, source.items()))}" for name, source in sources.items())
+    if len({tuple(one.source.values()) for one in found.values()}) > 1:
+        told = ", ".join(f"{name} on {' of '.join(map(' '.join, one.source.items()))}" for name, one in found.items())
         raise InputError(f"runs that were measured on different data cannot be compared ({told}): name those of one")
-    return found
+    return [row for one in found.values() for row in one.rows]
+
+
+class _OfRun(NamedTuple):
+    """What ranked in a run, what that was measured on, and its candidates."""
+
+    metric: tuple[str, str]
+    source: Mapping[str, str]
+    rows: list[Candidate]
+
+
+def _of_run(run: RunFolder) -> _OfRun:
+    asked = run.asked()
+    try:
+        metric, source = (asked["metric"], asked["direction"]), _measured_on(asked)
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{run.search_file} does not say what {run.name} was ranked by and on which data, as one of another "
+            "version may not: leave that run out"
+        ) from error
+    kinds = DISTILLED if students_only(asked) else (*DISTILLED, *UNTRAINED)
+    looked = "goal" in asked
+    rows = [
+        one if looked or one.cells["kind"] in UNTRAINED else replace(one, held=False)
+        for one in _candidates(run, kinds, *metric)
+    ]
+    return _OfRun(metric, source, rows)
 
 
 def _measured_on(asked: Mapping[str, Any]) -> dict[str, str]:
@@ -225,7 +233,7 @@ def _documents(run: RunFolder, ids: set[str]) -> dict[str, Any]:
 
 def recalibrated(out: Path) -> dict[Place, Overhead]:
     """Return the correction of predicted memory from the measured students of a folder's runs; often empty."""
-    return overheads(row for name in known_runs(out) for row in _measured(RunFolder.open(out, name)))
+    return overheads(row for rows in read_each(out, lambda run: list(_measured(run))).values() for row in rows)
 
 
 def recalibrated_by(candidates: Iterable[Candidate]) -> dict[Place, Overhead]:

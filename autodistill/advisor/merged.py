@@ -16,7 +16,7 @@ from autodistill.evaluation.base import Direction
 from autodistill.runs.results.leaderboard import SPEEDS, Ranked, rank
 from autodistill.runs.results.row import Row, is_field, read_rows, read_table, table_of, trained_fully, write_table
 from autodistill.runs.results.selection import KIND as CONFIRMATION
-from autodistill.runs.run_folder import RunFolder, known_runs
+from autodistill.runs.run_folder import RunFolder, read_each
 from autodistill.runs.schema import about
 from autodistill.utils.typed_data import check_typed
 
@@ -165,7 +165,7 @@ def _read(name: str, out: Path) -> list[Stored]:
     if (path / "search.json").is_file():
         return [_of_run(RunFolder.open(path.absolute().parent, path.absolute().name))]
     if path.is_dir():
-        inside = [_of_run(RunFolder.open(path, run)) for run in known_runs(path)]
+        inside = list(read_each(path, _of_run).values())
         inside += [one for file in sorted(path.glob("*.parquet")) for one in _of_file(file)]
         if not inside:
             raise InputError(f"{path} has no run and no .parquet file: name a run, a folder of runs, or a file")

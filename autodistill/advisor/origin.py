@@ -13,7 +13,7 @@ from autodistill.runs.events import RowAdded, RowTested, RungReached, TrialAdded
 from autodistill.runs.report import asked_facts
 from autodistill.runs.results.leaderboard import rests_on
 from autodistill.runs.results.row import Row
-from autodistill.runs.run_folder import RunFolder, known_runs
+from autodistill.runs.run_folder import RunFolder, read_each
 
 _NEAR = 4  # ids that are offered in the place of an unknown one
 _NOT_RECORDED = "not recorded: the run is of an earlier version"
@@ -100,15 +100,13 @@ def origin(row_id: str, out: Path, on: str | None = None) -> Origin:
     """
     if on is None and "/" in row_id:
         on, _, row_id = row_id.partition("/")
-    names = [on] if on is not None else known_runs(out)
-    if not names:
+    runs = read_each(out, _rows_of, [] if on is None else [on])
+    if not runs:
         raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
-    runs = [RunFolder.open(out, name) for name in names]
-    rows = {run.name: {row.row_id: row for row in run.events.rows(RowAdded, RowTested)} for run in runs}
     found = [
         Origin(run=run, row=row)
-        for run in runs
-        for row in rows[run.name].values()
+        for run, rows in runs.values()
+        for row in rows.values()
         if row_id in (row.row_id, row.short_id)
     ]
     if len(found) == 1:
@@ -116,8 +114,8 @@ def origin(row_id: str, out: Path, on: str | None = None) -> Origin:
     if found:
         told = ", ".join(one.run.name for one in found)
         raise InputError(f"several runs have a row {row_id!r} ({told}): name one of them with --on")
-    known = list(dict.fromkeys(name for held in rows.values() for name in held))
-    if row_id in names:
+    known = list(dict.fromkeys(name for _, rows in runs.values() for name in rows))
+    if row_id in runs:
         offered = f"that is a run: name one of its rows, which autodistill leaderboard {row_id} shows"
     elif near := difflib.get_close_matches(row_id, known, _NEAR, 0.5):
         offered = f"near it are {', '.join(near)}"
@@ -125,6 +123,11 @@ def origin(row_id: str, out: Path, on: str | None = None) -> Origin:
         offered = "autodistill leaderboard shows those that there are" if known else "there are no rows yet"
     where = f"the run {on!r} has" if on is not None else f"the runs in {out} have"
     raise InputError(f"{where} no row {row_id!r}: {offered}")
+
+
+def _rows_of(run: RunFolder) -> tuple[RunFolder, dict[str, Row]]:
+    """A run with its rows by id."""
+    return run, {row.row_id: row for row in run.events.rows(RowAdded, RowTested)}
 
 
 def said(document: Mapping[str, Mapping[str, Any]]) -> str:

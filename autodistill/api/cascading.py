@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from autodistill.api.paths import run_folder
 from autodistill.objects.run import Run
 from autodistill.options import RUNS, Cache, Option, Out, cache_folder
+from autodistill.runs.standing import find_pair
 
 
 def cascade(
@@ -43,12 +44,13 @@ def cascade(
         InputError: No such run or rows, or their models or data are not on this disk any more.
     """
     folder = run_folder(run, Path(out))
+    pair = find_pair(folder, rows)  # before the engines are imported, which takes seconds
     from autodistill.hardware.background_load import free_cores
     from autodistill.hardware.machine import detect
     from autodistill.report.writing import write_page
     from autodistill.search.cascade import cascade as found
 
     threads = free_cores(detect().cpus) if measure else 1
-    document = found(folder, rows, cache_folder(cache), notify, measure=measure, threads=threads)
+    document = found(folder, pair, cache_folder(cache), notify, measure=measure, threads=threads)
     document["paths"]["page"] = str(write_page(folder))
     return document

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from autodistill.api.paths import device_files, each_run, run_folder
 from autodistill.errors import InputError
+from autodistill.estimates.serving_memory import check_runtime
 from autodistill.hardware.budget import check_streams, memory_on, parse_latency
 from autodistill.hardware.device import LOCAL
 from autodistill.objects.answers import Pick
@@ -85,6 +86,8 @@ def pick(
     at_once = counts[0] if counts else 1
     limits = parse_latency(latency, at_once) if isinstance(latency, str) else latency or ()
     check_room(counts[0] if counts else None, limits, "--streams")
+    if runtime is not None:
+        check_runtime(runtime)
     files = device_files(devices, device is not None)
     from autodistill.advisor.requirements import Wanted
     from autodistill.hardware.local import choose_device

@@ -69,7 +69,11 @@ def _request(verb: str, options: Mapping[str, Any], kind: type[R] = SearchReques
             continue  # what no command line can say
         flag = [] if declared[name].argument else [f"--{name.replace('_', '-')}"]
         words += [word for one in values for word in (flag if value is True else [*flag, str(one)])]
-    return kind(**options, command=shlex.join(words))
+    from autodistill.search.request.alone import check_alone
+
+    request = kind(**options, command=shlex.join(words))
+    check_alone(request)
+    return request
 
 
 def load_run(run: str | Path, *, out: str | Path = RUNS) -> Run:

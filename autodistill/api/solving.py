@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from autodistill.api.parameters import takes
 from autodistill.api.paths import device_files
+from autodistill.data.documents import check_data_reference
+from autodistill.distillation.teacher.resolve import locate
 from autodistill.errors import InputError
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, TierBudget, memory_on, parse_latency
 from autodistill.hardware.device import LOCAL
@@ -26,6 +28,7 @@ from autodistill.options import (
     parsed,
     read_texts,
 )
+from autodistill.search.solve_request import SolveRequest, check_solved_for
 from autodistill.units import parse_bytes
 
 _STEPS = 7  # budgets of a sweep
@@ -175,20 +178,22 @@ def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
         VerificationError: What was written is not what was measured.
     """
     asked = SolveOptions(**options)
+    teacher, data = str(asked.teacher or DEFAULT_TEACHER), str(asked.data or DEFAULT_DATA)
+    # Names first: this machine may be measured for its budget, and engines are imported, which takes seconds.
+    check_solved_for(asked.runtime)
+    locate(teacher)
+    check_data_reference(data)
     budgets = asked.budgets()
     if (drawn := parsed(asked.plot)) is not None:
         from autodistill.report.solved import check_chart
 
         check_chart(drawn)
-    from autodistill.search.solve import SolveRequest, plan_solve
-    from autodistill.search.solve import solve as solved
-
     candidates = [asked.candidate] if isinstance(asked.candidate, str | Path) else asked.candidate or ()
     request = SolveRequest(
         budgets=budgets,
         cache=cache_folder(asked.cache),
-        teacher=str(asked.teacher or DEFAULT_TEACHER),
-        data=str(asked.data or DEFAULT_DATA),
+        teacher=teacher,
+        data=data,
         tokens=asked.tokens,
         sequence_length=asked.sequence_length,
         out=parsed(asked.out),
@@ -199,6 +204,9 @@ def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
         runtime=asked.runtime,
         context_by_default=asked.context is None,
     )
+    from autodistill.search.solve import plan_solve
+    from autodistill.search.solve import solve as solved
+
     found = Solutions(plan_solve(request) if asked.plan else solved(request, notify))
     if drawn is not None:
         from autodistill.report.solved import write_chart

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from autodistill.api.parameters import takes
+from autodistill.data.documents import check_prompts_reference
+from autodistill.distillation.teacher.resolve import locate
 from autodistill.distillation.teacher.write_request import WriteRequest
 
 
@@ -20,6 +22,10 @@ def write(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
         InputError: No such prompts or teacher, or arguments that contradict each other.
     """
     request = WriteRequest(**options)
+    check_prompts_reference(str(request.prompts))
+    if request.teacher is not None:
+        locate(str(request.teacher))
+    # What was named is there: the engines, whose import takes seconds, come after that.
     from autodistill.distillation.teacher.write_data import write_data
 
     return write_data(request, notify)

@@ -19,7 +19,7 @@ from autodistill import api
 from autodistill.cli import commands, serving
 from autodistill.cli.help import PlainCommand, PlainGroup, SectionedCommand
 from autodistill.cli.options import SECTIONS, Json, parameters, typed
-from autodistill.cli.printing import bundle_text, line_width, lines, packaged_text, rows, show, tables
+from autodistill.cli.printing import bundle_text, line_width, lines, packaged_text, rows, show, table_width, tables
 from autodistill.cli.solve import solve_text
 from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.summary import budgets_text, planned_text, search_summary, written_summary
@@ -180,10 +180,16 @@ def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest]
 
         def asked() -> SearchRequest:
             """Return what was typed as a request."""
+            from autodistill.search.request.alone import check_alone
+            from autodistill.trackers.writing import Live
+
             if price is not None and not plan:
                 raise InputError("--price is for what a plan would cost: give it with --plan")
             request = asks(**given, command=ctx.obj or ctx.command_path, started=started)
             quiet_libraries(given.get("teacher"), given.get("data"), *commands.further(given))
+            # What was named is there: the engines, whose import takes seconds, come after that.
+            check_alone(request)
+            Live(request.log or ())
             return request
 
         if plan:
@@ -204,9 +210,7 @@ def _plan(request: SearchRequest, price: str | None) -> dict[str, Any]:
     hourly = None if price is None else parse_price(price)
     from autodistill.cli.live import SearchView
     from autodistill.search.search import plan_search
-    from autodistill.trackers.writing import Live
 
-    Live(request.log or ())  # refuses what the search would refuse
     with open_view() as view:
         if isinstance(request, BudgetsRequest) and request.several:
             from autodistill.search.budgets.run import plan_budgets
@@ -231,9 +235,14 @@ def _summary(result: SearchResult | BudgetSearch) -> str:
     return search_summary(result.document, *leaderboard_of(run), line_width())
 
 
-def _later(module: str, name: str) -> Callable[[Any], Any]:
-    """A function of a module of the command line that is imported once there is a result to show."""
-    return lambda result: getattr(import_module(f"autodistill.cli.{module}"), name)(result)
+def _later(module: str, name: str, *more: Callable[[], Any]) -> Callable[[Any], Any]:
+    """A function of a module of the command line that is imported once there is a result to show.
+
+    Args:
+        module, name: Its own.
+        more: What it is given behind the result.
+    """
+    return lambda result: getattr(import_module(f"autodistill.cli.{module}"), name)(result, *(one() for one in more))
 
 
 def _of(show: Callable[[dict[str, Any]], str]) -> Callable[[Any], str]:
@@ -292,23 +301,27 @@ _verb(commands.verify, dict, commands.verified_text)
 _verb(api.bundle, dict, bundle_text, quiet=lambda given: [])
 _verb(api.dashboards, dict, lines)
 _verb(commands.doctor, _later("doctor", "to_json"), _later("doctor", "describe"), after=_ready)
-_verb(api.devices, lambda found: [one.to_json() for one in found], _later("hardware_summary", "devices_table"))
+_verb(
+    api.devices,
+    lambda found: [one.to_json() for one in found],
+    _later("hardware_summary", "devices_table", table_width),
+)
 _verb(commands.strategies, dict, packaged_text)
 _verb(commands.spaces, dict, packaged_text)
 _verb(
     api.estimate,
     attrgetter("document"),
-    _of(_later("hardware_summary", "appraisal_text")),
+    _of(_later("hardware_summary", "appraisal_text", table_width)),
     quiet=_models,
     sections=(api.RUN_SHAPE,),
 )
-_verb(api.pick, attrgetter("document"), _of(_later("hardware_summary", "pick_text")))
+_verb(api.pick, attrgetter("document"), _of(_later("hardware_summary", "pick_text", table_width)))
 _verb(api.measure, dict, _later("hardware_summary", "measured_text"), quiet=lambda given: [str(given["student"])])
 _verb(api.profile, dict, _profiled, quiet=lambda given: [given.get("teacher")])
 _verb(
     api.solve,
     attrgetter("document"),
-    _of(lambda document: solve_text(document, line_width())),
+    _of(lambda document: solve_text(document, line_width(), table_width())),
     quiet=lambda given: [given.get("teacher"), given.get("data")],
 )
 _verb(serving.serve, dict, serving.served_text)
@@ -361,9 +374,16 @@ _PLAINER = {
 }
 
 
+# Options that have another name now, by command.
+_RENAMED = {("compare", "--to"): "--out", ("study", "--to"): "--out", ("leaderboard", "--to"): "--parquet"}
+
+
 def _complaint(error: Any) -> str:
     where = error.ctx.command_path if error.ctx else "autodistill"
     said = error.format_message().rstrip(".")
+    typed = getattr(error, "option_name", "")
+    if now := _RENAMED.get((where.rpartition(" ")[2], typed)):
+        said = f"there is no {typed} any more: name the file with {now}"
     for theirs, ours in _PLAINER.items():
         said = said.replace(theirs, ours)
     return shortened(f"{said}; see {where} --help")

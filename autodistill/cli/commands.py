@@ -12,15 +12,21 @@ from typing import Annotated, Any
 from autodistill.advisor.merged import Board
 from autodistill.api.paths import each_run, run_folder
 from autodistill.cli.streams import quiet_libraries
+from autodistill.cli.summary import headline
 from autodistill.cli.tables import open_view
 from autodistill.errors import InputError
+from autodistill.export.base import check_containers
 from autodistill.export.promise import RECORD, check_exported
 from autodistill.options import RUNS, Cache, Option, Out, cache_folder
-from autodistill.runs.run_folder import RunFolder, known_runs
-from autodistill.runs.standing import leaderboard_of
+from autodistill.runs.events import RowAdded, RowTested
+from autodistill.runs.results.leaderboard import Ranked
+from autodistill.runs.results.selection import contenders
+from autodistill.runs.run_folder import RunFolder, read_each
+from autodistill.runs.standing import find_row, leaderboard_of
 from autodistill.utils.json_files import read_json
 
 RunName = Annotated[str, Option(help="Name of the run, or its folder.", metavar="RUN", argument=True, complete="runs")]
+Runs = Annotated[Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path)]
 Boards = list[tuple[RunFolder, tuple[Any, str]]]
 
 
@@ -67,7 +73,7 @@ def leaderboard(
         str | None,
         Option(help="With --merge: the figure to rank by (default: what ranked each run).", metavar="FIGURE"),
     ] = None,
-    to: Annotated[
+    parquet: Annotated[
         Path | None,
         Option(help="With --merge: also write all rows into this .parquet file.", metavar="FILE", typed=Path),
     ] = None,
@@ -78,25 +84,40 @@ def leaderboard(
 ) -> Boards | Merged:
     """Show the ranked students of runs, including runs that are still going on."""
     if merge:
-        return _merged(each_run(runs or [str(out)], Path(out)), Path(out), by, to, 20 if most is None else most)
-    for name, value in (("by", by), ("to", to), ("most", most)):
+        return _merged(each_run(runs or [str(out)], Path(out)), Path(out), by, parquet, 20 if most is None else most)
+    for name, value in (("by", by), ("parquet", parquet), ("most", most)):
         if value is not None:
             raise InputError(f"--{name} belongs to tables of several runs: give it with --merge")
-    names = each_run(runs or known_runs(Path(out)), Path(out))
-    if not names:
+    if runs:
+        return [_board(run_folder(name, Path(out))) for name in each_run(runs, Path(out))]
+    found = read_each(Path(out), _board)
+    if not found:
         raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
-    found = [run_folder(name, Path(out)) for name in names]
-    return [(run, leaderboard_of(run)) for run in found]
+    return list(found.values())
 
 
-def _merged(names: Sequence[str], out: Path, by: str | None, to: Path | None, most: int) -> Merged:
+def _board(run: RunFolder) -> tuple[RunFolder, tuple[list[Ranked], str]]:
+    headline(run)  # refuses a run that cannot be told of, before others are shown
+    return run, leaderboard_of(run)
+
+
+def _merged(names: Sequence[str], out: Path, by: str | None, parquet: Path | None, most: int) -> Merged:
     from autodistill.advisor.merged import merge, stored, write
 
     runs = stored(names, out)
     boards = merge(runs, by, most)
-    if to is not None:
-        write(runs, to)
+    if parquet is not None:
+        write(runs, parquet)
     return Merged(boards)
+
+
+def _file(path: Path) -> Path:
+    """A file to write, refused where that is a folder: the option of its name is one of runs at other commands."""
+    if path.is_dir():
+        raise InputError(
+            f"{path} is a folder: --out names the file to write, and --runs the folder that holds the runs"
+        )
+    return path
 
 
 def explain(run: RunName, out: Out = RUNS) -> dict[str, Any]:
@@ -146,44 +167,45 @@ def report(
         Path | None,
         Option(help="Also write each chart as PNG, SVG and Vega-Lite into this folder.", metavar="DIR", typed=Path),
     ] = None,
-    runs: Annotated[Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path)] = RUNS,
+    runs: Runs = RUNS,
 ) -> dict[str, str]:
     """Write the page about a run again: one file with charts and tables, which opens from disk."""
     folder = run_folder(run, runs)
     from autodistill.report.writing import write_charts, write_page
 
-    paths = {"page": str(write_page(folder, out))}
+    paths = {"page": str(write_page(folder, None if out is None else _file(out)))}
     return paths | ({path.name: str(path) for path in write_charts(folder, plots)} if plots else {})
 
 
 def compare(
-    runs: Annotated[
+    run: Annotated[
         list[str],
         Option(help="Names of two runs or more.", metavar="RUN", typed=list[str], argument=True, complete="runs"),
     ],
-    to: Annotated[Path, Option(help="File to write (default: compare.html).", metavar="FILE", typed=Path)] = Path(
+    out: Annotated[Path, Option(help="File to write (default: compare.html).", metavar="FILE", typed=Path)] = Path(
         "compare.html"
     ),
-    out: Out = RUNS,
+    runs: Runs = RUNS,
 ) -> dict[str, str]:
     """Write one page about several runs: what each was asked and found, with their budget curves."""
-    folders = [run_folder(name, Path(out)) for name in each_run(runs, Path(out))]
+    folders = [run_folder(name, runs) for name in each_run(run, runs)]
     from autodistill.report.writing import write_comparison
 
-    return {"page": str(write_comparison(folders, to))}
+    return {"page": str(write_comparison(folders, _file(out)))}
 
 
 def study(
     run: RunName,
-    to: Annotated[Path | None, Option(help="File to write (default: RUN.journal).", metavar="FILE", typed=Path)] = None,
-    out: Out = RUNS,
+    out: Annotated[
+        Path | None, Option(help="File to write (default: RUN.journal).", metavar="FILE", typed=Path)
+    ] = None,
+    runs: Runs = RUNS,
 ) -> dict[str, str]:
     """Write a run's trials as a study of Optuna, which optuna-dashboard shows."""
     from autodistill.search.study import write_study
 
-    folder = run_folder(run, Path(out))
-    path = Path(f"{run}.journal") if to is None else to
-    return {"open": write_study(folder, path)}
+    folder = run_folder(run, runs)
+    return {"open": write_study(folder, Path(f"{run}.journal") if out is None else _file(out))}
 
 
 def log(
@@ -215,15 +237,19 @@ def export(
     row: Annotated[
         str | None, Option(help="Row of the leaderboard to export (default: the best row).", metavar="ID")
     ] = None,
-    runs: Annotated[Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path)] = RUNS,
+    runs: Runs = RUNS,
     unverified: Annotated[
         bool, Option(help="Do not run what was written; its card says so. Weights are compared all the same.")
     ] = False,
 ) -> dict[str, str]:
     """Export a row of a run, a student or the teacher, to other formats, and prove that each does the same."""
     containers = [name.strip() for name in to.split(",") if name.strip()]
-    quiet_libraries()
     folder = run_folder(run, runs)
+    check_containers(containers, out)
+    if row is not None:
+        find_row(folder, contenders(folder.events.rows(RowAdded, RowTested)), row)
+    # What was named is there: the engines, whose import takes seconds, come after that.
+    quiet_libraries()
     from autodistill.search.finish.export_run import export_run
 
     threads = _threads()

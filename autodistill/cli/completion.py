@@ -31,7 +31,9 @@ def runs(given: dict[str, Any]) -> Iterable[str]:
     """Runs of the folder that is given."""
     from autodistill.runs.run_folder import known_runs
 
-    return known_runs(Path(given["out"] if "out" in given else given["runs"]))
+    # Of commands that write elsewhere, --out is what they write; of others "runs" may be names.
+    folder = given.get("runs")
+    return known_runs(Path(folder if isinstance(folder, str | Path) else given["out"]))
 
 
 @_beginning

@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from autodistill.cli.summary import table
+from autodistill.cli.tables import wrapped
 from autodistill.hardware.budget import CONTEXT
 from autodistill.hardware.device import PRECISIONS, Device
 from autodistill.units import count_of, format_bytes, format_duration, with_error
@@ -14,10 +15,20 @@ from autodistill.units import count_of, format_bytes, format_duration, with_erro
 _PARTS = {"shown_bytes": "rounded copies"}
 _WAYS = {"sixteen_bit_states": "16-bit states", "eight_bit_states": "8-bit states"}
 _REASONS = 2  # that are told of devices one by one
+# Titles of columns that a narrow terminal has no room for, the one that matters least first.
+_OF_DEVICES = ("class", "fp32", "fp8", "bf16", "int8", "fp16")
+_OF_SPEEDS = ("waits for", "band", "usable", "first token")
+_OF_PICKS = ("size", "metric")
+_OF_TIERS = ("size", "usable", "least on", "metric", "solved, accuracy")
 
 
-def devices_table(known: Sequence[Device]) -> str:
-    """Devices as a table: memory, usable memory, bandwidth, dense rates; of a single one also where they are from."""
+def devices_table(known: Sequence[Device], width: int | None = None) -> str:
+    """Devices as a table: memory, usable memory, bandwidth, dense rates; of a single one also where they are from.
+
+    Args:
+        known: The devices.
+        width: Characters of a line; None where nothing limits it, and every column is shown.
+    """
     head = ("device", "class", "memory", "usable", "bandwidth", *PRECISIONS)
     lines = [
         (
@@ -30,22 +41,22 @@ def devices_table(known: Sequence[Device]) -> str:
         )
         for device in known
     ]
-    note = "Rates are dense, in tera operations a second"
+    where = "" if len(known) == 1 else "; autodistill devices NAME tells where a device's figures are from"
+    said = [f"Rates are dense, in tera operations a second{where}."]
     if len(known) == 1:
         (device,) = known
         told = {"serves with": ", ".join(device.runtimes), "also called": ", ".join(device.aliases), **device.sources}
-        return f"{table([head, *lines], left=2)}\n{note}.\n" + "\n".join(
-            f"{name}: {text}" for name, text in told.items() if text
-        )
-    note += "; autodistill devices NAME tells where a device's figures are from."
-    return f"{table([head, *lines], left=2)}\n{note}"
+        said += [f"{name}: {text}" for name, text in told.items() if text]
+    said = said if width is None else [line for text in said for line in wrapped(text, width)]
+    return "\n".join([table([head, *lines], left=2, least=_OF_DEVICES, width=width), *said])
 
 
-def appraisal_text(document: Mapping[str, Any]) -> str:
+def appraisal_text(document: Mapping[str, Any], width: int | None = None) -> str:
     """What a model takes, its parts and the devices, as lines; everything in them is predicted.
 
     Args:
         document: As `appraise` gives it.
+        width: Characters of a line of a table; None where nothing limits it.
     """
     parts = ("weights", "kv_cache", "compute", "overhead")
     lines = [(name.replace("_", " "), format_bytes(document[f"{name}_bytes"])) for name in parts]
@@ -66,7 +77,8 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
             (one["device"], "yes" if one["fits"] else "no", format_bytes(one["usable_bytes"]), *_speed(one))
             for one in document["devices"]
         ]
-        sections.append(f"{table([head, *rows], left=2)}\n{_speeds_note(document)}")
+        shown = table([head, *rows], left=2, least=_OF_SPEEDS, width=width)
+        sections.append(f"{shown}\n{_speeds_note(document)}")
     if document["training"]:
         sections.append(_training(document["training"]))
     if document["gpus"]:
@@ -167,17 +179,18 @@ def _overhead(change: Mapping[str, Any]) -> str:
     )
 
 
-def pick_text(document: Mapping[str, Any]) -> str:
+def pick_text(document: Mapping[str, Any], width: int | None = None) -> str:
     """The row for some hardware and its runner-up, or the rows for each tier and load, as lines.
 
     Args:
         document: As `pick` or `pick_tiers` gives it.
+        width: Characters of a line of a table; None where nothing limits it.
     """
     head = ("", "run", "row", "metric", "value", "memory", "size")
     if "loads" in document:
-        return "\n\n".join(_tiers_text(load, head) for load in document["loads"])
+        return "\n\n".join(_tiers_text(load, head, width) for load in document["loads"])
     if "tiers" in document:
-        return _tiers_text(document, head)
+        return _tiers_text(document, head, width)
     named = (("pick", "pick"), ("runner-up", "runner_up"), ("left out", "better_left_out"))
     lines = [(title, *_picked(document[key])) for title, key in named if document[key]]
     margins = document["pick"]["margins"]
@@ -208,7 +221,8 @@ def pick_text(document: Mapping[str, Any]) -> str:
     others += _last_text(document["last"], document["not_held"])
     then = f"\n{document['next']}" if document.get("next") else ""
     then += _solved_text(document.get("solved"))
-    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{tie}{others}{source}{on_gpu}{kept}{then}"
+    shown = table([head, *lines], left=4, least=_OF_PICKS, width=width)
+    return f"{shown}\nMargin: {told}. {binds}{tie}{others}{source}{on_gpu}{kept}{then}"
 
 
 def _last_text(runs: Sequence[str], not_held: bool) -> str:
@@ -233,7 +247,7 @@ def _solved_text(solved: Mapping[str, Any] | None) -> str:
     )
 
 
-def _tiers_text(document: Mapping[str, Any], head: Sequence[str]) -> str:
+def _tiers_text(document: Mapping[str, Any], head: Sequence[str], width: int | None) -> str:
     """The rows for classes of GPUs, with what is usable of every one."""
     lines = [
         (
@@ -245,11 +259,12 @@ def _tiers_text(document: Mapping[str, Any], head: Sequence[str]) -> str:
         )
         for one in document["tiers"]
     ]
+    titles = ("tier", "usable", "least on", *head[1:], "solved, accuracy")
     context = document["context"] or f"{CONTEXT}, or what a student reads where that is less"
     rests = "".join(f"\nMemory in {runtime} is {basis}." for runtime, basis in document["memory_basis"].items())
     return (
         f"At context {context}; {count_of(document['streams'], 'stream')}:\n"
-        f"{table([('tier', 'usable', 'least on', *head[1:], 'solved, accuracy'), *lines], left=6)}"
+        f"{table([titles, *lines], left=6, least=_OF_TIERS, width=width)}"
         f"{_binding(document['tiers'])}\n"
         "Up to 2 GB a tier is a limit of a process's memory, as of a container. Of GPUs, usable is what every listed "
         f"one of this class leaves; if none is listed, 10^9 bytes for each GB, less what GPUs reserve.{rests}"

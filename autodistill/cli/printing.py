@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from autodistill.advisor.merged import Board, split_because
 from autodistill.cli.commands import Boards, Merged
-from autodistill.cli.streams import stdout_reserved
+from autodistill.cli.streams import stdout_reserved, terminal_width
 from autodistill.cli.summary import headline
 from autodistill.cli.tables import leaderboard_table, wrapped
 from autodistill.errors import AutoDistillError, InputError, InterruptedSearchError
@@ -58,8 +58,14 @@ def _dumps(document: Any) -> str:
 
 
 def line_width() -> int:
-    """Characters of a line: the terminal's where stdout is one, but no fewer than 80."""
-    return max(80, shutil.get_terminal_size((120, 24)).columns)
+    """Characters of a line: what COLUMNS says, or the terminal has that stdout is, or else 120; no fewer than 80."""
+    told = os.environ.get("COLUMNS", "")
+    return max(80, int(told) if told.isdecimal() and int(told) else terminal_width() or 120)
+
+
+def table_width() -> int | None:
+    """Characters of a line of a table; None where stdout is no terminal, and programs read every column."""
+    return None if terminal_width() is None else line_width()
 
 
 def rows(boards: Boards | Merged) -> list[dict[str, Any]]:

@@ -9,13 +9,18 @@ from autodistill.cli.summary import table
 from autodistill.cli.tables import wrapped
 from autodistill.units import format_bytes, format_duration, with_error
 
+# Titles of columns that a narrow terminal has no room for, the one that matters least first.
+_OF_ONE = ("predicted KL", "", "NLL", "accuracy", "KL above the solution")
+_OF_SEVERAL = ("predicted KL", "NLL", "accuracy", "takes", "as good")
 
-def solve_text(document: Mapping[str, Any], width: int) -> str:
+
+def solve_text(document: Mapping[str, Any], width: int, room: int | None = None) -> str:
     """Solutions and rivals as lines for a person.
 
     Args:
         document: As `search.solve.solve` gives it.
         width: Characters of a line.
+        room: Characters of a line of a table; None where nothing limits it, and every column is shown.
     """
     teacher = document["teacher"]
     if "plan" in document:
@@ -32,9 +37,9 @@ def solve_text(document: Mapping[str, Any], width: int) -> str:
         said = "One layer of the teacher was in memory at a time: types were solved, and no cuts were looked at."
         sections[0] += "\n" + "\n".join(wrapped(said, width))
     if len(document["solutions"]) > 1:
-        sections.append(_curve(document["solutions"]))
+        sections.append(_curve(document["solutions"], room))
     else:
-        sections += [_one(one, width) for one in document["solutions"]]
+        sections += [_one(one, width, room) for one in document["solutions"]]
     for miss in document["nothing_fits"]:
         smallest = document["smallest"]
         need = f"the smallest, {smallest['name']}, needs {format_bytes(smallest['bytes'])}"
@@ -72,7 +77,7 @@ def _planned(document: Mapping[str, Any]) -> str:
     return said
 
 
-def _one(found: Mapping[str, Any], width: int) -> str:
+def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:
     solution = found["solution"]
     budget = found["budget"]
     title = f"{format_bytes(budget['memory_bytes'])} at context {budget['context']}, batch {budget['batch']}: "
@@ -119,7 +124,8 @@ def _one(found: Mapping[str, Any], width: int) -> str:
         )
     elif found["as_good"]:
         said += f" {found['as_good']} is as good, within the error, and plainer: take that."
-    return "\n".join([*lines, table(parts, left=1), "", table(rows, left=2), *wrapped(said, width)])
+    shown = table(rows, left=2, least=_OF_ONE, width=room)
+    return "\n".join([*lines, table(parts, left=1), "", shown, *wrapped(said, width)])
 
 
 def _types(types: Mapping[str, Any]) -> str:
@@ -128,7 +134,7 @@ def _types(types: Mapping[str, Any]) -> str:
     return f"{tables}, {matrices}, cache keys in {types['cache_keys']} and values in {types['cache_values']}"
 
 
-def _curve(solutions: Sequence[Mapping[str, Any]]) -> str:
+def _curve(solutions: Sequence[Mapping[str, Any]], room: int | None) -> str:
     """A line for each budget."""
     rows: list[tuple[str, ...]] = [("budget", "storage", "takes", "predicted KL", "KL", "NLL", "accuracy", "as good")]
     for found in solutions:
@@ -139,7 +145,7 @@ def _curve(solutions: Sequence[Mapping[str, Any]]) -> str:
         limit = f"{tier}{format_bytes(budget['memory_bytes'])}"
         better = found["winner"]["name"] if found["winner"] else found["as_good"] or ""
         rows.append((limit, one["name"], takes, *_figures(one), better))
-    return table(rows, left=2)
+    return table(rows, left=2, least=_OF_SEVERAL, width=room)
 
 
 def _figures(one: Mapping[str, Any]) -> tuple[str, ...]:

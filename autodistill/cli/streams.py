@@ -25,6 +25,8 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 _BUILT_IN = ("smollm2", "pydoc")
+# The descriptor of the real stdout, which is another one while that is reserved.
+_stdout = 1
 
 
 def _local(reference: str) -> bool:
@@ -48,16 +50,25 @@ def quiet_libraries(*references: str | None) -> None:
     logging.getLogger("torch").setLevel(logging.ERROR)
 
 
+def terminal_width() -> int | None:
+    """Characters of a line of the terminal that stdout is; None where it is none, as in a pipe or a file."""
+    with suppress(OSError):
+        return os.get_terminal_size(_stdout).columns or None
+    return None
+
+
 @contextmanager
 def stdout_reserved() -> Iterator[None]:
     """Send to stderr what this process, its libraries and its children print to stdout within the block."""
+    global _stdout
     sys.stdout.flush()
-    saved = os.dup(1)
+    saved = _stdout = os.dup(1)
     os.dup2(2, 1)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        _stdout = 1
         # C libraries that buffer write here, before stdout is the result's again.
         with suppress(OSError):
             sys.stderr.flush()

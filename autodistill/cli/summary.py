@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from autodistill.cli.tables import leaderboard_table, memory_cell, wrapped
+from autodistill.cli.tables import fitting, leaderboard_table, memory_cell, wrapped
 from autodistill.hardware.budget import Price, read_budget
 from autodistill.runs.results.gains import Gains
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
@@ -140,16 +140,25 @@ def _hours(document: Mapping[str, Any]) -> str:
     return f"{words}; {document['cost_shown']} at {rate} an hour of a {document['price_of']}"
 
 
-def table(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Cells in aligned columns, the first `left` of them flush left and the others flush right."""
+def table(rows: Sequence[Sequence[str]], left: int, least: Sequence[str] = (), width: int | None = None) -> str:
+    """Cells in aligned columns, the first `left` of them flush left and the others flush right.
+
+    Args:
+        rows: Cells, the titles first where there are any.
+        left: Columns that are flush left.
+        least: Titles of columns that a narrow terminal has no room for, the one that matters least first; a line says
+            which are left out.
+        width: Characters of a line; None where nothing limits it.
+    """
+    titles = list(rows[0]) if rows else []
+    shown = fitting(rows, range(len(titles)), [titles.index(title) for title in least], width)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+        cells = [row[one].ljust(widths[one]) if one < left else row[one].rjust(widths[one]) for one in shown]
         lines.append("  ".join(cells).rstrip())
+    if gone := [title for place, title in enumerate(titles) if place not in shown]:
+        lines += wrapped(f"Left out: {', '.join(filter(None, gone))}; a wider terminal shows them.", width or 80)
     return "\n".join(lines)
 
 

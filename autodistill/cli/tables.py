@@ -7,7 +7,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -233,6 +233,26 @@ def leaderboard_table(
     return "\n".join([*body, *said, *([""] if strategies else []), *strategies])
 
 
+def fitting(
+    rows: Sequence[Sequence[str]], columns: Iterable[int], least: Iterable[int], width: int | None
+) -> list[int]:
+    """Which columns of a table are shown: all, but for those that matter least where a line has no room for them.
+
+    Args:
+        rows: Cells, the titles first.
+        columns: Places of the columns.
+        least: Places of those that may be left out, the one that matters least first.
+        width: Characters of a line, with two between columns; None where nothing limits it.
+    """
+    shown = list(columns)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for one in least:
+        if width is None or sum(widths[index] + 2 for index in shown) - 2 <= width:
+            break
+        shown.remove(one)
+    return shown
+
+
 def wrapped(text: str, width: int, indent: int = 2) -> list[str]:
     """A text as lines of a width, those after the first indented by so many characters."""
     return textwrap.wrap(
@@ -246,12 +266,7 @@ _KEPT, _SIZE, _LATENCY, _TRAINED = 3, 5, 6, 7
 def _columns(titles: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> list[int]:
     """Which columns are shown: those with figures, and of them what fits the width, by how much they matter."""
     shown = [index for index in range(len(titles)) if index != _LATENCY or any(line[_LATENCY] != "-" for line in lines)]
-    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
-    for least in (_SIZE, _KEPT, _TRAINED):
-        if sum(widths[index] + 2 for index in shown) - 2 <= width:
-            break
-        shown.remove(least)
-    return shown
+    return fitting([titles, *lines], shown, (_SIZE, _KEPT, _TRAINED), width)
 
 
 def _aligned(cell: str, width: int, column: int) -> str:

@@ -109,6 +109,7 @@ def resolve_data(ref: str) -> DataSource:
     Raises:
         InputError: Missing or of an unsupported kind, malformed, not UTF-8, without a usable field, without any text.
     """
+    check_data_reference(ref)
     if ref == "pydoc":
         return _pydoc()
     if tasks.is_task(ref):
@@ -119,17 +120,29 @@ def resolve_data(ref: str) -> DataSource:
     path = Path(expanded)
     if os.path.isdir(expanded):
         return _source(path.resolve().name, "folder", _read_folder(path), ref)
-    suffix = path.suffix.lower()
     if not os.path.exists(expanded):
-        if _is_hub_id(ref):
-            return _hub(ref)
-        raise InputError(f"there is no data at {ref!r}: give {_KINDS}")
-    if suffix not in _FILE_SUFFIXES:
-        raise InputError(f"{ref} is a file of an unsupported kind: give {_KINDS}")
+        return _hub(ref)
+    suffix = path.suffix.lower()
     if suffix == ".txt":
         return _source(path.stem, "txt", [_read_text(path)], ref)
     records = read_records(path)
     return _source(path.stem, suffix[1:], _record_documents(records, ref), ref)
+
+
+def check_data_reference(ref: str) -> None:
+    """Refuse a reference that can be no data, by its form and what lies at its path; nothing is read.
+
+    Raises:
+        InputError: Nothing is there, or a file of an unsupported kind.
+    """
+    expanded = os.path.expanduser(ref)
+    if ref == "pydoc" or tasks.is_task(ref) or os.path.isdir(expanded):
+        return
+    if not os.path.exists(expanded):
+        if not _is_hub_id(ref):
+            raise InputError(f"there is no data at {ref!r}: give {_KINDS}")
+    elif Path(expanded).suffix.lower() not in _FILE_SUFFIXES:
+        raise InputError(f"{ref} is a file of an unsupported kind: give {_KINDS}")
 
 
 def resolve_prompts(ref: str) -> tuple[tuple[Turn, ...], ...]:
@@ -142,20 +155,32 @@ def resolve_prompts(ref: str) -> tuple[tuple[Turn, ...], ...]:
     Raises:
         InputError: Missing, of another kind, malformed, or without a prompt.
     """
+    check_prompts_reference(ref)
     path = Path(os.path.expanduser(ref))
     if tasks.is_task(ref):
         prompts = [conversation.prompt for conversation in tasks.read_task(ref).conversations]
-    elif not os.path.exists(os.path.expanduser(ref)):
-        raise InputError(f"there are no prompts at {ref!r}: give a .jsonl or .txt file, or reasoning-gym:TASK")
     elif path.suffix.lower() == ".jsonl":
         prompts = [read_prompt(record, f"{where} of {ref}") for where, record in _read_jsonl(path)]
-    elif path.suffix.lower() == ".txt":
-        prompts = [(Turn("user", line.strip()),) for line in _read_text(path).splitlines() if line.strip()]
     else:
-        raise InputError(f"{ref} is not a file of prompts: give a .jsonl or .txt file, or reasoning-gym:TASK")
+        prompts = [(Turn("user", line.strip()),) for line in _read_text(path).splitlines() if line.strip()]
     if not prompts:
         raise InputError(f"{ref} holds no prompt: give one at least")
     return tuple(dict.fromkeys(prompts))
+
+
+def check_prompts_reference(ref: str) -> None:
+    """Refuse a reference that can be no prompts, as `check_data_reference` does of data.
+
+    Raises:
+        InputError: Nothing is there, or a file of an unsupported kind.
+    """
+    path = os.path.expanduser(ref)
+    if tasks.is_task(ref):
+        return
+    if not os.path.exists(path):
+        raise InputError(f"there are no prompts at {ref!r}: give a .jsonl or .txt file, or reasoning-gym:TASK")
+    if Path(path).suffix.lower() not in (".jsonl", ".txt"):
+        raise InputError(f"{ref} is not a file of prompts: give a .jsonl or .txt file, or reasoning-gym:TASK")
 
 
 def read_records(path: Path) -> list[tuple[str, Record]]:

@@ -173,8 +173,7 @@ def memory(
     runtime = runtime or deployment.runtime
     if context < 1 or batch < 1:
         raise InputError(f"context and batch must be at least 1, not {context} and {batch}")
-    if runtime not in BASIS and runtime not in (brought := further_runtimes()):
-        raise InputError(f"there is no runtime {runtime!r}; the runtimes are {', '.join([*BASIS, *brought])}")
+    check_runtime(runtime)
     cache_types = deployment.cache_types if kv_type is None else (kv_type, kv_type)
     check_cache(spec, runtime, cache_types)
     spec = as_held(spec, deployment)
@@ -205,6 +204,16 @@ def memory(
         on_gpu=on_gpu,
         main_memory_bytes=found.main_memory,
     )
+
+
+def check_runtime(name: str) -> None:
+    """Refuse a name that no runtime has.
+
+    Raises:
+        InputError: Lists the names.
+    """
+    if name not in BASIS and name not in (brought := further_runtimes()):
+        raise InputError(f"there is no runtime {name!r}; the runtimes are {', '.join([*BASIS, *brought])}")
 
 
 def check_cache(spec: ModelSpec, runtime: str, cache_types: tuple[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack, runtime_checkable
@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill import plugins
-from autodistill.errors import VerificationError
+from autodistill.errors import InputError, VerificationError
 from autodistill.hardware.runtime import Runtime
 from autodistill.quantization.formats import Format
 from autodistill.strategy.deployment import Deployment
 
 TokenIds: TypeAlias = npt.NDArray[np.integer[Any]]
+PARTIAL = ".partial-"
+"""What the name of a folder begins with that is being written."""
 
 
 class Label(TypedDict, total=False):
@@ -180,6 +182,31 @@ def check_written(path: Path, count: int, asked: int = WRITTEN_TOKENS) -> None:
     """
     if count != asked:
         raise VerificationError(f"{path} wrote {count} tokens of the {asked} that it was asked for")
+
+
+def check_containers(names: Sequence[str], out: Path) -> None:
+    """Refuse what cannot be written, by names and places alone; no exporter is loaded, which takes seconds.
+
+    Args:
+        names: Of exporters.
+        out: Folder in which each gets one of its name.
+
+    Raises:
+        InputError: No name, an unknown or repeated one, or a folder that is there and not empty.
+    """
+    known = plugins.names("exporters")
+    listed = f"the formats are {', '.join(known)}"
+    if not names:
+        raise InputError(f"--to names no format; {listed}")
+    for name in names:
+        if name not in known:
+            raise InputError(f"there is no format {name!r}; {listed}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--to names a format twice: {', '.join(names)}")
+    for folder in (out / name for name in names):
+        # What an interrupted export may have left is removed by the next one.
+        if folder.exists() and not (folder.is_dir() and all(one.name.startswith(PARTIAL) for one in folder.iterdir())):
+            raise InputError(f"{folder} exists and is not an empty folder: choose another one with --out")
 
 
 def load_exporter(name: str) -> Exporter:

@@ -95,7 +95,7 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
         **({"license": " ".join(license.lower().split())} if license else {}),
         "library_name": "transformers" if "transformers" in held.runtimes else held.container,
         "pipeline_tag": "text-generation",
-        "tags": ["distillation", "quantization", "autodistill", held.container],
+        "tags": [*(["distillation"] if _is_distilled(row) else []), "quantization", "autodistill", held.container],
     }
     return "\n".join(
         [
@@ -176,13 +176,27 @@ def _made(row: Row, origin: Origin) -> str:
         made = [
             f"Made from {teacher} by AutoDistill: the initial student of strategy `{row.strategy_id}`, not trained."
         ]
-    else:
+    elif _is_distilled(row):
         made = [f"Distilled from {teacher} on {plain(origin.data)} by AutoDistill, under strategy `{row.strategy_id}`."]
+    else:
+        made = [
+            f"A student of {teacher} that AutoDistill trained on {plain(origin.data)}, under strategy "
+            f"`{row.strategy_id}`: on the labels alone, so that nothing was distilled."
+        ]
+    if row.kind in DISTILLED and row.strategy is not None and row.strategy.scales_alone:
+        made.append("Only the scales of its codes were trained.")
     if row.fidelity is not None and not row.full:
         made.append(f"It was trained for {row.fidelity:.0%} of the tokens that were planned.")
     if origin.quantized:
         made.append(f"The teacher was read from a file in {plain(origin.quantized)} and dequantised.")
     return " ".join(made)
+
+
+def _is_distilled(row: Row) -> bool:
+    """Whether a row's model was trained, and on anything of the teacher's; one without a strategy is taken to be."""
+    recipe = None if row.strategy is None else row.strategy.distillation
+    taught = recipe is None or recipe.weighs_teacher or recipe.alignment is not None or recipe.attention is not None
+    return row.kind in DISTILLED and taught
 
 
 def _compared(rows: Sequence[Row]) -> list[str]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from autodistill.errors import InputError
-from autodistill.export.base import Artifact
+from autodistill.export.base import PARTIAL, Artifact
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import FAMILIES, get_family
 from autodistill.models.layer_widths import padded
@@ -31,8 +31,6 @@ from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.utils.durable import make_folder, sync, sync_below
 
 WEIGHTS = "model.safetensors"
-PARTIAL = ".partial-"
-"""What the name of a folder begins with that is being written."""
 _HEAD = "lm_head.weight"
 _HEADS = {f"{family.stored_head}.weight": _HEAD for family in FAMILIES.values()}
 _COMPANIONS = (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
+from autodistill.errors import InputError
 from autodistill.inference.batching import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.inference.outputs import TeacherReference, TokenScores
 
@@ -54,6 +55,9 @@ def score_teacher(
 
     Args:
         model, data, device, begun: As for `score`.
+
+    Raises:
+        InputError: It gives a token no finite likelihood, as weights do that are damaged, or too large for float32.
     """
 
     def likeliest(logits: Tensor, total: Tensor, rows: slice) -> list[Tensor]:
@@ -61,6 +65,11 @@ def score_teacher(
         return [tokens.int(), values - total[:, None]]
 
     scores, (top1, tokens, log_probs) = _score(model, data, None, device, likeliest, begun)
+    if broken := int((~np.isfinite(scores.nll)).sum()):
+        raise InputError(
+            f"the teacher's likelihoods of {broken:,} of {len(scores.nll):,} tokens are no finite numbers: its weights "
+            "are damaged, or too large for float32; get the model again, or give another --teacher"
+        )
     return scores, TeacherReference(top1=top1, tokens=tokens, log_probs=log_probs)
 
 

@@ -8,7 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
+from autodistill.distillation.teacher.resolve import locate
 from autodistill.errors import InputError
+from autodistill.estimates.serving_memory import check_runtime
 from autodistill.hardware.device import Device
 from autodistill.hardware.local import local_device
 from autodistill.hardware.machine import detect_for_training
@@ -82,6 +84,12 @@ def profile(request: ProfileRequest, notify: Callable[[str], None] = lambda line
     Raises:
         InputError: A target that is neither, a folder that cannot be written, or sizes that do not fit.
     """
+    if not request.is_served:
+        strategy = load_strategy(request.target)
+        locate(str(request.value("teacher")))
+    elif request.runtime is not None:
+        check_runtime(request.runtime)
+    # What was named is there: the engines, whose import takes seconds, come after that.
     import torch
 
     from autodistill.utils.json_files import write_json
@@ -110,7 +118,7 @@ def profile(request: ProfileRequest, notify: Callable[[str], None] = lambda line
 
         torch.set_num_threads(threads)
         found = profile_training(
-            load_strategy(request.target),
+            strategy,
             str(request.value("teacher")),
             cache=cache_folder(request.cache),
             out=out,

@@ -6,10 +6,12 @@ import fcntl
 import os
 import re
 import socket
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from autodistill.errors import InputError
 from autodistill.runs.run_log import RunLog
@@ -17,6 +19,7 @@ from autodistill.runs.schema import check_log, read_search
 from autodistill.utils.durable import make_folder
 from autodistill.utils.json_files import unwritable
 
+T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\Z", re.ASCII)
 _LOCK = "lock"
 _SEARCH = "search.json"
@@ -263,6 +266,35 @@ class RunFolder:
         except OSError as error:
             self.close()
             raise unwritable(self.path, error) from error
+
+
+def read_each(out: Path, read: Callable[[RunFolder], T], names: Iterable[str] = ()) -> dict[str, T]:
+    """What is read of some runs, by name: of those that are named, or of all in a folder.
+
+    Of all, those whose records cannot be read are left out with a line on stderr for each, unless that leaves none.
+
+    Args:
+        out: Folder of the runs.
+        read: What reads one.
+        names: Of runs; all by default.
+
+    Raises:
+        InputError: No such run, or one that is named cannot be read, or none of the folder.
+    """
+    if named := list(dict.fromkeys(names)):
+        return {name: read(RunFolder.open(out, name)) for name in named}
+    found: dict[str, T] = {}
+    refused: dict[str, InputError] = {}
+    for name in known_runs(out):
+        try:
+            found[name] = read(RunFolder.open(out, name))
+        except InputError as error:
+            refused[name] = error
+    if refused and not found:
+        raise next(iter(refused.values()))
+    for name, why in refused.items():
+        print(f"warning: the run {name} is left out: {why}", file=sys.stderr, flush=True)
+    return found
 
 
 def known_runs(out: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from autodistill.errors import InputError
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rank
 from autodistill.runs.results.objectives import objectives_of, with_front
 from autodistill.runs.results.row import Row
@@ -42,3 +43,51 @@ def trained_student(run: RunFolder, row: Row) -> Path:
     from autodistill.runs.students import kept_after, student_folder
 
     return student_folder(run.checkpoints / row.trial, kept_after(row))
+
+
+def find_row(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
+    """Return the row of an id, in full or as tables have it.
+
+    Args:
+        run: The run.
+        ranked: Its rows of the validation split, in the order in which they are offered where there is none of the id.
+        row_id: None where the run has no best row.
+
+    Raises:
+        InputError: There is none, or no id; the rows whose models are here are listed.
+    """
+    for row in ranked:
+        if row_id in (row.row_id, row.short_id):
+            return row
+    ids = [row.row_id for row in ranked if row.kind == "teacher" or trained_student(run, row).is_dir()]
+    listed = f"the rows that can be exported are {', '.join(ids)}" if ids else "it has no student on disk"
+    if row_id is None:
+        raise InputError(f"the run {run.name!r} has nothing that fits its budget to export: {listed}")
+    raise InputError(
+        f"the run {run.name!r} has no row {row_id!r} (autodistill leaderboard {run.name} shows its rows); {listed}"
+    )
+
+
+def find_pair(run: RunFolder, rows: str) -> tuple[Row, Row]:
+    """Return the two rows of a cascade, the small one first.
+
+    Args:
+        run: The run.
+        rows: Two ids with a comma between them; "teacher" is the teacher's row of the most bits.
+
+    Raises:
+        InputError: Not two ids, no such row, or one row twice.
+    """
+    names = [name.strip() for name in rows.split(",")]
+    if len(names) != 2 or not all(names):
+        raise InputError(f"--rows {rows!r} must name two rows: the small one, a comma, and the large one or teacher")
+    ranked = [one.row for one in leaderboard_of(run)[0]]
+    teachers = sorted((row for row in ranked if row.kind == "teacher"), key=lambda row: -row.deployment.bits)
+
+    def named(name: str) -> Row:
+        return teachers[0] if name == "teacher" and teachers else find_row(run, ranked, name)
+
+    small, large = map(named, names)
+    if small.row_id == large.row_id:
+        raise InputError(f"--rows names {small.row_id} twice: a cascade takes two different rows")
+    return small, large

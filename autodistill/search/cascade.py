@@ -30,15 +30,12 @@ from autodistill.models.model_folder import read_config
 from autodistill.models.stored_tensors import stored_type
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.cascades import VERSION, write_cascade, write_items
-from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
-from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder
-from autodistill.search.finish.export_run import export_run, find_row, model_folder
+from autodistill.search.finish.export_run import export_run, model_folder
 from autodistill.units import format_bytes, with_error
 
 POSITION, ANSWER = "position", "answer"
-_TEACHER = "teacher"
 _NEEDED = (
     *("metric", "direction", "budget", "plan.eval_tokens", "teacher.name", "teacher.reference", "teacher.fingerprint"),
     *("data.name", "data.reference", "data.fingerprint", "licences", "plan.batch_tokens", "plan.sequence_length"),
@@ -92,7 +89,7 @@ class _Read:
 
 def cascade(
     run: RunFolder,
-    rows: str,
+    rows: tuple[Row, Row],
     cache: Path,
     notify: Callable[[str], None] = lambda line: None,
     *,
@@ -105,8 +102,7 @@ def cascade(
 
     Args:
         run: Finished or stopped; nothing else of it is changed.
-        rows: The small row and the large one, as "t003-gguf-q4_0,teacher": ids, or "teacher" for the teacher's row of
-            the most bits.
+        rows: The small row and the large one, as `find_pair` gives them.
         cache: Folder of prepared data.
         notify: Told what happens.
         measure: Whether both are exported for a moment, and timed in their runtimes.
@@ -116,10 +112,10 @@ def cascade(
         The document that is written, with the paths of both files.
 
     Raises:
-        InputError: No such rows, or one of them twice; a model or the data are not on this disk any more, or changed.
+        InputError: A model or the data are not on this disk any more, or changed.
     """
     asked = run.asked(*_NEEDED)
-    small, large = _named(run, rows, asked)
+    small, large = rows
     data = _data(run, asked, cache)
     folders = {row.row_id: model_folder(run, row, asked, notify) for row in (small, large)}
     budget, tokens = read_budget(asked["budget"]), int(asked["plan"]["eval_tokens"])
@@ -170,23 +166,6 @@ def cascade(
     }
     written = write_cascade(run.path, small.row_id, large.row_id, document)
     return document | {"paths": {"items": str(path), "curve": str(written)}}
-
-
-def _named(run: RunFolder, rows: str, asked: Mapping[str, Any]) -> tuple[Row, Row]:
-    names = [name.strip() for name in rows.split(",")]
-    if len(names) != 2 or not all(names):
-        raise InputError(f"--rows {rows!r} must name two rows: the small one, a comma, and the large one or teacher")
-    known = [row for row in run.events.rows() if row.split != "test"]
-    ranked = [one.row for one in rank(contenders(known), asked["metric"], asked["direction"])]
-    teachers = sorted((row for row in ranked if row.kind == _TEACHER), key=lambda row: -row.deployment.bits)
-
-    def named(name: str) -> Row:
-        return teachers[0] if name == _TEACHER and teachers else find_row(run, ranked, name)
-
-    small, large = map(named, names)
-    if small.row_id == large.row_id:
-        raise InputError(f"--rows names {small.row_id} twice: a cascade takes two different rows")
-    return small, large
 
 
 def _data(run: RunFolder, asked: Mapping[str, Any], cache: Path) -> Prepared:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from autodistill.search.algorithms.sampler import SAMPLERS
+from autodistill.search.algorithms.names import SAMPLERS
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from benchmarks.common import report
 from benchmarks.common.expenses import Expense

@@ -217,7 +217,7 @@ def test_a_log_that_was_cut_off_is_read_as_far_as_it_is_whole(tmp_path: Path) ->
 
 def test_the_command_shows_and_writes(files: Callable[..., list[str]], tmp_path: Path) -> None:
     names = files(one=([row("a"), row("b", (9, 9))], about()), two=([row("c", (1, 2, 3))], about()))
-    found = leaderboard(names, merge=True, to=tmp_path / "all.parquet", most=1)
+    found = leaderboard(names, merge=True, parquet=tmp_path / "all.parquet", most=1)
     text = " ".join(as_text(found).split())  # whatever the terminal's width
     assert "2 tables, which do not compare" in text
     assert "the best 1 of 2 rows of one" in text

@@ -561,14 +561,19 @@ def test_runs_are_compared_where_their_metric_is_of_the_same_data(
     assert [one.value for one in stored(tmp_path, ["a"])] == [0.45]
 
 
-def test_a_run_that_does_not_say_what_it_ranked_by_is_named_and_left_out_by_naming_others(tmp_path: Path) -> None:
+def test_a_run_that_does_not_say_what_it_ranked_by_is_left_out_and_named_and_refused_if_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("new", "old"):
         run_folder(tmp_path, name, [row(name, 0.5, 400)], "accuracy")
     described = tmp_path / "old" / "search.json"
     described.write_text(json.dumps({key: value for key, value in read_json(described).items() if key != "data"}))
-    with pytest.raises(InputError, match=r"old was ranked by and on which data.*name the runs"):
-        stored(tmp_path)
+    assert [one.run for one in stored(tmp_path)] == ["new"]
+    assert capsys.readouterr().err.startswith("warning: the run old is left out: ")
+    with pytest.raises(InputError, match=r"old was ranked by and on which data.*leave that run out"):
+        stored(tmp_path, ["new", "old"])
     assert [one.run for one in stored(tmp_path, ["new"])] == ["new"]
+    assert capsys.readouterr().err == ""
 
 
 @settings(deadline=None, max_examples=30)

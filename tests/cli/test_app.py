@@ -48,12 +48,12 @@ VERBS = {
     "--json --cache --cache-limit",
     "write": "--prompts --out --teacher --endpoint --model --max-tokens --temperature --top-p --seed --top-k --batch "
     "--timeout --cache --json",
-    "leaderboard": "--out --merge --by --to --most --json",
+    "leaderboard": "--out --merge --by --parquet --most --json",
     "cascade": "--rows --measure --out --cache --json",
     "profile": "--out --teacher --step-tokens --sequence-length --steps --prompt --decoded --runtime --threads --cache "
     "--json",
-    "compare": "--to --out --json",
-    "study": "--to --out --json",
+    "compare": "--out --runs --json",
+    "study": "--out --runs --json",
     "report": "--out --plots --runs --json",
     "show": "--on --out --json",
     "reproduce": "--on --out --cache --json",
@@ -261,6 +261,9 @@ BAD = [
     ("estimate @/teacher --strategy lora --training 0", ["--training must be at least 1 token"]),
     ("estimate @/strange --strategy lora", ["mamba", "llama"]),
     ("leaderboard nobody", ["nobody"]),
+    ("leaderboard --merge a --to all.parquet", ["there is no --to any more: name the file with --parquet"]),
+    ("compare a b --to both.html", ["there is no --to any more: name the file with --out; see autodistill compare"]),
+    ("study a --to a.journal", ["there is no --to any more: name the file with --out; see autodistill study --help"]),
     ("leaderboard --out @/none", ["no runs"]),
     ("export nobody --to gguf --out @/e", ["nobody"]),
     ("export nobody", ["--to"]),
@@ -507,6 +510,55 @@ def test_help_loads_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "set()"
+
+
+# Names that nothing has, of each command that imports an engine; @ stands for the inputs, % for runs that ship.
+MISNAMED = (
+    *("export run --runs % --to nonsense --out @/e", "export run --runs % --to gguf --row nonsense --out @/e"),
+    *("cascade run --out % --rows nonsense,teacher", "reproduce nonsense --out %", "log run --out % --to nonsense"),
+    *(f"estimate @/teacher --{name} nonsense" for name in ("format", "runtime", "device", "strategy")),
+    *(f"solve @/teacher --budget 1GB --{name} nonsense" for name in ("runtime", "data")),
+    *("solve nonsense --budget 1GB", "solve @/teacher --device nonsense", "solve @/teacher --budget 1GB --export"),
+    *("solve @/teacher --device local --runtime nonsense", "pick --budget 1GB --runtime nonsense --out %"),
+    *(
+        f"{verb} --{name} nonsense"
+        for verb in ("search --budget 1GB", "search --budget 1GB --plan", "search --budgets 1GB,2GB")
+        for name in ("device", "runtime", "teacher", "data", "metric", "sampler", "runner", "kv-type", "space", "log")
+    ),
+    *("search --tiers nonsense,4090", "search --budget 1GB --trials 0", "search --budget 1GB --name ../x"),
+    *("search --resume --name nonsense", "distill nonsense", "distill logit_kd --teacher nonsense"),
+    *("write --prompts nonsense --out @/o.jsonl", "write --prompts @/empty.txt --out @/o.jsonl --teacher nonsense"),
+    *("profile nonsense", "profile logit_kd --teacher nonsense", "profile @/teacher --runtime nonsense"),
+    *(
+        "measure nonsense",
+        "serve nonsense",
+        "drafts nonsense nonsense",
+        "bundle @/teacher --out @/b --runtime nonsense",
+    ),
+)
+
+
+def test_what_nothing_is_called_is_refused_before_an_engine_is_imported(inputs: Path, tmp_path: Path) -> None:
+    """An export of an unknown row said so after the seconds that torch takes."""
+    program = (
+        "import sys; from autodistill.cli.app import main; "
+        "codes = [main(line.split(chr(9))) for line in sys.stdin.read().splitlines()]; "
+        "heavy = {'torch', 'transformers', 'ray', 'optuna', 'datasets'}; "
+        "print(codes, heavy & set(sys.modules))"
+    )
+    runs = Path(__file__).parents[2] / "results" / "reference"
+    run = "search-20261129-053718"
+    assert (runs / run / "search.json").is_file()
+    places = {"@": str(inputs), "%": str(runs), " run ": f" {run} ", " ": "\t"}
+    typed = ""
+    for line in MISNAMED:
+        for short, place in places.items():
+            line = line.replace(short, place)
+        typed += f"{line}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=typed, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == f"{[2] * len(MISNAMED)} set()", done.stderr
 
 
 # The whole path, once, in a process of its own.

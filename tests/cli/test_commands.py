@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,39 @@ def test_a_run_is_named_by_its_folder_in_any_way(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     for name in ("./mine", str(tmp_path / "mine")):
         assert [run.path for run, _ in leaderboard([name])] == [tmp_path / "mine"]
+
+
+REFERENCE = Path(__file__).parents[2] / "results" / "reference"
+WHOLE, DAMAGED = "search-20261129-053718", "search-20261128-114135"
+
+
+@pytest.mark.parametrize("damage", ["search.json", "trials.jsonl"])
+def test_one_damaged_run_is_left_out_with_a_line_unless_it_was_named(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It ended every command that reads all runs of a folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in (WHOLE, DAMAGED):
+        shutil.copytree(REFERENCE / name, tmp_path / "runs" / name)
+    run = tmp_path / "runs" / DAMAGED
+    (run / "leaderboard.parquet").unlink()
+    (run / damage).write_text("{}\n" if damage == "search.json" else '{"event": "row"}\n')
+    row = "t000xx-gguf-q4_1"
+    for line in (
+        "pick --budget 1GB --out runs",
+        "leaderboard --out runs",
+        "leaderboard --merge --out runs",
+        *([f"show {row} --out runs", "estimate --layers 2 --width 64 --heads 4 --ffn 128 --vocab 300 --out runs"])
+        * (damage == "trials.jsonl"),
+    ):
+        assert main(line.split()) == 0, line
+        out, err = capfd.readouterr()
+        (warned,) = (text for text in err.splitlines() if text.startswith("warning: "))
+        assert warned.startswith(f"warning: the run {DAMAGED} is left out: "), line
+        assert WHOLE in out or "estimate" in line
+    named = (f"pick {WHOLE} {DAMAGED} --budget 1GB", f"leaderboard {WHOLE} {DAMAGED}", f"leaderboard --merge {DAMAGED}")
+    for line in named:
+        assert main([*line.split(), "--out", "runs"]) == 2, line
+        assert "warning" not in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "runs" / WHOLE)
+    assert main(["pick", "--budget", "1GB", "--out", "runs"]) == 2, "and where none is whole"

@@ -44,6 +44,8 @@ def folder(tmp_path):
         ("autodistill explain ", ["first", "second"]),
         ("autodistill leaderboard s", ["second"]),
         ("autodistill search --out other --warm-start ", ["third"]),
+        ("autodistill report --out page.html --runs other ", ["third"]),
+        ("autodistill compare ", ["first", "second"]),
         ("autodistill search --device 409", ["4090"]),
         ("autodistill distill logit", ["logit_kd"]),
         ("autodistill search --space def", ["default"]),

@@ -18,6 +18,18 @@ def test_a_device_is_a_line_with_its_figures() -> None:
     assert "autodistill devices NAME" in note
 
 
+def test_a_narrow_terminal_shows_what_devices_hold_before_what_they_compute() -> None:
+    known = devices()
+    narrow, whole = devices_table(known, 80), devices_table(known)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert narrow.splitlines()[0].split() == ["device", "memory", "usable", "bandwidth"]
+    assert "Left out: class, fp32, fp16, bf16, int8, fp8; a wider terminal shows them." in narrow
+    assert whole.splitlines()[0].split()[-5:] == ["fp32", "fp16", "bf16", "int8", "fp8"]
+    (one,) = (find_device("4090", known),)
+    assert max(map(len, devices_table([one], 80).splitlines())) <= 80
+    assert "fp16" in devices_table([one], 80).splitlines()[0], "a shorter name leaves room for rates"
+
+
 def test_of_a_single_device_it_is_told_where_its_figures_are_from() -> None:
     device = find_device("4090", devices())
     text = devices_table([device])

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
-from autodistill.cli.streams import quiet_libraries, stdout_reserved
+from autodistill.cli.printing import line_width, table_width
+from autodistill.cli.streams import quiet_libraries, stdout_reserved, terminal_width
 
 
 def test_what_is_printed_meanwhile_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
@@ -20,6 +22,33 @@ def test_what_is_printed_meanwhile_goes_to_stderr(capfd: pytest.CaptureFixture[s
     assert captured.out == "the result\n"
     for words in ("by python", "by a library", "by a child"):
         assert words in captured.err
+
+
+def test_the_width_is_that_of_the_terminal_that_stdout_is_though_stderr_is_a_wider_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A table is made while stdout is reserved, when its descriptor is that of stderr."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    wide, narrow = (os.openpty() for _ in range(2))
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        for (_, terminal), columns in ((wide, 150), (narrow, 90)):
+            termios.tcsetwinsize(terminal, (24, columns))
+        os.dup2(narrow[1], 1)
+        os.dup2(wide[1], 2)
+        with stdout_reserved():
+            on_terminal = (terminal_width(), line_width(), table_width())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with stdout_reserved():
+            elsewhere = (terminal_width(), line_width(), table_width())
+    finally:
+        for place, descriptor in enumerate(kept, start=1):
+            os.dup2(descriptor, place)
+            os.close(descriptor)
+        for descriptor in (*wide, *narrow):
+            os.close(descriptor)
+    assert on_terminal == (90, 90, 90)
+    assert elsewhere == (None, 120, None)
 
 
 def test_stdout_is_given_back_after_an_error(capfd: pytest.CaptureFixture[str]) -> None:

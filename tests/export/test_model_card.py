@@ -13,7 +13,8 @@ from autodistill.export.model_card import NOT_STATED, Origin, model_card
 from autodistill.models.config import config_of, resized, spec_from_config, uniform
 from autodistill.runs.results.row import Row
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Strategy
+from autodistill.strategy.recipe import Alignment, Distillation
+from autodistill.strategy.strategy import Finishing, Strategy
 from autodistill.testing import tiny_config
 
 Q4 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
@@ -134,6 +135,41 @@ def test_a_card_says_what_the_student_was_made_of_and_how() -> None:
     assert "from a file in Q4_1 and dequantised" in body
     assert "of the tokens that were planned" not in body
     assert json.loads(body.split("```json\n")[1].split("```")[0]) == Strategy().to_json()
+
+
+def test_only_what_learnt_from_the_teacher_is_called_distilled() -> None:
+    """A student that was trained on labels alone was said to be distilled, and every card had the tag."""
+
+    def said(**changes: Any) -> tuple[str, list[str]]:
+        card = model_card(replace(BEST, **changes), Q4, [BEST], ORIGIN)
+        _, header, body = card.split("---\n", 2)
+        return body.split("It is stored")[0], yaml.safe_load(header)["tags"]
+
+    labels = Distillation(divergence_weight=0.0)
+    trained, tags = said(strategy=Strategy(distillation=labels))
+    assert "trained on pydoc" in trained
+    assert "on the labels alone, so that nothing was distilled" in trained
+    assert "Distilled" not in trained
+    assert "distillation" not in tags
+    for taught in (
+        Distillation(),
+        replace(labels, alignment=Alignment()),
+        replace(labels, final_divergence_weight=0.5),
+    ):
+        text, tags = said(strategy=Strategy(distillation=taught))
+        assert "Distilled from" in text
+        assert "scales" not in text
+        assert "distillation" in tags
+    text, tags = said(kind="initial")
+    assert "not trained" in text
+    assert "Distilled" not in text
+    assert "distillation" not in tags
+    assert "distillation" not in said(kind="teacher")[1]
+    finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32, scales="alone")
+    assert (
+        "Only the scales of its codes were trained."
+        in said(strategy=Strategy(distillation=labels, finishing=finishing))[0]
+    )
 
 
 def test_what_is_not_known_is_not_claimed() -> None:

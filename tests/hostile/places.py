@@ -82,11 +82,11 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     # Where they write: what is there is not overwritten, and what cannot be written is said.
     writing: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
         "log": (("log", _RUN, "--out", "runs", "--to"), _runs),
-        "study": (("study", _RUN, "--out", "runs", "--to"), _runs),
-        "compare": (("compare", _RUN, _OTHER, "--out", "runs", "--to"), _runs),
+        "study": (("study", _RUN, "--runs", "runs", "--out"), _runs),
+        "compare": (("compare", _RUN, _OTHER, "--runs", "runs", "--out"), _runs),
         "report": (("report", _RUN, "--runs", "runs", "--out"), _runs),
         "plots": (("report", _RUN, "--runs", "runs", "--plots"), _runs),
-        "merge": (("leaderboard", _RUN, _OTHER, "--merge", "--out", "runs", "--to"), _runs),
+        "merge": (("leaderboard", _RUN, _OTHER, "--merge", "--out", "runs", "--parquet"), _runs),
         "bundle": (("bundle", "export", "--out"), exports),
         "dashboards": (("dashboards", "--out"), nothing),
         "profile": (("profile", "export", "--cache", "cache", "--decoded", "1", "--prompt", "1", "--out"), exports),
@@ -98,7 +98,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             # A report is made anew in its place, and a folder that is there may be written into.
             yield case(*argv, given, make=partial(_taken, before=make), codes=(0, 2), name=command)
     for runs in ((_RUN,), (_RUN, _RUN), (_RUN, "none"), (_RUN, ""), (_RUN, "../x"), (_RUN,) * 400, ("runs",)):
-        yield case("compare", "--out", "runs", *runs, make=_runs)
+        yield case("compare", "--runs", "runs", *runs, make=_runs)
         yield case("leaderboard", "--merge", "--out", "runs", *runs, make=_runs, codes=(0, 2))
     for by in (*_ODD, "nothing", "row_id", "task:", "accuracy,kl", "memory_bytes"):
         codes = (0, 2) if by == "memory_bytes" else (2,)

@@ -19,12 +19,12 @@ _ROW, _SMALL, _LARGE = "t001-huggingface", "teacher-gguf-q4_0", "teacher"
 # Each reads records alone, or comes to them before it would load anything: teacher and students are not there.
 _COMMANDS: dict[str, tuple[str, ...]] = {
     "leaderboard": ("leaderboard", _RUN, "--out", "runs"),
-    "merge": ("leaderboard", _RUN, _OTHER, "--merge", "--to", "all.parquet", "--out", "runs"),
+    "merge": ("leaderboard", _RUN, _OTHER, "--merge", "--parquet", "all.parquet", "--out", "runs"),
     "explain": ("explain", _RUN, "--out", "runs"),
     "show": ("show", _ROW, "--on", _RUN, "--out", "runs"),
     "report": ("report", _RUN, "--runs", "runs"),
-    "compare": ("compare", _RUN, _OTHER, "--out", "runs"),
-    "study": ("study", _RUN, "--out", "runs"),
+    "compare": ("compare", _RUN, _OTHER, "--runs", "runs"),
+    "study": ("study", _RUN, "--runs", "runs"),
     "log": ("log", _RUN, "--to", "tensorboard=board", "--out", "runs"),
     "cascade": ("cascade", _RUN, "--rows", f"{_SMALL},{_LARGE}", "--out", "runs", "--cache", "cache"),
     "reproduce": ("reproduce", _ROW, "--on", _RUN, "--out", "runs", "--cache", "cache"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from autodistill.errors import InputError
 from autodistill.inference import scoring
 from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.scoring import choices, score, score_teacher
@@ -146,3 +147,13 @@ def test_what_is_kept_of_a_teacher_is_read_back(workshop, model, tmp_path):
     again = TeacherReference.load(tmp_path / "reference.npz").head(40)
     for name in ("top1", "tokens", "log_probs"):
         np.testing.assert_array_equal(getattr(again, name), getattr(reference, name)[:40])
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_teacher_without_finite_likelihoods_is_refused(workshop, model, factor):
+    """A search took its scores, and ended with a traceback of what was computed from them."""
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight *= factor
+    with pytest.raises(InputError, match="are no finite numbers: its weights are damaged, or too large for float32"):
+        score_teacher(broken, workshop.data)

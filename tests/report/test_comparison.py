@@ -40,7 +40,7 @@ def test_what_cannot_be_compared_is_said() -> None:
 
 
 def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["compare", README.name, BUDGET.name, "--out", str(README.parent), "--to", str(tmp_path / "both.html")]
+    words = ["compare", README.name, BUDGET.name, "--runs", str(README.parent), "--out", str(tmp_path / "both.html")]
     assert main(words) == 0
     assert capsys.readouterr().out == f"page: {tmp_path / 'both.html'}\n"
     assert "Budget curves" in (tmp_path / "both.html").read_text()

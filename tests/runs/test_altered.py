@@ -284,16 +284,18 @@ def test_nobody_waits_for_the_writer_of_a_pipe(out: Path, told: Told, name: str)
     assert not [line for line in told.wrong if "does not name" not in line], told.wrong
 
 
-def test_of_several_runs_a_bad_one_is_named_and_the_others_can_be_asked_for(
+def test_of_several_runs_a_bad_one_is_left_out_and_named_and_refused_if_it_is_asked_for(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(out / "run", out / "bad")
     (out / "bad" / "search.json").write_text("{}")
     for words in (["leaderboard"], ["pick", "--budget", "1GB"]):
-        assert main([*words, "--out", str(out)]) == 2
-        assert str(out / "bad" / "search.json") in capsys.readouterr().err
+        assert main([*words, "--out", str(out)]) == 0
+        assert f"warning: the run bad is left out: {out / 'bad' / 'search.json'}" in capsys.readouterr().err
         assert main([*words, "run", "--out", str(out)]) == 0
-        capsys.readouterr()
+        assert "warning" not in capsys.readouterr().err
+        assert main([*words, "run", "bad", "--out", str(out)]) == 2
+        assert str(out / "bad" / "search.json") in capsys.readouterr().err
 
 
 def test_what_a_later_version_wrote_is_refused_as_that(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,35 +8,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
-from autodistill.errors import InputError
 from autodistill.evaluation.base import Direction
 from autodistill.runs.results.objectives import Objective
 from autodistill.runs.results.row import Status
+from autodistill.search.algorithms.names import check_sampler
 from autodistill.search.algorithms.optuna_study import Observation, modeled
 from autodistill.search.algorithms.pareto import fronts, spread
 from autodistill.strategy.dimension import Dimension, Point
 from autodistill.strategy.domains import Range, Value
 from autodistill.strategy.space import Space
 
-SAMPLERS = ("tpe", "random")
-_REMOVED = ("gp", "nsga2")
 _STARTUP = 6  # proposals spread over the space before anything is inferred from results
 _NEAR = 4  # draws of which a neighbour takes the nearest
 _ASKS = 8  # draws of the model before a duplicate is replaced by a random point
 _SIZES = ("init.depth", "init.ffn", "init.heads", "init.width")  # fractions of the teacher's
 _DRAWS = 200  # random draws before a space is searched for its last unseen points
-
-
-def check_sampler(name: str) -> None:
-    """Refuse a name that no sampler has.
-
-    Raises:
-        InputError: Names what takes its place.
-    """
-    if name in _REMOVED:
-        raise InputError(f"the sampler {name} was removed: take tpe, which learns from several objectives too")
-    if name not in SAMPLERS:
-        raise InputError(f"there is no sampler {name!r}; the samplers are {', '.join(SAMPLERS)}")
 
 
 class Sampler:

@@ -76,6 +76,12 @@ class BudgetsRequest(SearchRequest):
         context, batch = (1 if given is None else given for given in (self.context, self.batch))
         Budget(memory_bytes=1, context=context, batch=batch)
 
+    def apart(self) -> Sequence[SearchRequest]:
+        """One request for each of several budgets that are asked for."""
+        if self.budgets is None and self.tiers is None:
+            return super().apart()
+        return [self.alone(**limit) for limit in self.limits().values()]
+
     def limits(self) -> dict[str, dict[str, Any]]:
         """What makes the request of each budget, by what the budget is called.
 

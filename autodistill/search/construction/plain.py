@@ -76,7 +76,7 @@ def plain_constructions(
     raise nothing_fits(init, miss, budget, among)
 
 
-def nothing_fits(init: Init, miss: Miss, budget: Budget, among: str = "") -> NothingFitsError:
+def nothing_fits(init: Init, miss: Miss, budget: Budget, among: str = "", left_out: str = "") -> NothingFitsError:
     """The error of a budget that nothing meets.
 
     Args:
@@ -84,6 +84,7 @@ def nothing_fits(init: Init, miss: Miss, budget: Budget, among: str = "") -> Not
         miss: Which limit it misses, and by how much.
         budget: Of the student.
         among: What it has the lowest requirements of, in words.
+        left_out: Why storages of lower requirements are no students of this teacher, in words.
     """
     remedy = (
         "--latency, or name a faster --device"
@@ -92,7 +93,7 @@ def nothing_fits(init: Init, miss: Miss, budget: Budget, among: str = "") -> Not
     )
     return NothingFitsError(
         f"nothing fits, not even the student with the lowest requirements{among} ({init.describe()}): {miss.said}; "
-        f"raise {remedy}"
+        f"raise {remedy}{f'. What needs less memory is left out: {left_out}' if left_out else ''}"
     )
 
 

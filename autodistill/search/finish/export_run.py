@@ -14,20 +14,19 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 
-from autodistill import plugins
 from autodistill.data.dataset import load_split, open_prepared
 from autodistill.data.general_text import PACKAGED, general_sequences, resolve_general
 from autodistill.data.student_template import copy_license
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import DamagedError, InputError
-from autodistill.export.base import Exporter, TakesAny, load_exporter
+from autodistill.export.base import Exporter, TakesAny, check_containers, load_exporter
 from autodistill.export.model_card import Origin, model_card
 from autodistill.export.promise import RECORD, promise_asked
 from autodistill.export.proof import simulate
 from autodistill.export.record import Exported
 from autodistill.export.record import write as write_record
-from autodistill.export.student_reader import PARTIAL, replacing
+from autodistill.export.student_reader import replacing
 from autodistill.export.verify import POSITIONS, prove, verify
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
@@ -38,7 +37,7 @@ from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
 from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder
-from autodistill.runs.standing import best_of, trained_student
+from autodistill.runs.standing import best_of, find_row, trained_student
 from autodistill.runs.students import kept_after, listed
 from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
@@ -88,7 +87,7 @@ def export_run(
         MissingDependencyError: A package that a container needs is not installed.
         VerificationError: What was written is not what was evaluated, or does not do the same.
     """
-    _check_containers(containers)
+    check_containers(containers, out)
     asked = run.asked(*_NEEDED)
     every = run.events.rows(RowAdded, RowTested)
     rows = [row for row in every if row.split != "test"]
@@ -98,11 +97,6 @@ def export_run(
     student = model_folder(run, row, asked, notify)
     exporters = {name: load_exporter(name) for name in containers}
     deployments = {name: _deployment(exporters[name], row, ranked, asked, student) for name in containers}
-    for name in containers:
-        folder = out / name
-        # What an interrupted export may have left is removed by the next one.
-        if folder.exists() and not (folder.is_dir() and all(one.name.startswith(PARTIAL) for one in folder.iterdir())):
-            raise InputError(f"{folder} exists and is not an empty folder: choose another one with --out")
     origin = Origin.of(asked)
     text = _text_of(asked, student) if verified else None
     paths = {}
@@ -204,36 +198,6 @@ def _text_of(asked: Mapping[str, Any], student: Path) -> tuple[npt.NDArray[np.in
     rows = -(-POSITIONS // _LENGTH)
     random = np.random.default_rng(0).integers(0, vocabulary, (rows, _LENGTH))
     return random.astype(np.int32), f"random tokens, {gone}"
-
-
-def _check_containers(containers: Sequence[str]) -> None:
-    known = plugins.names("exporters")
-    listed = f"the formats are {', '.join(known)}"
-    if not containers:
-        raise InputError(f"--to names no format; {listed}")
-    for name in containers:
-        if name not in known:
-            raise InputError(f"there is no format {name!r}; {listed}")
-    if len(set(containers)) < len(containers):
-        raise InputError(f"--to names a format twice: {', '.join(containers)}")
-
-
-def find_row(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
-    """Return the row of an id, in full or as tables have it.
-
-    Raises:
-        InputError: There is none, or no id; the rows whose models are here are listed.
-    """
-    ids = [row.row_id for row in ranked if row.kind == "teacher" or trained_student(run, row).is_dir()]
-    listed = f"the rows that can be exported are {', '.join(ids)}" if ids else "it has no student on disk"
-    if row_id is None:
-        raise InputError(f"the run {run.name!r} has nothing that fits its budget to export: {listed}")
-    for row in ranked:
-        if row_id in (row.row_id, row.short_id):
-            return row
-    raise InputError(
-        f"the run {run.name!r} has no row {row_id!r} (autodistill leaderboard {run.name} shows its rows); {listed}"
-    )
 
 
 def model_folder(run: RunFolder, row: Row, asked: Mapping[str, Any], notify: Callable[[str], None]) -> Path:

@@ -82,7 +82,9 @@ def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
     least = min(held, key=lambda strategy: min(fit.slack for fit in held[strategy]))
     miss = nearest_miss(held[least], budget)
     if miss is not None:
-        raise nothing_fits(least.init, miss, budget)
+        in_gguf = any(one.container == "gguf" for one in space.deployments)
+        left_out = (spec.not_in_gguf or spec.text_not_in_gguf) if in_gguf else ""
+        raise nothing_fits(least.init, miss, budget, left_out=left_out)
 
 
 def by_size(space: Space, teacher: ModelSpec) -> list[tuple[Strategy, ModelSpec]]:

@@ -400,6 +400,15 @@ class SearchRequest:
         if not isinstance(self.budget, Budget):
             self._check_limits()
 
+    @property
+    def several(self) -> bool:
+        """Whether this is a search for several budgets."""
+        return False
+
+    def apart(self) -> Sequence[SearchRequest]:
+        """What is asked as requests for one budget each."""
+        return [self]
+
     def _check_limits(self) -> None:
         """Refuse limits that cannot be, before a device is looked for, since that may measure this machine."""
         if (self.strategy, self.budget, self.device) == (None, None, None) and not self.resume:

@@ -21,12 +21,13 @@ from autodistill.runs.remote_copy import check_free, check_unheld, pull
 from autodistill.runs.results import selection as choice
 from autodistill.runs.results.objectives import objectives_of
 from autodistill.runs.run_folder import RunFolder
-from autodistill.search.algorithms.sampler import check_sampler
+from autodistill.search.algorithms.names import check_sampler
 from autodistill.search.planning.durations import Speed, trial_seconds
+from autodistill.search.request.alone import check_name, check_numbers
 from autodistill.search.request.earlier_runs import check_asked, check_space
 from autodistill.search.request.feasibility import check_teacher
 from autodistill.search.request.metrics import content
-from autodistill.search.request.request import RUNNERS, SearchRequest
+from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig, resolve, warmed_by
 from autodistill.strategy.space import Space
 from autodistill.units import format_duration
@@ -41,9 +42,6 @@ _RESUMED = (
 )
 _SEEDS = 2**32
 _MANY = 10_000
-# More is a slip: a thousand times what the longest trainings took, and steps of more than any of them had.
-_MOST = {"trials": 10**6, "tokens": 10**16, "confirm": 10**6, "step_tokens": 10**9}
-_SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict from
 
 
 def check_request(request: SearchRequest) -> SearchConfig:
@@ -53,7 +51,9 @@ def check_request(request: SearchRequest) -> SearchConfig:
         InputError: Of each of its parts, in one line.
         NothingFitsError: Not even the student that needs least fits the budget.
     """
-    _check_alone(request)
+    check_numbers(request)
+    for option, folder in (("--out", Path(request.out)), ("--cache", _cache(request))):
+        check_folder(folder, option)
     storage = None if request.storage is None else Storage(request.storage)
     if storage is not None:
         storage.check()
@@ -78,27 +78,6 @@ def check_request(request: SearchRequest) -> SearchConfig:
         check_asked(config.out, config.warm_start, config.asked.record, [one.name for one in config.objectives])
     check_students(config, config.spec)
     return config
-
-
-def _check_alone(request: SearchRequest) -> None:
-    """Refuse what is wrong whatever else is asked for, or was before."""
-    for name, most in _MOST.items():
-        value = getattr(request, name)
-        if value is not None and not 1 <= value <= most:
-            bound = "at least 1" if value < 1 else f"at most {most:,}"
-            raise InputError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
-    if request.sequence_length is not None and request.sequence_length < _SHORTEST:
-        raise InputError(f"--sequence-length must be at least {_SHORTEST} tokens, not {request.sequence_length}")
-    if request.runner not in RUNNERS:
-        raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
-    if request.ray_address is not None and request.runner == "inline":
-        raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
-    if request.dashboard and request.runner == "inline":
-        raise InputError("--dashboard shows Ray, which --runner inline does not use: leave one of them out")
-    if request.dashboard and request.ray_address is not None:
-        raise InputError("--ray-address names a cluster, which has a dashboard of its own: leave out --dashboard")
-    for option, folder in (("--out", Path(request.out)), ("--cache", _cache(request))):
-        check_folder(folder, option)
 
 
 def _cache(request: SearchRequest) -> Path:
@@ -158,15 +137,13 @@ def _told(baselines: Sequence[str] | None) -> str:
 
 
 def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any] | None:
+    # Refused here as well as on creation: no work may be spent before.
+    check_name(request)
     if not request.resume:
-        if request.name is not None:
-            # Refused here as well as on creation: no work may be spent before.
-            RunFolder(Path(request.out), request.name).check_free()
-            if storage is not None:
-                check_free(storage.at(request.name))
+        if request.name is not None and storage is not None:
+            check_free(storage.at(request.name))
         return None
-    if request.name is None:
-        raise InputError("--resume goes on with a run: name it with --name")
+    assert request.name is not None
     storage = _keeping(request, storage)
     if storage is not None:
         # Refused here as well as where the lease is taken: no work may be spent before.

@@ -1,6 +1,6 @@
 """What fits a budget and what it costs, before anything is trained: types by tensor, tables and cache, solved."""
 
-from autodistill.search.solve.call.request import SolveRequest
 from autodistill.search.solve.run import plan_solve, solve
+from autodistill.search.solve_request import SolveRequest
 
 __all__ = ["SolveRequest", "plan_solve", "solve"]

@@ -129,7 +129,13 @@ class Library:
         of_kind: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for name, tensor in self._options.matrices.items():
             for kind in self._options.kinds(tensor):
-                apart, together = np.concatenate([one[name][kind] for one in passes], axis=1)
+                # What is no finite number was kept as none.
+                apart, together = np.concatenate([one[name][kind] for one in passes], axis=1).astype(float)
+                if not (np.isfinite(apart).all() and np.isfinite(together).all()):
+                    raise InputError(
+                        f"the teacher's gradients at {name} are no finite numbers: its weights are damaged, or too "
+                        "large for float32; get the model again, or give another"
+                    )
                 error = float(apart.std(ddof=1)) / math.sqrt(len(apart)) if len(apart) > 1 else math.inf
                 found.setdefault(name, {})[kind] = Score(kl=float(apart.mean()), stderr=error, exact=False)
                 of_kind[alike(name)].append((float(apart.mean()), float(together.mean())))

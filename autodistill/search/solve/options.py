@@ -23,9 +23,6 @@ from autodistill.strategy.restriction import Restriction
 KEYS, VALUES = "cache keys", "cache values"
 """What a choice calls the two halves of the cache."""
 
-RUNTIMES = ("llama.cpp", "vllm")
-"""What is solved for: GGUF files, and folders of compressed-tensors."""
-
 _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.HEAD)
 
 
@@ -73,7 +70,7 @@ class Options:
         fixed: The one storage that may be chosen, whatever else is said; None where types are.
         file_bytes: What all weights may take in a file; None for no limit.
         cuts: Whether students that are cut from the model may be chosen.
-        runtime: One of `RUNTIMES`. In vLLM tables and the cache have 16 bits, and layers that it fuses one type.
+        runtime: One of `solve_request.RUNTIMES`. In vLLM tables and cache have 16 bits, fused layers one type.
     """
 
     spec: ModelSpec

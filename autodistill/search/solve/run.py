@@ -23,13 +23,14 @@ from autodistill.search.solve.call.candidates import Candidate
 from autodistill.search.solve.call.document import of_budget
 from autodistill.search.solve.call.export import READERS, export
 from autodistill.search.solve.call.opened import Opened, open_request
-from autodistill.search.solve.call.request import SolveRequest, check_fits, options_of, room_of, within_context, work_of
+from autodistill.search.solve.call.request import check_fits, options_of, room_of, within_context, work_of
 from autodistill.search.solve.compensation import Compensated, compensate
 from autodistill.search.solve.cuts import may_cut, named, smallest
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.shapes import Shapes
+from autodistill.search.solve_request import SolveRequest
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE, Init
 from autodistill.utils.file_locks import alone

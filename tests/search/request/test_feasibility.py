@@ -148,8 +148,13 @@ def test_a_space_of_gguf_alone_is_refused_for_such_a_tokenizer(tmp_path: Path) -
 
 def test_what_is_left_must_fit_the_budget(tmp_path: Path) -> None:
     narrow = Budget(memory_bytes=40 * 10**6, context=256)
-    with pytest.raises(NothingFitsError, match="nothing fits"):
+    with pytest.raises(NothingFitsError, match="nothing fits") as caught:
         load(uncut(tmp_path, "gguf", "folder", budget=narrow), Place.alone())
+    said = str(caught.value)
+    assert "What needs less memory is left out: llama.cpp would cut text into other tokens" in said, "the cause"
+    with pytest.raises(NothingFitsError) as caught:
+        load(uncut(tmp_path, "folder", budget=narrow), Place.alone())
+    assert "is left out" not in str(caught.value), "of a space without GGUF files nothing smaller is"
 
 
 def test_a_packing_that_the_installed_package_does_not_know_is_refused_before_any_work(

@@ -97,6 +97,17 @@ def found(teacher: Path, text: Path, cache: Path, tmp_path_factory: pytest.TempP
     return solve(asked(teacher, text, cache, limit, export=True, out=tmp_path_factory.mktemp("out")))
 
 
+def test_gradients_that_are_no_finite_numbers_are_refused(teacher: Path, tmp_path: Path) -> None:
+    """They were kept as none, of which a mean was taken."""
+    options = options_of(teacher)
+    library = Library(tmp_path / "library.json", None, options, None, lambda _: None)  # type: ignore[arg-type]
+    none = [[None, None], [None, None]]
+    scores = {name: dict.fromkeys(options.kinds(one), none) for name, one in options.matrices.items()}
+    library._held["passes"] = {"0": scores}
+    with pytest.raises(InputError, match=r"gradients at .* are no finite numbers: its weights are damaged"):
+        library.score(next(iter(options.matrices)), "q4_0")
+
+
 def test_scores_are_what_replacing_a_matrix_costs(teacher: Path, text: Path, cache: Path, tmp_path: Path) -> None:
     options = options_of(teacher)
     data = prepare(resolve_data(str(text)), teacher, tokenizer_fingerprint(teacher), LENGTH, cache)

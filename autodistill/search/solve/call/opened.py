@@ -21,11 +21,12 @@ from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.search.solve.bench import Bench, Sample, load_bench
 from autodistill.search.solve.call.candidates import Candidate, check_candidate, open_candidate
-from autodistill.search.solve.call.request import SolveRequest, check_fits, options_of, within_context
+from autodistill.search.solve.call.request import check_fits, options_of, within_context
 from autodistill.search.solve.library import library_file
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.shapes import Shapes, open_shapes
 from autodistill.search.solve.streamed import load_streamed
+from autodistill.search.solve_request import SolveRequest
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.json_files import read_json
 

@@ -1,11 +1,10 @@
-"""What solving is asked for, and the refusal of what no storage can meet, before anything is loaded."""
+"""What a request to solve comes to for a model, and what no storage can meet refused, before anything is loaded."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,76 +14,16 @@ from autodistill.distillation.teacher.any_model import holds_cache, is_known
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.fit import fits
 from autodistill.estimates.solving import SolvingWork, solving_work
-from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget
+from autodistill.hardware.budget import CONTEXT
 from autodistill.hardware.machine import memory_bytes
 from autodistill.models.families import FAMILIES
 from autodistill.models.spec import ModelSpec
 from autodistill.search.solve.bench import compute_device
 from autodistill.search.solve.cuts import named, smallest
-from autodistill.search.solve.options import RUNTIMES, Options
+from autodistill.search.solve.options import Options
+from autodistill.search.solve_request import SolveRequest
 from autodistill.strategy.strategy import WHOLE, Init
 from autodistill.units import format_bytes
-from autodistill.utils.plain_dataclass import check_no_blank
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolveRequest:
-    """What is solved, for which budgets, and where it goes.
-
-    Attributes:
-        budgets: Limits of the process's memory at one context and batch, and perhaps on a device.
-        cache: Folder of teachers, data and scores.
-        teacher: As `resolve_teacher` takes it.
-        data: As `resolve_data` takes it.
-        tokens: Of the calibration text; the held-out text has twice as many.
-        sequence_length: Of either, each read on its own. A longer one shows more of what the cache's types do.
-        out: Folder in which the document is kept, and the solution where it is exported; None keeps nothing.
-        export: Whether the solution is written and verified in its runtime.
-        candidates: GGUF files of the same model that are measured beside the solution, and may be taken in its place.
-        file_bytes: What the weights may take in a file; None for no limit.
-        memory_bytes: What solving itself may take; None for all that this machine, or its GPU, has.
-        runtime: What will serve it, one of `options.RUNTIMES`.
-        context_by_default: Whether nobody asked for the budgets' context, so that a model's shorter one goes before it.
-    """
-
-    budgets: tuple[Budget, ...]
-    cache: Path
-    teacher: str = "smollm2"
-    data: str = "pydoc"
-    tokens: int = 2048
-    sequence_length: int = 256
-    out: Path | None = None
-    export: bool = False
-    candidates: tuple[Path, ...] = ()
-    file_bytes: int | None = None
-    memory_bytes: int | None = None
-    runtime: str = "llama.cpp"
-    context_by_default: bool = False
-
-    def __post_init__(self) -> None:
-        check_no_blank(self)
-        if not self.budgets:
-            raise InputError(
-                "solve takes a budget: give --budget like 200MB, --sweep like 100MB..400MB, --device or --tiers"
-            )
-        if self.export and (self.out is None or len(self.budgets) > 1):
-            raise InputError(
-                "--export writes the solution of one budget into a folder: give --budget or --device, and --out"
-            )
-        if self.tokens < 2 * self.sequence_length or self.sequence_length < 2:
-            raise InputError(
-                f"{self.tokens} tokens are fewer than two sequences of {self.sequence_length}, of which scores have "
-                "errors: give more --tokens"
-            )
-        if self.runtime not in RUNTIMES:
-            raise InputError(
-                f"types are solved for {' and '.join(RUNTIMES)}, not for {self.runtime!r}: name one of them"
-            )
-        if self.candidates and self.runtime != "llama.cpp":
-            raise InputError(f"candidates are GGUF files, which {self.runtime} does not serve: leave --candidate out")
-        for budget in self.budgets:
-            if isinstance(budget, DeviceBudget) and (lacks := budget.device.lacks(self.runtime)):
-                raise InputError(f"solutions are of {self.runtime}, and {lacks}: name another --device or --runtime")
 
 
 def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]) -> list[Options]:

@@ -1,0 +1,101 @@
+"""What is wrong with a request whatever else there is: names that nothing has, numbers beyond all reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from autodistill.data.documents import check_data_reference
+from autodistill.distillation.teacher.resolve import locate
+from autodistill.errors import InputError
+from autodistill.estimates.serving_memory import check_runtime
+from autodistill.evaluators.tasks.lm_eval import PREFIX
+from autodistill.hardware.budget import Budget, memory_on
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.device import LOCAL
+from autodistill.hardware.lookup import find_device
+from autodistill.options import parsed
+from autodistill.quantization.formats import CACHE_BYTES
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.algorithms.names import check_sampler
+from autodistill.search.request.metrics import ask
+from autodistill.search.request.request import RUNNERS, SearchRequest, joined
+from autodistill.utils.plain_dataclass import check_choice
+
+# More is a slip: a thousand times what the longest trainings took, and steps of more than any of them had.
+_MOST = {"trials": 10**6, "tokens": 10**16, "confirm": 10**6, "step_tokens": 10**9}
+_SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict from
+
+
+def check_alone(request: SearchRequest) -> None:
+    """Refuse what is wrong with a request without a look into models, data or earlier runs, and without torch.
+
+    All of it is refused by `check_request` too. Whoever imports the engines of a search asks this first: they take
+    seconds, and a slip of the keys should not.
+
+    Raises:
+        InputError: In one line.
+    """
+    check_numbers(request)
+    for one in request.apart():
+        _check_names(one)
+    if not request.several:
+        check_name(request)
+
+
+def check_name(request: SearchRequest) -> None:
+    """Refuse the name of a new run that is taken, or of one that goes on and is not here; a storage may have it.
+
+    Raises:
+        InputError: No plain name, a run of this name exists, or none does.
+    """
+    if request.name is None:
+        if request.resume:
+            raise InputError("--resume goes on with a run: name it with --name")
+        return
+    run = RunFolder(Path(request.out), request.name)
+    if not request.resume:
+        run.check_free()
+    elif request.storage is None:
+        RunFolder.open(Path(request.out), request.name)
+
+
+def check_numbers(request: SearchRequest) -> None:
+    """Refuse numbers beyond all reason, and ways to run trials that contradict each other.
+
+    Raises:
+        InputError: In one line.
+    """
+    for name, most in _MOST.items():
+        value = getattr(request, name)
+        if value is not None and not 1 <= value <= most:
+            bound = "at least 1" if value < 1 else f"at most {most:,}"
+            raise InputError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
+    if request.sequence_length is not None and request.sequence_length < _SHORTEST:
+        raise InputError(f"--sequence-length must be at least {_SHORTEST} tokens, not {request.sequence_length}")
+    if request.runner not in RUNNERS:
+        raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
+    if request.ray_address is not None and request.runner == "inline":
+        raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
+    if request.dashboard and request.runner == "inline":
+        raise InputError("--dashboard shows Ray, which --runner inline does not use: leave one of them out")
+    if request.dashboard and request.ray_address is not None:
+        raise InputError("--ray-address names a cluster, which has a dashboard of its own: leave out --dashboard")
+
+
+def _check_names(request: SearchRequest) -> None:
+    if request.sampler is not None:
+        check_sampler(request.sampler)
+    if request.kv_type is not None:
+        check_choice("--kv-type", request.kv_type, tuple(CACHE_BYTES))
+    if request.runtime is not None:
+        check_runtime(request.runtime)
+    if request.device is not None and request.device.strip().lower() != LOCAL:
+        found = find_device(request.device, devices(*map(Path, request.devices or ())))
+        memory_on(found, None if isinstance(request.budget, Budget) else parsed(request.budget))
+    if isinstance(request.teacher, str | Path):
+        locate(str(request.teacher))
+    if isinstance(request.data, str | Path):
+        check_data_reference(str(request.data))
+    # A run that goes on has a metric of its own, and the tasks of lm-eval are found by lm-eval itself.
+    if not request.resume and PREFIX not in f"{request.metric},{joined(request.objectives)}":
+        ask(request, {})

@@ -1,0 +1,80 @@
+"""What solving is asked for; it loads no torch, so that a slip of the keys is refused at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from autodistill.errors import InputError
+from autodistill.hardware.budget import Budget, DeviceBudget
+from autodistill.utils.plain_dataclass import check_no_blank
+
+RUNTIMES = ("llama.cpp", "vllm")
+"""What is solved for: GGUF files, and folders of compressed-tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveRequest:
+    """What is solved, for which budgets, and where it goes.
+
+    Attributes:
+        budgets: Limits of the process's memory at one context and batch, and perhaps on a device.
+        cache: Folder of teachers, data and scores.
+        teacher: As `resolve_teacher` takes it.
+        data: As `resolve_data` takes it.
+        tokens: Of the calibration text; the held-out text has twice as many.
+        sequence_length: Of either, each read on its own. A longer one shows more of what the cache's types do.
+        out: Folder in which the document is kept, and the solution where it is exported; None keeps nothing.
+        export: Whether the solution is written and verified in its runtime.
+        candidates: GGUF files of the same model that are measured beside the solution, and may be taken in its place.
+        file_bytes: What the weights may take in a file; None for no limit.
+        memory_bytes: What solving itself may take; None for all that this machine, or its GPU, has.
+        runtime: What will serve it, one of `RUNTIMES`.
+        context_by_default: Whether nobody asked for the budgets' context, so that a model's shorter one goes before it.
+    """
+
+    budgets: tuple[Budget, ...]
+    cache: Path
+    teacher: str = "smollm2"
+    data: str = "pydoc"
+    tokens: int = 2048
+    sequence_length: int = 256
+    out: Path | None = None
+    export: bool = False
+    candidates: tuple[Path, ...] = ()
+    file_bytes: int | None = None
+    memory_bytes: int | None = None
+    runtime: str = "llama.cpp"
+    context_by_default: bool = False
+
+    def __post_init__(self) -> None:
+        check_no_blank(self)
+        if not self.budgets:
+            raise InputError(
+                "solve takes a budget: give --budget like 200MB, --sweep like 100MB..400MB, --device or --tiers"
+            )
+        if self.export and (self.out is None or len(self.budgets) > 1):
+            raise InputError(
+                "--export writes the solution of one budget into a folder: give --budget or --device, and --out"
+            )
+        if self.tokens < 2 * self.sequence_length or self.sequence_length < 2:
+            raise InputError(
+                f"{self.tokens} tokens are fewer than two sequences of {self.sequence_length}, of which scores have "
+                "errors: give more --tokens"
+            )
+        check_solved_for(self.runtime)
+        if self.candidates and self.runtime != "llama.cpp":
+            raise InputError(f"candidates are GGUF files, which {self.runtime} does not serve: leave --candidate out")
+        for budget in self.budgets:
+            if isinstance(budget, DeviceBudget) and (lacks := budget.device.lacks(self.runtime)):
+                raise InputError(f"solutions are of {self.runtime}, and {lacks}: name another --device or --runtime")
+
+
+def check_solved_for(runtime: str) -> None:
+    """Refuse a runtime for which nothing is solved.
+
+    Raises:
+        InputError: Names those that there are.
+    """
+    if runtime not in RUNTIMES:
+        raise InputError(f"types are solved for {' and '.join(RUNTIMES)}, not for {runtime!r}: name one of them")

@@ -1,0 +1,83 @@
+"""The tables of solutions fit a narrow terminal, and have every column elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autodistill.cli.solve import solve_text
+
+FIGURES = {
+    "predicted_kl": 0.0123,
+    "kl": 0.0131,
+    "kl_stderr": 0.0009,
+    "nll": 3.2101,
+    "nll_stderr": 0.0512,
+    "accuracy": 0.4312,
+    "accuracy_stderr": 0.0099,
+}
+SOLUTION = {
+    **FIGURES,
+    **dict.fromkeys(("weights_bytes", "kv_cache_bytes", "compute_bytes", "overhead_bytes", "left_bytes"), 10**7),
+    "name": "gguf-solved-4.6-bits-narrow-0.85",
+    "bytes": 10**8,
+    "calibration_kl": 0.0128,
+    "compensated": False,
+    "teacher_copied": 0.9,
+    "copied": 0.9,
+    "types": {"tables": {"embedding": "q6_k"}, "matrices": {"q4_0": 28}, "cache_keys": "f16", "cache_values": "f16"},
+}
+RIVAL = {
+    **FIGURES,
+    "name": "gguf-q4_0",
+    "what": "plain, smaller table or cache",
+    "bytes": 10**8,
+    "fits": True,
+    "kl_above_solution": 0.0042,
+    "kl_above_solution_stderr": 0.0006,
+}
+
+
+def document(budgets: int) -> dict[str, Any]:
+    """What `solve` found for so many budgets."""
+    found = {
+        "solution": SOLUTION,
+        "budget": {"memory_bytes": 2 * 10**8, "context": 2048, "batch": 1, "tier_bytes": 8 * 10**9},
+        "rivals": [RIVAL],
+        "next": {"more_bytes": 10**6, "predicted_gain": 0.0001},
+        "winner": None,
+        "as_good": "gguf-q4_0",
+    }
+    return {
+        "teacher": {"name": "tiny", "stored": None},
+        "data": {"name": "text"},
+        "held_out_tokens": 4096,
+        "teacher_nll": 3.2,
+        "teacher_accuracy": 0.44,
+        "streamed": False,
+        "solutions": [found] * budgets,
+        **dict.fromkeys(("nothing_fits", "not_exported", "exported"), ()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("budgets", "kept"), [(1, ("storage", "memory", "fits", "KL")), (3, ("budget", "storage", "KL"))]
+)
+def test_a_narrow_terminal_has_the_columns_that_matter_most_and_says_which_are_left_out(
+    budgets: int, kept: tuple[str, ...]
+) -> None:
+    found = document(budgets)
+    narrow, whole = solve_text(found, 80, 80), solve_text(found, 80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert max(map(len, whole.splitlines())) > 80
+    heads = [
+        next(line for line in text.splitlines() if " KL" in line and "storage" in line) for text in (narrow, whole)
+    ]
+    for title in kept:
+        assert title in heads[0]
+    assert ["NLL" in head for head in heads] == [False, True]
+    said = " ".join(narrow.partition("Left out: ")[2].split())
+    assert "NLL" in said
+    assert "a wider terminal shows them" in said
+    assert "Left out" not in whole
