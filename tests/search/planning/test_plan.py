@@ -108,7 +108,7 @@ def test_what_a_short_box_cannot_hold_is_said() -> None:
 
 def test_a_box_that_does_not_hold_the_baselines_training_is_refused_with_one_that_does() -> None:
     """By hand at these speeds, 768 tokens: caching 1.8 s and scoring 2.6 s, eight teachers' rows 8 * (2.6 + 1.1) s,
-    workers 15 s, export 12 + 16 s, general text and serving 2 * (5.1 + 2.0) + 8.7 s, test 7 * (5.1 + 2.0) s, the
+    workers 15 s, export 10 + 13.4 s, general text and serving 2 * (5.1 + 2.0) + 8.7 s, test 7 * (5.1 + 2.0) s, the
     student as it began 2.6 + 2.0 s, training 4.7 + 3.1 + 5.4 s, and 15 s that are spent."""
     least = 15 + 1.8 + 2.6 + 8 * 3.7 + 15 + 23.4 + 22.9 + 7 * 7.1 + 4.6 + 13.2
     for box in (1.0, 0.98 * least):
