@@ -217,6 +217,11 @@ class LlamaServer:
         devices = {device for device, kind, _ in _BUFFER.findall(self._child.log()) if kind == "model"}
         return any(map(_of_gpu, devices))
 
+    @property
+    def pid(self) -> int:
+        """The process that runs it."""
+        return self._child.pid
+
     def used_seconds(self) -> float:
         """Return the CPU seconds that llama.cpp and this process have used."""
         return self._child.used_seconds()
