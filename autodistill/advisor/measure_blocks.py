@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -47,14 +48,11 @@ from autodistill.runtimes.llama_cpp import LlamaServer
 ROUNDS = 3
 _REFERENCE = "q8_0"  # from which all others differ in one thing
 _WEIGHTS = 96 * 2**20  # of all layers that are timed: more than any cache of a processor holds, and no more than needed
-STEPS, WARM = 32, 4
+_CHUNKS, _STEPS, _WARM = 6, 8, 2  # of tokens, in turn with those of the reference; the warm ones do not count
 _TILE = 32  # rows of random weights that a matrix repeats
 _SCANNED = (_REFERENCE, "q4_0")  # types whose FFNs are timed in odd widths
 _ODD = (32, 64, 128)
 _COARSE = 256  # neurons of which the others are odd multiples
-
-Reading: TypeAlias = Callable[[LlamaServer, list[int]], tuple[float, list[float]]]
-"""Gives the seconds of a prompt, and of each of the tokens after it."""
 
 Model: TypeAlias = tuple[str, ...]
 """What a small model is called: what it differs from the reference in."""
@@ -90,13 +88,14 @@ def time_blocks(
     *,
     kinds: Collection[str] = tuple(TYPES),
     threads: int = 0,
-    read: Reading | None = None,
+    clock: Clock | None = None,
 ) -> BlockTimes:
     """Times the blocks of a model's dimensions on this machine.
 
     Small models with some of its layers are timed, which differ from one in 8 bits in one thing each: half of the
     layers, half of the FFN, an eighth of the vocabulary; one part in another type; the cache in another. What a block
-    takes is a difference of two, so that what is constant falls out. Each round times all of them.
+    takes is a difference of two, so that what is constant falls out. Each round times all of them, tokens in turn with
+    those of that one, so that it does not matter if the machine becomes slower meanwhile.
 
     Args:
         spec: The model.
@@ -106,7 +105,7 @@ def time_blocks(
         notify: Told of what is done.
         kinds: Types that are timed, beside the reference.
         threads: Of llama.cpp; 0 for all cores, of which limits of latency are.
-        read: How a prompt and tokens after it are timed; by llama.cpp's clock unless something else is given.
+        clock: How a prompt and tokens after it are timed; by llama.cpp's clock unless something else is given.
 
     Raises:
         InputError: A model that llama.cpp does not run, or of which no such models can be made.
@@ -120,38 +119,34 @@ def time_blocks(
         raise InputError(f"{name} has no blocks that llama.cpp runs: {reason}")
     small = models_of(spec, kinds)
     key = key_of(machine_name(detect()), spec, context, threads or cores())
-    found: dict[str, list[dict[Model, float]]] = {"decode": [], "prompt": []}
-    scattered: dict[str, list[float]] = {"decode": [], "prompt": []}
     used = 0.0
     with (
         tempfile.TemporaryDirectory(prefix="autodistill-blocks-") as folder,
-        Watch(key["threads"], lambda: used) as watch,
+        Watch(key["threads"], lambda: used + time.process_time()) as watch,
     ):
-        path = Path(folder) / "model.gguf"
+        turns = []
         for turn in range(rounds):
             notify(f"timing {len(small)} small models of {name}'s dimensions, round {turn + 1} of {rounds}")
-            decode, prompt = dict[Model, float](), dict[Model, float]()
-            for model, one in small.items():
-                write_model(path, one)
-                timed = _timed(path, one, key, read or read_and_decode)
-                used += timed.used
-                decode[model], prompt[model] = float(np.median(timed.steps)), timed.prompt
-                scattered["decode"] += [step / decode[model] for step in timed.steps]
-                if one.far:
-                    decode[(*model, "far")] = timed.far
-            found["decode"].append(decode)
-            found["prompt"].append(prompt)
-    for model in small:
-        middle = float(np.median([one[model] for one in found["prompt"]]))
-        scattered["prompt"] += [one[model] / middle for one in found["prompt"]]
+            turns.append(_timed(Path(folder), small, key, clock or Clock()))
+            used += turns[-1].used
+    unit = float(np.median([step for turn in turns for step in turn.reference]))
+    found = {
+        "decode": [{model: unit * ratio for model, ratio in turn.decode.items()} for turn in turns],
+        "prompt": [turn.prompt for turn in turns],
+    }
+    medians = {model: float(np.median([turn.prompt[model] for turn in turns])) for model in small}
+    scattered = {
+        "decode": [step for turn in turns for step in turn.scattered],
+        "prompt": [turn.prompt[model] / median for model, median in medians.items() for turn in turns],
+    }
     layers, weights = small["reference",].spec.layers, part_weights(spec)
     passes = {
         phase: pass_of(
-            [blocks_of(one, small, context - key["prompt"]) for one in turns],
+            [blocks_of(one, small, context - key["prompt"]) for one in times],
             key["prompt"],
             float(np.percentile(scattered[phase], 95)),
         )
-        for phase, turns in found.items()
+        for phase, times in found.items()
     }
     return BlockTimes(
         key=key,
@@ -326,46 +321,87 @@ def _beyond(times: Mapping[Model, float], width: int, kind: str) -> float:
     return (times["width", str(width), kind] - narrow - slope * (width - low)) / (slope * width)
 
 
-@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Times a prompt, and tokens after it, by llama.cpp's own clock."""
+
+    def prompt(self, server: LlamaServer, ids: list[int]) -> float:
+        """Return the seconds of reading a prompt."""
+        return server.begin([ids])
+
+    def tokens(self, server: LlamaServer, count: int) -> list[float]:
+        """Return the seconds of each token after the prompt, all at the same place."""
+        return [server.step(grow=False) for _ in range(count)]
+
+
+@dataclass(kw_only=True)
 class _Timed:
-    """Seconds of each step, of the prompt, and of a step far behind; and the CPU seconds that all took."""
+    """What a round timed.
 
-    steps: list[float]
-    prompt: float
-    far: float
-    used: float
+    Attributes:
+        decode: Of each model the time of a token, over that of the reference in turn with it.
+        prompt: Of each the seconds of a prompt.
+        reference: Seconds of the reference's tokens.
+        scattered: Of each token the time over the median of those at once.
+        used: CPU seconds of llama.cpp.
+    """
+
+    decode: dict[Model, float] = field(default_factory=dict)
+    prompt: dict[Model, float] = field(default_factory=dict)
+    reference: list[float] = field(default_factory=list)
+    scattered: list[float] = field(default_factory=list)
+    used: float = 0.0
 
 
-def _timed(path: Path, one: _Small, key: Mapping[str, Any], read: Reading) -> _Timed:
-    """Times a prompt and the tokens after it, and if asked for those at the end of the context."""
+def _timed(folder: Path, small: Mapping[Model, _Small], key: Mapping[str, Any], clock: Clock) -> _Timed:
+    """Times each small model once: a prompt and tokens after it, and if asked for those at the end of the context."""
+    found = _Timed()
     prompt, context = int(key["prompt"]), int(key["context"])
-    with LlamaServer(
-        path,
-        context + WARM + STEPS,
-        int(key["threads"]),
-        cache_type_k=one.cache,
-        cache_type_v=one.cache,
-        whole_cache=True,
-    ) as server:
-        server.begin([_ids(min(32, prompt), one.spec)])
-        first, taken = read(server, _ids(prompt, one.spec))
-        far = 0.0
-        if one.far and context > prompt:
-            far = float(np.median(read(server, _ids(context, one.spec))[1]))
-        return _Timed(steps=taken, prompt=first, far=far, used=server.used_seconds())
+    reference, path = folder / "reference.gguf", folder / "model.gguf"
+    write_model(reference, small["reference",])
+    with serve(reference, context, int(key["threads"]), "f16") as beside:
+        clock.prompt(beside, _ids(prompt, small["reference",].spec))
+        for model, one in small.items():
+            write_model(path, one)
+            with serve(path, context, int(key["threads"]), one.cache) as server:
+                clock.prompt(server, _ids(min(32, prompt), one.spec))
+                found.prompt[model] = clock.prompt(server, _ids(prompt, one.spec))
+                found.decode[model] = _in_turn(server, beside, clock, found)
+                if one.far and context > prompt:
+                    clock.prompt(server, _ids(context, one.spec))
+                    found.decode[(*model, "far")] = _in_turn(server, beside, clock, found)
+                found.used += server.used_seconds() - time.process_time()
+        found.decode["reference",] = 1.0  # by what is meant
+        found.used += beside.used_seconds() - time.process_time()
+    return found
 
 
-def read_and_decode(server: LlamaServer, prompt: list[int]) -> tuple[float, list[float]]:
-    """Return the seconds of a prompt, and of each of the tokens after it.
+def serve(path: Path, context: int, threads: int, keys: str, values: str = "") -> LlamaServer:
+    """Return a model in llama.cpp, for use in a `with` statement.
 
     Args:
-        server: With room for the prompt and `STEPS` and `WARM` tokens.
-        prompt: Token ids.
+        path: The GGUF file.
+        context: Tokens.
+        threads: Of the CPU.
+        keys, values: Types of the cache; both are alike unless the second is given.
     """
-    first = server.begin([prompt])
-    for _ in range(WARM):
-        server.step()
-    return first, [server.step() for _ in range(STEPS)]
+    return LlamaServer(path, context + 1, threads, cache_type_k=keys, cache_type_v=values or keys, whole_cache=True)
+
+
+def _in_turn(server: LlamaServer, beside: LlamaServer, clock: Clock, found: _Timed) -> float:
+    """Return the time of a server's token over that of the reference, each timed in turn some times."""
+    ratios = []
+    for _ in range(_CHUNKS):
+        medians = []
+        for one in (beside, server):
+            clock.tokens(one, _WARM)
+            taken = clock.tokens(one, _STEPS)
+            medians.append(float(np.median(taken)))
+            if one is beside:
+                found.reference += taken
+            else:
+                found.scattered += [step / medians[-1] for step in taken]
+        ratios.append(medians[1] / medians[0])
+    return float(np.median(ratios))
 
 
 def _ids(count: int, spec: ModelSpec) -> list[int]:

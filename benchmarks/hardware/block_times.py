@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from autodistill.advisor.describe import spec_of
-from autodistill.advisor.measure_blocks import STEPS, WARM, Reading, read_and_decode, time_blocks
+from autodistill.advisor.measure_blocks import Clock, serve, time_blocks
 from autodistill.estimates.block_times import PARTS, BlockTimes, liked_multiple
 from autodistill.estimates.speed import speed
 from autodistill.hardware.device import Device
@@ -36,6 +36,7 @@ from benchmarks.common.model_files import Case, write_gguf
 from benchmarks.hardware.latency_roofline import SHAPES, one_core
 
 TINY = {"layers": 2, "width": 64, "heads": 2, "kv_heads": 1, "head_dim": 32, "ffn": 128, "vocabulary": 512}
+CHUNKS, STEPS, WARM = 4, 16, 4  # of tokens of a whole model
 PREDICTORS = ("blocks", "roofline", "roofline, scaled")
 
 
@@ -90,34 +91,36 @@ def _cached(deployment: Deployment, keys: str, values: str) -> Deployment:
     return replace(deployment, cache_type_k=keys, cache_type_v=values)
 
 
-def by_cpu(server: LlamaServer, prompt: list[int]) -> tuple[float, list[float]]:
-    """CPU seconds of llama.cpp's one thread: of the prompt, and of the tokens after it their mean."""
-    clock = ~server.pid << 3 | 2  # of Linux: that of another process
-    began = time.clock_gettime(clock)
-    server.begin([prompt])
-    first = time.clock_gettime(clock) - began
-    for _ in range(WARM):
-        server.step()
-    began = time.clock_gettime(clock)
-    for _ in range(STEPS):
-        server.step()
-    return first, [(time.clock_gettime(clock) - began) / STEPS]
+class CpuClock(Clock):
+    """Times llama.cpp's one thread by its CPU seconds, of tokens their mean."""
+
+    def prompt(self, server: LlamaServer, ids: list[int]) -> float:
+        began = _cpu_seconds(server)
+        server.begin([ids])
+        return _cpu_seconds(server) - began
+
+    def tokens(self, server: LlamaServer, count: int) -> list[float]:
+        began = _cpu_seconds(server)
+        super().tokens(server, count)
+        return [(_cpu_seconds(server) - began) / count]
 
 
-def measured(one: Whole, folder: Path, times: BlockTimes, read: Reading) -> tuple[float, float]:
+def _cpu_seconds(server: LlamaServer) -> float:
+    return time.clock_gettime(~server.pid << 3 | 2)  # Linux's clock of another process
+
+
+def measured(one: Whole, folder: Path, times: BlockTimes, clock: Clock) -> tuple[float, float]:
     """Seconds of a token at the full context, and of a prompt, as those of blocks were taken."""
     path = folder / "whole.gguf"
     write_gguf(one.case, one.spec, one.deployment, path)
-    context, threads = int(times.key["context"]), int(times.key["threads"])
-    keys, values = one.deployment.cache_types
-    with LlamaServer(
-        path, context + WARM + STEPS, threads, cache_type_k=keys, cache_type_v=values, whole_cache=True
-    ) as server:
+    context = int(times.key["context"])
+    with serve(path, context, int(times.key["threads"]), *one.deployment.cache_types) as server:
         ids = [2 + 7 * index % (one.case.vocabulary - 2) for index in range(context)]
-        server.begin([ids[:32]])
-        first, _ = read(server, ids[: times.prompt.tokens])
-        _, steps = read(server, ids)
-    return float(np.median(steps)), first
+        clock.prompt(server, ids[:32])
+        first = clock.prompt(server, ids[: times.prompt.tokens])
+        clock.prompt(server, ids)
+        clock.tokens(server, WARM)
+        return float(np.median([step for _ in range(CHUNKS) for step in clock.tokens(server, STEPS)])), first
 
 
 def predicted(one: Whole, times: BlockTimes, device: Device) -> dict[str, tuple[float, float]]:
@@ -140,14 +143,14 @@ def section(
     if not alone:
         found = one_core()
         device = replace(device, bandwidth=found["bandwidth"], rates=found["rates"])
-    read, threads = (read_and_decode, 0) if alone else (by_cpu, 1)
-    times = time_blocks(spec, name, context, rounds, print, kinds=kinds, threads=threads, read=read)
+    clock, threads = (Clock(), 0) if alone else (CpuClock(), 1)
+    times = time_blocks(spec, name, context, rounds, print, kinds=kinds, threads=threads, clock=clock)
     models = wholes(case, [kind for kind in TYPES if kind in kinds])
     taken: dict[str, list[tuple[float, float]]] = {one.name: [] for one in models}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
             for one in models:
-                taken[one.name].append(measured(one, Path(folder), times, read))
+                taken[one.name].append(measured(one, Path(folder), times, clock))
     guesses = {one.name: predicted(one, times, device) for one in models}
     real = {
         name: tuple(statistics.median(values) for values in zip(*turns, strict=True)) for name, turns in taken.items()

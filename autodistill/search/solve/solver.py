@@ -136,7 +136,8 @@ class Solver:
             latencies = self._options.latencies(found[0][2])
             late = [one for one, seconds in latencies.items() if seconds > one.seconds]
             # What is made fast enough for one limit may be too slow for another.
-            found = self._priced(limit, found[0][2], late) or self._priced(limit, found[0][2], list(latencies))
+            tries = dict.fromkeys((tuple(late), tuple(latencies)))
+            found = next(filter(None, (self._priced(limit, found[0][2], one) for one in tries)), [])
         return [one for one in found if self._options.in_time(one[2])]
 
     def _priced(
