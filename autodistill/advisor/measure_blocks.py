@@ -194,12 +194,11 @@ def models_of(spec: ModelSpec, kinds: Collection[str] = tuple(TYPES)) -> dict[Mo
         if kind != "f16" and _holds(spec, kind):
             found["cache", kind] = replace(reference, cache=kind)
     base = (spec.ffn_width - 1) // _COARSE * _COARSE
-    if base >= _COARSE:
-        for kind in (one for one in _SCANNED if one == _REFERENCE or one in kinds):
-            for width in (base, *(base - _COARSE + odd for odd in _ODD), base - _COARSE):
-                if width:
-                    narrow = resized(whole, ffn_width=width)
-                    found["width", str(width), kind] = _Small(spec=narrow, kinds={FFN_IN: kind, FFN_OUT: kind})
+    low = base - _COARSE
+    for kind in (one for one in _SCANNED if low > 0 and (one == _REFERENCE or one in kinds)):
+        for width in (low, *(low + odd for odd in _ODD), base):
+            narrow = resized(whole, ffn_width=width)
+            found["width", str(width), kind] = _Small(spec=narrow, kinds={FFN_IN: kind, FFN_OUT: kind})
     return found
 
 

@@ -84,7 +84,7 @@ def latencies(
         return {}
     found = {}
     for limit in budget.latency:
-        seconds = times and times.limit_seconds(spec, deployment, limit, context=budget.context)
+        seconds = None if times is None else times.limit_seconds(spec, deployment, limit, context=budget.context)
         if seconds is None:
             seconds = limit_seconds(spec, deployment, budget.device, limit, context=budget.context)
         found[limit] = seconds
