@@ -274,7 +274,7 @@ def read_times(path: Path, key: Mapping[str, Any]) -> BlockTimes:
             weights={part: _count(data["weights"][part]) for part in PARTS},
             decode=_pass(data["decode"]),
             prompt=_pass(data["prompt"]),
-            widths=tuple(Width(**one) for one in data["widths"]),
+            widths=tuple(map(_width, data["widths"])),
             layers=_count(data["layers"]),
             doubts=tuple(map(str, data["doubts"])),
             time=str(data["time"]),
@@ -295,6 +295,13 @@ def _pass(data: Mapping[str, Any]) -> Pass:
         cache={kind: _time(one) for kind, one in data["cache"].items()},
         each={kind: _time(one) for kind, one in data["each"].items()},
         slow=_number(data["slow"]),
+    )
+
+
+def _width(data: Mapping[str, Any]) -> Width:
+    shares = ("decode", "decode_spread", "prompt", "prompt_spread")
+    return Width(
+        neurons=_count(data["neurons"]), kind=str(data["kind"]), **{name: _number(data[name]) for name in shares}
     )
 
 

@@ -142,11 +142,12 @@ def test_what_was_kept_is_read_and_found_by_its_dimensions_alone(tmp_path: Path)
         (("decode", "tokens"), 0),
         (("weights", "attention"), -1),
         (("widths",), [{"neurons": 3}]),
+        (("widths", 0, "neurons"), "many"),
         (("decode",), []),
         ((), {}),
     ],
 )
-def test_a_damaged_table_is_refused_in_a_line(place: tuple[str, ...], value: Any, tmp_path: Path) -> None:
+def test_a_damaged_table_is_refused_in_a_line(place: tuple[Any, ...], value: Any, tmp_path: Path) -> None:
     path = keep_times(tmp_path, table())
     data = json.loads(path.read_text())
     inner = data

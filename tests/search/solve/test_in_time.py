@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from autodistill.advisor.describe import shape
+from autodistill.cli.solve import solve_text
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.block_times import (
     FFN_IN,
@@ -191,6 +192,24 @@ def test_a_solution_says_what_predicted_its_latency() -> None:
     (plain,) = _latency(options(limit), asked.smallest()[0])
     assert plain["by"] == "the roofline"
     assert plain["seconds"] == plain["roofline_seconds"] == told["roofline_seconds"]
+
+
+def test_a_budget_of_which_all_that_fits_is_too_slow_is_told_so() -> None:
+    document = {
+        "teacher": {"name": "it", "stored": None},
+        "data": {"name": "text"},
+        "held_out_tokens": 1,
+        "teacher_nll": 1.0,
+        "teacher_accuracy": 0.5,
+        "streamed": False,
+        "solutions": [],
+        "smallest": {"name": "small", "bytes": 100},
+        "not_exported": None,
+        "exported": None,
+    }
+    told = [solve_text(document | {"nothing_fits": [{"memory_bytes": size}]}, 100) for size in (99, 100)]
+    assert told[0].endswith("Nothing fits 99 B: the smallest, small, needs 100 B.")
+    assert told[1].endswith("Nothing fits 100 B: what does is too slow for --latency.")
 
 
 def request(cache: Path, *latency: LatencyLimit) -> SolveRequest:
