@@ -93,9 +93,9 @@ def time_blocks(
     """Times the blocks of a model's dimensions on this machine.
 
     Small models with some of its layers are timed, which differ from one in 8 bits in one thing each: half of the
-    layers, half of the FFN, an eighth of the vocabulary; one part in another type; the cache in another. What a block
-    takes is a difference of two, so that what is constant falls out. Each round times all of them, tokens in turn with
-    those of that one, so that it does not matter if the machine becomes slower meanwhile.
+    layers, half of the FFN, an eighth of the vocabulary; one part or all in another type; the cache in another. What a
+    block takes is a difference of two, so that what is constant falls out. Each round times all of them, tokens in turn
+    with those of that one, so that it does not matter if the machine becomes slower meanwhile.
 
     Args:
         spec: The model.
@@ -185,11 +185,15 @@ def models_of(spec: ModelSpec, kinds: Collection[str] = tuple(TYPES)) -> dict[Mo
             reference, spec=resized(whole, vocabulary=max(32, spec.vocabulary // 8)), far=False
         ),
     }
+    again = replace(reference, far=False)
     for part in PARTS:
         columns = {one.shape[1] for one in whole.tensors if part_of(whole, one.name, one.role) == part}
         for kind in kinds:
             if kind != _REFERENCE and any(_divides(kind, one) for one in columns):
-                found[part, kind] = replace(reference, kinds={part: kind}, far=False)
+                found[part, kind] = replace(again, kinds={part: kind})
+                found["all", kind] = replace(again, kinds=dict.fromkeys(PARTS, kind))
+    # Where a process lies in memory changes its times by some percent: that from which all differ is loaded thrice.
+    found["again", "first"] = again
     for kind in CACHE_BYTES:
         if kind != "f16" and _holds(spec, kind):
             found["cache", kind] = replace(reference, cache=kind)
@@ -199,7 +203,7 @@ def models_of(spec: ModelSpec, kinds: Collection[str] = tuple(TYPES)) -> dict[Mo
         for width in (low, *(low + odd for odd in _ODD), base):
             narrow = resized(whole, ffn_width=width)
             found["width", str(width), kind] = _Small(spec=narrow, kinds={FFN_IN: kind, FFN_OUT: kind})
-    return found
+    return found | {("again", "second"): again}
 
 
 def _holds(spec: ModelSpec, kind: str) -> bool:
@@ -208,6 +212,9 @@ def _holds(spec: ModelSpec, kind: str) -> bool:
     except InputError:
         return False
     return True
+
+
+_SAME: tuple[Model, ...] = (("reference",), ("again", "first"), ("again", "second"))
 
 
 def blocks_of(times: Mapping[Model, float], small: Mapping[Model, _Small], beyond: int) -> dict[Model, float]:
@@ -219,7 +226,8 @@ def blocks_of(times: Mapping[Model, float], small: Mapping[Model, _Small], beyon
         beyond: Tokens that those which were timed far behind have before them, more than the others.
     """
     reference = small["reference",].spec
-    layers, here = reference.layers, times["reference",]
+    layers = reference.layers
+    here = float(np.mean([seconds for model, seconds in times.items() if model in _SAME]))
     fewer = small["half of the layers",].spec.layers
     layer = (here - times["half of the layers",]) / (layers - fewer)
     width = small["half of the FFN",].spec.ffn_width
@@ -232,14 +240,25 @@ def blocks_of(times: Mapping[Model, float], small: Mapping[Model, _Small], beyon
     found: dict[Model, float] = {("constant",): here - layers * layer - head}
     found |= {(part, _REFERENCE): seconds for part, seconds in whole.items()}
     found |= {("cache", "f16"): 0.0, ("each", "f16"): _each(times, ("reference",), layers, beyond)}
+    changes = _changes(times, here)
     for model, one in small.items():
         if model[0] in PARTS:
             part, kind = model
             changed = _changed(one, part, kind) / weights[part]
-            found[model] = whole[part] + (times[model] - here) / (1 if part == HEAD else layers) / changed
+            found[model] = whole[part] + changes[model] / (1 if part == HEAD else layers) / changed
         elif model[0] == "cache":
             found[model] = (times[model] - here) / layers
             found["each", model[1]] = _each(times, model, layers, beyond)
+    return found
+
+
+def _changes(times: Mapping[Model, float], here: float) -> dict[Model, float]:
+    """Return by how much each part in each type changes the time: together as all parts do, by least squares."""
+    found = {model: seconds - here for model, seconds in times.items() if model[0] in PARTS}
+    for _, kind in [model for model in times if model[0] == "all"]:
+        parts = [model for model in found if model[1] == kind]
+        rest = times["all", kind] - here - sum(found[model] for model in parts)
+        found |= {model: found[model] + rest / (len(parts) + 1) for model in parts}
     return found
 
 
@@ -369,7 +388,6 @@ def _timed(folder: Path, small: Mapping[Model, _Small], key: Mapping[str, Any], 
                     clock.prompt(server, _ids(context, one.spec))
                     found.decode[(*model, "far")] = _in_turn(server, beside, clock, found)
                 found.used += server.used_seconds() - time.process_time()
-        found.decode["reference",] = 1.0  # by what is meant
         found.used += beside.used_seconds() - time.process_time()
     return found
 

@@ -83,6 +83,17 @@ def test_rounds_give_their_median_and_how_far_they_lie_apart() -> None:
     assert found.parts[HEAD]["q4_0"].seconds == pytest.approx(1.1 * 0.6 * KNOWN[HEAD])
 
 
+def test_parts_change_together_as_all_at_once_do() -> None:
+    """Of what a part in another type is off, four fifths are taken back; the reference's own errors are averaged."""
+    small, times = timed()
+    exact = blocks_of(times, small, 1000)
+    wrong = times | {(HEAD, "q4_0"): times[HEAD, "q4_0"] + 0.5}
+    found = blocks_of(wrong, small, 1000)
+    assert found[HEAD, "q4_0"] - exact[HEAD, "q4_0"] == pytest.approx(0.4)
+    whole = [sum(one[part, "q4_0"] * (1 if part == HEAD else 4) for part in KNOWN) for one in (exact, found)]
+    assert whole[1] - whole[0] == pytest.approx(0.5 / 5)
+
+
 def test_an_odd_width_that_is_slow_is_seen() -> None:
     assert not [model for model in models_of(SPEC) if model[0] == "width"]  # too narrow to be compared
     wide = shape(SIZES | {"ffn": 1536}, tied=True).spec
