@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from autodistill.advisor.describe import Described, deployment_named, describe
+from autodistill.advisor.measure_blocks import time_blocks
 from autodistill.advisor.measure_request import MeasureRequest
 from autodistill.advisor.measurements import Measured, store_measured
 from autodistill.errors import InputError
+from autodistill.estimates.block_times import keep_times, liked_multiple
 from autodistill.estimates.serving_memory import memory
 from autodistill.estimates.speed import speed
 from autodistill.hardware.background_load import current_load
@@ -38,19 +41,26 @@ _ROUNDS = 3
 _BOARD_SECONDS = 1800.0
 
 
-def measure(request: MeasureRequest) -> dict[str, Any]:
+def measure(request: MeasureRequest, notify: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Measure a student, store the result, and return it with the predictions.
+
+    Args:
+        request: What is measured.
+        notify: Told of what is done, where that takes minutes.
 
     Returns:
         Plain data: the measurement under "measured", the known device that it is of under "device" (None where it is of
         none, so that nothing is corrected by it), the predictions for that under "predicted", where it was kept, and
-        what may be left on a board, in words, under "left" (None otherwise); or, for a script, where that was written.
+        what may be left on a board, in words, under "left" (None otherwise); or, for a script, where that was written;
+        or the times of blocks under "blocks", and where they were kept.
 
     Raises:
         InputError: A student that is damaged or of no known architecture, a context beyond its own, a result of
             another student, a machine that is busy, or more threads than it has cores.
         RemoteError: A board that is not reached, or fails.
     """
+    if request.blocks:
+        return _blocks(request, notify)
     model, deployment = described_export(request.path, request.runtime)
     # What would be refused of the result is so before anything runs.
     if model.spec.experts:
@@ -98,6 +108,16 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
     if found.student != bench.student:
         raise InputError(f"{where} is of another student than {request.path}: give the file that was measured")
     return _kept(request, _of_board(request, found, model, deployment), model) | {"left": left}
+
+
+def _blocks(request: MeasureRequest, notify: Callable[[str], None]) -> dict[str, Any]:
+    """Time the blocks of a model's dimensions here, keep the times, and return them."""
+    model = describe(str(request.student))
+    context = _context(request, model, CONTEXT)
+    _check_quiet(request, detect().cpus)
+    times = time_blocks(model.spec, model.name, context, request.rounds or _ROUNDS, notify)
+    kept = keep_times(cache_folder(request.cache), times)
+    return {"blocks": times.to_json(), "liked_multiple": liked_multiple(times.widths), "kept_in": str(kept)}
 
 
 def fingerprint(path: Path) -> str:
@@ -183,9 +203,7 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
     if request.threads > cores:
         raise InputError(f"--threads {request.threads} is more than the cores here, {cores}: give {cores} or less")
     threads = request.threads or cores
-    seen = current_load(threads)
-    if seen.doubts and not request.busy:
-        raise InputError(f"this machine is busy ({seen.doubts[0]}): stop other work, or accept it with --busy")
+    _check_quiet(request, threads)
     timed = time_serving(
         request.path,
         deployment.runtime,
@@ -216,6 +234,13 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
         loads=tuple(one.to_json() for one in timed.loads),
         doubts=timed.doubts,
     )
+
+
+def _check_quiet(request: MeasureRequest, threads: int) -> None:
+    """Refuse a machine that is busy, unless that is accepted."""
+    seen = current_load(threads)
+    if seen.doubts and not request.busy:
+        raise InputError(f"this machine is busy ({seen.doubts[0]}): stop other work, or accept it with --busy")
 
 
 def _load(request: MeasureRequest, launch: Launch) -> Load:

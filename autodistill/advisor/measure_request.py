@@ -27,6 +27,8 @@ _PLACES = {
     "threads": ("here", "--on", "--script"),
     "timeout": ("--on",),
 }
+# Those that say how a whole student is measured.
+_OF_STUDENTS = ("on", "script", "result", "runtime", "streams", "prompt", "decoded", "threads", "timeout", "devices")
 
 
 def _file(help: str) -> Option:
@@ -52,7 +54,7 @@ class MeasureRequest:
     student: Annotated[
         str | Path,
         Option(
-            help="A .gguf file, or a folder of transformers or ONNX Runtime.",
+            help="A .gguf file, or a folder of transformers or ONNX Runtime; with --blocks any teacher.",
             metavar="STUDENT",
             typed=Path,
             parse=Path,
@@ -97,6 +99,12 @@ class MeasureRequest:
         str | float | None,
         Option(help="Stop waiting for a board after this long (default: 30m).", metavar="TIME", parse=parse_duration),
     ] = None
+    blocks: Annotated[
+        bool,
+        Option(
+            help="Time blocks of a model's dimensions in each storage type instead, for the limits of solve --latency."
+        ),
+    ] = False
     busy: Annotated[bool, Option(help="Measure even if the machine is busy, and mark the result.")] = False
     devices: Devices = None
     out: Out = RUNS
@@ -106,6 +114,11 @@ class MeasureRequest:
         read_texts(self)
         if self.streams is not None:
             object.__setattr__(self, "streams", tuple(self.streams))
+        given = [f"--{name}" for name in _OF_STUDENTS if self.blocks and getattr(self, name) not in (None, 0)]
+        if given:
+            raise InputError(
+                f"--blocks times blocks in llama.cpp on this machine, with all of its cores: leave {given[0]} out"
+            )
         places = {"--on": self.on, "--script": self.script, "--result": self.result}
         given = [name for name, place in places.items() if place is not None]
         if len(given) > 1:

@@ -12,11 +12,12 @@ from autodistill.profiling.request import profile as profiled
 
 
 @takes(MeasureRequest, "measure")
-def measure(**options: Any) -> dict[str, Any]:
+def measure(*, notify: Callable[[str], None] = lambda line: None, **options: Any) -> dict[str, Any]:
     """Measure a student's speed and memory, here or on a board with llama-bench. pick uses the results.
 
     Returns:
-        Plain data: what was measured and what had been predicted; of `script`, where it was written.
+        Plain data: what was measured and what had been predicted; of `script`, where it was written; with `blocks`,
+        the times of a model's blocks.
 
     Raises:
         InputError: A student that cannot be read, arguments that change nothing here, or a busy machine.
@@ -25,7 +26,7 @@ def measure(**options: Any) -> dict[str, Any]:
     request = MeasureRequest(**options)
     from autodistill.advisor.measure import measure as measured
 
-    return measured(request)
+    return measured(request, notify)
 
 
 @takes(ProfileRequest, "profile")

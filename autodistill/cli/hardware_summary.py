@@ -8,8 +8,10 @@ from typing import Any
 
 from autodistill.cli.summary import table
 from autodistill.cli.tables import wrapped
+from autodistill.estimates.block_times import PARTS
 from autodistill.hardware.budget import CONTEXT
 from autodistill.hardware.device import PRECISIONS, Device
+from autodistill.quantization.formats import TYPES
 from autodistill.units import count_of, format_bytes, format_duration, with_error
 
 _PARTS = {"shown_bytes": "rounded copies"}
@@ -310,6 +312,8 @@ def measured_text(document: Mapping[str, Any]) -> str:
             f"  sh {PurePath(document['script']).name} student.gguf [llama-bench] > result.txt\n"
             "and read what it printed with autodistill measure STUDENT --result result.txt"
         )
+    if "blocks" in document:
+        return _blocks_text(document)
     found, predicted = document["measured"], document["predicted"]
     board = found["board"]
 
@@ -347,6 +351,52 @@ def measured_text(document: Mapping[str, Any]) -> str:
         remedy = "" if found["how"] == "autodistill" else ": say which of autodistill devices it is with --device"
         unknown = f"\nNo known device is called {found['machine']}, so pick does not use this{remedy}."
     return f"{title}\n{table(lines, left=1)}\nStored in {document['kept_in']}.{doubts}{unknown}{left}"
+
+
+def _blocks_text(document: Mapping[str, Any]) -> str:
+    """What blocks take in each type, for a token and for a prompt, and which widths of an FFN cost more than others."""
+    times = document["blocks"]
+    key, count = times["key"], times["layers"]
+    lines = [
+        f"Blocks on {key['device']}, {key['threads']} threads, by xllamacpp {key['version']}, from small models of "
+        f"{count} layers: of one layer, and the head whole."
+    ]
+    for phase, what, unit in (
+        ("decode", f"A token after {times['decode']['tokens']} others, in microseconds", 1e6),
+        ("prompt", f"A prompt of {times['prompt']['tokens']} tokens, in milliseconds", 1e3),
+    ):
+        one = times[phase]
+        kinds = dict.fromkeys(kind for part in PARTS for kind in one[part])
+        rows: list[tuple[str, ...]] = [("type", *PARTS)]
+        rows += [
+            (kind, *(_with_spread(one[part][kind], unit) if kind in one[part] else "" for part in PARTS))
+            for kind in sorted(kinds, key=list(TYPES).index)
+        ]
+        cache = ", ".join(
+            f"{kind} {_with_spread(one['cache'][kind], unit)} a layer"
+            + (
+                f" and {unit * 1e3 * one['each'][kind]['seconds']:.3g} for each 1,000 tokens more"
+                if one["each"]
+                else ""
+            )
+            for kind in one["cache"]
+        )
+        said = f"What is constant takes {_with_spread(one['constant'], unit)}; a cache in {cache}."
+        lines += ["", f"{what}:", table(rows, left=1), said]
+    for width in times["widths"]:
+        shares = ", ".join(
+            f"{width[phase]:+.1%} ± {width[f'{phase}_spread']:.1%} of a {what}"
+            for phase, what in (("decode", "token"), ("prompt", "prompt"))
+        )
+        lines.append(f"An FFN of {width['neurons']} neurons in {width['kind']} takes {shares} beyond its share.")
+    if document["liked_multiple"]:
+        lines.append(f"Widths in multiples of {document['liked_multiple']} are not slower than others.")
+    doubts = "".join(f"\nDoubtful: {doubt}." for doubt in times["doubts"])
+    return "\n".join(lines) + f"\nStored in {document['kept_in']}, for solve --latency on this machine.{doubts}"
+
+
+def _with_spread(one: Mapping[str, float], unit: float) -> str:
+    return f"{unit * one['seconds']:.4g} ± {unit * one['spread']:.2g}"
 
 
 def _picked(one: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -42,8 +42,10 @@ def solve_text(document: Mapping[str, Any], width: int, room: int | None = None)
         sections += [_one(one, width, room) for one in document["solutions"]]
     for miss in document["nothing_fits"]:
         smallest = document["smallest"]
-        need = f"the smallest, {smallest['name']}, needs {format_bytes(smallest['bytes'])}"
-        sections.append("\n".join(wrapped(f"Nothing fits {format_bytes(miss['memory_bytes'])}: {need}.", width)))
+        said = f"the smallest, {smallest['name']}, needs {format_bytes(smallest['bytes'])}"
+        if smallest["bytes"] <= miss["memory_bytes"]:
+            said = "what does is too slow for --latency"
+        sections.append("\n".join(wrapped(f"Nothing fits {format_bytes(miss['memory_bytes'])}: {said}.", width)))
     if document["not_exported"]:
         sections.append("\n".join(wrapped(f"It cannot be exported: {document['not_exported']}.", width)))
     if document["exported"]:
@@ -106,6 +108,13 @@ def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:
         f"{solution['calibration_kl']:.4f}. {format_bytes(more['more_bytes'])} more would take "
         f"{more['predicted_gain']:.4f} off the KL, as predicted."
     )
+    for one in solution["latency"]:
+        said += (
+            f" {one['name']} is predicted at {format_duration(one['seconds'])}, within "
+            f"{format_duration(one['limit_seconds'])}, by {one['by']}"
+        )
+        beside = f"; the roofline has {format_duration(one['roofline_seconds'])}."
+        said += "." if one["by"] == "the roofline" else beside
     if solution["compensated"]:
         said += (
             f" The rounding makes up for its errors: each weight rounded by itself, the KL would be "

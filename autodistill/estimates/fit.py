@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from autodistill.errors import InputError
+from autodistill.estimates.block_times import BlockTimes
 from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory
 from autodistill.estimates.speed import limit_seconds
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
@@ -70,13 +71,24 @@ class Miss:
     said: str
 
 
-def latencies(spec: ModelSpec, deployment: Deployment, budget: Budget) -> dict[LatencyLimit, float]:
-    """Return the predicted seconds for each latency limit of a budget."""
+def latencies(
+    spec: ModelSpec, deployment: Deployment, budget: Budget, times: BlockTimes | None = None
+) -> dict[LatencyLimit, float]:
+    """Return the predicted seconds for each latency limit of a budget.
+
+    Args:
+        spec, deployment, budget: A model, its packing, and the limits.
+        times: Of blocks on the budget's device, where they were measured; what they do not say the roofline does.
+    """
     if not isinstance(budget, DeviceBudget):
         return {}
-    return {
-        limit: limit_seconds(spec, deployment, budget.device, limit, context=budget.context) for limit in budget.latency
-    }
+    found = {}
+    for limit in budget.latency:
+        seconds = None if times is None else times.limit_seconds(spec, deployment, limit, context=budget.context)
+        if seconds is None:
+            seconds = limit_seconds(spec, deployment, budget.device, limit, context=budget.context)
+        found[limit] = seconds
+    return found
 
 
 def too_late(seconds: Mapping[LatencyLimit, float], source: str) -> tuple[str, ...]:

@@ -134,6 +134,8 @@ def _classes(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, DeviceClass]
             reserve_bytes=0 if entry["reserve"] == "0B" else parse_bytes(entry["reserve"]),
             speeds={runtime: _speed_of(runtime, name, speeds) for runtime in _RUNTIMES},
             reference=entry["reference"],
+            ffn_multiple=int(entry["ffn_multiple"]),
+            ffn_reference=entry["ffn_reference"],
         )
         for name, entry in data.items()
     }

@@ -28,6 +28,8 @@ class DeviceClass:
         small_bytes, small_share: Another share for at most this much memory; 0 if there is none.
         speeds: What each runtime reaches, by name; assumed if it was not measured on this class.
         reference: The source of the usable memory.
+        ffn_multiple: Neurons in multiples of which FFNs are computed at full speed; at least the 64 of all students.
+        ffn_reference: The source of that.
     """
 
     name: str
@@ -38,6 +40,8 @@ class DeviceClass:
     small_share: float
     speeds: Mapping[str, Shares]
     reference: str
+    ffn_multiple: int
+    ffn_reference: str
 
     def share_of(self, memory_bytes: int) -> float:
         """Return the usable share of an amount of memory."""

@@ -224,16 +224,19 @@ class LlamaServer:
         self._post(max_tokens=1, cache_prompt=False)
         return time.perf_counter() - began
 
-    def step(self) -> float:
+    def step(self, *, grow: bool = True) -> float:
         """Add a token to each stream that was begun; the token's choice does not change the time.
 
         A request that goes on from the context by one token costs what a decoding step costs. (A stream of tokens would
         state the same times, but ends at one that is no valid text.)
 
+        Args:
+            grow: Whether the streams keep the token; otherwise their last one is computed again.
+
         Returns:
             Seconds that the step took, by llama.cpp's own clock.
         """
-        for stream in self._streams:
+        for stream in self._streams if grow else ():
             stream.append(stream[-1])
         return float(self._post(max_tokens=1, cache_prompt=True)["timings"]["prompt_ms"]) / 1e3
 
@@ -248,6 +251,11 @@ class LlamaServer:
         """Whether a GPU holds weights."""
         devices = {device for device, kind, _ in _BUFFER.findall(self._child.log()) if kind == "model"}
         return any(map(_of_gpu, devices))
+
+    @property
+    def pid(self) -> int:
+        """The process that runs it."""
+        return self._child.pid
 
     def used_seconds(self) -> float:
         """Return the CPU seconds that llama.cpp and this process have used."""

@@ -33,7 +33,7 @@ from benchmarks.common import program, report
 from benchmarks.common.model_files import THREADS, Case, milliseconds, timed, write_folder
 from benchmarks.hardware.memory_estimate import SIZES
 
-_SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, int]] = {
     "0.13B": {"layers": 30, "width": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocabulary": 49152},
     "0.27B": {"layers": 20, "width": 1024, "heads": 16, "kv_heads": 4, "ffn": 2816, "vocabulary": 32000},
     "0.04B": {"layers": 8, "width": 512, "heads": 8, "kv_heads": 4, "ffn": 1536, "vocabulary": 32000},
@@ -74,7 +74,7 @@ class Point:
 
 
 def _case(model: str, form: str) -> Case:
-    return Case(family="llama", tied=True, form=form, **_SHAPES[model])
+    return Case(family="llama", tied=True, form=form, **SHAPES[model])
 
 
 def llama_points(folder: Path, models: Sequence[str]) -> Iterator[Point]:
@@ -82,7 +82,7 @@ def llama_points(folder: Path, models: Sequence[str]) -> Iterator[Point]:
     empty = {prompt: milliseconds(Case(family="llama", **_EMPTY), folder, prompt) for prompt in PROMPTS}
     for name in models:
         for form in CALIBRATED_FORMS if name in CALIBRATED else FORMS:
-            core = _core()
+            core = one_core()
             for prompt in PROMPTS:
                 step, first = milliseconds(_case(name, form), folder, prompt)
                 less = empty[prompt]
@@ -95,7 +95,7 @@ def transformers_points(folder: Path, models: Sequence[str]) -> Iterator[Point]:
     for name in models:
         case = _case(name, "huggingface")
         write_folder(case, folder)
-        core = _core()
+        core = one_core()
         with PythonServer(folder, "transformers", 2048, THREADS) as server:
             for prompt in (*PROMPTS, LONGER):
                 step, first = timed(server, case.vocabulary, prompt)
@@ -104,7 +104,7 @@ def transformers_points(folder: Path, models: Sequence[str]) -> Iterator[Point]:
                 yield Point(model=name, form=case.form, prompt=prompt, held_out=held_out, **times, **core)
 
 
-def _core() -> dict[str, Any]:
+def one_core() -> dict[str, Any]:
     """Bandwidth and rates of one core by its CPU time, as `local_device` measures both by the clock.
 
     Before each model: the other core's work changes from minute to minute, and what this one gets of the memory.
@@ -297,7 +297,7 @@ def main() -> None:
     parser = program.parser_of(__doc__)
     parser.add_argument("--runtime", choices=list(_RUNTIMES), help="measure it alone anew, in the newest report")
     parser.add_argument("--predicted", action="store_true", help="what is predicted alone anew, in the newest report")
-    parser.add_argument("--models", nargs="+", choices=_SHAPES, default=list(_SHAPES), help="sizes that are measured")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="sizes that are measured")
     given = program.parse(parser, models=["0.04B"])
     if given.runtime or given.predicted:
         print(measure_again(given.runtime, given.models))

@@ -33,6 +33,8 @@ KIND = DeviceClass(
     small_share=0.5,
     speeds={"llama.cpp": SHARES, "vllm": replace(SHARES, rate="bf16")},
     reference="a test",
+    ffn_multiple=128,
+    ffn_reference="a test",
 )
 BOX = Device(
     name="Box",

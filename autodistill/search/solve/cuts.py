@@ -90,7 +90,7 @@ def check_shapes(options: Options) -> None:
 def allowed_widths(options: Options) -> tuple[int, ...]:
     """Return the widths that all FFNs may have, the widest first."""
     spec, limits = options.spec, options.limits
-    found = [width for width in ffn_widths(spec.ffn_width) if limits.ffn(width / spec.ffn_width)]
+    found = [width for width in ffn_widths(spec.ffn_width, options.multiple) if limits.ffn(width / spec.ffn_width)]
     # Fractions that are listed, and the ends of a range, are rounded to widths as everywhere.
     told = [cut_spec(Init(depth=1.0, ffn=share), spec).ffn_width for share in limits.ends("init.ffn")]
     return tuple(sorted({*found, *told}, reverse=True))
@@ -223,7 +223,7 @@ def named_cuts(options: Options, library: Library, shapes: Shapes, sample: Sampl
     found = []
     for init in options.limits.inits or ():
         kept = replace(options, spec=cut_spec(init, options.spec))
-        if init == WHOLE or not storable(kept) or not kept.fits(kept.smallest()[0]):
+        if init == WHOLE or not storable(kept) or not kept.fits_memory(kept.smallest()[0]):
             continue
         found.append(CutScores(init, options, library, shapes, shapes.whole(init, sample)))
     yield from sorted(found, key=lambda one: one.cost)
@@ -266,7 +266,7 @@ def shallow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutS
     widths = widths[:1] if widths[0] == spec.ffn_width else widths
     for count, width in product(allowed_drops(options), widths):
         kept = replace(options, spec=cut_spec(_dropped(1, count, width, spec), spec)) if count else options
-        if not count or not kept.fits(kept.smallest()[0]):
+        if not count or not kept.fits_memory(kept.smallest()[0]):
             continue
         if width < spec.ffn_width:
             shapes.build()

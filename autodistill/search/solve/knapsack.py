@@ -8,21 +8,22 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-_MOST_CELLS = 2**17
+MOST_CELLS = 2**17
 
 
 class Knapsack:
     """The best choices of all limits at once, by a dynamic programme over bytes.
 
     Bytes are counted in the largest unit that divides all differences between options, which weights in blocks make
-    large, so that every limit has its exact optimum. Where that would take more than 131,072 cells the unit is larger,
+    large, so that every limit has its exact optimum. Where that would take more than `most_cells`, the unit is larger,
     and options are rounded up to it: what is chosen still fits, and may miss the optimum by a unit an item.
 
     Args:
         items: Of each item its options: bytes and cost.
+        most_cells: Beyond which the unit is larger.
     """
 
-    def __init__(self, items: Mapping[str, Mapping[str, tuple[int, float]]]) -> None:
+    def __init__(self, items: Mapping[str, Mapping[str, tuple[int, float]]], most_cells: int = MOST_CELLS) -> None:
         self._items = {name: undominated(options) for name, options in items.items()}
         self.least = sum(min(size for size, _ in options.values()) for options in self._items.values())
         most = sum(max(size for size, _ in options.values()) for options in self._items.values())
@@ -32,7 +33,7 @@ class Knapsack:
         }
         exact = math.gcd(*(extra for options in extras.values() for extra in options.values())) or 1
         span = max(1, most - self.least)
-        self._unit = exact * max(1, math.ceil(span / exact / _MOST_CELLS))
+        self._unit = exact * max(1, math.ceil(span / exact / most_cells))
         self._steps = {
             name: {kind: -(-extra // self._unit) for kind, extra in options.items()} for name, options in extras.items()
         }

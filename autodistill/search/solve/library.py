@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -22,14 +21,13 @@ from autodistill.estimates.solving import BLOCK_TOKENS, PASS_TOKENS
 from autodistill.inference.batching import map_sequences
 from autodistill.inference.watching import Taken
 from autodistill.search.solve.bench import Bench, Measured, Sample
-from autodistill.search.solve.options import KEYS, VALUES, Options
+from autodistill.search.solve.options import KEYS, VALUES, Options, alike
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.hashing import content_hash, file_hash
 from autodistill.utils.json_files import read_json, write_json
 
 _FACTORS = (0.5, 4.0)  # between which lies what tokens have in common
 _SAVED_SECONDS = 10.0  # after which what is scored in a pass is written
-_IN_A_LAYER = re.compile(r"\.\d+\.(.+?)(?:\.weight)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,12 +225,6 @@ def _read(path: Path) -> dict[str, Any]:
     except InputError:
         held = {}
     return {name: held.get(name, {}) for name in ("passes", "exact", "joint")}
-
-
-def alike(name: str) -> str:
-    """What the matrices of all layers that do the same are called, like "mlp.down_proj"."""
-    found = _IN_A_LAYER.search(name)
-    return found[1] if found else name
 
 
 def _key(name: str, kind: str) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 
+from autodistill.distillation.student.shapes import MULTIPLE
 from autodistill.errors import InputError
+from autodistill.estimates.block_times import BlockTimes
 from autodistill.estimates.fit import check_holds, latencies
 from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory
-from autodistill.hardware.budget import Budget, on_gpu
+from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
+from autodistill.hardware.catalog import device_classes
+from autodistill.hardware.device import DISCRETE
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.formats import CACHE_BYTES, INTEGER_TYPES, TYPES, as_held, tensor_bytes, weights_bytes
@@ -20,10 +25,10 @@ from autodistill.quantization.scheme import QuantizationScheme, scheme_by_tensor
 from autodistill.strategy.deployment import FUSED, IN_16_BITS, Deployment, serving
 from autodistill.strategy.restriction import Restriction
 
-KEYS, VALUES = "cache keys", "cache values"
-"""What a choice calls the two halves of the cache."""
+KEYS, VALUES, CACHE = "cache keys", "cache values", "cache"
+"""What a choice calls the two halves of the cache, and both together."""
 
-_MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.HEAD)
+_IN_A_LAYER = re.compile(r"\.\d+\.(.+?)(?:\.weight)?$")
 
 
 def _kernels(storage: Storage) -> bool:
@@ -70,6 +75,7 @@ class Options:
         fixed: The one storage that may be chosen, whatever else is said; None where types are.
         file_bytes: What all weights may take in a file; None for no limit.
         cuts: Whether students that are cut from the model may be chosen.
+        times: Of the model's blocks on the budget's device, where they were measured.
         runtime: One of `solve_request.RUNTIMES`. In vLLM tables and cache have 16 bits, fused layers one type.
     """
 
@@ -81,12 +87,20 @@ class Options:
     fixed: Deployment | None = None
     file_bytes: int | None = None
     cuts: bool = True
+    times: BlockTimes | None = None
     runtime: str = "llama.cpp"
 
     @property
     def held(self) -> Mapping[str, Storage]:
         """What the runtime holds matrices in, by name, the most bits first."""
         return TYPES if self.runtime == "llama.cpp" else _IN_VLLM
+
+    @property
+    def multiple(self) -> int:
+        """Neurons in multiples of which the budget's devices compute an FFN at full speed; of no device the least."""
+        if isinstance(self.budget, DeviceBudget):
+            return self.budget.device.kind.ffn_multiple
+        return device_classes()[DISCRETE].ffn_multiple if on_gpu(self.budget) else MULTIPLE
 
     @property
     def free(self) -> Options:
@@ -257,9 +271,13 @@ class Options:
             deployment: The storage.
             limit: Of memory, in bytes; by default the budget's.
         """
+        return self.fits_memory(deployment, limit) and self.in_time(deployment)
+
+    def fits_memory(self, deployment: Deployment, limit: int | None = None) -> bool:
+        """The same of the limits of memory and of the file alone."""
         need = self.memory(deployment)
         held = need.total_bytes <= (self.budget.memory_bytes if limit is None else limit)
-        return held and self.fits_file(need.weights_bytes) and self.in_time(deployment)
+        return held and self.fits_file(need.weights_bytes)
 
     def fits_file(self, weights: int) -> bool:
         """Whether a file may hold weights of so many bytes."""
@@ -267,7 +285,56 @@ class Options:
 
     def in_time(self, deployment: Deployment) -> bool:
         """Whether a storage keeps to the budget's limits of latency, as predicted."""
-        return all(seconds <= one.seconds for one, seconds in latencies(self.spec, deployment, self.budget).items())
+        return all(seconds <= one.seconds for one, seconds in self.latencies(deployment).items())
+
+    def latencies(self, deployment: Deployment) -> dict[LatencyLimit, float]:
+        """The predicted seconds of a storage for each of the budget's limits of latency."""
+        return latencies(self.spec, deployment, self.budget, self.times)
+
+    def shares(self, base: Deployment, limits: Collection[LatencyLimit]) -> dict[tuple[str, str], float]:
+        """The change of latency, in shares of its limits, if one thing of a storage had another type.
+
+        Args:
+            base: The storage.
+            limits: Whose shares are summed.
+
+        Returns:
+            By the first matrix of a set of one type, or a table, and a type; and by `CACHE` and the types of keys and
+            values with a comma between.
+        """
+
+        def taken(deployment: Deployment) -> float:
+            found = self.latencies(deployment)
+            return sum(found[limit] / limit.seconds for limit in limits)
+
+        whole, types = taken(base), self.types(base)
+        found: dict[tuple[str, str], float] = {}
+        first: dict[tuple[str, tuple[int, ...]], tuple[str, ...]] = {}
+        changes: dict[tuple[tuple[str, ...], str], float] = {}
+        for names in (*self.tied, *((name,) for name in self.tables)):
+            tensor = (self.matrices | self.tables)[names[0]]
+            # What does the same in its layer, and is as large, takes as long: it is looked at once.
+            one = first.setdefault((alike(names[0]), tensor.shape), names)
+            for kind in self.kinds(tensor):
+                if (one, kind) not in changes:
+                    changed = self.deployment(types | dict.fromkeys(one, kind), base.cache_types)
+                    changes[one, kind] = taken(changed) - whole
+                found[names[0], kind] = changes[one, kind]
+        for pair in self.caches:
+            found[CACHE, ",".join(pair)] = taken(self.deployment(types, pair)) - whole
+        return found
+
+    def fastest(self, limit: LatencyLimit) -> Deployment:
+        """The storage that takes least of one limit of latency, whatever its memory."""
+        base = self.smallest()[0]
+        shares = self.shares(base, (limit,))
+        best: dict[str, str] = {}
+        for name, kind in shares:
+            if name not in best or shares[name, kind] < shares[name, best[name]]:
+                best[name] = kind
+        keys, values = best.pop(CACHE).split(",")
+        every = {name: best[names[0]] for names in self.tied for name in names}
+        return self.deployment(every | {name: best[name] for name in self.tables}, (keys, values))
 
     def smallest(self) -> tuple[Deployment, MemoryEstimate]:
         """The solution of the least memory, and what it takes."""
@@ -305,6 +372,12 @@ class Options:
 
 def _divides(storage: Storage, tensor: TensorSpec) -> bool:
     return not isinstance(storage, Grid) or storage.divides(tensor.shape[1])
+
+
+def alike(name: str) -> str:
+    """What the matrices of all layers that do the same are called, like "mlp.down_proj"."""
+    found = _IN_A_LAYER.search(name)
+    return found[1] if found else name
 
 
 def with_cache(deployment: Deployment, cache_types: tuple[str, str]) -> Deployment:

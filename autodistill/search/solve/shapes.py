@@ -272,10 +272,10 @@ class Shapes:
             self._notify(f"scores of cuts cannot be kept in {self._path} ({error}): a later call will make these again")
 
 
-def ffn_widths(whole: int) -> tuple[int, ...]:
-    """The widths that an FFN may be cut to, the whole first: multiples of 64 down to an eighth."""
-    least = max(MULTIPLE, whole // 8)
-    return (whole, *(width for width in range(whole - 1, least - 1, -1) if width % MULTIPLE == 0))
+def ffn_widths(whole: int, multiple: int = MULTIPLE) -> tuple[int, ...]:
+    """The widths that an FFN may be cut to, the whole first: multiples of 64 neurons, or more, down to an eighth."""
+    least = max(multiple, whole // 8)
+    return (whole, *(width for width in range(whole - 1, least - 1, -1) if width % multiple == 0))
 
 
 def open_shapes(

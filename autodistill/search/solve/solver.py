@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from autodistill.hardware.budget import LatencyLimit
 from autodistill.quantization.formats import tensor_bytes
 from autodistill.search.solve.bench import Measured, Sample
-from autodistill.search.solve.knapsack import Knapsack
-from autodistill.search.solve.library import Score, alike
-from autodistill.search.solve.options import KEYS, VALUES, Family, Options
+from autodistill.search.solve.knapsack import MOST_CELLS, Knapsack
+from autodistill.search.solve.library import Score
+from autodistill.search.solve.options import CACHE, KEYS, VALUES, Family, Options, alike
 from autodistill.strategy.deployment import Deployment
 
 _FAMILIES = 4  # that are measured whole
 _SWAPS, _PATIENCE = 6, 2  # exchanges that are tried at the most, and in vain one after another
-_HALVINGS = 16  # of the memory within which what is best is in time
+# Nats that a whole limit of latency is worth, between which what is best is in time; each is this much more.
+_PRICES, _STEP, _HALVINGS = (1e-4, 1e6), 8.0, 6
+_COARSE = 2**13  # cells in which a price is looked for
 _LEAST_DOUBT = 0.3  # of a score, as a share of it: what the sum of single scores leaves out
 _NOTHING = 1e-6  # of a KL, in nats: no exchange pays below it
 
@@ -36,6 +39,10 @@ class Found:
     deployment: Deployment
     predicted: tuple[float, float]
     joint: Measured
+
+
+Prices: TypeAlias = Mapping[tuple[str, str], float]
+"""Nats that the time of a choice is worth, by what `Options.shares` calls it."""
 
 
 class Scores(Protocol):
@@ -92,20 +99,30 @@ class Solver:
             if name in options.matrices
         )
         self._knapsack = self._made({})
+        self._prices: dict[int, Prices] = {}
 
-    def _made(self, factors: Mapping[str, float]) -> Knapsack:
-        """The knapsack of all matrices, with some scores times a factor; of those of one type the first is named."""
+    def _made(
+        self, factors: Mapping[str, float], prices: Prices | None = None, most_cells: int = MOST_CELLS
+    ) -> Knapsack:
+        """The knapsack of all matrices, with some scores times a factor; of those of one type the first is named.
+
+        Args:
+            factors: By matrix; 1 of those that are not there.
+            prices: Of the time that types take, which are added.
+            most_cells: Of the knapsack.
+        """
         options, items = self._options, {}
         for names in options.tied:
             tensors = [options.matrices[name] for name in names]
             items[names[0]] = {
                 kind: (
                     sum(tensor_bytes(tensor, options.held[kind]) for tensor in tensors),
-                    sum(self._library.score(name, kind).kl * factors.get(name, 1.0) for name in names),
+                    sum(self._library.score(name, kind).kl * factors.get(name, 1.0) for name in names)
+                    + (prices or {}).get((names[0], kind), 0.0),
                 )
                 for kind in options.kinds(tensors[0])
             }
-        return Knapsack(items)
+        return Knapsack(items, most_cells)
 
     def predicted(self, limit: int) -> tuple[float, Deployment] | None:
         """The least sum of scores within a limit, and what has it; None where nothing fits."""
@@ -113,31 +130,67 @@ class Solver:
         return (found[0][0], found[0][2]) if found else None
 
     def _best_of_families(self, limit: int) -> list[tuple[float, Family, Deployment]]:
-        """The best of each family that fits, the least sum of scores first."""
-        found = self._of_families(limit)
-        if not found or self._options.in_time(found[0][2]):
-            return found
-        # A storage is faster for fewer bytes: the most memory whose best is in time.
-        low, high = min(family.bytes for family in self._families), limit
-        found = [one for one in self._of_families(low) if self._options.in_time(one[2])]
-        for _ in range(_HALVINGS if found else 0):
-            middle = (low + high) // 2
-            tried = self._of_families(middle)
-            if tried and self._options.in_time(tried[0][2]):
-                low, found = middle, tried
-            else:
-                high = middle
+        """The best of each family that fits and is in time, the least sum of scores first."""
+        found = self._of_families(limit, self._knapsack)
+        if found and not self._options.in_time(found[0][2]):
+            latencies = self._options.latencies(found[0][2])
+            late = [one for one, seconds in latencies.items() if seconds > one.seconds]
+            # What is made fast enough for one limit may be too slow for another.
+            tries = dict.fromkeys((tuple(late), tuple(latencies)))
+            found = next(filter(None, (self._priced(limit, found[0][2], one) for one in tries)), [])
         return [one for one in found if self._options.in_time(one[2])]
 
-    def _of_families(self, limit: int) -> list[tuple[float, Family, Deployment]]:
-        """The same, whatever the time."""
+    def _priced(
+        self, limit: int, late: Deployment, latencies: Sequence[LatencyLimit]
+    ) -> list[tuple[float, Family, Deployment]]:
+        """The same under the least price of time at which the best is in time (a Lagrange multiplier); none if none is.
+
+        Args:
+            limit: Bytes.
+            late: What is best whatever the time.
+            latencies: Limits, a share of which is what has a price.
+        """
+        shares = self._options.shares(late, latencies)
+
+        def at(price: float, most_cells: int = _COARSE) -> list[tuple[float, Family, Deployment]]:
+            self._prices[limit] = {choice: price * share for choice, share in shares.items()}
+            found = self._of_families(limit, self._made({}, self._prices[limit], most_cells), self._prices[limit])
+            return found if found and self._options.in_time(found[0][2]) else []
+
+        low, high = _PRICES[0] / _STEP, _PRICES[0]
+        while not (found := at(high)):
+            low, high = high, _STEP * high
+            if low > _PRICES[1]:
+                return []
+        for _ in range(_HALVINGS):
+            middle = math.sqrt(low * high)
+            if tried := at(middle):
+                high, found = middle, tried
+            else:
+                low = middle
+        return at(high, MOST_CELLS) or found
+
+    def _of_families(
+        self, limit: int, knapsack: Knapsack, prices: Prices | None = None
+    ) -> list[tuple[float, Family, Deployment]]:
+        """The best of each family by a knapsack, whatever the time, with their sums of scores without prices."""
         sums = []
         for family in self._families:
-            best = self._knapsack.best(room_of(family, limit, self._options.file_bytes, self._least))
+            best = knapsack.best(room_of(family, limit, self._options.file_bytes, self._least))
             if best is not None:
-                sums.append((best[0] + cost_of(family, self._library), family, best[1]))
+                chosen = [*family.tables.items(), (CACHE, ",".join(family.cache_types))]
+                cost = cost_of(family, self._library)
+                priced = best[0] + cost + sum((prices or {}).get(one, 0.0) for one in chosen)
+                sums.append((priced, cost, family, best[1]))
         sums.sort(key=lambda one: one[0])
-        return [(cost, family, self._deployment(types, family)) for cost, family, types in sums[:_FAMILIES]]
+        return [
+            (cost + self._score(types), family, self._deployment(types, family))
+            for _, cost, family, types in sums[:_FAMILIES]
+        ]
+
+    def _score(self, types: Mapping[str, str]) -> float:
+        """The sum of the scores of the matrices of linear layers, by the first of each set of one type."""
+        return sum(self._library.score(name, types[names[0]]).kl for names in self._options.tied for name in names)
 
     def _deployment(self, types: Mapping[str, str], family: Family) -> Deployment:
         every = {name: types[names[0]] for names in self._options.tied for name in names}
@@ -186,7 +239,7 @@ class Solver:
         for _ in range(_SWAPS):
             if best.joint.kl < _NOTHING or failures == _PATIENCE:
                 break
-            chosen = self._made(self._drawn(dice)).best(room)
+            chosen = self._made(self._drawn(dice), self._prices.get(limit)).best(room)
             if chosen is None:
                 break
             deployment = self._deployment(chosen[1], family)

@@ -7,7 +7,6 @@ from itertools import product
 import numpy as np
 import pytest
 
-from autodistill.search.solve import knapsack
 from autodistill.search.solve.knapsack import Knapsack
 
 Items = dict[str, dict[str, tuple[int, float]]]
@@ -52,10 +51,9 @@ def test_every_limit_has_its_optimum(seed: int, unit: int) -> None:
         assert cost == pytest.approx(min(fitting))
 
 
-def test_a_coarser_unit_still_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knapsack, "_MOST_CELLS", 40)
+def test_a_coarser_unit_still_keeps_to_the_limit() -> None:
     items = made(9, 7)
-    choices, solver = every(items), Knapsack(items)
+    choices, solver = every(items), Knapsack(items, most_cells=40)
     for limit in range(solver.least, max(size for size, _ in choices), 13):
         found = solver.best(limit)
         assert found is not None

@@ -19,6 +19,7 @@ from scipy.stats import spearmanr
 from torch.nn import Linear
 
 from autodistill.cli.app import main
+from autodistill.cli.solve import solve_text
 from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
@@ -26,12 +27,14 @@ from autodistill.distillation.student.shapes import cut_spec
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimates.block_times import PARTS, BlockTimes, Pass, Time, keep_times, key_of, part_weights
 from autodistill.estimates.solving import solving_work
 from autodistill.estimates.speed import limit_seconds
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.student_reader import StudentFiles
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit
 from autodistill.hardware.catalog import listed
+from autodistill.hardware.machine import cores
 from autodistill.models.config import spec_from_config
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.loading import load_model
@@ -240,6 +243,43 @@ def test_files_and_latency_are_limits_too(teacher: Path, text: Path, cache: Path
     assert takes(within(between)) <= between
     with pytest.raises(NothingFitsError, match="nothing keeps to the latency"):
         within(1e-9)
+
+
+def test_a_limit_goes_by_times_of_blocks_where_they_are_there_and_the_result_says_so(
+    teacher: Path, text: Path, cache: Path
+) -> None:
+    options = options_of(teacher)
+    device = next(one for one in listed() if "llama.cpp" in one.runtimes and not one.discrete)
+    nothing = Time(seconds=0.0, spread=0.0)
+    # A millisecond for each part of a layer and for the head in 8 bits, and a second in all other types.
+    parts = {kind: Time(seconds=1e-3 if kind == "q8_0" else 1.0, spread=0.0) for kind in TYPES}
+    caches = dict.fromkeys(("f16", "q8_0", "q4_0"), nothing)
+    one = Pass(tokens=CONTEXT, constant=nothing, parts=dict.fromkeys(PARTS, parts), cache=caches, each=caches, slow=1.0)
+    times = BlockTimes(
+        key=key_of(device.name, options.spec, CONTEXT, cores()),
+        weights=part_weights(options.spec),
+        decode=one,
+        prompt=one,
+        widths=(),
+        layers=2,
+        doubts=(),
+        time="2026-11-29T10:00:00+00:00",
+    )
+    limit = LatencyLimit(quantity="tpot", percentile=50, seconds=0.02, streams=1)
+    budget = DeviceBudget(memory_bytes=10**9, context=CONTEXT, device=device, latency=(limit,))
+    request = replace(asked(teacher, text, cache, 10**9), budgets=(budget,))
+    path = keep_times(cache, times)
+    try:
+        found = solve(request)
+    finally:
+        path.unlink()
+    (solution,) = (line["solution"] for line in found["solutions"])
+    assert {*solution["types"]["matrices"], *solution["types"]["tables"].values()} == {"q8_0"}
+    (told,) = solution["latency"]
+    assert told["by"] == f"blocks timed on {device.name}, 2026-11-29"
+    assert told["seconds"] == pytest.approx(options.spec.layers * 3e-3 + 1e-3)
+    shown = " ".join(solve_text(found, 120).split())
+    assert f"within 20.0ms, by {told['by']}; the roofline has" in shown
 
 
 def test_more_memory_never_costs_more_and_a_budget_below_the_smallest_is_told(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from autodistill.estimates.fit import latencies
 from autodistill.search.solve.bench import Measured, Sample, copying
 from autodistill.search.solve.call.opened import Opened
 from autodistill.search.solve.compensation import compensate, gains
@@ -204,12 +205,31 @@ def _solution(options: Options, name: str, found: Found, held_out: Measured) -> 
         "compute_bytes": estimate.compute_bytes,
         "overhead_bytes": estimate.overhead_bytes,
         "left_bytes": options.budget.memory_bytes - estimate.total_bytes,
+        "latency": _latency(options, deployment),
         "predicted_kl": found.predicted[0],
         "predicted_kl_stderr": found.predicted[1] if math.isfinite(found.predicted[1]) else None,
         "calibration_kl": found.joint.kl,
         "calibration_kl_stderr": found.joint.kl_stderr,
         **_figures(held_out),
     }
+
+
+def _latency(options: Options, deployment: Deployment) -> list[dict[str, Any]]:
+    """What each limit of latency is compared with, and what said so, beside the roofline."""
+    budget, times, found = options.budget, options.times, []
+    roofline = latencies(options.spec, deployment, budget)
+    for limit, seconds in options.latencies(deployment).items():
+        timed = times and times.limit_seconds(options.spec, deployment, limit, context=budget.context) is not None
+        found.append(
+            {
+                "name": limit.name,
+                "limit_seconds": limit.seconds,
+                "seconds": seconds,
+                "by": times.name if times and timed else "the roofline",
+                "roofline_seconds": roofline[limit],
+            }
+        )
+    return found
 
 
 def _figures(joint: Measured | None) -> dict[str, float | None]:

@@ -12,9 +12,10 @@ import torch
 from autodistill.distillation.student.shapes import cut_spec
 from autodistill.distillation.teacher.any_model import holds_cache, is_known
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimates.fit import fits
+from autodistill.estimates.block_times import BlockTimes, kept_times
+from autodistill.estimates.fit import too_late
 from autodistill.estimates.solving import SolvingWork, solving_work
-from autodistill.hardware.budget import CONTEXT
+from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget
 from autodistill.hardware.machine import memory_bytes
 from autodistill.models.families import FAMILIES
 from autodistill.models.spec import ModelSpec
@@ -38,7 +39,7 @@ def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]
 
     Raises:
         InputError: Solving takes more memory than it may, or candidates more than there is; or a runtime for which
-            nothing is written of such a model.
+            nothing is written of such a model; or times of its blocks are damaged.
     """
     if request.runtime != "llama.cpp" and not is_known(config):
         raise InputError(
@@ -53,7 +54,17 @@ def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]
         runtime=request.runtime,
     )
     streamed = _is_streamed(request, first, config)
-    return [replace(first, budget=budget, cuts=not streamed) for budget in request.budgets]
+    return [
+        replace(first, budget=budget, cuts=not streamed, times=_times(request, budget, spec))
+        for budget in request.budgets
+    ]
+
+
+def _times(request: SolveRequest, budget: Budget, spec: ModelSpec) -> BlockTimes | None:
+    """The times of the model's blocks on the budget's device, where latency is limited and they were measured."""
+    if request.runtime != "llama.cpp" or not isinstance(budget, DeviceBudget) or not budget.latency:
+        return None
+    return kept_times(request.cache, budget.device.name, spec, budget.context)
 
 
 def work_of(options: Options, tokens: int, *, streamed: bool) -> SolvingWork:
@@ -131,12 +142,14 @@ def check_fits(options: Sequence[Options]) -> None:
             f"{named(init, deployment)}, has {format_bytes(least.weights_bytes)} of weights; give a --file-size of "
             f"{math.ceil(least.weights_bytes / 1e6)}MB"
         )
-    (fit,) = fits(shape_of(init, first.spec), (deployment,), first.budget)
-    if fit.late and need <= largest:
-        raise NothingFitsError(
-            f"nothing keeps to the latency: of the smallest that is solved for, {named(init, deployment)}, "
-            f"{'; '.join(fit.late)}; raise --latency, or name a faster --device"
-        )
+    cut = replace(first, spec=shape_of(init, first.spec))
+    for limit in cut.latencies(deployment) if need <= largest else ():
+        fastest = cut.fastest(limit)
+        if late := too_late({limit: cut.latencies(fastest)[limit]}, "predicted"):
+            raise NothingFitsError(
+                f"nothing keeps to the latency: of the fastest that is solved for, {named(init, fastest)}, {late[0]}; "
+                "raise --latency, or name a faster --device"
+            )
     if need > largest:
         raise NothingFitsError(
             f"nothing fits {format_bytes(largest)}: the smallest that is solved for, {named(init, deployment)}, needs "
