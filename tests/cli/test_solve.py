@@ -26,6 +26,7 @@ SOLUTION = {
     "compensated": False,
     "teacher_copied": 0.9,
     "copied": 0.9,
+    "latency": [],
     "types": {"tables": {"embedding": "q6_k"}, "matrices": {"q4_0": 28}, "cache_keys": "f16", "cache_values": "f16"},
 }
 RIVAL = {
