@@ -361,6 +361,7 @@ def simulate(
     limit: Expense | None = None,
     life: float = float("inf"),
     away: float = 0.0,
+    log: RunLog | None = None,
     **hints: Any,
 ) -> tuple[Spent, Campaign]:
     """One search to its end, in simulated time.
@@ -377,6 +378,7 @@ def simulate(
         limit: Broken off where as many operations and as many seconds have passed.
         life: Mean seconds of work after which a worker is lost with what it works on, at random (exponential).
         away: Seconds until another takes the place of a lost one.
+        log: Takes the events; by default they are kept nowhere.
         hints: Further arguments of the sampler: what earlier searches observed.
     """
     worker = Worker(table, search_plan, live_teacher=live_teacher)
@@ -401,7 +403,7 @@ def simulate(
     )
     kind = Campaign if rejection else Unrejecting
     halving = Stopping if stopping else SuccessiveHalving
-    campaign = kind(question, sampler=proposer, log=Memory(), checkpoints=Path("/nowhere"), halving=halving)
+    campaign = kind(question, sampler=proposer, log=log or Memory(), checkpoints=Path("/nowhere"), halving=halving)
     start, ticket = worker.start, count()
     now = start.seconds
     spent = Spent(operations=round(start.operations), seconds=now)

@@ -321,7 +321,8 @@ def ready(
 ) -> Iterator[tuple[TrialSetting, Sequence[Deployment]]]:
     """What trials of these strategies read, and the space's deployments; its run is gone after the block."""
     with tempfile.TemporaryDirectory() as folder:
-        checked = check_request(replace(request, out=Path(folder)))
+        # A space of which nothing is solved: what is solved would be raced in place of these strategies.
+        checked = check_request(replace(request, out=Path(folder), space="declared"))
         deployments = checked.space.deployments
         # No teacher rows are wanted, and every state that one of the strategies aligns to.
         space = replace(

@@ -105,12 +105,16 @@ class Findings:
         """Exact match lost against the teacher."""
         return mean([self.exact - line.exact_match for line in self.of(case).values()])
 
+    def retention(self, line: Line) -> float:
+        """Share of the teacher's exact match; not a number beside a teacher that answers nothing."""
+        return line.exact_match / self.exact if self.exact else math.nan
+
     def retained(self, bits: int, group: int) -> tuple[list[float], list[float]]:
         """Retention of the teacher's exact match on a grid, without and with training on it, by seed."""
         name = quantized(bits, group).name
         sides = self.of(QUANTISED, name), self.of(QUANTISED, name, True)
         both = sorted(sides[0].keys() & sides[1].keys())
-        without, with_it = ([side[seed].exact_match / self.exact for seed in both] for side in sides)
+        without, with_it = ([self.retention(side[seed]) for seed in both] for side in sides)
         return without, with_it
 
     def summary(self) -> list[str]:
@@ -164,7 +168,7 @@ class Findings:
     def quantization(self) -> str:
         """Retention of the teacher's exact match without and with the grid in training, by bits and groups."""
         plain = self.of(QUANTISED)
-        kept = [line.exact_match / self.exact for line in plain.values()]
+        kept = [self.retention(line) for line in plain.values()]
         rows = [["16", "", len(kept), mean(kept), "", "", "", ""]]
         for bits, group in sorted(GRIDS, key=lambda grid: (-grid[0], grid[1] or math.inf)):
             name = quantized(bits, group).name

@@ -21,6 +21,7 @@ from scipy.stats import kendalltau
 from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
+from autodistill.distillation.student.repair import HeldMoments
 from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
 from autodistill.estimates.solving import CUT_TOKENS
@@ -65,11 +66,13 @@ def main() -> None:
         root=cache / "calibrations",
     )
     sample = bench.sample("calibration", train.head(CUT_TOKENS))
+    calibration, moments = PartImportance.load(importance), HeldMoments()
 
     with tempfile.TemporaryDirectory() as folder:
-        shapes = Shapes(Path(folder) / "scores.json", bench, sample, PartImportance.load(importance), much=math.inf)
+        scores = Path(folder) / "scores.json"
+        shapes = Shapes(scores, bench, sample, calibration, much=math.inf, moments=moments)
         chosen = [(layer, width) for layer in range(0, spec.layers, given.every) for width in shapes.scored]
-        reading = core_seconds(lambda: shapes._kept_moments)
+        reading = core_seconds(lambda: moments.of(lambda: bench.model, spec, calibration.text, bench.device))
         by_gradients = core_seconds(shapes.build)
         before = {cut: shapes.ffn(*cut) for cut in chosen}
         costly = [cut for cut in chosen if before[cut].kl > MUCH]

@@ -103,7 +103,6 @@ def request_of(arguments: argparse.Namespace, tokens: int, step_tokens: int) -> 
         sequence_length=LENGTH,
         runner="inline",
         name="trials",
-        space="declared",
     )
 
 

@@ -23,6 +23,7 @@ import torch
 
 from autodistill.options import cache_folder
 from autodistill.search.algorithms.successive_halving import kept_at_rungs
+from autodistill.search.campaign.agenda import observation
 from autodistill.strategy.strategy import Strategy
 from benchmarks.common import math_table, report
 from benchmarks.common.math_search import RECIPE, TOKENS, prepare
@@ -61,7 +62,9 @@ def warm(table: Table, seed: int, warmed: bool) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     if warmed:
         spent, before = simulate(table, plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3)), seed=1000 + seed)
-        told = [replace(item, repeatable=item.fidelity < 1) for item in before._agenda._observations()]
+        trials = [trial for trial in before.trials.values() if trial.point is not None]
+        observed = [observation(trial, before.question) for trial in trials]
+        told = [replace(item, repeatable=item.fidelity < 1) for item in observed]
         hints = {"earlier": told, "first": [table.space.point(Strategy.from_json(table.lines[spent.best[3]].strategy))]}
     spent, _ = simulate(table, made, seed=seed, **hints)
     return {"operations": spent.operations, "tokens": spent.trained, "best": spent.best[2]}

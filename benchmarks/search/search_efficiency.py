@@ -48,7 +48,18 @@ from benchmarks.common.math_teacher import LENGTH
 from benchmarks.common.prepared import Prepared
 from benchmarks.common.program import parse, parser_of
 from benchmarks.common.report import Kept
-from benchmarks.common.simulate import SEED, TRIALS, Spent, Table, Worker, default_rungs, load_table, plan, simulate
+from benchmarks.common.simulate import (
+    SEED,
+    TRIALS,
+    Memory,
+    Spent,
+    Table,
+    Worker,
+    default_rungs,
+    load_table,
+    plan,
+    simulate,
+)
 from benchmarks.search.search_efficiency_report import Known, Outcome, sections
 
 # What a result of this program depends on beside the table: other than this, it is made again.
@@ -205,9 +216,10 @@ def real(table: Table, prepared: Prepared, seed: int) -> dict[str, float]:
     campaign = Campaign(question, sampler=sampler, log=prepared.run.events, checkpoints=prepared.run.checkpoints)
     campaign.replay(prepared.run.events.all())
     run_inline(campaign, setting, None)
-    _, looked_up = simulate(table, made, seed=seed)
+    looked_up = Memory()
+    simulate(table, made, seed=seed, log=looked_up)
     trained = prepared.run.events.all()
-    mine, theirs = (dict(_told(events)) for events in (trained, looked_up._log.all()))
+    mine, theirs = (dict(_told(events)) for events in (trained, looked_up.all()))
     same = sum(mine.get(key) == value for key, value in theirs.items())
     off = max((abs(mine[key] - value) for key, value in theirs.items() if key in mine), default=0.0)
     compared = {"stretches": len(theirs), "same": same, "others": len(mine.keys() - theirs.keys()), "off": off}
