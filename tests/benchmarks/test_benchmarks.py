@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +29,7 @@ PROGRAMS = sorted(name.removesuffix(".__main__") for name in MAINS)
 NEEDED = {"benchmarks.engine.torchao_reference": "torchao"}
 # What the command line of a program has to name, of which no test has any.
 NAMED = {"benchmarks.engine.mixture_types": "a library of llama.cpp"}
+OURS = ("autodistill", "benchmarks")
 # Those whose smoke runs take about two seconds.
 QUICK = ("benchmarks.reliability.figures",)
 
@@ -55,6 +60,69 @@ def test_a_program_reads_its_own_folder_and_what_all_share():
         read = [node.module or "" for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
         folders = {part.split(".")[1] for part in read if part.startswith("benchmarks.")}
         assert folders <= own, path
+
+
+def test_no_program_asks_for_a_private_name_of_ours():
+    """It goes with any change, and only a slow run of the program would tell."""
+    for path, text in MODULES.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
+                asked = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "super()"):
+                asked = [node.attr]
+            else:
+                continue
+            # Python's own `os._exit` and the `_fields` of its named tuples are public.
+            private = [name for name in asked if re.match("_[^_]", name) and name not in ("_exit", "_fields")]
+            assert private == [], f"{path}:{node.lineno}"
+
+
+def test_what_a_program_calls_is_there_and_takes_what_it_is_given():
+    """Where it imports only what it comes to use, or names a parameter, importing the program would not tell."""
+    for path, text in MODULES.items():
+        tree = ast.parse(text)
+        bound = _bound(tree)
+        known = {name: found for name, found in _imported(tree) if name not in bound}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and inspect.ismodule(_of(node.value, known)):
+                assert hasattr(_of(node.value, known), node.attr), f"{path}:{node.lineno}: {ast.unparse(node)}"
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and callable(called := _of(call.func, known)):
+                given = [one for one in call.args if not isinstance(one, ast.Starred)]
+                named = {one.arg: one for one in call.keywords if one.arg}
+                whole = len(given) + len(named) == len(call.args) + len(call.keywords)
+                signature = inspect.signature(called)
+                try:
+                    (signature.bind if whole else signature.bind_partial)(*given, **named)
+                except TypeError as error:
+                    pytest.fail(f"{path}:{call.lineno}: {ast.unparse(call.func)}: {error}")
+
+
+def _imported(tree: ast.Module) -> Iterator[tuple[str, Any]]:
+    """What a file imports of ours anywhere in it, by the name that it has there."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                yield alias.asname or alias.name, getattr(module, alias.name)
+
+
+def _bound(tree: ast.Module) -> set[str]:
+    """Names that a file gives to something of its own in any function, be it to something imported elsewhere too."""
+    arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    stored = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    return arguments | {node.id for node in stored}
+
+
+def _of(node: ast.expr, known: dict[str, Any]) -> Any:
+    """What an expression like `name` or `module.name` is, where it was imported; else None."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, ast.Attribute) and inspect.ismodule(module := _of(node.value, known)):
+        return getattr(module, node.attr, None)
+    return None
 
 
 @pytest.mark.parametrize(
