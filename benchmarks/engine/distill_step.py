@@ -297,10 +297,10 @@ def arms(
         if name == BASE or name in wanted
     }  # fmt: skip
     # One state of AdamW is enough for all that train the same parameters, and keeps the memory of ten arms small.
-    optimizer = trainers[BASE]._optimizer
+    optimizer = trainers[BASE].optimizer
     for name, trainer in trainers.items():
         if ARMS[name].alignment is None:
-            trainer._optimizer = optimizer
+            trainer.optimizer = optimizer
     steps = {name: trainer.train_stable(10**9) for name, trainer in trainers.items()}
     grids = q8_0(shop.model)
     wanted = load_model(shop.teacher.folder, torch.bfloat16)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from benchmarks.engine import distill_step
 from benchmarks.reliability import mutants
 
 MODULES = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
+NODES = {path: tuple(ast.walk(ast.parse(text))) for path, text in MODULES.items()}
 MAINS = {".".join(path.with_suffix("").parts) for path, text in MODULES.items() if "\ndef main()" in text}
 # A program of several files is run by the name of its folder.
 PROGRAMS = sorted(name.removesuffix(".__main__") for name in MAINS)
@@ -25,6 +30,7 @@ PROGRAMS = sorted(name.removesuffix(".__main__") for name in MAINS)
 NEEDED = {"benchmarks.engine.torchao_reference": "torchao"}
 # What the command line of a program has to name, of which no test has any.
 NAMED = {"benchmarks.engine.mixture_types": "a library of llama.cpp"}
+OURS = ("autodistill", "benchmarks")
 # Those whose smoke runs take about two seconds.
 QUICK = ("benchmarks.reliability.figures",)
 
@@ -50,11 +56,72 @@ def test_the_list_names_every_program():
 
 
 def test_a_program_reads_its_own_folder_and_what_all_share():
-    for path, text in MODULES.items():
+    for path, nodes in NODES.items():
         own = {"common", path.parts[1]}
-        read = [node.module or "" for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+        read = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
         folders = {part.split(".")[1] for part in read if part.startswith("benchmarks.")}
         assert folders <= own, path
+
+
+def test_no_program_asks_for_a_private_name_of_ours():
+    """It goes with any change, and only a slow run of the program would tell."""
+    for path, nodes in NODES.items():
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
+                asked = [alias.name for alias in node.names]
+            elif (
+                isinstance(node, ast.Attribute)
+                and node.attr.startswith("_")
+                and ast.unparse(node.value) not in ("self", "super()")
+            ):
+                asked = [node.attr]
+            else:
+                continue
+            # Python's own `os._exit` and the `_fields` of its named tuples are public.
+            private = [name for name in asked if re.match("_[^_]", name) and name not in ("_exit", "_fields")]
+            assert private == [], f"{path}:{node.lineno}"
+
+
+def test_what_a_program_calls_is_there_and_takes_what_it_is_given():
+    """Where it imports only what it comes to use, or names a parameter, importing the program would not tell."""
+    for path, nodes in NODES.items():
+        known = _imported(nodes)
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and inspect.ismodule(module := _of(node.value, known)):
+                assert hasattr(module, node.attr), f"{path}:{node.lineno}: {ast.unparse(node)}"
+            if isinstance(node, ast.Call) and callable(called := _of(node.func, known)):
+                given = [one for one in node.args if not isinstance(one, ast.Starred)]
+                named = {one.arg: one for one in node.keywords if one.arg}
+                whole = len(given) + len(named) == len(node.args) + len(node.keywords)
+                signature = inspect.signature(called)
+                try:
+                    (signature.bind if whole else signature.bind_partial)(*given, **named)
+                except TypeError as error:
+                    pytest.fail(f"{path}:{node.lineno}: {ast.unparse(node.func)}: {error}")
+
+
+def _imported(nodes: Sequence[ast.AST]) -> dict[str, Any]:
+    """What a file imports of ours anywhere in it, by name, but for names that any function gives to something else."""
+    found = {}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                found[alias.asname or alias.name] = getattr(module, alias.name)
+    other = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    other |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {name: one for name, one in found.items() if name not in other}
+
+
+def _of(node: ast.expr, known: dict[str, Any]) -> Any:
+    """What an expression like `name` or `module.name` is, where it was imported; else None."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, ast.Attribute) and inspect.ismodule(module := _of(node.value, known)):
+        return getattr(module, node.attr, None)
+    return None
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ class Trainer:
     Attributes:
         model: The student; where scales alone are trained it has its weights again after `finish`.
         tokens: Trained on so far.
+        optimizer: Which trainers of the same parameters may share, for less memory.
         scales: What the finishing stage learned, by name of the weight; empty before it, and where scales follow from
             the weights.
     """
@@ -190,7 +191,7 @@ class Trainer:
         alignment, projected = self._recipe.alignment, list(self._projections.parameters())
         if alignment and projected:
             groups.append({"params": projected, "factor": alignment.projection_rate})
-        self._optimizer = adamw(groups, plan.optimizer_state)
+        self.optimizer = adamw(groups, plan.optimizer_state)
         self._gradients = Gradients(
             self._loss,
             self._recipe,
@@ -319,10 +320,10 @@ class Trainer:
         for weight in shown.values():
             if weight.scale is not None:
                 by_levels.setdefault(weight.grid.levels, []).append(weight.scale)
-        groups = self._optimizer.param_groups
+        groups = self.optimizer.param_groups
         count = len(groups)
         for levels, scales in by_levels.items():
-            self._optimizer.add_param_group({"params": scales, "factor": 1 / levels})
+            self.optimizer.add_param_group({"params": scales, "factor": 1 / levels})
         self._learned = [scale for scales in by_levels.values() for scale in scales]
         try:
             yield
@@ -330,7 +331,7 @@ class Trainer:
             self._learned = []
             for group in groups[count:]:
                 for scale in group["params"]:
-                    self._optimizer.state.pop(scale, None)
+                    self.optimizer.state.pop(scale, None)
             del groups[count:]
 
     def _stable_rate(self, tokens: int) -> float:
@@ -375,7 +376,7 @@ class Trainer:
         temperature = snap(temperature_at(recipe.temperature, middle, self._plan.tokens))
         passed = progress(middle, self._plan.tokens)
         weight = along(recipe.divergence_weight, recipe.final_divergence_weight, passed)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         mixture = self._interpolation.share if self._interpolation else recipe.mixture
         indices = self._sequences(tokens)
@@ -392,10 +393,10 @@ class Trainer:
         elif (
             step.learnt + step.own > 0
         ):  # where no token counts nothing is known, and no good step stands between two spoilt ones
-            self._optimizer.step()
+            self.optimizer.step()
             self._failures = 0
             self._gradients.balance_by(terms)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         self.tokens += tokens
         if self._failures >= _PATIENCE:
             raise TrialFailedError("nan", f"loss or gradient was not finite in {_PATIENCE} steps in a row")
@@ -471,7 +472,7 @@ class Trainer:
         from it.
         """
         first = self._sharding is None or self._sharding.rank == 0
-        tensors = gathered(self._trained(), self._optimizer, keep=first)
+        tensors = gathered(self._trained(), self.optimizer, keep=first)
         if not first:
             return None
         extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
@@ -491,7 +492,7 @@ class Trainer:
         """
         self.close()  # which have the parameters of before
         state = self._plan.optimizer_state
-        metadata = restore(path, self._trained(), self._optimizer, self._identity(), optimizer_state=state)
+        metadata = restore(path, self._trained(), self.optimizer, self._identity(), optimizer_state=state)
         self.tokens = int(metadata["tokens"])
         if self._interpolation is not None:
             self._interpolation = Interpolation(**json.loads(metadata["interpolation"]))
@@ -499,7 +500,7 @@ class Trainer:
         self._failures = int(metadata.get("failures", 0))
 
     def _moved(self) -> list[nn.Parameter]:
-        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _held_whole(self) -> list[nn.Parameter]:
         """What each of several processes holds whole, of which no shards are averaged."""

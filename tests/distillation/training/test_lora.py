@@ -55,7 +55,7 @@ def test_only_changes_are_trained_and_have_states(workshop):
     spec = spec_from_config(trainer.model.config.to_dict())
     # Of each of 6 layers: queries and output [64, 64], keys and values [32, 64], and three of [128, 64].
     count = 6 * 4 * (2 * (64 + 64) + 2 * (32 + 64) + 3 * (128 + 64))
-    states = [value for state in trainer._optimizer.state.values() for key, value in state.items() if key != "step"]
+    states = [value for state in trainer.optimizer.state.values() for key, value in state.items() if key != "step"]
     estimate = training_memory(spec, tokens=64, lora=LORA, train_embeddings=False)
     assert sum(value.nbytes for value in states) == estimate.optimizer_bytes == 8 * count
     assert estimate.gradients_bytes == 4 * count

@@ -123,7 +123,7 @@ def test_loss_and_gradient_are_those_of_an_independent_computation(workshop, mon
         named = trainer.model.named_parameters()
         caught["gradients"] = {name: one.grad.clone() for name, one in named if one.requires_grad}
 
-    monkeypatch.setattr(trainer._optimizer, "step", note)
+    monkeypatch.setattr(trainer.optimizer, "step", note)
     record = next(trainer.train_decay(2 * STEP))
     written = caught["written"]
     model, teacher = trainer.model, load_model(workshop.teacher, torch.float32)

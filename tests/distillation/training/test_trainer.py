@@ -50,7 +50,7 @@ def _weights(trainer):
     parameters = [*trainer.model.named_parameters(), *trainer._projections.named_parameters(prefix="projection")]
     found = {name: parameter.detach().clone() for name, parameter in parameters}
     for name, parameter in parameters:
-        for key, value in trainer._optimizer.state.get(parameter, {}).items():
+        for key, value in trainer.optimizer.state.get(parameter, {}).items():
             found[f"{name}.{key}"] = torch.as_tensor(value).clone()
     return found
 
@@ -128,13 +128,13 @@ def test_a_step_is_adamws_with_memories_of_nine_tenths_and_nineteen_twentieths(w
     trainer, gradients, rates = workshop.trainer(PLAIN, tokens=4 * STEP), [], []
     name, weight = next((n, w) for n, w in trainer.model.named_parameters() if n.endswith("q_proj.weight"))
     value = weight.detach().double().numpy().copy()
-    group = next(group for group in trainer._optimizer.param_groups if any(w is weight for w in group["params"]))
+    group = next(group for group in trainer.optimizer.param_groups if any(w is weight for w in group["params"]))
 
     def note(*_):
         gradients.append(weight.grad.double().numpy().copy())
         rates.append(float(group["lr"]))
 
-    trainer._optimizer.register_step_pre_hook(note)
+    trainer.optimizer.register_step_pre_hook(note)
     list(trainer.train_stable(4 * STEP))
     assert len(gradients) == 4, name
     mean = square = 0.0
@@ -334,7 +334,7 @@ def test_bfloat16_states_take_half_and_descend_as_adamw_does(workshop, strategy)
     assert apart < 0.011**2 * moved
     sizes = []
     for trainer in (exact, half):
-        states = [trainer._optimizer.state[p] for _, p in trainer._trained()]
+        states = [trainer.optimizer.state[p] for _, p in trainer._trained()]
         sizes.append(sum(value.nbytes for state in states for key, value in state.items() if key != "step"))
     assert sizes[0] == 2 * sizes[1] == 8 * sum(start.numel() for start in trained.values())
 
