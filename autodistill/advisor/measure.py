@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from autodistill.advisor.describe import Described, deployment_named, describe
-from autodistill.advisor.measure_blocks import time_blocks
 from autodistill.advisor.measure_request import MeasureRequest
 from autodistill.advisor.measurements import Measured, store_measured
 from autodistill.errors import InputError
@@ -115,6 +114,9 @@ def _blocks(request: MeasureRequest, notify: Callable[[str], None]) -> dict[str,
     model = describe(str(request.student))
     context = _context(request, model, CONTEXT)
     _check_quiet(request, detect().cpus)
+    # It packs weights, for which torch is imported: a slip of the keys is told before.
+    from autodistill.advisor.measure_blocks import time_blocks
+
     times = time_blocks(model.spec, model.name, context, request.rounds or _ROUNDS, notify)
     kept = keep_times(cache_folder(request.cache), times)
     return {"blocks": times.to_json(), "liked_multiple": liked_multiple(times.widths), "kept_in": str(kept)}
