@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -132,10 +133,12 @@ def _run(path: Path, sequences: TokenIds, threads: int, student: Path, deploymen
     asked = max(1, min(WRITTEN_TOKENS, read_gguf(path).context_length - PROMPT_TOKENS))
     context = max(sequences.shape[1] + 1, PROMPT_TOKENS + asked)
     beside = min(len(sequences), _BESIDE)
-    with LlamaServer(
-        path, context, threads, beside, cache_type_k=keys, cache_type_v=values, whole_cache=True
-    ) as server:
-        top1 = server.choices(sequences.tolist())
+    server = LlamaServer(path, context, threads, beside, cache_type_k=keys, cache_type_v=values, whole_cache=True)
+    rows, top1 = sequences.tolist(), None
+    with suppress(VerificationError):
+        top1 = server.read_at_once(rows)
+    with server:
+        top1 = top1 or server.choices(rows)
         prompt = sequences[0, :PROMPT_TOKENS].tolist()
         written = server.write(prompt, asked)
         seconds = server.begin([prompt])

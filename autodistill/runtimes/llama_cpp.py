@@ -140,26 +140,15 @@ class LlamaServer:
         """
         return self.complete(tokens, 1, reuse=True).tokens[0]
 
-    def choices(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the most likely token after each token of some sequences.
+    def read_at_once(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the most likely token after each token of some sequences, as llama.cpp's library reads them.
 
-        llama.cpp's library reads a sequence at once, beside the server. Where that cannot be, the server is asked for
-        one token after another, of as many sequences together as are served in parallel, which takes several times as
-        long.
+        It reads a sequence at once, in a process of its own that holds the file meanwhile: ask before the `with` block,
+        so that the file is in memory once.
+
+        Raises:
+            VerificationError: The library is of another layout than is known here, or fails: ask `choices`.
         """
-        try:
-            return self._read_at_once(sequences)
-        except VerificationError:
-            found: list[list[int]] = []
-            beside: int = self._settings["parallel"]
-            for first in range(0, len(sequences), beside):
-                rows = sequences[first : first + beside]
-                # Each prompt is the one before and a token more, so that only that token is computed.
-                columns = [self.next_tokens([row[: end + 1] for row in rows]) for end in range(len(rows[0]))]
-                found += map(list, zip(*columns, strict=True))
-            return found
-
-    def _read_at_once(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
         failure = f"llama.cpp's library did not read {self._path.name}"
         child = JsonChild(_LIBRARY_CHILD, self._settings, _environment(), failure, _last_words)
         try:
@@ -169,6 +158,21 @@ class LlamaServer:
             child.stop()
         if held != {"K": self._settings["cache_type_k"], "V": self._settings["cache_type_v"]}:
             raise VerificationError(f"{failure} with the cache that was asked for")
+        return found
+
+    def choices(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the same by asking the server for one token after another, which takes several times as long.
+
+        Args:
+            sequences: Of one length; as many are read together as are served in parallel.
+        """
+        found: list[list[int]] = []
+        beside: int = self._settings["parallel"]
+        for first in range(0, len(sequences), beside):
+            rows = sequences[first : first + beside]
+            # Each prompt is the one before and a token more, so that only that token is computed.
+            columns = [self.next_tokens([row[: end + 1] for row in rows]) for end in range(len(rows[0]))]
+            found += map(list, zip(*columns, strict=True))
         return found
 
     def next_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int]:

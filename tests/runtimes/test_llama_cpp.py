@@ -70,8 +70,7 @@ def test_sequences_that_are_read_at_once_have_the_choices_of_transformers(archit
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).half().float()
     rows = [[(7 * place + shift) % 300 for place in range(90)] for shift in (3, 11)]  # longer than a part, and a window
     logits = [model(torch.tensor([row])).logits[0].detach() for row in rows]
-    with LlamaServer(path, 256, 1, whole_cache=True) as server:
-        found = server._read_at_once(rows)
+    found = LlamaServer(path, 256, 1, whole_cache=True).read_at_once(rows)
     for row, expected in zip(found, logits, strict=True):
         best = expected.topk(2, dim=-1).values
         clear = best[:, 0] - best[:, 1] > 1e-2
@@ -85,11 +84,12 @@ def test_a_library_of_another_layout_is_left_and_the_server_is_asked(
     rows = [PROMPT, PROMPT[::-1], PROMPT[1:] + PROMPT[:1]]
     moved = llama_cpp._LIBRARY_CHILD.read_text(encoding="utf-8").replace('"n_seq_max": (12, 1)', '"n_seq_max": (12, 7)')
     (tmp_path / "moved.py").write_text(moved, encoding="utf-8")
-    with LlamaServer(file, 256, 1, parallel=2) as server:
-        expected = server.choices(rows)
-        monkeypatch.setattr(llama_cpp, "_LIBRARY_CHILD", tmp_path / "moved.py")
-        with pytest.raises(VerificationError, match="settings of another layout"):
-            server._read_at_once(rows)
+    server = LlamaServer(file, 256, 1, parallel=2)
+    expected = server.read_at_once(rows)
+    monkeypatch.setattr(llama_cpp, "_LIBRARY_CHILD", tmp_path / "moved.py")
+    with pytest.raises(VerificationError, match="settings of another layout"):
+        server.read_at_once(rows)
+    with server:
         assert server.choices(rows) == expected
 
 
@@ -99,11 +99,8 @@ def test_a_cache_of_another_type_than_was_asked_for_is_noticed(
     ignoring = llama_cpp._LIBRARY_CHILD.read_text(encoding="utf-8").replace('"f16": 1', '"f16": 0')
     (tmp_path / "ignoring.py").write_text(ignoring, encoding="utf-8")
     monkeypatch.setattr(llama_cpp, "_LIBRARY_CHILD", tmp_path / "ignoring.py")
-    with (
-        LlamaServer(file, 256, 1) as server,
-        pytest.raises(VerificationError, match="with the cache that was asked for"),
-    ):
-        server._read_at_once([PROMPT])
+    with pytest.raises(VerificationError, match="with the cache that was asked for"):
+        LlamaServer(file, 256, 1).read_at_once([PROMPT])
 
 
 def test_one_token_more_is_one_token_read_also_below_a_sliding_window(tmp_path: Path) -> None:
