@@ -101,7 +101,8 @@ def test_a_student_near_its_teacher_begins_by_the_labels_alone() -> None:
 def test_a_long_training_begins_by_the_labels_alone_whatever_the_student_is() -> None:
     """A race of few steps would give the teacher more weight than a long training shows it to have."""
     found = [made(MIXED, kl=0.05), made(Q4, solved=False, kl=0.08), made(Q4, init=NARROW, kl=0.2)]
-    space = with_constructions(load_space("default"), found, first_prior(SPEC, batch_tokens=256, steps=64))
+    # 13,824 tokens of SmolLM2 were planned at most in a box of six minutes, where labels alone ended ahead.
+    space = with_constructions(load_space("default"), found, first_prior(SPEC, batch_tokens=256, steps=54))
     assert list(space.starts) == ["solved whole", "no search", "solved ffn-50%"]
     assert not any(start.distillation.weighs_teacher for start in space.starts.values())
 
