@@ -225,16 +225,17 @@ def sections(versus: Versus, rows: Mapping[Block, Mapping[str, Row]], first_look
         f"{asked['test_tokens']:,} tokens of documents that no arm saw. NLL in nats a token; general KL is to the "
         f"teacher on {asked['general_tokens']:,} tokens of the text `{asked['general']}`, on which nobody trained. "
         "Differences are paired and bootstrapped by document, and below zero where the arm is better than the best "
-        "rival. Memory is predicted, of weights and cache."
+        "rival; the last column is what the search is ahead of the arm. Memory is predicted, of weights and cache."
     )
     lines = []
     for block, found in rows.items():
         rival = best_rival(found, asked["rivals"])
         for arm in (ITSELF, *block.arms):
             if arm in found:
-                lines.append(_line(block, arm, found[arm], found.get(rival or ""), rival))
+                line = _line(block, arm, found[arm], found.get(rival or ""), rival)
+                lines.append([*line, _ahead(found.get(MINE), found[arm]) if arm not in (MINE, ITSELF) else "-"])
     titles = ["block", "arm", "what", "weights + cache", "NLL", "less best rival", "accuracy, %", "general KL"]
-    yield report.table([*titles, "tokens", "s"], lines)
+    yield report.table([*titles, "tokens", "s", "search ahead, points"], lines)
     yield _run_and_not(versus, rows)
     said = verdicts(asked["targets"], rows, asked["rivals"])
     table = []
@@ -271,6 +272,15 @@ def _line(block: Block, arm: str, row: Row, rival: Row | None, named: str | None
         f"{row['tokens']:,}" if row.get("tokens") else "-",
         f"{row['seconds']:.0f}" if "seconds" in row else "-",
     ]
+
+
+def _ahead(mine: Row | None, row: Row) -> str:
+    """By how many points of accuracy the search is ahead of an arm, paired by document."""
+    if not (has_figures(mine) and has_figures(row)):
+        return "-"
+    assert mine is not None
+    value, one = gap(mine, row, "correct")
+    return f"{100 * value:+.2f} ± {100 * one:.2f}"
 
 
 def _name(row: Row) -> str:
