@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ ENDINGS = (".svg", ".png", ".html", ".json")
 
 _SOLVED, _OWN, _PLAIN, _MIXTURE, _FILE = "solved", "teacher's own codes", "plain format", "mixture of llama.cpp", "file"
 _COLORS = {_SOLVED: "#d62728", _OWN: "#2ca02c", _PLAIN: "#1f77b4", _MIXTURE: "#9467bd", _FILE: "#8c564b"}
-_WIDTH, _HEIGHT = 560, 340
+_WIDTH, _HEIGHT, _PADDING = 560, 340, 40
+_LETTER, _LINE = 5.5, 12.0  # width and height of a letter of a label, in pixels
 _LINEAR_BELOW = 0.02  # nats, below which the upward axis is linear: what loses nothing has a place on it
 
 
@@ -39,7 +41,8 @@ def curve(document: Mapping[str, Any]) -> altair.LayerChart:
     points = list(_points(document))
     if not any(one["what"] == _SOLVED for one in points):
         raise InputError("nothing was solved that a chart could show: solve for a --budget or a --sweep")
-    x = alt.X("memory:Q", title="memory of the process (MB)", scale=alt.Scale(zero=False, padding=40))
+    points = _without_overlap(points)
+    x = alt.X("memory:Q", title="memory of the process (MB)", scale=alt.Scale(zero=False, padding=_PADDING))
     title = "KL to the teacher (nats a token)"
     y = alt.Y("kl:Q", title=title, scale=alt.Scale(type="symlog", constant=_LINEAR_BELOW))
     shown = [what for what in _COLORS if any(one["what"] == what for one in points)]
@@ -105,6 +108,23 @@ def _points(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 continue
             seen.add(rival["name"])
             yield _point(_kind_of(rival["what"]), rival)
+
+
+def _without_overlap(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same points, of which one has no label where it would lie on another's: own codes first, then by KL."""
+    memories = [one["memory"] for one in points]
+    across = (_WIDTH - 2 * _PADDING) / max(1e-9, max(memories) - min(memories))
+    up = _HEIGHT / max(1e-9, *(math.log1p(one["kl"] / _LINEAR_BELOW) for one in points))
+    taken: list[tuple[float, float, float]] = []
+    kept = []
+    for one in sorted(points, key=lambda one: (one["what"] != _OWN, one["kl"], one["memory"])):
+        left, y = across * one["memory"], up * math.log1p(one["kl"] / _LINEAR_BELOW)
+        right = left + _LETTER * len(one["label"])
+        free = all(abs(y - at) >= _LINE or right < begin or end < left for begin, end, at in taken)
+        if one["what"] != _SOLVED and free:
+            taken.append((left, right, y))
+        kept.append(one if free else {**one, "label": ""})
+    return kept
 
 
 def _kind_of(what: str) -> str:

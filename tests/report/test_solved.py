@@ -53,6 +53,17 @@ def document(*sizes: int) -> dict[str, Any]:
     }
 
 
+def test_labels_that_would_lie_on_one_another_are_left_out() -> None:
+    close = document(10**8)
+    near = [rival("uniform", f"gguf-near-{number}", 2 * 10**8 - number, 1e-4 * number) for number in range(1, 4)]
+    close["solutions"][0]["rivals"] = [*close["solutions"][0]["rivals"], *near]
+    values = Solutions(close).plot().to_dict()["data"]["values"]
+    labels = {one["name"]: one["label"] for one in values}
+    assert labels["gguf-q4_1"] == "q4_1"
+    assert labels["gguf-q4_0"] == "q4_0"
+    assert not any(labels[one["name"]] for one in near)
+
+
 def test_points_are_solutions_and_each_whole_storage_that_was_measured_once() -> None:
     chart = Solutions(document(10**8, 15 * 10**7)).plot().to_dict()
     points = {one["name"]: (one["what"], one["memory"], one["kl"]) for one in chart["data"]["values"]}

@@ -26,9 +26,9 @@ _LABELS, _TAUGHT = "labels alone", "by its teacher too"
 # Follow the label of a grid whose scales alone are trained: of codes that are found, or that the teacher's file has.
 _BY_SCALES, _BY_OWN_SCALES = " by its scales", " by its own scales"
 _NEAR = 0.1  # nats: a student that is so near to its teacher has more to learn from the text
-# Tokens of a training, as far as it may go, from which on a text says more than the teacher to one that is further from
-# it: of a cut of SmolLM2 in 4 bits labels alone were behind at 6,000 tokens (3.52 nats against 3.48), and ahead at 13,000
-# (3.12 against 3.15).
+# Tokens of a training, as far as it may go, from which on a text says more than the teacher to one that is further
+# from it: of a cut of SmolLM2 in 4 bits labels alone were behind at 6,000 tokens (3.52 nats against 3.48), and ahead at
+# 13,000 (3.12 against 3.15).
 _LONG = 8_192
 _FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no arm beside it
 
