@@ -18,7 +18,7 @@ from autodistill.hardware.device import DISCRETE, Device
 from autodistill.hardware.lookup import is_machine
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.results.memory_correction import Overhead, Place, overhead_of
-from autodistill.runs.results.row import Row
+from autodistill.runs.results.row import Row, finite
 from autodistill.strategy.deployment import Deployment
 
 _FAR = math.log(1e12)  # of a limit is far enough
@@ -294,7 +294,8 @@ def _timed(row: Row, limit: LatencyLimit) -> _Timed | None:
     # Rows of earlier versions lack what lay behind a step, which the prompt is most of.
     tokens = prompt if limit.quantity == "ttft" else load.get("behind_tokens", prompt)
     named = re.compile(rf"{limit.quantity}_p(\d+)_ms")
-    stored = {int(found[1]): value for name, value in load.items() if (found := named.fullmatch(name))}
+    timed = ((named.fullmatch(name), finite(value)) for name, value in load.items())
+    stored = {int(found[1]): value for found, value in timed if found and value is not None}
     own = _limited(row, limit, stored)
     if own is not None:
         stored[limit.percentile] = own

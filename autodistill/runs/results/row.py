@@ -75,6 +75,42 @@ class _Documents(_Paired):
     others: NotRequired[Mapping[str, _Paired]]
 
 
+class _Load(TypedDict):
+    """What was timed with so many streams."""
+
+    streams: int
+    prompt_tokens: int
+    behind_tokens: NotRequired[int]
+
+
+class _Latency(TypedDict, total=False):
+    """What was timed in the runtime."""
+
+    loads: Sequence[_Load]
+    limits: Mapping[str, float | None] | None
+
+
+class _Memory(TypedDict, total=False):
+    """The memory that was measured, by parts."""
+
+    machine: str | None
+    device_class: str
+    weights_bytes: float
+    kv_cache_bytes: float
+    compute_bytes: float
+    overhead_bytes: float
+
+
+class _Other(TypedDict, total=False):
+    """Those of a row's further figures that are more than a number."""
+
+    memory_on: str
+    memory_parts: _Memory | None
+    latency_detail: _Latency | None
+    latency_assumed: str | None
+    latency_doubts: str | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """Trial x deployment: one line of the leaderboard. Fields are None where nothing was measured.
@@ -206,7 +242,7 @@ class Row:
         check_kind(self.kind, name)
         check_typed(self.status, Status, f"the status of {name}")
         check_typed(self.split, Literal["validation", "test"] | None, f"the split of {name}")
-        check_typed(dict(self.other), dict[str, Any], f"the figures of {name}")
+        check_typed(dict(self.other), _Other, f"the figures of {name}")
         if self.documents is not None:
             check_documents(dict(self.documents), f"the documents of {name}")
 

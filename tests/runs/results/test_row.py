@@ -115,6 +115,9 @@ def test_fields_of_an_unknown_name_are_left_out_but_a_newer_schema_is_refused() 
         ({"strategy": "x"}, "strategy must be a mapping"),
         ({"trial": None}, "lacks the field trial"),
         ({"documents": {"ids": [1], "count": [1, 2], "sum": [1]}}, "documents"),
+        ({"other": {"latency_detail": {"loads": [{"prompt_tokens": 4}]}}}, "lacks streams"),
+        ({"other": {"latency_detail": [1]}}, "latency_detail must be a mapping"),
+        ({"other": {"memory_parts": {"device_class": 7}}}, "device_class must be text"),
         ({"cut_short": {"read": 256, "of": 1024}}, "of an evaluation that ended early"),
     ],
 )
