@@ -18,6 +18,7 @@ from benchmarks.common import debian_texts
 from benchmarks.search import off_grid_teacher, small_teacher, solve_controls, zero_shot
 from benchmarks.search.versus import arms, targets
 from benchmarks.search.versus.blocks import blocks, read_blocks
+from benchmarks.search.versus.chart import curve
 
 COUNTS = [100] * 40
 
@@ -95,6 +96,16 @@ def test_the_target_of_the_packaged_teacher_waits_for_each_of_its_budgets():
     assert state(**{"175MB": 5.0, "210MB": 5.0}) == targets.MET
     assert state(**{"150MB": 0.0, "175MB": 5.0, "210MB": 5.0}) == targets.MET
     assert state(**{"175MB": 1.0, "210MB": 5.0}) == targets.FAILED
+
+
+def test_the_picture_has_a_point_for_each_row_that_fits():
+    pytest.importorskip("altair")
+    packaged = [one for one in blocks(read_blocks()) if one.budget > 1 and one.seed == 0]
+    rows = {block: {targets.MINE: row(3 - 0.1 * place)} for place, block in enumerate(packaged)}
+    rows[packaged[0]] |= {"recipe": row(4.0), "minitron": row(2.0, fits=False), "finetune": {"nothing_fits": "no"}}
+    found = [(one["budget"], one["nll"]) for one in curve(rows).to_dict()["data"]["values"]]
+    assert sorted(found) == [(125.0, 3.0), (125.0, 4.0), (150.0, 2.9), (175.0, 2.8), (210.0, 2.7)]
+    assert curve({packaged[0]: rows[packaged[0]]}) is None
 
 
 def test_an_arm_that_nothing_fits_or_that_does_not_fit_is_no_rival():

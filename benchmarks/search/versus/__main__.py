@@ -36,6 +36,7 @@ from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.options import cache_folder
+from autodistill.report.solved import write_chart
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, parse_duration
 from autodistill.utils.json_files import read_json
@@ -46,6 +47,7 @@ from benchmarks.search.off_grid_teacher import off_grid_teacher
 from benchmarks.search.small_teacher import small_teacher
 from benchmarks.search.versus.arms import ARMS, Task, budget_of, share_of
 from benchmarks.search.versus.blocks import Block, blocks, read_blocks
+from benchmarks.search.versus.chart import curve
 from benchmarks.search.versus.judge import Judge
 from benchmarks.search.versus.targets import MINE, Row, best_rival, gap, has_figures, verdicts
 
@@ -337,7 +339,13 @@ def main() -> None:
     name = "versus-first-look" if first_look else "versus"
     title = "This search beside everyone who does less, in equal time"
     parts = [*sections(versus, rows, first_look)]
-    print(report.write(name, title, parts, made_by="-m benchmarks.search.versus"))
+    drawn = curve(rows)
+    if drawn is not None:
+        parts.insert(1, "The picture beside this report, of the same name, has the NLL by budget.")
+    path = report.write(name, title, parts, made_by="-m benchmarks.search.versus")
+    if drawn is not None:
+        write_chart(drawn, path.with_suffix(".svg"))
+    print(path)
     if failed:
         sys.exit(f"{failed} rows failed: see above")
 
