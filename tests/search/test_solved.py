@@ -12,6 +12,7 @@ import torch
 from autodistill.errors import InputError
 from autodistill.hardware.budget import Budget
 from autodistill.runs.run_folder import RunFolder
+from autodistill.search.campaign.observer import Observer
 from autodistill.search.construction.construction import Construction, arms
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
@@ -112,6 +113,27 @@ def test_a_space_that_restricts_the_solver_is_kept_to(run: tuple[Outcome, Path])
     one = Space({"init.depth": {"choices": [1.0]}}, deployments=[cached], solved=True)
     with pytest.raises(InputError, match=r"--kv-type q8_0 and the deployment gguf-q8_0\+kv-q4_0 contradict"):
         plan_search(replace(request, space=one, kv_type="q8_0"))
+
+
+def test_nothing_is_solved_in_a_short_time_where_a_plain_storage_loses_hardly_anything(
+    run: tuple[Outcome, Path],
+) -> None:
+    """Solving could gain less than its time gains in training; where no time is given, it costs none of it."""
+    timed = {"trials": None, "tokens": None, "time": 600.0, "budget": Budget(memory_bytes=10**9, context=64)}
+    told: list[str] = []
+
+    class Listening(Observer):
+        def line(self, text: str) -> None:
+            told.append(text)
+
+    planned = plan_search(replace(_request(run[1]), name="short", **timed), Listening())
+    (one,) = [Construction.from_json(found) for found in planned["constructions"]]
+    assert (one.whole, one.solved, one.deployment.name) == (True, False, "gguf-f16")
+    assert one.kl is not None
+    assert one.kl < 1e-4
+    assert any(line.startswith("nothing is solved: gguf-f16 fits and loses 0.0000") for line in told)
+    longer = plan_search(replace(_request(run[1]), name="long", **timed | {"time": 3600.0}))
+    assert len(longer["constructions"]) > 1
 
 
 def test_it_goes_on_with_the_space_that_was_solved(run: tuple[Outcome, Path]) -> None:

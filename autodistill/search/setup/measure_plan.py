@@ -90,9 +90,7 @@ def plan_from_measurement(
     cached = all_tokens if checked.tokens and checked.explore == 1 else most_cached(checked, loaded)
     train_tokens = all_tokens if checked.tokens else min(all_tokens, cached)
     students = by_size(checked.space, loaded.spec)
-    box = checked.time_seconds
-    if box is None and not ((checked.trials or checked.strategy) and checked.tokens):
-        box = box_by_default(loaded)
+    box = box_of(checked, loaded)
     sizes = _sizes(checked, loaded, train_tokens)
     paces = {} if paces is None else paces
     key = (loaded.largest[0].init, loaded.fit.checkpointing, sizes, loaded.workers, checked.explore < 1)
@@ -137,6 +135,12 @@ def plan_from_measurement(
         lengths=checked.space.lengths,
     )
     return plan, speed
+
+
+def box_of(checked: SearchConfig, loaded: Loaded) -> float | None:
+    """Seconds of the time budget; None where trials and their tokens are fixed, and no time is asked for."""
+    fixed = (checked.trials or checked.strategy) and checked.tokens
+    return box_by_default(loaded) if checked.time_seconds is None and not fixed else checked.time_seconds
 
 
 def box_by_default(loaded: Loaded) -> float:

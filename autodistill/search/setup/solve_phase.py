@@ -15,20 +15,23 @@ from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
+from autodistill.search.setup.measure_plan import box_of
 from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
 from autodistill.search.solve.cuts import whole_allowed
 from autodistill.search.solve.forms import Form, best_forms
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
-from autodistill.search.solve.rivals import fitting, rivals
+from autodistill.search.solve.rivals import fitting, nearest, rivals
 from autodistill.search.solve.shapes import open_shapes
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE, Strategy
+from autodistill.units import with_error
 from autodistill.utils.file_locks import alone
 
 _PROBED = 512  # tokens of a text that is copied, at the most
 _TOKENS, _MORE_TOKENS, _LONG = 512, 2048, 1800.0  # of calibration text; the more in a time budget of so many seconds
+_LITTLE = 0.02  # nats: less than what the time of solving is worth in training, in a shorter time budget
 
 
 def construct(config: SearchConfig, loaded: Loaded, notify: Callable[[str], None]) -> SearchConfig:
@@ -79,6 +82,7 @@ def solved_constructions(
     if all(isinstance(one, str) for one in asked):
         return [((), str(one)) for one in asked]
     first = configs[0]
+    box = box_of(first, loaded)
     thorough = (first.time_seconds or 0.0) >= _LONG
     train = load_split(loaded.data.folder, "train")
     text = train.head(max(_MORE_TOKENS if thorough else _TOKENS, 2 * first.sequence_length))
@@ -92,6 +96,7 @@ def solved_constructions(
         sample=bench.sample("calibration", text),
         tokens=(text.tokens.size, 0, first.sequence_length),
         thorough=thorough,
+        hurried=box is not None and box < _LONG,
         notify=notify,
     )
     found: list[tuple[tuple[Construction, ...], str]] = []
@@ -111,6 +116,7 @@ class _Room:
         sample: The calibration text.
         tokens: By which scores are known.
         thorough: Whether types are exchanged in the best of each family.
+        hurried: Whether time that is not spent on solving is worth more in training.
         notify: Told of what is done.
     """
 
@@ -120,6 +126,7 @@ class _Room:
     sample: Sample
     tokens: tuple[int, ...]
     thorough: bool
+    hurried: bool
     notify: Callable[[str], None]
 
 
@@ -147,6 +154,14 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
     with alone(path := library_file(config.cache, teacher, data.fingerprint, room.tokens, options)):
         use(path)
         library = Library(path, bench, options.free, sample, room.notify)
+        near = _near_enough(options, own, library, sample) if room.hurried else None
+        if near is not None and _in_time(near, config):
+            loses = with_error(near.kl, near.kl_stderr)
+            room.notify(
+                f"nothing is solved: {near.deployment.name} fits and loses {loses} nats a token to the teacher, "
+                "which is less than the time of solving is worth in training; --time 30m or more solves all the same"
+            )
+            return (_of_own_codes(near, own, options),)
         library.build()
 
         def predicted(one: Deployment) -> float:
@@ -163,7 +178,19 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
         solved = {one.deployment for one in forms if one.init == WHOLE}
         beside = (one for one in plain if one not in solved)
         found += [_plain(one, options, library.joint(one, sample)) for one in beside]
-    return tuple(_of_own_codes(one, own) for one in found if _in_time(one, config))
+    return tuple(_of_own_codes(one, own, options) for one in found if _in_time(one, config))
+
+
+def _near_enough(options: Options, own: Deployment | None, library: Library, sample: Sample) -> Construction | None:
+    """The whole teacher in a plain storage that loses so little that no other can be worth a search; None if none is.
+
+    It is measured, and no score is made.
+    """
+    plain = nearest(options, own) if whole_allowed(options) else None
+    if plain is None:
+        return None
+    found = _plain(plain, options, library.joint(plain, sample))
+    return found if found.kl is not None and found.kl <= _LITTLE else None
 
 
 def _of(form: Form, solved: bool) -> Construction:
@@ -177,9 +204,12 @@ def _of(form: Form, solved: bool) -> Construction:
     )
 
 
-def _of_own_codes(one: Construction, own: Deployment | None) -> Construction:
-    """The construction, which knows whether its weights are the teacher's own codes."""
-    return replace(one, own_codes=one.whole and own is not None and one.deployment.scheme == own.scheme)
+def _of_own_codes(one: Construction, own: Deployment | None, options: Options) -> Construction:
+    """The construction, which knows whether its matrices have the teacher's own codes; its tables may be smaller."""
+    if not one.whole or own is None:
+        return one
+    types, owned = options.types(one.deployment), options.types(own)
+    return replace(one, own_codes=all(types[name] == owned[name] for name in options.matrices))
 
 
 def _plain(deployment: Deployment, options: Options, joint: Measured) -> Construction:

@@ -16,6 +16,8 @@ OWN_CODES = "teacher's own codes"
 
 _MEASURED = 3
 _INT4 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=32)
+_IN_16_BITS = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+_IN_8_BITS = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
 _CACHES = (("f16", "f16"), ("q8_0", "q8_0"))
 
 
@@ -66,6 +68,33 @@ def fitting(plain: Iterable[Rival], options: Options, predict: Callable[[Deploym
     """
     held = (one.deployment for one in plain if options.fits(one.deployment))
     return sorted(held, key=predict)[:_MEASURED]
+
+
+def nearest(options: Options, own: Deployment | None) -> Deployment | None:
+    """The plain storage within the budget that loses hardly anything, if there is one, found without any score.
+
+    The teacher's own codes, else 16 bits, else Q8_0: as they are, or with the largest tables that fit, and a cache of 8
+    bits where one of 16 does not.
+
+    Args:
+        options: Of the model and budget, in llama.cpp.
+        own: As of `rivals`.
+    """
+    order = list(options.held)
+    for plain in (one for one in (own, _IN_16_BITS, _IN_8_BITS) if one is not None):
+        if cannot_hold(options.spec, plain):
+            continue
+        kind = options.cache_type
+        tried = (plain if kind is None else with_cache(plain, (kind, kind)), *_smaller(options, plain))
+        held = [one for one in tried if options.fits(one) and options.allows(one)]
+        if held:
+
+            def table(one: Deployment) -> int:
+                types = options.types(one)
+                return max((order.index(types[name]) for name in options.tables), default=0)
+
+            return min(held, key=lambda one: (table(one), -options.memory(one).total_bytes))
+    return None
 
 
 def _plain(options: Options, own: Deployment | None) -> Iterator[tuple[str, Deployment]]:

@@ -47,6 +47,7 @@ from autodistill.search.solve.cuts import named, smallest
 from autodistill.search.solve.forms import CUTS, cut_forms
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import KEYS, Options
+from autodistill.search.solve.rivals import nearest
 from autodistill.search.solve.widths import Widths
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
@@ -372,6 +373,21 @@ def test_a_teachers_own_codes_are_a_member_and_lose_nothing(teacher: Path, text:
     assert one["as_good"] == own.name == one["rivals"][0]["name"]
     assert one["rivals"][0]["what"] == "teacher's own codes"
     assert found["teacher"]["stored"].startswith("the teacher is pre-quantised: its matrices lie on Q4_1")
+
+
+def test_the_nearest_plain_storage_keeps_own_codes_with_the_largest_tables_that_fit(teacher: Path) -> None:
+    own = Deployment(runtime="llama.cpp", format="gguf-q4_1", bits=4, group_size=32, symmetric=False)
+    whole = options_of(teacher).memory(own).total_bytes
+    assert nearest(options_of(teacher), own) == own
+    smaller = nearest(options_of(teacher, whole - 1), own)
+    assert smaller is not None
+    types, owned = options_of(teacher).types(smaller), options_of(teacher).types(own)
+    assert all(types[name] == owned[name] for name in options_of(teacher).matrices)
+    assert smaller.cache_types == ("q8_0", "q8_0")
+    assert types["model.embed_tokens.weight"] == owned["model.embed_tokens.weight"]
+    assert nearest(options_of(teacher), None).name == "gguf-f16"
+    sixteen = options_of(teacher).memory(nearest(options_of(teacher), None)).total_bytes
+    assert nearest(options_of(teacher, sixteen // 4), None) is None
 
 
 def test_columns_count_by_the_mean_square_of_their_inputs(teacher: Path, text: Path, cache: Path) -> None:
