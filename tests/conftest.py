@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -42,6 +43,7 @@ from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.hardware.budget import Budget
+from autodistill.inference import torch_memory
 from autodistill.inference.scoring import score_teacher
 from autodistill.models import loading
 from autodistill.models.config import spec_from_config
@@ -154,8 +156,26 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread, whatever a search here asks for: several processes of tests share the cores.
+
+    The number that was asked for is what is read again, by what divides its work by it and by tests.
+    """
     torch.set_num_threads(1)
+    asked = [1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda count: asked.__setitem__(0, count))
+        patch.setattr(torch, "get_num_threads", lambda: asked[0])
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_young_objects_are_collected() -> Iterator[None]:
+    """A search gives memory back several times, and each look through all objects takes longer than a step."""
+    young = SimpleNamespace(collect=lambda: gc.collect(1), freeze=gc.freeze)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_memory, "gc", young)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
