@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import contextlib
+import fcntl
 import gc
 import json
 import shutil
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +30,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from numba.core.dispatcher import Dispatcher
 from pyarrow import fs
 
 from autodistill.data.conversations import Likeliest
@@ -175,6 +178,31 @@ def only_young_objects_are_collected() -> Iterator[None]:
     young = SimpleNamespace(collect=lambda: gc.collect(1), freeze=gc.freeze)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_memory, "gc", young)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Loops that a fresh checkout compiles in a minute are compiled by one process of tests, and read by the others."""
+    compile_, within, depth = Dispatcher.compile, threading.RLock(), 0
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if hasattr(request.config, "workerinput") else folder) / "compiling.lock"
+
+    def alone(self: Any, signature: Any) -> Any:
+        nonlocal depth
+        with within:
+            if depth == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            depth += 1  # a loop compiles those that it calls
+            try:
+                return compile_(self, signature)
+            finally:
+                depth -= 1
+                if depth == 0:
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+
+    with path.open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dispatcher, "compile", alone)
         yield
 
 

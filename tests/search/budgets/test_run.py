@@ -43,7 +43,7 @@ def request(folder: Path, out: str, **changes: Any) -> BudgetsRequest:
         "context": 64,
         "teacher": str(folder / "teacher"),
         "data": str(folder / "text"),
-        "trials": 2,
+        "trials": 1,
         "tokens": 512,
         "sequence_length": 64,
         "runner": "inline",
