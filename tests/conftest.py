@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import contextlib
+import fcntl
 import gc
 import json
 import shutil
@@ -16,17 +17,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from numba.core.dispatcher import Dispatcher
 from pyarrow import fs
 
 from autodistill.data.conversations import Likeliest
@@ -42,6 +46,7 @@ from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.hardware.budget import Budget
+from autodistill.inference import torch_memory
 from autodistill.inference.scoring import score_teacher
 from autodistill.models import loading
 from autodistill.models.config import spec_from_config
@@ -154,8 +159,51 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread, whatever a search here asks for: several processes of tests share the cores.
+
+    The number that was asked for is what is read again, by what divides its work by it and by tests.
+    """
     torch.set_num_threads(1)
+    asked = [1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda count: asked.__setitem__(0, count))
+        patch.setattr(torch, "get_num_threads", lambda: asked[0])
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_young_objects_are_collected() -> Iterator[None]:
+    """A search gives memory back several times, and each look through all objects takes longer than a step."""
+    young = SimpleNamespace(collect=lambda: gc.collect(1), freeze=gc.freeze)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_memory, "gc", young)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Loops that a fresh checkout compiles in a minute are compiled by one process of tests, and read by the others."""
+    compile_, within, depth = Dispatcher.compile, threading.RLock(), 0
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if hasattr(request.config, "workerinput") else folder) / "compiling.lock"
+
+    def alone(self: Any, signature: Any) -> Any:
+        nonlocal depth
+        with within:
+            if depth == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            depth += 1  # a loop compiles those that it calls
+            try:
+                return compile_(self, signature)
+            finally:
+                depth -= 1
+                if depth == 0:
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+
+    with path.open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dispatcher, "compile", alone)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,7 @@ from autodistill.errors import InputError
 from autodistill.models.families import FAMILIES, Axis, get_family
 from autodistill.models.llama_cpp_graphs import FULL, SLIDING, not_computed
 from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
-from autodistill.models.tensors import Entry, Layout, Role, Tensors, TensorSpec
+from autodistill.models.tensors import Entry, Layout, Role, Tensors
 
 MOST_EXPERTS = 10_000
 """Of a layer: more are a slip or an attack, and no mixture."""
@@ -465,14 +465,14 @@ def uniform(spec: ModelSpec) -> ModelSpec:
     return resized(spec, ffn_width=spec.ffn_width)
 
 
-def _tensors(spec: ModelSpec, named: Iterable[tuple[str, Role]]) -> tuple[TensorSpec, ...]:
+def _tensors(spec: ModelSpec, named: Iterable[tuple[str, Role]]) -> Tensors:
     """Return the tensors of these names and roles, in the shapes that a description gives them."""
     family, lengths = get_family(spec.architecture), _lengths(spec)
-    found = []
+    found, shapes = [], dict[tuple[int, ...], int]()
     for name, role in named:
         layer = (family.layer_part(name) or (0,))[0]
         lengths[Axis.FFN] = spec.ffn_by_layer[layer]
         shape = tuple(lengths[axis] for axis in family.axes(name))
         more_bits = family.more_bits(name, spec.layers, spec.tied)
-        found.append(TensorSpec(name=name, role=role, shape=shape, more_bits=more_bits))
-    return tuple(found)
+        found.append(Entry(name, role, more_bits, shapes.setdefault(shape, len(shapes))))
+    return Tensors(Layout(found), tuple(shapes))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 from autodistill.errors import InputError
@@ -141,8 +141,7 @@ class Family:
 
     def layer_part(self, name: str) -> tuple[int, str] | None:
         """Return the block of the tensor `name` and its name within the block, or None if it is in no block."""
-        found = re.fullmatch(rf"{self.body}\.layers\.(\d+)\.(.+)", name)
-        return (int(found[1]), found[2]) if found else None
+        return _layer_part(self.body, name)
 
     @cached_property
     def _axes(self) -> dict[str, tuple[Axis, ...]]:
@@ -319,6 +318,12 @@ GGUF_FAMILIES: Mapping[str, str] = {
     **{by_layer: _GRAPHS[graph] for graph, by_layer in GGUF_BY_LAYER.items()},
 }
 """transformers' `model_type` by the name of llama.cpp's graph: the first family of those that one graph computes."""
+
+
+@lru_cache(2**14)  # asked of each tensor of each shape that is considered
+def _layer_part(body: str, name: str) -> tuple[int, str] | None:
+    found = re.fullmatch(rf"{body}\.layers\.(\d+)\.(.+)", name)
+    return (int(found[1]), found[2]) if found else None
 
 
 def get_family(architecture: str) -> Family:

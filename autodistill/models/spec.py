@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from autodistill.models.tensors import Role, Tensors, TensorSpec, is_expert
+from autodistill.models.tensors import Role, TensorSpec, is_expert, kinds_of
 
 MOST_LAYERS = 10_000
 """Beyond it a config is a slip or an attack, and not a model."""
@@ -82,8 +82,7 @@ class ModelSpec:
         """
         counts: Counter[tuple[Role, tuple[int, ...], bool, bool]] = Counter()
         first: dict[tuple[Role, tuple[int, ...], bool, bool], TensorSpec] = {}
-        tensors = self.tensors
-        for tensor, count in tensors.kinds if isinstance(tensors, Tensors) else ((one, 1) for one in tensors):
+        for tensor, count in kinds_of(self.tensors):
             key = (tensor.role, tensor.shape, tensor.more_bits, is_expert(tensor.name))
             counts[key] += count
             first.setdefault(key, tensor)

@@ -105,7 +105,16 @@ class Tensors(Sequence[TensorSpec]):
         return tuple(other) == self._made if isinstance(other, Tensors | tuple) else NotImplemented
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
         return hash(self._made)
+
+
+def kinds_of(tensors: Iterable[TensorSpec]) -> Iterable[tuple[TensorSpec, int]]:
+    """Return one tensor of each group that differs only in the names, with its size; of a list, each tensor alone."""
+    return tensors.kinds if isinstance(tensors, Tensors) else ((tensor, 1) for tensor in tensors)
 
 
 def is_expert(name: str) -> bool:

@@ -13,7 +13,7 @@ from autodistill.errors import InputError
 from autodistill.models.config import uniform
 from autodistill.models.llama_cpp_graphs import cannot_run
 from autodistill.models.spec import ModelSpec
-from autodistill.models.tensors import TensorSpec
+from autodistill.models.tensors import TensorSpec, kinds_of
 from autodistill.quantization.grids import (
     IQ4_NL,
     MXFP4,
@@ -256,6 +256,10 @@ class Storing(Protocol):
     def format(self) -> str:
         """Name of its format."""
 
+    @property
+    def by_name(self) -> bool:
+        """Whether tensors of one role and shape may be stored in different ways, by their names."""
+
     def storage(self, tensor: TensorSpec) -> Storage:
         """Return how a tensor is stored."""
 
@@ -293,4 +297,5 @@ def weights_bytes(tensors: Iterable[TensorSpec], scheme: Storing) -> int:
     Raises:
         InputError: As `scheme.QuantizationScheme.storage`.
     """
-    return sum(tensor_bytes(tensor, scheme.storage(tensor)) for tensor in tensors)
+    kinds = ((tensor, 1) for tensor in tensors) if scheme.by_name else kinds_of(tensors)
+    return sum(count * tensor_bytes(tensor, scheme.storage(tensor)) for tensor, count in kinds)

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from autodistill.errors import InputError
-from autodistill.models.tensors import Role, TensorSpec
+from autodistill.models.tensors import Role, TensorSpec, kinds_of
 from autodistill.quantization.formats import FORMATS, INTEGER_TYPES, TYPES, either, get_format, key_of, types_of
 from autodistill.quantization.grids import (
     Grid,
@@ -203,7 +203,8 @@ class QuantizationScheme:
                 a part that the model does not have, or linear layers of which none can be cut into the format's
                 super-blocks.
         """
-        storages = {tensor: self.storage(tensor) for tensor in tensors}
+        asked = tensors if self.by_name else (tensor for tensor, _ in kinds_of(tensors))
+        storages = {tensor: self.storage(tensor) for tensor in asked}
         matrices = [tensor for tensor in storages if tensor.role in (Role.LINEAR, Role.EMBEDDING, Role.HEAD)]
         known = {part for tensor in matrices for part, _ in _parts_of(tensor)} if self.types else ()
         if absent := [part for part, _ in self.types if part not in known]:

@@ -79,10 +79,11 @@ class Deployment(QuantizationScheme, PlainDataclass):
         Raises:
             InputError: As `QuantizationScheme.check_model`; or vLLM would fuse layers that are stored in several ways.
         """
+        if self.runtime != "vllm" or not self.by_name:
+            super().check_model(tensors)
+            return
         tensors = tuple(tensors)
         super().check_model(tensors)
-        if self.runtime != "vllm" or not self.by_name:
-            return
         told = "keep all of them or none" if self.keep else "give them one type"
         storages = {tensor.name: self.storage(tensor) for tensor in tensors}
         for first, *others in FUSED:

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24576)
     parser.add_argument("--eval-tokens", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=2)
-    arguments = program.parse(parser, tokens=8 * LENGTH, eval_tokens=4 * LENGTH, seeds=1)
+    arguments = program.parse(parser, tokens=8 * LENGTH, eval_tokens=4 * LENGTH, seeds=1, threads=1)
     request = request_of(arguments, arguments.tokens, LENGTH)
     teacher, data = str(request.teacher), str(request.data)
     source = content_hash([teacher, data, arguments.tokens, arguments.eval_tokens])

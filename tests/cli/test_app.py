@@ -28,6 +28,7 @@ from autodistill.strategy.space import load_space
 from autodistill.testing import save_tiny_teacher, tiny_text
 from tests.search.conftest import untimed
 
+ROOT = Path(__file__).parents[2]
 SPACE = """
 name: small
 dimensions:
@@ -573,11 +574,13 @@ class Ran:
         self.document: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
 
 
-def in_a_process(line: str, inputs: Path, folder: Path) -> Ran:
+def in_a_process(line: str, inputs: Path, folder: Path, within: str = "untimed()") -> Ran:
     # On one core, since threads that wait for a core that others use are slower than none.
     program = (
-        "import os, sys; os.sched_setaffinity(0, [max(os.sched_getaffinity(0))]); "
-        "from autodistill.cli.app import main; sys.exit(main())"
+        "import contextlib, os, sys; os.sched_setaffinity(0, [max(os.sched_getaffinity(0))]); "
+        f"sys.path.insert(0, {str(ROOT)!r}); "
+        "from autodistill.cli.app import main; from tests.search.conftest import untimed\n"
+        f"with {within}: sys.exit(main())"
     )
     arguments = [word.replace("@", str(inputs)) for word in shlex.split(line)]
     folders = ["--out", str(folder / "runs"), "--cache", str(folder / "cache")]
@@ -585,10 +588,12 @@ def in_a_process(line: str, inputs: Path, folder: Path) -> Ran:
     return Ran(folder, subprocess.run(command, capture_output=True, text=True, timeout=300))
 
 
+TINY = f"{GOOD} --runner inline --trials 2 --tokens 768 --name tiny"
+
+
 @pytest.fixture(scope="session")
 def ran(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    line = f"{GOOD} --runner inline --trials 2 --tokens 768 --name tiny --json"
-    done = in_a_process(line, inputs, tmp_path_factory.mktemp("search"))
+    done = in_a_process(f"{TINY} --json", inputs, tmp_path_factory.mktemp("search"))
     assert done.code == 0, done.err
     return done
 
@@ -618,7 +623,15 @@ def test_a_search_prints_one_json_document_with_the_promised_keys(ran: Ran) -> N
     )
 
 
-def test_a_search_says_what_it_does_in_plain_lines_and_no_library_joins_in(ran: Ran) -> None:
+@pytest.mark.parametrize("timed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_search_says_what_it_does_in_plain_lines_and_no_library_joins_in(
+    ran: Ran, inputs: Path, tmp_path: Path, timed: bool
+) -> None:
+    """Slow where this machine and the student's runtime are timed, and charts drawn."""
+    if timed:
+        ran = in_a_process(f"{TINY} --json", inputs, tmp_path, "contextlib.nullcontext()")
+        assert ran.code == 0, ran.err
+        assert ran.document["best"]["latency_source"] == "measured"
     assert not CONTROL.search(ran.err)
     assert "trials: " in ran.err
     for noise in ("Warning", "warning", "WARNING", "Traceback", "it/s", "%|"):

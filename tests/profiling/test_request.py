@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import autodistill as ad
 from autodistill.cli.app import main
@@ -23,7 +22,6 @@ Q8 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     return save_tiny_teacher(tmp_path_factory.mktemp("profile") / "teacher", layers=6)
 
 

@@ -172,10 +172,10 @@ def test_a_mixture_stores_each_matrix_as_llama_cpps_quantizer(case):
     spec, scheme = _described(case), _mixture(case["format"])
     assert _stored(spec, scheme) == _by_llama_cpp(case)
     # Bytes are counted by what differs, and the layers of a student are its own.
-    assert sum(count * tensor_bytes(one, scheme.storage(one)) for one, count in spec.kinds) == weights_bytes(
-        spec.tensors, scheme
-    )
     deeper = resized(spec, [layer for layer in range(case["layers"]) for _ in range(2)])
+    for counted in (spec, deeper):
+        each = [tensor_bytes(tensor, scheme.storage(tensor)) for tensor in counted.tensors]
+        assert weights_bytes(counted.tensors, scheme) == weights_bytes([*counted.tensors], scheme) == sum(each)
     kept = resized(deeper, range(1, 2 * case["layers"], 2))
     assert tuple(kept.tensors) == tuple(spec.tensors)
 

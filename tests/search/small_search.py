@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.search.request.request import SearchRequest
@@ -26,7 +24,6 @@ deployments:
 
 def small_inputs(folder: Path) -> Path:
     """The folder with a teacher, a text and the space."""
-    torch.set_num_threads(1)
     save_tiny_teacher(folder / "teacher", layers=5)
     tiny_text(folder / "text", documents=30, sentences=24)
     (folder / "small.yaml").write_text(SPACE)

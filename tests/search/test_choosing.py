@@ -43,11 +43,6 @@ FOLDER = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group
 VLLM = {"runtime": "vllm", "format": "compressed-tensors", "bits": 8, "group_size": 32}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
@@ -90,14 +85,12 @@ def whole(inputs: Path, folder: Path, **changes: object) -> SearchRequest:
 
 @pytest.fixture(scope="module")
 def ruined(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, RunFolder]:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("ruined")
     return search(whole(inputs, folder)), RunFolder(folder / "runs", "run")
 
 
 @pytest.fixture(scope="module")
 def insisted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, RunFolder]:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("insisted")
     return search(whole(inputs, folder, students_only=True)), RunFolder(folder / "runs", "run")
 

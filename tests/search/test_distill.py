@@ -33,11 +33,6 @@ from autodistill.strategy.named import load_strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from autodistill.quantization.formats import TYPES
 from autodistill.quantization.grids import Grid
@@ -33,7 +32,6 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("five")
     save_tiny_teacher(folder / "teacher", layers=3, width=256, ffn=512)
     tiny_text(folder / "text", documents=20, sentences=24)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from autodistill.hardware.budget import Budget
 from autodistill.runs.events import read_events, rows_of
@@ -134,7 +133,6 @@ def asked(teacher: str, text: str, folder: str, resume: bool = False) -> SearchR
 
 
 def test_a_killed_search_ends_as_if_it_had_not_been(inputs: Inputs, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()

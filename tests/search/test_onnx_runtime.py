@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from autodistill.api.picks import pick
@@ -20,7 +19,6 @@ from autodistill.testing import save_tiny_teacher, tiny_text
 
 @pytest.mark.timed
 def test_a_student_is_found_measured_and_exported_for_it(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     served = {"runtime": "onnxruntime", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
     space = {"name": "one", "dimensions": {"init.depth": {"choices": [0.5]}}, "deployments": [served]}
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))

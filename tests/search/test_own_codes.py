@@ -53,7 +53,6 @@ def _request(folder: Path, teacher: Path) -> SearchRequest:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("own-codes")
     teacher = save_tiny_teacher(folder / "teacher", layers=2)
     with StudentFiles(teacher, OWN) as files:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.data.loaded import data_reference
@@ -66,7 +65,6 @@ class Broken(Callback):
 
 
 def test_all_of_it_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    torch.set_num_threads(1)
     folder, cache = save_tiny_teacher(tmp_path / "tiny", layers=5), tmp_path / "cache"
     texts = [path.read_text() for path in sorted(tiny_text(tmp_path / "text", documents=30, sentences=24).iterdir())]
     space = Space(

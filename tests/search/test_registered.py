@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import torch
 import yaml
 
 from autodistill import plugins
@@ -54,7 +53,6 @@ def total_variation(log_p, log_q):
 @pytest.fixture(autouse=True)
 def session() -> Iterator[None]:
     """One that has registered both."""
-    torch.set_num_threads(1)
     register_divergence("tvd", nonnegative=True)(total_variation)
     register_evaluator(Surprise())
     yield

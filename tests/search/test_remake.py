@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from autodistill.errors import InputError
@@ -30,7 +29,6 @@ SPACE = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path]:
     """A finished search, and its cache."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("remake")
     teacher = save_tiny_teacher(folder / "teacher", layers=4)
     text = tiny_text(folder / "text", documents=30, sentences=24)

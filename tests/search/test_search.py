@@ -63,11 +63,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return teacher, tiny_text(folder / "text", documents=30, sentences=24), folder / "cache"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def request(inputs: tuple[Path, Path, Path], out: Path, **changes: object) -> SearchRequest:
     teacher, text, cache = inputs
     fields: dict[str, object] = {
@@ -114,7 +109,6 @@ def free_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def outcome(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("runs")
     return search(request(inputs, out)), out
 

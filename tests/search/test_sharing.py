@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
@@ -103,7 +102,6 @@ def asked(inputs: Path, out: Path, **changes: object) -> SearchConfig:
 
 def searched(inputs: Path, out: Path, limit: int | None = None, **changes: object) -> Searched:
     """Trials one after another in this process, as `search` runs them; nothing is exported."""
-    torch.set_num_threads(1)
     checked = asked(inputs, out, **changes)
     clock = Clock(time.monotonic(), lambda phase: None)
     with RunFolder.create(out, "run") as run:

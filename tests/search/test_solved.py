@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from autodistill.errors import InputError
 from autodistill.hardware.budget import Budget
@@ -39,7 +38,6 @@ def _request(folder: Path) -> SearchRequest:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("solved")
     save_tiny_teacher(folder / "teacher", layers=4, width=128, ffn=512)
     tiny_text(folder / "text", documents=20, sentences=24)

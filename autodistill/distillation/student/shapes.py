@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from autodistill.errors import InputError
 from autodistill.models.config import resized
 from autodistill.models.families import get_family
@@ -63,6 +65,7 @@ def spread(depth: int, teacher_layers: int) -> tuple[int, ...]:
     return tuple(round(i * (teacher_layers - 1) / (depth - 1)) for i in range(depth))
 
 
+@lru_cache(128)  # a search comes back to the same few shapes
 def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
     """Return the shape of a student that keeps fractions of a teacher, or is made new in these proportions.
 

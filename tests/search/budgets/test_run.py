@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from autodistill.cli.app import main
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
@@ -44,7 +43,7 @@ def request(folder: Path, out: str, **changes: Any) -> BudgetsRequest:
         "context": 64,
         "teacher": str(folder / "teacher"),
         "data": str(folder / "text"),
-        "trials": 2,
+        "trials": 1,
         "tokens": 512,
         "sequence_length": 64,
         "runner": "inline",
@@ -57,7 +56,6 @@ def request(folder: Path, out: str, **changes: Any) -> BudgetsRequest:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     made = tmp_path_factory.mktemp("budgets")
     save_tiny_teacher(made / "teacher", layers=4, width=128, ffn=512)
     tiny_text(made / "text", documents=20, sentences=24)

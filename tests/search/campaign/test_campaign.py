@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from autodistill.search.worker.failures import KILLED
 from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Point
-from autodistill.strategy.space import load_space
+from autodistill.strategy.space import Space, load_space
 from autodistill.strategy.strategy import Finishing, Strategy
 from autodistill.testing import small_plan
 from autodistill.units import format_bytes
@@ -67,8 +68,14 @@ SPEED = Speed(cache=1e6, score=1e6, worker_train=1e6, worker_score=1e6)
 Worker = Callable[[Assignment], RungReport]
 
 
+@cache
+def declared() -> Space:
+    """The space, read once for all tests."""
+    return load_space("declared")
+
+
 def question(memory: int = 10**9) -> Question:
-    space = load_space("declared")
+    space = declared()
     return Question(
         space=space,
         deployments=space.deployments,
@@ -525,7 +532,7 @@ def test_a_finishing_is_also_evaluated_on_its_own_grid(tmp_path: Path) -> None:
     own = Finishing(format="compressed-tensors", bits=2, group_size=0, symmetric=False, keep=("attention",))
     impossible = Finishing(format="gguf-q4_1", bits=4, group_size=32, symmetric=False, keep=("layers.77",))
     space = replace(
-        load_space("declared"),
+        declared(),
         dimensions=(),
         starts={},
         baselines={name: Strategy(finishing=finishing) for name, finishing in (("own", own), ("not", impossible))},

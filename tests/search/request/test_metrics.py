@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from autodistill import plugins
@@ -42,11 +41,6 @@ deployments:
   - {runtime: transformers, format: huggingface, bits: 16, group_size: 0}
 baselines: [logit_kd]
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +78,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
 
 @pytest.fixture(scope="module")
 def by_task(base: SearchRequest) -> tuple[Outcome, SearchRequest]:
-    torch.set_num_threads(1)
     request = replace(base, name="task", metric="task:miller")
     return search(request), request
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from autodistill.errors import AutoDistillError
 from autodistill.runs.students import has_student, send_student, trained_student
 from autodistill.search.runners import node_files as supplies
-from autodistill.search.runners.node_files import absolute, fetch, send
+from autodistill.search.runners.node_files import absolute, fetch, hold_copy, send
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.strategy.strategy import Init
 from autodistill.utils.storage import Storage
@@ -81,21 +82,10 @@ def test_what_changed_is_sent_anew(setting: TrialSetting, tmp_path: Path, monkey
     assert (fetch(sent).data / "below" / "file").read_text() == "longer data"
 
 
-# Begins a process for each folder that it is told, which holds its copy until it is killed, or this one ends.
-FETCH = """
-import os, signal, sys
-from autodistill.search.runners.node_files import hold_copy
-from autodistill.utils.storage import Storage
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-reading, writing = os.pipe()
-for line in sys.stdin:
-    if os.fork() == 0:
-        os.close(writing)
-        storage, name = Storage(sys.argv[1]), line.strip()
-        print(os.getpid(), storage.fetch_folder(name, hold_copy(storage, name)), flush=True)
-        os.read(reading, 1)
-        os._exit(0)
-"""
+def hold(storage: Storage, name: str, told: Connection) -> None:
+    """Fetches a folder as another process, says where it lies, and holds the copy until it is killed."""
+    told.send(storage.fetch_folder(name, hold_copy(storage, name)))
+    signal.pause()
 
 
 def test_a_nodes_copies_are_collected_under_the_limit_but_for_those_in_use(
@@ -106,21 +96,21 @@ def test_a_nodes_copies_are_collected_under_the_limit_but_for_those_in_use(
     storage = Storage(f"file://{tmp_path}/shared")
     (tmp_path / "big").write_bytes(bytes(1000))
     copies: dict[str, Path] = {}
-    others: dict[str, psutil.Process] = {}
-    words = [sys.executable, "-c", FETCH, storage.uri]
-    starter = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    others: dict[str, ForkProcess] = {}
+    forks = get_context("fork")  # which need not import anything
     for name in ("held", "old", "new"):
         storage.send_folder(tmp_path / "big", name)
-        starter.stdin.write(f"{name}\n")  # type: ignore[union-attr]
-        process, copy = starter.stdout.readline().split()  # type: ignore[union-attr]
-        others[name], copies[name] = psutil.Process(int(process)), Path(copy)
+        here, there = forks.Pipe()
+        others[name] = forks.Process(target=hold, args=(storage, name, there), daemon=True)
+        others[name].start()
+        copies[name] = here.recv()
 
     def left() -> set[str]:
         return {name for name, copy in copies.items() if copy.exists()}
 
     def end(name: str) -> None:
         others[name].kill()
-        others[name].wait()
+        others[name].join()
 
     for name in ("old", "new"):
         end(name)
@@ -134,7 +124,6 @@ def test_a_nodes_copies_are_collected_under_the_limit_but_for_those_in_use(
     assert left() == {"held"}
     assert (found.teacher / "below" / "file").read_text() == "teacher"
     end("held")
-    starter.communicate()
     fetch(send(setting, storage, 1))
     assert left() == set()
     assert (storage.fetch_folder("held", copies["held"]) / "big").read_bytes() == bytes(1000)

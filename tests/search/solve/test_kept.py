@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import subprocess
-import sys
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +26,6 @@ from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils import json_files
 
 SIZES: dict[str, Any] = {"layers": 2, "width": 64, "heads": 2, "kv_heads": 1, "ffn": 64}
-# A process that ends in the middle of one of its files of scores, so that nothing can be cleaned up any more. They are
-# written after each block.
-KILLED = """
-import os, sys
-from pathlib import Path
-from autodistill.hardware.budget import Budget
-from autodistill.search.solve import SolveRequest, library, solve
-from autodistill.utils import json_files
-
-teacher, data, cache, number = sys.argv[1:]
-library._SAVED_SECONDS, put, written = 0.0, json_files.put, []
-
-def dying(temporary, path):
-    if Path(path).parent.name == "solve":
-        written.append(path)
-    if len(written) == int(number):
-        os._exit(9)
-    put(temporary, path)
-
-json_files.put = dying
-
-budgets = (Budget(memory_bytes=10**9, context=256),)
-load = {"tokens": 2048, "sequence_length": 64}
-solve(SolveRequest(budgets=budgets, cache=Path(cache), teacher=teacher, data=data, **load))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +44,21 @@ def asked(teacher: Path, text: Path, cache: Path) -> SolveRequest:
     return SolveRequest(budgets=budgets, cache=cache, teacher=str(teacher), data=str(text), **load)
 
 
+def dies(teacher: Path, text: Path, cache: Path, number: int) -> None:
+    """Ends in the middle of one of its files of scores, so that nothing can be cleaned up; each block writes one."""
+    put, written = json_files.put, []
+
+    def dying(temporary: Path, path: Path) -> None:
+        if path.parent.name == "solve":
+            written.append(path)
+        if len(written) == number:
+            os._exit(9)
+        put(temporary, path)
+
+    scores._SAVED_SECONDS, json_files.put = 0.0, dying
+    solve(asked(teacher, text, cache))
+
+
 @pytest.fixture(scope="module")
 def found(teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return solve(asked(teacher, text, tmp_path_factory.mktemp("cache")))
@@ -80,9 +69,11 @@ def test_a_process_that_is_killed_leaves_what_it_scored_and_the_same_solution(
     found: dict[str, Any], teacher: Path, text: Path, tmp_path: Path, number: int
 ) -> None:
     # While the scores of a second block are written, after those of the last; and later.
-    words = [sys.executable, "-c", KILLED, str(teacher), str(text), str(tmp_path), str(number)]
-    killed = subprocess.run(words, check=False, capture_output=True, text=True)
-    assert killed.returncode == 9, killed.stderr
+    kind = "fork" if number == 9 else "spawn"  # which imports anew, with other hashes
+    killed: Any = get_context(kind).Process(target=dies, args=(teacher, text, tmp_path, number))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == 9
     (file,) = (one for one in (tmp_path / "solve").glob("*.json") if not one.name.startswith("."))
     held = json_files.read_json(file)
     blocks = {name.split(".")[2] for name in held["passes"]["0"]}

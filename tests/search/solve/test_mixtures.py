@@ -61,7 +61,6 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    torch.set_num_threads(1)
     found = {}
     for name, config in CONFIGS.items():
         torch.manual_seed(0)

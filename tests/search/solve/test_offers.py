@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.teacher.resolve import Teacher
@@ -27,7 +26,6 @@ from autodistill.utils.json_files import read_json
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    torch.set_num_threads(1)
     # Rows of 256, which the blocks of all types divide.
     folder = save_tiny_teacher(
         tmp_path_factory.mktemp("offers"), layers=1, width=256, heads=4, kv_heads=2, ffn=256, tied=False, seed=5

@@ -101,7 +101,6 @@ def test_a_disk_that_is_full_while_students_are_saved_costs_one_trial_at_most(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first student cannot be written at first, the second not at all."""
-    torch.set_num_threads(1)
     teacher, text, cache = inputs
     asked = SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=256),
@@ -142,7 +141,6 @@ def test_a_disk_that_is_full_while_students_are_saved_costs_one_trial_at_most(
 def test_a_disk_that_is_full_before_the_first_trial_or_read_only_after_it_ends_the_search_with_how_to_go_on(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.set_num_threads(1)
     teacher, text, cache = inputs
     asked = SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=256),
