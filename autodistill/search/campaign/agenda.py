@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any, Literal
 
-from autodistill.runs.events import TrialKind
 from autodistill.runs.results.row import Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.selection import confirming
@@ -246,9 +245,7 @@ class Agenda:
             return None
         return self._assign(self._once_more(original, lengthened(task.id, length), original.kind, length))
 
-    def _once_more(
-        self, original: TrialState, trial_id: str, kind: TrialKind, length: float, **fields: Any
-    ) -> TrialState:
+    def _once_more(self, original: TrialState, trial_id: str, kind: str, length: float, **fields: Any) -> TrialState:
         """Enter a trial of the same strategy as another one: a longer training, or one with another seed."""
         task = original.task
         place = {"number": None, "name": original.name, "point": None}
