@@ -172,6 +172,10 @@ def test_both_losses_of_trl_are_the_same_divergence(beta):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_the_core_that_mutants_change_is_of_files_that_are_there():
+    assert [name for name in mutants.CORE if not (ROOT / name).is_file()] == []
+
+
 def test_lines_of_the_core_are_followed_through_a_change():
     before = "def f(a):\n    b = a + 1\n    c = b * 2\n    return c\n"
     after = "X = 1\n\ndef f(a):\n    b = a + 2\n    print(b)\n    c = b * 2\n    d = c\n    return c\n"
