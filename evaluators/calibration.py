@@ -60,7 +60,9 @@ class Calibration(Evaluator):
 def _gaps(
     confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
-    """Ids [documents], and [documents, bins + 1]: in each bin right tokens less confidences, and at the end tokens."""
+    """Return the ids [documents], and [documents, bins + 1]: in each bin right tokens less confidences, and at the end
+    tokens.
+    """
     ids, owners = np.unique(documents, return_inverse=True)
     count = len(ids)
     if not count:

@@ -20,7 +20,7 @@ Documents = npt.NDArray[np.int32]
 
 
 def _info(what: str, **column: str) -> evaluate.MetricInfo:
-    """What a metric says of itself: one column of values, and the document that each belongs to."""
+    """Return what a metric says of itself: one column of values, and the document that each belongs to."""
     features = {name: datasets.Value(kind) for name, kind in {**column, "documents": "int32"}.items()}
     return evaluate.MetricInfo(
         description=f"{what}, with its standard error over documents.",

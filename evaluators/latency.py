@@ -71,7 +71,7 @@ class Latency(Evaluator):
         )
 
     def supports(self, deployment: Deployment) -> bool:
-        """Whether the runtime that serves the deployment is here."""
+        """Return whether the runtime that serves the deployment is here."""
         if deployment.runtime == "vllm" and not detect().accelerator:
             return False
         return installed(deployment.runtime)

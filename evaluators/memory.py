@@ -98,7 +98,7 @@ def _by_peak(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dict[str
 
 
 def _read(subject: Subject) -> int:
-    """Tokens of each stream: room may be made for more than the model was made for, but it reads no more."""
+    """Return the tokens of each stream: room may be made for more than the model was made for, but it reads no more."""
     return min(subject.budget.context, subject.spec.max_context)
 
 

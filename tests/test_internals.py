@@ -104,7 +104,7 @@ def test_of_accelerate_fsdp2_is_prepared_without_an_accelerator() -> None:
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_of_bitsandbytes_the_optimizer_s_steps_are_overridden() -> None:
-    """`distillation/training/adamw_8bit.py` wraps these three, and reads states by their names."""
+    """`distillation/training/optimizers/adamw_8bit.py` wraps these three, and reads states by their names."""
     from bitsandbytes.functional import quantize_blockwise
     from bitsandbytes.optim.adamw import AdamW8bit
 

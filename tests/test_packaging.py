@@ -66,7 +66,7 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
             ("prometheus.py",): "monitor",
             ("report.py",): "plots",
             tuple(sorted(("charts.py", "solutions.py", "solved.py", *drawing))): "plots",
-            ("page.py", "writing.py"): "plots",
+            ("document.py", "writing.py"): "plots",
             ("reasoning_gym.py",): "tasks",
             ("adamw_8bit.py",): "8bit",
             ("lm_eval.py",): "lm-eval",

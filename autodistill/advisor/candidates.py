@@ -19,7 +19,6 @@ from autodistill.runs.results.memory_correction import Overhead, Place, overhead
 from autodistill.runs.results.row import (
     WITHIN_LIMITS,
     Row,
-    arrow_schema,
     check_documents,
     check_kind,
     finite,
@@ -27,6 +26,7 @@ from autodistill.runs.results.row import (
     trained_fully,
 )
 from autodistill.runs.results.selection import students_only
+from autodistill.runs.results.table import arrow_schema
 from autodistill.runs.run_folder import RunFolder, read_each
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.json_files import plain_json

@@ -14,7 +14,8 @@ from autodistill.distillation.teacher.resolve import hub_config, locate
 from autodistill.distillation.teacher.stored_grids import quantization_schemes, stored_types, storing
 from autodistill.errors import InputError
 from autodistill.models import latent_attention as latent
-from autodistill.models.config import check_config, spec_from_config
+from autodistill.models.config import spec_from_config
+from autodistill.models.config_fields import check_config
 from autodistill.models.families import FAMILIES
 from autodistill.models.gguf_reader import GgufFile, read_gguf
 from autodistill.models.model_folder import check_files, read_config, weight_files

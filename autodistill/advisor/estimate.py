@@ -73,14 +73,8 @@ def appraise(
     check_streams(batch, "--batch")
     if runtime is not None:
         deployment = replace(deployment, runtime=runtime)
-    served = _Served(
-        model=model,
-        deployment=deployment,
-        context=_context(model, context, prompt),
-        batch=batch,
-        kv_type=kv_type,
-        prompt=prompt,
-    )
+    read = _context(model, context, prompt)
+    served = _Served(model=model, deployment=deployment, context=read, batch=batch, kv_type=kv_type, prompt=prompt)
     needs = {on_gpu: served.need(on_gpu) for on_gpu in {False, *(device.discrete for device in devices)}}
     # Of several devices the document's own parts are those of a process.
     alone = devices[0] if len(devices) == 1 else None

@@ -115,7 +115,7 @@ def _blocks(request: MeasureRequest, notify: Callable[[str], None]) -> dict[str,
     context = _context(request, model, CONTEXT)
     _check_quiet(request, detect().cpus)
     # It packs weights, for which torch is imported: a slip of the keys is told before.
-    from autodistill.advisor.measure_blocks import time_blocks
+    from autodistill.advisor.blocks.timing import time_blocks
 
     times = time_blocks(model.spec, model.name, context, request.rounds or _ROUNDS, notify)
     kept = keep_times(cache_folder(request.cache), times)
@@ -266,7 +266,9 @@ def _load(request: MeasureRequest, launch: Launch) -> Load:
 
 
 def _started(launch: Launch, deployment: Deployment) -> dict[str, Any]:
-    """What the record says of how llama.cpp was started, beside the cache's types, which are the deployment's."""
+    """Return what the record says of how llama.cpp was started, beside the cache's types, which are the
+    deployment's.
+    """
     return (
         {"slots": launch.slots, "flash_attention": launch.flash_attention} if deployment.runtime == "llama.cpp" else {}
     )

@@ -14,8 +14,9 @@ import numpy as np
 from autodistill.errors import InputError
 from autodistill.evaluation.base import Direction
 from autodistill.runs.results.leaderboard import SPEEDS, Ranked, rank
-from autodistill.runs.results.row import Row, is_field, read_rows, read_table, table_of, trained_fully, write_table
+from autodistill.runs.results.row import Row, is_field, trained_fully
 from autodistill.runs.results.selection import KIND as CONFIRMATION
+from autodistill.runs.results.table import read_rows, read_table, table_of, write_table
 from autodistill.runs.run_folder import RunFolder, read_each
 from autodistill.runs.schema import about
 from autodistill.utils.typed_data import check_typed
@@ -290,7 +291,7 @@ def _board(key: _Key, parts: Sequence[tuple[Stored, Any, Any, Any]], most: int) 
 
 
 def _data(key: _Key, runs: Iterable[Stored]) -> str:
-    """What rows were measured on, in words; texts of one name may be read differently far."""
+    """Return what rows were measured on, in words; texts of one name may be read differently far."""
     names = dict.fromkeys(str(name) for run in runs if (name := (run.about.get("data") or {}).get("name")))
     said = ", ".join(names) or "data that the table does not name"
     return said if key.examples.startswith("of ") else f"{said}, examples {key.examples}"

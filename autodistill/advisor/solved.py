@@ -86,7 +86,7 @@ def _asked(one: Solved) -> tuple[Any, ...]:
 
 
 def _read(path: Path) -> list[Solved]:
-    """What is kept; nothing of a file that is missing or damaged."""
+    """Return what is kept; nothing of a file that is missing or damaged."""
     if not path.exists():
         return []
     try:

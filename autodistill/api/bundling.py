@@ -40,7 +40,7 @@ def bundle(
         Option(help="Instead: hold the files of this bundle to their checksums.", metavar="DIR", typed=Path),
     ] = None,
 ) -> dict[str, Any]:
-    """Write all that serves an exported student elsewhere: image, manifests, monitoring, smoke test, sums, a card.
+    """Write what others need to serve an exported student: image, manifests, monitoring, smoke test and a card.
 
     Returns:
         Plain data: the bundle and its files; or of a check, how many files are whole, and which are not of the bundle.

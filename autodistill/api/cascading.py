@@ -32,7 +32,7 @@ def cascade(
     *,
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Say what a small row that defers to a larger one gives at every threshold of its confidence.
+    """Evaluate two rows together: the small one answers, and defers to the large one where it is not confident.
 
     Both read the validation split, and the test split stays closed. Items and curve are kept in the run's folder, whose
     page shows the curve.

@@ -64,7 +64,7 @@ class EstimateRequest:
     gpus: Annotated[
         int | None,
         Option(
-            help="Also estimate what each of so many GPUs holds that run the model together, or train it.",
+            help="Also estimate the memory of each of N GPUs that run or train the model together.",
             metavar="N",
             typed=int,
         ),
@@ -86,7 +86,7 @@ class EstimateRequest:
     stress: Annotated[
         bool,
         Option(
-            help="Also allocate as much on this machine, in a process of its own, and say what really fits.",
+            help="Also allocate that much on this machine, in a separate process, and say what really fits.",
         ),
     ] = False
     layers: Annotated[int | None, _size("Number of layers.")] = None
@@ -184,7 +184,7 @@ def _stressed(document: Mapping[str, Any]) -> dict[str, Any]:
 def _student_estimated(
     teacher: Described, strategy: Strategies, format_name: str | None, training: int | None, load: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the student that a strategy makes takes, served on its own grid or a named one, and trained."""
+    """Return what the student that a strategy makes takes, served on its own grid or a named one, and trained."""
     from autodistill.advisor.describe import deployment_named
     from autodistill.advisor.estimate import TOKENS, appraise, strategy_training, student_of
     from autodistill.distillation.student.check import own_deployment

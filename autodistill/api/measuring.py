@@ -31,7 +31,7 @@ def measure(*, notify: Callable[[str], None] = lambda line: None, **options: Any
 
 @takes(ProfileRequest, "profile")
 def profile(*, notify: Callable[[str], None] = lambda line: None, **options: Any) -> dict[str, Any]:
-    """Trace a training step or serving, and say where the time goes, how far that is from the floor, and what to do.
+    """Trace a training step or serving: where the time goes, how far that is from a lower bound, and what to do.
 
     Returns:
         Plain data: times by part beside the least that the machine allows, counts, and advice; as `profile.json` has

@@ -25,7 +25,7 @@ def run_folder(run: str | Path | Run, out: Path) -> RunFolder:
 
 
 def each_run(names: Iterable[str], out: Path) -> list[str]:
-    """Return names of runs, with all runs of a search for several budgets in the place of its name."""
+    """Return the names of runs, with all runs of a search for several budgets in the place of its name."""
     return list(dict.fromkeys(one for name in names for one in _runs_of(name, out) or [name]))
 
 
@@ -34,7 +34,7 @@ def _runs_of(name: str, out: Path) -> list[str]:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a run is named by its folder, as in ./run."""
+    """Return whether a run is named by its folder, as in ./run."""
     return os.sep in name or len(Path(name).expanduser().parts) > 1
 
 

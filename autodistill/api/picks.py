@@ -58,7 +58,7 @@ def pick(
     tiers: Annotated[
         bool,
         Option(
-            help="Show the best for 512 MB to 2 GB of a process's memory and GPUs of 4 to 80 GB. Not with --latency.",
+            help="Show the best student for processes of 512 MB to 2 GB and GPUs of 4 to 80 GB. Not with --latency.",
         ),
     ] = False,
     devices: Devices = None,
@@ -144,7 +144,7 @@ def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, load
 def _solved_before(
     picked: Mapping[str, Any] | None, runs: Path, limit: int, wanted: Wanted, cache: Path
 ) -> Mapping[str, Any] | None:
-    """What `solve` found earlier for the teacher of the run of a row that was picked, within the same memory."""
+    """Return what `solve` found earlier for the teacher of the run of a row that was picked, within the same memory."""
     from autodistill.advisor.solved import solved_within
 
     known = RunFolder.open(runs, picked["run"]).asked().get("teacher", {}) if picked else {}
@@ -167,7 +167,7 @@ def _together(runs: Sequence[str | Path | Run], out: Path) -> tuple[Path, list[s
 
 
 def _to_get(picked: Mapping[str, Any], runs: Path) -> str:
-    """How to have the model of a row that was picked as a file or a folder."""
+    """Return how to have the model of a row that was picked as a file or a folder."""
     from autodistill.quantization.formats import get_format
     from autodistill.runs.students import student_folder
 

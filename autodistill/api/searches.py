@@ -53,7 +53,7 @@ distill = _concatenated(SearchRequest)
 @takes(SearchRequest, "plan")
 def plan(price: str | Price | None = None, **options: Any) -> dict[str, Any]:
     """Say what a search would do: trials, tokens, disk, time, and its cost at a price an hour. Nothing is trained."""
-    from autodistill.search.search import plan_search
+    from autodistill.search.preview import plan_search
 
     hourly = parse_price(price) if isinstance(price, str) else price
     return plan_search(_request("plan", options), lines(), hourly)

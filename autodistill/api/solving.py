@@ -169,7 +169,7 @@ class SolveOptions:
 
 @takes(SolveOptions, "solve")
 def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) -> Solutions:
-    """Choose the storage type of every matrix, table and cache that costs least within a budget. Nothing is trained.
+    """Choose how each matrix, table and cache is stored, so that least is lost within a budget. Nothing is trained.
 
     Raises:
         InputError: No such teacher, data or device, a model that the runtime cannot hold, a candidate of another model,

@@ -1,1 +1,1 @@
-"""All that takes an export to a service that others run: image, manifests, monitoring, smoke test, sums, a card."""
+"""What others need to run an export as a service: image, manifests, monitoring, smoke test, checksums, a card."""

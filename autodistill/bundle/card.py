@@ -35,7 +35,7 @@ def card(exported: Exported, server: Server | None, image: str, monitor: str) ->
         "## Check it",
         _shell("sha256sum --check SHA256SUMS", "autodistill bundle --check .", "autodistill verify model"),
         "## Licences",
-        "\n".join(_licences(exported)),
+        "\n".join(_licenses(exported)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -120,8 +120,8 @@ def _library() -> Iterator[str]:
     )
 
 
-def _licences(exported: Exported) -> Iterator[str]:
-    known = plain(exported.licence) if exported.licence else "not stated: ask the author of the teacher"
+def _licenses(exported: Exported) -> Iterator[str]:
+    known = plain(exported.license) if exported.license else "not stated: ask the author of the teacher"
     yield f"- The student, as its teacher: {known}. Its card, `model/README.md`, has the licence of its text too."
     yield "- `smoke_test.py` and the other files beside `model`: Apache-2.0, as AutoDistill."
     yield "- The base image, Prometheus and Grafana are not in here, and have licences of their own."

@@ -22,7 +22,7 @@ def dockerfile(exported: Exported, server: Server) -> str:
         ("ARG", f"BASE={server.image}"),
         ("FROM", "${BASE}"),
         ("LABEL", f"org.opencontainers.image.title={json.dumps(exported.name)}"),
-        *([("LABEL", f"org.opencontainers.image.licenses={json.dumps(exported.licence)}")] if exported.licence else []),
+        *([("LABEL", f"org.opencontainers.image.licenses={json.dumps(exported.license)}")] if exported.license else []),
         *(("COPY", f"{name} /{name}") for name in copied),
         ("USER", f"{USER}:{USER}"),
         ("EXPOSE", str(server.port)),

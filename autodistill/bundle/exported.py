@@ -10,7 +10,7 @@ from pathlib import Path
 from autodistill.errors import DamagedError, InputError
 from autodistill.export.base import Expected
 from autodistill.export.promise import RECORD, ExportRecord, Promised, check_exported
-from autodistill.models.licenses import stated
+from autodistill.models.model_folder import stated_license
 from autodistill.runtimes.launch_files import SERVE_FILE, Launch, read_launch
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.checksums import check_entries
@@ -47,7 +47,7 @@ class Exported:
         written: Tokens that it writes after the first ones of the first sequence, as far as its runtime wrote the same.
         launch: How llama.cpp is to be started with it; None of any other runtime.
         versions: Of what wrote and ran it.
-        licence: Of the student, as its card says; "" where that does not.
+        license: Of the student, as its card says; "" where that does not.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class Exported:
     written: tuple[int, ...]
     launch: Launch | None
     versions: Mapping[str, str]
-    licence: str
+    license: str
 
 
 def read_export(folder: Path, runtime: str | None = None) -> Exported:
@@ -125,7 +125,7 @@ def read_export(folder: Path, runtime: str | None = None) -> Exported:
         written=expected.written[: same if isinstance(same, int) else 0],
         launch=launch,
         versions=record["versions"],
-        licence=_licence(folder),
+        license=_license(folder),
     )
 
 
@@ -136,13 +136,13 @@ def _launch(model: Path) -> Launch:
     return launch
 
 
-def _licence(folder: Path) -> str:
+def _license(folder: Path) -> str:
     """The licence in the head of a model card, which a search or an export wrote."""
     path = folder / "README.md"
     _, _, rest = (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "").partition("---\n")
     head, end, _ = rest.partition("\n---\n")
     found = parse_yaml(head, str(path)) if end else None
-    return stated(found.get("license")) or "" if isinstance(found, Mapping) else ""
+    return stated_license(found.get("license")) or "" if isinstance(found, Mapping) else ""
 
 
 def _name(text: str) -> str:

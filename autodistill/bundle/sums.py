@@ -71,6 +71,6 @@ def check_sums(folder: Path) -> Checked:
 
 
 def _inside(name: str) -> bool:
-    """Whether a name is of a file below the folder."""
+    """Return whether a name is of a file below the folder."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts

@@ -209,7 +209,7 @@ def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest]
 def _plan(request: SearchRequest, price: str | None) -> dict[str, Any]:
     hourly = None if price is None else parse_price(price)
     from autodistill.cli.live import SearchView
-    from autodistill.search.search import plan_search
+    from autodistill.search.preview import plan_search
 
     with open_view() as view:
         if isinstance(request, BudgetsRequest) and request.several:

@@ -42,8 +42,8 @@ class Merged:
 
 
 def further(given: Mapping[str, Any]) -> Iterator[str]:
-    """What a request names beside teacher and data that may lie on a hub: tasks of lm-eval, and models that students
-    may begin from.
+    """Yield what a request names beside teacher and data that may lie on a hub: tasks of lm-eval, and models that
+    students may begin from.
     """
     from autodistill.evaluators.tasks.lm_eval import PREFIX
     from autodistill.strategy.named import load_strategy
@@ -136,7 +136,7 @@ On = Annotated[
 
 
 def show(row: RowId, on: On = None, out: Out = RUNS) -> dict[str, Any]:
-    """Show all that made a row: teacher, data, code, packages, machine, seeds, and how much was read."""
+    """Show how a row was made: teacher, data, code, packages, machine, seeds, and tokens read."""
     from autodistill.advisor.origin import origin
 
     return origin(row, Path(out), on).to_json()
@@ -259,7 +259,7 @@ def export(
 
 
 def exported_text(paths: Mapping[str, str]) -> str:
-    """What `export` wrote, with what its proof found, for a person."""
+    """Return what `export` wrote, with what its proof found, for a person."""
     told = []
     for name, path in paths.items():
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
@@ -306,7 +306,7 @@ def verify(
 
 
 def verified_text(document: Mapping[str, Any]) -> str:
-    """What `verify` found, for a person."""
+    """Return what `verify` found, for a person."""
     whole = f"{document['folder']}: its {document['files']} files are those that were exported as {document['format']}"
     if "not_run" in document:
         return f"{whole}. They were not run: {document['not_run']}"
@@ -369,7 +369,7 @@ def _packaged(what: str, name: str | None) -> dict[str, Any]:
 
 
 def _about(text: str) -> str:
-    """What a YAML file says it is: its description, or the comment that it begins with."""
+    """Return what a YAML file says it is: its description, or the comment that it begins with."""
     described = next((line for line in text.splitlines() if line.startswith("description: ")), None)
     if described is not None:
         return described.removeprefix("description: ").strip("\"'")

@@ -43,7 +43,7 @@ def devices(given: dict[str, Any]) -> Iterable[str]:
     from autodistill.hardware.lookup import find_device
 
     def is_enough(word: str) -> bool:
-        """Whether a device is found by this word alone."""
+        """Return whether a device is found by this word alone."""
         try:
             return bool(find_device(word, known))
         except InputError:

@@ -78,7 +78,7 @@ def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str
 
 
 def ready(findings: Sequence[Finding]) -> bool:
-    """Whether the default search can run."""
+    """Return whether the default search can run."""
     return all(finding.ok for finding in findings if finding.needed)
 
 
@@ -100,7 +100,7 @@ def describe(findings: Sequence[Finding]) -> str:
 
 
 def _packages() -> Iterator[Finding]:
-    """Each dependency that the distribution declares, those of its optional extras included."""
+    """Yield each dependency that the distribution declares, those of its optional extras included."""
     for requirement in map(Requirement, importlib.metadata.requires(_DISTRIBUTION) or ()):
         extra = _extra(requirement)
         if extra in _TOOLS or (requirement.marker and extra is None and not requirement.marker.evaluate()):
@@ -130,7 +130,7 @@ def _extra(requirement: Requirement) -> str | None:
 
 
 def package(requirement: Requirement, extra: str | None) -> Finding:
-    """Whether a package is installed in a version that meets its requirement.
+    """Return whether a package is installed in a version that meets its requirement.
 
     Args:
         requirement: As declared.
@@ -193,7 +193,7 @@ def _storage(uri: str) -> Finding:
 
 
 def _cluster(address: str, folders: Sequence[Path], storage: str | None) -> Finding:
-    """Whether each node of a running Ray cluster could serve a search, and reaches its storage."""
+    """Return whether each node of a running Ray cluster could serve a search, and reaches its storage."""
     from autodistill.search.runners.ray_cluster import join
 
     try:

@@ -54,7 +54,7 @@ def devices_table(known: Sequence[Device], width: int | None = None) -> str:
 
 
 def appraisal_text(document: Mapping[str, Any], width: int | None = None) -> str:
-    """What a model takes, its parts and the devices, as lines; everything in them is predicted.
+    """Return what a model takes, its parts and the devices, as lines; everything in them is predicted.
 
     Args:
         document: As `appraise` gives it.
@@ -91,14 +91,14 @@ def appraisal_text(document: Mapping[str, Any], width: int | None = None) -> str
 
 
 def _stress(found: Mapping[str, Any]) -> str:
-    """What a pressure test found, and which estimates fit."""
+    """Return what a pressure test found, and which estimates fit."""
     rows = [(name, format_bytes(size), "yes" if found["fit"][name] else "no") for name, size in found["plans"].items()]
     parts = [str(found["text"]), table([("estimate of", "bytes", "fits here"), *rows], left=1)]
     return "\n".join([*parts, *([str(found["summary"]).rstrip()] if found["summary"] else [])])
 
 
 def _speeds_note(document: Mapping[str, Any]) -> str:
-    """What the speeds are, or why there are none."""
+    """Return what the speeds are, or why there are none."""
     prompts = [one["prompt"] for one in document["devices"] if one["prompt"] is not None]
     assumed = dict.fromkeys(one["assumed"] for one in document["devices"] if one["assumed"])
     told = (None, document["cannot_hold"])
@@ -157,7 +157,7 @@ def _training(found: Mapping[str, Any]) -> str:
 
 
 def _gpus(found: Mapping[str, Any]) -> str:
-    """What each of several GPUs holds of a model, beside what one would."""
+    """Return what each of several GPUs holds of a model, beside what one would."""
     names = [name for name in found["each"] if name != "total_bytes"]
     rows = [
         (name.removesuffix("_bytes").replace("_", " "), *(format_bytes(found[who][name]) for who in ("alone", "each")))
@@ -228,7 +228,7 @@ def pick_text(document: Mapping[str, Any], width: int | None = None) -> str:
 
 
 def _last_text(runs: Sequence[str], not_held: bool) -> str:
-    """Which runs have students that come last, and why, or that one of them was picked all the same."""
+    """Return which runs have students that come last, and why, or that one of them was picked all the same."""
     why = "AutoDistill did not yet look at what a student forgets"
     said = (
         f"\nStudents of {', '.join(runs)} come last: then, {why}. Name runs to pick from these alone." if runs else ""
@@ -275,7 +275,7 @@ def _tiers_text(document: Mapping[str, Any], head: Sequence[str], width: int | N
 
 
 def _binding(tiers: Sequence[Mapping[str, Any]]) -> str:
-    """Which tiers have one student, and whether more memory would have a better one."""
+    """Return which tiers have one student, and whether more memory would have a better one."""
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for one in tiers:
         if one["pick"]:
@@ -301,7 +301,7 @@ def _score_above(picked: Mapping[str, Any]) -> str:
 
 
 def measured_text(document: Mapping[str, Any]) -> str:
-    """What was measured beside what was predicted, or how the script that was written is used.
+    """Return what was measured beside what was predicted, or how the script that was written is used.
 
     Args:
         document: As `measure` gives it.
@@ -354,7 +354,9 @@ def measured_text(document: Mapping[str, Any]) -> str:
 
 
 def _blocks_text(document: Mapping[str, Any]) -> str:
-    """What blocks take in each type, for a token and for a prompt, and which widths of an FFN cost more than others."""
+    """Return what blocks take in each type, for a token and for a prompt, and which widths of an FFN cost more than
+    others.
+    """
     times = document["blocks"]
     key, count = times["key"], times["layers"]
     lines = [

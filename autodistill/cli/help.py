@@ -31,7 +31,7 @@ class PlainCommand(TyperCommand):
         return _plain(super().get_params(ctx))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What follows the command's name in its usage line."""
+        """Return what follows the command's name in its usage line."""
         arguments = (param for param in self.get_params(ctx) if param.param_type_name == "argument")
         return ["[OPTIONS]", *map(_usage, arguments)]
 

@@ -76,7 +76,7 @@ class SearchView(Observer):
 
 
 def _waiting(trial: TrialState) -> bool:
-    """Whether a trial stands at a rung, from which it may yet be taken further."""
+    """Return whether a trial stands at a rung, from which it may yet be taken further."""
     return trial.status is None and not trial.running and trial.rung >= 0
 
 

@@ -20,7 +20,7 @@ Json = Annotated[bool, Option(help="Print the result as JSON.", section="Output"
 def parameters(
     declared: Callable[..., Any], command: str = "", sections: Collection[str] = ()
 ) -> list[inspect.Parameter]:
-    """What the options that a function or a dataclass declares are to Typer.
+    """Return what the options that a function or a dataclass declares are to Typer.
 
     Args:
         declared: The function or the dataclass.
@@ -60,6 +60,6 @@ def _parameter(name: str, option: Option, default: Any, command: str, sections: 
 
 
 def typed(ctx: typer.Context) -> dict[str, Any]:
-    """What was typed, by name; whatever was not has its default where it is declared."""
+    """Return what was typed, by name; whatever was not has its default where it is declared."""
     sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
     return {name: ctx.params[name] for name, source in sources.items() if source and source.name != "DEFAULT"}

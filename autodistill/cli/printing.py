@@ -42,7 +42,9 @@ def show(as_json: bool, work: Callable[[], T], document: Callable[[T], Any], tex
 
 
 def _told(error: BaseException) -> tuple[str, int]:
-    """What ended the work, and the exit code that it leads to; what nobody foresaw has its traceback on stderr."""
+    """Return what ended the work, and the exit code that it leads to; what nobody foresaw has its traceback on
+    stderr.
+    """
     if isinstance(error, AutoDistillError):
         return str(error), ended_by(error.exit_code)
     if isinstance(error, KeyboardInterrupt):
@@ -117,7 +119,7 @@ def lines(paths: dict[str, str]) -> str:
 
 
 def bundle_text(document: dict[str, Any]) -> str:
-    """What `bundle` did, for a person."""
+    """Return what `bundle` did, for a person."""
     if "whole" in document:
         others = f"; not of the bundle: {', '.join(document['others'])}" if document["others"] else ""
         return f"{document['bundle']}: its {document['whole']} files are as they were written{others}"

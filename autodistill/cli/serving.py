@@ -76,7 +76,7 @@ def _announce(service: Service, request: ServeRequest) -> None:
 
 
 def served_text(document: Mapping[str, Any]) -> str:
-    """What a server did until it was stopped, for a person."""
+    """Return what a server did until it was stopped, for a person."""
     if "answer_tokens" not in document:
         return f"{document['url']} is stopped"
     told = [
@@ -91,7 +91,7 @@ def served_text(document: Mapping[str, Any]) -> str:
 
 @takes(DraftsRequest, "drafts")
 def drafts(**options: Any) -> dict[str, Any]:
-    """Try smaller students as drafts of a model in llama.cpp: how much of them it takes, and how fast that is."""
+    """Measure smaller students as drafts of a model in llama.cpp: how many tokens it accepts, and how fast it gets."""
     request = DraftsRequest(**options)
     quiet_libraries()
     from autodistill.service.drafts import drafts as tried
@@ -100,7 +100,7 @@ def drafts(**options: Any) -> dict[str, Any]:
 
 
 def drafts_text(document: Mapping[str, Any]) -> str:
-    """What drafts did, for a person: those that were tried now, or what is recorded."""
+    """Return what drafts did, for a person: those that were tried now, or what is recorded."""
     found = document["drafts"]
     name = Path(document["target"]).name
     if not found:
@@ -150,7 +150,7 @@ def load(**options: Any) -> dict[str, Any]:
 
 
 def loaded_text(document: Mapping[str, Any]) -> str:
-    """What a load came to, for a person; each number of sequences was told as it was done."""
+    """Return what a load came to, for a person; each number of sequences was told as it was done."""
     doubts = "".join(f"\nDoubtful: {doubt}." for doubt in document["measured"]["doubts"])
     if document["streams"] is None:
         kept = "Even one sequence alone breaks a limit."
@@ -166,7 +166,7 @@ def loaded_text(document: Mapping[str, Any]) -> str:
 
 
 def _held(held: Mapping[str, Any]) -> str:
-    """How a promise stands under load."""
+    """Return how a promise stands under load."""
     figures = [f"{one['figure']} {_KEPT[one['kept']]}: {one['said']}" for one in held["promise"]]
     return f"The promise of {held['of']} is {held['verdict']}: {'; '.join(figures)}."
 

@@ -36,7 +36,9 @@ def headline(run: RunFolder) -> str:
 
 
 def _read(asked: Mapping[str, Any]) -> list[str]:
-    """How much of validation figures are of: a time budget decides, and runs that read differently do not compare."""
+    """Return how much of validation figures are of: a time budget decides, and runs that read differently do not
+    compare.
+    """
     held = (asked.get("data") or {}).get("tokens", {}).get("validation")
     read = (asked.get("plan") or {}).get("eval_tokens")
     return [f"{read:,} of {held:,} validation tokens read"] if held and read else []
@@ -121,7 +123,7 @@ def _beside(baselines: Sequence[str]) -> str:
 
 
 def _trained_on(plan: Mapping[str, Any]) -> dict[str, str]:
-    """What becomes of the best after the trials, where the plan leaves them something."""
+    """Return what becomes of the best after the trials, where the plan leaves them something."""
     if plan["longest"] <= 1:
         return {}
     threads = f", alone on {plan['alone']} threads" if plan["alone"] else ""
@@ -163,7 +165,7 @@ def table(rows: Sequence[Sequence[str]], left: int, least: Sequence[str] = (), w
 
 
 def written_summary(counts: Mapping[str, Any]) -> str:
-    """What `write` did: answers, tokens, and what they can teach."""
+    """Return what `write` did: answers, tokens, and what they can teach."""
     lines = [
         f"{counts['written']} answers written, {counts['kept']} from before, of {counts['prompts']} prompts: "
         f"{counts['out']}",
@@ -252,8 +254,8 @@ def _packed(row: Row) -> str:
 
 _FOUND, _BASELINE, _INITIAL = "found student", "baseline", "undistilled student"
 _BEFORE = "found, at 100%"
-_TEACHER, _QUANTISED = "teacher", "quantised teacher"
-_ORDER = (_FOUND, _BEFORE, _BASELINE, _INITIAL, _TEACHER, _QUANTISED)
+_TEACHER, _QUANTIZED = "teacher", "quantised teacher"
+_ORDER = (_FOUND, _BEFORE, _BASELINE, _INITIAL, _TEACHER, _QUANTIZED)
 
 
 def _is_exported(row: Row, best: Mapping[str, Any]) -> bool:
@@ -261,7 +263,7 @@ def _is_exported(row: Row, best: Mapping[str, Any]) -> bool:
 
 
 def _untrained(row: Row, best: Mapping[str, Any]) -> bool:
-    """Whether it is exported, and is no student that was trained, as is said of it then."""
+    """Return whether it is exported, and is no student that was trained, as is said of it then."""
     return _is_exported(row, best) and row.kind not in DISTILLED
 
 
@@ -271,7 +273,7 @@ def _title(row: Row, best: Mapping[str, Any]) -> str:
     if row.kind in DISTILLED:
         return _BASELINE if row.kind == "baseline" else _BEFORE
     if row.kind == "teacher":
-        return _TEACHER if row.deployment.bits == 16 else _QUANTISED
+        return _TEACHER if row.deployment.bits == 16 else _QUANTIZED
     return _INITIAL
 
 
@@ -309,7 +311,7 @@ def _paths(document: Mapping[str, Any]) -> str:
 
 
 def budgets_text(document: Mapping[str, Any], width: int) -> str:
-    """What was found for each budget, as lines for a person.
+    """Return what was found for each budget, as lines for a person.
 
     Args:
         document: As `search.budgets.summary.document` gives it.
@@ -329,7 +331,7 @@ def budgets_text(document: Mapping[str, Any], width: int) -> str:
 
 
 def planned_text(document: Mapping[str, Any], width: int) -> str:
-    """What a search would do, for one budget or for each of several, as lines for a person.
+    """Return what a search would do, for one budget or for each of several, as lines for a person.
 
     Args:
         document: As `plan_search` or `plan_budgets` gives it.

@@ -69,7 +69,7 @@ class Progress:
         return f"{self.metric}: {', '.join(parts)}" if parts else ""
 
     def speed(self) -> str:
-        """Tokens per second and time left in words; empty where neither is known."""
+        """Return the tokens per second and time left in words; empty where neither is known."""
         rate = "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
         left = "" if self.seconds_left is None else f"{format_duration(round(max(self.seconds_left, 1)))} left"
         return ", ".join(part for part in (rate, left) if part)
@@ -236,7 +236,8 @@ def leaderboard_table(
 def fitting(
     rows: Sequence[Sequence[str]], columns: Iterable[int], least: Iterable[int], width: int | None
 ) -> list[int]:
-    """Which columns of a table are shown: all, but for those that matter least where a line has no room for them.
+    """Return which columns of a table are shown: all, but for those that matter least where a line has no room for
+    them.
 
     Args:
         rows: Cells, the titles first.
@@ -264,7 +265,7 @@ _KEPT, _SIZE, _LATENCY, _TRAINED = 3, 5, 6, 7
 
 
 def _columns(titles: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> list[int]:
-    """Which columns are shown: those with figures, and of them what fits the width, by how much they matter."""
+    """Return which columns are shown: those with figures, and of them what fits the width, by how much they matter."""
     shown = [index for index in range(len(titles)) if index != _LATENCY or any(line[_LATENCY] != "-" for line in lines)]
     return fitting([titles, *lines], shown, (_SIZE, _KEPT, _TRAINED), width)
 
@@ -312,7 +313,9 @@ def _estimated(value: float | None, source: str | None, write: Callable[[float],
 
 
 def _strategies(rows: Sequence[Row]) -> list[str]:
-    """What the students are, the best first; those of one strategy, like one that was trained further, together."""
+    """Return what the students are, the best first; those of one strategy, like one that was trained further,
+    together.
+    """
     told: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.strategy is None:

@@ -26,7 +26,7 @@ from autodistill.data.conversations import (
     readers,
 )
 from autodistill.errors import InputError
-from autodistill.models.licenses import stated
+from autodistill.models.model_folder import stated_license
 from autodistill.utils.input_files import check_file
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ Document = str | Conversation
 
 
 def usable(fields: Sequence[str]) -> bool:
-    """Whether records of these fields can be read as text, or as conversations."""
+    """Return whether records of these fields can be read as text, or as conversations."""
     return any(name in fields for name in TEXTS) or next(readers(fields), None) is not None
 
 
@@ -327,7 +327,7 @@ def _hub(ref: str) -> DataSource:
             "hub, or give the data of that commit as a local file"
         )
     records = [(f"record {number}", record) for number, record in enumerate(split, start=1)]
-    source = _source(name, "hub", _record_documents(records, ref), ref, stated(split.info.license))
+    source = _source(name, "hub", _record_documents(records, ref), ref, stated_license(split.info.license))
     return replace(source, revision=read or revision)
 
 

@@ -46,7 +46,7 @@ def splits(spec: ModelSpec, scheme: QuantizationScheme, processes: int) -> bool:
     """Return whether a division cuts through weights that share a scale, which no process could then find."""
 
     def cut(tensor: TensorSpec) -> bool:
-        """Whether a share of a tensor would end within one of its groups."""
+        """Return whether a share of a tensor would end within one of its groups."""
         grid, last = scheme.storage(tensor), get_family(spec.architecture).axes(tensor.name)[-1]
         if last not in _DIVIDED or not isinstance(grid, Grid):
             return False

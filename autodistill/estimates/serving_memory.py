@@ -290,7 +290,7 @@ def _fused(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def _gated(spec: ModelSpec) -> bool:
-    """Whether its FFN has a gate, as that of every architecture has which is described and not supported."""
+    """Return whether its FFN has a gate, as that of every architecture has which is described and not supported."""
     return spec.architecture not in FAMILIES or FAMILIES[spec.architecture].gated
 
 
@@ -355,7 +355,7 @@ def _latent_attention(spec: ModelSpec) -> int:
 
 
 def _repacked(serving: _Serving) -> bool:
-    """Whether a tied table is held twice: as rows to look up, and for the head with eight rows interleaved."""
+    """Return whether a tied table is held twice: as rows to look up, and for the head with eight rows interleaved."""
     tables = [tensor for tensor in serving.spec.tensors if tensor.role is Role.EMBEDDING]
     kinds = [TYPES[kind] for kind in REPACKED]
     return serving.spec.tied and any(

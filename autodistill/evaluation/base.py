@@ -112,11 +112,11 @@ class SimulatedStudent(Protocol):
         ...
 
     def chats(self, prompts: Sequence[str]) -> list[str]:
-        """Each prompt as a user's turn in the tokenizer's chat template, up to where the answer begins."""
+        """Return each prompt as a user's turn in the tokenizer's chat template, up to where the answer begins."""
         ...
 
     def write(self, prompts: Sequence[str], *, max_tokens: int, stops: Sequence[str] = ()) -> list[str]:
-        """What it writes, greedily, after each prompt, up to the first of the texts in `stops`."""
+        """Return what it writes, greedily, after each prompt, up to the first of the texts in `stops`."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -130,7 +130,7 @@ class SimulatedStudent(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What an evaluator is given; it reads what it needs and no more.
+    """The student that an evaluator measures, with what was computed of it.
 
     Attributes:
         spec: Shape of the student.
@@ -160,7 +160,7 @@ class Subject:
 
 
 class Evaluator(Protocol):
-    """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments."""
+    """Measures one figure of a student, or several that need the same work. A plug-in, made without arguments."""
 
     @property
     def name(self) -> str:
@@ -182,7 +182,9 @@ class Evaluator(Protocol):
         ...
 
     def supports(self, deployment: Deployment) -> bool:
-        """Whether this evaluator can measure a student packed so; a subclass that does not say can measure any."""
+        """Return whether this evaluator can measure a student packed so; a subclass that does not say can measure
+        any.
+        """
         return True
 
 

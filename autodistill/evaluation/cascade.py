@@ -214,7 +214,9 @@ def _over_chance(
 
 
 def _memory(memory: tuple[int, int] | None, deferred: npt.NDArray[np.bool_]) -> int | None:
-    """Bytes of what must be loaded: the small model, both, or where everything is deferred the large one alone."""
+    """Return the bytes of what must be loaded: the small model, both, or where everything is deferred the large one
+    alone.
+    """
     if memory is None:
         return None
     small, large = memory

@@ -136,11 +136,7 @@ def evaluate(
         TrialFailedError: The student's likelihoods are no numbers.
     """
     chosen = _reading(evaluators, deployment)
-    asking = {item.needs: item.name for item in reversed(chosen)}
-    if "answers" in asking and data.questions is None:
-        raise InputError(f"{asking['answers']} needs questions with answers: {ASKING_DATA}")
-    if "student" in asking and tokenizer is None:
-        raise ValueError(f"{asking['student']} asks the student in text, and no tokenizer was given")
+    asking = _asking(chosen, data, tokenizer)
     with deployed_weights(model, spec, deployment, scales):
         scores = score(model, data, reference, device=device)[0]
         if not np.isfinite(scores.nll).all():
@@ -184,10 +180,20 @@ def _reading(evaluators: Sequence[str | Evaluator], deployment: Deployment) -> l
     return [item for item in loaded if item.needs != "artifact" and item.supports(deployment)]
 
 
+def _asking(chosen: Sequence[Evaluator], data: TokenSet, tokenizer: Path | None) -> set[str]:
+    """Return what the evaluators need, where it can be had."""
+    asking = {item.needs: item.name for item in reversed(chosen)}
+    if "answers" in asking and data.questions is None:
+        raise InputError(f"{asking['answers']} needs questions with answers: {ASKING_DATA}")
+    if "student" in asking and tokenizer is None:
+        raise ValueError(f"{asking['student']} asks the student in text, and no tokenizer was given")
+    return {*asking}
+
+
 def _documents(
     measurements: Mapping[str, Measurement], scores: TokenScores, metric: str, split: str, in_a_row: int
 ) -> dict[str, Any]:
-    """What is kept of each document for paired comparisons, as `Evaluation` has it."""
+    """Return what is kept of each document for paired comparisons, as `Evaluation` has it."""
     paired = {name: dict(item.documents) for name, item in measurements.items() if item.documents}
     summed = metric if metric in paired else "accuracy"
     if split == "test":

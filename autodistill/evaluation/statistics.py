@@ -132,7 +132,9 @@ def clustered_mean(
 
 
 def _draws(clusters: int) -> npt.NDArray[np.float64]:
-    """How often each of some clusters is in each draw of as many, [draws, clusters]: the same for the same number."""
+    """Return how often each of some clusters is in each draw of as many, [draws, clusters]: the same for the same
+    number.
+    """
     shares = np.full(clusters, 1 / clusters)
     return np.random.default_rng(0).multinomial(clusters, shares, size=_RESAMPLES).astype(float)
 
@@ -237,7 +239,7 @@ def paired_bootstrap(
 
 
 def resampled(clusters: int) -> float:
-    """What a bootstrapped error is multiplied by for being one of few clusters.
+    """Return what a bootstrapped error is multiplied by for being one of few clusters.
 
     Draws scatter about the clusters' own mean, for which sqrt(G / (G - 1)) of G clusters makes up, and what they
     scatter by is uncertain: see `widening`.

@@ -27,7 +27,7 @@ from autodistill.strategy.deployment import Deployment
 
 _EXPERTS = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(gate_up_proj|down_proj)")
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.\w+\.gate\.weight")
-_NORMALISED = {"mixtral": True, "qwen3_moe": True, "olmoe": False}
+_NORMALIZED = {"mixtral": True, "qwen3_moe": True, "olmoe": False}
 """Whether llama.cpp's graph gives the experts that a token takes weights that sum to one."""
 
 
@@ -43,8 +43,8 @@ def cannot_write(spec: ModelSpec, config: Mapping[str, Any]) -> str:
         return "" if name in FAMILIES else _unknown(name)
     if reason := not_computed(_like(config), spec.head_dim):
         return reason
-    if name != "mixtral" and bool(config.get("norm_topk_prob", False)) != _NORMALISED[name]:
-        return f"llama.cpp computes {name} with norm_topk_prob {str(_NORMALISED[name]).lower()} alone"
+    if name != "mixtral" and bool(config.get("norm_topk_prob", False)) != _NORMALIZED[name]:
+        return f"llama.cpp computes {name} with norm_topk_prob {str(_NORMALIZED[name]).lower()} alone"
     if name == "olmoe" and spec.kv_heads != spec.heads:
         heads = f"{spec.kv_heads} for {spec.heads}"
         return f"llama.cpp computes olmoe with as many heads of keys as of queries, and not {heads}"
@@ -144,7 +144,7 @@ def _gguf_parts(tensor: TensorSpec, spec: ModelSpec) -> list[tuple[str, tuple[in
 
 
 def _split(tensor: TensorSpec, values: Floats, spec: ModelSpec) -> Iterator[tuple[str, Floats]]:
-    """What a tensor of transformers is in a file: experts' gates and ups lie apart."""
+    """Yield what a tensor of transformers is in a file: experts' gates and ups lie apart."""
     parts = _gguf_parts(tensor, spec)
     for (name, _), part in zip(
         parts, np.split(values, len(parts), axis=1) if len(parts) > 1 else [values], strict=True

@@ -13,8 +13,8 @@ import yaml
 
 from autodistill.export.base import Label
 from autodistill.models.config import spec_from_config
-from autodistill.models.licenses import stated
 from autodistill.models.llama_cpp_graphs import graph_of
+from autodistill.models.model_folder import stated_license
 from autodistill.quantization.formats import as_held, get_format
 from autodistill.runs.markdown import fenced, plain
 from autodistill.runs.results.leaderboard import DISTILLED
@@ -53,8 +53,8 @@ class Origin:
         return cls(
             teacher=teacher,
             data=data,
-            teacher_license=stated(known.get(teacher)),
-            data_license=stated(known.get(data)),
+            teacher_license=stated_license(known.get(teacher)),
+            data_license=stated_license(known.get(data)),
             quantized=search["teacher"].get("quantised"),
         )
 
@@ -193,7 +193,9 @@ def _made(row: Row, origin: Origin) -> str:
 
 
 def _is_distilled(row: Row) -> bool:
-    """Whether a row's model was trained, and on anything of the teacher's; one without a strategy is taken to be."""
+    """Return whether a row's model was trained, and on anything of the teacher's; one without a strategy is taken to
+    be.
+    """
     recipe = None if row.strategy is None else row.strategy.distillation
     taught = recipe is None or recipe.weighs_teacher or recipe.alignment is not None or recipe.attention is not None
     return row.kind in DISTILLED and taught

@@ -225,7 +225,7 @@ def _same_written(expected: tuple[int, ...], written: tuple[int, ...]) -> int | 
 
 
 def falls_short(hits: int, count: int, least: float) -> bool:
-    """Whether what was found so often is less than it must be.
+    """Return whether what was found so often is less than it must be.
 
     From 500 observations on, the share itself says so. Of fewer, one miss may be a large share and tell nothing, so
     that it falls short where so few hits would come less than once in 200 times if the true share were the least: an

@@ -80,33 +80,9 @@ def client_of(
         raise InputError(f"no server of federated distillation answers at {address}: start it first") from error
 
 
-def server_of(
-    address: str,
-    clients: int,
-    rounds: int,
-    seconds: float,
-    certificates: tuple[bytes, bytes, bytes] | None,
-    told: Callable[[str], None],
-) -> Predictions:
-    """Pool what clients predict, round by round, and return what they predict together at the end.
-
-    A client that vanishes, or takes too long, is left out of a round; a round without any client keeps what was
-    agreed before.
-
-    Args:
-        address: Where to listen.
-        clients: That are waited for before the first round.
-        rounds: Of training.
-        seconds: That a round waits for its clients.
-        certificates: CA, server certificate and key in PEM, or None for no encryption.
-        told: Is given a line for each round.
-
-    Raises:
-        InputError: No client ever sent predictions.
-    """
-    flwr = flower()
+def _pooling(flwr: Any, clients: int, told: Callable[[str], None]) -> Any:
+    """Return the server's strategy, as Flower calls it; its base class is known once Flower is imported."""
     to_arrays, to_parameters = flwr.common.parameters_to_ndarrays, flwr.common.ndarrays_to_parameters
-
     strategy: Any = flwr.server.strategy.Strategy
 
     class Pooling(strategy):
@@ -151,7 +127,35 @@ def server_of(
             """Return nothing: the server has no model."""
             return None
 
-    strategy = Pooling()
+    return Pooling()
+
+
+def server_of(
+    address: str,
+    clients: int,
+    rounds: int,
+    seconds: float,
+    certificates: tuple[bytes, bytes, bytes] | None,
+    told: Callable[[str], None],
+) -> Predictions:
+    """Pool what clients predict, round by round, and return what they predict together at the end.
+
+    A client that vanishes, or takes too long, is left out of a round; a round without any client keeps what was
+    agreed before.
+
+    Args:
+        address: Where to listen.
+        clients: That are waited for before the first round.
+        rounds: Of training.
+        seconds: That a round waits for its clients.
+        certificates: CA, server certificate and key in PEM, or None for no encryption.
+        told: Is given a line for each round.
+
+    Raises:
+        InputError: No client ever sent predictions.
+    """
+    flwr = flower()
+    strategy = _pooling(flwr, clients, told)
     flwr.server.start_server(
         server_address=address,
         config=flwr.server.ServerConfig(num_rounds=rounds, round_timeout=seconds),

@@ -21,7 +21,7 @@ CONTEXT = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Hard limits of the deployed student.
+    """Hard limits of a deployed student: its memory at a context and a batch.
 
     Attributes:
         memory_bytes: Limit of the memory that inference takes: weights, KV cache, compute buffers and overhead.

@@ -60,7 +60,7 @@ def _hash() -> str:
 
 
 def _git(*words: str) -> str | None:
-    """What git says; None where it is not there, or this is no checkout."""
+    """Return what git says; None where it is not there, or this is no checkout."""
     try:
         done = subprocess.run(
             ["git", "-C", str(_SOURCES), *words], capture_output=True, text=True, timeout=_SECONDS, check=False

@@ -152,7 +152,7 @@ class PackedStudent:
         reach = max(len(stop.encode()) for stop in stops) + LOOKED + 1
 
         def enough(ids: list[int]) -> bool:
-            """Whether an answer has come to one of its stops."""
+            """Return whether an answer has come to one of its stops."""
             tail = self._tokenizer.decode(ids[-reach:], skip_special_tokens=True)
             return any(stop in tail for stop in stops) and _settled(
                 str(self._tokenizer.decode(ids, skip_special_tokens=True)), stops

@@ -323,7 +323,7 @@ def _listen(lines: queue.Queue[dict[str, Any]]) -> None:
 
 
 def _names(rank: int, count: int) -> dict[str, str]:
-    """What a process is told of its place; gloo and NCCL are to meet within this machine."""
+    """Return what a process is told of its place; gloo and NCCL are to meet within this machine."""
     inside = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return inside | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
 

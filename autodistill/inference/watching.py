@@ -59,7 +59,7 @@ Read: TypeAlias = Callable[[int], tuple[Tensor, Callable[[], Tensor]]]
 
 
 def watched(model: Any, names: Sequence[str], read: Read, count: int, device: str) -> list[dict[str, Taken]]:
-    """What goes into each matrix, and the gradients at its outputs, of each sequence.
+    """Return what goes into each matrix, and the gradients at its outputs, of each sequence.
 
     Args:
         model: In float32.
@@ -130,7 +130,7 @@ def watched_by_block(
     seed: int,
     device: str,
 ) -> Iterator[dict[str, list[Taken]]]:
-    """What goes into matrices, and the gradients of the log-probability of drawn tokens behind them, by block.
+    """Yield what goes into matrices, and the gradients of the log-probability of drawn tokens behind them, by block.
 
     The last block comes first. The states before each block are kept, and each block is computed once more from them,
     so that what is watched of one block alone is in memory.
@@ -176,7 +176,7 @@ def watched_by_block(
 def _back(
     model: Any, index: int, names: Sequence[str], given: Sequence[Tensor], slopes: Sequence[Tensor], device: str
 ) -> tuple[list[dict[str, Taken]], list[Tensor]]:
-    """What is watched in a block, and the gradients before it.
+    """Return what is watched in a block, and the gradients before it.
 
     Args:
         model, names, device: As for `watched`.

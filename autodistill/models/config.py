@@ -1,225 +1,19 @@
-"""Reading of a model's config.json: the type of each field is checked, and the shape of the model is derived."""
+"""The shape of a model, from its config.json and back, and the same model in other sizes."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
 from autodistill.errors import InputError
+from autodistill.models.config_fields import FFN, check_config
 from autodistill.models.families import FAMILIES, Axis, get_family
 from autodistill.models.llama_cpp_graphs import FULL, SLIDING, not_computed
 from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.models.tensors import Entry, Layout, Role, Tensors
-
-MOST_EXPERTS = 10_000
-"""Of a layer: more are a slip or an attack, and no mixture."""
-
-MOST_LABELS = 100_000
-"""Of a classifier, which no teacher is: transformers makes a name for each."""
-
-Check = Callable[[Any], bool]
-
-_LAYER = re.compile(r"[0-9]{1,9}")
-
-_FFN = "intermediate_size"
-"""The one property that a layer may have for itself, in transformers' `per_layer_config`."""
-
-
-def _whole(least: int, most: int) -> Check:
-    """Return whether a value is a whole number; true and false do not count."""
-    return lambda value: type(value) is int and least <= value <= most
-
-
-def _number(value: Any) -> bool:
-    # Beyond the largest float, a whole number cannot be computed with.
-    return type(value) in (int, float) and 0 < value < 1e300 and math.isfinite(value)
-
-
-def _share(value: Any) -> bool:
-    return _number(value) and value <= 1
-
-
-def _part(value: Any) -> bool:
-    return (value == 0 and type(value) in (int, float)) or (_share(value) and value < 1)
-
-
-def _token(value: Any) -> bool:
-    # Below 0 some say that there is none.
-    return type(value) is int and -MOST_OF_A_SIZE <= value <= MOST_OF_A_SIZE
-
-
-def _tokens(value: Any) -> bool:
-    return _token(value) or (isinstance(value, list | tuple) and all(map(_token, value)))
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(_number, value))
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _layers(value: Any) -> bool:
-    """Return whether a value gives single layers an FFN width of their own, and nothing else."""
-    return isinstance(value, Mapping) and all(
-        isinstance(layer, str) and _LAYER.fullmatch(layer) and isinstance(own, Mapping) and set(own) == {_FFN}
-        for layer, own in value.items()
-    )
-
-
-def _switch(value: Any) -> bool:
-    return type(value) is bool or (type(value) is int and value in (0, 1))
-
-
-def _kinds(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
-
-
-_SIZE = (_whole(0, MOST_OF_A_SIZE), "a whole number that is not negative")
-
-_SWITCH = (_switch, "true or false")
-
-_TEXT = (_text, "text")
-
-_NUMBER = (_number, "a number above 0")
-
-_SHARE = (_share, "a number above 0, 1 at the most")
-
-_PART = (_part, "a number from 0, below 1")
-
-_TOKEN = (_token, "the number of a token")
-
-_NUMBERS = (_numbers, "a list of numbers above 0")
-
-_ABSENT = (lambda value: False, "nothing")
-
-_MAPPING = (lambda value: isinstance(value, Mapping), "a mapping")
-
-_EXPERTS = (_whole(0, MOST_EXPERTS), f"a whole number, {MOST_EXPERTS:,} at the most")
-
-_TOKENS: Mapping[str, tuple[Check, str]] = {
-    "bos_token_id": _TOKEN,
-    "eos_token_id": (_tokens, "the number of a token, or a list of these"),
-    "pad_token_id": _TOKEN,
-}
-
-_FIELDS: Mapping[str, tuple[Check, str]] = {
-    **_TOKENS,
-    "rms_norm_eps": _NUMBER,
-    "layer_norm_eps": _NUMBER,
-    "query_pre_attn_scalar": _NUMBER,
-    "initializer_range": _PART,
-    "attention_dropout": _PART,
-    "hidden_dropout": _PART,
-    "use_parallel_residual": _SWITCH,
-    "use_cache": _SWITCH,
-    "num_labels": (_whole(0, MOST_LABELS), f"a whole number, {MOST_LABELS:,} at the most"),
-    # What would have transformers read other files, make other modules or give outputs of another kind.
-    "transformers_weights": _ABSENT,
-    "fusion_config": _ABSENT,
-    "per_layer_config": (_layers, f'a mapping like {{"0": {{"{_FFN}": 128}}}}, from layers to their FFN width alone'),
-    "return_dict": (lambda value: value is True, "true"),
-    "is_encoder_decoder": (lambda value: value is False, "false"),
-    "output_attentions": (lambda value: value is False, "false"),
-    "sliding_window": _SIZE,
-    "sliding_window_pattern": (_whole(0, MOST_LAYERS), "a whole number of layers"),
-    "max_window_layers": (_whole(0, MOST_LAYERS), "a whole number of layers"),
-    "layer_types": (_kinds, "a list of texts"),
-    "use_sliding_window": _SWITCH,
-    "tie_word_embeddings": _SWITCH,
-    "attention_bias": _SWITCH,
-    "mlp_bias": _SWITCH,
-    "dtype": _TEXT,
-    "torch_dtype": _TEXT,
-    "hidden_act": _TEXT,
-    "hidden_activation": _TEXT,
-    "rope_theta": _NUMBER,
-    "rope_local_base_freq": _NUMBER,
-    "rotary_emb_base": _NUMBER,
-    "rotary_pct": _SHARE,
-    "rope_scaling": _MAPPING,
-    "rope_parameters": _MAPPING,
-    "quantization_config": _MAPPING,
-    "n_routed_experts": _EXPERTS,
-    "n_shared_experts": _EXPERTS,
-    "num_experts_per_tok": _EXPERTS,
-    "num_local_experts": _EXPERTS,
-    "num_experts": _EXPERTS,
-    "q_lora_rank": _SIZE,
-    "first_k_dense_replace": (_whole(0, MOST_LAYERS), "a whole number of layers"),
-}
-
-_ROTARY: Mapping[str, tuple[Check, str]] = {
-    "rope_type": _TEXT,
-    "type": _TEXT,
-    "rope_theta": _NUMBER,
-    "partial_rotary_factor": _SHARE,
-    "original_max_position_embeddings": _NUMBER,
-    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), _NUMBER),
-    **dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _NUMBER),
-    **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
-}
-
-_PACKED: Mapping[str, tuple[Check, str]] = {"format": _TEXT, "config_groups": _MAPPING}
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a config in which a field that is read has the wrong type.
-
-    A field that is missing, or null, has its default; which sizes there must be is the architecture's.
-
-    Args:
-        config: Content of `config.json`.
-
-    Raises:
-        InputError: The field, and what it should be.
-    """
-    _check(config, _FIELDS, "")
-    for name in ("rope_scaling", "rope_parameters"):
-        rotary = config.get(name) or {}
-        _check(rotary, _ROTARY, f"{name}.")
-        # Gemma has those of each kind of layers under its name.
-        for kind in ("full_attention", "sliding_attention"):
-            _check(rotary, {kind: _MAPPING}, f"{name}.")
-            _check(rotary.get(kind) or {}, _ROTARY, f"{name}.{kind}.")
-    packed = config.get("quantization_config") or {}
-    _check(packed, _PACKED, "quantization_config.")
-    for name, group in (packed.get("config_groups") or {}).items():
-        where = "quantization_config.config_groups"
-        _check({name: group}, {name: _MAPPING}, f"{where}.")
-        _check(group or {}, {"weights": _MAPPING}, f"{where}.{name}.")
-
-
-def check_tokens(settings: Mapping[str, Any], file: str) -> None:
-    """Refuse generation settings in which a special token is not a token id.
-
-    Args:
-        settings: Content of a JSON file.
-        file: Its name.
-
-    Raises:
-        InputError: The field, and what it should be.
-    """
-    _check(settings, _TOKENS, "", file)
-
-
-def _check(
-    found: Mapping[str, Any], fields: Mapping[str, tuple[Check, str]], where: str, file: str = "config.json"
-) -> None:
-    for name, (check, kind) in fields.items():
-        value = found.get(name)
-        if value is not None and not check(value):
-            shown = repr(value) if isinstance(value, str | float | bool) else type(value).__name__
-            if type(value) is int:
-                shown = str(value) if abs(value) < 10**12 else "a far larger number"
-            raise InputError(f"the model's config must give {where}{name} as {kind}, not {shown[:60]}: check {file}")
-
 
 ARCHITECTURES = tuple(FAMILIES)
 """transformers' `model_type`s that can be described."""
@@ -263,7 +57,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         head_dim=width // heads
         if family.heads_fill_width
         else _size(config, "head_dim", family.head_dim or width // heads),
-        ffn_width=_size(config, _FFN),
+        ffn_width=_size(config, FFN),
         vocabulary=_size(config, "vocab_size"),
         max_context=_size(config, "max_position_embeddings"),
         tied=bool(config.get("tie_word_embeddings", family.tied)),
@@ -317,7 +111,7 @@ def per_layer_config(spec: ModelSpec) -> dict[str, dict[str, int]]:
     Numbers of layers have as many digits as the last of them, as transformers writes them.
     """
     narrow = [layer for layer, width in enumerate(spec.ffn_widths) if width < spec.ffn_width]
-    return {str(layer).zfill(len(str(narrow[-1]))): {_FFN: spec.ffn_widths[layer]} for layer in narrow}
+    return {str(layer).zfill(len(str(narrow[-1]))): {FFN: spec.ffn_widths[layer]} for layer in narrow}
 
 
 _SIZES = itemgetter(
@@ -386,7 +180,7 @@ def _ffn_widths(config: Mapping[str, Any], spec: ModelSpec) -> tuple[int, ...]:
             "each once: check it"
         )
     for layer, own in given.items():
-        widths[layer] = _size(own, _FFN)
+        widths[layer] = _size(own, FFN)
     return tuple(widths)
 
 

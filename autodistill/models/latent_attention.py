@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.models.config import check_config
+from autodistill.models.config_fields import check_config
 from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.models.tensors import Role, TensorSpec, takes_more_bits
 

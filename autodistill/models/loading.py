@@ -15,7 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from autodistill.errors import InputError
-from autodistill.models.config import check_tokens, spec_from_config, uniform
+from autodistill.models.config import spec_from_config, uniform
+from autodistill.models.config_fields import check_tokens
 from autodistill.models.families import FAMILIES, get_family
 from autodistill.models.layer_widths import model_class, padded
 from autodistill.models.model_folder import check_files, read_config, read_json, weight_files

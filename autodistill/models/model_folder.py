@@ -1,4 +1,4 @@
-"""Checks of a model's folder before any weight is loaded, and the hashes that identify the folder."""
+"""A model's folder before any weight is loaded: checks of its files, the hashes that identify it, its licence."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ _LONGEST_TEXT = 2**28  # bytes of a JSON file: the largest tokenizers have a ten
 
 # transformers would load these beside, or instead of, the weights that are checked here.
 _ADAPTER, _SHARDS_OF_A_GROUP = "adapter_config.json", re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+_LONGEST_LICENSE = 200  # characters: identifiers and names are short, and what is longer is a licence's text
 
 
 def check_files(folder: Path) -> None:
@@ -182,3 +184,19 @@ HeldType = Literal["float32", "bfloat16", "float16"]
 # What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
 MORE_TEMPLATES = "additional_chat_templates"
 """The folder of a tokenizer's chat templates beside its default one, which is what conversations are rendered by."""
+
+
+def stated_license(license: object) -> str | None:
+    """Return the licence in one line, or None if no readable licence is given.
+
+    Model cards have an identifier or a list of these; GGUF files may have a value of any kind under its key.
+
+    Args:
+        license: As it was read.
+    """
+    if isinstance(license, list | tuple):
+        return ", ".join(filter(None, map(stated_license, license))) or None
+    if not isinstance(license, str):
+        return None
+    line = " ".join("".join(sign if sign.isprintable() else " " for sign in license).split())
+    return line[:_LONGEST_LICENSE] or None

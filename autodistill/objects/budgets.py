@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class BudgetSearch:
-    """A search for several budgets that has just ended.
+    """The result of a search for several budgets: a run for each.
 
     Attributes:
         name: Of the search.

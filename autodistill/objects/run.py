@@ -174,7 +174,7 @@ class Run:
 
 
 class SearchResult(Run):
-    """A run that has just ended.
+    """The result of a search: its run, with the best student.
 
     Attributes:
         document: All that it found, as `autodistill search --json` prints it.

@@ -18,7 +18,7 @@ _COLUMNS = ("storage", "", "memory", "fits", "KL", "NLL", "accuracy", "KL above 
 
 
 class Rival:
-    """A storage that nobody has to search for: own codes, a plain format, a mixture of llama.cpp, or a named file.
+    """What a solution is compared with: the teacher's own codes, a plain format, a mixture of llama.cpp, or a file.
 
     Attributes:
         what: Which of these it is, in words.
@@ -52,7 +52,7 @@ class Rival:
 
 
 class Solution:
-    """The storage of least KL to the teacher that was found within one budget.
+    """The best storage of a model that was found within one budget: that of least KL to the teacher.
 
     Attributes:
         budget_bytes: The limit.

@@ -186,7 +186,9 @@ def counted(trace: Mapping[str, Any]) -> Counts:
 
 
 def _by_kind(events: Any, *, on_gpu: bool) -> dict[str, float]:
-    """Seconds of all operations by kind: of those of the thread that waits for all others, or of a GPU's kernels."""
+    """Return the seconds of all operations by kind: of those of the thread that waits for all others, or of a GPU's
+    kernels.
+    """
     found: Counter[str] = Counter()
     operations = [one for one in events if one.name.startswith("aten::")]
     threads = Counter[int]()

@@ -18,10 +18,11 @@ from autodistill.distillation.losses.hidden_states import layer_map
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.plan import Plan
-from autodistill.distillation.training.trainer import StepRecord, Trainer
+from autodistill.distillation.training.step_record import StepRecord
+from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import InputError
 from autodistill.hardware.device import Device
 from autodistill.models.config import spec_from_config
@@ -81,7 +82,7 @@ def profile_training(
     if strategy.distillation.weighs_teacher and strategy.distillation.signal == "written":
         raise InputError('the signal "written" is of a teacher\'s own answers, which random tokens are not')
     notify("loading teacher and student")
-    folder = materialise(resolve_teacher(teacher), cache).folder
+    folder = materialize(resolve_teacher(teacher), cache).folder
     whole = spec_from_config(read_config(folder))
     if sequence_length > whole.max_context:
         raise InputError(f"--sequence-length {sequence_length} is beyond the teacher's context of {whole.max_context}")
@@ -98,14 +99,10 @@ def profile_training(
         trace = record(lambda: _next(records), out / "trace.json", steps=steps, device=device, name=_STEP)
         trained = trainer.moved
     live = strategy.distillation.signal == "online" and strategy.distillation.weighs_teacher
+    sequences = step_tokens // sequence_length
+    beside = whole if live else None
     floor = step_floor(
-        spec,
-        here(),
-        sequences=step_tokens // sequence_length,
-        length=sequence_length,
-        bf16=bf16,
-        trained=trained,
-        teacher=whole if live else None,
+        spec, here(), sequences=sequences, length=sequence_length, bf16=bf16, trained=trained, teacher=beside
     )
     floors = {PRODUCTS: floor.products + floor.teacher, ATTENTION: floor.attention, OPTIMIZER: floor.optimizer}
     document = _document(trace, floors, floor.total, here(), device)
@@ -150,7 +147,7 @@ def _next(records: Iterator[StepRecord]) -> StepRecord:
 def _student(strategy: Strategy, teacher: Path, cache: Path) -> tuple[Any, tuple[int, ...]]:
     init = strategy.init
     if init.source == "pretrained":
-        pretrained = materialise(resolve_teacher(init.model), cache).folder
+        pretrained = materialize(resolve_teacher(init.model), cache).folder
         return build_student(teacher, init, pretrained=pretrained)
     if init.source == "teacher" and init.selective:
         from autodistill.distillation.student.build import cut_student

@@ -33,7 +33,7 @@ def write_scales(folder: Path, scheme: QuantizationScheme, scales: Mapping[str, 
 
 
 def read_scales(folder: Path, scheme: QuantizationScheme) -> dict[str, Scales]:
-    """What was learned for `scheme`; empty where scales follow from the weights, as under any other scheme.
+    """Return what was learned for `scheme`; empty where scales follow from the weights, as under any other scheme.
 
     Where matrices have types of their own, what was learned holds for those that both schemes store alike.
 

@@ -272,7 +272,7 @@ _IN_A_LAYER = re.compile(r"\.\d+\.(.+?)(?:\.weight)?$")
 
 @lru_cache(maxsize=2**14)
 def _part_of_a_layer(name: str) -> str | None:
-    """What follows the layer's number in a tensor's name; None outside layers."""
+    """Return what follows the layer's number in a tensor's name; None outside layers."""
     found = _IN_A_LAYER.search(name)
     return found[1] if found else None
 

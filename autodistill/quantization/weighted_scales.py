@@ -133,7 +133,7 @@ def _searched(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
 
 
 def _tried(grid: Grid) -> list[tuple[float, float]]:
-    """What the scales that are tried follow from, for `_tries`."""
+    """Return what the scales that are tried follow from, for `_tries`."""
     if not grid.symmetric:
         return list(_ENDS)
     if grid.scale_dtype == "e8m0":
@@ -144,7 +144,7 @@ def _tried(grid: Grid) -> list[tuple[float, float]]:
 
 
 def _moves(grid: Grid) -> tuple[float, ...]:
-    """Those of `_MOVES` that a grid has; powers of two were all tried that come into question."""
+    """Return those of `_MOVES` that a grid has; powers of two were all tried that come into question."""
     return () if grid.scale_dtype == "e8m0" else _MOVES
 
 

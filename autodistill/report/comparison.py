@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from autodistill.errors import InputError
 from autodistill.report.charts import HEIGHT, WIDTH, altair_module
 from autodistill.report.contents import Contents
+from autodistill.report.document import document, specifications
 from autodistill.report.html import Cell, paragraph, table, text
-from autodistill.report.page import document, specifications
 from autodistill.runs.results.leaderboard import UNTRAINED, rests_on
-from autodistill.runs.results.row import Row, examples_of
+from autodistill.runs.results.row import Row
+from autodistill.runs.results.table import examples_of
 from autodistill.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _curve(runs: Sequence[Contents]) -> altair.LayerChart:
 
 
 def _far(points: Sequence[dict[str, Any]]) -> float:
-    """Bytes beyond which the line of a budget would press all points into a corner."""
+    """Return the bytes beyond which the line of a budget would press all points into a corner."""
     return 2e6 * max((point["memory"] for point in points), default=0.0)
 
 

@@ -119,7 +119,7 @@ class Contents:
         return [Construction.from_json(one) for one in self.asked.get("constructions", ())]
 
     def metrics(self) -> dict[str, Direction]:
-        """What the budget curve can be drawn of, the metric that ranks first."""
+        """Return what the budget curve can be drawn of, the metric that ranks first."""
         ways: dict[str, Direction] = {self.metric: self.direction, "accuracy": "max", NLL: "min", "kl": "min"}
         return ways
 

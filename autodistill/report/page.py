@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from autodistill.errors import MissingDependencyError
 from autodistill.report.cascade_chart import cascade_charts
 from autodistill.report.contents import AGAINST, BUDGET, MOST_ROWS, Contents, chart_file, chart_of_importance, charts_of
-from autodistill.report.html import Cell, data, items, pairs, paragraph, section, table, text
+from autodistill.report.document import document, specifications
+from autodistill.report.html import Cell, items, pairs, paragraph, table, text
 from autodistill.report.predictions import predictions
 from autodistill.report.storage_chart import cut
 from autodistill.report.training_charts import MOST_CURVES
 from autodistill.runs.events import RungReached, TrialAdded, TrialEnded, of_kind
-from autodistill.runs.report import INSTALL_PLOTS, asked_facts, notes_of
+from autodistill.runs.report import asked_facts, notes_of
 from autodistill.runs.results.differences import differences, shown
 from autodistill.runs.results.gains import named
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
 from autodistill.runs.results.row import Row
 from autodistill.units import format_bytes, format_duration
 
-_CHARTS_ABSENT = f"Charts need Vega-Altair and vl-convert: {INSTALL_PLOTS}"
 _NAMES = (
     'A name says what was tried: "80% even" are layers that are kept, evenly spaced; "KD 0.4" is the share of the '
     "teacher's outputs in the loss, and T its temperature; lr is the learning rate; QAT trains weights on the grid of "
@@ -43,52 +37,6 @@ def page(contents: Contents) -> str:
     drawn = specifications(lambda: charts_of(contents))
     head = sentence(contents) + _state(contents)
     return document(contents.name, head, list(_sections(contents, drawn or {})), drawn)
-
-
-def specifications(draw: Callable[[], Mapping[str, Any]]) -> dict[str, dict[str, Any]] | None:
-    """Return the Vega-Lite specifications of charts by name; None where what draws them is not installed."""
-    try:
-        _bundle()
-        return {name: chart.to_dict(validate=False) for name, chart in draw().items()}
-    except MissingDependencyError:
-        return None
-
-
-def document(
-    title: str, head: str, sections: Sequence[tuple[str, str, str]], drawn: Mapping[str, Mapping[str, Any]] | None
-) -> str:
-    """Return a whole page, which needs no other file and may run nothing but its own scripts.
-
-    Args:
-        title: Its heading.
-        head: What stands below that, as HTML.
-        sections: Id, title and content of each; one without content is left out.
-        drawn: Specifications of its charts, as `specifications` gives them.
-    """
-    held = [(name, said, part) for name, said, part in sections if part]
-    links = "".join(f'<li><a href="#{name}">{text(said)}</a></li>' for name, said, _ in held)
-    body = "".join(section(name, said, part) for name, said, part in held)
-    program = "" if drawn is None else _bundle()
-    lacking = f'<p class=note id="no-charts">{text(_CHARTS_ABSENT)}</p>' if drawn is None else ""
-    charts, shared = _shared(drawn or {})
-    scripts = [*([_harmless(program)] if program else []), _harmless(f"(() => {{{_own('page.js')}}})();")]
-    allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
-    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
-    return "".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{text(title)}: AutoDistill</title><style>{_own('page.css')}</style></head><body>",
-            f"<header><h1>{text(title)}</h1>{head}{lacking}",
-            f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main>',
-            "<footer>Made by AutoDistill. This page holds all that it shows, and asks nothing of any server.</footer>",
-            data("charts", charts),
-            data("data", shared),
-            *(f"<script>{script}</script>" for script in scripts),
-            "</body></html>\n",
-        ]
-    )
 
 
 def sentence(contents: Contents) -> str:
@@ -109,7 +57,7 @@ def sentence(contents: Contents) -> str:
 
 
 def _better(contents: Contents, best: Row) -> str:
-    """Why the best by the metric was not chosen, where another was; empty where it was."""
+    """Return why the best by the metric was not chosen, where another was; empty where it was."""
     metric, sign = contents.metric, 1 if contents.direction == "max" else -1
     rows = [row for row in contents.rows if row.kind in DISTILLED and row.full and row.figure(metric) is not None]
     first = max(rows, key=lambda row: sign * (row.figure(metric) or 0.0), default=best)
@@ -249,7 +197,7 @@ def _race(contents: Contents) -> str:
 
 
 def _raced(contents: Contents) -> bool:
-    """Whether trials were compared by likelihood, as those of solved constructions are."""
+    """Return whether trials were compared by likelihood, as those of solved constructions are."""
     return bool(contents.explanation and contents.explanation.race)
 
 
@@ -388,14 +336,14 @@ def _test(contents: Contents) -> str:
 
 def _cascades(contents: Contents, drawn: Mapping[str, Any]) -> str:
     said = ""
-    for document in contents.cascades:
-        said += f"<h3>{text(document['small']['row_id'])}, then {text(document['large']['row_id'])}</h3>"
-        for name, unit in cascade_charts(document):
-            found = document["units"][unit]
-            what = f"{found['items']:,} items of {found['documents']:,} documents of the {document['split']} split"
+    for cascade in contents.cascades:
+        said += f"<h3>{text(cascade['small']['row_id'])}, then {text(cascade['large']['row_id'])}</h3>"
+        for name, unit in cascade_charts(cascade):
+            found = cascade["units"][unit]
+            what = f"{found['items']:,} items of {found['documents']:,} documents of the {cascade['split']} split"
             caption = f"By {unit}, {what}. The band is one standard error; the dashed line defers as many at random."
             said += _chart(chart_file(name), drawn, caption)
-        said += items(document["notes"])
+        said += items(cascade["notes"])
     return said
 
 
@@ -414,58 +362,3 @@ def _cost(value: float | None, source: str | None, write: Any) -> Cell:
     if value is None:
         return Cell("-")
     return Cell(f"{write(value)}{f' ({source})' if source else ''}", float(value))
-
-
-def _shared(drawn: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Specifications that name their data, and these data by name: those of several charts once."""
-    names: dict[str, str] = {}
-    shared: dict[str, Any] = {}
-
-    def moved(part: Any) -> Any:
-        """Return a part of a specification whose data are named, and stand once for all."""
-        if isinstance(part, list):
-            return [moved(one) for one in part]
-        if not isinstance(part, Mapping):
-            return part
-        values = part.get("data")
-        if isinstance(values, Mapping) and "values" in values:
-            # By content: two lists that are equal are one.
-            name = names.setdefault(json.dumps(values["values"]), f"d{len(names)}")
-            shared[name] = values["values"]
-            part = {**part, "data": {"name": name}}
-        return {key: one if key == "data" else moved(one) for key, one in part.items()}
-
-    specifications = {}
-    for name, chart in drawn.items():
-        kept = {key: value for key, value in chart.items() if key not in ("config", "$schema", "width", "datasets")}
-        specifications[name] = moved(kept) | {"description": str(chart.get("title", name))}
-    return specifications, shared
-
-
-@cache
-def _bundle() -> str:
-    """Vega, Vega-Lite and vega-embed as one script that makes `embed` known.
-
-    Raises:
-        MissingDependencyError: vl-convert is not installed.
-    """
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise MissingDependencyError(_CHARTS_ABSENT) from error
-    # Its own names would else be the page's.
-    return f"(() => {{{vl_convert.javascript_bundle('window.embed = vegaEmbed;')}}})();"
-
-
-@cache
-def _own(name: str) -> str:
-    return files("autodistill.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _harmless(script: str) -> str:
-    """A script without what would end the element that holds it, or hide its end."""
-    return script.replace("</script", r"<\/script").replace("<!--", r"<\!--")
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -133,7 +133,7 @@ def _last(points: Sequence[Mapping[str, Any]], trial: str) -> dict[str, Any]:
 
 
 def _end(events: Sequence[RunEvent], trial: str) -> dict[str, Any]:
-    """How a trial ended, in a word, and why."""
+    """Return how a trial ended, in a word, and why."""
     names = {added.trial: added.name for added in of_kind(events, TrialAdded)}
     last = next((end for end in reversed(of_kind(events, TrialEnded)) if end.trial == trial), None)
     ended, why = ("under way", "") if last is None else (last.status.value, last.reason or "")

@@ -63,7 +63,7 @@ class Files(Protocol):
         ...
 
     def list(self) -> dict[str, int]:
-        """Bytes of each file, by key."""
+        """Return the bytes of each file, by key."""
         ...
 
     def remove(self, key: str) -> None:
@@ -163,7 +163,7 @@ class StageStore:
         return None
 
     def holds(self, stage: str, tokens: int) -> bool:
-        """Whether there is a checkpoint of a stage at exactly these tokens."""
+        """Return whether there is a checkpoint of a stage at exactly these tokens."""
         return any(checkpoint.tokens == tokens for checkpoint in self.checkpoints(stage))
 
     def save(self, stage: str, tokens: int, write: Callable[[Path], None]) -> None:
@@ -217,7 +217,8 @@ def open_stages(checkpoints: Path, storage: Storage | None = None) -> StageStore
 
 
 def default_limit(folder: Path, storage: Storage | None = None, students: int = 0) -> int | None:
-    """Bytes that a run's checkpoints and students may take where nobody says: a quarter of them and the free disk.
+    """Return the bytes that a run's checkpoints and students may take where nobody says: a quarter of them and the free
+    disk.
 
     The disk is that which holds them. Of an object store, which has none that could be full, there is no limit.
 

@@ -22,7 +22,7 @@ def paragraph(value: Any) -> str:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Text as a block of code, which no line of it ends."""
+    """Return text as a block of code, which no line of it ends."""
     longest = max(map(len, _FENCES.findall(text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"

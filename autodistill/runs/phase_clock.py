@@ -55,11 +55,11 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def session(self) -> dict[str, float]:
-        """Seconds of this session by phase; what is in none of them is overhead."""
+        """Return the seconds of this session by phase; what is in none of them is overhead."""
         total, running = time.monotonic() - self.started, self._running()
         known = {name: self.seconds.get(name, 0.0) + running.get(name, 0.0) for name in _PHASES}
         return {**known, "overhead": max(0.0, total - sum(known.values())), "total": total}
 
     def summary(self) -> dict[str, float]:
-        """Seconds of all sessions by phase."""
+        """Return the seconds of all sessions by phase."""
         return {name: seconds + self.earlier.get(name, 0.0) for name, seconds in self.session().items()}

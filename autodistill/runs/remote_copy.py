@@ -196,7 +196,9 @@ def _read(storage: Storage) -> Holder | None:
 
 
 def _place() -> str:
-    """What tells processes apart that may have one number: the kernel's start and the namespace; "" where unknown."""
+    """Return what tells processes apart that may have one number: the kernel's start and the namespace; "" where
+    unknown.
+    """
     try:
         started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{started} {os.readlink('/proc/self/ns/pid')}"

@@ -150,7 +150,7 @@ def _megabytes(row: Row) -> float:
 
 
 def asked_facts(search: Mapping[str, Any]) -> dict[str, str]:
-    """What was asked and planned, by name and in words.
+    """Return what was asked and planned, by name and in words.
 
     Args:
         search: `search.json`.
@@ -169,7 +169,7 @@ def asked_facts(search: Mapping[str, Any]) -> dict[str, str]:
 
 
 def notes_of(search: Mapping[str, Any]) -> list[str]:
-    """What a person must know of a run, in sentences; one that has ended has the plan's notes among its own."""
+    """Return what a person must know of a run, in sentences; one that has ended has the plan's notes among its own."""
     return list(dict.fromkeys([*(search.get("plan") or {}).get("notes", ()), *search.get("notes", ())]))
 
 
@@ -179,7 +179,7 @@ def _asked(search: Mapping[str, Any]) -> str:
 
 
 def _training(plan: Mapping[str, Any]) -> dict[str, str]:
-    """What a training is besides its strategy, as far as the plan says it."""
+    """Return what a training is besides its strategy, as far as the plan says it."""
     if "batch_tokens" not in plan:
         return {}
     return {
@@ -190,7 +190,7 @@ def _training(plan: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _evaluation(plan: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str, str]:
-    """How much figures are of: two runs on the same data compare where this is the same."""
+    """Return how much figures are of: two runs on the same data compare where this is the same."""
     if "eval_tokens" not in plan:
         return {}
     held = (search.get("data") or {}).get("tokens") or {}
@@ -204,7 +204,7 @@ def _evaluation(plan: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str,
 def _answer(
     search: Mapping[str, Any], rows: Sequence[Row], ranked: Sequence[Ranked], confirmed: Sequence[Confirmation]
 ) -> str:
-    """What is chosen, and what it is where that was not trained; what comes nearest where nothing fits.
+    """Return what is chosen, and what it is where that was not trained; what comes nearest where nothing fits.
 
     Args:
         search: `search.json`.
@@ -345,7 +345,7 @@ def _spared(search: Mapping[str, Any]) -> str:
 
 
 def _verified(checks: Mapping[str, Mapping[str, Any]]) -> str:
-    """How far the exported files did in their runtimes what was evaluated."""
+    """Return how far the exported files did in their runtimes what was evaluated."""
     if not checks:
         return ""
     lines = [

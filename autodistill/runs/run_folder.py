@@ -107,7 +107,7 @@ class RunFolder:
         return self.path / _SEARCH
 
     def asked(self, *needed: str) -> dict[str, Any]:
-        """What `search_file` holds.
+        """Return what `search_file` holds.
 
         Args:
             needed: As of `schema.read_search`.
@@ -227,7 +227,7 @@ class RunFolder:
 
     @staticmethod
     def _left_over(path: Path) -> bool:
-        """Whether a file is what a run leaves that was killed before anything was planned."""
+        """Return whether a file is what a run leaves that was killed before anything was planned."""
         return path.name == _LOCK or (path.name.startswith(".search.") and path.suffix == ".json")
 
     def check_free(self) -> None:
@@ -269,7 +269,7 @@ class RunFolder:
 
 
 def read_each(out: Path, read: Callable[[RunFolder], T], names: Iterable[str] = ()) -> dict[str, T]:
-    """What is read of some runs, by name: of those that are named, or of all in a folder.
+    """Return what is read of some runs, by name: of those that are named, or of all in a folder.
 
     Of all, those whose records cannot be read are left out with a line on stderr for each, unless that leaves none.
 
@@ -298,7 +298,7 @@ def read_each(out: Path, read: Callable[[RunFolder], T], names: Iterable[str] = 
 
 
 def known_runs(out: Path) -> list[str]:
-    """Names of the runs in a folder, sorted."""
+    """Return the names of the runs in a folder, sorted."""
     return sorted(path.parent.name for path in out.glob(f"*/{_SEARCH}") if _NAME.match(path.parent.name))
 
 

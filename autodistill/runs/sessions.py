@@ -105,7 +105,7 @@ def _signs(folder: Path, storage: Storage | None) -> Iterable[SessionEnded]:
 
 
 def lasted(events: Sequence[RunEvent], since: float = 0.0) -> float:
-    """Seconds that the sessions of a log lasted, each from its start to its last event.
+    """Return the seconds that the sessions of a log lasted, each from its start to its last event.
 
     Args:
         events: The log.
@@ -124,7 +124,7 @@ def lasted(events: Sequence[RunEvent], since: float = 0.0) -> float:
 
 
 def by_phase(events: Iterable[RunEvent]) -> dict[str, float]:
-    """Seconds of ended sessions by phase, added up."""
+    """Return the seconds of ended sessions by phase, added up."""
     total: Counter[str] = Counter()
     for event in of_kind(events, SessionEnded):
         total.update(event.seconds)

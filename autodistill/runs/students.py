@@ -84,14 +84,14 @@ def trained_student(trial: Path, storage: Storage | None, tokens: int | None = N
 
 
 def has_student(trial: Path, storage: Storage | None, tokens: int | None = None) -> bool:
-    """Whether a trial's student was kept, here or on the storage."""
+    """Return whether a trial's student was kept, here or on the storage."""
     if student_folder(trial, tokens).is_dir():
         return True
     return storage is not None and storage.has_folder(student_key(trial, tokens))
 
 
 def student_bytes(checkpoints: Path, storage: Storage | None) -> dict[str, int]:
-    """Bytes of each student of full fidelity in a run, by trial; those of its storage, where it has one.
+    """Return the bytes of each student of full fidelity in a run, by trial; those of its storage, where it has one.
 
     Args:
         checkpoints: The run's folder of trained weights.

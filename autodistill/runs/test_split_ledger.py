@@ -47,7 +47,7 @@ def openings_in(events: Iterable[RunEvent]) -> int:
 
 
 def times_opened(run: RunFolder, data: str) -> int:
-    """How often a run has opened its test split: by the ledger beside it, or by its log where that has more.
+    """Return how often a run has opened its test split: by the ledger beside it, or by its log where that has more.
 
     Args:
         run: The run, whose log may be kept elsewhere too.
@@ -64,7 +64,8 @@ def already_opened(times: int) -> str:
 
 
 def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:
-    """How often each run in a folder opened the test split of the data that a search is on, from its `search.json`.
+    """Return how often each run in a folder opened the test split of the data that a search is on, from its
+    `search.json`.
 
     The search's own openings are those of its log, where that has more.
     """

@@ -142,7 +142,7 @@ Event: TypeAlias = SearchStarted | TrialStarted | Step | RungReached | TrialFini
 
 
 class Callback:
-    """What is told of a search while it runs: subclass it, and write the methods of what you want to know.
+    """Receives the events of a search while it runs: subclass it, and write the methods that you need.
 
     The methods run in the process that drives the search, which waits for them. What one of them raises is logged once,
     with its name, and does not end the search; KeyboardInterrupt does.

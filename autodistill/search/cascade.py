@@ -299,7 +299,7 @@ def _memory_on_file(row: Row) -> tuple[int, str] | None:
 
 
 def _comparable(speeds: Sequence[_Speed | None]) -> bool:
-    """Whether the speeds of both rows are known, and of one machine."""
+    """Return whether the speeds of both rows are known, and of one machine."""
     known = [speed for speed in speeds if speed is not None]
     return len(known) == 2 and known[0].machine == known[1].machine and known[0].source == known[1].source
 
@@ -312,7 +312,7 @@ def _both(values: Sequence[int | None]) -> tuple[int, int] | None:
 def _notes(
     speeds: Sequence[_Speed | None], memory: Sequence[tuple[int, str] | None], read: Sequence[_Read]
 ) -> list[str]:
-    """What a reader must know of the figures, in sentences."""
+    """Return what a reader must know of the figures, in sentences."""
     notes = ["Both rows were chosen, or could have been, on the validation split that is read here."]
     if not _comparable(speeds):
         notes.append(
@@ -331,7 +331,7 @@ def _notes(
 
 
 def _told(row: Row, speed: _Speed | None, memory: tuple[int, str] | None) -> dict[str, Any]:
-    """What the document says of a row."""
+    """Return what the document says of a row."""
     found: dict[str, Any] = {"row_id": row.row_id, "name": row.name, "kind": row.kind}
     found |= {"deployment": row.deployment.name, "accuracy_on_file": row.accuracy}
     found |= (

@@ -63,7 +63,7 @@ class Ended:
     alike: bool
 
     def describe(self) -> str:
-        """What was said, and of whom where that was not said of all."""
+        """Return what was said, and of whom where that was not said of all."""
         return (
             self.said if self.alike else f"{self.cause}; {'the nearest' if self.nearest else 'the first'}: {self.said}"
         )
@@ -208,13 +208,13 @@ def _race(rows: Sequence[Row], plan: Plan) -> tuple[str, ...]:
 
 
 def _objectives(asked: Mapping[str, Any]) -> tuple[Objective, ...]:
-    """What the search was judged by; the direction of the first is written down beside it."""
+    """Return what the search was judged by; the direction of the first is written down beside it."""
     first, *others = objectives_of(asked)
     return (replace(first, direction=asked["direction"]), *others)
 
 
 def _results(points: Mapping[str, Mapping[str, Any]], rungs: Iterable[RungReached], place: int) -> list[Observation]:
-    """What trials reported of one objective, by its place among them."""
+    """Return what trials reported of one objective, by its place among them."""
     found = []
     for event in rungs:
         value = [event.value, *event.further][place : place + 1]
@@ -235,7 +235,9 @@ def _table(objective: str, found: Importance) -> list[str]:
 
 
 def _ended(ends: Iterable[TrialEnded], status: Status) -> tuple[Ended, ...]:
-    """Trials that ended so by cause, the most first: by the limit missed or the failure, else by what was said."""
+    """Return the trials that ended so by cause, the most first: by the limit missed or the failure, else by what was
+    said.
+    """
     groups: dict[str, list[tuple[float, str]]] = {}
     for event in ends:
         if event.status is status:
@@ -251,7 +253,7 @@ def _ended(ends: Iterable[TrialEnded], status: Status) -> tuple[Ended, ...]:
 
 
 def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
-    """Which limit the best row is near to, and which better row is how far beyond it."""
+    """Return which limit the best row is near to, and which better row is how far beyond it."""
     limit = asked["budget"]["memory_bytes"]
     held = [row for row in rows if row.split == "validation" and row.memory_bytes]
     judged = [row for row in held if row.full]
@@ -306,7 +308,9 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
 
 
 def _fits(row: Row, asked: Mapping[str, Any], beyond: Mapping[str, int]) -> list[tuple[Deployment, int, bool]]:
-    """Each deployment of the space for a row's student, what it needs in bytes, and whether it keeps to the budget."""
+    """Return each deployment of the space for a row's student, what it needs in bytes, and whether it keeps to the
+    budget.
+    """
     if row.shape is None:
         return []
     spec, budget = spec_from_config(row.shape), read_budget(asked["budget"])
@@ -354,5 +358,5 @@ def _packed_larger(
 
 
 def _wanting(row: Row, over: int) -> str:
-    """What keeps a row out: so many bytes, or the limit that its reason names."""
+    """Return what keeps a row out: so many bytes, or the limit that its reason names."""
     return f"{format_bytes(over)} more would hold" if over > 0 else f"({row.reason}) keeps out"

@@ -113,7 +113,7 @@ class SearchGauges:
 
 
 def _states(events: Sequence[RunEvent]) -> Counter[str]:
-    """Trials by state; those that have not ended are running, or wait at a rung."""
+    """Return the trials by state; those that have not ended are running, or wait at a rung."""
     ends = {end.trial: end.status.value for end in of_kind(events, TrialEnded)}
     counts = Counter(dict.fromkeys(_STATES, 0))
     counts.update(ends.get(trial.trial, "running") for trial in of_kind(events, TrialAdded))
@@ -132,7 +132,7 @@ def _final_share(asked: dict[str, Any], events: Sequence[RunEvent]) -> float:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files below a folder, whose files may vanish meanwhile."""
+    """Return the bytes of the files below a folder, whose files may vanish meanwhile."""
     total = 0
     for path in folder.rglob("*"):
         try:

@@ -179,7 +179,7 @@ def prepare_trials(planned: Planned, ready: Ready, run: RunFolder, clock: Clock,
 
 
 def _question(checked: SearchConfig, planned: Planned, setting: TrialSetting) -> Question:
-    """What is searched for, once the teacher is scored."""
+    """Return what is searched for, once the teacher is scored."""
     return Question(
         space=checked.space,
         deployments=checked.space.deployments,
@@ -203,7 +203,7 @@ def _question(checked: SearchConfig, planned: Planned, setting: TrialSetting) ->
 
 
 def _spent(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:
-    """What a person must know before more is spent on a run whose test split was opened."""
+    """Return what a person must know before more is spent on a run whose test split was opened."""
     stored = checked.stored
     if stored is None:
         return ()
@@ -219,7 +219,7 @@ def _spent(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, 
 
 
 def _unasked(checked: SearchConfig, loaded: Loaded) -> tuple[str, ...]:
-    """What a person must know of questions that are too long to be asked, where answers are marked.
+    """Return what a person must know of questions that are too long to be asked, where answers are marked.
 
     Raises:
         InputError: That is all of them.
@@ -253,14 +253,14 @@ def _extended(checked: SearchConfig, plan: Plan, spec: ModelSpec, speed: Speed, 
 
 
 def _passed(log: RunLog, rungs: int) -> tuple[int, ...]:
-    """How many of the proposed trials have gone past each rung but the last, by the log."""
+    """Return how many of the proposed trials have gone past each rung but the last, by the log."""
     proposed = {event.trial for event in log.of(TrialAdded) if event.number is not None}
     furthest = {event.trial: event.rung for event in log.of(RungReached) if event.trial in proposed}
     return tuple(sum(reached > rung for reached in furthest.values()) for rung in range(rungs - 1))
 
 
 def _extends(checked: SearchConfig, trials: int) -> bool:
-    """Whether a run that has finished, of so many trials, is given more of them, or more time."""
+    """Return whether a run that has finished, of so many trials, is given more of them, or more time."""
     stored = checked.stored
     if stored is None or "seconds" not in stored:
         return False

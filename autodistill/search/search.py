@@ -1,30 +1,22 @@
-"""The search from request to exported student: the one function that puts all rooms in order."""
+"""The search from request to exported student: its phases, in order."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from autodistill.distillation.training.plan import Plan
-from autodistill.errors import AutoDistillError, InputError, InterruptedSearchError, LostClusterError, NothingFitsError
-from autodistill.hardware.budget import Price
+from autodistill.errors import AutoDistillError, InterruptedSearchError, LostClusterError, NothingFitsError
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.runs.checkpoints import default_limit
 from autodistill.runs.events import RunEvent, SessionBegan
 from autodistill.runs.phase_clock import Clock
 from autodistill.runs.remote_copy import keep
 from autodistill.runs.report import write_report
-from autodistill.runs.results.differences import differences
-from autodistill.runs.results.gains import named
-from autodistill.runs.results.leaderboard import DISTILLED, rank
-from autodistill.runs.results.objectives import front
-from autodistill.runs.results.row import Row, Status, to_parquet
-from autodistill.runs.results.selection import contenders
+from autodistill.runs.results.row import Row
+from autodistill.runs.results.table import to_parquet
 from autodistill.runs.run_folder import RunFolder
-from autodistill.runs.savings import saved
 from autodistill.runs.schema import about
 from autodistill.runs.sessions import SignsOfLife, by_phase, last_ended, lasted
 from autodistill.runs.students import student_bytes
@@ -35,25 +27,18 @@ from autodistill.search.campaign.observer import Observer
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.finish import Finish, finish
 from autodistill.search.finish.stopped import export_so_far
-from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.placement import Place
-from autodistill.search.planning.plan import cost, students_disk
 from autodistill.search.prepare import Planned, Ready, plan_run, prepare_rows, prepare_trials
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import check_request
+from autodistill.search.result import result_document
 from autodistill.search.runners.node_files import send
-from autodistill.search.setup.loading import Loaded, load
-from autodistill.search.setup.measure_plan import plan_from_measurement
-from autodistill.search.setup.solve_phase import construct
-from autodistill.search.setup.teacher_phase import cache_settings, calibration_file, check_cache_limit
-from autodistill.search.shortfall import shortfall
 from autodistill.search.workplace import (
     Runner,
     disk_faults,
     going_on,
     going_on_or_again,
-    resuming,
     run_folder_of,
     runner_of,
     stored_run,
@@ -81,85 +66,6 @@ class Outcome:
     document: Mapping[str, Any]
     rows: tuple[Row, ...]
     finish: Finish
-
-
-def plan_search(request: SearchRequest, observer: Observer | None = None, price: Price | None = None) -> dict[str, Any]:
-    """What a search would do, as plain data; nothing but the shared cache of teacher and data is written.
-
-    Raises:
-        InputError: Bad input; or a run that goes on, which has its plan.
-    """
-    if request.resume:
-        raise InputError(
-            "--plan shows what a new search would do, and a run that goes on keeps the plan in its search.json: leave "
-            "out --plan or --resume"
-        )
-    check_shows_nothing(request)
-    checked = check_request(request)
-    with disk_faults(str(checked.cache), lambda: ""), workplace(checked) as (place, _):
-        told = observer or Observer()
-        return _plan(checked, place, told, price)
-
-
-def check_shows_nothing(request: SearchRequest) -> None:
-    """Refuse to show a search that is only planned.
-
-    Raises:
-        InputError: It was asked for.
-    """
-    for option, shown in (("--metrics-port", request.metrics_port is not None), ("--dashboard", request.dashboard)):
-        if shown:
-            raise InputError(f"--plan trains nothing that could be watched: leave out --plan or {option}")
-
-
-def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price | None) -> dict[str, Any]:
-    observer.phase("loading teacher and data")
-    loaded = load(checked, place)
-    check_cache_limit(checked, loaded)
-    if checked.declared.solved:
-        observer.phase("solving what fits")
-        checked = construct(checked, loaded, observer.line)
-    observer.phase("measuring this machine")
-    plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.started)
-    return plan_document(checked, loaded.stepping(plan.batch_tokens), plan, speed, place, price)
-
-
-def plan_document(
-    checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed, place: Place, price: Price | None
-) -> dict[str, Any]:
-    """What a planned search would do, as plain data.
-
-    Args:
-        checked: What is asked, with what was solved.
-        loaded: Teacher and data, with the plan's optimiser steps.
-        plan: Of the search.
-        speed: That it was made for.
-        place: Where it would run.
-        price: Of an hour; None where no cost is asked for.
-    """
-    settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
-    tokens = min(plan.most_tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
-    per_token = settings.bytes_per_token(loaded.spec.vocabulary, loaded.spec.width)
-    return {
-        "plan": plan.to_json(),
-        "speed": asdict(speed),
-        "cache_bytes": tokens * per_token,
-        **students_disk(
-            plan,
-            loaded.most_parameters,
-            baselines=len(checked.space.baselines),
-            confirm=checked.confirm,
-        ),
-        "training_bytes": {**loaded.fit.estimate.parts, "total_bytes": loaded.fit.estimate.total_bytes},
-        "evaluation_bytes": loaded.fit.evaluation_bytes,
-        "budget": checked.budget.to_json(),
-        "baselines": list(checked.space.baselines),
-        "constructions": [one.to_json() for one in checked.constructions],
-        "fits": [one.describe() for one in checked.constructions],
-        "notes": list(loaded.notes),
-        "expected_seconds": sum(plan.seconds.values()),
-        **cost(plan, place.machines, price),
-    }
 
 
 def search(request: SearchRequest, observer: Observer | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
@@ -368,7 +274,7 @@ def _end(
         ) from None
     rows = run.events.rows(split="validation")
     seconds = clock.summary()
-    result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
+    result = result_document(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
     kept = {name: result[name] for name in ("notes", "saved", "runtime", "forgotten")}
     shown = {"test": [row.row_id for row in finished.test], **finished.gains.to_json()}
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept, **shown})
@@ -397,72 +303,3 @@ def _deadline(planned: Planned, earlier: Sequence[RunEvent], clock: Clock, obser
             "the run ends with what it has, and more --time extends it"
         )
     return clock.started + left
-
-
-def _result(
-    checked: SearchConfig,
-    campaign: Campaign,
-    rows: list[Row],
-    finished: Finish,
-    plan: Plan,
-    seconds: Mapping[str, float],
-    run: RunFolder,
-    told: Sequence[str],
-) -> dict[str, Any]:
-    """The search's one JSON document."""
-    ranked = rank(contenders(rows), checked.metric, checked.direction)
-    short = _short_of_the_end(finished.best, rows, checked, run, plan)
-    alone = checked.constructions and not checked.space.baselines
-    beside = ["no hand-designed recipe was trained to be beaten: --baseline hand_designed has one"] if alone else []
-    notes = [*told, *plan.notes, *short, *finished.notes, *shortfall(campaign, plan), *beside]
-    return {
-        "name": run.name,
-        "best": finished.best.to_json(),
-        "rows": [one.row.to_json() for one in ranked],
-        "objectives": [objective.name for objective in checked.objectives],
-        "front": [row.to_json() for row in front(rows, checked.objectives)],
-        "baseline": next((one.row.to_json() for one in ranked if one.row.kind == "baseline"), None),
-        "teacher": [one.row.to_json() for one in ranked if one.row.kind == "teacher"],
-        "rejected": _without_student(campaign, Status.REJECTED),
-        "failed": _without_student(campaign, Status.FAILED),
-        "test": [row.to_json() for row in finished.test],
-        **finished.gains.to_json(),
-        "differences_on_test": [item.to_json() for item in differences(finished.test, finished.best.row_id)],
-        "forgotten": finished.forgotten and asdict(finished.forgotten),
-        "confirmation": [item.to_json() for item in finished.confirmed],
-        "runtime": {name: asdict(check) for name, check in finished.checks.items()},
-        "budget": checked.budget.to_json(),
-        "plan": plan.to_json(),
-        "seconds": dict(seconds),
-        "saved": saved(run.events.all(), plan).to_json(),
-        "notes": notes,
-        "paths": {"run": str(run.path), **{name: str(path) for name, path in finished.paths.items()}},
-    }
-
-
-def _without_student(campaign: Campaign, status: Status) -> list[dict[str, Any]]:
-    """The trials that ended so, each with its strategy and the reason."""
-    return [
-        {"trial": trial.task.id, "strategy": trial.task.strategy.to_json(), "reason": trial.reason}
-        for trial in campaign.trials.values()
-        if trial.status is status
-    ]
-
-
-def _short_of_the_end(best: Row, rows: Sequence[Row], checked: SearchConfig, run: RunFolder, plan: Plan) -> list[str]:
-    """That no student was trained to the end, what is exported all the same, and how it is trained on."""
-    trained = [row for row in rows if row.kind in DISTILLED]
-    if any(row.full for row in trained) and best.full:
-        return []
-    note = "no trial reached the end of the plan" if trained else "nothing was trained as far as a rung"
-    if best.full:
-        note += f": {named(best)} is exported"
-    else:
-        note += (
-            f": the best student is exported as it is after {best.fidelity:.0%} of the plan's tokens "
-            f"({best.train_tokens:,} of {plan.tokens:,})"
-        )
-    if plan.box_seconds is None and checked.time_seconds is None:
-        return [note]
-    again = "" if checked.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
-    return [f"{note}; to continue for the same time again: {resuming(checked, run)}{again}"]

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 from autodistill.distillation.training.plan import Plan
-from autodistill.runs.results.row import Status
+from autodistill.runs.results.gains import named
+from autodistill.runs.results.leaderboard import DISTILLED
+from autodistill.runs.results.row import Row, Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
+from autodistill.runs.run_folder import RunFolder
 from autodistill.search.algorithms.successive_halving import confirmed
 from autodistill.search.campaign.agenda import REJECTIONS_IN_A_ROW
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.state import TrialState
-
-if TYPE_CHECKING:
-    pass
-
+from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.workplace import resuming
 
 _MORE = "give it more --time"
 
 
 def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
-    """What was left undone of a plan: for want of time where there is a time budget, or of strategies that fit.
+    """Return what was left undone of a plan: for want of time where there is a time budget, or of strategies that fit.
 
     What failed or did not fit counts as tried, as it does for the agenda; the search says so elsewhere.
 
@@ -43,7 +45,7 @@ def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
 
 
 def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
-    """Why no more was proposed, though the plan held more."""
+    """Return why no more was proposed, though the plan held more."""
     rejected = sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, reversed(proposed)))
     held = f"{tried} of the {plan.trials} planned trials"
     if rejected >= REJECTIONS_IN_A_ROW:
@@ -62,7 +64,7 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
 
 
 def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
-    """What the time budget ended before."""
+    """Return what the time budget ended before."""
     if campaign.box.deadline is None:
         return []
     notes = []
@@ -86,5 +88,24 @@ def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
 
 
 def _unbegun(trial: TrialState) -> bool:
-    """Whether a trial never came to its first rung, though nothing was wrong with it."""
+    """Return whether a trial never came to its first rung, though nothing was wrong with it."""
     return trial.rung < 0 and trial.status in (None, Status.STOPPED)
+
+
+def short_of_the_end(best: Row, rows: Sequence[Row], checked: SearchConfig, run: RunFolder, plan: Plan) -> list[str]:
+    """That no student was trained to the end, what is exported all the same, and how it is trained on."""
+    trained = [row for row in rows if row.kind in DISTILLED]
+    if any(row.full for row in trained) and best.full:
+        return []
+    note = "no trial reached the end of the plan" if trained else "nothing was trained as far as a rung"
+    if best.full:
+        note += f": {named(best)} is exported"
+    else:
+        note += (
+            f": the best student is exported as it is after {best.fidelity:.0%} of the plan's tokens "
+            f"({best.train_tokens:,} of {plan.tokens:,})"
+        )
+    if plan.box_seconds is None and checked.time_seconds is None:
+        return [note]
+    again = "" if checked.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
+    return [f"{note}; to continue for the same time again: {resuming(checked, run)}{again}"]

@@ -49,7 +49,7 @@ def disk_faults(folders: str, then: Callable[[], str]) -> Iterator[None]:
 
 
 def going_on_or_again(checked: SearchConfig, run: RunFolder) -> str:
-    """How a person goes on, also before the run has its plan."""
+    """Return how a person goes on, also before the run has its plan."""
     return going_on(checked, run) if run.search_file.exists() else "and start it again"
 
 
@@ -94,7 +94,7 @@ def stored_run(checked: SearchConfig, run: RunFolder, observer: Observer) -> Ite
 
 @contextmanager
 def workplace(checked: SearchConfig) -> Iterator[tuple[Place, Cluster | None]]:
-    """Where the search runs, and the cluster that it joined for it; what a trial is to be given is there."""
+    """Yield where the search runs, and the cluster that it joined for it; what a trial is to be given is there."""
     if checked.dashboard:
         from autodistill.search.runners.ray_dashboard import check_dashboard
 

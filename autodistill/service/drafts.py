@@ -237,7 +237,7 @@ def record_served(setting: Setting, out: Path, done: Mapping[str, Any], notify: 
 
 
 def recorded(target: Path, path: Path) -> list[dict[str, Any]]:
-    """What is recorded of drafts of a target in a file, the last one first.
+    """Return what is recorded of drafts of a target in a file, the last one first.
 
     Raises:
         InputError: A record is not whole.

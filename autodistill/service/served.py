@@ -112,7 +112,7 @@ def find_run(path: Path, name: str, out: Path) -> RunFolder | None:
 
 
 def _of_run(run: RunFolder, row: str | None) -> Served:
-    """What a run exported: of a row, or of its best."""
+    """Return what a run exported: of a row, or of its best."""
     folders = [run.student(container) for container in _CONTAINERS]
     if row is None:
         there = next((folder for folder in folders if folder.is_dir()), None)
@@ -135,7 +135,7 @@ def _export(run: RunFolder, row: str) -> str:
 
 
 def _of_folder(folder: Path) -> Served:
-    """What an exported folder holds, or the folder of containers that `export --out` wrote."""
+    """Return what an exported folder holds, or the folder of containers that `export --out` wrote."""
     inner = next((folder / name for name in _CONTAINERS if (folder / name).is_dir()), None)
     if inner is not None:
         return _of_folder(inner)

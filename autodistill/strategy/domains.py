@@ -213,7 +213,7 @@ class _Numbers:
     when: Condition | None = field(default=None, kw_only=True)
 
     def to_json(self) -> dict[str, Any]:
-        """What a YAML file says of the dimension."""
+        """Return what a YAML file says of the dimension."""
         step = {} if self.step is None else {"step": self.step}
         return {"low": self.low, "high": self.high, **step, "log": self.log, **_plain_condition(self.when)}
 
@@ -227,7 +227,7 @@ class Int(_Numbers):
 
 
 class Choice:
-    """Some values, `Choice("forward_kl", "jsd")`, or parts of a strategy by names for them.
+    """One of several values, like `Choice("forward_kl", "jsd")`; or a mapping from names to parts of a strategy.
 
     A part is written as in a YAML file: `Choice({"none": None, "last": {"layers": "last", "count": 1}})`.
 
@@ -244,6 +244,6 @@ class Choice:
         return f"Choice({', '.join(map(repr, self.values))}{when})"
 
     def to_json(self) -> dict[str, Any]:
-        """What a YAML file says of the dimension."""
+        """Return what a YAML file says of the dimension."""
         named = len(self.values) == 1 and isinstance(self.values[0], Mapping)
         return {"choices": self.values[0] if named else list(self.values), **_plain_condition(self.when)}

@@ -82,7 +82,7 @@ class Restriction:
         return " and ".join(one.path for one in self.dimensions if one.path in (*_GRIDS, "finishing.scales"))
 
     def holds(self, scheme: QuantizationScheme) -> bool:
-        """Whether matrices of linear layers may be stored as a scheme stores them."""
+        """Return whether matrices of linear layers may be stored as a scheme stores them."""
         return self.kinds is None or _kind(scheme.linear) in self.kinds
 
     @cached_property
@@ -171,11 +171,11 @@ class Restriction:
                 yield path, [kind for kind in TYPES if not (isinstance(one := TYPES[kind], Grid) and one.codebook)]
 
     def depth(self, fraction: float) -> bool:
-        """Whether so large a share of the teacher's layers may be kept."""
+        """Return whether so large a share of the teacher's layers may be kept."""
         return _within(self._domains.get("init.depth"), fraction)
 
     def ffn(self, fraction: float) -> bool:
-        """Whether so large a share of an FFN's neurons may be kept."""
+        """Return whether so large a share of an FFN's neurons may be kept."""
         return _within(self._domains.get("init.ffn"), fraction)
 
     def ends(self, path: str) -> tuple[float, ...]:
@@ -185,7 +185,7 @@ class Restriction:
 
 
 def _within(domain: Choices | Range | None, fraction: float) -> bool:
-    """Whether a domain has a fraction; near a value that it lists is near enough, for sizes are rounded."""
+    """Return whether a domain has a fraction; near a value that it lists is near enough, for sizes are rounded."""
     if domain is None:
         return True
     if isinstance(domain, Range):
@@ -237,7 +237,7 @@ def _key(kind: str) -> tuple[int, int, bool]:
 
 
 def restriction(dimensions: Sequence[Dimension], storages: Sequence[Deployment] | None) -> Restriction:
-    """What a space says of how students begin and are stored.
+    """Return what a space says of how students begin and are stored.
 
     Args:
         dimensions: Of `PARTS`.
@@ -252,5 +252,5 @@ def restriction(dimensions: Sequence[Dimension], storages: Sequence[Deployment] 
 
 
 def restricts(path: str) -> bool:
-    """Whether a path in a strategy is of a part that a solver chooses."""
+    """Return whether a path in a strategy is of a part that a solver chooses."""
     return path in PATHS and path.partition(".")[0] in PARTS

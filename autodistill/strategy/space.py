@@ -335,7 +335,7 @@ def _restrictions(data: Any) -> tuple[Dimension, ...]:
 
 
 def _types_solved(solved: bool, deployments: Any) -> tuple[bool, Any]:
-    """Whether types are solved, and the deployments without the word that says so."""
+    """Return whether types are solved, and the deployments without the word that says so."""
     if deployments is None:
         return solved, None
     listed = list(deployments) if isinstance(deployments, list | tuple) else []
@@ -405,7 +405,7 @@ def _strategy(item: Any, where: str) -> Strategy:
 
 
 def load_space(ref: str | Path) -> Space:
-    """The space of a name in `search_spaces/`, or of a YAML file.
+    """Load the space of a name in `search_spaces/`, or of a YAML file.
 
     Raises:
         InputError: No such space or file, YAML that is not plain data, a space that does not hold together, a

@@ -251,7 +251,7 @@ class Strategy(PlainDataclass):
         return self.finishing.scheme
 
     def begins_as(self, other: Strategy) -> bool:
-        """Whether both students have the same weights before training, of one seed."""
+        """Return whether both students have the same weights before training, of one seed."""
         return (self.init, self.codes) == (other.init, other.codes)
 
     def describe(self) -> str:

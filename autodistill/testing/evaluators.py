@@ -100,7 +100,9 @@ class EvaluatorConformance:
         raise NotImplementedError
 
     def subject(self, folder: Path) -> Subject:
-        """What it is given; by default a tiny student in every form, exported only for those that need an artifact."""
+        """Return what it is given; by default a tiny student in every form, exported only for those that need an
+        artifact.
+        """
         return tiny_subject(folder, artifact=self.evaluator().needs == "artifact")
 
     def test_it_says_what_it_measures_and_needs(self) -> None:

@@ -44,8 +44,8 @@ class ExporterConformance:
         return found
 
     def deployments(self) -> tuple[Deployment, ...]:
-        """What is tried; by default each format once, as the first of what its linear layers may be stored as, or of
-        an exporter that has none what it may be given.
+        """Return what is tried; by default each format once, as the first of what its linear layers may be stored as,
+        or of an exporter that has none what it may be given.
         """
         made = self.made()
         if isinstance(made, TakesAny):
@@ -53,7 +53,7 @@ class ExporterConformance:
         return tuple(_first(form.name) for form in made.formats)
 
     def student(self, folder: Path) -> Path:
-        """What is exported; by default a tiny Llama whose rows all grids of ours can be cut from."""
+        """Return what is exported; by default a tiny Llama whose rows all grids of ours can be cut from."""
         return save_tiny_teacher(folder / "student", layers=2, width=256, ffn=256, seed=1)
 
     def test_it_says_what_it_holds_and_what_serves_it(self) -> None:

@@ -22,10 +22,14 @@ class Knowledge(Protocol):
     """
 
     @property
-    def operations(self) -> float: ...
+    def operations(self) -> float:
+        """Operations that were spent until then."""
+        ...
 
     @property
-    def value(self) -> float | None: ...
+    def value(self) -> float | None:
+        """What the best that was known then scores; None before anything was."""
+        ...
 
 
 One = TypeVar("One", bound=Knowledge)

@@ -87,6 +87,7 @@ class Texts:
 
     @property
     def train(self) -> Path:
+        """The file of records to train on."""
         return self.folder / "train.jsonl"
 
 

@@ -39,6 +39,7 @@ class Expense:
         return Expense(operations=self.operations * times, seconds=self.seconds * times)
 
     def covers(self, other: Expense) -> bool:
+        """Return whether this is at least as much as another, in operations and in seconds."""
         return self.operations >= other.operations and self.seconds >= other.seconds
 
 
@@ -70,22 +71,27 @@ class Clock:
         return student_spec(strategy, self._teacher).parameters
 
     def train(self, strategy: Strategy, tokens: int) -> float:
+        """Return the seconds of training a strategy's student on so many tokens."""
         known = self._train.get(_taught(strategy))
         return tokens * (self._train_by_size * self._parameters(strategy) if known is None else known)
 
     def evaluation(self, strategy: Strategy, tokens: int) -> float:
+        """Return the seconds of evaluating a strategy's student on so many tokens."""
         known = self._read.get(strategy.init)
         return tokens * (self._read_by_size * self._parameters(strategy) if known is None else known)
 
     def online(self, tokens: int) -> float:
+        """Return the seconds of a teacher that runs beside so many tokens of training."""
         return self._parts.live_over_training * self.train(self._recipe, tokens)
 
     @property
     def cache(self) -> float:
+        """Return the seconds of writing the teacher's cache."""
         return self._parts.cache_over_training * self.train(self._recipe, TOKENS)
 
     @property
     def teacher_rows(self) -> float:
+        """Return the seconds of one row of the teacher."""
         return self._parts.rows_over_evaluation * self.evaluation(self._recipe, QUESTIONS * LENGTH)
 
 
@@ -119,25 +125,30 @@ class Expenses:
         self._rows = 1 + deployments
 
     def train(self, strategy: Strategy, tokens: int, *, live: bool = False) -> Expense:
+        """Return what training on so many tokens takes, with a `live` teacher or a cache."""
         alone = Expense(operations=self.costs.train(strategy, tokens), seconds=self._clock.train(strategy, tokens))
         if not live or not learns_from_teacher(strategy):
             return alone
         return alone + Expense(operations=self.costs.online(tokens), seconds=self._clock.online(tokens))
 
     def evaluation(self, strategy: Strategy, tokens: int) -> Expense:
+        """Return what an evaluation on so many tokens takes."""
         return Expense(
             operations=self.costs.evaluation(strategy, tokens), seconds=self._clock.evaluation(strategy, tokens)
         )
 
     def whole(self, strategy: Strategy, *, live: bool = False) -> Expense:
+        """Return what a strategy takes from its beginning to the end, with its last evaluation."""
         last = len(self.costs.rungs) - 1
         read = self.evaluation(strategy, self.costs.read_at(last))
         return self.train(strategy, self.costs.rungs[last], live=live) + read
 
     @property
     def cache(self) -> Expense:
+        """What writing the teacher's cache takes."""
         return Expense(operations=self.costs.cache, seconds=self._clock.cache)
 
     @property
     def teacher_rows(self) -> Expense:
+        """What all rows of the teacher take."""
         return Expense(operations=self._rows * self.costs.teacher_rows, seconds=self._clock.teacher_rows)

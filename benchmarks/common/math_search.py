@@ -74,4 +74,5 @@ def prepare(
 
 
 def space() -> Space:
+    """Return the space of the math task."""
     return load_space(str(SPACE_FILE))

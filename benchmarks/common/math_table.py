@@ -77,6 +77,7 @@ class Line:
 
     @cached_property
     def id(self) -> str:
+        """The strategy's id."""
         return Strategy.from_json(self.strategy).id
 
     @property
@@ -86,6 +87,7 @@ class Line:
 
 
 def read(path: Path = program.TRACKED / STORE) -> list[Line]:
+    """Return the recorded lines that have all rungs."""
     lines = [Line(**line) for line in report.lines_of(path)]
     return [
         replace(line, **{name: tuple(getattr(line, name)) for name in ("tokens", "decayed", "plain")})
@@ -95,10 +97,12 @@ def read(path: Path = program.TRACKED / STORE) -> list[Line]:
 
 
 def student_file(strategy: Strategy, seed: int) -> Path:
+    """Return the file that keeps a student at the end of its training."""
     return cache_folder() / "math-table" / f"{strategy.id}-{seed}-{TOKENS}.safetensors"
 
 
 def fitting(prepared: Prepared, strategy: Strategy) -> tuple[Deployment, ...]:
+    """Return the deployments within the budget for a strategy's student."""
     spec = student_spec(strategy, prepared.setting.teacher_spec)
     deployments = holdable(spec, prepared.question.deployments)
     return tuple(fit.deployment for fit in fits(spec, deployments, prepared.question.budget) if fit.slack <= 0)
@@ -159,6 +163,7 @@ class Recorder:
         return model
 
     def record(self, strategies: list[Strategy], seed: int) -> list[Line]:
+        """Train strategies that share all but their ends, and return a line for each."""
         began, first = time.process_time(), strategies[0]
         plan = self._plan
         model, trainer = new_trainer(self._bench, first, seed)
@@ -232,6 +237,7 @@ def decay(trainer: Trainer, strategy: Strategy, until: int, prepared: Prepared) 
 
 
 def exhaust(records: Iterable[Any]) -> None:
+    """Take all of something that is made one by one, and keep nothing."""
     for _ in records:
         pass
 

@@ -69,6 +69,7 @@ class Case:
     more: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
+        """Return the model's config, as transformers takes it."""
         config: dict[str, Any] = {
             "model_type": self.family,
             "num_hidden_layers": self.layers,
@@ -85,6 +86,7 @@ class Case:
 
 
 def gguf_name(spec: ModelSpec, family: str, name: str) -> str:
+    """Return the name in GGUF of a tensor of a family."""
     parts = name.split(".")
     if "layers" in parts:
         block, part, suffix = parts[parts.index("layers") + 1], parts[-2], parts[-1]
@@ -106,6 +108,7 @@ def gguf_name(spec: ModelSpec, family: str, name: str) -> str:
 
 
 def write_gguf(case: Case, spec: ModelSpec, deployment: Deployment, path: Path) -> None:
+    """Write the model as a GGUF file, with the types of a deployment."""
     graph = _GRAPHS.get(case.family, case.family)
     writer = gguf.GGUFWriter(path, graph)
     writer.add_context_length(spec.max_context)
@@ -198,6 +201,7 @@ def _latent_halves(config: dict[str, Any], tensor: TensorSpec) -> Iterator[tuple
 
 
 def write_folder(case: Case, folder: Path) -> None:
+    """Write the model as a folder of transformers."""
     config = transformers.AutoConfig.for_model(**case.config())
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -43,10 +43,12 @@ class Prepared:
 
     @property
     def space(self) -> Space:
+        """What is searched."""
         return self.question.space
 
     @property
     def costs(self) -> Costs:
+        """What the work of this search takes in operations."""
         return Costs(self.setting.teacher_spec, self.question.plan)
 
 
@@ -88,6 +90,7 @@ class Costs:
 
     @property
     def rungs(self) -> tuple[int, ...]:
+        """The plan's rungs, in tokens."""
         return self._plan.rungs
 
     def weights(self, strategy: Strategy) -> int:
@@ -109,12 +112,15 @@ class Costs:
         return self._plan.rungs[rung] - self.branch(reached)
 
     def train(self, strategy: Strategy, tokens: int) -> int:
+        """Return the operations of training on so many tokens."""
         return 6 * self.weights(strategy) * tokens
 
     def evaluation(self, strategy: Strategy, tokens: int) -> int:
+        """Return the operations of reading so many tokens."""
         return 2 * student_spec(strategy, self._teacher).parameters * tokens
 
     def read_at(self, rung: int) -> int:
+        """Return the tokens that are read at a rung."""
         plan = self._plan
         return plan.eval_tokens if rung == len(plan.rungs) - 1 else plan.rung_eval_tokens
 
@@ -133,6 +139,7 @@ class Costs:
         return 2 * self._teacher.parameters * self._plan.eval_tokens
 
     def online(self, tokens: int) -> int:
+        """Return the operations of the teacher on so many tokens."""
         return 2 * self._teacher.parameters * tokens
 
 

@@ -76,6 +76,7 @@ def tiny_teacher(**sizes: Any) -> str:
 
 
 def tiny_data(documents: int = 30, sentences: int = 24) -> str:
+    """Write a tiny text into a new folder, and return where it is."""
     from autodistill.testing import tiny_text
 
     return str(tiny_text(Path(tempfile.mkdtemp()) / "text", documents=documents, sentences=sentences))

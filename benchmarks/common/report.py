@@ -25,6 +25,7 @@ _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
 def machine() -> str:
+    """Return this machine in one line: processor, cores, memory."""
     found = detect()
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -40,6 +41,7 @@ def machine() -> str:
 
 
 def table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """Return a table in Markdown."""
     rows = [titles, ["---"] * len(titles), *lines]
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
 
@@ -117,6 +119,7 @@ def add_line(store: Path, data: Any) -> None:
 
 
 def lines_of(store: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of results, without when they were made; none where there is no file."""
     if not store.exists():
         return []
     lines = [json.loads(line) for line in store.read_text(encoding="utf-8").splitlines()]
@@ -124,6 +127,7 @@ def lines_of(store: Path) -> list[dict[str, Any]]:
 
 
 def stamps_of(store: Path) -> Iterator[dict[str, str]]:
+    """Yield when, and by which code, the records of a file were made."""
     for line in store.read_text(encoding="utf-8").splitlines():
         if '"made"' in line and isinstance(found := json.loads(line).get("made"), dict):
             yield found
@@ -172,6 +176,7 @@ class Kept:
         self._made = {entry["key"]: entry["made"] for entry in entries if "made" in entry}
 
     def knows(self, key: str) -> bool:
+        """Return whether the result of this key is there."""
         return key in self._known
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:

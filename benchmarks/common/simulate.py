@@ -24,6 +24,7 @@ from autodistill.runs.results.row import Decision
 from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving, rung_tokens
+from autodistill.search.campaign.admission import admit
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.state import Candidate, Question, TrialState
 from autodistill.search.planning.durations import Speed
@@ -51,6 +52,7 @@ SEED = 0  # of the recorded students
 
 
 def teacher_spec() -> ModelSpec:
+    """Return the shape of the math teacher."""
     return spec_from_config(
         {"model_type": "llama", "vocab_size": 20, "max_position_embeddings": 80, "tie_word_embeddings": True, **SHAPE}
     )
@@ -60,6 +62,7 @@ class Remembering(Space):
     """A space that makes the strategy of a point once, however often it is asked for."""
 
     def strategy(self, point: Mapping[str, Value]) -> Strategy:
+        """Return the strategy of a point, made once."""
         return _strategy(self, frozenset(point.items()))
 
     def __hash__(self) -> int:
@@ -119,13 +122,16 @@ class Table:
         return bool(allowed(student_spec(strategy, self.teacher), self.deployments))
 
     def line(self, strategy: Strategy) -> Line:
+        """Return what was recorded of a strategy."""
         return self.lines[strategy.id]
 
     def best(self) -> float:
+        """The best value of any recorded student."""
         return max(max(line.rows.values()) for line in self.recorded)
 
     @property
     def recorded(self) -> list[Line]:
+        """What was recorded of the strategies of the space."""
         points = self.space.points(lambda dimension: dimension.domain.grid or ())
         strategies = map(self.space.strategy, points)
         return [self.lines[strategy.id] for strategy in strategies if strategy.id in self.lines]
@@ -133,10 +139,12 @@ class Table:
 
 @cache
 def allowed(spec: ModelSpec, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
+    """Return the deployments within the budget."""
     return tuple(fit.deployment for fit in fits(spec, deployments, BUDGET) if fit.slack <= 0)
 
 
 def plan(trials: int, rungs: Sequence[int], keep: Sequence[int], workers: int = 1) -> Plan:
+    """Return the plan of a simulated search."""
     return straight_plan(
         TOKENS,
         sequence_length=LENGTH,
@@ -166,9 +174,11 @@ class Memory(RunLog):
         self._kept: list[RunEvent] = []
 
     def add(self, event: RunEvent) -> None:
+        """Keep an event."""
         self._kept.append(event)
 
     def all(self) -> list[RunEvent]:
+        """Return all events."""
         return self._kept
 
 
@@ -190,6 +200,7 @@ class Stopping(SuccessiveHalving):
         feasible: bool = True,
         further: Sequence[float | None] = (),
     ) -> Decision:
+        """Decide as the scheduler does, but stop what it would pause."""
         decision = super().report(trial_id, rung, value, feasible, further)
         if decision is Decision.PAUSE:
             reported = len(self._reports[rung])
@@ -231,12 +242,25 @@ class Spent:
     worked: float = 0.0
     lost: int = 0
 
+    def add(self, assignment: Assignment, report: RungReport, expense: Expense, now: float, *, whole: bool) -> None:
+        """Takes what work came to; of a student at the end of the plan its value too."""
+        self.worked += expense.seconds
+        self.operations += round(expense.operations)
+        self.seconds = now
+        self.trained += report.trained
+        self.shared += report.shared
+        value = report.evaluation.measurements.get(METRIC)
+        if whole and value is not None:
+            strategy = assignment.task.strategy
+            self.curve.append((self.operations, now, value.value, strategy.id, report.evaluation.deployment.name))
+
     def first_above(self, value: float) -> int | None:
         """Operations after which a student was better than this, or None."""
         return next((one[0] for one in self.curve if one[2] > value), None)
 
     @property
     def best(self) -> tuple[int, float, float, str, str]:
+        """The best student at full fidelity, as `curve` has it."""
         return max(self.curve, key=lambda one: one[2])
 
 
@@ -259,6 +283,7 @@ class Worker:
 
     @property
     def start(self) -> Expense:
+        """What is spent before the first trial."""
         return self.expenses.teacher_rows + (Expense() if self._live else self.expenses.cache)
 
     def answer(self, assignment: Assignment) -> tuple[RungReport, Expense]:
@@ -338,13 +363,54 @@ def _measured(name: str, value: float, unit: str) -> Measurement:
     return Measurement(name=name, value=value, unit=unit, direction=direction, source="simulated")
 
 
-class Unrejecting(Campaign):
-    """Trains what no deployment can hold up to its first rung, and learns there that it does not fit."""
+def unrejecting(question: Question, candidate: Candidate, **fields: Any) -> TrialState:
+    """Admits what no deployment can hold too: it is trained up to its first rung, and does not fit there."""
+    trial = admit(question, candidate, **fields)
+    trial.reason = None
+    return trial
 
-    def _admit(self, candidate: Candidate, **fields: Any) -> TrialState:
-        trial = super()._admit(candidate, **fields)
-        trial.reason = None
-        return trial
+
+def campaign_of(
+    table: Table,
+    search_plan: Plan,
+    sampler: str,
+    seed: int,
+    *,
+    stopping: bool,
+    sharing: bool,
+    rejection: bool,
+    space: Space | None,
+    log: RunLog | None,
+    hints: Mapping[str, Any],
+) -> Campaign:
+    """The campaign of a simulated search; arguments as of `simulate`."""
+    question = Question(
+        space=space or table.space,
+        deployments=table.deployments,
+        budget=BUDGET,
+        plan=search_plan,
+        speed=Speed(cache=1e6, score=1e6, worker_train=1e6, worker_score=1e6),
+        teacher_spec=table.teacher,
+        teacher_accuracy=1.0,
+        metric=METRIC,
+        direction="max",
+        sharing=sharing,
+    )
+    proposer = Sampler(
+        question.space,
+        name=sampler,
+        seed=seed,
+        direction="max",
+        **hints,
+    )
+    return Campaign(
+        question,
+        sampler=proposer,
+        log=log or Memory(),
+        checkpoints=Path("/nowhere"),
+        halving=Stopping if stopping else SuccessiveHalving,
+        admission=admit if rejection else unrejecting,
+    )
 
 
 def simulate(
@@ -382,28 +448,18 @@ def simulate(
         hints: Further arguments of the sampler: what earlier searches observed.
     """
     worker = Worker(table, search_plan, live_teacher=live_teacher)
-    question = Question(
-        space=space or table.space,
-        deployments=table.deployments,
-        budget=BUDGET,
-        plan=search_plan,
-        speed=Speed(cache=1e6, score=1e6, worker_train=1e6, worker_score=1e6),
-        teacher_spec=table.teacher,
-        teacher_accuracy=1.0,
-        metric=METRIC,
-        direction="max",
+    campaign = campaign_of(
+        table,
+        search_plan,
+        sampler,
+        seed,
+        stopping=stopping,
         sharing=sharing,
+        rejection=rejection,
+        space=space,
+        log=log,
+        hints=hints,
     )
-    proposer = Sampler(
-        question.space,
-        name=sampler,
-        seed=seed,
-        direction="max",
-        **hints,
-    )
-    kind = Campaign if rejection else Unrejecting
-    halving = Stopping if stopping else SuccessiveHalving
-    campaign = kind(question, sampler=proposer, log=log or Memory(), checkpoints=Path("/nowhere"), halving=halving)
     start, ticket = worker.start, count()
     now = start.seconds
     spent = Spent(operations=round(start.operations), seconds=now)
@@ -424,31 +480,23 @@ def simulate(
             heapq.heappush(running, (now + expense.seconds, next(ticket), assignment, report, expense))
         if all(one[2] is None for one in running):
             break
-        now, _, done, report, expense = heapq.heappop(running)
-        if done is None:
+        now, _, assignment, report, expense = heapq.heappop(running)
+        if assignment is None:
             continue
-        assignment = done
         if report is None:
             spent.operations += round(expense.operations)
             spent.seconds, spent.lost = now, spent.lost + 1
             campaign.fail(assignment, WORKER_DIED, "its node was lost")
             heapq.heappush(running, (now + away, next(ticket), None, None, Expense()))
             continue
-        spent.worked += expense.seconds
-        spent.operations += round(expense.operations)
-        spent.seconds = now
-        spent.trained += report.trained
-        spent.shared += report.shared
         campaign.report(assignment, report)
-        value = report.evaluation.measurements.get(METRIC)
-        if report.rung == len(search_plan.rungs) - 1 and value is not None:
-            strategy = assignment.task.strategy
-            spent.curve.append((spent.operations, now, value.value, strategy.id, report.evaluation.deployment.name))
+        spent.add(assignment, report, expense, now, whole=report.rung == len(search_plan.rungs) - 1)
     campaign.close()
     return spent, campaign
 
 
 def points(space: Space) -> list[Point]:
+    """Return all points of a space on its grids."""
     return list(space.points(lambda dimension: dimension.domain.grid or ()))
 
 

@@ -98,10 +98,12 @@ def step_seconds(prepared: Prepared, strategy: Strategy, steps: int = 12) -> flo
 
 
 def live(strategy: Strategy) -> Strategy:
+    """Return the same strategy with a teacher that runs beside it."""
     return replace(strategy, distillation=replace(strategy.distillation, signal="online", signal_tokens=0))
 
 
 def cache_seconds(prepared: Prepared) -> float:
+    """Return the seconds of a processor that writing the teacher's cache takes."""
     bench, spec = Workbench(prepared.setting), prepared.setting.teacher_spec
     assert bench.cache is not None
     with tempfile.TemporaryDirectory() as folder:

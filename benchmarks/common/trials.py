@@ -78,6 +78,7 @@ class Result:
 
     @property
     def key(self) -> tuple[Any, ...]:
+        """What tells a result from others."""
         return self.strategy, self.seed, self.tokens, self.batch_tokens, self.eval_tokens
 
 
@@ -146,10 +147,12 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the options, with small ones for `--smoke`."""
     return program.parse(parser, tokens=256, seeds=1, workers=2)
 
 
 def small_inputs() -> dict[str, Any]:
+    """Make a tiny teacher and text, and return them with sizes that fit."""
     inputs = {"teacher": program.tiny_teacher(**SMALL), "data": program.tiny_data()}
     return inputs | {"context": 256, "eval_tokens": 512}
 
@@ -172,10 +175,12 @@ def study(arguments: argparse.Namespace, store: str, strategies: Mapping[str, St
 
 
 def kept(store: Path) -> list[Result]:
+    """Return the results of a file."""
     return [Result(**line) for line in report.lines_of(store)]
 
 
 def by_seed(results: Iterable[Result], figure: str) -> dict[str, dict[int, float]]:
+    """Return a figure by the name of the strategy and by seed."""
     found: dict[str, dict[int, float]] = {}
     for one in sorted(results, key=lambda one: one.seed):
         found.setdefault(one.name, {})[one.seed] = getattr(one, figure)

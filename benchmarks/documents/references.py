@@ -24,10 +24,12 @@ _ENTRY = re.compile(r"( {4})([\w.*, ]+): (.*)\Z")
 
 
 def pages() -> dict[Path, str]:
+    """Return the content of each page, by its file."""
     return {FOLDER / "command-line.md": command_line(), FOLDER / "python.md": python_names()}
 
 
 def command_line() -> str:
+    """Return the page of all commands with their options."""
     import typer
 
     from autodistill.cli.app import app
@@ -82,6 +84,7 @@ def _metavar(param: Any) -> str:
 
 
 def python_names() -> str:
+    """Return the page of all public names."""
     import autodistill as ad
 
     names = [name for name in ad.__all__ if not name.startswith("__")]

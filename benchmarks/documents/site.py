@@ -28,6 +28,7 @@ _AWAY = re.compile(r"[a-z][a-z0-9+.-]*:")
 
 
 def listed(items: object) -> Iterator[str]:
+    """Yield the pages that a part of the navigation lists."""
     if isinstance(items, str):
         yield items
     elif isinstance(items, list):
@@ -43,6 +44,7 @@ def navigation() -> list[str]:
 
 
 def links(text: str) -> Iterator[re.Match[str]]:
+    """Yield the links of a page that lead to files of this repository."""
     plain = _FENCED.sub(lambda found: " " * len(found[0]), text)
     return (found for found in _LINK.finditer(plain) if not _AWAY.match(found[2]))
 

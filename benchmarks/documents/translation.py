@@ -45,10 +45,12 @@ class Paragraph:
 
     @property
     def is_code(self) -> bool:
+        """Whether it is a block of code."""
         return self.lines[0].startswith("```")
 
     @property
     def comments(self) -> list[str]:
+        """The comments of its code."""
         return [found[2] for line in self.lines if (found := _comment(self, line))]
 
     @property
@@ -59,6 +61,7 @@ class Paragraph:
 
 
 def paragraphs(text: str) -> list[Paragraph]:
+    """Return the paragraphs of a page, blocks of code among them."""
     found, lines = [], text.splitlines()
     mark, place, begins, fenced = None, None, -1, False
     for number, line in enumerate([*lines, ""]):

@@ -38,6 +38,7 @@ def shares(found: Mapping[str, Mapping[int, float]], name: str) -> list[float]:
 
 
 def lines(found: list[trials.Result]) -> Iterator[list[str]]:
+    """Yield the rows of the table, one for each kind of cache."""
     accuracy, perplexity = (trials.by_seed(found, figure) for figure in ("accuracy", "perplexity"))
     for name in SIGNALS:
         own = [one for one in found if one.name == name]
@@ -51,6 +52,7 @@ def lines(found: list[trials.Result]) -> Iterator[list[str]]:
 
 
 def findings(found: list[trials.Result]) -> Iterator[str]:
+    """Yield what each kind of cache loses, in sentences."""
     measures = {figure: trials.by_seed(found, figure) for figure in ("accuracy", "perplexity")}
     for name in SIGNALS:
         if name == BASE or name not in measures["accuracy"]:

@@ -94,10 +94,12 @@ class Findings:
         self._lines = {(one.case, one.packing, one.aware, one.seed): one for one in lines}
 
     def of(self, case: str, packing: str = DEPLOYMENT.name, aware: bool = False) -> dict[int, Line]:
+        """Return the lines of a case by seed."""
         wanted = (case, packing, aware)
         return {seed: line for (*key, seed), line in sorted(self._lines.items()) if tuple(key) == wanted}
 
     def less(self, case: str, base: str) -> list[float]:
+        """Return by how much a case is better than another, by the seeds that both have."""
         found, other = self.of(case), self.of(base)
         return [found[seed].exact_match - other[seed].exact_match for seed in sorted(found.keys() & other.keys())]
 
@@ -118,6 +120,7 @@ class Findings:
         return without, with_it
 
     def summary(self) -> list[str]:
+        """Return the findings beside what is often quoted, in sentences."""
         sentences = [
             f"Lost against the teacher, in points of exact match: outputs alone {self.lost('outputs')} (often quoted: "
             f"8), the full recipe {self.lost('full recipe')} (often quoted: at most 3), cross-entropy without the "

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.distillation.student.repair import HeldMoments
 from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.estimates.solving import CUT_TOKENS
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
@@ -42,6 +43,33 @@ def core_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
+def compared(rows: list[dict[str, Any]]) -> list[str]:
+    """What gradients say beside what putting in says: over all, and by cut."""
+    pairs = np.array([(row["told"], row["put_in"]) for row in rows if not row["measured"]])
+    off = [
+        abs(row["told"] - row["put_in"]) / math.hypot(row["told_stderr"], row["put_in_stderr"])
+        for row in rows
+        if not row["measured"]
+    ]
+    return [
+        f"Where gradients are relied on they say {pairs[:, 0].sum():.3f} nats in all and putting in says "
+        f"{pairs[:, 1].sum():.3f}; Kendall's tau {kendalltau(*pairs.T).statistic:.2f}. The difference is "
+        f"{np.mean(off):.1f} of its stated standard error on average and {max(off):.1f} at the most.",
+        report.table(
+            ["layer", "neurons", "by gradients", "put in"],
+            [
+                [
+                    row["layer"],
+                    row["width"],
+                    f"{row['told']:.4f} ± {row['told_stderr']:.4f}",
+                    f"{row['put_in']:.4f} ± {row['put_in_stderr']:.4f}",
+                ]
+                for row in rows
+            ],
+        ),
+    ]
+
+
 def main() -> None:
     parser = program.parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
@@ -53,7 +81,7 @@ def main() -> None:
         given.teacher = program.tiny_teacher(layers=4, width=128, heads=2, kv_heads=1, ffn=256)
         given.data = program.tiny_data()
     cache, length = given.cache or cache_folder(), 64 if given.smoke else 256
-    teacher = materialise(resolve_teacher(given.teacher), cache)
+    teacher = materialize(resolve_teacher(given.teacher), cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     data = prepare(resolve_data(given.data), teacher.folder, tokenizer_fingerprint(teacher.folder), length, cache)
     train = load_split(data.folder, "train")
@@ -95,16 +123,11 @@ def main() -> None:
     ]
     seconds = {"reading": reading, "gradients": by_gradients, "costly": measuring, "putting_in": by_putting_in}
     report.note("scores", {"rows": rows, "core_seconds": seconds, "share": scale})
-    pairs = np.array([(row["told"], row["put_in"]) for row in rows if not row["measured"]])
-    off = [
-        abs(row["told"] - row["put_in"]) / math.hypot(row["told_stderr"], row["put_in_stderr"])
-        for row in rows
-        if not row["measured"]
-    ]
+    told = f"{teacher.name}, text {data.name}, {sample.data.predicted:,} tokens"
     every = "of every layer" if given.every == 1 else f"of one layer in {given.every}, and by proportion of all"
     sections = [
-        f"{teacher.name}, text {data.name}, {sample.data.predicted:,} tokens; cuts {every}. Reading the activations to "
-        f"which they are fitted takes {reading:.0f} s of cores in either way.",
+        f"{told}; cuts {every}. Reading the activations to which they are fitted takes {reading:.0f} s of cores in "
+        "either way.",
         report.table(
             ["scores of two widths", "seconds of cores", "less by"],
             [
@@ -116,21 +139,7 @@ def main() -> None:
                 ],
             ],
         ),
-        f"Where gradients are relied on they say {pairs[:, 0].sum():.3f} nats in all and putting in says "
-        f"{pairs[:, 1].sum():.3f}; Kendall's tau {kendalltau(*pairs.T).statistic:.2f}. The difference is "
-        f"{np.mean(off):.1f} of its stated standard error on average and {max(off):.1f} at the most.",
-        report.table(
-            ["layer", "neurons", "by gradients", "put in"],
-            [
-                [
-                    row["layer"],
-                    row["width"],
-                    f"{row['told']:.4f} ± {row['told_stderr']:.4f}",
-                    f"{row['put_in']:.4f} ± {row['put_in_stderr']:.4f}",
-                ]
-                for row in rows
-            ],
-        ),
+        *compared(rows),
     ]
     print(report.write("cut-scores", "Scores of narrower FFNs, by gradients and by putting in", sections))
 

@@ -20,7 +20,7 @@ from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
@@ -59,6 +59,35 @@ def repairs(spec_width: int, shapes: Shapes, sample: Sample) -> Iterator[dict[st
         yield {"width": width, "plain": found[False].kl, "repaired": found[True].kl, "gain": gained, "stderr": stderr}
 
 
+def solved(
+    options: Options, library: Library, shapes: Shapes, calibration: Sample, unseen: Sample
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """The best student of each family within a budget: what the report notes of it, and its row without the budget."""
+    library.build()
+    began = time.process_time()
+    found = best_forms(options, library, lambda: shapes, calibration)
+    if len(found) == 1 and found[0].family == "whole":
+        # It would do, and is compared all the same.
+        found += cut_forms(options, library, shapes, calibration)
+    seconds = time.process_time() - began
+    for one in found:
+        on_unseen = held_out(one, library, shapes, unseen)
+        told = {"family": one.family, "init": one.init.to_json(), "deployment": one.deployment.to_json()}
+        told |= {"bytes": one.bytes, "predicted_kl": one.found.predicted[0], "joint": one.joint.to_json()}
+        yield (
+            {**told, "held_out": on_unseen.to_json(), "core_seconds": seconds},
+            [
+                one.family,
+                one.name,
+                format_bytes(one.bytes),
+                f"{one.found.predicted[0]:.3f}",
+                f"{one.joint.kl:.3f}",
+                f"{on_unseen.kl:.3f} ± {on_unseen.kl_stderr or 0:.3f}",
+                f"{on_unseen.nll:.3f}",
+            ],
+        )
+
+
 def main() -> None:
     parser = program.parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
@@ -73,7 +102,7 @@ def main() -> None:
         arguments.teacher = program.tiny_teacher(layers=4, width=128, heads=2, kv_heads=1, ffn=256)
         arguments.data = program.tiny_data()
     cache, length = arguments.cache or cache_folder(), arguments.sequence_length
-    teacher = materialise(resolve_teacher(arguments.teacher), cache)
+    teacher = materialize(resolve_teacher(arguments.teacher), cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     data = prepare(resolve_data(arguments.data), teacher.folder, tokenizer_fingerprint(teacher.folder), length, cache)
     train, validation = load_split(data.folder, "train"), load_split(data.folder, "validation")
@@ -103,31 +132,9 @@ def main() -> None:
     for limit in map(parse_bytes, arguments.budgets.split(",")):
         options = Options(spec=spec, budget=Budget(memory_bytes=limit, context=arguments.context))
         path = library_file(cache, teacher.fingerprint, data.fingerprint, tokens, options)
-        library = Library(path, bench, options, calibration, tell)
-        library.build()
-        began = time.process_time()
-        found = best_forms(options, library, lambda: shapes, calibration)
-        if len(found) == 1 and found[0].family == "whole":
-            # It would do, and is compared all the same.
-            found += cut_forms(options, library, shapes, calibration)
-        seconds = time.process_time() - began
-        for one in found:
-            on_unseen = held_out(one, library, shapes, unseen)
-            told = {"family": one.family, "init": one.init.to_json(), "deployment": one.deployment.to_json()}
-            told |= {"bytes": one.bytes, "predicted_kl": one.found.predicted[0], "joint": one.joint.to_json()}
-            noted.append({"budget": limit, **told, "held_out": on_unseen.to_json(), "core_seconds": seconds})
-            rows.append(
-                [
-                    format_bytes(limit),
-                    one.family,
-                    one.name,
-                    format_bytes(one.bytes),
-                    f"{one.found.predicted[0]:.3f}",
-                    f"{one.joint.kl:.3f}",
-                    f"{on_unseen.kl:.3f} ± {on_unseen.kl_stderr or 0:.3f}",
-                    f"{on_unseen.nll:.3f}",
-                ]
-            )
+        for told, row in solved(options, Library(path, bench, options, calibration, tell), shapes, calibration, unseen):
+            noted.append({"budget": limit, **told})
+            rows.append([format_bytes(limit), *row])
     fitted = list(repairs(spec.ffn_width, shapes, unseen))
     report.note("constructions", noted)
     report.note("repair", fitted)

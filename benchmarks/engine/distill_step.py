@@ -41,7 +41,7 @@ from autodistill.distillation.losses.targets import FullTarget, TopTarget
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
-from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher
 from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.inference.torch_memory import keep_freed_memory
@@ -78,6 +78,7 @@ ARMS = {
 
 
 def plain_step(student: Any, optimizer: Any, ids: Tensor) -> None:
+    """Do one step of plain fine-tuning."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = student(input_ids=ids, labels=ids, use_cache=False).loss
     descend(student, optimizer, loss)
@@ -141,6 +142,7 @@ class Taken(NamedTuple):
 
 
 def seconds(work: Callable[[], Any]) -> Taken:
+    """Return the wall-clock and processor seconds of some work."""
     began = Taken(time.perf_counter(), time.process_time())
     work()
     return Taken(time.perf_counter() - began.wall, time.process_time() - began.processor)
@@ -262,7 +264,7 @@ class Workshop:
 
 def workshop(reference: str, root: Path, length: int, tokens: int, folder: Path) -> Workshop:
     """Builds the student and caches everything that any arm reads."""
-    teacher = materialise(resolve_teacher(reference), root)
+    teacher = materialize(resolve_teacher(reference), root)
     source, fingerprint = resolve_data("pydoc"), tokenizer_fingerprint(teacher.folder)
     prepared = prepare(source, teacher.folder, fingerprint, length, root)
     data = load_split(prepared.folder, "train").head(2 * tokens)
@@ -285,6 +287,7 @@ def workshop(reference: str, root: Path, length: int, tokens: int, folder: Path)
 def arms(
     shop: Workshop, length: int, tokens: int, threads: int, wanted: Sequence[str]
 ) -> dict[str, Callable[[], Taken]]:
+    """Return the steps that are compared, by name; each does one and says what it took."""
     plan = straight_plan(10**9, sequence_length=length, batch_tokens=tokens, decay=0.25, threads=threads, bf16=True)
     live = LiveTeacher(shop.teacher.folder, bf16=True)
     trainers = {
@@ -353,6 +356,7 @@ def spent_on(run: Callable[[], Any]) -> list[list[str]]:
 
 
 def step_lines(taken: Mapping[str, list[Taken]], tokens: int) -> Iterator[list[str]]:
+    """Yield the rows of a table of steps."""
     for name, times in taken.items():
         middle = statistics.median(step.wall for step in times)
         used = statistics.median(step.processor for step in times)
@@ -361,6 +365,7 @@ def step_lines(taken: Mapping[str, list[Taken]], tokens: int) -> Iterator[list[s
 
 
 def sized(taken: Mapping[tuple[int, int], Mapping[str, list[Taken]]]) -> Iterator[str]:
+    """Yield a section for each size of a step."""
     clocks = [cell for other in COMPARED.values() for cell in (f"over {other}", "by processor")]
     for (sequences, length), times in taken.items():
         yield f"## Steps of {sequences} x {length} tokens"

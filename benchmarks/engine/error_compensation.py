@@ -21,7 +21,7 @@ from autodistill.advisor.describe import deployment_named
 from autodistill.data.dataset import TokenSet, load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.evaluation.statistics import clustered_mean
 from autodistill.inference.scoring import score, score_teacher
@@ -91,7 +91,7 @@ def main() -> None:
         arguments.teacher, arguments.data = tiny_teacher(layers=2), tiny_data()
     torch.set_num_threads(1)
     keep_freed_memory()
-    folder = materialise(resolve_teacher(arguments.teacher), cache_folder()).folder
+    folder = materialize(resolve_teacher(arguments.teacher), cache_folder()).folder
     prepared = prepare(resolve_data(arguments.data), folder, tokenizer_fingerprint(folder), LENGTH, cache_folder())
     train = load_split(prepared.folder, "train").head(arguments.tokens)
     held_out = load_split(prepared.folder, "validation").head(arguments.eval_tokens)

@@ -50,7 +50,7 @@ from torch import nn
 
 from autodistill.advisor.describe import deployment_named
 from autodistill.data.tokenization import load_tokenizer
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.export.gguf import KINDS
 from autodistill.export.student_reader import StudentFiles
 from autodistill.models.loading import load_model
@@ -307,7 +307,7 @@ def verdicts(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
     """Judges every form of a model that is not in the store."""
     teacher = program.tiny_teacher(layers=2, width=256, ffn=256) if given.smoke else "smollm2"
-    folder = materialise(resolve_teacher(teacher), cache_folder()).folder
+    folder = materialize(resolve_teacher(teacher), cache_folder()).folder
     model: Any = load_model(folder, torch.float32).eval()
     calibration, tokens = (
         one % model.config.vocab_size for one in texts(folder, given.calibration, given.tokens, seed)
@@ -337,6 +337,7 @@ def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
 
 
 def section(given: argparse.Namespace, kind: str) -> list[str]:
+    """Return the part of the report about one model."""
     found: dict[str, dict[str, Any]] = {}
     for one in report.lines_of(program.REPORTS / STORE):
         if (one.get("model"), one["tokens"], one.get("calibration")) == (kind, given.tokens, given.calibration):

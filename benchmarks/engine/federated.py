@@ -34,9 +34,9 @@ from benchmarks.common.program import parse, parser_of
 
 LENGTH, STEPS, BATCH, RATE = 64, 25, 8, 2e-3
 HELD_OUT = 128  # sequences
-ALONE, LABELLED = "each client alone", "alone, and the public text"
+ALONE, LABELED = "each client alone", "alone, and the public text"
 SHARED, POOLED = "federated", "one model of all text"
-ARMS = ("the model that all begin with", ALONE, LABELLED, SHARED, POOLED)
+ARMS = ("the model that all begin with", ALONE, LABELED, SHARED, POOLED)
 KINDS = {
     "statements": "assert assignment augassign break class compound continue del exec for function global if import "
     "nonlocal pass return try while with yield raise",
@@ -75,7 +75,7 @@ def compared(start: Any, own: list[Any], public: Any, held_out: Any, seed: int, 
     def client(text: Any, offset: int = 0) -> Client:
         return Client(copy.deepcopy(start), text, public, rate=RATE, steps=STEPS, batch=BATCH, seed=100 * seed + offset)
 
-    alone, labelled, together = ([client(text, offset) for offset, text in enumerate(own)] for _ in range(3))
+    alone, labeled, together = ([client(text, offset) for offset, text in enumerate(own)] for _ in range(3))
     pooled = client(np.concatenate(own))
     following = public[:, 1:].reshape(-1, 1)
     labels = Predictions(tokens=following.astype(np.int32), probabilities=np.ones_like(following, np.float16))
@@ -83,13 +83,13 @@ def compared(start: Any, own: list[Any], public: Any, held_out: Any, seed: int, 
     for number in range(rounds):
         for one in (*alone, pooled):
             one.round(None)
-        for one in labelled:
+        for one in labeled:
             one.round(labels if number else None)
         sent += 0 if agreed is None else len(own) * agreed.bytes
         predictions = [one.round(agreed) for one in together]
         agreed = pool(predictions)
         sent += sum(one.bytes for one in predictions)
-    shares = [[accuracy(one.model, held_out) for one in arm] for arm in (alone, labelled, together, [pooled])]
+    shares = [[accuracy(one.model, held_out) for one in arm] for arm in (alone, labeled, together, [pooled])]
     return {
         "weights": sum(parameter.numel() for parameter in start.parameters()),
         "bytes": sent,
@@ -154,7 +154,7 @@ def sections(found: list[dict[str, Any]], own: list[Any], public: Any, rounds: i
         f"and all {public.size:,} public ones. The model has {weights:,} weights."
     )
     told = (
-        f"Paired by seed: {less(SHARED, ALONE)}; {less(SHARED, LABELLED)}; {less(POOLED, SHARED)}.\n\n"
+        f"Paired by seed: {less(SHARED, ALONE)}; {less(SHARED, LABELED)}; {less(POOLED, SHARED)}.\n\n"
         f"All clients together sent and were sent {sent / 1e6:.2f} MB of predictions a seed. Weights in float32, sent "
         f"and returned in each round, would have been {2 * len(own) * 4 * weights * rounds / 1e6:.2f} MB."
     )

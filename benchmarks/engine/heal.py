@@ -28,7 +28,7 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.distillation.student.build import cut_student
 from autodistill.distillation.teacher.importance import PartImportance, measure_importance
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.trainer import Trainer
@@ -235,7 +235,7 @@ def _bench(name: str, arguments: Any, size: int, length: int) -> Bench:
     if name == "sums":
         made = on_policy.teacher_of(arguments.teacher_steps, 2000 if arguments.smoke else on_policy.SIZE)
         return Bench(made.folder, made.train, made.test, size, 200)
-    teacher = materialise(resolve_teacher(name), cache_folder())
+    teacher = materialize(resolve_teacher(name), cache_folder())
     source = resolve_data(arguments.data)
     prepared = prepare(source, teacher.folder, tokenizer_fingerprint(teacher.folder), length, cache_folder())
     train, test = (load_split(prepared.folder, split) for split in ("train", "test"))

@@ -27,7 +27,7 @@ from autodistill.advisor.describe import deployment_named
 from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.training import fake_quantize as quantization
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.inference.scoring import score, score_teacher
@@ -108,6 +108,7 @@ def by_ends(weights: Floats, grid: Grid) -> Floats:
 
 
 def draws(folder: Path) -> dict[str, Floats]:
+    """Return the weights that are packed, by name: trained ones and random ones."""
     random = np.random.default_rng(0)
     model = load_model(folder, torch.float32)
     layers = model.model.layers
@@ -124,6 +125,7 @@ def draws(folder: Path) -> dict[str, Floats]:
 
 
 def losses(found: Mapping[str, Floats]) -> str:
+    """Return the table of errors of weights."""
     lines = []
     for grid in GRIDS:
         for name, weights in found.items():
@@ -147,6 +149,7 @@ def _more(ours: float, other: float) -> str:
 
 
 def seconds(millions: int) -> str:
+    """Return the table of times of packing."""
     weights = np.random.default_rng(0).standard_normal((2048, 4096)).astype(np.float32)
     times = millions * 1e6 / weights.size
     lines = []
@@ -178,6 +181,7 @@ def _theirs(model: Any, spec: ModelSpec, form: str) -> dict[str, torch.Tensor]:
 
 
 def divergences(folder: Path, tokens: int, forms: Sequence[str]) -> str:
+    """Return the table of what a model loses."""
     model = load_model(folder, torch.float32)
     spec = spec_from_config(read_json(folder / "config.json"))
     text = prepare(
@@ -236,6 +240,7 @@ def divergences(folder: Path, tokens: int, forms: Sequence[str]) -> str:
 
 
 def steps(folder: Path, sizes: Mapping[str, int]) -> str:
+    """Return the table of training steps on the grids."""
     teacher = save_tiny_teacher(folder / "teacher", **sizes)
     found = measure(teacher, 1024, 3, 1, False, {"": quantization}, SCALES, FINISHED)
     report.note("seconds of steps", found)
@@ -252,6 +257,7 @@ def steps(folder: Path, sizes: Mapping[str, int]) -> str:
 
 
 def speeds(folder: Path, sizes: Mapping[str, int], forms: Sequence[str]) -> str:
+    """Return the table of speeds in llama.cpp."""
     lines = []
     for form in forms:
         case = Case(family="llama", tied=True, form=form, **sizes)
@@ -278,7 +284,7 @@ def main() -> None:
         served, trained, forms = SERVED | {"layers": 2}, TRAINED | {"layers": 4, "ffn": 256}, ("gguf-q4_k",)
     torch.set_num_threads(1)
     keep_freed_memory()
-    folder = materialise(resolve_teacher(arguments.teacher), cache_folder()).folder
+    folder = materialize(resolve_teacher(arguments.teacher), cache_folder()).folder
     head = (
         f"The model is {arguments.teacher}, whose own file has its weights in Q4_1. llama.cpp's quantiser is that of "
         f"xllamacpp {xllamacpp.__version__}, without an importance matrix."

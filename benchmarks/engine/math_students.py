@@ -72,6 +72,7 @@ class Line:
 
     @property
     def key(self) -> tuple[Any, ...]:
+        """What tells a line from others."""
         return self.study, self.case, self.seed, self.packing, self.aware, self.tokens, self.questions
 
 

@@ -73,6 +73,7 @@ def stored(library: ctypes.CDLL, model: Path, file_type: int, out: Path) -> dict
 
 
 def cases(library: ctypes.CDLL, asked: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield what llama.cpp stores each tensor as, case by case."""
     for case in asked:
         sizes = {"width": 256, "ffn": 256, "tied": True} | case
         with tempfile.TemporaryDirectory() as folder:

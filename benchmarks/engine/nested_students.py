@@ -89,14 +89,17 @@ class Bench:
         self._test = made.test.head(held_out * made.test.tokens.shape[1])
 
     def separate(self, share: float, *, repair: bool) -> Any:
+        """Return a student of this width alone, cut from the teacher."""
         return cut_student(self.teacher, Init(depth=1.0, ffn=share, repair=repair), self.importance)[0]
 
     def nested(self) -> Any:
+        """Return the teacher with its neurons in the order of their importance: its narrower parts are students."""
         model = load_model(self.folder, torch.float32)
         sort_neurons(model, self.importance)
         return model
 
     def neurons(self, share: float) -> int:
+        """Return the neurons of an FFN of this share of the teacher's."""
         return int(decoder_layers(self.separate(share, repair=False))[0].mlp.gate_proj.weight.shape[0])
 
     def judged(self, model: Any) -> tuple[float, float]:

@@ -27,7 +27,7 @@ import torch
 
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.build import build_student
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.training import fake_quantize as quantization
 from autodistill.distillation.training import trainer as training
 from autodistill.distillation.training.trainer import Trainer
@@ -59,6 +59,7 @@ FINISHINGS: dict[str, dict[str, Any]] = {
 
 
 def load_module(path: Path) -> ModuleType:
+    """Load a module from its file."""
     spec = importlib.util.spec_from_file_location("quantization_before", path)
     assert spec is not None
     assert spec.loader is not None
@@ -154,7 +155,7 @@ def main() -> None:
         parser.error("this machine computes in bfloat16 more slowly than in float32: leave --bf16 out")
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    teacher = materialise(resolve_teacher(arguments.teacher), cache_folder())
+    teacher = materialize(resolve_teacher(arguments.teacher), cache_folder())
     modules, said = {"": quantization}, ""
     if arguments.eager:
         said, modules[EAGER] = EAGER, quantization

@@ -20,7 +20,7 @@ from torch import Tensor
 from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import tokenizer_fingerprint
@@ -40,7 +40,7 @@ _BITS = 5  # of types whose scales `solve` searches for, at the most
 
 def matrices(teacher: str, data: str, layers: int, length: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Grid]]]:
     """Matrices with what their columns count, and the types that they may have."""
-    found = materialise(resolve_teacher(teacher), cache_folder())
+    found = materialize(resolve_teacher(teacher), cache_folder())
     spec = spec_from_config(read_json(found.folder / "config.json"))
     text = prepare(resolve_data(data), found.folder, tokenizer_fingerprint(found.folder), length, cache_folder())
     bench = load_bench(found, spec, None)

@@ -23,6 +23,7 @@ BUDGETS = "175MB,150MB"
 
 
 def lines(document: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the rows of the table: the solution and its rivals."""
     for found in document["solutions"]:
         limit = format_bytes(found["budget"]["memory_bytes"])
         yield [limit, f"**solved: {found['solution']['name']}**", *_figures(found["solution"]), "-"]

@@ -23,7 +23,7 @@ from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.data.task_files import TaskFile, read_tasks
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.evaluation.evaluate import deployed_weights, evaluate
 from autodistill.evaluation.statistics import paired_bootstrap
 from autodistill.hardware.budget import Budget
@@ -50,6 +50,7 @@ TOKENS, ROUNDS = 512, 3
 
 
 def own(task: TaskFile, model: Any, folder: Path, name: str, share: float) -> dict[str, Any]:
+    """Return what our evaluator finds for a task."""
     spec = spec_from_config(read_json(folder / "config.json"))
     data = load_split(_data(folder), "validation").head(256)
     evaluation, _ = evaluate(
@@ -120,6 +121,7 @@ def _data(folder: Path) -> Path:
 
 
 def accuracy_of(folder: Path, tasks: Path, name: str, packed: str, questions: int) -> dict[str, Any]:
+    """Return the scores of a student by each evaluator."""
     model = load_model(folder, torch.float32)
     (task,) = read_tasks(tasks / f"{name}.yaml")
     # A question of MMLU has about three times as many tokens.
@@ -130,6 +132,7 @@ def accuracy_of(folder: Path, tasks: Path, name: str, packed: str, questions: in
 
 
 def accuracies(name: str, found: dict[str, dict[str, Any]]) -> str:
+    """Return the table of scores."""
     lines = []
     for packed, mine in found.items():
         compared = "-"
@@ -187,6 +190,7 @@ def divergences(folder: Path) -> dict[str, Any]:
 
 
 def divergence_section(found: dict[str, Any]) -> str:
+    """Return what the divergence says beside the scores."""
     without, also = found["seconds"]["without"], found["seconds"]["with"]
     lines = [[name, *(f"{value:.5f}" for value in values)] for name, values in found["means"].items()]
     return (
@@ -211,7 +215,7 @@ def main() -> None:
     if arguments.folder is None and {*parts} != {"divergence"}:
         parser.error("the task files' folder is missing: name it, or ask for --part divergence alone")
     torch.set_num_threads(1)
-    folder = materialise(
+    folder = materialize(
         resolve_teacher(program.tiny_teacher() if arguments.smoke else "smollm2"), cache_folder()
     ).folder
     file = program.REPORTS / "task-accuracy.json"

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from autodistill.advisor.blocks.timing import Clock, serve, time_blocks
 from autodistill.advisor.describe import spec_of
-from autodistill.advisor.measure_blocks import Clock, serve, time_blocks
 from autodistill.estimates.block_times import PARTS, BlockTimes, liked_multiple
 from autodistill.estimates.speed import speed
 from autodistill.hardware.device import Device
@@ -50,6 +50,7 @@ class Whole:
 
     @property
     def spec(self) -> ModelSpec:
+        """The model's shape."""
         return spec_of(self.case.config())
 
 
@@ -95,11 +96,13 @@ class CpuClock(Clock):
     """Times llama.cpp's one thread by its CPU seconds, of tokens their mean."""
 
     def prompt(self, server: LlamaServer, ids: list[int]) -> float:
+        """Return the seconds of a processor that reading a prompt takes."""
         began = _cpu_seconds(server)
         server.begin([ids])
         return _cpu_seconds(server) - began
 
     def tokens(self, server: LlamaServer, count: int) -> list[float]:
+        """Return the mean seconds of a processor that a further token takes, once for each."""
         began = _cpu_seconds(server)
         super().tokens(server, count)
         return [(_cpu_seconds(server) - began) / count]
@@ -137,6 +140,7 @@ def predicted(one: Whole, times: BlockTimes, device: Device) -> dict[str, tuple[
 def section(
     name: str, sizes: Mapping[str, int], context: int, rounds: int, *, alone: bool, kinds: Sequence[str]
 ) -> str:
+    """Time the blocks of a model and whole models, and return a section that compares both."""
     case = Case(family="llama", tied=True, **sizes)
     spec = spec_of(case.config())
     device = local_device(Path(tempfile.mkdtemp()), replace(detect(), cpus=cores() if alone else 1, gpus=()))

@@ -17,7 +17,7 @@ from typing import Any
 
 from autodistill.advisor.describe import deployment_named
 from autodistill.distillation.student.build import build_student, save_student
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.export.gguf import GgufExporter
 from autodistill.hardware.background_load import Watch
 from autodistill.hardware.machine import cores
@@ -77,7 +77,7 @@ def main() -> None:
         if given.smoke:
             teacher = Path(program.tiny_teacher())
         else:
-            teacher = materialise(resolve_teacher("smollm2"), cache_folder()).folder
+            teacher = materialize(resolve_teacher("smollm2"), cache_folder()).folder
         target = packed(teacher, TARGET, folder)
         tried = [str(one) for one in given.students or students(teacher, folder)]
         asked = {"prompts": given.prompts, "decoded": given.decoded, "threads": given.threads, "time": "1h"}

@@ -27,7 +27,7 @@ import numpy as np
 
 from autodistill.advisor.describe import deployment_named
 from autodistill.data.tokenization import load_tokenizer
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.errors import MissingDependencyError, VerificationError
 from autodistill.export.base import Expected, TakesAny, load_exporter
 from autodistill.export.proof import simulate
@@ -98,6 +98,7 @@ def exported(name: str, student: Path, deployment: Deployment, expected: Expecte
 
 
 def lines(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """Yield the rows of the table, one for each format."""
     for one in found:
         if "failed" in one:
             yield [one["format"], one["failed"], *[""] * 8]
@@ -121,6 +122,7 @@ def lines(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def findings(found: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield what was found, in sentences."""
     known = {one["format"]: one for one in found if "failed" not in one}
     failed = [f"{one['format']} ({one['failed']})" for one in found if "failed" in one]
     yield f"- proven: {', '.join(known)}" + (f"; not: {'; '.join(failed)}" if failed else "")
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="smollm2", help="what is exported")
     given = program.parse(parser, tokens=100, only="onnx,gguf")
     teacher = program.tiny_teacher() if given.smoke else given.teacher
-    student = materialise(resolve_teacher(teacher), cache_folder()).folder
+    student = materialize(resolve_teacher(teacher), cache_folder()).folder
     vocabulary = spec_from_config(read_config(student)).vocabulary
     tokens = text(student, given.tokens) % vocabulary
     expected: dict[Deployment, Expected] = {}

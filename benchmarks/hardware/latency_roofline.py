@@ -130,6 +130,7 @@ def one_core() -> dict[str, Any]:
 
 
 def local(found: Sequence[Point], known: Device, told: str) -> str:
+    """Return the section about this machine."""
     lines = []
     ratios: dict[tuple[bool, str], list[float]] = defaultdict(list)
     for point in found:
@@ -194,6 +195,7 @@ _RUNTIMES: dict[str, tuple[str, Callable[[Path, Sequence[str]], Iterator[Point]]
 
 
 def runtime_section(runtime: str, models: Sequence[str]) -> str:
+    """Return the section about a runtime."""
     _, points, told = _RUNTIMES[runtime]
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -245,6 +247,7 @@ def quoted_7b() -> str:
 
 
 def quoted_1b() -> str:
+    """Return the table of published speeds of models of about 1B weights."""
     model, device = shape(SIZES["1B"]), find_device("Raspberry Pi 4B", devices())
     lines = []
     for form in ("gguf-f16", "gguf-q4_0"):

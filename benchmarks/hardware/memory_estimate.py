@@ -75,6 +75,7 @@ CASES = (
 
 
 def measure(case: Case, folder: Path) -> tuple[list[str], float]:
+    """Measure llama.cpp's memory of a case, and return its row and the error."""
     spec = spec_of(case.config())
     deployment = deployment_named(case.form)
     path = folder / "model.gguf"
@@ -145,6 +146,7 @@ def process_peak(case: Case, folder: Path, runtime: str) -> int:
 
 
 def measure_folder(case: Case, folder: Path, calibrates: bool) -> tuple[list[str], float]:
+    """Measure the memory of a folder in a process, and return its row and the error."""
     write_folder(case, folder)
     spec, deployment = spec_of(case.config()), deployment_named("huggingface")
     peaks = sorted(process_peak(case, folder, "transformers") for _ in range(_PROCESSES))
@@ -273,6 +275,7 @@ _RUNTIMES = {
 
 
 def llama_table(most: int) -> str:
+    """Return the table of llama.cpp's memory."""
     lines, errors = [], []
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES[-most:]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from autodistill.advisor.describe import deployment_named
 from autodistill.advisor.merged import Stored, merge, stored
-from autodistill.runs.results.row import Row, to_parquet
+from autodistill.runs.results.row import Row
+from autodistill.runs.results.table import to_parquet
 from autodistill.strategy.strategy import Strategy
 from benchmarks.common import report
 from benchmarks.common.program import parse, parser_of

@@ -58,6 +58,7 @@ class Setting:
             self.search = self.short
 
     def key(self, part: str) -> str:
+        """Return what a part's result is kept under."""
         return f"{part}, {self.device}{', smoke' if self.smoke else ''}"
 
 
@@ -88,6 +89,7 @@ def tests(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def training_memory(setting: Setting, seconds: float) -> dict[str, Any]:
+    """Compare predicted and measured memory of training."""
     found: dict[str, Any] = {"modes": {}, "failed": ""}
     for mode in setting.memory:
         command = [sys.executable, "-m", "benchmarks.hardware.training_memory", "--measure", mode]
@@ -100,6 +102,7 @@ def training_memory(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def weights(setting: Setting, seconds: float) -> dict[str, Any]:
+    """Train on the GPU and on the CPU, and compare the weights."""
     command = [sys.executable, "-m", "benchmarks.hardware.on_gpu", "--weights", setting.teacher, setting.device]
     said, failed = run(command, seconds)
     return {"failed": failed} | ({} if failed else json.loads(said.splitlines()[-1]))
@@ -109,12 +112,12 @@ def held_by_weights(teacher: str, device: str) -> dict[str, int]:
     """Bytes that loading a model in 16 bits takes, and what is predicted; in a process of its own."""
     import psutil
 
-    from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+    from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
     from autodistill.models.config import spec_from_config
     from autodistill.models.loading import load_model
     from autodistill.models.model_folder import read_config
 
-    folder = materialise(resolve_teacher(teacher), cache_folder()).folder
+    folder = materialize(resolve_teacher(teacher), cache_folder()).folder
     spec = spec_from_config(read_config(folder))
 
     def held() -> int:
@@ -154,6 +157,7 @@ def shared(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def search(setting: Setting, seconds: float) -> dict[str, Any]:
+    """Run a search on the GPU."""
     return _searched(setting, "on-gpu", setting.search, seconds)
 
 
@@ -192,6 +196,7 @@ PARTS: Mapping[str, Callable[[Setting, float], dict[str, Any]]] = {
 
 
 def sections(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the parts of the report."""
     lines = [[name, "failed: " + one["failed"] if one["failed"] else "done"] for name, one in found.items()]
     parts = ["## Parts\n\n" + report.table(["part", "what became of it"], lines)]
     ran = {name: one for name, one in found.items() if not one["failed"]}

@@ -19,7 +19,8 @@ from autodistill.advisor.describe import deployment_named, shape
 from autodistill.estimates.serving_memory import memory
 from autodistill.models.config import config_of, resized
 from autodistill.models.spec import ModelSpec
-from autodistill.runs.results.row import Row, to_parquet
+from autodistill.runs.results.row import Row
+from autodistill.runs.results.table import to_parquet
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.json_files import write_json
 from benchmarks.common import report

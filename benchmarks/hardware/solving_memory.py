@@ -154,6 +154,7 @@ def peak_bytes() -> int:
 
 
 def lines(names: Sequence[str], tokens: int, layers: int) -> Iterator[list[str]]:
+    """Yield the rows of the table, one for each teacher."""
     kept = report.Kept("solving-memory", content_hash([tokens, layers, file_hash(Path(estimates.__file__))], 16))
     for name in names:
         found = kept.get(name, partial(in_its_process, name, tokens, layers))
@@ -171,6 +172,7 @@ def lines(names: Sequence[str], tokens: int, layers: int) -> Iterator[list[str]]
 
 
 def in_its_process(name: str, tokens: int, layers: int) -> dict[str, Any]:
+    """Solve for a teacher in a separate process, and return what that took."""
     command = [sys.executable, "-m", "benchmarks.hardware.solving_memory", "--measure", name]
     command += ["--tokens", str(tokens), "--layers", str(layers)]
     environment = os.environ | GIVING_BACK

@@ -82,6 +82,7 @@ class Mode:
     on_grid: bool = False
 
     def estimate(self, spec: ModelSpec) -> TrainingEstimate:
+        """Return the predicted memory."""
         return training_memory(
             spec,
             tokens=self.micro_batch * LENGTH,
@@ -145,6 +146,7 @@ def measure(mode: Mode, device: str = "cpu") -> dict[str, int]:
 
 
 def train(mode: Mode, config: dict[str, Any], device: str = "cpu") -> None:
+    """Train a few steps of a model of this config."""
     import numpy as np
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -188,6 +190,7 @@ def train(mode: Mode, config: dict[str, Any], device: str = "cpu") -> None:
 
 
 def parts(estimate: TrainingEstimate, held: Sequence[str] = PARTS) -> list[str]:
+    """Return the parts of an estimate as cells."""
     return [format_bytes(getattr(estimate, name)) for name in held]
 
 
@@ -249,6 +252,7 @@ def growth(name: str, environment: dict[str, str], more: Sequence[str]) -> int:
 
 
 def measured_lines(modes: Sequence[str], more: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the rows of measured modes."""
     spec = spec_from_config(MEASURED)
     own = [name for name in PARTS if name not in ("overhead_bytes", "alignment_bytes")]
     for name, mode in ((name, MODES[name]) for name in modes):

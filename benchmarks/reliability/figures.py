@@ -83,6 +83,7 @@ def rounded(shown: str, exact: str) -> str:
 
 
 def quotes(path: Path = QUOTES) -> list[Quote]:
+    """Return the figures that pages quote."""
     return [Quote(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
 
 

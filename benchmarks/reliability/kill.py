@@ -101,10 +101,12 @@ class Search:
 
     @property
     def events(self) -> list[dict[str, Any]]:
+        """Return the events of the log, whole lines alone."""
         return EventLog(self.run / "trials.jsonl").read()
 
     @property
     def finished(self) -> bool:
+        """Whether the search has ended."""
         return self._finished.exists()
 
     @property
@@ -116,6 +118,7 @@ class Search:
 
     @property
     def said(self) -> str:
+        """What the process printed."""
         return self._said.read_text() if self._said.exists() else ""
 
     def live(self, events: int | None, seconds: float = 0.0, end: str = "") -> bool:
@@ -249,6 +252,7 @@ def twice(events: list[dict[str, Any]]) -> int:
 
 
 def kept_kills(path: Path) -> list[Kill]:
+    """Return the kills that a file of results has."""
     return [Kill(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -326,6 +330,7 @@ def main() -> None:
 
 
 def sections(lines: list[list[Any]], kills: list[Kill], faults: list[str], seconds: float, runner: str) -> list[str]:
+    """Return the parts of the report."""
     verdict = "Held" if not faults and not any(line[-1] for line in lines) else "Not held"
     stages: dict[str, int] = {}
     for kill in kills:

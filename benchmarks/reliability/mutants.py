@@ -115,6 +115,7 @@ class Test:
 
     @property
     def file(self) -> str:
+        """The file that the test is in."""
         return self.name.partition("::")[0]
 
 
@@ -176,6 +177,7 @@ class Job:
         return int(pytest.main([*(options if plugin.fails else options[:-1]), *arguments], plugins=[plugin]))
 
     def ended(self) -> bool:
+        """Return whether the process has ended; one that takes too long is ended."""
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
         if pid:
             self.code, self.seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
@@ -321,6 +323,7 @@ class Tracer:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Any:
+        """Note which lines a test runs."""
         self._drain()
         began = sum(os.times()[:4])
         result = yield
@@ -329,6 +332,7 @@ class Tracer:
         return result
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Note which tests did not pass."""
         if report.outcome != "passed":
             self._failed.add(report.nodeid)
 
@@ -358,13 +362,16 @@ class Chosen:
         self._result.unlink(missing_ok=True)
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+        """Keep the chosen tests alone."""
         items[:] = [item for item in items if item.nodeid in self._names]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Write down the first test that fails."""
         if report.failed and not self._result.exists():
             self._result.write_text(report.nodeid)
 
     def pytest_collectreport(self, report: Any) -> None:
+        """Write down a file that cannot be imported."""
         if report.failed and not self._result.exists():
             self._result.write_text(f"{report.nodeid} (when it was imported)")
 

@@ -68,6 +68,7 @@ class Mutation:
 
 
 def mutations(module: str, text: str) -> list[Mutation]:
+    """Return all wrong changes of a module."""
     tree = ast.parse(text)
     found = []
     for path, node, statement, inside in _walk(tree):

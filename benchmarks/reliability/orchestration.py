@@ -53,6 +53,7 @@ class Spell:
 
     @classmethod
     def of(cls, seconds: float) -> Spell:
+        """Sleep for so many seconds, and return when that was."""
         began = time.time()
         time.sleep(seconds)
         return cls(began=began, ended=time.time(), process=os.getpid())
@@ -66,23 +67,28 @@ class Trials:
         self.spells: list[Spell] = []
 
     def next(self) -> Any:
+        """Return the next trial, or None."""
         return self._left.pop() if self._left else None
 
     def take(self, assignment: Any, outcome: Mapping[str, Any]) -> None:
+        """Take what became of a trial."""
         self.spells.append(outcome["report"])
 
 
 def sleeper() -> Callable[[float], dict[str, Any]]:
+    """Return what a worker does: sleep, and say when."""
     return lambda seconds: {"report": Spell.of(seconds)}
 
 
 def ours(count: int, seconds: float, workers: int) -> list[Spell]:
+    """Run trials with this project's runner on Ray."""
     trials = Trials(count, seconds)
     drive(trials, workers, [{"CPU": 1.0}], sleeper, lambda: None)
     return trials.spells
 
 
 def plain(count: int, seconds: float, workers: int) -> list[Spell]:
+    """Run the same work with Ray Tune alone."""
     from ray import tune
 
     def train(config: dict[str, Any]) -> None:
@@ -132,6 +138,7 @@ class Processors:
 
     @property
     def seconds(self) -> float:
+        """Return the seconds of processors that the processes took so far."""
         return sum(spent - self._first.get(process, 0.0) for process, spent in self._last.items())
 
     def _watch(self) -> None:
@@ -170,6 +177,7 @@ class Cost:
 
 
 def measure(run: Callable[[int, float, int], list[Spell]], count: int, seconds: float, workers: int) -> Cost:
+    """Run the work, and return what was spent beside it."""
     start = time.time()
     with Processors() as processors:
         spells = run(count, seconds, workers)
@@ -194,6 +202,7 @@ def measure(run: Callable[[int, float, int], list[Spell]], count: int, seconds: 
 
 
 def line(name: str, seconds: float, cost: Cost) -> Sequence[Any]:
+    """Return a row of the table."""
     gaps = f"{statistics.mean(cost.gaps):.2f} (most {max(cost.gaps):.2f})" if cost.gaps else "no process has two"
     beyond = (cost.spent - cost.workers * cost.first) / max(1, cost.trials - cost.workers)
     return (

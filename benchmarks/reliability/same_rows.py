@@ -62,6 +62,7 @@ def main() -> None:
 
 
 def compare(*records: Path) -> None:
+    """Print how many rows of two records differ, and exit with their differences if any do."""
     before, after = (json.loads(path.read_text(encoding="utf-8")) for path in records)
     faults = [*differences(before, after)]
     rows = sum(len(found) for found in before.values())
@@ -81,6 +82,7 @@ def record(out: Path, inputs: Path, names: list[str]) -> None:
 
 
 def searches(name: str, inputs: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the name and the command line of each run of a set."""
     if name == "smollm2":
         yield "smollm2", ["search", "--budget", "210MB", "--trials", "2", "--tokens", "1024", "--explore", "1"]
         return
@@ -161,6 +163,7 @@ def comparable(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    """Yield what differs between two records, and print which ids have others in their place."""
     renamed: dict[str, str] = {}
     for run in sorted(before.keys() ^ after.keys()):
         yield f"{run} is in one record only"

@@ -35,7 +35,7 @@ import numpy as np
 import psutil
 
 from autodistill.advisor.describe import deployment_named, describe
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.errors import ServiceError
 from autodistill.export.gguf import GgufExporter
 from autodistill.options import cache_folder
@@ -113,11 +113,12 @@ def _student(reference: str, folder: Path, *, tiny: bool) -> Path:
     if tiny:
         teacher, name = Path(program.tiny_teacher()), "gguf-q8_0"
     else:
-        teacher, name = materialise(resolve_teacher("smollm2"), cache_folder()).folder, "gguf-q4_1"
+        teacher, name = materialize(resolve_teacher("smollm2"), cache_folder()).folder, "gguf-q4_1"
     return GgufExporter().export(teacher, deployment_named(name), folder / "gguf").path
 
 
 def run(student: Path, folder: Path, arguments: Any) -> dict[str, Any]:
+    """Serve a student for the whole time, and return counts of requests and faults."""
     port, key_file = _free_port(), folder / "key"
     command = [sys.executable, "-m", "autodistill", "serve", str(student), "--port", str(port)]
     command += ["--key-file", str(key_file), "--streams", str(arguments.streams), "--threads", str(arguments.threads)]

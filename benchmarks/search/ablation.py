@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def one(table: Table, case: str, seed: int) -> dict[str, Any]:
+    """Simulate one search, and return what it spent and found."""
     made = plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3))
     spent, campaign = simulate(table, made, seed=seed, **CASES[case])
     rejected = sum(trial.status == "rejected" for trial in campaign.trials.values())
@@ -94,12 +95,14 @@ def main() -> None:
 
 
 def paired(values: list[float], base: list[float], scale: float) -> str:
+    """Return the mean difference of two cases, paired by seed, with its error."""
     return mean(np.asarray(values) - np.asarray(base), 3, factor=scale)
 
 
 def sections(
     table: Table, found: dict[str, list[Any]], warmed: dict[str, list[Any]], seconds: list[float]
 ) -> list[str]:
+    """Return the parts of the report."""
     whole, best = found["the whole search"], table.best()
     rows = []
     for case, runs in found.items():

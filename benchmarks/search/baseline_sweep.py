@@ -23,6 +23,7 @@ ALIGNMENT_WEIGHTS = (0.1, 1.0)
 
 
 def candidates(rates: list[float], divergence: list[float], alignment: list[float]) -> dict[str, Strategy]:
+    """Return the recipe with each combination of these values, by name."""
     recipe = load_strategy("hand_designed")
     assert recipe.distillation.alignment is not None
     found = {}

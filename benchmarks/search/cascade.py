@@ -74,6 +74,7 @@ def smallest(out: Path, name: str) -> str:
 
 
 def lines(curve: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    """Yield the rows of a table of a curve."""
     chosen = sorted({round(step * (len(curve) - 1) / _TENTHS) for step in range(_TENTHS + 1)})
     for one in (curve[place] for place in chosen):
         yield [
@@ -91,6 +92,7 @@ def _pair(value: float, error: float | None, times: float, digits: int) -> str:
 
 
 def section(document: Mapping[str, Any]) -> str:
+    """Return the part of the report about one cascade."""
     small, large, data = document["small"]["row_id"], document["large"]["row_id"], document["data"]["name"]
     parts = [f"## {small}, then {large}, on {data}\n\n" + " ".join(document["notes"])]
     titles = ["below", "deferred, %", "accuracy, %", "over chance, points", "ms an item", "memory, MB"]

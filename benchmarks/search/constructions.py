@@ -81,6 +81,7 @@ class Lab:
 
     @cached_property
     def reference(self) -> TeacherReference:
+        """The teacher's scores of the held-out text."""
         return self._scored_teacher[1]
 
     @cached_property
@@ -92,6 +93,7 @@ class Lab:
         return measure_importance(load_model(self.teacher, torch.float32), self._train)
 
     def teacher_itself(self) -> dict[str, Any]:
+        """Return the figures of the teacher."""
         return figures(self._scored_teacher[0])
 
     def begun(self, init: Init) -> tuple[Any, tuple[int, ...]]:
@@ -153,6 +155,7 @@ def figures(scores: TokenScores) -> dict[str, Any]:
 
 
 def finishing(deployment: Deployment) -> Finishing | None:
+    """Return training on a deployment's grid; None for one in 16 bits."""
     scheme = deployment.scheme
     return None if scheme.bits == 16 and not scheme.types else Finishing(**asdict(scheme))
 

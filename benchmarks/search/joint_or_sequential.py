@@ -48,6 +48,7 @@ PRUNING = (0.3, 0.5)
 
 
 def joint(table: Table, seed: int) -> dict[str, Any]:
+    """Simulate a joint search, and return what it trained on and found."""
     spent, _ = simulate(table, plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3)), seed=seed)
     return {"tokens": spent.trained, "best": spent.best[2], "strategy": spent.best[3]}
 
@@ -161,6 +162,7 @@ class Turns:
 
 
 def fitting(line: Line) -> float:
+    """Return the best value of a line within the budget."""
     return max(line.rows.values())
 
 
@@ -216,6 +218,7 @@ def main() -> None:
 
 
 def sections(table: Table, found: dict[str, list[Any]]) -> list[str]:
+    """Return the parts of the report."""
     best = table.best()
     joint_best = np.array([run["best"] for run in found["joint"]])
     rows, sentences = [], []

@@ -103,11 +103,13 @@ def vague() -> Knowledge:
 
 
 def of_reference() -> Iterator[Evidence]:
+    """Yield what the reference runs say."""
     for path in sorted(REFERENCE.glob("*/search.json")):
         yield from evidence_of_run(RunFolder.open(REFERENCE, path.parent.name), "smollm2")
 
 
 def of_sweep() -> Iterator[Evidence]:
+    """Yield what the sweep of the recipe says."""
     store = TRACKED / "baseline-sweep.json"
     for tokens, done in json.loads(store.read_text()).items():
         for name, result in done.items():

@@ -46,6 +46,7 @@ def main() -> None:
 
 
 def sections(command: str, result: dict, wall: float) -> list[str]:
+    """Return the parts of the report."""
     seconds, plan = result["seconds"], result["plan"]
     phases = [[name, f"{value:.1f}", f"{value / seconds['total']:.1%}"] for name, value in seconds.items()]
     rows = result["rows"]

@@ -28,7 +28,7 @@ import torch
 from transformers import AutoTokenizer
 
 from autodistill.distillation.teacher.own_scales import own_scales
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
@@ -70,6 +70,7 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
+        """Where the teacher is kept."""
         parts = [self.teacher, self.rate, self.steps, self.sequence, WARMUP, DECAY, EVERY, NORMAL]
         return cache_folder() / "benchmarks" / f"off-grid-teacher-{content_hash(parts)}"
 
@@ -112,7 +113,7 @@ def trained(recipe: Recipe, train: Iterator[str], test: Iterator[str]) -> dict[s
         SystemExit: Its weights are still on the grid at the end.
     """
     cache = cache_folder()
-    start = materialise(resolve_teacher(recipe.teacher), cache).folder
+    start = materialize(resolve_teacher(recipe.teacher), cache).folder
     spec = spec_from_config(read_json(start / "config.json"))
     tokenizer = AutoTokenizer.from_pretrained(start)
     model: Any = load_model(start, torch.float32)
@@ -211,6 +212,7 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def sections(told: dict[str, Any]) -> list[str]:
+    """Return the parts of the report."""
     first, last = told["curve"][0], told["curve"][-1]
     head = (
         f"{told['teacher']} trained on for {last['step']} steps of {told['tokens'] // last['step']} tokens "

@@ -28,7 +28,7 @@ import torch
 from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.evaluation.statistics import clustered_mean, per_document
 from autodistill.inference.scoring import score
 from autodistill.models.loading import load_model
@@ -123,7 +123,7 @@ def made(asked: argparse.Namespace) -> dict[str, Any]:
     """What an arm makes: its accuracy and error on test, bytes, seconds of wall-clock and processor, tokens."""
     torch.set_num_threads(THREADS)
     cache, name = cache_folder(), asked.arm
-    teacher = materialise(resolve_teacher(asked.teacher), cache).folder
+    teacher = materialize(resolve_teacher(asked.teacher), cache).folder
     data = prepare(resolve_data(asked.data), teacher, tokenizer_fingerprint(teacher), SEQUENCE, cache).folder
     began = time.monotonic()
     train = load_split(data, "train")
@@ -161,12 +161,13 @@ def searched(asked: argparse.Namespace, explore: float) -> peers_arms.Made:
     document = json.loads(done.stdout)
     file, tokens = Path(document["paths"]["gguf"]), document["best"]["train_tokens"]
     with tempfile.TemporaryDirectory() as unpacked:
-        folder = materialise(resolve_teacher(str(file)), Path(unpacked)).folder
+        folder = materialize(resolve_teacher(str(file)), Path(unpacked)).folder
         model = load_model(folder, torch.float32)
     return peers_arms.Made(model=model, size=file.stat().st_size, tokens=tokens)
 
 
 def sections(found: Mapping[str, Mapping[str, Any]], versions: Mapping[str, str], asked: Any) -> list[str]:
+    """Return the parts of the report."""
     mine, seconds = found[MINE], THREADS * asked.box
     given = {**vars(asked), **versions, "seconds": seconds}
     rows = []

@@ -100,6 +100,7 @@ class _OfLogits(_Loss):
         self._of = loss
 
     def forward(self, student: Any, taught: Any) -> torch.Tensor:
+        """Return the loss of the student's logits."""
         return self._of(student.logits, taught.logits)
 
 

@@ -99,6 +99,7 @@ class Case:
 
     @property
     def kind(self) -> str:
+        """The teacher and the shape, in words."""
         return f"{'SmolLM2' if self.teacher is None else 'small'}, {self.shape}"
 
 
@@ -236,6 +237,7 @@ class Student:
 
 @contextmanager
 def opened(case: Case, teacher_steps: int, eval_tokens: int) -> Iterator[Student]:
+    """Yield the student of a case, for use in a `with` statement."""
     batch, length, teacher, data = 256, 256, "smollm2", "pydoc"
     if case.teacher is not None:
         folder, text = small_teacher(*case.teacher, case.seed, teacher_steps)
@@ -280,6 +282,7 @@ class Found:
 
     @property
     def ends(self) -> list[TriedRate]:
+        """The rates that were tried to the end and did not diverge."""
         return [one for one in self.tried[self.steps] if one.gain is not None]
 
     def gain(self, rate: float) -> float:
@@ -289,6 +292,7 @@ class Found:
 
     @property
     def most(self) -> float:
+        """What the best rate gained."""
         return max(one.gain or 0.0 for one in self.ends)
 
     def lost(self, rate: float) -> float:
@@ -474,6 +478,7 @@ def _losses(picked: Sequence[tuple[Found, float]]) -> str:
 
 
 def best_table(found: Sequence[Found]) -> str:
+    """Return the table of the best rates by length of training."""
     lines = []
     for one in found:
         tops = []
@@ -530,6 +535,7 @@ def main() -> None:
 
 
 def sections(found: Sequence[Found]) -> list[str]:
+    """Return the parts of the report."""
     small = next(one for one in found if one.counts)
     families, widths = ", ".join(FAMILIES), ", ".join(map(str, WIDTHS))
     return [

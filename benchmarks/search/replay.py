@@ -38,6 +38,7 @@ BROKEN_OFF = ("to the end", "stops (ASHA)")
 
 
 def one(table: Table, scheduler: str, sampler: str, seed: int, trials: int, limit: int | None) -> Any:
+    """Simulate one search, and return what it spent and found."""
     if scheduler == "to the end":
         made = plan(len(table.recorded) if limit else trials, (TOKENS,), ())
     else:

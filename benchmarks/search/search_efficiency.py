@@ -92,6 +92,7 @@ def curve_of(spent: Spent) -> list[Known]:
 
 
 def script(table: Table, seed: int, limit: Expense) -> list[Known]:
+    """Return what a script with Optuna alone knows, after how much."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     made = plan(1, RUNGS, (1,) * (len(RUNGS) - 1))
     expenses = Worker(table, made).expenses
@@ -137,6 +138,7 @@ def script(table: Table, seed: int, limit: Expense) -> list[Known]:
 
 
 def suggest(trial: optuna.Trial, space: Space) -> Point:
+    """Return a point of the space, as a script asks Optuna for one."""
     point: Point = {}
     for dimension in space.dimensions:
         if dimension.active(point):
@@ -187,6 +189,7 @@ class Judge:
         self._data = load_split(prepared.setting.data, "test").head(TEST_QUESTIONS * LENGTH)
 
     def judge(self, strategy: Strategy, seed: int, deployment: str) -> dict[str, Any]:
+        """Return the test scores of a strategy's student in a deployment."""
         spec = student_spec(strategy, self._setting.teacher_spec)
         return self._score(self._recorder.student(strategy, seed), spec, deployment)
 

@@ -53,6 +53,7 @@ class Known:
 
     @classmethod
     def of(cls, spent: Expense, value: float, strategy: str, seed: int, deployment: str) -> Known:
+        """Return what is known after so much was spent."""
         given = {"value": value, "strategy": strategy, "seed": seed, "deployment": deployment}
         return cls(operations=spent.operations, seconds=spent.seconds, **given)
 
@@ -81,6 +82,7 @@ class Outcome:
 
     @property
     def recipe(self) -> Expense:
+        """What one training of the recipe takes."""
         return Worker(self.table, plan(1, (RUNGS[-1],), ())).expenses.whole(self.table.space.baselines[RECIPE])
 
     @property
@@ -95,11 +97,13 @@ class Outcome:
         return self.followed * float(getattr(self.box, what))
 
     def curves(self, name: str, what: str) -> list[list[Known]]:
+        """Return the curves of an arm, up to the end of the comparison."""
         end = self.end(what)
         return [[one for one in curve if getattr(one, what) <= end] for curve in self.arms[name]]
 
 
 def sections(found: Outcome) -> list[str]:
+    """Return the parts of the report."""
     untuned, tuned, _ = found.values
     times, verdict = training(found)
     return [
@@ -129,6 +133,7 @@ def sections(found: Outcome) -> list[str]:
 
 
 def opening(found: Outcome) -> str:
+    """Return what was compared, and how the table was checked."""
     checked = "; ".join(
         f"of {one['stretches']} stretches of seed {seed} {one['same']} had the recorded value to the last bit"
         + (f", on another processor than the table's up to {100 * one['off']:.2f} points off" if one["off"] else "")
@@ -149,6 +154,7 @@ def opening(found: Outcome) -> str:
 
 
 def verdicts(found: Outcome, time: str) -> Iterator[str]:
+    """Yield whether each target is met, with its figures."""
 
     def ratios(value: float) -> str:
         told = []
@@ -203,6 +209,7 @@ def cheapest(table: Table, value: float, what: str) -> float | None:
 
 
 def best_by_compute(found: Outcome, what: str) -> str:
+    """Return the table of the best values by compute."""
     rows = []
     for name, curves in found.arms.items():
         cells = [NAMES[name]]
@@ -270,6 +277,7 @@ def clock(found: Outcome) -> str:
 
 
 def tested(found: Outcome) -> str:
+    """Return the table of test scores."""
     rows = []
     recipe = found.test["d"][0]
     for name, tests in found.test.items():

@@ -86,9 +86,11 @@ class Bench:
 
     @property
     def operations(self) -> float:
+        """Operations that were spent so far."""
         return self._operations
 
     def spend(self, operations: float) -> None:
+        """Take note of so many operations, and of the processor seconds since the last note."""
         now = time.process_time()
         self._operations, self._seconds, self._since = (
             self._operations + operations,
@@ -114,6 +116,7 @@ class Bench:
         self._add(judged=value, name=name, train=train, test=test)
 
     def note_end(self) -> None:
+        """Write down what is known at the end."""
         self.spend(0)
         self._add()
 
@@ -238,6 +241,7 @@ def script(
     *,
     told: bool,
 ) -> list[Known]:
+    """Return what a script with Optuna alone knows, after how much."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     bench = Bench(one, one.costs.teacher_rows, seconds)
     sampler = optuna.samplers.TPESampler(seed=seed)
@@ -285,6 +289,7 @@ def tuned(one: Prepared, limit: float, seconds: float, *, taught: bool) -> list[
 
 
 def is_over(found: Sequence[Known], spent: float, *, box: float, follow: float, target: float) -> bool:
+    """Return whether an arm has spent enough: all, or its box once it has passed the target."""
     return spent >= follow or (spent >= box and bool(np.isfinite(passes(found, target))))
 
 

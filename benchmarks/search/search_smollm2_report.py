@@ -93,6 +93,7 @@ def sections(arms: dict[str, list[list[Known]]], plan: Plan, dimensions: int, as
 
 
 def verdicts(arms: dict[str, list[list[Known]]], untuned: float, target: float, box: float) -> Iterator[str]:
+    """Yield whether each target is met, with its figures."""
     for name, value in (("the recipe as it stands", untuned), ("the tuned recipe", target)):
         for mine, theirs in (("a", "c"), ("a, no start", "c"), ("a, no start", "c, told"), ("a", "c, told")):
             yield f"{ARMS[mine]} passes {name} at one fifth of the compute of {ARMS[theirs]}: " + speedup(
@@ -141,6 +142,7 @@ def short(found: Sequence[Sequence[Known]]) -> list[Known]:
 
 
 def curves(arms: dict[str, list[list[Known]]], box: float) -> str:
+    """Return the table of the best values by compute."""
     shares = (0.25, 0.5, 0.75, 1.0, 2.0)
     rows = []
     for name, found in arms.items():
@@ -154,6 +156,7 @@ def curves(arms: dict[str, list[list[Known]]], box: float) -> str:
 
 
 def passing(arms: dict[str, list[list[Known]]], untuned: float, target: float, unit: float) -> str:
+    """Return the table of the compute at which each arm passes the recipes."""
 
     def cell(curve: Sequence[Known], value: float, what: str, scale: float) -> str:
         found = passes(curve, value, what)
@@ -177,6 +180,7 @@ def passing(arms: dict[str, list[list[Known]]], untuned: float, target: float, u
 
 
 def tested(arms: dict[str, list[list[Known]]], box: float, unit: float) -> str:
+    """Return the table of test scores."""
     chosen = {name: [at(curve, box) for curve in found] for name, found in arms.items()}
     chosen["d, untuned"] = [as_it_stands(arms)]
     recipe = chosen["d"][0]

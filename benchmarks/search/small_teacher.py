@@ -84,9 +84,11 @@ class SmallTeacher:
 
     @property
     def newest(self) -> Path | None:
+        """The checkpoint that was trained furthest; None without any."""
         return next(reversed(self.folders()), None)
 
     def folders(self) -> list[Path]:
+        """Return all checkpoints in the order of their tokens."""
         return sorted(self.folder.glob("tokens-*"), key=_tokens)
 
     def train(self, tokens: int, seconds: float = float("inf")) -> None:
@@ -327,6 +329,7 @@ def _tiny(tokens: int) -> SmallTeacher:
 
 
 def sections(teacher: SmallTeacher) -> list[str]:
+    """Return the parts of the report."""
     folder = teacher.newest
     assert folder is not None
     model = load_model(folder, torch.float32)

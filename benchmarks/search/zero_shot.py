@@ -115,6 +115,7 @@ def regret(found: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any] |
 
 
 def sections(found: Sequence[Mapping[str, Any]], limits: Mapping[float, int], told: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the parts of the report."""
     yield (
         f"Students of {told['teacher']}, text {told['data']}: KL to the teacher, NLL and accuracy on "
         f"{told['held_out']:,} held-out tokens; each student trained on {told['tokens']:,} tokens (forward KL from the "

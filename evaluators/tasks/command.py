@@ -123,7 +123,7 @@ class Command:
 
 
 def _run(words: Sequence[str], folder: Path, seconds: float) -> str:
-    """What the command prints. It is the leader of its own processes, which all end with it."""
+    """Return what the command prints. It is the leader of its own processes, which all end with it."""
     try:
         process = subprocess.Popen(
             words,
@@ -156,7 +156,7 @@ def _last(text: str) -> str:
 
 
 def _scores(printed: str) -> tuple[Any, Any]:
-    """Ids int32 [n] and scores float64 [n], in the order they were printed."""
+    """Return the ids int32 [n] and scores float64 [n], in the order they were printed."""
     try:
         found = json.loads(printed)
     except (ValueError, RecursionError) as error:

@@ -46,7 +46,7 @@ class WrittenMatch(MarkedTask):
         return np.array(right)[:, None]
 
     def detail(self, marks: npt.NDArray[np.bool_]) -> dict[str, Any]:
-        """How answers were written and compared."""
+        """Return how answers were written and compared."""
         return {"max_tokens": self.task.max_tokens, "normalisation": "case, articles, punctuation, spaces"}
 
 

@@ -60,7 +60,7 @@ class TaskEvaluator(Evaluator):
         return student, examples, student.chats(prompts) if self.task.chat else prompts
 
     def read(self, student: SimulatedStudent, examples: Sequence[Example]) -> dict[str, Any]:
-        """What a measurement's detail says of the examples that were read."""
+        """Return what a measurement's detail says of the examples that were read."""
         return {
             "split": student.split,
             "examples": len(examples),
@@ -82,7 +82,7 @@ class MarkedTask(TaskEvaluator, ABC):
 
     @abstractmethod
     def detail(self, marks: npt.NDArray[np.bool_]) -> dict[str, Any]:
-        """What the measurement's detail says beside what was read."""
+        """Return what the measurement's detail says beside what was read."""
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """The share of right answers, with the standard error of `statistics.clustered_mean`, by prompt."""

@@ -17,7 +17,9 @@ from autodistill.cli.commands import leaderboard
 from autodistill.cli.printing import rows as as_json
 from autodistill.cli.printing import tables as as_text
 from autodistill.errors import InputError
-from autodistill.runs.results.row import Row, arrow_schema, examples_of, read_parquet, to_parquet
+from autodistill.runs.results.row import Row
+from autodistill.runs.results.table import arrow_schema, examples_of, to_parquet
+from tests.runs.results.test_table import read_parquet
 
 RESULTS = Path(__file__).parents[2] / "results"
 DOCS = Path(__file__).parents[2] / "docs"

@@ -33,11 +33,13 @@ from autodistill.hardware.lookup import find_device
 from autodistill.models.config import config_of, spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.results.memory_correction import Overhead
-from autodistill.runs.results.row import WITHIN_LIMITS, Row, read_parquet, to_parquet
+from autodistill.runs.results.row import WITHIN_LIMITS, Row
+from autodistill.runs.results.table import to_parquet
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, parse_bytes
 from autodistill.utils.event_log import EventLog
 from autodistill.utils.json_files import read_json, write_json
+from tests.runs.results.test_table import read_parquet
 
 Q8 = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32, "symmetric": True, "keep": []}
 DEPLOYMENT = Deployment.from_json(Q8)

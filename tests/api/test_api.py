@@ -35,7 +35,12 @@ SMALLER = {
     'budget="200MB", data="./docs"': 'budget="23.7MB", data="./docs", tokens=256, sequence_length=64, cache="cache"',
     'budgets="1GB,2GB", time="3h"': 'budgets="1GB,2GB", trials=1, tokens=768, space="space.yaml", **QUICK',
     'resume(time="1h")': "resume(trials=2)",
-    "print(event.trial, ": "told.append(event); print(event.trial, ",
+    "print(event": "told.append(event); print(event",
+    "ad.measure(one.best.path)": "ad.measure(one.best.path, context=64, prompt=16, decoded=4, rounds=1, **BUSY)",
+    ',teacher")': ',teacher", cache="cache")',
+    'ad.profile("logit_kd", ': 'ad.profile("logit_kd", step_tokens=64, sequence_length=64, steps=1, cache="cache", ',
+    'out="answers.jsonl")': 'out="answers.jsonl", max_tokens=4, cache="cache")',
+    'budget="1MB", time="2h"': 'budget="1MB", cache="cache"',
 }
 SPACE = """
 name: small
@@ -56,7 +61,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     tiny_text(folder / "docs", documents=30, sentences=24)
     (folder / "space.yaml").write_text(SPACE)
     quick = {"runner": "inline", "cache": "cache"}
+    (folder / "prompts.txt").write_text("the river is\nthe tree has\n")
     names: dict[str, Any] = {"HERE": {"name": "first", **quick}, "QUICK": quick, "told": []}
+    names["BUSY"] = {"busy": True, "cache": "cache"}
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -64,7 +71,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
             for number, block in enumerate(BLOCKS):
                 for theirs, ours in SMALLER.items():
                     block = block.replace(theirs, ours)
-                exec(compile(block, f"docs/python.md, block {number}", "exec"), names)
+                exec(compile(block, f"docs/python.md, block {number}", "exec", dont_inherit=True), names)
             yield names
     finally:
         os.chdir(before)
@@ -78,6 +85,29 @@ def test_every_substitution_is_of_something_that_the_page_says():
 
 def test_the_page_imports_nothing_from_within():
     assert re.findall(r"from autodistill|import autodistill\.", PAGE) == []
+
+
+def test_the_page_s_code_shows_every_public_name():
+    code = "\n".join(BLOCKS)
+    assert [name for name in ad.__all__ if not re.search(rf"\bad\.{name}\b", code)] == []
+
+
+def test_what_the_page_says_a_name_is_that_it_is(page: dict[str, Any]):
+    said = {name: kind for name, kind in page["__annotations__"].items() if kind is not ad.Evaluator}  # a protocol
+    assert len(said) > 9
+    assert {name: type(page[name]) for name, kind in said.items() if not isinstance(page[name], kind)} == {}
+
+
+def test_events_are_told_of_the_whole_search(page: dict[str, Any]):
+    kinds = ("SearchStarted", "TrialStarted", "Step", "RungReached", "TrialFinished", "Exported", "SearchFinished")
+    assert {type(event) for event in page["told"]} == {getattr(ad, kind) for kind in kinds}
+
+
+def test_what_is_measured_traced_and_written_is_plain_data(page: dict[str, Any]):
+    assert page["answers"]["written"] == 2
+    assert page["traced"]["strategy"] == page["again"].id
+    assert page["together"]["large"]["kind"] == "teacher"
+    assert page["timed"]["measured"]
 
 
 def test_a_result_has_the_best_student_with_errors_and_the_file_that_its_runtime_is_given(page: dict[str, Any]):

@@ -55,6 +55,17 @@ def test_the_list_names_every_program():
     assert [name for name in PROGRAMS if f"`{name.removeprefix('benchmarks.')}`" not in text] == []
 
 
+def test_every_public_function_and_class_says_what_it_does():
+    """Of a program all but `main`, which does what its file says."""
+    for path, nodes in NODES.items():
+        inner = {
+            id(one) for node in nodes if isinstance(node, ast.FunctionDef) for one in ast.walk(node) if one is not node
+        }
+        named = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef) and id(node) not in inner]
+        public = [node for node in named if not node.name.startswith("_") and node.name != "main"]
+        assert [node.name for node in public if not ast.get_docstring(node)] == [], path
+
+
 def test_a_program_reads_its_own_folder_and_what_all_share():
     for path, nodes in NODES.items():
         own = {"common", path.parts[1]}
@@ -159,6 +170,10 @@ def test_both_losses_of_trl_are_the_same_divergence(beta):
     (found,) = torch.autograd.grad(stable, own)
     assert float(stable.detach()) == pytest.approx(float(experimental.detach()), rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_core_that_mutants_change_is_of_files_that_are_there():
+    assert [name for name in mutants.CORE if not (ROOT / name).is_file()] == []
 
 
 def test_lines_of_the_core_are_followed_through_a_change():

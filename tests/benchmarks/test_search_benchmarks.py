@@ -83,7 +83,7 @@ def test_a_replayed_search_finds_what_was_recorded_at_the_cost_of_its_training(t
     again, _ = simulate.simulate(table, plan, seed=3, sharing=False)
     assert spent == again
     tokens, costs = 0, simulate.Worker(table, plan).costs
-    for event in campaign._log.of(RungReached):
+    for event in campaign.log.of(RungReached):
         trial = campaign.trials[event.trial]
         line = table.line(trial.task.strategy)
         place = table.lines and line.tokens.index(event.tokens)
@@ -148,7 +148,7 @@ def test_the_seconds_of_a_search_hold_all_that_its_operations_do(table: simulate
     # Of every student alike: 0.5 s for what the table's evaluations read on the mean, three rungs and the end.
     question = 0.5 / ((3 * math_search.RUNG_QUESTIONS + math_search.QUESTIONS) / 4)
     judged = 0
-    for event in campaign._log.of(RungReached):
+    for event in campaign.log.of(RungReached):
         judged += math_search.QUESTIONS if event.rung == len(plan.rungs) - 1 else math_search.RUNG_QUESTIONS
     more = sum(len(trial.task.deployments) - 1 for trial in campaign.trials.values() if trial.status == "completed")
     cache, teacher = 1.5 * 1e-4 * simulate.TOKENS, 4 * question * math_search.QUESTIONS

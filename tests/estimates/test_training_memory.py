@@ -13,7 +13,7 @@ import transformers
 
 from autodistill.distillation.losses.attention import TeacherBlock, attention_loss, watch
 from autodistill.distillation.losses.hidden_states import alignment_loss, projection
-from autodistill.distillation.training.trainer import adamw
+from autodistill.distillation.training.optimizers.adamw import adamw
 from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.models.config import ARCHITECTURES, spec_from_config
 from autodistill.models.layer_widths import model_class

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from autodistill.data.chat_template import Renderer
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.errors import InputError
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.gguf_tokenizer import add_tokenizer, is_certain, refusal, spaces
@@ -269,7 +269,7 @@ def test_llama_cpp_cuts_texts_as_transformers_does(tmp_path: Path, architecture:
         for text in TEXTS:
             assert list(server.tokenize(text)) == tokenizer(text)["input_ids"], text
     # And so does the tokenizer that is read from the file again.
-    again = AutoTokenizer.from_pretrained(materialise(resolve_teacher(str(artifact.path)), tmp_path / "cache").folder)
+    again = AutoTokenizer.from_pretrained(materialize(resolve_teacher(str(artifact.path)), tmp_path / "cache").folder)
     plain = [text for text in TEXTS if "\u2581" not in text]
     assert [again(text)["input_ids"] for text in plain] == [tokenizer(text)["input_ids"] for text in plain]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.advisor.describe import describe
 from autodistill.data.dataset import TokenSet
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold
@@ -308,7 +308,7 @@ def test_the_own_codes_of_a_deci_teacher_are_kept(tmp_path: Path) -> None:
     student = save_tiny_teacher(tmp_path / "student", layers=3, ffn=WIDTHS)
     path = run(student, MIXED, tmp_path / "out")
     found = resolve_teacher(str(path))
-    teacher, own = stored_as(found, materialise(found, tmp_path), spec_from_config(found.config), tmp_path)
+    teacher, own = stored_as(found, materialize(found, tmp_path), spec_from_config(found.config), tmp_path)
     assert own is not None
     assert own.deployment is not None
     with StudentFiles(teacher.folder, own.deployment) as files:

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from autodistill.errors import InputError
-from autodistill.models.model_folder import folder_fingerprint, tokenizer_fingerprint
+from autodistill.models.model_folder import folder_fingerprint, stated_license, tokenizer_fingerprint
 from autodistill.testing import save_tiny_teacher
 
 
@@ -45,3 +45,18 @@ def test_shards_are_known_by_their_index(folder: Path, tmp_path: Path) -> None:
     stored[names[1]] += 1
     save_file({name: stored[name] for name in names[1::2]}, sharded / "model-two.safetensors")
     assert folder_fingerprint(sharded) != first
+
+
+@pytest.mark.parametrize(
+    ("license", "said"),
+    [
+        ("Apache-2.0", "Apache-2.0"),
+        (" mit\n---\ntags: [a]\t\x1b[31m", "mit --- tags: [a] [31m"),
+        (["mit", "apache-2.0", 3, ["x"]], "mit, apache-2.0, x"),
+        (("mit",), "mit"),
+        ("x" * 5000, "x" * 200),
+        *((nothing, None) for nothing in (None, "", " \n", 3, 2.5, True, {"name": "mit"}, [], [3], b"mit")),
+    ],
+)
+def test_of_a_licence_what_is_legible_is_kept_in_one_line(license: object, said: str | None) -> None:
+    assert stated_license(license) == said

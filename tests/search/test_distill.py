@@ -26,8 +26,9 @@ from autodistill.quantization.grids import integer_grid
 from autodistill.quantization.packing import deployed
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.finish.export_run import export_run
+from autodistill.search.preview import plan_search
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.search import Outcome, plan_search, search
+from autodistill.search.search import Outcome, search
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.named import load_strategy
 from autodistill.testing import save_tiny_teacher, tiny_text

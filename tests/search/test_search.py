@@ -33,7 +33,7 @@ from autodistill.hardware.lookup import find_device
 from autodistill.hardware.machine import detect, machine_name
 from autodistill.models.config import spec_from_config
 from autodistill.runs.events import read_events
-from autodistill.runs.results.row import Decision, Row, read_parquet
+from autodistill.runs.results.row import Decision, Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.sessions import by_phase
 from autodistill.runs.standing import leaderboard_of
@@ -43,14 +43,16 @@ from autodistill.search.campaign.observer import Observer
 from autodistill.search.explain import explain
 from autodistill.search.finish import test_split as held_out
 from autodistill.search.finish.export_run import export_run
+from autodistill.search.preview import plan_search
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
-from autodistill.search.search import Outcome, plan_search, search
+from autodistill.search.search import Outcome, search
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import RungReport
 from autodistill.testing import save_tiny_teacher, tiny_config, tiny_text
 from autodistill.units import parse_bytes
 from autodistill.utils.storage import Storage
+from tests.runs.results.test_table import read_parquet
 
 TIMES = ("time", "seconds", "train_seconds", "steps", "latency_ms", "tokens_per_second", "answer_ms")
 TOLD = ("latency_detail", "latency_doubts", "memory_parts")  # of the same measurements

@@ -13,8 +13,9 @@ from autodistill.hardware.budget import Budget
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.construction.construction import Construction, arms
+from autodistill.search.preview import plan_search
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.search import Outcome, plan_search, search
+from autodistill.search.search import Outcome, search
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import WHOLE
 from autodistill.testing import save_tiny_teacher, tiny_text

@@ -136,7 +136,7 @@ _MET = 1e-3
 
 
 def balance_factor(loss: float, logit_loss: float) -> float:
-    """What brings a loss to the size of the logit loss: |logit_loss| / max(loss, 0.001).
+    """Return what brings a loss to the size of the logit loss: |logit_loss| / max(loss, 0.001).
 
     The product's gradient is that of logit_loss * log(loss): it asks for the same relative progress however small the
     loss has become. The floor bounds it: below, a met target's rounding would be blown up to the size of the logit

@@ -48,12 +48,12 @@ class Learnt(NamedTuple):
         return self.rows if isinstance(self.rows, slice) else self.rows[: self.heard]
 
     def chosen(self, share: float) -> int:
-        """How many of them `uncertain_rows` takes."""
+        """Return how many of them `uncertain_rows` takes."""
         return int(_quotas(self.sequences, share).sum())
 
 
 def learnt_tokens(data: TokenSet, indices: list[int], everywhere: bool, device: str) -> Learnt:
-    """What is learnt of the sequences `indices`: answers, or where `everywhere` says so all but padding."""
+    """Return what is learnt of the sequences `indices`: answers, or where `everywhere` says so all but padding."""
     length = data.tokens.shape[1] - 1
     if data.answers is None:
         count = len(indices) * length

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from autodistill.errors import InputError
-from autodistill.models.config import MOST_EXPERTS, check_config, spec_from_config
+from autodistill.models.config import spec_from_config
+from autodistill.models.config_fields import MOST_EXPERTS, check_config
 from autodistill.models.families import FAMILIES
 from autodistill.models.layer_widths import model_class
 from autodistill.models.loading import ATTENTION, load_model, one_line, quiet
@@ -28,7 +29,7 @@ _CLOSE = 1e-3
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether a config is of a family that can be cut and trained."""
+    """Return whether a config is of a family that can be cut and trained."""
     return str(config.get("model_type")) in FAMILIES
 
 
@@ -42,7 +43,9 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def holds_cache(config: Mapping[str, Any]) -> bool:
-    """Whether a cache of fewer than 16 bits can be simulated: of keys and values, in an attention that is replaced."""
+    """Return whether a cache of fewer than 16 bits can be simulated: of keys and values, in an attention that is
+    replaced.
+    """
     if is_known(config):
         return True
     made = _on_meta(config)
@@ -161,7 +164,7 @@ def _tensors(model: Any, experts: int) -> Iterator[TensorSpec]:
 
 
 def _is_matrix(module: nn.Module, own: str, parameter: Tensor, experts: int) -> bool:
-    """Whether a parameter is what a linear layer, or each of many experts, multiplies with; no router is."""
+    """Return whether a parameter is what a linear layer, or each of many experts, multiplies with; no router is."""
     if parameter.dim() == 3:
         return "bias" not in own
     if own != "weight" or parameter.dim() != 2 or isinstance(module, nn.Embedding):
@@ -171,7 +174,7 @@ def _is_matrix(module: nn.Module, own: str, parameter: Tensor, experts: int) -> 
 
 
 def transposed(model: Any) -> frozenset[str]:
-    """Names of the matrices that a model holds as [in, out], or of each expert so."""
+    """Return the names of the matrices that a model holds as [in, out], or of each expert so."""
     found = set()
     for path, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
@@ -235,7 +238,7 @@ def load_any(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
 
 
 def has_attention(kind: Any) -> bool:
-    """Whether a class of transformers lets its attention be replaced, as a quantised cache's is."""
+    """Return whether a class of transformers lets its attention be replaced, as a quantised cache's is."""
     return bool(getattr(kind, "_supports_attention_backend", False) and getattr(kind, "_supports_sdpa", False))
 
 

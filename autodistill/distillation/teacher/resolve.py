@@ -19,8 +19,14 @@ from autodistill.errors import InputError, MissingDependencyError
 from autodistill.models.families import FAMILIES
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.gguf_to_transformers import convert, convert_text, is_whole
-from autodistill.models.licenses import stated
-from autodistill.models.model_folder import MORE_TEMPLATES, check_files, folder_fingerprint, read_config, read_json
+from autodistill.models.model_folder import (
+    MORE_TEMPLATES,
+    check_files,
+    folder_fingerprint,
+    read_config,
+    read_json,
+    stated_license,
+)
 from autodistill.utils.file_locks import alone
 from autodistill.utils.hashing import content_hash, file_hash
 
@@ -224,7 +230,7 @@ def _gguf_ref(path: Path) -> TeacherRef:
     unknown = [tensor.name for tensor in file.tensors if file.family.from_gguf_name(tensor.name) is None]
     if unknown:
         raise InputError(f"{path} holds the tensor {unknown[0]}, for which {file.architecture} has no place")
-    license = stated(file.metadata.get("general.license"))
+    license = stated_license(file.metadata.get("general.license"))
     license = "Apache-2.0" if license == "apache-2.0" else license
     name = _SMOLLM2 if path.name.startswith(_SMOLLM2) else path.stem
     return TeacherRef(name=name, kind="gguf", path=path, config=config, license=license, quantized=file.quantized())
@@ -262,7 +268,7 @@ def _license(folder: Path, config: Mapping[str, Any]) -> str | None:
         license = card.get("license")
         if license == "other":
             license = card.get("license_name", license)
-    return stated(license)
+    return stated_license(license)
 
 
 def _check_config(config: Mapping[str, Any], where: str, trained: bool) -> None:
@@ -315,7 +321,7 @@ def _hub_ref(ref: str, trained: bool = True) -> TeacherRef:
     config = read_json(Path(path))
     _check_config(config, ref, trained)
     _check_names([file.rfilename for file in info.siblings or ()], ref)
-    license = stated(info.card_data.get("license") if info.card_data else None)
+    license = stated_license(info.card_data.get("license") if info.card_data else None)
     return TeacherRef(name=name, kind="hub", path=None, config=config, license=license, revision=revision)
 
 
@@ -349,7 +355,7 @@ def _announce(ref: TeacherRef) -> None:
     print(f"downloading {ref.name} from the hub, once", file=sys.stderr, flush=True)
 
 
-def materialise(ref: TeacherRef, cache: Path) -> Teacher:
+def materialize(ref: TeacherRef, cache: Path) -> Teacher:
     """Make a plain transformers folder of a teacher.
 
     A folder is used where it stands; a hub model is downloaded into the hub's own cache, safetensors only; a GGUF file

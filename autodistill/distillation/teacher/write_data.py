@@ -22,7 +22,7 @@ from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.data.documents import resolve_prompts
 from autodistill.data.tokenization import check_ids, tokenized
 from autodistill.distillation.teacher.endpoint import Endpoint, Reply
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher, text_files
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher, text_files
 from autodistill.distillation.teacher.write_request import WriteRequest
 from autodistill.errors import (
     EndpointError,
@@ -194,7 +194,7 @@ _Answers = Callable[[Sequence[Sequence[Turn]]], Iterator[tuple[int, _Answer | Re
 
 def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
     """Return the identity of the teacher's outputs, and a function that makes it answer."""
-    teacher = materialise(resolve_teacher(str(request.teacher or DEFAULT_TEACHER)), cache_folder(request.cache))
+    teacher = materialize(resolve_teacher(str(request.teacher or DEFAULT_TEACHER)), cache_folder(request.cache))
     spec = spec_from_config(read_config(teacher.folder))
     fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=detect())
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autodistill.distillation.training.adamw_8bit import own_states, whole_states
 from autodistill.distillation.training.fsdp import like, whole
+from autodistill.distillation.training.optimizers.adamw_8bit import own_states, whole_states
 from autodistill.errors import TrialFailedError
 from autodistill.estimates.training_memory import OptimizerState
 from autodistill.utils.checksums import seal, unsealed

@@ -7,13 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from autodistill.data.dataset import TokenSet
@@ -21,8 +20,6 @@ from autodistill.distillation.losses.attention import TeacherBlock
 from autodistill.distillation.losses.schedules import Interpolation, along, progress, snap, temperature_at
 from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.distillation.teacher.target_sources import LiveTeacher
-from autodistill.distillation.training.adamw_8bit import eight_bit_adamw
-from autodistill.distillation.training.adamw_bf16 import RoundedAdamW
 from autodistill.distillation.training.checkpoint import gathered, restore, write_checkpoint
 from autodistill.distillation.training.fake_quantize import FakeQuantized, one_step, quantized_training
 from autodistill.distillation.training.fsdp import Sharding, clip_sharded
@@ -30,56 +27,20 @@ from autodistill.distillation.training.gradients import Gradients
 from autodistill.distillation.training.learning_rate import Decay, stable_rate
 from autodistill.distillation.training.lora import Adapters
 from autodistill.distillation.training.on_policy import SEVERAL_PROCESSES, Written, write_on
+from autodistill.distillation.training.optimizers.adamw import MOST_NORM, adamw, clip
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.step_loss import RECORDED, StepLoss, Weighing
+from autodistill.distillation.training.step_record import StepRecord
 from autodistill.distillation.training.trained_scales import RATE, TrainedScales
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.estimates.training_memory import OptimizerState
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.strategy.divergence import get_divergence
 from autodistill.strategy.strategy import Strategy
 
-_CLIP = 1.0
-_BETAS = (0.9, 0.95)
 # A loss that is not finite spoils its step alone; this many in a row end the trial, checkpoints between them or not.
 _PATIENCE = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """One optimiser step.
-
-    Attributes:
-        tokens: Trained on so far, this step included.
-        loss, divergence, cross_entropy, alignment, attention: Means over the step's predicted tokens, the logit terms
-            over those of the chosen positions; `loss` is what was descended, the others are its terms without their
-            weights.
-        divergence_weight: Share of the divergence in the logit loss, of the middle of the step's tokens.
-        teacher_share: Of the teacher in the target; below 1 for a moving target ("taid"), as the step before left it.
-        temperature: Of the divergence in the middle of the step's tokens, as snapped.
-        learning_rate: Of the student.
-        gradient_norm: Before clipping.
-        tokens_per_second: Of this step.
-        micro_batch: Sequences of one forward and backward pass.
-        on_policy: Mean divergence at the tokens that the student wrote itself; 0 where it wrote none.
-    """
-
-    tokens: int
-    loss: float
-    divergence: float
-    cross_entropy: float
-    alignment: float
-    attention: float
-    divergence_weight: float
-    teacher_share: float
-    temperature: float
-    learning_rate: float
-    gradient_norm: float
-    tokens_per_second: float
-    micro_batch: int
-    on_policy: float = 0.0
 
 
 class Trainer:
@@ -183,15 +144,7 @@ class Trainer:
             sharded=sharding is not None,
         )
         self._projections = self._loss.projections
-        trained = [p for p in model.parameters() if p.requires_grad]
-        trained += [] if self._adapters is None else list(self._adapters.parameters())
-        groups = [{"params": trained, "factor": 1.0}]
-        if self._scaled is not None:
-            groups.append({"params": [p for _, p in self._scaled.named_parameters()], "factor": RATE})
-        alignment, projected = self._recipe.alignment, list(self._projections.parameters())
-        if alignment and projected:
-            groups.append({"params": projected, "factor": alignment.projection_rate})
-        self.optimizer = adamw(groups, plan.optimizer_state)
+        self.optimizer = adamw(self._groups(), plan.optimizer_state)
         self._gradients = Gradients(
             self._loss,
             self._recipe,
@@ -203,6 +156,18 @@ class Trainer:
         )
         if plan.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return what the optimiser moves, with the factor of each group's learning rate."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained += [] if self._adapters is None else list(self._adapters.parameters())
+        groups: list[dict[str, Any]] = [{"params": trained, "factor": 1.0}]
+        if self._scaled is not None:
+            groups.append({"params": [p for _, p in self._scaled.named_parameters()], "factor": RATE})
+        alignment, projected = self._recipe.alignment, list(self._projections.parameters())
+        if alignment and projected:
+            groups.append({"params": projected, "factor": alignment.projection_rate})
+        return groups
 
     @property
     def moved(self) -> int:
@@ -387,7 +352,7 @@ class Trainer:
             step = self._loss.sizes(indices)
             terms = self._gradients.of_step(indices, Weighing(temperature, weight, mixture), step, written)
         parameters = self._moved()
-        norm = _clip(parameters) if self._sharding is None else clip_sharded(self._sharding, parameters, _CLIP)
+        norm = clip(parameters) if self._sharding is None else clip_sharded(self._sharding, parameters, MOST_NORM)
         if not (math.isfinite(norm) and math.isfinite(terms["loss"])):
             self._failures += 1
         elif (
@@ -503,7 +468,7 @@ class Trainer:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _held_whole(self) -> list[nn.Parameter]:
-        """What each of several processes holds whole, of which no shards are averaged."""
+        """Return what each of several processes holds whole, of which no shards are averaged."""
         if self._scaled is not None:
             return [parameter for _, parameter in self._trained()]
         changes = [] if self._adapters is None else self._adapters.parameters()
@@ -519,21 +484,3 @@ class Trainer:
         if self._scaled is not None:
             named += [(f"scales.{name}", p) for name, p in self._scaled.named_parameters()]
         return named + [(f"projection.{name}", p) for name, p in self._projections.named_parameters()]
-
-
-def adamw(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
-    """Return AdamW over groups of parameters; each step sets the rate, and moments have the type `state`."""
-    if state == "int8":
-        return eight_bit_adamw(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
-    if state == "bfloat16":
-        return RoundedAdamW(groups, lr=0.0, betas=_BETAS)
-    return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=True)
-
-
-def _clip(parameters: list[nn.Parameter]) -> float:
-    """Scale the gradients to a joint norm of at most `_CLIP`, and return the norm before."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    value = float(norm)
-    if value > _CLIP:
-        torch.nn.utils.clip_grads_with_norm_(parameters, _CLIP, norm)
-    return value

@@ -15,7 +15,7 @@ def beginning_trial(trial: str) -> str:
 
 
 def is_teacher(row: Row, teacher: Row) -> bool:
-    """Whether a row's student begins as the whole teacher, whose row is the other one."""
+    """Return whether a row's student begins as the whole teacher, whose row is the other one."""
     begins = row.strategy is not None and row.strategy.init.source == "teacher" and row.strategy.codes is None
     return begins and row.shape is not None and row.shape == teacher.shape
 

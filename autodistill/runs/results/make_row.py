@@ -102,7 +102,7 @@ def make_row(
 
 
 def _over(evaluation: Evaluation, budget: Budget) -> str | None:
-    """Why the memory breaks the budget; what a student needs must be known before it can be said to fit."""
+    """Return why the memory breaks the budget; what a student needs must be known before it can be said to fit."""
     memory = evaluation.measurements.get("memory_bytes")
     if memory is None or not math.isfinite(memory.value):
         return "memory: it was not measured"
@@ -113,7 +113,9 @@ def _over(evaluation: Evaluation, budget: Budget) -> str | None:
 
 
 def _latency(spec: ModelSpec, deployment: Deployment, budget: Budget, device: Device | None) -> dict[str, float]:
-    """What is predicted on the device that the latency is for; of a budget on a device it is the row's own latency."""
+    """Return what is predicted on the device that the latency is for; of a budget on a device it is the row's own
+    latency.
+    """
     own = budget.device if isinstance(budget, DeviceBudget) else None
     served_on = own or device
     if served_on is None:
@@ -145,13 +147,13 @@ def _memory_on(budget: Budget) -> dict[str, str]:
 
 
 def _assumed(deployment: Deployment, budget: Budget) -> dict[str, str]:
-    """Why the row's own latency is assumed, where nothing of its runtime was measured on such a device."""
+    """Return why the row's own latency is assumed, where nothing of its runtime was measured on such a device."""
     why = budget.device.shares(deployment.runtime).assumed if isinstance(budget, DeviceBudget) else ""
     return {"latency_assumed": why} if why else {}
 
 
 def _remarks(strategy: Strategy | None, spec: ModelSpec) -> dict[str, str]:
-    """What a reader of the row must know of how it was trained; the student has the teacher's vocabulary."""
+    """Return what a reader of the row must know of how it was trained; the student has the teacher's vocabulary."""
     approximation = strategy.distillation.approximation(spec.vocabulary) if strategy else None
     return {"approximate": approximation} if approximation else {}
 

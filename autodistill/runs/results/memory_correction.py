@@ -92,6 +92,6 @@ def least_beyond(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def corrected(row: Row, beyond: Mapping[str, int]) -> int:
-    """Bytes that a row takes: as it was measured, or as predicted and what its runtime takes beyond."""
+    """Return the bytes that a row takes: as it was measured, or as predicted and what its runtime takes beyond."""
     more = 0 if row.memory_source == "measured" else beyond.get(row.deployment.runtime, 0)
     return (row.memory_bytes or 0) + more

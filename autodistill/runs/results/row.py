@@ -1,34 +1,23 @@
-"""A row of the leaderboard: one trial under one deployment, as a value, as JSON and as Parquet."""
+"""A row of the leaderboard: one trial under one deployment, as a value and as JSON."""
 
 from __future__ import annotations
 
-import json
 import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from autodistill.errors import InputError
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import with_error
-from autodistill.utils.hashing import content_hash
-from autodistill.utils.json_files import replacing, strict_json
 from autodistill.utils.plain_dataclass import PlainDataclass, hints_of, plain, required, without_none
 from autodistill.utils.typed_data import check_typed
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-
 SCHEMA_VERSION = 1
-TABLE_VERSION = 2
-"""Of a stored table: the second has `run`, `examples`, and what the file says of its runs."""
-_SAID = b"autodistill"
 
 LIKELIHOOD = "perplexity"
 """The figure by which a race is judged: it tells students apart on fewer tokens than an accuracy."""
@@ -49,13 +38,6 @@ DIFFERS = "its runtime did not do what was evaluated"
 
 WITHIN_LIMITS = (REMOVED, DAMAGED, FORGOT, DIFFERS)
 """The reasons of rows that keep to the budget, and are not to be exported all the same."""
-
-
-class _Said(TypedDict):
-    """What a stored table says of itself."""
-
-    table: int
-    runs: Mapping[str, Any]
 
 
 class _Paired(TypedDict):
@@ -233,7 +215,7 @@ class Row:
                 f"row {data['row_id']!r} is of an evaluation that ended early, which earlier versions had: its figures "
                 "are of a part of the data, so start that search again"
             )
-        row = cls(**{name: _convert(data[name], name) for name in _types() if data.get(name) is not None})
+        row = cls(**{name: _convert(data[name], name) for name in field_types() if data.get(name) is not None})
         row._check()
         return row
 
@@ -271,19 +253,21 @@ def check_documents(documents: Any, where: str) -> None:
 
 
 def trained_fully(kind: str, fidelity: float | None) -> bool:
-    """Whether a row with these fields was measured after all of the plan's tokens; see `Row.full`."""
+    """Return whether a row with these fields was measured after all of the plan's tokens; see `Row.full`."""
     return kind in ("teacher", "initial") or (fidelity is not None and fidelity > 1 - 1e-9)
 
 
 def task_figures(rows: Iterable[Row], metric: str) -> list[str]:
-    """Names of the tasks' figures that rows have beside the metric, in the order in which they were asked for."""
+    """Return the names of the tasks' figures that rows have beside the metric, in the order in which they were asked
+    for.
+    """
     names = dict.fromkeys(name for row in rows for name in row.other if name.startswith("task:"))
     return [name for name in names if name != metric and not name.endswith("_stderr")]
 
 
 def is_field(figure: str) -> bool:
-    """Whether a figure is a field of a row, not one of its `other` figures."""
-    return _types().get(figure) in (int, float)
+    """Return whether a figure is a field of a row, not one of its `other` figures."""
+    return field_types().get(figure) in (int, float)
 
 
 def finite(value: Any) -> float | None:
@@ -292,14 +276,14 @@ def finite(value: Any) -> float | None:
 
 
 @cache
-def _types() -> dict[str, type]:
-    """Type of each field of `Row`, None and the parameters of a mapping left out."""
+def field_types() -> dict[str, type]:
+    """Return the type of each field of `Row`, None and the parameters of a mapping left out."""
     held = {name: without_none(hint) for name, hint in hints_of(Row).items()}
     return {name: typing.get_origin(hint) or hint for name, hint in held.items()}
 
 
 def _convert(value: Any, name: str) -> Any:
-    kind = _types()[name]
+    kind = field_types()[name]
     if issubclass(kind, PlainDataclass):
         return kind.from_json(value)
     if kind is float and type(value) is int:
@@ -310,156 +294,6 @@ def _convert(value: Any, name: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"the row's field {name} must be of type {kind.__name__}, not {value!r}")
     return value
-
-
-def to_parquet(rows: Sequence[Row], path: Path, run: str = "", about: Mapping[str, Any] | None = None) -> None:
-    """Write rows as a Parquet file, atomically; docs/leaderboards.md says what it holds.
-
-    Args:
-        rows: Of one run.
-        path: The file.
-        run: The run's name.
-        about: What the file says of the run: what ranked, and what was measured on what.
-    """
-    write_table(table_of(rows, run), path, {run: about} if about is not None else {})
-
-
-def table_of(rows: Sequence[Row], run: str) -> pa.Table:
-    """Return rows as a table: a column for each field, a mapping as JSON text; and `run`, and `examples`."""
-    import pyarrow as pa
-
-    columns = {name: [_cell(getattr(row, name)) for row in rows] for name in _types()}
-    columns |= {"run": [run] * len(rows), "examples": [examples_of(row.split, row.documents) for row in rows]}
-    return pa.table(columns, schema=_table_schema())
-
-
-def write_table(table: pa.Table, path: Path, about: Mapping[str, Any]) -> None:
-    """Write a table that `table_of` made, atomically, with what is to be said of each of its runs."""
-    import pyarrow.parquet as pq
-
-    said = json.dumps({"table": TABLE_VERSION, "runs": strict_json(about)}, allow_nan=False)
-    with replacing(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({_SAID: said.encode()}), temporary)
-
-
-def examples_of(split: str | None, documents: Mapping[str, Any] | None) -> str | None:
-    """Return a hash of the documents that a row was measured on, and of their numbers of tokens; None without any."""
-    if documents is None or "ids" not in documents or "count" not in documents:
-        return None
-    return content_hash([split, list(documents["ids"]), [float(count) for count in documents["count"]]])
-
-
-@cache
-def arrow_schema() -> pa.Schema:
-    """The columns of a table of rows."""
-    import pyarrow as pa
-
-    arrow = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
-    return pa.schema([(name, arrow.get(kind, pa.string())) for name, kind in _types().items()])
-
-
-@cache
-def _table_schema() -> pa.Schema:
-    """The columns of a stored table: those of the rows, their run, and what they were measured on."""
-    import pyarrow as pa
-
-    return pa.schema([*arrow_schema(), ("run", pa.string()), ("examples", pa.string())])
-
-
-def _cell(value: Any) -> Any:
-    value = plain(value)
-    if not isinstance(value, Mapping):
-        return value
-    try:
-        return json.dumps(value, allow_nan=False)
-    except ValueError:  # a value that is not finite; looking for one in every row would take longer than writing
-        return json.dumps(strict_json(value), allow_nan=False)
-
-
-def read_parquet(path: Path) -> list[Row]:
-    """Read what `to_parquet` wrote.
-
-    Raises:
-        InputError: The file is missing or no Parquet file, or see `Row.from_json`.
-    """
-    return read_rows(read_table(path)[0], str(path))
-
-
-def read_table(path: Path) -> tuple[pa.Table, Mapping[str, Any]]:
-    """Read the table of a file, and what it says of its runs by name; an earlier version is brought up to this one.
-
-    Raises:
-        InputError: The file is missing or damaged, of a later version, or not a table of rows.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"cannot read {path} as a leaderboard: {str(error).splitlines()[0]}") from error
-    said = _said(table, path)
-    if (lacking := sorted(set(required(Row)) - set(table.column_names))) != []:
-        raise InputError(f"{path} is no leaderboard: it lacks the column {', '.join(lacking)}")
-    schema, count = _table_schema(), len(table)
-    columns = {}
-    for column in schema:
-        if column.name not in table.column_names:
-            columns[column.name] = pa.nulls(count, column.type)
-            continue
-        try:
-            columns[column.name] = table.column(column.name).cast(column.type)
-        except pa.ArrowException as error:
-            raise InputError(f"{path} is no leaderboard: its column {column.name} is not of {column.type}") from error
-    if "examples" not in table.column_names:
-        parts = zip(columns["split"].to_pylist(), columns["documents"].to_pylist(), strict=True)
-        try:
-            found = [examples_of(split, text and json.loads(text)) for split, text in parts]
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} has documents that cannot be read ({error}): make it again") from None
-        columns["examples"] = pa.array(found, pa.string())
-    if "run" not in table.column_names:
-        columns["run"] = pa.array([""] * count, pa.string())
-    return pa.table(columns, schema=schema), said
-
-
-def _said(table: pa.Table, path: Path) -> Mapping[str, Any]:
-    """What a file says of its runs, by name."""
-    text = (table.schema.metadata or {}).get(_SAID)
-    if text is None:  # the first version said nothing
-        return {}
-    try:
-        held = json.loads(text)
-        check_typed(held, _Said, "its description")
-    except (ValueError, InputError) as error:
-        raise InputError(f"{path} is no leaderboard: {error}") from None
-    if held["table"] > TABLE_VERSION:
-        raise InputError(
-            f"{path} is a table of version {held['table']}, and this autodistill reads up to {TABLE_VERSION}: "
-            "upgrade it"
-        )
-    runs: Mapping[str, Any] = held["runs"]
-    return runs
-
-
-def read_rows(table: pa.Table, where: str) -> list[Row]:
-    """The rows of a table.
-
-    Args:
-        table: As `table_of` makes it.
-        where: What is named where a row cannot be read.
-
-    Raises:
-        InputError: See `Row.from_json`.
-    """
-    nested = {name for name, kind in _types().items() if kind not in (str, bool, int, float)}
-    try:
-        return [
-            Row.from_json({k: json.loads(v) if k in nested and v is not None else v for k, v in record.items()})
-            for record in table.select(list(_types())).to_pylist()
-        ]
-    except ValueError as error:
-        raise InputError(f"{where} has a row that cannot be read ({error}): make it again") from None
 
 
 class Status(StrEnum):

@@ -152,7 +152,9 @@ def _stderr(values: np.ndarray[Any, Any]) -> float | None:
 
 
 def students_only(search: Mapping[str, Any]) -> bool:
-    """Whether a run, by its `search.json`, chooses among trained students alone, as those of earlier versions did."""
+    """Return whether a run, by its `search.json`, chooses among trained students alone, as those of earlier versions
+    did.
+    """
     return bool(search.get("students_only", True))
 
 

@@ -160,7 +160,7 @@ class Importance:
 
 
 def importance(space: Space, results: Sequence[Observation], direction: Direction, *, least: int) -> Importance:
-    """What sets the better results apart, by PED-ANOVA (Watanabe et al., 2023, arXiv:2304.10255).
+    """Return what sets the better results apart, by PED-ANOVA (Watanabe et al., 2023, arXiv:2304.10255).
 
     A dimension under a condition is judged by the results that have it, among all that these have: its share is of
     what sets the better of these apart. (Optuna's own account of conditions weighs it by how many of the best tenth

@@ -9,7 +9,7 @@ Costs = Sequence[float]
 
 
 def best_first(costs: Mapping[str, Costs]) -> list[str]:
-    """Names from the best to the worst; of a single cost this is ascending order, of equal ones by name.
+    """Return the names from the best to the worst; of a single cost this is ascending order, of equal ones by name.
 
     Args:
         costs: Of each candidate, finite, less being better.

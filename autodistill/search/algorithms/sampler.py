@@ -126,7 +126,9 @@ class Sampler:
         return own % 2 == 0
 
     def _spreads(self) -> Sequence[int]:
-        """Which of the sampler's own proposals are spread: the first few, less those that have another way first."""
+        """Return which of the sampler's own proposals are spread: the first few, less those that have another way
+        first.
+        """
         first = range(_STARTUP - len(self.first) - len(self.space.starts))
         return [own for own in first if not self._changes_best(own)]
 

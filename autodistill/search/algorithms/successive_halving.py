@@ -123,7 +123,7 @@ class SuccessiveHalving:
         return next((trials[0] for trials in waiting if trials), None)
 
     def promotable(self, in_flight: Collection[str]) -> set[str]:
-        """Trials that wait at a rung with a place left above it for them, as the reports stand."""
+        """Return the trials that wait at a rung with a place left above it for them, as the reports stand."""
         found: set[str] = set()
         for rung in range(self.last):
             places = self.keep[rung] - len(self._moved_on(rung, in_flight))
@@ -140,7 +140,7 @@ class SuccessiveHalving:
         return self._ranks[rung]
 
     def _moved_on(self, rung: int, in_flight: Collection[str]) -> set[str]:
-        """Trials that left a rung upwards, discarded ones not counted."""
+        """Return the trials that left a rung upwards, discarded ones not counted."""
         left = set(self._reports[rung + 1]) | (set(in_flight) & set(self._reports[rung]))
         return left - self._discarded
 
@@ -187,7 +187,9 @@ def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
 
 
 def kept_at_rungs(trials: int, rungs: int) -> tuple[int, ...]:
-    """How many trials go past each rung: half of them past each of two, a third past a single one; two at least."""
+    """Return how many trials go past each rung: half of them past each of two, a third past a single one; two at
+    least.
+    """
     keep = []
     left = trials
     for _ in range(rungs - 1):
@@ -197,5 +199,5 @@ def kept_at_rungs(trials: int, rungs: int) -> tuple[int, ...]:
 
 
 def confirmed(trials: int, keep: Sequence[int], baselines: int) -> int:
-    """How many strategies are trained on each further seed: the best few and the best baseline."""
+    """Return how many strategies are trained on each further seed: the best few and the best baseline."""
     return min(CONFIRMED, keep[-1] if keep else trials) + min(1, baselines)

@@ -19,10 +19,10 @@ from autodistill.search.campaign.observer import Observer
 from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.placement import Place
 from autodistill.search.prepare import describe, plan_anew
+from autodistill.search.preview import plan_document
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import check_request
-from autodistill.search.search import plan_document
 from autodistill.search.setup.loading import Loaded, load, load_again
 from autodistill.search.setup.measure_plan import Paces, box_by_default
 from autodistill.search.setup.solve_phase import construct_each
@@ -58,7 +58,7 @@ class Prepared:
     place: Place
 
     def documents(self, price: Price | None) -> list[dict[str, Any]]:
-        """What would be done for each budget, as plain data.
+        """Return what would be done for each budget, as plain data.
 
         Args:
             price: Of an hour; None where no cost is asked for.
@@ -157,7 +157,9 @@ def _checked(asked: Mapping[str, SearchRequest]) -> tuple[dict[str, SearchConfig
 
 
 def _box(request: BudgetsRequest, config: SearchConfig, loaded: Loaded) -> float | None:
-    """Seconds of the time budget for all of them, given or by default; None where the work is fixed instead."""
+    """Return the seconds of the time budget for all of them, given or by default; None where the work is fixed
+    instead.
+    """
     if isinstance(request.time, float | int):
         return float(request.time)
     return None if config.trials and config.tokens else box_by_default(loaded)

@@ -123,7 +123,7 @@ class BudgetsFolder(RunFolder):
 
 
 def runs_of(out: Path, name: str) -> list[str]:
-    """Names of the runs of a search for several budgets; none where there is no such search.
+    """Return the names of the runs of a search for several budgets; none where there is no such search.
 
     Args:
         out: Folder that holds the runs.

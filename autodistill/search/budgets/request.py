@@ -83,7 +83,7 @@ class BudgetsRequest(SearchRequest):
         return [self.alone(**limit) for limit in self.limits().values()]
 
     def limits(self) -> dict[str, dict[str, Any]]:
-        """What makes the request of each budget, by what the budget is called.
+        """Return what makes the request of each budget, by what the budget is called.
 
         Raises:
             InputError: Not at least two that differ, or more than anybody searches for at once.

@@ -22,8 +22,9 @@ from autodistill.search.budgets.record import BudgetsFolder, Part, Record
 from autodistill.search.budgets.request import BudgetsRequest
 from autodistill.search.budgets.summary import document, write_summary
 from autodistill.search.campaign.observer import Observer
+from autodistill.search.preview import check_shows_nothing
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.search import check_shows_nothing, search
+from autodistill.search.search import search
 from autodistill.units import count_of, format_duration
 from autodistill.utils.json_files import write_json
 
@@ -33,7 +34,7 @@ _REFERENCE = "teacher_reference.npz"
 def plan_budgets(
     request: BudgetsRequest, observer: Observer | None = None, price: Price | None = None
 ) -> dict[str, Any]:
-    """What a search for several budgets would do, as plain data; nothing but the shared cache is written.
+    """Return what a search for several budgets would do, as plain data; nothing but the shared cache is written.
 
     Raises:
         InputError: Bad input; or a search that goes on, which has its plan.
@@ -191,7 +192,7 @@ class _Drive:
                 self._observer.line(f"{part.label}: {error}")
 
     def _given(self, part: Part, left: int, *, more: bool) -> float | None:
-        """Seconds of a run's time budget, written down before it acts on it; None for what it has.
+        """Return the seconds of a run's time budget, written down before it acts on it; None for what it has.
 
         Args:
             part: Whose run.
@@ -256,7 +257,7 @@ class _Drive:
         return lasted(RunFolder(self._out, str(part.run)).events.all())
 
     def _spent(self) -> float:
-        """Seconds of the time budget that are gone: in preparing, and in all sessions of all runs."""
+        """Return the seconds of the time budget that are gone: in preparing, and in all sessions of all runs."""
         return self.record.prepared_seconds + math.fsum(map(self._lasted, self.record.own))
 
     def _write(self, record: Record) -> None:

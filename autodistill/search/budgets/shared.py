@@ -33,7 +33,7 @@ def shared(configs: Sequence[SearchConfig]) -> list[int]:
 
 
 def _serves(small: SearchConfig, large: SearchConfig) -> bool:
-    """Whether the student of a smaller budget is as good as that of a larger one would be, before training."""
+    """Return whether the student of a smaller budget is as good as that of a larger one would be, before training."""
     if not (small.constructions and large.constructions):
         fitting = _fitting(small)
         return bool(fitting) and fitting == _fitting(large)
@@ -51,7 +51,9 @@ def _holds(one: Construction, spec: ModelSpec, budget: Budget) -> bool:
 
 
 def _fitting(config: SearchConfig) -> set[tuple[str, str]]:
-    """What of a space that is not solved fits its budget: the extremes of its students, with their deployments."""
+    """Return what of a space that is not solved fits its budget: the extremes of its students, with their
+    deployments.
+    """
     return {
         (strategy.id, fit.deployment.name)
         for strategy, student in by_size(config.space, config.spec)

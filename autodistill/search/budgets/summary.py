@@ -11,7 +11,8 @@ from autodistill.hardware.budget import Budget
 from autodistill.runs.markdown import fenced, paragraph, plain
 from autodistill.runs.results.differences import paired, paired_difference
 from autodistill.runs.results.gains import Gains
-from autodistill.runs.results.row import Row, table_of, write_table
+from autodistill.runs.results.row import Row
+from autodistill.runs.results.table import table_of, write_table
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.schema import about
 from autodistill.runs.sessions import lasted
@@ -24,7 +25,7 @@ HEAD = ("budget", "run", "exported", "value", "memory", "gain on test")
 
 
 def document(out: Path, record: Record) -> dict[str, Any]:
-    """What was found for each budget, as plain data.
+    """Return what was found for each budget, as plain data.
 
     Args:
         out: Folder that holds the runs.
@@ -72,7 +73,7 @@ _NOTHING: Mapping[str, Any] = dict.fromkeys(("state", "exported", *_GAINS, "best
 
 
 def _of_run(run: RunFolder) -> dict[str, Any]:
-    """What one run found; what it has not found yet is None."""
+    """Return what one run found; what it has not found yet is None."""
     if not run.search_file.exists():
         return {**_NOTHING, "state": "not begun"}
     asked = run.asked()
@@ -141,7 +142,7 @@ def _gain(gains: Gains | None) -> str:
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
-    """What a person must know of the budgets beside their table, each in a sentence.
+    """Return what a person must know of the budgets beside their table, each in a sentence.
 
     Args:
         found: As `document` gives it.

@@ -86,7 +86,7 @@ def admit(
 
 
 def untrained_figure(objective: Objective, spec: ModelSpec, deployment: Deployment, question: Question) -> float:
-    """What follows from a student's shape and packing, of an objective that is no metric."""
+    """Return what follows from a student's shape and packing, of an objective that is no metric."""
     budget = question.budget
     if objective.name == "memory":
         load: dict[str, Any] = {"context": budget.context, "batch": budget.batch, "on_gpu": on_gpu(budget)}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import Literal
+from typing import Any, Literal
 
 from autodistill.runs.results.row import Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
@@ -158,7 +158,7 @@ class Agenda:
             yield f"b{index:03d}", item
 
     def untrained_baselines(self) -> list[str]:
-        """Names of the baselines that the time box ended before."""
+        """Return the names of the baselines that the time box ended before."""
         found = []
         for trial_id, (name, _) in self._baselines():
             trial = self._trials.get(trial_id)
@@ -198,7 +198,8 @@ class Agenda:
         return None if any(self._assign(trial).rung > waiting.rung + 1 for trial in running) else waiting
 
     def _reserve(self) -> float:
-        """Seconds that this trial takes to the end, or else to the highest rung that the box still holds it up to.
+        """Return the seconds that this trial takes to the end, or else to the highest rung that the box still holds it
+        up to.
 
         On a machine that became slower the plan may no longer hold; nothing else begins that would take this time.
         """
@@ -210,7 +211,8 @@ class Agenda:
         return next((_SPARE * seconds for seconds in needs if self._box.holds(seconds, whole=True)), 0.0)
 
     def _early(self) -> Assignment | None:
-        """Where no trial reaches the end, and nothing else is left: the best, to be kept as its last rung judged it.
+        """Return where no trial reaches the end, and nothing else is left: the best, to be kept as its last rung judged
+        it.
 
         Its decay is trained once more, since decayed weights of rungs are not kept. Where none was judged, one that was
         to go straight to the end is judged at the furthest rung that it passed.
@@ -241,16 +243,13 @@ class Agenda:
         task = replace(original.task, length=length)
         if not self._box.holds(self._box.expected(Assignment(task=task, rung=original.rung), -1)):
             return None
-        trial = self._enter(
-            task.strategy,
-            trial_id=lengthened(task.id, length),
-            number=None,
-            kind=original.kind,
-            name=original.name,
-            point=None,
-            length=length,
-        )
-        return self._assign(trial)
+        return self._assign(self._once_more(original, lengthened(task.id, length), original.kind, length))
+
+    def _once_more(self, original: TrialState, trial_id: str, kind: str, length: float, **fields: Any) -> TrialState:
+        """Enter a trial of the same strategy as another one: a longer training, or one with another seed."""
+        task = original.task
+        place = {"number": None, "name": original.name, "point": None}
+        return self._enter(task.strategy, trial_id=trial_id, kind=kind, length=length, **place, **fields)
 
     def _to_train_on(self) -> Continuation | None:
         """The best, to be trained on for what the box has left once all others have ended: alone on all threads of a
@@ -274,15 +273,7 @@ class Agenda:
             self.take(found.decided)
         trial_id, length = trained_on(original.task.id), assignment.task.length
         # One that was begun before the search was killed goes on.
-        trial = self._trials.get(trial_id) or self._enter(
-            original.task.strategy,
-            trial_id=trial_id,
-            number=None,
-            kind=original.kind,
-            name=original.name,
-            point=None,
-            length=length,
-        )
+        trial = self._trials.get(trial_id) or self._once_more(original, trial_id, original.kind, length)
         return replace(assignment, task=replace(trial.task, length=length, decay=assignment.task.decay))
 
     def take(self, trunk: Trunk) -> None:
@@ -306,17 +297,7 @@ class Agenda:
                 task = replace(original.task, stage="")
                 if not self._box.holds(self._box.expected(Assignment(task=task, rung=original.rung), -1)):
                     return None
-                trial = self._enter(
-                    original.task.strategy,
-                    trial_id=trial_id,
-                    number=None,
-                    kind=CONFIRMATION,
-                    name=original.name,
-                    point=None,
-                    seed=seed,
-                    length=task.length,
-                )
-                return self._assign(trial)
+                return self._assign(self._once_more(original, trial_id, CONFIRMATION, task.length, seed=seed))
         return None
 
     def _evaluation(self) -> Assignment | None:
@@ -333,7 +314,7 @@ class Agenda:
         return None
 
     def _trained(self) -> list[TrialState]:
-        """Trials at full fidelity, the best first."""
+        """Return the trials at full fidelity, the best first."""
         return self._best_first(trial for trial in self._trials.values() if trial.status is Status.COMPLETED)
 
     def _believed_first(self) -> list[TrialState]:
@@ -350,7 +331,7 @@ class Agenda:
         return [first, *(one for one in trained if one is not first)]
 
     def _best_first(self, trials: Iterable[TrialState]) -> list[TrialState]:
-        """Those that have a value, from the highest rung downwards, and of a rung the best first."""
+        """Return those that have a value, from the highest rung downwards, and of a rung the best first."""
         sign = -1.0 if self._question.judge_direction == "max" else 1.0
         ranked = sorted((-t.rung, sign * t.judged, t.task.id) for t in trials if t.judged is not None)
         return [self._trials[trial_id] for _, _, trial_id in ranked]
@@ -396,7 +377,7 @@ class Agenda:
         return self._all_proposed() or not (self._holds(first) and self._box.holds(first + reserve, whole=True))
 
     def _holds(self, seconds: float, *, whole: bool = False) -> bool:
-        """Whether the box holds so many seconds of work, all of it or without what is set aside for the best."""
+        """Return whether the box holds so many seconds of work, all of it or without what is set aside for the best."""
         if whole or self._rest.sets_aside(self._trained()):
             return self._box.holds(seconds, whole=whole)
         # Once the best was trained on, its rows have what it left.
@@ -404,11 +385,11 @@ class Agenda:
         return self._box.holds(seconds + after, whole=True)
 
     def in_flight(self) -> set[str]:
-        """Ids of the trials that a worker takes to a rung."""
+        """Return the ids of the trials that a worker takes to a rung."""
         return {t.task.id for t in self._trials.values() if t.running and not t.task.straight}
 
     def idle(self) -> bool:
-        """Whether nothing will be begun any more, while nothing runs."""
+        """Return whether nothing will be begun any more, while nothing runs."""
         started = all(trial_id in self._trials or trial_id in self._left_out for trial_id, _ in self._baselines())
         extra = self._box.deadline is not None
         waiting = self._scheduler.next_to_promote(self.in_flight(), True, extra=extra)
@@ -437,7 +418,7 @@ def _proposed(trial: TrialState) -> float:
 
 
 def observation(trial: TrialState, question: Question) -> Observation:
-    """What the sampler is told of a trial that lies in the space."""
+    """Return what the sampler is told of a trial that lies in the space."""
     assert trial.point is not None
     plan = question.plan
     # A strategy that contradicts this teacher is out of bounds, whatever memory it would need.

@@ -1,4 +1,4 @@
-"""A search in progress: what is given out, what a report means for its trial, and what is written down of it."""
+"""A search in progress: which work is given out, and what a report means for its trial."""
 
 from __future__ import annotations
 
@@ -13,50 +13,36 @@ from autodistill.runs import events
 from autodistill.runs.checkpoints import open_stages
 from autodistill.runs.events import (
     NotEvaluated,
-    RowAdded,
     RunEvent,
     RungReached,
     StudentKept,
-    TrialAdded,
-    TrialEnded,
     TrunkDecided,
-    WorkBegan,
-    WorkLost,
     WorkRetried,
 )
-from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Decision, Row, Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.run_log import RunLog
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.algorithms.successive_halving import SuccessiveHalving
 from autodistill.search.callbacks import Event
-from autodistill.search.campaign.admission import admit, candidate_of, with_training
+from autodistill.search.campaign.admission import admit
 from autodistill.search.campaign.agenda import Agenda
 from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper
 from autodistill.search.campaign.judging import Judge
 from autodistill.search.campaign.replay import Replay
-from autodistill.search.campaign.state import Candidate, Question, TrialState
+from autodistill.search.campaign.state import Question, TrialState
+from autodistill.search.campaign.table import KEPT, TrialTable
 from autodistill.search.campaign.telling import Teller
 from autodistill.search.campaign.time_budget import TimeBox
 from autodistill.search.campaign.trunk import Trunk
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.failures import KILLED, OUT_OF_MEMORY, RETRIED, WORKER_DIED
 from autodistill.search.worker.messages import RungReport
-from autodistill.strategy.strategy import Strategy
 from autodistill.utils.storage import Storage
 
 # How often work is begun that the search is killed with: where the kernel did it for want of memory, and where it may
 # have been anybody, which must change nothing of what a search finds.
 _TRIES_IN_MEMORY, _TRIES = 2, 5
-# Of a piece of work that keeps a student short of the end, among those that failed once.
-_KEPT = "kept"
-
-
-def _work(assignment: Assignment) -> tuple[int, str | None]:
-    """Which of a trial's pieces of work an assignment is, as `TrialState.retried` has them."""
-    name = assignment.deployment.name if assignment.deployment is not None else None
-    return assignment.rung, _KEPT if assignment.keep else name
 
 
 class Campaign:
@@ -73,7 +59,7 @@ class Campaign:
         deadline: `time.monotonic()` after which no trial may run, or None.
         notify: Called after each event with a line for a person.
         tell: Called with each event that callbacks are told of.
-        halving: Makes the scheduler; another one is for studies of schedulers.
+        halving, admission: Make the scheduler, and the state of a new trial; others are for studies.
     """
 
     def __init__(
@@ -89,15 +75,15 @@ class Campaign:
         notify: Callable[[str], None] = lambda line: None,
         tell: Callable[[Event], None] = lambda event: None,
         halving: Callable[..., SuccessiveHalving] = SuccessiveHalving,
+        admission: Callable[..., TrialState] = admit,
     ) -> None:
         self.question = question
-        self.trials: dict[str, TrialState] = {}
-        self.stopping = False
-        self.broken: AutoDistillError | None = None
+        self.log = log
         self.box = TimeBox(question, deadline)
-        self._log = log
         self._notify = notify
         self._tell = Teller(tell, question.metric)
+        self._table = TrialTable(question, log, self._tell, admission)
+        self.trials = self._table.trials
         self.watch: Callable[[], None] = lambda: None
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
@@ -117,7 +103,7 @@ class Campaign:
             sampler=sampler,
             scheduler=scheduler,
             stages=stages,
-            enter=self._enter,
+            enter=self._table.enter,
             evaluating=self._evaluating,
             decide=self._decide,
             behind=self._judge.behind,
@@ -128,7 +114,7 @@ class Campaign:
             StudentKeeper(checkpoints, storage, question),
             self.trials,
             log=log,
-            write=self._write,
+            write=self._table.write,
             notify=notify,
         )
 
@@ -136,11 +122,11 @@ class Campaign:
 
     def next(self) -> Assignment | None:
         """The next piece of work, or None while there is none; taken as under way from here on."""
-        if self.stopping:
+        if self.broken:
             return None
         assignment = self._agenda.next()
         if assignment is not None:
-            trial = self.trials[assignment.task.id]
+            trial = self._table.of(assignment)
             if assignment.deployment is None:
                 trial.running = True
                 self._tell.starts(trial)
@@ -151,10 +137,15 @@ class Campaign:
         return assignment
 
     @property
+    def broken(self) -> AutoDistillError | None:
+        """Why the log could not be written, once that was so: nothing is given out any more."""
+        return self._table.broken
+
+    @property
     def finished(self) -> bool:
         """Whether nothing runs and nothing will."""
         busy = self._evaluating() or any(trial.running for trial in self.trials.values())
-        return not busy and (self.stopping or self._agenda.idle())
+        return not busy and (self.broken is not None or self._agenda.idle())
 
     def _evaluating(self) -> bool:
         return any(trial.evaluating for trial in self.trials.values())
@@ -164,7 +155,7 @@ class Campaign:
         if "report" in outcome:
             if outcome.get("lost"):
                 # The group began again in between, from the last checkpoint.
-                self._lose(assignment, outcome["lost"])
+                self._table.lose(assignment, outcome["lost"])
             self.report(assignment, outcome["report"])
             return
         trained = outcome.get("trained", 0)
@@ -174,19 +165,12 @@ class Campaign:
             self.abandon(assignment, trained=trained)
 
     def begin(self, assignment: Assignment, kills: int) -> None:
-        """Write down that work begins, for a runner that ends with it: what ends it twice is not begun again.
-
-        Args:
-            assignment: The work.
-            kills: Processes that the kernel has ended so far for want of memory.
-        """
-        rung, work = _work(assignment)
-        self._write(WorkBegan(trial=assignment.task.id, rung=rung, work=work, kills=kills))
-        self.trials[assignment.task.id].begun[rung, work] += 1
+        """Write down that work begins, for a runner that ends with it: see `TrialTable.begin`."""
+        self._table.begin(assignment, kills)
 
     def report(self, assignment: Assignment, report: RungReport) -> Decision:
         """Records what a worker found and says what becomes of the trial."""
-        trial, plan = self.trials[assignment.task.id], self.question.plan
+        trial, plan = self._table.of(assignment), self.question.plan
         # Beside one that has all threads no other worker does anything.
         share = plan.workers if assignment.threads else 1
         self._count_seconds(assignment, report, share)
@@ -198,8 +182,8 @@ class Campaign:
         trial.begun.clear()
         trial.train_seconds += report.seconds["train"]
         trial.trained_tokens += report.trained + resumed
-        row = self._row(trial, report, Status.COMPLETED if self._is_last(report.rung) else Status.STOPPED)
-        self._write(RowAdded(row=row))
+        status = Status.COMPLETED if self._table.is_last(report.rung) else Status.STOPPED
+        row = self._table.add_row(trial, report, status)
         if assignment.deployment is not None:
             return self._evaluated(trial, row)
         trial.running = False
@@ -210,15 +194,12 @@ class Campaign:
     def _count_seconds(self, assignment: Assignment, report: RungReport, share: int) -> None:
         """Take note of how long work took, on so many workers: for what is expected of others, and of all by phase."""
         if not assignment.keep:
-            rung = self.trials[assignment.task.id].rung
+            rung = self._table.of(assignment).rung
             work = report.seconds["train"] + report.seconds["evaluate"]
             beside = sum(report.seconds.values()) - work
             self.box.learn(assignment, rung, work, report.trained, beside)
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += share * report.seconds[phase]
-
-    def _is_last(self, rung: int) -> bool:
-        return rung == len(self.question.plan.rungs) - 1
 
     def _shown(self, row: Row) -> str:
         value = row.figure(self.question.metric)
@@ -233,7 +214,7 @@ class Campaign:
     def _kept(self, trial: TrialState, row: Row, report: RungReport) -> Decision:
         """The student of a rung short of the end was kept, and is its trial's if it may be exported."""
         trial.kept = row.feasible and row.figure(self.question.metric) is not None
-        self._write(
+        self._table.write(
             StudentKept(
                 trial=trial.task.id,
                 kept=trial.kept,
@@ -269,7 +250,7 @@ class Campaign:
         steps = tuple(cast(events.Step, asdict(step)) for step in report.steps)
         trial.hold(steps, self.question.plan)
         # The row came before the rung it belongs to: killed in between, the stretch runs again and supersedes it.
-        self._write(
+        self._table.write(
             RungReached(
                 trial=trial.task.id,
                 rung=report.rung,
@@ -294,8 +275,8 @@ class Campaign:
         if report.unsaved is not None:
             self._notify(f"{trial.task.id}: {report.unsaved}")
         self._tell.reaches(trial, report, decision)
-        if self._is_last(report.rung):
-            self._end(trial, Status.COMPLETED)
+        if self._table.is_last(report.rung):
+            self._table.end(trial, Status.COMPLETED)
         self._collector.between(self._promotable())
         return decision
 
@@ -307,8 +288,8 @@ class Campaign:
 
         Where memory was short twice, it is the trial that takes too much.
         """
-        trial = self.trials[assignment.task.id]
-        self._lose(assignment, trained)
+        trial = self._table.of(assignment)
+        self._table.lose(assignment, trained)
         name = assignment.deployment.name if assignment.deployment is not None else None
         if name is None:
             trial.running = False
@@ -316,13 +297,13 @@ class Campaign:
             trial.evaluating -= 1
         if assignment.keep:
             # Where it stands as it did, it may be tried once more, or another be kept.
-            again = cause in RETRIED and (assignment.rung, _KEPT) not in trial.retried
-            trial.retried.add((assignment.rung, _KEPT))
+            again = cause in RETRIED and (assignment.rung, KEPT) not in trial.retried
+            trial.retried.add((assignment.rung, KEPT))
             trial.kept = None if again else False
             self._notify(f"{trial.task.id} could not be kept ({cause}): {message}")
             return
         if cause in RETRIED and (assignment.rung, name) not in trial.retried:
-            self._write(
+            self._table.write(
                 WorkRetried(trial=trial.task.id, rung=assignment.rung, deployment=name, cause=cause, reason=message)
             )
             trial.retry(assignment.rung, name)
@@ -331,25 +312,17 @@ class Campaign:
         cause = OUT_OF_MEMORY if cause == KILLED else cause
         if name is not None:
             # The student is trained, and stands with the deployments it was evaluated under.
-            self._write(NotEvaluated(trial=trial.task.id, deployment=name, reason=f"{cause}: {message}"))
+            self._table.write(NotEvaluated(trial=trial.task.id, deployment=name, reason=f"{cause}: {message}"))
             self._notify(f"{trial.task.id} could not be evaluated as {name} ({cause}): {message}")
             return
         self._judge.discard(trial.task.id)
-        self._end(trial, Status.FAILED, f"{cause}: {message}", cause)
+        self._table.end(trial, Status.FAILED, f"{cause}: {message}", cause)
         self._notify(f"{trial.task.id} failed ({cause}): {message}")
-
-    def _lose(self, assignment: Assignment, trained: int) -> None:
-        """Write down what an attempt without a result had trained, and that it has ended."""
-        trial = self.trials[assignment.task.id]
-        if trained or trial.begun:
-            rung, work = _work(assignment)
-            self._write(WorkLost(trial=trial.task.id, rung=rung, work=work, trained=trained))
-        trial.lose(trained)
 
     def abandon(self, assignment: Assignment, *, trained: int = 0) -> None:
         """A worker gave work back undone, because the search is stopping or out of time."""
-        trial = self.trials[assignment.task.id]
-        self._lose(assignment, trained)
+        trial = self._table.of(assignment)
+        self._table.lose(assignment, trained)
         if assignment.deployment is None:
             trial.running = False
         else:
@@ -366,13 +339,13 @@ class Campaign:
                 reason = f"stopped at rung {trial.rung + 1} of {len(self.question.plan.rungs)}"
                 if lag := self._judge.lag(trial.task.id):
                     reason += f": {lag}"
-                self._end(
+                self._table.end(
                     trial, Status.STOPPED, reason if trial.rung >= 0 else "the time budget ended before its first rung"
                 )
         self._collector.at_the_end()
 
     def _decide(self, trunk: Trunk) -> None:
-        self._write(TrunkDecided.from_json(trunk.to_json()))
+        self._table.write(TrunkDecided.from_json(trunk.to_json()))
         self._notify(trunk.describe())
 
     # What a person is shown.
@@ -383,7 +356,7 @@ class Campaign:
         return self._agenda.exhausted
 
     def untrained_baselines(self) -> list[str]:
-        """Names of the baselines that the time box ended before."""
+        """Return the names of the baselines that the time box ended before."""
         return self._agenda.untrained_baselines()
 
     def standing(self) -> tuple[float | None, float | None]:
@@ -397,7 +370,9 @@ class Campaign:
         return found, baseline
 
     def worker_seconds(self) -> dict[str, float]:
-        """Seconds that workers spent training, evaluating, and loading or saving students, added over all of them."""
+        """Return the seconds that workers spent training, evaluating, and loading or saving students, added over all of
+        them.
+        """
         return dict(self._worker_seconds)
 
     # What a resumed search replays.
@@ -408,22 +383,10 @@ class Campaign:
         replay = Replay(self.question, self.trials, self._judge, self._agenda.take)
         replay.take(log)
         for trial in self.trials.values():
-            self._end_after_kill(trial)
+            self._table.mend(trial)
         self._give_up_killers(replay.kills)
         if log:
             self._collector.between(self._promotable())
-
-    def _end_after_kill(self, trial: TrialState) -> None:
-        """End a trial that a kill left unended, and open one again that a closed search had left at a rung."""
-        # Between a trial and its rejection. What was begun had been admitted, by whatever estimate.
-        if trial.status is None and trial.reason is not None and trial.rung < 0 and not trial.begun:
-            self._end(trial, Status.REJECTED, trial.reason)
-        # Between the last rung and its status.
-        if trial.status is None and self._is_last(trial.rung):
-            self._end(trial, Status.COMPLETED)
-        # A longer search may take it further.
-        if trial.status is Status.STOPPED:
-            trial.status = None
 
     def _give_up_killers(self, kills: int) -> None:
         """End work that the search has been killed with too often.
@@ -441,9 +404,9 @@ class Campaign:
     def _give_up(self, trial: TrialState, rung: int, work: str | None, times: int, *, memory: bool) -> None:
         """End work that the search was ended with so many times; `memory` says whether the kernel did it for that."""
         named = next((one for one in trial.task.deployments if one.name == work), None)
-        if named is None and work not in (None, _KEPT):
+        if named is None and work not in (None, KEPT):
             return
-        assignment = Assignment(task=trial.task, rung=rung, deployment=named, keep=work == _KEPT)
+        assignment = Assignment(task=trial.task, rung=rung, deployment=named, keep=work == KEPT)
         trial.retried.add((rung, work))
         if named is not None:
             # As when it was given out.
@@ -451,67 +414,3 @@ class Campaign:
             trial.settled.add(named.name)
         cause = KILLED if memory else WORKER_DIED
         self.fail(assignment, cause, f"the search was killed {times} times while it was under way")
-
-    # Trials.
-
-    def _enter(self, strategy: Strategy, **fields: Any) -> TrialState:
-        """Write a new trial down, and its rejection where no deployment, or its training, can fit."""
-        # What goes on from another one's stage is trained as that one is.
-        same = next((one for one in self.trials.values() if one.task.strategy.id == strategy.id), None)
-        made = same.candidate if same else with_training(self.question, candidate_of(self.question, strategy))
-        trial = self._admit(made, **fields)
-        self.trials[trial.task.id] = trial
-        self._write(
-            TrialAdded(
-                trial=trial.task.id,
-                number=trial.number,
-                kind=trial.kind,
-                name=trial.name,
-                point=trial.point,
-                parameters=made.spec.parameters if made.spec else None,
-                strategy=strategy,
-                seed=trial.task.seed,
-                length=trial.task.length,
-                training=made.training.to_json() if made.training else None,
-            )
-        )
-        if trial.reason is not None:
-            self._end(trial, Status.REJECTED, trial.reason)
-        return trial
-
-    def _admit(self, candidate: Candidate, **fields: Any) -> TrialState:
-        return admit(self.question, candidate, **fields)
-
-    def _end(self, trial: TrialState, status: Status, reason: str | None = None, cause: str | None = None) -> None:
-        trial.status, trial.reason, trial.cause = status, reason, cause
-        miss: events.Miss | None = None
-        if status is Status.REJECTED and trial.miss is not None:
-            miss = {"limit": trial.miss.limit, "slack": trial.miss.slack}
-        self._write(TrialEnded(trial=trial.task.id, status=status, reason=reason, cause=cause, miss=miss))
-        self._tell.ends(trial)
-
-    def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
-        assert trial.candidate.spec is not None
-        return make_row(
-            report.evaluation,
-            trial=trial.task.id,
-            kind=trial.kind,
-            name=trial.name,
-            strategy=trial.task.strategy,
-            spec=trial.candidate.spec,
-            status=status,
-            split="validation",
-            budget=self.question.budget,
-            plan=self.question.plan,
-            train_tokens=report.tokens,
-            train_seconds=trial.train_seconds,
-            seed=trial.task.seed,
-            device=self.question.served_on,
-        )
-
-    def _write(self, event: RunEvent) -> None:
-        try:
-            self._log.add(event)
-        except AutoDistillError as error:
-            self.broken, self.stopping = error, True
-            raise

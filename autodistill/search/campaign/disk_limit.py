@@ -44,19 +44,19 @@ class StageKeeper:
         stages.sweep()
 
     def branched(self, trial: TrialState, rung: int) -> bool:
-        """Whether the checkpoint is kept that the decay of a rung, below the last, branches off."""
+        """Return whether the checkpoint is kept that the decay of a rung, below the last, branches off."""
         branch = branch_point(self._plan.rungs[rung], self._plan.decay, self._plan.batch_tokens)
         return branch in self.checkpoints(trial)
 
     def checkpoints(self, trial: TrialState) -> list[int]:
-        """Tokens of the checkpoints that a trial may go on from, the furthest first."""
+        """Return the tokens of the checkpoints that a trial may go on from, the furthest first."""
         stage = trial.task.stage or trial.task.id
         with suppress(OSError):  # of a storage that fails for a moment: then they are as they were last seen
             self._seen = self._stages.checkpoints()
         return sorted((one.tokens for one in self._seen if one.stage == stage), reverse=True)
 
     def busy(self, trial: TrialState, trials: Iterable[TrialState]) -> bool:
-        """Whether another trial is training the stretch of this trial's stage that would be next.
+        """Return whether another trial is training the stretch of this trial's stage that would be next.
 
         It is continued from that one's checkpoint a little later, and not trained twice.
         """
@@ -74,7 +74,7 @@ class StageKeeper:
         return self._limit
 
     def bytes(self) -> int:
-        """Bytes of all checkpoints."""
+        """Return the bytes of all checkpoints."""
         return sum(checkpoint.bytes for checkpoint in self._stages.checkpoints())
 
     def surplus(self, trials: Collection[TrialState], promotable: Collection[str], beside: int = 0) -> list[Checkpoint]:
@@ -106,8 +106,8 @@ class StageKeeper:
         return found
 
     def spare(self, trials: Collection[TrialState]) -> list[Checkpoint]:
-        """What a search that has ended has no use for: all but that of the best few, which a longer one trains on, and
-        what a student that was kept short of the end is trained on from.
+        """Return what a search that has ended does not need: all but that of the best few, which a longer one trains
+        on, and what a student that was kept short of the end is trained on from.
         """
         held = self._stages.checkpoints()
         safe = self._safe(held, trials, {trial.task.id for trial in trials if trial.kept})
@@ -151,7 +151,9 @@ class StageKeeper:
         return worth
 
     def _value(self, trial: TrialState) -> float:
-        """What it is compared by, higher for better, below all where there is none or it is of a further seed."""
+        """Return what it is compared by, higher for better, below all where there is none or it is of a further
+        seed.
+        """
         if trial.kind == CONFIRMATION or trial.judged is None or not math.isfinite(trial.judged):
             return -math.inf
         return self._sign * trial.judged
@@ -256,7 +258,7 @@ class StudentKeeper:
         self._question = question
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each student, by trial.
+        """Return the bytes of each student, by trial.
 
         Raises:
             OSError: As a storage that fails for a moment does.
@@ -304,7 +306,7 @@ class StudentKeeper:
 
 
 def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Question) -> set[str]:
-    """Ids of the trials whose students must stay.
+    """Return the ids of the trials whose students must stay.
 
     Those that a worker has, that have not ended, or lack rows; of what may be exported the first few, overall and in
     each container, whatever cannot be told apart from the best, the smallest in each container, for when others turn
@@ -344,7 +346,9 @@ def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Questi
 
 
 def _confirmed(trials: Collection[TrialState], rows: Sequence[Row], question: Question) -> set[str]:
-    """Trials that are trained on further seeds, or will be: of the students the best few, as the agenda takes them."""
+    """Return the trials that are trained on further seeds, or will be: of the students the best few, as the agenda
+    takes them.
+    """
     begun = {confirmed_trial(row) for row in rows if row.kind == CONFIRMATION}
     if not question.confirm:
         return begun

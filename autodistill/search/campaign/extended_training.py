@@ -104,7 +104,7 @@ class TrainingOn:
         self.trunks: dict[str, Trunk] = {}
 
     def is_one(self, task: TrialTask) -> bool:
-        """Whether a trial is trained on for as long as the box has time."""
+        """Return whether a trial is trained on for as long as the box has time."""
         return self._question.plan.longest > 1 and task.length > 1
 
     def threads(self, task: TrialTask) -> int:
@@ -112,7 +112,8 @@ class TrainingOn:
         return self._question.plan.alone if self.is_one(task) else 0
 
     def sets_aside(self, trained: Sequence[TrialState]) -> bool:
-        """Whether some of the box is to be left, since a trial is worth training on, or will be once it has ended.
+        """Return whether some of the box is to be left, since a trial is worth training on, or will be once it has
+        ended.
 
         Args:
             trained: Trials at full fidelity, the best first.
@@ -128,7 +129,7 @@ class TrainingOn:
         return any((WORTHWHILE - 1 + plan.decay) * length <= held for length in lengths)
 
     def next(self, trained: Sequence[TrialState], busy: Collection[str]) -> Continuation | None:
-        """What is to be trained on next: a trunk that was begun, then the best; None where none is worth it.
+        """Return what is to be trained on next: a trunk that was begun, then the best; None where none is worth it.
 
         Args:
             trained: Trials at full fidelity, the best first.
@@ -152,7 +153,7 @@ class TrainingOn:
         return None
 
     def _begun(self, trial: TrialState) -> bool:
-        """Whether a trial is of a trunk of which decays were decided that it does not go beyond."""
+        """Return whether a trial is of a trunk of which decays were decided that it does not go beyond."""
         trunk = self.trunks.get(_root(trial.task.id))
         return trunk is not None and self._tokens(trial) <= max(trunk.lengths, default=0)
 
@@ -175,7 +176,8 @@ class TrainingOn:
         )
 
     def _branch(self, original: TrialState, trunk: Trunk, start: int, held: int) -> int | None:
-        """Tokens at the end of the next decay short of the trunk's end, where there is one and the box holds more.
+        """Return the tokens at the end of the next decay short of the trunk's end, where there is one and the box holds
+        more.
 
         Nothing branches off a trunk behind the checkpoint that it goes on from.
         """
@@ -200,7 +202,8 @@ class TrainingOn:
                 yield trial
 
     def _end(self, original: TrialState) -> tuple[int, int, float] | None:
-        """Tokens that a trial is trained on from, and is expected to reach; and how many times the plan's at most.
+        """Return the tokens that a trial is trained on from, and is expected to reach; and how many times the plan's at
+        most.
 
         From the furthest checkpoint of its stage whose decay the box holds: to what it is expected to hold, and as far
         as the plan allows, since the trial is told when to end. None where that is not worth it.

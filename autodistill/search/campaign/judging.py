@@ -61,7 +61,7 @@ class Judge:
         return clearly_behind({trial.task.id: self._rows[trial.task.id] for trial in trials}, LIKELIHOOD)
 
     def lag(self, trial_id: str) -> str:
-        """How far a trial that a race took out was behind, in words; "" of any other."""
+        """Return how far a trial that a race took out was behind, in words; "" of any other."""
         if trial_id not in self._behind:
             return ""
         gap, error = self._behind[trial_id]
@@ -72,5 +72,5 @@ class Judge:
         self._scheduler.discard(trial_id)
 
     def promotable(self, in_flight: Collection[str]) -> set[str]:
-        """Ids of the trials that may go past their rung, while those in flight are on their way."""
+        """Return the ids of the trials that may go past their rung, while those in flight are on their way."""
         return self._scheduler.promotable(in_flight)

@@ -40,7 +40,7 @@ class TimeBox:
         self._closed = False
 
     def holds(self, seconds: float, *, whole: bool = False) -> bool:
-        """Whether work that is expected to take so many seconds still ends in time.
+        """Return whether work that is expected to take so many seconds still ends in time.
 
         Args:
             seconds: Of a worker.
@@ -49,7 +49,7 @@ class TimeBox:
         return seconds <= self.left(whole=whole)
 
     def left(self, *, whole: bool = False) -> float:
-        """Seconds of work, as it is expected, that still end in time; infinite without a box."""
+        """Return the seconds of work, as it is expected, that still end in time; infinite without a box."""
         if self._closed:
             return -math.inf
         if self.deadline is None:
@@ -58,7 +58,8 @@ class TimeBox:
         return (self._end() - aside - time.monotonic()) / self._slowness
 
     def trained_in(self, after: float, *, alone: bool) -> int:
-        """Tokens that a worker may train on before an evaluation and `after` seconds more, in all that is left.
+        """Return the tokens that a worker may train on before an evaluation and `after` seconds more, in all that is
+        left.
 
         0 without a box, or where nothing is to start any more.
 
@@ -83,13 +84,17 @@ class TimeBox:
         return self.deadline - self._after() - self._beside
 
     def _after(self) -> float:
-        """Seconds that what follows the trials is expected to take longer than planned, being as slow as they are."""
+        """Return the seconds that what follows the trials is expected to take longer than planned, being as slow as
+        they are.
+        """
         planned = self._question.plan.seconds
         after = sum(planned.get(phase, 0.0) for phase in ("export", "test"))
         return after * (self._usual() - 1)
 
     def _usual(self) -> float:
-        """How many times as long as expected work took of late, all of it together: short work is often far slower."""
+        """Return how many times as long as expected work took of late, all of it together: short work is often far
+        slower.
+        """
         return max(1.0, self._took / self._expected) if self._expected else 1.0
 
     def close(self) -> None:
@@ -97,7 +102,9 @@ class TimeBox:
         self._closed = True
 
     def expected(self, work: Assignment, reached: int) -> float:
-        """Seconds that `work` is expected to take a worker, on a trial that stands at rung `reached`, -1 before any."""
+        """Return the seconds that `work` is expected to take a worker, on a trial that stands at rung `reached`, -1
+        before any.
+        """
         plan = self._question.plan
         if work.deployment is not None:
             return self.evaluation()
@@ -112,7 +119,9 @@ class TimeBox:
         return self._stretch(target - start, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads))
 
     def up_to(self, task: TrialTask, reached: int, rung: int) -> float:
-        """Seconds that a trial, which stands at rung `reached`, is expected to take a worker up to another rung."""
+        """Return the seconds that a trial, which stands at rung `reached`, is expected to take a worker up to another
+        rung.
+        """
         steps = range(reached + 1, rung + 1)
         return sum(self.expected(Assignment(task=task, rung=step), step - 1) for step in steps)
 

@@ -98,7 +98,7 @@ def warm_start(out: Path, runs: Sequence[str], question: Question) -> WarmStart:
 
 
 def _observations(log: RunLog, question: Question) -> Iterable[tuple[str, Observation]]:
-    """Each strategy of a run that lies in the space, by its id; baselines run here as well and are left out."""
+    """Yield each strategy of a run that lies in the space, by its id; baselines run here as well and are left out."""
     rows: dict[str, list[Row]] = {}
     for row in (event.row for event in log.of(RowAdded)):
         if row.split == "validation":
@@ -172,7 +172,7 @@ def _level(levels: Sequence[int], tokens: int) -> int:
 def _further(
     objective: Objective, trial: TrialState, deployment: Deployment, row: Row, question: Question
 ) -> float | None:
-    """What is known of a trained student alone is the row's; the rest is worked out for this search's budget."""
+    """Return what is known of a trained student alone is the row's; the rest is worked out for this search's budget."""
     if objective.trained or trial.candidate.spec is None:
         return row.figure(objective.figure)
     return untrained_figure(objective, trial.candidate.spec, deployment, question)

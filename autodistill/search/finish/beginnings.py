@@ -42,7 +42,7 @@ def settled_candidate(
 
 
 def settle(row: Row, rows: list[Row], finisher: Finisher) -> bool:
-    """Whether something was evaluated that a row's choice rests on, and is among the rows now."""
+    """Return whether something was evaluated that a row's choice rests on, and is among the rows now."""
     if row.kind not in DISTILLED or row.strategy is None:
         return False
     whole = {_read(one) for one in rows if one.kind == "teacher" and one.documents is not None}

@@ -105,7 +105,7 @@ class Finisher:
         return student_spec(strategy, self.setting.teacher_spec, pretrained)
 
     def whole(self, row: Row) -> bool:
-        """Whether a row's student is as it was written; says so where it is not."""
+        """Return whether a row's student is as it was written; says so where it is not."""
         try:
             self.student(row)
         except DamagedError as error:
@@ -114,7 +114,7 @@ class Finisher:
         return True
 
     def has(self, row: Row) -> bool:
-        """Whether its model is there: what was trained may not have been kept."""
+        """Return whether its model is there: what was trained may not have been kept."""
         if row.kind in UNTRAINED:
             return True
         return has_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))

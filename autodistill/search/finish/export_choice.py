@@ -57,7 +57,7 @@ def next_candidate(
 
 
 def container_of(row: Row) -> str:
-    """What its student is written as."""
+    """Return what its student is written as."""
     return row.deployment.container
 
 

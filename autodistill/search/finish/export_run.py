@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from autodistill.data.dataset import load_split, open_prepared
 from autodistill.data.general_text import PACKAGED, general_sequences, resolve_general
 from autodistill.data.student_template import copy_license
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import DamagedError, InputError
 from autodistill.export.base import Exporter, TakesAny, check_containers, load_exporter
@@ -172,14 +172,14 @@ def _said(card: str, exporter: Exporter, found: Exported) -> str:
 
 
 def _load(asked: Mapping[str, Any], student: Path) -> tuple[int, int]:
-    """Tokens of a sequence, and sequences at once, that the run's budget is for."""
+    """Return the tokens of a sequence, and sequences at once, that the run's budget is for."""
     budget = asked.get("budget") or {}
     longest = spec_from_config(read_config(student)).max_context
     return min(int(budget.get("context", longest)), longest), int(budget.get("batch", 1))
 
 
 def _text_of(asked: Mapping[str, Any], student: Path) -> tuple[npt.NDArray[np.int32], str]:
-    """What an export is run on, and what that is: validation text of the run, or general text where it is gone.
+    """Return what an export is run on, and what that is: validation text of the run, or general text where it is gone.
 
     Random tokens alone would not do: a runtime that quantises activations differs on them far more than on any text.
     """
@@ -220,7 +220,7 @@ def model_folder(run: RunFolder, row: Row, asked: Mapping[str, Any], notify: Cal
 
 
 def _collected(run: RunFolder) -> set[str]:
-    """Trials whose students the search itself removed."""
+    """Return the trials whose students the search itself removed."""
     return {trial for event in run.events.of(StudentsRemoved) for trial in event.trials}
 
 
@@ -254,7 +254,7 @@ def _teacher(asked: Mapping[str, Any]) -> Path:
     """
     stored, cache = asked["teacher"], cache_folder()
     found = resolve_teacher(stored["reference"])
-    teacher = materialise(found, cache)
+    teacher = materialize(found, cache)
     if teacher.fingerprint != stored["fingerprint"]:
         raise InputError(
             f"the teacher {stored['reference']} has changed since the run ({stored['fingerprint']}, now "
@@ -281,7 +281,7 @@ def _check_whole(
 
 
 def _another(run: RunFolder, row: Row, asked: Mapping[str, Any]) -> str:
-    """What to do where a row's student is not to be had."""
+    """Return what to do where a row's student is not to be had."""
     return (
         f"choose another row, or make one like it with {_again(row, asked)}, where FILE has the strategy of "
         f"{row.trial} as `autodistill leaderboard {run.name} --json` gives it"
@@ -301,7 +301,7 @@ def _again(row: Row, asked: Mapping[str, Any]) -> str:
 def _deployment(
     exporter: Exporter, row: Row, ranked: Sequence[Row], asked: Mapping[str, Any], student: Path
 ) -> Deployment:
-    """How the row's student is packed in a container."""
+    """Return how the row's student is packed in a container."""
     container = exporter.name
     if isinstance(exporter, TakesAny):
         # A cache of fewer bits is llama.cpp's alone.

@@ -132,7 +132,7 @@ class Gate:
         return [replace(one, feasible=False, reason=FORGOT) for one in passed]
 
     def forgotten(self, row: Row, rows: Sequence[Row]) -> Forgotten | None:
-        """What a student forgot; None where that is not known, of which `unknown` has the reason.
+        """Return what a student forgot; None where that is not known, of which `unknown` has the reason.
 
         Args:
             row: Of a trained student.
@@ -167,7 +167,7 @@ class Gate:
         )
 
     def notes(self, best: Row, rows: Sequence[Row]) -> tuple[Forgotten | None, list[str]]:
-        """What what is exported forgot, and sentences on that and on what was passed over.
+        """Return what what is exported forgot, and sentences on that and on what was passed over.
 
         Args:
             best: What is exported.
@@ -216,7 +216,7 @@ class Gate:
         return self._text
 
     def _scores(self, row: Row, text: _Text) -> TokenScores | None:
-        """What a row's packed model makes of each predicted token, read once."""
+        """Return what a row's packed model makes of each predicted token, read once."""
         if row.row_id not in self._read:
             finisher = self._finisher
             device = finisher.setting.device

@@ -19,7 +19,7 @@ from autodistill.units import format_bytes, format_duration
 
 
 def notes_on(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...]:
-    """Whether the budget binds, what is the tightest that the best meets, and what training came to.
+    """Return whether the budget binds, what is the tightest that the best meets, and what training came to.
 
     Args:
         best: What is exported.
@@ -62,7 +62,9 @@ def notes_on(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, .
 
 
 def _on_device(best: Row, budget: Budget) -> list[str]:
-    """How the best stands to limits of latency, by what they are known, and why its latency is doubtful if it is."""
+    """Return how the best stands to limits of latency, by what they are known, and why its latency is doubtful if it
+    is.
+    """
     notes = []
     if isinstance(budget, DeviceBudget) and budget.latency:
         here = best.latency_source == "measured" and is_machine(budget.device, best.machine or "")
@@ -127,7 +129,7 @@ def _worsened(rows: Sequence[Row], finisher: Finisher) -> list[str]:
 
 
 def nothing_fits(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
-    """Why nothing could be exported, and what to do.
+    """Return why nothing could be exported, and what to do.
 
     Args:
         rows: Those that came nearest to the budget.

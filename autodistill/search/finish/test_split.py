@@ -62,7 +62,7 @@ def best_untrained(rows: Sequence[Row], finisher: Finisher) -> Row | None:
 
 
 def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, Deployment]]) -> list[_Scored]:
-    """What is scored on test, in the order of its rows, each once."""
+    """Return what is scored on test, in the order of its rows, each once."""
     deployment = best.deployment
     packings = [IN_16_BITS, deployment]
     if untrained is not None and untrained.kind == "teacher":
@@ -81,7 +81,7 @@ def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, De
 
 
 def _is_among(untrained: Row, scored: Sequence[_Scored]) -> bool:
-    """Whether a student without training is the beginning of what is scored in the same deployment."""
+    """Return whether a student without training is the beginning of what is scored in the same deployment."""
     return any(
         one.kind == untrained.kind == "initial"
         and one.packing.name == untrained.deployment_name
@@ -144,7 +144,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
     results: list[Row] = []
 
     def evaluated(model: Any, one: _Scored, begun_with: Mapping[str, Scales] | None = None) -> Evaluation:
-        """What one model is on test, under its deployment; scales may be those that it begins with."""
+        """Return what one model is on test, under its deployment; scales may be those that it begins with."""
         init = one.strategy.init if one.strategy else None
         trained = one.row if one.kind in DISTILLED else None
         # The teacher's own scales may lie beside it, as a student's do; what is not trained yet has none.
@@ -202,7 +202,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
 
 
 def _begins_as_teacher(one: _Scored, finisher: Finisher) -> bool:
-    """Whether it is a student without training that is the teacher itself."""
+    """Return whether it is a student without training that is the teacher itself."""
     if one.kind != "initial" or one.strategy is None or one.strategy.codes:
         return False
     begins = one.strategy.init.source == "teacher"
@@ -218,7 +218,8 @@ def spent(finisher: Finisher) -> tuple[str, ...]:
 
 
 def compared_with(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tuple[Row, Deployment]]:
-    """What the best student is held to: the best baseline of as many tokens, under the deployment that suits it best.
+    """Return what the best student is held to: the best baseline of as many tokens, under the deployment that suits it
+    best.
 
     Where there is none, as the best was trained on, the best of those that had as many as it had before: and the best
     student as it was then, packed as it is now.

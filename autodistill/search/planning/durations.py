@@ -118,7 +118,9 @@ class Demand:
 
 
 def evaluated_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
-    """Tokens read at a rung, at full fidelity and on test: what the time allows, at least 4 sequences and 1,024."""
+    """Return the tokens read at a rung, at full fidelity and on test: what the time allows, at least 4 sequences and
+    1,024.
+    """
     if demand.box_seconds is None:
         return min(demand.validation_tokens, 2048), min(demand.validation_tokens, 4096), min(demand.test_tokens, 8192)
     # One forward over the validation tokens by the teacher takes this share of the time budget, whole sequences of it.
@@ -189,7 +191,9 @@ def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, 
 
 
 def trained_in(seconds: float, eval_tokens: int, parameters: int, rate: float, speed: Speed) -> int:
-    """Tokens that a worker trains on in so many seconds, of `rate` a second as timed, with an evaluation at the end."""
+    """Return the tokens that a worker trains on in so many seconds, of `rate` a second as timed, with an evaluation at
+    the end.
+    """
     return int((seconds - beside_seconds(eval_tokens, parameters, speed)) * rate / TRAINING)
 
 

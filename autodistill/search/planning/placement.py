@@ -80,14 +80,16 @@ class Workers:
 
 
 def train_in_bf16(machines: Sequence[Machine]) -> bool:
-    """Whether trials compute in bfloat16: if all machines that train do so themselves, those with GPUs if any has."""
+    """Return whether trials compute in bfloat16: if all machines that train do so themselves, those with GPUs if any
+    has.
+    """
     return all(machine.bf16 for machine in [one for one in machines if one.gpus] or machines)
 
 
 def check_share(
     machines: Sequence[Machine], gpus_per_trial: float | None, cpus_per_trial: int | None, runner: str
 ) -> Share:
-    """What each trial is given, as far as these machines have it.
+    """Return what each trial is given, as far as these machines have it.
 
     A trial over more GPUs than one, or over more cores than any machine has, is trained by several processes.
 

@@ -94,7 +94,7 @@ _FURTHER_UNCACHED = 8.0
 
 
 def step_sequences(rates: Mapping[int, float], steps: Callable[[int], int]) -> int:
-    """How many sequences an optimiser step has, for each process of a trial: one, or more where that is faster.
+    """Return how many sequences an optimiser step has, for each process of a trial: one, or more where that is faster.
 
     The fewest of which twice as many would not be worth it; but no more than leave a trial at full fidelity
     `ENOUGH_STEPS` steps, so that a rate bought with few steps does not cost what is learnt.
@@ -235,7 +235,7 @@ def extend(plan: Plan, trials: int, passed: Sequence[int] = ()) -> Plan:
 
 
 def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float, explore: float = 1.0) -> int:
-    """How many more trials so many further seconds hold, export and test left out.
+    """Return how many more trials so many further seconds hold, export and test left out.
 
     What is not their share goes to training the best on, as long as was planned at most.
     """
@@ -287,7 +287,9 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
 
 
 def _longer(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> tuple[int, float]:
-    """Tokens that the best is trained on to in its share of the time for training, and expected seconds of that."""
+    """Return the tokens that the best is trained on to in its share of the time for training, and expected seconds of
+    that.
+    """
     if demand.box_seconds is None or demand.explore == 1:
         return tokens, 0.0
     share = (1 - demand.explore) / demand.explore
@@ -318,7 +320,7 @@ def _data_tokens(demand: Demand, tokens: int, longest: int) -> int:
 
 
 def _further(demand: Demand) -> float:
-    """How many times as far as planned the best may be trained."""
+    """Return how many times as far as planned the best may be trained."""
     return FURTHER if demand.caches else _FURTHER_UNCACHED
 
 
@@ -329,7 +331,7 @@ def _most_passes(demand: Demand) -> int:
 
 
 def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tuple[int, float]:
-    """Tokens that a student of so many is trained on to in so many seconds of a worker, and what that takes.
+    """Return the tokens that a student of so many is trained on to in so many seconds of a worker, and what that takes.
 
     Its own tokens and 0.0 where that is not worth it.
     """
@@ -343,7 +345,7 @@ def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tu
 
 
 def _held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
-    """How many trials the time budget holds, a dozen at most, and their tokens.
+    """Return how many trials the time budget holds, a dozen at most, and their tokens.
 
     As many as can be told apart; where not even the fewest trials can, as many as have half of the steps for it. Of a
     race that could tell nothing apart, what is believed to be best runs alone, so that it is trained on for longer.
@@ -431,7 +433,7 @@ def cost(plan: Plan, machines: Sequence[Machine], price: Price | None) -> dict[s
 
 
 def students_disk(plan: Plan, parameters: int, *, baselines: int, confirm: int) -> dict[str, int]:
-    """What the students that are trained to the end take, each of which is kept in float32.
+    """Return what the students that are trained to the end take, each of which is kept in float32.
 
     Args:
         plan: How many there are.

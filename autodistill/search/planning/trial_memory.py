@@ -107,7 +107,7 @@ class TrialMemory:
         return fit_training(training, self.limit_bytes - self.beside_bytes([strategy.distillation]))
 
     def need(self, strategy: Strategy, spec: ModelSpec, plan: Plan) -> TrainingNeed:
-        """What a strategy's own training takes by the plan's means, and with how many sequences at once it fits.
+        """Return what a strategy's own training takes by the plan's means, and with how many sequences at once it fits.
 
         As where a plan is made, what is measured to be taken beyond a prediction is spared, or else the way that takes
         least is taken by the prediction alone.
@@ -133,7 +133,7 @@ class TrialMemory:
         )
 
     def _remedy(self, strategy: Strategy, way: TrainingFit, over: int, plan: Plan) -> str:
-        """What would help a strategy that takes so many bytes too much."""
+        """Return what would help a strategy that takes so many bytes too much."""
         by_length = way.estimate.activations_bytes + way.estimate.logits_bytes
         states = way.estimate.gradients_bytes + way.estimate.optimizer_bytes
         parts = []

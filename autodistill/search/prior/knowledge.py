@@ -84,7 +84,7 @@ class Knowledge:
     made: Mapping[str, Any] = field(default_factory=dict)
 
     def family(self, architecture: str) -> Belief:
-        """What is believed of a family's rates."""
+        """Return what is believed of a family's rates."""
         return self.beliefs.get(f"family {architecture}", self.unseen)
 
     def to_json(self) -> dict[str, Any]:

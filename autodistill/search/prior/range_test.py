@@ -16,7 +16,8 @@ import torch
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
-from autodistill.distillation.training.trainer import StepRecord, Trainer
+from autodistill.distillation.training.step_record import StepRecord
+from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import TrialFailedError
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.evaluation.statistics import paired_bootstrap
@@ -319,7 +320,7 @@ def _as_it_was(model: Any, strategy: Strategy) -> Iterator[Callable[[], None]]:
 
 
 def _checkpoints(model: Any) -> bool:
-    """Whether some layer computes its activations again in the backward pass."""
+    """Return whether some layer computes its activations again in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
@@ -340,9 +341,9 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
     def at(place: int) -> float | None:
         return first * FACTOR**place if _LOWEST <= place <= _HIGHEST else None
 
-    def clear(neighbour: int) -> bool:
-        """Whether the best is clearly better than a neighbour, or that has not been tried."""
-        other = places.get(neighbour)
+    def clear(neighbor: int) -> bool:
+        """Return whether the best is clearly better than a neighbour, or that has not been tried."""
+        other = places.get(neighbor)
         if other is None or not (other.sums and places[best].sums):
             return True
         gap, error = paired(counts, other.sums, places[best].sums)

@@ -14,7 +14,7 @@ from autodistill.strategy.space import Space
 
 
 def parse_runs(text: str) -> tuple[str, ...]:
-    """Names of runs, parted by commas.
+    """Return the names of runs, parted by commas.
 
     Raises:
         InputError: None, or one twice.
@@ -102,7 +102,7 @@ def check_asked(out: Path, runs: Sequence[str], asked: Mapping[str, Any], names:
 
 
 def _measured_by(objective: str, asked: Mapping[str, Any]) -> str | None:
-    """What an objective's figures were measured by, beside what its name says; None where that was not asked."""
+    """Return what an objective's figures were measured by, beside what its name says; None where that was not asked."""
     kind, _, task = objective.partition(":")
     if kind == "task":
         return asked.get("fingerprints", {}).get(task)

@@ -53,7 +53,7 @@ def on_its_device(space: Space, budget: Budget) -> Space:
 
 
 def shortest_context(spec: ModelSpec, space: Space) -> tuple[int, str]:
-    """Tokens that the teacher and every pretrained model of a space read, and which of them reads fewest."""
+    """Return the tokens that the teacher and every pretrained model of a space read, and which of them reads fewest."""
     models = {strategy.init.model: student for strategy, student in by_size(space, spec) if strategy.init.model}
     named = [(spec.max_context, "the teacher")]
     named += [(student.max_context, f"the pretrained {model}") for model, student in models.items()]

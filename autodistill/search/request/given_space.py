@@ -97,7 +97,9 @@ def under_budget(
 
 
 def first_of(*given: str | Path | None) -> str:
-    """What is asked, or was before, or is the default; an empty text is asked too, and refused for what it is."""
+    """Return what is asked, or was before, or is the default; an empty text is asked too, and refused for what it
+    is.
+    """
     return str(next(one for one in given if one is not None))
 
 
@@ -156,7 +158,7 @@ def _cached(space: Space, kind: str | None) -> Space:
 
 
 def _as_begun(option: str, asked: str | None, known: Mapping[str, Any], name: str) -> str | None:
-    """What is asked for, on resuming as before.
+    """Return what is asked for, on resuming as before.
 
     Args:
         option: Of the command line.

@@ -112,7 +112,7 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
 
 
 def content(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What an `Asked.record` measures, wherever its task files lie: the same ones may have moved."""
+    """Return what an `Asked.record` measures, wherever its task files lie: the same ones may have moved."""
     return {name: value for name, value in record.items() if name != "tasks"}
 
 
@@ -187,7 +187,7 @@ def _check_given(registered: Sequence[Evaluator]) -> None:
 
 
 def _follows(name: str) -> bool:
-    """Whether an objective follows from shape and packing, so that no evaluator of students measures it."""
+    """Return whether an objective follows from shape and packing, so that no evaluator of students measures it."""
     return name in OBJECTIVES and not OBJECTIVES[name].trained
 
 

@@ -406,7 +406,7 @@ class SearchRequest:
         return False
 
     def apart(self) -> Sequence[SearchRequest]:
-        """What is asked as requests for one budget each."""
+        """Return what is asked as requests for one budget each."""
         return [self]
 
     def _check_limits(self) -> None:
@@ -427,7 +427,7 @@ def _named(evaluator: str | Evaluator) -> str:
 
 
 def joined(names: Names) -> str | None:
-    """Names as one text, parted by commas."""
+    """Return the names as one text, parted by commas."""
     return names if names is None or isinstance(names, str) else ",".join(names)
 
 

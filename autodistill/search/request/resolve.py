@@ -255,7 +255,7 @@ def _budget(limits: Limits, known: Mapping[str, Any], spec: ModelSpec, space: Sp
 def _device(
     named: str | None, budget: Budget, known: Mapping[str, Any], objectives: Sequence[Objective], cache: Path
 ) -> Device | None:
-    """Where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
+    """Return where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
     if all(one.name != "latency" for one in objectives):
         return None
     before = device_from_json(known["device"]) if known.get("device") else None
@@ -277,8 +277,8 @@ def _as_before(reference: str, known: Mapping[str, Any]) -> str:
 
 
 def _goal(request: SearchRequest, known: Mapping[str, Any], metric: str, source: DataSource) -> Goal:
-    """Whether students must keep what they knew of general text: by default where the metric is of text, and the data
-    are no task.
+    """Return whether students must keep what they knew of general text: by default where the metric is of text, and the
+    data are no task.
 
     Raises:
         InputError: Another goal than the run began with.
@@ -337,12 +337,14 @@ def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> 
 
 
 def _students_only(request: SearchRequest, stored: Mapping[str, Any] | None) -> bool:
-    """Whether trained students alone are chosen among: where that is asked for, and of one strategy alone always."""
+    """Return whether trained students alone are chosen among: where that is asked for, and of one strategy alone
+    always.
+    """
     if request.students_only is None and stored is not None:
         return choice.students_only(stored)
     return bool(request.students_only) or request.strategy is not None
 
 
 def warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the runs that a stored one was warm-started by."""
+    """Return the names of the runs that a stored one was warm-started by."""
     return tuple(stored.get("warm_start", {}).get("runs", ()))

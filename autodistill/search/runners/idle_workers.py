@@ -1,4 +1,4 @@
-"""A bell on a Ray cluster, by which idle workers wait for others to end, and stay as they are until then.
+"""A signal on a Ray cluster: idle workers stay, and wait for it until others have ended.
 
 Tune keeps one idle process and ends the others, and to start one again takes longer than many a piece of work.
 """

@@ -127,7 +127,7 @@ _held: list[int] = []
 
 
 def hold_copy(storage: Storage, key: str) -> Path:
-    """Where this machine keeps its copy of what a storage has under a key, for all searches on it.
+    """Return where this machine keeps its copy of what a storage has under a key, for all searches on it.
 
     From here on, and until this process ends, it is not collected.
     """

@@ -21,7 +21,7 @@ class Kills:
         self._seen = {_HERE: killed_for_memory()} | _counted(set(_nodes().values()) - {_HERE})
 
     def since(self, said: str) -> int:
-        """How many there are, since it was last asked, where a worker ended.
+        """Return how many there are, since it was last asked, where a worker ended.
 
         0 for a node that is gone, whose loss is what ended the worker, or that has joined since.
 
@@ -41,7 +41,7 @@ class Kills:
 
 
 def _nodes() -> dict[str, str]:
-    """Ids of the nodes that are alive, by address; of this machine's an empty one."""
+    """Return the ids of the nodes that are alive, by address; of this machine's an empty one."""
     import ray
 
     if not ray.is_initialized():

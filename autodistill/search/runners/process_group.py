@@ -33,7 +33,7 @@ class Member:
         self._rank = rank
 
     def address(self) -> tuple[str, int]:
-        """Where the group can meet: this node, and a free port of it."""
+        """Return where the group can meet: this node, and a free port of it."""
         import ray
 
         with socket.socket() as found:

@@ -75,7 +75,7 @@ def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadlin
 
 
 def _worker(setting: TrialSetting, deadline: Moment | None) -> Work:
-    """What a worker process does its assignments by; made once in each."""
+    """Return what a worker process does its assignments by; made once in each."""
     if setting.plan.processes > 1:
         return Group(setting, deadline).work
     if setting.device == "cuda" and setting.plan.gpus < 1:

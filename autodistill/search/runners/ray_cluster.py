@@ -76,7 +76,7 @@ class JoinedRay(WatchedRay):
 
 
 def _answers(host: str, port: int) -> bool:
-    """Whether somebody takes connections; that nobody does is true of some seconds."""
+    """Return whether somebody takes connections; that nobody does is true of some seconds."""
     ends = time.monotonic() + _SILENT_SECONDS
     while True:
         try:
@@ -143,7 +143,7 @@ def join(
 
 
 def _essential() -> dict[str, tuple[str, int]]:
-    """Where the joined cluster's GCS and this node's raylet listen."""
+    """Return where the joined cluster's GCS and this node's raylet listen."""
     import ray
 
     context = ray.get_runtime_context()
@@ -233,7 +233,7 @@ def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> 
 
     # Nested, so that it travels by value: a node may have no AutoDistill to import it from.
     def look(files: list[str], stored: tuple[str, str] | None) -> dict[str, Any]:
-        """What a node is (memory in bytes), and what it does not see or reach; little without the package."""
+        """Return what a node is (memory in bytes), and what it does not see or reach; little without the package."""
         import importlib.metadata
         import os
         import platform
@@ -286,7 +286,7 @@ def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> 
 
 
 def _machine(name: str, resources: dict[str, float], said: dict[str, Any], needed: Mapping[str, str]) -> Machine:
-    """What a node offers, of which Ray knows how much it may give away; `needed` is as `_probe` takes it."""
+    """Return what a node offers, of which Ray knows how much it may give away; `needed` is as `_probe` takes it."""
     ours = (platform.python_version(), importlib.metadata.version(_DISTRIBUTION))
     if not said["package"]:
         raise InputError(

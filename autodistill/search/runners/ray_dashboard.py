@@ -76,7 +76,7 @@ class Dashboard:
         self._token.unlink(missing_ok=True)
 
     def _place(self, token: str | None) -> str:
-        """Where a person finds the token: where it came from, or a file that only its owner reads."""
+        """Return where a person finds the token: where it came from, or a file that only its owner reads."""
         if token is None:
             return f"in {os.environ.get('RAY_AUTH_TOKEN_PATH', 'RAY_AUTH_TOKEN')}"
         self._token.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A Ray of this machine's own, which nobody else reaches, and which ends with the process that started it."""
+"""A local Ray: no other machine reaches it, and it ends with the process that started it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of a Ray of one's own, begun without Python between a fork and their program."""
+"""The processes of a local Ray, begun without Python code between a fork and their program."""
 
 from __future__ import annotations
 

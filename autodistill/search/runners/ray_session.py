@@ -1,4 +1,4 @@
-"""What a Ray of this machine's own and a joined one share: how it is entered, watched and left."""
+"""What a local Ray and a joined cluster share: how each is entered, watched and left."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Cluster(Protocol):
         ...
 
     def ended(self) -> str | None:
-        """What of it has ended, in words; None while all of it runs."""
+        """Return what of it has ended, in words; None while all of it runs."""
         ...
 
     def leave(self) -> None:
@@ -68,7 +68,7 @@ class WatchedRay(ABC):
 
     @abstractmethod
     def ended(self) -> str | None:
-        """What of it has ended, in words; None while all of it runs."""
+        """Return what of it has ended, in words; None while all of it runs."""
 
     def _watch(self) -> None:
         """Ends this process where it does not leave a Ray that has ended: after a minute Ray would, without a word."""
@@ -84,7 +84,7 @@ class WatchedRay(ABC):
 
 
 def runs(process: psutil.Process) -> bool:
-    """Whether a process runs; one that has ended, and of which nobody has taken notice, does not."""
+    """Return whether a process runs; one that has ended, and of which nobody has taken notice, does not."""
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

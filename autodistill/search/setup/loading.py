@@ -19,7 +19,7 @@ from autodistill.data.tokenization import check_ids, load_tokenizer
 from autodistill.distillation.student.check import check_rendering
 from autodistill.distillation.student.pretrained import token_rows
 from autodistill.distillation.student.repair import HeldMoments
-from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher, text_files
+from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher, text_files
 from autodistill.distillation.teacher.stored_grids import StoredAs, stored_as
 from autodistill.distillation.teacher.target_sources import check_logprobs
 from autodistill.distillation.training.on_policy import SEVERAL_PROCESSES
@@ -111,7 +111,7 @@ class Loaded:
         return (*self.data.notes, *few_positions(self.data), *caveat, *self.templates.values())
 
     def teacher_deployments(self, checked: SearchConfig) -> tuple[Deployment, ...]:
-        """Those that the teacher is evaluated under: of the space, and the one that has its own codes.
+        """Return those that the teacher is evaluated under: of the space, and the one that has its own codes.
 
         Where constructions are raced, those of the whole teacher stand for all of the space's, beside 16 bits.
         """
@@ -135,7 +135,7 @@ class Loaded:
         return load_teacher(self.teacher.folder, fit.held, self.device if fit.processes > 1 else device, fit.processes)
 
     def _packs(self, deployment: Deployment) -> bool:
-        """Whether each process that has a part of the teacher has whole groups of the deployment's grids."""
+        """Return whether each process that has a part of the teacher has whole groups of the deployment's grids."""
         return not splits(self.spec, deployment, self.teacher_fit.processes)
 
 
@@ -150,7 +150,7 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
     _compare_tokens(checked)
     if place.share.processes > 1 and any(one.on_policy for one in signal_cases(checked.space)):
         raise InputError(SEVERAL_PROCESSES)
-    teacher = materialise(checked.teacher, checked.cache)
+    teacher = materialize(checked.teacher, checked.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     # A run of an earlier version goes on without the row of a teacher's own codes.
     if checked.stored is None or "stored_as" in checked.stored["teacher"]:
@@ -161,7 +161,7 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
         spec = replace(spec, text_not_in_gguf=reason)
         check_students(checked, spec)
     length = checked.sequence_length
-    models = {model: materialise(resolve_teacher(model), checked.cache) for model in checked.space.models}
+    models = {model: materialize(resolve_teacher(model), checked.cache) for model in checked.space.models}
     pretrained = {model: found.folder for model, found in models.items()}
     rows = {model: token_rows(folder, teacher.folder).numpy() for model, folder in pretrained.items()}
     own, refused = _own_templates(checked, teacher.folder, pretrained)
@@ -221,7 +221,7 @@ def load_again(loaded: Loaded, checked: SearchConfig, place: Place) -> Loaded:
 
 
 def _training_of(checked: SearchConfig, place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> dict[str, Any]:
-    """How the students of a space are trained here, as fields of `Loaded`."""
+    """Return how the students of a space are trained here, as fields of `Loaded`."""
     whole = memory_of_trials(place, spec, teacher_fit)
     step_tokens = tokens_of_step(checked, place)
     largest, most, fit_step, untrained = planned_for(checked, whole, step_tokens)
@@ -330,7 +330,7 @@ def few_positions(data: Prepared) -> tuple[str, ...]:
 
 
 def _caveat(checked: SearchConfig, reason: str, teacher: Path) -> str:
-    """What a person must know of GGUF files of this teacher's text, or nothing where the space has none.
+    """Return what a person must know of GGUF files of this teacher's text, or nothing where the space has none.
 
     Args:
         checked: Has the space.
@@ -343,7 +343,9 @@ def _caveat(checked: SearchConfig, reason: str, teacher: Path) -> str:
 
 
 def _ranked(stored: StoredAs | None, spec: ModelSpec, budget: Budget) -> str:
-    """Whether a teacher's own codes are ranked beside students; what is predicted of a file that no format stores."""
+    """Return whether a teacher's own codes are ranked beside students; what is predicted of a file that no format
+    stores.
+    """
     if stored is None:
         return ""
     if stored.deployment is not None:

@@ -32,7 +32,7 @@ def for_plan(config: SearchConfig, plan: Plan) -> SearchConfig:
 
 
 def to_test(config: SearchConfig, workers: Workers) -> bool:
-    """Whether rates are tested: of a family that the prior has seen nothing of, where a process trains alone."""
+    """Return whether rates are tested: of a family that the prior has seen nothing of, where a process trains alone."""
     if not config.constructions or workers.processes > 1:
         return False
     return not first_prior(config.spec, batch_tokens=config.sequence_length).family_seen

@@ -68,7 +68,8 @@ def construct_each(
 def solved_constructions(
     configs: Sequence[SearchConfig], loaded: Loaded, notify: Callable[[str], None]
 ) -> list[tuple[tuple[Construction, ...], str]]:
-    """What the solver finds within each budget, and the plain storages of the whole teacher that fit, with their KL.
+    """Return what the solver finds within each budget, and the plain storages of the whole teacher that fit, with their
+    KL.
 
     Args:
         configs: Budget, space and cache, of each.
@@ -131,7 +132,7 @@ class _Room:
 
 
 def _options(config: SearchConfig, loaded: Loaded) -> Options | str:
-    """What may be chosen within a budget; or why nothing can be solved, in words."""
+    """Return what may be chosen within a budget; or why nothing can be solved, in words."""
     if not in_gguf(config.declared, config.budget):
         return "no deployment of the space is of llama.cpp, whose types alone are solved"
     if loaded.teacher_fit.held != "float32" or loaded.teacher_fit.processes > 1:
@@ -223,6 +224,6 @@ def _plain(deployment: Deployment, options: Options, joint: Measured) -> Constru
 
 
 def _in_time(one: Construction, config: SearchConfig) -> bool:
-    """Whether a construction keeps to the limits of latency too, which nothing is solved under."""
+    """Return whether a construction keeps to the limits of latency too, which nothing is solved under."""
     (fit,) = fits(student_spec(Strategy(init=one.init), config.spec), (one.deployment,), config.budget)
     return fit.slack <= 0

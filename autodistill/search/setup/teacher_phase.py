@@ -70,8 +70,8 @@ def calibration_file(checked: SearchConfig, loaded: Loaded) -> Path | None:
 
 
 def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path | None) -> CacheSettings:
-    """What the trials of a space may ask of the teacher's cache, but for what layers are chosen by a calibration that
-    is not there yet.
+    """Return what the trials of a space may ask of the teacher's cache, but for what layers are chosen by a calibration
+    that is not there yet.
     """
     importance = PartImportance.load(calibration) if calibration else None
     cases = [

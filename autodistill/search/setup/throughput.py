@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autodistill.data.dataset import SEQUENCE_LENGTH
-from autodistill.distillation.training.trainer import adamw
+from autodistill.distillation.training.optimizers.adamw import adamw
 from autodistill.estimates.training_memory import OptimizerState
 from autodistill.inference.batching import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
@@ -91,7 +91,7 @@ def measure_speed(
 
 
 def moving_seconds(state: OptimizerState, device: str, threads: int) -> float:
-    """Seconds that an optimiser's step takes for each weight beyond what `expected.TRAINING` has of it.
+    """Return the seconds that an optimiser's step takes for each weight beyond what `expected.TRAINING` has of it.
 
     Nothing in float32. States of 16 and 8 bits are rounded in each step, on a CPU for many times what float32 takes.
 
@@ -155,7 +155,9 @@ class _Passes:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
     def of_all_layers(self, seconds: Callable[[], float]) -> float:
-        """What something takes with all layers, where one that is left out takes as long as one that is there."""
+        """Return what something takes with all layers, where one that is left out takes as long as one that is
+        there.
+        """
         some = seconds()
         if not self._left_out:
             return some
@@ -168,7 +170,7 @@ class _Passes:
         return some + self._left_out / len(layers) * max(0.0, some - none)
 
     def rate(self, sequences: int, bf16: bool) -> float:
-        """Tokens per second of the forward pass and the head, without gradients."""
+        """Return the tokens per second of the forward pass and the head, without gradients."""
         length = self._ids.shape[1]
 
         def work(batch: range) -> int:
@@ -192,7 +194,9 @@ class _Passes:
         return sequences * length / self.of_all_layers(lambda: seconds(largest * length)[0])
 
     def train_rate(self, size: int, beside: int | None = None) -> float:
-        """Tokens per second of forward and backward passes over `size` sequences, by all workers beside each other."""
+        """Return the tokens per second of forward and backward passes over `size` sequences, by all workers beside each
+        other.
+        """
         beside = self._workers.beside if beside is None else beside
 
         def step(index: int) -> None:

@@ -38,7 +38,7 @@ def memory_of_trials(place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> 
 
 
 def _limit_bytes(place: Place) -> int:
-    """Bytes that a process of a trial may take of what is free: of a machine, or its share of a GPU."""
+    """Return the bytes that a process of a trial may take of what is free: of a machine, or its share of a GPU."""
     gpus = [(gpu.memory_bytes, gpu.usable_bytes) for machine in place.machines for gpu in machine.gpus]
     if not gpus:
         return min(machine.usable_bytes for machine in place.machines)
@@ -46,7 +46,8 @@ def _limit_bytes(place: Place) -> int:
 
 
 def tokens_of_step(checked: SearchConfig, place: Place) -> int:
-    """Tokens of an optimiser step: asked for, stored, or else a sequence for each process, the least there can be.
+    """Return the tokens of an optimiser step: asked for, stored, or else a sequence for each process, the least there
+    can be.
 
     Raises:
         InputError: They do not divide over the processes of a trial.
@@ -101,7 +102,7 @@ def main_memory(space: Space, memory: TrialMemory, most: int, teacher_fit: Teach
 
 
 def _training(checked: SearchConfig, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:
-    """How the largest student of the space is trained where trials run, in steps of so many tokens.
+    """Return how the largest student of the space is trained where trials run, in steps of so many tokens.
 
     Raises:
         InputError: It cannot be.

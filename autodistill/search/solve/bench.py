@@ -170,7 +170,7 @@ class Bench:
             self._searched.clear()
 
     def importance(self, name: str) -> Tensor:
-        """What each column of a matrix counts, float32 [in], the mean of all about 1; after `weigh`."""
+        """Return what each column of a matrix counts, float32 [in], the mean of all about 1; after `weigh`."""
         return self._importance[name]
 
     def sample(self, name: str, data: TokenSet) -> Sample:
@@ -180,7 +180,7 @@ class Bench:
         return Sample(name=name, data=data, reference=reference, teacher=measured(scores))
 
     def measure(self, deployment: Deployment, sample: Sample) -> Measured:
-        """What a deployment of all matrices and the cache does to the teacher."""
+        """Return what a deployment of all matrices and the cache does to the teacher."""
         return self.measure_parts(
             {tensor.name: deployment.storage(tensor) for tensor in self.spec.tensors}, deployment.cache_types, sample
         )
@@ -193,7 +193,7 @@ class Bench:
             return self._measured(sample)
 
     def _is_itself(self) -> bool:
-        """Whether what is shown has the teacher's own values."""
+        """Return whether what is shown has the teacher's own values."""
         return all(self._parameters[name].data.equal(master) for name, master in self._masters.items())
 
     def _measured(self, sample: Sample) -> Measured:
@@ -212,7 +212,8 @@ class Bench:
             return choices(self.model, data, device=self.device, begun=begun)
 
     def watched(self, names: Sequence[str], tokens: Tensor, seed: int) -> Iterator[dict[str, list[Taken]]]:
-        """What goes into matrices of the teacher, and the gradients of the log-probability of drawn tokens behind them.
+        """Yield what goes into matrices of the teacher, and the gradients of the log-probability of drawn tokens behind
+        them.
 
         Args:
             names: Of the matrices.
@@ -247,7 +248,7 @@ class Bench:
     def measure_weights(
         self, weights: Iterable[tuple[str, Tensor]], cache_types: tuple[str, str], samples: Sequence[Sample]
     ) -> tuple[Measured, ...]:
-        """What other weights in the teacher's place do, by name, on each of several samples."""
+        """Return what other weights in the teacher's place do, by name, on each of several samples."""
         with self.replaced(weights), quantized_cache(self.model, cache_types):
             return tuple(map(self._measured, samples))
 
@@ -277,7 +278,7 @@ class Bench:
         return self._as_held(name, found) if name in self._reshaped else found
 
     def scales(self, name: str, storage: Storage, weight: Tensor | None = None) -> Scales | None:
-        """What a tensor is packed with in a storage; None where that follows from the weights alone.
+        """Return what a tensor is packed with in a storage; None where that follows from the weights alone.
 
         Args:
             name: Of the tensor.
@@ -300,7 +301,7 @@ class Bench:
         return found
 
     def keeps(self, name: str, storage: Storage) -> bool:
-        """Whether a storage leaves a tensor as it is."""
+        """Return whether a storage leaves a tensor as it is."""
         return self.stored(name, storage).equal(self.master(name))
 
     def matrices(self, name: str, values: Tensor) -> Tensor:
@@ -354,7 +355,9 @@ _PARTS = 8
 
 
 def speeds(types: Mapping[str, Storage] = TYPES) -> tuple[float, dict[str, float]]:
-    """How many operations of products this machine does in a second, and the seconds that rounding a weight takes."""
+    """Return how many operations of products this machine does in a second, and the seconds that rounding a weight
+    takes.
+    """
     device = compute_device()
     rows, weights = torch.ones(_MULTIPLIED, _MULTIPLIED, device=device), torch.randn(*_ROUNDED, device=device)
 
@@ -404,7 +407,7 @@ def compute_device() -> str:
 
 
 def own_scales(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> dict[str, tuple[Storage, Scales]]:
-    """How the teacher's own file stores each tensor, and its scales there, by name."""
+    """Return how the teacher's own file stores each tensor, and its scales there, by name."""
     if own is None:
         return {}
     tensors = {tensor.name: tensor for tensor in spec.tensors}
@@ -412,7 +415,7 @@ def own_scales(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> dic
 
 
 def measured(scores: TokenScores) -> Measured:
-    """What single tokens have, by document and on the whole; a divergence of None is nought."""
+    """Return what single tokens have, by document and on the whole; a divergence of None is nought."""
     nll, documents = scores.nll, scores.documents
     kl = np.zeros_like(nll) if scores.divergence is None else scores.divergence
     (mean_kl, kl_stderr), (mean_nll, nll_stderr) = clustered_mean(kl, documents), clustered_mean(nll, documents)

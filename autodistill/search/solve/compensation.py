@@ -132,7 +132,7 @@ def _given(bench: Bench, grids: Mapping[str, Grid]) -> dict[str, Scales | None]:
     """The scales of those matrices that do not lie on their grids; None where they follow from the weights."""
 
     def looked_up(place: int) -> tuple[bool, Scales | None]:
-        """Whether a matrix is moved, and its scales."""
+        """Return whether a matrix is moved, and its scales."""
         name, grid = list(grids.items())[place]
         scales, weight = bench.scales(name, grid), bench.master(name)
         return not deploy_tensor(weight, grid, scales).equal(weight), scales

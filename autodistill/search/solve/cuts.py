@@ -25,12 +25,12 @@ _ROUNDS = 4  # of widths by layer, each of which may have narrower ones measured
 
 
 def can_cut(spec: ModelSpec) -> bool:
-    """Whether students are cut from a model of this architecture."""
+    """Return whether students are cut from a model of this architecture."""
     return spec.architecture in MODEL_FAMILIES and not spec.experts
 
 
 def may_cut(options: Options) -> bool:
-    """Whether students that are cut are among what may be chosen."""
+    """Return whether students that are cut are among what may be chosen."""
     return options.cuts and options.runtime == "llama.cpp" and can_cut(options.spec)
 
 
@@ -53,7 +53,7 @@ def smallest(options: Options) -> tuple[Init, Deployment, int]:
 
 
 def whole_allowed(options: Options) -> bool:
-    """Whether the teacher's own shape may be chosen."""
+    """Return whether the teacher's own shape may be chosen."""
     limits = options.limits
     return WHOLE in limits.inits if limits.inits is not None else limits.depth(1.0) and limits.ffn(1.0)
 
@@ -130,12 +130,12 @@ def named(init: Init, deployment: Deployment) -> str:
 
 
 def _most_dropped(layers: int) -> int:
-    """How many layers are left out at the most: half of them, and neither the first nor the last."""
+    """Return how many layers are left out at the most: half of them, and neither the first nor the last."""
     return max(0, min(layers // 2, layers - 2))
 
 
 def storable(options: Options) -> bool:
-    """Whether llama.cpp holds a shape in any of the types that may be chosen."""
+    """Return whether llama.cpp holds a shape in any of the types that may be chosen."""
     try:
         options.check()
     except InputError:
@@ -196,7 +196,7 @@ class CutScores:
         self.options = CutOptions(**given | {"spec": spec, "scored": scored})
 
     def score(self, name: str, kind: str) -> Score:
-        """What it costs to store a matrix, or a half of the cache, as a type."""
+        """Return what it costs to store a matrix, or a half of the cache, as a type."""
         origin, share = (name, self._deep) if name in (KEYS, VALUES) else self._origins[name]
         found = self._library.score(origin, kind)
         return replace(found, kl=share * found.kl, stderr=share * found.stderr, exact=found.exact and share == 1)
@@ -214,7 +214,7 @@ class CutScores:
         return sum(one.kl for one in self._costs)
 
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
-        """What the whole student does on a sample."""
+        """Return what the whole student does on a sample."""
         return self._shapes.joint(self.init, deployment, sample)
 
 

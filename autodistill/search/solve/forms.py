@@ -200,7 +200,7 @@ def _forgotten(accuracy: float, probe: Sample) -> bool:
 
 
 def forgets(form: Form, probe: Sample | None) -> bool:
-    """Whether a student with layers left out copies clearly less than the teacher does, of what lies far behind.
+    """Return whether a student with layers left out copies clearly less than the teacher does, of what lies far behind.
 
     A teacher that does not copy says nothing.
     """

@@ -111,7 +111,7 @@ class Library:
         return self._bench.measure_parts(storages, cache_types, self._sample)
 
     def score(self, name: str, kind: str) -> Score:
-        """What it costs to store a matrix, or a half of the cache, as a type."""
+        """Return what it costs to store a matrix, or a half of the cache, as a type."""
         if name in (KEYS, VALUES) and kind == "f16":
             return Score(kl=0.0, stderr=0.0, exact=True)
         if name in self._options.matrices:
@@ -154,7 +154,7 @@ class Library:
         return sum(one.kl for one in scores), math.sqrt(sum(one.stderr**2 for one in scores))
 
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
-        """What a whole deployment does on a sample, measured once and kept."""
+        """Return what a whole deployment does on a sample, measured once and kept."""
 
         def measure(sample: Sample) -> tuple[Measured, ...]:
             return (self._bench.measure(deployment, sample),)
@@ -164,7 +164,7 @@ class Library:
     def kept(
         self, key: str, name: str, samples: Sequence[Sample], measure: Callable[..., Sequence[Measured]]
     ) -> tuple[Measured, ...]:
-        """What something is known to do on samples, else measured and kept.
+        """Return what something is known to do on samples, else measured and kept.
 
         Args:
             key: Under which it is kept.

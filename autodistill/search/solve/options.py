@@ -32,7 +32,7 @@ _IN_A_LAYER = re.compile(r"\.\d+\.(.+?)(?:\.weight)?$")
 
 
 def _kernels(storage: Storage) -> bool:
-    """Whether vLLM computes with a type of compressed-tensors, and transformers loads it beside others."""
+    """Return whether vLLM computes with a type of compressed-tensors, and transformers loads it beside others."""
     if not isinstance(storage, Grid):
         return True
     if not storage.symmetric:
@@ -173,7 +173,7 @@ class Options:
         return tuple(map(tuple, sets.values()))
 
     def allows(self, deployment: Deployment) -> bool:
-        """Whether a storage is one of those that may be chosen."""
+        """Return whether a storage is one of those that may be chosen."""
         if self.limits.fixed is not None:
             return deployment in self.limits.fixed
         types = self.types(deployment)
@@ -253,7 +253,7 @@ class Options:
         return {name: names[deployment.storage(tensor)] for name, tensor in (self.matrices | self.tables).items()}
 
     def memory(self, deployment: Deployment, weights: int | None = None) -> MemoryEstimate:
-        """What the process, or the GPU, takes; `weights` is the bytes of all tensors, where they are known."""
+        """Return what the process, or the GPU, takes; `weights` is the bytes of all tensors, where they are known."""
         budget = self.budget
         return memory(
             self.spec,
@@ -265,7 +265,7 @@ class Options:
         )
 
     def fits(self, deployment: Deployment, limit: int | None = None) -> bool:
-        """Whether a storage keeps to the limits of memory, of the file and of latency.
+        """Return whether a storage keeps to the limits of memory, of the file and of latency.
 
         Args:
             deployment: The storage.
@@ -280,11 +280,11 @@ class Options:
         return held and self.fits_file(need.weights_bytes)
 
     def fits_file(self, weights: int) -> bool:
-        """Whether a file may hold weights of so many bytes."""
+        """Return whether a file may hold weights of so many bytes."""
         return self.file_bytes is None or weights <= self.file_bytes
 
     def in_time(self, deployment: Deployment) -> bool:
-        """Whether a storage keeps to the budget's limits of latency, as predicted."""
+        """Return whether a storage keeps to the budget's limits of latency, as predicted."""
         return all(seconds <= one.seconds for one, seconds in self.latencies(deployment).items())
 
     def latencies(self, deployment: Deployment) -> dict[LatencyLimit, float]:
@@ -375,7 +375,7 @@ def _divides(storage: Storage, tensor: TensorSpec) -> bool:
 
 
 def alike(name: str) -> str:
-    """What the matrices of all layers that do the same are called, like "mlp.down_proj"."""
+    """Return what the matrices of all layers that do the same are called, like "mlp.down_proj"."""
     found = _IN_A_LAYER.search(name)
     return found[1] if found else name
 

@@ -92,7 +92,7 @@ def _solved(
 
 
 def _document(opened: Opened, found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """What a call gives, with nothing exported yet."""
+    """Return what a call gives, with nothing exported yet."""
     teacher, data, itself = opened.teacher, opened.data, opened.held_out.teacher
     init, deployment, least = smallest(opened.options[0])
     tried = zip(opened.options, found, strict=True)
@@ -144,7 +144,7 @@ def _exported(
 
 
 def _known(solutions: Sequence[Mapping[str, Any]], opened: Opened) -> Iterator[Solved]:
-    """What others may be told of the solutions."""
+    """Yield what others may be told of the solutions."""
     budgets = {one.budget.memory_bytes: one.budget for one in opened.options}
     for one in solutions:
         budget, found = budgets[one["budget"]["memory_bytes"]], one["solution"]
@@ -165,7 +165,7 @@ def _known(solutions: Sequence[Mapping[str, Any]], opened: Opened) -> Iterator[S
 
 
 def plan_solve(request: SolveRequest) -> dict[str, Any]:
-    """What solving would take on this machine, as plain data: nothing is downloaded, converted or scored.
+    """Return what solving would take on this machine, as plain data: nothing is downloaded, converted or scored.
 
     How fast this machine multiplies and rounds is measured, for about a second.
 

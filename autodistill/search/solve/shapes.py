@@ -175,7 +175,9 @@ class Shapes:
         return measured(scores)
 
     def ffn(self, layer: int, width: int) -> Score:
-        """What it costs that a layer keeps so many FFN neurons; scored, or taken from the nearest widths that are."""
+        """Return what it costs that a layer keeps so many FFN neurons; scored, or taken from the nearest widths that
+        are.
+        """
         whole = self._bench.spec.ffn_width
         if width == whole:
             return Score(kl=0.0, stderr=0.0, exact=True)
@@ -195,7 +197,7 @@ class Shapes:
         return Score(kl=factor * found.kl, stderr=factor * found.stderr, exact=False)
 
     def _scores_of(self, layer: int) -> dict[int, Score]:
-        """What is scored of a layer by width, measured where it was, else by gradients."""
+        """Return what is scored of a layer by width, measured where it was, else by gradients."""
         prefix, found = _ffn_key(layer, ""), {}
         for key, one in self._held["gradients"].items():
             if key.startswith(prefix):
@@ -218,7 +220,7 @@ class Shapes:
         return tuple(sorted(found, key=lambda one: one[1].kl))
 
     def span(self, first: int, count: int) -> Score:
-        """What it costs to leave out so many layers from one on; measured on demand."""
+        """Return what it costs to leave out so many layers from one on; measured on demand."""
         key, layers = f"{first}+{count}", self._bench.spec.layers
         if key not in self._held["spans"]:
             self._notify(f"scoring without layers {first} to {first + count - 1}")
@@ -229,7 +231,9 @@ class Shapes:
         return _score(self._held["spans"][key])
 
     def joint(self, init: Init, deployment: Deployment, sample: Sample) -> Measured:
-        """What the student that `init` makes is to the teacher as a deployment stores it; measured once and kept."""
+        """Return what the student that `init` makes is to the teacher as a deployment stores it; measured once and
+        kept.
+        """
         key = f"{sample.name} {content_hash([init.to_json(), deployment.to_json()], 16)}"
         if key not in self._held["joint"]:
             self._notify(f"measuring {init.describe()} as {deployment.name} on {sample.name} text")
@@ -241,7 +245,7 @@ class Shapes:
         return Measured.from_json(self._held["joint"][key])
 
     def whole(self, init: Init, sample: Sample) -> Score:
-        """What it costs to be made as `init` says, whatever that is, in 16 bits; measured once and kept."""
+        """Return what it costs to be made as `init` says, whatever that is, in 16 bits; measured once and kept."""
         found = self.joint(init, _IN_16_BITS, sample)
         return Score(kl=found.kl, stderr=math.inf if found.kl_stderr is None else found.kl_stderr, exact=True)
 
@@ -288,7 +292,7 @@ def open_shapes(
     notify: Callable[[str], None],
     moments: HeldMoments | None = None,
 ) -> Shapes:
-    """What cuts of a teacher cost, as far as it is known; the importance of its parts is measured if it is not.
+    """Return what cuts of a teacher cost, as far as it is known; the importance of its parts is measured if it is not.
 
     Args:
         cache: Root of caches.

@@ -49,7 +49,7 @@ class Scores(Protocol):
     """What storages cost a model: a `Library`, or what stands for one of a student."""
 
     def score(self, name: str, kind: str) -> Score:
-        """What it costs to store a matrix, or a half of the cache, as a type."""
+        """Return what it costs to store a matrix, or a half of the cache, as a type."""
         ...
 
     def predict(self, deployment: Deployment) -> tuple[float, float]:
@@ -57,7 +57,7 @@ class Scores(Protocol):
         ...
 
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
-        """What a whole deployment does on a sample."""
+        """Return what a whole deployment does on a sample."""
         ...
 
 

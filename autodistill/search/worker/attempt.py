@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autodistill.distillation.training.fsdp import Sharding
-from autodistill.distillation.training.trainer import StepRecord
+from autodistill.distillation.training.step_record import StepRecord
 from autodistill.errors import TrialFailedError
 from autodistill.inference.torch_memory import TooManyAtOnce
 from autodistill.search.worker.context import Workbench

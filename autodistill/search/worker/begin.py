@@ -151,7 +151,7 @@ def codes_file(setting: TrialSetting, strategy: Strategy, held: HeldMoments | No
 
 
 def _moments(setting: TrialSetting, held: HeldMoments) -> list[Tensor] | None:
-    """What cuts of the teacher are repaired by, on the CPU; None where they are too many to be held."""
+    """Return what cuts of the teacher are repaired by, on the CPU; None where they are too many to be held."""
     assert setting.calibration is not None
     text, device = PartImportance.load(setting.calibration).text, setting.device
     load = partial(load_model, setting.teacher, torch.float32, device)

@@ -24,7 +24,7 @@ from autodistill.strategy.strategy import Init, Strategy
 
 @dataclass
 class Workbench:
-    """What a warm worker keeps from trial to trial: data and cache, mapped into memory, what validation is held to, and
+    """What a warm worker keeps from trial to trial: data and cache, mapped into memory, the validation's reference, and
     what of the teacher its trials have needed: it, or layers of it. `sharding` is of the processes
     that train one trial together, each at a bench of its own.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from autodistill.data.dataset import rendering_folder
 from autodistill.distillation.training.plan import Plan
-from autodistill.distillation.training.trainer import StepRecord
+from autodistill.distillation.training.step_record import StepRecord
 from autodistill.evaluation.base import Direction, Evaluator
 from autodistill.evaluation.evaluate import Evaluation
 from autodistill.hardware.budget import Budget
@@ -22,7 +22,7 @@ from autodistill.utils.storage import Storage
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSetting:
-    """All that the trials of a search have in common, sent to every worker once: plain data, and what a Python session
+    """What all trials of a search have in common, sent to every worker once: plain data, and what a Python session
     gave, which Ray's own serialiser carries and no disk keeps.
 
     Attributes:

@@ -8,7 +8,7 @@ from statistics import fmean, median
 from autodistill.distillation.training.fsdp import Sharding, agreed
 from autodistill.distillation.training.learning_rate import end_of
 from autodistill.distillation.training.plan import Plan
-from autodistill.distillation.training.trainer import StepRecord
+from autodistill.distillation.training.step_record import StepRecord
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.clock import Moment
 
@@ -38,7 +38,8 @@ class Punctual:
         self._writing, self._sharding = writing, sharding
 
     def must_decay(self, steps: Sequence[StepRecord]) -> bool:
-        """Whether the decay must begin to end in time, by what the steps so far took; of several processes the first's.
+        """Return whether the decay must begin to end in time, by what the steps so far took; of several processes the
+        first's.
 
         Never before the student has more tokens than the plan's.
 

@@ -47,7 +47,7 @@ class TrialStage:
         return [point for point in (branches if passes else branches[-1:]) if point > start]
 
     def is_between(self, tokens: int) -> bool:
-        """Whether a checkpoint at so many tokens is none from which a decay branches off."""
+        """Return whether a checkpoint at so many tokens is none from which a decay branches off."""
         plan = self._plan
         targets = (*plan.rungs, *(plan.tokens_of(length) for length in plan.lengths))
         branches = [branch_point(target, plan.decay, plan.batch_tokens) for target in targets]

@@ -16,7 +16,8 @@ from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.training.fsdp import agreed, whole_model
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.side_by_side import MOST, usable
-from autodistill.distillation.training.trainer import StepRecord, Trainer
+from autodistill.distillation.training.step_record import StepRecord
+from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import TrialFailedError
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
@@ -276,7 +277,7 @@ class Trial:
         return trainer_of(self._bench, self._task, model, kept, plan=wide, side_by_side=processes, rate_factor=factor)
 
     def _processes(self) -> int:
-        """How many processes divide a step's sequences, where scales alone are trained, which are few.
+        """Return how many processes divide a step's sequences, where scales alone are trained, which are few.
 
         Alone on a machine no more than trials that it was to hold side by side.
         """
@@ -323,7 +324,7 @@ def trainer_of(
     side_by_side: int = 1,
     rate_factor: float = 1.0,
 ) -> Trainer:
-    """What trains a student, on the worker's data, cache and teacher.
+    """Return what trains a student, on the worker's data, cache and teacher.
 
     Args:
         bench: The worker's.

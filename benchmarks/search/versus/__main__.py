@@ -30,7 +30,7 @@ import torch
 
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
-from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher
 from autodistill.errors import NothingFitsError
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
@@ -84,13 +84,14 @@ class Versus:
         self._rows: dict[str, Row] = {}
 
     def teacher(self, name: str) -> Teacher:
+        """Return the teacher of a name, resolved once."""
         if name not in self._known_teachers:
             given = self._teachers.get(name)
             if given is None and name == "small":
                 given = str(small_teacher(self.asked["teachers"]["small"].get("tokens")))
             elif given is None and name == "off-grid":
                 given = str(off_grid_teacher())
-            self._known_teachers[name] = materialise(resolve_teacher(given or name), cache_folder())
+            self._known_teachers[name] = materialize(resolve_teacher(given or name), cache_folder())
         return self._known_teachers[name]
 
     def kept(self, name: str) -> Kept:
@@ -137,6 +138,7 @@ class Versus:
         return self._rows[key]
 
     def judge(self, block: Block) -> Judge:
+        """Return the judge of a block."""
         test, general = (self._texts / name for name in (f"{block.text}-test", self.asked["general"]))
         return Judge(
             teacher=self.teacher(block.teacher).folder,
@@ -200,6 +202,7 @@ class Versus:
 
 
 def child(arm: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Run an arm in this process, and return what it made."""
     torch.set_num_threads(THREADS)
     memory_bytes, context = given["budget"]
     task = Task(
@@ -218,6 +221,7 @@ def child(arm: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sections(versus: Versus, rows: Mapping[Block, Mapping[str, Row]], first_look: bool) -> Iterator[str]:
+    """Yield the parts of the report."""
     asked = versus.asked
     if first_look:
         yield "**A first look, with other times or another teacher than the file's: no target is decided by it.**"

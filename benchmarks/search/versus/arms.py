@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.distillation.student.check import student_spec
-from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import NothingFitsError
 from autodistill.estimates.fit import cannot_hold
@@ -74,6 +74,7 @@ class Task:
 
     @property
     def left(self) -> float:
+        """Return the seconds that are left, 1 at least."""
         return max(1.0, self.ends - time.time())
 
 
@@ -114,7 +115,7 @@ def untrained(task: Task) -> Made:
         return Made(file=Path(exported["path"]), deployment=deployment, tokens=0, name=name)
     reference = resolve_teacher(task.teacher)
     # With the scales of its own codes, where its file has such.
-    teacher, _ = stored_as(reference, materialise(reference, task.cache), _spec(task), task.cache)
+    teacher, _ = stored_as(reference, materialize(reference, task.cache), _spec(task), task.cache)
     artifact = load_exporter("gguf").export(teacher.folder, deployment, task.out / "plain", teacher=teacher.name)
     return Made(file=artifact.path, deployment=deployment, tokens=0, name=name)
 
@@ -146,7 +147,7 @@ def _unsearched(task: Task, recipe: Distillation) -> Made:
 def _best_plain(task: Task) -> Deployment | None:
     """What a person would store the whole teacher as: its own codes, else what has most bytes; None where none fits."""
     spec, reference = _spec(task), resolve_teacher(task.teacher)
-    _, stored = stored_as(reference, _materialised(task), spec, task.cache)
+    _, stored = stored_as(reference, _materialized(task), spec, task.cache)
     options = Options(spec=spec, budget=task.budget)
 
     def bytes_of(one: Deployment) -> float:
@@ -226,6 +227,7 @@ ARMS: Mapping[str, Callable[[Task], Made]] = {
 
 
 def share_of(arm: str) -> float:
+    """Return the share of the time that an arm has."""
     return SHORT if arm == "search-short" else 1.0
 
 
@@ -319,11 +321,11 @@ def _fits(task: Task, spec: ModelSpec, deployment: Deployment) -> bool:
 
 
 def _spec(task: Task) -> ModelSpec:
-    return spec_from_config(read_json(_materialised(task).folder / "config.json"))
+    return spec_from_config(read_json(_materialized(task).folder / "config.json"))
 
 
-def _materialised(task: Task) -> Teacher:
-    return materialise(resolve_teacher(task.teacher), task.cache)
+def _materialized(task: Task) -> Teacher:
+    return materialize(resolve_teacher(task.teacher), task.cache)
 
 
 def budget_of(spec: ModelSpec, share: float, context: int) -> Budget:

@@ -44,6 +44,7 @@ class Block:
 
     @property
     def cell(self) -> str:
+        """Teacher, text and budget, in a word."""
         size = f"{self.budget:g}" if self.budget <= 1 else f"{self.budget / 1e6:g}MB"
         return f"{self.teacher}-{self.text}-{size}"
 
@@ -54,6 +55,7 @@ class Block:
 
 
 def read_blocks(path: Path = FILE) -> dict[str, Any]:
+    """Return the content of the file of blocks."""
     found = read_yaml(path)
     return dict(found)
 

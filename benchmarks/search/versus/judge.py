@@ -13,7 +13,7 @@ import torch
 from autodistill.data.dataset import TokenSet, load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.estimates.serving_memory import memory
 from autodistill.evaluation.statistics import clustered_mean, per_document
 from autodistill.hardware.budget import Budget
@@ -49,13 +49,14 @@ class Judge:
     cache: Path
 
     def teacher_itself(self) -> dict[str, Any]:
+        """Return the figures of the teacher."""
         model = load_model(self.teacher, torch.float32).eval()
         return self._read(model, ("f16", "f16")) | {"bytes": None, "weights": None}
 
     def judge(self, file: Path, deployment: Deployment, budget: Budget) -> dict[str, Any]:
         """The figures of an exported file, with its cache as it is served."""
         with tempfile.TemporaryDirectory() as unpacked:
-            folder = materialise(resolve_teacher(str(file)), Path(unpacked)).folder
+            folder = materialize(resolve_teacher(str(file)), Path(unpacked)).folder
             model = load_model(folder, torch.float32).eval()
             spec = spec_from_config(read_json(folder / "config.json"))
         need = memory(spec, deployment, context=budget.context, batch=1)

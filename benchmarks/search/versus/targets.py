@@ -55,6 +55,7 @@ def best_rival(rows: Mapping[str, Row], rivals: Sequence[str]) -> str | None:
 
 
 def verdicts(targets: Sequence[Mapping[str, Any]], rows: Rows, rivals: Sequence[str]) -> dict[str, Verdict]:
+    """Return whether each target is met, by its name."""
     core = {
         block: found
         for block, found in rows.items()

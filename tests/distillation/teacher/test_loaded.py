@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from autodistill.distillation.teacher.loaded import teacher_reference
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.errors import InputError
 from autodistill.testing import save_tiny_teacher
 
@@ -41,7 +41,7 @@ def tokenizer(folder: Path) -> Any:
 
 def test_it_is_the_teacher_that_the_folder_is(folder: Path, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     reference = teacher_reference(model, tokenizer, tmp_path)
-    found = materialise(resolve_teacher(reference), tmp_path)
+    found = materialize(resolve_teacher(reference), tmp_path)
     assert found.name == "tiny-llama"
     saved, original = (load_file(path / "model.safetensors") for path in (found.folder, folder))
     assert saved.keys() == original.keys()

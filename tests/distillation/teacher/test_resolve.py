@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autodistill.distillation.teacher.resolve import hub_config, materialise, resolve_teacher, text_files
+from autodistill.distillation.teacher.resolve import hub_config, materialize, resolve_teacher, text_files
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.export.gguf import GgufExporter
 from autodistill.models.gguf_reader import read_gguf
@@ -135,7 +135,7 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(
 ) -> None:
     source = save_tiny_teacher(tmp_path / "source", architecture=architecture, tied=tied, layers=2)
     path = write_gguf(source, tmp_path / "tiny.gguf", kind)
-    teacher = materialise(resolve_teacher(str(path)), tmp_path / "cache")
+    teacher = materialize(resolve_teacher(str(path)), tmp_path / "cache")
     assert teacher.quantized == (None if kind in (Kind.F32, Kind.F16) else kind.name)
     ours = load_model(teacher.folder, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).eval()
@@ -157,7 +157,7 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_a_gguf_file_of_floats_gives_the_model_it_was_written_from(tmp_path: Path, architecture: str) -> None:
     source = save_tiny_teacher(tmp_path / "source", architecture=architecture, layers=2)
-    teacher = materialise(resolve_teacher(str(write_gguf(source, tmp_path / "tiny.gguf"))), tmp_path / "cache")
+    teacher = materialize(resolve_teacher(str(write_gguf(source, tmp_path / "tiny.gguf"))), tmp_path / "cache")
     ours, original = load_model(teacher.folder, torch.float32), load_model(source, torch.float32)
     ids = torch.arange(100)[None]
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_an_export_is_read_as_the_student_it_was_made_of(tmp_path: Path, archite
     save_file(halves, source / "model.safetensors", metadata={"format": "pt"})
     f16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
     path = GgufExporter().export(source, f16, tmp_path / "out").path
-    teacher = materialise(resolve_teacher(str(path)), tmp_path / "cache")
+    teacher = materialize(resolve_teacher(str(path)), tmp_path / "cache")
     ours, original = load_model(teacher.folder, torch.float32), load_model(source, torch.float32)
     ids = torch.arange(100)[None]
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_a_gemma_file_of_llama_cpps_own_has_its_defaults(tmp_path: Path) -> None
     writer.write_tensors_to_file()
     writer.close()
     ours = load_model(
-        materialise(resolve_teacher(str(tmp_path / "own.gguf")), tmp_path / "cache").folder, torch.float32
+        materialize(resolve_teacher(str(tmp_path / "own.gguf")), tmp_path / "cache").folder, torch.float32
     )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="own.gguf", dtype=torch.float32).eval()
     theirs.config.query_pre_attn_scalar = 16
@@ -222,7 +222,7 @@ def _patterned(folder: Path) -> Path:
 
 
 def test_the_folder_of_a_gguf_file_can_be_saved_again_and_keeps_the_tokenizer_keys(file: Path, tmp_path: Path) -> None:
-    teacher = materialise(resolve_teacher(str(file)), tmp_path / "cache")
+    teacher = materialize(resolve_teacher(str(file)), tmp_path / "cache")
     model = load_model(teacher.folder, torch.bfloat16)
     assert next(model.parameters()).dtype == torch.bfloat16
     assert not model.training
@@ -234,10 +234,10 @@ def test_the_folder_of_a_gguf_file_can_be_saved_again_and_keeps_the_tokenizer_ke
 
 @pytest.mark.parametrize("harm", ["truncate", "alter", "remove", "index"])
 def test_a_harmed_copy_of_a_gguf_file_is_made_again(file: Path, tmp_path: Path, harm: str) -> None:
-    first = materialise(resolve_teacher(str(file)), tmp_path)
+    first = materialize(resolve_teacher(str(file)), tmp_path)
     weights = first.folder / "model.safetensors"
     data, written = weights.read_bytes(), weights.stat().st_mtime_ns
-    assert materialise(resolve_teacher(str(file)), tmp_path) == first
+    assert materialize(resolve_teacher(str(file)), tmp_path) == first
     assert weights.stat().st_mtime_ns == written  # used again
     if harm == "truncate":
         weights.write_bytes(data[:-1])
@@ -247,7 +247,7 @@ def test_a_harmed_copy_of_a_gguf_file_is_made_again(file: Path, tmp_path: Path, 
         (first.folder / "tokenizer.json").unlink()
     else:
         (first.folder / "teacher.json").write_text("{")
-    assert materialise(resolve_teacher(str(file)), tmp_path) == first
+    assert materialize(resolve_teacher(str(file)), tmp_path) == first
     assert weights.read_bytes() == data
     assert (first.folder / "tokenizer.json").exists()
     assert [path.name for path in (tmp_path / "teachers").iterdir()] == [first.folder.name]
@@ -256,15 +256,15 @@ def test_a_harmed_copy_of_a_gguf_file_is_made_again(file: Path, tmp_path: Path, 
 def test_a_folder_is_used_where_it_stands_and_known_by_its_bytes(folder: Path, tmp_path: Path) -> None:
     ref = resolve_teacher(str(folder))
     assert (ref.kind, ref.name, ref.config["hidden_size"]) == ("folder", "tiny", 64)
-    teacher = materialise(ref, tmp_path / "cache")
+    teacher = materialize(ref, tmp_path / "cache")
     assert teacher.folder == folder.resolve()
     assert not (tmp_path / "cache").exists()
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    assert materialise(resolve_teacher(str(copy)), tmp_path).fingerprint == teacher.fingerprint
+    assert materialize(resolve_teacher(str(copy)), tmp_path).fingerprint == teacher.fingerprint
     weights = load_file(copy / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    assert materialise(resolve_teacher(str(copy)), tmp_path).fingerprint != teacher.fingerprint
+    assert materialize(resolve_teacher(str(copy)), tmp_path).fingerprint != teacher.fingerprint
     assert tokenizer_fingerprint(copy) == tokenizer_fingerprint(folder)
 
 
@@ -381,7 +381,7 @@ def test_gguf_files_whose_tensors_are_not_those_of_the_model_are_refused(folder:
     _changed(copy, {"num_hidden_layers": 3})
     ref = resolve_teacher(str(write_gguf(copy, tmp_path / "deep.gguf")))
     with pytest.raises(InputError, match=r"no tensor for model\.layers\.2"):
-        materialise(ref, tmp_path / "cache")
+        materialize(ref, tmp_path / "cache")
     assert not list((tmp_path / "cache" / "teachers").iterdir())
 
 
@@ -508,7 +508,7 @@ def test_a_hub_model_is_downloaded_as_safetensors_only(
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, ref, revision: info)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda ref, name, revision: str(folder / name))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    teacher = materialise(resolve_teacher("somebody/model"), tmp_path)
+    teacher = materialize(resolve_teacher("somebody/model"), tmp_path)
     assert (teacher.name, teacher.license, teacher.folder) == ("somebody/model", "mit", folder)
     assert not any(pattern.endswith(("bin", "pt", "pth", "*")) for pattern in asked)
 
@@ -520,10 +520,10 @@ def test_weights_that_a_repository_has_twice_are_taken_once(
     import huggingface_hub
 
     both = shutil.copytree(folder, tmp_path / "both")
-    before = materialise(resolve_teacher(str(both)), tmp_path).fingerprint
+    before = materialize(resolve_teacher(str(both)), tmp_path).fingerprint
     weights = {name: values.bfloat16() for name, values in load_file(both / "model.safetensors").items()}
     save_file(weights, both / "consolidated.safetensors")
-    teacher = materialise(resolve_teacher(str(both)), tmp_path)
+    teacher = materialize(resolve_teacher(str(both)), tmp_path)
     assert (teacher.fingerprint, stored_type(both)) == (before, "float32")
     (both / "consolidated.safetensors").write_bytes(b"half a downl")
     assert resolve_teacher(str(both)).kind == "folder"
@@ -533,7 +533,7 @@ def test_weights_that_a_repository_has_twice_are_taken_once(
         "snapshot_download",
         lambda ref, allow_patterns, **_: asked.extend(allow_patterns) or str(folder),
     )
-    materialise(replace(resolve_teacher(str(folder)), kind="hub", path=None), tmp_path)
+    materialize(replace(resolve_teacher(str(folder)), kind="hub", path=None), tmp_path)
     shards = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     taken = [name for name in (*shards, "consolidated.safetensors") if any(fnmatch(name, one) for one in asked)]
     assert taken == shards
@@ -580,7 +580,7 @@ def test_the_commit_of_a_hub_model_is_known_and_may_be_asked_for(
     hub = Hub(folder, tmp_path, monkeypatch)
     found = resolve_teacher("somebody/model")
     hub.commit = "b" * 40  # between a look at the model and its download
-    teacher = materialise(found, tmp_path)
+    teacher = materialize(found, tmp_path)
     assert (found.name, found.revision, teacher.revision) == ("somebody/model", "a" * 40, "a" * 40)
     assert set(hub.got) == {"a" * 40}
     with text_files(found) as text:
@@ -628,7 +628,7 @@ def test_a_gguf_files_text_is_cut_as_llama_cpp_cuts_it(
     artifact = GgufExporter().export(
         teacher, Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0), tmp_path / "out"
     )
-    read = AutoTokenizer.from_pretrained(materialise(resolve_teacher(str(artifact.path)), tmp_path / "cache").folder)
+    read = AutoTokenizer.from_pretrained(materialize(resolve_teacher(str(artifact.path)), tmp_path / "cache").folder)
     assert read.tokenize(" 34") == pieces
     with LlamaServer(artifact.path, 64, 1) as server:
         assert list(server.tokenize(" 34")) == read(" 34")["input_ids"]
@@ -640,7 +640,7 @@ def test_smollm2_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     assert (ref.name, ref.license, ref.config["num_hidden_layers"]) == ("SmolLM2-135M-Instruct", "Apache-2.0", 30)
     assert ref.quantized == "Q4_1"
     assert ref.path is not None
-    teacher = materialise(ref, tmp_path)
+    teacher = materialize(ref, tmp_path)
     expected = AutoModelForCausalLM.from_pretrained(ref.path.parent, gguf_file=ref.path.name, dtype=torch.float32)
     for name, tensor in load_model(teacher.folder, torch.float32).state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name]), name

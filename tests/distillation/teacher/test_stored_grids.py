@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
 from autodistill.distillation.teacher.own_scales import lies_on
-from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import StoredAs, of_gguf, stored_as
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
@@ -81,7 +81,7 @@ def _dequantized(source: Path, deployment: Deployment, out: Path) -> Path:
 
 def _found(ref: str, cache: Path) -> tuple[Teacher, StoredAs | None, ModelSpec]:
     resolved = resolve_teacher(ref)
-    teacher = materialise(resolved, cache)
+    teacher = materialize(resolved, cache)
     spec = spec_from_config(json.loads((teacher.folder / "config.json").read_text()))
     return *stored_as(resolved, teacher, spec, cache), spec
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher, text_files
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher, text_files
 from autodistill.export.gguf import GgufExporter
 from autodistill.models.model_folder import read_config, tokenizer_fingerprint
 from autodistill.strategy.deployment import Deployment
@@ -19,7 +19,7 @@ def test_of_a_gguf_file_they_are_those_it_is_converted_with(tmp_path: Path) -> N
     f16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
     made = GgufExporter().export(save_tiny_teacher(tmp_path / "teacher"), f16, tmp_path / "out").path
     ref = resolve_teacher(str(made))
-    whole = materialise(ref, tmp_path / "cache").folder
+    whole = materialize(ref, tmp_path / "cache").folder
     with text_files(ref) as folder:
         assert tokenizer_fingerprint(folder) == tokenizer_fingerprint(whole)
         assert read_config(folder) == read_config(whole)

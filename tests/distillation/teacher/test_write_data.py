@@ -580,7 +580,7 @@ def test_an_endpoint_that_is_not_there_is_said_before_a_tokenizer_is_obtained(
 def test_of_a_teacher_whose_tokens_are_matched_no_weights_are_obtained(
     request_: WriteRequest, served: Callable[[Answers], tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "materialise", lambda *_: pytest.fail("weights were obtained"))
+    monkeypatch.setattr(writing, "materialize", lambda *_: pytest.fail("weights were obtained"))
     url, _ = served(lambda prompt: (200, _choice("paints")))
     assert write_data(remotely(request_, endpoint=url, top_k=2))["written"] == 3
 

@@ -16,6 +16,7 @@ from autodistill.distillation.training import checkpoint
 from autodistill.distillation.training import trainer as trainer_module
 from autodistill.distillation.training.checkpoint import read_metadata
 from autodistill.distillation.training.learning_rate import Decay, branch_point, end_of, stable_rate
+from autodistill.distillation.training.optimizers import adamw as adamw_module
 from autodistill.distillation.training.step_loss import StepLoss
 from autodistill.errors import TrialFailedError
 from autodistill.inference.torch_memory import TooManyAtOnce
@@ -200,7 +201,7 @@ def _gradients(trainer, grid=None, learned=False):
         return 0.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "_clip", keep)
+        patch.setattr(trainer_module, "clip", keep)
         (record,) = trainer.train_decay(64, grid, learned=learned) if grid else trainer.train_stable(64)
     return kept, record
 
@@ -325,7 +326,7 @@ def test_bfloat16_states_take_half_and_descend_as_adamw_does(workshop, strategy)
     exact, half = workshop.trainer(strategy), workshop.trainer(strategy, optimizer_state="bfloat16")
     trained = {name: p.detach().clone() for name, p in exact._trained()}
     losses = [[step.loss for step in trainer.train_stable(512)] for trainer in (exact, half)]
-    # A step's rounding is of 1.1% of it (tests/distillation/training/test_adamw_bf16.py), and the first has none.
+    # A step's rounding is of 1.1% of it (optimizers/test_adamw_bf16.py), and the first has none.
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
     assert losses[1][0] == losses[0][0]
     ends = [dict(trainer._trained()) for trainer in (exact, half)]
@@ -479,7 +480,7 @@ def test_gradients_are_clipped_together(workshop, tmp_path):
 @pytest.mark.parametrize("part", [0.99, 1.01])
 def test_only_gradients_above_the_limit_are_scaled(workshop, monkeypatch, part):
     (record,) = workshop.trainer(ALIGNED).train_stable(64)
-    monkeypatch.setattr(trainer_module, "_CLIP", part * record.gradient_norm)
+    monkeypatch.setattr(adamw_module, "MOST_NORM", part * record.gradient_norm)
     trainer = workshop.trainer(ALIGNED)
     list(trainer.train_stable(64))
     squares = [(v.double() * 10).square().sum() for k, v in _weights(trainer).items() if k.endswith("exp_avg")]

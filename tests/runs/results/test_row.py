@@ -1,17 +1,14 @@
-"""Rows through JSON and Parquet, and what is refused."""
+"""Rows through JSON, and what is refused."""
 
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from autodistill.errors import InputError
-from autodistill.runs.results.row import SCHEMA_VERSION, Row, read_parquet, to_parquet
+from autodistill.runs.results.row import SCHEMA_VERSION, Row
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 
@@ -137,32 +134,3 @@ def test_a_figure_is_missing_where_it_is_not_finite() -> None:
     assert row.figure("speed") == 2.0
     assert row.figure("nonsense") is None
     assert row.figure("name") is None
-
-
-def test_parquet_holds_the_rows_under_an_explicit_schema(tmp_path: Path) -> None:
-    rows = [Row.from_json(FULL), Row.from_json(LEAST)]
-    path = tmp_path / "leaderboard.parquet"
-    to_parquet(rows, path)
-    assert read_parquet(path) == rows
-    table = pq.read_table(path)
-    assert table.schema.field("memory_bytes").type == pa.int64()
-    assert table.schema.field("accuracy").type == pa.float64()
-    assert table.schema.field("feasible").type == pa.bool_()
-    assert table["memory_bytes"].to_pylist() == [2**40 + 1, None]
-    assert json.loads(table["strategy"][0].as_py()) == Strategy().to_json()
-    assert [p.name for p in tmp_path.iterdir()] == ["leaderboard.parquet"]
-
-
-def test_an_empty_leaderboard_keeps_its_schema(tmp_path: Path) -> None:
-    to_parquet([], tmp_path / "empty.parquet")
-    assert read_parquet(tmp_path / "empty.parquet") == []
-    assert pq.read_schema(tmp_path / "empty.parquet").field("retention").type == pa.float64()
-
-
-@pytest.mark.parametrize("content", [None, b"PAR1 no"])
-def test_a_file_that_is_no_leaderboard_is_named(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "leaderboard.parquet"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=r"leaderboard\.parquet"):
-        read_parquet(path)

@@ -12,7 +12,7 @@ import pytest
 from autodistill.cli.app import main
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
 from autodistill.runs.events import SessionBegan, TeacherScored
-from autodistill.runs.results.row import read_rows, read_table
+from autodistill.runs.results.table import read_rows, read_table
 from autodistill.runs.run_folder import RunFolder, known_runs
 from autodistill.search.budgets.record import BudgetsFolder, Record, runs_of
 from autodistill.search.budgets.request import BudgetsRequest

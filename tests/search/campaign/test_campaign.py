@@ -17,7 +17,7 @@ import pytest
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.training.learning_rate import branch_point
-from autodistill.distillation.training.trainer import StepRecord
+from autodistill.distillation.training.step_record import StepRecord
 from autodistill.errors import AutoDistillError
 from autodistill.estimates.fit import fits
 from autodistill.evaluation.base import Direction, Measurement
@@ -1084,7 +1084,7 @@ def test_the_best_is_trained_on_alone_for_what_the_box_has_left(
     assert branch_point(half["tokens"], 0.08, 256) == pytest.approx(decided["tokens"] / 2, abs=128)
     written = [event for event in RunLog(tmp_path / "trials.jsonl").read() if event["event"] in ("trunk", "trial")]
     assert [event["event"] for event in written[-3:]] == ["trunk", "trial", "trial"]
-    assert [row.train_tokens for row in search._log.rows() if row.trial == branch.task.id] == [half["tokens"]]
+    assert [row.train_tokens for row in search.log.rows() if row.trial == branch.task.id] == [half["tokens"]]
     # It is as long as it became, and its rows are of so many tokens; no result of the point at the plan's.
     trial = search.trials[first.task.id]
     rows = [row for row in RunLog(tmp_path / "trials.jsonl").rows() if row.trial == first.task.id]

@@ -20,10 +20,11 @@ from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import leaderboard_of
+from autodistill.search.preview import plan_search
 from autodistill.search.request.metrics import ask, moved
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
-from autodistill.search.search import Outcome, plan_search, search
+from autodistill.search.search import Outcome, search
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 PROGRAM = """

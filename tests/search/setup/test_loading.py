@@ -33,7 +33,7 @@ def test_a_model_of_another_tokenizer_is_refused_before_any_weights_are_obtained
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, model = (save_tiny_teacher(tmp_path / str(size), vocabulary=size) for size in (300, 280))
-    monkeypatch.setattr(loading, "materialise", lambda *_: pytest.fail("weights were obtained"))
+    monkeypatch.setattr(loading, "materialize", lambda *_: pytest.fail("weights were obtained"))
     checked: Any = SimpleNamespace(
         teacher=resolve_teacher(str(teacher)), request=None, space=SimpleNamespace(models=(str(model),))
     )
@@ -45,7 +45,7 @@ def test_a_student_that_writes_is_not_trained_by_several_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = str(save_tiny_teacher(tmp_path / "teacher"))
-    monkeypatch.setattr(loading, "materialise", lambda *_: pytest.fail("weights were obtained"))
+    monkeypatch.setattr(loading, "materialize", lambda *_: pytest.fail("weights were obtained"))
     dimensions: dict[str, Any] = {
         "distillation.signal": {"choices": ["online"]},
         "distillation.signal_tokens": {"choices": [0]},

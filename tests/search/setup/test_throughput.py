@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autodistill.distillation.student.build import cut_student
-from autodistill.distillation.training.adamw_bf16 import RoundedAdamW
+from autodistill.distillation.training.optimizers.adamw_bf16 import RoundedAdamW
 from autodistill.estimates.training_memory import OptimizerState
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import decoder_layers, load_model

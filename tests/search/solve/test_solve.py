@@ -24,7 +24,7 @@ from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.distillation.student.shapes import cut_spec
-from autodistill.distillation.teacher.resolve import materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.block_times import PARTS, BlockTimes, Pass, Time, keep_times, key_of, part_weights
@@ -347,7 +347,7 @@ def test_a_smaller_table_leaves_the_codes_of_a_file_as_they_are(teacher: Path, t
     )
     file = GgufExporter().export(teacher, mixed, tmp_path / "made").path
     reference = resolve_teacher(str(file))
-    made = materialise(reference, tmp_path / "cache")
+    made = materialize(reference, tmp_path / "cache")
     folder, stored = stored_as(reference, made, options_of(made.folder).spec, tmp_path / "cache")
     assert stored is not None
     assert (stored.deployment, stored.exact) == (mixed, True)

@@ -82,7 +82,7 @@ class Candidate:
         return replace(self, cache_types=cache_types)
 
     def memory(self, options: Options) -> MemoryEstimate:
-        """What the process, or the GPU, takes for the tensors that lie in the file."""
+        """Return what the process, or the GPU, takes for the tensors that lie in the file."""
         budget, stored = options.budget, sum(tensor.size for tensor in self.file.tensors)
         load: Mapping[str, Any] = {"context": budget.context, "batch": budget.batch, "on_gpu": on_gpu(budget)}
         return memory(options.spec, self.deployment, weights=stored, **load)

@@ -81,7 +81,7 @@ def of_budget(
 def _made_up(
     opened: Opened, options: Options, library: Library, best: Form, shapes: Callable[[], Shapes]
 ) -> tuple[Measured, Measured] | None:
-    """What a solution is whose rounding makes up for its errors, on both texts; None where that is no better.
+    """Return what a solution is whose rounding makes up for its errors, on both texts; None where that is no better.
 
     It takes the model whole in memory, and a minute of SmolLM2: of one budget it is looked at, of several not.
     """
@@ -215,7 +215,7 @@ def _solution(options: Options, name: str, found: Found, held_out: Measured) -> 
 
 
 def _latency(options: Options, deployment: Deployment) -> list[dict[str, Any]]:
-    """What each limit of latency is compared with, and what said so, beside the roofline."""
+    """Return what each limit of latency is compared with, and what said so, beside the roofline."""
     budget, times, found = options.budget, options.times, []
     roofline = latencies(options.spec, deployment, budget)
     for limit, seconds in options.latencies(deployment).items():
@@ -249,7 +249,7 @@ def _counted(options: Options, deployment: Deployment) -> dict[str, Any]:
 
 
 def _next(solver: Solver, found: Found, limit: int) -> dict[str, Any]:
-    """What some more bytes would buy, by the scores alone."""
+    """Return what some more bytes would buy, by the scores alone."""
     here, more = solver.predicted(limit), solver.predicted(limit + _MORE)
     assert here is not None
     assert more is not None

@@ -11,7 +11,7 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.data.tokenization import check_ids
 from autodistill.distillation.teacher.any_model import is_known, spec_of
-from autodistill.distillation.teacher.resolve import Teacher, materialise, resolve_teacher
+from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError
 from autodistill.estimates.solving import COMPENSATION
@@ -72,7 +72,7 @@ class Opened:
         return library_file(self.request.cache, self.teacher.fingerprint, self.data.fingerprint, self._tokens, options)
 
     def shapes(self, notify: Callable[[str], None]) -> Shapes:
-        """What cuts cost, as far as it is known."""
+        """Return what cuts cost, as far as it is known."""
         return open_shapes(
             self.request.cache,
             self.bench,
@@ -103,7 +103,7 @@ def open_request(request: SolveRequest) -> Opened:
     source = resolve_data(request.data)
     if source.conversations:
         raise InputError(f"{request.data} holds conversations: solve takes plain text, of which every token counts")
-    teacher = materialise(found, request.cache)
+    teacher = materialize(found, request.cache)
     config = read_json(teacher.folder / "config.json")
     spec = spec_of(config)
     reason = cannot_cut(teacher.folder, spec.vocabulary) if in_gguf else ""

@@ -28,7 +28,7 @@ from autodistill.units import format_bytes
 
 
 def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]) -> list[Options]:
-    """What may be chosen for each budget.
+    """Return what may be chosen for each budget.
 
     Cuts need the whole model in memory.
 
@@ -68,7 +68,7 @@ def _times(request: SolveRequest, budget: Budget, spec: ModelSpec) -> BlockTimes
 
 
 def work_of(options: Options, tokens: int, *, streamed: bool) -> SolvingWork:
-    """What solving takes, with the teacher whole in memory, or one block of it at a time.
+    """Return what solving takes, with the teacher whole in memory, or one block of it at a time.
 
     Args:
         options: What may be chosen.
@@ -82,14 +82,14 @@ def work_of(options: Options, tokens: int, *, streamed: bool) -> SolvingWork:
 
 
 def room_of(request: SolveRequest) -> int:
-    """Bytes that solving may take."""
+    """Return the bytes that solving may take."""
     if request.memory_bytes is not None:
         return request.memory_bytes
     return torch.cuda.mem_get_info()[1] if compute_device() == "cuda" else memory_bytes()
 
 
 def _is_streamed(request: SolveRequest, options: Options, config: Mapping[str, Any]) -> bool:
-    """Whether one block of the teacher is to be in memory at a time, since all of it is more than there is."""
+    """Return whether one block of the teacher is to be in memory at a time, since all of it is more than there is."""
     room, whole = room_of(request), work_of(options, request.tokens, streamed=False).memory_bytes
     if whole <= room:
         return False

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autodistill.distillation.training.adamw_bf16 import RoundedAdamW, rounded
+from autodistill.distillation.training.optimizers.adamw_bf16 import RoundedAdamW, rounded
 
 BETAS = (0.9, 0.95)
 
@@ -70,7 +70,7 @@ def test_a_first_step_is_adamws_and_the_state_takes_half():
 
 
 def test_parts_of_a_large_weight_are_its_whole(monkeypatch):
-    from autodistill.distillation.training import adamw_bf16 as rounded_states
+    from autodistill.distillation.training.optimizers import adamw_bf16 as rounded_states
 
     def stepped():
         generator = torch.Generator().manual_seed(0)

@@ -12,9 +12,12 @@ import gguf
 import pytest
 
 from autodistill.advisor import measure as module
+from autodistill.advisor.blocks import timing
+from autodistill.advisor.blocks.differences import blocks_of, pass_of, widths_of
+from autodistill.advisor.blocks.small_models import Model, models_of, write_model
+from autodistill.advisor.blocks.timing import time_blocks
 from autodistill.advisor.describe import shape
 from autodistill.advisor.measure import MeasureRequest, measure
-from autodistill.advisor.measure_blocks import Model, blocks_of, models_of, pass_of, time_blocks, widths_of, write_model
 from autodistill.cli.hardware_summary import measured_text
 from autodistill.errors import InputError
 from autodistill.estimates.block_times import ATTENTION, FFN_IN, FFN_OUT, HEAD, kept_times, part_of
@@ -158,7 +161,7 @@ def test_what_says_how_a_student_is_measured_says_nothing_of_blocks(name: str, t
 def test_blocks_of_a_tiny_teacher_are_timed_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = Noise(load_average=0.0, others=0.0, steal=0.0, doubts=())
     monkeypatch.setattr(module, "current_load", lambda threads: quiet)
-    monkeypatch.setattr(module, "time_blocks", partial(time_blocks, kinds=("q8_0", "q4_0")))
+    monkeypatch.setattr(timing, "time_blocks", partial(time_blocks, kinds=("q8_0", "q4_0")))
     folder = save_tiny_teacher(tmp_path / "teacher", layers=2, width=64, heads=2, kv_heads=1, ffn=128)
     request = MeasureRequest(student=folder, blocks=True, context=64, rounds=1, cache=tmp_path / "cache")
     found = measure(request)

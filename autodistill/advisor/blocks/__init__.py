@@ -1,0 +1,1 @@
+"""Times of the blocks of a model, measured in llama.cpp on this machine."""

@@ -1,0 +1,167 @@
+"""The small models that blocks are timed with: of random weights, they differ from one of them in one thing each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGUFWriter, LlamaFileType, TokenType
+
+from autodistill.errors import InputError
+from autodistill.estimates.block_times import FFN_IN, FFN_OUT, HEAD, PARTS, part_of, part_weights
+from autodistill.estimates.serving_memory import check_cache
+from autodistill.export.gguf import KINDS, add_metadata
+from autodistill.models.config import config_of, resized
+from autodistill.models.families import get_family
+from autodistill.models.llama_cpp_graphs import graph_of
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import Role
+from autodistill.quantization.formats import CACHE_BYTES, TYPES, tensor_bytes
+from autodistill.quantization.grids import Grid, Storage
+from autodistill.quantization.packing import pack
+
+REFERENCE = "q8_0"  # from which all others differ in one thing
+
+_WEIGHTS = 96 * 2**20  # of all layers that are timed: more than any cache of a processor holds, and no more than needed
+
+_TILE = 32  # rows of random weights that a matrix repeats
+
+_SCANNED = (REFERENCE, "q4_0")  # types whose FFNs are timed in odd widths
+
+_ODD = (32, 64, 128)
+
+COARSE = 256  # neurons of which the others are odd multiples
+
+Model: TypeAlias = tuple[str, ...]
+"""What a small model is called: what it differs from the reference in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallModel:
+    """A small model: its shape, the types of its parts and of its cache, and whether it is timed far behind too."""
+
+    spec: ModelSpec
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    cache: str = "f16"
+    far: bool = False
+
+    def kind(self, name: str, role: Role, columns: int) -> str:
+        """Return the type of a matrix: where a type's blocks do not divide its rows the reference's."""
+        part = part_of(self.spec, name, role)
+        kind = self.kinds.get(part or HEAD, REFERENCE)
+        return kind if divides(kind, columns) else REFERENCE
+
+
+def divides(kind: str, columns: int) -> bool:
+    stored = TYPES[kind]
+    return not isinstance(stored, Grid) or stored.divides(columns)
+
+
+def models_of(spec: ModelSpec, kinds: Collection[str] = tuple(TYPES)) -> dict[Model, SmallModel]:
+    """Return the small models that are timed, by what they differ from the reference in.
+
+    Args:
+        spec: The model.
+        kinds: Types that are timed, beside the reference.
+
+    Raises:
+        InputError: The dimensions are too small to be halved.
+    """
+    count = sum(count for part, count in part_weights(spec).items() if part != HEAD)
+    layers = min(spec.layers, max(2, math.ceil(_WEIGHTS / count)))
+    if layers < 2 or spec.ffn_width < 64 or spec.vocabulary < 64:
+        raise InputError("blocks are timed of models of at least 2 layers, 64 neurons and a vocabulary of 64")
+    whole = resized(spec, range(layers), ffn_width=spec.ffn_width)
+    reference = SmallModel(spec=whole, far=True)
+    half = max(32, spec.ffn_width // 2 // 32 * 32)
+    found: dict[Model, SmallModel] = {
+        ("reference",): reference,
+        ("half of the layers",): replace(reference, spec=resized(whole, range(layers // 2)), far=False),
+        ("half of the FFN",): replace(reference, spec=resized(whole, ffn_width=half), far=False),
+        ("part of the vocabulary",): replace(
+            reference, spec=resized(whole, vocabulary=max(32, spec.vocabulary // 8)), far=False
+        ),
+    }
+    again = replace(reference, far=False)
+    for part in PARTS:
+        columns = {one.shape[1] for one in whole.tensors if part_of(whole, one.name, one.role) == part}
+        for kind in kinds:
+            if kind != REFERENCE and any(divides(kind, one) for one in columns):
+                found[part, kind] = replace(again, kinds={part: kind})
+                found["all", kind] = replace(again, kinds=dict.fromkeys(PARTS, kind))
+    # Where a process lies in memory changes its times by some percent: that from which all differ is loaded thrice.
+    found["again", "first"] = again
+    for kind in CACHE_BYTES:
+        if kind != "f16" and _holds(spec, kind):
+            found["cache", kind] = replace(reference, cache=kind)
+    base = (spec.ffn_width - 1) // COARSE * COARSE
+    low = base - COARSE
+    for kind in (one for one in _SCANNED if low > 0 and (one == REFERENCE or one in kinds)):
+        for width in (low, *(low + odd for odd in _ODD), base):
+            narrow = resized(whole, ffn_width=width)
+            found["width", str(width), kind] = SmallModel(spec=narrow, kinds={FFN_IN: kind, FFN_OUT: kind})
+    return found | {("again", "second"): again}
+
+
+def _holds(spec: ModelSpec, kind: str) -> bool:
+    try:
+        check_cache(spec, "llama.cpp", (kind, kind))
+    except InputError:
+        return False
+    return True
+
+
+def write_model(path: Path, one: SmallModel) -> None:
+    """Write a small model as a GGUF file; every matrix repeats some rows of random weights.
+
+    Args:
+        path: The file.
+        one: The model.
+    """
+    spec, family = one.spec, get_family(one.spec.architecture)
+    writer = GGUFWriter(path, graph_of(spec))
+    add_metadata(writer, spec, config_of(spec), LlamaFileType.MOSTLY_Q8_0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([f"t{index}" for index in range(spec.vocabulary)])
+    writer.add_token_types([TokenType.NORMAL] * spec.vocabulary)
+    writer.add_token_merges(["t 0"])
+    writer.add_eos_token_id(1)
+    storages: list[tuple[tuple[int, ...], Storage]] = []
+    for tensor in spec.tensors:
+        stored: Storage = "f32"
+        if len(tensor.shape) > 1:
+            stored = TYPES[one.kind(tensor.name, tensor.role, tensor.shape[1])]
+        storages.append((tensor.shape, stored))
+        dtype = np.dtype(np.float32 if stored == "f32" else np.float16)
+        size = tensor_bytes(tensor, stored)
+        writer.add_tensor_info(family.gguf_name(tensor.name), tensor.shape, dtype, size, raw_dtype=KINDS[stored])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for shape, stored in storages:
+        writer.write_tensor_data(_weights(shape, stored))
+    writer.close()
+
+
+def _weights(shape: tuple[int, ...], stored: Storage) -> npt.NDArray[Any]:
+    """Return packed weights: ones of a vector, of a matrix random rows that repeat."""
+    if len(shape) < 2:
+        return np.ones(shape, np.float32)
+    rows, columns = shape
+    tile = _tile(columns, stored)
+    return np.resize(tile, (rows, *tile.shape[1:]))
+
+
+@lru_cache(64)
+def _tile(columns: int, stored: Storage) -> npt.NDArray[Any]:
+    """Return packed random rows."""
+    rows = np.random.default_rng(0).normal(0, columns**-0.5, (_TILE, columns)).astype(np.float32)
+    packed: npt.NDArray[Any] = pack(rows, stored)["data"]
+    return packed

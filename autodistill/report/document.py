@@ -1,0 +1,118 @@
+"""The frame of a page: one file with its style, scripts and charts, which asks nothing of any server."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from autodistill.errors import MissingDependencyError
+from autodistill.report.html import data, section, text
+from autodistill.runs.report import INSTALL_PLOTS
+
+_CHARTS_ABSENT = f"Charts need Vega-Altair and vl-convert: {INSTALL_PLOTS}"
+
+
+def specifications(draw: Callable[[], Mapping[str, Any]]) -> dict[str, dict[str, Any]] | None:
+    """Return the Vega-Lite specifications of charts by name; None where what draws them is not installed."""
+    try:
+        _bundle()
+        return {name: chart.to_dict(validate=False) for name, chart in draw().items()}
+    except MissingDependencyError:
+        return None
+
+
+def document(
+    title: str, head: str, sections: Sequence[tuple[str, str, str]], drawn: Mapping[str, Mapping[str, Any]] | None
+) -> str:
+    """Return a whole page, which needs no other file and may run nothing but its own scripts.
+
+    Args:
+        title: Its heading.
+        head: What stands below that, as HTML.
+        sections: Id, title and content of each; one without content is left out.
+        drawn: Specifications of its charts, as `specifications` gives them.
+    """
+    held = [(name, said, part) for name, said, part in sections if part]
+    links = "".join(f'<li><a href="#{name}">{text(said)}</a></li>' for name, said, _ in held)
+    body = "".join(section(name, said, part) for name, said, part in held)
+    program = "" if drawn is None else _bundle()
+    lacking = f'<p class=note id="no-charts">{text(_CHARTS_ABSENT)}</p>' if drawn is None else ""
+    charts, shared = _shared(drawn or {})
+    scripts = [*([_harmless(program)] if program else []), _harmless(f"(() => {{{_own('page.js')}}})();")]
+    allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
+    return "".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{text(title)}: AutoDistill</title><style>{_own('page.css')}</style></head><body>",
+            f"<header><h1>{text(title)}</h1>{head}{lacking}",
+            f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main>',
+            "<footer>Made by AutoDistill. This page holds all that it shows, and asks nothing of any server.</footer>",
+            data("charts", charts),
+            data("data", shared),
+            *(f"<script>{script}</script>" for script in scripts),
+            "</body></html>\n",
+        ]
+    )
+
+
+def _shared(drawn: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Specifications that name their data, and these data by name: those of several charts once."""
+    names: dict[str, str] = {}
+    shared: dict[str, Any] = {}
+
+    def moved(part: Any) -> Any:
+        """Return a part of a specification whose data are named, and stand once for all."""
+        if isinstance(part, list):
+            return [moved(one) for one in part]
+        if not isinstance(part, Mapping):
+            return part
+        values = part.get("data")
+        if isinstance(values, Mapping) and "values" in values:
+            # By content: two lists that are equal are one.
+            name = names.setdefault(json.dumps(values["values"]), f"d{len(names)}")
+            shared[name] = values["values"]
+            part = {**part, "data": {"name": name}}
+        return {key: one if key == "data" else moved(one) for key, one in part.items()}
+
+    specifications = {}
+    for name, chart in drawn.items():
+        kept = {key: value for key, value in chart.items() if key not in ("config", "$schema", "width", "datasets")}
+        specifications[name] = moved(kept) | {"description": str(chart.get("title", name))}
+    return specifications, shared
+
+
+@cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and vega-embed as one script that makes `embed` known.
+
+    Raises:
+        MissingDependencyError: vl-convert is not installed.
+    """
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise MissingDependencyError(_CHARTS_ABSENT) from error
+    # Its own names would else be the page's.
+    return f"(() => {{{vl_convert.javascript_bundle('window.embed = vegaEmbed;')}}})();"
+
+
+@cache
+def _own(name: str) -> str:
+    return files("autodistill.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _harmless(script: str) -> str:
+    """A script without what would end the element that holds it, or hide its end."""
+    return script.replace("</script", r"<\/script").replace("<!--", r"<\!--")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
