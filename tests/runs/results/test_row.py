@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from autodistill.errors import InputError
-from autodistill.runs.results.row import SCHEMA_VERSION, Row, read_parquet, to_parquet
+from autodistill.runs.results.row import SCHEMA_VERSION, Row, read_parquet, read_table, to_parquet
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 
@@ -148,6 +148,13 @@ def test_parquet_holds_the_rows_under_an_explicit_schema(tmp_path: Path) -> None
     assert table["memory_bytes"].to_pylist() == [2**40 + 1, None]
     assert json.loads(table["strategy"][0].as_py()) == Strategy().to_json()
     assert [p.name for p in tmp_path.iterdir()] == ["leaderboard.parquet"]
+
+
+def test_a_table_says_of_its_run_what_it_was_given_with_it(tmp_path: Path) -> None:
+    to_parquet([Row.from_json(FULL)], tmp_path / "with.parquet", "run", {"metric": "kl", "budget": None})
+    to_parquet([Row.from_json(FULL)], tmp_path / "without.parquet", "run")
+    assert read_table(tmp_path / "with.parquet")[1] == {"run": {"metric": "kl", "budget": None}}
+    assert read_table(tmp_path / "without.parquet")[1] == {}
 
 
 def test_an_empty_leaderboard_keeps_its_schema(tmp_path: Path) -> None:
