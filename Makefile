@@ -27,7 +27,8 @@ slow:
 system:
 	$(PYTHON) -m pytest -m system
 
-# A part of what a crash or a failing disk may leave, in an order that a seed decides, and kills under Ray.
+# A part of what a crash or a failing disk may leave, in an order that a seed decides; kills under Ray; a clock that is set; and
+# a control group without memory.
 crash:
 	$(PYTHON) -m pytest -m crash -s tests/crash
 

@@ -11,6 +11,7 @@ from autodistill.utils.plain_dataclass import check_no_blank
 
 RUNTIMES = ("llama.cpp", "vllm")
 """What is solved for: GGUF files, and folders of compressed-tensors."""
+_MOST_TOKENS = 10**16  # beyond all reason, as a search has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ class SolveRequest:
                 f"{self.tokens} tokens are fewer than two sequences of {self.sequence_length}, of which scores have "
                 "errors: give more --tokens"
             )
+        if self.tokens > _MOST_TOKENS:
+            raise InputError(f"--tokens must be at most {_MOST_TOKENS:,}")
         check_solved_for(self.runtime)
         if self.candidates and self.runtime != "llama.cpp":
             raise InputError(f"candidates are GGUF files, which {self.runtime} does not serve: leave --candidate out")

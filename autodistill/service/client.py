@@ -235,8 +235,11 @@ class Client:
             drafted, accepted = (int(timings.get(name, 0)) for name in ("draft_n", "draft_n_accepted"))
             # llama.cpp holds back bytes that are no whole character yet, sometimes to the end: it says itself how long
             # a token took.
-            step = float(timings.get("predicted_per_token_ms", 1e3 * ended / counted)) / 1e3
-            came = came or [max(0.0, ended - step * (counted - 1))]
+            step = float(timings.get("predicted_per_token_ms", 0.0)) / 1e3
+            # One that says what cannot be is timed by this clock alone, and so is one that counts and shows no token.
+            ended = ended or now
+            step = step if 0 < step * counted <= ended else ended / counted
+            came = came or [ended - step * (counted - 1)]
         return Answer(
             tokens=counted,
             first_seconds=came[0],

@@ -5,8 +5,12 @@ A rename alone is not enough. After a power failure the new name may be there wi
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that say that there is no room for a file: the disk, a quota, or the largest file that is allowed."""
 
 
 def sync(path: Path) -> None:

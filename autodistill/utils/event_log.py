@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from autodistill.errors import AutoDistillError, InputError
-from autodistill.utils.durable import sync
+from autodistill.utils.durable import NO_ROOM, sync
 from autodistill.utils.json_files import plain_json, read_plain, strict_json
 
 # Inode, size and time of change: a file that has the same ones has the same lines.
@@ -64,9 +64,10 @@ class EventLog:
             if created:
                 sync(self.path.parent)
         except OSError as error:
+            remedy = "make room for it" if error.errno in NO_ROOM else "look after its disk"
             raise AutoDistillError(
-                f"cannot write to {self.path}: {error.strerror}; what it held is kept: make room for it, and go on "
-                "with --resume"
+                f"cannot write to {self.path}: {error.strerror}; what it held is kept: {remedy}, and go on with "
+                "--resume"
             ) from error
 
     def read(self) -> list[dict[str, Any]]:

@@ -4,10 +4,11 @@
 
 First test files run once over a copy of the tree whose core marks every statement that is reached, so that it is
 known which tests get where, and what each costs. Those are the files that lie where the mutated module does (`tests/`
-has the folders of `autodistill/`) and name it; `--all-tests` takes every file, whole searches among them, which is an
-hour of a processor more. A mutant is then run against the tests that reach its line, the module's own and the cheapest
-files first, until one fails; one that outlasts the tests that found it unharmed by far counts as found too. `--limit`
-is the processor time, as it was without the mutant, that the tests of one mutant may take.
+has the folders of `autodistill/`) and name it. `--wide` tries what survived these once more, by all files that lie
+there, and by those outside of all folders that name it; `--all-tests` takes every file, whole searches among them,
+which is an hour of a processor more. A mutant is then run against the tests that reach its line, the module's own and
+the cheapest files first, until one fails; one that outlasts the tests that found it unharmed by far counts as found
+too. `--limit` is the processor time, as it was without the mutant, that the tests of one mutant may take.
 
 What was found out lies in `--work`, and the same command goes on from there: a test file that has changed is run
 again, and so are mutants that survived before tests changed. After a change of the core no test is run again to see
@@ -41,6 +42,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,10 @@ class Test:
     def file(self) -> str:
         """The file that the test is in."""
         return self.name.partition("::")[0]
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        return frozenset(module for module, _ in self.reached)
 
 
 def left_out(folder: str, names: list[str]) -> set[str]:
@@ -385,6 +391,7 @@ class Bench:
     files: Sequence[Path] | None = None
     tests: list[Test] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    imported: frozenset[tuple[str, int]] = frozenset()
 
     def trace(self, until: float) -> bool:
         """Finds out what each test reaches, unless that is known; False where time was up first."""
@@ -396,6 +403,7 @@ class Bench:
         (self.work / "reached").mkdir(parents=True, exist_ok=True)
         sources = Sources(self.work / "sources")
         results = {path: self.work / "reached" / f"{_hash(path, more=shared)}.json" for path in files}
+        imported = self.work / "imported.json"
         missing = [path for path in files if not results[path].exists()]
         if missing:
             print(f"{len(missing)} of {len(files)} test files run with marks in the core", flush=True)
@@ -428,12 +436,17 @@ class Bench:
                 sys.path.insert(0, str(tree))
                 for name in OURS:
                     importlib.import_module(name)
+                lines = sorted(sys.modules["autodistill_reached"].seen)
+                imported.write_text(json.dumps({"lines": lines, "sources": sources.hashes}))
                 in_parallel(self.jobs, [traced(path) for path in missing], until)
 
             forked(run)
             if left := sum(not path.exists() for path in results.values()):
                 print(f"{left} test files are left, or could not be run: see {self.work / 'logs'}")
                 return False
+        if imported.exists():
+            found = json.loads(imported.read_text())
+            self.imported = frozenset(sources.today(found["lines"], found["sources"]))
         for path in files:
             if results[path].exists():
                 found = json.loads(results[path].read_text())
@@ -445,8 +458,11 @@ class Bench:
     def tests_of(self, mutant: Mutation) -> list[Test]:
         """The tests that reach a mutant: the module's own first, then file by file, the cheapest first."""
         own = f"test_{Path(mutant.module).stem}.py"
-        found = [t for t in self.tests if (mutant.module, mutant.reached) in t.reached]
-        if not found:  # what is done once, when the module is imported
+        place = (mutant.module, mutant.reached)
+        # What is done once, when the module is imported, is seen by whoever comes to the module.
+        once = mutant.reached is None or place in self.imported
+        found = [t for t in self.tests if place in t.reached or (once and mutant.module in t.modules)]
+        if not found:
             close = {str(path.relative_to(ROOT)) for path in near([mutant.module])}
             found = [t for t in self.tests if t.file in close]
         costs: Counter[str] = Counter()
@@ -529,9 +545,19 @@ def _id(mutant: Mutation) -> str:
     return hashlib.sha256("\0".join(said).encode()).hexdigest()[:12]
 
 
-def near(modules: Iterable[str]) -> list[Path]:
-    """The test files that are named after some of the core's files, or lie in the folder of one and import it."""
+def near(modules: Iterable[str], wide: Iterable[str] = ()) -> list[Path]:
+    """The test files that are named after some of the core's files, or lie in the folder of one and import it.
+
+    Args:
+        modules: Of the core.
+        wide: Those for which the others of the folder count too, and those outside of all folders that import it.
+    """
     found = set()
+    for module in wide:
+        path = Path(module)
+        found.update((ROOT / "tests" / path.parent.relative_to(path.parts[0])).glob("test_*.py"))
+        dotted = ".".join((*path.parent.parts, path.stem))
+        found.update(test for test in (ROOT / "tests").glob("test_*.py") if dotted in test.read_text(encoding="utf-8"))
     for module in modules:
         path = Path(module)
         folder = ROOT / "tests" / path.parent.relative_to(path.parts[0])
@@ -571,6 +597,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "results" / "runs" / "mutants", help="folder that is kept")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which nothing more is begun")
     parser.add_argument("--trace-only", action="store_true", help="end once it is known what each test reaches")
+    parser.add_argument("--wide", action="store_true", help="try what survived once more, by all tests of its folder")
     parser.add_argument("--all-tests", action="store_true", help="trace every test file, not those near a mutant alone")
     parser.add_argument(
         "--files", nargs="+", type=Path, help="test files, whose modules alone are changed; all by default"
@@ -595,7 +622,15 @@ def measure(options: argparse.Namespace, began: float) -> int:
     """Traces the tests, runs the mutants drawn, and tells of them; 3 where time was up first."""
     same, made = equivalents(), _stamp()
     mutants = drawn(options.mutants, options.seed, core_of(options.files))
-    close = None if options.all_tests else near({one.module for one in mutants})
+    log = options.work / "verdicts.jsonl"
+    known: dict[str, dict[str, Any]] = {}
+    survived: set[tuple[str, bool]] = set()
+    for one in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+        known[one["id"]] = one
+        if one["verdict"] != "found":
+            survived.add((one["id"], one.get("wide", False)))
+    wide = {one["module"] for one in known.values() if options.wide and one["verdict"] != "found"}
+    close = None if options.all_tests else near({one.module for one in mutants}, wide)
     bench = Bench(work=options.work, jobs=options.jobs, files=options.files or close)
     if not bench.trace(began + options.stop_after):
         return 3
@@ -604,13 +639,6 @@ def measure(options: argparse.Namespace, began: float) -> int:
         return 0
 
     tests = _hash(*sorted((ROOT / "tests").rglob("*.py")))
-    log = options.work / "verdicts.jsonl"
-    known: dict[str, dict[str, Any]] = {}
-    survived: set[str] = set()
-    for one in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
-        known[one["id"]] = one
-        if one["verdict"] != "found":
-            survived.add(one["id"])
     record: list[dict[str, Any]] = []
     work, again = [], []
     for number, mutant in enumerate(mutants):
@@ -628,12 +656,14 @@ def measure(options: argparse.Namespace, began: float) -> int:
             record.append(said | {"verdict": "equivalent", "by": why})
             continue
         earlier = known.get(str(said["id"]))
-        if earlier and (earlier["verdict"] == "found" or earlier["with"] == tests):
+        if earlier and (
+            earlier["verdict"] == "found" or (earlier["with"] == tests and earlier.get("wide", False) >= options.wide)
+        ):
             record.append(earlier | said)
             continue
 
         def tell(found: dict[str, Any], said: dict[str, Any] = said) -> None:
-            one = said | found | {"with": tests, "made": made}
+            one = said | found | {"with": tests, "made": made, "wide": options.wide}
             record.append(one)
             with log.open("a") as file:
                 file.write(json.dumps(one) + "\n")
@@ -650,7 +680,9 @@ def measure(options: argparse.Namespace, began: float) -> int:
         return 3
     record.sort(key=lambda one: one["number"])
     for one in record:
-        one["once_survived"] = one["id"] in survived and one["verdict"] == "found"
+        wide, found = one.get("wide", False), one["verdict"] == "found"
+        one["once_survived"] = found and (one["id"], wide) in survived
+        one["found_wide"] = found and wide and not one["once_survived"] and (one["id"], False) in survived
     return tell_all(record, traced, bench, options)
 
 
@@ -692,6 +724,8 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
     lines = sum(len((ROOT / name).read_text().splitlines()) for name in CORE)
     late = sum(one["once_survived"] for one in record)
     before = counts["found"] - late
+    wider = sum(one["found_wide"] for one in record)
+    by_others = f"{wider} are found by tests of their folder that do not name their module. " if wider else ""
     cut = sum(one.get("of", 0) > one.get("tests", 0) for one in alive)
 
     def shown(text: str) -> str:
@@ -705,7 +739,7 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
             f"`benchmarks/reliability/mutations.py` says which kinds. `{kept.name}` beside this names each with the "
             f"test that finds it. The tests of one mutant may take {options.limit:.0f} s of a processor; of {cut} "
             f"survivors some were left out for that. {late} of those found survived an earlier run, and tests were "
-            f"written for them since: before, {before} of {counted} were found ({before / counted:.1%}). "
+            f"written for them since: before, {before} of {counted} were found ({before / counted:.1%}). {by_others}"
             f"{options.jobs} at a time; the mutants took {spent / 60:.0f} minutes of a processor.",
             "## Survivors",
             report.table(

@@ -193,6 +193,26 @@ def test_a_test_file_that_could_not_be_run_is_not_taken_for_one_that_reaches_not
     assert result.exists()
 
 
+def test_what_is_done_at_an_import_is_tested_by_whoever_comes_to_the_module(tmp_path):
+    module = mutants.CORE[0]
+    tests = [mutants.Test(name=f"tests/test_a.py::{n}", seconds=1, reached=frozenset({(module, n)})) for n in (3, 7)]
+    bench = mutants.Bench(work=tmp_path, jobs=1, tests=tests, imported=frozenset({(module, 2)}))
+
+    def asked(reached):
+        lines = {"line": 2, "reached": reached, "kind": "", "before": "", "after": ""}
+        return [test.seconds for test in bench.tests_of(mutants.Mutation(module=module, source=str, **lines))]
+
+    assert (len(asked(7)), len(asked(2)), len(asked(None))) == (1, 2, 2)
+
+
+def test_what_survives_the_tests_that_name_a_module_is_tried_by_all_of_its_folder():
+    module = "autodistill/strategy/strategy.py"
+    named, wide = mutants.near([module]), mutants.near([module], [module])
+    assert set(named) < set(wide)
+    assert {*(mutants.ROOT / "tests" / "strategy").glob("test_*.py")} <= set(wide)
+    assert mutants.ROOT / "tests" / "test_contributing.py" not in named
+
+
 def test_a_run_of_mutants_imports_nothing_of_ours_before_it_forks():
     """Or the forks would test that in place of the copy with a mutant."""
     program = (

@@ -24,9 +24,11 @@ ERRORS = {
     "EIO": "one call fails with EIO",
     "ENOSPC": "one call fails with ENOSPC",
     "full": "this call and all that would take room after it fail with ENOSPC",
+    "read-only": "this call and all that would change a file or a folder after it fail with EROFS",
 }
-# What takes room on a disk.
-_TAKING = ("create", "write", "mkdir")
+_NUMBERS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "full": errno.ENOSPC, "read-only": errno.EROFS}
+# What fails after the call that was first to: what takes room on a full disk, and all on one that is read-only.
+_LATER = {"full": ("create", "write", "mkdir"), "read-only": (*FAILING, "unlink", "rmdir")}
 
 
 Job = Callable[[Slot], dict[str, Any]]
@@ -88,15 +90,11 @@ def on_failing_disk(slot: Slot, fault: Fault, whole: Found) -> dict[str, Any]:
 
     def decide(call: Call) -> int:
         nonlocal count, struck
-        if call.name not in FAILING:
-            return 0
-        count += 1
-        if count == fault.call:
+        count += call.name in FAILING
+        now = not struck and count == fault.call
+        if now:
             struck = f"{call.name} {call.path}"
-            return errno.EIO if fault.error == "EIO" else errno.ENOSPC
-        if fault.error == "full" and count > fault.call and call.name in _TAKING:
-            return errno.ENOSPC
-        return 0
+        return _NUMBERS[fault.error] if now or (struck and call.name in _LATER.get(fault.error, ())) else 0
 
     spoken = slot.search(decide=decide)
     kept = slot.found().rows

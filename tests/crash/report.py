@@ -114,7 +114,7 @@ def sections(facts: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     )
     tried = (
         f"From a sample a search went on, of {len(crashes)} states, and after {len(failed)} faults of the disk, of the "
-        f"{facts['faults']:,} that three kinds at each of {facts['failing']} calls come to: as many as "
+        f"{facts['faults']:,} that {len(ERRORS)} kinds at each of {facts['failing']} calls come to: as many as "
         f"{facts['minutes']:.0f} minutes allowed, on two cores shared with much other work, of each kind in turn (seed "
         f"{facts['seed']}). {len(wrong)} of them did not come to what is found undisturbed, or did not say in one line "
         "what was wrong. Compared are all fields of all rows of validation and test, but times and memory that was "

@@ -19,7 +19,7 @@ from autodistill.data.conversations import Conversation, Turn, single_turn
 from autodistill.data.dataset import SPLITS, Prepared, load_split, open_prepared
 from autodistill.data.documents import DataSource, resolve_data
 from autodistill.data.prepare import prepare
-from autodistill.data.splits import in_a_row
+from autodistill.data.splits import differ_in_blanks, in_a_row
 from autodistill.errors import InputError
 from autodistill.evaluation.statistics import clustered_mean
 from autodistill.testing import tiny_text, tiny_tokenizer
@@ -447,6 +447,11 @@ def test_another_template_makes_another_fingerprint(tokenizer: Path, tmp_path: P
     assert prepare(source, chat, "tiny", 64, tmp_path) == templated
     marked = prepare(_source(_chats(60), task="reasoning-gym:chain_sum"), tokenizer, "tiny", 64, tmp_path)
     assert marked.fingerprint != plain.fingerprint
+
+
+def test_blanks_around_a_text_are_none_of_it_and_those_between_its_words_are_all_alike() -> None:
+    assert differ_in_blanks(["a b", "a  b", "c"])
+    assert not differ_in_blanks(["a b", "a b", "c", " c\n"])
 
 
 def test_documents_that_differ_in_blanks_alone_are_one_and_are_counted(tokenizer: Path, tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from autodistill.models.config import spec_from_config
 from autodistill.quantization.grids import Scales
-from autodistill.quantization.learned_scales import read_scales, write_scales
+from autodistill.quantization.learned_scales import read_scales, stored_alike, write_scales
 from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Finishing
+from autodistill.testing import tiny_config
 
 INT4 = {"format": "compressed-tensors", "bits": 4, "group_size": 32, "symmetric": False}
 
@@ -46,3 +48,15 @@ def test_a_student_without_learned_scales_has_no_file(tmp_path: Path, scheme: Qu
     write_scales(tmp_path, scheme, {})
     assert list(tmp_path.iterdir()) == []
     assert read_scales(tmp_path, scheme) == {}
+
+
+def test_two_schemes_with_types_store_alike_what_has_one_type_in_both() -> None:
+    spec = spec_from_config(tiny_config())
+    names = [tensor.name for tensor in spec.tensors]
+    plain = QuantizationScheme(format="gguf-q4_0", bits=4, group_size=32)
+    mixed = QuantizationScheme(format="gguf-q4_0", bits=4, group_size=32, types=(("attention", "q8_0"),))
+    others = [name for name in names if "self_attn" not in name]
+    assert 0 < len(others) < len(names)
+    assert stored_alike(names, spec, plain, mixed) == stored_alike(names, spec, mixed, plain) == others
+    assert stored_alike(names, spec, mixed, mixed) == names
+    assert stored_alike(names, spec, plain, QuantizationScheme(**INT4)) == []

@@ -16,6 +16,7 @@ from autodistill import plugins
 from autodistill.errors import InputError
 from autodistill.evaluation.base import Measurement, Quantity, Subject, register_evaluator
 from autodistill.hardware.budget import Budget
+from autodistill.runs.events import TrialAdded
 from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.request.request import SearchRequest
@@ -137,6 +138,26 @@ def test_a_search_uses_both_and_is_resumed_with_the_same(inputs: Path, tmp_path:
     check_rows(tmp_path)
     with pytest.raises(InputError, match=r"used the divergence 'tvd' .* resume it from Python, .* register_divergence"):
         check_request(resumed(asked))
+
+
+def test_a_divergence_that_gives_no_number_fails_its_trial_in_one_line_and_the_search_goes_on(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """It does for distributions that are near each other, as those that it is tried on before any work are."""
+    register_divergence("root")(lambda log_p, log_q: (0.27 - total_variation(log_p, log_q)).sqrt())
+    space = yaml.safe_load((inputs / "space.yaml").read_text())
+    space["dimensions"]["distillation.divergence"]["choices"].append("root")
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    outcome = search(request(inputs, tmp_path, space=str(tmp_path / "space.yaml"), trials=4, evaluators=None))
+    divergences = {
+        event.trial: event.strategy.distillation.divergence
+        for event in RunFolder.open(tmp_path, "run").events.all()
+        if isinstance(event, TrialAdded) and event.strategy
+    }
+    failed = {one["trial"]: one["reason"] for one in outcome.document["failed"]}
+    assert {divergences[trial] for trial in failed} == {"root"}
+    assert set(failed.values()) == {"nan: loss or gradient was not finite in 3 steps in a row"}
+    assert outcome.finish.best.strategy.distillation.divergence == "tvd"
 
 
 @pytest.mark.slow

@@ -70,6 +70,20 @@ def test_events_are_read_as_they_are_cut_and_up_to_the_last(url: str) -> None:
     assert (answer.tokens, answer.text, len(answer.token_seconds)) == (3, "aaa", 2)
 
 
+@pytest.mark.parametrize("told", [{}, {"predicted_per_token_ms": float("nan")}, {"predicted_per_token_ms": 1e308}])
+def test_an_answer_that_is_counted_and_not_shown_takes_the_time_until_it_was_counted(
+    told: dict[str, float], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = {"usage": {"completion_tokens": 5}, "timings": told}
+    monkeypatch.setattr(Client, "_events", lambda *given: iter([event]))
+    with Client(url) as client:
+        answer = client.complete([1], 5)
+    assert answer.tokens == 5
+    assert 0 < answer.first_seconds < 5
+    assert len(answer.token_seconds) == 4
+    assert min(answer.token_seconds) > 0
+
+
 def test_what_has_no_end_is_given_up_by_its_size_and_by_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Client(url) as client:
         with pytest.raises(ServiceError, match="sent more than"):

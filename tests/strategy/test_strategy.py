@@ -135,6 +135,12 @@ def test_scales_alone_are_trained_from_the_first_step_and_of_all_but_powers_of_t
         Finishing(**plain, format="gguf-mxfp4", scales="alone")
     with pytest.raises(InputError, match=r"finishing\.start has no meaning where scales alone are trained"):
         Finishing(**plain, format="gguf-q4_0", scales="alone", start=0.5)
+    alone = Strategy(finishing=Finishing(**plain, format="gguf-q4_0", scales="alone"))
+    assert alone.scales_alone
+    assert not Strategy(finishing=Finishing(**plain, format="gguf-q4_0", scales="learned")).scales_alone
+    assert not Strategy().scales_alone
+    with pytest.raises(InputError, match=r"finishing\.scales alone trains no weights, which distillation\.lora would"):
+        dataclasses.replace(alone, distillation=Distillation(lora=Lora()))
 
 
 @given(strategies)

@@ -1,5 +1,6 @@
 """The event log after a kill at any byte."""
 
+import errno
 import json
 import math
 import os
@@ -113,7 +114,18 @@ def test_a_short_write_leaves_the_log_as_it_was(tmp_path: Path, monkeypatch: pyt
     log.append({"a": 1})
     write = os.write
     monkeypatch.setattr(event_log.os, "write", lambda descriptor, data: write(descriptor, data[:5]))
-    with pytest.raises(AutoDistillError, match="No space left"):
+    with pytest.raises(AutoDistillError, match=r"No space left .* make room for it, and go on"):
         log.append({"b": 2})
     monkeypatch.undo()
     assert log.path.read_bytes() == b'{"a":1}\n'
+
+
+def test_a_log_whose_disk_turned_read_only_does_not_ask_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(event_log.os, "open", read_only)
+    with pytest.raises(AutoDistillError, match=r"Read-only file system; .*: look after its disk, and go on"):
+        EventLog(tmp_path / "trials.jsonl").append({"a": 1})

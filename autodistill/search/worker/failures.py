@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from autodistill.errors import AutoDistillError, DamagedError, TrialFailedError
 from autodistill.inference.torch_memory import is_out_of_memory
+from autodistill.utils.durable import NO_ROOM
 
 OUT_OF_MEMORY, WORKER_DIED = "out-of-memory", "worker-died"
 KILLED = "killed-for-memory"
@@ -22,8 +23,6 @@ Values that are not finite would come again, and out of memory has been met by t
 """
 # What Ray's memory monitor says of a worker that it ended.
 _BY_RAY = re.compile("OutOfMemoryError|memory usage threshold|low on memory")
-# What says that there is no room for a file: the disk, a quota, or the largest file that is allowed.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What says that a disk does not work, or lets nothing be written any more.
 _BROKEN = (errno.EIO, errno.EROFS)
 
@@ -58,7 +57,7 @@ def death(said: str, kills: int) -> tuple[str, str]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether a file could not be written for want of room, whichever library tried to."""
-    return _is_one_of(_FULL, error)
+    return _is_one_of(NO_ROOM, error)
 
 
 def is_disk_broken(error: BaseException) -> bool:

@@ -17,13 +17,15 @@ from autodistill.models.config import spec_from_config
 from autodistill.runs.events import RowAdded, RowTested, TrialEnded, of_kind, rows_of
 from autodistill.runs.results.row import DAMAGED, Row, Status
 from autodistill.runs.results.selection import in_order
+from autodistill.runs.test_split_ledger import recorded_test_openings
 from autodistill.search.campaign.state import Question
+from autodistill.search.finish import test_split
 from autodistill.search.finish.export_choice import candidates, next_candidate, passed_over, trained_rows
 from autodistill.search.finish.export_row import ExportedRow, with_measured
 from autodistill.search.finish.finish import _first_that_fits, _gguf_beside, _leave_out_removed
 from autodistill.search.finish.forgetting import Gate
 from autodistill.search.finish.notes import notes_on, nothing_fits
-from autodistill.search.finish.test_split import compared_with, gains_on_test, known_on_test
+from autodistill.search.finish.test_split import compared_with, gains_on_test, known_on_test, score_on_test
 from autodistill.search.planning.durations import Speed
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import load_space
@@ -312,6 +314,26 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
     assert known(expected, untrained=replace(begun, strategy=Strategy.from_json({"init": {"depth": 0.5}}))) is None
     without = (*expected[:2], expected[4])
     assert known(list(without), of=beside) == without, "a teacher that is exported has no beginning"
+
+
+def test_an_opening_of_the_test_split_is_recorded_before_anything_of_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def read(folder: Path, split: str, rendering: str = "") -> None:
+        raise Killed
+
+    monkeypatch.setattr(test_split, "load_split", read)
+    best = row("t000", "accuracy", 0.5, "q8_0", strategy={"init": {"depth": 0.8}}, train_tokens=100)
+    run = SimpleNamespace(path=tmp_path / "run", name="run", events=SimpleNamespace(rows=lambda kind: []))
+    data = SimpleNamespace(fingerprint="abc", folder=tmp_path)
+    finisher: Any = SimpleNamespace(run=run, data=data, question=question("accuracy", "max"), setting=None)
+    monkeypatch.setattr(test_split, "compared_with", lambda *given: [])
+    with pytest.raises(Killed):
+        score_on_test(best, None, [best], finisher)
+    assert [(one["run"], one["data"]) for one in recorded_test_openings(tmp_path)] == [("run", "abc")]
 
 
 def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_after_as_many_tokens() -> None:

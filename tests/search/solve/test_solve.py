@@ -427,6 +427,7 @@ def made(fields: dict[str, Any]) -> SolveRequest:
     ("changes", "words"),
     [
         ({"tokens": LENGTH}, "fewer than two sequences"),
+        ({"tokens": 10**400}, "--tokens must be at most"),
         ({"export": True}, "--export writes the solution of one budget into a folder"),
         ({"budgets": (Budget(memory_bytes=10**9, context=1024),)}, "has a context of 512 tokens: give --context 512"),
         ({"sequence_length": 600, "tokens": 2048}, "give --sequence-length 512 or less"),
