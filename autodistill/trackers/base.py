@@ -96,6 +96,8 @@ class Destination:
             raise InputError(f"{name!r} is no tracker that is known here: choose one of {', '.join(NAMES)}")
         if given and not place.strip():
             raise InputError(f"{text!r} names no place: write {name} alone, or {name}=PLACE")
+        if place.rpartition(",")[2].partition("=")[0].strip() in _CLASSES:
+            raise InputError(f"{text!r} names more than one tracker: give one at a time")
         if place != place.encode("utf-8", "replace").decode():
             raise InputError(f"the place of {text!r} is not UTF-8 text, which trackers need: name another")
         if importlib.util.find_spec(name) is None:

@@ -256,6 +256,7 @@ def test_a_run_without_a_trial_has_nothing_to_log(run: RunFolder) -> None:
     [
         ("tensorbord", "'tensorbord' is no tracker that is known here: choose one of mlflow, tensorboard, wandb"),
         ("tensorboard=", "names no place"),
+        ("tensorboard=board,mlflow", "more than one tracker"),
         ("tensorboard=a\udcff", "not UTF-8 text"),
         ("=here", "is no tracker"),
     ],
