@@ -122,6 +122,7 @@ class Test:
 
     @cached_property
     def modules(self) -> frozenset[str]:
+        """The modules that have one of these lines."""
         return frozenset(module for module, _ in self.reached)
 
 

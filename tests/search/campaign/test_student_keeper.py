@@ -62,7 +62,7 @@ def validation(folder: Path) -> list[Row]:
 def run(search: Campaign, folder: Path) -> None:
     while (assignment := search.next()) is not None:
         search.report(assignment, saving(folder, assignment))
-        best = chosen(search._log.rows(), "accuracy", "max", students_only=True)  # of a log that knows its lines
+        best = chosen(search.log.rows(), "accuracy", "max", students_only=True)  # of a log that knows its lines
         if best is not None and best.full:
             assert best.trial in there(folder)
         assert {name for name, one in search.trials.items() if one.unseen or one.evaluating} <= there(folder)
