@@ -108,6 +108,20 @@ def test_the_picture_has_a_point_for_each_row_that_fits():
     assert curve({packaged[0]: rows[packaged[0]]}) is None
 
 
+def test_one_rival_that_is_ahead_decides_though_others_were_not_run():
+    asked = read_blocks()
+    block = next(one for one in blocks(asked) if one.budget > 1)
+    said = targets.verdicts(
+        asked["targets"], {block: {targets.MINE: row(3.0), "no-teacher": row(2.9)}}, asked["rivals"]
+    )
+    assert said["ahead-everywhere"].state == targets.FAILED
+    assert f"{block.name} by 0.1000" in said["ahead-everywhere"].said
+    said = targets.verdicts(
+        asked["targets"], {block: {targets.MINE: row(2.8), "no-teacher": row(2.9)}}, asked["rivals"]
+    )
+    assert said["ahead-everywhere"].state == targets.NOT_RUN
+
+
 def test_an_arm_that_nothing_fits_or_that_does_not_fit_is_no_rival():
     found = {"finetune": {"nothing_fits": "too large"}, "recipe": row(2.0, fits=False), "minitron": row(3.0)}
     assert targets.best_rival(found, [*found]) == "minitron"

@@ -68,6 +68,8 @@ def verdicts(targets: Sequence[Mapping[str, Any]], rows: Rows, rivals: Sequence[
             continue
         of = rows if target["measure"] == "packaged" else core
         found[target["id"]] = _MEASURES[target["measure"]](target, of, rivals)
+        if target["measure"] == "ahead" and (behind := _behind(rows, rivals)):
+            found[target["id"]] = Verdict(state=FAILED, said=f"behind a rival in {behind}")
     return found
 
 
@@ -80,6 +82,18 @@ def _ahead(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verd
     means = {cell: float(np.mean(gains)) for cell, gains in cells.items()}
     said = ", ".join(f"{cell} {mean:+.4f}" for cell, mean in means.items())
     return _verdict(means, all(mean > 0 for mean in means.values()), f"nats ahead of the best rival: {said}")
+
+
+def _behind(rows: Rows, rivals: Sequence[str]) -> str:
+    """The blocks in which a rival is ahead, whole or not: other rivals could only be further ahead."""
+    found = []
+    for block, known in rows.items():
+        rival = best_rival(known, rivals)
+        if rival is not None and has_figures(known.get(MINE)):
+            value, one = gap(known[MINE], known[rival], "nll")
+            if value > 0:
+                found.append(f"{block.name} by {value:.4f} ± {one:.4f} nats ({rival})")
+    return ", ".join(found)
 
 
 def _gain(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
