@@ -159,8 +159,8 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
         if near is not None and _in_time(near, config):
             loses = with_error(near.kl, near.kl_stderr)
             room.notify(
-                f"nothing is solved: {near.deployment.name} fits and loses {loses} nats a token to the teacher, "
-                "which is less than the time of solving is worth in training; --time 30m or more solves all the same"
+                f"nothing is solved: {near.deployment.name} fits and loses {loses} nats a token to the teacher; "
+                "training gains more in the time that solving takes. With --time 30m or more it is solved anyway"
             )
             return (_of_own_codes(near, own, options),)
         library.build()

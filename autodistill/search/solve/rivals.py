@@ -80,7 +80,6 @@ def nearest(options: Options, own: Deployment | None) -> Deployment | None:
         options: Of the model and budget, in llama.cpp.
         own: As of `rivals`.
     """
-    order = list(options.held)
     for plain in (one for one in (own, _IN_16_BITS, _IN_8_BITS) if one is not None):
         if cannot_hold(options.spec, plain):
             continue
@@ -88,13 +87,14 @@ def nearest(options: Options, own: Deployment | None) -> Deployment | None:
         tried = (plain if kind is None else with_cache(plain, (kind, kind)), *_smaller(options, plain))
         held = [one for one in tried if options.fits(one) and options.allows(one)]
         if held:
-
-            def table(one: Deployment) -> int:
-                types = options.types(one)
-                return max((order.index(types[name]) for name in options.tables), default=0)
-
-            return min(held, key=lambda one: (table(one), -options.memory(one).total_bytes))
+            return min(held, key=lambda one: (_tables(one, options), -options.memory(one).total_bytes))
     return None
+
+
+def _tables(deployment: Deployment, options: Options) -> int:
+    """The place of its smallest table's type among all types, which have the most bits first."""
+    types, order = options.types(deployment), list(options.held)
+    return max((order.index(types[name]) for name in options.tables), default=0)
 
 
 def _plain(options: Options, own: Deployment | None) -> Iterator[tuple[str, Deployment]]:

@@ -56,26 +56,32 @@ def best_rival(rows: Mapping[str, Row], rivals: Sequence[str]) -> str | None:
 
 def verdicts(targets: Sequence[Mapping[str, Any]], rows: Rows, rivals: Sequence[str]) -> dict[str, Verdict]:
     """Return whether each target is met, by its name."""
-    core = {
-        block: found
-        for block, found in rows.items()
-        if all(arm in found for arm in (*rivals, MINE)) and has_figures(found[MINE]) and best_rival(found, rivals)
-    }
+    core = _whole(rows, rivals)
     found = {}
     for target in targets:
         if "measure" not in target:
             found[target["id"]] = Verdict(state=NOT_RUN, said=target["where"])
             continue
-        of = rows if target["measure"] == "packaged" else core
+        of = rows if target["measure"] in _OF_ANY_BLOCK else core
         found[target["id"]] = _MEASURES[target["measure"]](target, of, rivals)
-        if target["measure"] == "ahead" and (behind := _behind(rows, rivals)):
-            found[target["id"]] = Verdict(state=FAILED, said=f"behind a rival in {behind}")
     return found
 
 
+def _whole(rows: Rows, rivals: Sequence[str]) -> dict[Block, Mapping[str, Row]]:
+    """The blocks of which the search and every rival were run."""
+    return {
+        block: found
+        for block, found in rows.items()
+        if all(arm in found for arm in (*rivals, MINE)) and has_figures(found[MINE]) and best_rival(found, rivals)
+    }
+
+
 def _ahead(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
+    """Met by whole blocks alone; one rival that is ahead decides, though others were not run."""
+    if behind := _behind(rows, rivals):
+        return Verdict(state=FAILED, said=f"behind a rival in {behind}")
     cells = defaultdict(list)
-    for block, found in rows.items():
+    for block, found in _whole(rows, rivals).items():
         rival = best_rival(found, rivals)
         assert rival is not None
         cells[block.cell].append(-gap(found[MINE], found[rival], "nll")[0])
@@ -85,7 +91,7 @@ def _ahead(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verd
 
 
 def _behind(rows: Rows, rivals: Sequence[str]) -> str:
-    """The blocks in which a rival is ahead, whole or not: other rivals could only be further ahead."""
+    """The blocks in which a rival is ahead, whole or not."""
     found = []
     for block, known in rows.items():
         rival = best_rival(known, rivals)
@@ -163,6 +169,7 @@ def _verdict(known: Any, held: bool, said: str) -> Verdict:
 
 
 _Measure: TypeAlias = Callable[[Mapping[str, Any], Rows, Sequence[str]], Verdict]
+_OF_ANY_BLOCK = ("ahead", "packaged")  # others read whole blocks
 _MEASURES: Mapping[str, _Measure] = {
     "ahead": _ahead,
     "gain": _gain,
