@@ -131,8 +131,14 @@ def test_nothing_is_solved_in_a_short_time_where_a_plain_storage_loses_hardly_an
     assert one.kl is not None
     assert one.kl < 1e-4
     assert any(line.startswith("nothing is solved: gguf-f16 fits and loses 0.0000") for line in told)
+    # Of one construction nothing is raced, and what would be raced in more time is not what its speed is planned by.
+    assert planned["plan"]["trials"] == 1
+    assert any("one construction is left" in note for note in planned["plan"]["notes"])
+    asked = plan_search(replace(_request(run[1]), name="asked", **timed | {"trials": 5}))
+    assert asked["plan"]["trials"] == 5
     longer = plan_search(replace(_request(run[1]), name="long", **timed | {"time": 3600.0}))
     assert len(longer["constructions"]) > 1
+    assert longer["plan"]["trials"] > 1
 
 
 def test_it_goes_on_with_the_space_that_was_solved(run: tuple[Outcome, Path]) -> None:

@@ -12,7 +12,7 @@ from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.search.algorithms.successive_halving import BEST
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.campaign.time_budget import TimeBox
-from autodistill.search.campaign.trunk import BRANCH_DECAY, COST, COST_OF_WHOLE, Trunk, plan_trunk
+from autodistill.search.campaign.trunk import BRANCH_DECAY, Trunk, plan_trunk
 from autodistill.search.planning.plan import WORTHWHILE
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import TrialTask
@@ -172,7 +172,6 @@ class TrainingOn:
             least=WORTHWHILE * original.task.length * plan.tokens,
             batch_tokens=plan.batch_tokens,
             seconds=lambda tokens: self._box.training(tokens, alone=alone),
-            most=COST_OF_WHOLE if original.task.strategy.init.whole else COST,
         )
 
     def _branch(self, original: TrialState, trunk: Trunk, start: int, held: int) -> int | None:

@@ -13,9 +13,11 @@ from autodistill.utils.plain_dataclass import ToJson
 BRANCH_DECAY = 0.08
 """Share of a student's tokens over which its rate falls where it branches off short of the trunk's end."""
 
-COST, COST_OF_WHOLE = 0.07, 0.08
-"""Share of the trunk's time that decays short of its end, and what follows them, may take together: more where the
-student is the whole teacher, which may forget general text at the trunk's end. An early student is then exported."""
+_COST = 0.07
+"""Share of the trunk's time that decays short of its end, and what follows them, may take together."""
+
+_SHORT = 600.0
+"""Seconds of a trunk below which no early student is worth its time: a race has left one of a fifth of its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,6 @@ def plan_trunk(
     least: float,
     batch_tokens: int,
     seconds: Callable[[int], float],
-    most: float = COST,
 ) -> Trunk:
     """Decide which decays a trunk can spare: the later one first, whose student is the better.
 
@@ -92,9 +93,9 @@ def plan_trunk(
         least: Tokens below which a student is not worth a decay of its own.
         batch_tokens: Of a step.
         seconds: Expected time of so many tokens, and of the evaluation after them.
-        most: Share of the trunk's time that all decays may take.
     """
-    whole, spent, found = seconds(end - start), 0.0, []
+    whole, spent, found = seconds(end - start), 0.0, list[Branch]()
+    most = _COST if whole >= _SHORT else 0.0
     for share in sorted(BRANCHES, reverse=True):
         at = round(share * end / batch_tokens) * batch_tokens
         if at <= start:

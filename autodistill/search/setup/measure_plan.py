@@ -31,6 +31,7 @@ from autodistill.search.planning.durations import Demand, Speed
 from autodistill.search.planning.plan import ENOUGH_STEPS, RATES, check_box, make_plan, step_sequences
 from autodistill.search.planning.representatives import signal_cases
 from autodistill.search.request.feasibility import by_size
+from autodistill.search.request.request import DEFAULT_SPACE
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
 from autodistill.search.setup.rate_phase import to_test
@@ -42,6 +43,13 @@ from autodistill.units import format_bytes
 
 # Share of the time budget that one evaluation's tasks may take on a worker, beside the scores of its tokens.
 _ASKED_SHARE = 0.02
+
+# Seconds of the time budget below which a search that has one construction does not race recipes of it.
+_RACES = 1800.0
+_NO_RACE = (
+    "one construction is left, and recipes near to what is known cannot be told apart in so short a time: it is "
+    "trained alone; --time 30m or more, or --trials, races others beside it"
+)
 
 # Seconds of the time budget where none is given.
 BOX_CPU, BOX_GPU = 600.0, 1800.0
@@ -97,7 +105,9 @@ def plan_from_measurement(
     if key not in paces:
         paces[key] = _measured(checked, loaded, sizes, box)
     speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
-    if any(one.signal == "online" and one.weighs_teacher for one in signal_cases(checked.space)):
+    starts = [start.distillation for start in checked.space.starts.values()]
+    recipes = starts if _sure(checked, box) else signal_cases(checked.space)
+    if any(one.signal == "online" and one.weighs_teacher for one in recipes):
         speed = speed.with_teacher_beside()
     if loaded.workers.alone and any(start.scales_alone for start in checked.space.starts.values()):
         # One that is alone trains in as many processes as there were workers.
@@ -123,6 +133,7 @@ def plan_from_measurement(
         notes=(
             *plan.notes,
             *([loaded.untrained] if loaded.untrained else []),
+            *([_NO_RACE] if _sure(checked, box) else []),
             *_planned_elsewhere(loaded),
             *stepped,
             *notes,
@@ -252,7 +263,7 @@ def _demand(
     return Demand(
         box_seconds=box_seconds,
         spent_seconds=spent,
-        trials=0 if checked.strategy else checked.trials,
+        trials=0 if checked.strategy else 1 if _sure(checked, box_seconds) else checked.trials,
         tokens=checked.tokens,
         baselines=len(checked.space.baselines),
         teacher_deployments=len(loaded.teacher_deployments(checked)),
@@ -275,6 +286,17 @@ def _demand(
         cached_tokens=cached,
         exports=max(1, len({get_format(one.format).container == "gguf" for every in allowed for one in every})),
     )
+
+
+def _sure(checked: SearchConfig, box_seconds: float | None) -> bool:
+    """Whether nothing is worth a race: one construction in a short time budget, where nobody asked for more.
+
+    Recipes as near to what is known as those that are proposed differ by less than a few thousand tokens can tell, and
+    a race takes a sixth of the training.
+    """
+    asked = checked.trials or checked.tokens or checked.strategy or checked.space_reference != DEFAULT_SPACE
+    one = bool(checked.constructions) and len(checked.space.starts) == 1
+    return one and not asked and box_seconds is not None and box_seconds < _RACES
 
 
 def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ from benchmarks.search.versus.arms import ARMS, Task, budget_of, share_of
 from benchmarks.search.versus.blocks import Block, blocks, read_blocks
 from benchmarks.search.versus.chart import curve
 from benchmarks.search.versus.judge import Judge
-from benchmarks.search.versus.targets import MINE, Row, best_rival, gap, has_figures, verdicts
+from benchmarks.search.versus.targets import MINE, UNTRAINED, Row, best_rival, gap, has_figures, verdicts
 
 THREADS = 2
 ITSELF = "teacher"
@@ -231,7 +231,8 @@ def sections(versus: Versus, rows: Mapping[Block, Mapping[str, Row]], first_look
         f"{asked['test_tokens']:,} tokens of documents that no arm saw. NLL in nats a token; general KL is to the "
         f"teacher on {asked['general_tokens']:,} tokens of the text `{asked['general']}`, on which nobody trained. "
         "Differences are paired and bootstrapped by document, and below zero where the arm is better than the best "
-        "rival; the last column is what the search is ahead of the arm. Memory is predicted, of weights and cache."
+        "rival; the last column is what the search is ahead of the arm, and general NLL is above zero where the arm "
+        "forgot, beside the untrained one. Memory is predicted, of weights and cache."
     )
     lines = []
     for block, found in rows.items():
@@ -239,9 +240,10 @@ def sections(versus: Versus, rows: Mapping[Block, Mapping[str, Row]], first_look
         for arm in (ITSELF, *block.arms):
             if arm in found:
                 line = _line(block, arm, found[arm], found.get(rival or ""), rival)
-                lines.append([*line, _ahead(found.get(MINE), found[arm]) if arm not in (MINE, ITSELF) else "-"])
+                ahead = _ahead(found.get(MINE), found[arm]) if arm not in (MINE, ITSELF) else "-"
+                lines.append([*line, _forgot(found[arm], found.get(UNTRAINED)), ahead])
     titles = ["block", "arm", "what", "weights + cache", "NLL", "less best rival", "accuracy, %", "general KL"]
-    yield report.table([*titles, "tokens", "s", "search ahead, points"], lines)
+    yield report.table([*titles, "tokens", "s", "general NLL", "search ahead, points"], lines)
     yield _run_and_not(versus, rows)
     said = verdicts(asked["targets"], rows, asked["rivals"])
     table = []
@@ -278,6 +280,17 @@ def _line(block: Block, arm: str, row: Row, rival: Row | None, named: str | None
         f"{row['tokens']:,}" if row.get("tokens") else "-",
         f"{row['seconds']:.0f}" if "seconds" in row else "-",
     ]
+
+
+def _forgot(row: Row, untrained: Row | None) -> str:
+    """Nats a token that an arm loses on general text, and by how much more than the best that is not trained."""
+    if not has_figures(row):
+        return "-"
+    told = f"{row['general']['nll'][0]:.4f}"
+    if untrained is None or not has_figures(untrained) or untrained is row:
+        return told
+    value, one = gap(row, untrained, "nll", "general")
+    return f"{told} ({value:+.4f} ± {one:.4f})"
 
 
 def _ahead(mine: Row | None, row: Row) -> str:

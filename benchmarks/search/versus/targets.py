@@ -19,7 +19,7 @@ Rows: TypeAlias = Mapping[Block, Mapping[str, Row]]
 """By block and arm; an arm that nothing fitted has a row without figures."""
 
 MET, FAILED, NOT_RUN = "met", "failed", "not run"
-MINE, QUICK = "search", "search-short"
+MINE, QUICK, UNTRAINED = "search", "search-short", "untrained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +130,8 @@ def _short(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verd
 def _guard(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
     worse = []
     for found in rows.values():
-        if has_figures(found["untrained"]):
-            worse.append(gap(found[MINE], found["untrained"], "kl", "general"))
+        if has_figures(found[UNTRAINED]):
+            worse.append(gap(found[MINE], found[UNTRAINED], "kl", "general"))
     said = ", ".join(f"{value:+.4f} ± {one:.4f}" for value, one in worse)
     held = all(value <= one for value, one in worse)
     return _verdict(worse, held, f"nats of general-text KL above the untrained row, by block: {said}")
@@ -153,8 +153,8 @@ def _packaged(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> V
     asked = {parse_bytes(size) for size in target["budgets"]}
     gains: dict[Block, tuple[float, float]] = {}
     for block, found in rows.items():
-        if block.budget > 1 and has_figures(found.get(MINE)) and has_figures(found.get("untrained")):
-            gains[block] = gap(found[MINE], found["untrained"], "correct")
+        if block.budget > 1 and has_figures(found.get(MINE)) and has_figures(found.get(UNTRAINED)):
+            gains[block] = gap(found[MINE], found[UNTRAINED], "correct")
     said = ", ".join(f"{block.name} {100 * value:+.2f} ± {100 * one:.2f}" for block, (value, one) in gains.items())
     deciding = {block: value for block, (value, _) in gains.items() if block.budget in asked}
     if asked - {block.budget for block in deciding}:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 
-from autodistill.search.campaign.trunk import BRANCH_DECAY, COST, COST_OF_WHOLE, Trunk, plan_trunk
+from autodistill.search.campaign.trunk import BRANCH_DECAY, Trunk, plan_trunk
 
 
-def _trunk(beside: float, start: int = 0, least: float = 0.0) -> Trunk:
-    """Of 100,000 tokens in steps of 100, a second for each thousand, and so many for each evaluation."""
+def _trunk(beside: float, start: int = 0, least: float = 0.0, pace: float = 10.0) -> Trunk:
+    """Of 100,000 tokens in steps of 100, `pace` seconds for each thousand, and `beside` times as many an evaluation."""
     return plan_trunk(
         "t003",
         start=start,
         end=100_000,
         least=least,
         batch_tokens=100,
-        seconds=lambda tokens: tokens / 1000 + beside,
+        seconds=lambda tokens: pace * (tokens / 1000 + beside),
     )
 
 
@@ -38,17 +38,9 @@ def test_nothing_branches_off_before_its_start_or_below_what_is_worth_it() -> No
     assert _trunk(0.2, least=60_000).branches == ()
 
 
-def test_of_the_whole_teacher_an_early_student_may_cost_more() -> None:
-    costs = {
-        "start": 0,
-        "end": 100_000,
-        "least": 0.0,
-        "batch_tokens": 100,
-        "seconds": lambda tokens: tokens / 1000 + 3.3,
-    }
-    cut, whole = (plan_trunk("t000", **costs, most=most) for most in (COST, COST_OF_WHOLE))
-    assert [(one.share, one.kept) for one in cut.branches] == [(0.25, True), (0.5, False)]
-    assert [(one.share, one.kept) for one in whole.branches] == [(0.25, False), (0.5, True)]
+def test_a_trunk_of_a_few_minutes_has_no_early_student() -> None:
+    assert _trunk(0.2, pace=5.9).lengths == ()
+    assert _trunk(0.2, pace=6.0).lengths == (27_200, 54_300)
 
 
 def test_the_decision_is_told_with_its_cost() -> None:
