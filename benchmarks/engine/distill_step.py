@@ -380,6 +380,7 @@ def size_of(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
+    """Time every arm by turns, measure the memory of the losses, and write the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
     parser.add_argument("--rounds", type=int, default=3, help="in which each arm takes a step")

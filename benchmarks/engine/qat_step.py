@@ -138,6 +138,7 @@ def measure(
 
 
 def main() -> None:
+    """Time steps with and without quantisation by turns, and write the report of the ratios."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
     parser.add_argument("--threads", type=int, default=1, help="of torch")

@@ -72,6 +72,7 @@ def warm(table: Table, seed: int, warmed: bool) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Replay searches without each part in turn, and write the report of what was lost."""
     parser = parser_of(__doc__, seeds=50, time=True)
     arguments = parse(parser, seeds=2)
     if arguments.smoke:

@@ -189,6 +189,7 @@ def unquantized(table: Table, prepared: Prepared, kept: Kept, most: int | None =
 
 
 def main() -> None:
+    """Replay the joint and the sequential search by seed, and write the report of both."""
     parser = parser_of(__doc__, seeds=50, time=True)
     arguments = parse(parser, seeds=2)
     if arguments.smoke:

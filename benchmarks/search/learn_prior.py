@@ -214,6 +214,7 @@ def _recipe(prior: Prior) -> str:
 
 
 def main() -> None:
+    """Learn the beliefs from recorded students and print them, or also write the file that ships."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {FILE.name}, which ships")
     arguments = parse(parser)

@@ -145,6 +145,7 @@ def on_draws(
 
 
 def main() -> None:
+    """Judge the recorded students at each stage, and write the report of how their order changes."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--draws", type=int, default=2000, help="of strategies to be halved")
     arguments = parse(parser, draws=2)

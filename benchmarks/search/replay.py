@@ -56,6 +56,7 @@ def best_at(curve: list[list[float]], operations: float) -> float:
 
 
 def main() -> None:
+    """Replay searches by scheduler, sampler and seed, and write the report of what they found."""
     parser = parser_of(__doc__, seeds=50, time=True)
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS, help="which of them")
     arguments = parse(parser, seeds=2, samplers=["random"])

@@ -242,6 +242,7 @@ def _told(events: Sequence[RunEvent]) -> Iterator[tuple[str, float]]:
 
 
 def main() -> None:
+    """Replay every arm by seed, run real searches to hold it to, and write the report and its chart."""
     parser = parser_of(__doc__, seeds=50, time=True)
     parser.add_argument("--real", type=int, default=1, help="searches that train, to hold the table to")
     arguments = parse(parser, seeds=1, real=0)

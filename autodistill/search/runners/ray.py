@@ -86,7 +86,7 @@ def _worker(setting: TrialSetting, deadline: Moment | None) -> Work:
         # Told as what became of its first assignment, since of a worker that cannot begin Tune says nothing.
         failure = ("disk-full" if is_disk_full(error) else WORKER_DIED, f"its worker could not begin: {error}")
         return lambda assignment: {"failure": failure}
-    return lambda assignment: attempted(bench, assignment, guard)
+    return lambda assignment: attempted(bench, assignment, guard, deadline)
 
 
 class _RayEnded(BaseException):

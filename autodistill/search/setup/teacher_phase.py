@@ -41,7 +41,7 @@ from autodistill.search.planning.representatives import alignment_cases, attenti
 from autodistill.search.request.metrics import Asked
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.worker.begin import begun, find_codes
+from autodistill.search.worker.begin import begun, codes_file
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
@@ -272,7 +272,8 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
         return
     # On all threads, of which a trial's worker has a part.
     with clock.phase("solve", "making up for the errors of rounding"):
-        find_codes(setting, raced, loaded.moments)
+        for start in raced:
+            codes_file(setting, start, loaded.moments)
         loaded.moments.release()
     strategy = starts[0]
     deployments = [one.deployment for one in checked.constructions if one.init == strategy.init]
