@@ -29,6 +29,7 @@ from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.training import fake_quantize as quantization
+from autodistill.distillation.training import straight_through
 from autodistill.distillation.training import trainer as training
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.hardware.machine import detect
@@ -124,7 +125,7 @@ def measure(
         for name in sorted(variants, reverse=number % 2 == 1):
             storage_of, learned, module = variants[name]
             loops = _none if name.endswith(EAGER) else compiled
-            grid_values.loops = quantization.loops = loops  # type: ignore[assignment]
+            grid_values.loops = straight_through.loops = loops  # type: ignore[assignment]
             training.quantized_training = module.quantized_training
             # A module of before weights were kept from pass to pass has no such thing.
             training.one_step = getattr(module, "one_step", lambda weights: nullcontext())

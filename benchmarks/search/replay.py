@@ -22,8 +22,9 @@ from benchmarks.common.expenses import Expense
 from benchmarks.common.math_search import TOKENS
 from benchmarks.common.over_seeds import mean
 from benchmarks.common.program import parse, parser_of
+from benchmarks.common.recorded import Table, load_table
 from benchmarks.common.report import Kept
-from benchmarks.common.simulate import Table, default_rungs, load_table, plan, simulate
+from benchmarks.common.simulate import default_rungs, plan, simulate
 
 SIZES = (12,)
 SCHEDULERS: dict[str, dict[str, Any]] = {

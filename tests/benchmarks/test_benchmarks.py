@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks.common.program import ROOT
-from benchmarks.engine import distill_step
+from benchmarks.engine import distill_arms
 from benchmarks.reliability import mutants
 
 MODULES = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
@@ -164,9 +164,9 @@ def test_both_losses_of_trl_are_the_same_divergence(beta):
     states, wanted = (torch.randn(2, 5, 16, generator=source) for _ in range(2))
     head, wanted_head = (torch.randn(50, 16, generator=source) for _ in range(2))
     own = head.clone().requires_grad_()
-    experimental = distill_step.experimental_loss(states @ own.T, wanted @ wanted_head.T, beta)
+    experimental = distill_arms.experimental_loss(states @ own.T, wanted @ wanted_head.T, beta)
     (expected,) = torch.autograd.grad(experimental, own)
-    stable = distill_step.stable_loss(states, own, wanted, wanted_head, beta)
+    stable = distill_arms.stable_loss(states, own, wanted, wanted_head, beta)
     (found,) = torch.autograd.grad(stable, own)
     assert float(stable.detach()) == pytest.approx(float(experimental.detach()), rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
