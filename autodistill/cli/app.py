@@ -236,12 +236,7 @@ def _summary(result: SearchResult | BudgetSearch) -> str:
 
 
 def _later(module: str, name: str, *more: Callable[[], Any]) -> Callable[[Any], Any]:
-    """A function of a module of the command line that is imported once there is a result to show.
-
-    Args:
-        module, name: Its own.
-        more: What it is given behind the result.
-    """
+    """A function of a module of the command line that is imported once there is a result to show."""
     return lambda result: getattr(import_module(f"autodistill.cli.{module}"), name)(result, *(one() for one in more))
 
 

@@ -176,11 +176,6 @@ class _Others:
     def call(self, what: str, run: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Run a part of the model in all processes with the arguments of this one.
 
-        Args:
-            what: "body" or "head".
-            run: It, in this process.
-            arguments, named: Tensors, and what asks for no cache.
-
         Raises:
             AutoDistillError: It failed in one of them.
         """

@@ -40,10 +40,6 @@ def write_page(run: RunFolder, out: Path | None = None) -> Path:
 def write_comparison(runs: Sequence[RunFolder], out: Path) -> Path:
     """Write the page about several runs, whole or not at all.
 
-    Args:
-        runs: At least two.
-        out: The file.
-
     Raises:
         InputError: There are fewer, or their records cannot be read, or the file cannot be written.
     """

@@ -352,11 +352,7 @@ def _impatient(uri: str) -> str:
 
 
 def _answered(call: Callable[[], _Result], uri: str) -> _Result:
-    """Return or raise what a call of a storage does, within a deadline; local folders need none.
-
-    Raises:
-        InputError: The storage did not answer in time.
-    """
+    """Return or raise what a call of a storage does, within a deadline; local folders need none."""
     if uri.startswith("file:"):
         return call()
     try:

@@ -299,11 +299,7 @@ def _untrained_row(
     strategy: Strategy | None = None,
     scales: Mapping[str, Scales] | None = None,
 ) -> Row:
-    """The unmodified teacher, or a student without training, under one deployment.
-
-    Raises:
-        InputError: It cannot be measured so, by a person's command say.
-    """
+    """The unmodified teacher, or a student without training, under one deployment."""
     what = "teacher" if strategy is None else "untrained student"
     try:
         evaluation, _ = evaluate(
