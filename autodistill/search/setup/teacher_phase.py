@@ -21,7 +21,6 @@ from autodistill.distillation.teacher.output_cache import META, CacheSettings
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.evaluation.base import Evaluator
-from autodistill.evaluation.evaluate import evaluate
 from autodistill.evaluators.tasks.command import NAME as COMMAND
 from autodistill.evaluators.tasks.command import Command
 from autodistill.hardware.device import Device
@@ -302,20 +301,14 @@ def _untrained_row(
     """The unmodified teacher, or a student without training, under one deployment."""
     what = "teacher" if strategy is None else "untrained student"
     try:
-        evaluation, _ = evaluate(
+        evaluation = setting.evaluate(
             model,
             spec,
             deployment,
             validation,
             TeacherReference.load(setting.teacher_reference),
-            budget=setting.budget,
-            evaluators=setting.evaluators,
-            metric=setting.metric,
-            device=setting.device,
+            strategy.init if strategy else None,
             scales=read_scales(setting.teacher, deployment) if scales is None else scales,
-            share=setting.plan.example_share,
-            tokenizer=setting.text(strategy.init if strategy else None),
-            teacher=setting.teacher_spec,
         )
     except TrialFailedError as error:
         raise InputError(f"the {what} as {deployment.name} cannot be measured ({error.cause}): {error}") from error

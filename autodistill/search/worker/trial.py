@@ -19,7 +19,7 @@ from autodistill.distillation.training.side_by_side import MOST, usable
 from autodistill.distillation.training.step_record import StepRecord
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import TrialFailedError
-from autodistill.evaluation.evaluate import Evaluation, evaluate
+from autodistill.evaluation.evaluate import Evaluation
 from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
 from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Scales
@@ -250,21 +250,8 @@ class Trial:
         setting = self._bench.setting
         init = self._task.strategy.init
         data, reference = self._bench.held_out(tokens, init)
-        return evaluate(
-            model,
-            self._spec,
-            deployment,
-            data,
-            reference,
-            budget=setting.budget,
-            evaluators=setting.evaluators,
-            metric=setting.metric,
-            device=setting.device,
-            scales=scales,
-            share=setting.plan.example_share * tokens / setting.plan.eval_tokens,
-            tokenizer=setting.text(init),
-            teacher=setting.teacher_spec,
-        )[0]
+        share = setting.plan.example_share * tokens / setting.plan.eval_tokens
+        return setting.evaluate(model, self._spec, deployment, data, reference, init, scales=scales, share=share)
 
     def _trainer(self) -> Trainer:
         model, kept = student_of(self._bench.setting, self._task.strategy, self._task.seed)
