@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 from autodistill.errors import MissingDependencyError
+from autodistill.report.charts import INSTALL_PLOTS
 from autodistill.report.comparison import comparison
 from autodistill.report.contents import Contents, charts_of
 from autodistill.report.page import page
-from autodistill.runs.report import INSTALL_PLOTS
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.callbacks import Callback, RungReached, SearchStarted, TrialFinished
 from autodistill.utils.durable import make_folder
