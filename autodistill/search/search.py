@@ -299,11 +299,7 @@ def _deadline(planned: Planned, earlier: Sequence[RunEvent], clock: Clock, obser
     left = box["seconds"] - spent - plan.seconds["export"] - plan.seconds["test"]
     if left <= 0:
         after = format_duration(box["seconds"] - spent - left)
-        why = (
-            f"was used up before ({format_duration(spent)})"
-            if spent
-            else f"holds no more than export and test ({after})"
-        )
+        why = f"was used up before ({format_duration(spent)})" if spent else f"does not hold export and test ({after})"
         observer.line(
             f"the time budget of {format_duration(box['seconds'])} {why}: the run ends with what it has, and more "
             "--time extends it"
