@@ -77,7 +77,7 @@ def test_of_tune_searcher_and_scheduler_are_asked_as_they_are_written() -> None:
 
 
 def test_of_transformers_a_plan_of_tensor_parallelism_is_read_by_layer() -> None:
-    """`inference/tensor_parallel.py` divides by it, and puts functions of its own in the place of theirs."""
+    """`inference/divided_part.py` divides by it, and puts functions of its own in the place of theirs."""
     from transformers import PreTrainedModel
     from transformers.distributed.tensor_parallel import ColwiseParallel
 

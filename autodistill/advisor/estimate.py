@@ -162,11 +162,7 @@ class _Served:
 
 
 def _context(model: Described, asked: int | None, prompt: int | None) -> int:
-    """Return the served context: the requested one, or the default limited to what the model has.
-
-    Raises:
-        InputError: The model has less than is asked for, or a prompt does not lie in it.
-    """
+    """Return the served context: the requested one, or the default limited to what the model has."""
     most = model.spec.max_context
     context = min(CONTEXT, most) if asked is None else asked
     if context > most:

@@ -36,7 +36,7 @@ def _file(help: str) -> Option:
 
 
 def _tokens(help: str) -> Option:
-    return Option(help=help, metavar="TOKENS", typed=int)
+    return Option(help=help, metavar="TOKENS")
 
 
 def read_counts(text: str) -> tuple[int, ...]:

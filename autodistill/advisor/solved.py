@@ -40,13 +40,7 @@ class Solved(TypedDict):
 
 
 def keep_solved(cache: Path, fingerprint: str, found: Iterable[Solved]) -> None:
-    """Add solutions to those of a teacher, in place of older ones for the same budget.
-
-    Args:
-        cache: Root of caches.
-        fingerprint: The teacher's.
-        found: What was solved.
-    """
+    """Add solutions to those of a teacher, in place of older ones for the same budget."""
     path = _path(cache, fingerprint)
     with alone(path):
         kept = {_asked(one): one for one in _read(path)}

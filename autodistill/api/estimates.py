@@ -24,7 +24,7 @@ RUN_SHAPE = "A shape in the place of MODEL"
 
 
 def _size(help: str, metavar: str = "N") -> Option:
-    return Option(help=help, metavar=metavar, typed=int, section=RUN_SHAPE)
+    return Option(help=help, metavar=metavar, section=RUN_SHAPE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,6 @@ class EstimateRequest:
         Option(
             help="Also estimate the memory of each of N GPUs that run or train the model together.",
             metavar="N",
-            typed=int,
         ),
     ] = None
     strategy: Annotated[

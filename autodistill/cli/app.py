@@ -236,35 +236,12 @@ def _summary(result: SearchResult | BudgetSearch) -> str:
 
 
 def _later(module: str, name: str, *more: Callable[[], Any]) -> Callable[[Any], Any]:
-    """A function of a module of the command line that is imported once there is a result to show.
-
-    Args:
-        module, name: Its own.
-        more: What it is given behind the result.
-    """
-    return lambda result: getattr(import_module(f"autodistill.cli.{module}"), name)(result, *(one() for one in more))
+    """A function of a module that is imported once there is a result, which it is given before what `more` gives."""
+    return lambda result: getattr(import_module(f"autodistill.{module}"), name)(result, *(one() for one in more))
 
 
 def _of(show: Callable[[dict[str, Any]], str]) -> Callable[[Any], str]:
     return lambda result: show(result.document)
-
-
-def _shown(found: dict[str, Any]) -> str:
-    from autodistill.advisor.origin import said
-
-    return said(found)
-
-
-def _cascaded(found: dict[str, Any]) -> str:
-    from autodistill.search.cascade import described
-
-    return described(found)
-
-
-def _profiled(found: dict[str, Any]) -> str:
-    from autodistill.profiling.request import described
-
-    return described(found)
 
 
 def _ready(found: Any) -> None:
@@ -289,35 +266,35 @@ _searches("distill", api.distill)
 _verb(api.write, dict, written_summary, quiet=lambda given: [given.get("teacher")])
 _verb(commands.leaderboard, rows, tables)
 _verb(commands.explain, dict, lambda found: str(found["text"]))
-_verb(commands.show, dict, _shown)
+_verb(commands.show, dict, _later("advisor.origin", "said"))
 _verb(commands.reproduce, dict, lambda found: str(found["text"]))
 _verb(commands.report, dict, lines)
 _verb(commands.compare, dict, lines)
 _verb(commands.study, dict, lines)
 _verb(commands.log, dict, lines)
-_verb(api.cascade, dict, _cascaded, quiet=lambda given: [])
+_verb(api.cascade, dict, _later("search.cascade", "described"), quiet=lambda given: [])
 _verb(commands.export, dict, commands.exported_text)
 _verb(commands.verify, dict, commands.verified_text)
 _verb(api.bundle, dict, bundle_text, quiet=lambda given: [])
 _verb(api.dashboards, dict, lines)
-_verb(commands.doctor, _later("doctor", "to_json"), _later("doctor", "describe"), after=_ready)
+_verb(commands.doctor, _later("cli.doctor", "to_json"), _later("cli.doctor", "describe"), after=_ready)
 _verb(
     api.devices,
     lambda found: [one.to_json() for one in found],
-    _later("hardware_summary", "devices_table", table_width),
+    _later("cli.hardware_summary", "devices_table", table_width),
 )
 _verb(commands.strategies, dict, packaged_text)
 _verb(commands.spaces, dict, packaged_text)
 _verb(
     api.estimate,
     attrgetter("document"),
-    _of(_later("hardware_summary", "appraisal_text", table_width)),
+    _of(_later("cli.hardware_summary", "appraisal_text", table_width)),
     quiet=_models,
     sections=(api.RUN_SHAPE,),
 )
-_verb(api.pick, attrgetter("document"), _of(_later("hardware_summary", "pick_text", table_width)))
-_verb(api.measure, dict, _later("hardware_summary", "measured_text"), quiet=lambda given: [str(given["student"])])
-_verb(api.profile, dict, _profiled, quiet=lambda given: [given.get("teacher")])
+_verb(api.pick, attrgetter("document"), _of(_later("cli.hardware_summary", "pick_text", table_width)))
+_verb(api.measure, dict, _later("cli.hardware_summary", "measured_text"), quiet=lambda given: [str(given["student"])])
+_verb(api.profile, dict, _later("profiling.request", "described"), quiet=lambda given: [given.get("teacher")])
 _verb(
     api.solve,
     attrgetter("document"),

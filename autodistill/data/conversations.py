@@ -151,8 +151,8 @@ def _pair_reader(prompt: str, answer: str) -> Reader:
     def read(record: Record, where: str) -> Conversation | None:
         """Return a record as one question and its answer; None where either is blank."""
         for name in (prompt, answer):
-            _text(name, record, where)
-        question, reply = _with_context(prompt, record, where), _text(answer, record, where)
+            text_of(name, record, where)
+        question, reply = _with_context(prompt, record, where), text_of(answer, record, where)
         return single_turn(question, reply) if question.strip() and reply.strip() else None
 
     return read
@@ -160,11 +160,11 @@ def _pair_reader(prompt: str, answer: str) -> Reader:
 
 def _with_context(prompt: str, record: Record, where: str) -> str:
     context = next((name for name in _CONTEXTS if record.get(name)), None)
-    text = _text(prompt, record, where)
-    return f"{text}\n{_text(context, record, where)}" if context and text else text
+    text = text_of(prompt, record, where)
+    return f"{text}\n{text_of(context, record, where)}" if context and text else text
 
 
-def lacking(name: str, record: Record, where: str) -> InputError:
+def _lacking(name: str, record: Record, where: str) -> InputError:
     """Return the error for a record without a field that other records have."""
     own = f"it has {', '.join(record)}" if record else "it has none"
     return InputError(
@@ -173,9 +173,14 @@ def lacking(name: str, record: Record, where: str) -> InputError:
     )
 
 
-def _text(name: str, record: Record, where: str) -> str:
+def text_of(name: str, record: Record, where: str) -> str:
+    """Return the text in a record's field; "" where that is null.
+
+    Raises:
+        InputError: It lacks the field, or has something else there.
+    """
     if name not in record:
-        raise lacking(name, record, where)
+        raise _lacking(name, record, where)
     value = record[name]
     if value is not None and not isinstance(value, str):
         raise InputError(f"{where} has a field {name} that is not text: write it as text")

@@ -253,11 +253,7 @@ def fingerprint_of(folder: Path) -> str:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    """Read the index of prepared data.
-
-    Raises:
-        InputError: No prepared data in the folder.
-    """
+    """Read the index of prepared data."""
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return {name: index[name] for name in ("fingerprint", "splits")}

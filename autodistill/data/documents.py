@@ -21,9 +21,9 @@ from autodistill.data.conversations import (
     Conversation,
     Record,
     Turn,
-    lacking,
     read_prompt,
     readers,
+    text_of,
 )
 from autodistill.errors import InputError
 from autodistill.models.model_folder import stated_license
@@ -358,11 +358,7 @@ def _record_documents(records: list[tuple[str, Record]], ref: str) -> list[Docum
 def _text_reader(name: str) -> Callable[[Record, str], str | None]:
     def read(record: Record, where: str) -> str | None:
         """Return the text of a record; None where it has none."""
-        if name not in record:
-            raise lacking(name, record, where)
-        value = record[name]
-        if value is not None and not isinstance(value, str):
-            raise InputError(f"{where} has a field {name} that is not text: write it as text")
-        return value if value and value.strip() else None
+        text = text_of(name, record, where)
+        return text if text.strip() else None
 
     return read

@@ -256,16 +256,7 @@ def _write_texts(
 def _kept(
     whole: Mapping[str, Sequence[Rendered]], ends: Sequence[int], length: int
 ) -> tuple[dict[int, list[Rendered]], tuple[str, ...]]:
-    """Return the usable records in all renderings, cut to a sequence, by place in the source; and notes.
-
-    Args:
-        whole: The renderings.
-        ends: The token that each ends an answer with.
-        length: Tokens of a sequence.
-
-    Raises:
-        InputError: There is none.
-    """
+    """Return the usable records in all renderings, cut to a sequence, by place in the source; and notes."""
     together = list(zip(*whole.values(), strict=True))
     records: dict[int, list[Rendered]] = {}
     for place, renderings in enumerate(together):

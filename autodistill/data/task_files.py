@@ -275,11 +275,7 @@ class _Asked:
 
 
 def _numbers_are_texts(records: Iterable[_Asked]) -> bool:
-    """Return whether whole numbers among the gold answers are texts of choices; otherwise they are places.
-
-    Raises:
-        InputError: They could be either, and would name different choices.
-    """
+    """Return whether whole numbers among the gold answers are texts of choices; otherwise they are places."""
     numbers = [one for one in records if isinstance(one.raw, int)]
     if not all(str(one.raw) in one.plain for one in numbers):
         return False

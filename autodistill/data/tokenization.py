@@ -49,9 +49,6 @@ def load_tokenizer(folder: Path) -> Any:
 def chat_template_of(tokenizer: Any) -> str | None:
     """Return the template for conversations: the only one, or the default of several.
 
-    Args:
-        tokenizer: Of transformers.
-
     Returns:
         None where it has none, or several by name of which none is the default.
     """
@@ -62,11 +59,6 @@ def chat_template_of(tokenizer: Any) -> str | None:
 
 def tokenized(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
     """Return a tokenizer's output for texts, without tokens that begin or end a text.
-
-    Args:
-        tokenizer: Of transformers.
-        texts: One or more.
-        options: Of its call.
 
     Raises:
         InputError: It fails on a text, as one without a token for what it does not know, or does not come to an end.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.estimates.serving_memory import window_in
+from autodistill.estimates.activations import window_in
 from autodistill.estimates.speed import PROMPT_TOKENS
 from autodistill.hardware.budget import LatencyLimit
 from autodistill.hardware.machine import cores

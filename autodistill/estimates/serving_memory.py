@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import NamedTuple
 
 from autodistill.errors import InputError
+from autodistill.estimates.activations import (
+    activation_rows,
+    active_ffn,
+    fused_rows,
+    gated,
+    kv_bytes,
+    latent_attention,
+    window_in,
+)
 from autodistill.hardware.runtime import further_runtime, further_runtimes
-from autodistill.models.families import FAMILIES
-from autodistill.models.llama_cpp_graphs import WINDOWED_GRAPHS
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
 from autodistill.quantization.formats import CACHE_BYTES, TYPES, as_held, get_format, tensor_bytes, weights_bytes
@@ -23,7 +29,6 @@ _CACHE_CELLS = 256  # llama.cpp rounds a sequence's context up to a multiple of 
 _INPUT_BYTES = 40  # a token's id, position, cache slots and output index in llama.cpp's graph, padding included
 _VLLM_BLOCK = 16  # tokens of a page of vLLM's KV cache
 _VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a step's activations are made for
-_WINDOWED = ("transformers", "vllm")  # runtimes that know the sliding window of every family
 
 REPACKED = ("q4_0", "q4_k", "iq4_nl", "mxfp4")
 """Types of which llama.cpp's kernels for x86-64 multiply matrices with interleaved rows (read off its log; other CPUs
@@ -234,68 +239,8 @@ def check_cache(spec: ModelSpec, runtime: str, cache_types: tuple[str, str]) -> 
             )
 
 
-def kv_bytes(spec: ModelSpec, layers: int, tokens: int, cache_types: tuple[str, str]) -> int:
-    """Keys and values of `tokens` tokens in some of the layers, or the latents that both are made of, kept as keys."""
-    sizes = [Fraction(*CACHE_BYTES[kind]) for kind in cache_types]
-    if spec.latent:
-        return int(layers * tokens * spec.latent * sizes[0])
-    return int(layers * tokens * spec.kv_heads * spec.head_dim * sum(sizes))
-
-
-def window_in(spec: ModelSpec, runtime: str) -> tuple[int, int]:
-    """Return the sliding window that a runtime uses, in tokens, and its number of layers; (0, 0) for none.
-
-    llama.cpp has windows in the graphs of some families alone, and in all others reads what is behind a token whole, as
-    do graphs of ONNX, whose scores are of all tokens.
-    """
-    known = runtime in _WINDOWED or (runtime == "llama.cpp" and _graph(spec) in WINDOWED_GRAPHS)
-    return (spec.window, spec.windowed_layers) if known and spec.window else (0, 0)
-
-
 def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-
-
-def _active_ffn(spec: ModelSpec) -> int:
-    """Return the FFN neurons that a token passes through, in the layer with the most."""
-    active = spec.ffn_width * max(1, spec.active_experts + spec.shared_experts)
-    if not (spec.latent and spec.experts):
-        return active
-    # Their first layers have one FFN, wider than an expert.
-    return max([active, *_rows(spec, ".mlp.gate_proj.weight")])
-
-
-def _rows(spec: ModelSpec, suffix: str) -> list[int]:
-    return [tensor.shape[0] for tensor in spec.tensors if tensor.name.endswith(suffix)]
-
-
-def activation_rows(spec: ModelSpec) -> int:
-    """Return the values of a token in a layer: four rows of the width, and three of the FFN (two without a gate)."""
-    return 4 * spec.width + _active_ffn(spec) * _ffn_rows(spec)
-
-
-def all_activation_rows(spec: ModelSpec) -> int:
-    """Return the values of a token in all layers, each with its own width."""
-    narrower = sum(spec.ffn_width - width for width in spec.ffn_by_layer)
-    return spec.layers * activation_rows(spec) - narrower * _ffn_rows(spec)
-
-
-def _ffn_rows(spec: ModelSpec) -> int:
-    return 3 if _gated(spec) else 2
-
-
-def _fused(spec: ModelSpec) -> tuple[int, ...]:
-    family = FAMILIES.get(spec.architecture)
-    return (3 * spec.heads * spec.head_dim,) if family and family.fused else ()
-
-
-def _gated(spec: ModelSpec) -> bool:
-    """Return whether its FFN has a gate, as that of every architecture has which is described and not supported."""
-    return spec.architecture not in FAMILIES or FAMILIES[spec.architecture].gated
-
-
-def _graph(spec: ModelSpec) -> str:
-    return FAMILIES[spec.architecture].gguf if spec.architecture in FAMILIES else ""
 
 
 def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
@@ -330,9 +275,9 @@ def _llama_cpp(serving: _Serving) -> _Parts:
     tokens = min(_UBATCH, serving.context * batch)
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     logits = 4 * batch * spec.vocabulary
-    ffn = _active_ffn(spec) * (3 if _gated(spec) else 1)
-    attention = _latent_attention(spec) if spec.latent else max(2 * queries, queries + 3 * keys)
-    peak = max(4 * tokens * max(ffn, attention, *_fused(spec)), logits)
+    ffn = active_ffn(spec) * (3 if gated(spec) else 1)
+    attention = latent_attention(spec) if spec.latent else max(2 * queries, queries + 3 * keys)
+    peak = max(4 * tokens * max(ffn, attention, *fused_rows(spec)), logits)
     compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
     overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
     cache = kv_bytes(spec, spec.layers, cells * batch, serving.cache_types)
@@ -344,14 +289,9 @@ def _llama_cpp(serving: _Serving) -> _Parts:
     table = _table_bytes(serving)
     if not serving.on_gpu:
         return _Parts(serving.weights, cache, compute + logits, overhead + (table if _repacked(serving) else 0))
-    copies = 2 * tokens * 2 * max(spec.width, queries, _active_ffn(spec))
+    copies = 2 * tokens * 2 * max(spec.width, queries, active_ffn(spec))
     held = serving.weights if spec.tied else max(0, serving.weights - table)
     return _Parts(held, cache, compute, CUBLAS_WORKSPACE_BYTES + copies, overhead + table + logits)
-
-
-def _latent_attention(spec: ModelSpec) -> int:
-    """Return the values of a token in latent attention: queries (as long as what is cached) and outputs."""
-    return spec.heads * (spec.head_dim + spec.latent + max(_rows(spec, ".kv_a_layernorm.weight")))
 
 
 def _repacked(serving: _Serving) -> bool:
@@ -401,7 +341,7 @@ def _vllm(serving: _Serving) -> _Parts:
     spec, batch = serving.spec, serving.batch
     paged = _round_up(serving.context, _VLLM_BLOCK) * batch
     cache = _windowed_cache(serving, paged, (window_in(spec, serving.runtime)[0] + _VLLM_BATCHED_TOKENS) * batch)
-    activations = 2 * _VLLM_BATCHED_TOKENS * (4 * spec.width + 3 * _active_ffn(spec))
+    activations = 2 * _VLLM_BATCHED_TOKENS * (4 * spec.width + 3 * active_ffn(spec))
     logits = (2 + 4) * batch * spec.vocabulary
     if serving.on_gpu:
         overhead = VLLM_GRAPHS_BYTES + CUBLAS_WORKSPACE_BYTES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autodistill.estimates.serving_memory import all_activation_rows, kv_bytes, window_in
+from autodistill.estimates.activations import all_activation_rows, kv_bytes, window_in
 from autodistill.hardware.budget import LatencyLimit
 from autodistill.hardware.device import Device
 from autodistill.hardware.runtime import Shares

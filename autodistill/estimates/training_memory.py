@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES, kv_bytes
+from autodistill.estimates.activations import kv_bytes
+from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
 from autodistill.models.config import uniform
 from autodistill.models.families import Axis, get_family
 from autodistill.models.spec import ModelSpec

@@ -32,12 +32,7 @@ _NORMALIZED = {"mixtral": True, "qwen3_moe": True, "olmoe": False}
 
 
 def cannot_write(spec: ModelSpec, config: Mapping[str, Any]) -> str:
-    """Return why no GGUF file is written of a mixture of experts, or of a model of no family; "" if one is.
-
-    Args:
-        spec: Its shape.
-        config: transformers' config.
-    """
+    """Return why no GGUF file is written of a mixture of experts, or of a model of no family; "" if one is."""
     name = spec.architecture
     if name not in GGUF_MIXTURES:
         return "" if name in FAMILIES else _unknown(name)

@@ -125,11 +125,7 @@ def _difference(tokenizer: Any, expected: Sequence[int], found: Sequence[int]) -
 
 
 def _cannot_write(folder: Path, vocabulary: int) -> str:
-    """Return why the tokenizer's metadata cannot be written, or "".
-
-    Raises:
-        InputError: The tokenizer has more tokens than the table has rows.
-    """
+    """Return why the tokenizer's metadata cannot be written, or ""."""
     with tempfile.TemporaryDirectory() as place:
         writer = GGUFWriter(Path(place) / "tokenizer.gguf", "llama")
         try:

@@ -59,10 +59,6 @@ def continuations(
 def _of_equal_length(prompts: Sequence[Tokens], sizes: Sequence[Sequence[int]]) -> Callable[[int, int], int]:
     """Return the `take` function of `map_batches` for prompts of equal length, with limits on their tokens and on those
     of the padded continuations; at least one prompt.
-
-    Args:
-        prompts: The longest first.
-        sizes: Tokens of the continuations of each.
     """
 
     def take(start: int, tokens: int) -> int:

@@ -21,19 +21,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch import Tensor
 
 from autodistill.errors import AutoDistillError
-from autodistill.inference.half_precision import TYPES, held_as_deployed, hold, load_held
+from autodistill.inference.divided_part import gathering, own_part, own_scales
+from autodistill.inference.half_precision import held_as_deployed, load_held
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.models.config import spec_from_config
-from autodistill.models.loading import load_model
 from autodistill.models.model_folder import HeldType
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales
@@ -72,7 +70,7 @@ def load_teacher(folder: Path, held: HeldType, device: str = "cpu", processes: i
         leave(found)
     others = _Others(folder, held, device, processes)
     try:
-        model = _own_part(folder, held, device, 0, processes)
+        model = own_part(folder, held, device, 0, processes)
     except Exception as error:
         raise others.failed(error) from error
     setattr(model, _STATE, others)
@@ -116,7 +114,7 @@ def deployed_in_all(
     others = getattr(model, _STATE)
     others.tell({"do": "deploy", "deployment": deployment.to_json(), "own": scales is not None})
     try:
-        yield _own_scales(model, scales)
+        yield own_scales(model, scales)
     finally:
         others.tell({"do": "restore"})
 
@@ -135,24 +133,10 @@ def inputs_gathered(model: Any, names: Sequence[str]) -> Iterator[None]:
     others = getattr(model, _STATE)
     others.tell({"do": "gather", "names": list(names)})
     try:
-        with _gathering(model, names):
+        with gathering(model, names):
             yield
     finally:
         others.tell({"do": "restore"})
-
-
-def whole_input(module: Any, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Return the whole input of a linear layer, whatever part of it this process has."""
-    found: Tensor = getattr(module, "whole_input", inputs[0])
-    return found
-
-
-class _Part(NamedTuple):
-    """Which part of a matrix a process has: its dimension, and the range in it."""
-
-    dim: int
-    start: int
-    stop: int
 
 
 class _Others:
@@ -191,11 +175,6 @@ class _Others:
 
     def call(self, what: str, run: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Run a part of the model in all processes with the arguments of this one.
-
-        Args:
-            what: "body" or "head".
-            run: It, in this process.
-            arguments, named: Tensors, and what asks for no cache.
 
         Raises:
             AutoDistillError: It failed in one of them.
@@ -286,7 +265,7 @@ def member() -> None:
     torch.set_num_threads(settings["threads"])
     _meet(device, Path(settings["meeting"]), rank, count)
     folder = Path(settings["folder"])
-    model = _own_part(folder, settings["held"], device, rank, count)
+    model = own_part(folder, settings["held"], device, rank, count)
     parts: Mapping[str, Any] = {"body": model.base_model, "head": model.get_output_embeddings()}
     changed = ExitStack()
     while (asked := lines.get())["do"] != "leave":
@@ -302,10 +281,10 @@ def member() -> None:
             deployment = Deployment.from_json(asked["deployment"])
             scales = read_scales(folder, deployment) if asked["own"] else None
             storages = {one.name: deployment.storage(one) for one in spec_from_config(model.config.to_dict()).tensors}
-            changed.enter_context(held_as_deployed(model, storages, _own_scales(model, scales)))
+            changed.enter_context(held_as_deployed(model, storages, own_scales(model, scales)))
             changed.enter_context(quantized_cache(model, deployment.cache_types))
         elif asked["do"] == "gather":
-            changed.enter_context(_gathering(model, asked["names"]))
+            changed.enter_context(gathering(model, asked["names"]))
         else:
             changed.close()
     dist.destroy_process_group()
@@ -341,112 +320,3 @@ def _meet(device: str, store: Path, rank: int, count: int) -> None:
         timeout=_LONGEST_WAIT,
         device_id=torch.device(device, rank) if device == "cuda" else None,
     )
-
-
-def _own_part(folder: Path, held: HeldType, device: str, rank: int, count: int) -> Any:
-    """This process's part of a model: each module computes with plain tensors, and meets the others where it must."""
-    model: Any = load_model(folder, TYPES[held], device, divided=count)
-    plan = model._expand_parallel_plan(model.tp_plan)
-    local: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, DTensor):
-                own = local.setdefault(id(parameter), nn.Parameter(parameter.to_local(), requires_grad=False))
-                (placement,) = parameter.placements
-                if isinstance(placement, Shard):
-                    dim, size = placement.dim % parameter.ndim, parameter.shape[placement.dim]
-                    own.part = _part(dim, size, rank, count)  # type: ignore[attr-defined]
-                module._parameters[name] = own
-        # Theirs is for distributed tensors.
-        module.__dict__.pop("forward", None)
-    hold(model)
-    for name, module in model.named_modules():
-        style = plan.get(name)
-        if style == "rowwise":
-            module.forward = partial(_sum_of_products, module, type(module).forward)
-        elif style == "embedding_rowwise":
-            module.forward = partial(_sum_of_rows, module, type(module).forward)
-        elif style == "colwise_gather_output":
-            module.forward = partial(_whole_outputs, module, type(module).forward)
-        else:
-            assert style in (None, "colwise", "replicated_with_grad_allreduce"), f"{name} is divided {style}"
-    return model
-
-
-def _part(dim: int, size: int, rank: int, count: int) -> _Part:
-    each = -(-size // count)
-    return _Part(dim, min(size, rank * each), min(size, (rank + 1) * each))
-
-
-def _sum_of_products(module: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
-    """A linear layer of whose inputs each process has a part."""
-    bias, module.bias = module.bias, None
-    try:
-        found = forward(module, input).contiguous()
-    finally:
-        module.bias = bias
-    dist.all_reduce(found)
-    return found if bias is None else found + bias
-
-
-def _sum_of_rows(module: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
-    """A table of whose tokens each process has a part."""
-    _, start, stop = module.weight.part
-    own = (input >= start) & (input < stop)
-    found = forward(module, (input - start).clamp(0, max(0, stop - start - 1))) * own.unsqueeze(-1)
-    dist.all_reduce(found)
-    return found
-
-
-def _whole_outputs(module: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
-    """A head of whose tokens each process has a part."""
-    return _gathered(forward(module, input), module.out_features)
-
-
-def _gathered(own: Tensor, size: int) -> Tensor:
-    """The parts of all processes side by side in the last dimension, which has `size` entries in all."""
-    count = dist.get_world_size()
-    each = -(-size // count)
-    own = nn.functional.pad(own, (0, each - own.shape[-1])).contiguous()
-    parts = [torch.empty_like(own) for _ in range(count)]
-    dist.all_gather(parts, own)
-    return torch.cat(parts, dim=-1)[..., :size]
-
-
-@contextmanager
-def _gathering(model: Any, names: Sequence[str]) -> Iterator[None]:
-    modules = [model.get_submodule(name) for name in names]
-
-    def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        module.whole_input = _gathered(inputs[0], module.in_features)
-
-    handles = [module.register_forward_pre_hook(see) for module in modules]
-    try:
-        yield
-    finally:
-        for handle, module in zip(handles, modules, strict=True):
-            handle.remove()
-            module.__dict__.pop("whole_input", None)
-
-
-def _own_scales(model: Any, scales: Mapping[str, Scales] | None) -> dict[str, Scales] | None:
-    """The scales and offsets, [out, groups], of this process's part of each matrix."""
-    if scales is None:
-        return None
-    parts = {name: getattr(parameter, "part", None) for name, parameter in model.named_parameters()}
-    sizes = {one.name: one.shape for one in spec_from_config(model.config.to_dict()).tensors}
-
-    def cut(whole: Any, part: _Part, size: int) -> Any:
-        """Return the part of a whole tensor that one of `size` groups holds."""
-        groups = whole.shape[part.dim]
-        return np.ascontiguousarray(
-            whole.take(range(part.start * groups // size, part.stop * groups // size), axis=part.dim)
-        )
-
-    found = dict(scales)
-    for name, given in scales.items():
-        if (part := parts[name]) is not None:
-            size = sizes[name][part.dim]
-            offsets = None if given.offsets is None else cut(given.offsets, part, size)
-            found[name] = Scales(cut(given.scales, part, size), offsets)
-    return found

@@ -167,11 +167,7 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ..
 
 
 def _ffn_widths(config: Mapping[str, Any], spec: ModelSpec) -> tuple[int, ...]:
-    """Return the FFN's width in each layer, as transformers reads a config.
-
-    Raises:
-        InputError: A layer that is not there, or is named twice, or a width that is no positive number.
-    """
+    """Return the FFN's width in each layer, as transformers reads a config."""
     widths = [spec.ffn_width] * spec.layers
     given = {int(layer): own for layer, own in (config.get("per_layer_config") or {}).items()}
     if len(given) < len(config.get("per_layer_config") or {}) or any(layer >= spec.layers for layer in given):

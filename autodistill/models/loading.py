@@ -144,9 +144,6 @@ def one_line(error: Exception) -> str:
 def load_head(folder: Path) -> torch.Tensor:
     """Load the output head [vocab, width] in its stored type, and nothing else.
 
-    Args:
-        folder: Of transformers.
-
     Raises:
         InputError: None of its files has it.
     """

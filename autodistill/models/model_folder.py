@@ -190,9 +190,6 @@ def stated_license(license: object) -> str | None:
     """Return the licence in one line, or None if no readable licence is given.
 
     Model cards have an identifier or a list of these; GGUF files may have a value of any kind under its key.
-
-    Args:
-        license: As it was read.
     """
     if isinstance(license, list | tuple):
         return ", ".join(filter(None, map(stated_license, license))) or None

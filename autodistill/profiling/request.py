@@ -23,7 +23,7 @@ _SERVING = {"prompt": 256, "decoded": 32, "runtime": None}
 
 
 def _number(help: str, metavar: str = "TOKENS") -> Option:
-    return Option(help=help, metavar=metavar, typed=int, least=1)
+    return Option(help=help, metavar=metavar, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

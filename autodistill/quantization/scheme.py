@@ -171,11 +171,7 @@ class QuantizationScheme:
         return storage
 
     def _own_type(self, tensor: TensorSpec) -> str | None:
-        """The name of the type that `types` give a matrix, if they do.
-
-        Raises:
-            InputError: Two parts of equally many names give it two types.
-        """
+        """The name of the type that `types` give a matrix, if they do."""
         if not self.types:
             return None
         found: dict[int, dict[str, str]] = {}

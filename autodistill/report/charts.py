@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.evaluation.base import Direction
 from autodistill.hardware.budget import NO_LIMIT, Budget, DeviceBudget
-from autodistill.runs.report import INSTALL_PLOTS
 from autodistill.runs.results.leaderboard import pareto as front_of
 from autodistill.runs.results.row import Row
 from autodistill.search.construction.construction import Construction
@@ -24,6 +23,7 @@ from autodistill.units import format_bytes, format_duration, with_error
 if TYPE_CHECKING:
     import altair
 
+INSTALL_PLOTS = "pip install 'autodistill-search[plots]'"
 Against = Literal["memory", "size", "latency"]
 """What the metric is drawn against."""
 NLL = "nll"

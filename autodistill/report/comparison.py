@@ -28,9 +28,6 @@ def comparison(runs: Sequence[Contents]) -> str:
     Figures stand in one chart where they are of the same examples by the same metric, else in several. Latencies
     are told with their machine, and drawn nowhere.
 
-    Args:
-        runs: At least two.
-
     Raises:
         InputError: There are fewer, or two of one name.
     """

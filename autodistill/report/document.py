@@ -11,8 +11,8 @@ from importlib.resources import files
 from typing import Any
 
 from autodistill.errors import MissingDependencyError
+from autodistill.report.charts import INSTALL_PLOTS
 from autodistill.report.html import data, section, text
-from autodistill.runs.report import INSTALL_PLOTS
 
 _CHARTS_ABSENT = f"Charts need Vega-Altair and vl-convert: {INSTALL_PLOTS}"
 

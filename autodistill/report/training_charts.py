@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import InputError
@@ -42,15 +42,8 @@ def learning(events: Sequence[RunEvent]) -> altair.LayerChart:
     ]
     if not points:
         raise InputError("no trial has reached a rung, so that there is no learning curve yet")
-    ends = [{**_end(events, trial), **_last(points, trial)} for trial in curves if _last(points, trial)]
-    x = alt.X("tokens:Q", title="training tokens", scale=alt.Scale(zero=True))
     y = alt.Y("loss:Q", title="training loss (nats a token)", scale=alt.Scale(zero=False, padding=12))
-    color = _color(alt, list(curves))
-    lines = alt.Chart(alt.Data(values=points)).mark_line(opacity=0.8).encode(x=x, y=y, color=color, detail="trial:N")
-    chart: altair.LayerChart = alt.layer(lines, _marks(alt, ends, x, y, color)).properties(
-        title="training loss", width=WIDTH, height=HEIGHT
-    )
-    return chart
+    return _curves(alt, events, curves, points, y, "training loss", 0.8)
 
 
 def rungs(events: Sequence[RunEvent], metric: str) -> altair.LayerChart:
@@ -74,15 +67,28 @@ def rungs(events: Sequence[RunEvent], metric: str) -> altair.LayerChart:
     ]
     if not points:
         raise InputError(f"no trial has {metric} at a rung")
-    ends = [{**_end(events, trial), **_last(points, trial)} for trial in curves if _last(points, trial)]
-    x = alt.X("tokens:Q", title="training tokens", scale=alt.Scale(zero=True))
     y = alt.Y("value:Q", title=f"{metric} at the rung", scale=alt.Scale(zero=False, padding=20))
-    color = _color(alt, list(curves))
-    lines = alt.Chart(alt.Data(values=points)).mark_line(opacity=0.6).encode(x=x, y=y, color=color, detail="trial:N")
-    chart: altair.LayerChart = alt.layer(lines, _marks(alt, ends, x, y, color)).properties(
-        title=f"{metric} at rungs", width=WIDTH, height=HEIGHT
+    return _curves(alt, events, curves, points, y, f"{metric} at rungs", 0.6)
+
+
+def _curves(
+    alt: Any,
+    events: Sequence[RunEvent],
+    trials: Collection[str],
+    points: Sequence[Mapping[str, Any]],
+    y: altair.Y,
+    title: str,
+    opacity: float,
+) -> altair.LayerChart:
+    """A curve of each trial by its tokens, with a mark that says how the trial ended."""
+    ends = [{**_end(events, trial), **last} for trial in trials if (last := _last(points, trial))]
+    x = alt.X("tokens:Q", title="training tokens", scale=alt.Scale(zero=True))
+    color = _color(alt, list(trials))
+    lines = (
+        alt.Chart(alt.Data(values=points)).mark_line(opacity=opacity).encode(x=x, y=y, color=color, detail="trial:N")
     )
-    return chart
+    chart: altair.LayerChart = alt.layer(lines, _marks(alt, ends, x, y, color))
+    return chart.properties(title=title, width=WIDTH, height=HEIGHT)
 
 
 def phases(seconds: Mapping[str, float]) -> altair.Chart:

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 from autodistill.errors import MissingDependencyError
+from autodistill.report.charts import INSTALL_PLOTS
 from autodistill.report.comparison import comparison
 from autodistill.report.contents import Contents, charts_of
 from autodistill.report.page import page
-from autodistill.runs.report import INSTALL_PLOTS
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.callbacks import Callback, RungReached, SearchStarted, TrialFinished
 from autodistill.utils.durable import make_folder
@@ -39,10 +39,6 @@ def write_page(run: RunFolder, out: Path | None = None) -> Path:
 
 def write_comparison(runs: Sequence[RunFolder], out: Path) -> Path:
     """Write the page about several runs, whole or not at all.
-
-    Args:
-        runs: At least two.
-        out: The file.
 
     Raises:
         InputError: There are fewer, or their records cannot be read, or the file cannot be written.

@@ -14,8 +14,9 @@ from typing import Protocol
 from autodistill.distillation.training.plan import Plan
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.durable import make_folder, put
+from autodistill.utils.file_locks import alone
 from autodistill.utils.hashing import content_hash
-from autodistill.utils.storage import Storage, StoredFiles
+from autodistill.utils.storage import Storage
 
 _KEY = re.compile(r"([A-Za-z0-9_.]+)\.(\d{12})\.safetensors\Z", re.ASCII)
 # Of the free disk; the rest is left to the students, the caches and whoever else writes there.
@@ -113,6 +114,86 @@ class LocalFiles:
     def remove(self, key: str) -> None:
         """Remove the file."""
         (self._root / key).unlink(missing_ok=True)
+
+
+class StoredFiles:
+    """Files with keys and constant content on a storage, with a copy on this machine of those it uses.
+
+    Args:
+        storage: What holds them.
+        scratch: Folder of the copies.
+    """
+
+    def __init__(self, storage: Storage, scratch: Path) -> None:
+        self._storage = storage
+        self._scratch = scratch
+
+    def put(self, file: Path, key: str) -> None:
+        """Send a file, and keep it as this machine's copy.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        self._drop_removed()
+        self._storage.put(file, key)
+        os.replace(file, self._scratch / key)
+
+    def get(self, key: str) -> Path | None:
+        """Return this machine's copy, fetched once for all processes; None if there is no such file."""
+        path = self._scratch / key
+        if not self._storage.has(key):
+            path.unlink(missing_ok=True)
+            return None
+        with alone(path):
+            if not path.is_file():
+                self._drop_removed()
+                try:
+                    self._storage.get(key, path)
+                except FileNotFoundError:
+                    return None
+        return path
+
+    def _drop_removed(self) -> None:
+        """Make room for another copy: remove copies of files that were removed from the storage.
+
+        Where the disk does not hold another one of the largest, those longest unused go too: they can be fetched again.
+        """
+        make_folder(self._scratch)
+        # Looked at first, since a copy is here only after its file is on the storage.
+        copies = [path for path in self._scratch.iterdir() if path.is_file() and not path.name.startswith(".")]
+        kept = self._storage.list()
+        for path in copies:
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+        held = sorted((path for path in copies if path.name in kept), key=_used)
+        largest = max((kept[path.name] for path in held), default=0)
+        for path in held:
+            if shutil.disk_usage(self._scratch).free >= largest:
+                break
+            path.unlink(missing_ok=True)
+
+    def drop_copy(self, key: str) -> bool:
+        """Delete this machine's copy; the next `get` fetches it again."""
+        (self._scratch / key).unlink(missing_ok=True)
+        return True
+
+    def list(self) -> dict[str, int]:
+        """Return the size of each file, by key."""
+        return self._storage.list()
+
+    def remove(self, key: str) -> None:
+        """Remove a file, and this machine's copy."""
+        self._storage.remove(key)
+        (self._scratch / key).unlink(missing_ok=True)
+
+
+def _used(path: Path) -> float:
+    """Return when a file was last read or written; a missing file was never used."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return 0.0
+    return max(stat.st_atime, stat.st_mtime)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

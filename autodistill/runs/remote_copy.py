@@ -165,9 +165,6 @@ class Lease:
 def check_unheld(storage: Storage) -> Holder | None:
     """Refuse a run that a process holds, as far as can be seen; return the holder of one that may be taken over.
 
-    Args:
-        storage: The run's.
-
     Raises:
         InputError: It is held; the message has by whom, and when it may be taken over.
     """
@@ -293,10 +290,6 @@ def pull(folder: Path, storage: Storage) -> bool:
     """Fetch the run's `search.json`, in the place of this machine's; False where neither has one.
 
     Another machine may have gone on with the run since. What the storage has not got yet is this machine's alone.
-
-    Args:
-        folder: Of the run.
-        storage: The run's.
 
     Raises:
         InputError: The folder cannot be written, or the storage not read.

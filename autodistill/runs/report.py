@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from autodistill.errors import MissingDependencyError
 from autodistill.evaluation.base import Direction
 from autodistill.hardware.budget import read_budget
 from autodistill.runs.events import RowAdded, RowTested, RunEvent, TrialEnded, of_kind, rows_of
 from autodistill.runs.markdown import fenced, paragraph, plain
 from autodistill.runs.results.differences import differences, shown
 from autodistill.runs.results.gains import Gains, named
-from autodistill.runs.results.leaderboard import UNTRAINED, Ranked, limits_of, nearest, pareto, rank, rests_on
+from autodistill.runs.results.leaderboard import UNTRAINED, Ranked, limits_of, nearest, rank, rests_on
 from autodistill.runs.results.objectives import Objective, front, objectives_of
 from autodistill.runs.results.row import FORGOT, Row, Status, task_figures
 from autodistill.runs.results.selection import KIND, Confirmation, chosen, confirmations, contenders, students_only
@@ -22,11 +21,6 @@ from autodistill.runs.test_split_ledger import opened, openings_of
 from autodistill.units import format_bytes, format_duration, with_error
 from autodistill.utils.json_files import replacing
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-INSTALL_PLOTS = "pip install 'autodistill-search[plots]'"
-_PICTURE = "report.png"
 _TITLES = {"student": "found student", "baseline": "baseline to beat", "initial": "undistilled student"}
 
 
@@ -35,7 +29,6 @@ def report_markdown(
     ranked: Sequence[Ranked],
     events: Iterable[RunEvent],
     *,
-    picture: str | None = None,
     openings: Mapping[str, int] | None = None,
 ) -> str:
     """The page as Markdown; what was not recorded is left out.
@@ -46,7 +39,6 @@ def report_markdown(
             licence), `versions`, `notes`. A mapping under `teacher` or `data` is written as its fields.
         ranked: The leaderboard.
         events: The log. Of it are read how trials ended, and the rows of the test split and of further seeds.
-        picture: Path of the plot beside the page, or None where it could not be drawn.
         openings: How often each run beside this one opened the test split of the same data; none by default.
     """
     events = list(events)
@@ -61,7 +53,7 @@ def report_markdown(
         _asked(search),
         _answer(search, rows, ranked, confirmed),
         "## Leaderboard\n\n" + _leaderboard(ranked, metric),
-        f"![{plain(metric)} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
+        "Charts are in `report.html`, beside this page.",
         _confirmed(confirmed, ranked),
         _front(search, ranked),
         _lost(events),
@@ -76,11 +68,8 @@ def report_markdown(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def write_report(run: RunFolder) -> tuple[str, ...]:
-    """Write `report.md` into the run's folder and, where matplotlib is installed, `report.png`.
-
-    Returns:
-        The names of the files written.
+def write_report(run: RunFolder) -> None:
+    """Write `report.md` into the run's folder.
 
     Raises:
         InputError: `search.json` or the log cannot be read.
@@ -89,64 +78,9 @@ def write_report(run: RunFolder) -> tuple[str, ...]:
     events = run.events.all()
     metric, direction = search.get("metric", "accuracy"), search.get("direction", "max")
     ranked = rank(contenders(rows_of(events)), metric, direction)
-    try:
-        drawing = figure(ranked, metric, direction)
-    except MissingDependencyError:
-        written: tuple[str, ...] = ("report.md",)  # the page itself names the package
-    else:
-        with replacing(run.path / _PICTURE) as temporary:
-            drawing.savefig(temporary, format="png", dpi=150)
-        written = ("report.md", _PICTURE)
-    openings = openings_of(run.path.parent, search)
-    text = report_markdown(search, ranked, events, picture=_PICTURE if _PICTURE in written else None, openings=openings)
+    text = report_markdown(search, ranked, events, openings=openings_of(run.path.parent, search))
     with replacing(run.path / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return written
-
-
-def figure(ranked: Sequence[Ranked], metric: str = "accuracy", direction: str = "max") -> Figure:
-    """The metric against memory in MB, with standard errors and the Pareto front of feasible rows of full fidelity.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(f"plots need matplotlib: {INSTALL_PLOTS}") from error
-    drawing = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = drawing.subplots()
-    rows = [one.row for one in ranked if one.row.full and one.row.memory_bytes and one.row.figure(metric) is not None]
-    for feasible, color, label in ((True, "tab:blue", "fits"), (False, "tab:grey", "over the budget")):
-        group = [row for row in rows if row.feasible == feasible]
-        if group:
-            axes.errorbar(
-                [_megabytes(row) for row in group],
-                [row.figure(metric) or 0.0 for row in group],
-                yerr=[row.figure(f"{metric}_stderr") or 0.0 for row in group],
-                fmt="o",
-                color=color,
-                label=label,
-            )
-    best = pareto(
-        [row for row in rows if row.feasible],
-        {"memory_bytes": "min", metric: "min" if direction == "min" else "max"},
-    )
-    if best:
-        points = [_megabytes(row) for row in best], [row.figure(metric) or 0.0 for row in best]
-        axes.step(*points, where="post", color="tab:red", label="Pareto front")
-    for row in best:
-        point = (_megabytes(row), row.figure(metric) or 0.0)
-        axes.annotate(row.row_id, point, textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axes.set_xlabel("memory [MB]")
-    axes.set_ylabel(metric)
-    if rows:
-        axes.legend(loc="best", fontsize=8)
-    return drawing
-
-
-def _megabytes(row: Row) -> float:
-    return (row.memory_bytes or 0) / 1e6
 
 
 def asked_facts(search: Mapping[str, Any]) -> dict[str, str]:

@@ -200,11 +200,7 @@ class RunFolder:
         self.close()
 
     def hold(self, path: Path) -> bool:
-        """Keep other runs from removing a shared file (see `claimed`) until this one is closed; False if it is gone.
-
-        Args:
-            path: The file.
-        """
+        """Keep other runs from removing a shared file (see `claimed`) until this one is closed; False if it is gone."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:

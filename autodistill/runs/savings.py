@@ -73,12 +73,7 @@ def _amount(tokens: int, flops: float, seconds: float) -> str:
 
 
 def saved(events: Iterable[RunEvent], plan: Plan) -> Saved:
-    """Add up what the log of a run says.
-
-    Args:
-        events: The log.
-        plan: Has the first rung.
-    """
+    """Add up what the log of a run says."""
     events = list(events)
     weights = {event.trial: event.parameters or 0 for event in of_kind(events, TrialAdded)}
     rungs, lost = of_kind(events, RungReached), of_kind(events, WorkLost)

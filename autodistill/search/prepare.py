@@ -219,11 +219,7 @@ def _spent(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, 
 
 
 def _unasked(checked: SearchConfig, loaded: Loaded) -> tuple[str, ...]:
-    """Return what a person must know of questions that are too long to be asked, where answers are marked.
-
-    Raises:
-        InputError: That is all of them.
-    """
+    """Return what a person must know of questions that are too long to be asked, where answers are marked."""
     questions = load_split(loaded.data.folder, "validation").questions if checked.asked.written else None
     if questions is None:
         return ()

@@ -297,9 +297,11 @@ def _deadline(planned: Planned, earlier: Sequence[RunEvent], clock: Clock, obser
         return None
     spent = lasted(earlier, box["since"])
     left = box["seconds"] - spent - plan.seconds["export"] - plan.seconds["test"]
-    if spent and left <= 0:
+    if left <= 0:
+        after = format_duration(box["seconds"] - spent - left)
+        why = f"was used up before ({format_duration(spent)})" if spent else f"does not hold export and test ({after})"
         observer.line(
-            f"the time budget of {format_duration(box['seconds'])} was used up before ({format_duration(spent)}): "
-            "the run ends with what it has, and more --time extends it"
+            f"the time budget of {format_duration(box['seconds'])} {why}: the run ends with what it has, and more "
+            "--time extends it"
         )
     return clock.started + left

@@ -26,10 +26,6 @@ def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
     """Return what was left undone of a plan: for want of time where there is a time budget, or of strategies that fit.
 
     What failed or did not fit counts as tried, as it does for the agenda; the search says so elsewhere.
-
-    Args:
-        campaign: As it was closed.
-        plan: What it followed.
     """
     trials = list(campaign.trials.values())
     proposed = [trial for trial in trials if trial.number is not None]

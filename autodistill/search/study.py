@@ -21,10 +21,6 @@ from autodistill.utils.json_files import unwritable
 def write_study(run: RunFolder, path: Path) -> str:
     """Write the trials that a run proposed within its space into a journal file.
 
-    Args:
-        run: Finished or under way.
-        path: The file.
-
     Returns:
         The command line that opens it.
 

@@ -408,13 +408,7 @@ def memory_of(processes: Sequence[psutil.Process]) -> int | None:
 
 
 def _steps(came: Sequence[float], tokens: int, ended: float) -> tuple[float, ...]:
-    """Return the times of the tokens after the first; where several came at once, each has its share of all time.
-
-    Args:
-        came: When pieces of the answer came.
-        tokens: Of the answer.
-        ended: When it was over.
-    """
+    """Return the times of the tokens after the first; where several came at once, each has its share of all time."""
     if tokens <= 1:
         return ()
     if len(came) == tokens:

@@ -138,11 +138,7 @@ def _draft(reference: str, served: Served, model: Described, out: Path) -> Path:
 
 
 def _address(request: ServeRequest, notify: Callable[[str], None]) -> tuple[str, int]:
-    """Return host and port that are free; port 0 becomes one that is.
-
-    Raises:
-        InputError: In use, not this machine's, or public without being asked for.
-    """
+    """Return host and port that are free; port 0 becomes one that is."""
     host = request.host
     if host.endswith(".sock"):
         path = Path(host).expanduser().absolute()

@@ -47,11 +47,9 @@ class ServeRequest:
         ),
     ] = "127.0.0.1"
     port: Annotated[
-        int, Option(help="Port to listen on; 0 takes any free one (default: 8080).", metavar="N", typed=int, least=0)
+        int, Option(help="Port to listen on; 0 takes any free one (default: 8080).", metavar="N", least=0)
     ] = 8080
-    public: Annotated[bool, Option(help="Allow a --host that other machines reach; needs --key-file.", typed=bool)] = (
-        False
-    )
+    public: Annotated[bool, Option(help="Allow a --host that other machines reach; needs --key-file.")] = False
     key_file: Annotated[
         str | Path | None,
         Option(
@@ -62,12 +60,12 @@ class ServeRequest:
     ] = None
     streams: Annotated[
         int | None,
-        Option(help="Sequences at once (default: as exported).", metavar="N", typed=int, least=1),
+        Option(help="Sequences at once (default: as exported).", metavar="N", least=1),
     ] = None
-    context: Annotated[
-        int | None, Option(help="Tokens of each sequence (default: as exported).", metavar="TOKENS", typed=int)
-    ] = None
-    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", typed=int, least=0)] = 0
+    context: Annotated[int | None, Option(help="Tokens of each sequence (default: as exported).", metavar="TOKENS")] = (
+        None
+    )
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
     draft: Annotated[
         str | Path | None,
         Option(
@@ -115,17 +113,13 @@ class DraftsRequest:
             help="Text whose beginnings are continued: a file or folder (default: text that ships).", metavar="TEXT"
         ),
     ] = "packaged"
-    prompts: Annotated[int, Option(help="Number of beginnings (default: 8).", metavar="N", typed=int, least=1)] = 8
-    prompt: Annotated[
-        int, Option(help="Tokens of a beginning, at most (default: 48).", metavar="TOKENS", typed=int, least=1)
-    ] = 48
-    decoded: Annotated[
-        int, Option(help="Tokens that continue it (default: 64).", metavar="TOKENS", typed=int, least=1)
-    ] = 64
+    prompts: Annotated[int, Option(help="Number of beginnings (default: 8).", metavar="N", least=1)] = 8
+    prompt: Annotated[int, Option(help="Tokens of a beginning, at most (default: 48).", metavar="TOKENS", least=1)] = 48
+    decoded: Annotated[int, Option(help="Tokens that continue it (default: 64).", metavar="TOKENS", least=1)] = 64
     time: Annotated[
         str | float, Option(help="Time for all of it (default: 10m; at most 1h).", metavar="TIME", parse=parse_duration)
     ] = "10m"
-    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", typed=int, least=0)] = 0
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
     out: Out = RUNS
 
     def __post_init__(self) -> None:
@@ -176,7 +170,6 @@ class LoadRequest:
         Option(
             help="Share by which a measured figure may be exceeded, where no limit was asked for (default: 0.25).",
             metavar="X",
-            typed=float,
         ),
     ] = MARGIN
     prompt: Annotated[
@@ -184,13 +177,10 @@ class LoadRequest:
         Option(
             help="Length of a prompt (default: 256, or what the promise's first token is of).",
             metavar="TOKENS",
-            typed=int,
             least=1,
         ),
     ] = None
-    decoded: Annotated[int, Option(help="Length of an answer (default: 64).", metavar="TOKENS", typed=int, least=2)] = (
-        _DECODED
-    )
+    decoded: Annotated[int, Option(help="Length of an answer (default: 64).", metavar="TOKENS", least=2)] = _DECODED
     student: Annotated[
         str | Path | None,
         Option(
@@ -206,7 +196,7 @@ class LoadRequest:
     ] = None
     devices: Devices = None
     threads: Annotated[
-        int, Option(help="CPU threads of the server; 0 if it uses every core.", metavar="N", typed=int, least=0)
+        int, Option(help="CPU threads of the server; 0 if it uses every core.", metavar="N", least=0)
     ] = 0
     key_file: KeyFile = None
     out: Out = RUNS

@@ -35,11 +35,7 @@ def load_strategy(ref: str | Path) -> Strategy:
 
 
 def packaged_files(what: str) -> dict[str, Path]:
-    """Return the YAML files of the package by their names.
-
-    Args:
-        what: "spaces" or "strategies".
-    """
+    """Return the YAML files of the package by their names."""
     folder = {"spaces": ".", "strategies": "strategies"}[what]
     home = Path(str(files("autodistill.search_spaces"))) / folder
     return {path.stem: path for path in sorted(home.glob("*.yaml"))}

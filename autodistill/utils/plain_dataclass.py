@@ -27,9 +27,6 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def check_no_blank(request: Any) -> None:
     """Refuse a request with an empty or blank text, which would look like one that was left out.
 
-    Args:
-        request: A dataclass.
-
     Raises:
         InputError: Names the first such field.
     """

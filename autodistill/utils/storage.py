@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
 import tempfile
@@ -20,6 +18,7 @@ from pyarrow import fs
 
 from autodistill.errors import InputError
 from autodistill.utils.durable import make_folder, put
+from autodistill.utils.file_locks import alone
 from autodistill.utils.timeouts import CallTimeoutError, call_with_timeout
 
 # Objects that are read at once: each costs a round trip.
@@ -223,8 +222,7 @@ class Storage:
         Raises:
             FileNotFoundError: It was never sent whole.
         """
-        make_folder(folder.parent)
-        with _locked(folder.with_name(f".{folder.name}.lock")):
+        with alone(folder):
             try:
                 mark = self.read(f"{key}/{_WHOLE}")
             except FileNotFoundError:
@@ -296,89 +294,6 @@ def _mark(folder: Path) -> bytes:
         return b""
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock within this machine; the kernel releases it however the process ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-class StoredFiles:
-    """Files with keys and constant content on a storage, with a copy on this machine of those it uses.
-
-    Args:
-        storage: What holds them.
-        scratch: Folder of the copies.
-    """
-
-    def __init__(self, storage: Storage, scratch: Path) -> None:
-        self._storage = storage
-        self._scratch = scratch
-
-    def put(self, file: Path, key: str) -> None:
-        """Send a file, and keep it as this machine's copy.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        self._drop_removed()
-        self._storage.put(file, key)
-        os.replace(file, self._scratch / key)
-
-    def get(self, key: str) -> Path | None:
-        """Return this machine's copy, fetched once for all processes; None if there is no such file."""
-        path = self._scratch / key
-        if not self._storage.has(key):
-            path.unlink(missing_ok=True)
-            return None
-        make_folder(self._scratch)
-        with _locked(path.with_name(f".{key}.lock")):
-            if not path.is_file():
-                self._drop_removed()
-                try:
-                    self._storage.get(key, path)
-                except FileNotFoundError:
-                    return None
-        return path
-
-    def _drop_removed(self) -> None:
-        """Make room for another copy: remove copies of files that were removed from the storage.
-
-        Where the disk does not hold another one of the largest, those longest unused go too: they can be fetched again.
-        """
-        make_folder(self._scratch)
-        # Looked at first, since a copy is here only after its file is on the storage.
-        copies = [path for path in self._scratch.iterdir() if path.is_file() and not path.name.startswith(".")]
-        kept = self._storage.list()
-        for path in copies:
-            if path.name not in kept:
-                path.unlink(missing_ok=True)
-        held = sorted((path for path in copies if path.name in kept), key=_used)
-        largest = max((kept[path.name] for path in held), default=0)
-        for path in held:
-            if shutil.disk_usage(self._scratch).free >= largest:
-                break
-            path.unlink(missing_ok=True)
-
-    def drop_copy(self, key: str) -> bool:
-        """Delete this machine's copy; the next `get` fetches it again."""
-        (self._scratch / key).unlink(missing_ok=True)
-        return True
-
-    def list(self) -> dict[str, int]:
-        """Return the size of each file, by key."""
-        return self._storage.list()
-
-    def remove(self, key: str) -> None:
-        """Remove a file, and this machine's copy."""
-        self._storage.remove(key)
-        (self._scratch / key).unlink(missing_ok=True)
-
-
 def reached(uri: str, key: str) -> str:
     """Return why this machine cannot read what another one wrote to a storage, or write there; "" if it can."""
     try:
@@ -388,15 +303,6 @@ def reached(uri: str, key: str) -> str:
     except (InputError, OSError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return ""
-
-
-def _used(path: Path) -> float:
-    """Return when a file was last read or written; a missing file was never used."""
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return 0.0
-    return max(stat.st_atime, stat.st_mtime)
 
 
 def check_folder(folder: Path, option: str) -> None:
@@ -446,11 +352,7 @@ def _impatient(uri: str) -> str:
 
 
 def _answered(call: Callable[[], _Result], uri: str) -> _Result:
-    """Return or raise what a call of a storage does, within a deadline; local folders need none.
-
-    Raises:
-        InputError: The storage did not answer in time.
-    """
+    """Return or raise what a call of a storage does, within a deadline; local folders need none."""
     if uri.startswith("file:"):
         return call()
     try:

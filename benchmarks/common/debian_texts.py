@@ -195,6 +195,7 @@ def _plain(text: str, kind: str) -> str:
 
 
 def main() -> None:
+    """Fetch the packages' texts, and print which packages and versions they are from."""
     arguments = parse(parser_of(__doc__))
     # A smoke run has no network to rely on: it shows what would be read.
     record = {"packages": PACKAGES} if arguments.smoke else debian_texts().record

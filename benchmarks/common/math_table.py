@@ -249,6 +249,7 @@ def make_small() -> None:
 
 
 def main() -> None:
+    """Train and record the students that the table lacks, a line each, and print each as it is done."""
     parser = program.parser_of(__doc__, time=True)
     parser.add_argument("--groups", type=int, help="of students that share a part of their training; all by default")
     arguments = program.parse(parser, groups=1)

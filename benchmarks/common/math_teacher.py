@@ -194,6 +194,7 @@ def _train(start: Path, folder: Path, data: TokenSet, test: TokenSet, limit_seco
 
 
 def main() -> None:
+    """Train the teacher as far as the time allows, and print how well it answers its questions."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--questions", type=int, default=2000, help="that the trained teacher is asked")
     arguments = parse(parser, questions=50)

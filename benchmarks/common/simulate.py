@@ -17,7 +17,6 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.estimates.fit import fits
 from autodistill.evaluation.base import Measurement
 from autodistill.evaluation.evaluate import Evaluation
-from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.events import RunEvent
 from autodistill.runs.results.row import Decision
@@ -32,115 +31,14 @@ from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.failures import WORKER_DIED
 from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.dimension import Point
-from autodistill.strategy.domains import Value
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import Strategy
-from autodistill.utils.hashing import content_hash
-from autodistill.utils.yaml_files import read_yaml
-from benchmarks.common import math_table, timed_parts
-from benchmarks.common.expenses import Clock, Expense, Expenses
-from benchmarks.common.math_search import BUDGET, METRIC, QUESTIONS, RECIPE, RUNG_QUESTIONS, SPACE_FILE, STEP, TOKENS
-from benchmarks.common.math_table import RUNGS, Line
-from benchmarks.common.math_teacher import LENGTH, SHAPE
+from benchmarks.common.expenses import Expense, Expenses
+from benchmarks.common.math_search import BUDGET, METRIC, QUESTIONS, RUNG_QUESTIONS, STEP, TOKENS
+from benchmarks.common.math_table import RUNGS
+from benchmarks.common.math_teacher import LENGTH
 from benchmarks.common.plans import straight_plan
 from benchmarks.common.prepared import Costs
-from benchmarks.common.timed_parts import Parts
-
-TRIALS = 12
-SEED = 0  # of the recorded students
-
-
-def teacher_spec() -> ModelSpec:
-    """Return the shape of the math teacher."""
-    return spec_from_config(
-        {"model_type": "llama", "vocab_size": 20, "max_position_embeddings": 80, "tie_word_embeddings": True, **SHAPE}
-    )
-
-
-class Remembering(Space):
-    """A space that makes the strategy of a point once, however often it is asked for."""
-
-    def strategy(self, point: Mapping[str, Value]) -> Strategy:
-        """Return the strategy of a point, made once."""
-        return _strategy(self, frozenset(point.items()))
-
-    def __hash__(self) -> int:
-        return int(self.hash, 16)
-
-
-@cache
-def _strategy(space: Remembering, point: frozenset[tuple[str, Value]]) -> Strategy:
-    return Space.strategy(space, dict(point))
-
-
-class Table:
-    """Recorded students by strategy; one seed of data order.
-
-    Attributes:
-        space: The space, its learning rates those of which every strategy was recorded.
-        deployments: Of the space.
-        lines: By strategy.
-        every: By strategy and seed, those of further seeds too.
-        teacher: The teacher's shape.
-        clock: How long work took where the table was recorded.
-    """
-
-    def __init__(self, lines: Sequence[Line], parts: Parts) -> None:
-        self.teacher = teacher_spec()
-        self.deployments = Space.from_json(read_yaml(SPACE_FILE)).deployments
-        self.every = {(line.id, line.seed): line for line in lines}
-        self.lines = {line.id: line for line in lines if line.seed == SEED}
-        self.space = self._recorded()
-        self.clock = Clock(lines, parts, self.space.baselines[RECIPE], self.teacher)
-
-    @property
-    def digest(self) -> str:
-        """Of all that a replay depends on: what was recorded, and what of it is the space."""
-        return content_hash(
-            [self.space.hash, TRIALS, sorted([one.id, *one.decayed, *one.plain] for one in self.recorded)]
-        )
-
-    def _recorded(self) -> Space:
-        data = read_yaml(SPACE_FILE)
-        whole = Space.from_json(data)
-        missing = {
-            strategy.distillation.learning_rate
-            for strategy in map(whole.strategy, whole.points(lambda dimension: dimension.domain.grid or ()))
-            if self._fits(strategy) and strategy.id not in self.lines
-        }
-        rates = data["dimensions"]["distillation.learning_rate"]["choices"]
-        kept = [rate for rate in rates if float(rate) not in missing]
-        if len(kept) < 2:
-            raise SystemExit(
-                "the table is too small to be replayed on: run `python -m benchmarks.common.math_table` first"
-            )
-        data["dimensions"]["distillation.learning_rate"] = {"choices": kept}
-        return Remembering.from_json(data)
-
-    def _fits(self, strategy: Strategy) -> bool:
-        return bool(allowed(student_spec(strategy, self.teacher), self.deployments))
-
-    def line(self, strategy: Strategy) -> Line:
-        """Return what was recorded of a strategy."""
-        return self.lines[strategy.id]
-
-    def best(self) -> float:
-        """The best value of any recorded student."""
-        return max(max(line.rows.values()) for line in self.recorded)
-
-    @property
-    def recorded(self) -> list[Line]:
-        """What was recorded of the strategies of the space."""
-        points = self.space.points(lambda dimension: dimension.domain.grid or ())
-        strategies = map(self.space.strategy, points)
-        return [self.lines[strategy.id] for strategy in strategies if strategy.id in self.lines]
-
-
-@cache
-def allowed(spec: ModelSpec, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
-    """Return the deployments within the budget."""
-    return tuple(fit.deployment for fit in fits(spec, deployments, BUDGET) if fit.slack <= 0)
+from benchmarks.common.recorded import SEED, Table
 
 
 def plan(trials: int, rungs: Sequence[int], keep: Sequence[int], workers: int = 1) -> Plan:
@@ -493,17 +391,3 @@ def simulate(
         spent.add(assignment, report, expense, now, whole=report.rung == len(search_plan.rungs) - 1)
     campaign.close()
     return spent, campaign
-
-
-def points(space: Space) -> list[Point]:
-    """Return all points of a space on its grids."""
-    return list(space.points(lambda dimension: dimension.domain.grid or ()))
-
-
-def load_table() -> Table:
-    """What was recorded.
-
-    Raises:
-        SystemExit: Too little of it.
-    """
-    return Table(math_table.read(), timed_parts.read())

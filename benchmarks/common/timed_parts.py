@@ -159,6 +159,7 @@ def measure(prepared: Prepared, recipe: Strategy, repeats: int, steps: int) -> P
 
 
 def main() -> None:
+    """Time each part of a search on the math task, and write the medians for the replay."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="of each part, of which the median counts")
     parser.add_argument("--steps", type=int, default=12, help="before those that are timed, which are twice as many")

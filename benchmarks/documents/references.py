@@ -194,6 +194,7 @@ def stale(write: bool = False) -> list[str]:
 
 
 def main() -> None:
+    """Say which reference pages are stale, or write these; exit with 1 where one is stale and not written."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", action="store_true", help="write the pages that are stale")
     arguments = parse(parser)

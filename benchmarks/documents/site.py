@@ -125,6 +125,7 @@ def build(out: Path) -> None:
 
 
 def main() -> None:
+    """Build the site and print its first page, or print what is wrong and exit with 1."""
     parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "site", help="folder of the site (build/site)")
     arguments = parse(parser)

@@ -184,6 +184,7 @@ def _texts() -> tuple[str, str]:
 
 
 def main() -> None:
+    """Print what the translation lacks and exit with 1, or write figures, code and hashes into it."""
     parser = parser_of(__doc__)
     parser.add_argument(
         "--write", action="store_true", help="put the figures and the code of README.md into the translation"

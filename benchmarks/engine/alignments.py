@@ -43,6 +43,7 @@ CASES: dict[str, tuple[Alignment | None, Attention | None]] = {
 
 
 def main() -> None:
+    """Train a student by each alignment and seed, and write the report of what they reached."""
     arguments = trials.parse(trials.parser_of(__doc__))
     strategies = {
         name: Strategy(

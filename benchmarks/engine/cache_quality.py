@@ -72,6 +72,7 @@ def findings(found: list[trials.Result]) -> Iterator[str]:
 
 
 def main() -> None:
+    """Train a student on each form of the cache and seed, and write the report of what they lost."""
     arguments = trials.parse(trials.parser_of(__doc__))
     strategies = {
         name: Strategy(

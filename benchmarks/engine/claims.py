@@ -243,6 +243,7 @@ def make(bench: Bench, seeds: Sequence[int]) -> None:
 
 
 def main() -> None:
+    """Train and measure what the claims are about, and write the report, or do one part of this alone."""
     parser = program.parser_of(__doc__, seeds=5, time=True)
     parser.add_argument("--sweep", action="store_true", help="only the choice of rates and weights")
     parser.add_argument("--report", action="store_true", help="only the report of what is there")

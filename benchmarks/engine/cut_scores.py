@@ -71,6 +71,7 @@ def compared(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
+    """Score each narrower FFN in both ways, and write the report of how they agree and what they took."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--data", default="pydoc")

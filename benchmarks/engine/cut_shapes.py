@@ -89,6 +89,7 @@ def solved(
 
 
 def main() -> None:
+    """Solve each budget for shapes, with and without repair, and write the report of their KL."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--data", default="pydoc")

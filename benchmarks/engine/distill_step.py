@@ -19,155 +19,45 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from autodistill.data.dataset import TokenSet, load_split
-from autodistill.data.documents import resolve_data
-from autodistill.data.prepare import prepare
 from autodistill.distillation.losses.divergence import divergence_of
 from autodistill.distillation.losses.logits import logit_loss
 from autodistill.distillation.losses.targets import FullTarget, TopTarget
-from autodistill.distillation.student.build import build_student
-from autodistill.distillation.teacher.build_cache import ensure_cache
-from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
-from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher
-from autodistill.distillation.teacher.target_sources import LiveTeacher
-from autodistill.distillation.training.trainer import Trainer
+from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.inference.torch_memory import keep_freed_memory
-from autodistill.models.loading import decoder_layers, load_model
-from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.options import cache_folder
-from autodistill.quantization.formats import get_format
-from autodistill.strategy.recipe import Alignment, Distillation
-from autodistill.strategy.strategy import Init, Strategy
 from benchmarks.common import report
-from benchmarks.common.plans import straight_plan
 from benchmarks.common.program import parse, parser_of, tiny_teacher
+from benchmarks.engine.distill_arms import (
+    ARMS,
+    BASE,
+    COMPARED,
+    DRAWS,
+    Taken,
+    arms,
+    experimental_loss,
+    seconds,
+    stable_loss,
+    workshop,
+)
 
-DRAWS = 50
 # Of SmolLM2 and of Qwen2.5, whose losses' memory is measured.
 VOCABULARIES: tuple[int, ...] = (49152, 151936)
-BASE, QAT = "cross-entropy", "top-64, on the grid of Q8_0"
-PLAIN = "transformers' cross-entropy"
-EXPERIMENTAL = "TRL's experimental GKD, JSD of all logits, teacher live"
-STABLE = "TRL's DistillationTrainer, JSD by chunks, teacher live"
-COMPARED = {BASE: "cross-entropy", PLAIN: "transformers' own", EXPERIMENTAL: "TRL's GKD", STABLE: "TRL's chunked"}
-FULL = {"signal": "states", "signal_tokens": 0}
-ARMS = {
-    BASE: Distillation(divergence_weight=0.0),
-    "top-64": Distillation(),
-    f"sampled, {DRAWS} draws": Distillation(signal="sampled", signal_tokens=DRAWS),
-    "states": Distillation(**FULL),
-    "states, JSD": Distillation(divergence="jsd", mixture=0.5, **FULL),
-    "online": Distillation(signal="online", signal_tokens=0),
-    "top-64, the uncertain fifth": Distillation(positions="uncertain", uncertain_share=0.2),
-    "top-64, 4 layers aligned": Distillation(alignment=Alignment(layers="even", count=4, projection="linear")),
-    QAT: Distillation(),
-}
-
-
-def plain_step(student: Any, optimizer: Any, ids: Tensor) -> None:
-    """Do one step of plain fine-tuning."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = student(input_ids=ids, labels=ids, use_cache=False).loss
-    descend(student, optimizer, loss)
-
-
-def experimental_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, beta: float = 0.5) -> None:
-    """A training step on the generalised JSD of arXiv 2306.13649 as TRL's experimental GKD computes it."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = student(input_ids=ids, use_cache=False).logits[:, :-1]
-        with torch.no_grad():
-            wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
-    descend(student, optimizer, experimental_loss(logits, wanted, beta))
-
-
-def stable_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, beta: float = 0.5) -> None:
-    """A training step on the same divergence as TRL's DistillationTrainer computes it: no logits are ever whole."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        states = student.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        with torch.no_grad():
-            wanted = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        loss = stable_loss(states, student.lm_head.weight, wanted, teacher.lm_head.weight, beta)
-    descend(student, optimizer, loss)
-
-
-def descend(student: Any, optimizer: Any, loss: Tensor) -> None:
-    """The rest of a step, as anybody's trainer has it."""
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def experimental_loss(logits: Tensor, wanted: Tensor, beta: float) -> Tensor:
-    """The experimental GKD's function on float32 logits, as that trainer has them: a mean over tokens."""
-    from trl.experimental.gkd import GKDTrainer
-
-    tokens = logits[..., 0].numel()
-    loss: Tensor = GKDTrainer.generalized_jsd_loss(logits.float(), wanted.float(), beta=beta, num_items_in_batch=tokens)
-    return loss
-
-
-def stable_loss(states: Tensor, head: Tensor, wanted: Tensor, wanted_head: Tensor, beta: float) -> Tensor:
-    """The DistillationTrainer's function on last states and heads: a mean over tokens.
-
-    Its kernel computes in the states' type, to which the trainer's heads are cast.
-    """
-    from trl.trainer.distillation_trainer import _chunked_divergence_loss
-
-    everywhere = torch.ones(states.shape[:-1], dtype=torch.int64)
-    loss: Tensor = _chunked_divergence_loss(
-        states, wanted.to(states.dtype), head.to(states.dtype), wanted_head.to(states.dtype), everywhere, beta
-    )[0]
-    return loss
-
-
-class Taken(NamedTuple):
-    """Seconds of one step: on the wall's clock, and of the processor."""
-
-    wall: float
-    processor: float
-
-
-def seconds(work: Callable[[], Any]) -> Taken:
-    """Return the wall-clock and processor seconds of some work."""
-    began = Taken(time.perf_counter(), time.process_time())
-    work()
-    return Taken(time.perf_counter() - began.wall, time.process_time() - began.processor)
 
 
 def ratio(others: list[Taken], own: list[Taken], clock: str) -> float:
     """How many times faster, the median over the rounds."""
     pairs = zip(others, own, strict=True)
     return statistics.median(getattr(other, clock) / getattr(mine, clock) for other, mine in pairs)
-
-
-def q8_0(model: Any) -> Callable[[str], Any]:
-    """The grid of each linear layer and of the embedding table."""
-    packing = get_format("gguf-q8_0")
-    grids = {name: packing.linears[0] for name, p in model.named_parameters() if name.endswith("proj.weight")}
-    return (grids | {"model.embed_tokens.weight": packing.tables}).get
-
-
-def quantized_seconds(trainer: Trainer, grids: Callable[[str], Any], tokens: int) -> Taken:
-    """Of one step on a grid; one before it prepares the head, once a stretch as in a search."""
-    steps = trainer.train_decay(trainer.tokens + 2 * tokens, grids)
-    next(steps)
-    taken = seconds(lambda: next(steps))
-    steps.close()
-    return taken
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
@@ -242,83 +132,6 @@ def cache_lines(cache: TeacherCache, folder: Path, length: int) -> Iterator[list
         yield [name, f"{size:.0f}", f"{rate:,.0f}", f"{rate * size / 1e6:,.0f} MB/s"]
 
 
-@dataclass(frozen=True)
-class Workshop:
-    """Teacher, student, data and cache that all arms share.
-
-    Attributes:
-        teacher: On disk.
-        layers, kept: Of the teacher, and those of them that the student has.
-        model: The student; all arms train this one.
-        data, cache, folder: Sequences, the teacher's outputs for them and where these lie.
-    """
-
-    teacher: Teacher
-    layers: int
-    kept: tuple[int, ...]
-    model: Any
-    data: TokenSet
-    cache: TeacherCache
-    folder: Path
-
-
-def workshop(reference: str, root: Path, length: int, tokens: int, folder: Path) -> Workshop:
-    """Builds the student and caches everything that any arm reads."""
-    teacher = materialize(resolve_teacher(reference), root)
-    source, fingerprint = resolve_data("pydoc"), tokenizer_fingerprint(teacher.folder)
-    prepared = prepare(source, teacher.folder, fingerprint, length, root)
-    data = load_split(prepared.folder, "train").head(2 * tokens)
-    model, kept = build_student(teacher.folder, Init(depth=0.5))
-    layers = len(decoder_layers(load_model(teacher.folder, torch.float32)))
-    cached = ensure_cache(
-        lambda: load_model(teacher.folder, torch.float32),
-        teacher_fingerprint=teacher.fingerprint,
-        data_fingerprint="distill-step",
-        data=data,
-        vocabulary=model.config.vocab_size,
-        width=model.config.hidden_size,
-        settings=CacheSettings(draws=(DRAWS,), temperatures=(1.0,), final=True, states=tuple(range(layers)), bf16=True),
-        root=folder,
-        limit_bytes=10**9,
-    )
-    return Workshop(teacher, layers, kept, model, data, TeacherCache(cached), cached)
-
-
-def arms(
-    shop: Workshop, length: int, tokens: int, threads: int, wanted: Sequence[str]
-) -> dict[str, Callable[[], Taken]]:
-    """Return the steps that are compared, by name; each does one and says what it took."""
-    plan = straight_plan(10**9, sequence_length=length, batch_tokens=tokens, decay=0.25, threads=threads, bf16=True)
-    live = LiveTeacher(shop.teacher.folder, bf16=True)
-    trainers = {
-        name: Trainer(
-            shop.model, kept=shop.kept, teacher_layers=shop.layers, teacher_width=shop.model.config.hidden_size,
-            strategy=Strategy(init=Init(depth=0.5), distillation=recipe), plan=plan, data=shop.data,
-            cache=shop.cache, seed=0, teacher=live,
-        )
-        for name, recipe in ARMS.items()
-        if name == BASE or name in wanted
-    }  # fmt: skip
-    # One state of AdamW is enough for all that train the same parameters, and keeps the memory of ten arms small.
-    optimizer = trainers[BASE].optimizer
-    for name, trainer in trainers.items():
-        if ARMS[name].alignment is None:
-            trainer.optimizer = optimizer
-    steps = {name: trainer.train_stable(10**9) for name, trainer in trainers.items()}
-    grids = q8_0(shop.model)
-    wanted = load_model(shop.teacher.folder, torch.bfloat16)
-    ids = torch.from_numpy(np.array(shop.data.tokens[: tokens // length], dtype=np.int64))
-    runs: dict[str, Callable[[], Taken]] = {
-        name: lambda own=own: seconds(lambda: next(own)) for name, own in steps.items() if name != QAT
-    }
-    if QAT in trainers:
-        runs[QAT] = lambda: quantized_seconds(trainers[QAT], grids, tokens)
-    runs[PLAIN] = lambda: seconds(lambda: plain_step(shop.model, optimizer, ids))
-    runs[EXPERIMENTAL] = lambda: seconds(lambda: experimental_step(shop.model, wanted, optimizer, ids))
-    runs[STABLE] = lambda: seconds(lambda: stable_step(shop.model, wanted, optimizer, ids))
-    return runs
-
-
 def timed(runs: Mapping[str, Callable[[], Taken]], rounds: int) -> dict[str, list[Taken]]:
     """Every arm by turns, after one round that is not counted."""
     taken: dict[str, list[Taken]] = {name: [] for name in runs}
@@ -380,6 +193,7 @@ def size_of(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
+    """Time every arm by turns, measure the memory of the losses, and write the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
     parser.add_argument("--rounds", type=int, default=3, help="in which each arm takes a step")

@@ -80,6 +80,7 @@ def rounded(
 
 
 def main() -> None:
+    """Round each type plainly and with compensation, and write the report of the KL."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--data", default="pydoc")

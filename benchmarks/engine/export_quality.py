@@ -353,6 +353,7 @@ def section(given: argparse.Namespace, kind: str) -> list[str]:
 
 
 def main() -> None:
+    """Make and judge every form of the models, and write the report, or that of what was judged before."""
     parser = program.parser_of(__doc__, seeds=1)
     parser.add_argument("--tokens", type=int, default=1000, help="that are judged by")
     parser.add_argument("--calibration", type=int, default=2000, help="tokens that are calibrated on")

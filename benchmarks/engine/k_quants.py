@@ -273,6 +273,7 @@ def speeds(folder: Path, sizes: Mapping[str, int], forms: Sequence[str]) -> str:
 
 
 def main() -> None:
+    """Pack weights and a model by both quantisers, and write the report of losses and times."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
     parser.add_argument("--tokens", type=int, default=1024, help="that the model is judged on")

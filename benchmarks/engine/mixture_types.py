@@ -85,6 +85,7 @@ def cases(library: ctypes.CDLL, asked: Iterable[dict[str, Any]]) -> Iterator[dic
 
 
 def main() -> None:
+    """Ask llama.cpp for the type of each tensor, and write the cases that the tests compare with."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--library", type=Path, required=True, help="libllama, beside the libraries that it loads")
     parser.add_argument("--release", required=True, help="which release of llama.cpp it is of")

@@ -29,6 +29,7 @@ from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.training import fake_quantize as quantization
+from autodistill.distillation.training import straight_through
 from autodistill.distillation.training import trainer as training
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.hardware.machine import detect
@@ -124,7 +125,7 @@ def measure(
         for name in sorted(variants, reverse=number % 2 == 1):
             storage_of, learned, module = variants[name]
             loops = _none if name.endswith(EAGER) else compiled
-            grid_values.loops = quantization.loops = loops  # type: ignore[assignment]
+            grid_values.loops = straight_through.loops = loops  # type: ignore[assignment]
             training.quantized_training = module.quantized_training
             # A module of before weights were kept from pass to pass has no such thing.
             training.one_step = getattr(module, "one_step", lambda weights: nullcontext())
@@ -138,6 +139,7 @@ def measure(
 
 
 def main() -> None:
+    """Time steps with and without quantisation by turns, and write the report of the ratios."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
     parser.add_argument("--threads", type=int, default=1, help="of torch")

@@ -107,6 +107,7 @@ def request_of(arguments: argparse.Namespace, tokens: int, step_tokens: int) -> 
 
 
 def main() -> None:
+    """Train weights and scales at equal tokens, and write the report of what each reached."""
     parser = program.parser_of(__doc__, seeds=2)
     parser.add_argument("--data", default="pydoc", help="text that is trained on")
     parser.add_argument("--tokens", type=int, default=24576)

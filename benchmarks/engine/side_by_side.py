@@ -55,6 +55,7 @@ def rate(setting: TrialSetting, way: str, steps: int) -> float:
 
 
 def main() -> None:
+    """Time the training of scales in each way, and write the report of tokens a second."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--data", default="pydoc", help="text that is trained on")
     parser.add_argument("--steps", type=int, default=8)

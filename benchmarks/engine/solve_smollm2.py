@@ -54,6 +54,7 @@ def said(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
+    """Solve each budget, measure the usual storages beside it, and write the report and its chart."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--data", default="pydoc")

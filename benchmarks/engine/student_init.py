@@ -35,6 +35,7 @@ INITS |= {
 
 
 def main() -> None:
+    """Train a student of each construction, and write the report of what they began with and reached."""
     parser = trials.parser_of(__doc__)
     parser.add_argument("--recipe", choices=RECIPES, default="logits", help="see above")
     arguments = trials.parse(parser)

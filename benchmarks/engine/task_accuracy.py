@@ -206,6 +206,7 @@ PARTS = ("divergence", *(f"{name}:{packed}" for name in ("openbookqa", "mmlu") f
 
 
 def main() -> None:
+    """Measure the parts that are asked for, and write the report of all that were measured."""
     parser = program.parser_of(__doc__)
     parser.add_argument("folder", type=Path, nargs="?", help="of the task files")
     parser.add_argument("--questions", type=int, default=240, help="of each task at the most")

@@ -23,6 +23,7 @@ SHAPE = (16, 256)
 
 
 def main() -> None:
+    """Write torchao's codes and scales of fixed weights into the folder of the tests."""
     smoke = program.parse(program.parser_of(__doc__)).smoke
     try:
         from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine

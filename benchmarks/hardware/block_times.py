@@ -244,6 +244,7 @@ def _widths(times: BlockTimes) -> str:
 
 
 def main() -> None:
+    """Time blocks and whole models, and write the report of how well the sums predict."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--models", nargs="+", choices=[*SHAPES, "tiny"], default=["0.13B", "0.09B"], help="sizes")
     parser.add_argument("--context", type=int, default=2048, help="tokens")

@@ -134,6 +134,7 @@ def findings(found: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
+    """Export the teacher to each format, run it, and write the report of sizes, agreement and speed."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=500, help="of the proof")
     parser.add_argument("--only", default=",".join(FORMATS), help="formats, separated by commas")

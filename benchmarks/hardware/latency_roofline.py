@@ -297,6 +297,7 @@ def measure_again(runtime: str | None, models: Sequence[str]) -> Path:
 
 
 def main() -> None:
+    """Measure each runtime, and write the report, or a part of the newest one anew."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--runtime", choices=list(_RUNTIMES), help="measure it alone anew, in the newest report")
     parser.add_argument("--predicted", action="store_true", help="what is predicted alone anew, in the newest report")

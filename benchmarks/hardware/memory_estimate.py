@@ -322,6 +322,7 @@ _LLAMA_CPP = ("## llama.cpp", llama_table, next(iter(_RUNTIMES.values()))[0])
 
 
 def main() -> None:
+    """Measure the memory of each runtime's models, and write the report, or a part of it anew."""
     parser = program.parser_of(__doc__)
     known = ["llama.cpp", *_RUNTIMES]
     parser.add_argument("--runtime", choices=known, help="measure it alone anew, in the newest report")

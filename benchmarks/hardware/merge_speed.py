@@ -66,6 +66,7 @@ def timed(folder: Path) -> tuple[float, float, int, list[Stored]]:
 
 
 def main() -> None:
+    """Write runs of made-up rows, time their merge, and write the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=100_000, help="of all runs together")
     parser.add_argument("--runs", type=int, default=10, help="among which they are divided")

@@ -242,6 +242,7 @@ def _held(predicted: int, held: int) -> list[str]:
 
 
 def main() -> None:
+    """Run each part that was not done before, as long as time is left, and write the report of all."""
     parser = program.parser_of(__doc__, time=True)
     parser.add_argument("--rehearse", action="store_true", help="each part on the CPU, where there is no GPU")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="by default all")

@@ -147,6 +147,7 @@ STORES = {
 
 
 def main() -> None:
+    """Write runs of made-up rows, time what `pick` answers of them, and write the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--before", type=Path, help="a checkout of another version, to be timed beside this one")
     parser.add_argument("--rows", type=int, default=10_000, help="of the run that is picked from")

@@ -204,6 +204,7 @@ def large(tokens: int) -> str:
 
 
 def main() -> None:
+    """Solve in processes of their own, and write the report of memory and time beside the plan."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--measure", choices=list(CASES), help="one measurement, for a process of its own")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))

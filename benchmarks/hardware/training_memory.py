@@ -268,6 +268,7 @@ def measured_lines(modes: Sequence[str], more: Sequence[str]) -> Iterator[list[s
 
 
 def main() -> None:
+    """Measure the peaks of training steps, and write the report with the parts of the large one."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--measure", choices=list(MODES), help="one measurement, for a process of its own")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of that one measurement")

@@ -137,6 +137,7 @@ def board(name: str, rows: int) -> str:
 
 
 def main() -> None:
+    """Print the figures that are not those of their reports and exit with 1, or write them into the pages."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", action="store_true", help="put the reports' figures into the documents")
     arguments = parse(parser)

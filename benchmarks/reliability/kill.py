@@ -257,6 +257,7 @@ def kept_kills(path: Path) -> list[Kill]:
 
 
 def main() -> None:
+    """Kill and resume a search, compare its rows with those of one left alone, and write the report."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--runner", choices=("inline", "ray"), default="inline", help="of the searches")
     parser.add_argument("--kills", type=int, default=20, help="in all")

@@ -590,6 +590,7 @@ def equivalents() -> dict[tuple[str, str, str], str]:
 
 
 def main() -> int:
+    """Try wrong changes of the core's lines, write the report, and return the exit code."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--mutants", type=int, default=100, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="that draws them")

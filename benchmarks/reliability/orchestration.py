@@ -244,6 +244,7 @@ def source() -> str:
 
 
 def main() -> None:
+    """Time searches and plain loops of Ray Tune by turns, and write the report of what each spends."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--trials", type=int, default=12, help="of each run")
     parser.add_argument("--seconds", type=float, nargs="*", default=[0.0, 30.0], help="that a trial works for")

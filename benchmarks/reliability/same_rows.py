@@ -34,6 +34,7 @@ IDS = ("strategy_id", "deployment_id", "row_id", "id")
 
 
 def main() -> None:
+    """Record what fixed runs give, or print the differences of two records and exit with 1 where there are any."""
     parser = parser_of(__doc__)
     verbs = parser.add_subparsers(dest="verb")
     recording = verbs.add_parser("record", help="run the searches and write their rows")

@@ -89,6 +89,7 @@ class Soaked:
 
 
 def main() -> None:
+    """Load a served student, write the report, and exit with 1 where it missed a target."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--student", default="", help="a .gguf file, an exported folder, a run or a row")
     parser.add_argument("--time", type=parse_duration, default=600.0, help="under load, 10m by default")

@@ -29,8 +29,9 @@ from benchmarks.common import math_table, report
 from benchmarks.common.math_search import RECIPE, TOKENS, prepare
 from benchmarks.common.over_seeds import mean
 from benchmarks.common.program import parse, parser_of
+from benchmarks.common.recorded import TRIALS, Table, load_table
 from benchmarks.common.report import Kept
-from benchmarks.common.simulate import TRIALS, Table, Worker, default_rungs, load_table, plan, simulate
+from benchmarks.common.simulate import Worker, default_rungs, plan, simulate
 from benchmarks.common.timed_parts import live, step_seconds
 
 CASES: dict[str, dict[str, Any]] = {
@@ -72,6 +73,7 @@ def warm(table: Table, seed: int, warmed: bool) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Replay searches without each part in turn, and write the report of what was lost."""
     parser = parser_of(__doc__, seeds=50, time=True)
     arguments = parse(parser, seeds=2)
     if arguments.smoke:

@@ -111,6 +111,7 @@ def section(document: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure pairs of a small and a large model, and write the report of accuracy and deferrals."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--runs", nargs="+", metavar="RUN:ROWS", default=[], help="folders of runs, and two rows each")
     parser.add_argument("--steps", type=int, default=300, help="that train the teacher of sums")

@@ -29,19 +29,9 @@ from benchmarks.common.math_table import RUNGS, Line, Recorder
 from benchmarks.common.over_seeds import mean
 from benchmarks.common.prepared import Prepared, accuracy
 from benchmarks.common.program import parse, parser_of
+from benchmarks.common.recorded import SEED, TRIALS, Remembering, Table, load_table, points
 from benchmarks.common.report import Kept
-from benchmarks.common.simulate import (
-    SEED,
-    TRIALS,
-    Remembering,
-    Table,
-    Worker,
-    default_rungs,
-    load_table,
-    plan,
-    points,
-    simulate,
-)
+from benchmarks.common.simulate import Worker, default_rungs, plan, simulate
 
 # Shares of the tokens that choosing the shape takes; the distillation has the rest.
 PRUNING = (0.3, 0.5)
@@ -189,6 +179,7 @@ def unquantized(table: Table, prepared: Prepared, kept: Kept, most: int | None =
 
 
 def main() -> None:
+    """Replay the joint and the sequential search by seed, and write the report of both."""
     parser = parser_of(__doc__, seeds=50, time=True)
     arguments = parse(parser, seeds=2)
     if arguments.smoke:

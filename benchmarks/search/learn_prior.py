@@ -36,7 +36,7 @@ from benchmarks.common import math_table, report, trials
 from benchmarks.common.evidence import Evidence, evidence_of_run, is_cut, telling, updated
 from benchmarks.common.math_search import STEP
 from benchmarks.common.program import ROOT, TRACKED, parse, parser_of
-from benchmarks.common.simulate import teacher_spec
+from benchmarks.common.recorded import teacher_spec
 from benchmarks.search.baseline_sweep import candidates
 from benchmarks.search.range_test import RECIPE, SHAPES, smollm2_cases
 
@@ -214,6 +214,7 @@ def _recipe(prior: Prior) -> str:
 
 
 def main() -> None:
+    """Learn the beliefs from recorded students and print them, or also write the file that ships."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {FILE.name}, which ships")
     arguments = parse(parser)

@@ -20,6 +20,7 @@ from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
 
 
 def main() -> None:
+    """Run the default command in a process of its own, and write the report of its phases and result."""
     parser = parser_of(__doc__)
     parser.add_argument("--time", default=None, help="time budget of the search")
     parser.add_argument("--out", type=Path, default=None, help="folder of the run")

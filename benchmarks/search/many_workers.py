@@ -20,8 +20,9 @@ from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from benchmarks.common import report
 from benchmarks.common.over_seeds import mean
 from benchmarks.common.program import parse, parser_of
+from benchmarks.common.recorded import Table, load_table
 from benchmarks.common.report import Kept
-from benchmarks.common.simulate import Table, Worker, default_rungs, load_table, plan, simulate
+from benchmarks.common.simulate import Worker, default_rungs, plan, simulate
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 TRIALS = 32

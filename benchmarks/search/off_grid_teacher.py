@@ -235,6 +235,7 @@ def sections(told: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
+    """Train the teacher on from where it was left, and write the report once it is done."""
     parser = parser_of(__doc__)
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--steps", type=int, default=STEPS, help="at the most, beside the decay")

@@ -83,6 +83,7 @@ and for an export that is run and measured; the others for none of these."""
 
 
 def main() -> None:
+    """Run each arm in a process of its own, and write the report of what they made."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--budget", default="210MB", help="of the search")
     parser.add_argument("--box", type=parse_duration, default=600.0, help="of the search, on two cores")

@@ -497,6 +497,7 @@ def best_table(found: Sequence[Found]) -> str:
 
 
 def main() -> None:
+    """Test and train the students that are not stored yet, and write the report of the rates chosen."""
     parser = parser_of(__doc__, seeds=1, time=True)
     parser.add_argument("--students", type=int, default=None, help="how many small ones, of all by default")
     parser.add_argument("--report", action="store_true", help="only the report of the students that are there")

@@ -25,7 +25,8 @@ from benchmarks.common.math_table import RUNGS, STORE
 from benchmarks.common.over_seeds import mean
 from benchmarks.common.prepared import Costs
 from benchmarks.common.program import TRACKED, parse, parser_of
-from benchmarks.common.simulate import TRIALS, Table, load_table, plan
+from benchmarks.common.recorded import TRIALS, Table, load_table
+from benchmarks.common.simulate import plan
 
 SHARES = {rung: f"1/{round(TOKENS / rung)}" if rung < TOKENS else "1" for rung in RUNGS}
 OWN = ((1, 2), kept_at_rungs(TRIALS, 3))
@@ -145,6 +146,7 @@ def on_draws(
 
 
 def main() -> None:
+    """Judge the recorded students at each stage, and write the report of how their order changes."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--draws", type=int, default=2000, help="of strategies to be halved")
     arguments = parse(parser, draws=2)

@@ -22,8 +22,9 @@ from benchmarks.common.expenses import Expense
 from benchmarks.common.math_search import TOKENS
 from benchmarks.common.over_seeds import mean
 from benchmarks.common.program import parse, parser_of
+from benchmarks.common.recorded import Table, load_table
 from benchmarks.common.report import Kept
-from benchmarks.common.simulate import Table, default_rungs, load_table, plan, simulate
+from benchmarks.common.simulate import default_rungs, plan, simulate
 
 SIZES = (12,)
 SCHEDULERS: dict[str, dict[str, Any]] = {
@@ -56,6 +57,7 @@ def best_at(curve: list[list[float]], operations: float) -> float:
 
 
 def main() -> None:
+    """Replay searches by scheduler, sampler and seed, and write the report of what they found."""
     parser = parser_of(__doc__, seeds=50, time=True)
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS, help="which of them")
     arguments = parse(parser, seeds=2, samplers=["random"])

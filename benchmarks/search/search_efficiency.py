@@ -47,19 +47,9 @@ from benchmarks.common.math_table import FURTHER_SEEDS, RUNGS, Recorder, without
 from benchmarks.common.math_teacher import LENGTH
 from benchmarks.common.prepared import Prepared
 from benchmarks.common.program import parse, parser_of
+from benchmarks.common.recorded import SEED, TRIALS, Table, load_table
 from benchmarks.common.report import Kept
-from benchmarks.common.simulate import (
-    SEED,
-    TRIALS,
-    Memory,
-    Spent,
-    Table,
-    Worker,
-    default_rungs,
-    load_table,
-    plan,
-    simulate,
-)
+from benchmarks.common.simulate import Memory, Spent, Worker, default_rungs, plan, simulate
 from benchmarks.search.search_efficiency_report import Known, Outcome, sections
 
 # What a result of this program depends on beside the table: other than this, it is made again.
@@ -242,6 +232,7 @@ def _told(events: Sequence[RunEvent]) -> Iterator[tuple[str, float]]:
 
 
 def main() -> None:
+    """Replay every arm by seed, run real searches to hold it to, and write the report and its chart."""
     parser = parser_of(__doc__, seeds=50, time=True)
     parser.add_argument("--real", type=int, default=1, help="searches that train, to hold the table to")
     arguments = parse(parser, seeds=1, real=0)

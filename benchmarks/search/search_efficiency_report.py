@@ -17,7 +17,8 @@ from benchmarks.common.math_search import METRIC, RECIPE, STEP, TEST_QUESTIONS
 from benchmarks.common.math_table import RUNGS
 from benchmarks.common.math_teacher import LENGTH
 from benchmarks.common.over_seeds import mean
-from benchmarks.common.simulate import TRIALS, Table, Worker, plan
+from benchmarks.common.recorded import TRIALS, Table
+from benchmarks.common.simulate import Worker, plan
 
 # How far below the best of the table a student counts as near it.
 NEAR = 0.001

@@ -294,6 +294,7 @@ def is_over(found: Sequence[Known], spent: float, *, box: float, follow: float, 
 
 
 def main() -> None:
+    """Run every arm on the 135M teacher, as far as the time allows, and write the report."""
     parser = parser_of(__doc__, seeds=3, time=True)
     parser.add_argument("--tokens", type=int, default=6144, help="of training at full fidelity")
     arguments = parse(parser, seeds=1, tokens=1024)

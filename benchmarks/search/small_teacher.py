@@ -358,6 +358,7 @@ def sections(teacher: SmallTeacher) -> list[str]:
 
 
 def main() -> None:
+    """Train the teacher as far as the time allows, print where it is, and write the report."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="in all, 30 a parameter by default")
     arguments = parse(parser, tokens=6 * SEQUENCE * BATCH)

@@ -156,6 +156,7 @@ def less(mine: Mapping[str, Any], other: Mapping[str, Any], what: str) -> tuple[
 
 
 def main() -> None:
+    """Train each solution and control, and write the report of what solving is worth."""
     parser = parser_of(__doc__, seeds=3, time=True)
     parser.add_argument("--tokens", type=int, default=6144, help="that each is trained on")
     parser.add_argument("--budgets", default=BUDGETS, help=f"shares, {BUDGETS} by default")

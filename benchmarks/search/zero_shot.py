@@ -151,6 +151,7 @@ def sections(found: Sequence[Mapping[str, Any]], limits: Mapping[float, int], to
 
 
 def main() -> None:
+    """Measure and train each construction, and write the report of how the two orders agree."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--tokens", type=int, default=6144, help="that each student is trained on")
     parser.add_argument("--data", help="the held-apart manuals by default")

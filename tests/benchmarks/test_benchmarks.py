@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks.common.program import ROOT
-from benchmarks.engine import distill_step
+from benchmarks.engine import distill_arms
 from benchmarks.reliability import mutants
 
 MODULES = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
@@ -56,13 +56,12 @@ def test_the_list_names_every_program():
 
 
 def test_every_public_function_and_class_says_what_it_does():
-    """Of a program all but `main`, which does what its file says."""
     for path, nodes in NODES.items():
         inner = {
             id(one) for node in nodes if isinstance(node, ast.FunctionDef) for one in ast.walk(node) if one is not node
         }
         named = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef) and id(node) not in inner]
-        public = [node for node in named if not node.name.startswith("_") and node.name != "main"]
+        public = [node for node in named if not node.name.startswith("_")]
         assert [node.name for node in public if not ast.get_docstring(node)] == [], path
 
 
@@ -164,9 +163,9 @@ def test_both_losses_of_trl_are_the_same_divergence(beta):
     states, wanted = (torch.randn(2, 5, 16, generator=source) for _ in range(2))
     head, wanted_head = (torch.randn(50, 16, generator=source) for _ in range(2))
     own = head.clone().requires_grad_()
-    experimental = distill_step.experimental_loss(states @ own.T, wanted @ wanted_head.T, beta)
+    experimental = distill_arms.experimental_loss(states @ own.T, wanted @ wanted_head.T, beta)
     (expected,) = torch.autograd.grad(experimental, own)
-    stable = distill_step.stable_loss(states, own, wanted, wanted_head, beta)
+    stable = distill_arms.stable_loss(states, own, wanted, wanted_head, beta)
     (found,) = torch.autograd.grad(stable, own)
     assert float(stable.detach()) == pytest.approx(float(experimental.detach()), rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)

@@ -1,11 +1,8 @@
-"""The page and the plot hold what the run recorded, and nothing breaks the page's tables."""
+"""The page holds what the run recorded, and nothing breaks the page's tables."""
 
-import builtins
 import re
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from autodistill.hardware.budget import DeviceBudget, parse_latency
 from autodistill.hardware.catalog import devices
@@ -114,7 +111,6 @@ def test_the_page_says_what_was_asked_found_and_lost() -> None:
         "autodistill search --budget 80MB --seed 3",
         "Apache-2.0",
         "17.2",
-        report.INSTALL_PLOTS,
     ):
         assert text in page
     by_title = {table[0][0] or table[2][0]: table for table in tables(page)}
@@ -200,17 +196,6 @@ def test_an_empty_run_has_a_page() -> None:
     assert "Nothing fits the budget." in report.report_markdown({"name": "empty"}, [], [])
 
 
-def test_the_plot_shows_rows_of_full_fidelity_and_the_front() -> None:
-    axes = report.figure(rank(ROWS)).axes[0]
-    lines = {line.get_label(): line for line in axes.get_lines()}
-    front = lines["Pareto front"]
-    # t003 is dominated by t002, t004 does not fit and t005 was stopped early.
-    assert list(zip(front.get_xdata(), front.get_ydata(), strict=True)) == [(50.0, 0.30), (70.0, 0.41)]
-    shown = {label: container[0].get_xdata() for container in axes.containers if (label := container.get_label())}
-    assert sorted(shown["fits"]) == [50.0, 60.0, 70.0]
-    assert list(shown["over the budget"]) == [100.0]
-
-
 def written_run(out: Path) -> RunFolder:
     with RunFolder.create(out, "small") as run:
         write_json(run.search_file, SEARCH | {"data": {"reference": "pydoc"}})
@@ -219,27 +204,10 @@ def written_run(out: Path) -> RunFolder:
     return run
 
 
-def test_the_report_lies_in_the_folder_with_its_plot(tmp_path: Path) -> None:
+def test_the_report_lies_in_the_folder(tmp_path: Path) -> None:
     run = written_run(tmp_path)
-    assert report.write_report(run) == ("report.md", "report.png")
-    assert (run.path / "report.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert "![accuracy against memory](report.png)" in (run.path / "report.md").read_text()
-
-
-def test_without_matplotlib_the_page_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    run = written_run(tmp_path)
-    assert report.write_report(run) == ("report.md",)
-    page = (run.path / "report.md").read_text()
-    assert report.INSTALL_PLOTS in page
-    assert "report.png" not in page
+    report.write_report(run)
+    assert "in `report.html`" in (run.path / "report.md").read_text()
 
 
 def test_the_page_says_what_a_training_was_and_what_its_figures_are_of() -> None:

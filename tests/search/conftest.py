@@ -1,6 +1,6 @@
 """Searches of these tests leave out what takes seconds in each, and has tests of its own, unless marked `timed`.
 
-They time neither this machine nor a student in its runtime, and draw no picture into their report. Their runtimes have
+They time neither this machine nor a student in its runtime. Their runtimes have
 one thread, since those of llama.cpp spin while they wait for each other, whatever else is running. They choose tokens
 at fewer positions.
 """
@@ -16,9 +16,7 @@ import pytest
 from autodistill.evaluators.latency import Latency
 from autodistill.evaluators.memory import Memory
 
-from autodistill.errors import MissingDependencyError
 from autodistill.evaluation.base import Measurement, Subject
-from autodistill.runs import report
 from autodistill.search.finish import export_row
 from autodistill.search.planning.durations import Speed
 from autodistill.search.setup import measure_plan
@@ -30,9 +28,9 @@ _timing = False
 
 @contextmanager
 def untimed() -> Iterator[None]:
-    """As where neither a runtime nor matplotlib is installed, on a machine whose speed is known."""
+    """As where no runtime is installed, on a machine whose speed is known."""
     supports, evaluate = Latency.supports, Memory.evaluate
-    measure_speed, figure = measure_plan.measure_speed, report.figure
+    measure_speed = measure_plan.measure_speed
 
     def speed(*given: Any, sizes: Sequence[int] = (1,), **more: Any) -> tuple[Speed, dict[int, float]]:
         if _timing:
@@ -40,11 +38,6 @@ def untimed() -> Iterator[None]:
         rate = 2e4
         known = Speed(cache=1e5, score=1e5, worker_train=rate, worker_score=5e4, alone=rate * more.get("alone", False))
         return known, dict.fromkeys(sizes, rate)
-
-    def drawn(*given: Any) -> Any:
-        if _timing:
-            return figure(*given)
-        raise MissingDependencyError("matplotlib is not installed")
 
     def timed(self: Latency, deployment: Deployment) -> bool:
         return _timing and supports(self, deployment)
@@ -59,7 +52,6 @@ def untimed() -> Iterator[None]:
         patch.setattr(export_row, "POSITIONS", 160)
         patch.setattr(solve_export, "POSITIONS", 160)
         patch.setattr(measure_plan, "measure_speed", speed)
-        patch.setattr(report, "figure", drawn)
         yield
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 from autodistill.hardware.machine import detect, machine_name
 from autodistill.models.config import spec_from_config
-from autodistill.runs.events import read_events
+from autodistill.runs.events import RunEvent, SessionBegan, TeacherScored, read_events
 from autodistill.runs.results.row import Decision, Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.sessions import by_phase
@@ -46,7 +47,7 @@ from autodistill.search.finish.export_run import export_run
 from autodistill.search.preview import plan_search
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
-from autodistill.search.search import Outcome, search
+from autodistill.search.search import Outcome, _deadline, search
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import RungReport
 from autodistill.testing import save_tiny_teacher, tiny_config, tiny_text
@@ -385,6 +386,25 @@ def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
     ended = [event["seconds"]["total"] for event in log if event["event"] == "ended"]
     assert ended == totals[:3]
     assert by_phase(read_events(log))["total"] == pytest.approx(sum(ended))
+
+
+def test_a_budget_that_holds_no_trial_says_so() -> None:
+    """A finished run that is given less time than export and test take, and one whose time an earlier session took."""
+    lines: list[str] = []
+    observer, clock = SimpleNamespace(line=lines.append), SimpleNamespace(started=100.0)
+    plan = SimpleNamespace(seconds={"export": 20.0, "test": 10.0})
+
+    def deadline(seconds: float | None, earlier: Sequence[RunEvent] = ()) -> float | None:
+        planned: Any = SimpleNamespace(document={"box": {"seconds": seconds, "since": 0.0}}, plan=plan)
+        return _deadline(planned, earlier, cast(Any, clock), cast(Any, observer))
+
+    assert deadline(None) is None
+    assert deadline(40.0) == 110.0
+    assert lines == []
+    assert deadline(25.0) == 95.0
+    assert deadline(40.0, [SessionBegan(time=0.0), TeacherScored(teacher_accuracy=0.5, time=15.0)]) == 95.0
+    assert "25.0s does not hold export and test (30.0s)" in lines[0]
+    assert "40.0s was used up before (15.0s)" in lines[1]
 
 
 def test_a_ray_of_its_own_is_left_where_a_search_fails_before_its_trials(

@@ -19,9 +19,10 @@ import pytest
 from pyarrow import fs
 
 from autodistill.errors import InputError
+from autodistill.runs.checkpoints import StoredFiles
 from autodistill.runs.remote_copy import StoredLog, check_free, keep, pull
 from autodistill.utils.event_log import EventLog
-from autodistill.utils.storage import Storage, StoredFiles, check_folder
+from autodistill.utils.storage import Storage, check_folder
 from autodistill.utils.timeouts import calls_left
 
 
@@ -302,7 +303,7 @@ def test_a_node_whose_disk_is_short_drops_the_copies_longest_unused(
     def usage(path: Path) -> Any:
         return SimpleNamespace(free=free[0] - sum(file.stat().st_size for file in scratch.iterdir()))
 
-    monkeypatch.setattr("autodistill.utils.storage.shutil.disk_usage", usage)
+    monkeypatch.setattr("autodistill.runs.checkpoints.shutil.disk_usage", usage)
     for number, name in enumerate("abcd"):
         (tmp_path / "file").write_bytes(b"x" * 300)
         files.put(tmp_path / "file", name)

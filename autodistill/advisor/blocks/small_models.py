@@ -118,12 +118,7 @@ def _holds(spec: ModelSpec, kind: str) -> bool:
 
 
 def write_model(path: Path, one: SmallModel) -> None:
-    """Write a small model as a GGUF file; every matrix repeats some rows of random weights.
-
-    Args:
-        path: The file.
-        one: The model.
-    """
+    """Write a small model as a GGUF file; every matrix repeats some rows of random weights."""
     spec, family = one.spec, get_family(one.spec.architecture)
     writer = GGUFWriter(path, graph_of(spec))
     add_metadata(writer, spec, config_of(spec), LlamaFileType.MOSTLY_Q8_0)

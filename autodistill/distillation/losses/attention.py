@@ -109,11 +109,6 @@ def watch(model: Any, attention: Attention, layer: int = -1) -> Iterator[list[He
     masked as the model masks. Relations are taken of what the projections of queries, keys and values give, under a
     causal mask. Neither needs attention that keeps its matrices: the model runs on SDPA.
 
-    Args:
-        model: A causal language model.
-        attention: What is compared.
-        layer: Index of the layer.
-
     Yields:
         A list that the forward pass fills: one `Heads` for maps; those of queries, keys and values for relations.
     """

@@ -96,8 +96,11 @@ class _TokenRows:
     ids: Tensor
     log_p: Tensor
 
-    def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
+    def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
         raise NotImplementedError
+
+    def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
+        return _gathered(scaled, self.spread(scaled, divergence))
 
     @property
     def heard(self) -> Tensor | None:
@@ -139,10 +142,6 @@ class TopTarget(_TokenRows):
 
     temperature: float
     standardized: bool = field(default=False, init=False)
-
-    def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
-        """See `Outputs.compare`."""
-        return _gathered(scaled, self.spread(scaled, divergence))
 
     def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
         """The divergence of the k + 1 outcomes; `scaled`, as for `compare`, is overwritten by its exponentials.
@@ -189,10 +188,6 @@ class SampledTarget(_TokenRows):
     weights: Tensor
     temperature: float
     standardized: bool = field(default=False, init=False)
-
-    def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
-        """See `Outputs.compare`."""
-        return _gathered(scaled, self.spread(scaled, divergence))
 
     def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
         """The estimate; `scaled`, as for `compare`, is overwritten by its exponentials."""

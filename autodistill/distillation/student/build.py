@@ -132,13 +132,7 @@ def _most_important(importance: Tensor, count: int) -> Tensor | None:
 
 
 def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
-    """Return a float32 model of the selected parts of another; float32 tensors that are kept whole are shared.
-
-    Args:
-        model: The teacher.
-        spec: Shape of the student.
-        selection: What is kept.
-    """
+    """Return a float32 model of the selected parts of another; float32 tensors that are kept whole are shared."""
     family = get_family(spec.architecture)
     parameters = dict(model.named_parameters())
 

@@ -72,9 +72,6 @@ def load_pretrained(model: Path, teacher: Path) -> Any:
     Rows are put in the teacher's order. A row without a counterpart becomes the mean of all rows: its logit is then the
     mean logit, so that (by Jensen's inequality) n such rows of V together take n / V of the probability at the most.
 
-    Args:
-        model, teacher: Folders of transformers.
-
     Raises:
         InputError: As `token_rows`.
     """

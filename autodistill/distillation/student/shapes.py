@@ -108,11 +108,7 @@ def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
 
 
 def _ffn_widths(init: Init, teacher: ModelSpec, kept: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the FFN neurons of each kept layer.
-
-    Raises:
-        InputError: Widths for another number of layers, or more neurons than a layer has.
-    """
+    """Return the FFN neurons of each kept layer."""
     whole = [teacher.ffn_by_layer[layer] for layer in kept]
     if not init.ffn_widths:
         return tuple(_rounded("ffn", "neurons", init.ffn, width) for width in whole)

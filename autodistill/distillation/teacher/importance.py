@@ -20,7 +20,8 @@ from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
 from autodistill.inference.batching import map_sequences
-from autodistill.inference.tensor_parallel import inputs_gathered, is_divided, whole_input
+from autodistill.inference.divided_part import whole_input
+from autodistill.inference.tensor_parallel import inputs_gathered, is_divided
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import Axis, get_family
 from autodistill.models.spec import ModelSpec

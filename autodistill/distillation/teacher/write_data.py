@@ -152,11 +152,7 @@ def _sampling(request: WriteRequest) -> Sampling:
 
 
 def _log(out: Path) -> EventLog:
-    """Open the file of answers, and create its folder.
-
-    Raises:
-        InputError: It cannot be.
-    """
+    """Open the file of answers, and create its folder."""
     check_file(out)
     try:
         make_folder(out.parent)

@@ -187,11 +187,7 @@ class _Division:
         self._paces: Paces = {}
 
     def planned(self) -> dict[str, Planned]:
-        """Plan each search for an equal part of what is left once this machine is measured.
-
-        Raises:
-            InputError: No part holds a search.
-        """
+        """Plan each search for an equal part of what is left once this machine is measured."""
         if self._box is not None:
             self._plans()
         return self._plans()

@@ -8,7 +8,7 @@ from typing import Any
 
 from autodistill.data.dataset import load_split
 from autodistill.errors import TrialFailedError
-from autodistill.evaluation.evaluate import Evaluation, evaluate
+from autodistill.evaluation.evaluate import Evaluation
 from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.quantization.grids import Scales
@@ -116,21 +116,8 @@ def _evaluate(model: Any, row: Row, finisher: Finisher, scales: Mapping[str, Sca
     setting, plan = finisher.setting, finisher.question.plan
     init, deployment = _strategy(row).init, row.deployment
     data = load_split(setting.data, "validation", setting.rendering(init)).head(plan.eval_tokens)
-    return evaluate(
-        model,
-        finisher.spec(row.strategy),
-        deployment,
-        data,
-        TeacherReference.load(setting.teacher_reference).head(data.predicted),
-        budget=setting.budget,
-        evaluators=setting.evaluators,
-        metric=setting.metric,
-        device=setting.device,
-        scales=scales,
-        share=plan.example_share,
-        tokenizer=setting.text(init),
-        teacher=setting.teacher_spec,
-    )[0]
+    reference = TeacherReference.load(setting.teacher_reference).head(data.predicted)
+    return setting.evaluate(model, finisher.spec(row.strategy), deployment, data, reference, init, scales=scales)
 
 
 def _strategy(row: Row) -> Strategy:

@@ -247,11 +247,7 @@ def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Coll
 
 
 def _teacher(asked: Mapping[str, Any]) -> Path:
-    """The folder of the teacher, as it was for the run, with its own scales where it had these.
-
-    Raises:
-        InputError: It is gone, or is another one now.
-    """
+    """The folder of the teacher, as it was for the run, with its own scales where it had these."""
     stored, cache = asked["teacher"], cache_folder()
     found = resolve_teacher(stored["reference"])
     teacher = materialize(found, cache)

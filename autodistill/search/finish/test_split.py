@@ -9,7 +9,7 @@ from typing import Any
 
 from autodistill.data.dataset import load_split
 from autodistill.evaluation.base import Direction
-from autodistill.evaluation.evaluate import Evaluation, evaluate
+from autodistill.evaluation.evaluate import Evaluation
 from autodistill.inference.scoring import score_teacher
 from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.quantization.grids import Scales
@@ -149,22 +149,16 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
         trained = one.row if one.kind in DISTILLED else None
         # The teacher's own scales may lie beside it, as a student's do; what is not trained yet has none.
         folder = finisher.student(trained) if trained else setting.teacher if one.kind == "teacher" else None
-        return evaluate(
+        return setting.evaluate(
             model,
             finisher.spec(one.strategy),
             one.packing,
             load_split(finisher.data.folder, "test", setting.rendering(init)).head(question.plan.test_tokens),
             reference,
-            budget=question.budget,
-            evaluators=setting.evaluators,
-            metric=setting.metric,
-            device=setting.device,
+            init,
             scales=read_scales(folder, one.packing) if folder else begun_with,
             split="test",
-            share=setting.plan.example_share,
-            tokenizer=setting.text(init),
-            teacher=setting.teacher_spec,
-        )[0]
+        )
 
     def write(evaluation: Evaluation, one: _Scored) -> None:
         """Makes a row of it, and writes that down."""

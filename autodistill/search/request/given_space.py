@@ -116,11 +116,7 @@ def strategy_reference(strategy: str | Path | Strategy | None, cache: Path) -> s
 
 
 def _served_by(space: Space, runtime: str | None) -> Space:
-    """The space whose students one runtime serves, where that is asked for; what it cannot serve is left out.
-
-    Raises:
-        InputError: It serves none of the deployments, or types are solved, which is for llama.cpp.
-    """
+    """The space whose students one runtime serves, where that is asked for; what it cannot serve is left out."""
     if runtime is None:
         return space
     if space.solved and space.types_solved and runtime != _LLAMA_CPP:
@@ -137,11 +133,7 @@ def _served_by(space: Space, runtime: str | None) -> Space:
 
 
 def _cached(space: Space, kind: str | None) -> Space:
-    """The space whose students llama.cpp serves with a cache of one type, where that is asked for.
-
-    Raises:
-        InputError: No such type, or no deployment in llama.cpp.
-    """
+    """The space whose students llama.cpp serves with a cache of one type, where that is asked for."""
     if kind is None:
         return space
     check_choice("--kv-type", kind, tuple(CACHE_BYTES))
@@ -165,9 +157,6 @@ def _as_begun(option: str, asked: str | None, known: Mapping[str, Any], name: st
         asked: Its value.
         known: `search.json` of the run that goes on; empty of a new one.
         name: Of what it says there.
-
-    Raises:
-        InputError: Another value than the run began with.
     """
     before: str | None = known.get(name)
     if known and asked not in (None, before):

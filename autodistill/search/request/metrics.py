@@ -157,11 +157,7 @@ def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evalua
 
 
 def _further(request: SearchRequest, before: Mapping[str, Any]) -> list[Evaluator]:
-    """Return the evaluators that are asked for by name, or were before.
-
-    Raises:
-        InputError: There is none of a name, or it reads an exported file alone.
-    """
+    """Return the evaluators that are asked for by name, or were before."""
     asked = tuple(before.get("evaluators", ())) if request.evaluators is None else request.evaluators
     found = [load_evaluator(str(name)) for name in asked]
     late = next((item.name for item in found if item.needs == "artifact"), None)
@@ -171,11 +167,7 @@ def _further(request: SearchRequest, before: Mapping[str, Any]) -> list[Evaluato
 
 
 def _check_given(registered: Sequence[Evaluator]) -> None:
-    """Refuse a registered evaluator that measures what an installed one measures.
-
-    Raises:
-        InputError: Names the measurement.
-    """
+    """Refuse a registered evaluator that measures what an installed one measures."""
     if not registered:
         return
     here = plugins.registered("evaluators")

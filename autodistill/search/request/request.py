@@ -322,7 +322,6 @@ class SearchRequest:
         bool,
         Option(
             help="Show Ray's workers in its dashboard, on this machine alone and by a token, while trials run.",
-            typed=bool,
             section="Run",
             commands=("search", "distill"),
         ),

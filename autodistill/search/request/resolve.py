@@ -279,9 +279,6 @@ def _as_before(reference: str, known: Mapping[str, Any]) -> str:
 def _goal(request: SearchRequest, known: Mapping[str, Any], metric: str, source: DataSource) -> Goal:
     """Return whether students must keep what they knew of general text: by default where the metric is of text, and the
     data are no task.
-
-    Raises:
-        InputError: Another goal than the run began with.
     """
     if known:
         # Runs of earlier versions knew no other.

@@ -23,7 +23,7 @@ def run_inline(campaign: Campaign, setting: TrialSetting, deadline: Moment | Non
         # What ends this process ends the search too, which is not to begin with the same work for ever.
         campaign.begin(assignment, killed_for_memory())
         try:
-            outcome = attempted(bench, assignment, guard)
+            outcome = attempted(bench, assignment, guard, deadline)
         except KeyboardInterrupt:
             campaign.abandon(assignment)
             raise

@@ -57,7 +57,7 @@ class Member:
 
     def work(self, assignment: Assignment) -> dict[str, Any]:
         """Does its part of the assignment; the first process has the report."""
-        return attempted(self._bench, assignment, self._guard)
+        return attempted(self._bench, assignment, self._guard, self._deadline)
 
 
 class Group:

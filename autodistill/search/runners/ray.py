@@ -86,7 +86,14 @@ def _worker(setting: TrialSetting, deadline: Moment | None) -> Work:
         # Told as what became of its first assignment, since of a worker that cannot begin Tune says nothing.
         failure = ("disk-full" if is_disk_full(error) else WORKER_DIED, f"its worker could not begin: {error}")
         return lambda assignment: {"failure": failure}
-    return lambda assignment: attempted(bench, assignment, guard)
+    return lambda assignment: attempted(bench, assignment, guard, deadline)
+
+
+class _Live:
+    """What holds a live view of the search. Tune keeps a pickle to restore from; ours is restored from the log."""
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        return object, ()
 
 
 class _RayEnded(BaseException):
@@ -120,15 +127,11 @@ def drive(
         if said is not None:
             raise _RayEnded(said)
 
-    class Watch(Callback):  # type: ignore[misc, unused-ignore]
+    class Watch(_Live, Callback):  # type: ignore[misc, unused-ignore]
         """Looks after the cluster at every step of Tune."""
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             check()
-
-        def __reduce__(self) -> tuple[type[object], tuple[()]]:
-            # As of the searcher, Tune keeps a pickle.
-            return object, ()
 
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers)
     # Tune prints the traceback of every failed trial; the campaign has recorded its cause.
@@ -176,7 +179,7 @@ def _scheduler(errors: dict[str, str]) -> Any:
     """
     from ray.tune.schedulers import FIFOScheduler
 
-    class Noting(FIFOScheduler):  # type: ignore[misc, unused-ignore]
+    class Noting(_Live, FIFOScheduler):  # type: ignore[misc, unused-ignore]
         """Tune's scheduler that only keeps the error of a failed trial."""
 
         def on_trial_error(self, controller: Any, trial: Any) -> None:
@@ -184,10 +187,6 @@ def _scheduler(errors: dict[str, str]) -> Any:
             if trial.error_file and os.path.exists(trial.error_file):
                 with open(trial.error_file, encoding="utf-8", errors="replace") as file:
                     errors[trial.trial_id] = file.read()
-
-        def __reduce__(self) -> tuple[type[object], tuple[()]]:
-            # As of the searcher, Tune keeps a pickle.
-            return object, ()
 
     return Noting()
 
@@ -200,7 +199,7 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
     """
     from ray.tune.search import Searcher
 
-    class CampaignSearcher(Searcher):  # type: ignore[misc, unused-ignore]
+    class CampaignSearcher(_Live, Searcher):  # type: ignore[misc, unused-ignore]
         """Gives Tune the campaign's work as if it were proposed trials."""
 
         def __init__(self) -> None:
@@ -257,10 +256,6 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
         def _death(self, trial_id: str) -> tuple[str, str]:
             said = errors.get(trial_id, "")
             return death(said, self._kills.since(said))
-
-        def __reduce__(self) -> tuple[type[object], tuple[()]]:
-            # Tune keeps a pickle of its searcher to restore from. Ours holds a live view, and is restored from the log.
-            return object, ()
 
         def __deepcopy__(self, memo: Any) -> Any:
             return self

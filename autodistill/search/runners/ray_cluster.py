@@ -222,9 +222,6 @@ def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> 
     Args:
         needed: Files that it must see, each with what is said of a node that does not.
         stored: An object of a storage that it must read, as `_object` gives it.
-
-    Raises:
-        InputError: A node that cannot serve; the message names it.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

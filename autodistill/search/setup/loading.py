@@ -241,11 +241,7 @@ def _training_of(checked: SearchConfig, place: Place, spec: ModelSpec, teacher_f
 
 
 def _compare_tokens(checked: SearchConfig) -> None:
-    """Refuses pretrained models of another tokenizer before any weight is obtained.
-
-    Raises:
-        InputError: As `token_rows`.
-    """
+    """Refuses pretrained models of another tokenizer before any weight is obtained."""
     models = checked.space.models
     if not models:
         return
@@ -260,9 +256,6 @@ def _own_templates(
 ) -> tuple[dict[str, Template], dict[str, str]]:
     """The chat templates of pretrained models that render the data otherwise than the teacher's, and why others are
     not used, both by the models' references.
-
-    Raises:
-        InputError: A strategy compares what renderings do not have in common.
     """
     own, refused = {}, {}
     conversations = checked.source.conversations
@@ -296,9 +289,6 @@ def _check_sayable(
         data: Its answers are learnt.
         rows: Of each model its row of each of the teacher's tokens, -1 for none.
         renderings: Of the models that read another one.
-
-    Raises:
-        InputError: Names such a token.
     """
     paths = {"init", "init.model", "distillation", "distillation.train_embeddings"}
     strategies = cases(checked.space, paths, 1)

@@ -197,11 +197,7 @@ def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box
 
 @contextmanager
 def _enough_memory(loaded: Loaded) -> Iterator[None]:
-    """Says what teacher and training take, where memory runs out in either.
-
-    Raises:
-        InputError: It has.
-    """
+    """Says what teacher and training take, where memory runs out in either."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -362,9 +358,6 @@ def _time_asked(
 
     Returns:
         The speed with the seconds of an evaluation; the share of the examples that is read; notes.
-
-    Raises:
-        InputError: A task, or a command, that cannot be used even on the teacher.
     """
     asking = [item for item in checked.asked.evaluators if not isinstance(item, str)]
     if not asking:

@@ -21,7 +21,6 @@ from autodistill.distillation.teacher.output_cache import META, CacheSettings
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.evaluation.base import Evaluator
-from autodistill.evaluation.evaluate import evaluate
 from autodistill.evaluators.tasks.command import NAME as COMMAND
 from autodistill.evaluators.tasks.command import Command
 from autodistill.hardware.device import Device
@@ -41,7 +40,7 @@ from autodistill.search.planning.representatives import alignment_cases, attenti
 from autodistill.search.request.metrics import Asked
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.worker.begin import begun, find_codes
+from autodistill.search.worker.begin import begun, codes_file
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
@@ -272,7 +271,8 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
         return
     # On all threads, of which a trial's worker has a part.
     with clock.phase("solve", "making up for the errors of rounding"):
-        find_codes(setting, raced, loaded.moments)
+        for start in raced:
+            codes_file(setting, start, loaded.moments)
         loaded.moments.release()
     strategy = starts[0]
     deployments = [one.deployment for one in checked.constructions if one.init == strategy.init]
@@ -298,27 +298,17 @@ def _untrained_row(
     strategy: Strategy | None = None,
     scales: Mapping[str, Scales] | None = None,
 ) -> Row:
-    """The unmodified teacher, or a student without training, under one deployment.
-
-    Raises:
-        InputError: It cannot be measured so, by a person's command say.
-    """
+    """The unmodified teacher, or a student without training, under one deployment."""
     what = "teacher" if strategy is None else "untrained student"
     try:
-        evaluation, _ = evaluate(
+        evaluation = setting.evaluate(
             model,
             spec,
             deployment,
             validation,
             TeacherReference.load(setting.teacher_reference),
-            budget=setting.budget,
-            evaluators=setting.evaluators,
-            metric=setting.metric,
-            device=setting.device,
+            strategy.init if strategy else None,
             scales=read_scales(setting.teacher, deployment) if scales is None else scales,
-            share=setting.plan.example_share,
-            tokenizer=setting.text(strategy.init if strategy else None),
-            teacher=setting.teacher_spec,
         )
     except TrialFailedError as error:
         raise InputError(f"the {what} as {deployment.name} cannot be measured ({error.cause}): {error}") from error

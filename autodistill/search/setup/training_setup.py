@@ -102,11 +102,7 @@ def main_memory(space: Space, memory: TrialMemory, most: int, teacher_fit: Teach
 
 
 def _training(checked: SearchConfig, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:
-    """Return how the largest student of the space is trained where trials run, in steps of so many tokens.
-
-    Raises:
-        InputError: It cannot be.
-    """
+    """Return how the largest student of the space is trained where trials run, in steps of so many tokens."""
     space, spec, length = checked.space, memory.teacher, checked.sequence_length
     training = Training(
         spec=largest,

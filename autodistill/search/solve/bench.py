@@ -135,9 +135,6 @@ class Bench:
         """Round matrices from now on by how much each column counts: the mean square of that input on some text.
 
         A table that is also the head is read by rows too, of which all columns count alike: it has the mean of both.
-
-        Args:
-            data: The text.
         """
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         tables = {id(self.model.get_input_embeddings().weight)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -72,7 +72,12 @@ def compensate(bench: Bench, deployment: Deployment, data: TokenSet) -> Compensa
 
 
 def made_up(
-    bench: Bench, scheme: QuantizationScheme, data: TokenSet, *, bf16: bool = False
+    bench: Bench,
+    scheme: QuantizationScheme,
+    data: TokenSet,
+    *,
+    bf16: bool = False,
+    in_time: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], dict[str, Scales]]:
     """Round the matrices of a model so that what comes out of each changes little on some text.
 
@@ -85,6 +90,7 @@ def made_up(
         scheme: How it is stored.
         data: The text.
         bf16: Whether it is read in bfloat16, for which this machine has instructions.
+        in_time: Called before each block; may raise.
 
     Returns:
         Of each matrix that is rounded so its values, and the scales that these are packed with.
@@ -108,6 +114,7 @@ def made_up(
         shown.enter_context(bench.replaced([(name, bench.stored(name, storages[name])) for name in rest]))
         states = embedded(bench.model, data.tokens, bench.device)
         for index in range(bench.spec.layers):
+            in_time()
             grids = {name: grid for name, grid in blocks.get(index, {}).items() if name in given}
             moments = _moments(bench, index, list(grids), states, bf16)
 

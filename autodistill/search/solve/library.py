@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,6 +44,11 @@ class Score:
     kl: float
     stderr: float
     exact: bool
+
+    @classmethod
+    def of(cls, found: Measured) -> Score:
+        """Return the score of what was put in and measured."""
+        return cls(kl=found.kl, stderr=math.inf if found.kl_stderr is None else found.kl_stderr, exact=True)
 
 
 class Library:
@@ -118,8 +124,7 @@ class Library:
             if self._gradients is None:
                 self._gradients = self._by_gradients()
             return self._gradients[name][kind]
-        found = Measured.from_json(self._held["exact"][_key(name, kind)])
-        return Score(kl=found.kl, stderr=math.inf if found.kl_stderr is None else found.kl_stderr, exact=True)
+        return Score.of(Measured.from_json(self._held["exact"][_key(name, kind)]))
 
     def _by_gradients(self) -> dict[str, dict[str, Score]]:
         found: dict[str, dict[str, Score]] = {}
@@ -202,20 +207,18 @@ def library_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...], 
         tokens: Of the calibration and the held-out sample, and of a sequence.
         options: What is scored.
     """
-    code = [
-        file_hash(path)
-        for package in (quantization, inference)
-        for folder in package.__path__
-        for path in sorted(Path(folder).rglob("*.py"))
-    ]
-    code += [file_hash(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in _SCORED_BY]
+    code = code_of((quantization, inference), ("bench", "compensation", "library", "options", "streamed"))
     key = content_hash(
         [teacher, data, list(tokens), [list(pair) for pair in options.caches], code, options.runtime], 16
     )
     return cache / "solve" / f"{key}.json"
 
 
-_SCORED_BY = ("bench", "compensation", "library", "options", "streamed")
+def code_of(packages: Sequence[ModuleType], beside: Sequence[str]) -> list[str]:
+    """Return the hashes of the code of whole packages, and of some files of this one, by their names."""
+    files = [path for one in packages for folder in one.__path__ for path in sorted(Path(folder).rglob("*.py"))]
+    files += [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in beside]
+    return [file_hash(path) for path in files]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -27,10 +27,10 @@ from autodistill.inference.scoring import score
 from autodistill.models.config import spec_from_config
 from autodistill.search.solve.bench import Bench, Measured, Sample, measured
 from autodistill.search.solve.kept import use
-from autodistill.search.solve.library import Score, moved
+from autodistill.search.solve.library import Score, code_of, moved
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
-from autodistill.utils.hashing import content_hash, file_hash
+from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import read_json, write_json
 
 _SCORED = (0.7, 0.4)  # fractions of an FFN whose cost is scored by gradients
@@ -205,7 +205,7 @@ class Shapes:
                 found[int(key[len(prefix) :])] = Score(kl=one["kl"], stderr=error, exact=False)
         for key, one in self._held["ffn"].items():
             if key.startswith(prefix):
-                found[int(key[len(prefix) :])] = _score(one)
+                found[int(key[len(prefix) :])] = Score.of(Measured.from_json(one))
         return found
 
     def spans(self, count: int) -> tuple[tuple[int, Score], ...]:
@@ -228,7 +228,7 @@ class Shapes:
                 found = self._from_layer(first, [layer for layer in range(first, layers) if layer >= first + count])
             self._held["spans"][key] = found.to_json()
             self._save()
-        return _score(self._held["spans"][key])
+        return Score.of(Measured.from_json(self._held["spans"][key]))
 
     def joint(self, init: Init, deployment: Deployment, sample: Sample) -> Measured:
         """Return what the student that `init` makes is to the teacher as a deployment stores it; measured once and
@@ -246,8 +246,7 @@ class Shapes:
 
     def whole(self, init: Init, sample: Sample) -> Score:
         """Return what it costs to be made as `init` says, whatever that is, in 16 bits; measured once and kept."""
-        found = self.joint(init, _IN_16_BITS, sample)
-        return Score(kl=found.kl, stderr=math.inf if found.kl_stderr is None else found.kl_stderr, exact=True)
+        return Score.of(self.joint(init, _IN_16_BITS, sample))
 
     def kept_layers(self, init: Init) -> tuple[int, ...]:
         """The teacher's layers that a student keeps."""
@@ -326,17 +325,8 @@ def shapes_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...]) -
         teacher, data: Fingerprints.
         tokens: Of the calibration and the held-out sample, and of a sequence.
     """
-    code = [
-        file_hash(path)
-        for package in (quantization, inference, student)
-        for folder in package.__path__
-        for path in sorted(Path(folder).rglob("*.py"))
-    ]
-    code += [file_hash(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in _SCORED_BY]
+    code = code_of((quantization, inference, student), ("bench", "library", "shapes"))
     return cache / "solve" / f"{content_hash([teacher, data, list(tokens), code], 16)}-shapes.json"
-
-
-_SCORED_BY = ("bench", "library", "shapes")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -358,8 +348,3 @@ def _as_wide(made: Refit | None, matrix: Tensor) -> Tensor:
 
 def _ffn_key(layer: int, width: int | str) -> str:
     return f"{layer}={width}"
-
-
-def _score(held: dict[str, Any]) -> Score:
-    found = Measured.from_json(held)
-    return Score(kl=found.kl, stderr=math.inf if found.kl_stderr is None else found.kl_stderr, exact=True)

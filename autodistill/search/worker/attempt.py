@@ -43,17 +43,23 @@ class Assignment:
     threads: int = 0
 
 
-def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport | None:
+def work(
+    bench: Workbench,
+    assignment: Assignment,
+    on_step: Callable[[StepRecord], None],
+    in_time: Callable[[], None] = lambda: None,
+) -> RungReport | None:
     """Do what a worker was assigned; of several processes the first one has the report.
 
     Raises:
         TrialFailedError: Whatever went wrong in this trial.
-        OutOfTime: As `on_step` raises it.
+        OutOfTime: As `on_step` raises it, or `in_time` before the first step.
         TooManyAtOnce: Several processes are to begin again with fewer sequences at once.
     """
     try:
         # What is kept at the end of a time box is all that there is, and is not given back for its end.
-        trial = Trial(bench, assignment.task, (lambda _: None) if assignment.keep else on_step, assignment.threads)
+        on_step = (lambda _: None) if assignment.keep else on_step
+        trial = Trial(bench, assignment.task, on_step, assignment.threads, in_time)
         if assignment.deployment is not None:
             first = bench.sharding is None or bench.sharding.rank == 0
             return trial.evaluate(assignment.deployment) if first else None
@@ -92,15 +98,31 @@ def attempt(work: Callable[[], RungReport | None]) -> dict[str, Any]:
         return {"failure": (error.cause, str(error))}
 
 
-def attempted(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> dict[str, Any]:
-    """The outcome of an assignment, as `attempt` gives it; without a report also "trained": on so many tokens."""
+def attempted(
+    bench: Workbench,
+    assignment: Assignment,
+    on_step: Callable[[StepRecord], None],
+    deadline: Moment | None = None,
+) -> dict[str, Any]:
+    """The outcome of an assignment, as `attempt` gives it; without a report also "trained": on so many tokens.
+
+    Args:
+        bench: The worker's.
+        assignment: What it is to do.
+        on_step: Called after each step; may raise `OutOfTime`.
+        deadline: When what comes before the first step is given up, or None.
+    """
     reached: list[int] = []
 
     def count(record: StepRecord) -> None:
         reached.append(record.tokens)
         on_step(record)
 
-    outcome = attempt(lambda: work(bench, assignment, count))
+    def in_time() -> None:
+        if deadline is not None and deadline.left < 0:
+            raise OutOfTime
+
+    outcome = attempt(lambda: work(bench, assignment, count, in_time))
     if "report" in outcome:
         return outcome
     trained = reached[-1] - reached[0] + bench.setting.plan.batch_tokens if reached else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -125,29 +125,24 @@ def scales_as(
     return {name: scales[name] for name in stored_alike(scales, spec, strategy.finishing.scheme, scheme)}
 
 
-def find_codes(setting: TrialSetting, strategies: Iterable[Strategy], held: HeldMoments) -> None:
-    """Find the codes of several students, as far as they are not there.
-
-    Args:
-        setting: Of the trials.
-        strategies: The students'.
-        held: Of the teacher's FFNs, by which cuts are repaired.
-    """
-    for strategy in strategies:
-        codes_file(setting, strategy, held)
-
-
-def codes_file(setting: TrialSetting, strategy: Strategy, held: HeldMoments | None = None) -> Path:
+def codes_file(
+    setting: TrialSetting,
+    strategy: Strategy,
+    held: HeldMoments | None = None,
+    in_time: Callable[[], None] = lambda: None,
+) -> Path:
     """Return the file of a student on its codes, as its container packs them; they are found if it is not there.
 
     Args:
         setting, strategy: As of `on_codes`.
         held: Of the teacher's FFNs, where others need them too.
+        in_time: Called before each block is rounded; may raise.
     """
     assert strategy.finishing is not None
     assert setting.codes is not None
     key = content_hash([strategy.init.to_json(), plain(strategy.finishing.scheme)], 16)
-    return saved_once(setting.codes, key, _FILE, partial(_save, setting=setting, strategy=strategy, held=held))
+    save = partial(_save, setting=setting, strategy=strategy, held=held, in_time=in_time)
+    return saved_once(setting.codes, key, _FILE, save)
 
 
 def _moments(setting: TrialSetting, held: HeldMoments) -> list[Tensor] | None:
@@ -165,7 +160,9 @@ def _grids(spec: ModelSpec, finishing: Finishing) -> dict[str, Grid]:
     return {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
 
 
-def _save(path: Path, *, setting: TrialSetting, strategy: Strategy, held: HeldMoments | None) -> None:
+def _save(
+    path: Path, *, setting: TrialSetting, strategy: Strategy, held: HeldMoments | None, in_time: Callable[[], None]
+) -> None:
     """Find the codes of a student and write them, and its other weights."""
     finishing, init = strategy.finishing, strategy.init
     assert finishing is not None
@@ -178,7 +175,8 @@ def _save(path: Path, *, setting: TrialSetting, strategy: Strategy, held: HeldMo
     known = {name: (grids[name], one) for name, one in own.items()}
     bench = Bench(model, spec, known, setting.device, cut=not init.whole)
     bench.weigh(text.head(_WEIGHED_TOKENS))
-    values, scales = made_up(bench, finishing.scheme, text.head(CALIBRATION_TOKENS), bf16=setting.plan.bf16)
+    text = text.head(CALIBRATION_TOKENS)
+    values, scales = made_up(bench, finishing.scheme, text, bf16=setting.plan.bf16, in_time=in_time)
     arrays: dict[str, npt.NDArray[Any]] = {}
     for tensor in spec.tensors:
         name = tensor.name

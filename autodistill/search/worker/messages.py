@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from autodistill.data.dataset import rendering_folder
+from autodistill.data.dataset import TokenSet, rendering_folder
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.step_record import StepRecord
 from autodistill.evaluation.base import Direction, Evaluator
-from autodistill.evaluation.evaluate import Evaluation
+from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.hardware.budget import Budget
+from autodistill.inference.outputs import TeacherReference
 from autodistill.models.model_folder import HeldType
 from autodistill.models.spec import ModelSpec
+from autodistill.quantization.grids import Scales
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.divergence import Divergence
 from autodistill.strategy.strategy import Init, Strategy
@@ -78,6 +81,40 @@ class TrialSetting:
         """Folder that describes a student's text: tokenizer, chat template, and what ends an answer."""
         name = self.rendering(init)
         return rendering_folder(self.data, name) if name else self.teacher
+
+    def evaluate(
+        self,
+        model: Any,
+        spec: ModelSpec,
+        deployment: Deployment,
+        data: TokenSet,
+        reference: TeacherReference,
+        init: Init | None,
+        *,
+        scales: Mapping[str, Scales] | None,
+        split: str = "validation",
+        share: float | None = None,
+    ) -> Evaluation:
+        """Return what a packed model is by the evaluators of the search; arguments are as `evaluate` takes them.
+
+        `init` is the student's, None of the teacher; `share` is the plan's by default.
+        """
+        return evaluate(
+            model,
+            spec,
+            deployment,
+            data,
+            reference,
+            budget=self.budget,
+            evaluators=self.evaluators,
+            metric=self.metric,
+            device=self.device,
+            scales=scales,
+            split=split,
+            share=self.plan.example_share if share is None else share,
+            tokenizer=self.text(init),
+            teacher=self.teacher_spec,
+        )[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from autodistill.distillation.training.side_by_side import MOST, usable
 from autodistill.distillation.training.step_record import StepRecord
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import TrialFailedError
-from autodistill.evaluation.evaluate import Evaluation, evaluate
+from autodistill.evaluation.evaluate import Evaluation
 from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
 from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Scales
@@ -75,6 +75,7 @@ class Trial:
         task: Which trial.
         on_step: Called after each optimiser step; may raise to end the trial.
         threads: CPU threads that it has where nothing else runs; 0 for as many as ever.
+        in_time: Called while its codes are found, which may take longer than a stretch; may raise to end the trial.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class Trial:
         task: TrialTask,
         on_step: Callable[[StepRecord], None] = lambda _: None,
         threads: int = 0,
+        in_time: Callable[[], None] = lambda: None,
     ) -> None:
         self._threads = threads
+        self._in_time = in_time
         self._bench = bench
         self._task = task
         self._on_step = on_step
@@ -123,7 +126,7 @@ class Trial:
         last = rung == len(plan.rungs) - 1
         if self._task.strategy.codes:
             # Once in a run: what they take says nothing of what other work will take.
-            codes_file(self._bench.setting, self._task.strategy)
+            codes_file(self._bench.setting, self._task.strategy, in_time=self._in_time)
         began = time.perf_counter()
         trainer = self._trainer()
         shared, resumed = self._stage.restore(trainer, rung)
@@ -247,21 +250,8 @@ class Trial:
         setting = self._bench.setting
         init = self._task.strategy.init
         data, reference = self._bench.held_out(tokens, init)
-        return evaluate(
-            model,
-            self._spec,
-            deployment,
-            data,
-            reference,
-            budget=setting.budget,
-            evaluators=setting.evaluators,
-            metric=setting.metric,
-            device=setting.device,
-            scales=scales,
-            share=setting.plan.example_share * tokens / setting.plan.eval_tokens,
-            tokenizer=setting.text(init),
-            teacher=setting.teacher_spec,
-        )[0]
+        share = setting.plan.example_share * tokens / setting.plan.eval_tokens
+        return setting.evaluate(model, self._spec, deployment, data, reference, init, scales=scales, share=share)
 
     def _trainer(self) -> Trainer:
         model, kept = student_of(self._bench.setting, self._task.strategy, self._task.seed)

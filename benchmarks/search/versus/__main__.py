@@ -319,6 +319,7 @@ def _run_and_not(versus: Versus, rows: Mapping[Block, Mapping[str, Row]]) -> str
 
 
 def main() -> None:
+    """Make the rows that are missing, each in a process of its own, and write the report and its charts."""
     parser = parser_of(__doc__)
     parser.add_argument("--only", metavar="BLOCK/ARM", help="a row, a block, an arm or a teacher: no others are made")
     parser.add_argument("--time", type=parse_duration, help="of each arm, instead of the file's: a first look")

@@ -13,13 +13,9 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autodistill.distillation.training import fake_quantize as quantization
-from autodistill.distillation.training.fake_quantize import (
-    FakeQuantized,
-    fake_quantize,
-    fake_quantize_learned,
-    one_step,
-    quantized_training,
-)
+from autodistill.distillation.training import straight_through
+from autodistill.distillation.training.fake_quantize import FakeQuantized, one_step, quantized_training
+from autodistill.distillation.training.straight_through import fake_quantize, fake_quantize_learned
 from autodistill.errors import InputError
 from autodistill.quantization import group_scales as grid_steps
 from autodistill.quantization import loops
@@ -82,7 +78,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(compiled, "_LEAST_PART", 64)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1 if request.param == "compiled" else 3)
     else:
-        for module in (grid_values, quantization):
+        for module in (grid_values, straight_through):
             monkeypatch.setattr(module, "loops", lambda *_: None)
         monkeypatch.setattr(grid_values, "_CPU_CHUNK", 2**18 if request.param == "at once" else 256)
     return request.param
@@ -602,7 +598,8 @@ def test_a_tied_weight_is_quantized_once_a_step_for_each_type_it_is_read_in(lear
     calls = []
     for name in ("fitted_values", "given_values"):
         made = getattr(grid_values, name)
-        monkeypatch.setattr(quantization, name, lambda *args, made=made: calls.append(args[0]) or made(*args))
+        for module in (quantization, straight_through):
+            monkeypatch.setattr(module, name, lambda *args, made=made: calls.append(args[0]) or made(*args))
     with quantized_training(model, _storage_of, learned=learned) as shown:
         expected = {}
         for part in TOKENS:

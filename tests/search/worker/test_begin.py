@@ -17,6 +17,7 @@ from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.quantization.packing import deployed
 from autodistill.search.worker import begin
+from autodistill.search.worker.attempt import Assignment, attempted
 from autodistill.search.worker.begin import begun, scales_as
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialSetting, TrialTask
@@ -24,6 +25,7 @@ from autodistill.search.worker.trial import Trial
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.strategy import Finishing, Init, Strategy
+from autodistill.utils.clock import Moment
 
 WHOLE = Init(depth=1.0)
 SCHEMES = {
@@ -98,6 +100,20 @@ def test_codes_are_found_once_and_again_where_their_file_is_damaged(
     assert scales.keys() == more.keys()
     for (name, weight), (_, other) in zip(first.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(weight, other), name
+
+
+def test_a_trial_is_given_back_where_the_time_ends_while_its_codes_are_found(setting: TrialSetting) -> None:
+    """They may take longer than a segment, of which alone the time budget knows."""
+
+    def never(record: object) -> None:
+        raise AssertionError("a step was trained")
+
+    deployment = Deployment(**SCHEMES["q4_0"], runtime="llama.cpp")
+    task = TrialTask(id="t000", strategy=strategy(), seed=0, deployments=(deployment,), probe=deployment)
+    work = Assignment(task=task, rung=0)
+    assert attempted(Workbench(setting), work, never, Moment.after(-1.0)) == {"trained": 0}
+    assert not list(setting.codes.rglob("*.safetensors"))  # type: ignore[union-attr]
+    assert "report" in attempted(Workbench(setting), work, lambda record: None, Moment.after(600.0))
 
 
 def test_a_trial_keeps_the_codes_and_trains_their_scales(setting: TrialSetting, tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ from autodistill.distillation.student.pretrained import pretrained_spec
 from autodistill.distillation.teacher import target_sources
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import CacheSettings
-from autodistill.distillation.training.fake_quantize import fake_quantize_learned
 from autodistill.distillation.training.fsdp import Sharding
 from autodistill.distillation.training.learning_rate import branch_point, end_of
+from autodistill.distillation.training.straight_through import fake_quantize_learned
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import DamagedError, InputError, TrialFailedError
 from autodistill.estimates.fit import holdable

@@ -143,11 +143,6 @@ def open_candidate(path: Path, spec: ModelSpec) -> Candidate:
 def check_candidate(candidate: Candidate, folder: Path, spec: ModelSpec) -> None:
     """Compare what a file says of its model and tokenizer with what would be written of the teacher's.
 
-    Args:
-        candidate: The file.
-        folder: The teacher's.
-        spec: Its shape.
-
     Raises:
         InputError: Another model or tokenizer.
     """
