@@ -155,25 +155,6 @@ def test_what_vllm_pins_is_allowed() -> None:
     assert requirements("vllm")["compressed-tensors"].contains("0.17.0")
 
 
-def test_what_optunas_samplers_import_without_declaring_it_is_declared() -> None:
-    """Optuna imports scipy for Gaussian processes alone, when a study asks: after trials were trained."""
-    import optuna
-
-    found = set()
-    folder = Path(optuna.__file__).parent
-    for path in (*(folder / "_gp").rglob("*.py"), *(folder / "samplers" / "_gp").rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        for name in re.findall(r"^\s*(?:import|from) (\w+)|_LazyImport\(\"(\w+)", text, re.MULTILINE):
-            found |= set(filter(None, name))
-    outside = found - set(sys.stdlib_module_names) - {"optuna"}
-    own = [text for text in requires("optuna") or [] if "extra ==" not in text]
-    declared = REQUIRED | distributions(own)
-    assert "scipy" in outside
-    # What is not installed here either is imported where it is.
-    for package in filter(providers, outside):
-        assert providers(package) & declared, package
-
-
 def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-input", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)

@@ -19,6 +19,7 @@ from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.models.loading import load_model, stock_model
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
+from autodistill.utils.json_files import replacing
 
 FILE = "proof.npz"
 """Lies beside an export: what was read, and what the evaluated student does after it."""
@@ -75,7 +76,8 @@ def save(expected: Expected, folder: Path) -> None:
     }
     if expected.likeliest is not None:
         arrays |= {"likeliest": expected.likeliest[0], "log_probs": expected.likeliest[1]}
-    np.savez_compressed(folder / FILE, **arrays)
+    with replacing(folder / FILE) as temporary:
+        np.savez_compressed(temporary, **arrays)
 
 
 def load(folder: Path) -> Expected:

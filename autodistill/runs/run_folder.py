@@ -212,13 +212,16 @@ class RunFolder:
         return path.exists()
 
     def discard(self) -> None:
-        """Remove the folder of a run that was made and ended before anything was planned, so that nothing is left."""
+        """Remove the folder of a run that was made and ended before anything was planned, so that nothing is left.
+
+        What cannot be removed stays, as on a disk that has become read-only: it leaves the name free.
+        """
         if self.search_file.exists():
             return
-        for path in self.path.iterdir():
-            if self._left_over(path):
-                path.unlink(missing_ok=True)
-        with suppress(OSError):  # something else is in it
+        with suppress(OSError):  # or something else is in it
+            for path in self.path.iterdir():
+                if self._left_over(path):
+                    path.unlink(missing_ok=True)
             self.path.rmdir()
 
     @staticmethod

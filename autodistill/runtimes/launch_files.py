@@ -11,7 +11,7 @@ from autodistill.hardware.budget import check_streams
 from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import MOST_CONTEXT
-from autodistill.utils.json_files import read_json, write_json
+from autodistill.utils.json_files import read_json, replacing, write_json
 from autodistill.utils.typed_data import check_typed
 
 SERVE_FILE = "serve.json"
@@ -113,4 +113,5 @@ def write_launch_files(model: Path, deployment: Deployment, context: int, slots:
     if keys != values:
         lines.append(f"# It was evaluated with keys in {keys} and values in {values}, which Ollama cannot hold.")
     lines += [f"FROM ./{model.name}", f"PARAMETER num_ctx {context}"]
-    (model.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with replacing(model.parent / "Modelfile") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

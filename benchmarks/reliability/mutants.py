@@ -10,6 +10,9 @@ which is an hour of a processor more. A mutant is then run against the tests tha
 the cheapest files first, until one fails; one that outlasts the tests that found it unharmed by far counts as found
 too. `--limit` is the processor time, as it was without the mutant, that the tests of one mutant may take.
 
+`--again` tries what survived in the record of a seed, and keeps the other verdicts. After a change of the core the same
+seed would draw other mutants.
+
 What was found out lies in `--work`, and the same command goes on from there: a test file that has changed is run
 again, and so are mutants that survived before tests changed. After a change of the core no test is run again to see
 what it reaches: lines that moved are followed, and a line that is new goes with the statement that it replaces or
@@ -583,6 +586,33 @@ def drawn(count: int, seed: int, core: Sequence[str]) -> list[Mutation]:
     return random.Random(seed).sample(every, min(count, len(every)))
 
 
+def _whole_id(mutant: Mutation) -> str:
+    """Of a mutant and of all that its file has beside it."""
+    return _id(mutant) + _hash(ROOT / mutant.module)
+
+
+def record_of(seed: int) -> Path:
+    """The file that keeps the verdicts of a seed's mutants."""
+    return program.REPORTS / (f"mutants-{seed}.jsonl" if seed else "mutants.jsonl")
+
+
+def still_there(survivors: Iterable[Mapping[str, Any]]) -> dict[int, Mutation]:
+    """Mutants of a record by their numbers, as the core is now; without those whose statement is not there any more.
+
+    What is not in its file is looked for in the others of the folder: a file may have been divided.
+    """
+    found = {}
+    for one in survivors:
+        folder = [name for name in CORE if Path(name).parent == Path(one["module"]).parent]
+        for name in sorted(folder, key=lambda name: name != one["module"]):
+            made = mutations(name, (ROOT / name).read_text())
+            alike = [m for m in made if (m.kind, m.before, m.after) == (one["kind"], one["before"], one["after"])]
+            if alike:
+                found[one["number"]] = min(alike, key=lambda mutant: abs(mutant.line - one["line"]))
+                break
+    return found
+
+
 def equivalents() -> dict[tuple[str, str, str], str]:
     """Why each of the known mutants that change nothing does so, by module, before and after."""
     listed = yaml.safe_load(EQUIVALENT.read_text()) or []
@@ -599,6 +629,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "results" / "runs" / "mutants", help="folder that is kept")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which nothing more is begun")
     parser.add_argument("--trace-only", action="store_true", help="end once it is known what each test reaches")
+    parser.add_argument("--again", action="store_true", help="try what survived in the record; the rest stays as it is")
     parser.add_argument("--wide", action="store_true", help="try what survived once more, by all tests of its folder")
     parser.add_argument("--all-tests", action="store_true", help="trace every test file, not those near a mutant alone")
     parser.add_argument(
@@ -623,29 +654,37 @@ def main() -> int:
 def measure(options: argparse.Namespace, began: float) -> int:
     """Traces the tests, runs the mutants drawn, and tells of them; 3 where time was up first."""
     same, made = equivalents(), _stamp()
-    mutants = drawn(options.mutants, options.seed, core_of(options.files))
     log = options.work / "verdicts.jsonl"
+    earlier = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    record: list[dict[str, Any]] = []
+    if options.again:
+        kept = {one["number"]: one for one in map(json.loads, record_of(options.seed).read_text().splitlines())}
+        mutants = still_there(one for one in kept.values() if one["verdict"] not in ("found", "equivalent"))
+        record = [one for number, one in kept.items() if number not in mutants]
+        earlier = [kept[number] | {"id": _whole_id(one), "with": ""} for number, one in mutants.items()] + earlier
+    else:
+        mutants = dict(enumerate(drawn(options.mutants, options.seed, core_of(options.files))))
+    count = len(record) + len(mutants)
     known: dict[str, dict[str, Any]] = {}
     survived: set[tuple[str, bool]] = set()
-    for one in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+    for one in earlier:
         known[one["id"]] = one
         if one["verdict"] != "found":
             survived.add((one["id"], one.get("wide", False)))
     wide = {one["module"] for one in known.values() if options.wide and one["verdict"] != "found"}
-    close = None if options.all_tests else near({one.module for one in mutants}, wide)
+    close = None if options.all_tests else near({one.module for one in mutants.values()}, wide)
     bench = Bench(work=options.work, jobs=options.jobs, files=options.files or close)
-    if not bench.trace(began + options.stop_after):
+    if mutants and not bench.trace(began + options.stop_after):
         return 3
     traced = time.monotonic() - began
     if options.trace_only:
         return 0
 
     tests = _hash(*sorted((ROOT / "tests").rglob("*.py")))
-    record: list[dict[str, Any]] = []
     work, again = [], []
-    for number, mutant in enumerate(mutants):
+    for number, mutant in mutants.items():
         said = {
-            "id": _id(mutant) + _hash(ROOT / mutant.module),
+            "id": _whole_id(mutant),
             "number": number,
             "seed": options.seed,
             "module": mutant.module,
@@ -657,11 +696,11 @@ def measure(options: argparse.Namespace, began: float) -> int:
         if why := same.get((mutant.module, mutant.before, mutant.after)):
             record.append(said | {"verdict": "equivalent", "by": why})
             continue
-        earlier = known.get(str(said["id"]))
-        if earlier and (
-            earlier["verdict"] == "found" or (earlier["with"] == tests and earlier.get("wide", False) >= options.wide)
+        before = known.get(_whole_id(mutant))
+        if before and (
+            before["verdict"] == "found" or (before["with"] == tests and before.get("wide", False) >= options.wide)
         ):
-            record.append(earlier | said)
+            record.append(before | said)
             continue
 
         def tell(found: dict[str, Any], said: dict[str, Any] = said) -> None:
@@ -669,19 +708,19 @@ def measure(options: argparse.Namespace, began: float) -> int:
             record.append(one)
             with log.open("a") as file:
                 file.write(json.dumps(one) + "\n")
-            print(f"{len(record)}/{len(mutants)} {_told(one)}", flush=True)
+            print(f"{len(record)}/{count} {_told(one)}", flush=True)
 
         # What survived earlier tests comes after all that is not known.
-        (again if earlier else work).append(bench.try_out(mutant, options.limit, tell))
+        (again if before else work).append(bench.try_out(mutant, options.limit, tell))
     if work := work + again:
         for place in range(options.jobs):
             copy_tree(options.work / f"tree-{place}")
         in_parallel(options.jobs, work, began + options.stop_after)
-    if left := len(mutants) - len(record):
+    if left := count - len(record):
         print(f"{left} mutants are left: the same command goes on with them")
         return 3
     record.sort(key=lambda one: one["number"])
-    for one in record:
+    for one in (one for one in record if one["number"] in mutants):
         wide, found = one.get("wide", False), one["verdict"] == "found"
         one["once_survived"] = found and (one["id"], wide) in survived
         one["found_wide"] = found and wide and not one["once_survived"] and (one["id"], False) in survived
@@ -706,9 +745,7 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
     """Prints the score and the survivors, and writes the record and the report; 1 where the goal is missed."""
     from benchmarks.common import report
 
-    name = f"mutants-{options.seed}" if options.seed else "mutants"
-    kept = program.REPORTS / f"{name}.jsonl"
-
+    kept = record_of(options.seed)
     counts = Counter(one["verdict"] for one in record)
     counted = len(record) - counts["equivalent"]
     score = counts["found"] / counted
@@ -724,9 +761,12 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
     kept.write_text("".join(json.dumps({k: v for k, v in one.items() if k != "with"}) + "\n" for one in record))
     modules = Counter(one["module"] for one in record)
     lines = sum(len((ROOT / name).read_text().splitlines()) for name in CORE)
+    core = f"{len(CORE)} files of {lines:,} lines"
+    if options.again:
+        core = f"the core as it was on {min(one['made']['date'] for one in record if 'made' in one)}"
     late = sum(one["once_survived"] for one in record)
     before = counts["found"] - late
-    wider = sum(one["found_wide"] for one in record)
+    wider = sum(one.get("found_wide", False) for one in record)
     by_others = f"{wider} are found by tests of their folder that do not name their module. " if wider else ""
     cut = sum(one.get("of", 0) > one.get("tests", 0) for one in alive)
 
@@ -734,14 +774,15 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
         return "`" + text[:100].replace("|", "\\|").replace("`", "'") + "`"
 
     report.write(
-        name,
+        kept.stem,
         "What of wrong changes the tests find",
         [
-            f"**{summary}.** Seed {options.seed}, out of all mutations of {len(CORE)} files of {lines:,} lines: "
+            f"**{summary}.** Seed {options.seed}, out of all mutations of {core}: "
             f"`benchmarks/reliability/mutations.py` says which kinds. `{kept.name}` beside this names each with the "
             f"test that finds it. The tests of one mutant may take {options.limit:.0f} s of a processor; of {cut} "
-            f"survivors some were left out for that. {late} of those found survived an earlier run, and tests were "
-            f"written for them since: before, {before} of {counted} were found ({before / counted:.1%}). {by_others}"
+            f"survivors some were left out for that. {late} of those found survived an earlier run: tests farther away "
+            f"find them, or were written for them since: before, {before} of {counted} were found "
+            f"({before / counted:.1%}). {by_others}"
             f"{options.jobs} at a time; the mutants took {spent / 60:.0f} minutes of a processor.",
             "## Survivors",
             report.table(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -54,7 +55,8 @@ class Mutation:
         line: Where its innermost statement begins.
         reached: The line by which tests are seen to get there; None where it is done when the module is imported.
         kind: What is changed.
-        before, after: The statement's first line, or that of an expression in it, as it was and as it became.
+        before, after: The statement's first line, or that of an expression in it, as it was and as it became. Where
+            several expressions in a statement are alike, all but the first have a number there.
         source: The module's whole text with the change.
     """
 
@@ -71,6 +73,7 @@ def mutations(module: str, text: str) -> list[Mutation]:
     """Return all wrong changes of a module."""
     tree = ast.parse(text)
     found = []
+    alike: Counter[tuple[int, str, str, str]] = Counter()
     for path, node, statement, inside in _walk(tree):
         for kind, changed in _changes(node, path[-1][0] if path else ""):
 
@@ -84,13 +87,16 @@ def mutations(module: str, text: str) -> list[Mutation]:
             else:
                 before, after = _short(node), _short(changed)
             assert statement is not None
+            key = (statement.lineno, kind, before, after)
+            alike[key] += 1
+            number = f", no. {alike[key]}" if alike[key] > 1 else ""
             found.append(
                 Mutation(
                     module=module,
                     line=getattr(node, "lineno", statement.lineno),
                     reached=statement.lineno if inside else None,
                     kind=kind,
-                    before=before if isinstance(node, ast.stmt) else f"{_short(statement)}  [{before}]",
+                    before=before if isinstance(node, ast.stmt) else f"{_short(statement)}  [{before}{number}]",
                     after=after,
                     source=lambda made=made: ast.unparse(made()),  # type: ignore[misc]
                 )

@@ -20,6 +20,7 @@ import torch
 from benchmarks.common.program import ROOT
 from benchmarks.engine import distill_arms
 from benchmarks.reliability import mutants
+from benchmarks.reliability.mutations import mutations
 
 MODULES = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
 NODES = {path: tuple(ast.walk(ast.parse(text))) for path, text in MODULES.items()}
@@ -202,6 +203,22 @@ def test_what_is_done_at_an_import_is_tested_by_whoever_comes_to_the_module(tmp_
         return [test.seconds for test in bench.tests_of(mutants.Mutation(module=module, source=str, **lines))]
 
     assert (len(asked(7)), len(asked(2)), len(asked(None))) == (1, 2, 2)
+
+
+def test_expressions_that_are_alike_in_a_statement_are_told_apart():
+    said = [one.before for one in mutations("a.py", "x = (0, 0, 1)\n") if one.kind == "one more"]
+    assert said == ["x = (0, 0, 1)  [0]", "x = (0, 0, 1)  [0, no. 2]", "x = (0, 0, 1)  [1]"]
+
+
+def test_survivors_of_a_record_are_found_again_where_their_lines_have_moved_even_to_another_file():
+    row, table = (f"autodistill/runs/results/{name}.py" for name in ("row", "table"))
+    here, there = (mutations(name, (ROOT / name).read_text(encoding="utf-8"))[0] for name in (row, table))
+    recorded = [
+        {"number": number, "module": row, "line": one.line + 3, "kind": one.kind, "before": before, "after": one.after}
+        for number, (one, before) in enumerate([(here, here.before), (there, there.before), (here, "nothing = 7")])
+    ]
+    found = {number: (one.module, one.line, one.before) for number, one in mutants.still_there(recorded).items()}
+    assert found == {0: (row, here.line, here.before), 1: (table, there.line, there.before)}
 
 
 def test_what_survives_the_tests_that_name_a_module_is_tried_by_all_of_its_folder():

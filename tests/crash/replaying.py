@@ -8,7 +8,7 @@ import os
 import random
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -112,16 +112,16 @@ def on_failing_disk(slot: Slot, fault: Fault, whole: Found) -> dict[str, Any]:
     return {**facts, "said": said, **after, "wrong": [*wrong, *after["wrong"], *lost]}
 
 
-def many(jobs: Sequence[Job], work: Path, results: Path, *, until: float, processes: int = 2) -> None:
+def many(jobs: Mapping[int, Job], work: Path, results: Path, *, until: float, processes: int = 2) -> None:
     """Does jobs in processes of their own, each on a core, until all are done or `time.monotonic()` is `until`.
 
-    Each result is a line of a file, and what is in it by then is not done again. The processes are forks of this one,
-    which must have been settled.
+    Each result is a line of a file, and what is in it by then, by the jobs' numbers, is not done again. The processes
+    are forks of this one, which must have been settled.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     done = {json.loads(line)["job"] for line in results.read_text().splitlines()} if results.exists() else set()
-    waiting = [number for number in range(len(jobs)) if number not in done]
+    waiting = [number for number in jobs if number not in done]
     children = []
     for number in range(processes):
         child = os.fork()
@@ -152,7 +152,7 @@ def many(jobs: Sequence[Job], work: Path, results: Path, *, until: float, proces
         raise AssertionError("a process that does jobs has failed")
 
 
-def _work(reading: int, jobs: Sequence[Job], slot: Slot, results: Path, until: float) -> None:
+def _work(reading: int, jobs: Mapping[int, Job], slot: Slot, results: Path, until: float) -> None:
     while time.monotonic() < until and (said := os.read(reading, 4)):
         (number,) = struct.unpack("=I", said)
         line = json.dumps({"job": number, **jobs[number](slot)}) + "\n"
@@ -172,8 +172,15 @@ def sample(seed: int, kinds: Sequence[Sequence[Any]]) -> list[Any]:
     return [item for turn in zip_longest(*shuffled) for item in turn if item is not None]
 
 
-def jobs_of(calls: Sequence[Call], whole: Found, seed: int) -> list[Job]:
-    """Every crash and every fault that a record of calls allows, as `sample` orders them."""
+def jobs_of(calls: Sequence[Call], whole: Found, seed: int, only: Collection[str] = ()) -> dict[int, Job]:
+    """Every crash and every fault that a record of calls allows, by its number in the order that `sample` gives them.
+
+    Args:
+        calls: Of a search that nothing disturbed.
+        whole: What it found.
+        seed: Of the order.
+        only: Kinds that are wanted, names of `MODELS` and `ERRORS`; all by default.
+    """
     kinds: dict[str, list[Any]] = {name: [] for name in (*MODELS, *ERRORS)}
     for state in states(calls):
         kinds[state.model].append(state)
@@ -185,4 +192,8 @@ def jobs_of(calls: Sequence[Call], whole: Found, seed: int) -> list[Job]:
             return lambda slot: on_failing_disk(slot, item, whole)
         return lambda slot: after_crash(slot, calls, item, whole)
 
-    return [job(item) for item in sample(seed, [*kinds.values()])]
+    def wanted(item: State | Fault) -> bool:
+        return not only or (item.error if isinstance(item, Fault) else item.model) in only
+
+    order = sample(seed, [*kinds.values()])
+    return {number: job(item) for number, item in enumerate(order) if wanted(item)}

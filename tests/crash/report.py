@@ -1,6 +1,7 @@
 """Crashes and failing disks at every call of a tiny search, or at a seeded sample of as many as a time allows.
 
-    python -m tests.crash.report --work DIR [--minutes 25] [--most N] [--processes 2] [--seed 0] [--no-report]
+    python -m tests.crash.report --work DIR [--minutes 25] [--most N] [--only KIND ...] [--processes 2] [--seed 0]
+        [--no-report]
 
 Writes `benchmarks/reports/<date>-crash.md`, and beside it the data it is made of, a line for each crash or fault. The
 same command goes on from there with the same folder, and with `--minutes 0` makes the report of what that has.
@@ -15,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--most", type=int, default=None, help="crashes and faults in all")
+    parser.add_argument("--only", nargs="+", choices=(*MODELS, *ERRORS), default=(), help="kinds of crashes and faults")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-report", action="store_true", help="print the counts, and write no file")
@@ -49,8 +52,8 @@ def main() -> None:
         calls, whole, _ = pickle.loads(kept.read_bytes())
         settle(work)
         until = began + 60 * arguments.minutes
-        jobs = jobs_of(calls, whole, arguments.seed)[: arguments.most]
-        many(jobs, work, results, until=until, processes=arguments.processes)
+        jobs = jobs_of(calls, whole, arguments.seed, arguments.only)
+        many(dict(islice(jobs.items(), arguments.most)), work, results, until=until, processes=arguments.processes)
         with (work / "spent.jsonl").open("a") as file:
             file.write(json.dumps({"seconds": time.monotonic() - began, "time": time.time()}) + "\n")
     calls, _, ended = pickle.loads(kept.read_bytes())

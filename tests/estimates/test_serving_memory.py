@@ -208,6 +208,7 @@ def test_on_a_gpu_llama_cpp_keeps_the_table_and_the_process_in_main_memory(tied:
     assert process.weights_bytes - on_gpu.weights_bytes == (0 if tied else TABLE)
     assert on_gpu.kv_cache_bytes == process.kv_cache_bytes
     assert process.compute_bytes - on_gpu.compute_bytes == 2 * 4 * 1000
+    assert process.overhead_bytes == 20 * 2**20 + 1000 * 512  # as measured
     assert on_gpu.overhead_bytes == 32 * 2**20 + 512 * 2 * 2 * 256
     assert on_gpu.main_memory_bytes == process.overhead_bytes + TABLE + 2 * 4 * 1000
 

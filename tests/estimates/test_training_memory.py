@@ -14,11 +14,13 @@ import transformers
 from autodistill.distillation.losses.attention import TeacherBlock, attention_loss, watch
 from autodistill.distillation.losses.hidden_states import alignment_loss, projection
 from autodistill.distillation.training.optimizers.adamw import adamw
+from autodistill.distillation.training.trained_scales import TrainedScales
 from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.models.config import ARCHITECTURES, spec_from_config
 from autodistill.models.layer_widths import model_class
 from autodistill.models.loading import decoder_layers
 from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
+from autodistill.strategy.strategy import Finishing
 from autodistill.testing import tiny_config as config
 
 
@@ -302,6 +304,26 @@ def test_shown_are_the_matrices_of_one_layer_or_of_all_and_the_table(bf16: bool,
     assert on_grid.shown_bytes == shown + (4 * table if bf16 else 0)
     frozen = training_memory(spec, **shares, on_grid=True, train_embeddings=False)
     assert frozen.shown_bytes == shown
+
+
+@pytest.mark.parametrize("format_name", ["gguf-q4_0", "gguf-q4_1"])
+def test_scales_that_are_trained_alone_take_the_place_of_the_weights(format_name: str) -> None:
+    """Codes, first scales and what is trained of them, as training holds them; the weights lie there before that."""
+    described = config()
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).float()
+    spec = spec_from_config(described)
+    finishing = Finishing(
+        format=format_name, bits=4, group_size=32, symmetric=format_name == "gguf-q4_0", scales="alone"
+    )
+    storages = {tensor.name: finishing.storage(tensor) for tensor in spec.tensors}
+    held = TrainedScales(model, storages.get).by_name.values()
+    lasting = sum(buffer.nbytes for weight in held for buffer in weight.buffers())
+    trained = sum(one.nbytes for part in (model, *held) for one in part.parameters())
+    shown = training_memory(spec, tokens=64, scales_of=finishing, on_grid=True)
+    assert shown.weights_bytes == lasting + trained
+    assert shown.gradients_bytes == trained
+    plain = training_memory(spec, tokens=64, scales_of=finishing)
+    assert plain.weights_bytes == 4 * spec.parameters > shown.weights_bytes
 
 
 def test_what_lies_of_the_teacher_beside_a_student() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from autodistill.export.graphs.torchscript import TorchScriptExporter
 from autodistill.export.proof import load, simulate
 from autodistill.export.record import FILE, Exported, repeat, write
 from autodistill.export.verify import divergence, prove, verify
+from autodistill.runtimes.launch_files import SERVE_FILE, write_launch_files
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 
@@ -203,6 +206,28 @@ def test_what_is_expected_is_read_as_it_was_written(exported: Path, tmp_path: Pa
     assert len(expected.written) == 64
     with pytest.raises(VerificationError, match=r"proof\.npz cannot be read"):
         load(tmp_path)
+
+
+def test_what_lies_beside_an_export_is_there_whole_or_not_at_all(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path.write_text
+
+    def half(path: Path, *given: Any, **more: Any) -> int:
+        if SERVE_FILE.partition(".")[0] in path.name:
+            return whole(path, *given, **more)
+        path.write_bytes(b"PK")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    expected = load(exported)
+    monkeypatch.setattr(np, "savez_compressed", half)
+    with pytest.raises(OSError, match="No space"):
+        proof.save(expected, tmp_path)
+    monkeypatch.setattr(Path, "write_text", half)
+    deployment = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
+    with pytest.raises(OSError, match="No space"):
+        write_launch_files(tmp_path / "student.gguf", deployment, 64, 1)
+    assert [path.name for path in tmp_path.iterdir()] == [SERVE_FILE]
 
 
 def test_the_divergence_is_that_of_the_tokens_which_both_tell() -> None:

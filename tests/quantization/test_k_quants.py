@@ -72,6 +72,30 @@ def test_compiled_loops_find_the_scales_of_single_operations(grid, weights):
             np.testing.assert_array_equal(_bits(mine.numpy()), _bits(other.numpy()))
 
 
+# What the largest magnitude of a group comes to in each try, in steps from code to code.
+TRIED = {Q3_K: (-4.125, -4.625, -3.25, -3.75), Q6_K: (-32, -31, -30, -29)}
+
+
+@pytest.mark.parametrize("grid", TRIED, ids=lambda grid: grid.name)
+def test_of_what_is_tried_the_scale_that_loses_least_is_found(grid):
+    """By definition, in float64: codes for each step, their scale by least squares, the one with the least error."""
+    weights = np.random.default_rng(3).standard_normal((8192, 16)).astype(np.float32)
+    largest = np.take_along_axis(weights, np.abs(weights).argmax(1)[:, None], 1).astype(np.float64)
+    scales, errors, clear = [], [], np.ones(len(weights), bool)
+    for divisor in TRIED[grid]:
+        steps = weights / (largest / divisor)
+        clear &= (np.abs(steps % 1 - 0.5) > 1e-4).all(1)  # float32 may round what lies between two codes otherwise
+        codes = np.rint(steps).clip(grid.qmin, grid.qmax)
+        scales.append((codes * weights).sum(1) / (codes * codes).sum(1))
+        errors.append(np.square(weights - codes * scales[-1][:, None]).sum(1))
+    expected = np.take_along_axis(np.array(scales), np.argmin(errors, 0)[None], 0)[0]
+    (found,) = compiled.nearest(torch.from_numpy(weights), grid)
+    least, second = np.sort(errors, 0)[:2]
+    clear &= second - least > 1e-6 * np.square(weights).sum(1)  # neither the same codes nor within float32's sums
+    assert clear.mean() > 0.75
+    np.testing.assert_allclose(found.numpy()[clear], expected[clear], rtol=1e-5)
+
+
 def _values(grid):
     # Up to where float16 still holds the unit.
     largest = 6e4 * grid.largest_multiplier

@@ -1,6 +1,7 @@
 """The run folder and its lock: names, who holds it, and what is left of a run that ended early."""
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -134,6 +135,20 @@ def test_a_run_that_ended_before_anything_was_planned_leaves_nothing(tmp_path):
         (run.path / "notes.txt").write_text("mine")
         run.discard()
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_a_disk_that_became_read_only_before_anything_was_planned_leaves_the_name_free(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with RunFolder.create(tmp_path, "early") as run, monkeypatch.context() as disk:
+        disk.setattr(os, "unlink", read_only)
+        disk.setattr(os, "rmdir", read_only)
+        run.discard()
+        assert [*run.path.iterdir()]
+    with RunFolder.create(tmp_path, "early") as run:
+        run.discard()
+    assert not run.path.exists()
 
 
 def test_a_name_whose_run_was_killed_before_anything_was_planned_is_free(tmp_path):

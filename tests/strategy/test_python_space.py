@@ -55,6 +55,14 @@ def python_space() -> Space:
     )
 
 
+@pytest.mark.parametrize("kind", [Float, Int])
+def test_a_third_number_is_named(kind: type[Float | Int]) -> None:
+    """Or a step would be taken for a condition, or the other way round."""
+    assert kind(0, 1, step=1).to_json() == {"low": 0, "high": 1, "step": 1, "log": False}
+    with pytest.raises(TypeError, match="positional"):
+        kind(0, 1, 1)  # type: ignore[misc]
+
+
 def test_the_same_space_in_yaml_has_the_same_hash(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(YAML)

@@ -1,5 +1,7 @@
 """The logit loss and its gradient against float64 autograd on the distributions, and its memory."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -247,6 +249,12 @@ def test_what_was_told_of_some_places_and_text_alone_in_others(monkeypatch, name
     student, teacher, labels, top = _case(k=6)
     counts = np.random.default_rng(5).integers(0, 7, ROWS)
     counts[:7] = range(7)
+    # The likeliest token of a row may be the one whose id is 0: it changes places with that of a row here.
+    places = torch.arange(VOCABULARY)
+    places[[0, int(top.ids[3, 0])]] = places[[int(top.ids[3, 0]), 0]]
+    student, teacher, labels = student[:, places], teacher[:, places], places[labels]
+    top = replace(top, ids=places[top.ids])
+    assert top.ids[3, 0] == 0
     ids, log_p = top.ids.clone(), top.log_p.clone()
     for row, count in enumerate(counts):
         ids[row, count:], log_p[row, count:] = -1, 0.0

@@ -101,6 +101,12 @@ def test_a_shape_is_that_of_transformers_for_its_sizes(depth: float, ffn: float,
     assert spec.heads % spec.kv_heads == 0
 
 
+def test_examples_of_layers_that_a_calibration_chooses_leave_out_some_early_and_the_others_late() -> None:
+    """Of seven layers three are left out: none, one, two or three of them just after the first."""
+    choices = layer_choices(Init(depth=4 / 7, layers="block-influence"), 7)
+    assert choices == ((0, 1, 2, 6), (0, 2, 3, 6), (0, 3, 4, 6), (0, 4, 5, 6))
+
+
 GEMMA = NEOX | {
     "model_type": "gemma3_text",
     "num_hidden_layers": 18,

@@ -305,6 +305,8 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
     assert known(expected, of=replace(best, deployment=Deployment.from_json(FORMATS["f16"]))) is None
     assert known(expected, of=replace(best, trial="t001")) is None
     assert known(expected, of=replace(best, train_tokens=200)) is None, "it was trained on since"
+    untouched = (*expected[:3], replace(expected[3], train_tokens=0), expected[4])
+    assert known(list(untouched), of=replace(best, train_tokens=None)) == untouched, "no tokens are none"
     assert known(expected, of=replace(best, strategy=Strategy.from_json(other))) is None
     beside = replace(expected[1], split="validation", row_id="teacher-gguf-q8_0")
     assert known(expected, untrained=beside) == tuple(expected), "it is scored as the teacher of that deployment"
