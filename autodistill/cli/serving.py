@@ -15,7 +15,7 @@ from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.summary import table
 from autodistill.cli.tables import printable
 from autodistill.options import RUNS, Option, Out
-from autodistill.service.request import MARGIN, DraftsRequest, KeyFile, LoadRequest, ServeRequest
+from autodistill.service.request import DraftsRequest, KeyFile, LoadRequest, ServeRequest
 from autodistill.units import format_bytes, format_duration, parse_duration
 from autodistill.utils.json_files import strict_json
 
@@ -259,12 +259,12 @@ def monitor(
         ),
     ] = None,
     margin: Annotated[
-        float,
+        float | None,
         Option(
             help="Share by which a measured figure may be exceeded, where no limit was asked for (default: 0.25).",
             metavar="X",
         ),
-    ] = MARGIN,
+    ] = None,
     window: Annotated[str, Option(help="Time that averages are over (default: 5m).", metavar="TIME")] = "5m",
     every: Annotated[
         str, Option(help="Time between two small requests of its own, at least (default: 5s).", metavar="TIME")
@@ -287,9 +287,9 @@ def monitor(
     from autodistill.service.client import Client
     from autodistill.service.keys import client_key
     from autodistill.service.monitor import Monitor
-    from autodistill.service.promise import find_promise
+    from autodistill.service.promise import asked_promise
 
-    held = None if promise is None else find_promise(promise, Path(out), margin)
+    held = asked_promise(promise, Path(out), margin)
     seconds = None if time is None else parse_duration(time)
     last: Report | None = None
     with ExitStack() as opened:

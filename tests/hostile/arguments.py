@@ -228,7 +228,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "--batch": _NUMBERS,
         "--seed": _NUMBERS[1:],
         "--timeout": _TIMES,
-        "--endpoint": NAMES,
+        "--endpoint": (*NAMES, "http://a..b/v1", f"http://{'x' * 70}/v1", f"http://{'é' * 200}/v1"),
     }.items():
         for value in values:
             base = _without(kit.write(teacher), option)
