@@ -14,6 +14,7 @@ from autodistill.api.parameters import takes
 from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.summary import table
 from autodistill.cli.tables import printable
+from autodistill.errors import InputError
 from autodistill.options import RUNS, Option, Out
 from autodistill.service.request import DraftsRequest, KeyFile, LoadRequest, ServeRequest
 from autodistill.units import format_bytes, format_duration, parse_duration
@@ -200,6 +201,8 @@ def chat(
     """Talk with a student in the terminal: /new begins anew, /quit or Ctrl-D ends. From a pipe, a line is a turn."""
     from autodistill.service.chat import Conversation, turns
 
+    if temperature is not None and not 0 <= temperature <= 100:
+        raise InputError(f"--temperature must be 0 to 100, not {temperature}")
     given = {"max_tokens": max_tokens, "temperature": temperature}
     quiet_libraries()
     with _reached(to, key_file, Path(out)) as client:

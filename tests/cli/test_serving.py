@@ -100,6 +100,7 @@ def test_load_prints_what_was_kept_and_where(
         (["serve", "STUDENT", "--draft", "gone.gguf"], "there is no gone.gguf"),
         (["chat", "http://127.0.0.1:9"], "cannot be reached"),
         (["chat", "ftp://x"], "is no address of a server"),
+        (["chat", "http://127.0.0.1:9", "--temperature", "nan"], "--temperature must be 0 to 100"),
         (["monitor", "nowhere"], "is no address of a server"),
         (["monitor", "http://127.0.0.1:9", "--window", "1s"], "--window"),
         (["monitor", "http://127.0.0.1:9", "--promise", "STUDENT"], "promises nothing"),
