@@ -219,6 +219,10 @@ def test_the_license_that_is_named_is_the_license_that_is_there() -> None:
         assert words in text
 
 
+def test_the_readme_is_short() -> None:
+    assert len(re.findall(r"\S*\w\S*", (ROOT / "README.md").read_text(encoding="utf-8"))) <= 900
+
+
 def test_the_readme_holds_the_test_command_where_ci_looks_for_it() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.count(MARKER) == 1

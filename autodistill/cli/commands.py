@@ -83,6 +83,8 @@ def leaderboard(
     out: Out = RUNS,
 ) -> Boards | Merged:
     """Show the ranked students of runs, including runs that are still going on."""
+    if merge and parquet is not None and (parquet.is_dir() or parquet.suffix != ".parquet"):
+        raise InputError(f"--parquet {parquet}: name a file that ends in .parquet")
     if merge:
         return _merged(each_run(runs or [str(out)], Path(out)), Path(out), by, parquet, 20 if most is None else most)
     for name, value in (("by", by), ("parquet", parquet), ("most", most)):
@@ -171,6 +173,8 @@ def report(
 ) -> dict[str, str]:
     """Write the page about a run again: one file with charts and tables, which opens from disk."""
     folder = run_folder(run, runs)
+    if plots is not None and plots.exists() and not plots.is_dir():
+        raise InputError(f"{plots} is a file: --plots names a folder for the charts")
     from autodistill.report.writing import write_charts, write_page
 
     paths = {"page": str(write_page(folder, None if out is None else _file(out)))}

@@ -14,11 +14,12 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from autodistill import plugins
+from autodistill.cli.tables import printable
 from autodistill.distillation.teacher.resolve import resolve_teacher
-from autodistill.errors import InputError
+from autodistill.errors import InputError, shortened
 from autodistill.hardware.machine import Machine, detect
 from autodistill.units import format_bytes
-from autodistill.utils.storage import Storage
+from autodistill.utils.storage import Storage, check_folder
 
 _DISTRIBUTION = "autodistill-search"
 _NAMESAKE = "autodistill"
@@ -60,9 +61,10 @@ def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str
         storage: A URI to write to, read from and remove from.
         ray_address: Of a running cluster whose nodes are asked whether they could serve a search.
     """
-    kept = [_storage(storage)] if storage else []
+    kept = [] if storage is None else [_storage(storage)]
     # Of one that cannot be written to from here nodes are not asked.
     reached = storage if all(finding.ok for finding in kept) else None
+    local = [out, cache] if storage is None else []
     return (
         Finding(name="python", ok=True, detail=platform.python_version()),
         *_packages(),
@@ -73,7 +75,7 @@ def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str
         _disk("runs", out, "--out"),
         _disk("cache", cache, "--cache"),
         *kept,
-        *([_cluster(ray_address, [] if storage else [out, cache], reached)] if ray_address else []),
+        *([] if ray_address is None else [_cluster(ray_address, local, reached)]),
     )
 
 
@@ -91,7 +93,9 @@ def describe(findings: Sequence[Finding]) -> str:
     """The findings as lines, and a sentence on whether the default search can run."""
     width = max(len(item.name) for item in findings)
     lines = [
-        f"{item.state.ljust(8)}  {item.name.ljust(width)}  {item.detail}{f': {item.remedy}' if item.remedy else ''}"
+        printable(
+            f"{item.state.ljust(8)}  {item.name.ljust(width)}  {item.detail}{f': {item.remedy}' if item.remedy else ''}"
+        )
         for item in findings
     ]
     missing = [item.name for item in findings if item.needed and not item.ok]
@@ -209,13 +213,18 @@ def _cluster(address: str, folders: Sequence[Path], storage: str | None) -> Find
 def _disk(name: str, folder: Path, option: str) -> Finding:
     """Room and permission in a folder, or in the nearest one above it that exists."""
     place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        return Finding(
-            name=name, ok=False, detail=f"{folder} cannot be written", remedy=f"choose another with {option}"
-        )
-    free = shutil.disk_usage(place).free
+    try:
+        check_folder(folder, option)
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        free = shutil.disk_usage(place).free if place.is_dir() and os.access(place, os.W_OK) else None
+    except InputError as error:
+        return Finding(name=name, ok=False, detail=str(error))
+    except OSError:  # nothing can have such a name, or nobody may look there
+        free = None
+    if free is None:
+        said = shortened(f"{folder} cannot be written")
+        return Finding(name=name, ok=False, detail=said, remedy=f"choose another with {option}")
     enough = free >= _DISK_BYTES
     remedy = "" if enough else f"{format_bytes(_DISK_BYTES)} are needed: make room, or choose another with {option}"
     return Finding(name=name, ok=enough, detail=f"{folder}, {format_bytes(free)} free", remedy=remedy)

@@ -14,8 +14,9 @@ from autodistill.api.parameters import takes
 from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.summary import table
 from autodistill.cli.tables import printable
+from autodistill.errors import InputError
 from autodistill.options import RUNS, Option, Out
-from autodistill.service.request import MARGIN, DraftsRequest, KeyFile, LoadRequest, ServeRequest
+from autodistill.service.request import DraftsRequest, KeyFile, LoadRequest, ServeRequest
 from autodistill.units import format_bytes, format_duration, parse_duration
 from autodistill.utils.json_files import strict_json
 
@@ -200,6 +201,8 @@ def chat(
     """Talk with a student in the terminal: /new begins anew, /quit or Ctrl-D ends. From a pipe, a line is a turn."""
     from autodistill.service.chat import Conversation, turns
 
+    if temperature is not None and not 0 <= temperature <= 100:
+        raise InputError(f"--temperature must be 0 to 100, not {temperature}")
     given = {"max_tokens": max_tokens, "temperature": temperature}
     quiet_libraries()
     with _reached(to, key_file, Path(out)) as client:
@@ -259,12 +262,12 @@ def monitor(
         ),
     ] = None,
     margin: Annotated[
-        float,
+        float | None,
         Option(
             help="Share by which a measured figure may be exceeded, where no limit was asked for (default: 0.25).",
             metavar="X",
         ),
-    ] = MARGIN,
+    ] = None,
     window: Annotated[str, Option(help="Time that averages are over (default: 5m).", metavar="TIME")] = "5m",
     every: Annotated[
         str, Option(help="Time between two small requests of its own, at least (default: 5s).", metavar="TIME")
@@ -287,9 +290,9 @@ def monitor(
     from autodistill.service.client import Client
     from autodistill.service.keys import client_key
     from autodistill.service.monitor import Monitor
-    from autodistill.service.promise import find_promise
+    from autodistill.service.promise import asked_promise
 
-    held = None if promise is None else find_promise(promise, Path(out), margin)
+    held = asked_promise(promise, Path(out), margin)
     seconds = None if time is None else parse_duration(time)
     last: Report | None = None
     with ExitStack() as opened:

@@ -203,6 +203,8 @@ def check_containers(names: Sequence[str], out: Path) -> None:
             raise InputError(f"there is no format {name!r}; {listed}")
     if len(set(names)) < len(names):
         raise InputError(f"--to names a format twice: {', '.join(names)}")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: name a folder with --out")
     for folder in (out / name for name in names):
         # What an interrupted export may have left is removed by the next one.
         if folder.exists() and not (folder.is_dir() and all(one.name.startswith(PARTIAL) for one in folder.iterdir())):

@@ -28,7 +28,7 @@ def write_study(run: RunFolder, path: Path) -> str:
         InputError: The file is there already or cannot be written, or the run has no such trial.
     """
     if path.exists():
-        raise InputError(f"{path} exists, and a journal is only ever added to: name another file with --to")
+        raise InputError(f"{path} exists, and a journal is only ever added to: name another file with --out")
     asked = run.asked("metric", "direction", "plan", "space_definition")
     plan, space = Plan.from_json(asked["plan"]), Space.stored(asked["space_definition"])
     trials = _trials(run, plan)

@@ -371,6 +371,8 @@ def _is_address(url: str) -> bool:
         parts = urlsplit(url)
         whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and " " not in parts.hostname
         httpx2.URL(url)
+        if url.isascii():
+            (parts.hostname or "").encode("idna")  # which a name that no host has cannot be
     except (ValueError, httpx2.InvalidURL):
         return False
     return bool(whole) and not (parts.query or parts.fragment or parts.username or parts.password)

@@ -144,6 +144,8 @@ def _address(request: ServeRequest, notify: Callable[[str], None]) -> tuple[str,
         path = Path(host).expanduser().absolute()
         free_socket(path, notify)
         return str(path), 0
+    if "/" in host:
+        raise InputError(f"--host {host} is no address, and the path of a Unix socket ends in .sock: name one of these")
     if not is_loopback(host) and not request.public:
         raise InputError(f"--host {host} lets other machines in: say so with --public, or leave --host out")
     if not is_loopback(host) and request.key_file is None:
@@ -154,7 +156,7 @@ def _address(request: ServeRequest, notify: Callable[[str], None]) -> tuple[str,
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
             return host, int(probe.getsockname()[1])
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         raise InputError(f"--host {host} is no address: leave it out, or give one of this machine") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:

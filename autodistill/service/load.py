@@ -30,7 +30,7 @@ from autodistill.options import parsed
 from autodistill.service.client import Answer, Client, server_processes
 from autodistill.service.keys import client_key
 from autodistill.service.monitor import Judged, judge, verdict
-from autodistill.service.promise import Promise, find_promise
+from autodistill.service.promise import Promise, asked_promise
 from autodistill.service.request import LoadRequest
 from autodistill.service.window import Sight, Window
 from autodistill.strategy.deployment import Deployment
@@ -116,7 +116,7 @@ def load(request: LoadRequest, notify: Callable[[str], None] = lambda line: None
         ServiceError: The server is not reached, refuses, or answers nothing in time.
     """
     known = devices(*map(Path, request.devices or ()))
-    held = None if request.promise is None else find_promise(request.promise, Path(request.out), request.margin)
+    held = asked_promise(request.promise, Path(request.out), request.margin)
     prompt = request.prompt or (None if held is None else held.prompt) or _PROMPT
     named = None if request.device is None else find_device(request.device, known)
     with Client(request.url, client_key(None if request.key_file is None else Path(request.key_file))) as client:

@@ -20,7 +20,7 @@ class Endpoint:
 
     Raises:
         MissingDependencyError: prometheus_client is not installed.
-        InputError: The port is in use.
+        InputError: The port is in use, or is none.
     """
 
     def __init__(self, port: int) -> None:
@@ -36,6 +36,8 @@ class Endpoint:
         self._totals = {"first_token": (0, 0.0), "token": (0, 0.0)}
         try:
             self._server, self._thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+        except OverflowError:
+            raise InputError(f"--prometheus must be 0 to 65535, not {port}") from None
         except OSError as error:
             used = error.errno == errno.EADDRINUSE
             why = "is in use" if used else f"cannot be listened on ({error.strerror})"

@@ -71,6 +71,23 @@ class Promise:
         return next((limit.prompt for limit in self.limits if limit.quantity == "ttft" and limit.prompt), None)
 
 
+def asked_promise(reference: str | None, out: Path, margin: float | None) -> Promise | None:
+    """Return the promise that a server is to be held to; None where nothing was named.
+
+    Args:
+        reference, out: As `find_promise` takes them.
+        margin: As there; None for the usual one.
+
+    Raises:
+        InputError: As `find_promise`, or there is a margin of no promise.
+    """
+    if reference is None:
+        if margin is not None:
+            raise InputError("--margin is of a promise: name that with --promise, or leave --margin out")
+        return None
+    return find_promise(reference, out, MARGIN if margin is None else margin)
+
+
 def find_promise(reference: str | Path, out: Path, margin: float = MARGIN) -> Promise:
     """Return the promise of an exported folder or file, of what a run exported, or of a row.
 

@@ -166,12 +166,12 @@ class LoadRequest:
         ),
     ] = None
     margin: Annotated[
-        float,
+        float | None,
         Option(
             help="Share by which a measured figure may be exceeded, where no limit was asked for (default: 0.25).",
             metavar="X",
         ),
-    ] = MARGIN
+    ] = None
     prompt: Annotated[
         int | None,
         Option(

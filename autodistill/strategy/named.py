@@ -22,13 +22,18 @@ def load_strategy(ref: str | Path) -> Strategy:
 
     Raises:
         InputError: No such strategy or file, YAML that is not plain data, a broken rule, a divergence that nothing
-            declares, or parts that can have no effect.
+            declares, parts that can have no effect, or no word of how many layers are kept.
     """
     data = read_yaml(find_file(ref, "strategies"))
     try:
         strategy = Strategy.from_json(data)
         check_effect(strategy)
         get_divergence(strategy.distillation.divergence)
+        check(
+            "depth" in data.get("init", {}),
+            "init.depth is not given: write `init: {depth: 1.0}` to keep all of the teacher's layers, or the share of "
+            f"them to keep (Python's default is {Init().depth:g})",
+        )
         return strategy
     except InputError as error:
         raise InputError(f"strategy {ref}: {error}") from None

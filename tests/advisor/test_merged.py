@@ -230,3 +230,6 @@ def test_the_command_shows_and_writes(files: Callable[..., list[str]], tmp_path:
     assert len(pq.read_table(tmp_path / "all.parquet")) == 3
     with pytest.raises(InputError, match="give it with --merge"):
         leaderboard(names, by="accuracy")
+    for wrong in (tmp_path, tmp_path / "all.csv"):
+        with pytest.raises(InputError, match=r"--parquet .*: name a file that ends in \.parquet"):
+            leaderboard(names, merge=True, parquet=wrong)

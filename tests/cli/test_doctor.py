@@ -72,6 +72,30 @@ def test_a_package_is_held_to_its_requirement(requirement: str, extra: str | Non
     assert ready([found]) == (state != "missing")
 
 
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [("x" * 300, "cannot be written"), ("s3://bucket/runs", "a folder of this machine"), ("/dev/null/x", "written")],
+)
+@pytest.mark.usefixtures("room")
+def test_a_place_that_can_be_no_folder_is_missing(folder: str, said: str, tmp_path: Path) -> None:
+    found = by_name(Path(folder), tmp_path)["runs"]
+    assert found.state == "missing"
+    assert said in found.detail
+
+
+@pytest.mark.usefixtures("room")
+def test_an_empty_address_is_looked_at_as_one(tmp_path: Path) -> None:
+    """It is what a shell makes of a variable that is not set."""
+    found = {item.name: item for item in examine(tmp_path, tmp_path, "", "")}
+    assert "--storage takes a URI" in found["storage"].detail
+    assert "--ray-address takes auto or host:port" in found["cluster"].detail
+
+
+def test_what_it_found_is_a_line_each_and_steers_no_terminal() -> None:
+    told = describe([Finding(name="runs", ok=True, detail="a\nb\x1b[2J")])
+    assert told.splitlines() == ["ok        runs  a b [2J", "The default search can run."]
+
+
 @pytest.mark.parametrize("wrong", ["disk", "memory", "out", "file"])
 @pytest.mark.usefixtures("room")
 def test_too_little_room_is_said(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +141,6 @@ def test_storage_and_cluster_are_looked_at_where_they_are_named(tmp_path: Path) 
     assert "cannot write into the storage" in wrong.detail
 
 
-@pytest.mark.usefixtures("room")
 @pytest.mark.usefixtures("room")
 def test_nodes_are_not_asked_for_a_storage_that_cannot_be_written_to_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

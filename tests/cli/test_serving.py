@@ -100,11 +100,18 @@ def test_load_prints_what_was_kept_and_where(
         (["serve", "STUDENT", "--draft", "gone.gguf"], "there is no gone.gguf"),
         (["chat", "http://127.0.0.1:9"], "cannot be reached"),
         (["chat", "ftp://x"], "is no address of a server"),
+        (["chat", "http://127.0.0.1:9", "--temperature", "nan"], "--temperature must be 0 to 100"),
         (["monitor", "nowhere"], "is no address of a server"),
         (["monitor", "http://127.0.0.1:9", "--window", "1s"], "--window"),
         (["monitor", "http://127.0.0.1:9", "--promise", "STUDENT"], "promises nothing"),
         (["monitor", "http://127.0.0.1:9", "--key-file", "gone"], "there is no gone"),
         (["load", "http://127.0.0.1:9", "--streams", "0"], "--streams"),
+        (["load", "http://127.0.0.1:9", "--margin", "0.5"], "--margin is of a promise"),
+        (["monitor", "http://127.0.0.1:9", "--margin", "0.5"], "--margin is of a promise"),
+        (["monitor", "http://127.0.0.1:9", "--prometheus", "99999"], "--prometheus must be 0 to 65535"),
+        (["monitor", f"http://{'x' * 70}:9"], "is no address of a server"),
+        (["serve", "STUDENT", "--host", "/tmp"], "ends in .sock"),
+        (["serve", "STUDENT", "--host", "x" * 70, "--public", "--key-file", "key"], "is no address"),
     ],
 )
 def test_what_cannot_be_is_one_line(

@@ -61,7 +61,7 @@ _TIMES = (
     "0.000001us",
     "١s",
 )
-_NAMES = (
+NAMES = (
     "",
     ".",
     "..",
@@ -158,27 +158,27 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "--time": _TIMES,
         "--latency": _LATENCIES,
         "--price": ("", "0/h", "1", "nan/h", "9" * 400 + "/h", "9" * 5_000 + "/h", "1/d", "$1EUR/h"),
-        "--name": _NAMES,
-        "--metric": _NAMES[2:],
-        "--objectives": (*_NAMES[4:], "accuracy,accuracy", ",", "accuracy," * 500),
-        "--sampler": _NAMES,
-        "--runner": _NAMES,
-        "--space": _NAMES,
-        "--baseline": _NAMES,
-        "--warm-start": _NAMES,
-        "--device": (*_NAMES, "9" * 5_000),
-        "--storage": (*_NAMES, "s3://", "file://", "gs://x" * 100, "http://x/y", "s3://a:b@c/d"),
+        "--name": NAMES,
+        "--metric": NAMES[2:],
+        "--objectives": (*NAMES[4:], "accuracy,accuracy", ",", "accuracy," * 500),
+        "--sampler": NAMES,
+        "--runner": NAMES,
+        "--space": NAMES,
+        "--baseline": NAMES,
+        "--warm-start": NAMES,
+        "--device": (*NAMES, "9" * 5_000),
+        "--storage": (*NAMES, "s3://", "file://", "gs://x" * 100, "http://x/y", "s3://a:b@c/d"),
         "--gpus-per-trial": _NUMBERS[3:],
         "--cpus-per-trial": _NUMBERS,
-        "--teacher": _NAMES,
+        "--teacher": NAMES,
         "--data": (
-            *_NAMES,
+            *NAMES,
             "reasoning-gym:",
             "reasoning-gym:nothing",
             "reasoning-gym:chain_sum?size=" + "9" * 30,
             "reasoning-gym:chain_sum?size=-1",
         ),
-        "--task": _NAMES,
+        "--task": NAMES,
         "--metric-command": ("", " ", "'", "\\", "true"),
     }.items():
         for value in values:
@@ -206,11 +206,11 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             more = () if option != "--prompt" else _SPEED_OF_A_DEVICE
             yield case(*_without(shape, option), *more, option, value, codes=(0, 2))
     for option, values in {
-        "--format": _NAMES,
-        "--runtime": _NAMES,
-        "--kv-type": _NAMES,
-        "--strategy": _NAMES,
-        "--device": _NAMES,
+        "--format": NAMES,
+        "--runtime": NAMES,
+        "--kv-type": NAMES,
+        "--strategy": NAMES,
+        "--device": NAMES,
     }.items():
         for value in values:
             yield case(
@@ -228,7 +228,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "--batch": _NUMBERS,
         "--seed": _NUMBERS[1:],
         "--timeout": _TIMES,
-        "--endpoint": _NAMES,
+        "--endpoint": (*NAMES, "http://a..b/v1", f"http://{'x' * 70}/v1", f"http://{'é' * 200}/v1"),
     }.items():
         for value in values:
             base = _without(kit.write(teacher), option)
@@ -241,8 +241,8 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "--rounds": _NUMBERS,
         "--threads": _NUMBERS[1:],
         "--timeout": _TIMES,
-        "--on": _NAMES,
-        "--device": _NAMES,
+        "--on": NAMES,
+        "--device": NAMES,
     }.items():
         for value in dice.sample(values, min(len(values), 9)):
             yield case("measure", teacher, "--out", "runs", "--cache", "cache", option, value)
@@ -251,7 +251,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     for option, values in {
         "--budget": _AMOUNTS,
         "--sweep": (*_AMOUNTS, *(f"{amount}..2GB" for amount in _AMOUNTS), "2GB..1GB", "1GB..", "..", "1kB..2kB..3kB"),
-        "--device": _NAMES,
+        "--device": NAMES,
         "--context": _NUMBERS,
         "--batch": _NUMBERS,
         "--tokens": _NUMBERS,
@@ -262,7 +262,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         for value in dice.sample(values, min(len(values), 16)):
             yield case(*_without(base, option), option, value, codes=(2, 3))
     for command in ("leaderboard", "explain", "export", "pick", "report", "show", "reproduce"):
-        for value in _NAMES:
+        for value in NAMES:
             more = (
                 ("--to", "gguf", "--out", "students")
                 if command == "export"
@@ -286,7 +286,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             base = ("pick", "--out", "runs") + (("--budget", "1GB") if option != "--budget" else ())
             yield case(*base, option, value)
     for command in ("devices", "spaces", "strategies"):
-        for value in _NAMES:
+        for value in NAMES:
             yield case(command, "--", value, codes=(0, 2) if command == "devices" and not value.strip() else (2,))
     for argv in (
         ("nothing",),

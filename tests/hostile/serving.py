@@ -68,6 +68,7 @@ PROMISES: dict[str, Any] = {
 _URLS = (
     *("", " ", "nowhere", "ftp://127.0.0.1", "http://", "http://[::1", "http://user:key@127.0.0.1", "127.0.0.1:80"),
     *("http://127.0.0.1:99999", "http://127.0.0.1:x", "http://127.0.0.1?a=b", "http://\x00", "http://a b"),
+    *("http://a..b", "http://\udcff", f"http://{'x' * 70}:9", f"http://{'é' * 200}"),
 )
 
 
@@ -107,6 +108,12 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     yield case("serve-public", "serve", gguf, "--host", "0.0.0.0")
     yield case("serve-public-keyless", "serve", gguf, "--host", "0.0.0.0", "--public")
     yield case("serve-nowhere", "serve", gguf, "--host", "no host", "--public", "--key-file", "key")
+    for number, host in enumerate(("a..b", "\udcff", "x" * 70, "é" * 200, "/tmp", "a/b")):
+        yield case(f"serve-no-host-{number}", "serve", gguf, "--host", host, "--public", "--key-file", "key")
+    for name, value in (("beyond", "99999"), ("huge", "9" * 30)):
+        yield case(f"prometheus-{name}", "monitor", gone, "--prometheus", value, "--time", "1ms")
+    for verb in ("monitor", "load"):
+        yield case(f"{verb}-margin-alone", verb, gone, "--margin", "0.5")
     yield case("serve-long-socket", "serve", gguf, "--host", f"/{'x' * 200}.sock")
     yield case("serve-socket-nowhere", "serve", gguf, "--host", "/no/such/folder/a.sock")
     yield case(

@@ -300,5 +300,7 @@ def test_the_command_writes_page_and_pictures(tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == f"page: {tmp_path / 'page.html'}"
     assert (tmp_path / "plots" / "phases.svg").is_file()
+    assert main([*words, "--plots", str(tmp_path / "page.html")]) == 2
+    assert "--plots names a folder" in capsys.readouterr().err
     assert main(["report", "gone", "--runs", str(README.parent)]) == 2
     assert "there is no run 'gone'" in capsys.readouterr().err

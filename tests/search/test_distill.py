@@ -242,7 +242,7 @@ def test_a_pretrained_model_of_a_shorter_context_than_the_budgets_is_refused(inp
     ("init", "message"),
     [
         ({"source": "pretrained", "model": "/nowhere/at/all", "depth": 1.0}, "/nowhere/at/all"),
-        ({"ffn": 0.1}, "rounds to none: they are kept in multiples of 64"),
+        ({"depth": 1.0, "ffn": 0.1}, "rounds to none: they are kept in multiples of 64"),
     ],
 )
 def test_an_impossible_student_is_refused_before_anything_is_loaded(

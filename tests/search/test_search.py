@@ -578,7 +578,7 @@ def test_a_strategy_that_the_teacher_does_not_allow_is_refused_before_anything_i
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "odd.yaml"
-    path.write_text("distillation: {attention: {kind: relations, relation_heads: 5}}")
+    path.write_text("init: {depth: 0.8}\ndistillation: {attention: {kind: relations, relation_heads: 5}}")
     monkeypatch.setattr("autodistill.search.prepare.load", lambda checked, place: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=r"relation_heads is 5, which does not divide the student's 64 channels"):
         search(request(inputs, tmp_path, strategy=str(path), trials=None))
@@ -599,7 +599,7 @@ def test_what_stands_in_for_a_divergence_is_in_the_record(
     inputs: tuple[Path, Path, Path], small: str, tmp_path: Path
 ) -> None:
     strategy = tmp_path / "mode_seeking.yaml"
-    strategy.write_text("distillation: {divergence: reverse_kl, signal_tokens: 8}")
+    strategy.write_text("init: {depth: 0.8}\ndistillation: {divergence: reverse_kl, signal_tokens: 8}")
     result = search(request(inputs, tmp_path, space=small, strategy=str(strategy), trials=None))
     said = "reverse_kl of 8 tokens and the rest as one outcome: a lower bound"
     assert {row.other["approximate"] for row in result.rows if row.kind == "baseline"} == {said}

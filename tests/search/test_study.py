@@ -38,7 +38,7 @@ def test_a_journal_has_the_trials_of_the_log(tmp_path: Path, name: str) -> None:
 def test_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
     path.write_text("mine")
-    with pytest.raises(InputError, match="exists, and a journal is only ever added to"):
+    with pytest.raises(InputError, match="exists, and a journal is only ever added to: name another file with --out"):
         write_study(RunFolder.open(REFERENCE, "search-20261128-114135"), path)
     assert path.read_text() == "mine"
 

@@ -37,7 +37,9 @@ def test_what_is_installed_says_what_a_strategy_must_know() -> None:
 
 
 def test_one_of_a_session_is_named_by_a_strategy(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("distillation: {divergence: tvd, signal: states, signal_tokens: 0}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "init: {depth: 1.0}\ndistillation: {divergence: tvd, signal: states, signal_tokens: 0}\n"
+    )
     with pytest.raises(InputError, match=r"strategy .*mine.yaml: there is no divergence 'tvd'; .* are forward_kl, jsd"):
         load_strategy(tmp_path / "mine.yaml")
     assert register_divergence("tvd", nonnegative=True)(total_variation) is total_variation

@@ -56,6 +56,15 @@ def test_what_would_be_ignored_is_refused(written: dict, said: str, tmp_path: Pa
         load_space(str(path))
 
 
+@pytest.mark.parametrize("written", [{}, {"init": {"source": "teacher"}}, {"init": {"ffn": 0.7}}])
+def test_a_file_that_does_not_say_how_many_layers_are_kept_is_refused(written: dict, tmp_path: Path) -> None:
+    """It would leave out a fifth of them, and nothing in it says so."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(written))
+    with pytest.raises(InputError, match=rf"strategy {path}: init\.depth is not given: write `init: {{depth: 1\.0}}`"):
+        load_strategy(str(path))
+
+
 @pytest.mark.parametrize("written", USED)
 def test_what_has_an_effect_is_not(written: dict) -> None:
     check_effect(Strategy.from_json(written))

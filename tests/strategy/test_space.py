@@ -469,7 +469,7 @@ def test_unknown_names_and_files(tmp_path):
 
 def test_a_strategy_file(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("distillation: {learning_rate: 5e-4}\n")
+    path.write_text("init: {depth: 1.0}\ndistillation: {learning_rate: 5e-4}\n")
     assert load_strategy(path).distillation.learning_rate == 5e-4
     path.write_text("distillation: {learning_rat: 5e-4}\n")
     with pytest.raises(InputError, match=r"mine\.yaml: .*learning_rat"):

@@ -219,7 +219,8 @@ def _is_base(url: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
-    except ValueError:  # brackets without an end, or a port that is none
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # brackets without an end, a port that is none, or a name that no host has
         return False
     plain = parts.path.isascii() and "@" not in parts.netloc and not parts.query and port != 0
     return parts.scheme in ("http", "https") and bool(parts.hostname) and plain

@@ -103,11 +103,11 @@ def check_address(address: str) -> None:
             "on a node of the cluster, with --ray-address auto or host:port"
         )
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port):
         raise InputError(f"--ray-address takes auto or host:port, like 10.0.0.1:6379, not {address!r}")
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last of a name that no host has
         raise InputError(
             f"no Ray cluster answers at {address} ({error}): check --ray-address, and that Ray's head runs there"
         ) from error

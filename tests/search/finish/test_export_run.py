@@ -245,6 +245,8 @@ def test_a_folder_with_something_in_it_is_left_alone(run: RunFolder, tmp_path: P
         export_run(run, None, ["huggingface", "gguf"], tmp_path)
     assert (tmp_path / "gguf" / "student.gguf").read_text() == "mine"
     assert not (tmp_path / "huggingface").exists()
+    with pytest.raises(InputError, match=r"student\.gguf is a file: name a folder with --out"):
+        export_run(run, None, ["huggingface"], tmp_path / "gguf" / "student.gguf")
 
 
 def test_an_export_that_was_interrupted_twice_can_be_given_again(run: RunFolder, tmp_path: Path) -> None:
