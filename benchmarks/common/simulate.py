@@ -376,7 +376,7 @@ def simulate(
                 continue
             # Rejections aside, work ends in the order of its length; ties in that of its start.
             heapq.heappush(running, (now + expense.seconds, next(ticket), assignment, report, expense))
-        if all(one[2] is None for one in running):
+        if not running:
             break
         now, _, assignment, report, expense = heapq.heappop(running)
         if assignment is None:

@@ -99,6 +99,18 @@ def test_a_replayed_search_finds_what_was_recorded_at_the_cost_of_its_training(t
     assert spent.best[2] == best
 
 
+def test_a_replayed_search_waits_while_all_of_its_workers_are_away(table: simulate.Table) -> None:
+    """What a lost worker had is done again, and a search ends with as many trials as one that loses none."""
+    plan = simulate.plan(12, simulate.default_rungs(), (6, 2), workers=1)
+    whole, calm = simulate.simulate(table, plan, seed=3)
+    typical = plan.rungs[-1] * 1e-4
+    spent, campaign = simulate.simulate(table, plan, seed=3, life=5 * typical, away=typical)
+    assert spent.lost > 0
+    assert spent.seconds > whole.seconds + spent.lost * typical
+    assert len(campaign.trials) == len(calm.trials)
+    assert all(trial.status is not None for trial in campaign.trials.values())
+
+
 def test_samplers_are_compared_with_the_searchs_own_whichever_are_asked_for() -> None:
     pairs = replay.pairs
     reference = [0.5, 0.52, 0.54]
