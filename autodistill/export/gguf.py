@@ -164,6 +164,23 @@ def _check_cut(path: Path, server: LlamaServer, sequences: TokenIds, student: Pa
     return found.share
 
 
+class _Data(np.ndarray[Any, np.dtype[Any]]):
+    """What a file holds of a tensor. To write it fails with the disk's reason, which numpy's own error lacks."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        """Write it to an open file."""
+        fid.write(np.ascontiguousarray(self).data)
+
+
+def write_tensor(writer: GGUFWriter, data: npt.NDArray[Any]) -> None:
+    """Write the bytes of the next tensor.
+
+    Raises:
+        OSError: They cannot be written; its number says why.
+    """
+    writer.write_tensor_data(data.view(_Data))
+
+
 def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployment) -> None:
     storages = {name: deployment.storage(tensor) for name, tensor in files.specs.items()}
     family = get_family(files.spec.architecture)
@@ -179,11 +196,11 @@ def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployme
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
-        writer.write_tensor_data(factors)
+        write_tensor(writer, factors)
     for name in storages:
         data = files.pack(name)["data"]
         order = row_order(writer.arch, family.gguf_name(name), files.spec.heads, files.spec.kv_heads)
-        writer.write_tensor_data(order.to_graph(data) if order else data)
+        write_tensor(writer, order.to_graph(data) if order else data)
 
 
 def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any], file_type: LlamaFileType) -> None:

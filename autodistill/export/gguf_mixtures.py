@@ -13,7 +13,16 @@ from gguf import GGUFReader, GGUFWriter
 
 from autodistill.errors import VerificationError
 from autodistill.export.base import Artifact, Label
-from autodistill.export.gguf import FILE, FILE_TYPES, KINDS, STORAGES, add_general, add_metadata, add_sampling
+from autodistill.export.gguf import (
+    FILE,
+    FILE_TYPES,
+    KINDS,
+    STORAGES,
+    add_general,
+    add_metadata,
+    add_sampling,
+    write_tensor,
+)
 from autodistill.export.gguf_tokenizer import add_tokenizer
 from autodistill.export.student_reader import replacing
 from autodistill.models.families import FAMILIES, GGUF_MIXTURES, get_family
@@ -122,7 +131,7 @@ def _write_tensors(
             rows = np.ascontiguousarray(part.reshape(-1, part.shape[-1]) if part.ndim == 3 else part)
             data = pack(rows, storage)["data"]
             order = row_order(writer.arch, name, spec.heads, spec.kv_heads)
-            writer.write_tensor_data(order.to_graph(data) if order else data)
+            write_tensor(writer, order.to_graph(data) if order else data)
 
 
 def _gguf_parts(tensor: TensorSpec, spec: ModelSpec) -> list[tuple[str, tuple[int, ...]]]:

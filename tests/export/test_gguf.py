@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +83,21 @@ def test_llama_cpp_chooses_the_tokens_of_transformers(tmp_path: Path, architectu
         for name, values in load_file(teacher / "model.safetensors").items()
     }
     assert np.mean(served(artifact.path, tokens) == choices(teacher, weights, tokens)) >= 0.97
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_tensor_says_why(tmp_path: Path) -> None:
+    """As numpy's own writing does not, by which nobody could tell a full disk from a fault of the program."""
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = GgufExporter().export(teacher, F16, tmp_path / "whole").size_bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as failed:
+            GgufExporter().export(teacher, F16, tmp_path / "half")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert failed.value.errno == errno.EFBIG
+    assert not [*(tmp_path / "half").iterdir()]
 
 
 # What is kept in 16 bits is so whatever the others are.
