@@ -21,6 +21,7 @@ from benchmarks.common import (
     math_table,
     prepared,
     program,
+    recorded,
     report,
     simulate,
     timed_parts,
@@ -31,14 +32,14 @@ from benchmarks.search import rank_flip, replay, search_efficiency, search_effic
 
 
 @pytest.fixture
-def table() -> simulate.Table:
+def table() -> recorded.Table:
     """A table made up: the later a rung, the nearer its accuracy to the last."""
     space = math_search.space()
     dice = np.random.default_rng(0)
     lines = []
     for point in space.points(lambda dimension: dimension.domain.grid or ()):
         strategy = space.strategy(point)
-        allowed = simulate.allowed(student_spec(strategy, simulate.teacher_spec()), space.deployments)
+        allowed = recorded.allowed(student_spec(strategy, recorded.teacher_spec()), space.deployments)
         if not allowed:
             continue
         probe, final = probe_deployment(strategy, allowed).name, float(dice.uniform(0.9, 1.0))
@@ -59,7 +60,7 @@ def table() -> simulate.Table:
     parts = timed_parts.Parts(
         machine="made up", step=0.1, live_step=0.125, cache=15.0, evaluation=0.5, teacher_rows=2.0
     )
-    return simulate.Table(lines, parts)
+    return recorded.Table(lines, parts)
 
 
 def test_tau_is_scipys() -> None:
@@ -69,15 +70,15 @@ def test_tau_is_scipys() -> None:
         assert rank_flip.tau(a, b) == pytest.approx(kendalltau(a, b).statistic, abs=1e-12)
 
 
-def test_half_of_the_shapes_do_not_fit_and_the_recipe_lies_in_the_space(table: simulate.Table) -> None:
-    points = simulate.points(table.space)
+def test_half_of_the_shapes_do_not_fit_and_the_recipe_lies_in_the_space(table: recorded.Table) -> None:
+    points = recorded.points(table.space)
     assert len(table.recorded) == len(points) // 2
     (recipe,) = table.space.baselines.values()
     assert table.space.point(recipe) is not None
     assert recipe.id in table.lines
 
 
-def test_a_replayed_search_finds_what_was_recorded_at_the_cost_of_its_training(table: simulate.Table) -> None:
+def test_a_replayed_search_finds_what_was_recorded_at_the_cost_of_its_training(table: recorded.Table) -> None:
     plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
     spent, campaign = simulate.simulate(table, plan, seed=3, sharing=False)
     again, _ = simulate.simulate(table, plan, seed=3, sharing=False)
@@ -123,7 +124,7 @@ def test_samplers_are_compared_with_the_searchs_own_whichever_are_asked_for() ->
     assert pairs([0.5], [("random", "to the end", [0.4])]).endswith("+10.000 points, of one seed")
 
 
-def test_sharing_trains_fewer_tokens_for_the_same_values(table: simulate.Table) -> None:
+def test_sharing_trains_fewer_tokens_for_the_same_values(table: recorded.Table) -> None:
     plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
     shared = [simulate.simulate(table, plan, seed=seed)[0] for seed in range(6)]
     assert sum(one.shared for one in shared) > 0
@@ -131,7 +132,7 @@ def test_sharing_trains_fewer_tokens_for_the_same_values(table: simulate.Table) 
     assert sum(one.trained for one in shared) < sum(one.trained for one in own)
 
 
-def test_without_rejection_what_cannot_fit_is_trained_to_its_first_rung(table: simulate.Table) -> None:
+def test_without_rejection_what_cannot_fit_is_trained_to_its_first_rung(table: recorded.Table) -> None:
     plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
     _, campaign = simulate.simulate(table, plan, seed=0, rejection=False)
     unfit = [trial for trial in campaign.trials.values() if not trial.task.deployments]
@@ -140,7 +141,7 @@ def test_without_rejection_what_cannot_fit_is_trained_to_its_first_rung(table: s
     assert all(trial.value is None for trial in unfit)
 
 
-def test_a_search_without_a_cache_pays_for_the_teacher(table: simulate.Table) -> None:
+def test_a_search_without_a_cache_pays_for_the_teacher(table: recorded.Table) -> None:
     plan = simulate.plan(4, (simulate.TOKENS,), ())
     cached, campaign = simulate.simulate(table, plan, seed=0, sharing=False)
     live, _ = simulate.simulate(table, plan, seed=0, sharing=False, live_teacher=True)
@@ -154,7 +155,7 @@ def test_a_search_without_a_cache_pays_for_the_teacher(table: simulate.Table) ->
     assert [one[2] for one in live.curve] == [one[2] for one in cached.curve]
 
 
-def test_the_seconds_of_a_search_hold_all_that_its_operations_do(table: simulate.Table) -> None:
+def test_the_seconds_of_a_search_hold_all_that_its_operations_do(table: recorded.Table) -> None:
     plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
     spent, campaign = simulate.simulate(table, plan, seed=3, sharing=False)
     # Of every student alike: 0.5 s for what the table's evaluations read on the mean, three rungs and the end.
@@ -170,7 +171,7 @@ def test_the_seconds_of_a_search_hold_all_that_its_operations_do(table: simulate
     assert spent.curve[0][1] >= cache + teacher + 1e-4 * simulate.TOKENS
 
 
-def test_two_workers_spend_the_same_in_fewer_seconds_of_the_box(table: simulate.Table) -> None:
+def test_two_workers_spend_the_same_in_fewer_seconds_of_the_box(table: recorded.Table) -> None:
     alone, beside = (
         simulate.simulate(
             table, simulate.plan(6, (simulate.TOKENS,), (), workers=workers), sampler="random", sharing=False
@@ -182,7 +183,7 @@ def test_two_workers_spend_the_same_in_fewer_seconds_of_the_box(table: simulate.
     assert start + 0.5 * (alone.seconds - start) <= beside.seconds < alone.seconds
 
 
-def test_a_search_is_broken_off_once_both_operations_and_seconds_are_spent(table: simulate.Table) -> None:
+def test_a_search_is_broken_off_once_both_operations_and_seconds_are_spent(table: recorded.Table) -> None:
     plan = simulate.plan(40, (simulate.TOKENS,), ())
     settings = {"sampler": "random", "sharing": False}
     whole, _ = simulate.simulate(table, plan, **settings)
@@ -198,7 +199,7 @@ def test_a_search_is_broken_off_once_both_operations_and_seconds_are_spent(table
 
 
 def test_a_kind_of_student_takes_the_median_of_its_records_and_an_unrecorded_one_by_its_size(
-    table: simulate.Table,
+    table: recorded.Table,
 ) -> None:
     from dataclasses import replace
 
@@ -219,7 +220,7 @@ def test_a_kind_of_student_takes_the_median_of_its_records_and_an_unrecorded_one
     assert clock.train(plain, 1000) == pytest.approx(0.1)
     large = next(
         strategy
-        for point in simulate.points(table.space)
+        for point in recorded.points(table.space)
         if (strategy := table.space.strategy(point)).id not in table.lines
     )
     size = student_spec(large, table.teacher).parameters
@@ -244,7 +245,7 @@ def test_what_an_arm_knew_and_when_it_passed_is_told_by_either_Expense() -> None
     assert curves.speedup([slow], [large[:1]], 0.6, [100.0], "seconds").startswith("held: more than 5.0 times")
 
 
-def test_an_arm_passes_within_the_boxes_of_the_expense_that_is_counted(table: simulate.Table) -> None:
+def test_an_arm_passes_within_the_boxes_of_the_expense_that_is_counted(table: recorded.Table) -> None:
 
     def known(operations: float, seconds: float, value: float) -> Any:
         given = {"strategy": "s", "seed": 0, "deployment": "d"}
@@ -277,7 +278,7 @@ def test_an_arm_passes_within_the_boxes_of_the_expense_that_is_counted(table: si
     assert cells(search_efficiency_report.best_by_compute(outcome, "seconds"))["c"][3] == "70.00"
 
 
-def test_the_script_pays_for_a_live_teacher_and_tuning_without_one_for_no_cache(table: simulate.Table) -> None:
+def test_the_script_pays_for_a_live_teacher_and_tuning_without_one_for_no_cache(table: recorded.Table) -> None:
     costs = simulate.Worker(table, simulate.plan(1, math_table.RUNGS, (1, 1, 1))).expenses
     recipe = table.space.baselines[math_search.RECIPE]
     evaluated = [costs.evaluation(recipe, costs.costs.read_at(rung)) for rung in range(4)]
@@ -293,7 +294,7 @@ def test_the_script_pays_for_a_live_teacher_and_tuning_without_one_for_no_cache(
     assert taught[0].operations - plain[0].operations == costs.costs.cache
 
 
-def test_who_is_not_among_the_best_on_reporting_is_stopped_for_good(table: simulate.Table) -> None:
+def test_who_is_not_among_the_best_on_reporting_is_stopped_for_good(table: recorded.Table) -> None:
     scheduler = simulate.Stopping(trials=9, rungs=(1, 3, 9), keep=(3, 1))
     assert scheduler.report("a", 0, 0.5) is Decision.PAUSE
     assert scheduler.next_to_promote((), all_proposed=False) == "a"  # the first is the best of those before it
@@ -303,7 +304,7 @@ def test_who_is_not_among_the_best_on_reporting_is_stopped_for_good(table: simul
     assert scheduler.next_to_promote(("a", "c"), all_proposed=True) is None  # b was stopped, and is not taken up again
 
 
-def test_halving_keeps_the_best_at_each_rung(table: simulate.Table) -> None:
+def test_halving_keeps_the_best_at_each_rung(table: recorded.Table) -> None:
     lines = table.recorded
     halving = rank_flip.Halving(table, (1, 2), (6, 2))
     behind, cost = halving.run(np.arange(12))
@@ -320,7 +321,7 @@ def test_halving_keeps_the_best_at_each_rung(table: simulate.Table) -> None:
 
 
 def test_halvings_are_tried_on_the_same_draws_until_the_time_is_over(
-    table: simulate.Table, capsys: pytest.CaptureFixture[str]
+    table: recorded.Table, capsys: pytest.CaptureFixture[str]
 ) -> None:
     count = len(table.recorded)
     halving = rank_flip.Halving(table, (1, 2), (6, 2))
