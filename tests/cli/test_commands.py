@@ -138,7 +138,7 @@ def test_one_damaged_run_is_left_out_with_a_line_unless_it_was_named(
     run = tmp_path / "runs" / DAMAGED
     (run / "leaderboard.parquet").unlink()
     (run / damage).write_text("{}\n" if damage == "search.json" else '{"event": "row"}\n')
-    row = "t000xx-gguf-q4_1"
+    row = "t000x-gguf-q4_1"
     for line in (
         "pick --budget 1GB --out runs",
         "leaderboard --out runs",

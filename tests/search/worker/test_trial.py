@@ -62,7 +62,7 @@ from autodistill.runs.students import student_folder, trained_student
 from autodistill.search.worker import trial as trial_module
 from autodistill.search.worker.attempt import Assignment, work
 from autodistill.search.worker.context import Workbench
-from autodistill.search.worker.messages import TrialTask
+from autodistill.search.worker.messages import TrialSetting, TrialTask
 from autodistill.search.worker.trial import Trial
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.named import load_strategy
@@ -1074,7 +1074,7 @@ def _member(rank, port, setting, task, folder):
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     gc.disable()  # so that nothing is collected by chance
-    bench, evaluating, left = Workbench(setting, Sharding("cpu")), trial_module.evaluate, []
+    bench, evaluating, left = Workbench(setting, Sharding("cpu")), TrialSetting.evaluate, []
 
     def look():
         left.append(sum(issubclass(type(one), FSDPModule) for one in gc.get_objects()))
@@ -1083,7 +1083,7 @@ def _member(rank, port, setting, task, folder):
         look()
         return evaluating(*args, **more)
 
-    trial_module.evaluate = evaluate_and_look
+    TrialSetting.evaluate = evaluate_and_look
     report = Trial(bench, task).run(0)
     look()
     (folder / str(rank)).write_bytes(pickle.dumps((report, left)))
