@@ -81,7 +81,7 @@ def _sections(contents: Contents, drawn: Mapping[str, Any]) -> Iterator[tuple[st
     yield "budget", "The budget curve", _curve(contents, drawn)
     yield "bytes", "Where the bytes went", _bytes(contents, drawn)
     yield "learning", "Learning curves", _learning(contents, drawn)
-    yield "race", "What the race decided", _race(contents)
+    yield "race", explanation.race_title if explanation else "What the race decided", _race(contents)
     if explanation is not None:
         yield "importance", "What mattered", _importance(contents, drawn)
         yield "rejected", "How trials ended, and why", _ended(contents)

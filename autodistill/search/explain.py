@@ -112,6 +112,11 @@ class Explanation:
     binding: str
     next: tuple[str, ...]
 
+    @property
+    def race_title(self) -> str:
+        """What stands over `race`: of one student none was run."""
+        return "What was trained, without a race" if len(self.race) == 1 else "What the race decided"
+
     def to_json(self) -> dict[str, Any]:
         """The explanation as plain data."""
         return asdict(self) | {"next": list(self.next), "stopped": {str(key): n for key, n in self.stopped.items()}}
@@ -120,7 +125,7 @@ class Explanation:
         """The explanation as lines for a person."""
         lines = ["What fits, before anything is trained:"] if self.constructions else []
         lines += [f"  {one}" for one in self.constructions]
-        lines += ["What the race decided:"] if self.race else []
+        lines += [f"{self.race_title}:"] if self.race else []
         lines += [f"  {one}" for one in self.race]
         for objective, found in self.importance.items():
             lines += _table(objective, found)

@@ -243,6 +243,12 @@ def test_rejections_of_an_older_log_are_told_by_what_it_says(run: RunFolder) -> 
     assert "needs 3 MB" in found.said  # of the first
 
 
+def test_one_student_is_not_said_to_have_been_raced(run: RunFolder) -> None:
+    found = explain(run)
+    assert "What was trained, without a race:\n  one" in replace(found, race=("one",)).describe()
+    assert "What the race decided:\n  one\n  two" in replace(found, race=("one", "two")).describe()
+
+
 def test_a_run_of_one_strategy_without_a_budget_is_explained(tmp_path: Path) -> None:
     """Its space has no dimension, of which nothing could have mattered, and its limit is a number that nobody gave."""
     folder = RunFolder.create(tmp_path, "one")
