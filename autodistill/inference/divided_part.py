@@ -107,6 +107,12 @@ def _gathered(own: Tensor, size: int) -> Tensor:
 
 @contextmanager
 def gathering(model: Any, names: Sequence[str]) -> Iterator[None]:
+    """While it lasts, the named modules that hold a part of a layer have what the whole layer reads.
+
+    Args:
+        model: Divided over the processes, all of which call this.
+        names: Of modules of the model; each has the gathered input of its last call as `whole_input`.
+    """
     modules = [model.get_submodule(name) for name in names]
 
     def see(module: Any, inputs: tuple[Tensor, ...]) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from autodistill.runs.events import RowAdded, RowTested, read_events, rows_of
+from autodistill.runs.results.row import Row
 from benchmarks.reliability.kill import differences
-from tests.search.test_kill import command, events, inputs, reports, start
+from tests.search.test_kill import command, events, inputs, reports, rows, start
 
 __all__ = ["inputs"]
 _DAY = 86_400
@@ -34,7 +34,7 @@ def clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def ended(words: list[str], folder: Path, offset: int, clock: Path, patch: pytest.MonkeyPatch) -> dict[str, object]:
+def ended(words: list[str], folder: Path, offset: int, clock: Path, patch: pytest.MonkeyPatch) -> dict[str, Row]:
     """A search whose clock is set by so many seconds after its first trial: its rows, of validation and test."""
     folder.mkdir()
     file = folder / "offset"
@@ -47,13 +47,7 @@ def ended(words: list[str], folder: Path, offset: int, clock: Path, patch: pytes
         time.sleep(0.05)
     with file.open("r+b") as there:  # which the processes of the search see at once
         there.write(struct.pack("=q", offset))
-    errors = process.communicate()[1].decode()
-    assert process.returncode == 0, errors
-    return {
-        f"{kind.__name__} {row.row_id}": row
-        for kind in (RowAdded, RowTested)
-        for row in rows_of(read_events(events(folder)), [kind])
-    }
+    return rows(process, folder)
 
 
 @pytest.mark.crash

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from autodistill.hardware.budget import Budget
-from autodistill.runs.events import read_events, rows_of
+from autodistill.runs.events import RowAdded, RowTested, read_events, rows_of
+from autodistill.runs.results.row import Row
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -90,6 +91,17 @@ def finish(words: list[str], folder: Path, cores: int | None = None) -> dict[str
 
 def reports(folder: Path) -> list[tuple[object, object]]:
     return [(event["trial"], event["rung"]) for event in events(folder) if event["event"] == "rung"]
+
+
+def rows(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Row]:
+    """What a search has found once it has ended, of validation and test."""
+    errors = process.communicate(timeout=900)[1].decode()
+    assert process.returncode == 0, errors
+    return {
+        f"{kind.__name__} {row.row_id}": row
+        for kind in (RowAdded, RowTested)
+        for row in rows_of(read_events(events(folder)), [kind])
+    }
 
 
 def results(folder: Path) -> dict[str, tuple[object, ...]]:

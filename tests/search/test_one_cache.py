@@ -7,23 +7,10 @@ from subprocess import Popen
 
 import pytest
 
-from autodistill.runs.events import RowAdded, RowTested, read_events, rows_of
-from autodistill.runs.results.row import Row
 from benchmarks.reliability.kill import differences
-from tests.search.test_kill import command, events, inputs, start
+from tests.search.test_kill import command, inputs, rows, start
 
 __all__ = ["inputs"]
-
-
-def rows(process: Popen[bytes], folder: Path) -> dict[str, Row]:
-    """What a search has found once it has ended, of validation and test."""
-    errors = process.communicate(timeout=900)[1].decode()
-    assert process.returncode == 0, errors
-    return {
-        f"{kind.__name__} {row.row_id}": row
-        for kind in (RowAdded, RowTested)
-        for row in rows_of(read_events(events(folder)), [kind])
-    }
 
 
 @pytest.mark.slow

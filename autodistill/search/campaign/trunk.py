@@ -17,7 +17,7 @@ _COST = 0.07
 """Share of the trunk's time that decays short of its end, and what follows them, may take together."""
 
 _SHORT = 600.0
-"""Seconds of a trunk below which no early student is worth its time: a race has left one of a fifth of its tokens."""
+"""Seconds of a trunk below which no early student is worth its time: the trials before it have left theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)

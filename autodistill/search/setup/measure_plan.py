@@ -44,8 +44,9 @@ from autodistill.units import format_bytes
 # Share of the time budget that one evaluation's tasks may take on a worker, beside the scores of its tokens.
 _ASKED_SHARE = 0.02
 
-# Seconds of the time budget below which a search that has one construction does not race recipes of it.
-_RACES = 1800.0
+LONG = 1800.0
+"""Seconds of the time budget from which solving for a little, and racing recipes of one construction, are worth it."""
+
 _NO_RACE = (
     "one construction is left, and recipes near to what is known cannot be told apart in so short a time: it is "
     "trained alone; --time 30m or more, or --trials, races others beside it"
@@ -105,8 +106,9 @@ def plan_from_measurement(
     if key not in paces:
         paces[key] = _measured(checked, loaded, sizes, box)
     speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
+    sure = _sure(checked, box)
     starts = [start.distillation for start in checked.space.starts.values()]
-    recipes = starts if _sure(checked, box) else signal_cases(checked.space)
+    recipes = starts if sure else signal_cases(checked.space)
     if any(one.signal == "online" and one.weighs_teacher for one in recipes):
         speed = speed.with_teacher_beside()
     if loaded.workers.alone and any(start.scales_alone for start in checked.space.starts.values()):
@@ -133,7 +135,7 @@ def plan_from_measurement(
         notes=(
             *plan.notes,
             *([loaded.untrained] if loaded.untrained else []),
-            *([_NO_RACE] if _sure(checked, box) else []),
+            *([_NO_RACE] if sure else []),
             *_planned_elsewhere(loaded),
             *stepped,
             *notes,
@@ -292,7 +294,7 @@ def _sure(checked: SearchConfig, box_seconds: float | None) -> bool:
     """
     asked = checked.trials or checked.tokens or checked.strategy or checked.space_reference != DEFAULT_SPACE
     one = bool(checked.constructions) and len(checked.space.starts) == 1
-    return one and not asked and box_seconds is not None and box_seconds < _RACES
+    return one and not asked and box_seconds is not None and box_seconds < LONG
 
 
 def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.setup.measure_plan import box_of
+from autodistill.search.setup.measure_plan import LONG, box_of
 from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
 from autodistill.search.solve.cuts import whole_allowed
 from autodistill.search.solve.forms import Form, best_forms
@@ -30,7 +30,7 @@ from autodistill.units import with_error
 from autodistill.utils.file_locks import alone
 
 _PROBED = 512  # tokens of a text that is copied, at the most
-_TOKENS, _MORE_TOKENS, _LONG = 512, 2048, 1800.0  # of calibration text; the more in a time budget of so many seconds
+_TOKENS, _MORE_TOKENS = 512, 2048  # of calibration text; the more in a long time budget
 _LITTLE = 0.02  # nats: less than what the time of solving is worth in training, in a shorter time budget
 
 
@@ -84,7 +84,7 @@ def solved_constructions(
         return [((), str(one)) for one in asked]
     first = configs[0]
     box = box_of(first, loaded)
-    thorough = (first.time_seconds or 0.0) >= _LONG
+    thorough = (first.time_seconds or 0.0) >= LONG
     train = load_split(loaded.data.folder, "train")
     text = train.head(max(_MORE_TOKENS if thorough else _TOKENS, 2 * first.sequence_length))
     own = loaded.stored.deployment if loaded.stored else None
@@ -97,7 +97,7 @@ def solved_constructions(
         sample=bench.sample("calibration", text),
         tokens=(text.tokens.size, 0, first.sequence_length),
         thorough=thorough,
-        hurried=box is not None and box < _LONG,
+        hurried=box is not None and box < LONG,
         notify=notify,
     )
     found: list[tuple[tuple[Construction, ...], str]] = []
