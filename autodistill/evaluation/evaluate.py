@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.build import save_student
@@ -22,7 +23,7 @@ from autodistill.inference.half_precision import held_as_deployed, is_held
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.packed_student import PackedStudent
 from autodistill.inference.quantized_cache import quantized_cache
-from autodistill.inference.scoring import score
+from autodistill.inference.scoring import beside_itself, score
 from autodistill.inference.tensor_parallel import deployed_in_all
 from autodistill.models.loading import stock_model
 from autodistill.models.spec import ModelSpec
@@ -56,10 +57,11 @@ class Evaluation:
 @contextmanager
 def deployed_weights(
     model: Any, spec: ModelSpec, deployment: Deployment, scales: Mapping[str, Scales] | None = None
-) -> Iterator[None]:
+) -> Iterator[bool]:
     """Put the values that the runtime will see into the model, and the master weights back at the end.
 
-    Keys and values are those of the deployment's cache meanwhile.
+    Keys and values are those of the deployment's cache meanwhile. What is yielded says whether the model is known to
+    be as it was: its weights lie on what they are packed in.
 
     Of a model on an accelerator the masters wait in this machine's memory: beside them it would hold the weights twice.
 
@@ -76,19 +78,20 @@ def deployed_weights(
             held_as_deployed(model, storages, own),
             quantized_cache(model, deployment.cache_types),
         ):
-            yield
+            yield False
         return
     parameters = dict(model.named_parameters())
-    masters = {}
+    masters, same = {}, deployment.cache_types == ("f16", "f16")
     try:
         for tensor in spec.tensors:
             parameter = parameters[tensor.name]
             learned = (scales or {}).get(tensor.name)
             packed = deploy_tensor(parameter.data, deployment.storage(tensor), learned)
             masters[tensor.name] = parameter.data.cpu()
+            same = same and torch.equal(parameter.data, packed)
             parameter.data = packed
         with quantized_cache(model, deployment.cache_types):
-            yield
+            yield same
     finally:
         for name, master in masters.items():
             parameters[name].data = master.to(parameters[name].device)
@@ -110,6 +113,7 @@ def evaluate(
     share: float = 1.0,
     tokenizer: Path | None = None,
     teacher: ModelSpec | None = None,
+    unpacked: TokenScores | None = None,
 ) -> tuple[Evaluation, TokenScores]:
     """Make once what the evaluators need of the packed model, and let every one of them read it.
 
@@ -130,6 +134,8 @@ def evaluate(
         tokenizer: Folder whose files describe the model's text: the teacher's, or `dataset.rendering_folder` of
             a student that learnt another template; None where no evaluator asks in text.
         teacher: Shape of the teacher that the reference is of.
+        unpacked: The teacher's own scores for the data, where it is the teacher that is packed and they are known:
+            where packing changes nothing, no token is read again.
 
     Raises:
         InputError: An evaluator needs answers, and the data have no questions.
@@ -137,8 +143,11 @@ def evaluate(
     """
     chosen = _reading(evaluators, deployment)
     asking = _asking(chosen, data, tokenizer)
-    with deployed_weights(model, spec, deployment, scales):
-        scores = score(model, data, reference, device=device)[0]
+    with deployed_weights(model, spec, deployment, scales) as same:
+        if same and unpacked is not None and reference is not None:
+            scores = beside_itself(unpacked, model, reference)
+        else:
+            scores = score(model, data, reference, device=device)[0]
         if not np.isfinite(scores.nll).all():
             raise TrialFailedError("nan", "the student's likelihoods are not finite")
         answers = student = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,16 @@ def _score(
         teacher_correct=None if reference is None else reference.top1 == labels_all,
     )
     return scores, [predicted, *kept]
+
+
+def beside_itself(scores: TokenScores, teacher: Any, reference: TeacherReference) -> TokenScores:
+    """Return a teacher's scores as those of a student that is the teacher: it agrees everywhere, and diverges nowhere.
+
+    Args:
+        scores, reference: As `score_teacher` returned them.
+        teacher: The model.
+    """
+    return replace(scores, outcomes=_outcomes(reference, teacher), teacher_correct=scores.correct)
 
 
 def _outcomes(reference: TeacherReference, model: Any) -> int:

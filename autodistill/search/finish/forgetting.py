@@ -82,8 +82,8 @@ class Forgotten:
 @dataclass(frozen=True, kw_only=True)
 class _Text:
     data: TokenSet
+    teacher: TokenScores
     reference: TeacherReference
-    clusters: npt.NDArray[np.int32]
 
 
 class Gate:
@@ -151,7 +151,7 @@ class Gate:
             return None
         assert own.divergence is not None
         assert other.divergence is not None
-        difference, stderr = clustered_mean(own.nll - other.nll, text.clusters)
+        difference, stderr = clustered_mean(own.nll - other.nll, text.teacher.documents)
         return Forgotten(
             row=row.row_id,
             untrained=untrained.row_id,
@@ -163,7 +163,7 @@ class Gate:
             untrained_kl=float(other.divergence.mean()),
             text=general.name,
             tokens=own.nll.size,
-            documents=np.unique(text.clusters).size,
+            documents=np.unique(text.teacher.documents).size,
         )
 
     def notes(self, best: Row, rows: Sequence[Row]) -> tuple[Forgotten | None, list[str]]:
@@ -212,7 +212,7 @@ class Gate:
         if not scores.nll.mean() < _entropy(data):
             self.unknown = "the teacher itself knows none: it predicts it no better than counts of its words do"
             return None
-        self._text = _Text(data=data, reference=reference, clusters=scores.documents)
+        self._text = _Text(data=data, teacher=scores, reference=reference)
         return self._text
 
     def _scores(self, row: Row, text: _Text) -> TokenScores | None:
@@ -223,8 +223,9 @@ class Gate:
             model: Any = finisher.load(row)
             scales = read_scales(finisher.student(row), row.deployment)
             try:
-                with deployed_weights(model, finisher.spec(row.strategy), row.deployment, scales):
-                    found = score(model, text.data, text.reference, device=device)[0]
+                with deployed_weights(model, finisher.spec(row.strategy), row.deployment, scales) as same:
+                    own = same and row.kind == "teacher"
+                    found = text.teacher if own else score(model, text.data, text.reference, device=device)[0]
             except TrialFailedError as error:
                 self.unknown = f"{row.name} cannot be read: {error}"
                 return None

@@ -140,7 +140,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
     record_test_opening(finisher.run.path.parent, run=finisher.run.name, data=finisher.data.fingerprint)
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
     teacher = load_teacher(finisher.teacher.folder, setting.held, setting.device, setting.divided)
-    _, reference = score_teacher(teacher, data, device=setting.device)
+    own, reference = score_teacher(teacher, data, device=setting.device)
     results: list[Row] = []
 
     def evaluated(model: Any, one: _Scored, begun_with: Mapping[str, Scales] | None = None) -> Evaluation:
@@ -158,6 +158,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
             init,
             scales=read_scales(folder, one.packing) if folder else begun_with,
             split="test",
+            unpacked=own if one.kind == "teacher" else None,
         )
 
     def write(evaluation: Evaluation, one: _Scored) -> None:

@@ -191,6 +191,9 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
         if demand.trials is None and races and (tokens > most or path > shared / workers.count):
             trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
         tokens = max(fewest_tokens(batch), min(tokens, most))
+        if trials == 1 and demand.explore < 1:
+            # With nothing beside it to be compared, it is but the trunk's beginning, and a first student to export.
+            tokens = min(tokens, _FEWEST_RACED * batch)
         if trials < _TRIALS and demand.trials is None and not demand.arms:
             notes.append(f"the time budget holds {trials} trials; {_TRIALS} are usual: give it more --time")
         if demand.arms > trials:
@@ -198,7 +201,7 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
                 "the time budget holds no race: only the construction that is nearest to its teacher is trained; give "
                 "it more --time"
             )
-        elif tokens < _fewest_steps(demand) * batch:
+        elif trials > 1 and tokens < _fewest_steps(demand) * batch:
             notes.append(f"{tokens // batch} optimiser steps a trial hardly tell strategies apart: give it more --time")
     plan = _build(demand, speed, workers, trials, tokens, tuple(notes))
     if demand.explore < 1 and plan.longest == 1:
@@ -265,7 +268,8 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
         keep=kept_at_rungs(trials, len(rungs)),
         sequence_length=demand.sequence_length,
         batch_tokens=demand.step_tokens,
-        warmup_tokens=min(8 * demand.step_tokens, tokens // 8),
+        # What is the beginning of a trunk and no more is not warmed up for itself.
+        warmup_tokens=min(8 * demand.step_tokens, tokens // (2 if trials == 1 and longer else 8)),
         decay=DECAY,
         rung_eval_tokens=rung_eval,
         eval_tokens=full_eval,

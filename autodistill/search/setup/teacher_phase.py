@@ -24,7 +24,7 @@ from autodistill.evaluation.base import Evaluator
 from autodistill.evaluators.tasks.command import NAME as COMMAND
 from autodistill.evaluators.tasks.command import Command
 from autodistill.hardware.device import Device
-from autodistill.inference.outputs import TeacherReference
+from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.scoring import score_teacher
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
@@ -142,11 +142,12 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
     # Only where something is to be scored, and once.
     teacher = functools.cache(partial(loaded.load_teacher, loaded.device))
     reference = run.path / "teacher_reference.npz"
+    accuracy, own = _scored(teacher, reference, validation, loaded.device, run, clock)
     setting = TrialSetting(
         teacher=loaded.teacher.folder,
         teacher_spec=loaded.spec,
         teacher_reference=reference,
-        teacher_accuracy=_accuracy(teacher, reference, validation, loaded.device, run, clock),
+        teacher_accuracy=accuracy,
         data=loaded.data.folder,
         cache=None,
         checkpoints=run.checkpoints,
@@ -170,7 +171,7 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
         if deployment.name in done:
             continue
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
-            row = _untrained_row(teacher(), deployment, setting, validation, checked.device, loaded.spec)
+            row = _untrained_row(teacher(), deployment, setting, validation, checked.device, loaded.spec, own=own)
             run.events.add(RowAdded(row=row))
             setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
     return setting
@@ -221,24 +222,26 @@ def _cache(
     return cache
 
 
-def _accuracy(
+def _scored(
     teacher: Callable[[], Any],
     reference_file: Path,
     validation: TokenSet,
     device: str,
     run: RunFolder,
     clock: Clock,
-) -> float:
-    """The teacher's accuracy, as it is or as it was scored before; a file has what is kept of it for comparisons."""
+) -> tuple[float, TokenScores | None]:
+    """The teacher's accuracy, as it is or as it was scored before, and its scores, which only now are there; a file has
+    what is kept of it for comparisons.
+    """
     scored = run.events.of(TeacherScored)
     if scored and reference_file.exists():
-        return scored[0].teacher_accuracy
+        return scored[0].teacher_accuracy, None
     with clock.phase("evaluate", "scoring the teacher"):
         scores, reference = score_teacher(teacher(), validation, device=device)
         reference.save(reference_file)
         accuracy = float(scores.correct.mean())
         run.events.add(TeacherScored(teacher_accuracy=accuracy, tokens=len(reference.top1)))
-    return accuracy
+    return accuracy, scores
 
 
 def _evaluators(asked: Asked) -> tuple[str | Evaluator, ...]:
@@ -297,8 +300,9 @@ def _untrained_row(
     spec: ModelSpec,
     strategy: Strategy | None = None,
     scales: Mapping[str, Scales] | None = None,
+    own: TokenScores | None = None,
 ) -> Row:
-    """The unmodified teacher, or a student without training, under one deployment."""
+    """The unmodified teacher, whose `own` scores may be known, or a student without training, under one deployment."""
     what = "teacher" if strategy is None else "untrained student"
     try:
         evaluation = setting.evaluate(
@@ -309,6 +313,7 @@ def _untrained_row(
             TeacherReference.load(setting.teacher_reference),
             strategy.init if strategy else None,
             scales=read_scales(setting.teacher, deployment) if scales is None else scales,
+            unpacked=own,
         )
     except TrialFailedError as error:
         raise InputError(f"the {what} as {deployment.name} cannot be measured ({error.cause}): {error}") from error

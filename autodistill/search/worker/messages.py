@@ -13,7 +13,7 @@ from autodistill.distillation.training.step_record import StepRecord
 from autodistill.evaluation.base import Direction, Evaluator
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.hardware.budget import Budget
-from autodistill.inference.outputs import TeacherReference
+from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.models.model_folder import HeldType
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
@@ -94,6 +94,7 @@ class TrialSetting:
         scales: Mapping[str, Scales] | None,
         split: str = "validation",
         share: float | None = None,
+        unpacked: TokenScores | None = None,
     ) -> Evaluation:
         """Return what a packed model is by the evaluators of the search; arguments are as `evaluate` takes them.
 
@@ -114,6 +115,7 @@ class TrialSetting:
             share=self.plan.example_share if share is None else share,
             tokenizer=self.text(init),
             teacher=self.teacher_spec,
+            unpacked=unpacked,
         )[0]
 
 
