@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from autodistill.data.dataset import TokenSet
 from autodistill.data.general_text import general_sequences

@@ -349,6 +349,21 @@ def test_of_a_race_that_could_tell_nothing_apart_what_is_believed_runs_alone() -
     assert sum(alone.seconds.values()) <= 420
 
 
+def test_a_trial_that_nothing_is_compared_with_is_short_and_leaves_its_time_to_the_trunk() -> None:
+    """Eight steps without a rung, half of them warmed up; a space of one construction that asked for one trial."""
+    asked = replace(DEMAND, trials=1, baselines=0, explore=0.2)
+    plan = make_plan(asked, SPEED, WORKERS)
+    assert plan.rungs == (8 * 256,)
+    assert plan.warmup_tokens == 4 * 256
+    raced = make_plan(replace(asked, trials=2), SPEED, WORKERS)
+    assert raced.tokens > 8 * 256
+    assert plan.tokens * plan.expected > raced.tokens * raced.expected
+    assert sum(plan.seconds.values()) <= 600
+    # Asked for by number, tokens stay; and where nothing is trained on, the trial has all of the time.
+    assert make_plan(replace(asked, tokens=5120), SPEED, WORKERS).tokens == 5120
+    assert make_plan(replace(asked, explore=1.0), SPEED, WORKERS).tokens > raced.tokens
+
+
 def test_what_runs_alone_stays_so_though_other_workers_are_free() -> None:
     """Further arms would train beside it, but only once their codes are found, which takes longer than they train."""
     asked = replace(DEMAND, arms=2, made_up=2, explore=0.5, caches=False, baselines=0)

@@ -189,6 +189,42 @@ def test_an_evaluation_is_that_of_the_unpacked_weights(lab, deployment):
     assert sum(evaluation.documents["sum"]) == scores.correct.sum()
 
 
+@pytest.mark.parametrize("on_grid", [True, False])
+def test_a_teacher_that_packing_leaves_as_it_is_has_its_own_scores(lab, on_grid):
+    """Beside a pass that reads every token again: the same to the last digit, also where packing changes weights."""
+    setting = lab.setting(Path())
+    spec, model = setting.teacher_spec, load_model(lab.teacher, torch.float32)
+    if on_grid:
+        with deployed_weights(model, spec, Q4):
+            values = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            p.data = values[name]
+    with deployed_weights(model, spec, Q4) as same:
+        assert same is on_grid
+    with deployed_weights(model, spec, replace(Q4, cache_type_k="q8_0")) as same:
+        assert same is False
+    data = load_split(setting.data, "validation").head(512)
+    own, reference = score_teacher(model, data)
+    read, known = (
+        evaluate(
+            model,
+            spec,
+            Q4,
+            data,
+            reference,
+            budget=setting.budget,
+            evaluators=("accuracy", "perplexity", "agreement", "kl", "calibration"),
+            unpacked=unpacked,
+        )[0]
+        for unpacked in (None, own)
+    )
+    assert {name: item.value for name, item in known.measurements.items()} == pytest.approx(
+        {name: item.value for name, item in read.measurements.items()}, rel=1e-12, abs=1e-7
+    )
+    assert (known.documents, known.teacher_accuracy) == (read.documents, read.teacher_accuracy)
+    assert (known.measurements["agreement"].value == 1) is on_grid
+
+
 @pytest.mark.parametrize("deployment", ALL, ids=lambda deployment: deployment.name)
 def test_masters_come_back_whatever_happens(lab, deployment):
     spec = student_spec(STRATEGY, lab.setting(Path()).teacher_spec)
