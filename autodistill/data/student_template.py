@@ -24,6 +24,7 @@ from autodistill.data.conversations import ANSWERING, Conversation, Turn
 from autodistill.data.tokenization import load_tokenizer, save_tokenizer
 from autodistill.errors import InputError
 from autodistill.models.model_folder import MORE_TEMPLATES
+from autodistill.utils.json_files import replacing
 
 _TEXT_FILES = (".json", ".jinja", ".model", ".txt")
 
@@ -57,7 +58,8 @@ def copy_license(model: Path, folder: Path) -> None:
     """Copy a model's licence text and the notices beside it, which accompany the model everywhere."""
     for path in model.iterdir():
         if path.is_file() and path.name.lower().startswith(_LICENSE_FILES):
-            shutil.copyfile(path, folder / path.name)
+            with replacing(folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
 
 
 def write_text(teacher: Path, renderer: Renderer, folder: Path) -> None:

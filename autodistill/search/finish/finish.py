@@ -33,7 +33,7 @@ from autodistill.search.finish.notes import notes_on, nothing_fits
 from autodistill.search.finish.test_split import best_untrained, gains_on_test, score_on_test, spent
 from autodistill.strategy.deployment import IN_16_BITS
 from autodistill.utils.durable import sync_below
-from autodistill.utils.json_files import read_json
+from autodistill.utils.json_files import read_json, replacing
 
 # Measured in the runtime, a student may turn out above the budget; this many are exported before giving up.
 _CANDIDATES = 3
@@ -180,7 +180,8 @@ def describe(exports: Iterable[ExportedRow], test: Sequence[Row], finisher: Fini
     origin = Origin.of(read_json(run.search_file))
     for one in exports:
         folder = run.student(one.deployment.container)
-        (folder / "README.md").write_text(model_card(one.row, one.deployment, [*rows, *test], origin), encoding="utf-8")
+        with replacing(folder / "README.md") as card:
+            card.write_text(model_card(one.row, one.deployment, [*rows, *test], origin), encoding="utf-8")
         copy_license(finisher.student(one.row), folder)
         if one.path.suffix == ".gguf":
             budget = finisher.question.budget

@@ -52,7 +52,8 @@ def notes_on(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, .
     told += _without_training(best, rows, finisher)
     told += _worsened(rows, finisher)
     if best.fidelity is not None and best.fidelity > 1 + 1e-9:
-        further = f"the best student was trained for {best.fidelity:.0%} of a trial's tokens ({best.train_tokens:,})"
+        tokens = f"{best.train_tokens:,} tokens, where a trial has {question.plan.tokens:,}"
+        further = f"the best student was trained on {tokens}"
         if any(row.kind == "baseline" for row in rows):
             further += "; the gain over the baseline is of students of equal tokens where both were trained to as many"
         told.append(further)

@@ -422,11 +422,11 @@ def test_a_gain_over_a_baseline_is_told_where_there_is_one() -> None:
     finisher: Any = SimpleNamespace(
         question=question("accuracy", "max"), setting=SimpleNamespace(teacher_spec=spec_from_config(CONFIG))
     )
-    best = row("t000x", "accuracy", 0.5, memory_source="predicted", fidelity=3.0, train_tokens=300)
-    (note,) = (note for note in notes_on(best, [best], finisher) if "300%" in note)
-    assert note == "the best student was trained for 300% of a trial's tokens (300)"
+    best = row("t000x", "accuracy", 0.5, memory_source="predicted", fidelity=3.0, train_tokens=27_648)
+    (note,) = (note for note in notes_on(best, [best], finisher) if "27,648 tokens" in note)
+    assert note == "the best student was trained on 27,648 tokens, where a trial has 9,216"
     baseline = row("b000", "accuracy", 0.4, kind="baseline")
-    (note,) = (note for note in notes_on(best, [best, baseline], finisher) if "300%" in note)
+    (note,) = (note for note in notes_on(best, [best, baseline], finisher) if "27,648 tokens" in note)
     assert "gain over the baseline" in note
 
 
