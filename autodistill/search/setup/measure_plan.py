@@ -102,9 +102,10 @@ def plan_from_measurement(
     box = box_of(checked, loaded)
     sizes = _sizes(checked, loaded, train_tokens)
     paces = {} if paces is None else paces
-    key = (loaded.largest[0].init, loaded.fit.checkpointing, sizes, loaded.workers, checked.explore < 1)
+    caches = not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty
+    key = (loaded.largest[0].init, loaded.fit.checkpointing, sizes, loaded.workers, checked.explore < 1, caches)
     if key not in paces:
-        paces[key] = _measured(checked, loaded, sizes, box)
+        paces[key] = _measured(checked, loaded, sizes, box, caches)
     speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
     sure = _sure(checked, box)
     starts = [start.distillation for start in checked.space.starts.values()]
@@ -161,7 +162,7 @@ def box_by_default(loaded: Loaded) -> float:
     return BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
 
 
-def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box: float | None) -> Pace:
+def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box: float | None, caches: bool) -> Pace:
     """Times the teacher and the largest student, and asks the teacher of the tasks, in a time budget of `box`."""
     init = loaded.largest[0].init
 
@@ -187,6 +188,7 @@ def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box
             checkpointing=loaded.fit.checkpointing,
             sizes=sizes,
             alone=checked.explore < 1,
+            caches=caches,
         )
         if outputs is not None:
             speed = outputs.into(speed)

@@ -40,6 +40,7 @@ def measure_speed(
     checkpointing: bool = False,
     sizes: Sequence[int] = (1,),
     alone: bool = False,
+    caches: bool = True,
 ) -> tuple[Speed, dict[int, float]]:
     """Times the teacher's forward and training steps of the largest student, on random tokens.
 
@@ -54,6 +55,7 @@ def measure_speed(
         checkpointing: Whether a step computes activations twice.
         sizes: Sequences that each process trains on in a step, in one pass; ascending.
         alone: Whether a worker may train with nothing beside it, so that this is timed too.
+        caches: Whether outputs of the teacher are cached; where none are, that is said to be as fast as scoring.
 
     Returns:
         The speed, with steps of the first size; and training tokens per second by size, up to the first that is not
@@ -65,8 +67,9 @@ def measure_speed(
     ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes), sequence_length))
     passes = _Passes(teacher, torch.from_numpy(ids).to(device), tokens, device, workers)
     torch.set_num_threads(threads)
-    cache = passes.rate(together * threads if on_cpu else together, workers.bf16)
-    full = passes.rate(together * threads if on_cpu else together, False)
+    sequences = together * threads if on_cpu else together
+    full = passes.rate(sequences, False)
+    cache = passes.rate(sequences, workers.bf16) if caches and workers.bf16 else full
     # Cut in main memory, and alone on the device: one that holds either need not hold both.
     student = largest(teacher.to("cpu"))
     give_back_memory()
@@ -74,8 +77,12 @@ def measure_speed(
     student.get_input_embeddings().weight.requires_grad_(False)
     # All workers that share its memory's bandwidth at once, as they will be.
     beside = workers.beside
-    torch.set_num_threads(beside * workers.threads)
-    worker_score = passes.rate(together * beside * workers.threads if on_cpu else together, False) / beside
+    if on_cpu and beside * workers.threads == threads and student.num_parameters() == spec.parameters:
+        # The whole teacher, read by all threads as it was before.
+        worker_score = full / beside
+    else:
+        torch.set_num_threads(beside * workers.threads)
+        worker_score = passes.rate(together * beside * workers.threads if on_cpu else together, False) / beside
     if checkpointing:
         student.train()
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

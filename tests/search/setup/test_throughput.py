@@ -107,6 +107,36 @@ def test_of_a_student_that_several_processes_share_no_more_layers_are_run_than_l
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("depth", "bf16", "caches", "times"), [(1.0, True, False, 1), (1.0, True, True, 2), (0.5, False, True, 2)]
+)
+def test_what_is_read_by_all_threads_is_timed_once(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, depth: float, bf16: bool, caches: bool, times: int
+) -> None:
+    """Outputs in bfloat16 only where they are cached; students of the teacher's own size are read as fast as it is."""
+    model, asked = load_model(teacher, torch.float32), list[bool]()
+
+    def rate(_: _Passes, sequences: int, half: bool) -> float:
+        asked.append(half)
+        return 100.0 * len(asked)
+
+    monkeypatch.setattr(_Passes, "rate", rate)
+    speed, _ = measure_speed(
+        model,
+        spec_from_config(model.config.to_dict()),
+        lambda given: cut_student(given, Init(depth=depth), None)[0],
+        replace(_workers(1), bf16=bf16),
+        1,
+        device="cpu",
+        sequence_length=8,
+        caches=caches,
+    )
+    assert len(asked) == times
+    assert asked.count(True) == (caches and bf16)
+    assert speed.score == 100
+    assert speed.worker_score == (100 if depth == 1 else 200)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 def test_layers_that_are_left_out_take_as_long_as_those_that_are_there(tmp_path: Path, processes: int) -> None:
     model = load_model(save_tiny_teacher(tmp_path, layers=LAYERS), torch.float32)
