@@ -196,12 +196,22 @@ def explain(run: RunFolder) -> Explanation:
 
 
 def _race(rows: Sequence[Row], plan: Plan) -> tuple[str, ...]:
-    """The students of as many tokens as planned, the best first, each with its paired distance to that one."""
+    """The students of as many tokens as planned, the best first, each with its paired distance to that one.
+
+    Of one alone it is what that came to in the end.
+    """
     raced = [row for row in rows if row.kind == "student" and row.train_tokens == plan.tokens and row.perplexity]
     best_of_trial: dict[str, Row] = {}
     for row in sorted(raced, key=lambda row: row.perplexity or math.inf):
         best_of_trial.setdefault(row.trial, row)
     firsts = list(best_of_trial.values())
+    if len(firsts) == 1:
+        students = (
+            row for row in rows if row.kind == "student" and row.perplexity and row.strategy == firsts[0].strategy
+        )
+        last = max(students, key=lambda row: row.train_tokens or 0)
+        loss = math.log(last.perplexity or math.inf)
+        return (f"{named(last)}: {loss:.4f} nats a token after {last.train_tokens or 0:,} tokens",)
     lines = []
     for row in firsts:
         said = f"{named(row)}: {math.log(row.perplexity or math.inf):.4f} nats a token"

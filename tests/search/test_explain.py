@@ -249,6 +249,16 @@ def test_one_student_is_not_said_to_have_been_raced(run: RunFolder) -> None:
     assert "What the race decided:\n  one\n  two" in replace(found, race=("one", "two")).describe()
 
 
+def test_of_a_student_that_was_trained_alone_the_end_is_told() -> None:
+    """By the reference run: perplexity on validation after the trial's tokens, and at the end of the trunk."""
+    runs = Path(__file__).parents[2] / "results" / "reference"
+    (said,) = explain(RunFolder.open(runs, "search-20261129-181739")).race
+    rows = {
+        row.train_tokens: row for row in RunFolder.open(runs, "search-20261129-181739").events.rows(split="validation")
+    }
+    assert said.endswith(f"{math.log(rows[119_040].perplexity or 0):.4f} nats a token after 119,040 tokens")
+
+
 def test_a_run_of_one_strategy_without_a_budget_is_explained(tmp_path: Path) -> None:
     """Its space has no dimension, of which nothing could have mattered, and its limit is a number that nobody gave."""
     folder = RunFolder.create(tmp_path, "one")

@@ -144,8 +144,7 @@ class Gate:
         text = self._texts() if self.unknown is None else None
         if text is None or untrained is None:
             return None
-        with self._finisher.phases.phase("evaluate", f"general text, {row.name} as {row.deployment_name}"):
-            own, other = self._scores(row, text), self._scores(untrained, text)
+        own, other = self._scores(row, text), self._scores(untrained, text)
         if own is None or other is None:
             return None
         assert own.divergence is not None
@@ -217,22 +216,28 @@ class Gate:
     def _scores(self, row: Row, text: _Text) -> TokenScores | None:
         """Return what a row's packed model makes of each predicted token, read once."""
         if row.row_id not in self._read:
-            finisher = self._finisher
-            device = finisher.setting.device
-            model: Any = finisher.load(row)
-            scales = read_scales(finisher.student(row), row.deployment)
-            try:
-                with deployed_weights(model, finisher.spec(row.strategy), row.deployment, scales) as same:
-                    own = same and row.kind == "teacher"
-                    found = text.teacher if own else score(model, text.data, text.reference, device=device)[0]
-            except TrialFailedError as error:
-                self.unknown = f"{row.name} cannot be read: {error}"
+            with self._finisher.phases.phase("evaluate", f"general text, {row.name} as {row.deployment_name}"):
+                found = self._score(row, text)
+            if found is None:
                 return None
-            finally:
-                del model
-                give_back_memory()
             self._read[row.row_id] = found
         return self._read[row.row_id]
+
+    def _score(self, row: Row, text: _Text) -> TokenScores | None:
+        finisher = self._finisher
+        model: Any = finisher.load(row)
+        scales = read_scales(finisher.student(row), row.deployment)
+        try:
+            with deployed_weights(model, finisher.spec(row.strategy), row.deployment, scales) as same:
+                if same and row.kind == "teacher":
+                    return text.teacher
+                return score(model, text.data, text.reference, device=finisher.setting.device)[0]
+        except TrialFailedError as error:
+            self.unknown = f"{row.name} cannot be read: {error}"
+            return None
+        finally:
+            del model
+            give_back_memory()
 
 
 def _entropy(data: TokenSet) -> float:
