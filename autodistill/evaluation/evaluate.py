@@ -14,7 +14,8 @@ import numpy as np
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.build import save_student
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.evaluation.base import Evaluator, Measurement, Subject, load_evaluator
+from autodistill.evaluation.base import Evaluator, Measurement, Scoring, Subject, load_evaluator
+from autodistill.evaluation.precision import scored_in
 from autodistill.evaluation.statistics import per_document
 from autodistill.hardware.budget import Budget
 from autodistill.inference.generation import answer
@@ -45,12 +46,14 @@ class Evaluation:
             measurements that are means, by name. Where documents are sequences of one long text, "in_a_row" says how
             many.
         teacher_accuracy: Of the unquantised teacher on the same tokens; None where there was nothing of it.
+        scoring: What its products were computed in.
     """
 
     deployment: Deployment
     measurements: dict[str, Measurement]
     documents: dict[str, Any]
     teacher_accuracy: float | None = None
+    scoring: Scoring = "float32"
 
 
 @contextmanager
@@ -110,6 +113,7 @@ def evaluate(
     share: float = 1.0,
     tokenizer: Path | None = None,
     teacher: ModelSpec | None = None,
+    scoring: Scoring = "float32",
 ) -> tuple[Evaluation, TokenScores]:
     """Make once what the evaluators need of the packed model, and let every one of them read it.
 
@@ -130,6 +134,7 @@ def evaluate(
         tokenizer: Folder whose files describe the model's text: the teacher's, or `dataset.rendering_folder` of
             a student that learnt another template; None where no evaluator asks in text.
         teacher: Shape of the teacher that the reference is of.
+        scoring: What products are computed in; the reference is of the same.
 
     Raises:
         InputError: An evaluator needs answers, and the data have no questions.
@@ -137,7 +142,7 @@ def evaluate(
     """
     chosen = _reading(evaluators, deployment)
     asking = _asking(chosen, data, tokenizer)
-    with deployed_weights(model, spec, deployment, scales):
+    with deployed_weights(model, spec, deployment, scales), scored_in(model, scoring, device):
         scores = score(model, data, reference, device=device)[0]
         if not np.isfinite(scores.nll).all():
             raise TrialFailedError("nan", "the student's likelihoods are not finite")
@@ -171,6 +176,7 @@ def evaluate(
         measurements=measurements,
         documents=_documents(measurements, scores, metric, split, data.in_a_row),
         teacher_accuracy=None if scores.teacher_correct is None else float(scores.teacher_correct.mean()),
+        scoring=scoring,
     )
     return found, scores
 

@@ -18,6 +18,7 @@ from autodistill.data.dataset import TokenSet
 from autodistill.data.general_text import general_sequences
 from autodistill.errors import TrialFailedError
 from autodistill.evaluation.evaluate import deployed_weights
+from autodistill.evaluation.precision import scored_in
 from autodistill.evaluation.statistics import clustered_mean
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.scoring import score, score_teacher
@@ -206,7 +207,8 @@ class Gate:
             return None
         with finisher.phases.phase("evaluate", "teacher on general text"):
             teacher = load_teacher(setting.teacher, setting.held, setting.device, setting.divided)
-            scores, reference = score_teacher(teacher, data, device=setting.device)
+            with scored_in(teacher, setting.scoring, setting.device):
+                scores, reference = score_teacher(teacher, data, device=setting.device)
             del teacher
             give_back_memory()
         if not scores.nll.mean() < _entropy(data):
@@ -219,11 +221,12 @@ class Gate:
         """Return what a row's packed model makes of each predicted token, read once."""
         if row.row_id not in self._read:
             finisher = self._finisher
-            device = finisher.setting.device
+            device, scoring = finisher.setting.device, finisher.setting.scoring
             model: Any = finisher.load(row)
             scales = read_scales(finisher.student(row), row.deployment)
             try:
-                with deployed_weights(model, finisher.spec(row.strategy), row.deployment, scales):
+                packed = deployed_weights(model, finisher.spec(row.strategy), row.deployment, scales)
+                with packed, scored_in(model, scoring, device):
                     found = score(model, text.data, text.reference, device=device)[0]
             except TrialFailedError as error:
                 self.unknown = f"{row.name} cannot be read: {error}"

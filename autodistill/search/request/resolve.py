@@ -15,7 +15,7 @@ from autodistill.data.loaded import data_reference
 from autodistill.distillation.teacher.loaded import teacher_reference
 from autodistill.distillation.teacher.resolve import TeacherRef, resolve_teacher
 from autodistill.errors import InputError
-from autodistill.evaluation.base import Direction, Goal
+from autodistill.evaluation.base import Direction, Goal, Scoring
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, Limits, read_budget
 from autodistill.hardware.catalog import device_from_json
 from autodistill.hardware.device import LOCAL, Device
@@ -94,6 +94,7 @@ class SearchConfig:
     confirm: int
     students_only: bool
     goal: Goal
+    scoring: Scoring
     general: DataSource
     general_reference: str
     seed: int
@@ -190,6 +191,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         confirm=confirm,
         students_only=_students_only(request, stored),
         goal=_goal(request, known, objectives[0].name, source),
+        scoring=first_of(request.scoring, known.get("scoring"), "float32"),
         general=resolve_general(named_general),
         general_reference=named_general,
         seed=request.seed if request.seed is not None else known.get("seed", 0),
