@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -235,11 +235,17 @@ class Bench:
         chances, tokens, model = chances_of(tokens, seed), tokens.to(self.device), self.model
 
         def read(index: int) -> tuple[Tensor, Callable[[], Tensor]]:
-            begun = model.get_input_embeddings()(tokens[index : index + 1]).detach().requires_grad_()
-            states = model.base_model(inputs_embeds=begun, use_cache=False).last_hidden_state
+            states = model.base_model(input_ids=tokens[index : index + 1], use_cache=False).last_hidden_state
             return states, lambda: of_drawn_tokens(model, states.detach()[0], chances[index])[None]
 
-        with self.shown({}), self.scored():
+        def begin(module: nn.Module, taken: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+            return rows.detach().requires_grad_()
+
+        # Not as `inputs_embeds`: some models look their tokens up in other tables as well.
+        with ExitStack() as stack:
+            stack.enter_context(self.shown({}))
+            stack.enter_context(self.scored())
+            stack.callback(model.get_input_embeddings().register_forward_hook(begin).remove)
             found = watched(model, names, read, len(tokens), self.device)
             yield {name: [one.pop(name, []) for one in found] for name in names}
 
