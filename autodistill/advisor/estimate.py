@@ -60,8 +60,8 @@ def appraise(
         Plain data: why the format's container cannot hold the model (`cannot_hold`, None where it can; it then fits
         nowhere), the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
         context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device or a predicted speed),
-        the devices, under `training` the parts of its memory as `training_parts` has them, and under `gpus` what
-        `running_parts` has (None each where it is not asked for). The parts are those of a discrete GPU where that is
+        the devices, under `training` the parts of its memory as `training_parts` has them and `undivided_bytes`, and
+        under `gpus` what `running_parts` has (None each where it is not asked for). The parts are those of a discrete GPU where that is
         the one device, and else of a process (`on_gpu`); each device has the sum on it, and what that rests on
         (`memory_basis`).
 
