@@ -61,9 +61,9 @@ def appraise(
         nowhere), the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
         context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device or a predicted speed),
         the devices, under `training` the parts of its memory as `training_parts` has them and `undivided_bytes`, and
-        under `gpus` what `running_parts` has (None each where it is not asked for). The parts are those of a discrete GPU where that is
-        the one device, and else of a process (`on_gpu`); each device has the sum on it, and what that rests on
-        (`memory_basis`).
+        under `gpus` what `running_parts` has (None each where it is not asked for). The parts are those of a discrete
+        GPU where that is the one device, and else of a process (`on_gpu`); each device has the sum on it, and what that
+        rests on (`memory_basis`).
 
     Raises:
         InputError: As `memory` and `check_streams`, a runtime that does not serve the deployment, a context beyond the
