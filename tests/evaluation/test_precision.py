@@ -22,6 +22,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.search.campaign.observer import Observer
+from autodistill.search.request.resolve import resolve
 from autodistill.search.request.validate import check_request
 from autodistill.search.search import search
 from autodistill.search.solve.bench import Bench, load_bench
@@ -204,5 +205,8 @@ def test_a_search_says_what_it_was_scored_in_and_goes_on_in_nothing_else(
         check_request(replace(asked, scoring="float32", resume=True))
     with pytest.raises(InputError, match=r"'run' cannot warm-start this search: it was scored in bf16, this one in fl"):
         check_request(replace(asked, scoring=None, name="other", warm_start="run"))
+    stored = read_json(tmp_path / "runs" / "run" / "search.json")
+    with pytest.raises(InputError, match="scoring is 'float8'; it can be float32, tf32, bf16"):
+        resolve(replace(asked, scoring=None, resume=True), stored | {"scoring": "float8"})
     with pytest.raises(InputError, match="--scoring tf32: TF32 is of NVIDIA's GPUs from Ampere on"):
         search(replace(asked, scoring="tf32", name="third"), said)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.data.documents import DataSource, resolve_data
@@ -39,6 +39,7 @@ from autodistill.search.request.request import (
     joined,
 )
 from autodistill.strategy.space import Space
+from autodistill.utils.plain_dataclass import check_choice
 from autodistill.utils.storage import Storage
 
 _LEAST_EXPLORED = 0.1
@@ -191,7 +192,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         confirm=confirm,
         students_only=_students_only(request, stored),
         goal=_goal(request, known, objectives[0].name, source),
-        scoring=first_of(request.scoring, known.get("scoring"), "float32"),
+        scoring=_scoring(request, known),
         general=resolve_general(named_general),
         general_reference=named_general,
         seed=request.seed if request.seed is not None else known.get("seed", 0),
@@ -292,6 +293,13 @@ def _goal(request: SearchRequest, known: Mapping[str, Any], metric: str, source:
             )
         return before
     return request.goal or ("general" if metric in _OF_TEXT and source.task is None else "task")
+
+
+def _scoring(request: SearchRequest, known: Mapping[str, Any]) -> Scoring:
+    """What models are scored in; runs of earlier versions knew float32 alone."""
+    found: Scoring = request.scoring or known.get("scoring", "float32")
+    check_choice("scoring", found, get_args(Scoring))
+    return found
 
 
 def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> float:
