@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from autodistill.data.dataset import TokenSet
-from autodistill.distillation.teacher.any_model import any_spec, load_any
+from autodistill.distillation.teacher.any_model import any_spec, holds_cache, load_any
 from autodistill.distillation.teacher.resolve import Teacher, resolve_teacher
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import memory
@@ -147,6 +147,20 @@ def test_every_parameter_is_stored_once_and_routers_stay_as_they_are(folders: di
         roles = {one.name: one.role for one in spec.tensors}
         assert all(role is not Role.LINEAR for name, role in roles.items() if ".gate.weight" in name)
         assert all(role is Role.LINEAR for name, role in roles.items() if name.endswith("experts.down_proj"))
+
+
+def test_a_cache_is_solved_where_all_layers_have_one_of_the_same_size(folders: dict[str, Path]) -> None:
+    held = {name: holds_cache(read_json(folder / "config.json")) for name, folder in folders.items()}
+    assert held == {name: name not in ("qwen3_5", "gemma4") for name in folders}
+    # Of layers of two sizes the larger one counts.
+    assert any_spec(read_json(folders["gemma4"] / "config.json")).head_dim == 64
+
+
+def test_sizes_of_single_layers_are_whole_numbers(folders: dict[str, Path]) -> None:
+    config = read_json(folders["gemma4"] / "config.json")
+    for own in ({"1": {"head_dim": "64"}}, {"one": {"head_dim": 64}}, {"1": 64}, [64]):
+        with pytest.raises(InputError, match="from layers to sizes of their own"):
+            any_spec(config | {"per_layer_config": own})
 
 
 def test_experts_are_rounded_each_by_itself_along_what_goes_in(folders: dict[str, Path]) -> None:
