@@ -60,10 +60,10 @@ def appraise(
         Plain data: why the format's container cannot hold the model (`cannot_hold`, None where it can; it then fits
         nowhere), the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
         context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device or a predicted speed),
-        the devices, under `training` the parts of its memory as `training_parts` has them, and under `gpus` what
-        `running_parts` has (None each where it is not asked for). The parts are those of a discrete GPU where that is
-        the one device, and else of a process (`on_gpu`); each device has the sum on it, and what that rests on
-        (`memory_basis`).
+        the devices, under `training` the parts of its memory as `training_parts` has them and `undivided_bytes`, and
+        under `gpus` what `running_parts` has (None each where it is not asked for). The parts are those of a discrete
+        GPU where that is the one device, and else of a process (`on_gpu`); each device has the sum on it, and what that
+        rests on (`memory_basis`).
 
     Raises:
         InputError: As `memory` and `check_streams`, a runtime that does not serve the deployment, a context beyond the
@@ -196,7 +196,8 @@ def check_trainable(model: Described) -> None:
 
 def _training(model: Described, tokens: int, gpus: int) -> dict[str, Any]:
     check_trainable(model)
-    return {"tokens": tokens, "gpus": gpus, **training_parts(model.spec, tokens, gpus)}
+    ways, least = training_parts(model.spec, tokens, gpus), undivided_bytes(model.spec, tokens)
+    return {"tokens": tokens, "gpus": gpus, "undivided_bytes": least, **ways}
 
 
 def training_parts(spec: ModelSpec, tokens: int, gpus: int = 1, **of: Any) -> dict[str, dict[str, int]]:
@@ -228,6 +229,20 @@ def training_parts(spec: ModelSpec, tokens: int, gpus: int = 1, **of: Any) -> di
         made = sharded(made, spec, 1 if of.get("scales_of") else gpus)
         found[way] = {**made.parts, "total_bytes": made.total_bytes}
     return found
+
+
+def undivided_bytes(spec: ModelSpec, tokens: int, **of: Any) -> int:
+    """Return what training takes of each GPU, however many share it, in the smallest of all ways.
+
+    Whole on each are the tables, the layers at work and what its own pass keeps; what FSDP2 divides comes to nothing.
+
+    Args:
+        spec, tokens, of: As of `training_parts`.
+    """
+    return min(parts["total_bytes"] for parts in training_parts(spec, tokens, _ANY_NUMBER, **of).values())
+
+
+_ANY_NUMBER = 10**12  # of GPUs, more than a model has weights
 
 
 TOKENS = 4 * SEQUENCE_LENGTH
@@ -277,24 +292,23 @@ def strategy_training(
     """
     recipe = strategy.distillation
     beside = beside_bytes([recipe], teacher.spec, bf16=True, held_bytes=2 * teacher.spec.parameters)
-    ways = training_parts(
-        student.spec,
-        tokens,
-        gpus,
-        teacher=teacher.spec,
-        alignment=recipe.alignment,
-        attention=recipe.attention,
-        lora=recipe.lora,
-        train_embeddings=recipe.train_embeddings,
-        on_grid=strategy.finishing is not None,
-        scales_of=strategy.finishing if strategy.scales_alone else None,
-        written=-(-tokens // SEQUENCE_LENGTH) if recipe.on_policy else 0,
-    )
+    of: dict[str, Any] = {
+        "teacher": teacher.spec,
+        "alignment": recipe.alignment,
+        "attention": recipe.attention,
+        "lora": recipe.lora,
+        "train_embeddings": recipe.train_embeddings,
+        "on_grid": strategy.finishing is not None,
+        "scales_of": strategy.finishing if strategy.scales_alone else None,
+        "written": -(-tokens // SEQUENCE_LENGTH) if recipe.on_policy else 0,
+    }
+    ways = training_parts(student.spec, tokens, gpus, **of)
+    load = {"tokens": tokens, "gpus": gpus, "undivided_bytes": undivided_bytes(student.spec, tokens, **of) + beside}
     with_teacher = {
         way: {**parts, "teacher_bytes": beside, "total_bytes": parts["total_bytes"] + beside}
         for way, parts in ways.items()
     }
-    return {"teacher": teacher.name, "trained": _trained(strategy), "tokens": tokens, "gpus": gpus, **with_teacher}
+    return {"teacher": teacher.name, "trained": _trained(strategy), **load, **with_teacher}
 
 
 def _trained(strategy: Strategy) -> str:

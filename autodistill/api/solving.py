@@ -12,6 +12,7 @@ from autodistill.api.paths import device_files
 from autodistill.data.documents import check_data_reference
 from autodistill.distillation.teacher.resolve import locate
 from autodistill.errors import InputError
+from autodistill.evaluation.base import Scoring
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, TierBudget, memory_on, parse_latency
 from autodistill.hardware.device import LOCAL
 from autodistill.objects.solutions import Solutions
@@ -88,6 +89,14 @@ class SolveOptions:
             parse=parse_bytes,
         ),
     ] = None
+    scoring: Annotated[
+        Scoring,
+        Option(
+            help="What the teacher is scored in: float32, tf32 on NVIDIA's GPUs, or bf16.",
+            metavar="float32|tf32|bf16",
+            typed=Scoring,
+        ),
+    ] = "float32"
     out: Annotated[
         str | Path | None,
         Option(
@@ -202,6 +211,7 @@ def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
         memory_bytes=parsed(asked.memory),
         file_bytes=parsed(asked.file_size),
         runtime=asked.runtime,
+        scoring=asked.scoring,
         context_by_default=asked.context is None,
     )
     from autodistill.search.solve import plan_solve

@@ -153,6 +153,11 @@ def _training(found: Mapping[str, Any]) -> str:
         f"{count_of(found['tokens'], 'token')} a step of one pass{together}.\nActivations are freed as gradients "
         "appear: the total has the larger of the two sums. 16-bit and 8-bit states come with checkpointing."
     )
+    if together:
+        note += (
+            "\nWeights, gradients and states are divided (FSDP2, not tensor parallelism). However many GPUs there are, "
+            f"{format_bytes(found['undivided_bytes'])} stay on each, in the way that takes least."
+        )
     return f"{table([head, *lines], left=1)}\n{note}"
 
 

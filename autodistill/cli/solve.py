@@ -33,6 +33,8 @@ def solve_text(document: Mapping[str, Any], width: int, room: int | None = None)
     sections = ["\n".join(wrapped(head, width))]
     if teacher["stored"]:
         sections[0] += "\n" + "\n".join(wrapped(f"{teacher['stored'][:1].upper()}{teacher['stored'][1:]}.", width))
+    if document.get("scoring", "float32") != "float32":
+        sections[0] += "\n" + "\n".join(wrapped(f"All of it was scored in {document['scoring']}.", width))
     if document["streamed"]:
         said = "One layer of the teacher was in memory at a time: types were solved, and no cuts were looked at."
         sections[0] += "\n" + "\n".join(wrapped(said, width))

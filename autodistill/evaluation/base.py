@@ -24,6 +24,9 @@ Direction = Literal["max", "min"]
 Goal = Literal["general", "task"]
 """Whether what is exported must keep what it knew of general text, or the metric alone counts."""
 
+Scoring = Literal["float32", "tf32", "bf16"]
+"""What a model's products are computed in where it is scored; scores of one are never compared with another's."""
+
 # What an evaluator reads of a subject, beside its shape, deployment and budget: a field of it, but for "spec".
 Needs = Literal["spec", "scores", "answers", "student", "artifact"]
 

@@ -15,7 +15,8 @@ import torch
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.build import save_student
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.evaluation.base import Evaluator, Measurement, Subject, load_evaluator
+from autodistill.evaluation.base import Evaluator, Measurement, Scoring, Subject, load_evaluator
+from autodistill.evaluation.precision import scored_in
 from autodistill.evaluation.statistics import per_document
 from autodistill.hardware.budget import Budget
 from autodistill.inference.generation import answer
@@ -46,12 +47,14 @@ class Evaluation:
             measurements that are means, by name. Where documents are sequences of one long text, "in_a_row" says how
             many.
         teacher_accuracy: Of the unquantised teacher on the same tokens; None where there was nothing of it.
+        scoring: What its products were computed in.
     """
 
     deployment: Deployment
     measurements: dict[str, Measurement]
     documents: dict[str, Any]
     teacher_accuracy: float | None = None
+    scoring: Scoring = "float32"
 
 
 @contextmanager
@@ -114,6 +117,7 @@ def evaluate(
     tokenizer: Path | None = None,
     teacher: ModelSpec | None = None,
     unpacked: TokenScores | None = None,
+    scoring: Scoring = "float32",
 ) -> tuple[Evaluation, TokenScores]:
     """Make once what the evaluators need of the packed model, and let every one of them read it.
 
@@ -136,6 +140,7 @@ def evaluate(
         teacher: Shape of the teacher that the reference is of.
         unpacked: The teacher's own scores for the data, where it is the teacher that is packed and they are known:
             where packing changes nothing, no token is read again.
+        scoring: What products are computed in; the reference is of the same.
 
     Raises:
         InputError: An evaluator needs answers, and the data have no questions.
@@ -143,7 +148,7 @@ def evaluate(
     """
     chosen = _reading(evaluators, deployment)
     asking = _asking(chosen, data, tokenizer)
-    with deployed_weights(model, spec, deployment, scales) as same:
+    with deployed_weights(model, spec, deployment, scales) as same, scored_in(model, scoring, device):
         if same and unpacked is not None and reference is not None:
             scores = beside_itself(unpacked, model, reference)
         else:
@@ -180,6 +185,7 @@ def evaluate(
         measurements=measurements,
         documents=_documents(measurements, scores, metric, split, data.in_a_row),
         teacher_accuracy=None if scores.teacher_correct is None else float(scores.teacher_correct.mean()),
+        scoring=scoring,
     )
     return found, scores
 

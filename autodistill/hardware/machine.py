@@ -45,6 +45,7 @@ class Machine:
         memory_bytes: Main memory, after the limits of the control groups that the process is in, as containers set.
         gpus: CUDA or ROCm devices that this process sees, or Apple's one.
         bf16: Whether what trains here, the first CUDA or ROCm device or else the CPU, computes in bfloat16 itself.
+        tf32: Whether it multiplies float32 in TF32, too.
         free_bytes: Of `memory_bytes` what nobody had when it was looked at; None where that is not known.
     """
 
@@ -52,6 +53,7 @@ class Machine:
     memory_bytes: int
     gpus: tuple[Gpu, ...] = ()
     bf16: bool = False
+    tf32: bool = False
     free_bytes: int | None = field(default=None, compare=False)
 
     @property
@@ -69,8 +71,15 @@ def detect() -> Machine:
     """Detect the resources of this machine; imports torch to find GPUs."""
     import torch
 
-    bf16 = computes_bf16("cuda" if torch.cuda.is_available() else "cpu")
-    return Machine(cpus=_cpus(_CGROUP), memory_bytes=memory_bytes(), gpus=_gpus(), bf16=bf16, free_bytes=_free(_CGROUP))
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return Machine(
+        cpus=_cpus(_CGROUP),
+        memory_bytes=memory_bytes(),
+        gpus=_gpus(),
+        bf16=computes_bf16(kind),
+        tf32=computes_tf32(kind),
+        free_bytes=_free(_CGROUP),
+    )
 
 
 def memory_bytes() -> int:
@@ -108,6 +117,13 @@ def computes_bf16(kind: str) -> bool:
     # Not every build has oneDNN: those for Apple's processors do not.
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return kind == "mps" or (supported is not None and bool(supported()))
+
+
+def computes_tf32(kind: str) -> bool:
+    """Return whether "cuda", "mps" or "cpu" multiplies float32 in TF32 here: NVIDIA's GPUs do, from Ampere on."""
+    import torch
+
+    return kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _cpus(cgroup: Path) -> int:

@@ -185,7 +185,8 @@ class _Others:
         with self._lock:
             device = next(iter(tensors.values())).device.type
             shapes = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in tensors.items()}
-            self.tell({"do": what, "tensors": shapes, "bf16": torch.is_autocast_enabled(device)})
+            products = {"bf16": torch.is_autocast_enabled(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
+            self.tell({"do": what, "tensors": shapes, **products})
             try:
                 for value in tensors.values():
                     dist.broadcast(value, 0)
@@ -275,6 +276,7 @@ def member() -> None:
                 tensors[name] = torch.empty(shape, dtype=getattr(torch, kind), device=device)
                 dist.broadcast(tensors[name], 0)
             more = {"use_cache": False} if asked["do"] == "body" else {}
+            torch.backends.cuda.matmul.allow_tf32 = asked["tf32"]
             with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=asked["bf16"]):
                 parts[asked["do"]](**tensors, **more)
         elif asked["do"] == "deploy":

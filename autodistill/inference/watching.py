@@ -74,9 +74,9 @@ def watched(model: Any, names: Sequence[str], read: Read, count: int, device: st
     here = local()
 
     def note(name: str, expert: int, taken: Tensor, given: Tensor) -> None:
-        found, taken = here.found, taken.detach().flatten(0, -2)
+        found, taken = here.found, taken.detach().flatten(0, -2).float()
         if given.requires_grad:
-            given.register_hook(lambda slope: found[name].append((expert, taken, slope.flatten(0, -2))))
+            given.register_hook(lambda slope: found[name].append((expert, taken, slope.flatten(0, -2).float())))
 
     def watch(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         note(name, 0, inputs[0], output)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from autodistill.errors import InputError
+from autodistill.models.families import FAMILIES
 from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE
 
 MOST_EXPERTS = 10_000
@@ -63,6 +64,17 @@ def _layers(value: Any) -> bool:
     """Return whether a value gives single layers an FFN width of their own, and nothing else."""
     return isinstance(value, Mapping) and all(
         isinstance(layer, str) and _LAYER.fullmatch(layer) and isinstance(own, Mapping) and set(own) == {FFN}
+        for layer, own in value.items()
+    )
+
+
+def _own_sizes(value: Any) -> bool:
+    """Return whether a value gives single layers sizes of their own."""
+    return isinstance(value, Mapping) and all(
+        isinstance(layer, str)
+        and _LAYER.fullmatch(layer)
+        and isinstance(own, Mapping)
+        and all(map(_SIZE[0], own.values()))
         for layer, own in value.items()
     )
 
@@ -160,6 +172,11 @@ _ROTARY: Mapping[str, tuple[Check, str]] = {
     **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
 }
 
+# What only families that are cut here restrict.
+_OF_OTHERS: Mapping[str, tuple[Check, str]] = {
+    "per_layer_config": (_own_sizes, 'a mapping like {"0": {"head_dim": 64}}, from layers to sizes of their own')
+}
+
 _PACKED: Mapping[str, tuple[Check, str]] = {"format": _TEXT, "config_groups": _MAPPING}
 
 
@@ -174,7 +191,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         InputError: The field, and what it should be.
     """
-    _check(config, _FIELDS, "")
+    _check(config, _FIELDS if str(config.get("model_type")) in FAMILIES else _FIELDS | _OF_OTHERS, "")
     for name in ("rope_scaling", "rope_parameters"):
         rotary = config.get(name) or {}
         _check(rotary, _ROTARY, f"{name}.")

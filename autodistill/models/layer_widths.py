@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.models.families import Axis, get_family
+from autodistill.models.families import FAMILIES, Axis, get_family
 
 _DIFFERS = "_heterogeneity_spec"  # where transformers keeps what `per_layer_config` gives
 
@@ -23,12 +23,13 @@ def model_class(config: Any) -> Any:
     """Return the class that makes the model of a config of transformers, with layers that differ where it says so.
 
     Args:
-        config: Of one of the families.
+        config: Of a causal language model. In a family that is cut here layers may have an FFN width of their own;
+            other architectures tell layers apart by themselves.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     plain = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return _differing(plain) if config.is_heterogeneous else plain
+    return _differing(plain) if config.is_heterogeneous and config.model_type in FAMILIES else plain
 
 
 @cache

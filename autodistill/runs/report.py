@@ -97,6 +97,8 @@ def asked_facts(search: Mapping[str, Any]) -> dict[str, str]:
     plan = search.get("plan") or {}
     facts |= {name: plan[name] for name in ("trials", "tokens", "rungs", "workers", "threads", "seed") if name in plan}
     facts |= _training(plan) | _evaluation(plan, search)
+    if search.get("scoring", "float32") != "float32":
+        facts["scored in"] = search["scoring"]
     if plan.get("box_seconds"):
         facts["time budget"] = format_duration(plan["box_seconds"])
     return {name: _value(value) for name, value in facts.items()}

@@ -386,6 +386,7 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
         "confirm": checked.confirm,
         "students_only": checked.students_only,
         "goal": checked.goal,
+        "scoring": checked.scoring,
         "general_text": checked.general_reference,
         "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from autodistill.errors import InputError
+from autodistill.evaluation.precision import check_scoring
 from autodistill.hardware.environment import code, machine_here, versions
 from autodistill.hardware.machine import detect, detect_for_training
 from autodistill.runs.events import RowAdded, RungReached, TrialAdded
@@ -192,6 +193,7 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
     )
     checked, here, told = check_request(request), detect_for_training(), _Told(notify)
     share = check_share((here,), checked.gpus_per_trial, checked.cpus_per_trial, checked.runner)
+    check_scoring(checked.scoring, (here,))
     place = Place(here=here, machines=(here,), share=share)
     with RunFolder.open(folder, run.name, lock=True) as scratch:
         clock = Clock(time.monotonic(), notify)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from autodistill.errors import InputError
+from autodistill.evaluation.base import Scoring
 from autodistill.hardware.budget import Budget, DeviceBudget
-from autodistill.utils.plain_dataclass import check_no_blank
+from autodistill.utils.plain_dataclass import check_choice, check_no_blank
 
 RUNTIMES = ("llama.cpp", "vllm")
 """What is solved for: GGUF files, and folders of compressed-tensors."""
@@ -31,6 +33,7 @@ class SolveRequest:
         file_bytes: What the weights may take in a file; None for no limit.
         memory_bytes: What solving itself may take; None for all that this machine, or its GPU, has.
         runtime: What will serve it, one of `RUNTIMES`.
+        scoring: What products are computed in where text is scored.
         context_by_default: Whether nobody asked for the budgets' context, so that a model's shorter one goes before it.
     """
 
@@ -46,6 +49,7 @@ class SolveRequest:
     file_bytes: int | None = None
     memory_bytes: int | None = None
     runtime: str = "llama.cpp"
+    scoring: Scoring = "float32"
     context_by_default: bool = False
 
     def __post_init__(self) -> None:
@@ -66,6 +70,7 @@ class SolveRequest:
         if self.tokens > _MOST_TOKENS:
             raise InputError(f"--tokens must be at most {_MOST_TOKENS:,}")
         check_solved_for(self.runtime)
+        check_choice("--scoring", self.scoring, get_args(Scoring))
         if self.candidates and self.runtime != "llama.cpp":
             raise InputError(f"candidates are GGUF files, which {self.runtime} does not serve: leave --candidate out")
         for budget in self.budgets:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from autodistill.errors import AutoDistillError, InputError
+from autodistill.evaluation.precision import check_scoring
 from autodistill.hardware.machine import detect_for_training
 from autodistill.runs.remote_copy import Lease, StoredLog, check_free, pull
 from autodistill.runs.run_folder import RunFolder
@@ -110,6 +111,7 @@ def workplace(checked: SearchConfig) -> Iterator[tuple[Place, Cluster | None]]:
         here = detect_for_training()
         machines = joined.machines if joined else (here,)
         share = check_share(machines, checked.gpus_per_trial, checked.cpus_per_trial, checked.runner)
+        check_scoring(checked.scoring, [here, *machines])
         yield Place(here=here, machines=machines, share=share), joined
     finally:
         if joined is not None:

@@ -17,7 +17,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ from autodistill.distillation.teacher.importance import PartImportance, measure_
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.loading import decoder_layers, load_model
 from autodistill.strategy.strategy import Init
-from autodistill.utils.hashing import content_hash
+from autodistill.utils.hashing import content_hash, file_hash
 from benchmarks.common import program, report
 from benchmarks.common.over_seeds import error, is_clear
 from benchmarks.engine import on_policy
@@ -89,8 +91,8 @@ class Bench:
         self._test = made.test.head(held_out * made.test.tokens.shape[1])
 
     def separate(self, share: float, *, repair: bool) -> Any:
-        """Return a student of this width alone, cut from the teacher."""
-        return cut_student(self.teacher, Init(depth=1.0, ffn=share, repair=repair), self.importance)[0]
+        """Return a student of this width alone, cut from the teacher, of which it shares no tensor: it is trained."""
+        return deepcopy(cut_student(self.teacher, Init(depth=1.0, ffn=share, repair=repair), self.importance)[0])
 
     def nested(self) -> Any:
         """Return the teacher with its neurons in the order of their importance: its narrower parts are students."""
@@ -180,10 +182,11 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     bench = Bench(arguments.teacher_steps, 2000 if arguments.smoke else on_policy.SIZE, 20 if arguments.smoke else 400)
-    kept = report.Kept("nested", content_hash([bench.folder.name, WIDTHS, BATCH, RATE]), arguments.time)
+    source = [bench.folder.name, WIDTHS, BATCH, RATE, file_hash(Path(__file__))]
+    kept = report.Kept("nested", content_hash(source), arguments.time)
     found: dict[str, list[Any]] = {}
-    for way in (CUT, REPAIRED, NESTED):
-        for seed in range(arguments.seeds):
+    for seed in range(arguments.seeds):
+        for way in (CUT, REPAIRED, NESTED):
             make = partial(measured, bench, way, arguments.steps, seed)
             found.setdefault(way, []).append(kept.get(f"{way}, {arguments.steps} steps, seed {seed}", make))
             print(f"{way}, seed {seed}: {found[way][-1]}", file=sys.stderr, flush=True)

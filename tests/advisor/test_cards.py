@@ -6,10 +6,11 @@ import pytest
 
 from autodistill.advisor.cards import running_parts
 from autodistill.advisor.describe import deployment_named, shape
-from autodistill.advisor.estimate import appraise, training_parts
+from autodistill.advisor.estimate import appraise, training_parts, undivided_bytes
 from autodistill.cli.hardware_summary import appraisal_text
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
+from autodistill.units import format_bytes
 
 MODEL = shape({"layers": 10, "width": 512, "heads": 8, "kv_heads": 4, "ffn": 1024, "vocab": 32000}, tied=True)
 
@@ -46,3 +47,20 @@ def test_training_is_divided_too_and_shown_for_each_gpu() -> None:
 def test_numbers_that_do_not_divide_are_refused(gpus: int, said: str) -> None:
     with pytest.raises(InputError, match=said):
         running_parts(MODEL.spec, gpus, context=256, batch=1)
+
+
+def test_what_no_number_of_gpus_divides_is_told() -> None:
+    """It is what the parts of ever more GPUs come near to: whole tables and layers, and a pass of one's own."""
+    least = undivided_bytes(MODEL.spec, 256)
+    totals = [
+        min(parts["total_bytes"] for parts in training_parts(MODEL.spec, 256, gpus).values()) for gpus in (2, 8, 512)
+    ]
+    assert totals == sorted(totals, reverse=True)
+    assert least < totals[-1]
+    # Weights, gradients and two moments of a byte each, with their scales, are all that is divided.
+    assert totals[-1] - least < 12 * MODEL.spec.parameters / 512
+    table = MODEL.spec.vocabulary * MODEL.spec.width
+    assert least > 4 * 2 * table
+    document = appraise(MODEL, deployment_named("gguf-q8_0"), training=256, gpus=4)
+    assert document["training"]["undivided_bytes"] == least
+    assert f"{format_bytes(least)} stay on each" in appraisal_text(document)

@@ -28,18 +28,20 @@ def test_nothing_is_trained_on_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     assert detect().accelerator
     assert not detect_for_training().accelerator
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(hardware, "computes_bf16", lambda kind: kind == "cuda")
+    for able in ("computes_bf16", "computes_tf32"):
+        monkeypatch.setattr(hardware, able, lambda kind: kind == "cuda")
     assert detect_for_training() == detect()
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_bfloat16_is_of_what_trains(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
+def test_precisions_are_of_what_trains(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
     """The CPU beside Apple's GPU, and beside no GPU; the GPU wherever CUDA has one."""
-    monkeypatch.setattr(hardware, "computes_bf16", lambda kind: bf16 if kind == "cpu" else not bf16)
+    for able in ("computes_bf16", "computes_tf32"):
+        monkeypatch.setattr(hardware, able, lambda kind: bf16 if kind == "cpu" else not bf16)
     for gpus, cuda, expected in (((), False, bf16), ((Gpu(name="A", memory_bytes=8),), True, not bf16)):
         monkeypatch.setattr(hardware, "_gpus", lambda gpus=gpus: gpus)
         monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
-        assert detect().bf16 is expected
+        assert (detect().bf16, detect().tf32) == (expected, expected)
     monkeypatch.setattr(hardware, "_gpus", lambda: (Gpu(name="Apple GPU", memory_bytes=8),))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert detect_for_training().bf16 is bf16

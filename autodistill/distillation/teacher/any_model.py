@@ -26,6 +26,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _ANY_CONTEXT = 2**24  # tokens that a model without a longest context reads
 _PROBE = 4  # tokens by which a model's logits are compared with its head's
 _CLOSE = 1e-3
+_ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers with keys and values
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
@@ -43,13 +44,15 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def holds_cache(config: Mapping[str, Any]) -> bool:
-    """Return whether a cache of fewer than 16 bits can be simulated: of keys and values, in an attention that is
-    replaced.
+    """Return whether a cache of fewer than 16 bits can be simulated: of keys and values of all layers, of one size, in
+    an attention that is replaced.
     """
     if is_known(config):
         return True
     made = _on_meta(config)
-    return has_attention(type(made)) and not getattr(made.config.get_text_config(), "kv_lora_rank", None)
+    sizes = made.config.get_text_config()
+    alike = not sizes.is_heterogeneous and {*(getattr(sizes, "layer_types", None) or ())} <= _ATTENDING
+    return has_attention(type(made)) and alike and not getattr(sizes, "kv_lora_rank", None)
 
 
 def any_spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -92,7 +95,10 @@ def any_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _size(sizes: Any, name: str, default: int | None = None) -> int:
-    value = getattr(sizes, name, None)
+    if name in (sizes.per_layer_attributes or ()):
+        value = max(getattr(one, name) for one in sizes.per_layer_config)  # of the layer that has most
+    else:
+        value = getattr(sizes, name, None)
     value = default if value is None else value
     least = 0 if default == 0 else 1
     if type(value) is not int or not least <= value <= MOST_OF_A_SIZE:
@@ -147,8 +153,8 @@ def _tensors(model: Any, experts: int) -> Iterator[TensorSpec]:
             if names.get(id(parameter)) != name:
                 continue
             role = Role.BIAS if own.endswith("bias") else Role.NORM
-            if parameter is table:
-                role = Role.EMBEDDING
+            if parameter is table or (isinstance(module, nn.Embedding) and len(parameter) == len(table)):
+                role = Role.EMBEDDING  # Gemma 4 has one for each layer, too, which lie in one tensor
             elif parameter is head:
                 role = Role.HEAD
             elif _is_matrix(module, own, parameter, experts):
@@ -166,7 +172,7 @@ def _tensors(model: Any, experts: int) -> Iterator[TensorSpec]:
 def _is_matrix(module: nn.Module, own: str, parameter: Tensor, experts: int) -> bool:
     """Return whether a parameter is what a linear layer, or each of many experts, multiplies with; no router is."""
     if parameter.dim() == 3:
-        return "bias" not in own
+        return "bias" not in own and not isinstance(module, nn.Conv1d)
     if own != "weight" or parameter.dim() != 2 or isinstance(module, nn.Embedding):
         return False
     linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

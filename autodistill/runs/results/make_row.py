@@ -96,7 +96,8 @@ def make_row(
         | _remarks(strategy, spec)
         | _registered(strategy, evaluation.measurements)
         | _assumed(evaluation.deployment, budget)
-        | _memory_on(budget),
+        | _memory_on(budget)
+        | ({} if evaluation.scoring == "float32" else {"scoring": evaluation.scoring}),
         **fields,
     )
 

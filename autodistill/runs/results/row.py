@@ -91,6 +91,7 @@ class _Other(TypedDict, total=False):
     latency_detail: _Latency | None
     latency_assumed: str | None
     latency_doubts: str | None
+    scoring: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,8 @@ class Row:
             `approximate` says what the loss was where it was not the divergence that the strategy names, and
             `latency_assumed` why a predicted latency rests on nothing that was measured; `memory_on` is "discrete-gpu"
             where the memory is a GPU's and not a process's; `registered` has the names, and hashes of the source,
-            of the divergence and the evaluators that a Python session registered.
+            of the divergence and the evaluators that a Python session registered; `scoring` is what products were
+            computed in, where that was not float32.
     """
 
     row_id: str

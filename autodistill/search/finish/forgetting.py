@@ -17,6 +17,7 @@ from autodistill.data.dataset import TokenSet
 from autodistill.data.general_text import general_sequences
 from autodistill.errors import TrialFailedError
 from autodistill.evaluation.evaluate import deployed_weights
+from autodistill.evaluation.precision import scored_in
 from autodistill.evaluation.statistics import clustered_mean
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.scoring import score, score_teacher
@@ -204,7 +205,8 @@ class Gate:
             return None
         with finisher.phases.phase("evaluate", "teacher on general text"):
             teacher = load_teacher(setting.teacher, setting.held, setting.device, setting.divided)
-            scores, reference = score_teacher(teacher, data, device=setting.device)
+            with scored_in(teacher, setting.scoring, setting.device):
+                scores, reference = score_teacher(teacher, data, device=setting.device)
             del teacher
             give_back_memory()
         if not scores.nll.mean() < _entropy(data):
@@ -231,7 +233,8 @@ class Gate:
             with deployed_weights(model, finisher.spec(row.strategy), row.deployment, scales) as same:
                 if same and row.kind == "teacher":
                     return text.teacher
-                return score(model, text.data, text.reference, device=finisher.setting.device)[0]
+                with scored_in(model, finisher.setting.scoring, finisher.setting.device):
+                    return score(model, text.data, text.reference, device=finisher.setting.device)[0]
         except TrialFailedError as error:
             self.unknown = f"{row.name} cannot be read: {error}"
             return None

@@ -10,6 +10,7 @@ from typing import Any
 from autodistill.data.dataset import load_split
 from autodistill.evaluation.base import Direction
 from autodistill.evaluation.evaluate import Evaluation
+from autodistill.evaluation.precision import scored_in
 from autodistill.inference.scoring import score_teacher
 from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.quantization.grids import Scales
@@ -140,7 +141,8 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
     record_test_opening(finisher.run.path.parent, run=finisher.run.name, data=finisher.data.fingerprint)
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
     teacher = load_teacher(finisher.teacher.folder, setting.held, setting.device, setting.divided)
-    own, reference = score_teacher(teacher, data, device=setting.device)
+    with scored_in(teacher, setting.scoring, setting.device):
+        own, reference = score_teacher(teacher, data, device=setting.device)
     results: list[Row] = []
 
     def evaluated(model: Any, one: _Scored, begun_with: Mapping[str, Scales] | None = None) -> Evaluation:

@@ -101,6 +101,21 @@ def check_asked(out: Path, runs: Sequence[str], asked: Mapping[str, Any], names:
                 )
 
 
+def check_scored_alike(out: Path, runs: Sequence[str], scoring: str) -> None:
+    """Refuse runs whose models were scored in another precision.
+
+    Raises:
+        InputError: Names the run, and its precision.
+    """
+    for name in runs:
+        theirs = RunFolder.open(out, name).asked().get("scoring", "float32")
+        if theirs != scoring:
+            raise InputError(
+                f"the run {name!r} cannot warm-start this search: it was scored in {theirs}, this one in {scoring}; "
+                f"give --scoring {theirs}, or leave it out"
+            )
+
+
 def _measured_by(objective: str, asked: Mapping[str, Any]) -> str | None:
     """Return what an objective's figures were measured by, beside what its name says; None where that was not asked."""
     kind, _, task = objective.partition(":")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_args
 
 from autodistill.errors import InputError
-from autodistill.evaluation.base import Direction, Evaluator, Goal, register_evaluator
+from autodistill.evaluation.base import Direction, Evaluator, Goal, Scoring, register_evaluator
 from autodistill.hardware.budget import Budget
 from autodistill.options import (
     BUDGET_HELP,
@@ -157,6 +157,15 @@ class SearchRequest:
             help="Kill the metric command after this long (default: 10m).",
             metavar="TIME",
             parse=parse_duration,
+            section="Scores",
+        ),
+    ] = None
+    scoring: Annotated[
+        Scoring | None,
+        Option(
+            help="What models are scored in: float32 (default), tf32 on NVIDIA's GPUs, or bf16. A run has one of them.",
+            metavar="float32|tf32|bf16",
+            typed=Scoring,
             section="Scores",
         ),
     ] = None
@@ -393,6 +402,8 @@ class SearchRequest:
         read_texts(self)
         if self.goal is not None:
             check_choice("--goal", self.goal, get_args(Goal))
+        if self.scoring is not None:
+            check_choice("--scoring", self.scoring, get_args(Scoring))
         if self.evaluators is not None:
             # An object is known by its name from here on, in this session and in the run's records.
             object.__setattr__(self, "evaluators", tuple(map(_named, self.evaluators)))

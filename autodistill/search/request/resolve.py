@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.data.documents import DataSource, resolve_data
@@ -15,7 +15,7 @@ from autodistill.data.loaded import data_reference
 from autodistill.distillation.teacher.loaded import teacher_reference
 from autodistill.distillation.teacher.resolve import TeacherRef, resolve_teacher
 from autodistill.errors import InputError
-from autodistill.evaluation.base import Direction, Goal
+from autodistill.evaluation.base import Direction, Goal, Scoring
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, Limits, read_budget
 from autodistill.hardware.catalog import device_from_json
 from autodistill.hardware.device import LOCAL, Device
@@ -39,6 +39,7 @@ from autodistill.search.request.request import (
     joined,
 )
 from autodistill.strategy.space import Space
+from autodistill.utils.plain_dataclass import check_choice
 from autodistill.utils.storage import Storage
 
 _LEAST_EXPLORED = 0.1
@@ -94,6 +95,7 @@ class SearchConfig:
     confirm: int
     students_only: bool
     goal: Goal
+    scoring: Scoring
     general: DataSource
     general_reference: str
     seed: int
@@ -190,6 +192,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         confirm=confirm,
         students_only=_students_only(request, stored),
         goal=_goal(request, known, objectives[0].name, source),
+        scoring=_scoring(request, known),
         general=resolve_general(named_general),
         general_reference=named_general,
         seed=request.seed if request.seed is not None else known.get("seed", 0),
@@ -290,6 +293,13 @@ def _goal(request: SearchRequest, known: Mapping[str, Any], metric: str, source:
             )
         return before
     return request.goal or ("general" if metric in _OF_TEXT and source.task is None else "task")
+
+
+def _scoring(request: SearchRequest, known: Mapping[str, Any]) -> Scoring:
+    """What models are scored in; runs of earlier versions knew float32 alone."""
+    found: Scoring = request.scoring or known.get("scoring", "float32")
+    check_choice("scoring", found, get_args(Scoring))
+    return found
 
 
 def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> float:

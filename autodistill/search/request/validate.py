@@ -24,7 +24,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.search.algorithms.names import check_sampler
 from autodistill.search.planning.durations import Speed, trial_seconds
 from autodistill.search.request.alone import check_name, check_numbers
-from autodistill.search.request.earlier_runs import check_asked, check_space
+from autodistill.search.request.earlier_runs import check_asked, check_scored_alike, check_space
 from autodistill.search.request.feasibility import check_teacher
 from autodistill.search.request.metrics import content
 from autodistill.search.request.request import SearchRequest
@@ -76,6 +76,7 @@ def check_request(request: SearchRequest) -> SearchConfig:
     else:
         check_space(config.out, config.warm_start, config.space)
         check_asked(config.out, config.warm_start, config.asked.record, [one.name for one in config.objectives])
+        check_scored_alike(config.out, config.warm_start, config.scoring)
     check_students(config, config.spec)
     return config
 
@@ -212,6 +213,7 @@ def _check_same(request: SearchRequest, config: SearchConfig, stored: Mapping[st
         "warm start": (", ".join(config.warm_start), ", ".join(warmed_by(stored))),
         "choice": (_choice(config.students_only), _choice(choice.students_only(stored))),
         "seed": (config.seed, stored["seed"]),
+        "scoring": (config.scoring, stored.get("scoring", "float32")),
         "budget": limits,
         "baseline": (_told(config.baselines), _told(stored.get("baselines"))),
         "space": (config.space.hash, stored["space_hash"]),

@@ -241,7 +241,7 @@ def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> 
             return {"package": "", "python": platform.python_version()}
         if package != ours:
             return {"package": package, "python": platform.python_version()}
-        from autodistill.hardware.machine import computes_bf16, detect
+        from autodistill.hardware.machine import computes_bf16, computes_tf32, detect
         from autodistill.utils.storage import reached
 
         machine = detect()
@@ -254,6 +254,7 @@ def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> 
             "free_bytes": machine.free_bytes,
             "gpus": [(gpu.name, gpu.memory_bytes, gpu.free_bytes) for gpu in machine.gpus],
             "bf16": {kind: computes_bf16(kind) for kind in ("cuda", "cpu")},
+            "tf32": bool(machine.gpus) and computes_tf32("cuda"),
         }
 
     task = ray.remote(num_cpus=0, max_retries=0)(look)
@@ -307,5 +308,10 @@ def _machine(name: str, resources: dict[str, float], said: dict[str, Any], neede
     memory = min(said["memory_bytes"], int(resources.get("memory", said["memory_bytes"])))
     bf16 = said["bf16"]["cuda" if gpus else "cpu"]
     return Machine(
-        cpus=int(resources.get("CPU", 0)), memory_bytes=memory, gpus=gpus, bf16=bf16, free_bytes=said["free_bytes"]
+        cpus=int(resources.get("CPU", 0)),
+        memory_bytes=memory,
+        gpus=gpus,
+        bf16=bf16,
+        tf32=bool(gpus) and said["tf32"],
+        free_bytes=said["free_bytes"],
     )

@@ -89,7 +89,7 @@ def solved_constructions(
     text = train.head(max(_MORE_TOKENS if thorough else _TOKENS, 2 * first.sequence_length))
     own = loaded.stored.deployment if loaded.stored else None
     own = own if own and own.container == "gguf" and not cannot_hold(loaded.spec, own) else None
-    bench = load_bench(loaded.teacher, loaded.spec, own)
+    bench = load_bench(loaded.teacher, loaded.spec, own, first.scoring)
     room = _Room(
         loaded=loaded,
         bench=bench,
@@ -152,7 +152,8 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
     budget, bench, sample = config.budget, room.bench, room.sample
     own = room.own if room.own and served((room.own,), budget) else None
     teacher, data = room.loaded.teacher.fingerprint, room.loaded.data
-    with alone(path := library_file(config.cache, teacher, data.fingerprint, room.tokens, options)):
+    file = library_file(config.cache, teacher, data.fingerprint, room.tokens, options, config.scoring)
+    with alone(path := file):
         use(path)
         library = Library(path, bench, options.free, sample, room.notify)
         near = _near_enough(options, own, library, sample) if room.hurried else None

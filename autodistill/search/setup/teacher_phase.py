@@ -20,7 +20,8 @@ from autodistill.distillation.teacher.importance import PartImportance, ensure_i
 from autodistill.distillation.teacher.output_cache import META, CacheSettings
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.evaluation.base import Evaluator
+from autodistill.evaluation.base import Evaluator, Scoring
+from autodistill.evaluation.precision import scored_in
 from autodistill.evaluators.tasks.command import NAME as COMMAND
 from autodistill.evaluators.tasks.command import Command
 from autodistill.hardware.device import Device
@@ -142,7 +143,7 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
     # Only where something is to be scored, and once.
     teacher = functools.cache(partial(loaded.load_teacher, loaded.device))
     reference = run.path / "teacher_reference.npz"
-    accuracy, own = _scored(teacher, reference, validation, loaded.device, run, clock)
+    accuracy, own = _scored(teacher, reference, validation, loaded.device, checked.scoring, run, clock)
     setting = TrialSetting(
         teacher=loaded.teacher.folder,
         teacher_spec=loaded.spec,
@@ -163,6 +164,7 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
         divided=loaded.teacher_fit.processes,
         renderings=loaded.renderings,
         divergences=checked.asked.divergences,
+        scoring=checked.scoring,
     )
     rows = [row for row in run.events.rows(split="validation") if row.kind == "teacher"]
     setting = replace(setting, evaluators=_expecting(setting.evaluators, rows, validation))
@@ -227,6 +229,7 @@ def _scored(
     reference_file: Path,
     validation: TokenSet,
     device: str,
+    scoring: Scoring,
     run: RunFolder,
     clock: Clock,
 ) -> tuple[float, TokenScores | None]:
@@ -237,7 +240,9 @@ def _scored(
     if scored and reference_file.exists():
         return scored[0].teacher_accuracy, None
     with clock.phase("evaluate", "scoring the teacher"):
-        scores, reference = score_teacher(teacher(), validation, device=device)
+        model = teacher()
+        with scored_in(model, scoring, device):
+            scores, reference = score_teacher(model, validation, device=device)
         reference.save(reference_file)
         accuracy = float(scores.correct.mean())
         run.events.add(TeacherScored(teacher_accuracy=accuracy, tokens=len(reference.top1)))

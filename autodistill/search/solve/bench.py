@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.teacher.any_model import load_any, transposed
 from autodistill.distillation.teacher.resolve import Teacher
+from autodistill.evaluation.base import Scoring
+from autodistill.evaluation.precision import scored_in
 from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.quantized_cache import quantized_cache
@@ -99,6 +101,7 @@ class Bench:
         device: Where it lies.
         cut: Whether it is a student, which is not the teacher in any storage.
         keep: Whether scales that were searched for are kept, a few bits for each weight and type.
+        scoring: What products are computed in where text is scored; `choices` and `weigh` read it in float32.
     """
 
     def __init__(
@@ -110,8 +113,9 @@ class Bench:
         *,
         cut: bool = False,
         keep: bool = True,
+        scoring: Scoring = "float32",
     ) -> None:
-        self.model, self.spec, self.device, self.cut = model, spec, device, cut
+        self.model, self.spec, self.device, self.cut, self.scoring = model, spec, device, cut, scoring
         self._own = own
         self._parameters = dict(model.named_parameters())
         self._transposed = transposed(model)
@@ -172,7 +176,7 @@ class Bench:
 
     def sample(self, name: str, data: TokenSet) -> Sample:
         """Read text with the teacher as it is."""
-        with self.shown({}), self.reading(data) as begun:
+        with self.shown({}), self.scored(), self.reading(data) as begun:
             scores, reference = score_teacher(self.model, data, device=self.device, begun=begun)
         return Sample(name=name, data=data, reference=reference, teacher=measured(scores))
 
@@ -194,9 +198,13 @@ class Bench:
         return all(self._parameters[name].data.equal(master) for name, master in self._masters.items())
 
     def _measured(self, sample: Sample) -> Measured:
-        with self.reading(sample.data) as begun:
+        with self.scored(), self.reading(sample.data) as begun:
             scores, _ = score(self.model, sample.data, sample.reference, device=self.device, begun=begun)
         return measured(scores)
+
+    def scored(self) -> AbstractContextManager[None]:
+        """Within the context products are computed in what the bench scores in."""
+        return scored_in(self.model, self.scoring, self.device)
 
     @contextmanager
     def reading(self, data: TokenSet) -> Iterator[Sequence[Tensor] | None]:
@@ -221,17 +229,23 @@ class Bench:
             Some matrices at a time, whose weights are in memory meanwhile: of each what every sequence has.
         """
         if self.by_block:
-            with self.shown({}):
+            with self.shown({}), self.scored():
                 yield from watched_by_block(self.model, self._block, self.spec.layers, names, tokens, seed, self.device)
             return
         chances, tokens, model = chances_of(tokens, seed), tokens.to(self.device), self.model
 
         def read(index: int) -> tuple[Tensor, Callable[[], Tensor]]:
-            begun = model.get_input_embeddings()(tokens[index : index + 1]).detach().requires_grad_()
-            states = model.base_model(inputs_embeds=begun, use_cache=False).last_hidden_state
+            states = model.base_model(input_ids=tokens[index : index + 1], use_cache=False).last_hidden_state
             return states, lambda: of_drawn_tokens(model, states.detach()[0], chances[index])[None]
 
-        with self.shown({}):
+        def begin(module: nn.Module, taken: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+            return rows.detach().requires_grad_()
+
+        # Not as `inputs_embeds`: some models look their tokens up in other tables as well.
+        with ExitStack() as stack:
+            stack.enter_context(self.shown({}))
+            stack.enter_context(self.scored())
+            stack.callback(model.get_input_embeddings().register_forward_hook(begin).remove)
             found = watched(model, names, read, len(tokens), self.device)
             yield {name: [one.pop(name, []) for one in found] for name in names}
 
@@ -386,16 +400,18 @@ _MOST_BITS = 5  # of types whose scales are searched for: of more bits the error
 _MULTIPLIED, _ROUNDED = 1024, (256, 2048)  # sizes of what is multiplied, and rounded, to measure a machine
 
 
-def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> Bench:
+def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None, scoring: Scoring = "float32") -> Bench:
     """A teacher in float32, on an accelerator where there is one.
 
     Args:
         teacher: Its folder.
         spec: Its shape.
         own: The deployment that has its own codes, if its file lies on grids of GGUF.
+        scoring: As for `Bench`.
     """
     device = compute_device()
-    return Bench(load_any(teacher.folder, torch.float32, device), spec, own_scales(teacher, spec, own), device)
+    model = load_any(teacher.folder, torch.float32, device)
+    return Bench(model, spec, own_scales(teacher, spec, own), device, scoring=scoring)
 
 
 def compute_device() -> str:

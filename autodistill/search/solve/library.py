@@ -19,6 +19,7 @@ from torch.nn import functional
 from autodistill import inference, quantization
 from autodistill.errors import InputError
 from autodistill.estimates.solving import BLOCK_TOKENS, PASS_TOKENS
+from autodistill.evaluation.base import Scoring
 from autodistill.inference.batching import map_sequences
 from autodistill.inference.watching import Taken
 from autodistill.search.solve.bench import Bench, Measured, Sample
@@ -198,7 +199,9 @@ class Library:
             self._told = True
 
 
-def library_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...], options: Options) -> Path:
+def library_file(
+    cache: Path, teacher: str, data: str, tokens: tuple[int, ...], options: Options, scoring: Scoring = "float32"
+) -> Path:
     """Return the file of a teacher's scores on a text; they also depend on the code that makes them.
 
     Args:
@@ -206,10 +209,11 @@ def library_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...], 
         teacher, data: Fingerprints.
         tokens: Of the calibration and the held-out sample, and of a sequence.
         options: What is scored.
+        scoring: What products are computed in.
     """
     code = code_of((quantization, inference), ("bench", "compensation", "library", "options", "streamed"))
     key = content_hash(
-        [teacher, data, list(tokens), [list(pair) for pair in options.caches], code, options.runtime], 16
+        [teacher, data, list(tokens), [list(pair) for pair in options.caches], code, options.runtime, scoring], 16
     )
     return cache / "solve" / f"{key}.json"
 

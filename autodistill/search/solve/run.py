@@ -16,9 +16,10 @@ from autodistill.distillation.teacher.any_model import spec_of
 from autodistill.distillation.teacher.resolve import resolve_teacher
 from autodistill.errors import InputError
 from autodistill.estimates.solving import CUT_SCORES
+from autodistill.evaluation.precision import check_scoring_on
 from autodistill.export.gguf_mixtures import cannot_write
 from autodistill.hardware.budget import on_gpu
-from autodistill.search.solve.bench import speeds
+from autodistill.search.solve.bench import compute_device, speeds
 from autodistill.search.solve.call.candidates import Candidate
 from autodistill.search.solve.call.document import of_budget
 from autodistill.search.solve.call.export import READERS, export
@@ -64,7 +65,8 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
     found = [_solved(one, opened, shapes, notify) for one in opened.options]
     solutions = [one for one in found if one is not None]
     with suppress(OSError, InputError):  # a full disk loses a line that pick would show
-        if request.runtime == "llama.cpp":
+        # What pick shows beside each other was scored alike.
+        if request.runtime == "llama.cpp" and request.scoring == "float32":
             keep_solved(request.cache, opened.teacher.fingerprint, _known(solutions, opened))
     document = _document(opened, found)
     if request.export:
@@ -103,6 +105,7 @@ def _document(opened: Opened, found: Sequence[dict[str, Any] | None]) -> dict[st
         "held_out_tokens": int(opened.held_out.data.predicted),
         "sequence_length": opened.request.sequence_length,
         "streamed": not opened.options[0].cuts,
+        "scoring": opened.request.scoring,
         "teacher_nll": itself.nll,
         "teacher_nll_stderr": itself.nll_stderr,
         "teacher_accuracy": itself.accuracy,
@@ -172,6 +175,7 @@ def plan_solve(request: SolveRequest) -> dict[str, Any]:
     Raises:
         InputError, NothingFitsError: As `solve`, as far as the teacher's config says so.
     """
+    check_scoring_on(request.scoring, compute_device())
     found = resolve_teacher(request.teacher, trained=False)
     spec = spec_of(found.config)
     request = within_context(request, spec)

@@ -21,6 +21,7 @@ from autodistill.distillation.student.shapes import MULTIPLE
 from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.errors import InputError
 from autodistill.estimates.solving import CUT_TOKENS
+from autodistill.evaluation.base import Scoring
 from autodistill.inference.blocks import embedded, only_blocks, through_block
 from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.scoring import score
@@ -96,7 +97,7 @@ class Shapes:
     def _states(self) -> list[list[Tensor]]:
         """What each layer is given, of each sequence."""
         model, device = self._bench.model, self._bench.device
-        with self._bench.shown({}):
+        with self._bench.shown({}), self._bench.scored():
             found = [embedded(model, self._text.tokens, device)]
             for index in range(self._bench.spec.layers - 1):
                 found.append([one.after for one in through_block(model, index, found[-1], device=device)])
@@ -170,7 +171,7 @@ class Shapes:
     def _from_layer(self, first: int, kept: Iterable[int]) -> Measured:
         """The teacher with some of its layers, all below `first` among them."""
         bench = self._bench
-        with only_blocks(bench.model, set(kept)):
+        with bench.scored(), only_blocks(bench.model, set(kept)):
             scores, _ = score(bench.model, self._text, self._reference, device=bench.device, begun=self._states[first])
         return measured(scores)
 
@@ -261,7 +262,7 @@ class Shapes:
                 model, _ = cut_student(bench.model, init, self._calibration, moments, bench.device)
             model.to(bench.device)
             spec = spec_from_config(model.config.to_dict())
-            made = Bench(model, spec, {}, bench.device, cut=True)
+            made = Bench(model, spec, {}, bench.device, cut=True, scoring=bench.scoring)
             if bench.weighed:
                 made.weigh(self._weighed)
             self._students = {init: made}
@@ -312,21 +313,22 @@ def open_shapes(
             root=cache / "calibrations",
             device=bench.device,
         )
-    path = shapes_file(cache, teacher, data.fingerprint, tokens)
+    path = shapes_file(cache, teacher, data.fingerprint, tokens, bench.scoring)
     use(path)
     return Shapes(path, bench, sample, PartImportance.load(importance), notify, moments=moments)
 
 
-def shapes_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...]) -> Path:
+def shapes_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...], scoring: Scoring = "float32") -> Path:
     """Return the file of the scores of a teacher's cuts on a text; they also depend on the code that makes them.
 
     Args:
         cache: Root of caches.
         teacher, data: Fingerprints.
         tokens: Of the calibration and the held-out sample, and of a sequence.
+        scoring: What products are computed in.
     """
     code = code_of((quantization, inference, student), ("bench", "library", "shapes"))
-    return cache / "solve" / f"{content_hash([teacher, data, list(tokens), code], 16)}-shapes.json"
+    return cache / "solve" / f"{content_hash([teacher, data, list(tokens), code, scoring], 16)}-shapes.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.teacher.resolve import Teacher
+from autodistill.evaluation.base import Scoring
 from autodistill.inference.blocks import embedded, only_blocks, through_block
 from autodistill.inference.blocks_on_disk import BlocksOnDisk
 from autodistill.models.spec import ModelSpec
@@ -26,13 +27,18 @@ class StreamedBench(Bench):
 
     Args:
         weights: The teacher's, on `device`.
-        spec, own, device: As for `Bench`.
+        spec, own, device, scoring: As for `Bench`.
     """
 
     def __init__(
-        self, weights: BlocksOnDisk, spec: ModelSpec, own: Mapping[str, tuple[Storage, Scales]], device: str
+        self,
+        weights: BlocksOnDisk,
+        spec: ModelSpec,
+        own: Mapping[str, tuple[Storage, Scales]],
+        device: str,
+        scoring: Scoring = "float32",
     ) -> None:
-        super().__init__(weights.model, spec, own, device, keep=False)
+        super().__init__(weights.model, spec, own, device, keep=False, scoring=scoring)
         self._weights = weights
         self._in_blocks: dict[str, Storage] = {}  # how what is in blocks is shown
 
@@ -71,11 +77,13 @@ class StreamedBench(Bench):
             yield states
 
 
-def load_streamed(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> StreamedBench:
+def load_streamed(
+    teacher: Teacher, spec: ModelSpec, own: Deployment | None, scoring: Scoring = "float32"
+) -> StreamedBench:
     """A teacher of which one block is in memory at a time.
 
     Args:
-        teacher, spec, own: As for `load_bench`.
+        teacher, spec, own, scoring: As for `load_bench`.
     """
     device = compute_device()
-    return StreamedBench(BlocksOnDisk(teacher.folder, device), spec, own_scales(teacher, spec, own), device)
+    return StreamedBench(BlocksOnDisk(teacher.folder, device), spec, own_scales(teacher, spec, own), device, scoring)

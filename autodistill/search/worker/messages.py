@@ -10,7 +10,7 @@ from typing import Any
 from autodistill.data.dataset import TokenSet, rendering_folder
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.step_record import StepRecord
-from autodistill.evaluation.base import Direction, Evaluator
+from autodistill.evaluation.base import Direction, Evaluator, Scoring
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.hardware.budget import Budget
 from autodistill.inference.outputs import TeacherReference, TokenScores
@@ -46,6 +46,7 @@ class TrialSetting:
         held: What the teacher's matrices are held in.
         divided: Over how many processes it is divided where it runs outside of trials.
         storage: The run's, where trials keep what another node may go on from; None for `checkpoints` alone.
+        scoring: What products are computed in where models are scored, the teacher among them.
         divergences: Those that strategies may have and that the driver's session registered; a worker registers them.
         copies_limit_bytes: Disk that a node's copies of what storages have may take; None for no limit.
     """
@@ -72,6 +73,7 @@ class TrialSetting:
     copies_limit_bytes: int | None = None
     renderings: Mapping[str, str] = field(default_factory=dict)
     divergences: tuple[Divergence, ...] = ()
+    scoring: Scoring = "float32"
 
     def rendering(self, init: Init | None) -> str:
         """Name of the rendering that a student reads, as `dataset.load_split` takes it; empty for the teacher's."""
@@ -116,6 +118,7 @@ class TrialSetting:
             tokenizer=self.text(init),
             teacher=self.teacher_spec,
             unpacked=unpacked,
+            scoring=self.scoring,
         )[0]
 
 

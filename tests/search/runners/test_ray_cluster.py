@@ -80,7 +80,7 @@ def test_a_joined_cluster_has_ended_once_one_of_its_processes_takes_no_connectio
 
 
 @pytest.mark.parametrize(("resources", "bf16"), [({"CPU": 4, "GPU": 2}, True), ({"CPU": 4}, False)])
-def test_a_node_computes_in_bfloat16_as_what_ray_gives_of_it_does(resources: dict[str, float], bf16: bool) -> None:
+def test_a_node_computes_in_the_precisions_of_what_ray_gives_of_it(resources: dict[str, float], bf16: bool) -> None:
     said = {
         "python": platform.python_version(),
         "package": importlib.metadata.version("autodistill-search"),
@@ -90,9 +90,10 @@ def test_a_node_computes_in_bfloat16_as_what_ray_gives_of_it_does(resources: dic
         "free_bytes": 6,
         "gpus": [("a", 24, 20), ("a", 24, None), ("a", 24, 3)],
         "bf16": {"cuda": True, "cpu": False},
+        "tf32": True,
     }
     machine = _machine("node", resources, said, {})
-    assert (machine.bf16, len(machine.gpus)) == (bf16, resources.get("GPU", 0))
+    assert (machine.bf16, machine.tf32, len(machine.gpus)) == (bf16, bf16, resources.get("GPU", 0))
     assert machine.usable_bytes == 6
     assert [gpu.usable_bytes for gpu in machine.gpus] == [20, 24][: len(machine.gpus)]
 

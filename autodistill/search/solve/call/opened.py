@@ -15,11 +15,12 @@ from autodistill.distillation.teacher.resolve import Teacher, materialize, resol
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError
 from autodistill.estimates.solving import COMPENSATION
+from autodistill.evaluation.precision import check_scoring_on
 from autodistill.export.gguf_mixtures import cannot_write
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
-from autodistill.search.solve.bench import Bench, Sample, load_bench
+from autodistill.search.solve.bench import Bench, Sample, compute_device, load_bench
 from autodistill.search.solve.call.candidates import Candidate, check_candidate, open_candidate
 from autodistill.search.solve.call.request import check_fits, options_of, within_context
 from autodistill.search.solve.library import library_file
@@ -69,7 +70,8 @@ class Opened:
 
     def library_file(self, options: Options) -> Path:
         """The file of the scores of types."""
-        return library_file(self.request.cache, self.teacher.fingerprint, self.data.fingerprint, self._tokens, options)
+        request, of = self.request, (self.teacher.fingerprint, self.data.fingerprint)
+        return library_file(request.cache, *of, self._tokens, options, request.scoring)
 
     def shapes(self, notify: Callable[[str], None]) -> Shapes:
         """Return what cuts cost, as far as it is known."""
@@ -90,6 +92,7 @@ def open_request(request: SolveRequest) -> Opened:
     Raises:
         InputError, NothingFitsError: As `solve`.
     """
+    check_scoring_on(request.scoring, compute_device())
     found = resolve_teacher(request.teacher, trained=False)
     spec = spec_of(found.config)
     request = within_context(request, spec)
@@ -116,7 +119,7 @@ def open_request(request: SolveRequest) -> Opened:
     own = own if in_gguf else None
     fingerprint = tokenizer_fingerprint(teacher.folder)
     data = prepare(source, teacher.folder, fingerprint, request.sequence_length, request.cache)
-    bench = load_bench(teacher, spec, own) if options[0].cuts else load_streamed(teacher, spec, own)
+    bench = (load_bench if options[0].cuts else load_streamed)(teacher, spec, own, request.scoring)
     train, validation = _texts(request, data, spec)
     calibration = bench.sample("calibration", train.head(request.tokens))
     held_out = bench.sample("held-out", validation.head(2 * request.tokens))

@@ -1,0 +1,168 @@
+"""A solved search on two nodes, of which one is lost while types are scored, a student is made, or the best trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autodistill.runs.run_folder import RunFolder
+from autodistill.search.campaign.observer import Observer
+from autodistill.search.request.request import SearchRequest
+from autodistill.search.search import search
+from autodistill.testing import save_tiny_teacher, tiny_text
+from tests.search.small_search import middle_budget
+
+_LONGEST = 600.0  # seconds that anything is waited for
+
+
+@pytest.fixture
+def nodes() -> Iterator[Any]:
+    """A cluster whose head has no worker, so that each of the other two nodes may be lost."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+def held_in(phase: str, folder: Path) -> Callable[..., Any]:
+    """What makes a worker's work as the runner's own does, but for the first worker that comes to a phase.
+
+    It is held there until its node is taken away; a file in the folder says which node that is, and its trial.
+    """
+
+    # Nested, so that it travels by value: a node has no tests to import it from.
+    def worker(setting: Any, deadline: Any) -> Callable[[Any], dict[str, Any]]:
+        import json
+        import os
+        import time
+
+        import ray
+
+        from autodistill.search.runners import ray as ray_runner
+        from autodistill.search.worker import trial as trials
+
+        node = ray.get_runtime_context().get_node_id()
+        given: dict[str, Any] = {}
+
+        def hold() -> None:
+            mine = folder / f"held-{node}"
+            mine.write_text(json.dumps(given))
+            try:
+                os.link(mine, folder / "held")  # of several the first
+            except FileExistsError:
+                return
+            time.sleep(_LONGEST)
+
+        made, guard = trials.student_of, ray_runner.step_guard(deadline)
+
+        def student_of(*asked: Any, **more: Any) -> Any:
+            found = made(*asked, **more)
+            if phase == "heal":
+                hold()
+            return found
+
+        def step(record: Any) -> None:
+            if phase == "trunk" and given["further"]:
+                hold()
+            guard(record)
+
+        trials.student_of = student_of
+        ray_runner.step_guard = lambda deadline: step
+        work = ray_runner._worker(setting, deadline)
+
+        def begin(assignment: Any) -> dict[str, Any]:
+            further = assignment.until is not None or assignment.task.length > 1
+            given.update(node=node, trial=assignment.task.id, further=further)
+            return work(assignment)
+
+        return begin
+
+    return worker
+
+
+class NodeKiller(Observer):
+    """Takes a node away: the one of a worker that is held, or any as soon as a type is scored."""
+
+    def __init__(self, cluster: Any, phase: str, held: Path) -> None:
+        self._cluster, self._phase, self._held = cluster, phase, held
+        self.lost: str | None = None
+
+    def line(self, text: str) -> None:
+        """Take a node away where the library is made."""
+        if self._phase == "library" and self.lost is None and text.startswith("scoring"):
+            self._remove(next(iter(self._cluster.worker_nodes)).node_id)
+
+    def phase(self, name: str) -> None:
+        """Watch from when trials begin."""
+        if name == "trials" and self._phase != "library":
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        ends = time.monotonic() + _LONGEST
+        while not self._held.exists() and time.monotonic() < ends:
+            time.sleep(0.05)
+        if self._held.exists():
+            self._remove(json.loads(self._held.read_text())["node"])
+
+    def _remove(self, node_id: str) -> None:
+        (node,) = (one for one in self._cluster.worker_nodes if one.node_id == node_id)
+        self._cluster.remove_node(node, allow_graceful=False)
+        self.lost = node_id
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["library", "heal", "trunk"])
+def test_a_solved_search_outlives_a_node_in_each_phase(
+    phase: str, nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_tiny_teacher(tmp_path / "teacher", layers=4, width=128, ffn=512)
+    tiny_text(tmp_path / "text", documents=20, sentences=24)
+    held = tmp_path / "seen" / "held"
+    held.parent.mkdir()
+    monkeypatch.setattr("autodistill.search.runners.ray._worker", held_in(phase, held.parent))
+    killer = NodeKiller(nodes, phase, held)
+    request = SearchRequest(
+        budget=middle_budget(tmp_path / "teacher", 64),
+        teacher=str(tmp_path / "teacher"),
+        data=str(tmp_path / "text"),
+        trials=2,
+        tokens=1024,
+        sequence_length=64,
+        out=tmp_path / "runs",
+        name="run",
+        cache=tmp_path / "cache",
+        ray_address=nodes.address,
+        storage=f"file://{tmp_path}/shared",
+    )
+    if phase == "trunk":
+        # One that no other stops, since the time budget is for what follows it.
+        request = replace(request, trials=1, tokens=None, time=180.0)
+    outcome = search(request, killer)
+    assert killer.lost is not None
+    # What is exported keeps to the budget, and is the best of what was found.
+    best = outcome.finish.best
+    assert best.feasible
+    assert (tmp_path / "runs" / "run" / "student" / "gguf" / "student.gguf").exists()
+    events = RunFolder.open(tmp_path / "runs", "run").events.read()
+    assert any(one["solved"] for one in json.loads((tmp_path / "runs/run/search.json").read_text())["constructions"])
+    if phase == "library":
+        assert [row for row in outcome.rows if row.kind == "student" and row.full]
+        return
+    lost = json.loads(held.read_text())["trial"]
+    assert lost in {event["trial"] for event in events if event["event"] == "retry"}
+    again = [event for event in events if event["event"] == "rung" and event["trial"] == lost]
+    assert again, "the lost piece was not done again"
+    assert not [event for event in events if event.get("status") == "failed"]
