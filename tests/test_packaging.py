@@ -78,6 +78,9 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
             ("flower.py",): "federated",
             ("executorch.py", "run_child.py"): "executorch",
             ("litert.py",): "litert",
+            ("litert_weights.py", "run_child.py"): "litert",
+            ("litert_weights.py",): "litert",
+            ("litertlm.py", "run_child.py"): "litert",
             ("run_child.py",): "litert",
         }
         extra = own.get(tuple(sorted(where)))

@@ -69,7 +69,11 @@ class SolveOptions:
     ] = None
     tiers: Annotated[bool, Option(help="Solve for GPUs of 4 to 80 GB instead, as pick has them.")] = False
     runtime: Annotated[
-        str, Option(help="What will serve it: llama.cpp, or vllm (folders of compressed-tensors).", metavar="NAME")
+        str,
+        Option(
+            help="What will serve it: llama.cpp, onnxruntime (onnx), or vllm (folders of compressed-tensors).",
+            metavar="NAME",
+        ),
     ] = "llama.cpp"
     data: Annotated[
         str | Path | None,
@@ -104,7 +108,7 @@ class SolveOptions:
         ),
     ] = None
     export: Annotated[
-        bool, Option(help="Write the solution, and verify it in llama.cpp, or for vllm in transformers.")
+        bool, Option(help="Write the solution, and verify it in its runtime, or for vllm in transformers.")
     ] = False
     plot: Annotated[
         str | Path | None,

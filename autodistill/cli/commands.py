@@ -231,7 +231,7 @@ def export(
         str,
         Option(
             help="Formats to write, separated by commas: huggingface, gguf, compressed-tensors, onnx, onnx-f16, "
-            "pt2, torchscript, aoti, litert, executorch.",
+            "pt2, torchscript, aoti, litert, litert-codes, litertlm, executorch.",
             metavar="NAMES",
         ),
     ],

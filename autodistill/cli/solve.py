@@ -122,6 +122,11 @@ def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:
             f" The rounding makes up for its errors: each weight rounded by itself, the KL would be "
             f"{with_error(solution['nearest_kl'], solution['nearest_kl_stderr'])}."
         )
+    if solution["wider_bytes"]:
+        said += (
+            f" ONNX Runtime's codes and scales are wider: the weights are {format_bytes(solution['file_bytes'])} "
+            f"in the file, {format_bytes(solution['wider_bytes'])} more than in a GGUF file."
+        )
     if solution["teacher_copied"] > solution["copied"]:
         said += (
             f" Of a text that repeats itself it copies {solution['copied']:.1%}, and the teacher "
@@ -166,10 +171,11 @@ def _figures(one: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _exported(exported: Mapping[str, Any]) -> str:
     low, high = exported["agreement_interval"]
+    how = "onnxruntime-genai reads it; time it" if exported["ran_in"] == "ONNX Runtime" else "Serve it"
     return (
         f"{exported['name']} is in {exported['path']} ({format_bytes(exported['size_bytes'])}): its "
         f"{exported['tensors']} tensors are those that were measured, {exported['ran_in']} chooses the simulation's "
         f"token at {exported['agreement']:.1%} ({low:.1%} to {high:.1%}) of {exported['positions']} clear positions, "
         f"and takes {format_bytes(exported['memory_bytes'])} ({exported['memory_source']}). "
-        f"Serve it with: {exported['serve']}"
+        f"{how} with: {exported['serve']}"
     )

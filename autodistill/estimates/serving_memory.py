@@ -19,9 +19,9 @@ from autodistill.estimates.activations import (
 )
 from autodistill.hardware.runtime import further_runtime, further_runtimes
 from autodistill.models.spec import ModelSpec
-from autodistill.models.tensors import Role
+from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.formats import CACHE_BYTES, TYPES, as_held, get_format, tensor_bytes, weights_bytes
-from autodistill.quantization.grids import Grid
+from autodistill.quantization.grids import Grid, Storage
 from autodistill.strategy.deployment import Deployment
 
 _UBATCH = 512  # llama.cpp's n_ubatch: the most tokens that one graph of its works on
@@ -370,28 +370,26 @@ def _onnxruntime(serving: _Serving) -> _Parts:
 
 
 def _onnx_weights(serving: _Serving) -> int:
-    """Return the bytes of weights in ONNX Runtime on a CPU.
+    """Return the bytes of all weights in ONNX Runtime on a CPU."""
+    spec, stored = serving.spec, serving.deployment
+    kinds = [(tensor, 1) for tensor in spec.tensors] if stored.by_name else spec.kinds
+    return sum(times * onnx_bytes(tensor, stored.storage(tensor), tied=spec.tied) for tensor, times in kinds)
+
+
+def onnx_bytes(tensor: TensorSpec, storage: Storage, *, tied: bool) -> int:
+    """Return the bytes of one tensor in ONNX Runtime on a CPU.
 
     Weights in 16 bits are widened when a session begins, but for the table, of which rows are looked up as they are
     stored; a tied one is held once more as the head's matrix. Codes of up to 16 values take 4 bits, all others 8, with
     scales and offsets in float32; those of an untied head stay, beside what is made of them, as they were read
     (measured).
     """
-    total = 0.0
-    spec = serving.spec
-    for tensor, times in [(tensor, 1) for tensor in spec.tensors] if serving.deployment.by_name else spec.kinds:
-        count = times * math.prod(tensor.shape)
-        storage = serving.deployment.storage(tensor)
-        table = tensor.role is Role.EMBEDDING
-        if isinstance(storage, Grid):
-            bits = 4 if storage.qmax - storage.qmin < 16 else 8
-            groups = count / storage.group(tensor.shape[-1])
-            numbers = 1 if storage.symmetric else 2
-            looked_up = count * bits / 8 + 2 * groups
-            product = count * bits / 8 + 4 * numbers * groups
-        else:
-            looked_up, product = 2 * count, 4 * count
-        kept = table or (tensor.role is Role.HEAD and isinstance(storage, Grid))
-        total += looked_up if kept else 0
-        total += product if not table or spec.tied else 0
-    return int(total)
+    count, table = math.prod(tensor.shape), tensor.role is Role.EMBEDDING
+    if isinstance(storage, Grid):
+        codes = count // 2 if storage.qmax - storage.qmin < 16 else count
+        groups = count // storage.group(tensor.shape[-1])
+        looked_up, product = codes + 2 * groups, codes + 4 * (1 if storage.symmetric else 2) * groups
+    else:
+        looked_up, product = 2 * count, 4 * count
+    kept = table or (tensor.role is Role.HEAD and isinstance(storage, Grid))
+    return (looked_up if kept else 0) + (product if not table or tied else 0)

@@ -80,7 +80,7 @@ class Student:
 
         Args:
             to: The format: "gguf", "huggingface", "compressed-tensors", "onnx", "onnx-f16", "pt2", "torchscript",
-                "aoti", "litert", "executorch", or one of an exporter that you installed.
+                "aoti", "litert", "litert-codes", "litertlm", "executorch", or one of an exporter that you installed.
             out: Folder to write into; the container gets a folder in it.
             notify: Told what is done, and what a person must know of the student.
 

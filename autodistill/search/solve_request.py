@@ -11,8 +11,8 @@ from autodistill.evaluation.base import Scoring
 from autodistill.hardware.budget import Budget, DeviceBudget
 from autodistill.utils.plain_dataclass import check_choice, check_no_blank
 
-RUNTIMES = ("llama.cpp", "vllm")
-"""What is solved for: GGUF files, and folders of compressed-tensors."""
+RUNTIMES = ("llama.cpp", "onnxruntime", "vllm")
+"""What is solved for: GGUF files, folders of onnx, and folders of compressed-tensors."""
 _MOST_TOKENS = 10**16  # beyond all reason, as a search has it
 
 
@@ -73,6 +73,11 @@ class SolveRequest:
         check_choice("--scoring", self.scoring, get_args(Scoring))
         if self.candidates and self.runtime != "llama.cpp":
             raise InputError(f"candidates are GGUF files, which {self.runtime} does not serve: leave --candidate out")
+        if self.file_bytes is not None and self.runtime == "onnxruntime":
+            raise InputError(
+                "ONNX Runtime holds weights in other bytes than its file does: leave --file-size out, a --budget "
+                "limits what it holds"
+            )
         for budget in self.budgets:
             if isinstance(budget, DeviceBudget) and (lacks := budget.device.lacks(self.runtime)):
                 raise InputError(f"solutions are of {self.runtime}, and {lacks}: name another --device or --runtime")
@@ -85,4 +90,4 @@ def check_solved_for(runtime: str) -> None:
         InputError: Names those that there are.
     """
     if runtime not in RUNTIMES:
-        raise InputError(f"types are solved for {' and '.join(RUNTIMES)}, not for {runtime!r}: name one of them")
+        raise InputError(f"types are solved for {', '.join(RUNTIMES)}, not for {runtime!r}: name one of them")

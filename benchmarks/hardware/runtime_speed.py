@@ -31,8 +31,8 @@ import torch
 
 from autodistill.advisor.describe import deployment_named
 from autodistill.export.base import load_exporter
-from autodistill.export.graphs.cached_decoder import CachedDecoder
 from autodistill.export.graphs.onnx import rotary_of
+from autodistill.export.phones.cached_decoder import CachedDecoder
 from autodistill.export.student_reader import StudentFiles
 from autodistill.runtimes.timing import serve
 from autodistill.strategy.deployment import GRAPH, Deployment

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from autodistill.export.base import load_exporter
-from autodistill.export.graphs.phone import PhoneExporter
+from autodistill.export.phones.phone import PhoneExporter
 from autodistill.plugins import names
 from autodistill.testing import ExporterConformance
-from tests.export.graphs.test_phone import installed
+from tests.export.phones.test_phone import installed
 
 for _name in names("exporters"):
     _title = "Test" + _name.title().replace("-", "")

@@ -56,7 +56,7 @@ class OnnxExporter:
         Raises:
             MissingDependencyError: onnx or onnxruntime is not installed.
         """
-        self._check_installed()
+        self.check_installed()
         config = read_json(student / "config.json")
         if reason := unsupported(config):
             return (
@@ -79,7 +79,7 @@ class OnnxExporter:
             InputError: The student cannot be read, or not be held, or `out` not be written.
             MissingDependencyError: onnx is not installed.
         """
-        self._check_installed()
+        self.check_installed()
         with StudentFiles(student, deployment) as files:
             if reason := self.refuses(student, deployment):
                 raise InputError(reason)
@@ -100,7 +100,12 @@ class OnnxExporter:
                 write_json(partial / "genai_config.json", genai_config(files.spec, files.config, student))
         return Artifact(path=out, size_bytes=sum((out / file).stat().st_size for file in (GRAPH, DATA)))
 
-    def _check_installed(self) -> None:
+    def check_installed(self) -> None:
+        """Refuse to go on without the packages.
+
+        Raises:
+            MissingDependencyError: Names them, and the command that installs them.
+        """
         if missing := [one for one in self.packages if importlib.util.find_spec(one) is None]:
             raise MissingDependencyError(f"{self.name} needs {' and '.join(missing)}, not installed here: {INSTALL}")
 
@@ -134,11 +139,11 @@ class OnnxExporter:
             minima = stored.get(f"{plain}.minima")
             form = Blocks(bits=bits, block=block, shift=shift, offset=minima is not None)
             scales = Scales(_read(stored[f"{plain}.scales"], data), None if minima is None else _read(minima, data))
-            yield plain, _weights(form.unpack(values), scales, block)
+            yield plain, form.weights(form.unpack(values), scales)
 
     def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
         """Run the folder in ONNX Runtime, in a process of its own; see `Exporter.run`."""
-        self._check_installed()
+        self.check_installed()
         return run_alone("onnx", artifact / GRAPH, artifact, sequences, threads)
 
 
@@ -252,11 +257,3 @@ def _read(tensor: TensorProto, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     if tensor.data_type == TensorProto.BFLOAT16:
         return from_bf16_bits(found)
     return found if found.dtype == np.uint8 else found.astype(np.float32)
-
-
-def _weights(codes: npt.NDArray[np.int8], scales: Scales, block: int) -> Floats:
-    """Return the float32 weights [rows, columns] of codes, in the order of operations of `packing.dequantize`."""
-    groups = codes.reshape(len(codes), -1, block).astype(np.float32) * scales.scales[..., None]
-    if scales.offsets is not None:
-        groups += scales.offsets[..., None]
-    return groups.reshape(codes.shape)

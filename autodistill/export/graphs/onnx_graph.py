@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -10,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.grids import Floats, FloatType, Grid
+from autodistill.quantization.formats import tensor_bytes
+from autodistill.quantization.grids import Floats, FloatType, Grid, Scales
 from autodistill.quantization.packing import Arrays, unpack_codes
+from autodistill.quantization.scheme import QuantizationScheme
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -70,6 +73,13 @@ class Blocks:
         if self.bits == 4:
             above = np.stack([stored & np.uint8(15), stored >> np.uint8(4)], axis=-1)
         return (above.reshape(len(stored), -1).astype(np.int16) - 2 ** (self.bits - 1) + self.shift).astype(np.int8)
+
+    def weights(self, codes: npt.NDArray[np.int8], scales: Scales) -> Floats:
+        """Return the float32 weights [rows, columns] of codes, in the order of operations of `packing.dequantize`."""
+        groups = codes.reshape(len(codes), -1, self.block).astype(np.float32) * scales.scales[..., None]
+        if scales.offsets is not None:
+            groups += scales.offsets[..., None]
+        return groups.reshape(codes.shape)
 
 
 class Graph:
@@ -198,11 +208,11 @@ class Weights:
         form = Blocks.of(storage)
         codes, scales = unpack_codes(arrays, storage, tensor.shape)
         graph.stored(f"{name}.codes", form.pack(codes))
-        narrow = _narrow(scales.scales)
-        graph.stored(f"{name}.scales", narrow)
+        factors = narrow(scales.scales)
+        graph.stored(f"{name}.scales", factors)
         if scales.offsets is not None:
-            graph.stored(f"{name}.minima", _narrow(scales.offsets))
-        if narrow.dtype != np.float16:
+            graph.stored(f"{name}.minima", narrow(scales.offsets))
+        if factors.dtype != np.float16:
             self._wide.add(name)
         graph.blocks[name] = form
         self._stored[name] = form
@@ -279,7 +289,24 @@ class Weights:
         return graph.op("Add", minima, graph.op("Mul", scales, graph.constant(form.shift, np.float32)))
 
 
-def _narrow(values: Floats) -> npt.NDArray[Any]:
+def data_bytes(tensors: Iterable[TensorSpec], stored: QuantizationScheme) -> int:
+    """Return the bytes of a model's tensors as an export stores them, less the alignment of each.
+
+    Scales and minima have 16 bits, or 32 where they are products of two numbers, as in super-blocks.
+    """
+    total = 0
+    for tensor in tensors:
+        storage, count = stored.storage(tensor), math.prod(tensor.shape)
+        if not isinstance(storage, Grid):
+            total += tensor_bytes(tensor, storage)
+            continue
+        form = Blocks.of(storage)
+        numbers = (4 if storage.block_size else 2) * (2 if form.offset else 1)
+        total += count * form.bits // 8 + numbers * count // form.block
+    return total
+
+
+def narrow(values: Floats) -> npt.NDArray[Any]:
     """Return values in float16 where it holds them all exactly."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)

@@ -16,6 +16,9 @@ Logits: TypeAlias = npt.NDArray[np.float32]
 Reader: TypeAlias = Callable[[npt.NDArray[np.int64]], Logits]
 """Takes the tokens that follow, int64 [batch, tokens], and returns their logits, [batch, tokens, vocabulary]."""
 
+_ENGINE_PROMPT, _ENGINE_TOKENS = "The quick brown fox jumps over the lazy dog, and", 32
+"""What LiteRT-LM reads, which takes text alone, and how many tokens it writes after it."""
+
 
 def _onnx(path: str, threads: int) -> Callable[[], Reader]:
     """ONNX Runtime, with the cache that the graph gives back."""
@@ -105,15 +108,19 @@ def _litert(path: str, threads: int) -> Callable[[], Reader]:
     """LiteRT, with the cache that the file gives back: prompts in chunks, the rest one by one."""
     from ai_edge_litert.interpreter import Interpreter
 
-    loaded = Interpreter(path, num_threads=threads)
+    return _by_signatures(Interpreter(path, num_threads=threads))
+
+
+def _by_signatures(loaded: Any) -> Callable[[], Reader]:
+    """A file of LiteRT that was loaded."""
     loaded.allocate_tensors()
     chunks, single = (loaded.get_signature_runner(name) for name in ("prefill", "decode"))
     shapes = {name: one["shape"] for name, one in chunks.get_input_details().items()}
-    chunk, context = int(shapes["tokens"][1]), int(shapes["keys_0"][2])
+    chunk, context = int(shapes["tokens"][1]), int(shapes["kv_cache_k_0"][2])
 
     def begin() -> Reader:
         """Return a reader with an empty cache."""
-        cache = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in ("tokens", "start")}
+        cache = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name.startswith("kv_")}
         before = 0
 
         def read(tokens: npt.NDArray[np.int64]) -> Logits:
@@ -125,7 +132,8 @@ def _litert(path: str, threads: int) -> Callable[[], Reader]:
                 count = min(rest.shape[1], chunk) if whole else 1
                 # What is read behind the text lies in places that are written anew before they are looked at.
                 part = np.pad(rest[:, :count], ((0, 0), (0, chunk - count))) if whole else rest[:, :1]
-                given = (chunks if whole else single)(tokens=part, start=np.array([before], np.int32), **cache)
+                places = np.arange(before, before + part.shape[1], dtype=np.int32)
+                given = (chunks if whole else single)(tokens=part, input_pos=places, **cache)
                 found.append(given.pop("logits")[:, :count])
                 cache.update(given)
                 before, rest = before + count, rest[:, count:]
@@ -133,6 +141,44 @@ def _litert(path: str, threads: int) -> Callable[[], Reader]:
 
         return read
 
+    return begin
+
+
+def _litertlm(path: str, threads: int) -> Callable[[], Reader]:
+    """The model in a container of LiteRT-LM, by LiteRT, once LiteRT-LM has written the same text with it."""
+    import io
+    import os
+
+    import litert_lm
+    from ai_edge_litert.interpreter import Interpreter
+    from litert_lm_builder import litertlm_peek
+    from litert_lm_builder.litertlm_header_schema_py_generated import AnySectionDataType
+
+    header = litertlm_peek.read_litertlm_header(path, io.StringIO())
+    sections = [header.SectionMetadata().Objects(place) for place in range(header.SectionMetadata().ObjectsLength())]
+    (model,) = (one for one in sections if one.DataType() == AnySectionDataType.TFLiteModel)
+    with open(path, "rb") as file:
+        file.seek(model.BeginOffset())
+        content = file.read(model.EndOffset() - model.BeginOffset())
+    begin = _by_signatures(Interpreter(model_content=content, num_threads=threads))
+    backend = litert_lm.Backend.CPU(thread_count=threads)
+    with litert_lm.Engine(path, backend=backend, cache_dir=os.getcwd()) as engine:  # a folder of this process alone
+        greedy = litert_lm.SamplerConfig(top_k=1)
+        with engine.create_session(
+            apply_prompt_template=False, sampler_config=greedy, max_output_tokens=_ENGINE_TOKENS
+        ) as session:
+            session.run_prefill([_ENGINE_PROMPT])
+            said = session.run_decode().texts[0]
+        first = [] if engine.bos_token_id is None else [engine.bos_token_id]
+        read, tokens = begin(), np.array([first + engine.tokenize(_ENGINE_PROMPT)], np.int64)
+        written = list[int]()
+        for _ in range(_ENGINE_TOKENS):
+            tokens = read(tokens)[:, -1:].argmax(axis=-1)
+            written.append(int(tokens[0, 0]))
+        # Its text ends at an end token, which is not part of it.
+        texts = [engine.detokenize(written[:count]) for count in range(1, len(written) + 1)]
+    if said not in texts:
+        sys.exit(f"LiteRT-LM wrote {said!r}, and the model in the file writes {texts[-1]!r}")
     return begin
 
 
@@ -171,6 +217,8 @@ _RUNTIMES = {
     "pt2": _pt2,
     "aoti": _aoti,
     "litert": _litert,
+    "litert-codes": _litert,
+    "litertlm": _litertlm,
     "executorch": _executorch,
 }
 

@@ -31,7 +31,7 @@ def can_cut(spec: ModelSpec) -> bool:
 
 def may_cut(options: Options) -> bool:
     """Return whether students that are cut are among what may be chosen."""
-    return options.cuts and options.runtime == "llama.cpp" and can_cut(options.spec)
+    return options.cuts and options.runtime != "vllm" and can_cut(options.spec)
 
 
 def smallest(options: Options) -> tuple[Init, Deployment, int]:

@@ -13,7 +13,8 @@ from autodistill.distillation.student.shapes import MULTIPLE
 from autodistill.errors import InputError
 from autodistill.estimates.block_times import BlockTimes
 from autodistill.estimates.fit import check_holds, latencies
-from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory
+from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory, onnx_bytes
+from autodistill.export.graphs.onnx_graph import data_bytes
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
 from autodistill.hardware.catalog import device_classes
 from autodistill.hardware.device import DISCRETE
@@ -76,7 +77,8 @@ class Options:
         file_bytes: What all weights may take in a file; None for no limit.
         cuts: Whether students that are cut from the model may be chosen.
         times: Of the model's blocks on the budget's device, where they were measured.
-        runtime: One of `solve_request.RUNTIMES`. In vLLM tables and cache have 16 bits, fused layers one type.
+        runtime: One of `solve_request.RUNTIMES`. In vLLM tables and cache have 16 bits, fused layers one type. In ONNX
+            Runtime codes have 4 or 8 bits, and the cache no types.
     """
 
     spec: ModelSpec
@@ -93,7 +95,13 @@ class Options:
     @property
     def held(self) -> Mapping[str, Storage]:
         """What the runtime holds matrices in, by name, the most bits first."""
-        return TYPES if self.runtime == "llama.cpp" else _IN_VLLM
+        return _IN_VLLM if self.runtime == "vllm" else TYPES
+
+    def size(self, tensor: TensorSpec, kind: str) -> int:
+        """Return the bytes of a matrix in a type, as the runtime holds it."""
+        if self.runtime == "onnxruntime":
+            return onnx_bytes(tensor, self.held[kind], tied=self.spec.tied)
+        return tensor_bytes(tensor, self.held[kind])
 
     @property
     def multiple(self) -> int:
@@ -187,7 +195,7 @@ class Options:
         """
         if self.fixed is not None:
             return (self.fixed.cache_types,)
-        if self.runtime == "vllm":
+        if self.runtime != "llama.cpp":
             return (("f16", "f16"),)
         found = []
         for pair in ((keys, values) for keys in CACHE_BYTES for values in CACHE_BYTES):
@@ -205,7 +213,7 @@ class Options:
         """The type of fewest bytes of every matrix."""
         found = {}
         for name, tensor in (self.matrices | self.tables).items():
-            found[name] = min(self.kinds(tensor), key=lambda kind: tensor_bytes(tensor, self.held[kind]))
+            found[name] = min(self.kinds(tensor), key=lambda kind: self.size(tensor, kind))
         return found
 
     def families(self) -> Iterator[Family]:
@@ -263,6 +271,12 @@ class Options:
             weights=weights,
             on_gpu=on_gpu(budget),
         )
+
+    def file_sizes(self, deployment: Deployment) -> tuple[int, int]:
+        """Return the bytes of all weights in the file, and in a GGUF file of the same types."""
+        held = as_held(self.spec, deployment).tensors
+        usual = weights_bytes(held, deployment)
+        return (data_bytes(held, deployment) if self.runtime == "onnxruntime" else usual), usual
 
     def fits(self, deployment: Deployment, limit: int | None = None) -> bool:
         """Return whether a storage keeps to the limits of memory, of the file and of latency.

@@ -113,7 +113,9 @@ def _plain(options: Options, own: Deployment | None) -> Iterator[tuple[str, Depl
             continue
         (linear,) = form.linears
         grid = (16, 0, True) if isinstance(linear, str) else (linear.bits, linear.group_size, linear.symmetric)
-        plain = Deployment(runtime="llama.cpp", format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
+        plain = Deployment(
+            runtime=options.runtime, format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2]
+        )
         if not cannot_hold(options.spec, plain):
             yield "mixture of llama.cpp" if form.mixture else "uniform", plain
 

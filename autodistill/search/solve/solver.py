@@ -10,7 +10,6 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from autodistill.hardware.budget import LatencyLimit
-from autodistill.quantization.formats import tensor_bytes
 from autodistill.search.solve.bench import Measured, Sample
 from autodistill.search.solve.knapsack import MOST_CELLS, Knapsack
 from autodistill.search.solve.library import Score
@@ -94,7 +93,7 @@ class Solver:
         self._options, self._library, self._sample = options, library, sample
         self._families = tuple(options.families())
         self._least = sum(
-            tensor_bytes(options.matrices[name], options.held[kind])
+            options.size(options.matrices[name], kind)
             for name, kind in options.smallest_types().items()
             if name in options.matrices
         )
@@ -116,7 +115,7 @@ class Solver:
             tensors = [options.matrices[name] for name in names]
             items[names[0]] = {
                 kind: (
-                    sum(tensor_bytes(tensor, options.held[kind]) for tensor in tensors),
+                    sum(options.size(tensor, kind) for tensor in tensors),
                     sum(self._library.score(name, kind).kl * factors.get(name, 1.0) for name in names)
                     + (prices or {}).get((names[0], kind), 0.0),
                 )

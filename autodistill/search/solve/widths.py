@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from autodistill.distillation.student.shapes import cut_spec
 from autodistill.models.families import Axis, get_family
-from autodistill.quantization.formats import tensor_bytes
 from autodistill.search.solve.knapsack import Knapsack, undominated
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
@@ -52,7 +51,7 @@ class Widths:
         self._least -= sum(self._bytes(name, options.smallest_types()[name]) for name in options.tables)
 
     def _bytes(self, name: str, kind: str) -> int:
-        return tensor_bytes((self._options.matrices | self._options.tables)[name], self._options.held[kind])
+        return self._options.size((self._options.matrices | self._options.tables)[name], kind)
 
     def best(self, limit: int) -> tuple[int, ...] | None:
         """The widths of all layers at the least sum of costs within a limit; None where nothing fits.
@@ -126,7 +125,7 @@ class Widths:
             kinds = [kind for kind in self._options.kinds(narrow) if kind in self._options.kinds(tensor)]
             added = {
                 kind: (
-                    tensor_bytes(narrow, self._options.held[kind]),
+                    self._options.size(narrow, kind),
                     width / whole * self._library.score(name, kind).kl,
                 )
                 for kind in kinds

@@ -125,8 +125,8 @@ def test_what_vllm_has_no_kernels_for_is_no_option(teacher: Path) -> None:
 
 def test_what_is_not_solved_for_is_refused(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given: dict[str, Any] = {"cache": tmp_path, "budgets": (Budget(memory_bytes=10**12, context=CONTEXT),)}
-    with pytest.raises(InputError, match=r"types are solved for llama\.cpp and vllm, not for 'onnxruntime'"):
-        SolveRequest(runtime="onnxruntime", **given)
+    with pytest.raises(InputError, match=r"types are solved for llama\.cpp, onnxruntime, vllm, not for 'ollama'"):
+        SolveRequest(runtime="ollama", **given)
     with pytest.raises(InputError, match="candidates are GGUF files, which vllm does not serve"):
         SolveRequest(runtime="vllm", candidates=(tmp_path / "one.gguf",), **given)
     words = [

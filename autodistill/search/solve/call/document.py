@@ -195,12 +195,15 @@ def _as_good(line: Mapping[str, Any]) -> bool:
 
 def _solution(options: Options, name: str, found: Found, held_out: Measured) -> dict[str, Any]:
     deployment, estimate = found.deployment, options.memory(found.deployment)
+    in_file, usual = options.file_sizes(deployment)
     return {
         "name": name,
         "deployment": deployment.to_json(),
         "types": _counted(options, deployment),
         "bytes": estimate.total_bytes,
         "weights_bytes": estimate.weights_bytes,
+        "file_bytes": in_file,
+        "wider_bytes": in_file - usual,
         "kv_cache_bytes": estimate.kv_cache_bytes,
         "compute_bytes": estimate.compute_bytes,
         "overhead_bytes": estimate.overhead_bytes,

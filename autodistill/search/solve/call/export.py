@@ -37,7 +37,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
 from autodistill.utils.json_files import read_json
 
-READERS = {"llama.cpp": "llama.cpp", "vllm": "transformers"}
+READERS = {"llama.cpp": "llama.cpp", "onnxruntime": "ONNX Runtime", "vllm": "transformers"}
 """What a solution is run in to be verified, by the runtime that will serve it."""
 
 
@@ -84,14 +84,18 @@ def export(
     over = int(memory.value) - budget.memory_bytes
     if over > 0 and memory.source == "measured":
         if not (isinstance(chosen, Candidate) and artifact.path.samefile(chosen.path)):
-            artifact.path.unlink()
-        takes = f"{format_bytes(int(memory.value))} in llama.cpp, {format_bytes(over)} over the budget"
+            shutil.rmtree(artifact.path) if artifact.path.is_dir() else artifact.path.unlink()
+        takes = (
+            f"{format_bytes(int(memory.value))} in {READERS[deployment.runtime]}, {format_bytes(over)} over the budget"
+        )
         raise NothingFitsError(
             f"{chosen.name} takes {takes}, though less was predicted: give a --budget of "
             f"{max(0, budget.memory_bytes - over) // 10**6}MB to solve for"
         )
     server = ["llama-server", "--model", str(artifact.path), "--ctx-size", str(budget.context)]
-    if deployment.runtime == "vllm":
+    if deployment.runtime == "onnxruntime":
+        server = ["autodistill", "measure", str(artifact.path), "--runtime", "onnxruntime"]
+    elif deployment.runtime == "vllm":
         server = ["vllm", "serve", str(artifact.path), "--max-model-len", str(budget.context)]
     return {
         "ran_in": READERS[deployment.runtime],

@@ -17,6 +17,7 @@ from autodistill.errors import InputError
 from autodistill.estimates.solving import COMPENSATION
 from autodistill.evaluation.precision import check_scoring_on
 from autodistill.export.gguf_mixtures import cannot_write
+from autodistill.export.graphs.onnx import served
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
@@ -97,7 +98,7 @@ def open_request(request: SolveRequest) -> Opened:
     spec = spec_of(found.config)
     request = within_context(request, spec)
     options = options_of(request, spec, found.config)
-    in_gguf = request.runtime == "llama.cpp"
+    in_gguf, own_codes = request.runtime == "llama.cpp", request.runtime != "vllm"
     unwritten = cannot_write(spec, found.config) if in_gguf or not is_known(found.config) else ""
     if request.export and unwritten:
         raise InputError(f"{found.name} is solved and not exported: {unwritten}; leave --export out")
@@ -116,7 +117,7 @@ def open_request(request: SolveRequest) -> Opened:
         check_candidate(candidate, teacher.folder, spec)
     teacher, stored = stored_as(found, teacher, spec, request.cache) if is_known(config) else (teacher, None)
     own = stored.deployment if stored and stored.deployment and stored.deployment.container == "gguf" else None
-    own = own if in_gguf else None
+    own = (own if in_gguf else served(own)) if own and own_codes else None
     fingerprint = tokenizer_fingerprint(teacher.folder)
     data = prepare(source, teacher.folder, fingerprint, request.sequence_length, request.cache)
     bench = (load_bench if options[0].cuts else load_streamed)(teacher, spec, own, request.scoring)

@@ -15,6 +15,8 @@ from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.block_times import BlockTimes, kept_times
 from autodistill.estimates.fit import too_late
 from autodistill.estimates.solving import SolvingWork, solving_work
+from autodistill.export.graphs.onnx import OnnxExporter
+from autodistill.export.graphs.onnx_decoder import unsupported
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget
 from autodistill.hardware.machine import memory_bytes
 from autodistill.models.families import FAMILIES
@@ -42,9 +44,13 @@ def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]
             nothing is written of such a model; or times of its blocks are damaged.
     """
     if request.runtime != "llama.cpp" and not is_known(config):
-        raise InputError(
-            f"folders of compressed-tensors are written of {', '.join(FAMILIES)} alone: leave --runtime out"
-        )
+        folders = "onnx" if request.runtime == "onnxruntime" else "compressed-tensors"
+        raise InputError(f"folders of {folders} are written of {', '.join(FAMILIES)} alone: leave --runtime out")
+    if request.runtime == "onnxruntime":
+        if reason := unsupported(config):
+            raise InputError(f"a graph of ONNX cannot hold {request.teacher}: {reason}; leave --runtime out")
+        if request.export:
+            OnnxExporter().check_installed()
     cache_type = None if holds_cache(config) else "f16"
     first = Options(
         spec=spec,

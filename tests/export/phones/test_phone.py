@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from autodistill.errors import MissingDependencyError, VerificationError
-from autodistill.export.graphs.cached_decoder import CachedDecoder
-from autodistill.export.graphs.executorch import ExecuTorchExporter
-from autodistill.export.graphs.litert import LiteRtExporter
+from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.export.graphs.onnx import rotary_of
-from autodistill.export.graphs.phone import PhoneExporter, located
+from autodistill.export.phones.cached_decoder import CachedDecoder
+from autodistill.export.phones.executorch import ExecuTorchExporter
+from autodistill.export.phones.litert import LiteRtCodesExporter, LiteRtExporter
+from autodistill.export.phones.litertlm import LiteRtLmExporter
+from autodistill.export.phones.phone import PhoneExporter
+from autodistill.export.phones.stored import Stored, places_of, read_at
 from autodistill.export.proof import simulate
 from autodistill.export.student_reader import StudentFiles
 from autodistill.export.verify import prove, verify
 from autodistill.models.loading import load_model
+from autodistill.quantization.formats import TYPES
+from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 
@@ -29,6 +34,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt_neox")
 Q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
 TOKENS = np.random.default_rng(0).integers(3, 300, (2, 40))
 EXPORTERS = [LiteRtExporter(), ExecuTorchExporter()]
+ALL = [*EXPORTERS, LiteRtCodesExporter(), LiteRtLmExporter()]
 
 
 def installed(exporter: PhoneExporter) -> bool:
@@ -94,12 +100,12 @@ def test_it_is_proven_in_its_runtime(tmp_path: Path, exporter: PhoneExporter, fa
         dict(exporter.unpack(artifact.path))
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS, ids=lambda one: one.name)
+@pytest.mark.parametrize("exporter", ALL, ids=lambda one: one.name)
 def test_without_the_packages_the_command_that_installs_them_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: PhoneExporter
 ) -> None:
     student = odd(tmp_path / "student", "llama")
-    phone = importlib.import_module("autodistill.export.graphs.phone")
+    phone = importlib.import_module("autodistill.export.phones.phone")
     monkeypatch.setattr(phone.importlib.util, "find_spec", lambda name: None)
     said = rf"{exporter.name} needs .*, not installed here: pip install 'autodistill-search\[{exporter.extra}\]'"
     with pytest.raises(MissingDependencyError, match=said):
@@ -109,7 +115,7 @@ def test_without_the_packages_the_command_that_installs_them_is_said(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS, ids=lambda one: one.name)
+@pytest.mark.parametrize("exporter", ALL, ids=lambda one: one.name)
 def test_what_it_cannot_hold_is_named_with_what_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: PhoneExporter
 ) -> None:
@@ -123,7 +129,11 @@ def test_what_it_cannot_hold_is_named_with_what_can(
     (student / "config.json").write_text(json.dumps(config | {"vocab_size": 6_000_000}))
     large = exporter.refuses(student, Q4_0)
     assert (large == "") == isinstance(exporter, ExecuTorchExporter)
-    assert not large or "litert cannot hold 2.3 GB of float32 weights" in large
+    assert not large or f"{exporter.name} cannot hold 2.3 GB of float32 weights" in large
+    if isinstance(exporter, LiteRtLmExporter):
+        (student / "config.json").write_text(json.dumps(config))
+        (student / "tokenizer.json").unlink()
+        assert "needs the tokenizer as tokenizer.json" in exporter.refuses(student, Q4_0)
     with pytest.raises(VerificationError, match=r"reads 1024 tokens at most, and the run's texts have 1025: .*gguf"):
         exporter.run(tmp_path, np.zeros((1, 1025), np.int64), 1, student, Q4_0)
 
@@ -136,10 +146,73 @@ def test_weights_are_found_by_their_bytes_and_a_changed_one_is_named(tmp_path: P
     weights["odd"] = dice.standard_normal(3).astype(np.float32)
     path = tmp_path / "file"
     path.write_bytes(b"head" + b"".join(one.tobytes() for one in weights.values()))
-    raw = path.read_bytes()
-    for name, (offset, shape) in located(path, weights).items():
-        assert raw[offset : offset + weights[name].nbytes] == weights[name].tobytes()
-        assert shape == weights[name].shape
+    data = np.memmap(path, np.uint8, "r")
+    stored = {name: Stored.plain(one) for name, one in weights.items()}
+    for name, place in json.loads(json.dumps(places_of(path, stored))).items():
+        np.testing.assert_array_equal(read_at(data, place, name).values(), weights[name])
+    for change in ({"begin": -8}, {"begin": 10**6}, {"type": "object"}, {"shape": ["one"]}, {"begin": None}):
+        part = {"begin": 4, "type": "float32", "shape": [3, 5]} | change
+        with pytest.raises((ValueError, TypeError, InputError)):
+            read_at(data, {"shape": [3, 5], "parts": {"values": part}}, "it")
     weights["late"][-1] += 1
     with pytest.raises(VerificationError, match="does not have late as it was evaluated"):
-        located(path, weights)
+        places_of(path, stored)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "f16"])
+def test_codes_stand_for_the_evaluated_weights_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    """Of every type of GGUF, found again in a file by their bytes; codes of up to 16 values take half a byte."""
+    student = odd(tmp_path / "student", "llama", width=256, heads=4, ffn=256)
+    form = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0, types=(("mlp", kind),))
+    with StudentFiles(student, form) as files:
+        name = "model.layers.0.mlp.down_proj.weight"
+        storage, values = form.storage(files.specs[name]), files.deployed(name)
+        held = Stored.of_codes(files, name, storage)
+        assert held is not None
+        np.testing.assert_array_equal(held.values(), values)
+        assert isinstance(storage, Grid)
+        assert held.parts["codes"].nbytes == values.size // (2 if storage.qmax - storage.qmin < 16 else 1)
+        assert Stored.of_codes(files, name, "f16") is None
+    path = tmp_path / "file"
+    path.write_bytes(b"head" + b"".join(one.tobytes() for one in held.parts.values()))
+    (place,) = json.loads(json.dumps(places_of(path, {name: held}))).values()
+    np.testing.assert_array_equal(read_at(np.memmap(path, np.uint8, "r"), place, name).values(), values)
+
+
+def test_values_are_in_16_bits_where_these_have_them_exactly() -> None:
+    exact = np.array([[1.5, -2.25], [0.0, 1024.0]], np.float32)
+    assert Stored.narrowed(exact).parts["values"].dtype == np.float16
+    assert Stored.narrowed(exact + np.float32(1e-7)).parts["values"].dtype == np.float32
+    assert Stored.narrowed(exact * np.float32(1e6)).parts["values"].dtype == np.float32
+
+
+@pytest.mark.slow
+def test_attention_is_in_16_bits_beside_codes_where_that_was_asked_for(tmp_path: Path) -> None:
+    """In the file of LiteRT-LM, whose own program runs it too; each type is seen by LiteRT that loads it."""
+    exporter = LiteRtLmExporter()
+    if not installed(exporter):
+        pytest.skip(f"{' and '.join(exporter.packages)} is not installed")
+    interpreter = importlib.import_module("ai_edge_litert.interpreter")
+    student = odd(tmp_path / "student", "llama", layers=1)
+    sizes = {}
+    for deployment in (Q4_0, replace(Q4_0, keep=("self_attn",))):
+        artifact = exporter.export(student, deployment, tmp_path / str(len(deployment.keep)))
+        assert verify(exporter, artifact, student, deployment).weights > 0
+        check = prove(exporter, artifact.path, deployment, simulate(student, deployment, TOKENS, 1), 1, student)
+        assert (check.agreement, check.same_written) == (1.0, 64)
+        assert check.divergence is not None
+        assert check.divergence < 1e-9
+        places = json.loads((artifact.path / "weights.json").read_text())
+        kinds = {name.split(".")[-2]: sorted(one["parts"]) for name, one in places.items()}
+        assert kinds["gate_proj"] == kinds["down_proj"] == ["codes", "scales"]
+        assert kinds["q_proj"] == (["values"] if deployment.keep else ["codes", "scales"])
+        sizes[len(deployment.keep)] = artifact.size_bytes
+        raw = artifact.path.joinpath(exporter.file).read_bytes()
+        begin = raw.index(b"TFL3") - 4
+        loaded = interpreter.Interpreter(model_content=raw[begin:])
+        found = [(np.dtype(one["dtype"]).name, tuple(one["shape"])) for one in loaded.get_tensor_details()]
+        assert (("float16", (96, 96)) in found) == bool(deployment.keep)
+    with StudentFiles(student, Q4_0) as files:
+        attention = sum(int(np.prod(one.shape)) for name, one in files.specs.items() if "self_attn" in name)
+    # 16 bits in place of 4 and a scale of 16 bits for each 32, less the operations that make weights of these.
+    assert sizes[1] - sizes[0] == pytest.approx(attention * (2 - 4.5 / 8), rel=0.15)

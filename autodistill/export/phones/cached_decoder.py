@@ -58,7 +58,7 @@ class CachedDecoder(nn.Module):
         update: Writes into the cache.
 
     Attributes:
-        context: As it was given.
+        weights, context: As they were given.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class CachedDecoder(nn.Module):
 
         super().__init__()
         self._spec, self._config, self.context, self._update = spec, config, context, update
-        self._family = get_family(spec.architecture)
+        self.weights, self._family = weights, get_family(spec.architecture)
         for name, values in weights.items():
             self.register_parameter(_mangled(name), nn.Parameter(torch.from_numpy(values), requires_grad=False))
         for kind, (frequencies, _) in rotary.items():

@@ -1,4 +1,4 @@
-"""What exporters to runtimes of phones share: weights in float32, a cache of a stated length, tokens to logits."""
+"""What exporters to runtimes of phones share: a cache of a stated length, and tensors that are found in the file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import numpy as np
 
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.export.base import Artifact, Label, Ran, TokenIds
-from autodistill.export.graphs.cached_decoder import CachedDecoder, Update
 from autodistill.export.graphs.child import run_alone
 from autodistill.export.graphs.onnx import rotary_of
 from autodistill.export.graphs.onnx_decoder import unsupported
+from autodistill.export.phones.cached_decoder import CachedDecoder, Update
+from autodistill.export.phones.stored import Stored, places_of, read_at
 from autodistill.export.student_reader import StudentFiles, copy_tokenizer, read_json, replacing
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.config import spec_from_config
@@ -29,12 +30,11 @@ CONTEXT = 1024
 CHUNK = 64
 """Most tokens that are read at once."""
 MANIFEST = "weights.json"
-"""Where in the file each tensor lies, in bytes, and its shape."""
-_WORD = 8  # bytes that a tensor is looked for by
+"""Where in the file each tensor lies (`Place`)."""
 
 
 class PhoneExporter(ABC):
-    """Writes one file that a runtime of phones runs, and the tokenizer; all weights are float32, those of any row."""
+    """Writes one file that a runtime of phones runs, and the tokenizer; it computes in float32, and holds any row."""
 
     name: ClassVar[str]
     file: ClassVar[str]
@@ -49,8 +49,12 @@ class PhoneExporter(ABC):
     notes: Mapping[str, Any] = {"context": f"{CONTEXT} tokens at most", "read_at_once": f"{CHUNK} tokens at most"}
 
     @abstractmethod
-    def write(self, decoder: CachedDecoder, path: Path) -> None:
-        """Write the graph of a student."""
+    def write(self, decoder: CachedDecoder, stored: Mapping[str, Stored], out: Path) -> None:
+        """Write the graph of a student into a folder that has its tokenizer, with its tensors stored so."""
+
+    def held(self, files: StudentFiles, name: str, deployment: Deployment, values: Floats) -> Stored:
+        """Return how the file holds a tensor: as the float32 values that its codes stand for."""
+        return Stored.plain(values)
 
     @property
     @abstractmethod
@@ -87,15 +91,16 @@ class PhoneExporter(ABC):
             if reason := self.refuses(student, deployment):
                 raise InputError(reason)
             weights = {one: np.array(files.deployed(one)) for one in files.specs}
+            stored = {one: self.held(files, one, deployment, values) for one, values in weights.items()}
             context = min(files.spec.max_context, CONTEXT)
             decoder = CachedDecoder(
                 weights, files.spec, files.config, rotary_of(files.config), context, self.update
             ).eval()
             with replacing(out) as partial:
-                self.write(decoder, partial / self.file)
-                places = located(partial / self.file, weights)
-                (partial / MANIFEST).write_text(json.dumps(places, indent=1) + "\n", encoding="utf-8")
                 copy_tokenizer(student, partial)
+                self.write(decoder, stored, partial)
+                places = places_of(partial / self.file, stored)
+                (partial / MANIFEST).write_text(json.dumps(places, indent=1) + "\n", encoding="utf-8")
         return Artifact(path=out, size_bytes=(out / self.file).stat().st_size)
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
@@ -107,10 +112,9 @@ class PhoneExporter(ABC):
         data = np.memmap(artifact / self.file, np.uint8, "r")
         try:
             places = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
-            for name, (offset, shape) in places.items():
-                size = 4 * int(np.prod(shape))
-                yield name, np.frombuffer(data[offset : offset + size].tobytes(), np.float32).reshape(shape)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            for name, place in places.items():
+                yield name, read_at(data, place, f"{name} in {artifact / MANIFEST}").values()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, InputError) as error:
             raise VerificationError(f"{artifact / MANIFEST} cannot be read: {error}") from error
 
     def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
@@ -129,36 +133,3 @@ class PhoneExporter(ABC):
                 f"{self.name} needs {' and '.join(self.packages)}, not installed here: "
                 f"pip install 'autodistill-search[{self.extra}]'"
             )
-
-
-def located(path: Path, weights: Mapping[str, Floats]) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Find each tensor in a file, by its bytes: where it begins, and its shape.
-
-    Raises:
-        VerificationError: The file does not have one of them, as it was given; names it.
-    """
-    data = np.memmap(path, np.uint8, "r")
-    keys = {name: _key(values) for name, values in weights.items()}
-    wanted = np.array(sorted({word for word, _ in keys.values()}), np.uint64)
-    places: dict[int, list[int]] = {}
-    for shift in range(0, _WORD, 4):  # a file may hold float32 values at any multiple of their own 4 bytes
-        words = data[shift : shift + (len(data) - shift) // _WORD * _WORD].view(np.uint64)
-        for place in np.flatnonzero(np.isin(words, wanted)):
-            places.setdefault(int(words[place]), []).append(shift + _WORD * int(place))
-    found = {}
-    for name, values in weights.items():
-        raw, (word, ahead) = np.ascontiguousarray(values).view(np.uint8).ravel(), keys[name]
-        begins = (place - ahead for place in places.get(word, ()) if place >= ahead)
-        begin = next((one for one in begins if np.array_equal(data[one : one + len(raw)], raw)), None)
-        if begin is None:
-            raise VerificationError(f"{path} does not have {name} as it was evaluated: the converter changed it")
-        found[name] = (begin, values.shape)
-    return found
-
-
-def _key(values: Floats) -> tuple[int, int]:
-    """Return the first bytes of a tensor that are not all zeros, as a number, and how many lie ahead of them."""
-    raw = np.ascontiguousarray(values).view(np.uint8).ravel()
-    words = raw[: len(raw) // _WORD * _WORD].view(np.uint64)
-    place = int(np.argmax(words != 0))
-    return int(words[place]), _WORD * place

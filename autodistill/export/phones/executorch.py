@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from autodistill.export.graphs.cached_decoder import CachedDecoder, Update
-from autodistill.export.graphs.phone import CHUNK, PhoneExporter
 from autodistill.export.graphs.torch_module import without_warnings
+from autodistill.export.phones.cached_decoder import CachedDecoder, Update
+from autodistill.export.phones.phone import CHUNK, PhoneExporter
+from autodistill.export.phones.stored import Stored
 
 
 class ExecuTorchExporter(PhoneExporter):
@@ -36,7 +37,7 @@ class ExecuTorchExporter(PhoneExporter):
 
         return write
 
-    def write(self, decoder: CachedDecoder, path: Path) -> None:
+    def write(self, decoder: CachedDecoder, stored: Mapping[str, Stored], out: Path) -> None:
         """Lower the student to XNNPACK, and what that does not compute to ExecuTorch's own kernels."""
         with without_warnings(), _quiet(), torch.no_grad():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -52,7 +53,7 @@ class ExecuTorchExporter(PhoneExporter):
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
             made = lowered.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True))
-        with path.open("wb") as file:
+        with (out / self.file).open("wb") as file:
             made.write_to_file(file)
 
 

@@ -1,0 +1,1 @@
+"""Exporters to files that runtimes of phones run."""

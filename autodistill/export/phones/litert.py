@@ -1,0 +1,117 @@
+"""Exporters to a file of LiteRT, which Android and boards run: a signature for prompts, another for single tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from autodistill.export.graphs.torch_module import without_warnings
+from autodistill.export.phones.cached_decoder import CachedDecoder, Update
+from autodistill.export.phones.litert_weights import narrow_weights
+from autodistill.export.phones.phone import CHUNK, PhoneExporter
+from autodistill.export.phones.stored import Stored
+from autodistill.export.student_reader import StudentFiles
+from autodistill.quantization.grids import Floats
+from autodistill.strategy.deployment import Deployment
+
+_PROGRESS = "LITERT_TORCH_SHOW_PROGRESS"
+
+
+class LiteRtExporter(PhoneExporter):
+    """Writes `student.tflite` with the signatures `prefill` and `decode`; the cache is among inputs and outputs.
+
+    Matrices that the row has in 16 bits are float16, if that has each value exactly; all others float32.
+    """
+
+    name = "litert"
+    file = "student.tflite"
+    extra = "litert"
+    most_bytes = 2e9  # what a flatbuffer addresses, less the graph
+    runs_in = "LiteRT"
+    packages: tuple[str, ...] = ("litert-torch", "ai-edge-litert")
+    modules: tuple[str, ...] = ("litert_torch", "ai_edge_litert")
+
+    @property
+    def update(self) -> Update:
+        """LiteRT's own operation, which may write in place."""
+        from litert_torch.generative.custom_ops.dynamic_update_slice import dynamic_update_slice
+
+        def write(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
+            first = torch.zeros_like(start[0])
+            written: Tensor = dynamic_update_slice(cache, new, [first, first, start[0], first])
+            return written
+
+        return write
+
+    def held(self, files: StudentFiles, name: str, deployment: Deployment, values: Floats) -> Stored:
+        """Return how the file holds a tensor: vectors in float32."""
+        matrix = values.ndim == 2 and deployment.storage(files.specs[name]) in ("f16", "bf16")
+        return Stored.narrowed(values) if matrix else Stored.plain(values)
+
+    def write(self, decoder: CachedDecoder, stored: Mapping[str, Stored], out: Path) -> None:
+        """Convert both signatures, which share the weights."""
+        with _quiet(), without_warnings(), torch.no_grad():
+            import litert_torch
+
+            module = _Signature(decoder).eval()
+            made = litert_torch.signature("prefill", module, sample_kwargs=module.example(min(CHUNK, decoder.context)))
+            made.signature("decode", module, sample_kwargs=module.example(1)).convert().export(str(out / self.file))
+        narrow_weights(out / self.file, decoder.weights, stored)
+
+
+class LiteRtCodesExporter(LiteRtExporter):
+    """The same with the codes of GGUF's types, in as many bytes: smaller, and slower, since products are in float32."""
+
+    name = "litert-codes"
+
+    def held(self, files: StudentFiles, name: str, deployment: Deployment, values: Floats) -> Stored:
+        """Return how the file holds a tensor: as the codes that it was evaluated with, if they are of GGUF's types."""
+        codes = Stored.of_codes(files, name, deployment.storage(files.specs[name]))
+        return codes or super().held(files, name, deployment, values)
+
+
+class _Signature(nn.Module):
+    """A decoder whose inputs and outputs have the names by which LiteRT-LM knows them."""
+
+    def __init__(self, decoder: CachedDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def example(self, tokens: int) -> dict[str, Tensor]:
+        """Return inputs of so many tokens."""
+        cache = self.decoder.empty
+        given = {
+            "tokens": torch.zeros(1, tokens, dtype=torch.int32),
+            "input_pos": torch.zeros(tokens, dtype=torch.int32),
+        }
+        return given | dict(zip(_names(len(cache)), cache, strict=True))
+
+    def forward(self, tokens: Tensor, input_pos: Tensor, **cache: Tensor) -> dict[str, Tensor]:
+        """Read tokens that follow the first place of `input_pos`; see `CachedDecoder`."""
+        names = _names(len(cache))
+        logits, longer = self.decoder(tokens, input_pos[:1], [cache[name] for name in names])
+        return {"logits": logits, **dict(zip(names, longer, strict=True))}
+
+
+def _names(count: int) -> list[str]:
+    """Of the parts of a cache, in their order."""
+    return [f"kv_cache_{part}_{layer}" for layer in range(count // 2) for part in ("k", "v")]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep litert-torch from printing each of its steps."""
+    before = os.environ.get(_PROGRESS)
+    os.environ[_PROGRESS] = "n"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PROGRESS]
+        else:
+            os.environ[_PROGRESS] = before
