@@ -191,7 +191,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         InputError: The field, and what it should be.
     """
-    others = {} if str(config.get("model_type")) in FAMILIES else _OF_OTHERS
+    others: Mapping[str, tuple[Check, str]] = {} if str(config.get("model_type")) in FAMILIES else _OF_OTHERS
     _check(config, {**_FIELDS, **others}, "")
     for name in ("rope_scaling", "rope_parameters"):
         rotary = config.get(name) or {}
