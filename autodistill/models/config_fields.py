@@ -191,7 +191,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         InputError: The field, and what it should be.
     """
-    _check(config, _FIELDS if str(config.get("model_type")) in FAMILIES else _FIELDS | _OF_OTHERS, "")
+    others: Mapping[str, tuple[Check, str]] = {} if str(config.get("model_type")) in FAMILIES else _OF_OTHERS
+    _check(config, {**_FIELDS, **others}, "")
     for name in ("rope_scaling", "rope_parameters"):
         rotary = config.get(name) or {}
         _check(rotary, _ROTARY, f"{name}.")

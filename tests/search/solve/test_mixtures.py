@@ -151,7 +151,8 @@ def test_every_parameter_is_stored_once_and_routers_stay_as_they_are(folders: di
 
 def test_a_cache_is_solved_where_all_layers_have_one_of_the_same_size(folders: dict[str, Path]) -> None:
     held = {name: holds_cache(read_json(folder / "config.json")) for name, folder in folders.items()}
-    assert held == {name: name not in ("qwen3_5", "gemma4") for name in folders}
+    # GPT-OSS' attention, with sinks, is not replaced.
+    assert held == {name: name not in ("gpt_oss", "qwen3_5", "gemma4") for name in folders}
     # Of layers of two sizes the larger one counts.
     assert any_spec(read_json(folders["gemma4"] / "config.json")).head_dim == 64
 
