@@ -1,6 +1,7 @@
 """Quality at equal bytes: one model in every 4-bit form of this project, and through what a user would pick instead.
 
     python -m benchmarks.engine.export_quality [--tokens 1000] [--calibration 2000] [--seeds 3] [--models permuted]
+    python -m benchmarks.engine.export_quality --models small --small FOLDER
 
 Each form and seed is a line of `reports/export-quality.jsonl`; what is there is not judged again.
 
@@ -20,8 +21,13 @@ The others:
   square of each input over the same text, as llama-imatrix counts it; types as its quantiser picks them.
 - ONNX Runtime's own kernel (`quantize_matmul_4bits`, blocks of 32, symmetric) for products and the table, which is the
   rule of onnxruntime-genai's builder.
+- AutoRound, Olive, Model Optimizer and onnxruntime-genai's builder, as they are published (`export_rivals`). Each needs
+  a package of its own: one that is not installed is named, and left out.
 
-Not run: AutoRound, Olive, Model Optimizer, and the builder itself, whose packages are not installed here.
+AutoRound takes hours of SmolLM2 on two busy cores. So all forms are judged of a small model too, which lies on no grid:
+that of `search.small_teacher`, of 2.3M weights, in the folder that --small names.
+
+Of Q4_0 the file is run, too: by llama.cpp, and by ONNX Runtime with the same codes.
 
 The text is Python's language reference; a seed chooses what is calibrated on, what is judged, and the channels' order.
 KL is of all the vocabulary, next tokens are those of the text. Speed and bytes on disk in the runtimes: see
@@ -51,6 +57,7 @@ from torch import nn
 from autodistill.advisor.describe import deployment_named
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
+from autodistill.export.base import load_exporter
 from autodistill.export.gguf import KINDS
 from autodistill.export.student_reader import StudentFiles
 from autodistill.models.loading import load_model
@@ -63,15 +70,21 @@ from autodistill.quantization.rounding import deploy_tensor
 from autodistill.quantization.weighted_scales import weighted_scales
 from autodistill.strategy.deployment import Deployment
 from benchmarks.common import over_seeds, program, report
+from benchmarks.engine.export_rivals import ARMS, Arm, Weights, missing
 
 STORE = "export-quality.jsonl"
 LENGTH = 100
 OURS = ("gguf-q4_1", "gguf-q4_0", "gguf-iq4_nl", "gguf-q4_k_m", "compressed-tensors-int4-g32-asym")
 LLAMA = ("gguf-q4_0", "gguf-iq4_nl", "gguf-q4_k_m")
-MODELS = {"package": "as packaged, on the grid of Q4_1", "permuted": "with its channels in another order, on no grid"}
+MODELS = {
+    "package": "as packaged, on the grid of Q4_1",
+    "permuted": "with its channels in another order, on no grid",
+    "small": "of 2.3M weights, on no grid",
+}
 SOLVED = program.ROOT / "results" / "postgresql" / "postgresql-175MB" / "search.json"
+RUN = {"gguf": "llama.cpp", "onnx": "ONNX Runtime"}
+_RUN = "run: "
 _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.HEAD)
-Weights = dict[str, Any]
 
 
 def texts(folder: Path, calibration: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,13 +251,14 @@ def stored_bytes(files: Files) -> int:
 
 
 def forms(
-    student: Path, moments: Mapping[str, torch.Tensor], *, solved: bool
-) -> Iterator[tuple[str, int, Callable[[], Weights]]]:
-    """Each form with its bytes, and what makes the weights that differ from the model's.
+    student: Path, moments: Mapping[str, torch.Tensor], tokens: torch.Tensor, *, solved: bool
+) -> Iterator[tuple[str, Callable[[], tuple[Weights, int]]]]:
+    """Each form, and what makes the weights that differ from the model's, and tells their bytes.
 
     Args:
         student: The model.
         moments: Of the inputs of its matrices.
+        tokens: That is calibrated on, int [sequences, LENGTH].
         solved: Whether the model is the one that the tracked run solved.
     """
     known = {name: one.diagonal().numpy() for name, one in moments.items()}
@@ -256,21 +270,33 @@ def forms(
     for name, deployment in ours.items():
         with Files(student, deployment) as files:
             size = stored_bytes(files)
-            yield f"ours: {name}", size, lambda files=files: {key: files.deployed(key) for key in files.specs}
+            yield (
+                f"ours: {name}",
+                lambda files=files, size=size: ({one: files.deployed(one) for one in files.specs}, size),
+            )
             for how in ("importance", "compensated"):
-                compensate = how == "compensated"
-                yield (
-                    f"ours: {name}, {how}",
-                    size,
-                    lambda files=files, compensate=compensate: by_importance(files, moments, compensate=compensate),
-                )
+
+                def made(files: Files = files, size: int = size, how: str = how) -> tuple[Weights, int]:
+                    return by_importance(files, moments, compensate=how == "compensated"), size
+
+                yield f"ours: {name}, {how}", made
     for form in LLAMA:
         with Files(student, deployment_named(form)) as files:
             name = f"llama.cpp: {form}, importance"
-            yield name, stored_bytes(files), lambda files=files: by_llama(files, known)
+            yield name, lambda files=files: (by_llama(files, known), stored_bytes(files))
     if importlib.util.find_spec("onnxruntime"):
         with Files(student, deployment_named("gguf-q4_0")) as files:
-            yield "ONNX Runtime: int4, blocks of 32", onnx_bytes(files), lambda: by_onnx(files)
+            yield "ONNX Runtime: int4, blocks of 32", lambda: (by_onnx(files), onnx_bytes(files))
+    for name, arm in ARMS.items():
+        if said := missing(arm):
+            print(f"{name}: {said}", flush=True)
+            continue
+
+        def run(arm: Arm = arm) -> tuple[Weights, int]:
+            with tempfile.TemporaryDirectory() as out:
+                return arm.make(student, Path(out), tokens)
+
+        yield name, run
 
 
 def judged(model: Any, tokens: torch.Tensor, teacher: torch.Tensor) -> dict[str, float]:
@@ -284,6 +310,15 @@ def judged(model: Any, tokens: torch.Tensor, teacher: torch.Tensor) -> dict[str,
             same += float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
     count = len(tokens)
     return {"kl": total / count, "text": text / count, "same": same / count}
+
+
+def in_runtime(container: str, folder: Path, tokens: torch.Tensor) -> dict[str, float]:
+    """A file of Q4_0 in its runtime: the bytes of its weights, and the share of the text's next tokens."""
+    deployment, read, exporter = deployment_named("gguf-q4_0"), tokens.numpy(), load_exporter(container)
+    with tempfile.TemporaryDirectory() as out:
+        artifact = exporter.export(folder, deployment, Path(out, container))
+        top1 = exporter.run(artifact.path, read, 1, folder, deployment).top1
+    return {"bytes": artifact.size_bytes, "text": float((top1[:, :-1] == read[:, 1:]).mean())}
 
 
 def verdicts(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -306,7 +341,9 @@ def verdicts(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
     """Judges every form of a model that is not in the store."""
-    teacher = program.tiny_teacher(layers=2, width=256, ffn=256) if given.smoke else "smollm2"
+    teacher = given.small if kind == "small" else "smollm2"
+    if given.smoke:
+        teacher = program.tiny_teacher(layers=2, width=256, ffn=256)
     folder = materialize(resolve_teacher(teacher), cache_folder()).folder
     model: Any = load_model(folder, torch.float32).eval()
     calibration, tokens = (
@@ -323,17 +360,29 @@ def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
         own = {name: one.detach().clone() for name, one in model.named_parameters()}
         said = torch.stack([model(row[None]).logits[0].log_softmax(-1) for row in tokens])
         moments = moments_of(model, calibration)
-        for name, size, make in forms(folder, moments, solved=kind == "package" and not given.smoke):
-            key = {"model": kind, "form": name, "seed": seed, "tokens": given.tokens, "calibration": given.calibration}
-            store = program.REPORTS / STORE
-            if not re.search(given.only, name) or any(key.items() <= one.items() for one in report.lines_of(store)):
+        key = {"model": kind, "seed": seed, "tokens": given.tokens, "calibration": given.calibration}
+        for name, make in forms(folder, moments, calibration, solved=kind == "package" and not given.smoke):
+            if not _wanted(given, key | {"form": name}):
                 continue
-            weights = make()
+            with torch.enable_grad():  # AutoRound trains
+                weights, size = make()
             for part, parameter in model.named_parameters():
                 parameter.data = torch.from_numpy(np.array(weights[part])) if part in weights else own[part]
-            one = key | {"bytes": size} | judged(model, tokens, said)
-            print(one, flush=True)
-            report.add_line(store, one)
+            _keep(key | {"form": name, "bytes": size} | judged(model, tokens, said))
+        for container, runtime in RUN.items():
+            if _wanted(given, key | {"form": (name := f"{_RUN}gguf-q4_0 in {runtime}")}):
+                _keep(key | {"form": name} | in_runtime(container, folder, tokens))
+
+
+def _wanted(given: argparse.Namespace, key: dict[str, Any]) -> bool:
+    """Whether a form is to be judged, and is not in the store."""
+    known = report.lines_of(program.REPORTS / STORE)
+    return bool(re.search(given.only, key["form"])) and not any(key.items() <= one.items() for one in known)
+
+
+def _keep(found: dict[str, Any]) -> None:
+    print(found, flush=True)
+    report.add_line(program.REPORTS / STORE, found)
 
 
 def section(given: argparse.Namespace, kind: str) -> list[str]:
@@ -343,13 +392,24 @@ def section(given: argparse.Namespace, kind: str) -> list[str]:
         if (one.get("model"), one["tokens"], one.get("calibration")) == (kind, given.tokens, given.calibration):
             kept = found.setdefault(one["form"], {"bytes": one["bytes"], "kl": [], "text": [], "same": []})
             for key in ("kl", "text", "same"):
-                kept[key].append(one[key])
+                kept[key] += [one[key]] if key in one else []
+    ran = {name: found.pop(name) for name in sorted(found) if name.startswith(_RUN)}
     rows = [
-        [kind, name, f"{one['bytes'] / 1e6:.1f}", *(over_seeds.mean(one[key], 4) for key in ("kl", "same", "text"))]
+        [
+            kind,
+            name,
+            f"{one['bytes'] / 1e6:.{1 if one['bytes'] > 2e7 else 3}f}",
+            *(over_seeds.mean(one[key], 4) for key in ("kl", "same", "text")),
+        ]
         for name, one in sorted(found.items(), key=lambda pair: float(np.mean(pair[1]["kl"])))
     ]
     titles = ["model", "form", "MB", "KL to the model, nats", "tokens as the model's", "tokens of the text"]
-    return [f"## The model {MODELS[kind]}", report.table(titles, rows), "\n".join(verdicts(found))]
+    files = [
+        f"- {name}: {one['bytes'] / 1e6:.3f} MB of file, {over_seeds.mean(one['text'], 4)} of the text's next tokens"
+        for name, one in ran.items()
+    ]
+    told = [*verdicts(found), *files]
+    return [f"## The model {MODELS[kind]}", report.table(titles, rows), "\n".join(told)]
 
 
 def main() -> None:
@@ -358,19 +418,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1000, help="that are judged by")
     parser.add_argument("--calibration", type=int, default=2000, help="tokens that are calibrated on")
     parser.add_argument("--only", default="", help="a regular expression of the names of the forms that are judged")
-    parser.add_argument("--models", default=",".join(MODELS), help="that are judged, separated by commas")
+    parser.add_argument("--models", default="package,permuted", help="that are judged, separated by commas")
+    parser.add_argument("--small", default="", help="the folder of the small model, that `search.small_teacher` wrote")
     parser.add_argument("--render", action="store_true", help="write the report of what was judged, and judge nothing")
     given = program.parse(parser, tokens=100, calibration=200)
     torch.set_num_threads(1)
+    if "small" in given.models.split(",") and not (given.small or given.smoke):
+        parser.error("--models small takes --small FOLDER")
     for seed in range(0 if given.render else given.seeds):
         for kind in given.models.split(","):
             judge_all(given, kind, seed)
+    absent = [f"{name}: {said}" for name, arm in ARMS.items() if (said := missing(arm))]
     told = (
-        f"SmolLM2-135M, {given.calibration} tokens to calibrate on and {given.tokens} to judge by, seeds: "
-        f"{given.seeds}. Bytes are of the tensors. What was solved was so on another text (PostgreSQL's manual). "
-        "AutoRound, Olive, Model Optimizer and onnxruntime-genai's builder were not run: ONNX Runtime's kernel stands "
-        "for the last. A form that a table lacks was not judged at these sizes."
-    )
+        f"SmolLM2-135M, and a small model, {given.calibration} tokens to calibrate on and {given.tokens} to judge by, "
+        f"seeds: {given.seeds}. Bytes are of the tensors. What was solved was so on another text (PostgreSQL's "
+        f"manual). A form that a table lacks was not judged at these sizes. {'. '.join(absent)}"
+    ).strip()
     sections = [told, *(part for kind in MODELS for part in section(given, kind))]
     store = program.REPORTS / STORE
     print(report.write("export-quality", "One model in every 4-bit form, at equal bytes", sections, store))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class LiteRtExporter(PhoneExporter):
     most_bytes = 2e9  # what a flatbuffer addresses, less the graph
     runs_in = "LiteRT"
     packages: tuple[str, ...] = ("litert-torch", "ai-edge-litert")
-    modules: tuple[str, ...] = ("litert_torch", "ai_edge_litert")
+    modules: ClassVar[tuple[str, ...]] = ("litert_torch", "ai_edge_litert")
 
     @property
     def update(self) -> Update:

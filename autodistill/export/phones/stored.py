@@ -19,7 +19,10 @@ from autodistill.utils.typed_data import check_typed
 
 Raw = npt.NDArray[Any]
 _WORD = 8  # bytes that a tensor is looked for by
-_SIGN = {4: 0x88, 8: 0x80}  # between codes that begin at 0, of ONNX, and those with a sign, of a phone
+_SIGN = {
+    4: np.uint8(0x88),
+    8: np.uint8(0x80),
+}  # between codes that begin at 0, of ONNX, and those with a sign, of a phone
 
 
 class Part(TypedDict):

@@ -1,0 +1,38 @@
+"""Other tools of 4 bits: what is not installed is named with what brings it, and bytes are those that tools store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from autodistill.testing import save_tiny_teacher
+from benchmarks.engine import export_rivals
+from benchmarks.engine.export_rivals import ARMS
+
+
+def test_what_is_not_installed_is_named_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_rivals.importlib.util, "find_spec", lambda name: None)
+    assert [export_rivals.missing(arm) for arm in ARMS.values()] == [
+        f"not installed: {one}" for one in ("onnxruntime-genai", "auto-round", "olive-ai", "nvidia-modelopt")
+    ]
+    monkeypatch.setattr(export_rivals.importlib.util, "find_spec", lambda name: name)
+    assert not any(map(export_rivals.missing, ARMS.values()))
+
+
+def test_bytes_are_codes_scales_and_what_stays_in_16_bits(tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "teacher", layers=1)
+    stored = load_file(folder / "model.safetensors")
+    matrices = {name: one for name, one in stored.items() if "_proj" in name}
+    others = sum(one.size for name, one in stored.items() if name not in matrices)
+    weights = sum(one.size for one in matrices.values())
+    plain = export_rivals._in_blocks(folder, matrices, zeros=False)
+    assert plain == weights * 4.5 / 8 + 2 * others
+    assert export_rivals._in_blocks(folder, matrices, zeros=True) - plain == weights / 32 / 2
+
+
+def test_the_size_of_blocks_is_set_wherever_a_config_has_it() -> None:
+    config = {"quant_cfg": [{"cfg": {"num_bits": 4, "block_sizes": {-1: 128}}}, {"enable": False}], "algorithm": "max"}
+    export_rivals._in_blocks_of(config, 32)
+    assert config["quant_cfg"][0]["cfg"]["block_sizes"][-1] == 32  # type: ignore[index]
