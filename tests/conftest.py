@@ -67,12 +67,13 @@ LAYERS, WIDTH, VOCABULARY, LENGTH, SEQUENCES, TOP_K, DRAWS = 6, 64, 300, 32, 8, 
 
 @dataclass(frozen=True)
 class Workshop:
-    """What a trainer is made of: a teacher of 6 layers, 8 sequences of 32 tokens, and all of the teacher's outputs."""
+    """What a trainer is made of: a teacher, 8 sequences of 32 tokens, and all of the teacher's outputs."""
 
     teacher: Path
     data: TokenSet
     cache: TeacherCache
     folder: Path = Path()  # of the cache
+    layers: int = LAYERS
 
     def told(self, cache: TeacherCache, count: int = 8) -> Workshop:
         """With data that tell so many of the teacher's likeliest tokens in every place but the first."""
@@ -122,11 +123,11 @@ class Workshop:
         model, kept = build_student(self.teacher, strategy.init, calibration=importance)
         attention, block = strategy.distillation.attention, None
         if attention is not None:
-            block = TeacherBlock(load_model(self.teacher, torch.float32), teacher_layer(attention, LAYERS), device)
+            block = TeacherBlock(load_model(self.teacher, torch.float32), teacher_layer(attention, self.layers), device)
         return Trainer(
             model.to(device) if sharding is None else model,
             kept=kept,
-            teacher_layers=LAYERS,
+            teacher_layers=self.layers,
             teacher_width=WIDTH,
             strategy=strategy,
             plan=self.plan(**changes),
@@ -247,8 +248,12 @@ def earlier_modules_are_not_collected() -> None:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    folder = tmp_path_factory.mktemp("workshop")
-    teacher = save_tiny_teacher(folder / "teacher", layers=LAYERS, width=WIDTH, vocabulary=VOCABULARY)
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def make_workshop(folder: Path, layers: int = LAYERS) -> Workshop:
+    """A workshop whose teacher has so many layers."""
+    teacher = save_tiny_teacher(folder / "teacher", layers=layers, width=WIDTH, vocabulary=VOCABULARY)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (SEQUENCES, LENGTH)).astype(np.int32)
     documents = np.arange(SEQUENCES * LENGTH, dtype=np.int32).reshape(tokens.shape) // 48
     data = TokenSet(tokens=tokens, documents=documents)
@@ -259,11 +264,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         data=data,
         vocabulary=VOCABULARY,
         width=WIDTH,
-        settings=CacheSettings(top_k=TOP_K, draws=(DRAWS,), final=True, states=tuple(range(LAYERS))),
+        settings=CacheSettings(top_k=TOP_K, draws=(DRAWS,), final=True, states=tuple(range(layers))),
         root=folder / "cache",
         limit_bytes=10**8,
     )
-    return Workshop(teacher, data, TeacherCache(cache), cache)
+    return Workshop(teacher, data, TeacherCache(cache), cache, layers)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from tests.conftest import Workshop, make_workshop
+
 NAME = "pretend"
 _DEVICE_KEY, _AUTOCAST_KEY = "PrivateUse1", "AutocastPrivateUse1"
 _ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -131,6 +133,12 @@ class _DefaultGenerator:
     def manual_seed(self, seed: int) -> None:
         """Seeds it, and gives what stands for it in an operation."""
         torch.manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """One of few layers, where more say nothing: each operation of the device is a call of Python."""
+    return make_workshop(tmp_path_factory.mktemp("workshop"), layers=3)
 
 
 @pytest.fixture

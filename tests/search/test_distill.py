@@ -103,7 +103,7 @@ def test_every_family_is_distilled_finished_on_a_grid_and_exported(inputs, tmp_p
     recipe = yaml.safe_load(strategy.read_text()) | {"finishing": {"format": "gguf-q8_0", "bits": 8, "group_size": 32}}
     strategy.write_text(yaml.safe_dump(recipe))
     two = str(inputs[1].parent / "two.yaml")
-    outcome = search(request((teacher, *inputs[1:]), tmp_path / "out", strategy, space=two, tokens=4096))
+    outcome = search(request((teacher, *inputs[1:]), tmp_path / "out", strategy, space=two, tokens=2048))
     assert {row.deployment.format for row in outcome.rows} == {"huggingface", "gguf-q8_0"}
     config = AutoConfig.from_pretrained(outcome.finish.paths["huggingface"])
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == (architecture, 128, 3)
@@ -139,7 +139,7 @@ def test_a_student_whose_layers_differ_is_trained_on_a_grid_exported_and_read(in
     space = yaml.safe_load((inputs[1].parent / "two.yaml").read_text())
     space["deployments"].append(mixed)
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
-    asked = request(inputs, tmp_path / "runs", strategy, space=str(tmp_path / "space.yaml"), tokens=4096)
+    asked = request(inputs, tmp_path / "runs", strategy, space=str(tmp_path / "space.yaml"), tokens=2048)
     outcome = search(asked)
     rows = {row.deployment_name: row for row in outcome.rows if row.kind == "baseline"}
     assert len(rows) == 4

@@ -740,6 +740,11 @@ def test_finishing_start(workshop, truth, start, plain):
         before, after = (float(truth.terms(truth.student((0, 2, 5), w))[3]) for w in (source, shown))
     assert abs(before - after) > 1e-3
     np.testing.assert_allclose(losses, [before] * plain + [after] * (4 - plain), rtol=2e-5)
+    if start == 0.0:
+        # It is so where nothing is said, however long the decay.
+        trainer = _trainer(workshop, _strategy(learning_rate=1e-12))
+        first = next(trainer.train_decay(64 * ALL, lambda name: grid if "proj" in name else None))
+        assert first.loss == pytest.approx(after, rel=2e-5)
 
 
 def _codes_on_disk(packed, finishing, shape):

@@ -330,7 +330,7 @@ FAULTS = {
     ),
     "turned": ({"init.depth": {"low": 0.8, "high": 0.5}}, "must be below high"),
     "equal": ({"init.depth": {"low": 0.5, "high": 0.5}}, "must be below high"),
-    "log from 0": ({"init.depth": {"low": 0, "high": 0.5, "log": True}}, "above 0"),
+    "log from 0": ({"init.depth": {"low": 0, "high": 0.5, "log": True}}, "logarithmic range starts above 0"),
     "log of text": ({"init.depth": {"low": 0.1, "high": 0.5, "log": "yes"}}, "true or false"),
     "log with step": ({"init.depth": {"low": 0.1, "high": 0.5, "log": True, "step": 0.1}}, "no step"),
     "uneven step": ({"init.depth": {"low": 0.1, "high": 0.5, "step": 0.3}}, "lead from"),

@@ -397,6 +397,8 @@ def test_vllm_cannot_keep_a_part_of_what_it_computes_as_one():
         ({"scales": "lsq"}, "finishing.scales is 'lsq'; it can be absmax, learned"),
         ({"start": 1.0}, "finishing.start is a share of the decay, 0 to below 1, not 1.0"),
         ({"start": -0.1}, "finishing.start is a share"),
+        ({"rounding": "compensated"}, "which codes stay where scales alone are trained: give finishing.scales alone"),
+        ({"rounding": "compensated", "scales": "learned"}, "give finishing.scales alone, or leave rounding out"),
         ({"keep": ["Attention"]}, "keep holds 'Attention': it can be attention, embeddings, head, or part"),
         ({"symmetric": False}, "gguf-q4_0 cannot hold 4 bits in groups of 32, asymmetric"),
     ],

@@ -89,6 +89,21 @@ def _jensen_shannon(log_p, log_q, beta):
     return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(1)
 
 
+def test_it_is_tried_on_distributions():
+    """One that asks for sums of 1 is right to."""
+
+    def careful(log_p, log_q):
+        for log in (log_p, log_q):
+            torch.testing.assert_close(log.exp().sum(1), torch.ones(len(log)))
+        return (log_p.exp() * (log_p - log_q)).sum(1)
+
+    register_divergence("mine")(careful)
+    try:
+        check_divergence(get_divergence("mine"))
+    finally:
+        plugins.forget("divergences", "mine")
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [

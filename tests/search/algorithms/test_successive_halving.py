@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autodistill.runs.results.row import Decision
-from autodistill.search.algorithms.successive_halving import SuccessiveHalving
+from autodistill.search.algorithms.successive_halving import SuccessiveHalving, kept_at_rungs
 
 RUNGS = (100, 200, 400)
 
@@ -220,6 +220,15 @@ def test_without_one_of_its_values_a_trial_does_not_go_on(missing, place):
     scheduler.report("b", 0, 0.1, further=[5.0])
     assert scheduler.next_to_promote([], all_proposed=True) == "b"
     assert scheduler.next_to_promote(["b"], all_proposed=True, extra=True) is None
+
+
+@pytest.mark.parametrize(
+    ("trials", "rungs", "kept"),
+    [(20, 3, (10, 5)), (9, 3, (5, 3)), (18, 2, (6,)), (5, 3, (3, 2)), (3, 2, (2,)), (1, 3, (1, 1)), (7, 1, ())],
+)
+def test_how_many_go_past_each_rung(trials, rungs, kept):
+    """Half, rounded up, past each of two, a third past a single one; two at least, where there are so many."""
+    assert kept_at_rungs(trials, rungs) == kept
 
 
 def test_as_many_values_as_directions():
