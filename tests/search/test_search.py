@@ -197,8 +197,8 @@ def test_figures_on_test_are_of_the_test_split_as_transformers_alone_finds_them(
     test, validation = (load_split(folder, name).head(header["plan"]["test_tokens"]) for name in ("test", "validation"))
     model = AutoModelForCausalLM.from_pretrained(inputs[0], dtype=torch.float32)
 
-    def figures(data: TokenSet) -> tuple[float, float]:
-        """The teacher's accuracy and perplexity of next tokens."""
+    def figures(data: TokenSet, model: Any = model) -> tuple[float, float]:
+        """A model's accuracy and perplexity of next tokens; the teacher's by default."""
         ids = torch.from_numpy(data.tokens.astype("int64"))
         with torch.no_grad():
             logits = model(ids).logits[:, :-1].double()
@@ -213,6 +213,12 @@ def test_figures_on_test_are_of_the_test_split_as_transformers_alone_finds_them(
     # Its row is of weights in 16 bits.
     assert plain.accuracy == pytest.approx(teacher[0], abs=2e-3)
     assert plain.perplexity == pytest.approx(teacher[1], rel=1e-3)
+    # The student's is of what was trained and exported, and that beside it of what it began as.
+    exported = AutoModelForCausalLM.from_pretrained(outcome[1] / "run" / "student" / "huggingface", dtype=torch.float32)
+    best, (_, surprise) = outcome[0].finish.best, figures(test, exported)
+    begun, trained = (next(row for row in rows if row.trial == trial) for trial in ("initial", best.trial))
+    assert trained.perplexity == pytest.approx(surprise, rel=0.05), "four bits and 16 are near to each other"
+    assert begun.perplexity > 1.1 * surprise
     # What it is compared with are its own outputs for the same tokens.
     assert plain.agreement == pytest.approx(1, abs=0.02)
     for row in rows:
