@@ -46,6 +46,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,10 @@ def forms(
     """
     known = {name: one.diagonal().numpy() for name, one in moments.items()}
     ours = {name: deployment_named(name) for name in OURS}
+    width = json.loads((student / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    table = "q5_1" if width % 256 else "q6_k"  # of a table like those of other tools, whose files are as small
+    for name in ("gguf-q4_0", "gguf-iq4_nl"):
+        ours[f"{name}, table in {table}"] = replace(deployment_named(name), types=(("embeddings", table),))
     if solved:
         found = json.loads(SOLVED.read_text(encoding="utf-8"))["constructions"][0]
         one = Deployment.from_json(found["deployment"])
@@ -336,7 +341,8 @@ def verdicts(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             continue
         least, mine = min(best)
         loss = float(np.mean(rival["kl"]))
-        yield f"- {name} loses {loss:.4f} nats; {mine}, no larger, {least:.4f}: {'kept' if least < loss else 'missed'}"
+        kept = "kept" if least < loss else "missed"
+        yield f"- {name} loses {loss:.4g} nats; {mine}, no larger, {least:.4g}: {kept}"
 
 
 def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
@@ -394,12 +400,11 @@ def section(given: argparse.Namespace, kind: str) -> list[str]:
             for key in ("kl", "text", "same"):
                 kept[key] += [one[key]] if key in one else []
     ran = {name: found.pop(name) for name in sorted(found) if name.startswith(_RUN)}
+    digits = 6 if kind == "small" else 4
     rows = [
         [
-            kind,
-            name,
-            f"{one['bytes'] / 1e6:.{1 if one['bytes'] > 2e7 else 3}f}",
-            *(over_seeds.mean(one[key], 4) for key in ("kl", "same", "text")),
+            *(kind, name, f"{one['bytes'] / 1e6:.{3 if kind == 'small' else 1}f}", over_seeds.mean(one["kl"], digits)),
+            *(over_seeds.mean(one[key], 4) for key in ("same", "text")),
         ]
         for name, one in sorted(found.items(), key=lambda pair: float(np.mean(pair[1]["kl"])))
     ]
