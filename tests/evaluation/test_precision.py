@@ -103,8 +103,12 @@ def test_each_deployment_is_scored_with_its_own_weights(
     assert (kl > 1e-3) == (deployment.bits == 4)
 
 
-def test_tf32_is_asked_for_in_the_body_alone(model: Any, text: TokenSet) -> None:
+def test_tf32_is_asked_for_in_the_body_alone(model: Any, text: TokenSet, request: pytest.FixtureRequest) -> None:
     """A device that has it is pretended: what counts is what torch is told while products are made."""
+    # An accelerator runs one pass after another; side by side, as on cores, one would be told what another asks for.
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(1)
     seen: dict[str, set[bool]] = {"body": set(), "head": set()}
     model.base_model.layers[0].register_forward_hook(lambda *_: seen["body"].add(PRODUCTS.allow_tf32))
     model.lm_head.register_forward_hook(lambda *_: seen["head"].add(PRODUCTS.allow_tf32))
