@@ -212,6 +212,11 @@ def _levels(
                 raise ServiceError(f"{request.url} gave no whole answer in {format_duration(share)}: give more --time")
             notify(f"{count_of(streams, 'stream')}: no whole answer in {format_duration(share)}")
             break
+        if not level.token_seconds:
+            raise ServiceError(
+                f"{request.url} ended each answer with its first token, and no later one can be timed: it is to write "
+                f"{request.decoded} tokens"
+            )
         level = replace(level, broken=broken(level, limits), memory_bytes=client.memory_bytes())
         levels.append(level)
         notify(_said(level))
